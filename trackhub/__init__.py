@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment tracking for federated learning: log once, at the site; read it in any backend.
+
+In a FLARE job that ``trackhub.flare.recipe.add_tracking`` was applied to::
+
+    with trackhub.Writer() as writer:
+        writer.log({"train/loss": loss}, step)
+
+Alone, on a laptop::
+
+    with trackhub.local(backends=["tensorboard"]) as writer:
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trackhub.errors import ConfigError, RecordError, TrackhubError
+from trackhub.writer import Writer
+
+if TYPE_CHECKING:
+    from trackhub.config import Limits
+    from trackhub.local_tracking import LocalWriter
+
+__all__ = ["ConfigError", "RecordError", "TrackhubError", "Writer", "local"]
+
+__version__ = "0.1.0"
+
+
+def local(
+    backends: Mapping[str, Mapping[str, Any]] | Iterable[str],
+    *,
+    folder: str | Path = "runs",
+    job: str | None = None,
+    site: str = "local",
+    limits: Limits | None = None,
+) -> LocalWriter:
+    """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
+
+    Args:
+        backends: names of installed backends, or names with their options.
+        folder: where the run's folder ``<folder>/<job>/`` is made.
+        job: the group that the run belongs to; by default the time and a few random characters.
+        site: the run's name.
+        limits: how much, how often and how long.
+
+    Raises:
+        ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
+        PluginError: a backend's plugin cannot be used.
+        DeliveryError: the folder cannot be used.
+    """
+    from trackhub.local_tracking import open_local  # lazy: a trainer in a FLARE job needs none of the delivery
+
+    return open_local(backends, folder=folder, job=job, site=site, limits=limits)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of images and artifacts at the sink: received in pieces, checked, kept beside the journal."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+from trackhub.delivery.wire import Chunk
+
+__all__ = ["BlobStore"]
+
+_NAME = re.compile(r"[0-9a-f]{32}-\d+")
+
+
+class BlobStore:
+    """One folder of blobs per site. Thread-safe as long as each site sends one piece at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use this folder; it is created with the first blob."""
+        self._folder = folder
+
+    def folder(self, site: str) -> Path:
+        """Return the folder of a site's blobs; every site name has one of its own."""
+        return self._folder / quote(site, safe=" ").replace(".", "%2E")
+
+    def has(self, site: str, name: str) -> bool:
+        """Return whether this blob is here whole. False for what is no blob name."""
+        return _NAME.fullmatch(name) is not None and (self.folder(site) / name).exists()
+
+    def add(self, site: str, chunk: Chunk) -> int | None:
+        """Store a piece and return the offset that is expected next; the blob's size when it is whole.
+
+        A piece at another offset is not stored; the sender goes on from the offset returned.
+
+        Returns:
+            None if the whole is not what its digest says, or the name is impossible: it can never be accepted.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if _NAME.fullmatch(chunk.name) is None:
+            return None
+        folder = self.folder(site)
+        target, partial = folder / chunk.name, folder / f"{chunk.name}.part"
+        if target.exists():
+            return chunk.size
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("ab") as file:
+            if file.tell() != chunk.offset:
+                return file.tell()
+            try:
+                file.write(chunk.data)
+                file.flush()
+            except OSError:
+                # A piece that is half there would shift all that follow it.
+                file.truncate(chunk.offset)
+                raise
+        reached = chunk.offset + len(chunk.data)
+        if reached < chunk.size:
+            return reached
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if reached != chunk.size or digest != chunk.sha256:
+            partial.unlink()
+            return None
+        partial.replace(target)
+        return reached

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sink's journal: the job's complete local record, in one SQLite file.
+
+A row is a batch, stored as it arrived. One transaction stores the batch and the stream's next ``seq``, so that a batch
+sent again after a lost acknowledgement is recognised. Lanes read the rows and store here how far each run got.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.errors import JournalError
+from trackhub.records import Gap, decode_body, scan_frames
+from trackhub.spi import Results
+
+__all__ = ["JOURNAL_NAME", "Journal", "Progress", "Row", "RunState"]
+
+JOURNAL_NAME = "trackhub.db"
+_FORMAT = "1"
+_log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sites (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    next_position INTEGER NOT NULL DEFAULT 0, received INTEGER NOT NULL DEFAULT 0,
+    duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
+    explained BLOB, ledger BLOB, bye INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS streams (
+    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, next_seq INTEGER NOT NULL,
+    UNIQUE (site, name));
+CREATE TABLE IF NOT EXISTS batches (
+    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, stream INTEGER NOT NULL,
+    first_position INTEGER NOT NULL, records INTEGER NOT NULL, frames BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_of_site ON batches (site, id);
+CREATE TABLE IF NOT EXISTS runs (
+    lane TEXT NOT NULL, site INTEGER NOT NULL, written INTEGER NOT NULL DEFAULT 0,
+    confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
+"""
+
+
+class Row(NamedTuple):
+    """A batch as a lane reads it."""
+
+    id: int
+    stream: str
+    first_position: int
+    records: int
+    frames: bytes
+
+
+class Progress(msgspec.Struct, kw_only=True):
+    """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
+
+    Attributes:
+        confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
+        memory: the shaper's state at the confirmed cursor.
+    """
+
+    confirmed: int = 0
+    rejected: dict[str, int] = {}
+    altered: dict[str, int] = {}
+    possible_duplicates: int = 0
+    state: str = "open"
+    last_error: str = ""
+    results: Results | None = None
+    memory: bytes = b""
+
+
+class RunState(NamedTuple):
+    """A run's two cursors (ids of batches) and its progress."""
+
+    written: int
+    confirmed: int
+    progress: Progress
+
+
+class Journal:
+    """One sink's journal. Thread-safe; one process at a time may have it open for writing.
+
+    Writing blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int) -> None:
+        """Use ``Journal.open``."""
+        self.path = path
+        self._db = connection
+        self._lock = threading.RLock()
+        self._lock_fd = lock_fd
+        self._readers = threading.local()
+        self._open_readers: list[sqlite3.Connection] = []
+
+    @classmethod
+    def open(cls, path: Path, *, job: str, side: str, durability: str = "normal") -> Journal:
+        """Open or create a journal for writing.
+
+        Args:
+            durability: ``normal`` survives a killed process, ``full`` also a power loss (an fsync for each batch).
+
+        Raises:
+            JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock_fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as e:
+            raise JournalError(f"cannot create the journal {path}: {e}; check the folder and the free space") from e
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(lock_fd)
+            raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
+        try:
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
+            db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
+            db.executescript(_SCHEMA)
+            journal = cls(path, db, lock_fd)
+            journal._claim({"format": _FORMAT, "job": job, "side": side})
+        except sqlite3.Error as e:
+            os.close(lock_fd)
+            raise JournalError(f"cannot use the journal {path}: {e}") from e
+        except JournalError:
+            os.close(lock_fd)
+            raise
+        return journal
+
+    def _claim(self, expected: dict[str, str]) -> None:
+        with self._transaction() as db:
+            found = dict(db.execute("SELECT key, value FROM meta"))
+            for key, value in expected.items():
+                if found.get(key, value) != value:
+                    raise JournalError(f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}")
+            db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", expected.items())
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException as e:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(e, sqlite3.Error):
+                    raise JournalError(f"cannot write the journal {self.path}: {e}") from e
+                raise
+
+    def add_site(self, site: str, created: float) -> int:
+        """Return the id of this site, registering it if it is new; ``created`` is then its run's start time."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO sites (name, created) VALUES (?, ?)", (site, created))
+            row = db.execute("SELECT id FROM sites WHERE name = ?", (site,)).fetchone()
+            return int(row[0])
+
+    def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
+        """Store a batch and return how many of its records are new. It is durable when this returns.
+
+        Args:
+            explained: the records that the batch's gaps stand for, by reason.
+
+        Raises:
+            JournalError: it cannot be written, for example since the disk is full; nothing was stored.
+        """
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, 0)", (site, batch.stream))
+            query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
+            stream, known = db.execute(query, (site, batch.stream)).fetchone()
+            new, frames = batch.records, batch.frames
+            if batch.next_seq <= known:
+                new = 0
+            elif batch.first_seq < known:
+                new, frames, explained = _after(frames, known)
+            if batch.next_seq > known:
+                db.execute("UPDATE streams SET next_seq = ? WHERE id = ?", (batch.next_seq, stream))
+                if explained:
+                    self._explain(db, site, explained)
+            if new:
+                db.execute(
+                    "INSERT INTO batches (site, stream, first_position, records, frames)"
+                    " SELECT id, ?, next_position, ?, ? FROM sites WHERE id = ?",
+                    (stream, new, frames, site),
+                )
+            db.execute(
+                "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = missing + ?,"
+                " next_position = next_position + ? WHERE id = ?",
+                (batch.records, batch.records - new, max(0, batch.first_seq - known), new, site),
+            )
+            return new
+
+    def _explain(self, db: sqlite3.Connection, site: int, gaps: Mapping[str, int]) -> None:
+        stored = db.execute("SELECT explained FROM sites WHERE id = ?", (site,)).fetchone()[0]
+        total = Counter(msgspec.msgpack.decode(stored, type=dict[str, int]) if stored else {})
+        total.update(gaps)
+        db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
+
+    def note_site(self, site: int, ledger: SiteLedger, *, bye: bool) -> None:
+        """Store a site's own count, and whether it has finished."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE sites SET ledger = ?, bye = max(bye, ?) WHERE id = ?",
+                (msgspec.msgpack.encode(ledger), int(bye), site),
+            )
+
+    def set_status(self, status: str) -> None:
+        """Store how the job ended."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('status', ?)", (status,))
+
+    def _reader(self) -> sqlite3.Connection:
+        """Return this thread's own connection: readers do not wait for the writer under WAL."""
+        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
+        if db is None:
+            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            db.execute("PRAGMA query_only=1")
+            self._readers.db = db
+            with self._lock:
+                self._open_readers.append(db)
+        return db
+
+    def sites(self) -> dict[int, tuple[str, float]]:
+        """Return name and run start time of each site, by id."""
+        rows = self._reader().execute("SELECT id, name, created FROM sites")
+        return {i: (name, created) for i, name, created in rows}
+
+    def read(self, site: int, after: int, max_bytes: int) -> list[Row]:
+        """Return this site's rows after the row ``after``, at least one if there is one, up to ``max_bytes``.
+
+        Raises:
+            JournalError: the file cannot be read.
+        """
+        rows, size = [], 0
+        try:
+            cursor = self._reader().execute(
+                "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
+                " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
+                (site, after),
+            )
+            for fields in cursor:
+                row = Row(*fields)
+                rows.append(row)
+                size += len(row.frames)
+                if size >= max_bytes:
+                    break
+            cursor.close()
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+        return rows
+
+    def records_between(self, site: int, after: int, upto: int) -> int:
+        """Return the number of records in this site's rows after ``after`` up to ``upto``."""
+        query = "SELECT total(records) FROM batches WHERE site = ? AND id > ? AND id <= ?"
+        return int(self._reader().execute(query, (site, after, upto)).fetchone()[0])
+
+    def has_rows_after(self, site: int, after: int) -> bool:
+        """Return whether this site has a row after ``after``."""
+        query = "SELECT EXISTS (SELECT 1 FROM batches WHERE site = ? AND id > ?)"
+        return bool(self._reader().execute(query, (site, after)).fetchone()[0])
+
+    def run_state(self, lane: str, site: int) -> RunState:
+        """Return how far a lane got with a site's run."""
+        query = "SELECT written, confirmed, progress FROM runs WHERE lane = ? AND site = ?"
+        row = self._reader().execute(query, (lane, site)).fetchone()
+        if row is None:
+            return RunState(0, 0, Progress())
+        return RunState(row[0], row[1], msgspec.msgpack.decode(row[2], type=Progress))
+
+    def save_run(self, lane: str, site: int, written: int, confirmed: int, progress: Progress) -> None:
+        """Store how far a lane got with a site's run.
+
+        Raises:
+            JournalError: it cannot be written; after a crash the lane then starts from an earlier place.
+        """
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)",
+                (lane, site, written, confirmed, msgspec.msgpack.encode(progress)),
+            )
+
+    def report(self, lanes: list[str] | None = None) -> DeliveryReport:
+        """Return what became of every record so far.
+
+        Args:
+            lanes: lanes to include even if nothing was delivered by them yet.
+
+        Raises:
+            JournalError: the file cannot be read.
+        """
+        try:
+            return _report(self._reader(), lanes or [])
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+
+    def close(self) -> None:
+        """Write everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
+        with self._lock:
+            if self._lock_fd < 0:
+                return
+            for reader in self._open_readers:
+                reader.close()
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as e:
+                _log.warning("%s: its write-ahead log could not be folded in (%s): keep the -wal file", self.path, e)
+            self._db.close()
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+def read_journal_report(path: Path) -> DeliveryReport:
+    """Return what a journal says, without writing to it; the job may be running.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    try:
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?{_reading_mode(path)}", uri=True, timeout=10.0)
+        try:
+            return _report(db, [])
+        finally:
+            db.close()
+    except sqlite3.Error as e:
+        raise JournalError(f"cannot read the journal {path}: {e}") from e
+
+
+def _reading_mode(path: Path) -> str:
+    """Return how to open a journal that must not be changed, not even by new files beside it."""
+    try:
+        with path.open("rb") as file:
+            write_ahead = file.read(20)[18:] == b"\x02\x02"  # https://www.sqlite.org/fileformat.html, 1.3.3
+    except OSError:
+        write_ahead = False
+    # A closed one has no log beside it. Opened in the ordinary way, SQLite would create log and index, and fail where
+    # the folder cannot be written.
+    closed = write_ahead and not path.with_name(f"{path.name}-wal").exists()
+    return "mode=ro&immutable=1" if closed else "mode=ro"
+
+
+def _report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
+    meta = dict(db.execute("SELECT key, value FROM meta"))
+    sites: dict[str, SiteReport] = {}
+    names: dict[int, str] = {}
+    query = "SELECT id, name, next_position, received, duplicates, missing, explained, ledger, bye FROM sites"
+    for i, name, journaled, received, duplicates, missing, explained, ledger, bye in db.execute(query):
+        names[i] = name
+        sites[name] = SiteReport(
+            site=msgspec.msgpack.decode(ledger, type=SiteLedger) if ledger else None,
+            received=received,
+            duplicates=duplicates,
+            journaled=journaled,
+            missing=missing,
+            explained=msgspec.msgpack.decode(explained, type=dict[str, int]) if explained else {},
+            said_bye=bool(bye),
+        )
+    runs: dict[str, dict[str, RunReport]] = {
+        lane: {name: RunReport(pending=site.journaled) for name, site in sites.items()} for lane in lanes
+    }
+    for lane, i, blob in db.execute("SELECT lane, site, progress FROM runs"):
+        p = msgspec.msgpack.decode(blob, type=Progress)
+        runs.setdefault(lane, {})[names[i]] = RunReport(
+            confirmed=p.confirmed,
+            rejected=p.rejected,
+            pending=sites[names[i]].journaled - p.confirmed - sum(p.rejected.values()),
+            altered=p.altered,
+            possible_duplicates=p.possible_duplicates,
+            state=p.state,
+            last_error=p.last_error,
+            results=p.results,
+        )
+    balanced = all(site.is_balanced() for site in sites.values()) and all(
+        run.pending >= 0 for lane in runs.values() for run in lane.values()
+    )
+    return DeliveryReport(
+        job=meta.get("job", ""),
+        side=meta.get("side", ""),
+        status=meta.get("status", "running"),
+        balanced=balanced,
+        sites=sites,
+        lanes=runs,
+    )
+
+
+def _after(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
+    """Cut off what lies before ``seq`` ``known``: a sender that lost its cursor batches anew.
+
+    Returns:
+        The number of records, the frames, and the gaps that are left.
+    """
+    records, start, gaps = 0, len(frames), Counter[str]()
+    for frame in scan_frames(frames):
+        record = decode_body(frames[frame.body : frame.end])
+        if record.seq < known:
+            continue
+        start = min(start, frame.start)
+        if isinstance(record.payload, Gap):
+            gaps[record.payload.reason] += record.payload.count
+        else:
+            records += 1
+    return records, frames[start:], gaps

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run in one lane: read rows, shape them, hand them over, count the outcomes, move the cursors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import msgspec
+
+from trackhub.delivery.journal import Journal, Row
+from trackhub.delivery.retry import Backoff
+from trackhub.delivery.shaper import Shaper
+from trackhub.errors import JournalError, PermanentError, TransientError
+from trackhub.records import Gap, Kind, decode_body, scan_frames
+from trackhub.run import RunInfo, RunKey, RunStatus
+from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side
+
+__all__ = ["RunLane"]
+
+_READ_BYTES = 4 << 20
+_SPLIT_AFTER = 3  # failures of one batch with an error that the SPI does not know, before it is split
+_KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
+_log = logging.getLogger(__name__)
+
+
+class RunLane:
+    """Delivers one site's records to one backend. Used by the lane's thread alone, ``give_up`` excepted."""
+
+    def __init__(
+        self,
+        lane: str,
+        backend: Backend,
+        journal: Journal,
+        *,
+        site_id: int,
+        site: str,
+        job: str,
+        side: Side,
+        created: float,
+        blob_dir: Path,
+        flush_s: float,
+    ) -> None:
+        """Take up the run where the journal's cursors stand."""
+        self.site_id = site_id
+        self.site = site
+        self.not_before = 0.0
+        self._lane = lane
+        self._backend = backend
+        self._journal = journal
+        self._flush_s = flush_s
+        self._key = RunKey(job, site)
+        self._side = side
+        self._created = created
+        self._blob_dir = blob_dir
+        self._can = backend.capabilities
+        written, self._confirmed, self._progress = journal.run_state(lane, site_id)
+        if self._can.redelivery is Redelivery.REBUILD and self._confirmed and self._progress.state != "finished":
+            # What was confirmed is in a run that was never finished, and the backend cannot go on in it.
+            self._confirmed, self._progress = 0, msgspec.structs.replace(self._progress, confirmed=0, rejected={},
+                                                                         altered={}, memory=b"")  # fmt: skip
+        self._written = self._confirmed
+        self._doubtful = journal.records_between(site_id, self._confirmed, max(written, self._confirmed))
+        self._shaper = Shaper(self._can, self._progress.memory)
+        self._run: BackendRun | None = None
+        self._buffers = False
+        self._skip_before = 0
+        self._todo: deque[list[Entry]] = deque()
+        self._todo_upto = self._confirmed
+        self._stored = 0
+        self._rejected: Counter[str] = Counter()
+        self._altered: Counter[str] = Counter()
+        self._flush_due: float | None = None
+        self._backoff = Backoff()
+        self._over = False
+        self._has_stored = False
+        self._asked_to_wait = False
+        self._hurried = False
+
+    def advance(self, *, flush_now: bool) -> bool:
+        """Do one piece of work: hand over a batch, or flush what is due. Return whether there was something to do."""
+        if self._over:
+            return False
+        if self._run is None and (self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)):
+            return self._open()
+        if not self._todo:
+            rows = self._journal.read(self.site_id, self._todo_upto, _READ_BYTES)
+            if not rows:
+                if self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due):
+                    return self._flush()
+                return False
+            self._take(rows)
+        while self._todo:
+            if not self._hand_over():
+                return False
+        self._written = self._todo_upto
+        if not self._buffers:
+            self._confirm()
+        elif self._flush_due is None:
+            self._flush_due = time.monotonic() + self._flush_s
+        elif time.monotonic() >= self._flush_due:
+            return self._flush()
+        return True
+
+    def is_idle(self) -> bool:
+        """Return whether everything that the journal has is confirmed or cannot be delivered."""
+        if self._over:
+            return True
+        return self._flush_due is None and not self._todo and not self._journal.has_rows_after(
+            self.site_id, self._todo_upto
+        )  # fmt: skip
+
+    def is_over(self) -> bool:
+        """Return whether the run is finished or cannot be opened."""
+        return self._over
+
+    def due(self) -> float:
+        """Return when there will be something to do, on the monotonic clock."""
+        return max(self.not_before, self._flush_due or 0.0)
+
+    def hurry(self) -> bool:
+        """At the end of the job, cut a backoff short, once; a time that the backend asked for is kept."""
+        if self._asked_to_wait or self._hurried:
+            return False
+        self._hurried = True
+        self.not_before = 0.0
+        return True
+
+    def finish(self, status: RunStatus) -> bool:
+        """End the run. Return False if the backend asks to be called again; ``not_before`` then says when."""
+        if self._run is None:
+            if self._progress.state != "finished":
+                self._progress.state = "finished"
+                self.save()
+            self._over = True
+            return True
+        try:
+            self._run.finish(status)
+            self._progress.state = "finished"
+        except TransientError as e:
+            self._failed(e, e.retry_after_s)
+            return False
+        except Exception as e:
+            self._note_error(e)
+            _log.warning("backend %s could not finish run %s: %s", self._lane, self.site, self._progress.last_error)
+            self._progress.state = "unfinished"
+        self._over = True
+        self._progress.results = self._results()
+        self.save()
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Mark the run as unfinished, if it is, with a reason. Called after the lane's end, or when it does not end."""
+        if not self._over:
+            self._over = True
+            self._progress.last_error = reason or self._progress.last_error
+            self._progress.state = "unfinished"
+            self.save()
+
+    def save(self) -> None:
+        """Store cursors and counts; a journal that cannot be written costs a repeated delivery, not a record."""
+        try:
+            self._journal.save_run(self._lane, self.site_id, self._written, self._confirmed, self._progress)
+        except JournalError as e:
+            _log.warning("lane %s cannot store how far run %s got: %s", self._lane, self.site, e)
+
+    def _info(self) -> RunInfo:
+        rows = self._journal.read(self.site_id, self._confirmed, 1)
+        resume_from = rows[0].first_position if rows else 0
+        return RunInfo(self._key, self._side, self._created, resume_from, self._blob_dir)
+
+    def _open(self) -> bool:
+        try:
+            run = self._backend.open_run(self._info())
+            if self._can.redelivery is Redelivery.RESUMABLE:
+                self._skip_before = run.next_position()
+        except PermanentError as e:
+            self._note_error(e)
+            self._progress.state = "stopped"
+            self._over = True
+            _log.warning("backend %s cannot open run %s: %s; its records stay in the journal", self._lane, self.site, e)
+            self.save()
+            return False
+        except Exception as e:
+            self._failed(e, getattr(e, "retry_after_s", None))
+            return False
+        self._run = run
+        self._buffers = type(run).flush is not BackendRun.flush
+        self._backoff.reset()
+        if self._can.redelivery is Redelivery.AT_LEAST_ONCE and self._doubtful:
+            self._progress.possible_duplicates += self._doubtful
+        return True
+
+    def _take(self, rows: list[Row]) -> None:
+        """Turn rows into entries to hand over, and count what the core itself rejects."""
+        entries: list[Entry] = []
+        for row in rows:
+            position = row.first_position
+            for frame in scan_frames(row.frames):
+                if frame.kind == Kind.GAP:
+                    continue
+                self._shape(row, frame.kind, row.frames[frame.body : frame.end], position, entries)
+                position += 1
+        size = self._can.max_batch
+        self._todo.extend(entries[i : i + size] for i in range(0, len(entries), size))
+        self._todo_upto = rows[-1].id
+        if self._can.redelivery is Redelivery.AT_LEAST_ONCE and entries:
+            # After a crash, this tells which records may be there already.
+            self._journal.save_run(self._lane, self.site_id, self._todo_upto, self._confirmed, self._progress)
+
+    def _shape(self, row: Row, kind: int, body: bytes, position: int, entries: list[Entry]) -> None:
+        if kind not in _KNOWN_KINDS:
+            self._reject(Rejection(position, "unknown_kind", f"kind {kind} is of a newer trackhub"))
+            return
+        try:
+            record = decode_body(body)
+        except msgspec.DecodeError as e:
+            self._reject(Rejection(position, "undecodable", str(e)))
+            return
+        if isinstance(record.payload, Gap):
+            return
+        shaped, altered = self._shaper.shape(row.stream, record, position)
+        if isinstance(shaped, Rejection):
+            self._reject(shaped)
+            return
+        self._altered.update(altered)
+        if position < self._skip_before:
+            self._stored += 1  # the run holds it already: it was written, but not confirmed, before a crash
+        else:
+            entries.append(shaped)
+
+    def _hand_over(self) -> bool:
+        """Write the first batch of the list; split it, or wait, if that fails."""
+        assert self._run is not None
+        batch = self._todo[0]
+        try:
+            report = self._run.write(batch)
+        except TransientError as e:
+            self._may_have_stored(batch)
+            self._failed(e, e.retry_after_s)
+            return False
+        except PermanentError as e:
+            self._note_error(e)
+            self._narrow_down(batch, "permanent_error", e)
+            return True
+        except Exception as e:
+            self._may_have_stored(batch)
+            self._failed(e, None)
+            if self._backoff.failures >= _SPLIT_AFTER and (len(batch) > 1 or self._has_stored):
+                # The plugin breaks on something in here. Find it, so that it does not hold up all that follows.
+                self._narrow_down(batch, "backend_error", e)
+            return False
+        rejected = report.rejected if report is not None else ()
+        for rejection in rejected:
+            self._reject(rejection)
+        self._stored += len(batch) - len(rejected)
+        self._has_stored = True
+        self._backoff.reset()
+        self._todo.popleft()
+        return True
+
+    def _may_have_stored(self, batch: list[Entry]) -> None:
+        if self._can.redelivery is Redelivery.AT_LEAST_ONCE:
+            self._progress.possible_duplicates += len(batch)
+
+    def _narrow_down(self, batch: list[Entry], reason: str, error: Exception) -> None:
+        self._todo.popleft()
+        self._backoff.reset()
+        if len(batch) == 1:
+            self._reject(Rejection(batch[0].position, reason, f"{type(error).__name__}: {error}"))
+            return
+        middle = len(batch) // 2
+        self._todo.appendleft(batch[middle:])
+        self._todo.appendleft(batch[:middle])
+
+    def _reject(self, rejection: Rejection) -> None:
+        if not self._rejected[rejection.reason] and rejection.reason not in self._progress.rejected:
+            _log.warning(
+                "backend %s, run %s: record %d rejected (%s: %s); further ones of this reason are only counted",
+                self._lane, self.site, rejection.position, rejection.reason, rejection.detail,
+            )  # fmt: skip
+        self._rejected[rejection.reason] += 1
+
+    def _flush(self) -> bool:
+        assert self._run is not None
+        try:
+            self._run.flush()
+        except Exception as e:
+            self._failed(e, getattr(e, "retry_after_s", None))
+            return False
+        self._flush_due = None
+        self._backoff.reset()
+        self._confirm()
+        return True
+
+    def _confirm(self) -> None:
+        """Move the confirmed cursor up to the written one, and store the counts that belong to it."""
+        p = self._progress
+        p.confirmed += self._stored
+        p.rejected = dict(Counter(p.rejected) + self._rejected)
+        p.altered = dict(Counter(p.altered) + self._altered)
+        p.memory = self._shaper.memory()
+        self._stored = 0
+        self._rejected.clear()
+        self._altered.clear()
+        self._confirmed = self._written
+        self._hurried = False
+        self.save()
+
+    def _results(self) -> Results | None:
+        try:
+            return self._backend.results(self._info())
+        except Exception as e:
+            _log.warning("backend %s cannot say where run %s can be seen: %s", self._lane, self.site, e)
+            return None
+
+    def _failed(self, error: Exception, retry_after_s: float | None) -> None:
+        self._note_error(error)
+        self._asked_to_wait = retry_after_s is not None
+        wait_s = self._backoff.next_wait_s(retry_after_s)
+        self.not_before = time.monotonic() + wait_s
+        if self._backoff.failures == 1:
+            _log.warning("backend %s, run %s: %s; trying again", self._lane, self.site, self._progress.last_error)
+
+    def _note_error(self, error: Exception) -> None:
+        self._progress.last_error = f"{type(error).__name__}: {error}"

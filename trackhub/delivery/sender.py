@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site's core: follow the spool, send one batch at a time, and keep sending it until the sink has answered.
+
+It knows nothing of FLARE: a *link* carries one request to the sink and brings the reply.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from trackhub.config import Limits
+from trackhub.delivery.retry import Backoff
+from trackhub.delivery.wire import (
+    Accepted,
+    Batch,
+    Busy,
+    Bye,
+    Chunk,
+    Hello,
+    NeedBlob,
+    Refused,
+    Reply,
+    Report,
+    Request,
+    SiteLedger,
+    decode_reply,
+    encode,
+)
+from trackhub.records import Blob
+from trackhub.spool_layout import RoundFile, blob_file
+from trackhub.spool_reader import SpoolBatch, SpoolReader
+
+__all__ = ["Link", "LinkError", "Sender"]
+
+Link = Callable[[bytes, float], bytes]
+"""``link(request, timeout_s) -> reply``; raises `LinkError` when there is no reply."""
+
+_REQUEST_S = 10.0
+_CLOSING_WAIT_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+class LinkError(Exception):
+    """The sink did not answer, or could not be reached; the request may or may not have arrived."""
+
+
+class Sender:
+    """Delivers one spool to one sink, from a thread of its own. The other methods may be called from any thread."""
+
+    def __init__(
+        self, spool_dir: Path, link: Link, *, site: str, cursor: str = "server", limits: Limits | None = None
+    ) -> None:
+        """Prepare a sender; ``start`` starts it.
+
+        Args:
+            spool_dir: an existing spool that names ``cursor`` among its readers.
+            cursor: which of the site's sinks this is.
+
+        Raises:
+            SpoolError: it is not such a spool.
+        """
+        self.site = site
+        self._reader = SpoolReader(spool_dir, cursor)
+        self._folder = spool_dir
+        self._round = RoundFile(spool_dir)
+        self._link = link
+        self._limits = limits or Limits()
+        self._request_s = _REQUEST_S
+        self._lock = threading.Condition()
+        self._wake = threading.Event()
+        self._passes = 0
+        self._in_pass = False
+        self._silent = False
+        self._refused_for_good: Refused | None = None
+        self._welcome = False
+        self._failed = False
+        self._closing = threading.Event()
+        self._never = threading.Event()
+        self._deadline: float | None = None
+        self._extra_dropped: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._main, name=f"trackhub-sender-{cursor}", daemon=True)
+        self._ledger = SiteLedger()
+
+    def start(self) -> None:
+        """Start sending."""
+        self._thread.start()
+
+    def set_round(self, value: int | None) -> None:
+        """Set the federated round that writers of this site stamp on their records from now on."""
+        self._round.set(value)
+
+    def count_dropped(self, reason: str, count: int = 1) -> None:
+        """Count records that never reached the spool, such as a stock record that cannot be converted."""
+        with self._lock:
+            self._extra_dropped[reason] += count
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the sink has all that was spooled before this call.
+
+        Does not wait for a sink that has not answered since the last time it was waited for in vain.
+
+        Args:
+            timeout_s: the longest wait; by default ``limits.barrier_s``.
+
+        Returns:
+            Whether the sink has it.
+        """
+        deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
+        with self._lock:
+            if self._silent or self._refused_for_good is not None or not self._thread.is_alive():
+                return False
+            # A pass that began before this call may have looked at the spool too early; the next one has not.
+            target = self._passes + (2 if self._in_pass else 1)
+            while self._passes < target:
+                self._wake.set()
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._thread.is_alive():
+                    self._silent = True
+                    _log.warning(
+                        "the sink did not acknowledge the records of site %s in time; training goes on without waiting "
+                        "again until it answers; the records stay in %s", self.site, self._folder,
+                    )  # fmt: skip
+                    return False
+                self._lock.wait(min(left_s, self._limits.poll_s))
+            return True
+
+    def close(self, timeout_s: float, *, failed: bool = False) -> SiteLedger:
+        """Send what is left, say good-bye, and stop. No writer may be alive any more.
+
+        Args:
+            timeout_s: the longest time to try. What is then not acknowledged stays in the spool.
+            failed: the site's training ended with an error.
+
+        Returns:
+            What became of every record of the site.
+        """
+        self._failed = failed
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s + self._request_s + 1.0)
+        self._count()
+        if self._ledger.spooled:
+            _log.warning(
+                "site %s: %d records were not acknowledged; they stay in %s, for `trackhub replay`",
+                self.site, self._ledger.spooled, self._folder,
+            )  # fmt: skip
+        return self._ledger
+
+    def ledger(self) -> SiteLedger:
+        """Return the site's count as of the last sign of life."""
+        return self._ledger
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except Exception:
+            # A defect of trackhub's own, or the spool's folder is gone; training must go on.
+            _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self._folder)
+        finally:
+            with self._lock:
+                self._lock.notify_all()
+
+    def _run(self) -> None:
+        next_report = time.monotonic()
+        while True:
+            with self._lock:
+                self._in_pass = True
+                final = self._closing.is_set()
+            if self._hello() and not self._drain(final):
+                break
+            if self._refused_for_good is not None and not final:
+                self._wake.wait(self._limits.keepalive_s)
+                self._wake.clear()
+                continue
+            with self._lock:
+                self._passes += 1
+                self._in_pass = False
+                self._lock.notify_all()
+            if final:
+                break
+            now = time.monotonic()
+            if now >= next_report:
+                next_report = now + self._limits.keepalive_s
+                self._count()
+                self._ask_once(Report(self._ledger))
+            self._wake.wait(self._limits.poll_s)
+            self._wake.clear()
+        self._count()
+        if self._refused_for_good is None:
+            self._ask(Bye(self._ledger, self._failed))
+
+    def _hello(self) -> bool:
+        """Introduce the sender once; False if the sink refuses it, or did not answer before the deadline."""
+        if self._welcome:
+            return True
+        if self._refused_for_good is not None:
+            return False
+        reply = self._ask(Hello())
+        if isinstance(reply, Refused):
+            self._refused_for_good = reply
+            _log.error("the sink refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
+                       reply.detail, self._folder)  # fmt: skip
+            return False
+        self._welcome = reply is not None
+        return self._welcome
+
+    def _drain(self, final: bool) -> bool:
+        """Send until the spool has nothing new; False if the deadline passed first."""
+        while True:
+            try:
+                batch = self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes, final=final)
+            except OSError as e:
+                _log.warning("site %s cannot read its spool: %s; trying again", self.site, e)
+                return not final
+            if batch is None:
+                return True
+            if not self._deliver(batch):
+                return False
+
+    def _deliver(self, batch: SpoolBatch) -> bool:
+        if not all(self._send_blob(blob) for blob in batch.blobs):
+            return not self._is_late()  # a blob is lost: read the batch again, without it
+        request = Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames)
+        reply = self._ask(request)
+        if reply is None:
+            return False
+        if isinstance(reply, NeedBlob):
+            blob = next((b for b in batch.blobs if b.name == reply.name), None)
+            if blob is None:
+                reply = Refused("blob_unknown", reply.name)
+            else:
+                self._send_blob(blob)
+                return True
+        refused = reply.reason if isinstance(reply, Refused) else None
+        if isinstance(reply, Refused):
+            _log.error("the sink refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
+                       reply.detail)  # fmt: skip
+        self._settle(batch, refused)
+        return True
+
+    def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
+        try:
+            self._reader.settle(batch, refused)
+        except OSError as e:
+            _log.warning("site %s cannot store how far it got: %s; after a restart it sends again", self.site, e)
+
+    def _send_blob(self, blob: Blob) -> bool:
+        offset = 0
+        while True:
+            try:
+                with blob_file(self._folder, blob.name).open("rb") as file:
+                    file.seek(offset)
+                    data = file.read(self._limits.batch_bytes)
+            except OSError as e:
+                _log.warning("site %s cannot read the bytes of an image or artifact: %s", self.site, e)
+                self._reader.give_up_blob(blob.name)
+                return False
+            reply = self._ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
+            if reply is None:
+                return False
+            if not isinstance(reply, Accepted):
+                self._reader.give_up_blob(blob.name)
+                return False
+            if reply.next >= blob.size:
+                return True
+            offset = reply.next
+
+    def _ask(self, request: Request) -> Reply | None:
+        """Send a request until the sink answers it; None if the deadline passed first."""
+        backoff = Backoff(first_s=0.1, max_s=5.0)
+        data = encode(request)
+        while True:
+            reply = self._ask_once(request, data)
+            if reply is not None and not isinstance(reply, Busy):
+                return reply
+            if self._is_late():
+                return None
+            wait_s = backoff.next_wait_s()
+            if self._closing.is_set():
+                self._never.wait(min(wait_s, _CLOSING_WAIT_S))
+            else:
+                self._closing.wait(wait_s)
+
+    def _ask_once(self, request: Request, data: bytes | None = None) -> Reply | None:
+        timeout_s = self._request_s
+        if self._deadline is not None:
+            timeout_s = max(0.1, min(timeout_s, self._deadline - time.monotonic()))
+        try:
+            reply = decode_reply(self._link(data or encode(request), timeout_s))
+        except LinkError as e:
+            _log.debug("site %s: no answer from the sink: %s", self.site, e)
+            return None
+        except msgspec.DecodeError as e:
+            _log.warning("site %s: the sink's answer cannot be understood: %s", self.site, e)
+            return None
+        if not isinstance(reply, Busy):
+            self._silent = False
+        return reply
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _count(self) -> None:
+        total = SiteLedger()
+        dropped, refused = Counter(self._extra_dropped), Counter[str]()
+        try:
+            streams = self._reader.counts().values()
+        except OSError as e:
+            _log.warning("site %s cannot count its spool: %s", self.site, e)
+            return
+        for stream in streams:
+            total.logged += stream.logged
+            total.withheld += stream.withheld
+            total.acked += stream.acked
+            total.spooled += stream.spooled
+            dropped.update(stream.dropped)
+            refused.update(stream.refused)
+        total.logged += sum(self._extra_dropped.values())
+        total.dropped, total.refused = dict(dropped), dict(refused)
+        self._ledger = total

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed backends: list them without importing any, load one by name, and check its options.
+
+A backend is found by its entry point in the group ``trackhub.backends``; the entry point's name is the backend's
+name. First-party backends are found the same way as anybody's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from trackhub.errors import (
+    BackendConflictError,
+    BackendLoadError,
+    ConfigError,
+    IncompatibleBackendError,
+    InvalidOptionError,
+    UnknownBackendError,
+)
+from trackhub.secrets import Secret, refuse_literal_secrets, resolve_secrets
+from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind
+
+__all__ = ["GROUP", "BackendEntry", "available", "build_options", "load", "resolve_secrets"]
+
+GROUP = "trackhub.backends"
+"""The entry-point group in which plugins name their backend class."""
+
+RESERVED = frozenset({"none", "trackhub"})
+"""Names that no backend can have: ``none`` turns tracking off, and ``trackhub`` is the core's folder beside theirs."""
+
+# A backend's name is also a folder's name and the first part of ``NAME.KEY=VALUE``.
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_VALUE = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*:\s*(?P<attr>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
+
+_log = logging.getLogger(__name__)
+
+
+class BackendEntry(msgspec.Struct, frozen=True):
+    """One entry point: a backend that some installed distribution provides.
+
+    Attributes:
+        name: the backend's name.
+        distribution, version: which distribution provides it.
+        value: what the entry point names: ``module:Class``.
+        state: ``conflict`` when another distribution provides the same name; ``broken`` when it is plain without an
+            import that it cannot be loaded; else ``ok``, which ``load`` may still find untrue.
+        problem: why it is not ``ok``; empty if it is.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+    state: Literal["ok", "broken", "conflict"]
+    problem: str
+
+
+def available() -> list[BackendEntry]:
+    """Return every backend that installed distributions name, sorted by name, without importing any of them."""
+    found = sorted(set(_entry_points()))
+    entries = []
+    for name, distribution, version, value in found:
+        rivals = [other for other in found if other[0] == name]
+        problem = _visible_problem(name, value)
+        state: Literal["ok", "broken", "conflict"] = "broken" if problem else "ok"
+        if len(rivals) > 1:
+            state, problem = "conflict", _conflict(name, rivals)
+        entries.append(BackendEntry(name, distribution, version, value, state, problem))
+    return entries
+
+
+def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
+    """Import the backend of this name and check that it can be used. Imports the plugin's module, no other plugin's.
+
+    Args:
+        name: the name of its entry point.
+        allowed: the backends that the operator of this site allows; None for all.
+
+    Raises:
+        UnknownBackendError: no installed distribution provides it; says which there are and what to install.
+        ConfigError: it is installed, but not allowed at this site.
+        BackendConflictError: several distributions provide it.
+        BackendLoadError: it does not import, or is not a usable backend class.
+        IncompatibleBackendError: it was written for another version of the SPI.
+    """
+    entries = available()
+    matches = [entry for entry in entries if entry.name == name]
+    if not matches:
+        raise UnknownBackendError(_unknown(name, entries))
+    if allowed is not None and name not in allowed:
+        raise ConfigError(
+            f"backend {name!r} is not allowed at this site; its operator allows: {', '.join(sorted(allowed)) or 'none'}"
+        )
+    entry = matches[0]
+    if entry.state == "conflict":
+        raise BackendConflictError(entry.problem)
+    origin = f"backend {name!r} ({entry.value}, from {entry.distribution} {entry.version})"
+    if entry.state == "broken":
+        raise BackendLoadError(f"{origin} cannot be used: {entry.problem}")
+    try:
+        loaded = metadata.EntryPoint(name, entry.value, GROUP).load()
+    except (Exception, SystemExit) as error:  # a plugin's import runs anybody's code and may raise anything
+        raise BackendLoadError(
+            f"{origin} cannot be imported: {type(error).__name__}: {error}. "
+            f"Install what it is missing, or reinstall {entry.distribution}"
+        ) from error
+    return _checked(loaded, origin)
+
+
+def build_options(
+    name: str, cls: type[Backend], options: Mapping[str, Any], *, resolve: bool = False
+) -> msgspec.Struct:
+    """Return the backend's Options made from a plain mapping, as it comes from flags, TOML or JSON.
+
+    Strings are accepted for numbers, booleans and None where the option's type has no string (``"5"``, ``"true"``,
+    ``"null"``), since flags have nothing else.
+
+    Args:
+        name: the backend's name, for messages.
+        cls: the backend's class.
+        options: option name to value. Literal secrets are refused.
+        resolve: replace secret references by the secrets. Only at the sink; the result must not be stored or logged.
+
+    Raises:
+        InvalidOptionError: an option is unknown, has a value of the wrong type, or holds a literal secret.
+        ConfigError: a secret reference cannot be resolved.
+    """
+    known = [field.encode_name for field in msgspec.structs.fields(cls.Options)]
+    for key, value in options.items():
+        if key not in known:
+            raise InvalidOptionError(_unknown_option(name, str(key), known))
+        refuse_literal_secrets(f"{name}.{key}", value)
+    values = dict(options)
+    if resolve:
+        values = {key: resolve_secrets({f"{name}.{key}": value})[f"{name}.{key}"] for key, value in values.items()}
+    try:
+        return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        # Not chained: the original text and its traceback's values may hold a resolved secret.
+        raise InvalidOptionError(_wrong_value(name, str(error), values)) from None
+
+
+def _entry_points() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (name, distribution, version, value) of each entry point in the group."""
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        # One distribution may be found twice, as when an old copy lies further down sys.path or an editable install
+        # lies beside its build's metadata. As for imports, the first one counts.
+        try:
+            distribution_name = distribution.name
+        except Exception:  # noqa: BLE001 - metadata of an interrupted uninstallation must not hide other plugins
+            _log.debug("skipped a distribution without readable metadata", exc_info=True)
+            continue
+        canonical = re.sub(r"[-_.]+", "-", distribution_name or "").lower()
+        if not canonical or canonical in seen:
+            continue
+        seen.add(canonical)
+        try:
+            points = [point for point in distribution.entry_points if point.group == GROUP]
+            for point in points:
+                yield point.name, distribution_name, distribution.version or "unknown", point.value
+        except Exception:  # noqa: BLE001 - nor must a malformed entry_points.txt
+            _log.warning("the entry points of %s cannot be read; its backends are not seen", distribution_name)
+
+
+def _visible_problem(name: str, value: str) -> str:
+    """Return what is wrong with an entry point as far as that shows without importing it, else an empty string."""
+    if _NAME.fullmatch(name) is None:
+        return "a backend's name is made of a-z, 0-9, - and _, starts with a letter and has at most 64 characters"
+    if name in RESERVED:
+        return f"the name {name!r} is reserved"
+    match = _VALUE.fullmatch(value.strip())
+    if match is None:
+        return f"the entry point {value!r} is not of the form 'module:Class'"
+    # Only the top-level package: finding a submodule would import its parents.
+    top_level = match["module"].partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top_level)
+    except (ImportError, ValueError):
+        spec = None
+    return "" if spec is not None else f"there is no module {top_level!r}; was the distribution moved or half removed?"
+
+
+def _conflict(name: str, rivals: list[tuple[str, str, str, str]]) -> str:
+    claims = " and ".join(f"{distribution} {version} ({value})" for _, distribution, version, value in rivals)
+    return f"backend {name!r} is provided more than once: by {claims}. Uninstall all but one of them"
+
+
+def _unknown(name: str, entries: list[BackendEntry]) -> str:
+    usable = sorted({entry.name for entry in entries if entry.state == "ok"})
+    near = difflib.get_close_matches(str(name).lower(), usable, n=1)
+    message = f"there is no backend {name!r} here; available: {', '.join(usable) or 'none'}."
+    if near:
+        message += f" Did you mean {near[0]!r}?"
+    if _NAME.fullmatch(str(name)) and name not in RESERVED:
+        message += f" If it is a plugin, install it where it runs: pip install flare-trackhub-{name}"
+    return message
+
+
+def _unknown_option(name: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_").lower(), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    listing = f"its options: {', '.join(sorted(known))}" if known else f"backend {name!r} has no options"
+    return f"{name}.{key}: unknown option; {listing}{hint}"
+
+
+def _wrong_value(name: str, message: str, values: Mapping[str, Any]) -> str:
+    """Return msgspec's message with our path in front, ``wandb.tags[0]: expected `str`, got `int```."""
+    what, _, path = message.rpartition(" - at `$")
+    what = what or message
+    for secret in _secrets_in(values):
+        what = what.replace(secret, "***")
+    where = name + path.rstrip("`") if path and what != message else name
+    hint = "; a list is written as JSON: [1, 2]" if "Expected `array`" in message else ""
+    hint = "; use true or false" if "Expected `bool`" in message else hint
+    return f"{where}: {what[:1].lower()}{what[1:]}{hint}"
+
+
+def _secrets_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Secret):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _secrets_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _secrets_in(item)
+
+
+def _decode(expected: type, value: Any) -> Any:
+    """Let options be paths, which msgspec does not know."""
+    if isinstance(expected, type) and issubclass(expected, Path) and isinstance(value, str):
+        return expected(value)
+    raise NotImplementedError(f"an option of type {expected} is not supported")
+
+
+def _checked(loaded: Any, origin: str) -> type[Backend]:
+    """Return the loaded object as a backend class, or say what it lacks."""
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
+    if loaded.spi != SPI_VERSION:
+        raise IncompatibleBackendError(
+            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
+            f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
+        )
+    if loaded.open_run is Backend.open_run:
+        raise BackendLoadError(f"{origin} does not implement open_run(info)")
+    if not isinstance(loaded.capabilities, Capabilities):
+        raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
+    if problem := _capability_problem(loaded.capabilities):
+        raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
+    options = loaded.Options
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
+    if not options.__struct_config__.forbid_unknown_fields:
+        # Otherwise a misspelt option would be dropped without a word.
+        raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
+    return loaded
+
+
+def _capability_problem(capabilities: Capabilities) -> str:
+    if not all(isinstance(kind, Kind) and kind is not Kind.GAP for kind in capabilities.kinds):
+        return "kinds must be a set of trackhub.spi.Kind, without GAP"
+    if capabilities.max_batch < 1:
+        return "max_batch must be at least 1"
+    try:
+        re.compile(f"[{capabilities.key_chars}]" if capabilities.key_chars else "")
+    except re.error as error:
+        return f"key_chars is not the inside of a character class: {error}"
+    return ""

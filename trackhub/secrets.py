@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets in options: literals are refused, references are resolved at the sink and nowhere else.
+
+A job's options travel through files, archives and other sites, so they may name a secret but never hold one::
+
+    ${secret:WANDB_API_KEY}              an environment variable of the sink's process
+    ${secret:file:/run/secrets/wandb}    a file on the sink's machine, without its trailing newline
+
+A reference may stand within a longer string, such as ``postgresql://mlflow:${secret:PG_PASSWORD}@db/mlflow``. The
+spelling is that of FLARE's own secret references.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trackhub.errors import ConfigError, InvalidOptionError
+
+__all__ = ["Secret", "refuse_literal_secrets", "resolve_secrets"]
+
+_REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
+_MARKER = "${secret:"
+
+# Only the end of a key decides: `api_token` holds a secret; `token_file` and `max_tokens` do not.
+_SECRET_KEY = re.compile(
+    r"(?:^|[_.-])(?:api_?key|access_?key|secret_?key|private_?key|auth_?key|secret|token|password|passwd|passphrase"
+    r"|pwd|credentials?|authorization)$"
+)
+_INDEX = re.compile(r"(?:\[\d+\])+$")
+_CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# A git commit has the shape of an old W&B key.
+_COMMIT_KEY = re.compile(r"(?:^|[_.-])(?:commit|sha|sha1|revision|rev)$")
+_HEX_KEY = re.compile(r"(?:local-)?[0-9a-f]{40}")
+_SECRET_SHAPES = (
+    ("a W&B API key", re.compile(r"\bwandb_v\d_[A-Za-z0-9_-]{20,}")),
+    ("an AWS access key", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("a GitHub token", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})")),
+    ("a GitLab token", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}")),
+    ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{30,}")),
+    ("a Slack token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bhooks\.slack\.com/services/\w+/\w+/\w+")),
+    ("a JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
+    ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
+    ("a URL with a password", re.compile(r"://[^/\s:@]*:[^/\s@]+@")),
+    ("a URL with a key", re.compile(r"[?&](?:api_?key|(?:access_?)?token|password|sig)=[^&\s]+", re.IGNORECASE)),
+)
+
+
+class Secret(str):
+    """A string that holds a resolved secret. It is the string, but its ``repr`` does not show it.
+
+    The ``repr`` is what shows up when a Struct of options is logged or printed in a traceback.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def refuse_literal_secrets(path: str, value: Any) -> None:
+    """Check that nothing in this value, or nested in it, looks like a secret, and that its references are well formed.
+
+    Args:
+        path: the path to the value, for the message, such as ``wandb.api_key``. Its last part counts as the key.
+        value: what was configured: plain strings, numbers, lists and mappings.
+
+    Raises:
+        InvalidOptionError: it does not hold. The message names the path and never the value.
+    """
+    for where, leaf in _leaves(path, value):
+        if isinstance(leaf, str) and _MARKER in _REFERENCE.sub("", leaf):
+            raise InvalidOptionError(_malformed(where))
+        if (found := _looks_secret(where, leaf)) is not None:
+            raise InvalidOptionError(
+                f"{where}: {found} must not be written into a job or its command line. Set it in the environment of "
+                f"the process that runs the backend and refer to it as ${{secret:NAME}}, or as "
+                f"${{secret:file:/path}} if it is in a file there"
+            )
+
+
+def resolve_secrets(options: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return a copy of the options in which every secret reference is replaced by what it refers to.
+
+    Call it at the sink, just before the options are handed to the backend; the result must not be stored or logged.
+
+    Args:
+        options: an options mapping; it is not changed.
+        environ: where to look up variables; None for this process's environment.
+
+    Raises:
+        ConfigError: a reference is malformed, or its variable or file is missing or empty.
+    """
+    lookup = os.environ if environ is None else environ
+    return {key: _resolve(key, value, lookup) for key, value in options.items()}
+
+
+def _resolve(path: str, value: Any, environ: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _resolve(f"{path}.{key}", item, environ) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolve(f"{path}[{index}]", item, environ) for index, item in enumerate(value)]
+    if not isinstance(value, str) or _MARKER not in value:
+        return value
+    if _MARKER in _REFERENCE.sub("", value):
+        raise InvalidOptionError(_malformed(path))
+    return Secret(_REFERENCE.sub(lambda match: _look_up(path, match, environ), value))
+
+
+def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str:
+    if (name := match["env"]) is not None:
+        if secret := environ.get(name, ""):
+            return secret
+        raise ConfigError(
+            f"{path}: the environment variable {name} is not set where the backend runs. Set it before the process "
+            f"starts, or remove the option"
+        )
+    file = Path(match["file"])
+    if not file.is_absolute():
+        raise ConfigError(f"{path}: {match[0]} needs an absolute path")
+    try:
+        secret = file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: the secret file {file} cannot be read where the backend runs: {reason}") from None
+    if not secret:
+        raise ConfigError(f"{path}: the secret file {file} is empty")
+    return secret
+
+
+def _malformed(path: str) -> str:
+    return (
+        f"{path}: a secret reference is malformed; expected ${{secret:NAME}} with the name of an environment variable, "
+        f"or ${{secret:file:/path}} with a path without spaces or braces"
+    )
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}", item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{path}[{index}]", item)
+    else:
+        yield path, value
+
+
+def _looks_secret(path: str, value: Any) -> str | None:
+    """Return what kind of secret the value looks like, or None."""
+    if value is None or isinstance(value, bool):
+        return None
+    text = _REFERENCE.sub("", str(value))
+    key = _CAMEL_HUMP.sub("_", _INDEX.sub("", path)).lower()
+    if _SECRET_KEY.search(key) and text.strip():
+        return "a secret"
+    if _HEX_KEY.fullmatch(text) and not _COMMIT_KEY.search(key):
+        return "what looks like a W&B API key"
+    for what, shape in _SECRET_SHAPES:
+        if shape.search(text):
+            return f"what looks like {what}"
+    return None

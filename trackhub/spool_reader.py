@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sender's end of the spool: follow all streams of a site, hand out batches, give back what is acknowledged.
+
+Frames are passed on as they are; a frame's body is decoded only where the reader must know what is in it (a gap, a
+reference to a blob, the first record after damage).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+
+from trackhub.errors import SpoolError
+from trackhub.records import (
+    MAX_BODY_BYTES,
+    Artifact,
+    Blob,
+    CorruptFrameError,
+    Gap,
+    Image,
+    Kind,
+    Record,
+    decode_body,
+    encode_frame,
+    scan_frames,
+)
+from trackhub.spool_layout import (
+    SEGMENT_HEADER,
+    Ack,
+    Ledger,
+    blob_file,
+    read_ack,
+    read_spool_info,
+    segment_name,
+    write_ack,
+)
+
+__all__ = ["SpoolBatch", "SpoolReader", "StreamCount"]
+
+_SEGMENT = re.compile(r"([0-9a-f]{32})-(\d{6,})\.spool")
+_READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
+_DAMAGED = "damaged"
+_BLOB_KINDS = frozenset({Kind.IMAGE, Kind.ARTIFACT})
+_log = logging.getLogger(__name__)
+
+
+class SpoolBatch(msgspec.Struct, frozen=True):
+    """Consecutive frames of one stream, and where the stream goes on after them.
+
+    Attributes:
+        stream, first_seq, next_seq, records, frames: as in ``wire.Batch``.
+        blobs: the blobs that the frames refer to, in order.
+        explained: records that are not in the frames, by reason: written gaps, and damaged places.
+        segment, offset: where the next batch starts.
+    """
+
+    stream: str
+    first_seq: int
+    next_seq: int
+    records: int
+    frames: bytes
+    blobs: tuple[Blob, ...]
+    explained: dict[str, int]
+    segment: int
+    offset: int
+
+
+class StreamCount(msgspec.Struct, frozen=True):
+    """What is known of one stream's records: how many were logged, and what became of them."""
+
+    logged: int
+    dropped: dict[str, int]
+    withheld: int
+    acked: int
+    refused: dict[str, int]
+    spooled: int
+
+
+class SpoolReader:
+    """Follows all streams of a spool for one sink. Used by one thread.
+
+    Every sink of a site has a reader with a cursor of its own; files are deleted when all cursors are past them.
+    """
+
+    def __init__(self, folder: Path, cursor: str) -> None:
+        """Start where this cursor stood.
+
+        Raises:
+            SpoolError: the folder is not a spool, or its ``spool.json`` does not name the cursor.
+        """
+        self.folder = folder
+        self.cursor = cursor
+        self.info = read_spool_info(folder)
+        if cursor not in self.info.cursors:
+            raise SpoolError(f"{folder} is read by {', '.join(self.info.cursors)}, not by {cursor!r}")
+        self._acks: dict[str, Ack] = {}
+        self._last_segment: dict[str, int] = {}
+        self._turn: list[str] = []
+        self._named: set[tuple[str, int, int]] = set()
+        self._lost_blobs: set[str] = set()
+
+    def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
+        """Return the next unacknowledged frames of some stream, streams taking turns; None when there are none.
+
+        The same frames are returned until ``settle`` is called.
+
+        Args:
+            max_records: most frames in the batch.
+            max_bytes: most bytes of frames, but never less than one frame.
+            final: no writer is alive any more, so an incomplete frame at the end is not waited for.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        self._discover()
+        for stream in list(self._turn):
+            batch = self._read(stream, max_records, max_bytes, final)
+            if batch is not None:
+                self._turn.remove(stream)
+                self._turn.append(stream)
+                return batch
+        return None
+
+    def settle(self, batch: SpoolBatch, refused: str | None = None) -> None:
+        """Store that the batch needs no further care: the sink accepted it, or refused it for this reason.
+
+        Raises:
+            OSError: the cursor cannot be stored; the batch will be sent again after a restart.
+        """
+        old = self._acks[batch.stream]
+        explained = Counter(old.explained)
+        explained.update(batch.explained)
+        refusals = Counter(old.refused)
+        if refused is not None:
+            refusals[refused] += batch.records
+        ack = Ack(
+            batch.segment,
+            batch.offset,
+            batch.next_seq,
+            old.acked + (batch.records if refused is None else 0),
+            dict(refusals),
+            dict(explained),
+        )
+        self._acks[batch.stream] = ack
+        write_ack(self.folder, batch.stream, self.cursor, ack)
+        self._release(batch, old)
+
+    def give_up_blob(self, name: str) -> None:
+        """Say that a blob's bytes cannot be had, so that its record becomes a gap, counted as dropped(damaged)."""
+        self._lost_blobs.add(name)
+
+    def counts(self) -> dict[str, StreamCount]:
+        """Return what became of each stream's records. Reads what is left in the spool to count it."""
+        self._discover()
+        return {stream: self._count(stream) for stream in self._acks}
+
+    def _discover(self) -> None:
+        latest: dict[str, int] = {}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if match := _SEGMENT.fullmatch(entry.name):
+                    stream, segment = match[1], int(match[2])
+                    latest[stream] = max(segment, latest.get(stream, 0))
+                elif entry.name.endswith(".ledger"):
+                    latest.setdefault(entry.name.removesuffix(".ledger"), -1)
+        for stream, segment in sorted(latest.items()):
+            if stream not in self._acks:
+                self._acks[stream] = read_ack(self.folder, stream, self.cursor)
+                self._turn.append(stream)
+            self._last_segment[stream] = segment
+
+    def _read(self, stream: str, max_records: int, max_bytes: int, final: bool) -> SpoolBatch | None:
+        ack = self._acks[stream]
+        return self._next(stream, ack.next_seq, ack.segment, ack.offset, max_records, max_bytes, final)
+
+    def _next(
+        self, stream: str, seq: int, segment: int, offset: int, max_records: int, max_bytes: int, final: bool
+    ) -> SpoolBatch | None:
+        """Return the first batch at or after this place, which ``seq`` is expected to follow."""
+        while True:
+            data = self._read_segment(stream, segment, offset, max_bytes)
+            is_last = segment >= self._last_segment[stream]
+            closed = final or not is_last
+            batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed)
+            if batch is not None:
+                return batch
+            if not closed:
+                return None
+            if data:
+                self._name_damage(stream, segment, offset, offset + len(data))
+            if len(data) > _READ_MARGIN:
+                offset += len(data) - _READ_MARGIN
+            elif is_last:
+                return None
+            else:
+                segment, offset = segment + 1, len(SEGMENT_HEADER)
+
+    def _read_segment(self, stream: str, segment: int, offset: int, max_bytes: int) -> bytes:
+        try:
+            fd = os.open(self.folder / segment_name(stream, segment), os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.pread(fd, max_bytes + _READ_MARGIN, offset)
+        finally:
+            os.close(fd)
+
+    def _assemble(
+        self,
+        stream: str,
+        seq: int,
+        segment: int,
+        offset: int,
+        data: bytes,
+        max_records: int,
+        max_bytes: int,
+        closed: bool,
+    ) -> SpoolBatch | None:
+        """Make a batch of the frames in ``data``, which stands at ``offset`` of the segment.
+
+        None if there is no whole frame in it. Where records are missing before the first frame, a gap explains them.
+        """
+        found = _sound_start(data, seq, closed)
+        if found is None:
+            return None
+        start = found
+        if start:
+            self._name_damage(stream, segment, offset, offset + start)
+        first_seq, records, end, prefix = seq, 0, 0, b""
+        blobs: list[Blob] = []
+        explained: Counter[str] = Counter()
+        try:
+            for frame in scan_frames(data, start):
+                if records >= max_records or (end and frame.end - start > max_bytes):
+                    break
+                if not end:
+                    record = decode_body(data[frame.body : frame.end])
+                    if lost := record.seq - seq:
+                        prefix = encode_frame(Record(seq, record.time, None, None, Gap(lost, _DAMAGED)))
+                        explained[_DAMAGED] += lost
+                        seq = record.seq
+                if frame.kind == Kind.GAP or frame.kind in _BLOB_KINDS:
+                    record = decode_body(data[frame.body : frame.end])
+                    payload = record.payload
+                    if isinstance(payload, Gap):
+                        explained[payload.reason] += payload.count
+                        seq += payload.count
+                        end = frame.end
+                        continue
+                    if isinstance(payload, Image | Artifact):
+                        if payload.blob.name in self._lost_blobs:
+                            if end:
+                                break
+                            prefix += encode_frame(Record(seq, record.time, None, None, Gap(1, _DAMAGED)))
+                            explained[_DAMAGED] += 1
+                            seq += 1
+                            start = end = frame.end
+                            continue
+                        blobs.append(payload.blob)
+                end = frame.end
+                seq += 1
+                records += 1
+        except CorruptFrameError:
+            pass  # the sound frames before it make a batch; the next one starts with the damage
+        frames = prefix + data[start:end]
+        return SpoolBatch(
+            stream, first_seq, seq, records, frames, tuple(blobs), dict(explained), segment, offset + end
+        )
+
+    def _name_damage(self, stream: str, segment: int, start: int, end: int) -> None:
+        if (stream, segment, start) not in self._named:
+            self._named.add((stream, segment, start))
+            _log.warning(
+                "%s: bytes %d to %d cannot be read (damaged, or cut off when its writer died); the records in them, if "
+                "any, are counted as dropped(%s)", self.folder / segment_name(stream, segment), start, end, _DAMAGED,
+            )  # fmt: skip
+
+    def _release(self, batch: SpoolBatch, old: Ack) -> None:
+        """Delete segments and blobs that every cursor is past."""
+        others = [read_ack(self.folder, batch.stream, c) for c in self.info.cursors if c != self.cursor]
+        for blob in batch.blobs:
+            seq = int(blob.name.rpartition("-")[2])
+            if all(other.next_seq > seq for other in others):
+                blob_file(self.folder, blob.name).unlink(missing_ok=True)
+        reached = min([batch.segment, *(other.segment for other in others)])
+        for segment in range(max(0, old.segment - 1), reached):
+            (self.folder / segment_name(batch.stream, segment)).unlink(missing_ok=True)
+
+    def _count(self, stream: str) -> StreamCount:
+        ack = self._acks[stream]
+        spooled, explained, seq = 0, Counter(ack.explained), ack.next_seq
+        segment, offset = ack.segment, ack.offset
+        while batch := self._next(stream, seq, segment, offset, 1 << 30, MAX_BODY_BYTES, final=True):
+            spooled += batch.records
+            explained.update(batch.explained)
+            seq, segment, offset = batch.next_seq, batch.segment, batch.offset
+        logged, dropped = Ledger.read(self.folder / f"{stream}.ledger")
+        logged = max(logged, seq)
+        withheld = explained.pop("withheld", 0)
+        # The writer's own ledger counts its drops also where the gap never got into the stream. Whatever then has no
+        # explanation was in a damaged place.
+        dropped = {reason: max(dropped.get(reason, 0), explained[reason]) for reason in {*dropped, *explained}}
+        dropped.pop(_DAMAGED, None)
+        refused = ack.refused
+        damaged = logged - withheld - sum(dropped.values()) - sum(refused.values()) - ack.acked - spooled
+        if damaged > 0:
+            dropped = {**dropped, _DAMAGED: damaged}
+        return StreamCount(logged, dropped, withheld, ack.acked, refused, spooled)
+
+
+def _sound_start(data: bytes, seq: int, closed: bool) -> int | None:
+    """Return where the first intact frame with a record of ``seq`` or later starts; None if there is none.
+
+    0 in a sound spool. After damage nothing tells where the next frame starts, so every offset is tried.
+    """
+    for offset in range(len(data)):
+        try:
+            frame = next(scan_frames(data, offset), None)
+            if frame is None:
+                if offset == 0 and not closed:
+                    return None  # cut off: the rest is about to be written
+                continue
+            if decode_body(data[frame.body : frame.end]).seq >= seq:
+                return offset
+        except (CorruptFrameError, msgspec.DecodeError):
+            continue
+    return None
