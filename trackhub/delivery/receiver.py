@@ -84,13 +84,13 @@ class Receiver:
             workdir: the job's run folder; each backend works in the folder of its name in it.
             backends: name to options.
         """
-        self.folder = folder
-        self._workdir = workdir
+        self.folder = folder.absolute()
+        self._workdir = workdir.absolute()
         self.job = job
         self._side = side
         self._backends = backends
         self._limits = limits or Limits()
-        self._blobs = BlobStore(folder / "blobs")
+        self._blobs = BlobStore(self.folder / "blobs")
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
         self._state = "not started yet"
@@ -111,6 +111,9 @@ class Receiver:
         self._journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job, side=self._side, durability=self._limits.durability
         )
+        # As given, so that secrets stay references: a replay resolves them again, where it runs.
+        known = msgspec.json.decode(self._journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
+        self._journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
         self._lanes = [
             Lane(
                 name,
@@ -275,7 +278,7 @@ class Receiver:
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
-        self._journal.set_status(status)
+        self._journal.set_meta("status", status)
         report = self._journal.report([lane.name for lane in self._lanes])
         self._journal.close()
         try:
