@@ -35,7 +35,7 @@ def encode_image(key: str, image: Any) -> EncodedImage:
         RecordError: it is none of these, or Pillow is not installed.
     """
     try:
-        from PIL import Image as pil  # noqa: N813  # lazy: only who logs images needs Pillow
+        from PIL import Image as pil  # lazy: only who logs images needs Pillow
     except ImportError as e:
         raise RecordError(
             f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]'"

@@ -288,7 +288,7 @@ class Backend:
         return None
 
     def close(self) -> None:
-        """Release what serves all runs: threads, connections, processes. Called once, when the lane ends.
+        """Release what all runs share: end the job's parent run, stop the SDK's service.
 
-        Runs that could not be finished before the deadline may still be open. It waits for no peer and never raises.
+        Called once, after the last call to any run, also when runs could not be finished. An error is logged, no more.
         """

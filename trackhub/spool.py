@@ -60,7 +60,7 @@ def set_process_spool(folder: Path | None) -> None:
     The server uses it for its own run: an environment variable would leak into the simulator's clients, which inherit
     the server's environment, and they would write as the server.
     """
-    global _process_spool  # noqa: PLW0603  # the one per-process fact: whose process this is
+    global _process_spool  # the one per-process fact: whose process this is
     _process_spool = folder
 
 
@@ -146,7 +146,7 @@ class Spool:
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
 
-        One ``write(2)``: measured 2 µs at the median.
+        One ``write(2)``: measured 2 us at the median.
 
         Raises:
             ValueError: the record is larger than a frame may be (``MAX_BODY_BYTES``); nothing was logged.

@@ -47,6 +47,7 @@ DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
 """Why a writer drops a record: its own limit, no space left on the device, any other error of the file system, or a
 record of FLARE's own writers that no record can hold."""
 
+
 class SpoolInfo(msgspec.Struct, frozen=True):
     """What ``spool.json`` says.
 

@@ -268,9 +268,7 @@ class SpoolReader:
         except CorruptFrameError:
             pass  # the sound frames before it make a batch; the next one starts with the damage
         frames = prefix + data[start:end]
-        return SpoolBatch(
-            stream, first_seq, seq, records, frames, tuple(blobs), dict(explained), segment, offset + end
-        )
+        return SpoolBatch(stream, first_seq, seq, records, frames, tuple(blobs), dict(explained), segment, offset + end)
 
     def _name_damage(self, stream: str, segment: int, start: int, end: int) -> None:
         if (stream, segment, start) not in self._named:

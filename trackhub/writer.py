@@ -8,6 +8,7 @@ backend. All may be called from any thread.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import operator
 import os
@@ -163,7 +164,8 @@ class Writer:
             raise RecordError(f"log_histogram({key!r}): give either values, or edges and counts")
         if values is not None:
             edges, counts = _count_values(key, values, bins)
-        assert edges is not None and counts is not None
+        assert edges is not None
+        assert counts is not None
         self._append(_histogram(key, edges, counts), step, now)
 
     def log_table(
@@ -185,7 +187,7 @@ class Writer:
             table.append(cells)
         self._append(Table(key, names, table), step, now)
 
-    def log_artifact(self, path: str | os.PathLike[str], name: str | None = None, type: str = "file") -> None:  # noqa: A002
+    def log_artifact(self, path: str | os.PathLike[str], name: str | None = None, type: str = "file") -> None:
         """Log a file. It is copied at once, so it may change or vanish afterwards; takes as long as the copy.
 
         Args:
@@ -391,7 +393,7 @@ def _count_values(key: str, values: Any, bins: int) -> tuple[list[float], list[f
 def _histogram(key: str, edges: Sequence[float], counts: Sequence[float]) -> Histogram:
     limits = [_number(key, e) for e in edges]
     numbers = [_number(key, c) for c in counts]
-    rising = all(a < b for a, b in zip(limits, limits[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(limits))
     if len(limits) != len(numbers) + 1 or not numbers or not rising or not all(map(math.isfinite, limits)):
         raise RecordError(
             f"log_histogram({key!r}): {len(limits)} edges and {len(numbers)} counts; expected n + 1 finite rising "

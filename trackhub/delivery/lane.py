@@ -119,6 +119,13 @@ class Lane:
                 _log.exception("lane %s ended unexpectedly; its records stay in the journal", self.name)
         finally:
             self._preflight_done.set()
+            self._close()
+
+    def _close(self) -> None:
+        try:
+            self._backend.close()
+        except Exception as e:
+            _log.warning("backend %s could not close: %s: %s", self.name, type(e).__name__, e)
 
     def _preflight(self) -> None:
         try:

@@ -198,6 +198,7 @@ class Receiver:
 
     def _accept(self, site: str, batch: Batch) -> Reply:
         records, explained, first_time = 0, Counter[str](), None
+        blobs: list[str] = []
         try:
             for frame in scan_frames(batch.frames):
                 if frame.kind != Kind.GAP:
@@ -209,10 +210,11 @@ class Receiver:
                 if isinstance(record.payload, Gap):
                     explained[record.payload.reason] += record.payload.count
                 elif isinstance(record.payload, Image | Artifact):
-                    if not self._blobs.has(site, record.payload.blob.name):
-                        return NeedBlob(record.payload.blob.name)
+                    blobs.append(record.payload.blob.name)
         except (CorruptFrameError, msgspec.DecodeError) as e:
             return Refused("malformed", str(e))
+        if missing := next((name for name in blobs if not self._blobs.has(site, name)), None):
+            return NeedBlob(missing)
         if records != batch.records or batch.next_seq - batch.first_seq != records + explained.total():
             return Refused("malformed", f"{batch.records} records announced, {records} found")
         assert self._journal is not None

@@ -24,7 +24,7 @@ class Backoff:
     def next_wait_s(self, at_least_s: float | None = None) -> float:
         """Count a failure and return how long to wait, in seconds; never less than the peer asked for."""
         self.failures += 1
-        wait_s = self._next_s * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, guards no secret
+        wait_s = self._next_s * random.uniform(0.5, 1.0)
         self._next_s = min(self._next_s * 2, self._max_s)
         return max(wait_s, at_least_s or 0.0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.journal import Journal, Row
+from trackhub.delivery.journal_report import Progress
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.shaper import Shaper
 from trackhub.errors import JournalError, PermanentError, TransientError
@@ -57,10 +58,9 @@ class RunLane:
         self._blob_dir = blob_dir
         self._can = backend.capabilities
         written, self._confirmed, self._progress = journal.run_state(lane, site_id)
-        if self._can.redelivery is Redelivery.REBUILD and self._confirmed and self._progress.state != "finished":
-            # What was confirmed is in a run that was never finished, and the backend cannot go on in it.
-            self._confirmed, self._progress = 0, msgspec.structs.replace(self._progress, confirmed=0, rejected={},
-                                                                         altered={}, memory=b"")  # fmt: skip
+        if self._can.redelivery is Redelivery.REBUILD and self._confirmed and self._must_rebuild():
+            self._confirmed = 0
+            self._progress = Progress(last_error=self._progress.last_error)
         self._written = self._confirmed
         self._doubtful = journal.records_between(site_id, self._confirmed, max(written, self._confirmed))
         self._shaper = Shaper(self._can, self._progress.memory)
@@ -78,6 +78,10 @@ class RunLane:
         self._has_stored = False
         self._asked_to_wait = False
         self._hurried = False
+
+    def _must_rebuild(self) -> bool:
+        """Return whether the run cannot be left as it is: it was never finished, or has got more records since."""
+        return self._progress.state != "finished" or self._journal.has_rows_after(self.site_id, self._confirmed)
 
     def advance(self, *, flush_now: bool) -> bool:
         """Do one piece of work: hand over a batch, or flush what is due. Return whether there was something to do."""
