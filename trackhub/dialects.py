@@ -72,7 +72,9 @@ class SummaryWriter(_Dialect):
         """
         self.writer.log({tag: scalar}, global_step)
 
-    def add_scalars(self, tag: str, scalars: Mapping[str, float], global_step: int | None = None, **kwargs: Any) -> None:
+    def add_scalars(
+        self, tag: str, scalars: Mapping[str, float], global_step: int | None = None, **kwargs: Any
+    ) -> None:
         """Log scalars below a common tag, as ``tag/name``.
 
         Args:

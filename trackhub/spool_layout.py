@@ -17,6 +17,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -33,6 +34,7 @@ __all__ = [
     "RoundFile",
     "SpoolInfo",
     "blob_file",
+    "close_spool",
     "create_spool",
     "read_ack",
     "read_spool_info",
@@ -81,7 +83,7 @@ def create_spool(folder: Path, info: SpoolInfo) -> None:
                     f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
                     f"job {info.job!r}; give each its own folder"
                 )
-        partial = folder / "spool.json.new"
+        partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may end at the same time
         partial.write_bytes(msgspec.json.encode(info))
         partial.replace(folder / "spool.json")
     except OSError as e:
@@ -98,6 +100,16 @@ def read_spool_info(folder: Path) -> SpoolInfo:
         return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
     except (OSError, msgspec.DecodeError) as e:
         raise SpoolError(f"{folder} is not a spool: {e}") from e
+
+
+def close_spool(folder: Path) -> None:
+    """Mark the spool's job as ended, so that a leftover environment variable leads no new writer to it.
+
+    Raises:
+        SpoolError: it cannot be written.
+    """
+    info = read_spool_info(folder)
+    create_spool(folder, msgspec.structs.replace(info, open=False))
 
 
 def segment_name(stream: str, segment: int) -> str:

@@ -36,7 +36,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sites (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    next_position INTEGER NOT NULL DEFAULT 0, received INTEGER NOT NULL DEFAULT 0,
+    first_position INTEGER NOT NULL, next_position INTEGER NOT NULL, received INTEGER NOT NULL DEFAULT 0,
     duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
     explained BLOB, ledger BLOB, bye INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS streams (
@@ -144,10 +144,17 @@ class Journal:
                     raise JournalError(f"cannot write the journal {self.path}: {e}") from e
                 raise
 
-    def add_site(self, site: str, created: float) -> int:
-        """Return the id of this site, registering it if it is new; ``created`` is then its run's start time."""
+    def add_site(self, site: str, created: float, first_position: int = 0) -> int:
+        """Return the id of this site, registering it if it is new; ``created`` is then its run's start time.
+
+        Args:
+            first_position: the position of its first record; more than 0 where another journal holds what comes before.
+        """
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO sites (name, created) VALUES (?, ?)", (site, created))
+            db.execute(
+                "INSERT OR IGNORE INTO sites (name, created, first_position, next_position) VALUES (?, ?, ?, ?)",
+                (site, created, first_position, first_position),
+            )
             row = db.execute("SELECT id FROM sites WHERE name = ?", (site,)).fetchone()
             return int(row[0])
 
@@ -161,7 +168,12 @@ class Journal:
             JournalError: it cannot be written, for example since the disk is full; nothing was stored.
         """
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, 0)", (site, batch.stream))
+            # A stream may begin late only where another journal holds its beginning.
+            db.execute(
+                "INSERT OR IGNORE INTO streams (site, name, next_seq)"
+                " SELECT id, ?, iif(first_position > 0, ?, 0) FROM sites WHERE id = ?",
+                (batch.stream, batch.first_seq, site),
+            )
             query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
             stream, known = db.execute(query, (site, batch.stream)).fetchone()
             new, frames = batch.records, batch.frames
@@ -278,6 +290,12 @@ class Journal:
                 "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)",
                 (lane, site, written, confirmed, msgspec.msgpack.encode(progress)),
             )
+
+    def rewind(self, lane: str) -> None:
+        """Set a lane's confirmed cursors back to the start; what it had written stays known."""
+        empty = msgspec.msgpack.encode(Progress())
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ?", (empty, lane))
 
     def report(self, lanes: list[str] | None = None) -> DeliveryReport:
         """Return what became of every record so far.

@@ -93,7 +93,10 @@ def build_report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
     meta = dict(db.execute("SELECT key, value FROM meta"))
     sites: dict[str, SiteReport] = {}
     names: dict[int, str] = {}
-    query = "SELECT id, name, next_position, received, duplicates, missing, explained, ledger, bye FROM sites"
+    query = (
+        "SELECT id, name, next_position - first_position, received, duplicates, missing, explained, ledger, bye"
+        " FROM sites"
+    )
     for i, name, journaled, received, duplicates, missing, explained, ledger, bye in db.execute(query):
         names[i] = name
         sites[name] = SiteReport(

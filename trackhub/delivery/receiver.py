@@ -99,8 +99,11 @@ class Receiver:
         self._last_seen: dict[str, float] = {}
         self._byes: dict[str, bool] = {}
 
-    def start(self) -> None:
+    def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load the backends, check them, and start delivering. Blocks up to ``limits.preflight_s``.
+
+        Args:
+            from_start: deliver again what the lanes have delivered already.
 
         Raises:
             ConfigError: a backend or an option is unknown, or a backend says that it cannot be used as configured.
@@ -114,6 +117,9 @@ class Receiver:
         # As given, so that secrets stay references: a replay resolves them again, where it runs.
         known = msgspec.json.decode(self._journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
         self._journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
+        if from_start:
+            for name in backends:
+                self._journal.rewind(name)
         self._lanes = [
             Lane(
                 name,
@@ -230,6 +236,14 @@ class Receiver:
             assert self._journal is not None
             found = self._site_ids[site] = self._journal.add_site(site, created or time.time())
         return found
+
+    def continue_site(self, site: str, position: int) -> None:
+        """Let the positions of a site that is new here start at ``position``: another journal holds what comes before.
+
+        Call it before the site's first request. Has no effect on a site that this journal knows already.
+        """
+        assert self._journal is not None
+        self._site_ids[site] = self._journal.add_site(site, time.time(), first_position=position)
 
     def wait_for_byes(self, sites: Iterable[str], gate_s: float | None = None) -> set[str]:
         """Wait until each site said that it is done, or fell silent, or the cap passed.

@@ -33,8 +33,9 @@ from trackhub.delivery.wire import (
     decode_reply,
     encode,
 )
+from trackhub.errors import SpoolError
 from trackhub.records import Blob
-from trackhub.spool_layout import RoundFile, blob_file
+from trackhub.spool_layout import RoundFile, blob_file, close_spool
 from trackhub.spool_reader import SpoolBatch, SpoolReader
 
 __all__ = ["Link", "LinkError", "Sender"]
@@ -68,7 +69,7 @@ class Sender:
         """
         self.site = site
         self._reader = SpoolReader(spool_dir, cursor)
-        self._folder = spool_dir
+        self.folder = spool_dir
         self._round = RoundFile(spool_dir)
         self._link = link
         self._limits = limits or Limits()
@@ -125,7 +126,7 @@ class Sender:
                     self._silent = True
                     _log.warning(
                         "the sink did not acknowledge the records of site %s in time; training goes on without waiting "
-                        "again until it answers; the records stay in %s", self.site, self._folder,
+                        "again until it answers; the records stay in %s", self.site, self.folder,
                     )  # fmt: skip
                     return False
                 self._lock.wait(min(left_s, self._limits.poll_s))
@@ -147,11 +148,15 @@ class Sender:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s + self._request_s + 1.0)
+        try:
+            close_spool(self.folder)
+        except SpoolError as e:
+            _log.warning("site %s cannot mark its spool as closed: %s", self.site, e)
         self._count()
         if self._ledger.spooled:
             _log.warning(
                 "site %s: %d records were not acknowledged; they stay in %s, for `trackhub replay`",
-                self.site, self._ledger.spooled, self._folder,
+                self.site, self._ledger.spooled, self.folder,
             )  # fmt: skip
         return self._ledger
 
@@ -164,7 +169,7 @@ class Sender:
             self._run()
         except Exception:
             # A defect of trackhub's own, or the spool's folder is gone; training must go on.
-            _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self._folder)
+            _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self.folder)
         finally:
             with self._lock:
                 self._lock.notify_all()
@@ -208,7 +213,7 @@ class Sender:
         if isinstance(reply, Refused):
             self._refused_for_good = reply
             _log.error("the sink refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
-                       reply.detail, self._folder)  # fmt: skip
+                       reply.detail, self.folder)  # fmt: skip
             return False
         self._welcome = reply is not None
         return self._welcome
@@ -257,7 +262,7 @@ class Sender:
         offset = 0
         while True:
             try:
-                with blob_file(self._folder, blob.name).open("rb") as file:
+                with blob_file(self.folder, blob.name).open("rb") as file:
                     file.seek(offset)
                     data = file.read(self._limits.batch_bytes)
             except OSError as e:

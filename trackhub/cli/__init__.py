@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``trackhub``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line in ``sys.argv`` and exit: 0 when all is well, 1 when not, 2 for a wrong command."""
+    try:
+        from trackhub.cli.app import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
+            raise
+        sys.stderr.write(
+            f"trackhub: the command line needs {error.name}, which is not installed here. Install the extra `cli`: "
+            "pip install 'flare-trackhub[cli]' (in a clone: pip install -e '.[cli]')\n"
+        )
+        sys.exit(2)
+    run()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub replay``: deliver what a job left in its journals and spools, or a whole job into another backend."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trackhub.cli.output import print_error, print_lines
+from trackhub.config import parse_option_flags
+from trackhub.delivery.find import find
+from trackhub.delivery.journal_report import read_journal_report
+from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool
+from trackhub.delivery.report import DeliveryReport, format_report
+from trackhub.errors import ConfigError, JournalError, TrackhubError
+from trackhub.spool_layout import read_spool_info
+
+__all__ = ["replay"]
+
+_REFRESH_S = 0.5
+
+
+def replay(
+    path: Annotated[Path, typer.Argument(help="A journal, a spool folder, or a folder above, such as a job's.")],
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Deliver to this backend; repeatable. Default: those of the job. A new one gets everything."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME.KEY=VALUE, an option of a backend; repeatable.")
+    ] = None,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Deliver again what was delivered already.")] = False,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after so many seconds. Default: never.")] = None,
+) -> None:
+    """Deliver what a finished job left behind. Can be interrupted and called again; then it goes on.
+
+    What a journal holds is brought into its backends. What is left in a site's spool goes on from there: through the
+    site's own journal, or, where the server did not get it, straight into the backends that --backend names. The exit
+    status is 1 when something is still not delivered.
+    """
+    backends = _backends(backend, option)
+    found = find(path)
+    limit_s = FOREVER_S if timeout_s is None else timeout_s
+    left = 0
+    errors: list[TrackhubError] = []
+    for spool in found.spools:
+        for cursor in read_spool_info(spool).cursors:
+            try:
+                report = replay_spool(spool, cursor=cursor, backends=backends, timeout_s=limit_s)
+            except TrackhubError as e:
+                errors.append(e)
+                continue
+            if report is not None:
+                print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
+                left += report.undelivered()
+    for journal in found.journals:
+        try:
+            work = partial(replay_journal, journal, backends=backends, from_start=from_start, timeout_s=limit_s)
+            report = _with_progress(journal, work)
+        except TrackhubError as e:
+            errors.append(e)
+            continue
+        print_lines(f"{journal}:", format_report(report))
+        left += sum(run.pending for lane in report.lanes.values() for run in lane.values())
+    for error in errors:
+        print_error(str(error))
+    if left:
+        print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
+    if left or errors:
+        raise typer.Exit(1)
+
+
+def _backends(names: list[str] | None, options: list[str] | None) -> Backends | None:
+    given = parse_option_flags(options or [])
+    if not names:
+        if given:
+            raise ConfigError(f"--option is given for {', '.join(given)}, but no --backend; name it as well")
+        return None
+    unknown = given.keys() - set(names)
+    if unknown:
+        raise ConfigError(f"--option is given for {', '.join(sorted(unknown))}, which no --backend names")
+    return {name: given.get(name, {}) for name in names}
+
+
+def _with_progress(journal: Path, work: Callable[[], DeliveryReport]) -> DeliveryReport:
+    """Show how far the delivery got while ``work`` runs: on a terminal only."""
+    if not sys.stderr.isatty():
+        return work()
+    done = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def follow() -> None:
+            tasks = {}
+            while not done.wait(_REFRESH_S):
+                try:
+                    report = read_journal_report(journal)
+                except JournalError:
+                    continue  # it is being closed; the report follows
+                for lane, runs in report.lanes.items():
+                    total = sum(site.journaled for site in report.sites.values())
+                    settled = sum(run.confirmed + sum(run.rejected.values()) for run in runs.values())
+                    if lane not in tasks:
+                        tasks[lane] = progress.add_task(lane, total=total)
+                    progress.update(tasks[lane], total=total, completed=settled)
+
+        watcher = threading.Thread(target=follow, daemon=True)
+        watcher.start()
+        try:
+            return work()
+        finally:
+            done.set()
+            watcher.join()

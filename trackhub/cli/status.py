@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub status``: what became of a job's records, read from its journals and spools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from trackhub.cli.output import print_error, print_json, print_lines, print_table
+from trackhub.delivery.find import find
+from trackhub.delivery.journal_report import read_journal_report
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.errors import DeliveryError
+from trackhub.spool_layout import read_spool_info
+from trackhub.spool_reader import SpoolReader
+
+__all__ = ["journal_status", "spool_status", "status"]
+
+JSON_VERSION = 1
+"""Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
+
+
+def status(
+    path: Annotated[Path, typer.Argument(help="A journal, a spool folder, or a folder above, such as a job's.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its keys are stable.")] = False,
+) -> None:
+    """Show what became of a job's records, by site and backend. The job may be running.
+
+    The JSON document is {"version": 1, "journals": [...], "spools": [...]}. A journal has path, job, side, status,
+    balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
+    null if it never did; received, duplicates, journaled, missing, explained, said_bye) and lanes (by backend, then
+    site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool has path,
+    site, job, open and sinks (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
+    rejected, altered and explained are counts by reason. What cannot be read has path and error alone, and the exit
+    status is 1.
+    """
+    found = find(path)
+    journals = [_or_error(journal, journal_status) for journal in found.journals]
+    spools = [_or_error(spool, spool_status) for spool in found.spools]
+    if as_json:
+        print_json({"version": JSON_VERSION, "journals": journals, "spools": spools})
+    else:
+        for journal in journals:
+            _show_journal(journal)
+        for spool in spools:
+            _show_spool(spool)
+    errors = [part["error"] for part in (*journals, *spools) if "error" in part]
+    for error in errors:
+        print_error(error)
+    if errors:
+        raise typer.Exit(1)
+
+
+def journal_status(path: Path) -> dict[str, Any]:
+    """Return what one journal says, as plain values.
+
+    Raises:
+        JournalError: it cannot be read.
+    """
+    report = read_journal_report(path)
+    lanes = {lane: _all_runs(report, lane) for lane in sorted(report.lanes)}
+    spooled = sum(site.site.spooled for site in report.sites.values() if site.site)
+    return {
+        "path": str(path),
+        "job": report.job,
+        "side": report.side,
+        "status": report.status,
+        "balanced": report.balanced,
+        "undelivered": spooled + sum(run.pending for runs in lanes.values() for run in runs.values()),
+        "sites": {name: _plain_site(site) for name, site in sorted(report.sites.items())},
+        "lanes": {lane: {site: msgspec.to_builtins(run) for site, run in runs.items()} for lane, runs in lanes.items()},
+    }
+
+
+def spool_status(folder: Path) -> dict[str, Any]:
+    """Return what one spool holds, as plain values; counts what is not acknowledged by reading it.
+
+    Raises:
+        SpoolError: it cannot be read.
+    """
+    info = read_spool_info(folder)
+    sinks = {}
+    for cursor in info.cursors:
+        counts = SpoolReader(folder, cursor).counts().values()
+        sinks[cursor] = {
+            "streams": len(counts),
+            "logged": sum(count.logged for count in counts),
+            "withheld": sum(count.withheld for count in counts),
+            "dropped": _total(count.dropped for count in counts),
+            "refused": _total(count.refused for count in counts),
+            "acked": sum(count.acked for count in counts),
+            "spooled": sum(count.spooled for count in counts),
+        }
+    return {"path": str(folder), "site": info.site, "job": info.job, "open": info.open, "sinks": sinks}
+
+
+def _or_error(path: Path, read: Any) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = read(path)
+    except DeliveryError as error:
+        return {"path": str(path), "error": str(error)}
+    except (OSError, msgspec.DecodeError) as error:
+        return {"path": str(path), "error": f"cannot read {path}: {error}"}
+    return result
+
+
+def _plain_site(site: SiteReport) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(site)
+    ledger = plain.pop("site") or dict.fromkeys(("logged", "withheld", "dropped", "refused", "acked", "spooled"))
+    return {**ledger, **plain}
+
+
+def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
+    """Return a lane's runs by site; a site whose run was never opened has all its records pending."""
+    runs = report.lanes[lane]
+    return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in sorted(report.sites.items())}
+
+
+def _total(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for reason, number in count.items():
+            total[reason] = total.get(reason, 0) + number
+    return total
+
+
+def _show_journal(journal: Mapping[str, Any]) -> None:
+    if "error" in journal:
+        return
+    print_lines(f"{journal['path']}: job {journal['job']}, {journal['side']} side, {journal['status']}")
+    if not journal["balanced"]:
+        print_lines("THE COUNTS DO NOT ADD UP: a defect of trackhub or of the disk")
+    rows = []
+    for name, site in journal["sites"].items():
+        at_site = [
+            name,
+            _number(site["logged"]),
+            str(site["received"]),
+            _reasons({**(site["dropped"] or {}), **({"missing": site["missing"]} if site["missing"] else {})}),
+        ]
+        lanes = [(lane, runs[name]) for lane, runs in journal["lanes"].items()]
+        rows += [
+            [
+                *at_site,
+                lane,
+                str(run["confirmed"]),
+                _reasons(run["rejected"]),
+                str(run["pending"]),
+                run["state"],
+                _first_line(run["last_error"]),
+            ]
+            for lane, run in lanes
+        ] or [[*at_site, *"------"]]
+    print_table(
+        ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "last error"],
+        rows,
+    )
+
+
+def _show_spool(spool: Mapping[str, Any]) -> None:
+    if "error" in spool:
+        return
+    print_lines(f"{spool['path']}: spool of site {spool['site']}, job {spool['job']}{', open' * spool['open']}")
+    print_table(
+        ["sink", "logged", "acked", "refused", "dropped", "withheld", "pending"],
+        [
+            [
+                sink,
+                str(count["logged"]),
+                str(count["acked"]),
+                _reasons(count["refused"]),
+                _reasons(count["dropped"]),
+                str(count["withheld"]),
+                str(count["spooled"]),
+            ]
+            for sink, count in spool["sinks"].items()
+        ],
+    )
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """Return ``12 (spool_full 10, damaged 2)``."""
+    parts = [f"{reason} {number}" for reason, number in sorted(counts.items()) if number]
+    return f"{sum(counts.values())} ({', '.join(parts)})" if parts else "0"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:120] if text.strip() else ""
