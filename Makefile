@@ -1,0 +1,62 @@
+# Everything runs in .venv, which `make demo` and `make test` create by themselves. Another Python: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
+PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
+SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format types arch coverage bench changelog clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+setup: $(INSTALLED) ## create .venv and install the core with all extras and every backend, editable
+
+# The stamp is written last, so a failed or interrupted installation is done again.
+$(INSTALLED): $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "trackhub needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 setup")'
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[flare,cli,testing,jobs,dev]' $(addprefix -e ,$(BACKENDS))
+	@touch $@
+
+demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say how to look at the result
+	$(BIN)/python jobs/cifar10_fedavg/job.py $(ARGS)
+
+test: $(INSTALLED) ## run every test but the long ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(INSTALLED) ## run every test
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(INSTALLED) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## put the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## check types
+	$(BIN)/mypy $(SOURCES)
+
+arch: $(INSTALLED) ## check who imports whom
+	$(BIN)/lint-imports
+
+coverage: $(INSTALLED) ## run the quick tests and show which lines of the core they miss
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest tests/unit tests/contract tests/faults
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(INSTALLED) ## run one job with FLARE's own tracking and with trackhub, and compare
+	$(BIN)/python -m tests.bench $(ARGS)
+
+changelog: $(INSTALLED) ## show what the next release's changelog will say
+	$(BIN)/towncrier build --draft --version next
+
+clean: ## remove .venv and what the tools left behind
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLflow as a trackhub backend: one MLflow run per site, all sites of a job under one parent run."""
+
+from __future__ import annotations
+
+from trackhub_mlflow.backend import MLflowBackend
+from trackhub_mlflow.options import MLflowOptions
+
+__all__ = ["MLflowBackend", "MLflowOptions"]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in a run's artifacts each logged file is put, so that no two of them take the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trackhub.spi import Artifact, Blob, Entry
+from trackhub_mlflow.naming import artifact_path, versioned_path
+from trackhub_mlflow.store import Store, StoredRun
+
+__all__ = ["ArtifactPaths"]
+
+
+class ArtifactPaths:
+    """Gives each artifact record of one run its path.
+
+    The path is the artifact's key, with the step before the extension unless that is 0. Where another content has
+    that path, or would be in its way (a file where a folder is needed, names that differ in case alone), the record's
+    position is added. A record that is handed over again gets its path again.
+    """
+
+    def __init__(self, store: Store, run: StoredRun, *, is_new: bool) -> None:
+        """Begin with a run.
+
+        Args:
+            is_new: whether the run's first record is still to come; else the store is asked what is there.
+        """
+        self._store = store
+        self._run = run
+        self._is_new = is_new
+        self._files: dict[str, tuple[str, str]] = {}
+        self._folders: set[str] = set()
+
+    def path(self, entry: Entry, artifact: Artifact) -> str:
+        """Return the path for this record."""
+        plain = artifact_path(artifact.key)
+        if entry.step:
+            plain = versioned_path(plain, f"step-{entry.step}")
+        own = versioned_path(plain, f"p{entry.position}")
+        path = next((p for p in (plain, own) if self._is_mine(p, artifact.blob)), own.replace("/", "~"))
+        self._files[path.casefold()] = path, artifact.blob.sha256
+        self._folders.update(_folders(path.casefold()))
+        return path
+
+    def _is_mine(self, path: str, blob: Blob) -> bool:
+        """Return whether the path is free, or holds what this record holds."""
+        folded = path.casefold()
+        if folded in self._files:
+            return self._files[folded] == (path, blob.sha256)
+        if folded in self._folders or any(folder in self._files for folder in _folders(folded)):
+            return False
+        if self._is_new:
+            return True
+        size = self._store.artifact_size(self._run, path)
+        if size is None:
+            return all((self._store.artifact_size(self._run, folder) or -1) < 0 for folder in _folders(path))
+        return size == blob.size and self._store.artifact_sha256(self._run, path) == blob.sha256
+
+
+def _folders(path: str) -> Iterator[str]:
+    parts = path.split("/")[:-1]
+    for count in range(1, len(parts) + 1):
+        yield "/".join(parts[:count])

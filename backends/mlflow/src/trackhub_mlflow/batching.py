@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics, params and tags in as few requests as MLflow's limits allow, with whatever it refuses narrowed down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from trackhub.spi import Rejection, TransientError
+from trackhub_mlflow.store import Pair, Point, RefusedError, Store
+
+__all__ = ["Item", "send"]
+
+# Source: mlflow.utils.validation, mlflow 3.17.
+_MAX_ITEMS = 1000
+_MAX_PARAMS = 100
+_MAX_TAGS = 100
+_MAX_BYTES = 900_000  # of 10**6, since this is an estimate
+_ITEM_BYTES = 100
+
+
+class Item(NamedTuple):
+    """One metric value, param or tag, and the record that it is of.
+
+    Attributes:
+        kind: ``metric``, ``param`` or ``tag``.
+    """
+
+    position: int
+    kind: str
+    what: Point | Pair
+
+
+def send(store: Store, run_id: str, items: Sequence[Item]) -> list[Rejection]:
+    """Store these items, in this order within each kind; return those that MLflow refuses for good.
+
+    Raises:
+        TransientError: they were not stored, or not all.
+    """
+    rejections: list[Rejection] = []
+    for batch in _batches(items):
+        _send(store, run_id, batch, rejections)
+    return rejections
+
+
+def _send(store: Store, run_id: str, batch: Sequence[Item], rejections: list[Rejection]) -> None:
+    try:
+        store.log_batch(
+            run_id,
+            [item.what for item in batch if isinstance(item.what, Point)],
+            [item.what for item in batch if item.kind == "param" and isinstance(item.what, Pair)],
+            [item.what for item in batch if item.kind == "tag" and isinstance(item.what, Pair)],
+        )
+    except RefusedError as error:
+        _require_active(store, run_id)
+        if len(batch) == 1:
+            item = batch[0]
+            rejections.append(Rejection(item.position, "refused_by_mlflow", f"{item.kind} {item.what.key!r}: {error}"))
+            return
+        # MLflow checks a whole batch before it stores any of it, and knows again what it has stored.
+        middle = len(batch) // 2
+        _send(store, run_id, batch[:middle], rejections)
+        _send(store, run_id, batch[middle:], rejections)
+
+
+def _require_active(store: Store, run_id: str) -> None:
+    """Tell a run that was deleted, to which MLflow refuses everything, from a record that it refuses."""
+    run = store.run(run_id)
+    if run is None:
+        raise TransientError(f"MLflow has no run {run_id} any more; its records wait for the store to be restored")
+    if not run.active:
+        raise TransientError(
+            f"MLflow run {run_id} was deleted; its records wait. Restore it in the UI, or by "
+            f"`mlflow runs restore --run-id {run_id}`"
+        )
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    params = tags = size = 0
+    for item in items:
+        length = _ITEM_BYTES + len(item.what.key.encode())
+        if isinstance(item.what, Pair):
+            length += len(item.what.value.encode())
+        is_param, is_tag = item.kind == "param", item.kind == "tag"
+        full = len(batch) == _MAX_ITEMS or params + is_param > _MAX_PARAMS or tags + is_tag > _MAX_TAGS
+        if batch and (full or size + length > _MAX_BYTES):
+            yield batch
+            batch, params, tags, size = [], 0, 0, 0
+        batch.append(item)
+        params, tags, size = params + is_param, tags + is_tag, size + length
+    if batch:
+        yield batch

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The artifacts that stand for text, images, histograms and tables, in the forms that MLflow's UI shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from trackhub.spi import Entry, Histogram, Image, Table, Text
+from trackhub_mlflow.naming import file_part
+from trackhub_mlflow.points import milliseconds
+
+__all__ = ["UnreadableImageError", "histogram_files", "image_files", "table_file", "table_path", "text_file"]
+
+_THUMBNAIL_PIXELS = 256
+_WIDTH, _HEIGHT, _MARGIN = 640, 320, 40
+
+
+class UnreadableImageError(Exception):
+    """The bytes are not an image."""
+
+
+def text_file(entry: Entry, text: Text) -> tuple[str, bytes]:
+    """Return path and content of a piece of text."""
+    return f"text/{_name(entry, text.key)}.md", text.text.encode()
+
+
+def image_files(entry: Entry, image: Image, blob: Path, run_id: str) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of an image, its thumbnail and its caption, if it has one.
+
+    Named as by ``MlflowClient.log_image(key=…, step=…)``, which makes them appear in the UI's charts with a slider for
+    the step. The UI knows PNG alone, so other formats are converted, pixel by pixel.
+
+    Raises:
+        UnreadableImageError: the bytes are not an image.
+    """
+    unique = uuid.uuid5(uuid.UUID(run_id), str(entry.position))
+    stem = f"images/{file_part(image.key)}+step+{entry.step or 0}+timestamp+{milliseconds(entry.time)}+{unique}"
+    content = blob.read_bytes()
+    png, thumbnail = _png_and_thumbnail(content)
+    yield f"{stem}.png", png
+    if thumbnail is not None:
+        yield f"{stem}+compressed.webp", thumbnail
+    if image.caption:
+        yield f"{stem}.txt", image.caption.encode()
+
+
+def histogram_files(entry: Entry, histogram: Histogram) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of a histogram's data and of its picture."""
+    stem = f"histograms/{_name(entry, histogram.key)}"
+    data = {"edges": histogram.edges, "counts": histogram.counts, "step": entry.step, "time": entry.time}
+    yield f"{stem}.json", _json(data)
+    yield f"{stem}.svg", _bars(histogram, f"{histogram.key}, step {entry.step}").encode()
+
+
+def table_path(entry: Entry, table: Table) -> str:
+    """Return the path of a table."""
+    return f"tables/{_name(entry, table.key)}.json"
+
+
+def table_file(table: Table) -> bytes:
+    """Return a table's content, in the form of ``MlflowClient.log_table``, which the UI shows as a table.
+
+    JSON has no NaN and no infinity; such a cell holds their name.
+    """
+    return _json({"columns": table.columns, "data": [[_cell(cell) for cell in row] for row in table.rows]})
+
+
+def _name(entry: Entry, key: str) -> str:
+    # The position keeps two records apart that have key and step in common, and is the same on every delivery.
+    return f"{file_part(key)}/step-{entry.step or 0:08d}-p{entry.position}"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _cell(cell: Any) -> Any:
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return "NaN" if math.isnan(cell) else "Infinity" if cell > 0 else "-Infinity"
+    return cell
+
+
+def _png_and_thumbnail(content: bytes) -> tuple[bytes, bytes | None]:
+    """Return the image as PNG, and small as WebP; no thumbnail of what is too large to be decoded safely."""
+    from PIL import Image as Pillow
+
+    is_png = content.startswith(b"\x89PNG\r\n\x1a\n")
+    try:
+        with Pillow.open(io.BytesIO(content)) as image:
+            png = content if is_png else _encoded(image, "PNG")
+            small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            return png, _encoded(small, "WEBP")
+    except Pillow.DecompressionBombError as error:
+        if is_png:
+            return content, None
+        raise UnreadableImageError(f"the image is too large to be converted: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableImageError(f"the image cannot be decoded: {error}") from error
+
+
+def _encoded(image: Any, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def _bars(histogram: Histogram, title: str) -> str:
+    """Return the histogram as an SVG picture, bars as wide as their bins."""
+    edges, counts = histogram.edges, histogram.counts
+    low, span = edges[0], (edges[-1] - edges[0]) or 1.0
+    top = max(counts, default=0.0) or 1.0
+    inner_width, inner_height = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
+    base = _HEIGHT - _MARGIN
+
+    def x(edge: float) -> float:
+        return _MARGIN + inner_width * (edge - low) / span
+
+    bars = []
+    for left, right, count in zip(edges, edges[1:], counts, strict=False):
+        height = inner_height * count / top
+        bars.append(
+            f'<rect x="{x(left):.2f}" y="{base - height:.2f}" width="{max(x(right) - x(left) - 0.5, 0.5):.2f}" '
+            f'height="{height:.2f}"><title>[{left:g}, {right:g}): {count:g}</title></rect>'
+        )
+    return "\n".join(_picture(title, bars, edges, top, base))
+
+
+def _picture(title: str, bars: Sequence[str], edges: Sequence[float], top: float, base: int) -> Iterator[str]:
+    right = _WIDTH - _MARGIN
+    yield f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif"'
+    yield ' font-size="13"><rect width="100%" height="100%" fill="white"/>'
+    yield f'<text x="{_MARGIN}" y="{_MARGIN / 2}">{escape(title)}</text>'
+    yield f'<g fill="#2272b4">{"".join(bars)}</g>'
+    yield f'<path d="M{_MARGIN} {base}H{right}" stroke="black"/>'
+    yield f'<text x="{_MARGIN}" y="{base + 18}">{edges[0]:g}</text>'
+    yield f'<text x="{right}" y="{base + 18}" text-anchor="end">{edges[-1]:g}</text>'
+    yield f'<text x="{_MARGIN - 4}" y="{_MARGIN + 4}" text-anchor="end">{top:g}</text></svg>'

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The login of an MLflow server: the settings that MLflow's own client reads, from the sink's environment.
+
+They are read here, since importing mlflow takes seconds and a few hundred megabytes, for nothing else that a sink
+with a server needs. Only a login by a plugin of MLflow's, or by AWS's signatures, imports it.
+
+Source: ``mlflow.utils.credentials`` and ``mlflow.utils.rest_utils.http_request``, mlflow 3.17.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trackhub_mlflow.store import SetupError
+
+if TYPE_CHECKING:
+    import requests
+
+__all__ = ["open_session"]
+
+
+def open_session(login: tuple[str, str] | None) -> requests.Session:
+    """Return a session that logs in as MLflow's client would.
+
+    Args:
+        login: user and password that stood in the server's URI; they go before the environment's.
+
+    Raises:
+        SetupError: the settings contradict each other, or ask for a plugin that is not there.
+    """
+    import requests
+
+    session = requests.Session()
+    session.headers["User-Agent"] = "trackhub-mlflow"
+    user, password = login or _user_and_password()
+    if user and password:
+        session.auth = (user, password)
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        session.auth = _Bearer(token)
+    if workspace := os.environ.get("MLFLOW_WORKSPACE", "").strip():
+        session.headers["X-MLFLOW-WORKSPACE"] = workspace
+    bundle = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    insecure = _is_on("MLFLOW_TRACKING_INSECURE_TLS")
+    if insecure and bundle:
+        raise SetupError("set one of MLFLOW_TRACKING_INSECURE_TLS and MLFLOW_TRACKING_SERVER_CERT_PATH, not both")
+    session.verify = bundle or not insecure
+    session.cert = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
+    _log_in_by_plugins(session)
+    return session
+
+
+def _user_and_password() -> tuple[str | None, str | None]:
+    file = configparser.ConfigParser(interpolation=None)
+    file.read(Path.home() / ".mlflow" / "credentials")
+    stored = file["mlflow"] if file.has_section("mlflow") else {}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or stored.get("mlflow_tracking_username")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or stored.get("mlflow_tracking_password")
+    return user, password
+
+
+def _log_in_by_plugins(session: requests.Session) -> None:
+    if entry_points(group="mlflow.request_header_provider"):
+        from mlflow.tracking.request_header.registry import resolve_request_headers
+
+        session.headers.update(resolve_request_headers())
+    try:
+        if _is_on("MLFLOW_TRACKING_AWS_SIGV4"):
+            from requests_auth_aws_sigv4 import AWSSigV4
+
+            session.auth = AWSSigV4("execute-api")
+        elif name := os.environ.get("MLFLOW_TRACKING_AUTH"):
+            from mlflow.tracking.request_auth.registry import fetch_auth
+
+            session.auth = fetch_auth(name)
+            if session.auth is None:
+                raise SetupError(f"MLFLOW_TRACKING_AUTH names {name!r}, but no such MLflow plugin is installed")
+    except ImportError as error:
+        raise SetupError(f"the login to MLflow needs a package that is not installed: {error}") from error
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in ("true", "1")
+
+
+class _Bearer:
+    """Sends a token. A header of the session would give way to a login in the user's ``.netrc``."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request

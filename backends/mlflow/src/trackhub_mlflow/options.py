@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the MLflow backend, and what a tracking URI means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import msgspec
+
+__all__ = ["MLflowOptions", "server_url", "shown_uri", "sqlite_path"]
+
+_ANSWER = "leave tracking_uri out for a store in the job's folder, or give sqlite:///FILE or http(s)://HOST:PORT"
+
+_REFUSED = {
+    "": f"is a plain path, which MLflow 3 refuses as a store; {_ANSWER}",
+    "file": f"is a file store, which MLflow 3 refuses to use; {_ANSWER}",
+    "databricks": f"is a Databricks workspace, which this backend does not support; {_ANSWER}",
+}
+
+
+class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where and how runs are written. The login of a server is read from the sink's ``MLFLOW_TRACKING_*`` environment.
+
+    Attributes:
+        tracking_uri: a server, ``http(s)://HOST:PORT``, or an SQLite store, ``sqlite:///FILE``, whose artifacts lie in
+            the folder ``mlartifacts`` beside it. Left out: the store ``mlflow.db`` in the job's ``mlflow`` folder.
+        experiment_name: the MLflow experiment that holds the runs; created where there is none.
+        run_tags: tags that every run gets, beside those that are logged.
+        note: a description in Markdown, shown on the page of every run.
+        timeout_s: longest time that one request waits for the server; then it is tried again later.
+    """
+
+    tracking_uri: str = ""
+    experiment_name: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] = "trackhub"
+    run_tags: dict[str, str] = {}
+    note: str = ""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse a tracking URI that can never work."""
+        if not self.tracking_uri:
+            return
+        try:
+            parts = urlsplit(self.tracking_uri)
+            usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError as error:
+            raise ValueError(f"tracking_uri is not a URI: {error}; {_ANSWER}") from None
+        scheme = parts.scheme.partition("+")[0]
+        problem = None
+        if scheme == "sqlite":
+            if not sqlite_path(self.tracking_uri, Path()).name or ":memory:" in parts.path:
+                problem = f"names no file; {_ANSWER}"
+        elif scheme not in ("http", "https"):
+            problem = _REFUSED.get(
+                scheme,
+                f"has the scheme {scheme!r}; to use a database other than SQLite, run "
+                f"`mlflow server --backend-store-uri …` in front of it; {_ANSWER}",
+            )
+        elif not usable:
+            problem = f"names no host; {_ANSWER}"
+        if problem:
+            raise ValueError(f"tracking_uri {shown_uri(self.tracking_uri)!r} {problem}")
+
+    def __repr__(self) -> str:
+        """Show what is set, without a login in the URI: a traceback or log line must not hold it."""
+        fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        shown = (f"{n}={shown_uri(v) if n == 'tracking_uri' else v!r}" for n, v in fields if v)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def shown_uri(uri: str) -> str:
+    """Return the URI without a user and password that may stand in it."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return "(not a URI)"
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def server_url(uri: str) -> tuple[str, tuple[str, str] | None]:
+    """Return a server's URL without a trailing slash, and the user and password that stood in it."""
+    parts = urlsplit(uri)
+    login = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+    return shown_uri(uri).rstrip("/"), login
+
+
+def sqlite_path(uri: str, base: Path) -> Path:
+    """Return the file of an ``sqlite:`` URI; a relative one is relative to ``base``.
+
+    Source: SQLAlchemy's form: three slashes before a relative path, four before an absolute one.
+    """
+    _, _, rest = uri.partition("://")
+    path = unquote(rest.partition("?")[0])
+    return base / path.removeprefix("/")

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One site's MLflow run, being written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from trackhub.spi import (
+    Artifact,
+    BackendRun,
+    Blob,
+    Entry,
+    Histogram,
+    Image,
+    Metrics,
+    Params,
+    Rejection,
+    RunInfo,
+    RunStatus,
+    Table,
+    Tags,
+    Text,
+    WriteReport,
+)
+from trackhub_mlflow import files
+from trackhub_mlflow.artifacts import ArtifactPaths
+from trackhub_mlflow.batching import Item, send
+from trackhub_mlflow.group import close_parent, mlflow_status
+from trackhub_mlflow.naming import digest, entity_name, file_part, tag_name
+from trackhub_mlflow.params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer
+from trackhub_mlflow.points import PointMaker, milliseconds
+from trackhub_mlflow.store import Pair, RefusedError, Store, StoredRun
+
+__all__ = ["MLflowRun"]
+
+_HAS_IMAGES = Pair("mlflow.loggedImages", "True")
+_TABLES_TAG = "mlflow.loggedArtifacts"
+
+
+class MLflowRun(BackendRun):
+    """Writes one run. ``write`` returns when the store has everything, so that nothing needs a flush."""
+
+    def __init__(self, store: Store, run: StoredRun, info: RunInfo, on_finish: Callable[[], None]) -> None:
+        """Go on with a run that is in the store.
+
+        Args:
+            on_finish: called once, when the run has been ended.
+        """
+        self._store = store
+        self._run = run
+        self._info = info
+        self._on_finish = on_finish
+        self._points = PointMaker()
+        self._names: dict[str, str] = {}
+        self._params = ParamNames(run.params)
+        self._artifacts = ArtifactPaths(store, run, is_new=info.resume_from == 0)
+        self._tables: list[dict[str, str]] = _tables_in(run.tags.get(_TABLES_TAG, "[]"))
+        self._has_images = _HAS_IMAGES.key in run.tags
+        self._last_ms = 0
+
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        """Store these entries; whatever MLflow refuses is named and costs no other record."""
+        self._points.forget_old()
+        rejections: dict[int, Rejection] = {}
+        items: list[Item] = []
+        for entry in batch:
+            self._last_ms = max(self._last_ms, milliseconds(entry.time))
+            payload = entry.payload
+            if isinstance(payload, Metrics):
+                items += self._metrics(entry, payload)
+                continue
+            try:
+                if isinstance(payload, Params):
+                    items += self._param_items(entry, payload)
+                elif isinstance(payload, Tags):
+                    items += self._tag_items(entry, payload)
+                else:
+                    items += self._file_items(entry)
+            except _RejectedError as error:
+                rejections[entry.position] = Rejection(entry.position, error.reason, str(error))
+        for rejection in send(self._store, self._run.id, items):
+            rejections.setdefault(rejection.position, rejection)
+        return WriteReport([rejections[position] for position in sorted(rejections)]) if rejections else None
+
+    def finish(self, status: RunStatus) -> None:
+        """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
+        self._store.update_run(self._run.id, mlflow_status(status), self._last_ms or self._run.end_ms or None)
+        close_parent(self._store, self._info, self._run)
+        self._on_finish()
+
+    def _metrics(self, entry: Entry, payload: Metrics) -> Iterator[Item]:
+        time_ms, step, position = milliseconds(entry.time), entry.step or 0, entry.position
+        make, names = self._points.point, self._names
+        for key, value in payload.values.items():
+            name = names.get(key)
+            if name is None:
+                name = names[key] = entity_name(key)
+            yield Item(position, "metric", make(position, name, value, time_ms, step))
+
+    def _param_items(self, entry: Entry, payload: Params) -> Iterator[Item]:
+        for key, value in payload.values.items():
+            for path, text in flatten(key, value):
+                name, shown = self._params.place(path, partial(_shown, "params", text, MAX_PARAM_CHARS))
+                if shown != text:
+                    self._put(_whole_path("params", name, text), text.encode())
+                yield Item(entry.position, "param", Pair(name, shown))
+
+    def _tag_items(self, entry: Entry, payload: Tags) -> Iterator[Item]:
+        for key, text in payload.values.items():
+            name = tag_name(key)
+            shown = _shown("tags", text, MAX_TAG_CHARS, name)
+            if shown != text:
+                self._put(_whole_path("tags", name, text), text.encode())
+            yield Item(entry.position, "tag", Pair(name, shown))
+
+    def _file_items(self, entry: Entry) -> Iterator[Item]:
+        """Store what becomes an artifact; yield the tag by which the UI knows of it, where there is one."""
+        payload = entry.payload
+        if isinstance(payload, Text):
+            self._put(*files.text_file(entry, payload))
+        elif isinstance(payload, Histogram):
+            for path, content in files.histogram_files(entry, payload):
+                self._put(path, content)
+        elif isinstance(payload, Table):
+            path = files.table_path(entry, payload)
+            self._put(path, files.table_file(payload))
+            if (tag := self._table_tag(path)) is not None:
+                yield Item(entry.position, "tag", tag)
+        elif isinstance(payload, Image):
+            blob = self._blob(payload.blob)
+            try:
+                for path, content in files.image_files(entry, payload, blob, self._info.run_id):
+                    self._put(path, content)
+            except files.UnreadableImageError as error:
+                raise _RejectedError("invalid_image", f"{payload.key!r}: {error}") from error
+            if not self._has_images:
+                self._has_images = True
+                yield Item(entry.position, "tag", _HAS_IMAGES)
+        elif isinstance(payload, Artifact):
+            self._put(self._artifacts.path(entry, payload), self._blob(payload.blob))
+
+    def _table_tag(self, path: str) -> Pair | None:
+        """Return the tag that lists the run's tables; None once it is full, and then the UI shows the plain JSON."""
+        listed = [*self._tables, {"path": path, "type": "table"}]
+        value = json.dumps(listed)
+        if any(table.get("path") == path for table in self._tables):
+            value = json.dumps(self._tables)
+        elif len(value) > MAX_TAG_CHARS:
+            return None
+        else:
+            self._tables = listed
+        return Pair(_TABLES_TAG, value)
+
+    def _blob(self, blob: Blob) -> Path:
+        path = self._info.blob_path(blob)
+        if not path.exists():
+            raise _RejectedError("blob_missing", f"{path} is not there any more")
+        return path
+
+    def _put(self, path: str, content: bytes | Path) -> None:
+        try:
+            self._store.put_artifact(self._run, path, content)
+        except RefusedError as error:
+            raise _RejectedError("refused_by_mlflow", f"artifact {path}: {error}") from error
+
+
+class _RejectedError(Exception):
+    """This record will never be stored."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _shown(folder: str, text: str, limit: int, name: str) -> str:
+    return text if len(text) <= limit else pointer(text, _whole_path(folder, name, text))
+
+
+def _whole_path(folder: str, name: str, text: str) -> str:
+    """Return where a value lies that is too long; by its content, since a value may be logged more than once."""
+    return f"{folder}/{file_part(name)}-{digest(text, 8)}.txt"
+
+
+def _tables_in(tag: str) -> list[dict[str, str]]:
+    """Return the tables that the tag lists; none if somebody made something else of it."""
+    try:
+        listed = json.loads(tag)
+    except ValueError:
+        return []
+    return [table for table in listed if isinstance(table, dict)] if isinstance(listed, list) else []

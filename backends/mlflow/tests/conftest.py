@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from trackhub_mlflow import MLflowBackend, MLflowOptions
+from trackhub_mlflow.run import MLflowRun
+from trackhub_mlflow.sqlite import SqliteStore
+
+from trackhub.spi import Blob, Entry, Payload, RunInfo, RunKey, Side, SinkContext
+
+JOB = "job-1"
+T0 = 1_700_000_000.0
+
+
+class RunRow(NamedTuple):
+    """A run as it stands in the database."""
+
+    id: str
+    name: str
+    status: str
+    start: int
+    end: int | None
+    experiment: str
+    artifact_uri: str
+
+
+class Database:
+    """Reads an MLflow database by plain SQL."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(f"{self.file.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+            return connection.execute(query, values).fetchall()
+
+    def runs(self, *, deleted: bool = False) -> list[RunRow]:
+        query = """
+            SELECT run_uuid, runs.name, status, start_time, end_time, experiments.name, runs.artifact_uri
+            FROM runs JOIN experiments USING (experiment_id) WHERE runs.lifecycle_stage = ?
+            ORDER BY start_time, run_uuid
+        """
+        return [RunRow(*row) for row in self.rows(query, "deleted" if deleted else "active")]
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        return dict(self.rows("SELECT key, value FROM tags WHERE run_uuid = ?", run_id))
+
+    def params(self, run_id: str) -> dict[str, str]:
+        return dict(self.rows("SELECT key, value FROM params WHERE run_uuid = ?", run_id))
+
+    def points(self, run_id: str) -> list[tuple[str, int, float, int]]:
+        """Return (key, step, value, milliseconds), sorted."""
+        query = (
+            "SELECT key, step, CASE is_nan WHEN 1 THEN 'NaN' ELSE value END, timestamp FROM metrics WHERE run_uuid = ?"
+        )
+        return sorted(self.rows(query, run_id), key=str)
+
+    def parents(self, job: str = JOB) -> list[RunRow]:
+        return [run for run in self.runs() if run.name == job and "mlflow.parentRunId" not in self.tags(run.id)]
+
+    def site_run(self, site: str = "site-1", job: str = JOB) -> RunRow:
+        (run,) = [run for run in self.runs() if run.name == site and self.tags(run.id)["job"] == job]
+        return run
+
+
+class Sink:
+    """One sink's backend, its runs and their store, without a lane."""
+
+    def __init__(self, root: Path, *, job: str = JOB, side: Side = Side.SERVER, **options: Any) -> None:
+        self.workdir = root / "mlflow"
+        self.blob_dir = root / "blobs"
+        for folder in (self.workdir, self.blob_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.job, self.side = job, side
+        self.backend = MLflowBackend(MLflowOptions(**options), SinkContext(self.workdir, job, side))
+
+    @property
+    def database(self) -> Database:
+        return Database(self.workdir / "mlflow.db")
+
+    def info(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> RunInfo:
+        return RunInfo(RunKey(self.job, site), self.side, created, resume_from, self.blob_dir)
+
+    def open(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> MLflowRun:
+        return self.backend.open_run(self.info(site, resume_from=resume_from, created=created))
+
+    def blob(self, name: str, content: bytes, media_type: str = "image/png") -> Blob:
+        (self.blob_dir / name).write_bytes(content)
+        return Blob(name, len(content), hashlib.sha256(content).hexdigest(), media_type)
+
+    def artifacts(self, site: str = "site-1") -> dict[str, bytes]:
+        """Return path and content of what lies in the run's artifact folder."""
+        root = (
+            self.workdir / "mlartifacts" / self.database.site_run(site).artifact_uri.removeprefix("mlflow-artifacts:/")
+        )
+        return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+class Server:
+    """A real ``mlflow server`` on loopback, which can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.database = Database(folder / "mlflow.db")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
+        command += ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./mlartifacts"]
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def call(self, path: str, body: Any = None) -> Any:
+        """Ask the REST API, by nothing but the standard library."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return json.load(response)
+
+    def artifact(self, run_id: str, path: str) -> bytes:
+        query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
+        with urllib.request.urlopen(f"{self.url}/get-artifact?{query}", timeout=20) as response:
+            content: bytes = response.read()
+            return content
+
+
+def make_entry(position: int, payload: Payload, step: int | None = None, time: float | None = None) -> Entry:
+    at = T0 + position / 8 if time is None else time
+    return Entry(position, at, position if step is None else step, None, payload, "stream", position)
+
+
+@pytest.fixture
+def entry() -> Callable[..., Entry]:
+    return make_entry
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store to copy, since making one takes a second."""
+    file = tmp_path_factory.mktemp("template") / "mlflow.db"
+    store = SqliteStore(file)
+    store.experiment("Default")
+    store.close()
+    return file
+
+
+@pytest.fixture
+def make_sink(tmp_path: Path, template: Path) -> Callable[..., Sink]:
+    def make(name: str = "sink", *, empty: bool = False, **options: Any) -> Sink:
+        sink = Sink(tmp_path / name, **options)
+        file = sink.workdir / "mlflow.db"
+        if not empty and not file.exists():
+            shutil.copyfile(template, file)
+        return sink
+
+    return make
+
+
+@pytest.fixture
+def sink(make_sink: Callable[..., Sink]) -> Sink:
+    return make_sink()
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(template, folder / "mlflow.db")
+    server = Server(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(running_server: Server) -> Iterator[Server]:
+    """The one server of this session, running; a test that kills it need not start it again."""
+    yield running_server
+    if running_server._process is None:
+        running_server.start()

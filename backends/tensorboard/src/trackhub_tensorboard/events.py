@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record looks like to TensorBoard: one event, with the values that its dashboards read."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_STRING
+from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+
+from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunInfo, Table, Tags, Text
+from trackhub_tensorboard.eventlog import NewTag
+from trackhub_tensorboard.frames import frame
+
+__all__ = ["Encoder"]
+
+_TEXT = text_metadata.create_summary_metadata(display_name="", description="")
+_IMAGE = image_metadata.create_summary_metadata(display_name="", description="")
+_HISTOGRAM = histogram_metadata.create_summary_metadata(display_name="", description="")
+
+_MARKDOWN = re.compile(r"[\\`*_\[\]|#]")
+
+
+class Encoder:
+    """Makes events of one run's records.
+
+    In TensorBoard a tag belongs to one dashboard, the one of its first value; a text under a scalar's tag would break
+    the scalar. So where records of two kinds have the same key, the later one's tag is ``key (kind)``.
+
+    Attributes:
+        new_tags: tags that were given since this list was emptied.
+    """
+
+    def __init__(self, info: RunInfo, tags: Sequence[NewTag]) -> None:
+        """Go on with these tags."""
+        self._info = info
+        self._taken = {new.tag for new in tags}
+        self._tags: dict[str, dict[str, str]] = {"metrics": {}}
+        for new in tags:
+            self._tags.setdefault(new.kind, {})[new.key] = new.tag
+        self._scalar_tags = self._tags["metrics"]
+        self.new_tags: list[NewTag] = []
+
+    def encode(self, entry: Entry) -> bytes:
+        """Return the frame with the entry's event.
+
+        Raises:
+            OSError: an image's file cannot be read.
+        """
+        # Params and tags come without a step. TensorBoard's fast loader shows only the last value of a repeated one.
+        event = Event(wall_time=entry.time, step=entry.position if entry.step is None else entry.step)
+        summary = event.summary
+        match entry.payload:
+            case Metrics(values):
+                known = self._scalar_tags.get
+                add = summary.value.add
+                for key, value in values.items():
+                    add(tag=known(key) or self._tag("metrics", key), simple_value=value)
+            case Text(key, text):
+                self._add_text(summary, "text", key, text)
+            case Params(values):
+                self._add_text(summary, "params", "params", _markdown_table(("param", "value"), values.items()))
+            case Tags(values):
+                self._add_text(summary, "tags", "tags", _markdown_table(("tag", "value"), values.items()))
+            case Table(key, columns, rows):
+                self._add_text(summary, "table", key, _markdown_table(columns, rows))
+            case Image() as image:
+                self._add_image(summary, image)
+            case Histogram() as histogram:
+                self._add_histogram(summary, histogram)
+            case _:
+                raise TypeError(f"{type(entry.payload).__name__} is not among the capabilities of this backend")
+        return frame(event.SerializeToString())
+
+    def _add_text(self, summary: Summary, kind: str, key: str, text: str) -> None:
+        tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(), string_val=[text.encode()])
+        summary.value.add(tag=self._tag(kind, key), tensor=tensor, metadata=_TEXT)
+
+    def _add_image(self, summary: Summary, image: Image) -> None:
+        content = self._info.blob_path(image.blob).read_bytes()
+        parts = [str(image.width).encode(), str(image.height).encode(), content]
+        tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(len(parts)), string_val=parts)
+        summary.value.add(tag=self._tag("image", image.key), tensor=tensor, metadata=_IMAGE)
+        if image.caption:  # the image dashboard has no place for it that changes with the step
+            self._add_text(summary, "caption", f"{image.key}/caption", image.caption)
+
+    def _add_histogram(self, summary: Summary, histogram: Histogram) -> None:
+        edges, counts = histogram.edges, histogram.counts
+        cells = [cell for row in zip(edges, edges[1:], counts, strict=False) for cell in row]
+        content = struct.pack(f"<{len(cells)}d", *cells)
+        tensor = TensorProto(dtype=DT_DOUBLE, tensor_shape=_shape(len(counts), 3), tensor_content=content)
+        summary.value.add(tag=self._tag("histogram", histogram.key), tensor=tensor, metadata=_HISTOGRAM)
+
+    def _tag(self, kind: str, key: str) -> str:
+        tags = self._tags.setdefault(kind, {})
+        if key not in tags:
+            tag = key
+            while tag in self._taken:
+                tag += f" ({kind})"
+            tags[key] = tag
+            self._taken.add(tag)
+            self.new_tags.append(NewTag(kind, key, tag))
+        return tags[key]
+
+
+def _shape(*sizes: int) -> TensorShapeProto:
+    return TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in sizes])
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [[_cell(column) for column in columns], ["---"] * len(columns)]
+    lines += [[_cell(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Return a string so that it is read as it is, or another value as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _MARKDOWN.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return text.replace("\r\n", "<br>").replace("\n", "<br>")

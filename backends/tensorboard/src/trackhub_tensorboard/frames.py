@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The format of the files that hold events: TFRecord, one frame per event.
+
+::
+
+    frame = size (uint64) · crc of size (uint32) · payload (size bytes) · crc of payload (uint32)     little-endian
+
+Both checksums are CRC-32C, rotated and offset ("masked"), so that they stay useful for data that holds checksums.
+
+Source: TensorFlow, ``core/lib/io/record_writer.h``; the same in ``tensorboard/summary/writer/record_writer.py`` 2.21.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from mmap import mmap
+
+from google_crc32c import value as _crc32c
+
+__all__ = ["FOOTER", "HEADER", "frame", "frames"]
+
+HEADER = 12
+"""Bytes before a frame's payload."""
+
+FOOTER = 4
+"""Bytes after it."""
+
+_pack_size = struct.Struct("<Q").pack
+_size_at = struct.Struct("<Q").unpack_from
+_pack_crc = struct.Struct("<I").pack
+
+
+def frame(payload: bytes) -> bytes:
+    """Return the frame that holds this payload."""
+    size = _pack_size(len(payload))
+    return b"".join((size, _masked_crc(size), payload, _masked_crc(payload)))
+
+
+def frames(buffer: bytes | mmap) -> Iterator[tuple[int, int]]:
+    """Yield where each whole frame's payload starts and ends; stop before one that is cut short.
+
+    Only sizes are read, so a payload may still be damaged: compare it with ``frame(payload)``. A size of zero ends the
+    walk as well: no event is empty, but the end of a file may be zeros after a power cut.
+    """
+    length = len(buffer)
+    start = HEADER
+    while start < length:
+        (size,) = _size_at(buffer, start - HEADER)
+        end = start + size
+        if size == 0 or end + FOOTER > length:
+            return
+        yield start, end
+        start = end + FOOTER + HEADER
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = _crc32c(data)
+    return _pack_crc(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
+from trackhub_tensorboard.backend import TensorBoardRun
+
+from trackhub.spi import Blob, Entry, Params, Payload, RunInfo, RunKey, Side, SinkContext, Tags
+
+JOB = "job-1"
+
+
+class Sink:
+    """One sink's backend and its runs, without a lane."""
+
+    def __init__(self, root: Path, *, side: Side = Side.SERVER, logdir: str | None = None) -> None:
+        self.workdir = root / "tensorboard"
+        self.blob_dir = root / "blobs"
+        self.workdir.mkdir(parents=True)
+        self.blob_dir.mkdir()
+        self.side = side
+        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), SinkContext(self.workdir, JOB, side))
+
+    def info(self, site: str = "site-1", job: str = JOB) -> RunInfo:
+        return RunInfo(RunKey(job, site), self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
+
+    def open(self, site: str = "site-1", job: str = JOB) -> TensorBoardRun:
+        return self.backend.open_run(self.info(site, job))
+
+    def folder(self, site: str = "site-1", job: str = JOB) -> Path:
+        return self.workdir / job / site
+
+    def blob(self, name: str, content: bytes) -> Blob:
+        (self.blob_dir / name).write_bytes(content)
+        return Blob(name, len(content), hashlib.sha256(content).hexdigest(), "image/png")
+
+
+def make_entry(position: int, payload: Payload, step: int | None = None, time: float | None = None) -> Entry:
+    at = 1000.0 + position / 8 if time is None else time
+    if step is None and not isinstance(payload, (Params, Tags)):
+        step = position
+    return Entry(position, at, step, None, payload, "stream", position)
+
+
+def read_folder(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(
+        str(folder),
+        size_guidance=dict.fromkeys(("scalars", "tensors", "images", "histograms", "compressedHistograms", "audio"), 0),
+    )
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Sink:
+    return Sink(tmp_path / "run")
+
+
+@pytest.fixture
+def make_sink(tmp_path: Path) -> Callable[..., Sink]:
+    def make(name: str, **options: Any) -> Sink:
+        return Sink(tmp_path / name, **options)
+
+    return make
+
+
+@pytest.fixture
+def entry() -> Callable[..., Entry]:
+    return make_entry
+
+
+@pytest.fixture
+def read() -> Callable[[Path], EventAccumulator]:
+    return read_folder

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
+
+from trackhub.spi import ConfigError, Entry, Metrics, Side, TransientError
+
+if TYPE_CHECKING:
+    from backends.tensorboard.tests.conftest import Sink
+
+Read = Callable[[Path], EventAccumulator]
+MakeEntry = Callable[..., Entry]
+
+
+def folders_with_events(root: Path) -> set[str]:
+    return {str(path.parent.relative_to(root)) for path in root.rglob("*tfevents*")}
+
+
+def test_the_backend_is_found_by_its_name() -> None:
+    (found,) = [point for point in entry_points(group="trackhub.backends") if point.name == "tensorboard"]
+
+    assert found.load() is TensorBoardBackend
+
+
+def test_neither_torch_nor_tensorflow_is_loaded() -> None:
+    code = "import sys, trackhub_tensorboard; sys.exit(bool({'torch', 'tensorflow'} & set(sys.modules)))"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="log_dir"):
+        msgspec.convert({"log_dir": "x"}, TensorBoardOptions)
+
+
+def test_each_run_has_a_folder_of_its_own(sink: Sink, entry: MakeEntry, read: Read) -> None:
+    for value, (site, job) in enumerate([("site-1", "job-1"), ("site-2", "job-1"), ("site-1", "job-2")]):
+        sink.open(site, job).write([entry(0, Metrics({"loss": float(value)}))])
+
+    assert folders_with_events(sink.workdir) == {"job-1/site-1", "job-1/site-2", "job-2/site-1"}
+    assert read(sink.workdir / "job-2" / "site-1").Scalars("loss")[0].value == 2.0
+
+
+@pytest.mark.parametrize("site", ["../x", "..", "/etc", "a/b", "a%2Fb", ".", "", "s" * 400, "Zürich"])
+def test_no_site_name_leads_out_of_the_jobs_folder(sink: Sink, entry: MakeEntry, site: str) -> None:
+    sink.open(site).write([entry(0, Metrics({"x": 0.0}))])
+    sink.open("a_b").write([entry(0, Metrics({"x": 0.0}))])
+
+    jobs = {path.parent.parent for path in sink.workdir.parent.rglob("*tfevents*")}
+    assert jobs == {sink.workdir / "job-1"}
+    assert len(folders_with_events(sink.workdir)) == 2
+
+
+def test_a_relative_logdir_lies_in_the_run_folder(make_sink: Callable[..., Sink], entry: MakeEntry) -> None:
+    sink = make_sink("run", logdir="curves", side=Side.CLIENT)
+
+    sink.open().write([entry(0, Metrics({"x": 0.0}))])
+
+    assert folders_with_events(sink.workdir.parent) == {"curves/job-1/site-1"}
+
+
+def test_server_and_client_with_one_log_folder_do_not_meet(
+    make_sink: Callable[..., Sink], entry: MakeEntry, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    for name, side in (("server", Side.SERVER), ("client", Side.CLIENT)):
+        make_sink(name, side=side, logdir=str(shared)).open().write([entry(0, Metrics({"x": 0.0}))])
+
+    assert folders_with_events(shared) == {"job-1/site-1", "job-1@client/site-1"}
+
+
+def test_results_name_the_folder_and_the_command(make_sink: Callable[..., Sink], tmp_path: Path) -> None:
+    sink = make_sink("run", logdir=str(tmp_path / "all curves"))
+
+    results = sink.backend.results(sink.info())
+
+    assert results.path == str(tmp_path / "all curves" / "job-1" / "site-1")
+    assert results.command == f"tensorboard --logdir '{tmp_path}/all curves'"
+
+
+def test_a_log_folder_that_cannot_be_is_found_before_training(make_sink: Callable[..., Sink], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    sink = make_sink("run", logdir=str(tmp_path / "file" / "logs"))
+
+    with pytest.raises(ConfigError, match="logdir"):
+        sink.backend.preflight()
+    with pytest.raises(TransientError, match="cannot open"):
+        sink.open()
+
+
+def test_preflight_makes_the_log_folder(make_sink: Callable[..., Sink]) -> None:
+    sink = make_sink("run", logdir="new/logs")
+
+    sink.backend.preflight()
+
+    assert (sink.workdir.parent / "new" / "logs").is_dir()

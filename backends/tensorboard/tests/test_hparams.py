@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
+
+from trackhub.spi import Entry, Metrics, Params, RunStatus
+
+if TYPE_CHECKING:
+    from backends.tensorboard.tests.conftest import Sink
+
+MakeEntry = Callable[..., Entry]
+
+
+def hparams_tab(logdir: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Return what TensorBoard's plugin sends to the HPARAMS tab: its columns, and each row by the name of its run."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(logdir)), logdir=str(logdir)))
+    request = RequestContext()
+    experiment = get_experiment.Handler(request, context, "", api_pb2.GetExperimentRequest(include_metrics=True)).run()
+    columns = [column.name for column in experiment.hparam_infos]
+    columns += [column.name.tag for column in experiment.metric_infos]
+    statuses = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE]
+    groups = list_session_groups.Handler(
+        request, context, "", api_pb2.ListSessionGroupsRequest(allowed_statuses=statuses, slice_size=100)
+    ).run()
+    rows = {}
+    for group in groups.session_groups:
+        (session,) = group.sessions
+        rows[session.name] = {
+            "trial": group.name,
+            "params": {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()},
+            "metrics": {metric.name.tag: metric.value for metric in session.metric_values},
+            "status": api_pb2.Status.Name(session.status),
+            "start": session.start_time_secs,
+        }
+    return columns, rows
+
+
+def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(sink: Sink, entry: MakeEntry) -> None:
+    for site, rate in (("site-1", 0.1), ("site-2", 0.2)):
+        run = sink.open(site)
+        params = {"lr": rate, "batch": 32, "flag": True, "name": "sgd", "none": None, "sizes": [1, {"a": 2}]}
+        params |= {"big": 2**60, "nan": math.nan, "huge": 1e300}
+        run.write([entry(0, Params(params)), entry(1, Metrics({"loss": 2.0})), entry(2, Metrics({"loss": 1.0}))])
+        run.finish(RunStatus.FINISHED)
+
+    columns, rows = hparams_tab(sink.workdir)
+
+    assert {"lr", "batch", "flag", "name", "none", "sizes", "big", "nan", "huge", "loss"} == set(columns)
+    assert set(rows) == {"job-1/site-1", "job-1/site-2"}
+    assert rows["job-1/site-2"] == {
+        "trial": "site-2 (job-1)",
+        "params": {
+            "lr": 0.2,
+            "batch": 32.0,
+            "flag": True,
+            "name": "sgd",
+            "none": "null",
+            "sizes": '[1, {"a": 2}]',
+            "big": str(2**60),
+            "nan": "NaN",
+            "huge": 1e300,
+        },
+        "metrics": {"loss": 1.0},
+        "status": "STATUS_SUCCESS",
+        "start": 1000.0,
+    }
+
+
+def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reopening(
+    sink: Sink, entry: MakeEntry
+) -> None:
+    run = sink.open()
+    run.write([entry(0, Params({"a": 1, "b": "x"})), entry(1, Metrics({"loss": 1.0}))])
+    run.write([entry(2, Params({"c": True}))])
+    run.finish(RunStatus.FAILED)
+
+    sink.open().write([entry(3, Params({"a": "one"}))])
+
+    _, rows = hparams_tab(sink.workdir)
+    assert rows["job-1/site-1"]["params"] == {"a": "one", "b": "x", "c": True}
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        (RunStatus.FINISHED, "STATUS_SUCCESS"),
+        (RunStatus.FAILED, "STATUS_FAILURE"),
+        (RunStatus.ABORTED, "STATUS_FAILURE"),
+        (None, "STATUS_UNKNOWN"),
+    ],
+)
+def test_the_hparams_tab_shows_how_a_run_ended(
+    sink: Sink, entry: MakeEntry, status: RunStatus | None, shown: str
+) -> None:
+    run = sink.open()
+    run.write([entry(0, Params({"a": 1}))])
+    if status is not None:
+        run.finish(status)
+
+    _, rows = hparams_tab(sink.workdir)
+
+    assert rows["job-1/site-1"]["status"] == shown
+
+
+def test_a_run_without_params_has_no_row(sink: Sink, entry: MakeEntry) -> None:
+    run = sink.open()
+    run.write([entry(0, Metrics({"loss": 1.0}))])
+    run.finish(RunStatus.FINISHED)
+
+    assert hparams_tab(sink.workdir) == ([], {})
+    assert [path.suffix for path in sink.folder().iterdir()] == [".trackhub"]

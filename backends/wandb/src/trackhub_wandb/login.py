@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is W&B to be used online here, and with which login."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Literal
+
+from trackhub.spi import ConfigError, TransientError
+from trackhub_wandb.sdk import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk
+
+if TYPE_CHECKING:
+    from trackhub_wandb.options import WandBOptions
+
+__all__ = ["Mode", "chosen_mode", "find_login", "require_login", "verify_login"]
+
+_log = logging.getLogger(__name__)
+
+Mode = Literal["online", "offline"]
+
+_MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline"}
+
+
+def chosen_mode(options: WandBOptions) -> Mode | None:
+    """Return the mode that the options or ``WANDB_MODE`` ask for; None when neither does.
+
+    Raises:
+        ConfigError: ``WANDB_MODE`` is one in which nothing could be recorded truthfully.
+    """
+    if options.mode is not None:
+        return options.mode
+    value = os.environ.get("WANDB_MODE", "")
+    if not value:
+        return None
+    if value not in _MODES:
+        raise ConfigError(
+            f"backend wandb: WANDB_MODE={value} in the environment of the sink on {socket.gethostname()}; expected "
+            "online or offline. Unset it, set the backend's option mode, or take the backend out of the job."
+        )
+    return _MODES[value]
+
+
+def find_login(options: WandBOptions) -> Login | None:
+    """Return the login that is to be used on this machine; None when there is none.
+
+    Reads the option, the environment, the netrc file and W&B's own settings files; asks no server.
+
+    Raises:
+        ConfigError: what was found cannot be a login, or the server's address is malformed.
+    """
+    wandb = import_sdk()
+    settings = wandb.sdk.wandb_setup.singleton().settings.model_copy()
+    try:
+        if options.base_url is not None:
+            settings.base_url = options.base_url
+        host = wandb.sdk.lib.wbauth.HostUrl(settings.base_url)
+        if options.api_key:
+            auth = wandb.sdk.lib.wbauth.AuthApiKey(host=host, api_key=options.api_key)
+        else:
+            auth = wandb.sdk.lib.wbauth.authenticate_session(
+                host=host, source="trackhub", prompt=False, update_session=False
+            )
+    except (ValueError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        raise ConfigError(f"backend wandb: on {socket.gethostname()}: {error}. {_how_to_log_in(options)}") from error
+    return None if auth is None else Login(str(settings.base_url), auth)
+
+
+def require_login(options: WandBOptions) -> Login:
+    """Return the login to use, of which there must be one.
+
+    Raises:
+        ConfigError: no login was found on this machine.
+    """
+    found = find_login(options)
+    if found is None:
+        raise ConfigError(
+            f"backend wandb: mode is online, but no W&B login was found on {socket.gethostname()}, where this job's "
+            f"sink runs. {_how_to_log_in(options)}"
+        )
+    return found
+
+
+def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
+    """Ask the server whose login this is; return the entity that its runs go to by default.
+
+    Raises:
+        ConfigError: the server rejects the login.
+        TransientError: the server cannot be asked now.
+    """
+    with exclusive_sdk() as wandb:
+        from wandb.apis.public.service_api import ServiceApi
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+        settings = wandb.sdk.wandb_setup.singleton().settings.model_copy()
+        settings.update_from_dict({**QUIET_SETTINGS, **options.settings, "base_url": login.base_url})
+        wandb.sdk.lib.wbauth.set_auth_settings(settings, login.auth)
+        api = ServiceApi(settings=settings, timeout=timeout_s)
+        try:
+            return str(api.authenticate().default_entity)
+        except WandbApiFailedError as error:
+            status = error.response.http_status if error.response is not None else 0
+            if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+                raise ConfigError(
+                    f"backend wandb: {login.base_url} rejects the login found on {socket.gethostname()} "
+                    f"(HTTP {status}). {_how_to_log_in(options)}"
+                ) from error
+            raise TransientError(f"W&B at {login.base_url} cannot be reached now: {error}") from error
+
+
+def _how_to_log_in(options: WandBOptions) -> str:
+    host = f" --host {options.base_url}" if options.base_url else ""
+    return (
+        f"Log in on that machine, as the user who runs the receiver, with `wandb login{host}`; or set WANDB_API_KEY in "
+        "its environment; or give the option api_key='${secret:NAME}' with NAME set there. To record without a login, "
+        "choose mode='offline' and upload later with `wandb sync`."
+    )

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The W&B SDK and its service process: imported late, started once per process, and ended in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+    from wandb.sdk.wandb_run import Run
+
+__all__ = ["QUIET_SETTINGS", "Login", "exclusive_sdk", "import_sdk", "open_sdk_run", "stop_service"]
+
+_log = logging.getLogger(__name__)
+
+# The SDK's service is one per process, whoever uses it: starting and stopping it must not interleave.
+_lock = threading.RLock()
+
+_SERVICE_VARIABLE = "WANDB_SERVICE"
+_ERROR_REPORTING_VARIABLE = "WANDB_ERROR_REPORTING"
+
+_RETRY_WAIT_MAX_S = 4.0
+_HTTP_TIMEOUT_S = 30.0
+
+QUIET_SETTINGS: dict[str, Any] = {
+    # The machine, the console and the code are the receiver's, not the site's: they would be wrong in the site's run.
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "label_disable": True,
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+    # A job's folder is archived and moved: links with absolute targets would break.
+    "symlink": False,
+    "use_dot_wandb": False,
+    "silent": True,
+    # The Stop button of the W&B page would interrupt the process of the receiver.
+    "stop_fn": lambda: None,
+    # Upload again soon after an outage: the default waits up to 60 s, longer than a job waits for its lanes.
+    "x_file_stream_retry_wait_max_seconds": _RETRY_WAIT_MAX_S,
+    "x_file_stream_timeout_seconds": _HTTP_TIMEOUT_S,
+    "x_file_transfer_retry_wait_max_seconds": _RETRY_WAIT_MAX_S,
+    "x_file_transfer_timeout_seconds": _HTTP_TIMEOUT_S,
+    "x_graphql_retry_wait_max_seconds": _RETRY_WAIT_MAX_S,
+    "x_graphql_timeout_seconds": _HTTP_TIMEOUT_S,
+}
+"""Settings of every run, whatever its mode."""
+
+
+def import_sdk() -> ModuleType:
+    """Return the ``wandb`` module, imported on the first call (0.5 s).
+
+    The SDK's own crash reports and usage statistics go to the W&B server, and cost two threads: off, unless
+    ``WANDB_ERROR_REPORTING`` is set. The variable is read when wandb is imported and when its service starts.
+    """
+    os.environ.setdefault(_ERROR_REPORTING_VARIABLE, "false")
+    import wandb
+
+    return wandb
+
+
+@dataclass(frozen=True)
+class Login:
+    """A W&B login for one server.
+
+    Attributes:
+        base_url: the server.
+        auth: the SDK's ``Auth``; its ``repr`` shows no secret.
+    """
+
+    base_url: str
+    auth: Any
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key; None for a login by identity token."""
+        return getattr(self.auth, "api_key", None)
+
+    @property
+    def token_path(self) -> Path | None:
+        """The identity token's file; None for a login by API key."""
+        return getattr(self.auth, "path", None)
+
+
+@contextlib.contextmanager
+def exclusive_sdk() -> Iterator[ModuleType]:
+    """Yield the SDK with its service running, while no other backend of this process starts or stops it."""
+    with _lock:
+        wandb = import_sdk()
+        singleton = wandb.sdk.wandb_setup.singleton()
+        if singleton._connection is None:
+            # A service inherited from the parent process would be ended by the parent, under our runs; and a trainer
+            # started by this process would use ours.
+            os.environ.pop(_SERVICE_VARIABLE, None)
+            singleton.ensure_service()
+            os.environ.pop(_SERVICE_VARIABLE, None)
+        yield wandb
+
+
+def open_sdk_run(settings: dict[str, Any], login: Login | None = None) -> Run:
+    """Open a W&B run beside any others of this process.
+
+    Raises:
+        wandb.errors.Error: as ``wandb.init`` does.
+    """
+    with exclusive_sdk() as wandb:
+        if login is not None:
+            _use_login(wandb, login)
+            settings = {**settings, "base_url": login.base_url}
+        try:
+            run: Run = wandb.init(settings=wandb.Settings(**settings))
+        except BaseException:
+            # The service keeps a run that could not be opened, and would refuse its id the next time (wandb 0.31).
+            with contextlib.suppress(Exception):
+                wandb.sdk.wandb_setup.singleton().assert_service().inform_finish(run_id=settings["run_id"])
+            raise
+        return run
+
+
+def _use_login(wandb: ModuleType, login: Login) -> None:
+    """Make this the login of the SDK's session, unless it is: an ``api_key`` given to each run would warn each time."""
+    wbauth = wandb.sdk.lib.wbauth
+    held = wbauth.session_credentials(host=login.base_url)
+    if getattr(held, "api_key", None) == login.api_key and getattr(held, "path", None) == login.token_path:
+        return
+    wbauth.use_explicit_auth(login.auth, source="trackhub")
+
+
+def stop_service(timeout_s: float) -> None:
+    """End the SDK's service process if no run of this process is open any more; kill it after ``timeout_s``.
+
+    Runs that the user's own code opened in this process keep it alive.
+    """
+    with _lock:
+        wandb = import_sdk()
+        setup = wandb.sdk.wandb_setup
+        singleton = setup._singleton
+        if singleton is None or singleton._pid != os.getpid() or singleton._active_runs:
+            return
+        process = _service_process(singleton)
+        thread = threading.Thread(target=_teardown, args=(wandb,), name="trackhub-wandb-teardown", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if thread.is_alive() and process is not None:
+            _log.warning("The W&B service did not end within %.0f s and is killed.", timeout_s)
+            process.kill()
+            thread.join(timeout_s)
+
+
+def _service_process(singleton: Any) -> subprocess.Popen[bytes] | None:
+    connection = singleton._connection
+    owned = connection._proc if connection is not None else None
+    return owned._process if owned is not None else None
+
+
+def _teardown(wandb: ModuleType) -> None:
+    # SystemExit: the SDK passes on its service's exit code that way, and it is no concern of this process.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

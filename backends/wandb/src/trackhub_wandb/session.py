@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One open W&B run: turns entries into the SDK's calls, each entry once, and remembers what must be confirmed."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trackhub.spi import (
+    Artifact,
+    Entry,
+    Histogram,
+    Image,
+    Metrics,
+    Params,
+    Rejection,
+    RunInfo,
+    Table,
+    Tags,
+    Text,
+)
+from trackhub_wandb.naming import CONFIG_ENTRY, Names, artifact_name, file_stem, finite_json, tag_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
+    from wandb.sdk.data_types.base_types.media import Media
+    from wandb.sdk.wandb_run import Run
+
+    from trackhub_wandb.options import WandBOptions
+
+__all__ = ["Session"]
+
+_IMAGE_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg"}
+_HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap">{}</pre>'
+
+
+class Session:
+    """One run of the SDK, from ``wandb.init`` to its end.
+
+    An entry becomes a row whose ``_step`` is the entry's position and whose ``_timestamp`` is the time of the log
+    call; the step of the log call and the round are columns. So late and equal steps are stored like any other, and
+    rows that were already stored are told by their position.
+
+    Attributes:
+        run: the SDK's run.
+        next_position: the position after the last entry that was handed to the SDK.
+        first_row: rows before this position are stored already (a resumed run); their files are sent once more.
+        rows: how many rows were handed to the SDK.
+        last: what was handed over last: a row or the config, and its position.
+        files: media files handed to the SDK and not confirmed: path below the run's files to size in bytes.
+        artifacts: artifacts handed to the SDK and not confirmed.
+        config: the run's config entry of this backend, as last handed to the SDK.
+        config_changed: whether that was since the last confirmation.
+    """
+
+    def __init__(self, run: Run, info: RunInfo, options: WandBOptions) -> None:
+        self.run = run
+        self.next_position = 0
+        self.first_row: int = run.starting_step
+        self.rows = 0
+        self.last: tuple[Literal["row", "config"], int] = ("config", -1)
+        self.files: dict[str, int] = {}
+        self.artifacts: list[SdkArtifact] = []
+        self._info = info
+        self._names = Names(options.step_metric, options.round_metric)
+        self._step_metric = options.step_metric
+        self._round_metric = options.round_metric
+        self._fixed_tags = tuple(run.tags or ()) if not run.resumed else tuple(options.tags)
+        config: Any = run.config
+        held = dict(config.get(CONFIG_ENTRY) or {})
+        self._tags: dict[str, str] = dict(held.get("tags") or {})
+        self.config: dict[str, Any] = {
+            "job": info.key.job,
+            "site": info.key.site,
+            "side": str(info.side),
+            "tags": self._tags,
+            "through": held.get("through", -1),
+        }
+        self.config_changed = False
+        for metric in (self._step_metric, self._round_metric):
+            run.define_metric(metric)
+        # step_sync would put the last step into rows that have none.
+        run.define_metric("*", step_metric=self._step_metric, step_sync=False)
+        self._set_config({}, int(self.config["through"]))
+
+    def write(self, batch: Sequence[Entry]) -> list[Rejection]:
+        """Hand these entries to the SDK, except those that it has; return which W&B cannot hold."""
+        rejected = []
+        for entry in batch:
+            if entry.position < self.next_position:
+                continue
+            try:
+                self._store(entry)
+            except _Unstorable as error:
+                rejected.append(Rejection(entry.position, error.reason, str(error)))
+            self.next_position = entry.position + 1
+        return rejected
+
+    def _store(self, entry: Entry) -> None:
+        payload = entry.payload
+        match payload:
+            case Metrics():
+                self._row(entry, {self._names.row(key): value for key, value in payload.values.items()})
+            case Params():
+                values = {self._names.config(key): finite_json(value) for key, value in payload.values.items()}
+                self._set_config(values, entry.position)
+            case Tags():
+                self._set_tags(payload.values, entry.position)
+            case Text():
+                self._media(entry, payload.key, self._html(payload))
+            case Image():
+                self._image(entry, payload)
+            case Histogram():
+                self._histogram(entry, payload)
+            case Table():
+                self._table(entry, payload)
+            case Artifact():
+                self._artifact(entry, payload)
+            case _:
+                raise _Unstorable("unsupported_kind", f"W&B backend got {type(payload).__name__}")
+
+    def _row(self, entry: Entry, values: dict[str, Any]) -> None:
+        if entry.position < self.first_row:
+            return
+        row = {**values, "_timestamp": entry.time}
+        if entry.step is not None:
+            row[self._step_metric] = entry.step
+        if entry.round is not None:
+            row[self._round_metric] = entry.round
+        self.run.log(row, step=entry.position, commit=True)
+        self.rows += 1
+        self.last = ("row", entry.position)
+
+    def _set_config(self, values: dict[str, Any], position: int) -> None:
+        self.config = {**self.config, "tags": dict(self._tags), "through": position}
+        config: Any = self.run.config
+        config.update({**values, CONFIG_ENTRY: self.config}, allow_val_change=True)
+        self.config_changed = True
+        self.last = ("config", position)
+
+    def _set_tags(self, values: dict[str, str], position: int) -> None:
+        self._tags.update(values)
+        shown = (tag_text(key, value) for key, value in self._tags.items())
+        self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
+        self._set_config({}, position)
+
+    def _html(self, payload: Text) -> Media:
+        import wandb
+
+        return wandb.Html(_HTML.format(html.escape(payload.text)), inject=False, data_is_not_path=True)
+
+    def _image(self, entry: Entry, payload: Image) -> None:
+        import wandb
+
+        suffix = _IMAGE_SUFFIXES.get(payload.blob.media_type)
+        if suffix is None:
+            raise _Unstorable("invalid_value", f"image {payload.key!r} is {payload.blob.media_type}, not PNG or JPEG")
+        source = self._info.blob_path(payload.blob)
+        with tempfile.TemporaryDirectory(prefix="trackhub-wandb-") as folder:
+            # The SDK tells the format by the suffix, and blobs have none.
+            named = Path(folder, f"image{suffix}")
+            _link_or_copy(source, named)
+            try:
+                image = wandb.Image(str(named), caption=payload.caption or None)
+            except (ValueError, SyntaxError, OSError) as error:
+                raise _Unstorable("invalid_value", f"image {payload.key!r} cannot be read: {error}") from error
+            self._media(entry, payload.key, image)
+
+    def _histogram(self, entry: Entry, payload: Histogram) -> None:
+        import wandb
+
+        if len(payload.counts) > wandb.Histogram.MAX_LENGTH:
+            raise _Unstorable(
+                "too_many_bins",
+                f"histogram {payload.key!r} has {len(payload.counts)} bins, W&B holds {wandb.Histogram.MAX_LENGTH}",
+            )
+        # Typed as arrays, but lists are taken as they are, and numpy is not needed.
+        bins: Any = (payload.counts, payload.edges)
+        histogram = wandb.Histogram(np_histogram=bins)
+        self._row(entry, {self._names.row(payload.key): histogram})
+
+    def _table(self, entry: Entry, payload: Table) -> None:
+        import wandb
+        from wandb.sdk.data_types.utils import _log_table_artifact
+
+        if len(payload.rows) > wandb.Table.MAX_ARTIFACT_ROWS:
+            raise _Unstorable(
+                "too_large",
+                f"table {payload.key!r} has {len(payload.rows)} rows, W&B holds {wandb.Table.MAX_ARTIFACT_ROWS}: "
+                "log it as an artifact",
+            )
+        table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
+        # W&B's pages read a table from the artifact of its run, its API from the run's file.
+        _log_table_artifact(table, file_stem(payload.key), self.run)
+        self._media(entry, payload.key, table)
+
+    def _media(self, entry: Entry, key: str, media: Media) -> None:
+        # Bound here, not by run.log: the key may not be a safe file name, and a row that is stored already must not
+        # be written again while its file still may be missing.
+        media.bind_to_run(self.run, file_stem(key), entry.position)
+        value = media.to_json(self.run)
+        self.files[str(value["path"])] = int(value["size"])
+        self._row(entry, {self._names.row(key): value})
+
+    def _artifact(self, entry: Entry, payload: Artifact) -> None:
+        import wandb
+
+        metadata = {
+            "key": payload.key,
+            "job": self._info.key.job,
+            "site": self._info.key.site,
+            "time": entry.time,
+            **({} if entry.step is None else {"step": entry.step}),
+            **({} if entry.round is None else {"round": entry.round}),
+        }
+        try:
+            artifact = wandb.Artifact(
+                artifact_name(payload.key, self._info.key.site), type=payload.artifact_type, metadata=metadata
+            )
+            # The blob lies with the job's files, which may move before an offline run is uploaded: keep the SDK's
+            # copy, but not a second one in its cache.
+            artifact.add_file(str(self._info.blob_path(payload.blob)), name=payload.filename, skip_cache=True)
+            self.artifacts.append(self.run.log_artifact(artifact))
+        except ValueError as error:
+            raise _Unstorable("invalid_value", f"artifact {payload.key!r}: {error}") from error
+        self._set_config({}, entry.position)
+
+
+class _Unstorable(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

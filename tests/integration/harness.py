@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs real FLARE jobs for tests, in a process of their own, and reads back what they left.
+
+A test gives the trainer as text. Around it stands a minimal FedAvg job over numpy arrays, so that a job costs what
+FLARE costs (some 12 s, almost all of it waiting) and nothing else. The trainer notes what it logs, and when, in a file
+beside the job: the test's own truth, which no part of trackhub has touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+__all__ = ["TRAINER", "Fact", "Job", "JobResult", "Point", "install_plugin", "read_jsonl", "read_tensorboard"]
+
+TRAINER = '''
+import json, os, time
+import nvflare.client as flare
+
+OUT = os.environ["TRACKHUB_TEST_OUT"]
+flare.init()
+SITE = flare.get_site_name()
+_facts = open(os.path.join(OUT, SITE + ".facts"), "a", buffering=1)
+
+
+def fact(call, values, step=None):
+    """Make a log call, and note what it logged between which readings of the clock."""
+    before = time.time()
+    call()
+    after = time.time()
+    _facts.write("".join(json.dumps([key, value, step, before, after]) + "\\n" for key, value in values.items()))
+
+
+def rounds(train):
+    """Train as the server asks."""
+    while flare.is_running():
+        model = flare.receive()
+        if model is None:
+            break
+        train(model.current_round)
+        params = {name: array + 1 for name, array in model.params.items()}
+        flare.send(flare.FLModel(params=params, params_type="FULL"))
+'''
+"""Precedes every trainer: ``fact`` and ``rounds``."""
+
+_JOB = '''
+import json, sys
+from pathlib import Path
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.recipe import SimEnv
+from trackhub.flare.recipe import add_tracking
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    config = json.loads((here / "config.json").read_text())
+    recipe = NumpyFedAvgRecipe(
+        name="job", model=[[0.0, 0.0], [0.0, 0.0]], min_clients=config["n_clients"], num_rounds=config["rounds"],
+        train_script=str(here / "client.py"), launch_external_process=config["external"],
+    )
+    if config["tracking"] is not None:
+        add_tracking(recipe, **config["tracking"])
+    job = recipe._job
+@@more@@
+    env = SimEnv(num_clients=config["n_clients"], num_threads=config["threads"], workspace_root=str(here / "workspace"))
+    recipe.execute(env)
+'''
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One log call as the trainer noted it: what, and the readings of the clock around the call."""
+
+    key: str
+    value: Any
+    step: int | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scalar as an independent reader finds it in a backend's files."""
+
+    key: str
+    value: float
+    step: int | None
+    time: float
+    round: int | None = None
+
+
+@dataclass
+class Job:
+    """A FedAvg job in FLARE's simulator.
+
+    Attributes:
+        folder: where it is written and run; must not be used for another job.
+        trainer: source of what follows ``TRAINER`` in the training script.
+        tracking: arguments of ``add_tracking``; None for none.
+        more: source that runs before the job starts, with ``recipe`` and ``job`` at hand.
+        modules: further modules beside the job, by name.
+        env: further environment variables.
+        threads: the simulator's threads; by default one per client.
+    """
+
+    folder: Path
+    trainer: str
+    tracking: dict[str, Any] | None = None
+    external: bool = False
+    n_clients: int = 2
+    rounds: int = 2
+    more: str = ""
+    modules: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+
+    def run(self, timeout_s: float = 240) -> JobResult:
+        """Run the job to its end."""
+        out = self.folder / "out"
+        out.mkdir(parents=True)
+        config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
+                  "tracking": self.tracking, "threads": self.threads}  # fmt: skip
+        (self.folder / "config.json").write_text(json.dumps(config))
+        (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
+        (self.folder / "job.py").write_text(
+            _JOB.replace("@@more@@", textwrap.indent(textwrap.dedent(self.more), "    "))
+        )
+        for name, source in self.modules.items():
+            (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
+        # FLARE starts external trainers with the `python3` of the PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        env = {**os.environ, "PATH": path, "TRACKHUB_TEST_OUT": str(out), "PYTHONUNBUFFERED": "1", **self.env}
+        log = self.folder / "log.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "job.py"], cwd=self.folder, env=env, stdout=stream, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                rc = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                tail = log.read_text(errors="replace")[-6000:]
+                raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
+        return JobResult(rc, log.read_text(errors="replace"), self.folder / "workspace" / "job", out)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job left: exit status, log, workspace, and what the trainers noted."""
+
+    rc: int
+    log: str
+    workspace: Path
+    out: Path
+
+    def run_dir(self, site: str) -> Path:
+        """The job's run folder at this site."""
+        return self.workspace / site / "simulate_job"
+
+    @property
+    def job(self) -> str:
+        """The job id that trackhub used."""
+        return (self.workspace / ".trackhub" / "execution").read_text()
+
+    def report(self, sink: str) -> dict[str, Any]:
+        """The delivery report of the sink at this site."""
+        report: dict[str, Any] = json.loads((self.run_dir(sink) / "trackhub" / "delivery.json").read_text())
+        return report
+
+    def facts(self, site: str) -> list[Fact]:
+        """What the trainer of this site noted, in order."""
+        return [Fact(*json.loads(line)) for line in (self.out / f"{site}.facts").read_text().splitlines()]
+
+    def jsonl(self, sink: str, site: str) -> list[dict[str, Any]]:
+        """The records of this site in the sink's ``jsonl`` files, without the line that ends the run."""
+        lines = read_jsonl(self.run_dir(sink) / "jsonl" / self.job / f"{site}.jsonl")
+        return [line for line in lines if line["kind"] != "end"]
+
+    def jsonl_points(self, sink: str, site: str) -> list[Point]:
+        """The scalars of this site in the sink's ``jsonl`` files, in order."""
+        return [
+            Point(key, value, line.get("step"), line["time"], line.get("round"))
+            for line in self.jsonl(sink, site)
+            if line["kind"] == "metrics"
+            for key, value in line["values"].items()
+        ]
+
+    def tensorboard_points(self, sink: str, site: str) -> list[Point]:
+        """The scalars of this site in the sink's event files, in order within a key."""
+        return read_tensorboard(self.run_dir(sink) / "tensorboard" / self.job / site)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_tensorboard(folder: Path) -> list[Point]:
+    """Read a run's scalars with TensorBoard's own reader, without its sampling."""
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [
+        Point(tag, event.value, event.step, event.wall_time)
+        for tag in reader.Tags()["scalars"]
+        for event in reader.Scalars(tag)
+    ]
+
+
+def install_plugin(site: Path, distribution: str, points: dict[str, str], modules: dict[str, str]) -> dict[str, str]:
+    """Lay out a distribution as pip would leave it; return the environment variable that makes it visible."""
+    info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[trackhub.backends]", *lines, ""]))
+    for name, source in modules.items():
+        (site / f"{name}.py").write_text(textwrap.dedent(source))
+    return {"PYTHONPATH": str(site)}
+
+
+def files_with(folder: Path, *needles: bytes) -> Iterator[Path]:
+    """Yield the files below the folder that contain any of these bytes."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            if any(needle in content for needle in needles):
+                yield path

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLARE jobs in which something goes wrong: with a backend, a trainer, a sink or the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .harness import Job, JobResult, install_plugin
+
+SITES = ("site-1", "site-2")
+
+TRAINER = """
+from trackhub import Writer
+
+writer = Writer()
+
+
+def train(n):
+    for i in range(20):
+        values = {"loss": n + i / 7}
+        fact(lambda: writer.log(values, 20 * n + i), values, 20 * n + i)
+
+
+rounds(train)
+"""
+
+FAULTY = """
+import threading
+from trackhub.spi import Backend, BackendRun, ConfigError, PermanentError
+
+
+class Run(BackendRun):
+    def write(self, batch):
+        pass
+
+    def finish(self, status):
+        pass
+
+
+class NoOpen(Backend):
+    def open_run(self, info):
+        raise PermanentError("this run cannot be opened")
+
+
+class NoWriteRun(Run):
+    def write(self, batch):
+        raise ZeroDivisionError("a defect in the plugin")
+
+
+class NoWrite(Backend):
+    def open_run(self, info):
+        return NoWriteRun()
+
+
+class HangsRun(Run):
+    def write(self, batch):
+        threading.Event().wait()
+
+
+class Hangs(Backend):
+    def open_run(self, info):
+        return HangsRun()
+
+
+class Refuses(Backend):
+    def preflight(self):
+        raise ConfigError("the project 'x' does not exist; create it first")
+
+    def open_run(self, info):
+        return Run()
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> dict[str, str]:
+    """Environment in which backends that go wrong are installed."""
+    points = {"no_open": "faulty:NoOpen", "no_write": "faulty:NoWrite", "hangs": "faulty:Hangs", "refuses": "faulty:Refuses"}
+    return install_plugin(tmp_path / "plugins", "acme-faulty", points, {"faulty": FAULTY})
+
+
+def _model(result: JobResult) -> Any:
+    return np.load(result.run_dir("server") / "models" / "server.npy")
+
+
+def _nothing_was_trained(result: JobResult) -> bool:
+    return all(not facts.read_text() for facts in result.out.iterdir())
+
+
+def _assert_all_in_jsonl(result: JobResult, sink: str, site: str) -> None:
+    facts = result.facts(site)
+    points = result.jsonl_points(sink, site)
+    assert [(p.key, p.step, p.value) for p in points] == [(f.key, f.step, f.value) for f in facts]
+
+
+@pytest.mark.filterwarnings("ignore:trackhub. backend")
+def test_backends_that_raise_or_hang_change_neither_the_model_nor_the_exit_status(
+    tmp_path: Path, faulty: dict[str, str]
+) -> None:
+    tracking = {"server": ["jsonl", "no_open", "no_write", "hangs"], "limits": {"deadline_s": 3}}
+
+    result = Job(tmp_path / "job", TRAINER, tracking, env=faulty).run()
+
+    assert result.rc == 0, result.log[-6000:]
+    assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    report = result.report("server")
+    assert report["balanced"]
+    for site in SITES:
+        _assert_all_in_jsonl(result, "server", site)
+        assert report["lanes"]["jsonl"][site]["confirmed"] == 40
+        for backend, error in (("no_open", "cannot be opened"), ("no_write", "a defect in the plugin"), ("hangs", "")):
+            lane = report["lanes"][backend][site]
+            assert (lane["confirmed"], lane["pending"] + sum(lane["rejected"].values())) == (0, 40)
+            assert error in lane["last_error"]
+
+
+def test_an_unknown_backend_stops_the_job_before_training_and_names_what_there_is(tmp_path: Path) -> None:
+    result = Job(tmp_path / "job", TRAINER, {"server": ["tensorbord"]}).run()
+
+    assert result.rc != 0
+    assert _nothing_was_trained(result)
+    messages = [line for line in result.log.splitlines() if "FATAL_SYSTEM_ERROR" in line]
+    assert len(messages) == 1
+    assert "tensorbord" in messages[0]
+    assert "jsonl" in messages[0]
+
+
+@pytest.mark.filterwarnings("ignore:trackhub. backend")
+def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(tmp_path: Path, faulty: dict[str, str]) -> None:
+    result = Job(tmp_path / "job", TRAINER, {"clients": ["refuses"]}, env=faulty).run()
+
+    assert result.rc != 0
+    assert _nothing_was_trained(result)
+    assert "the project 'x' does not exist; create it first (this site will train nothing" in result.log
+
+
+def test_without_any_folder_for_the_sink_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
+    nowhere = tmp_path / "a-file"
+    nowhere.write_text("not a folder")
+    spools = tmp_path / "tmp"
+    spools.mkdir()
+    tracking = {"server": ["jsonl"], "state_dir": str(nowhere / "x")}
+
+    result = Job(tmp_path / "job", TRAINER, tracking, env={"TMPDIR": str(spools)}).run()
+
+    assert result.rc == 0, result.log[-6000:]
+    assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert len(list(spools.glob("trackhub-spool-*/*.spool"))) == 2
+    assert "the sink refuses site site-1 (no_sink)" in result.log
+
+
+def test_a_sink_that_never_answers_is_waited_for_once_and_not_in_every_round(tmp_path: Path) -> None:
+    # The sender's receiver has another name than the one that the server has.
+    more = """
+    from trackhub.flare.sender import TrackhubSender
+    limits = {"barrier_s": 1, "gate_s": 2}
+    recipe._add_to_client_apps(TrackhubSender("somebody_else", limits=limits), id="trackhub_sender")
+    """
+
+    result = Job(tmp_path, TRAINER, more=more, rounds=3).run()
+
+    assert result.rc == 0, result.log[-6000:]
+    assert result.log.count("did not acknowledge the records of site site-1") == 1
+    assert "site site-1: 60 records were not acknowledged; they stay in" in result.log
+
+
+@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
+def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_path: Path) -> None:
+    trainer = """
+    import random, signal, threading
+    from trackhub import Writer
+
+    writer = Writer()
+
+    def train(n):
+        if n == 1 and SITE == "site-1":
+            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(random.uniform(0.2, 0.6), kill).start()
+        i = 0
+        while i < 100 or (n == 1 and SITE == "site-1"):
+            values = {"loss": n + i / 7}
+            fact(lambda: writer.log(values, i), values, i)
+            i += 1
+
+    rounds(train)
+    """
+
+    result = Job(tmp_path / "job", trainer, {"server": ["jsonl"]}, external=True).run()
+
+    report = result.report("server")
+    assert report["balanced"]
+    for site in SITES:
+        noted = [(f.key, f.step, f.value) for f in result.facts(site)]
+        points = [(p.key, p.step, p.value) for p in result.jsonl_points("server", site)]
+        assert points[: len(noted)] == noted
+        # The call that was being made when the signal came may have written its record, too.
+        assert len(points) - len(noted) <= (1 if site == "site-1" else 0)
+    assert len(result.facts("site-1")) > 110
+    ends = {site: _end(result, site) for site in SITES}
+    assert ends["site-1"] == "failed"
+
+
+def _end(result: JobResult, site: str) -> str:
+    from .harness import read_jsonl
+
+    last = read_jsonl(result.run_dir("server") / "jsonl" / result.job / f"{site}.jsonl")[-1]
+    assert last["kind"] == "end"
+    return str(last["status"])

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``add_tracking`` writes into a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.job_config.api import FedJob
+from nvflare.job_config.script_runner import ScriptRunner
+from nvflare.recipe.utils import set_per_site_config
+
+from trackhub.config import Limits
+from trackhub.errors import ConfigError, InvalidOptionError
+from trackhub.flare.recipe import add_tracking, tracking_components
+
+SCRIPT = "import nvflare.client as flare\nfrom trackhub import Writer\n"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "client.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def _recipe(script: str, **more: Any) -> NumpyFedAvgRecipe:
+    return NumpyFedAvgRecipe(name="job", model=[0.0], min_clients=2, num_rounds=1, train_script=script, **more)
+
+
+def _export(recipe_or_job: Any, folder: Path) -> Path:
+    job = getattr(recipe_or_job, "_job", recipe_or_job)
+    job.export_job(str(folder))
+    return folder / job.name
+
+
+def _config(job: Path, app: str, file: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((job / app / "config" / file).read_text())
+    return config
+
+
+def _components(job: Path, app: str, file: str) -> dict[str, dict[str, Any]]:
+    return {c["id"]: c for c in _config(job, app, file)["components"] if c["id"].startswith("trackhub")}
+
+
+def test_server_side_tracking_adds_a_receiver_and_a_sender_by_stable_names(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+
+    add_tracking(recipe, server={"jsonl": {"path": "elsewhere"}})
+
+    job = _export(recipe, tmp_path / "out")
+    assert _components(job, "app", "config_fed_server.json") == {
+        "trackhub_receiver": {
+            "id": "trackhub_receiver",
+            "path": "trackhub.flare.receiver.TrackhubReceiver",
+            "args": {"backends": {"jsonl": {"path": "elsewhere"}}},
+        }
+    }
+    assert _components(job, "app", "config_fed_client.json") == {
+        "trackhub_sender": {"id": "trackhub_sender", "path": "trackhub.flare.sender.TrackhubSender", "args": {}}
+    }
+
+
+def test_the_job_refers_to_the_installed_package_and_takes_no_copy_along(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+    recipe._job.set_app_packages(["numpy"])
+
+    add_tracking(recipe, server=["jsonl"], clients=["jsonl"])
+
+    job = _export(recipe, tmp_path / "out")
+    assert sorted(p.name for p in job.rglob("*.py")) == ["client.py"]
+    assert recipe._job.job.app_packages == ["numpy", "trackhub"]
+
+
+def test_the_helper_for_json_jobs_gives_what_a_recipe_exports(script: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "server": {"jsonl": {}},
+        "clients": {"jsonl": {"path": "x"}},
+        "limits": {"deadline_s": 5.0},
+        "state_dir": "/var/trackhub",
+    }
+    recipe = _recipe(script)
+    add_tracking(recipe, **given)
+    job = _export(recipe, tmp_path / "out")
+
+    helped = tracking_components(**given)
+
+    for file, components in helped.items():
+        exported = _components(job, "app", file)
+        assert [c["id"] for c in components] == list(exported)
+        for component in components:
+            assert component["path"] == exported[component["id"]]["path"]
+            # FLARE leaves out arguments that are as the constructor's defaults.
+            assert exported[component["id"]]["args"].items() <= component["args"].items()
+    assert json.loads(json.dumps(helped)) == helped
+
+
+def test_sites_can_have_backends_of_their_own_or_none(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+    set_per_site_config(recipe, {"site-1": {}, "site-2": {}, "site-3": {}})
+
+    add_tracking(recipe, server=["jsonl"], clients={"jsonl": {}}, sites={"site-1": {"jsonl": {"path": "p"}}, "site-2": {}})
+
+    job = _export(recipe, tmp_path / "out")
+    found = {s: _components(job, f"app_{s}", "config_fed_client.json") for s in ("site-1", "site-2", "site-3")}
+    assert found["site-1"]["trackhub_receiver"]["args"] == {"backends": {"jsonl": {"path": "p"}}}
+    assert list(found["site-2"]) == ["trackhub_sender"]
+    assert found["site-3"]["trackhub_receiver"]["args"] == {"backends": {"jsonl": {}}}
+    assert found["site-3"]["trackhub_sender"]["args"] == {"client_receiver": "trackhub_receiver"}
+
+
+def test_a_site_without_a_client_app_of_its_own_is_an_error_that_says_what_to_call(script: str) -> None:
+    with pytest.raises(ValueError, match="'site-1'.*set_per_site_config"):
+        add_tracking(_recipe(script), server=["jsonl"], sites={"site-1": ["jsonl"]})
+
+
+def test_a_plain_fed_job_is_served_as_a_recipe_is(script: str, tmp_path: Path) -> None:
+    job = FedJob(name="plain")
+    job.to_server(FedAvg(num_clients=2, num_rounds=1))
+    job.to_clients(ScriptRunner(script=script))
+
+    add_tracking(job, clients=["jsonl"])
+
+    folder = _export(job, tmp_path / "out")
+    assert _components(folder, "app", "config_fed_server.json") == {}
+    client = _components(folder, "app", "config_fed_client.json")
+    assert client["trackhub_sender"]["args"] == {"server_receiver": None, "client_receiver": "trackhub_receiver"}
+
+
+def test_an_external_trainer_gets_time_to_finish_its_script(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script, launch_external_process=True)
+
+    with pytest.warns(UserWarning, match="shutdown_timeout of 1 external trainer"):
+        add_tracking(recipe, server=["jsonl"])
+
+    executors = _config(_export(recipe, tmp_path / "out"), "app", "config_fed_client.json")["executors"]
+    assert executors[0]["executor"]["args"]["shutdown_timeout"] == 30.0
+
+
+def test_a_shutdown_timeout_that_somebody_chose_is_left_alone(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script, launch_external_process=True, shutdown_timeout=3.0)
+
+    add_tracking(recipe, server=["jsonl"])
+
+    executors = _config(_export(recipe, tmp_path / "out"), "app", "config_fed_client.json")["executors"]
+    assert executors[0]["executor"]["args"]["shutdown_timeout"] == 3.0
+
+
+def test_a_literal_secret_is_refused_and_not_shown(script: str) -> None:
+    with pytest.raises(InvalidOptionError) as caught:
+        add_tracking(_recipe(script), server={"acme": {"api_key": "hunter2-hunter2"}})
+
+    assert "acme.api_key" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_unknown_option_of_an_installed_backend_is_an_error_where_the_job_is_written(script: str) -> None:
+    with pytest.raises(InvalidOptionError, match="jsonl"):
+        add_tracking(_recipe(script), server={"jsonl": {"pth": "x"}})
+
+
+def test_a_backend_that_is_not_installed_here_is_left_for_the_sites_to_check(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+
+    with pytest.warns(UserWarning, match="'acme'"):
+        add_tracking(recipe, server={"acme": {"level": 3}})
+
+    server = _components(_export(recipe, tmp_path / "out"), "app", "config_fed_server.json")
+    assert server["trackhub_receiver"]["args"] == {"backends": {"acme": {"level": 3}}}
+
+
+def test_only_limits_that_differ_from_the_defaults_are_written(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+
+    add_tracking(recipe, server=["jsonl"], limits=Limits(deadline_s=5.0))
+
+    sender = _components(_export(recipe, tmp_path / "out"), "app", "config_fed_client.json")["trackhub_sender"]
+    assert sender["args"] == {"limits": {"deadline_s": 5.0}}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to track with"),
+        ({"server": {}}, "nothing to track with"),
+        ({"clients": ["jsonl"], "take_over": False}, "take_over is off"),
+        ({"server": "jsonl"}, "expected {backend: options} or a list"),
+        ({"server": {"jsonl": "x"}}, "expected {backend: {option: value}}"),
+        ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),
+        ({"server": {"jsonl": {"path": object()}}}, "what JSON can hold"),
+    ],
+)
+def test_a_wrong_configuration_is_an_error_before_anything_is_written(
+    script: str, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        add_tracking(_recipe(script), **given)
+
+
+def test_tracking_is_added_once(script: str) -> None:
+    recipe = _recipe(script)
+    add_tracking(recipe, server=["jsonl"])
+
+    with pytest.raises(ConfigError, match="already"):
+        add_tracking(recipe, clients=["jsonl"])
+
+
+def test_something_that_is_no_job_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="recipe or FedJob, got str"):
+        add_tracking("job.json", server=["jsonl"])

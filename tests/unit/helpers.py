@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the unit tests of spool, journal, lanes and sinks share: independent readers, and backends that misbehave."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.records import Gap, Metrics, Record, decode_body, encode_frame
+from trackhub.spi import (
+    Backend,
+    BackendRun,
+    Capabilities,
+    Entry,
+    Kind,
+    NoOptions,
+    Redelivery,
+    RunInfo,
+    RunStatus,
+    Side,
+    SinkContext,
+    WriteReport,
+)
+from trackhub.spool_layout import SpoolInfo, create_spool
+
+WAIT_S = 20.0
+"""How long a test waits for what must happen; only a failure takes so long."""
+
+ALL_KINDS = frozenset(Kind) - {Kind.GAP}
+STREAM = "0123456789abcdef" * 2
+
+
+def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
+    create_spool(folder, SpoolInfo("site-1", "job-1", cursors or ("server",), max_bytes))
+    return folder
+
+
+def frames_in(data: bytes) -> list[bytes]:
+    """Return the bodies of whole, sound frames from the start of ``data``: the format by its description alone."""
+    bodies, at = [], 0
+    while len(data) - at >= 9:
+        crc, size, _ = struct.unpack_from("<IIB", data, at)
+        checked = data[at + 4 : at + 9 + size]
+        if len(checked) < size + 5 or zlib.crc32(checked) != crc:
+            break
+        bodies.append(checked[5:])
+        at += 9 + size
+    return bodies
+
+
+def read_spool(folder: Path) -> dict[str, list[Record]]:
+    """Return what the segments hold, by stream, in order."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.spool")):
+        match = re.fullmatch(r"([0-9a-f]{32})-\d+\.spool", path.name)
+        assert match, path
+        found.setdefault(match[1], []).extend(decode_body(body) for body in frames_in(path.read_bytes()[8:]))
+    return found
+
+
+def metric(seq: int, key: str = "loss", step: int | None = None) -> Record:
+    return Record(seq, 1000.0 + seq, seq if step is None else step, None, Metrics({key: float(seq)}))
+
+
+def batch_of(records: Sequence[Record], stream: str = STREAM) -> Batch:
+    """Return a batch as a sender would make it of these consecutive records, gaps among them."""
+    first = records[0].seq
+    end = first
+    for record in records:
+        end = record.seq + (record.payload.count if isinstance(record.payload, Gap) else 1)
+    count = sum(not isinstance(record.payload, Gap) for record in records)
+    return Batch(stream, first, end, count, b"".join(map(encode_frame, records)))
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records in a file of the backend ``jsonl``, without the line that ends it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["kind"] != "end"]
+
+
+def assert_balanced(
+    report: DeliveryReport, logged: dict[str, int], stored: dict[tuple[str, str], int] | None = None
+) -> None:
+    """Check the report's equations, and its numbers against independent counts.
+
+    Args:
+        logged: site to the number of log calls that returned.
+        stored: (backend, site) to the number of records that were read back.
+    """
+    assert report.balanced
+    assert set(report.sites) == set(logged)
+    for site, n in logged.items():
+        found = report.sites[site]
+        assert found.received == found.duplicates + found.journaled
+        assert found.missing == 0
+        if found.site is not None:
+            assert found.site.logged == n
+            gone = found.site.withheld + sum(found.site.dropped.values()) + sum(found.site.refused.values())
+            assert n == gone + found.site.acked + found.site.spooled
+            assert found.site.acked <= found.journaled <= n - gone
+        for lane in report.lanes.values():
+            run = lane[site]
+            assert found.journaled == sum(run.rejected.values()) + run.confirmed + run.pending
+            assert run.pending >= 0
+    for (lane_name, site), n in (stored or {}).items():
+        assert report.lanes[lane_name][site].confirmed == n
+
+
+def total(ledger: SiteLedger) -> int:
+    return ledger.withheld + sum(ledger.dropped.values()) + sum(ledger.refused.values()) + ledger.acked + ledger.spooled
+
+
+class MemoryRun(BackendRun):
+    """A run of `MemoryBackend`; subclasses and ``behave`` make it misbehave."""
+
+    def __init__(self, backend: MemoryBackend, info: RunInfo) -> None:
+        self.backend = backend
+        self.info = info
+        self.site = info.key.site
+
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        self.backend.calls["write"] += 1
+        result = self.backend.behave("write", list(batch))
+        self.backend.take(self.site, batch)
+        return result if isinstance(result, WriteReport) else None
+
+    def finish(self, status: RunStatus) -> None:
+        self.backend.calls["finish"] += 1
+        self.backend.behave("finish", status)
+        self.backend.statuses[self.site] = status
+
+    def next_position(self) -> int:
+        stored = self.backend.stored.get(self.site)
+        return stored[-1].position + 1 if stored else 0
+
+
+class BufferingRun(MemoryRun):
+    """Its ``flush`` confirms."""
+
+    def flush(self) -> None:
+        self.backend.calls["flush"] += 1
+        self.backend.behave("flush", None)
+
+
+class MemoryBackend(Backend):
+    """Keeps entries in memory, by site, in the order of arrival.
+
+    Attributes:
+        stored: what a peer would hold.
+        calls: number of calls of each method.
+        behave: called first in every method with its name and argument; raises, hangs or returns a report.
+        infos: what ``open_run`` was given.
+    """
+
+    capabilities = Capabilities(
+        kinds=ALL_KINDS,
+        redelivery=Redelivery.IDEMPOTENT,
+        nonfinite=True,
+        late_steps=True,
+        optional_step=True,
+        changing_params=True,
+        max_key_chars=None,
+        key_chars="",
+    )
+    run_class: type[MemoryRun] = MemoryRun
+
+    def __init__(
+        self,
+        behave: Callable[[str, Any], Any] | None = None,
+        *,
+        buffering: bool = False,
+        stored: dict[str, list[Entry]] | None = None,
+        **can: Any,
+    ) -> None:
+        super().__init__(NoOptions(), SinkContext(Path(), "job-1", Side.LOCAL))
+        self.capabilities = msgspec.structs.replace(type(self).capabilities, **can)
+        self.behave = behave or (lambda method, argument: None)
+        self.run_class = BufferingRun if buffering else MemoryRun
+        self.stored: dict[str, list[Entry]] = {} if stored is None else stored
+        self.calls: Counter[str] = Counter()
+        self.statuses: dict[str, RunStatus] = {}
+        self.infos: list[RunInfo] = []
+        self.threads: set[int] = set()
+        self.changed = threading.Condition()
+
+    def preflight(self) -> None:
+        self.behave("preflight", None)
+
+    def open_run(self, info: RunInfo) -> BackendRun:
+        self.calls["open"] += 1
+        self.behave("open", info)
+        self.infos.append(info)
+        if self.capabilities.redelivery is Redelivery.REBUILD:
+            self.stored[info.key.site] = []
+        return self.run_class(self, info)
+
+    def close(self) -> None:
+        self.calls["close"] += 1
+
+    def take(self, site: str, batch: Sequence[Entry]) -> None:
+        with self.changed:
+            held = self.stored.setdefault(site, [])
+            known = {e.position for e in held}
+            if self.capabilities.redelivery is Redelivery.IDEMPOTENT:
+                held.extend(e for e in batch if e.position not in known)
+            else:
+                held.extend(batch)
+            self.threads.add(threading.get_ident())
+            self.changed.notify_all()
+
+    def wait_for(self, site: str, count: int) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: len(self.stored.get(site, ())) >= count, WAIT_S)
+
+    def positions(self, site: str = "site-1") -> list[int]:
+        return [e.position for e in self.stored.get(site, ())]

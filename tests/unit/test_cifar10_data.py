@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the CIFAR-10 job's images come from, and who gets which."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import client
+import data
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+JOB_DIR = Path(data.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and no data root from the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(data.DATA_ROOT_ENV, raising=False)
+    return tmp_path / "cache" / "trackhub"
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two training images and one test image per class, with random pixels."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for name in data.CLASSES:
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
+    return tmp_path / "images"
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    body = b""
+    requests = 0
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    """A mirror on loopback of a tiny CIFAR-10 in torchvision's layout, whose address torchvision is given."""
+    rng = np.random.default_rng(1)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    files = {
+        name: pickle.dumps({"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))})
+        for name in names
+    }
+    files["batches.meta"] = pickle.dumps({"label_names": list(data.CLASSES)})
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed.getvalue()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
+
+    with _Server(("127.0.0.1", 0), _Handler) as server:
+        server.body = packed.getvalue()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's address is one where nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/{CIFAR10.filename}")
+
+
+def test_synthetic_images_are_the_same_for_the_same_seed_and_differ_for_another() -> None:
+    first, again, other = data.synthetic(3, 40, 20), data.synthetic(3, 40, 20), data.synthetic(4, 40, 20)
+
+    assert torch.equal(first.train.pixels, again.train.pixels)
+    assert torch.equal(first.test.labels, again.test.labels)
+    assert not torch.equal(first.train.pixels, other.train.pixels)
+
+
+def test_synthetic_images_have_the_shape_of_cifar_10_and_all_ten_classes_equally_often() -> None:
+    made = data.synthetic(0, 200, 50)
+
+    assert made.train.pixels.shape == (200, 3, 32, 32)
+    assert made.train.pixels.dtype == torch.uint8
+    assert torch.bincount(made.train.labels).tolist() == [20] * 10
+    assert torch.bincount(made.test.labels).tolist() == [5] * 10
+
+
+def test_synthetic_images_can_be_learned() -> None:
+    args = client.parse_args(
+        ["--dataset", "synthetic", "--samples_per_site", "1000", "--num_rounds", "2", "--no_tracking"]
+    )
+    site = client.Site(args, "site-1", client.NoTracking(), args.num_rounds)
+
+    before = site.validate(0)
+    for round_number in range(args.num_rounds):
+        site.train(round_number)
+    after = site.validate(args.num_rounds)
+
+    assert before < 0.2
+    assert after > 0.4
+
+
+def test_an_image_folder_is_read_pixel_by_pixel(image_folder: Path) -> None:
+    loaded = data.load("cifar10", image_folder)
+
+    assert loaded.name == "cifar10"
+    assert loaded.train.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    with Image.open(image_folder / "train" / "cat" / "0001.png") as expected:
+        assert np.array_equal(loaded.train.pixels[3 * 2 + 1].permute(1, 2, 0).numpy(), np.asarray(expected))
+    with Image.open(image_folder / "test" / "truck" / "0000.png") as expected:
+        assert np.array_equal(loaded.test.pixels[9].permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_images_are_decoded_once_for_all_sites_that_start_at_the_same_time(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: data.load("cifar10", image_folder), range(4)))
+
+    assert capsys.readouterr().out.count("Decoding") == 1
+    assert all(torch.equal(one.train.pixels, loaded[0].train.pixels) for one in loaded)
+
+
+def test_a_changed_image_is_decoded_anew(image_folder: Path) -> None:
+    data.load("cifar10", image_folder)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(image_folder / "train" / "airplane" / "0000.png")
+
+    loaded = data.load("cifar10", image_folder)
+
+    assert loaded.train.pixels[0, :, 5, 5].tolist() == [1, 2, 3]
+
+
+def test_images_changed_in_memory_do_not_change_for_others(image_folder: Path) -> None:
+    first = data.load("cifar10", image_folder)
+    original = first.train.pixels[0].clone()
+
+    first.train.pixels[0] = 0
+
+    assert torch.equal(data.load("cifar10", image_folder).train.pixels[0], original)
+
+
+def test_the_environment_names_the_data_root(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.DATA_ROOT_ENV, str(image_folder))
+
+    assert len(data.load("auto").train.labels) == 20
+
+
+def test_a_missing_class_is_named(image_folder: Path) -> None:
+    for path in (image_folder / "train" / "ship").iterdir():
+        path.unlink()
+
+    with pytest.raises(data.DataError, match=r"train/ship has no images"):
+        data.load("cifar10", image_folder)
+
+
+def test_an_image_of_another_size_is_named(image_folder: Path, cache: Path) -> None:
+    Image.new("RGB", (48, 16)).save(image_folder / "test" / "frog" / "0000.png")
+
+    with pytest.raises(data.DataError, match=r"test/frog/0000.png is 48 x 16 pixels, expected 32 x 32"):
+        data.load("cifar10", image_folder)
+    assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
+
+
+def test_a_damaged_image_is_named(image_folder: Path) -> None:
+    (image_folder / "train" / "dog" / "0001.png").write_bytes(b"not an image")
+
+    with pytest.raises(data.DataError, match=r"train/dog/0001.png cannot be decoded"):
+        data.load("cifar10", image_folder)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_auto_says_in_one_line_that_it_uses_synthetic_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = data.load("auto", tmp_path / "nothing")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert loaded.name == "synthetic"
+    assert len(lines) == 1
+    assert lines[0].startswith("Using synthetic images: no CIFAR-10 (there is none in ")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_cifar10_that_cannot_be_had_is_an_error_and_not_synthetic(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"none in .*nothing, and it cannot be downloaded: .*refused"):
+        data.load("cifar10", tmp_path / "nothing")
+
+
+def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_NETWORK_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/{CIFAR10.filename}")
+
+        with pytest.raises(data.DataError, match="timed out"):
+            data.prepare(tmp_path)
+
+
+def test_several_processes_that_start_at_once_download_once(mirror: _Server, tmp_path: Path) -> None:
+    root = tmp_path / "new" / "root"
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: data.prepare(root), range(4)))
+
+    assert found == {root}
+    assert mirror.requests == 1
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
+
+
+def test_torchvisions_layout_is_read_as_torchvision_reads_it(mirror: _Server, tmp_path: Path) -> None:
+    loaded = data.load("cifar10", tmp_path)
+
+    expected = CIFAR10(str(tmp_path), train=True)
+    assert np.array_equal(loaded.train.pixels.permute(0, 2, 3, 1).numpy(), expected.data)
+    assert loaded.train.labels.tolist() == expected.targets
+    assert len(loaded.test.labels) == 10
+
+
+def test_the_batches_folder_itself_may_be_named(mirror: _Server, tmp_path: Path) -> None:
+    root = data.prepare(tmp_path)
+
+    assert data.prepare(root / "cifar-10-batches-py") == root
+    assert mirror.requests == 1
+
+
+def test_a_download_that_fails_its_checksum_leaves_nothing(mirror: _Server, tmp_path: Path) -> None:
+    mirror.body += b"torn"
+
+    with pytest.raises(data.DataError, match="fails its checksum"):
+        data.prepare(tmp_path / "root")
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_killed_holder_releases_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lock"
+    script = f"import pathlib, data\nwith data._locked(pathlib.Path({str(path)!r})):\n    print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=JOB_DIR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(data, "_LOCK_TIMEOUT_S", 0.1)
+        with pytest.raises(OSError, match="cannot lock"), data._locked(path):
+            pass
+        holder.kill()
+        holder.wait()
+
+    with data._locked(path):
+        pass
+
+
+LABELS = data.synthetic(0, 500, 10).train.labels
+
+
+def test_same_gives_every_site_all_images() -> None:
+    shares = data.partition(LABELS, 3, "same")
+
+    assert all(sorted(share.tolist()) == list(range(500)) for share in shares)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    scheme=st.sampled_from(["iid", "dirichlet"]),
+    n_sites=st.integers(1, 5),
+    alpha=st.floats(0.3, 100),
+    seed=st.integers(0, 2**32),
+)
+def test_iid_and_dirichlet_give_each_image_to_exactly_one_site(
+    scheme: str, n_sites: int, alpha: float, seed: int
+) -> None:
+    shares = data.partition(LABELS, n_sites, scheme, alpha=alpha, seed=seed)
+
+    assert len(shares) == n_sites
+    assert sorted(torch.cat(shares).tolist()) == list(range(500))
+
+
+def test_iid_shares_are_of_equal_size_and_alike() -> None:
+    first, second = data.partition(LABELS, 2, "iid")
+
+    assert len(first) == len(second) == 250
+    assert torch.bincount(LABELS[first]).min() > 10
+
+
+def test_a_small_alpha_makes_sites_differ_and_a_large_one_makes_them_alike() -> None:
+    def spread(alpha: float) -> float:
+        shares = data.partition(LABELS, 2, "dirichlet", alpha=alpha)
+        counts = torch.stack([torch.bincount(LABELS[share], minlength=10) for share in shares]).float()
+        return float((counts[0] - counts[1]).abs().mean())
+
+    assert spread(0.1) > 25 > 5 > spread(10_000)
+
+
+def test_every_site_computes_the_same_division() -> None:
+    for scheme in data.PARTITIONS:
+        once, again = (data.partition(LABELS, 2, scheme, seed=7) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_a_limit_bounds_each_share_to_a_random_choice_of_it() -> None:
+    whole = data.partition(LABELS, 2, "iid")
+    limited = data.partition(LABELS, 2, "iid", limit=30)
+
+    assert [len(share) for share in limited] == [30, 30]
+    assert all(set(few.tolist()) <= set(all_.tolist()) for few, all_ in zip(limited, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("n_sites", "scheme", "alpha", "message"),
+    [
+        (501, "iid", 0.5, "leaves a site without any"),
+        (2, "dirichlet", 0.0, "alpha is 0.0"),
+        (2, "random", 0.5, "unknown partition 'random'; it is one of same, iid, dirichlet"),
+    ],
+)
+def test_an_impossible_division_is_refused(n_sites: int, scheme: str, alpha: float, message: str) -> None:
+    with pytest.raises(data.DataError, match=message):
+        data.partition(LABELS, n_sites, scheme, alpha=alpha)
+
+
+def test_a_sites_share_follows_from_the_number_in_its_name() -> None:
+    assert [data.site_index(name, 12) for name in ("site-1", "hospital_2", "s12")] == [0, 1, 11]
+
+
+@pytest.mark.parametrize("name", ["site-0", "site-3", "hospital", ""])
+def test_a_site_name_without_a_usable_number_is_refused(name: str) -> None:
+    with pytest.raises(data.DataError, match=r"must end in a number from 1 to 2"):
+        data.site_index(name, 2)
+
+
+def test_batches_hold_every_image_once_in_an_order_that_the_generator_decides() -> None:
+    images = data.Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10))
+
+    def order(seed: int) -> list[list[int]]:
+        return [batch.labels.tolist() for batch in data.batches(images, 4, torch.Generator().manual_seed(seed))]
+
+    assert [len(batch) for batch in order(0)] == [4, 4, 2]
+    assert sorted(label for batch in order(0) for label in batch) == list(range(10))
+    assert order(0) == order(0) != order(1)
+
+
+def test_augmented_images_are_the_originals_moved_and_mirrored() -> None:
+    pixels = data.synthetic(0, 30, 10).train.pixels
+    pad = 2
+
+    augmented = data.augment(pixels, torch.Generator().manual_seed(0), pad)
+
+    assert augmented.shape == pixels.shape
+    assert augmented.dtype == torch.uint8
+    mirrored = 0
+    for original, image in zip(pixels.numpy(), augmented.numpy(), strict=True):
+        padded = np.pad(original, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+        views = [padded[:, y : y + 32, x : x + 32] for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
+        plain = any(np.array_equal(view, image) for view in views)
+        flipped = any(np.array_equal(view[:, :, ::-1], image) for view in views)
+        assert plain or flipped
+        mirrored += flipped
+    assert 5 < mirrored < 25
+
+
+def test_normalised_cifar_colours_are_centred() -> None:
+    grey = torch.tensor([125, 123, 114], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+
+    assert data.normalise(grey).abs().max() < 0.02

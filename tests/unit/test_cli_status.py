@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub status`` reads journals and spools, of running and of finished jobs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trackhub.delivery.journal import Journal
+from trackhub.delivery.journal_report import Progress
+from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.spool_reader import SpoolReader
+from trackhub.writer import Writer
+
+
+def status(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trackhub.cli", "status", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def document(*args: str | Path) -> dict[str, Any]:
+    done = status(*args, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A site that logged 10 records, of which the sink has 6, of which its one lane delivered 4 and rejected 1."""
+    spool = tmp_path / "site-1" / "spool"
+    create_spool(spool, SpoolInfo("site-1", "job-1", ("server",)))
+    with Writer(spool) as writer:
+        for step in range(10):
+            writer.log({"loss": 1.0}, step)
+    reader = SpoolReader(spool, "server")
+    batch = reader.next_batch(6, 1 << 20)
+    assert batch is not None
+    journal = Journal.open(tmp_path / "server" / "trackhub" / "trackhub.db", job="job-1", side="server")
+    site = journal.add_site("site-1", 0.0)
+    journal.add_site("site-2", 0.0)
+    journal.append(site, Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames), {})
+    journal.note_site(site, SiteLedger(logged=12, dropped={"spool_full": 2}, acked=6, spooled=4), bye=False)
+    progress = Progress(confirmed=4, rejected={"nonfinite": 1}, last_error="no route to host\nand more")
+    journal.save_run("acme", site, 1, 1, progress)
+    reader.settle(batch)
+    journal.close()
+    return tmp_path
+
+
+def test_the_journals_and_spools_under_a_folder_are_found_and_read(job: Path) -> None:
+    found = document(job)
+
+    (journal,), (spool,) = found["journals"], found["spools"]
+    assert found["version"] == 1
+    assert (journal["job"], journal["side"], journal["balanced"], journal["undelivered"]) == (
+        "job-1",
+        "server",
+        True,
+        5,
+    )
+    site = journal["sites"]["site-1"]
+    assert (site["logged"], site["dropped"], site["received"], site["journaled"]) == (12, {"spool_full": 2}, 6, 6)
+    run = journal["lanes"]["acme"]["site-1"]
+    assert (run["confirmed"], run["rejected"], run["pending"]) == (4, {"nonfinite": 1}, 1)
+    assert (spool["site"], spool["job"], spool["open"]) == ("site-1", "job-1", True)
+    assert spool["sinks"]["server"] == {
+        "streams": 1, "logged": 10, "withheld": 0, "dropped": {}, "refused": {}, "acked": 6, "spooled": 4
+    }  # fmt: skip
+
+
+def test_a_journal_or_a_spool_can_be_named_itself(job: Path) -> None:
+    journal = document(job / "server" / "trackhub" / "trackhub.db")
+    spool = document(job / "site-1" / "spool")
+
+    assert (len(journal["journals"]), len(journal["spools"])) == (1, 0)
+    assert (len(spool["journals"]), len(spool["spools"])) == (0, 1)
+
+
+def test_a_site_that_never_reported_has_unknown_counts_not_zero(job: Path) -> None:
+    site = document(job)["journals"][0]["sites"]["site-2"]
+
+    assert (site["logged"], site["spooled"], site["received"]) == (None, None, 0)
+
+
+def test_the_table_shows_counts_with_their_reasons_and_the_last_error(job: Path) -> None:
+    done = status(job)
+
+    assert done.returncode == 0
+    row = next(line for line in done.stdout.splitlines() if "acme" in line and "site-1" in line)
+    assert row.split()[0] == "site-1"
+    for part in ("12", "2 (spool_full 2)", "1 (nonfinite 1)", "no route to host"):
+        assert part in row
+
+
+def test_reading_changes_nothing(job: Path) -> None:
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+
+    status(job)
+
+    assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+
+
+def test_a_journal_that_a_running_job_has_open_can_be_read(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "trackhub.db", job="job-1", side="server")
+    try:
+        journal.add_site("site-1", 0.0)
+
+        assert list(document(tmp_path)["journals"][0]["sites"]) == ["site-1"]
+    finally:
+        journal.close()
+
+
+def test_what_cannot_be_read_is_an_error_beside_what_can(job: Path) -> None:
+    damaged = job / "other" / "trackhub.db"
+    damaged.parent.mkdir()
+    damaged.write_text("this is no database")
+
+    done = status(job, "--json")
+
+    assert done.returncode == 1
+    assert "cannot read the journal" in done.stderr
+    by_path = {Path(found["path"]).parent.name: found for found in json.loads(done.stdout)["journals"]}
+    assert list(by_path["other"]) == ["path", "error"]
+    assert by_path["trackhub"]["job"] == "job-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("nothing", "there is no"), (".", "no journal (trackhub.db) and no spool")]
+)
+def test_a_path_without_either_is_an_error_that_says_what_was_expected(
+    tmp_path: Path, name: str, expected: str
+) -> None:
+    done = status(tmp_path / name)
+
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

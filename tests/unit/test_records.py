@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records survive their encoding, and damage to frames is seen."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trackhub.records import (
+    MAX_BODY_BYTES,
+    MAX_STEP,
+    Artifact,
+    Blob,
+    CorruptFrameError,
+    Gap,
+    Histogram,
+    Image,
+    Kind,
+    Metrics,
+    Params,
+    Payload,
+    Record,
+    Table,
+    Tags,
+    Text,
+    decode_body,
+    encode_frame,
+    scan_frames,
+)
+
+from tests.unit.helpers import frames_in
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+number = st.floats(width=64)
+scalar = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | number | text
+param = st.recursive(scalar, lambda x: st.lists(x, max_size=3) | st.dictionaries(text, x, max_size=3), max_leaves=8)
+blob = st.builds(Blob, text, st.integers(0, 2**63), text, text)
+payloads: dict[Kind, st.SearchStrategy[Payload]] = {
+    Kind.METRICS: st.builds(Metrics, st.dictionaries(text, number)),
+    Kind.PARAMS: st.builds(Params, st.dictionaries(text, param, max_size=4)),
+    Kind.TAGS: st.builds(Tags, st.dictionaries(text, text)),
+    Kind.TEXT: st.builds(Text, text, text),
+    Kind.IMAGE: st.builds(Image, text, blob, st.integers(0), st.integers(0), text),
+    Kind.HISTOGRAM: st.builds(Histogram, text, st.lists(number), st.lists(number)),
+    Kind.TABLE: st.builds(Table, text, st.lists(text), st.lists(st.lists(scalar, max_size=3), max_size=3)),
+    Kind.ARTIFACT: st.builds(Artifact, text, blob, text, text),
+    Kind.GAP: st.builds(Gap, st.integers(1, 2**63), text),
+}
+step = st.none() | st.integers(0, MAX_STEP)
+
+
+def records(payload: st.SearchStrategy[Payload]) -> st.SearchStrategy[Record]:
+    return st.builds(Record, st.integers(0, MAX_STEP), st.floats(0, 1e11), step, step, payload)
+
+
+any_record = st.one_of(*map(records, payloads.values()))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality by bits: NaN equals NaN, 0.0 is not -0.0, 1 is not 1.0 or True."""
+    if isinstance(a, msgspec.Struct):
+        return type(a) is type(b) and same(msgspec.structs.astuple(a), msgspec.structs.astuple(b))
+    if isinstance(a, float):
+        return type(b) is float and struct.pack("<d", a) == struct.pack("<d", b)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+@pytest.mark.parametrize("kind", payloads)
+def test_every_kind_of_record_survives_its_frame(kind: Kind) -> None:
+    @given(records(payloads[kind]))
+    def check(record: Record) -> None:
+        data = encode_frame(record)
+
+        (frame,) = scan_frames(data)
+
+        assert (frame.kind, frame.start, frame.end) == (kind, 0, len(data))
+        assert same(decode_body(data[frame.body : frame.end]), record)
+
+    check()
+
+
+def test_every_kind_has_a_payload() -> None:
+    assert set(payloads) == set(Kind)
+
+
+def test_the_layout_of_a_frame_is_the_documented_one() -> None:
+    data = encode_frame(Record(7, 1.5, None, 2, Metrics({"a": math.inf})))
+
+    crc, size, kind = struct.unpack_from("<IIB", data)
+    assert (size, kind, crc) == (len(data) - 9, 1, zlib.crc32(data[4:]))
+    assert msgspec.msgpack.decode(data[9:]) == [7, 1.5, None, 2, [1, {"a": math.inf}]]
+
+
+def test_nan_keeps_its_sign_and_payload_bits() -> None:
+    odd = struct.unpack("<d", struct.pack("<Q", 0xFFF8_0000_DEAD_BEEF))[0]
+    record = decode_body(frames_in(encode_frame(Record(0, 0.0, 0, None, Metrics({"x": odd}))))[0])
+    assert isinstance(record.payload, Metrics)
+    assert struct.pack("<d", record.payload.values["x"]) == struct.pack("<d", odd)
+
+
+@given(st.lists(any_record, min_size=1, max_size=5), st.data())
+def test_a_cut_buffer_yields_the_whole_frames_before_the_cut(items: list[Record], data: st.DataObject) -> None:
+    frames = [encode_frame(r) for r in items]
+    buffer = b"".join(frames)
+    cut = data.draw(st.integers(0, len(buffer)))
+    whole = sum(sum(map(len, frames[: i + 1])) <= cut for i in range(len(frames)))
+
+    found = list(scan_frames(buffer[:cut]))
+
+    assert len(found) == whole
+    assert [f.end for f in found] == [sum(map(len, frames[: i + 1])) for i in range(whole)]
+
+
+@settings(max_examples=300)
+@given(st.lists(any_record, min_size=1, max_size=4), st.data())
+def test_a_flipped_bit_is_never_read_as_data(items: list[Record], data: st.DataObject) -> None:
+    frames = [encode_frame(r) for r in items]
+    buffer = bytearray(b"".join(frames))
+    bit = data.draw(st.integers(0, len(buffer) * 8 - 1))
+    hit = next(i for i in range(len(frames)) if bit // 8 < sum(map(len, frames[: i + 1])))
+    buffer[bit // 8] ^= 1 << bit % 8
+
+    sound = []
+    try:
+        sound.extend(scan_frames(bytes(buffer)))
+    except CorruptFrameError as e:
+        assert e.offset == sum(map(len, frames[:hit]))
+
+    # A size that grew beyond the end looks like a frame that is still being written.
+    assert len(sound) == hit
+    assert [bytes(buffer[f.start : f.end]) for f in sound] == frames[:hit]
+
+
+def test_scanning_starts_at_an_offset() -> None:
+    first, second = encode_frame(Record(0, 0.0, 0, None, Text("a", "b"))), encode_frame(
+        Record(1, 0.0, 0, None, Text("c", "d"))
+    )
+    (frame,) = scan_frames(first + second, len(first))
+    assert (frame.start, frame.end) == (len(first), len(first) + len(second))
+
+
+def test_a_record_that_is_too_large_is_refused() -> None:
+    encode_frame(Record(0, 0.0, 0, None, Text("k", "x" * (MAX_BODY_BYTES - 100))))
+    with pytest.raises(ValueError, match=str(MAX_BODY_BYTES)):
+        encode_frame(Record(0, 0.0, 0, None, Text("k", "x" * MAX_BODY_BYTES)))
+
+
+def test_fields_that_a_newer_minor_version_adds_at_the_end_are_ignored() -> None:
+    body = msgspec.msgpack.encode([3, 1.0, 5, None, [4, "key", "text", "a new field"], "another"])
+    assert decode_body(body) == Record(3, 1.0, 5, None, Text("key", "text"))
+
+
+def test_a_kind_of_a_newer_version_is_still_a_sound_frame() -> None:
+    body = msgspec.msgpack.encode([0, 1.0, None, None, [42, "x"]])
+    crc = zlib.crc32(body, zlib.crc32(struct.pack("<IB", len(body), 42)))
+
+    (frame,) = scan_frames(struct.pack("<IIB", crc, len(body), 42) + body)
+
+    assert frame.kind == 42
+    with pytest.raises(msgspec.ValidationError):
+        decode_body(body)

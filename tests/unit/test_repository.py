@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every file of the repository."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (".ci", ".changelog", "backends", "docs", "jobs", "tests", "trackhub")
+SPDX = "# SPDX-License-Identifier: Apache-2.0"
+TEXT = {".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
+MAX_LINES = 500
+
+
+def files() -> Iterator[Path]:
+    """Every text file that belongs to the project, whether or not it is known to git yet."""
+    for path in [*ROOT.iterdir(), *(found for folder in FOLDERS for found in (ROOT / folder).rglob("*"))]:
+        parts = path.relative_to(ROOT).parts
+        generated = any(
+            part == "__pycache__" or part.endswith(".egg-info") or part in {"build", "dist"} for part in parts
+        )
+        if path.is_file() and not generated and path.suffix in TEXT:
+            yield path
+
+
+def modules() -> Iterator[Path]:
+    return (path for path in files() if path.suffix == ".py")
+
+
+def pyproject(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def backend_folders() -> list[Path]:
+    return sorted(path.parent for path in ROOT.glob("backends/*/pyproject.toml"))
+
+
+def test_every_module_states_its_licence_in_the_first_line() -> None:
+    without = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if (source := path.read_text(encoding="utf-8")) and SPDX not in source.splitlines()[:2]
+    ]
+
+    assert without == []
+
+
+def test_no_module_is_longer_than_500_lines() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in modules()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+
+    assert long == {}
+
+
+def test_nothing_names_a_machine_or_a_package_index() -> None:
+    options = "|".join(("extra-index" + "-url", "find" + "-links", "--index" + "-url"))
+    forbidden = re.compile(rf"{re.escape(str(ROOT))}|{re.escape(str(Path.home()))}/|{options}")
+
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if forbidden.search(line)
+    ]
+
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", [ROOT, *backend_folders()], ids=lambda folder: folder.name)
+def test_requirements_have_neither_exact_pins_nor_the_name_of_the_genome_browser_package(folder: Path) -> None:
+    project = pyproject(folder)["project"]
+    extras = project.get("optional-dependencies", {}).values()
+
+    for requirement in [*project.get("dependencies", []), *(item for extra in extras for item in extra)]:
+        assert "==" not in requirement
+        assert re.match(r"trackhub\b", requirement) is None  # ours is flare-trackhub
+
+
+@pytest.mark.parametrize("folder", backend_folders(), ids=lambda folder: folder.name)
+def test_a_backend_is_a_plugin_like_anybodys_and_is_covered_by_the_checks(folder: Path) -> None:
+    name, root, own = folder.name, pyproject(ROOT), pyproject(folder)
+
+    assert own["project"]["name"] == f"flare-trackhub-{name}"
+    assert list(own["project"]["entry-points"]["trackhub.backends"]) == [name]
+    assert f"$MYPY_CONFIG_FILE_DIR/backends/{name}/src" in root["tool"]["mypy"]["mypy_path"]
+    assert f"trackhub_{name}" in root["tool"]["importlinter"]["root_packages"]

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The backend ``jsonl``: one text file per run, one line of JSON per record. It needs nothing but the core.
+
+It is also the backend to read before writing one. All that a backend must do is here: take options, open a run, store
+entries so that returning from ``write`` is a promise, say where a reopened run stands, and end it.
+
+A run's file is ``<job>/<site>.jsonl``; the files that images and artifacts bring lie beside it, in ``<site>.files/``::
+
+    {"position":0,"time":1764000000.25,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
+    {"position":1,…,"kind":"image","file":"site-1.files/1.png",…,"key":"samples","width":32,"height":32,"caption":""}
+    {"position":1,"time":1764000009.5,"kind":"end","status":"finished"}
+
+``kind`` is that of the record, and what follows it are the payload's fields. When the run is ended there is one line
+that is not a record, of kind ``end``. JSON has no NaN and no infinities:
+
+- where only numbers can stand (metrics, histograms), they are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``;
+- in params and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on, and a key in params
+  that begins with ``$`` has this doubled.
+"""
+
+from __future__ import annotations
+
+import math
+import mimetypes
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trackhub.spi import (
+    Artifact,
+    Backend,
+    BackendRun,
+    Capabilities,
+    ConfigError,
+    Entry,
+    Image,
+    Kind,
+    Params,
+    PermanentError,
+    Redelivery,
+    Results,
+    RunInfo,
+    RunStatus,
+    Side,
+    SinkContext,
+    Table,
+    TransientError,
+    path_component,
+)
+
+__all__ = ["JsonlBackend", "JsonlOptions"]
+
+_encode = msgspec.json.Encoder().encode
+
+
+class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of ``jsonl``.
+
+    Attributes:
+        path: folder for the files of all jobs, absolute or relative to the job's run folder; by default ``jsonl`` in
+            the run folder. Outside the run folder, where the server may write as well, what a client writes goes to
+            ``<job>@client/``.
+    """
+
+    path: str | None = None
+
+
+class JsonlBackend(Backend):
+    """Writes each run to a file of JSON lines."""
+
+    Options = JsonlOptions
+    capabilities = Capabilities(
+        kinds=frozenset(Kind) - {Kind.GAP},
+        redelivery=Redelivery.RESUMABLE,
+        nonfinite=True,
+        late_steps=True,
+        optional_step=True,
+        changing_params=True,
+        max_key_chars=None,
+        key_chars="",
+    )
+
+    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+        """Work out the folder; nothing is created yet."""
+        super().__init__(options, context)
+        run_folder = context.workdir.parent
+        folder = context.workdir if options.path is None else Path(options.path).expanduser()
+        self._folder = Path(os.path.normpath(run_folder / folder))
+        shared = context.side is Side.CLIENT and not self._folder.is_relative_to(os.path.normpath(run_folder))
+        self._suffix = "@client" if shared else ""
+
+    def preflight(self) -> None:
+        """Make the folder. Raises ConfigError where that is impossible, so that it stops the job before training."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._folder, os.W_OK):
+                raise PermissionError("no permission to write there")
+        except OSError as error:
+            raise ConfigError(f"jsonl cannot use the folder {self._folder}: {error}; give another `path`") from error
+
+    def open_run(self, info: RunInfo) -> JsonlRun:
+        """Open the run's file. Raises TransientError when the file system refuses."""
+        return JsonlRun(self._file(info), info)
+
+    def results(self, info: RunInfo) -> Results:
+        """Return the path of the run's file."""
+        return Results(path=str(self._file(info)))
+
+    def _file(self, info: RunInfo) -> Path:
+        job, site = (path_component(name) for name in info.key)
+        return self._folder / (job + self._suffix) / f"{site}.jsonl"
+
+
+class JsonlRun(BackendRun):
+    """A file to which lines are appended. When ``write`` returns, they are in the operating system's hands."""
+
+    def __init__(self, path: Path, info: RunInfo) -> None:
+        """See where the run stands. Nothing stays open that ``finish`` would have to close."""
+        self._path = path
+        self._info = info
+        self._next = 0
+        self._torn = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._recover()
+        except OSError as error:
+            raise TransientError(f"cannot open {path}: {error}; give write access and free space") from error
+
+    def next_position(self) -> int:
+        """Return the position after that of the last line."""
+        return self._next
+
+    def write(self, batch: Sequence[Entry]) -> None:
+        """Append one line per entry, all by one system call."""
+        try:
+            self._append(self._line(entry) for entry in batch if entry.position >= self._next)
+        except OSError as error:
+            raise TransientError(f"cannot write to {self._path}: {error}") from error
+        self._next = batch[-1].position + 1
+
+    def finish(self, status: RunStatus) -> None:
+        """Append the line that says how the run ended."""
+        try:
+            self._append([{"position": self._next - 1, "time": time.time(), "kind": "end", "status": status}])
+        except OSError as error:
+            raise TransientError(f"cannot finish {self._path}: {error}") from error
+
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Append lines. They are not made before it is clear which of them an attempt that failed has left."""
+        if self._torn:
+            self._recover()
+        content = b"".join(_encode(line) + b"\n" for line in lines)
+        self._torn = True
+        with self._path.open("ab", buffering=0) as file:
+            written = file.write(content)
+        if written != len(content):
+            raise OSError(f"only {written} of {len(content)} bytes could be written")
+        self._torn = False
+
+    def _recover(self) -> None:
+        """Cut off a last line that a crash or a full disk left unfinished, and see where the run stands."""
+        if self._path.exists():
+            end, self._next = _whole_lines(self._path)
+            os.truncate(self._path, end)
+        self._torn = False
+
+    def _line(self, entry: Entry) -> dict[str, Any]:
+        """Return the entry as what JSON can hold, its blob copied."""
+        payload = entry.payload
+        line: dict[str, Any] = {"position": entry.position, "time": entry.time, "step": entry.step}
+        line |= {"round": entry.round, "stream": entry.stream, "seq": entry.seq}
+        line["kind"] = type(payload).__name__.lower()
+        fields = msgspec.structs.asdict(payload)
+        if isinstance(payload, (Image, Artifact)):
+            blob = fields.pop("blob")
+            line["file"] = self._copy(entry.position, payload)
+            line |= {"size": blob.size, "sha256": blob.sha256, "media_type": blob.media_type}
+        line.update(_strict(fields, tagged=isinstance(payload, (Params, Table))))
+        return line
+
+    def _copy(self, position: int, payload: Image | Artifact) -> str:
+        """Copy the blob to a file named by the position, and return the path to it from the run's file."""
+        source = self._info.blob_path(payload.blob)
+        if not source.is_file():
+            raise PermanentError(f"the content of {payload.key!r} is missing: there is no file {source}")
+        name = payload.filename if isinstance(payload, Artifact) else ""
+        suffix = Path(name).suffix or mimetypes.guess_extension(payload.blob.media_type) or ""
+        target = self._path.with_suffix(".files") / path_component(f"{position}{suffix}")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+        return f"{target.parent.name}/{target.name}"
+
+
+def _strict(value: Any, *, tagged: bool) -> Any:
+    """Return the value with NaN and infinities spelled as strings, ``tagged`` where strings are possible, too."""
+    if isinstance(value, dict):
+        return {"$" * (tagged and key[:1] == "$") + key: _strict(item, tagged=tagged) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item, tagged=tagged) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return {"$float": name} if tagged else name
+
+
+def _whole_lines(path: Path) -> tuple[int, int]:
+    """Return the length of the file up to its last line feed, and the position after that of its last line."""
+    if path.stat().st_size == 0:
+        return 0, 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.rfind(b"\n") + 1
+        if end == 0:
+            return 0, 0
+        last = content[content.rfind(b"\n", 0, end - 1) + 1 : end]
+    try:
+        return end, msgspec.json.decode(last)["position"] + 1
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise PermanentError(f"the last line of {path} is not a record; move the file away to start anew") from error

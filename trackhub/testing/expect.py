@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a store must hold after these calls: the declared treatment by the core, then the declared canonical form."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from trackhub.delivery.shaper import key_fitter
+from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.spi import Capabilities
+from trackhub.testing.calls import Call
+from trackhub.testing.hooks import ContractHooks
+from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
+
+__all__ = ["Expected", "expect", "kind_of", "refused"]
+
+_T = TypeVar("_T")
+
+_KINDS: dict[type, Kind] = {
+    Metrics: Kind.METRICS,
+    Params: Kind.PARAMS,
+    Tags: Kind.TAGS,
+    Text: Kind.TEXT,
+    Image: Kind.IMAGE,
+    Histogram: Kind.HISTOGRAM,
+    Table: Kind.TABLE,
+    Artifact: Kind.ARTIFACT,
+}
+
+
+class Expected(NamedTuple):
+    """What must be in the store, and what the report must say of the rest."""
+
+    held: ReadBack
+    rejected: Counter[str]
+    confirmed: int
+
+
+def kind_of(payload: Payload) -> Kind:
+    """Return the kind of a payload."""
+    return _KINDS[type(payload)]
+
+
+def expect(streams: Iterable[Sequence[Call]], can: Capabilities, hooks: ContractHooks) -> Expected:
+    """Return what must become of what these streams logged, one after the other, with their times filled in."""
+    held = ReadBack(
+        points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[], status=None
+    )
+    rejected: Counter[str] = Counter()
+    confirmed = 0
+    core = _Core(can)
+    for calls in streams:
+        core.ordinals = {}
+        for call in calls:
+            reason, payload, step = core.treat(call)
+            if reason or payload is None:
+                rejected[reason] += 1
+                continue
+            confirmed += 1
+            _add(held, payload, step, call, hooks, core)
+    return Expected(held, rejected, confirmed)
+
+
+def refused(expected: Expected, reason: str) -> bool:
+    """Return whether all of what was logged must be rejected, for this one reason."""
+    return expected.confirmed == 0 and set(expected.rejected) == {reason}
+
+
+class _Core:
+    """The core's promises for what a backend does not claim, spelled out a second time."""
+
+    def __init__(self, can: Capabilities) -> None:
+        self.can = can
+        self.fit = key_fitter(can)
+        self.ordinals: dict[str, int] = {}
+        self.highest: dict[str, int] = {}
+        self.params: dict[str, object] = {}
+
+    def treat(self, call: Call) -> tuple[str, Payload | None, int | None]:
+        """Return why the call is rejected, or what is left of it and with which step."""
+        payload, step = call.payload, call.step
+        if kind_of(payload) not in self.can.kinds:
+            return "unsupported_kind", None, None
+        if isinstance(payload, Metrics) and not self.can.nonfinite:
+            payload = Metrics({key: value for key, value in payload.values.items() if math.isfinite(value)})
+            if not payload.values:
+                return "nonfinite", None, None
+        if isinstance(payload, Params | Tags):
+            if isinstance(payload, Params) and not self.can.changing_params:
+                first = {k: v for k, v in payload.values.items() if self.params.setdefault(k, v) == v}
+                return ("", Params(first), None) if first else ("param_changed", None, None)
+            return "", payload, None
+        keys = list(payload.values) if isinstance(payload, Metrics) else [payload.key]  # type: ignore[union-attr]
+        if step is None and not self.can.optional_step:
+            step = max(self.ordinals.get(key, 0) for key in keys)
+            self.ordinals.update(dict.fromkeys(keys, step + 1))
+        if step is not None and not self.can.late_steps:
+            if any(step < self.highest.get(key, 0) for key in keys):
+                return "late_step", None, None
+            self.highest.update(dict.fromkeys(keys, step))
+        return "", payload, step
+
+
+def _add(held: ReadBack, payload: Payload, step: int | None, call: Call, hooks: ContractHooks, core: _Core) -> None:
+    assert call.time is not None
+    time = hooks.canonical_time(call.time)
+    step = None if step is None else hooks.canonical_step(step)
+
+    def name(key: str) -> str:
+        return hooks.canonical_key(kind_of(payload), core.fit(key))
+
+    match payload:
+        case Metrics(values):
+            held.points += [Point(name(k), step, hooks.canonical_value(v), time) for k, v in values.items()]
+        case Params(values):
+            assert held.params is not None
+            held.params.update({name(k): hooks.canonical_param(v) for k, v in values.items()})
+        case Tags(values):
+            assert held.tags is not None
+            held.tags.update({name(k): v for k, v in values.items()})
+        case Text(key, text):
+            _list(held.texts).append(TextItem(name(key), step, text, time))
+        case Image():
+            _list(held.images).append(ImageItem(name(payload.key), step, call.content or b"", payload.caption, time))
+        case Histogram(key, edges, counts):
+            _list(held.histograms).append(HistogramItem(name(key), step, edges, counts, time))
+        case Table(key, columns, rows):
+            cells = [[hooks.canonical_cell(cell) for cell in row] for row in rows]
+            _list(held.tables).append(TableItem(name(key), step, columns, cells, time))
+        case Artifact():
+            content = call.content or b""
+            item = ArtifactItem(name(payload.key), content, payload.filename, payload.artifact_type, step, time)
+            _list(held.artifacts).append(item)
+
+
+def _list(items: list[_T] | None) -> list[_T]:
+    assert items is not None
+    return items
