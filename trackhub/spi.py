@@ -107,7 +107,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         late_steps: whether a step lower than an earlier one of the same key can be stored. If not, such records are
             rejected as ``late_step``.
         optional_step: whether ``Entry.step`` may be None. If not, the core gives the ordinal of the record among that
-            key's records without a step in its stream (0, 1, 2, ...).
+            key's records without a step in its stream (0, 1, 2, ...). Params and tags never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
         max_key_chars: longest key that can be stored; None for no limit. The core shortens longer ones, ending in a
@@ -136,7 +136,7 @@ class Entry(msgspec.Struct, frozen=True):
         position: its place in its run, counted from 0, the same whenever it is handed over. Positions rise within a
             run; they skip where a record was rejected by the core.
         time: unix seconds (UTC) at the log call. Store this time, not the time of arrival.
-        step: >= 0; None only when ``capabilities.optional_step``.
+        step: >= 0; None only for params and tags, or when ``capabilities.optional_step``.
         round: the federated round, where known.
         payload: one of the kinds in ``capabilities.kinds``, keys already made acceptable.
         stream, seq: the writing process and the record's number in it: a globally unique identity.

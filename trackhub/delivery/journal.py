@@ -266,6 +266,15 @@ class Journal:
         query = "SELECT total(records) FROM batches WHERE site = ? AND id > ? AND id <= ?"
         return int(self._reader().execute(query, (site, after, upto)).fetchone()[0])
 
+    def position_after(self, site: int, row: int) -> int:
+        """Return the position after the last record of this row; of the site's first record for a row before all."""
+        db = self._reader()
+        query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"
+        found = db.execute(query, (site, row)).fetchone()
+        if found is None:
+            found = db.execute("SELECT first_position FROM sites WHERE id = ?", (site,)).fetchone()
+        return int(found[0])
+
     def has_rows_after(self, site: int, after: int) -> bool:
         """Return whether this site has a row after ``after``."""
         query = "SELECT EXISTS (SELECT 1 FROM batches WHERE site = ? AND id > ?)"

@@ -209,5 +209,6 @@ class Lane:
                 created=created,
                 blob_dir=self._blob_dir(name),
                 flush_s=self._flush_s,
+                stop=self._stop,
             )
         return run

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -43,6 +44,7 @@ class RunLane:
         created: float,
         blob_dir: Path,
         flush_s: float,
+        stop: threading.Event,
     ) -> None:
         """Take up the run where the journal's cursors stand."""
         self.site_id = site_id
@@ -52,6 +54,7 @@ class RunLane:
         self._backend = backend
         self._journal = journal
         self._flush_s = flush_s
+        self._stop = stop
         self._key = RunKey(job, site)
         self._side = side
         self._created = created
@@ -62,11 +65,13 @@ class RunLane:
             self._confirmed = 0
             self._progress = Progress(last_error=self._progress.last_error)
         self._written = self._confirmed
-        self._doubtful = journal.records_between(site_id, self._confirmed, max(written, self._confirmed))
+        self._ever_written = max(written, self._confirmed)
+        self._doubtful = journal.records_between(site_id, self._confirmed, self._ever_written)
         self._shaper = Shaper(self._can, self._progress.memory)
         self._run: BackendRun | None = None
         self._buffers = False
         self._skip_before = 0
+        self._rows: deque[Row] = deque()
         self._todo: deque[list[Entry]] = deque()
         self._todo_upto = self._confirmed
         self._stored = 0
@@ -89,15 +94,12 @@ class RunLane:
             return False
         if self._run is None and (self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)):
             return self._open()
-        if not self._todo:
-            rows = self._journal.read(self.site_id, self._todo_upto, _READ_BYTES)
-            if not rows:
-                if self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due):
-                    return self._flush()
-                return False
-            self._take(rows)
+        if not self._todo and not self._take():
+            if self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due):
+                return self._flush()
+            return False
         while self._todo:
-            if not self._hand_over():
+            if self._stop.is_set() or not self._hand_over():
                 return False
         self._written = self._todo_upto
         if not self._buffers:
@@ -179,7 +181,7 @@ class RunLane:
         try:
             run = self._backend.open_run(self._info())
             if self._can.redelivery is Redelivery.RESUMABLE:
-                self._skip_before = run.next_position()
+                self._skip_before = self._resume(run)
         except PermanentError as e:
             self._note_error(e)
             self._progress.state = "stopped"
@@ -197,22 +199,42 @@ class RunLane:
             self._progress.possible_duplicates += self._doubtful
         return True
 
-    def _take(self, rows: list[Row]) -> None:
-        """Turn rows into entries to hand over, and count what the core itself rejects."""
+    def _resume(self, run: BackendRun) -> int:
+        position = run.next_position()
+        limit = self._journal.position_after(self.site_id, self._ever_written)
+        if position > limit:
+            # Taking these for records of this journal would skip as many new ones, silently.
+            raise PermanentError(
+                f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
+                "Was the sink's state folder lost? Move the backend's run away, and replay the journal"
+            )
+        return position
+
+    def _take(self) -> bool:
+        """Turn the next rows into entries to hand over, enough for one write; False if there are no more rows.
+
+        Always whole rows, and no more of them than needed: what was written of a row counts only with the rest of it.
+        """
+        if not self._rows:
+            self._rows.extend(self._journal.read(self.site_id, self._todo_upto, _READ_BYTES))
+            if not self._rows:
+                return False
         entries: list[Entry] = []
-        for row in rows:
+        size = self._can.max_batch
+        while self._rows and len(entries) < size:
+            row = self._rows.popleft()
+            self._todo_upto = row.id
             position = row.first_position
             for frame in scan_frames(row.frames):
                 if frame.kind == Kind.GAP:
                     continue
                 self._shape(row, frame.kind, row.frames[frame.body : frame.end], position, entries)
                 position += 1
-        size = self._can.max_batch
         self._todo.extend(entries[i : i + size] for i in range(0, len(entries), size))
-        self._todo_upto = rows[-1].id
-        if self._can.redelivery is Redelivery.AT_LEAST_ONCE and entries:
-            # After a crash, this tells which records may be there already.
+        if self._can.redelivery in (Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE) and entries:
+            # After a crash, this tells which records may be there already, and that no others can be.
             self._journal.save_run(self._lane, self.site_id, self._todo_upto, self._confirmed, self._progress)
+        return True
 
     def _shape(self, row: Row, kind: int, body: bytes, position: int, entries: list[Entry]) -> None:
         if kind not in _KNOWN_KINDS:
