@@ -44,10 +44,13 @@ def encode_image(key: str, image: Any) -> EncodedImage:
         return _read_file(key, pil, image)
     if not isinstance(image, pil.Image):
         image = pil.fromarray(_to_uint8(key, image))
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    try:
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+            image = image.convert("RGB")
+        image.save(buffer, "PNG")
+    except Exception as e:  # closed, cut off, of a mode that cannot be converted, ...: Pillow's errors have no root
+        raise RecordError(f"log_image({key!r}): the image cannot be encoded: {type(e).__name__}: {e}") from e
     return EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
 
 
@@ -63,7 +66,9 @@ def _read_file(key: str, pil: Any, source: Any) -> EncodedImage:
             if media_type is not None:
                 return EncodedImage(data, media_type, image.width, image.height)
             return encode_image(key, image.convert("RGBA" if "A" in image.mode else "RGB"))
-    except OSError as e:
+    except RecordError:
+        raise
+    except Exception as e:  # not only OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
         what = "the bytes" if isinstance(source, bytes | bytearray) else f"{os.fspath(source)!r}"
         raise RecordError(f"log_image({key!r}): cannot read {what} as an image: {e}") from e
 

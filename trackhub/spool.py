@@ -113,7 +113,10 @@ class Spool:
         self.folder = folder
         self._clock = clock
         self._segment_limit = min(SEGMENT_BYTES, max(self.info.max_bytes // 8, 1))
-        self._round = RoundFile(folder)
+        try:
+            self._round = RoundFile(folder)
+        except (OSError, ValueError) as e:
+            raise SpoolError(f"the file with the round in {folder} cannot be used: {e}") from e
         self._warned_at = -_WARN_EVERY_S
         self._closed = False
         self._start_stream()
@@ -142,6 +145,12 @@ class Spool:
     def next_seq(self) -> int:
         """The number of records logged to this stream so far, the dropped ones included."""
         return self._next_seq
+
+    @property
+    def last_written(self) -> int:
+        """The ``seq`` up to which readers can get: where records were dropped last, the gap is not written yet."""
+        with self._lock:
+            return self._gaps[0][0] if self._gaps else self._next_seq
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.

@@ -98,7 +98,7 @@ def read_spool_info(folder: Path) -> SpoolInfo:
     """
     try:
         return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, ValueError, msgspec.DecodeError) as e:
         raise SpoolError(f"{folder} is not a spool: {e}") from e
 
 

@@ -12,7 +12,6 @@ import itertools
 import math
 import operator
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +39,9 @@ from trackhub.spool import Spool, find_spool
 
 __all__ = ["Writer"]
 
+_COPY_BYTES = 1 << 20
 _KNOWN_KEYS_MAX = 10_000
+_MAX_DEPTH = 20
 _POLL_S = 0.01
 
 
@@ -128,6 +129,9 @@ class Writer:
         now = time.time()
         key = self._key(key)
         step = _step(step)
+        if not isinstance(caption, str):
+            raise RecordError(f"log_image({key!r}): caption {_shown(caption)}; expected a str")
+        caption = _encodable(key, caption)
         data, media_type, width, height = encode_image(key, image)
         digest = hashlib.sha256(data).hexdigest()
 
@@ -178,13 +182,16 @@ class Writer:
         """
         now = time.time()
         key = self._key(key)
-        names = [str(c) for c in columns]
         table: list[list[Any]] = []
-        for i, row in enumerate(rows):
-            cells = [_cell(f"log_table({key!r}), row {i}", cell) for cell in row]
-            if len(cells) != len(names):
-                raise RecordError(f"log_table({key!r}): row {i} has {len(cells)} cells, expected {len(names)}")
-            table.append(cells)
+        try:
+            names = [_encodable(key, c if isinstance(c, str) else str(c)) for c in columns]
+            for i, row in enumerate(rows):
+                cells = [_cell(f"log_table({key!r}), row {i}", cell) for cell in row]
+                if len(cells) != len(names):
+                    raise RecordError(f"log_table({key!r}): row {i} has {len(cells)} cells, expected {len(names)}")
+                table.append(cells)
+        except TypeError as e:
+            raise RecordError(f"log_table({key!r}): {e}; expected a list of column names and a list of rows") from e
         self._append(Table(key, names, table), step, now)
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None, type: str = "file") -> None:
@@ -195,42 +202,48 @@ class Writer:
             type: what it is, such as ``model`` or ``dataset``.
 
         Raises:
-            RecordError: there is no such file, or it is a folder.
+            RecordError: there is no such file, it is a folder, or cannot be read.
         """
         now = time.time()
-        source = Path(path)
-        if not source.is_file():
-            what = "is a folder; pack it first, for example with shutil.make_archive" if source.is_dir() else (
-                "does not exist"
-            )  # fmt: skip
-            raise RecordError(f"log_artifact: {os.fspath(path)!r} {what}")
-        key = self._key(source.name if name is None else name)
+        if not isinstance(type, str):
+            raise RecordError(f"log_artifact: type {_shown(type)}; expected a str such as 'model'")
         try:
-            size = source.stat().st_size
-        except OSError as e:
-            raise RecordError(f"log_artifact: cannot read {os.fspath(path)!r}: {e}") from e
-        digest = ""
+            source = Path(path)
+            if source.is_dir():
+                raise IsADirectoryError("it is a folder; pack it first, for example with shutil.make_archive")
+            if not source.is_file():
+                raise FileNotFoundError("it does not exist, or is no ordinary file")
+            opened = source.open("rb")
+        except (OSError, TypeError, ValueError) as e:
+            raise RecordError(f"log_artifact: cannot read {_shown(path)}: {e}") from e
+        with opened as file:
+            key = self._key(source.name if name is None else name)
+            filename, kind = _encodable(key, source.name), _encodable(key, type)
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
 
-        def copy(target: Path) -> None:
-            # The digest is the copy's: the source may be changing.
-            nonlocal digest, size
-            shutil.copyfile(source, target)
-            with target.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                size = os.fstat(file.fileno()).st_size
+            def copy(target: Path) -> None:
+                # Size and digest are the copy's: the source may be changing.
+                nonlocal size
+                size = 0
+                with target.open("wb") as out:
+                    while data := file.read(_COPY_BYTES):
+                        digest.update(data)
+                        size += out.write(data)
 
-        def make(blob: str) -> Payload:
-            return Artifact(key, Blob(blob, size, digest, "application/octet-stream"), source.name, type)
+            def make(blob: str) -> Payload:
+                return Artifact(key, Blob(blob, size, digest.hexdigest(), "application/octet-stream"), filename, kind)
 
-        self._append_blob(key, make, copy, size, None, now)
+            self._append_blob(key, make, copy, size, None, now)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the sink has everything that this process logged before the call. Never needed for safety.
 
+        Does not wait for records that were dropped since the spool or the disk was full.
+
         Returns:
             True if it has; False if ``timeout_s`` passed first.
         """
-        target = self._spool.next_seq
+        target = self._spool.last_written
         deadline = time.monotonic() + timeout_s
         pause = threading.Event()
         while self._spool.acked() < target:
@@ -277,7 +290,7 @@ class Writer:
 
 def _items(method: str, values: Any) -> Iterable[tuple[Any, Any]]:
     if not isinstance(values, Mapping):
-        raise RecordError(f"{method}: expected a mapping of key to value, got {type(values).__name__}: {values!r:.60}")
+        raise RecordError(f"{method}: expected a mapping of key to value, got {type(values).__name__}: {_shown(values)}")
     if not values:
         raise RecordError(f"{method}: the mapping is empty; expected at least one key")
     return values.items()
@@ -285,22 +298,31 @@ def _items(method: str, values: Any) -> Iterable[tuple[Any, Any]]:
 
 def _checked_key(key: Any) -> str:
     if not isinstance(key, str):
-        raise RecordError(f"key {key!r:.80} is a {type(key).__name__}; expected a str")
+        raise RecordError(f"key {_shown(key)} is a {type(key).__name__}; expected a str")
     if not key:
         raise RecordError("a key is empty; expected a name such as 'train/loss'")
     if len(key) > MAX_KEY_CHARS:
         raise RecordError(f"key {key[:40]!r}... has {len(key)} characters; expected at most {MAX_KEY_CHARS}")
     if not key.isprintable():
         raise RecordError(f"key {key!r:.200} contains control or unprintable characters; expected printable text")
-    return str(key)
+    return str.__str__(key)
 
 
 def _encodable(key: str, text: str) -> str:
+    """Return the text as a plain str: the encoder takes no subclass, and numpy's and enums' strings are such."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise RecordError(f"{key!r}: the text cannot be encoded as UTF-8: {e}") from e
-    return text
+    return str.__str__(text)
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value's ``repr``, for a message."""
+    try:
+        return repr(value)[:80]
+    except Exception as e:  # noqa: BLE001  # whatever a foreign class raises; an int of 5000 digits has none, either
+        return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
 
 
 def _step(step: Any) -> int | None:
@@ -311,9 +333,9 @@ def _step(step: Any) -> int | None:
             raise TypeError
         value = operator.index(step)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise RecordError(f"step {step!r:.80} is a {type(step).__name__}; expected an int >= 0, or None") from e
+        raise RecordError(f"step {_shown(step)} is a {type(step).__name__}; expected an int >= 0, or None") from e
     if not 0 <= value <= MAX_STEP:
-        raise RecordError(f"step {value} is out of range; expected 0 to {MAX_STEP}, or None")
+        raise RecordError(f"step {_shown(value)} is out of range; expected 0 to {MAX_STEP}, or None")
     return value
 
 
@@ -323,9 +345,9 @@ def _number(key: Any, value: Any) -> float:
         try:
             return float(plain)
         except OverflowError as e:
-            raise RecordError(f"metric {key!r}: {plain!r:.40}... is too large for a float64") from e
+            raise RecordError(f"metric {key!r}: {_shown(plain)}... is too large for a float64") from e
     raise RecordError(
-        f"metric {key!r}: {value!r:.80} is a {type(value).__name__}; expected a number (bool, int, float, or a numpy "
+        f"metric {key!r}: {_shown(value)} is a {type(value).__name__}; expected a number (bool, int, float, or a numpy "
         "or torch value with one element)"
     )
 
@@ -339,42 +361,55 @@ def _unwrap(key: Any, value: Any) -> Any:
     except (ValueError, RuntimeError, TypeError) as e:
         shape = list(getattr(value, "shape", []))
         raise RecordError(
-            f"{key!r}: {type(value).__name__} of shape {shape} has more than one element; expected one number: reduce "
-            "it first, for example with .mean()"
+            f"{key!r}: {type(value).__name__} of shape {shape} is not one element; expected one number: reduce it "
+            f"first, for example with .mean() ({e})"
         ) from e
 
 
-def _param(path: str, value: Any) -> Any:
-    value = _unwrap(path, value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _plain(path: str, value: Any) -> Any:
+    """Return a value of exactly the type None, bool, int, float or str: the encoder takes no subclasses of them."""
     if isinstance(value, str):
         return _encodable(path, value)
+    if isinstance(value, float):
+        return float(value)
+    return value if value is None or isinstance(value, bool) else int(value)
+
+
+def _param(path: str, value: Any, depth: int = 0) -> Any:
+    value = _unwrap(path, value)
+    if _is_plain(value):
+        return _plain(path, value)
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return _encodable(path, os.fsdecode(value))
+    if depth == _MAX_DEPTH:
+        raise RecordError(f"param {path[:80]!r}... is nested more than {_MAX_DEPTH} deep; convert it with str()")
     if isinstance(value, Mapping):
-        return {_checked_key(key): _param(f"{path}.{key}", item) for key, item in value.items()}
+        return {_checked_key(key): _param(f"{path}.{key}", item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_param(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        return [_param(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
     raise RecordError(
-        f"param {path!r}: {value!r:.80} is a {type(value).__name__}; expected None, bool, int, float, str, a path, or "
+        f"param {path!r}: {_shown(value)} is a {type(value).__name__}; expected None, bool, int, float, str, a path, or "
         "lists and dicts of these; convert it with str()"
     )
 
 
 def _tag(key: str, value: Any) -> str:
     value = _unwrap(key, value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return _encodable(key, str(value))
-    raise RecordError(f"tag {key!r}: {value!r:.80} is a {type(value).__name__}; expected a str")
+    if _is_plain(value):
+        return _encodable(key, value if isinstance(value, str) else str(value))
+    raise RecordError(f"tag {key!r}: {_shown(value)} is a {type(value).__name__}; expected a str")
 
 
 def _cell(where: str, value: Any) -> Any:
     value = _unwrap(where, value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if _is_plain(value):
+        return _plain(where, value)
     raise RecordError(
-        f"{where}: {value!r:.80} is a {type(value).__name__}; expected None, bool, int, float or str: use str()"
+        f"{where}: {_shown(value)} is a {type(value).__name__}; expected None, bool, int, float or str: use str()"
     )
 
 
@@ -391,8 +426,11 @@ def _count_values(key: str, values: Any, bins: int) -> tuple[list[float], list[f
 
 
 def _histogram(key: str, edges: Sequence[float], counts: Sequence[float]) -> Histogram:
-    limits = [_number(key, e) for e in edges]
-    numbers = [_number(key, c) for c in counts]
+    try:
+        limits = [_number(key, e) for e in edges]
+        numbers = [_number(key, c) for c in counts]
+    except TypeError as e:
+        raise RecordError(f"log_histogram({key!r}): {e}; expected edges and counts to be lists of numbers") from e
     rising = all(a < b for a, b in itertools.pairwise(limits))
     if len(limits) != len(numbers) + 1 or not numbers or not rising or not all(map(math.isfinite, limits)):
         raise RecordError(

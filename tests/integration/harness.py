@@ -27,9 +27,10 @@ TRAINER = '''
 import json, os, time
 import nvflare.client as flare
 
-OUT = os.environ["TRACKHUB_TEST_OUT"]
 flare.init()
 SITE = flare.get_site_name()
+OUT = os.environ["TRACKHUB_TEST_OUT"].replace("{job}", flare.get_job_id())
+os.makedirs(OUT, exist_ok=True)
 _facts = open(os.path.join(OUT, SITE + ".facts"), "a", buffering=1)
 
 
@@ -58,6 +59,7 @@ import json, sys
 from pathlib import Path
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.recipe import SimEnv
+from nvflare.recipe.utils import set_per_site_config
 from trackhub.flare.recipe import add_tracking
 
 if __name__ == "__main__":
@@ -67,12 +69,18 @@ if __name__ == "__main__":
         name="job", model=[[0.0, 0.0], [0.0, 0.0]], min_clients=config["n_clients"], num_rounds=config["rounds"],
         train_script=str(here / "client.py"), launch_external_process=config["external"],
     )
+    if config["own_apps"]:
+        set_per_site_config(recipe, {f"site-{i + 1}": {} for i in range(config["n_clients"])})
     if config["tracking"] is not None:
         add_tracking(recipe, **config["tracking"])
     job = recipe._job
 @@more@@
-    env = SimEnv(num_clients=config["n_clients"], num_threads=config["threads"], workspace_root=str(here / "workspace"))
-    recipe.execute(env)
+    if sys.argv[1:] == ["--export"]:
+        job.export_job(str(here / "export"))
+    else:
+        recipe.execute(SimEnv(
+            num_clients=config["n_clients"], num_threads=config["threads"], workspace_root=str(here / "workspace")
+        ))
 '''
 
 
@@ -110,6 +118,7 @@ class Job:
         modules: further modules beside the job, by name.
         env: further environment variables.
         threads: the simulator's threads; by default one per client.
+        own_apps: give every client an app of its own.
     """
 
     folder: Path
@@ -122,13 +131,24 @@ class Job:
     modules: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
+    own_apps: bool = False
 
     def run(self, timeout_s: float = 240) -> JobResult:
-        """Run the job to its end."""
+        """Run the job to its end in the simulator."""
         out = self.folder / "out"
+        rc, log = self._run_script([], out, timeout_s)
+        return JobResult(rc, log, self.folder / "workspace" / "job", out)
+
+    def export(self) -> Path:
+        """Write the job as a folder that can be submitted."""
+        rc, log = self._run_script(["--export"], self.folder / "out", 60)
+        assert rc == 0, log
+        return self.folder / "export" / "job"
+
+    def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
         out.mkdir(parents=True)
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
-                  "tracking": self.tracking, "threads": self.threads}  # fmt: skip
+                  "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps}  # fmt: skip
         (self.folder / "config.json").write_text(json.dumps(config))
         (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
         (self.folder / "job.py").write_text(
@@ -136,13 +156,11 @@ class Job:
         )
         for name, source in self.modules.items():
             (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
-        # FLARE starts external trainers with the `python3` of the PATH.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        env = {**os.environ, "PATH": path, "TRACKHUB_TEST_OUT": str(out), "PYTHONUNBUFFERED": "1", **self.env}
+        env = {**flare_environment(), "TRACKHUB_TEST_OUT": str(out), **self.env}
         log = self.folder / "log.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "job.py"], cwd=self.folder, env=env, stdout=stream, stderr=subprocess.STDOUT,
+                [sys.executable, "job.py", *args], cwd=self.folder, env=env, stdout=stream, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             try:
@@ -151,7 +169,13 @@ class Job:
                 os.killpg(process.pid, signal.SIGKILL)
                 tail = log.read_text(errors="replace")[-6000:]
                 raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
-        return JobResult(rc, log.read_text(errors="replace"), self.folder / "workspace" / "job", out)
+        return rc, log.read_text(errors="replace")
+
+
+def flare_environment() -> dict[str, str]:
+    """This process's environment, with the interpreter of the tests as ``python3``, which FLARE starts by that name."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)

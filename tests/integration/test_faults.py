@@ -156,7 +156,9 @@ def test_a_sink_that_never_answers_is_waited_for_once_and_not_in_every_round(tmp
     # The sender's receiver has another name than the one that the server has.
     more = """
     from trackhub.flare.sender import TrackhubSender
+    from trackhub.flare.compat import reference_package
     limits = {"barrier_s": 1, "gate_s": 2}
+    reference_package(job, "trackhub")
     recipe._add_to_client_apps(TrackhubSender("somebody_else", limits=limits), id="trackhub_sender")
     """
 

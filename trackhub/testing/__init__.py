@@ -1,1 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The contract kit: tests that any backend can be put to, and that say whether it is right.
+
+::
+
+    class TestAcme(BackendContract):
+        backend = AcmeBackend
+
+        def read_back(self, run: RunInfo, context: SinkContext) -> ReadBack: ...
+
+It needs pytest: ``pip install 'flare-trackhub[testing]'``. ``docs/writing-a-backend.md`` is the guide.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# Before they are imported: a failing `assert` in the kit then shows its values, as it does in a test file.
+pytest.register_assert_rewrite(
+    "trackhub.testing.contract",
+    "trackhub.testing.gallery",
+    "trackhub.testing.group_delivery",
+    "trackhub.testing.group_hygiene",
+    "trackhub.testing.group_life",
+    "trackhub.testing.group_shape",
+)
+
+from trackhub.run import RunInfo, RunStatus  # noqa: E402
+from trackhub.spi import Kind, SinkContext  # noqa: E402
+from trackhub.testing.contract import BackendContract  # noqa: E402
+from trackhub.testing.hooks import ContractHooks  # noqa: E402
+from trackhub.testing.peers import FolderPeer, Peer  # noqa: E402
+from trackhub.testing.readback import (  # noqa: E402
+    ArtifactItem,
+    HistogramItem,
+    ImageItem,
+    Point,
+    ReadBack,
+    TableItem,
+    TextItem,
+)
+from trackhub.testing.version import KIT_VERSION  # noqa: E402
+
+__all__ = [
+    "KIT_VERSION",
+    "ArtifactItem",
+    "BackendContract",
+    "ContractHooks",
+    "FolderPeer",
+    "HistogramItem",
+    "ImageItem",
+    "Kind",
+    "Peer",
+    "Point",
+    "ReadBack",
+    "RunInfo",
+    "RunStatus",
+    "SinkContext",
+    "TableItem",
+    "TextItem",
+]

@@ -106,19 +106,21 @@ class Stream:
             timed = msgspec.structs.replace(call, time=when)
             payload = timed.payload
             if isinstance(payload, Image | Artifact):
-                blob, pieces = self._blob(seq, timed)
-                chunks += pieces
-                payload = msgspec.structs.replace(payload, blob=blob)
+                payload = self.with_blob(seq, timed)
+                chunks += _chunks(payload.blob, call.content or b"")
             self.calls.append(timed)
             frames += encode_frame(Record(seq, when, timed.step, timed.round, payload))
         batch = Batch(self.id, first, len(self.calls), len(calls), bytes(frames))
         return self.calls[first:], chunks, batch
 
-    def _blob(self, seq: int, call: Call) -> tuple[Blob, list[Chunk]]:
-        content = call.content or b""
+    def with_blob(self, seq: int, call: Call) -> Image | Artifact:
+        """Return the payload of the call with this number, its blob filled in."""
+        payload, content = call.payload, call.content or b""
+        assert isinstance(payload, Image | Artifact)
         blob = Blob(f"{self.id}-{seq}", len(content), hashlib.sha256(content).hexdigest(), call.media_type)
-        offsets = range(0, max(len(content), 1), _CHUNK_BYTES)
-        return blob, [
-            Chunk(blob.name, blob.size, blob.sha256, offset, content[offset : offset + _CHUNK_BYTES])
-            for offset in offsets
-        ]
+        return msgspec.structs.replace(payload, blob=blob)
+
+
+def _chunks(blob: Blob, content: bytes) -> list[Chunk]:
+    offsets = range(0, max(len(content), 1), _CHUNK_BYTES)
+    return [Chunk(blob.name, blob.size, blob.sha256, at, content[at : at + _CHUNK_BYTES]) for at in offsets]

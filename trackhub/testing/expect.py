@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from trackhub.delivery.shaper import key_fitter
@@ -15,7 +15,7 @@ from trackhub.testing.calls import Call
 from trackhub.testing.hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
 
-__all__ = ["Expected", "expect", "kind_of", "refused"]
+__all__ = ["Expected", "expect", "kind_of"]
 
 _T = TypeVar("_T")
 
@@ -44,29 +44,31 @@ def kind_of(payload: Payload) -> Kind:
     return _KINDS[type(payload)]
 
 
-def expect(streams: Iterable[Sequence[Call]], can: Capabilities, hooks: ContractHooks) -> Expected:
-    """Return what must become of what these streams logged, one after the other, with their times filled in."""
+def expect(
+    logged: Iterable[tuple[str, Call]], can: Capabilities, hooks: ContractHooks, *, timed: bool = True
+) -> Expected:
+    """Return what must become of these calls of one run.
+
+    Args:
+        logged: stream and call, times filled in, in the order in which they are in the journal.
+        can: what the backend claims.
+        hooks: the declared canonical form.
+        timed: False if nobody knows the times of the calls; then they are None.
+    """
     held = ReadBack(
         points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[], status=None
     )
     rejected: Counter[str] = Counter()
     confirmed = 0
     core = _Core(can)
-    for calls in streams:
-        core.ordinals = {}
-        for call in calls:
-            reason, payload, step = core.treat(call)
-            if reason or payload is None:
-                rejected[reason] += 1
-                continue
+    for stream, call in logged:
+        reason, payload, step = core.treat(stream, call)
+        if payload is None:
+            rejected[reason] += 1
+        else:
             confirmed += 1
-            _add(held, payload, step, call, hooks, core)
+            _add(held, payload, step, call, hooks, core, timed=timed)
     return Expected(held, rejected, confirmed)
-
-
-def refused(expected: Expected, reason: str) -> bool:
-    """Return whether all of what was logged must be rejected, for this one reason."""
-    return expected.confirmed == 0 and set(expected.rejected) == {reason}
 
 
 class _Core:
@@ -75,11 +77,11 @@ class _Core:
     def __init__(self, can: Capabilities) -> None:
         self.can = can
         self.fit = key_fitter(can)
-        self.ordinals: dict[str, int] = {}
+        self.ordinals: dict[tuple[str, str], int] = {}
         self.highest: dict[str, int] = {}
         self.params: dict[str, object] = {}
 
-    def treat(self, call: Call) -> tuple[str, Payload | None, int | None]:
+    def treat(self, stream: str, call: Call) -> tuple[str, Payload | None, int | None]:
         """Return why the call is rejected, or what is left of it and with which step."""
         payload, step = call.payload, call.step
         if kind_of(payload) not in self.can.kinds:
@@ -95,8 +97,8 @@ class _Core:
             return "", payload, None
         keys = list(payload.values) if isinstance(payload, Metrics) else [payload.key]  # type: ignore[union-attr]
         if step is None and not self.can.optional_step:
-            step = max(self.ordinals.get(key, 0) for key in keys)
-            self.ordinals.update(dict.fromkeys(keys, step + 1))
+            step = max(self.ordinals.get((stream, key), 0) for key in keys)
+            self.ordinals.update({(stream, key): step + 1 for key in keys})
         if step is not None and not self.can.late_steps:
             if any(step < self.highest.get(key, 0) for key in keys):
                 return "late_step", None, None
@@ -104,9 +106,11 @@ class _Core:
         return "", payload, step
 
 
-def _add(held: ReadBack, payload: Payload, step: int | None, call: Call, hooks: ContractHooks, core: _Core) -> None:
-    assert call.time is not None
-    time = hooks.canonical_time(call.time)
+def _add(
+    held: ReadBack, payload: Payload, step: int | None, call: Call, hooks: ContractHooks, core: _Core, *, timed: bool
+) -> None:
+    assert call.time is not None or not timed
+    time = hooks.canonical_time(call.time or 0.0) if timed else None
     step = None if step is None else hooks.canonical_step(step)
 
     def name(key: str) -> str:

@@ -85,7 +85,7 @@ class KitSink:
         root: the job's run folder.
         job, side: of all its runs.
         watch: what the backend was asked to do, and what faults it meets.
-        calls: site to stream name to what was logged there, times filled in.
+        logged: site to what it logged, in order: name of the stream, and the call with its time filled in.
         report: the delivery report, once finished.
     """
 
@@ -104,8 +104,9 @@ class KitSink:
         self.job = job
         self.side = side
         self.watch = watch or Watch()
-        self.calls: dict[str, dict[str, Stream]] = {}
+        self.logged: dict[str, list[tuple[str, Call]]] = {}
         self.report: DeliveryReport | None = None
+        self._streams: dict[tuple[str, str], Stream] = {}
         self._hooks = hooks
         self._options = {**options, **hooks.extra_options}
         self._folder = root / "trackhub"
@@ -133,10 +134,9 @@ class KitSink:
 
     def again(self, *, watch: Watch | None = None) -> KitSink:
         """Return another sink on the same journal and store, as after a restart or for a replay; not started."""
-        sink = KitSink(
-            self._hooks, self.root, self._options, job=self.job, side=self.side, watch=watch
-        )
-        sink.calls = self.calls
+        sink = KitSink(self._hooks, self.root, self._options, job=self.job, side=self.side, watch=watch)
+        sink.logged = self.logged
+        sink._streams = self._streams
         return sink
 
     def log(self, site: str, calls: Sequence[Call], *, stream: str = "main") -> list[Call]:
@@ -147,10 +147,9 @@ class KitSink:
             calls: what it logs, in one batch.
             stream: the name of the writing process.
         """
-        streams = self.calls.setdefault(site, {})
-        if stream not in streams:
-            streams[stream] = Stream(f"{self.job}/{site}/{stream}")
-        timed, chunks, batch = streams[stream].append(calls)
+        source = self._streams.setdefault((site, stream), Stream(f"{self.job}/{site}/{stream}"))
+        timed, chunks, batch = source.append(calls)
+        self.logged.setdefault(site, []).extend((stream, call) for call in timed)
         for request in (*chunks, batch):
             self._send(site, request)
         return timed
@@ -191,9 +190,8 @@ class KitSink:
         deadline_s: float | None = None,
     ) -> DeliveryReport:
         """End the job: every site says good-bye, those in ``failed`` with an error. Check that the counts add up."""
-        for site, streams in self.calls.items():
-            count = sum(len(stream.calls) for stream in streams.values())
-            self._send(site, Bye(SiteLedger(logged=count, acked=count), failed=site in failed))
+        for site, calls in self.logged.items():
+            self._send(site, Bye(SiteLedger(logged=len(calls), acked=len(calls)), failed=site in failed))
         self.report = self._receiver.finish(
             status, deadline_s=self._hooks.deadline_s if deadline_s is None else deadline_s
         )
@@ -207,8 +205,8 @@ class KitSink:
 
     def info(self, site: str) -> RunInfo:
         """Return what identifies a site's run."""
-        first = min((s.calls[0].time or BASE_TIME for s in self.calls.get(site, {}).values() if s.calls), default=0.0)
-        return RunInfo(RunKey(self.job, site), self.side, first, 0, self._receiver._blobs.folder(site))
+        created = next((call.time for _, call in self.logged.get(site, ()) if call.time is not None), BASE_TIME)
+        return RunInfo(RunKey(self.job, site), self.side, created, 0, self._receiver._blobs.folder(site))
 
     def read(self, site: str) -> ReadBack:
         """Return what the store holds of this site's run, by the author's own door."""

@@ -34,7 +34,7 @@ class Watch:
     """What one sink's backend was asked to do, and the faults that it shall meet.
 
     Attributes:
-        backends: the instances that the sink made.
+        runs: what ``open_run`` returned.
         entries: run id to the positions of the entries that ``write`` took, in order, repeated ones included.
         batches: sizes of the batches that ``write`` was called with.
         attempts: number of calls of ``write``.
@@ -55,7 +55,7 @@ class Watch:
         max_batch: int | None = None,
         kill: KillPoint | None = None,
     ) -> None:
-        self.backends: list[Backend] = []
+        self.runs: list[BackendRun] = []
         self.entries: dict[str, list[int]] = {}
         self.batches: list[int] = []
         self.attempts = 0
@@ -87,7 +87,6 @@ def watched(cls: type[Backend], watch: Watch) -> type[Backend]:
         def __init__(self, options: msgspec.Struct, context: SinkContext) -> None:
             super().__init__(options, context)
             self._inner = cls(options, context)
-            watch.backends.append(self._inner)
             self._adopt()
 
         def _adopt(self) -> None:
@@ -103,6 +102,7 @@ def watched(cls: type[Backend], watch: Watch) -> type[Backend]:
 
         def open_run(self, info: RunInfo) -> BackendRun:
             run = self._inner.open_run(info)
+            watch.runs.append(run)
             buffers = type(run).flush is not BackendRun.flush
             return (_BufferingRun if buffers else _Run)(run, info.run_id, watch)
 

@@ -150,7 +150,9 @@ class Server:
     def call(self, path: str, body: Any = None) -> Any:
         """Ask the REST API, by nothing but the standard library."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=20) as response:
             return json.load(response)
 

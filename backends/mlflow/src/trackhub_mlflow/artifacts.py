@@ -31,6 +31,7 @@ class ArtifactPaths:
         self._is_new = is_new
         self._files: dict[str, tuple[str, str]] = {}
         self._folders: set[str] = set()
+        self._stored: dict[str, dict[str, int]] = {}
 
     def path(self, entry: Entry, artifact: Artifact) -> str:
         """Return the path for this record."""
@@ -52,10 +53,20 @@ class ArtifactPaths:
             return False
         if self._is_new:
             return True
-        size = self._store.artifact_size(self._run, path)
-        if size is None:
-            return all((self._store.artifact_size(self._run, folder) or -1) < 0 for folder in _folders(path))
-        return size == blob.size and self._store.artifact_sha256(self._run, path) == blob.sha256
+        if any(self._sizes_of(folder) != {folder: -1} for folder in _folders(path) if self._sizes_of(folder)):
+            return False
+        there = self._sizes_of(path)
+        if path not in there:
+            return not there
+        return there[path] == blob.size and self._store.artifact_sha256(self._run, path) == blob.sha256
+
+    def _sizes_of(self, path: str) -> dict[str, int]:
+        """Return what the store had, when the run was opened, of this name, however it is capitalised."""
+        folder, slash, name = path.rpartition("/")
+        if folder not in self._stored:
+            self._stored[folder] = self._store.artifact_sizes(self._run, folder)
+        found = self._stored[folder].items()
+        return {f"{folder}{slash}{there}": size for there, size in found if there.casefold() == name.casefold()}
 
 
 def _folders(path: str) -> Iterator[str]:

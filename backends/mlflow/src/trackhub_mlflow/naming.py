@@ -68,14 +68,12 @@ def tag_name(key: str) -> str:
 
 def file_part(key: str) -> str:
     """Return one path component for a key: ``/`` becomes ``~``, as MLflow itself names logged images."""
-    return _fit(_without_path_rules(key).replace(":", _escape(":")).replace("/", "~"), _MAX_PART_BYTES, _bytes)
+    return _file_name(_without_path_rules(key).replace("/", "~"))
 
 
 def artifact_path(key: str) -> str:
     """Return the path of an artifact that was logged under this key: the key itself wherever that is possible."""
-    parts = [
-        _fit(part, _MAX_PART_BYTES, _bytes) for part in _without_path_rules(key).replace(":", "_x003A_").split("/")
-    ]
+    parts = [_file_name(part) for part in _without_path_rules(key).split("/")]
     if parts[0].casefold() in _RESERVED_FOLDERS:
         parts[0] = _escape(parts[0][0]) + parts[0][1:]
     if parts[-1].startswith(_MLFLOW_TEMPORARY):
@@ -111,6 +109,16 @@ def _without_path_rules(key: str) -> str:
     if names[0].startswith(".."):
         names[0] = _escape(".") + names[0][1:]
     return "/".join(names)
+
+
+def _file_name(text: str) -> str:
+    """Escape what no file name may have everywhere, and what MLflow strips from a path: spaces at its ends."""
+    text = text.replace(":", _escape(":"))
+    if text[0] == " ":
+        text = _escape(" ") + text[1:]
+    if text[-1] in " .":
+        text = text[:-1] + _escape(text[-1])
+    return _fit(text, _MAX_PART_BYTES, _bytes)
 
 
 def _fit(text: str, limit: int, size: Callable[[str], int]) -> str:

@@ -140,17 +140,17 @@ class RestStore:
         else:
             self._request("PUT", url, timeout_s=timeout_s, data=content, headers=headers)
 
-    def artifact_size(self, run: StoredRun, path: str) -> int | None:
-        """Return the size of an artifact in bytes, -1 for a folder, None if there is none."""
-        folder = path.rpartition("/")[0]
+    def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
+        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
         query = {"run_id": run.id} | ({"path": folder} if folder else {})
+        sizes: dict[str, int] = {}
         while True:
             page = self._get("/artifacts/list", query)
             for file in page.get("files", ()):
-                if file["path"] == path:
-                    return -1 if file.get("is_dir") else int(file.get("file_size", 0))
+                name = file["path"].rpartition("/")[2]
+                sizes[name] = -1 if file.get("is_dir") else int(file.get("file_size", 0))
             if not page.get("next_page_token"):
-                return None
+                return sizes
             query["page_token"] = page["next_page_token"]
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:

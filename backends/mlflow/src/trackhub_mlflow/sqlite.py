@@ -145,13 +145,13 @@ class SqliteStore:
             finally:
                 part.unlink(missing_ok=True)
 
-    def artifact_size(self, run: StoredRun, path: str) -> int | None:
-        """Return the size of an artifact in bytes, -1 for a folder, None if there is none."""
-        file = self._local(run, path)
-        if file is None:
-            return None
-        with _disk_errors(f"artifact {path}"):
-            return (-1 if file.is_dir() else file.stat().st_size) if file.exists() else None
+    def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
+        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
+        path = self._local(run, folder)
+        if path is None or not path.is_dir():
+            return {}
+        with _disk_errors(f"artifact folder {path}"):
+            return {file.name: -1 if file.is_dir() else file.stat().st_size for file in path.iterdir()}
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
         """Return the SHA-256 of an artifact's content, in hex."""

@@ -114,8 +114,8 @@ class Store(Protocol):
     def put_artifact(self, run: StoredRun, path: str, content: bytes | Path) -> None:
         """Store one artifact of a run, in place of what may be there."""
 
-    def artifact_size(self, run: StoredRun, path: str) -> int | None:
-        """Return the size of an artifact in bytes, -1 for a folder, None if there is none."""
+    def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
+        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
         """Return the SHA-256 of an artifact's content, in hex."""

@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training code calls: what it accepts, what it refuses and how, and what then stands in the spool."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import trackhub
+from trackhub.errors import ConfigError, RecordError, SpoolError
+from trackhub.records import MAX_STEP, Artifact, Histogram, Image, Metrics, Params, Payload, Record, Table, Tags, Text
+from trackhub.spool import SPOOL_ENV, Spool, set_process_spool, spool_env
+from trackhub.spool_layout import RoundFile, SpoolInfo, blob_file, create_spool
+from trackhub.spool_reader import SpoolReader
+from trackhub.writer import Writer
+
+from tests.unit.helpers import WAIT_S, new_spool, read_spool
+
+torch = pytest.importorskip("torch")
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Name(str):
+    __slots__ = ()
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    with Writer(new_spool(tmp_path / "spool")) as writer:
+        yield writer
+
+
+def logged(writer: Writer) -> list[Record]:
+    """Return what the writer's stream holds on the disk."""
+    (records,) = read_spool(writer._spool.folder).values()
+    return records
+
+
+def payload(writer: Writer) -> Payload:
+    (record,) = logged(writer)
+    return record.payload
+
+
+BAD_KEYS: dict[str, Any] = {
+    "empty": "",
+    "10,000 characters": "k" * 10_000,
+    "an int": 5,
+    "None": None,
+    "bytes": b"loss",
+    "a tuple": ("a", "b"),
+    "a newline": "a\nb",
+    "a NUL": "a\0b",
+    "a lone surrogate": "a\ud800",
+}
+BAD_METRICS: dict[str, Any] = {
+    "a string": "0.5",
+    "a complex": 1 + 2j,
+    "a complex of numpy": np.complex64(1),
+    "None": None,
+    "a tensor of 2": torch.zeros(2),
+    "an array of 2": np.zeros(2),
+    "an empty array": np.zeros(0),
+    "a list": [1.0],
+    "a dict": {"x": 1.0},
+    "a string of numpy": np.str_("1"),
+    "a date of numpy": np.datetime64("2026-01-01"),
+    "too large for a float": 10**400,
+    "too large to print": 10**5000,
+    "a Decimal": Decimal(1),
+    "an object without a repr": Unprintable(),
+}
+BAD_STEPS: dict[str, Any] = {
+    "negative": -1,
+    "a float": 1.5,
+    "a whole float": 1.0,
+    "a string": "1",
+    "a bool": True,
+    "too large": 2**63,
+    "too large to print": 10**5000,
+    "a tensor of floats": torch.tensor(1.0),
+    "a tensor of 2": torch.tensor([1, 2]),
+}
+METHODS: dict[str, Callable[[Writer, Any], None]] = {
+    "log": lambda w, key: w.log({key: 1.0}),
+    "log_params": lambda w, key: w.log_params({key: 1}),
+    "set_tags": lambda w, key: w.set_tags({key: "x"}),
+    "log_text": lambda w, key: w.log_text(key, "x"),
+    "log_image": lambda w, key: w.log_image(key, np.zeros((2, 2), np.uint8)),
+    "log_histogram": lambda w, key: w.log_histogram(key, [1.0]),
+    "log_table": lambda w, key: w.log_table(key, ["a"], [[1]]),
+    "log_artifact": lambda w, key: w.log_artifact(__file__, key),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", BAD_KEYS)
+def test_a_bad_key_is_an_error_that_names_it_and_nothing_is_recorded(writer: Writer, method: str, what: str) -> None:
+    if method == "log_artifact" and what == "None":
+        pytest.skip("None means the file's own name")
+    with pytest.raises(RecordError, match=r"key .*expected") as caught:
+        METHODS[method](writer, BAD_KEYS[what])
+    assert len(str(caught.value)) < 500
+    assert writer._spool.next_seq == 0
+
+
+@pytest.mark.parametrize("what", BAD_METRICS)
+def test_a_metric_that_is_no_number_is_an_error_that_names_its_key(writer: Writer, what: str) -> None:
+    with pytest.raises(RecordError, match="'train/loss'"):
+        writer.log({"fine": 1.0, "train/loss": BAD_METRICS[what]}, 1)
+    assert writer._spool.next_seq == 0
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_a_bad_step_is_an_error_that_says_what_is_expected(writer: Writer, what: str) -> None:
+    with pytest.raises(RecordError, match=r"step .*expected"):
+        writer.log({"loss": 1.0}, BAD_STEPS[what])
+    with pytest.raises(RecordError, match=r"step .*expected"):
+        writer.log_image("x", np.zeros((2, 2), np.uint8), BAD_STEPS[what])
+    assert writer._spool.next_seq == 0
+    assert list(writer._spool.folder.glob("*.blob")) == []
+
+
+@pytest.mark.parametrize("metrics", [None, 1.0, [("a", 1.0)], "loss", {}], ids=repr)
+def test_metrics_are_a_mapping_that_is_not_empty(writer: Writer, metrics: Any) -> None:
+    with pytest.raises(RecordError, match="mapping"):
+        writer.log(metrics)
+
+
+@pytest.mark.parametrize(
+    "call",
+    {
+        "text is no str": lambda w: w.log_text("t", 5),
+        "text is too long": lambda w: w.log_text("t", "x" * (1 << 20)),
+        "text cannot be encoded": lambda w: w.log_text("t", "\ud800"),
+        "param is an object": lambda w: w.log_params({"p": object()}),
+        "param is a set": lambda w: w.log_params({"p": {1}}),
+        "param is bytes": lambda w: w.log_params({"p": b"x"}),
+        "param is too large": lambda w: w.log_params({"p": 2**64}),
+        "param is nested without end": lambda w: w.log_params({"p": endless()}),
+        "param is an array": lambda w: w.log_params({"p": np.zeros(3)}),
+        "param has a key that is no str": lambda w: w.log_params({"p": {1: 2}}),
+        "tag is an object": lambda w: w.set_tags({"t": object()}),
+        "tag cannot be encoded": lambda w: w.set_tags({"t": "\ud800"}),
+        "table with a short row": lambda w: w.log_table("t", ["a", "b"], [[1, 2], [3]]),
+        "table with an object": lambda w: w.log_table("t", ["a"], [[object()]]),
+        "table without rows": lambda w: w.log_table("t", ["a"], 5),
+        "table with a row that is no list": lambda w: w.log_table("t", ["a"], [5]),
+        "table without columns": lambda w: w.log_table("t", None, []),
+        "table that is too large": lambda w: w.log_table("t", ["a"], [["x" * 1000]] * 2000),
+        "histogram of nothing": lambda w: w.log_histogram("h"),
+        "histogram of both": lambda w: w.log_histogram("h", [1], edges=[0, 1], counts=[1]),
+        "histogram of edges alone": lambda w: w.log_histogram("h", edges=[0, 1]),
+        "histogram of NaN": lambda w: w.log_histogram("h", [math.nan]),
+        "histogram of strings": lambda w: w.log_histogram("h", ["a"]),
+        "histogram with no bins": lambda w: w.log_histogram("h", [1.0], bins=0),
+        "histogram with unordered edges": lambda w: w.log_histogram("h", edges=[0, 2, 1], counts=[1, 1]),
+        "histogram with infinite edges": lambda w: w.log_histogram("h", edges=[0, math.inf], counts=[1]),
+        "histogram with a count too many": lambda w: w.log_histogram("h", edges=[0, 1], counts=[1, 1]),
+        "histogram with a negative count": lambda w: w.log_histogram("h", edges=[0, 1], counts=[-1]),
+        "histogram with one count": lambda w: w.log_histogram("h", edges=[0, 1], counts=5),
+        "artifact that does not exist": lambda w: w.log_artifact("/no/such/file"),
+        "artifact that is a folder": lambda w: w.log_artifact("/"),
+        "artifact that is no path": lambda w: w.log_artifact(5),
+        "artifact that is a device": lambda w: w.log_artifact("/dev/null"),
+        "artifact whose path has a NUL": lambda w: w.log_artifact("a\0b"),
+        "artifact with a type that is no str": lambda w: w.log_artifact(__file__, type=5),
+        "image of a wrong shape": lambda w: w.log_image("i", np.zeros((2, 2, 7), np.uint8)),
+        "image without pixels": lambda w: w.log_image("i", np.zeros((0, 4), np.uint8)),
+        "image of int64": lambda w: w.log_image("i", np.zeros((2, 2), np.int64)),
+        "image out of range": lambda w: w.log_image("i", np.full((2, 2), 1.5)),
+        "image of NaN": lambda w: w.log_image("i", np.full((2, 2), math.nan)),
+        "image that does not exist": lambda w: w.log_image("i", "/no/such/file.png"),
+        "image of bytes that are none": lambda w: w.log_image("i", b"GIF of nothing"),
+        "image of an object": lambda w: w.log_image("i", object()),
+        "image with a caption that is no str": lambda w: w.log_image("i", np.zeros((2, 2), np.uint8), caption=5),
+        "image with a caption that cannot be encoded": lambda w: w.log_image("i", np.zeros((2, 2)), caption="\ud800"),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_bad_argument_is_an_error_and_nothing_is_recorded(
+    writer: Writer, call: tuple[str, Callable[[Writer], None]]
+) -> None:
+    with pytest.raises(RecordError) as caught:
+        call[1](writer)
+    assert len(str(caught.value)) < 1000
+    assert writer._spool.next_seq == 0
+    assert list(writer._spool.folder.glob("*.blob")) == []
+    writer.log({"after": 1.0})
+    assert [r.payload for r in logged(writer)] == [Metrics({"after": 1.0})]
+
+
+def endless() -> list[Any]:
+    inner: list[Any] = []
+    inner.append(inner)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (0.5, 0.5),
+        (2**63, 2.0**63),
+        (np.float32(0.1), float(np.float32(0.1))),
+        (np.float64(0.1), 0.1),
+        (np.int64(-5), -5.0),
+        (np.bool_(True), 1.0),
+        (np.array([[2.0]]), 2.0),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([3]), 3.0),
+        (torch.tensor(True), 1.0),
+        (torch.tensor(1.5, dtype=torch.bfloat16, requires_grad=True), 1.5),
+        (math.nan, math.nan),
+        (math.inf, math.inf),
+        (-math.inf, -math.inf),
+        (-0.0, -0.0),
+        (5e-324, 5e-324),
+        (np.float32("nan"), math.nan),
+        (torch.tensor(math.inf), math.inf),
+    ],
+    ids=repr,
+)
+def test_numbers_of_every_kind_become_the_same_float(writer: Writer, value: Any, expected: float) -> None:
+    writer.log({"x": value}, 0)
+    found = payload(writer)
+    assert isinstance(found, Metrics)
+    assert struct.pack("<d", found.values["x"]) == struct.pack("<d", expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=50).filter(str.isprintable), st.floats(), min_size=1))
+def test_what_is_logged_is_what_is_spooled(tmp_path: Path, values: dict[str, float]) -> None:
+    spool = new_spool(tmp_path / os.urandom(4).hex())
+    with Writer(spool) as writer:
+        writer.log(values, 1)
+        ((record,),) = read_spool(spool).values()
+    assert isinstance(record.payload, Metrics)
+    assert [(k, struct.pack("<d", v)) for k, v in record.payload.values.items()] == [
+        (k, struct.pack("<d", v)) for k, v in values.items()
+    ]
+
+
+@pytest.mark.parametrize("step", [0, 1, MAX_STEP, np.int64(7), np.uint8(7), torch.tensor(7), Level.HIGH], ids=repr)
+def test_steps_are_ints_of_any_make(writer: Writer, step: Any) -> None:
+    writer.log({"x": 1.0}, step)
+    (record,) = logged(writer)
+    assert (type(record.step), record.step) == (int, int(step))
+
+
+def test_a_key_may_have_a_thousand_characters_and_any_script(writer: Writer) -> None:
+    writer.log({"k" * 1000: 1.0, "Verlust/größe π 損失 🙂": 2.0})
+    assert payload(writer) == Metrics({"k" * 1000: 1.0, "Verlust/größe π 損失 🙂": 2.0})
+
+
+def test_a_record_holds_the_time_of_its_call_and_the_round(writer: Writer) -> None:
+    rounds = RoundFile(writer._spool.folder)
+    before = time.time()
+    writer.log({"x": 1.0})
+    between = time.time()
+    rounds.set(0)
+    writer.log({"x": 2.0})
+    rounds.set(7)
+    writer.log_text("t", "x")
+    rounds.set(None)
+    writer.log({"x": 3.0})
+    rounds.close()
+
+    records = logged(writer)
+    assert [r.round for r in records] == [None, 0, 7, None]
+    assert [r.seq for r in records] == [0, 1, 2, 3]
+    assert before <= records[0].time <= between <= records[1].time <= records[2].time <= time.time()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (True, True),
+        (3, 3),
+        (2**64 - 1, 2**64 - 1),
+        (0.1, 0.1),
+        ("adam", "adam"),
+        (Path("data/x"), "data/x"),
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.int32(3), 3),
+        (np.bool_(False), False),
+        (np.str_("adam"), "adam"),
+        (torch.tensor(0.5), 0.5),
+        (Colour.RED, "red"),
+        (Level.HIGH, 3),
+        (Name("x"), "x"),
+        ((1, [2.5, None]), [1, [2.5, None]]),
+        ({"a": {"b": (np.float64(1.5), Name("x"))}}, {"a": {"b": [1.5, "x"]}}),
+        (math.inf, math.inf),
+    ],
+    ids=repr,
+)
+def test_params_of_every_kind_become_plain_values(writer: Writer, value: Any, expected: Any) -> None:
+    writer.log_params({"p": value})
+    found = payload(writer)
+    assert isinstance(found, Params)
+    assert found.values == {"p": expected}
+    assert type(found.values["p"]) is type(expected)
+
+
+def test_tags_become_strings(writer: Writer) -> None:
+    writer.set_tags({"a": "x", "b": 1, "c": True, "d": None, "e": np.float64(0.5), "f": Name("n"), "g": Colour.RED})
+    assert payload(writer) == Tags({"a": "x", "b": "1", "c": "True", "d": "None", "e": "0.5", "f": "n", "g": "red"})
+
+
+def test_a_text_may_be_of_a_subclass_of_str(writer: Writer) -> None:
+    writer.log_text("t", np.str_("größe"), 4)
+    assert payload(writer) == Text("t", "größe")
+
+
+def test_a_table_keeps_its_cells(writer: Writer) -> None:
+    writer.log_table("t", ["a", 5], [(1, "x"), [None, np.float64(0.5)], (True, Name("y"))], 2)  # type: ignore[list-item]
+    assert payload(writer) == Table("t", ["a", "5"], [[1, "x"], [None, 0.5], [True, "y"]])
+
+
+def test_a_histogram_counts_every_value(writer: Writer) -> None:
+    writer.log_histogram("h", torch.arange(100.0, requires_grad=True), 1, bins=10)
+    found = payload(writer)
+    assert isinstance(found, Histogram)
+    assert found.counts == [10.0] * 10
+    assert found.edges == pytest.approx([9.9 * i for i in range(11)])
+
+
+def test_a_histogram_may_be_given_as_edges_and_counts(writer: Writer) -> None:
+    writer.log_histogram("h", edges=np.array([0, 0.5, 2]), counts=(3, np.int64(4)))  # type: ignore[arg-type]
+    assert payload(writer) == Histogram("h", [0.0, 0.5, 2.0], [3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [
+        (np.zeros((3, 5), np.uint8), (5, 3)),
+        (np.zeros((3, 5, 1), np.uint8), (5, 3)),
+        (np.zeros((3, 5, 3), np.uint8), (5, 3)),
+        (np.zeros((3, 5, 4), np.float32), (5, 3)),
+        (torch.ones(3, 6, 5, requires_grad=True), (5, 6)),
+        (np.ones((3, 5), bool), (5, 3)),
+    ],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else "",
+)
+def test_an_image_becomes_a_png_beside_the_spool(writer: Writer, image: Any, size: tuple[int, int]) -> None:
+    from PIL import Image as pil  # noqa: N813
+
+    writer.log_image("i", image, 3, caption=Name("what it is"))
+
+    found = payload(writer)
+    assert isinstance(found, Image)
+    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    assert (found.width, found.height, found.caption) == (*size, "what it is")
+    assert (found.blob.size, found.blob.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    with pil.open(io.BytesIO(data)) as read:
+        assert (read.format, read.size) == ("PNG", size)
+        expected = np.asarray(image.detach() if hasattr(image, "detach") else image)
+        assert int(np.asarray(read)[..., :3].max()) == (255 if expected.max() else 0)
+
+
+def test_a_jpeg_is_kept_as_it_is(writer: Writer, tmp_path: Path) -> None:
+    from PIL import Image as pil  # noqa: N813
+
+    path = tmp_path / "x.jpg"
+    pil.new("RGB", (8, 4), "red").save(path)
+    writer.log_image("path", path)
+    writer.log_image("bytes", path.read_bytes())
+
+    for record in logged(writer):
+        assert isinstance(record.payload, Image)
+        assert record.payload.blob.media_type == "image/jpeg"
+        assert blob_file(writer._spool.folder, record.payload.blob.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"\xff\xd8\xff\xe0" + b"\1" * 40, b""])
+def test_damaged_image_bytes_are_a_record_error(writer: Writer, damage: bytes) -> None:
+    with pytest.raises(RecordError, match="'i'"):
+        writer.log_image("i", damage)
+
+
+def test_an_image_that_is_a_bomb_is_a_record_error(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image as pil  # noqa: N813
+
+    buffer = io.BytesIO()
+    pil.new("L", (64, 64)).save(buffer, "PNG")
+    monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(RecordError, match="'i'"):
+        writer.log_image("i", buffer.getvalue())
+
+
+def test_an_artifact_is_copied_at_once(writer: Writer, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"weights" * 1000)
+    writer.log_artifact(path, "models/best", "model")
+    path.unlink()
+
+    found = payload(writer)
+    assert isinstance(found, Artifact)
+    assert (found.key, found.filename, found.artifact_type) == ("models/best", "model.bin", "model")
+    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    assert (data, found.blob.size, found.blob.sha256) == (
+        b"weights" * 1000,
+        7000,
+        hashlib.sha256(b"weights" * 1000).hexdigest(),
+    )
+
+
+def test_an_empty_file_is_an_artifact(writer: Writer, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    writer.log_artifact(tmp_path / "empty")
+    found = payload(writer)
+    assert isinstance(found, Artifact)
+    assert (found.key, found.blob.size) == ("empty", 0)
+
+
+def test_an_artifact_that_changes_meanwhile_is_stored_as_it_was_read(writer: Writer, tmp_path: Path) -> None:
+    path = tmp_path / "growing"
+    with path.open("wb") as file:
+        file.write(b"a" * (3 << 20))
+        file.flush()
+        append_blob = writer._spool.append_blob
+
+        def grow(make: Any, source: Any, size: int, step: int | None, at: float) -> None:
+            file.write(b"b" * 100)
+            file.flush()
+            append_blob(make, source, size, step, at)
+
+        writer._spool.append_blob = grow  # type: ignore[method-assign]
+        writer.log_artifact(path)
+
+    found = payload(writer)
+    assert isinstance(found, Artifact)
+    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    assert (found.blob.size, found.blob.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert len(data) == (3 << 20) + 100
+
+
+def test_after_close_a_call_says_that_the_writer_is_closed(tmp_path: Path) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"))
+    writer.log({"a": 1.0})
+    writer.close()
+    writer.close()
+    with pytest.raises(SpoolError, match="closed"):
+        writer.log({"a": 2.0})
+    with pytest.raises(SpoolError, match="closed"):
+        writer.log_image("i", np.zeros((2, 2), np.uint8))
+    assert len(read_spool(tmp_path / "spool")[writer._spool.stream]) == 1
+    assert list((tmp_path / "spool").glob("*.blob")) == []
+
+
+def acknowledge(spool: Path, cursor: str = "server") -> None:
+    reader = SpoolReader(spool, cursor)
+    while batch := reader.next_batch(1000, 1 << 20):
+        reader.settle(batch)
+
+
+def test_flush_waits_for_the_acknowledgement(tmp_path: Path) -> None:
+    spool = new_spool(tmp_path / "spool", "server", "client")
+    with Writer(spool) as writer:
+        assert writer.flush(0.0)
+        writer.log({"a": 1.0})
+        assert not writer.flush(0.0)
+        acknowledge(spool, "server")
+        assert not writer.flush(0.0)
+        thread = threading.Timer(0.05, acknowledge, (spool, "client"))
+        thread.start()
+        assert writer.flush(WAIT_S)
+        thread.join()
+
+
+def test_flush_does_not_wait_for_records_that_were_dropped(tmp_path: Path) -> None:
+    spool = new_spool(tmp_path / "spool", max_bytes=4096)
+    with Writer(spool) as writer:
+        for _ in range(200):
+            writer.log({"a": 1.0})
+        acknowledge(spool)
+        assert writer.flush(0.0)
+
+
+def test_a_writer_finds_the_spool_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = new_spool(tmp_path / "spool")
+    monkeypatch.setenv(SPOOL_ENV, spool_env(spool, "site-1", "job-1"))
+    with trackhub.Writer() as writer:
+        writer.log({"a": 1.0})
+    assert len(read_spool(spool)) == 1
+
+
+def test_a_writer_outside_a_job_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPOOL_ENV, raising=False)
+    with pytest.raises(ConfigError, match=r"(?s)TRACKHUB_SPOOL.*add_tracking.*trackhub\.local"):
+        Writer()
+
+
+@pytest.mark.parametrize("value", ["no JSON", "5", "[]", "{}", '{"dir": 5, "site": "a", "job": "b"}', '{"dir": "\\u0000", "site": "a", "job": "b"}'])
+def test_an_environment_that_is_not_ours_is_an_error_that_says_so(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SPOOL_ENV, value)
+    with pytest.raises(ConfigError, match=SPOOL_ENV):
+        Writer()
+
+
+@pytest.mark.parametrize(("site", "job"), [("site-2", "job-1"), ("site-1", "job-2")])
+def test_a_process_of_another_site_or_job_does_not_write_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, job: str
+) -> None:
+    spool = new_spool(tmp_path / "spool")
+    monkeypatch.setenv(SPOOL_ENV, spool_env(spool, site, job))
+    with pytest.raises(ConfigError, match=f"{site}.*{job}.*site-1.*job-1"):
+        Writer()
+
+
+def test_no_writer_starts_after_the_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_spool(tmp_path, SpoolInfo("site-1", "job-1", ("server",), open=False))
+    monkeypatch.setenv(SPOOL_ENV, spool_env(tmp_path, "site-1", "job-1"))
+    with pytest.raises(ConfigError, match="has ended"):
+        Writer()
+
+
+def test_the_process_own_spool_goes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = new_spool(tmp_path / "own"), new_spool(tmp_path / "other")
+    monkeypatch.setenv(SPOOL_ENV, spool_env(other, "site-1", "job-1"))
+    set_process_spool(own)
+    try:
+        with Writer() as writer:
+            writer.log({"a": 1.0})
+    finally:
+        set_process_spool(None)
+    assert (len(read_spool(own)), len(read_spool(other))) == (1, 0)
+
+
+def test_a_folder_that_is_no_spool_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="not a spool"):
+        Writer(tmp_path)
+    new_spool(tmp_path / "spool")
+    (tmp_path / "spool" / "round").mkdir()
+    with pytest.raises(SpoolError, match="round"):
+        Writer(tmp_path / "spool")
+
+
+def test_threads_share_a_writer(writer: Writer) -> None:
+    def work(n: int) -> None:
+        for i in range(500):
+            writer.log({"thread": n, "i": i}, i)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    records = logged(writer)
+    assert [r.seq for r in records] == list(range(2000))
+    for n in range(4):
+        values = [cast("Metrics", r.payload).values for r in records]
+        assert [v["i"] for v in values if v["thread"] == n] == list(range(500))
+
+
+def test_the_environment_variable_is_plain_json(tmp_path: Path) -> None:
+    assert json.loads(spool_env(tmp_path, "site 1", "j")) == {"dir": str(tmp_path), "site": "site 1", "job": "j"}
+    assert Spool.__doc__ is not None

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract's groups on what a backend leaves behind: secrets, threads, files, processes; and on volume."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trackhub.records import Kind, Params
+from trackhub.testing.base import ContractBase, Kit
+from trackhub.testing.calls import Call, metric, series
+from trackhub.testing.gallery import check_run
+from trackhub.testing.hooks import SECRET_ENV
+
+__all__ = ["Hygiene", "Volume"]
+
+_GRACE_S = 10.0
+
+
+class Hygiene(ContractBase):
+    """Nothing is left that should not be."""
+
+    def test_secrets_are_nowhere(
+        self,
+        kit: Kit,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """A token in the environment or in an option is in no file that the sink leaves, no log record, no output."""
+        token = secrets.token_hex(20)
+        for name in (SECRET_ENV, *self.secret_env):
+            monkeypatch.setenv(name, token)
+        with _everything_logged() as log:
+            sink = kit.sink(options=dict(self.secret_options)).start()
+            params = [Call(Params({"lr": 0.5}))] if Kind.PARAMS in sink.can.kinds else []
+            sink.log("site-1", [*series("loss", range(5)), *params])
+            sink.finish()
+        printed = "".join(capfd.readouterr())
+        assert token not in log.getvalue(), "the token is in a log record"
+        assert token not in printed, "the token was printed"
+        found = [path for path in _files(tmp_path) if token.encode() in path.read_bytes() or token in path.name]
+        assert not found, f"the token is in {', '.join(str(path.relative_to(tmp_path)) for path in found)}"
+        assert sink.run("site-1").pending == 0, f"nothing was delivered, so nothing is proved: {sink.run('site-1')}"
+
+    def test_no_thread_is_left(self, kit: Kit) -> None:
+        """After its sink has ended, a backend has no thread more than before; the first sink may make some to keep."""
+        left = _growth(kit, lambda: {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()})
+        assert not left, f"threads are left: {', '.join(sorted(left))}"
+
+    def test_no_file_is_left_open(self, kit: Kit) -> None:
+        """After its sink has ended, a backend has no file or socket open more than before."""
+        left = _growth(kit, _open_files)
+        assert not left, f"files are left open: {', '.join(sorted(left))}"
+
+    def test_no_process_is_left(self, kit: Kit) -> None:
+        """After its sink has ended, a backend has left no process."""
+        before = _children()
+        _use(kit, 1)
+        left = _remains(_children, before)
+        assert not left, f"processes are left: {', '.join(sorted(left))}"
+
+
+class Volume(ContractBase):
+    """Much."""
+
+    def test_volume(self, kit: Kit) -> None:
+        """Ten thousand points of several metrics arrive, each once."""
+        total = 1000 if kit.quick else 10_000
+        sink = kit.sink().start()
+        keys = [f"metric-{number}" for number in range(5)]
+        for start in range(0, total, 500):
+            sink.log("site-1", [metric(keys[n % 5], n / 8, n // 5) for n in range(start, start + 500)])
+        sink.finish(deadline_s=4 * self.deadline_s)
+        check_run(sink, self, ["site-1"], f"{total} points")
+
+
+def _use(kit: Kit, sinks: int) -> None:
+    for _ in range(sinks):
+        sink = kit.sink().start()
+        sink.log("site-1", series("loss", range(5)))
+        sink.log("site-2", series("loss", range(5)))
+        sink.finish()
+
+
+def _growth(kit: Kit, look: Callable[[], set[str]]) -> set[str]:
+    """Return what two more sinks leave that one sink has not left before."""
+    _use(kit, 1)
+    before = look()
+    _use(kit, 2)
+    return _remains(look, before)
+
+
+def _remains(look: Callable[[], set[str]], before: set[str]) -> set[str]:
+    """Return what is still there after a while of grace, in which threads and processes may end."""
+    deadline = time.monotonic() + _GRACE_S
+    pause = threading.Event()
+    while (left := look() - before) and time.monotonic() < deadline:
+        pause.wait(0.05)
+    return left
+
+
+def _open_files() -> set[str]:
+    folder = Path("/proc/self/fd" if Path("/proc/self/fd").exists() else "/dev/fd")
+    found = set()
+    for name in os.listdir(folder):
+        try:
+            found.add(f"{name} -> {os.readlink(folder / name)}")
+        except OSError:
+            continue  # the folder's own descriptor, closed by now
+    return found
+
+
+def _children() -> set[str]:
+    done = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    me = str(os.getpid())
+    rows = (line.split(None, 2) for line in done.stdout.splitlines())
+    return {f"{row[0]} {row[2]}" for row in rows if len(row) == 3 and row[1] == me and not row[2].startswith("ps ")}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+@contextmanager
+def _everything_logged() -> Iterator[io.StringIO]:
+    """Collect what any logger says, at any level, tracebacks included."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield stream
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The version of the contract."""
+
+from __future__ import annotations
+
+__all__ = ["KIT_VERSION"]
+
+KIT_VERSION = 1
+"""Raised when a backend that passed may fail: a rule was added or made stricter. ``Backend.contract`` names the version
+that a backend passed; ``trackhub backends`` shows it."""
