@@ -24,7 +24,8 @@ $(INSTALLED): $(PROJECTS)
 	@touch $@
 
 demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say how to look at the result
-	$(BIN)/python jobs/cifar10_fedavg/job.py $(ARGS)
+# Fewer images than there are, so that it takes a minute or two on two cores; ARGS may say otherwise.
+	$(BIN)/python jobs/cifar10_fedavg/job.py --samples_per_site 5000 $(ARGS)
 
 test: $(INSTALLED) ## run every test but the long ones
 	$(BIN)/python -m pytest $(ARGS)

@@ -109,6 +109,7 @@ class Site:
                 "lr": args.lr,
                 "momentum": MOMENTUM,
                 "weight_decay": WEIGHT_DECAY,
+                "max_gradient_norm": MAX_GRADIENT_NORM,
                 "seed": args.seed,
                 "model": type(self.model).__name__,
                 "model_weights": sum(parameter.numel() for parameter in self.model.parameters()),

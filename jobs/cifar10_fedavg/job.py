@@ -16,7 +16,7 @@ import data
 import torch
 from flags import FlagParser, add_training_flags, training_args
 from model import SmallCNN
-from results import Outcome, print_outcome, read_outcome
+from results import Outcome, forget_outcome, print_outcome, read_outcome
 
 from trackhub import registry
 from trackhub.config import TrackingConfig
@@ -105,8 +105,9 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, client_args: 
     tracked = bool(config.server or config.clients)
     if not tracked:
         client_args.append("--no_tracking")
-    if tracked and not config.server:
-        # "Client side only" promises that the server sees no metric, and FLARE would send these with the weights.
+    # "Client side only" promises that the server sees no metric, and FLARE would send these with the weights.
+    weights_only = tracked and not config.server
+    if weights_only:
         client_args.append("--no_send_metrics")
     spaced = [word for word in client_args if " " in word]
     if spaced:
@@ -119,6 +120,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, client_args: 
         # Relative, so that each site runs the copy that the job brings along. FLARE looks for it where this process is.
         train_script="client.py",
         train_args=" ".join(client_args),
+        key_metric="" if weights_only else "accuracy",  # by which FLARE keeps the best model; empty for not at all
         launch_external_process=args.launch_external_process,
         # The simulator's sites run on this machine, with this interpreter's packages; others have their own python3.
         command="python3 -u" if args.export else f"{sys.executable} -u",
@@ -152,6 +154,8 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> Outcome:
 
     print(f"Running {NAME} on {dataset.origin}; workspace {workspace}", flush=True)
     environment = SimEnv(num_clients=args.n_clients, workspace_root=str(workspace))
+    result = Path(environment.workspace_root) / NAME
+    forget_outcome(result, summaries)
     failure = None
     with contextlib.chdir(HERE):
         recipe = build_recipe(args, config, [*training_args(args), "--summary_dir", str(summaries)])
@@ -159,7 +163,6 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> Outcome:
             recipe.run(environment)
         except RuntimeError as error:
             failure = str(error)
-    result = Path(environment.workspace_root) / NAME
     outcome = read_outcome(result, summaries, config, args.n_clients, failure)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if failure is None and checkpoint.is_file():

@@ -13,7 +13,7 @@ import msgspec
 from trackhub.config import TrackingConfig
 from trackhub.delivery.report import DeliveryReport, read_report
 
-__all__ = ["Outcome", "print_outcome", "print_reports", "read_outcome"]
+__all__ = ["Outcome", "forget_outcome", "print_outcome", "print_reports", "read_outcome"]
 
 
 @dataclass
@@ -44,6 +44,15 @@ class Outcome:
         )
 
 
+_REPORT = Path("simulate_job", "trackhub", "delivery.json")  # below a site's folder
+
+
+def forget_outcome(result: Path, summaries: Path) -> None:
+    """Delete what an earlier job in the same workspace left, so that it is never taken for this one's."""
+    for path in [*result.glob(f"*/{_REPORT}"), *summaries.glob("*.json")]:
+        path.unlink()
+
+
 def read_outcome(result: Path, summaries: Path, config: TrackingConfig, n_clients: int, failure: str | None) -> Outcome:
     """Read what the job's sinks and sites wrote.
 
@@ -55,7 +64,7 @@ def read_outcome(result: Path, summaries: Path, config: TrackingConfig, n_client
     outcome = Outcome(result, failure)
     sites = [f"site-{number}" for number in range(1, n_clients + 1)]
     for sink in [*(["server"] if config.server else []), *(sites if config.clients else [])]:
-        path = result / sink / "simulate_job" / "trackhub" / "delivery.json"
+        path = result / sink / _REPORT
         try:
             outcome.reports[sink] = read_report(path)
         except (OSError, msgspec.DecodeError) as error:

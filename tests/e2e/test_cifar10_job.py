@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CIFAR-10 job as a user runs it: the command, its last screen, its exit status, and what lies in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+JOB_DIR = Path(__file__).parents[2] / "jobs" / "cifar10_fedavg"
+SITES = ("site-1", "site-2")
+ROUNDS, STEPS_PER_ROUND = 2, 5  # 160 images in batches of 32
+SMALL = ("--dataset", "synthetic", "--samples_per_site", "160", "--num_rounds", str(ROUNDS))
+METRICS = {"train/loss", "train/epoch_loss", "train/accuracy", "val/loss", "val/accuracy"}
+
+
+@dataclass
+class Finished:
+    """A job that has ended."""
+
+    status: int
+    output: str
+    workspace: Path
+
+    @property
+    def result(self) -> Path:
+        """FLARE's folder of the job."""
+        return self.workspace / "cifar10_fedavg"
+
+
+def run_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> Finished:
+    """Run job.py in a process of its own, in an empty folder."""
+    workspace = folder / "workspace"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(job_dir / "job.py"), "--workspace", str(workspace), *SMALL, *argv],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, workspace)
+
+
+def records(folder: Path, site: str) -> list[dict[str, Any]]:
+    """Return the records that the backend jsonl keeps of a site in a sink's folder, in order."""
+    (path,) = folder.glob(f"simulate_job/jsonl/*/{site}.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["kind"] != "end"]
+
+
+def points(logged: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return step and value of each metric, in the order of the log calls."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in logged:
+        if record["kind"] == "metrics":
+            for key, value in record["values"].items():
+                found.setdefault(key, []).append((record["step"], value))
+    return found
+
+
+def bytes_of(folder: Path) -> Mapping[Path, bytes]:
+    """Return the content of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def both_sides(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Two backends on the server, one at the clients, trainers in processes of their own."""
+    return run_job(
+        tmp_path_factory.mktemp("both"),
+        *("--backend", "jsonl", "--backend", "tensorboard"),
+        *("--streamed-to-clients", "--client-backend", "jsonl"),
+        *("--launch-external-process", "--partition", "iid", "--strict"),
+    )
+
+
+def test_a_job_whose_records_all_arrived_ends_with_status_0(both_sides: Finished) -> None:
+    assert both_sides.status == 0, both_sides.output
+
+
+def test_the_last_screen_says_for_each_site_sink_and_backend_how_many_of_the_logged_records_are_confirmed(
+    both_sides: Finished,
+) -> None:
+    rows = re.findall(r"^  (site-\d)  (\S+) +(\w+) +([\d,]+) of ([\d,]+)$", both_sides.output, re.MULTILINE)
+
+    assert {(site, sink, backend) for site, sink, backend, _, _ in rows} == {
+        *((site, "server", backend) for site in SITES for backend in ("jsonl", "tensorboard")),
+        *((site, site, "jsonl") for site in SITES),
+    }
+    for site, _, _, confirmed, logged in rows:
+        assert int(confirmed) == int(logged) == len(records(both_sides.result / "server", site))
+
+
+def test_the_last_screen_has_each_sites_last_metrics_and_the_final_models_accuracy(both_sides: Finished) -> None:
+    header = next(
+        line for line in both_sides.output.splitlines() if line.strip().startswith("site  ") and "val/" in line
+    )
+    last = {key: values[-1][1] for key, values in points(records(both_sides.result / "server", "site-2")).items()}
+    row = next(line for line in both_sides.output.splitlines() if re.match(r"  site-2  \d", line)).split()
+
+    assert set(header.split()) == {"site", *METRICS}
+    assert row[1:] == [f"{last[key]:.4f}" for key in header.split()[1:]]
+    assert re.search(r"^Final global model: test accuracy \d+\.\d\d%", both_sides.output, re.MULTILINE)
+
+
+def test_the_command_that_opens_the_results_names_the_folder_with_every_run(both_sides: Finished) -> None:
+    command = re.search(r"^  tensorboard: tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
+
+    assert command is not None
+    assert {path.parent.name for path in Path(command[1]).rglob("events.*")} == set(SITES)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_client_logs_training_by_step_and_epoch_and_validation_by_round(both_sides: Finished, site: str) -> None:
+    logged = points(records(both_sides.result / "server", site))
+
+    assert set(logged) == METRICS
+    assert [step for step, _ in logged["train/loss"]] == list(range(ROUNDS * STEPS_PER_ROUND))
+    for key in METRICS - {"train/loss"}:
+        assert [step for step, _ in logged[key]] == list(range(ROUNDS))
+
+
+def test_both_sites_validate_the_same_global_model(both_sides: Finished) -> None:
+    first, second = (points(records(both_sides.result / "server", site)) for site in SITES)
+
+    assert first["val/accuracy"] == second["val/accuracy"]
+    assert first["train/loss"] != second["train/loss"]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_run_says_what_it_was_trained_on(both_sides: Finished, site: str) -> None:
+    logged = records(both_sides.result / "server", site)
+    params = next(record["values"] for record in logged if record["kind"] == "params")
+    tags = next(record["values"] for record in logged if record["kind"] == "tags")
+
+    assert (params["dataset"], params["train_images"], params["partition"]) == ("synthetic", 160, "iid")
+    assert tags["dataset"] == "synthetic"
+    assert [record["key"] for record in logged if record["kind"] == "text"] == ["note"]
+    assert [record["step"] for record in logged if record["kind"] == "image"] == list(range(ROUNDS))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_client_keeps_what_the_server_keeps(both_sides: Finished, site: str) -> None:
+    at_client = records(both_sides.result / site, site)
+    at_server = records(both_sides.result / "server", site)
+
+    assert at_client == at_server
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_tensorboard_has_the_points_of_jsonl(both_sides: Finished, site: str) -> None:
+    (folder,) = (both_sides.result / "server").glob(f"simulate_job/tensorboard/*/{site}")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+    for key, expected in points(records(both_sides.result / "server", site)).items():
+        assert [(event.step, event.value) for event in events.Scalars(key)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in expected
+        ]
+
+
+@pytest.mark.long
+def test_with_client_side_only_the_server_learns_no_metric(tmp_path: Path) -> None:
+    done = run_job(tmp_path, "--backend", "jsonl", "--streamed_to_clients", "--no-streamed_to_server", "--strict")
+
+    assert done.status == 0, done.output
+    for site in SITES:
+        assert set(points(records(done.result / site, site))) == METRICS
+    # client.py, which the job brings to the server too, names the metrics; everything else may not.
+    kept = {
+        path: content
+        for path, content in bytes_of(done.result / "server").items()
+        if path.suffix not in (".py", ".pyc")
+    }
+    assert not [path for path, content in kept.items() if b"val/accuracy" in content or b"train/loss" in content]
+    assert not [path for path, content in kept.items() if b"validation metric" in content]
+
+
+@pytest.mark.long
+def test_without_tracking_the_same_script_trains(tmp_path: Path) -> None:
+    done = run_job(tmp_path, "--backend", "none", "--strict")
+
+    assert done.status == 0, done.output
+    assert "Final global model: test accuracy" in done.output
+    assert "Delivered" not in done.output
+    assert not list(done.result.rglob("trackhub"))
+
+
+@pytest.mark.long
+def test_a_job_whose_training_fails_ends_with_another_status_and_delivers_what_was_logged(tmp_path: Path) -> None:
+    broken = tmp_path / "job"
+    shutil.copytree(JOB_DIR, broken, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (broken / "client.py").read_text()
+    line = "            steps = site.train(received.current_round)\n"
+    assert source.count(line) == 1
+    (broken / "client.py").write_text(source.replace(line, line + "            raise RuntimeError('no more')\n"))
+
+    done = run_job(tmp_path, "--backend", "jsonl", job_dir=broken)
+
+    assert done.status == 1, done.output
+    assert "The job failed: " in done.output
+    for site in SITES:
+        logged = points(records(done.result / "server", site))
+        assert [step for step, _ in logged["train/loss"]] == list(range(STEPS_PER_ROUND))
+
+
+def test_the_client_alone_delivers_by_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(JOB_DIR / "client.py"), "--standalone", "--backend", "jsonl", "--torch_threads", "1"]
+
+    done = subprocess.run([*command, *SMALL], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/*/jsonl/*/site-1.jsonl")
+    logged = points(
+        [record for record in map(json.loads, path.read_text().splitlines()) if record["kind"] == "metrics"]
+    )
+    assert [step for step, _ in logged["train/loss"]] == list(range(ROUNDS * STEPS_PER_ROUND))
+    assert [step for step, _ in logged["val/accuracy"]] == list(range(ROUNDS + 1))
+    assert str(path) in done.stdout
+
+
+def test_the_client_outside_a_job_says_how_to_run_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(JOB_DIR / "client.py"), "--standalone", "--backend", "tensorbord"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode != 0
+    assert done.stderr.startswith("client.py: error: ")
+    assert "tensorboard" in done.stderr
+    assert list(tmp_path.iterdir()) == []

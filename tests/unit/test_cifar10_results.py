@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CIFAR-10 job's last screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from results import Outcome, forget_outcome, print_outcome, read_outcome
+
+from trackhub.config import TrackingConfig
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, write_report
+from trackhub.delivery.wire import SiteLedger
+from trackhub.spi import Results
+
+
+def report(*, pending: int = 0, rejected: int = 0, dropped: int = 0) -> DeliveryReport:
+    """Return the report of a server with one site that logged 1,234 records, for one backend."""
+    logged = 1234
+    acked = logged - dropped
+    drops = {"disk_full": dropped} if dropped else {}
+    return DeliveryReport(
+        job="j",
+        side="server",
+        status="finished",
+        balanced=True,
+        sites={
+            "site-1": SiteReport(
+                site=SiteLedger(logged=logged, dropped=drops, acked=acked),
+                received=acked,
+                journaled=acked,
+                said_bye=True,
+            )
+        },
+        lanes={
+            "acme": {
+                "site-1": RunReport(
+                    confirmed=acked - pending - rejected,
+                    rejected={"too_large": rejected} if rejected else {},
+                    pending=pending,
+                    last_error="TransientError: no route\nto host" if pending else "",
+                    results=Results(url="http://acme/run", command="acme open run"),
+                )
+            }
+        },
+    )
+
+
+def test_a_complete_delivery_is_one_row_and_one_command(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome(Path("folder"), None, {"server": report()})
+
+    print_outcome(outcome)
+
+    screen = capsys.readouterr().out
+    assert not outcome.undelivered
+    assert "  site-1  server  acme     1,234 of 1,234\n" in screen
+    assert "  acme: acme open run\n" in screen
+
+
+@pytest.mark.parametrize(
+    ("made", "row"),
+    [
+        (report(pending=34), "1,200 of 1,234  pending: 34; TransientError: no route\n"),
+        (report(rejected=4), "1,230 of 1,234  too_large: 4\n"),
+        (report(dropped=34), "1,200 of 1,234  disk_full: 34\n"),
+    ],
+)
+def test_what_is_missing_is_counted_with_its_reason(
+    made: DeliveryReport, row: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = Outcome(Path("folder"), None, {"server": made})
+
+    print_outcome(outcome)
+
+    assert outcome.undelivered
+    assert row in capsys.readouterr().out
+
+
+def test_a_missing_report_counts_as_undelivered_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrackingConfig(backends=("acme",), sides=("server", "client"))
+    reported = tmp_path / "server" / "simulate_job" / "trackhub"
+    reported.mkdir(parents=True)
+    write_report(reported / "delivery.json", report())
+
+    outcome = read_outcome(tmp_path, tmp_path / "sites", config, n_clients=1, failure=None)
+    print_outcome(outcome)
+
+    assert set(outcome.reports) == {"server"}
+    assert outcome.undelivered
+    assert "Delivery unknown: no delivery report of site-1: " in capsys.readouterr().out
+
+
+def test_metrics_that_only_some_sites_have_leave_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "site-1.json").write_text('{"val/accuracy": 0.5}')
+    (tmp_path / "site-2.json").write_text('{"val/accuracy": 0.25, "val/loss": 2}')
+
+    outcome = read_outcome(tmp_path, tmp_path, TrackingConfig(backends=()), n_clients=2, failure="boom")
+    print_outcome(outcome)
+
+    screen = capsys.readouterr().out
+    assert "  site-1  0.5000        -\n  site-2  0.2500        2.0000\n" in screen
+    assert "The job failed: boom" in screen
+
+
+def test_an_earlier_job_in_the_same_workspace_is_forgotten(tmp_path: Path) -> None:
+    stale = tmp_path / "site-1" / "simulate_job" / "trackhub" / "delivery.json"
+    stale.parent.mkdir(parents=True)
+    write_report(stale, report())
+    (tmp_path / "sites").mkdir()
+    (tmp_path / "sites" / "site-1.json").write_text("{}")
+
+    forget_outcome(tmp_path, tmp_path / "sites")
+
+    outcome = read_outcome(
+        tmp_path, tmp_path / "sites", TrackingConfig(backends=("acme",), sides=("client",)), n_clients=1, failure=None
+    )
+    assert not outcome.reports
+    assert not outcome.metrics
