@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_bytes": (4096, 8 << 20),
     "poll_s": (0.001, 10),
     "spool_bytes": (1 << 20, 1 << 50),
+    "request_s": (0.1, 600),
     "barrier_s": (0, 3600),
     "gate_s": (0, 3600),
     "deadline_s": (0, 86_400),
@@ -76,6 +77,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     spool_bytes: int = 1 << 30
     """Most bytes of a site's spool on disk; 1 MiB to 1 PiB. When it is full, new records are dropped and counted.
     Default 1 GiB: some ten million scalars, hours of a sink that is away."""
+
+    request_s: float = 10.0
+    """Longest wait in seconds of a site for the sink's answer to one message, before it is sent again; 0.1 to 600.
+    Default 10."""
 
     barrier_s: float = 10.0
     """Longest wait in seconds, once per round, before a task's result is sent, until what was logged is acked; 0 (do

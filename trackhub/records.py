@@ -32,6 +32,7 @@ __all__ = [
     "CorruptFrameError",
     "Frame",
     "Gap",
+    "Head",
     "Histogram",
     "Image",
     "Kind",
@@ -43,6 +44,7 @@ __all__ = [
     "Tags",
     "Text",
     "decode_body",
+    "decode_head",
     "encode_frame",
     "scan_frames",
 ]
@@ -200,6 +202,13 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     payload: Payload
 
 
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """The beginning of a `Record`, which can be read whatever the payload is."""
+
+    seq: int
+    time: float
+
+
 class Frame(NamedTuple):
     """Where one frame lies in a buffer: it starts at ``start``, its body is ``buffer[body:end]``.
 
@@ -229,6 +238,7 @@ _CHECKED = struct.Struct("<IB")
 _CRC_BYTES = 4
 _encode = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
+_decode_head = msgspec.msgpack.Decoder(Head).decode
 _KIND_OF = {cls: int(cls.__struct_config__.tag) for cls in Payload.__args__}
 
 
@@ -255,6 +265,15 @@ def decode_body(body: bytes | memoryview) -> Record:
             ``msgspec.ValidationError`` for well-formed msgpack of another shape).
     """
     return _decode_record(body)
+
+
+def decode_head(body: bytes | memoryview) -> Head:
+    """Return where and when the record in a frame's body was logged, also of a kind that this version does not know.
+
+    Raises:
+        msgspec.DecodeError: the body is no record.
+    """
+    return _decode_head(body)
 
 
 def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iterator[Frame]:

@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from trackhub.errors import (
 from trackhub.secrets import Secret, refuse_literal_secrets, resolve_secrets
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind
 
-__all__ = ["GROUP", "BackendEntry", "available", "build_options", "load", "resolve_secrets"]
+__all__ = ["GROUP", "BackendEntry", "available", "build_options", "load", "load_entry", "resolve_secrets"]
 
 GROUP = "trackhub.backends"
 """The entry-point group in which plugins name their backend class."""
@@ -92,7 +92,13 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
         BackendLoadError: it does not import, or is not a usable backend class.
         IncompatibleBackendError: it was written for another version of the SPI.
     """
-    entries = available()
+    return load_entry(name, available(), allowed=allowed)
+
+
+def load_entry(
+    name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None
+) -> type[Backend]:
+    """Load the backend of this name as ``load`` does, from entries that ``available`` has returned just now."""
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
         raise UnknownBackendError(_unknown(name, entries))
@@ -151,25 +157,25 @@ def build_options(
 
 def _entry_points() -> Iterator[tuple[str, str, str, str]]:
     """Yield (name, distribution, version, value) of each entry point in the group."""
-    seen: set[str] = set()
     for distribution in metadata.distributions():
-        # One distribution may be found twice, as when an old copy lies further down sys.path or an editable install
-        # lies beside its build's metadata. As for imports, the first one counts.
         try:
-            distribution_name = distribution.name
-        except Exception:  # noqa: BLE001 - metadata of an interrupted uninstallation must not hide other plugins
-            _log.debug("skipped a distribution without readable metadata", exc_info=True)
-            continue
-        canonical = re.sub(r"[-_.]+", "-", distribution_name or "").lower()
-        if not canonical or canonical in seen:
-            continue
-        seen.add(canonical)
-        try:
-            points = [point for point in distribution.entry_points if point.group == GROUP]
-            for point in points:
-                yield point.name, distribution_name, distribution.version or "unknown", point.value
-        except Exception:  # noqa: BLE001 - nor must a malformed entry_points.txt
-            _log.warning("the entry points of %s cannot be read; its backends are not seen", distribution_name)
+            # Metadata is slow to parse, and few of the hundred distributions of an environment are plugins.
+            if GROUP not in (distribution.read_text("entry_points.txt") or "") or _is_shadowed(distribution):
+                continue
+            for point in distribution.entry_points.select(group=GROUP):
+                yield point.name, distribution.name, distribution.version or "unknown", point.value
+        except Exception:  # noqa: BLE001 - metadata that is malformed or half removed must not hide other plugins
+            _log.warning("the metadata of %s cannot be read; its backends are not seen", distribution, exc_info=True)
+
+
+def _is_shadowed(distribution: metadata.Distribution) -> bool:
+    """Return whether another copy of this distribution comes before it on ``sys.path``.
+
+    So it is when an old copy lies further down, or the metadata of a build beside an editable install. As for imports,
+    the first one counts.
+    """
+    first = metadata.distribution(distribution.name)
+    return first.locate_file("") != distribution.locate_file("") or first.version != distribution.version
 
 
 def _visible_problem(name: str, value: str) -> str:
@@ -195,7 +201,7 @@ def _conflict(name: str, rivals: list[tuple[str, str, str, str]]) -> str:
     return f"backend {name!r} is provided more than once: by {claims}. Uninstall all but one of them"
 
 
-def _unknown(name: str, entries: list[BackendEntry]) -> str:
+def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     usable = sorted({entry.name for entry in entries if entry.state == "ok"})
     near = difflib.get_close_matches(str(name).lower(), usable, n=1)
     message = f"there is no backend {name!r} here; available: {', '.join(usable) or 'none'}."

@@ -9,6 +9,7 @@ describes the files.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import logging
@@ -123,12 +124,14 @@ class Spool:
         _spools.add(self)
 
     def _start_stream(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that logs must not wait for the call that it interrupted
+        self._busy = False
+        self._deferred: list[Callable[[], object]] = []
         self.stream = uuid.uuid4().hex
         self._next_seq = 0
         self._segment = -1
         self._fd = -1
-        self._offset = 0
+        self._offset = self._segment_limit  # as of a full segment, so that the first record opens one
         self._budget = 0
         self._full_until = 0.0
         self._dropped = [0] * len(DROP_REASONS)
@@ -155,7 +158,8 @@ class Spool:
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
 
-        One ``write(2)``: measured 2 us at the median.
+        One ``write(2)``: measured 2 us at the median. From a signal handler that interrupted another append of its
+        own thread, the record is appended right after that one.
 
         Raises:
             ValueError: the record is larger than a frame may be (``MAX_BODY_BYTES``); nothing was logged.
@@ -163,36 +167,88 @@ class Spool:
             SpoolError: the spool is closed.
         """
         with self._lock:
-            self._append(payload, step, log_time)
+            if self._busy:
+                encode_frame(Record(self._next_seq, log_time, step, None, payload))  # raises here what it would later
+                kept = copy.deepcopy(payload)  # it may hold the caller's own dict
+                self._deferred.append(lambda: self._append(kept, step, log_time))
+                return
+            self._busy = True
+            try:
+                self._append(payload, step, log_time)
+            finally:
+                self._busy = False
+                if self._deferred:
+                    self._catch_up()
 
     def append_blob(
         self, make: Callable[[str], Payload], source: Callable[[Path], None], size: int, step: int | None, at: float
     ) -> None:
         """Append a record whose bytes go to a file of their own: written by ``source(path)``.
 
+        Other threads do not wait for ``source``.
+
         Raises:
             ValueError, OverflowError, SpoolError: as ``append``.
         """
+        partial = self.folder / f"{uuid.uuid4().hex}.part"
+        if not self._reserve(size):
+            return
+        try:
+            source(partial)
+        except OSError as e:
+            partial.unlink(missing_ok=True)
+            error = e
+            self._in_turn(lambda: self._drop_for(error))
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        else:
+            self._in_turn(lambda: self._append_with(partial, make, step, at))
+
+    def _reserve(self, size: int) -> bool:
         with self._lock:
-            name = f"{self.stream}-{self._next_seq}"
-            path = blob_file(self.folder, name)
-            if not self._has_room(size):
-                self._drop("spool_full", f"{size} bytes do not fit")
-                return
+            if self._closed:
+                raise SpoolError("the writer is closed; records logged after close() cannot be delivered")
             try:
-                source(path)
+                if self._has_room(size):
+                    self._budget -= size
+                    return True
             except OSError as e:
-                path.unlink(missing_ok=True)
-                self._drop_for(e)
-                return
-            self._budget -= size
-            try:
-                stored = self._append(make(name), step, at)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+                error = e
+                self._in_turn(lambda: self._drop_for(error))
+                return False
+        self._in_turn(lambda: self._drop("spool_full", f"{size} bytes do not fit"))
+        return False
+
+    def _append_with(self, partial: Path, make: Callable[[str], Payload], step: int | None, at: float) -> None:
+        name = f"{self.stream}-{self._next_seq}"
+        path = blob_file(self.folder, name)
+        stored = False
+        try:
+            partial.replace(path)
+            stored = self._append(make(name), step, at)
+        except OSError as e:
+            self._drop_for(e)
+        finally:
             if not stored:
+                partial.unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
+
+    def _in_turn(self, action: Callable[[], object]) -> None:
+        """Act under the lock; if a signal handler of this thread interrupted another action, right after that one."""
+        with self._lock:
+            self._deferred.append(action)
+            if not self._busy:
+                self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._deferred:
+            self._busy = True
+            try:
+                self._deferred[0]()
+            finally:
+                self._busy = False
+                del self._deferred[0]
 
     def _append(self, payload: Payload, step: int | None, log_time: float) -> bool:
         if self._closed:
@@ -204,37 +260,52 @@ class Spool:
             gaps = b"".join(encode_frame(Record(at, log_time, None, now_round, gap)) for at, gap in self._gaps)
             frame = gaps + frame
         size = len(frame)
-        if self._offset + size > self._segment_limit or self._fd < 0:
-            try:
+        try:
+            if size > self._budget and not self._has_room(size):
+                self._drop("spool_full", f"its limit is {self.info.max_bytes} bytes")
+                return False
+            if self._offset + size > self._segment_limit:
                 self._next_segment()
-            except OSError as e:
+            written = os.write(self._fd, frame)
+        except BaseException as e:
+            if isinstance(e, OSError) and e.errno is not None:
                 self._drop_for(e)
                 return False
-        if size > self._budget and not self._has_room(size):
-            self._drop("spool_full", f"its limit is {self.info.max_bytes} bytes")
-            return False
-        try:
-            written = os.write(self._fd, frame)
-        except OSError as e:
-            self._drop_for(e)
-            return False
+            # Else a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
+            if self._has_grown_by(size):
+                self._next_seq = seq + 1
+                self._offset += size
+                self._gaps = []
+            raise
         if written != size:
             self._cut_torn_frame()
             self._drop("disk_full", f"{written} of {size} bytes could be written")
             return False
+        # No call in between: signal handlers, which may raise, run only at calls, and this must never be half done.
+        self._next_seq = seq + 1
         self._offset += size
         self._budget -= size
-        self._gaps.clear()
-        self._next_seq = seq + 1
-        self._count()
+        self._gaps = []
+        if self._ledger is not None:
+            self._ledger.set_logged(seq + 1)
         return True
+
+    def _has_grown_by(self, size: int) -> bool:
+        try:
+            return self._fd >= 0 and os.fstat(self._fd).st_size == self._offset + size
+        except OSError:
+            return False
 
     def _next_segment(self) -> None:
         """Open the next segment. The old one keeps its descriptor until the new one exists."""
-        if self._ledger is None:
-            self._ledger = Ledger(self.folder / f"{self.stream}.ledger", create=True)
-        path = self.folder / segment_name(self.stream, self._segment + 1)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._open_ledger()
+        while True:
+            path = self.folder / segment_name(self.stream, self._segment + 1)
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+                break
+            except FileExistsError:
+                self._segment += 1  # left by an attempt that a signal handler broke off
         try:
             if os.write(fd, SEGMENT_HEADER) != len(SEGMENT_HEADER):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -242,11 +313,16 @@ class Spool:
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+        old, self._fd = self._fd, fd
         self._segment += 1
         self._offset = len(SEGMENT_HEADER)
+        if old >= 0:
+            with contextlib.suppress(OSError):  # of writes long since accepted; the new segment is in use already
+                os.close(old)
+
+    def _open_ledger(self) -> None:
+        if self._ledger is None:
+            self._ledger = Ledger(self.folder / f"{self.stream}.ledger", create=True)
 
     def _cut_torn_frame(self) -> None:
         """Restore the frame boundary after a short write; failing that, go on in a new segment."""
@@ -276,12 +352,7 @@ class Spool:
 
     def drop(self, reason: str, detail: str) -> None:
         """Count a record that was logged but cannot be stored, for one of ``DROP_REASONS``. Never raises."""
-        with self._lock:
-            if self._ledger is None:
-                # Else nothing but this record would leave no trace.
-                with contextlib.suppress(OSError):
-                    self._ledger = Ledger(self.folder / f"{self.stream}.ledger", create=True)
-            self._drop(reason, detail)
+        self._in_turn(lambda: self._drop(reason, detail))
 
     def _drop_for(self, error: OSError) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -296,7 +367,10 @@ class Spool:
             self._gaps[-1] = (first, Gap(gap.count + 1, reason))
         else:
             self._gaps.append((seq, Gap(1, reason)))
-        self._count()
+        with contextlib.suppress(OSError):  # on a full disk; the gap in the stream will tell
+            self._open_ledger()
+        if self._ledger is not None:
+            self._ledger.set(self._next_seq, self._dropped)
         now = self._clock()
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
@@ -305,27 +379,25 @@ class Spool:
                 reason, detail, self.folder, sum(self._dropped),
             )  # fmt: skip
 
-    def _count(self) -> None:
-        if self._ledger is not None:
-            self._ledger.set(self._next_seq, self._dropped)
-
     def acked(self) -> int:
         """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
         return min((read_ack(self.folder, self.stream, c).next_seq for c in self.info.cursors), default=self._next_seq)
 
     def close(self) -> None:
         """Close the files. What was appended stays for the sender. Idempotent."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-            self._round.close()
-            if self._ledger is not None:
-                self._ledger.close()
-                self._ledger = None
+        self._in_turn(self._close)
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self._round.close()
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
 
 
 _spools: weakref.WeakSet[Spool] = weakref.WeakSet()

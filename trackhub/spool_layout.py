@@ -8,8 +8,9 @@
     <stream>-<segment>.spool    frames (see trackhub.records) after an 8-byte header; a new segment every few MiB
     <stream>.ledger             what the writer counted: calls, and drops by reason; mapped, so that counting works
                                 even on a full disk
-    <stream>-<seq>.blob         the bytes of an image or artifact
+    <stream>-<seq>.blob         the bytes of an image or artifact; a ``.part`` until they are all there
     <stream>.<cursor>.ack       how far one reader got: written by the reader
+    <cursor>.turn               the stream whose records this reader handed out last
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class RoundFile:
     Safe between processes: it is one aligned 8-byte value.
     """
 
-    _FORMAT = struct.Struct("<q")
+    _FORMAT = struct.Struct("=q")
 
     def __init__(self, folder: Path) -> None:
         path = folder / "round"
@@ -136,28 +137,29 @@ class RoundFile:
         try:
             if os.fstat(fd).st_size != self._FORMAT.size:
                 os.pwrite(fd, self._FORMAT.pack(-1), 0)
-            self._map = mmap.mmap(fd, self._FORMAT.size)
+            # A view of the mapped integer: every log call reads it, and this is thrice as quick as to unpack bytes.
+            self._value = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("q")
         finally:
             os.close(fd)
 
     def get(self) -> int | None:
         """Return the current round, None outside rounds."""
-        value: int = self._FORMAT.unpack_from(self._map)[0]
+        value: int = self._value[0]
         return value if value >= 0 else None
 
     def set(self, value: int | None) -> None:
         """Set the round that writers stamp from now on."""
-        self._FORMAT.pack_into(self._map, 0, -1 if value is None else value)
+        self._value[0] = -1 if value is None else value
 
     def close(self) -> None:
         """Unmap the file."""
-        self._map.close()
+        self._value.release()
 
 
 class Ledger:
     """A stream's counters in a mapped file: calls that returned, and drops by reason."""
 
-    _FORMAT = struct.Struct(f"<{1 + len(DROP_REASONS)}Q")
+    _FORMAT = struct.Struct(f"={1 + len(DROP_REASONS)}Q")
 
     def __init__(self, path: Path, *, create: bool) -> None:
         fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
@@ -165,7 +167,7 @@ class Ledger:
             if create:
                 # Written, not only sized: a hole would need a block later, on a disk that may be full by then.
                 os.pwrite(fd, bytes(self._FORMAT.size), 0)
-            self._map = mmap.mmap(fd, self._FORMAT.size)
+            self._counts = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("Q")
         finally:
             os.close(fd)
 
@@ -181,11 +183,15 @@ class Ledger:
 
     def set(self, logged: int, dropped: list[int]) -> None:
         """Store the counters."""
-        self._FORMAT.pack_into(self._map, 0, logged, *dropped)
+        self._FORMAT.pack_into(self._counts, 0, logged, *dropped)
+
+    def set_logged(self, logged: int) -> None:
+        """Store the number of calls alone."""
+        self._counts[0] = logged
 
     def close(self) -> None:
         """Unmap the file."""
-        self._map.close()
+        self._counts.release()
 
 
 class Ack(msgspec.Struct, array_like=True):

@@ -7,6 +7,7 @@ reference to a blob, the first record after damage).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -24,8 +25,10 @@ from trackhub.records import (
     Gap,
     Image,
     Kind,
+    Payload,
     Record,
     decode_body,
+    decode_head,
     encode_frame,
     scan_frames,
 )
@@ -44,8 +47,11 @@ __all__ = ["SpoolBatch", "SpoolReader", "StreamCount"]
 
 _SEGMENT = re.compile(r"([0-9a-f]{32})-(\d{6,})\.spool")
 _READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
+_SEGMENT_MAX_BYTES = 1 << 30
 _DAMAGED = "damaged"
-_BLOB_KINDS = frozenset({Kind.IMAGE, Kind.ARTIFACT})
+_INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
+# Checksum; a size up to MAX_BODY_BYTES; a kind; and the body, which is a msgpack array.
+_HEADER_LIKE = re.compile(rb"(?s)(?=.{4}..[\x00-\x10]\x00[^\x00][\x90-\x9f])")
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +61,7 @@ class SpoolBatch(msgspec.Struct, frozen=True):
     Attributes:
         stream, first_seq, next_seq, records, frames: as in ``wire.Batch``.
         blobs: the blobs that the frames refer to, in order.
+        lost_blobs: the blobs of records that are not in the frames, since their bytes cannot be had.
         explained: records that are not in the frames, by reason: written gaps, and damaged places.
         segment, offset: where the next batch starts.
     """
@@ -65,6 +72,7 @@ class SpoolBatch(msgspec.Struct, frozen=True):
     records: int
     frames: bytes
     blobs: tuple[Blob, ...]
+    lost_blobs: tuple[Blob, ...]
     explained: dict[str, int]
     segment: int
     offset: int
@@ -101,6 +109,8 @@ class SpoolReader:
         self._acks: dict[str, Ack] = {}
         self._last_segment: dict[str, int] = {}
         self._turn: list[str] = []
+        self._turn_file = folder / f"{cursor}.turn"
+        self._last_stream = self._turn_file.read_text() if self._turn_file.exists() else ""
         self._named: set[tuple[str, int, int]] = set()
         self._lost_blobs: set[str] = set()
 
@@ -123,8 +133,20 @@ class SpoolReader:
             if batch is not None:
                 self._turn.remove(stream)
                 self._turn.append(stream)
+                self._note_turn(stream)
                 return batch
         return None
+
+    def _note_turn(self, stream: str) -> None:
+        """Store whose turn it is, so that after a crash the batch that may have arrived is sent again before others.
+
+        A sink that has it recognises it anyhow. But a replay from the site's side gives positions anew, and these must
+        be the ones that the sink gave.
+        """
+        if stream != self._last_stream:
+            self._last_stream = stream
+            with contextlib.suppress(OSError):  # delivery matters more, above all on a full disk
+                self._turn_file.write_text(stream)
 
     def settle(self, batch: SpoolBatch, refused: str | None = None) -> None:
         """Store that the batch needs no further care: the sink accepted it, or refused it for this reason.
@@ -168,11 +190,14 @@ class SpoolReader:
                     latest[stream] = max(segment, latest.get(stream, 0))
                 elif entry.name.endswith(".ledger"):
                     latest.setdefault(entry.name.removesuffix(".ledger"), -1)
+        first = not self._acks
         for stream, segment in sorted(latest.items()):
             if stream not in self._acks:
                 self._acks[stream] = read_ack(self.folder, stream, self.cursor)
                 self._turn.append(stream)
             self._last_segment[stream] = segment
+        if first:
+            self._turn.sort(key=lambda stream: stream != self._last_stream)
 
     def _read(self, stream: str, max_records: int, max_bytes: int, final: bool) -> SpoolBatch | None:
         ack = self._acks[stream]
@@ -183,22 +208,24 @@ class SpoolReader:
     ) -> SpoolBatch | None:
         """Return the first batch at or after this place, which ``seq`` is expected to follow."""
         while True:
-            data = self._read_segment(stream, segment, offset, max_bytes)
+            limit = max_bytes + _READ_MARGIN
+            data = self._read_segment(stream, segment, offset, limit)
             is_last = segment >= self._last_segment[stream]
             closed = final or not is_last
             batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed)
+            if batch is None and len(data) == limit:
+                # More than one frame's length of damage: look for a sound frame in all that is left.
+                data = self._read_segment(stream, segment, offset, _SEGMENT_MAX_BYTES)
+                batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed)
             if batch is not None:
                 return batch
             if not closed:
                 return None
             if data:
                 self._name_damage(stream, segment, offset, offset + len(data))
-            if len(data) > _READ_MARGIN:
-                offset += len(data) - _READ_MARGIN
-            elif is_last:
+            if is_last:
                 return None
-            else:
-                segment, offset = segment + 1, len(SEGMENT_HEADER)
+            segment, offset = segment + 1, len(SEGMENT_HEADER)
 
     def _read_segment(self, stream: str, segment: int, offset: int, max_bytes: int) -> bytes:
         try:
@@ -206,7 +233,7 @@ class SpoolReader:
         except FileNotFoundError:
             return b""
         try:
-            return os.pread(fd, max_bytes + _READ_MARGIN, offset)
+            return os.pread(fd, max_bytes, offset)
         finally:
             os.close(fd)
 
@@ -233,42 +260,54 @@ class SpoolReader:
             self._name_damage(stream, segment, offset, offset + start)
         first_seq, records, end, prefix = seq, 0, 0, b""
         blobs: list[Blob] = []
+        lost_blobs: list[Blob] = []
         explained: Counter[str] = Counter()
         try:
             for frame in scan_frames(data, start):
                 if records >= max_records or (end and frame.end - start > max_bytes):
                     break
+                body = data[frame.body : frame.end]
                 if not end:
-                    record = decode_body(data[frame.body : frame.end])
-                    if lost := record.seq - seq:
-                        prefix = encode_frame(Record(seq, record.time, None, None, Gap(lost, _DAMAGED)))
+                    head = decode_head(body)
+                    if lost := head.seq - seq:
+                        prefix = _damage_gap(seq, head.time, lost)
                         explained[_DAMAGED] += lost
-                        seq = record.seq
-                if frame.kind == Kind.GAP or frame.kind in _BLOB_KINDS:
-                    record = decode_body(data[frame.body : frame.end])
-                    payload = record.payload
+                        seq = head.seq
+                if frame.kind in _INSPECTED:
+                    payload = _payload(body)
                     if isinstance(payload, Gap):
                         explained[payload.reason] += payload.count
                         seq += payload.count
                         end = frame.end
                         continue
-                    if isinstance(payload, Image | Artifact):
-                        if payload.blob.name in self._lost_blobs:
-                            if end:
-                                break
-                            prefix += encode_frame(Record(seq, record.time, None, None, Gap(1, _DAMAGED)))
+                    blob = payload.blob if isinstance(payload, Image | Artifact) else None
+                    if blob is None or blob.name in self._lost_blobs:
+                        if not end:
+                            # Nothing can be made of this record: a gap in its place is a batch of its own.
+                            prefix += _damage_gap(seq, head.time, 1)
                             explained[_DAMAGED] += 1
                             seq += 1
                             start = end = frame.end
-                            continue
-                        blobs.append(payload.blob)
+                            lost_blobs = [] if blob is None else [blob]
+                        break
+                    blobs.append(blob)
                 end = frame.end
                 seq += 1
                 records += 1
         except CorruptFrameError:
             pass  # the sound frames before it make a batch; the next one starts with the damage
-        frames = prefix + data[start:end]
-        return SpoolBatch(stream, first_seq, seq, records, frames, tuple(blobs), dict(explained), segment, offset + end)
+        return SpoolBatch(
+            stream=stream,
+            first_seq=first_seq,
+            next_seq=seq,
+            records=records,
+            frames=prefix + data[start:end],
+            blobs=tuple(blobs),
+            lost_blobs=tuple(lost_blobs),
+            explained=dict(explained),
+            segment=segment,
+            offset=offset + end,
+        )
 
     def _name_damage(self, stream: str, segment: int, start: int, end: int) -> None:
         if (stream, segment, start) not in self._named:
@@ -281,7 +320,7 @@ class SpoolReader:
     def _release(self, batch: SpoolBatch, old: Ack) -> None:
         """Delete segments and blobs that every cursor is past."""
         others = [read_ack(self.folder, batch.stream, c) for c in self.info.cursors if c != self.cursor]
-        for blob in batch.blobs:
+        for blob in batch.blobs + batch.lost_blobs:
             seq = int(blob.name.rpartition("-")[2])
             if all(other.next_seq > seq for other in others):
                 blob_file(self.folder, blob.name).unlink(missing_ok=True)
@@ -291,13 +330,14 @@ class SpoolReader:
 
     def _count(self, stream: str) -> StreamCount:
         ack = self._acks[stream]
+        # Before the frames are counted: what is logged meanwhile must not look as if it were missing.
+        logged, dropped = Ledger.read(self.folder / f"{stream}.ledger")
         spooled, explained, seq = 0, Counter(ack.explained), ack.next_seq
         segment, offset = ack.segment, ack.offset
         while batch := self._next(stream, seq, segment, offset, 1 << 30, MAX_BODY_BYTES, final=True):
             spooled += batch.records
             explained.update(batch.explained)
             seq, segment, offset = batch.next_seq, batch.segment, batch.offset
-        logged, dropped = Ledger.read(self.folder / f"{stream}.ledger")
         logged = max(logged, seq)
         withheld = explained.pop("withheld", 0)
         # The writer's own ledger counts its drops also where the gap never got into the stream. Whatever then has no
@@ -311,20 +351,42 @@ class SpoolReader:
         return StreamCount(logged, dropped, withheld, ack.acked, refused, spooled)
 
 
+def _payload(body: bytes) -> Payload | None:
+    """Return the payload of a record; None if the body makes no sense, although its checksum is right."""
+    try:
+        return decode_body(body).payload
+    except msgspec.DecodeError:
+        return None
+
+
+def _damage_gap(seq: int, time: float, count: int) -> bytes:
+    return encode_frame(Record(seq, time, None, None, Gap(count, _DAMAGED)))
+
+
 def _sound_start(data: bytes, seq: int, closed: bool) -> int | None:
     """Return where the first intact frame with a record of ``seq`` or later starts; None if there is none.
 
-    0 in a sound spool. After damage nothing tells where the next frame starts, so every offset is tried.
+    0 in a sound spool. After damage nothing tells where the next frame starts, so every place is tried that looks like
+    a frame's header.
     """
-    for offset in range(len(data)):
-        try:
-            frame = next(scan_frames(data, offset), None)
-            if frame is None:
-                if offset == 0 and not closed:
-                    return None  # cut off: the rest is about to be written
-                continue
-            if decode_body(data[frame.body : frame.end]).seq >= seq:
-                return offset
-        except (CorruptFrameError, msgspec.DecodeError):
-            continue
-    return None
+    if _is_sound(data, 0, seq):
+        return 0
+    if not closed and _is_cut_off(data):
+        return None  # the rest is about to be written
+    places = (match.start() for match in _HEADER_LIKE.finditer(data))
+    return next((place for place in places if _is_sound(data, place, seq)), None)
+
+
+def _is_sound(data: bytes, start: int, seq: int) -> bool:
+    try:
+        frame = next(scan_frames(data, start), None)
+        return frame is not None and decode_head(data[frame.body : frame.end]).seq >= seq
+    except (CorruptFrameError, msgspec.DecodeError):
+        return False
+
+
+def _is_cut_off(data: bytes) -> bool:
+    try:
+        return next(scan_frames(data), None) is None
+    except CorruptFrameError:
+        return False

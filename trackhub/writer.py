@@ -80,9 +80,18 @@ class Writer:
             RecordError: a key, value or the step is not as expected; the message names it.
         """
         now = time.time()
-        values = {self._key(key): value if type(value) is float else _number(key, value) for key, value in
-                  _items("log", metrics)}  # fmt: skip
+        values = metrics if type(metrics) is dict and metrics else self._checked_metrics(metrics)
+        known = self._known_keys
+        for key, value in values.items():
+            if type(value) is not float or type(key) is not str or key not in known:
+                values = self._checked_metrics(metrics)
+                break
+        # The spool encodes at once, so a dict that is as it should be needs no copy.
         self._append(Metrics(values), step, now)
+
+    def _checked_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        items = _items("log", metrics)
+        return {self._key(key): value if type(value) is float else _number(key, value) for key, value in items}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log hyperparameters: None, bool, int, float, str, paths, and lists and dicts of these.
@@ -266,7 +275,8 @@ class Writer:
 
     def _append(self, payload: Payload, step: int | None, now: float) -> None:
         try:
-            self._spool.append(payload, step if step is None else _step(step), now)
+            quick = step is None or (type(step) is int and 0 <= step <= MAX_STEP)
+            self._spool.append(payload, step if quick else _step(step), now)
         except (ValueError, OverflowError) as e:
             raise _too_large(payload, e) from e
 

@@ -54,7 +54,7 @@ def rounds(train):
 '''
 """Precedes every trainer: ``fact`` and ``rounds``."""
 
-_JOB = '''
+_JOB = """
 import json, sys
 from pathlib import Path
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
@@ -65,23 +65,23 @@ from trackhub.flare.recipe import add_tracking
 if __name__ == "__main__":
     here = Path(__file__).parent
     config = json.loads((here / "config.json").read_text())
+    sites = [f"site-{i + 1}" for i in range(config["n_clients"])]
     recipe = NumpyFedAvgRecipe(
         name="job", model=[[0.0, 0.0], [0.0, 0.0]], min_clients=config["n_clients"], num_rounds=config["rounds"],
         train_script=str(here / "client.py"), launch_external_process=config["external"],
     )
     if config["own_apps"]:
-        set_per_site_config(recipe, {f"site-{i + 1}": {} for i in range(config["n_clients"])})
+        set_per_site_config(recipe, {site: {} for site in sites})
     if config["tracking"] is not None:
         add_tracking(recipe, **config["tracking"])
     job = recipe._job
 @@more@@
-    if sys.argv[1:] == ["--export"]:
+    if sys.argv[1:] == ["write"]:
         job.export_job(str(here / "export"))
     else:
-        recipe.execute(SimEnv(
-            num_clients=config["n_clients"], num_threads=config["threads"], workspace_root=str(here / "workspace")
-        ))
-'''
+        clients = {"clients": sites} if config["own_apps"] else {"num_clients": len(sites)}
+        recipe.execute(SimEnv(**clients, num_threads=config["threads"], workspace_root=str(here / "workspace")))
+"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Job:
 
     def export(self) -> Path:
         """Write the job as a folder that can be submitted."""
-        rc, log = self._run_script(["--export"], self.folder / "out", 60)
+        rc, log = self._run_script(["write"], self.folder / "out", 60)
         assert rc == 0, log
         return self.folder / "export" / "job"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .harness import Job, JobResult, install_plugin
+from tests.integration.harness import Job, JobResult, install_plugin
 
 SITES = ("site-1", "site-2")
 
@@ -78,7 +78,12 @@ class Refuses(Backend):
 @pytest.fixture
 def faulty(tmp_path: Path) -> dict[str, str]:
     """Environment in which backends that go wrong are installed."""
-    points = {"no_open": "faulty:NoOpen", "no_write": "faulty:NoWrite", "hangs": "faulty:Hangs", "refuses": "faulty:Refuses"}
+    points = {
+        "no_open": "faulty:NoOpen",
+        "no_write": "faulty:NoWrite",
+        "hangs": "faulty:Hangs",
+        "refuses": "faulty:Refuses",
+    }
     return install_plugin(tmp_path / "plugins", "acme-faulty", points, {"faulty": FAULTY})
 
 
@@ -129,7 +134,9 @@ def test_an_unknown_backend_stops_the_job_before_training_and_names_what_there_i
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. backend")
-def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(tmp_path: Path, faulty: dict[str, str]) -> None:
+def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
+    tmp_path: Path, faulty: dict[str, str]
+) -> None:
     result = Job(tmp_path / "job", TRAINER, {"clients": ["refuses"]}, env=faulty).run()
 
     assert result.rc != 0
@@ -206,7 +213,7 @@ def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_p
 
 
 def _end(result: JobResult, site: str) -> str:
-    from .harness import read_jsonl
+    from tests.integration.harness import read_jsonl
 
     last = read_jsonl(result.run_dir("server") / "jsonl" / result.job / f"{site}.jsonl")[-1]
     assert last["kind"] == "end"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trackhub assumes of FLARE beyond its documented interface. A failure here means: read the new FLARE, mend compat.py."""
+"""What trackhub assumes of FLARE beyond its documented interface.
+
+A failure here means: FLARE has changed; read it anew and mend ``trackhub/flare/compat.py``.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +154,9 @@ class _Runner(ClientFedEventRunner):  # type: ignore[misc]  # FLARE has no types
         super().__init__()
         self.sent: list[Shareable] = []
 
-    def fire_and_forget_request(self, request: Shareable, fl_ctx: FLContext, targets: Any = None, secure: Any = False) -> None:
+    def fire_and_forget_request(
+        self, request: Shareable, fl_ctx: FLContext, targets: Any = None, secure: Any = False
+    ) -> None:
         self.sent.append(request)
 
 
@@ -245,7 +250,7 @@ def test_the_simulator_empties_its_root_before_an_execution(tmp_path: Path) -> N
 
 
 def test_all_processes_of_an_execution_mint_one_id(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from trackhub.flare.compat import execution_id; print(execution_id(pathlib.Path(sys.argv[1])))"
+    code = "import sys, pathlib, trackhub.flare.compat as c; print(c.execution_id(pathlib.Path(sys.argv[1])))"
     with ThreadPoolExecutor(16) as pool:
         ours = list(pool.map(compat.execution_id, [tmp_path] * 64))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Job, JobResult, read_tensorboard
-from .test_matrix import SERVER_PARTS
+from tests.integration.harness import Job, JobResult, read_tensorboard
+from tests.integration.test_matrix import SERVER_PARTS
 
 SITES = ("site-1", "site-2")
 
@@ -40,7 +40,10 @@ def test_with_take_over_off_flares_own_receivers_work_beside_trackhub(tmp_path: 
     assert result.rc == 0, result.log[-6000:]
     for site in SITES:
         for sink in ("server", site):
-            assert [(p.key, p.step, p.value) for p in result.jsonl_points(sink, site)] == [("ours", 0, 0.0), ("ours", 1, 1.0)]
+            assert [(p.key, p.step, p.value) for p in result.jsonl_points(sink, site)] == [
+                ("ours", 0, 0.0),
+                ("ours", 1, 1.0),
+            ]
             stock = read_tensorboard(result.run_dir(sink) / "stock_events" / site)
             assert [(p.key, p.step, p.value) for p in stock] == [("stock", 0, 0.5), ("stock", 1, 1.5)]
     # What the matrix counts as 0 for client-side tracking is not 0 here, so the counter counts.
@@ -86,13 +89,18 @@ def test_a_flood_of_records_arrives_whole_in_order_and_once_and_so_does_the_last
     assert report["balanced"]
     for site in SITES:
         points = result.jsonl_points("server", site)
-        assert [(p.key, p.step, p.value) for p in points] == [*(("a", i, i / 3) for i in range(count)), ("last", None, 1.0)]
+        assert [(p.key, p.step, p.value) for p in points] == [
+            *(("a", i, i / 3) for i in range(count)),
+            ("last", None, 1.0),
+        ]
         assert report["lanes"]["jsonl"][site]["confirmed"] == count + 1
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("tracking", [{"server": ["jsonl"]}, {"clients": ["jsonl"]}], ids=["server", "client"])
-def test_records_survive_a_simulator_that_runs_its_clients_in_turns(tmp_path: Path, tracking: dict[str, list[str]]) -> None:
+def test_records_survive_a_simulator_that_runs_its_clients_in_turns(
+    tmp_path: Path, tracking: dict[str, list[str]]
+) -> None:
     trainer = """
     from trackhub import Writer
 

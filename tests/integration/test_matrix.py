@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .harness import Fact, Job, JobResult, Point, files_with
+from tests.integration.harness import Fact, Job, JobResult, Point, files_with
 
 PLANTED_VALUE = 31337.424242
 SITES = ("site-1", "site-2")
@@ -101,7 +101,8 @@ class ServerLogger(Widget):
             self.round += 1
             with Writer() as writer:
                 writer.log({"server/own": self.round + 0.5}, self.round)
-            dxo = create_analytic_dxo("server/stock", self.round + 0.25, AnalyticsDataType.SCALAR, global_step=self.round)
+            value = self.round + 0.25
+            dxo = create_analytic_dxo("server/stock", value, AnalyticsDataType.SCALAR, global_step=self.round)
             with fl_ctx.get_engine().new_context() as ctx:
                 send_analytic_dxo(self, dxo, ctx)
 """
@@ -195,12 +196,21 @@ def _float32(value: float) -> float:
 
 
 def _assert_server_run(result: JobResult) -> None:
-    points = [(p.key, p.step, p.value) for p in result.jsonl_points("server", "server")]
-    assert sorted(points) == sorted((key, n, n + v) for key, v in (("server/own", 0.5), ("server/stock", 0.25)) for n in (0, 1))
+    found = result.jsonl_points("server", "server")
+    assert all(p.round == p.step for p in found)
+    points = [(p.key, p.step, p.value) for p in found]
+    assert sorted(points) == sorted(
+        (key, n, n + v) for key, v in (("server/own", 0.5), ("server/stock", 0.25)) for n in (0, 1)
+    )
 
 
 def _assert_nothing_planted(server: Path) -> None:
-    needles = (b"planted/secret_metric", b"31337.42", struct.pack("<d", PLANTED_VALUE), struct.pack("<f", PLANTED_VALUE))
+    needles = (
+        b"planted/secret_metric",
+        b"31337.42",
+        struct.pack("<d", PLANTED_VALUE),
+        struct.pack("<f", PLANTED_VALUE),
+    )
     assert list(files_with(server, *needles)) == []
 
 

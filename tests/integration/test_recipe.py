@@ -35,7 +35,7 @@ def _recipe(script: str, **more: Any) -> NumpyFedAvgRecipe:
 def _export(recipe_or_job: Any, folder: Path) -> Path:
     job = getattr(recipe_or_job, "_job", recipe_or_job)
     job.export_job(str(folder))
-    return folder / job.name
+    return folder / str(job.name)
 
 
 def _config(job: Path, app: str, file: str) -> dict[str, Any]:
@@ -103,7 +103,9 @@ def test_sites_can_have_backends_of_their_own_or_none(script: str, tmp_path: Pat
     recipe = _recipe(script)
     set_per_site_config(recipe, {"site-1": {}, "site-2": {}, "site-3": {}})
 
-    add_tracking(recipe, server=["jsonl"], clients={"jsonl": {}}, sites={"site-1": {"jsonl": {"path": "p"}}, "site-2": {}})
+    add_tracking(
+        recipe, server=["jsonl"], clients={"jsonl": {}}, sites={"site-1": {"jsonl": {"path": "p"}}, "site-2": {}}
+    )
 
     job = _export(recipe, tmp_path / "out")
     found = {s: _components(job, f"app_{s}", "config_fed_client.json") for s in ("site-1", "site-2", "site-3")}
@@ -114,7 +116,7 @@ def test_sites_can_have_backends_of_their_own_or_none(script: str, tmp_path: Pat
 
 
 def test_a_site_without_a_client_app_of_its_own_is_an_error_that_says_what_to_call(script: str) -> None:
-    with pytest.raises(ValueError, match="'site-1'.*set_per_site_config"):
+    with pytest.raises(ValueError, match=r"'site-1'.*set_per_site_config"):
         add_tracking(_recipe(script), server=["jsonl"], sites={"site-1": ["jsonl"]})
 
 

@@ -62,7 +62,7 @@ def test_each_type_becomes_the_record_that_it_means(
 ) -> None:
     write_stock_record(Writer(spool), event)
 
-    record, = _records(spool)
+    (record,) = _records(spool)
     assert record.payload == payload
     assert record.step == step
 
@@ -70,7 +70,7 @@ def test_each_type_becomes_the_record_that_it_means(
 def test_an_image_becomes_an_image(spool: Path) -> None:
     write_stock_record(Writer(spool), _event("samples", np.zeros((3, 4, 6), np.uint8), Type.IMAGE, global_step=2))
 
-    record, = _records(spool)
+    (record,) = _records(spool)
     assert isinstance(record.payload, Image)
     assert (record.payload.key, record.payload.width, record.payload.height, record.step) == ("samples", 6, 4, 2)
 

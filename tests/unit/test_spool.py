@@ -394,9 +394,11 @@ def test_a_write_that_the_system_refuses_for_another_reason_is_counted_as_such(t
     assert getattr(records[-1].payload, "text", "") == "after"
 
 
-def test_a_process_without_free_descriptors_goes_on(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=20_000))
+@pytest.mark.parametrize("max_bytes", [20_000, 1 << 30])
+def test_a_process_without_free_descriptors_goes_on(tmp_path: Path, max_bytes: int) -> None:
+    spool = Spool(new_spool(tmp_path, max_bytes=max_bytes))
     spool.append(text(100), None, 1.0)
+    spool._budget = 0  # it must look at the folder, for which it needs a descriptor
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     held: list[int] = []
@@ -419,33 +421,130 @@ def test_a_process_without_free_descriptors_goes_on(tmp_path: Path) -> None:
     spool.close()
 
 
+HANDLER = """
+    import signal, sys
+    from trackhub.writer import Writer
+    writer = Writer(sys.argv[1])
+    count = 0
+    armed = False
+    class Interrupted(Exception):
+        pass
+    def handler(signum, frame):
+        global count
+        if armed:
+            count += 1
+            act(count)
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+"""
+
+
+def run(code: str, folder: Path) -> list[int]:
+    code = textwrap.dedent(HANDLER) + textwrap.dedent(code) + "\nsignal.setitimer(signal.ITIMER_REAL, 0)"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
 def test_a_signal_handler_may_log(tmp_path: Path) -> None:
     """A handler runs between two steps of whatever the main thread does, also in the middle of a log call."""
-    new_spool(tmp_path)
     code = """
-        import signal, sys, threading
-        from trackhub.writer import Writer
-        writer = Writer(sys.argv[1])
-        count = 0
-        def handler(signum, frame):
-            global count
-            count += 1
-            writer.log({"handler": count})
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+        def act(n):
+            writer.log({"handler": n})
+        armed = True
         i = 0
-        while count < 2000:
+        while count < 1000:
             writer.log({"main": i})
             i += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        armed = False
         print(i, count)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    main, handled = map(int, done.stdout.split())
+    main, handled = run(code, new_spool(tmp_path))
 
     (records,) = read_spool(tmp_path).values()
     assert [r.seq for r in records] == list(range(main + handled))
     found = [next(iter(cast("Metrics", r.payload).values.items())) for r in records]
     assert [v for k, v in found if k == "main"] == list(range(main))
     assert sorted(v for k, v in found if k == "handler") == list(range(1, handled + 1))
+
+
+@pytest.mark.parametrize("error", ["Interrupted", "KeyboardInterrupt", "TimeoutError"])
+def test_a_signal_handler_may_raise_in_the_middle_of_a_log_call(tmp_path: Path, error: str) -> None:
+    """Such as Ctrl-C: the call may or may not have logged, but no number is used twice and the rest goes on."""
+    code = f"""
+        def act(n):
+            global armed
+            armed = False
+            raise {error}
+        i, returned = 0, []
+        while count < 500:
+            try:
+                armed = True
+                writer.log({{"main": i}})
+                armed = False
+            except {error}:
+                pass
+            else:
+                returned.append(i)
+            i += 1
+        print(i, *returned)
+    """
+    attempted, *returned = run(code, new_spool(tmp_path, max_bytes=1 << 30))
+
+    (records,) = read_spool(tmp_path).values()
+    found = values(records)
+    assert len(returned) < attempted
+    assert set(returned) <= set(found)
+    assert found == sorted(set(found))
+    assert [r.seq for r in records] == list(range(len(records)))
+    reader = SpoolReader(tmp_path, "server")
+    assert settle_all(reader, final=True) == len(records)
+    (count,) = reader.counts().values()
+    assert_accounted(count, len(records))
+    assert count.dropped == {}
+
+
+def test_a_signal_handler_may_close_the_writer(tmp_path: Path) -> None:
+    code = """
+        def act(n):
+            writer.close()
+        armed = True
+        i = 0
+        try:
+            while True:
+                writer.log({"main": i})
+                i += 1
+        except Exception as e:
+            assert type(e).__name__ == "SpoolError", e
+        print(i)
+    """
+    (logged,) = run(code, new_spool(tmp_path))
+    (records,) = read_spool(tmp_path).values()
+    assert values(records) == list(range(logged))
+
+
+def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
+    spool = Spool(new_spool(tmp_path))
+    copying, go_on = threading.Event(), threading.Event()
+
+    def source(path: Path) -> None:
+        path.write_bytes(b"x")
+        copying.set()
+        assert go_on.wait(20)
+
+    blob = threading.Thread(
+        target=spool.append_blob, args=(lambda name: Text("blob", name), source, 1, None, 1.0), daemon=True
+    )
+    blob.start()
+    assert copying.wait(20)
+    spool.append(Metrics({"a": 1.0}), 0, 2.0)
+    go_on.set()
+    blob.join(20)
+
+    first, second = read_spool(tmp_path)[spool.stream]
+    assert first.payload == Metrics({"a": 1.0})
+    assert second.payload == Text("blob", f"{spool.stream}-1")
+    assert (tmp_path / f"{spool.stream}-1.blob").read_bytes() == b"x"
+    assert list(tmp_path.glob("*.part")) == []
+    spool.close()

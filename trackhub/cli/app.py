@@ -8,6 +8,8 @@ import sys
 import typer
 
 from trackhub.cli.backends import backends
+from trackhub.cli.check import check
+from trackhub.cli.new_backend import new_backend
 from trackhub.cli.output import print_error
 from trackhub.cli.replay import replay
 from trackhub.cli.status import status
@@ -23,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and those may hold secrets
 )
 app.command()(backends)
+app.command()(check)
+app.command()(new_backend)
 app.command()(status)
 app.command()(replay)
 

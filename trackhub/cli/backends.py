@@ -59,16 +59,17 @@ def backends(
 
 def describe() -> list[dict[str, Any]]:
     """Return what is known of each installed backend, by name, importing those that look usable."""
-    return [_describe(entry) for entry in registry.available()]
+    entries = registry.available()
+    return [_describe(entry, entries) for entry in entries]
 
 
-def _describe(entry: registry.BackendEntry) -> dict[str, Any]:
+def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]) -> dict[str, Any]:
     state, problem = str(entry.state), entry.problem
     cls: type[Backend] | None = None
     if entry.state == "ok":
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while imported is not ours
-                cls = registry.load(entry.name)
+                cls = registry.load_entry(entry.name, entries)
         except PluginError as error:
             state, problem = "broken", str(error)
     return {

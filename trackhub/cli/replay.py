@@ -18,9 +18,10 @@ from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
 from trackhub.delivery.find import find
 from trackhub.delivery.journal_report import read_journal_report
-from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool
+from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, server_journal
 from trackhub.delivery.report import DeliveryReport, format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
+from trackhub.run import Side
 from trackhub.spool_layout import read_spool_info
 
 __all__ = ["replay"]
@@ -42,9 +43,9 @@ def replay(
 ) -> None:
     """Deliver what a finished job left behind. Can be interrupted and called again; then it goes on.
 
-    What a journal holds is brought into its backends. What is left in a site's spool goes on from there: through the
-    site's own journal, or, where the server did not get it, straight into the backends that --backend names. The exit
-    status is 1 when something is still not delivered.
+    What a journal holds is brought into its backends. What is left in a site's spool goes on from there, through the
+    journal of the sink that should have had it. On the machine of a site, where the server's journal is not at hand,
+    it goes straight into the backends that --backend names. The exit status is 1 when something is still not delivered.
     """
     backends = _backends(backend, option)
     found = find(path)
@@ -54,7 +55,8 @@ def replay(
     for spool in found.spools:
         for cursor in read_spool_info(spool).cursors:
             try:
-                report = replay_spool(spool, cursor=cursor, backends=backends, timeout_s=limit_s)
+                journal = server_journal(spool, found.journals) if cursor == Side.SERVER else None
+                report = replay_spool(spool, cursor=cursor, backends=backends, journal=journal, timeout_s=limit_s)
             except TrackhubError as e:
                 errors.append(e)
                 continue

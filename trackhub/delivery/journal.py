@@ -14,25 +14,27 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from trackhub.delivery.journal_report import Progress, build_report
 from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.rows import Row
 from trackhub.delivery.wire import Batch, SiteLedger
 from trackhub.errors import JournalError
-from trackhub.records import Gap, decode_body, scan_frames
+from trackhub.records import Gap, Kind, decode_body, decode_head, scan_frames
 
-__all__ = ["JOURNAL_NAME", "Journal", "Progress", "Row", "RunState"]
+__all__ = ["JOURNAL_NAME", "SCHEMA", "Journal", "Progress", "Row", "RunState"]
 
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
+_BYE_FAILED = 2
 _log = logging.getLogger(__name__)
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sites (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
@@ -50,16 +52,6 @@ CREATE TABLE IF NOT EXISTS runs (
     lane TEXT NOT NULL, site INTEGER NOT NULL, written INTEGER NOT NULL DEFAULT 0,
     confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
 """
-
-
-class Row(NamedTuple):
-    """A batch as a lane reads it."""
-
-    id: int
-    stream: str
-    first_position: int
-    records: int
-    frames: bytes
 
 
 class RunState(NamedTuple):
@@ -105,20 +97,21 @@ class Journal:
         except OSError as e:
             os.close(lock_fd)
             raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
+        db: sqlite3.Connection | None = None
         try:
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
             mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
             db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
-            db.executescript(_SCHEMA)
+            db.executescript(SCHEMA)
             journal = cls(path, db, lock_fd)
             journal._claim({"format": _FORMAT, "job": job, "side": side})
         except sqlite3.Error as e:
-            os.close(lock_fd)
+            _close(db, lock_fd)
             raise JournalError(f"cannot use the journal {path}: {e}") from e
         except JournalError:
-            os.close(lock_fd)
+            _close(db, lock_fd)
             raise
         return journal
 
@@ -133,13 +126,15 @@ class Journal:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
+            self._check_open()
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException as e:
                 if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                    with suppress(sqlite3.Error):  # of a disk that is gone; the first error says more
+                        self._db.execute("ROLLBACK")
                 if isinstance(e, sqlite3.Error):
                     raise JournalError(f"cannot write the journal {self.path}: {e}") from e
                 raise
@@ -204,13 +199,18 @@ class Journal:
         total.update(gaps)
         db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
 
-    def note_site(self, site: int, ledger: SiteLedger, *, bye: bool) -> None:
-        """Store a site's own count, and whether it has finished."""
+    def note_site(self, site: int, ledger: SiteLedger, *, bye: bool, failed: bool = False) -> None:
+        """Store a site's own count, whether it has finished, and whether its training ended with an error."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE sites SET ledger = ?, bye = max(bye, ?) WHERE id = ?",
-                (msgspec.msgpack.encode(ledger), int(bye), site),
+                (msgspec.msgpack.encode(ledger), _BYE_FAILED if bye and failed else int(bye), site),
             )
+
+    def byes(self) -> dict[str, bool]:
+        """Return the sites that have finished, and whether their training ended with an error."""
+        rows = self._fetch("SELECT name, bye FROM sites WHERE bye > 0")
+        return {name: bye == _BYE_FAILED for name, bye in rows}
 
     def set_meta(self, key: str, value: str) -> None:
         """Store a fact about the job: ``status``, how it ended; ``backends``, their names and options as JSON."""
@@ -219,23 +219,34 @@ class Journal:
 
     def meta(self) -> dict[str, str]:
         """Return the facts about the job that are stored here."""
-        return dict(self._reader().execute("SELECT key, value FROM meta"))
+        return dict(self._fetch("SELECT key, value FROM meta"))
+
+    def _fetch(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._reader().execute(query, values).fetchall()
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
 
     def _reader(self) -> sqlite3.Connection:
         """Return this thread's own connection: readers do not wait for the writer under WAL."""
         db: sqlite3.Connection | None = getattr(self._readers, "db", None)
         if db is None:
-            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            with self._lock:
+                # A lane that hung beyond the end would make new files, in a folder that FLARE is archiving.
+                self._check_open()
+                db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10.0)
+                self._open_readers.append(db)
             db.execute("PRAGMA query_only=1")
             self._readers.db = db
-            with self._lock:
-                self._open_readers.append(db)
         return db
 
+    def _check_open(self) -> None:
+        if self._lock_fd < 0:
+            raise JournalError(f"the journal {self.path} is closed")
+
     def sites(self) -> dict[int, tuple[str, float]]:
-        """Return name and run start time of each site, by id."""
-        rows = self._reader().execute("SELECT id, name, created FROM sites")
-        return {i: (name, created) for i, name, created in rows}
+        """Return name and run start time of each site, by id. This and the following raise JournalError, too."""
+        return {i: (name, created) for i, name, created in self._fetch("SELECT id, name, created FROM sites")}
 
     def read(self, site: int, after: int, max_bytes: int) -> list[Row]:
         """Return this site's rows after the row ``after``, at least one if there is one, up to ``max_bytes``.
@@ -264,29 +275,35 @@ class Journal:
     def records_between(self, site: int, after: int, upto: int) -> int:
         """Return the number of records in this site's rows after ``after`` up to ``upto``."""
         query = "SELECT total(records) FROM batches WHERE site = ? AND id > ? AND id <= ?"
-        return int(self._reader().execute(query, (site, after, upto)).fetchone()[0])
+        return int(self._fetch(query, site, after, upto)[0][0])
 
     def position_after(self, site: int, row: int) -> int:
         """Return the position after the last record of this row; of the site's first record for a row before all."""
-        db = self._reader()
         query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"
-        found = db.execute(query, (site, row)).fetchone()
-        if found is None:
-            found = db.execute("SELECT first_position FROM sites WHERE id = ?", (site,)).fetchone()
-        return int(found[0])
+        found = self._fetch(query, site, row) or self._fetch("SELECT first_position FROM sites WHERE id = ?", site)
+        return int(found[0][0])
+
+    def overlap(self, site: int) -> int:
+        """Return how many of this site's first records another journal may hold as well; 0 if this is its only one.
+
+        The site's last batch is sent anew to this journal if the reply of the other one's sink was lost.
+        """
+        if not self.position_after(site, 0):
+            return 0
+        found = self._fetch("SELECT records FROM batches WHERE site = ? ORDER BY id LIMIT 1", site)
+        return int(found[0][0]) if found else 0
 
     def has_rows_after(self, site: int, after: int) -> bool:
         """Return whether this site has a row after ``after``."""
         query = "SELECT EXISTS (SELECT 1 FROM batches WHERE site = ? AND id > ?)"
-        return bool(self._reader().execute(query, (site, after)).fetchone()[0])
+        return bool(self._fetch(query, site, after)[0][0])
 
     def run_state(self, lane: str, site: int) -> RunState:
         """Return how far a lane got with a site's run."""
         query = "SELECT written, confirmed, progress FROM runs WHERE lane = ? AND site = ?"
-        row = self._reader().execute(query, (lane, site)).fetchone()
-        if row is None:
-            return RunState(0, 0, Progress())
-        return RunState(row[0], row[1], msgspec.msgpack.decode(row[2], type=Progress))
+        for written, confirmed, progress in self._fetch(query, lane, site):
+            return RunState(written, confirmed, msgspec.msgpack.decode(progress, type=Progress))
+        return RunState(0, 0, Progress())
 
     def save_run(self, lane: str, site: int, written: int, confirmed: int, progress: Progress) -> None:
         """Store how far a lane got with a site's run.
@@ -336,6 +353,12 @@ class Journal:
             self._lock_fd = -1
 
 
+def _close(db: sqlite3.Connection | None, lock_fd: int) -> None:
+    if db is not None:
+        db.close()
+    os.close(lock_fd)
+
+
 def _after(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
     """Cut off what lies before ``seq`` ``known``: a sender that lost its cursor batches anew.
 
@@ -344,12 +367,13 @@ def _after(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
     """
     records, start, gaps = 0, len(frames), Counter[str]()
     for frame in scan_frames(frames):
-        record = decode_body(frames[frame.body : frame.end])
-        if record.seq < known:
-            continue
-        start = min(start, frame.start)
-        if isinstance(record.payload, Gap):
-            gaps[record.payload.reason] += record.payload.count
-        else:
+        body = frames[frame.body : frame.end]
+        seq = decode_head(body).seq
+        if frame.kind == Kind.GAP and isinstance(gap := decode_body(body).payload, Gap):
+            if (left := seq + gap.count - max(seq, known)) > 0:
+                gaps[gap.reason] += left
+        elif seq >= known:
             records += 1
+        if seq >= known:
+            start = min(start, frame.start)
     return records, frames[start:], gaps

@@ -15,7 +15,7 @@ from trackhub.delivery.wire import SiteLedger
 from trackhub.errors import JournalError
 from trackhub.spi import Results
 
-__all__ = ["Progress", "build_report", "read_journal_meta", "read_journal_report"]
+__all__ = ["Progress", "build_report", "read_journal_meta", "read_journal_report", "read_stream_positions"]
 
 
 class Progress(msgspec.Struct, kw_only=True):
@@ -45,7 +45,9 @@ def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
         finally:
             db.close()
     except sqlite3.Error as e:
-        raise JournalError(f"cannot read the journal {path}: {e}") from e
+        damaged = type(e) is sqlite3.DatabaseError  # its subclasses are for what may pass
+        what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
+        raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
 
 
 def read_journal_report(path: Path) -> DeliveryReport:
@@ -66,6 +68,17 @@ def read_journal_meta(path: Path) -> dict[str, str]:
     """
     with _read_only(path) as db:
         return dict(db.execute("SELECT key, value FROM meta"))
+
+
+def read_stream_positions(path: Path, site: str) -> dict[str, int]:
+    """Return the number of the next record that a journal expects of each stream of a site.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    query = "SELECT streams.name, next_seq FROM streams JOIN sites ON sites.id = streams.site WHERE sites.name = ?"
+    with _read_only(path) as db:
+        return dict(db.execute(query, (site,)))
 
 
 def _reading_mode(path: Path) -> str:
@@ -99,8 +112,11 @@ def build_report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
     )
     for i, name, journaled, received, duplicates, missing, explained, ledger, bye in db.execute(query):
         names[i] = name
+        site = msgspec.msgpack.decode(ledger, type=SiteLedger) if ledger else None
+        # The site counts what this sink refused, and has gone on behind it.
+        missing = max(0, missing - sum(site.refused.values())) if site else missing
         sites[name] = SiteReport(
-            site=msgspec.msgpack.decode(ledger, type=SiteLedger) if ledger else None,
+            site=site,
             received=received,
             duplicates=duplicates,
             journaled=journaled,

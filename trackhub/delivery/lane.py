@@ -16,13 +16,14 @@ from pathlib import Path
 
 from trackhub.delivery.journal import Journal
 from trackhub.delivery.run_lane import RunLane
-from trackhub.errors import ConfigError, TransientError
+from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import RunStatus
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]
 
 _IDLE_S = 3600.0
+_JOURNAL_RETRY_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,17 @@ class Lane:
         hung = "" if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
         for run in list(self._runs.values()):
             run.give_up(hung)
+        if hung:
+            self._blame_unopened(hung)
         return ended
+
+    def _blame_unopened(self, reason: str) -> None:
+        """Store the reason for the runs, too, that a hung backend never let the lane come to."""
+        try:
+            for site in self._journal.sites().keys() - self._runs.keys():
+                self._run(site).give_up(reason)
+        except JournalError as e:
+            _log.warning("lane %s cannot store why it did not deliver: %s", self.name, e)
 
     def _main(self) -> None:
         try:
@@ -128,6 +139,7 @@ class Lane:
             _log.warning("backend %s could not close: %s: %s", self.name, type(e).__name__, e)
 
     def _preflight(self) -> None:
+        self._busy_since = time.monotonic()
         try:
             self._backend.preflight()
         except ConfigError as e:
@@ -136,6 +148,7 @@ class Lane:
             _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, e)
         except Exception as e:
             _log.warning("the check of backend %s failed: %s: %s", self.name, type(e).__name__, e, exc_info=True)
+        self._busy_since = None
         self._preflight_done.set()
 
     def _deliver(self) -> None:
@@ -149,8 +162,13 @@ class Lane:
             self._wake.clear()
             progressed, due = False, time.monotonic() + _IDLE_S
             for site in list(active):
-                run = self._run(site)
                 now = time.monotonic()
+                try:
+                    run = self._run(site)
+                except JournalError as e:
+                    _log.warning("lane %s cannot take up a run: %s; trying again", self.name, e)
+                    due = min(due, now + _JOURNAL_RETRY_S)
+                    continue
                 if now < run.not_before and not (finishing and run.hurry()):
                     due = min(due, run.not_before)
                     continue

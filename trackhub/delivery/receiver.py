@@ -117,6 +117,7 @@ class Receiver:
         # As given, so that secrets stay references: a replay resolves them again, where it runs.
         known = msgspec.json.decode(self._journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
         self._journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
+        self._byes = self._journal.byes()
         if from_start:
             for name in backends:
                 self._journal.rewind(name)
@@ -195,7 +196,8 @@ class Receiver:
             return Accepted(job=self.job)
         bye = isinstance(message, Bye)
         assert self._journal is not None
-        self._journal.note_site(self._site_id(site), message.ledger, bye=bye)
+        failed = isinstance(message, Bye) and message.failed
+        self._journal.note_site(self._site_id(site), message.ledger, bye=bye, failed=failed)
         if isinstance(message, Bye):
             with self._changed:
                 self._byes[site] = message.failed

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import msgspec
 
 from trackhub.config import Limits
 from trackhub.delivery.journal import JOURNAL_NAME
-from trackhub.delivery.journal_report import read_journal_meta
+from trackhub.delivery.journal_report import read_journal_meta, read_stream_positions
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.salvage import repair
 from trackhub.delivery.sender import Sender
-from trackhub.errors import ConfigError, SpoolError
+from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.run import RunStatus, Side
-from trackhub.spool_layout import read_spool_info
+from trackhub.spool_layout import Ack, read_ack, read_spool_info, write_ack
 from trackhub.spool_reader import SpoolReader
 
-__all__ = ["FOREVER_S", "replay_journal", "replay_spool"]
+__all__ = ["AWAY", "FOREVER_S", "replay_journal", "replay_spool", "server_journal"]
+
+AWAY = "replay-server"
+"""The folder of the journal through which a site delivers what the server did not get."""
+
+_log = logging.getLogger(__name__)
 
 Backends = Mapping[str, Mapping[str, Any]]
 FOREVER_S = 10 * 365 * 86400.0
@@ -54,15 +61,15 @@ def replay_journal(
         ConfigError: a backend or an option is wrong, or a backend cannot be used as configured.
         PluginError: a backend's plugin cannot be used.
     """
+    repair(journal)
     meta = read_journal_meta(journal)
-    used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
-    chosen = used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
+    chosen = _choose(meta, backends)
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend, so name the one to deliver to")
     folder = journal.absolute().parent
     receiver = Receiver(folder, folder.parent, job=meta["job"], side=Side(meta["side"]), backends=chosen, limits=limits)
     receiver.start(from_start=from_start)
-    return receiver.finish(RunStatus(meta.get("status", RunStatus.FAILED)), deadline_s=timeout_s)
+    return receiver.finish(_ending(meta, RunStatus.FAILED), deadline_s=timeout_s)
 
 
 def replay_spool(
@@ -70,19 +77,22 @@ def replay_spool(
     *,
     cursor: str,
     backends: Backends | None = None,
+    journal: Path | None = None,
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
 ) -> DeliveryReport | None:
-    """Deliver what a site's spool still holds for one of its sinks, straight from the site's machine.
+    """Deliver what a site's spool still holds for one of its sinks.
 
-    What the site's own sink should have had goes on through that sink's journal. What the server should have had goes
-    through a journal of its own beside the spool, into the same run: job, site and positions go on where the server's
-    journal ended.
+    What the site's own sink should have had goes on through that sink's journal. So does what the server should have
+    had where the server's journal is at hand. On the site's own machine, where it is not, it goes through a journal of
+    its own beside the spool, into the same run: job, site and positions go on where the server's journal ended.
 
     Args:
         spool: the folder. The job must have ended.
         cursor: whose records: ``server``, ``client`` or ``local``.
-        backends: name to options; for ``server`` they must be given, since a site does not know the server's.
+        backends: name to options. By default those that the journal knows; where the server's is not at hand they must
+            be given, since a site does not know the server's.
+        journal: the server's, if it is at hand.
 
     Returns:
         The report, or None if nothing is left for this sink.
@@ -92,25 +102,29 @@ def replay_spool(
         ConfigError, PluginError, JournalError: as `replay_journal`.
     """
     info = read_spool_info(spool)
+    beside = spool.absolute().parent
+    away = journal is None and cursor == Side.SERVER
+    if journal is None:
+        journal = (beside / AWAY if away else beside) / JOURNAL_NAME
+    if journal.exists():
+        repair(journal)
+        if not away:
+            _send_again(spool, cursor, info.site, journal)
     counts = SpoolReader(spool, cursor).counts()
     if not any(count.spooled for count in counts.values()):
         return None
-    beside = spool.absolute().parent
-    if cursor == Side.SERVER:
-        folder = beside / "replay-server"
-    elif (beside / JOURNAL_NAME).exists():
-        folder = beside
-    else:
-        raise SpoolError(f"{spool}: the journal of the site's own sink, {beside / JOURNAL_NAME}, is not there")
-    journal = folder / JOURNAL_NAME
-    if backends is None:
-        if not journal.exists():
+    if not journal.exists():
+        if not away:
+            raise SpoolError(f"{spool}: the journal of the site's own sink, {journal}, is not there")
+        if backends is None:
             raise ConfigError(f"{spool}: the server's backends are not known at the site; name one to deliver to")
-        stored = read_journal_meta(journal).get("backends", "{}")
-        backends = msgspec.json.decode(stored, type=dict[str, dict[str, Any]])
-    receiver = Receiver(folder, beside.parent, job=info.job, side=Side(cursor), backends=backends, limits=limits)
+    meta = read_journal_meta(journal) if journal.exists() else {}
+    folder = journal.absolute().parent
+    workdir = beside.parent if away else folder.parent
+    chosen = _choose(meta, backends)
+    receiver = Receiver(folder, workdir, job=info.job, side=Side(cursor), backends=chosen, limits=limits)
     receiver.start()
-    if cursor == Side.SERVER:
+    if away:
         # So that positions, by which backends recognise a record, go on where the server's own journal ended.
         receiver.continue_site(info.site, sum(count.acked for count in counts.values()))
     sender = Sender(
@@ -118,4 +132,50 @@ def replay_spool(
     )
     sender.start()
     sender.close(timeout_s)
-    return receiver.finish(RunStatus.FINISHED, deadline_s=timeout_s)
+    return receiver.finish(_ending(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+
+
+def _send_again(spool: Path, cursor: str, site: str, journal: Path) -> None:
+    """Have the streams sent from their beginning of which the sink has lost what it had acknowledged.
+
+    That may be what its file system lost with the power. The sink recognises what it does have.
+    """
+    known = read_stream_positions(journal, site)
+    for stream in SpoolReader(spool, cursor).counts():
+        ack = read_ack(spool, stream, cursor)
+        if ack.next_seq > known.get(stream, 0):
+            _log.warning(
+                "%s does not have the last %d records that it acknowledged of stream %s; what %s still has of them is "
+                "sent again", journal, ack.next_seq - known.get(stream, 0), stream, spool,
+            )  # fmt: skip
+            write_ack(spool, stream, cursor, Ack())
+
+
+def server_journal(spool: Path, journals: Iterable[Path]) -> Path | None:
+    """Return the one of these journals that is the server's of the spool's job; None if it is not among them.
+
+    Raises:
+        SpoolError: it is no spool.
+    """
+    job = read_spool_info(spool).job
+    for journal in journals:
+        if journal.absolute().parent.name == AWAY:
+            continue
+        try:
+            meta = read_journal_meta(journal)
+        except JournalError:
+            continue  # whoever asked meets it again where it is to be read
+        if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
+            return journal
+    return None
+
+
+def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dict[str, Any]]:
+    """Return the backends to deliver to: the job's, or the given ones on top of the options that the job gave."""
+    used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
+    return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
+
+
+def _ending(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
+    """Return how the job ended. A sink that was killed did not get to say."""
+    return RunStatus(meta.get("status", otherwise))

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.journal import Journal, Row
+from trackhub.delivery.journal import Journal
 from trackhub.delivery.journal_report import Progress
 from trackhub.delivery.retry import Backoff
+from trackhub.delivery.rows import Row, stored_records
 from trackhub.delivery.shaper import Shaper
 from trackhub.errors import JournalError, PermanentError, TransientError
-from trackhub.records import Gap, Kind, decode_body, scan_frames
+from trackhub.records import Gap, Kind, decode_body
 from trackhub.run import RunInfo, RunKey, RunStatus
 from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side
 
@@ -25,6 +26,7 @@ __all__ = ["RunLane"]
 _READ_BYTES = 4 << 20
 _SPLIT_AFTER = 3  # failures of one batch with an error that the SPI does not know, before it is split
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
+_ANNOUNCED = frozenset({Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE})
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +76,7 @@ class RunLane:
         self._rows: deque[Row] = deque()
         self._todo: deque[list[Entry]] = deque()
         self._todo_upto = self._confirmed
+        self._announced = self._confirmed
         self._stored = 0
         self._rejected: Counter[str] = Counter()
         self._altered: Counter[str] = Counter()
@@ -92,6 +95,13 @@ class RunLane:
         """Do one piece of work: hand over a batch, or flush what is due. Return whether there was something to do."""
         if self._over:
             return False
+        try:
+            return self._advance(flush_now)
+        except JournalError as e:
+            self._failed(e, None)
+            return False
+
+    def _advance(self, flush_now: bool) -> bool:
         if self._run is None and (self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)):
             return self._open()
         if not self._todo and not self._take():
@@ -99,7 +109,7 @@ class RunLane:
                 return self._flush()
             return False
         while self._todo:
-            if self._stop.is_set() or not self._hand_over():
+            if self._stop.is_set() or not self._announce() or not self._hand_over():
                 return False
         self._written = self._todo_upto
         if not self._buffers:
@@ -114,9 +124,13 @@ class RunLane:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        return self._flush_due is None and not self._todo and not self._journal.has_rows_after(
-            self.site_id, self._todo_upto
-        )  # fmt: skip
+        if self._flush_due is not None or self._todo or self._rows:
+            return False
+        try:
+            return not self._journal.has_rows_after(self.site_id, self._todo_upto)
+        except JournalError as e:
+            self._failed(e, None)
+            return False
 
     def is_over(self) -> bool:
         """Return whether the run is finished or cannot be opened."""
@@ -195,13 +209,20 @@ class RunLane:
         self._run = run
         self._buffers = type(run).flush is not BackendRun.flush
         self._backoff.reset()
-        if self._can.redelivery is Redelivery.AT_LEAST_ONCE and self._doubtful:
-            self._progress.possible_duplicates += self._doubtful
+        if self._can.redelivery is Redelivery.AT_LEAST_ONCE:
+            self._progress.possible_duplicates += self._doubtful + self._overlap()
         return True
 
     def _resume(self, run: BackendRun) -> int:
         position = run.next_position()
-        limit = self._journal.position_after(self.site_id, self._ever_written)
+        first = self._journal.position_after(self.site_id, 0)
+        if 0 < position < first:
+            # What comes before would be taken for delivered, whoever brings it.
+            raise PermanentError(
+                f"the run holds {position} records, and those before {first} are in the journal of the server's own "
+                "sink: replay that one first"
+            )
+        limit = self._journal.position_after(self.site_id, self._ever_written) + self._overlap()
         if position > limit:
             # Taking these for records of this journal would skip as many new ones, silently.
             raise PermanentError(
@@ -209,6 +230,10 @@ class RunLane:
                 "Was the sink's state folder lost? Move the backend's run away, and replay the journal"
             )
         return position
+
+    def _overlap(self) -> int:
+        """Return how many of the first records the backend may have from another journal of the run."""
+        return 0 if self._ever_written else self._journal.overlap(self.site_id)
 
     def _take(self) -> bool:
         """Turn the next rows into entries to hand over, enough for one write; False if there are no more rows.
@@ -224,19 +249,38 @@ class RunLane:
         while self._rows and len(entries) < size:
             row = self._rows.popleft()
             self._todo_upto = row.id
-            position = row.first_position
-            for frame in scan_frames(row.frames):
-                if frame.kind == Kind.GAP:
-                    continue
-                self._shape(row, frame.kind, row.frames[frame.body : frame.end], position, entries)
-                position += 1
+            found = 0
+            for position, kind, body in stored_records(row):
+                self._shape(row, position, kind, body, entries)
+                found += 1
+            if found < row.records:
+                self._reject_damaged(row, row.records - found)
         self._todo.extend(entries[i : i + size] for i in range(0, len(entries), size))
-        if self._can.redelivery in (Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE) and entries:
-            # After a crash, this tells which records may be there already, and that no others can be.
-            self._journal.save_run(self._lane, self.site_id, self._todo_upto, self._confirmed, self._progress)
         return True
 
-    def _shape(self, row: Row, kind: int, body: bytes, position: int, entries: list[Entry]) -> None:
+    def _announce(self) -> bool:
+        """Store which rows are handed over next: after a crash it tells which records may be in the backend already.
+
+        False if that cannot be stored now; then they must wait.
+        """
+        if self._announced < self._todo_upto and self._can.redelivery in _ANNOUNCED:
+            try:
+                self._journal.save_run(self._lane, self.site_id, self._todo_upto, self._confirmed, self._progress)
+            except JournalError as e:
+                self._failed(e, None)
+                return False
+            self._announced = self._todo_upto
+        return True
+
+    def _reject_damaged(self, row: Row, count: int) -> None:
+        _log.warning(
+            "%s: %d of the records %d to %d of run %s (row %d) cannot be read; backend %s does not get them",
+            self._journal.path, count, row.first_position, row.first_position + row.records - 1, self.site, row.id,
+            self._lane,
+        )  # fmt: skip
+        self._rejected["damaged"] += count
+
+    def _shape(self, row: Row, position: int, kind: int, body: bytes, entries: list[Entry]) -> None:
         if kind not in _KNOWN_KINDS:
             self._reject(Rejection(position, "unknown_kind", f"kind {kind} is of a newer trackhub"))
             return

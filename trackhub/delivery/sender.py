@@ -43,7 +43,6 @@ __all__ = ["Link", "LinkError", "Sender"]
 Link = Callable[[bytes, float], bytes]
 """``link(request, timeout_s) -> reply``; raises `LinkError` when there is no reply."""
 
-_REQUEST_S = 10.0
 _CLOSING_WAIT_S = 0.5
 _log = logging.getLogger(__name__)
 
@@ -73,7 +72,8 @@ class Sender:
         self._round = RoundFile(spool_dir)
         self._link = link
         self._limits = limits or Limits()
-        self._request_s = _REQUEST_S
+        # One lost answer must not make the site look dead: while it waits for one, it says nothing else.
+        self._request_s = min(self._limits.request_s, self._limits.silence_s / 2)
         self._lock = threading.Condition()
         self._wake = threading.Event()
         self._passes = 0

@@ -44,6 +44,7 @@ _KINDS: dict[type, Kind] = {
 _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
 _ESCAPE = re.compile(r"_x([0-9A-F]{4,6})_")
 _HASH_CHARS = 16
+_encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 class _Memory(msgspec.Struct):
@@ -52,12 +53,12 @@ class _Memory(msgspec.Struct):
     Attributes:
         ordinals: stream to key to the number of its records without a step.
         last_steps: key to the highest step, for backends that cannot store late steps.
-        params: key to the first value, for backends that cannot change it.
+        params: key to the first value, encoded, for backends that cannot change it.
     """
 
     ordinals: dict[str, dict[str, int]] = {}
     last_steps: dict[str, int] = {}
-    params: dict[str, object] = {}
+    params: dict[str, bytes] = {}
 
 
 class Shaper:
@@ -122,14 +123,16 @@ class Shaper:
         self, stream: str, record: Record, position: int, payload: Params, altered: list[str]
     ) -> tuple[Entry | Rejection, list[str]]:
         known = self._memory.params
-        changed = [key for key, value in payload.values.items() if key in known and known[key] != value]
+        # Compared as encoded: NaN is equal to itself, and 1, 1.0 and True differ, as they do where they are stored.
+        new = {key: _encode(value) for key, value in payload.values.items()}
+        changed = [key for key, value in new.items() if known.get(key, value) != value]
         if changed:
             kept = {key: value for key, value in payload.values.items() if key not in changed}
             if not kept:
                 return Rejection(position, "param_changed", f"{changed} had another value before"), altered
             payload = Params(kept)
             altered.append("param_changed")
-        known.update(payload.values)
+        known.update({key: new[key] for key in payload.values})
         return Entry(position, record.time, None, record.round, payload, stream, record.seq), altered
 
     def _with_fitted_keys(self, payload: Payload, altered: list[str]) -> Payload:

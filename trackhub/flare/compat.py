@@ -370,7 +370,7 @@ def add_to_clients(recipe_or_job: Any, component: FLComponent, sites: list[str] 
     for site in own_apps if sites is None else sites:
         if site not in own_apps:
             raise ValueError(
-                f"the job has no client app for site {site!r} (it has: {', '.join(own_apps) or 'one for all clients'}); "
+                f"the job has no client app for site {site!r} (it has {', '.join(own_apps) or 'one for all clients'}); "
                 f"call set_per_site_config right after constructing the recipe, or add the site's executor first"
             )
         job.to(component, site, id=component_id)
@@ -379,7 +379,9 @@ def add_to_clients(recipe_or_job: Any, component: FLComponent, sites: list[str] 
 def has_component(job: Any, cls: type) -> bool:
     """Return whether any app of this FedJob has a component of this class."""
     return any(
-        isinstance(component, cls) for app in job._deploy_map.values() for component in app.app_config.components.values()
+        isinstance(component, cls)
+        for app in job._deploy_map.values()
+        for component in app.app_config.components.values()
     )
 
 

@@ -124,7 +124,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _id(self, engine: Any) -> str:
         """The id under which the job's configuration names this component: what senders address."""
-        return next(name for name, component in compat.components(engine).items() if component is self)
+        return next((name for name, component in compat.components(engine).items() if component is self), self.name)
 
     def open(self, fl_ctx: FLContext) -> None:
         """Open the journal and start the backends.
@@ -183,12 +183,12 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if silent := self._core.wait_for_byes(sites, self._limits.gate_s):
             self.log_warning(
                 fl_ctx,
-                f"tracking: no goodbye from {', '.join(sorted(silent))}; what these sites did not send is in their spools",
+                f"tracking: no goodbye from {', '.join(sorted(silent))}; what they did not send is in their spools",
                 fire_event=False,
             )
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Deliver the server's own last records and end. Called on the server, after all other components have ended."""
+        """Deliver the server's own last records and end. Called on the server, after all other components ended."""
         set_process_spool(None)
         self._stock.close()
         if self._own_sender is not None:

@@ -52,7 +52,8 @@ def add_tracking(
         server: backends that receive the records of all sites on the FLARE server; None sends nothing to the server.
         clients: backends that receive a client's records within that client; None for none.
         sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
-            client app for each site: call FLARE's ``set_per_site_config`` right after constructing the recipe.
+            client app for each site: call FLARE's ``set_per_site_config`` right after constructing the recipe. At a
+            site that tracks on neither side, ``Writer()`` raises ConfigError.
         take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing; turn it off to use them
             beside trackhub.
         limits: values of `trackhub.config.Limits` that differ from the defaults, for all sites.
@@ -150,7 +151,9 @@ def _checked(backends: Backends | None, where: str) -> dict[str, dict[str, Any]]
     checked: dict[str, dict[str, Any]] = {}
     for name, options in named.items():
         if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise ConfigError(f"add_tracking: {where}: expected {{backend: {{option: value}}}}, got {name!r}: {options!r}")
+            raise ConfigError(
+                f"add_tracking: {where}: expected {{backend: {{option: value}}}}, got {name!r}: {options!r}"
+            )
         refuse_literal_secrets(name, options)
         try:
             plain = msgspec.json.decode(msgspec.json.encode(dict(options)))
@@ -182,8 +185,8 @@ def _let_trainers_finish(recipe_or_job: Any) -> None:
     raised = compat.raise_shutdown_timeout(compat.job_of(recipe_or_job), MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
         warnings.warn(
-            f"trackhub: shutdown_timeout of {raised} external trainer(s) was 0, so FLARE would kill a trainer before its "
-            f"last lines run; it is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s. Set shutdown_timeout to choose another value",
+            f"trackhub: shutdown_timeout of {raised} external trainer(s) was 0, so FLARE would kill a trainer before "
+            f"its last lines run; it is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s. Set shutdown_timeout to choose another",
             UserWarning,
             stacklevel=3,
         )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FLARE component of a client: brings what is logged at this site to the server, to the site's own sink, or both."""
+"""The FLARE component of a client: brings what is logged there to the server, to the client's own sink, or both."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from trackhub.flare.receiver import TrackhubReceiver
 from trackhub.flare.stock import StockRecords
 from trackhub.run import RunStatus
 from trackhub.spool import SPOOL_ENV, spool_env
-from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.spool_layout import SpoolInfo, close_spool, create_spool
 
 __all__ = ["TrackhubSender"]
 
@@ -62,8 +63,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             raise ConfigError("TrackhubSender: expected server_receiver, client_receiver or both; both are None")
         if server_receiver is None and not take_over:
             raise ConfigError(
-                "TrackhubSender: tracking is on the client side only, but take_over is off, so what FLARE's own writers "
-                "log would go to the server; leave take_over on, or track on the server as well"
+                "TrackhubSender: tracking is on the client side only, but take_over is off, so what FLARE's own "
+                "writers log would go to the server; leave take_over on, or track on the server as well"
             )
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
@@ -74,6 +75,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._senders: dict[str, Sender] = {}
         self._receiver: TrackhubReceiver | None = None
         self._stock = StockRecords(self)
+        self._spool: Path | None = None
         self._announced = ""
         self._panicked = False
         self._task: RunStatus | None = RunStatus.FINISHED
@@ -151,6 +153,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             self.log_error(fl_ctx, f"{e}. Tracking uses {spool} instead", fire_event=False)
             create_spool(spool, info)
         # Trainers inherit it (external) or read it here (in process). They start at START_RUN, which comes later.
+        self._spool = spool
         self._announced = spool_env(spool, site, job)
         os.environ[SPOOL_ENV] = self._announced
         return spool
@@ -178,10 +181,13 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             wait.join()
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Drain the spool, say goodbye to the sinks, and end this client's own one. Called when the trainer has ended."""
+        """Drain the spool, say goodbye to the sinks, and end this client's own. Called when the trainer has ended."""
         if os.environ.get(SPOOL_ENV) == self._announced:
             del os.environ[SPOOL_ENV]
         self._stock.close()
+        if self._spool is not None:
+            with contextlib.suppress(SpoolError):  # no loss: a writer that came now would only come too late
+                close_spool(self._spool)
         # The server waits for this site: a local backend that takes long to finish must not hold that up.
         remote = threading.Thread(target=self._close, args=("server",))
         remote.start()

@@ -6,7 +6,7 @@
     class TestAcme(BackendContract):
         backend = AcmeBackend
 
-        def read_back(self, run: RunInfo, context: SinkContext) -> ReadBack: ...
+        def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack: ...
 
 It needs pytest: ``pip install 'flare-trackhub[testing]'``. ``docs/writing-a-backend.md`` is the guide.
 """
@@ -26,9 +26,9 @@ pytest.register_assert_rewrite(
 )
 
 from trackhub.run import RunInfo, RunStatus  # noqa: E402
-from trackhub.spi import Kind, SinkContext  # noqa: E402
+from trackhub.spi import Kind  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
-from trackhub.testing.hooks import ContractHooks  # noqa: E402
+from trackhub.testing.hooks import ContractHooks, StoreContext  # noqa: E402
 from trackhub.testing.peers import FolderPeer, Peer  # noqa: E402
 from trackhub.testing.readback import (  # noqa: E402
     ArtifactItem,
@@ -55,7 +55,7 @@ __all__ = [
     "ReadBack",
     "RunInfo",
     "RunStatus",
-    "SinkContext",
+    "StoreContext",
     "TableItem",
     "TextItem",
 ]

@@ -15,10 +15,10 @@ from trackhub import registry
 from trackhub.delivery.wire import Chunk
 from trackhub.records import Artifact, Image, Payload
 from trackhub.run import RunInfo, RunKey, RunStatus, Side
-from trackhub.spi import BackendRun, Entry, SinkContext
+from trackhub.spi import Backend, BackendRun, Capabilities, Entry
 from trackhub.testing.calls import Call, Stream
 from trackhub.testing.gallery import Gallery
-from trackhub.testing.hooks import ContractHooks
+from trackhub.testing.hooks import ContractHooks, StoreContext
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.sink import KitSink
 from trackhub.testing.watch import Watch
@@ -92,19 +92,32 @@ class Kit:
         for sink in self._sinks:
             sink.close()
 
+    def capabilities(self) -> Capabilities:
+        """Return what the backend claims with the options of a sink."""
+        backend, _ = self._backend()
+        try:
+            backend.preflight()
+            return backend.capabilities
+        finally:
+            backend.close()
+
+    def _backend(self) -> tuple[Backend, StoreContext]:
+        root = self._folder / f"direct-{uuid4().hex[:8]}"
+        options = {**self.hooks.options(self.store), **self.hooks.extra_options}
+        context = StoreContext(root / self.hooks.name, f"job-{uuid4().hex[:8]}", Side.SERVER, options=options)
+        context.workdir.mkdir(parents=True)
+        self.hooks.prepare(context)
+        cls = self.hooks.backend
+        return cls(registry.build_options(self.hooks.name, cls, options, resolve=True), context), context
+
     def without_core(self, batches: Sequence[Sequence[Call]], site: str = "site-1") -> ReadBack:
         """Hand calls to the backend as they are, past the core that would have refused or fitted them.
 
         Raises:
             Exception: whatever the backend raises on them.
         """
-        root = self._folder / f"direct-{uuid4().hex[:8]}"
-        context = SinkContext(root / self.hooks.name, f"job-{uuid4().hex[:8]}", Side.SERVER)
-        context.workdir.mkdir(parents=True)
-        info = RunInfo(RunKey(context.job, site), Side.SERVER, 0.0, 0, root / "blobs")
-        options = {**self.hooks.options(self.store), **self.hooks.extra_options}
-        cls = self.hooks.backend
-        backend = cls(registry.build_options(self.hooks.name, cls, options, resolve=True), context)
+        backend, context = self._backend()
+        info = RunInfo(RunKey(context.job, site), Side.SERVER, 0.0, 0, context.workdir.parent / "blobs")
         stream = Stream(context.job)
         try:
             backend.preflight()

@@ -68,6 +68,7 @@ def expect(
         else:
             confirmed += 1
             _add(held, payload, step, call, hooks, core, timed=timed)
+    held.params = dict(hooks.canonical_params(held.params or {}))
     return Expected(held, rejected, confirmed)
 
 
@@ -121,7 +122,7 @@ def _add(
             held.points += [Point(name(k), step, hooks.canonical_value(v), time) for k, v in values.items()]
         case Params(values):
             assert held.params is not None
-            held.params.update({name(k): hooks.canonical_param(v) for k, v in values.items()})
+            held.params.update({name(k): v for k, v in values.items()})
         case Tags(values):
             assert held.tags is not None
             held.tags.update({name(k): v for k, v in values.items()})

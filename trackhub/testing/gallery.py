@@ -52,16 +52,16 @@ class Shown:
         self.expected: Expected = expect(sink.logged[name], sink.can, hooks)
         self._sink = sink
         self._hooks = hooks
-        self._found: ReadBack | Exception
+        self._found: ReadBack | AssertionError
         try:
             self._found = sink.read(name)
-        except Exception as error:  # noqa: BLE001 - whatever an author's reader raises belongs to this scenario's test
+        except AssertionError as error:
             self._found = error
 
     @property
     def found(self) -> ReadBack:
         """What the store holds. Raises what reading it raised."""
-        if isinstance(self._found, Exception):
+        if isinstance(self._found, AssertionError):
             raise self._found
         return self._found
 

@@ -24,8 +24,6 @@ from trackhub.testing.hooks import SECRET_ENV
 
 __all__ = ["Hygiene", "Volume"]
 
-_GRACE_S = 10.0
-
 
 class Hygiene(ContractBase):
     """Nothing is left that should not be."""
@@ -55,19 +53,19 @@ class Hygiene(ContractBase):
 
     def test_no_thread_is_left(self, kit: Kit) -> None:
         """After its sink has ended, a backend has no thread more than before; the first sink may make some to keep."""
-        left = _growth(kit, lambda: {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()})
+        left = _growth(self, kit, lambda: {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()})
         assert not left, f"threads are left: {', '.join(sorted(left))}"
 
     def test_no_file_is_left_open(self, kit: Kit) -> None:
         """After its sink has ended, a backend has no file or socket open more than before."""
-        left = _growth(kit, _open_files)
+        left = _growth(self, kit, _open_files)
         assert not left, f"files are left open: {', '.join(sorted(left))}"
 
     def test_no_process_is_left(self, kit: Kit) -> None:
         """After its sink has ended, a backend has left no process."""
         before = _children()
         _use(kit, 1)
-        left = _remains(_children, before)
+        left = _remains(self, _children, before)
         assert not left, f"processes are left: {', '.join(sorted(left))}"
 
 
@@ -93,17 +91,17 @@ def _use(kit: Kit, sinks: int) -> None:
         sink.finish()
 
 
-def _growth(kit: Kit, look: Callable[[], set[str]]) -> set[str]:
+def _growth(hooks: ContractBase, kit: Kit, look: Callable[[], set[str]]) -> set[str]:
     """Return what two more sinks leave that one sink has not left before."""
     _use(kit, 1)
     before = look()
     _use(kit, 2)
-    return _remains(look, before)
+    return _remains(hooks, look, before)
 
 
-def _remains(look: Callable[[], set[str]], before: set[str]) -> set[str]:
+def _remains(hooks: ContractBase, look: Callable[[], set[str]], before: set[str]) -> set[str]:
     """Return what is still there after a while of grace, in which threads and processes may end."""
-    deadline = time.monotonic() + _GRACE_S
+    deadline = time.monotonic() + hooks.patience_s
     pause = threading.Event()
     while (left := look() - before) and time.monotonic() < deadline:
         pause.wait(0.05)

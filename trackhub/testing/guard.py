@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator
 
 from trackhub.spi import Backend, BackendRun
@@ -26,7 +27,8 @@ def contract_problems(cls: type, contract: type) -> Iterator[str]:
     for name in sorted(set(dir(contract)) - _HOOKS):
         if name.startswith("__") or name == "pytestmark":
             continue
-        theirs, ours = getattr(cls, name, None), getattr(contract, name)
+        # Static, since looking up a fixture makes a new object every time.
+        theirs, ours = inspect.getattr_static(cls, name, None), inspect.getattr_static(contract, name)
         if theirs is ours:
             continue
         if not callable(theirs):

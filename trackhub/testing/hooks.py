@@ -12,10 +12,20 @@ from trackhub.spi import Backend, Kind, SinkContext
 from trackhub.testing.peers import FolderPeer, Peer
 from trackhub.testing.readback import ReadBack
 
-__all__ = ["SECRET_ENV", "ContractHooks"]
+__all__ = ["SECRET_ENV", "ContractHooks", "StoreContext"]
 
 SECRET_ENV = "TRACKHUB_CONTRACT_SECRET"  # noqa: S105  # a variable's name
 """The environment variable in which a test plants a token; an option refers to it as ``${secret:…}``."""
+
+
+class StoreContext(SinkContext, frozen=True, kw_only=True):
+    """Where the backend works, and with which options.
+
+    Attributes:
+        options: of this sink, as plain values: those of ``options`` or ``shared_options``.
+    """
+
+    options: Mapping[str, Any]
 
 
 class ContractHooks:
@@ -64,18 +74,21 @@ class ContractHooks:
         """
         return self.options(tmp_path)
 
-    def read_back(self, run: RunInfo, context: SinkContext) -> ReadBack:
+    def prepare(self, context: StoreContext) -> None:
+        """Called before a sink is started: a place to copy a template of a store to, if making one takes long."""
+
+    def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         """Return what the store holds of this run, without the plugin's code: by its API, its files, its database.
 
         The run may be open, or its writer may have been killed.
 
         Args:
             run: which run; ``run.blob_dir`` is not for reading back.
-            context: where the backend works.
+            context: where the backend works, and with which options.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement read_back(run, context)")
 
-    def peer(self, context: SinkContext) -> Peer:
+    def peer(self, context: StoreContext) -> Peer:
         """Return what the backend writes to, so that the kit can make it fail and heal.
 
         By default it is the backend's folder. For a backend that writes elsewhere nothing fails then, and nothing is
@@ -99,9 +112,9 @@ class ContractHooks:
         """Return how the store names a key that the core has made acceptable to it. Two keys never become one."""
         return key
 
-    def canonical_param(self, value: Any) -> Any:
-        """Return how the store keeps a param's value: as it is, as its ``str``, ..."""
-        return value
+    def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return how the store keeps a run's params: as they are, as text, nested ones flattened, ..."""
+        return params
 
     def canonical_cell(self, value: Any) -> Any:
         """Return how the store keeps the cell of a table."""

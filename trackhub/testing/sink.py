@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -25,11 +25,9 @@ from trackhub.delivery.wire import Accepted, Bye, Request, SiteLedger, decode_re
 from trackhub.run import RunInfo, RunKey, RunStatus, Side
 from trackhub.spi import Backend, Capabilities, SinkContext
 from trackhub.testing.calls import BASE_TIME, Call, Stream
+from trackhub.testing.hooks import ContractHooks, StoreContext
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.watch import KillPoint, Watch, watched
-
-if TYPE_CHECKING:
-    from trackhub.testing.hooks import ContractHooks
 
 __all__ = ["Child", "KitReceiver", "KitSink", "read_child"]
 
@@ -107,10 +105,11 @@ class KitSink:
         self.logged: dict[str, list[tuple[str, Call]]] = {}
         self.report: DeliveryReport | None = None
         self._streams: dict[tuple[str, str], Stream] = {}
+        self._threads: list[threading.Thread] = []
         self._hooks = hooks
         self._options = {**options, **hooks.extra_options}
         self._folder = root / "trackhub"
-        self.context = SinkContext(root / hooks.name, job, side)
+        self.context = StoreContext(root / hooks.name, job, side, options=self._options)
         self._receiver = KitReceiver(
             watched(hooks.backend, self.watch),
             self._folder,
@@ -123,7 +122,12 @@ class KitSink:
 
     def start(self) -> KitSink:
         """Start the sink. Raises ConfigError if the backend says that it cannot be used as configured."""
+        self.context.workdir.mkdir(parents=True, exist_ok=True)
+        self._hooks.prepare(self.context)
+        before = set(threading.enumerate())
         self._receiver.start()
+        name = f"trackhub-lane-{self._hooks.name}"
+        self._threads = [thread for thread in threading.enumerate() if thread.name == name and thread not in before]
         return self
 
     @property
@@ -209,22 +213,29 @@ class KitSink:
         return RunInfo(RunKey(self.job, site), self.side, created, 0, self._receiver._blobs.folder(site))
 
     def read(self, site: str) -> ReadBack:
-        """Return what the store holds of this site's run, by the author's own door."""
-        return self._hooks.read_back(self.info(site), self.context)
+        """Return what the store holds of this site's run, by the author's own door.
+
+        Raises:
+            AssertionError: the run is not there, or cannot be read.
+        """
+        try:
+            return self._hooks.read_back(self.info(site), self.context)
+        except Exception as error:
+            raise AssertionError(
+                f"read_back finds no run of job {self.job!r}, site {site!r} that it can read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def close(self) -> None:
         """End a sink that a failed test has left running."""
         if self.report is None and self._receiver._journal is not None:
-            self._receiver.finish(RunStatus.ABORTED, deadline_s=0.0)
+            self.report = self._receiver.finish(RunStatus.ABORTED, deadline_s=0.0)
 
     def is_hung(self) -> bool:
         """Return whether the backend has not returned from a call; waits for it a little."""
-        for thread in threading.enumerate():
-            if thread.name == f"trackhub-lane-{self._hooks.name}":
-                thread.join(self._hooks.patience_s)
-                if thread.is_alive():
-                    return True
-        return False
+        for thread in self._threads:
+            thread.join(self._hooks.patience_s)
+        return any(thread.is_alive() for thread in self._threads)
 
     def run_child(self, kill: KillPoint | None, *, max_batch: int) -> int:
         """Deliver what this finished sink's journal holds from a process that is killed on the way.

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
@@ -38,6 +39,7 @@ class Watch:
         entries: run id to the positions of the entries that ``write`` took, in order, repeated ones included.
         batches: sizes of the batches that ``write`` was called with.
         attempts: number of calls of ``write``.
+        failures: what the backend raised, apart from what was injected.
         before: exceptions to raise, one a call, instead of writing.
         after: exceptions to raise, one a call, once the batch was written.
         poison: positions that no batch may contain: ``write`` raises PermanentError.
@@ -59,12 +61,22 @@ class Watch:
         self.entries: dict[str, list[int]] = {}
         self.batches: list[int] = []
         self.attempts = 0
+        self.failures: list[Exception] = []
         self.before = list(before)
         self.after = list(after)
         self.poison = frozenset(poison)
         self.report = frozenset(report)
         self.max_batch = max_batch
         self.kill = kill
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what a call of the backend raises."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
     def reached(self, when: str, position: int) -> None:
         """Note that the entries up to this position are written or confirmed, and end this process if it is time."""
@@ -101,7 +113,8 @@ def watched(cls: type[Backend], watch: Watch) -> type[Backend]:
                 self._adopt()
 
         def open_run(self, info: RunInfo) -> BackendRun:
-            run = self._inner.open_run(info)
+            with watch.noting():
+                run = self._inner.open_run(info)
             watch.runs.append(run)
             buffers = type(run).flush is not BackendRun.flush
             return (_BufferingRun if buffers else _Run)(run, info.run_id, watch)
@@ -134,7 +147,8 @@ class _Run(BackendRun):
         if watch.poison.intersection(entry.position for entry in batch):
             raise PermanentError("this batch holds an entry that can never be stored")
         taken = [entry for entry in batch if entry.position not in watch.report]
-        report = self.inner.write(taken) if taken else None
+        with watch.noting():
+            report = self.inner.write(taken) if taken else None
         watch.batches.append(len(batch))
         self._entries += [entry.position for entry in taken]
         self._last = batch[-1].position
@@ -159,5 +173,6 @@ class _BufferingRun(_Run):
     confirms_by_write = False
 
     def flush(self) -> None:
-        self.inner.flush()
+        with self._watch.noting():
+            self.inner.flush()
         self._watch.reached("confirmed", self._last)

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from trackhub.spi import Blob, Entry, Payload, RunInfo, RunKey, Side, SinkContex
 
 JOB = "job-1"
 T0 = 1_700_000_000.0
+STANDARD_COMMAND = ("server", "--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./mlartifacts")
 
 
 class RunRow(NamedTuple):
@@ -116,8 +117,9 @@ class Sink:
 class Server:
     """A real ``mlflow server`` on loopback, which can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, command: Sequence[str] = STANDARD_COMMAND) -> None:
         self.folder = folder
+        self._command = [sys.executable, "-m", "mlflow", *command]
         self.database = Database(folder / "mlflow.db")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -127,8 +129,7 @@ class Server:
 
     def start(self) -> None:
         environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
-        command += ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "./mlartifacts"]
+        command = [*self._command, "--workers", "1", "--port", str(self.port)]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -139,6 +140,9 @@ class Server:
                 return
             time.sleep(0.1)
         raise AssertionError(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def is_running(self) -> bool:
+        return self._process is not None
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -214,5 +218,21 @@ def running_server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> 
 def server(running_server: Server) -> Iterator[Server]:
     """The one server of this session, running; a test that kills it need not start it again."""
     yield running_server
-    if running_server._process is None:
+    if not running_server.is_running():
         running_server.start()
+
+
+@pytest.fixture
+def make_server() -> Iterator[Callable[[Path, Sequence[str]], Server]]:
+    """Starts further servers, by a command of MLflow's, in a folder with a store."""
+    servers: list[Server] = []
+
+    def make(folder: Path, command: Sequence[str]) -> Server:
+        server = Server(folder, command)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield make
+    for server in servers:
+        server.kill()

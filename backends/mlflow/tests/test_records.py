@@ -7,7 +7,7 @@ import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image as Pillow
@@ -194,7 +194,7 @@ def test_a_site_cannot_pass_for_another_by_its_tags(sink: Sink, entry: MakeEntry
 
 
 def test_text_histograms_and_tables_become_artifacts_to_look_at(sink: Sink, entry: MakeEntry) -> None:
-    rows = [[1, "a"], [math.nan, None], [True, 0.5]]
+    rows: list[list[Any]] = [[1, "a"], [math.nan, None], [True, 0.5]]
     run = sink.open()
 
     run.write(
@@ -288,8 +288,8 @@ def test_artifacts_lie_under_their_keys(sink: Sink, entry: MakeEntry) -> None:
 
 def test_no_artifact_takes_anothers_place(make_sink: Callable[..., Sink], entry: MakeEntry) -> None:
     """Equal keys, names that differ in case alone, and a file where a folder is needed; again after a restart."""
-    keys = ["m.pt", "m.pt", "M.pt", "m.pt/part", "sub/x", "sub", "m.pt"]
-    contents = [b"a", b"b", b"c", b"d", b"e", b"f", b"a"]
+    keys = ["m.pt", "m.pt", "M.pt", "m.pt/part", "sub/x", "sub", "m.pt", "Sub/y"]
+    contents = [b"a", b"b", b"c", b"d", b"e", b"f", b"a", b"g"]
 
     def batch(sink: Sink) -> list[Entry]:
         blobs = [sink.blob(f"b{n}", content) for n, content in enumerate(contents)]
@@ -309,6 +309,7 @@ def test_no_artifact_takes_anothers_place(make_sink: Callable[..., Sink], entry:
         "m.pt~part.p3": b"d",
         "sub/x": b"e",
         "sub.p5": b"f",
+        "Sub/y": b"g",
     }
     assert first.artifacts() == stored
 

@@ -165,8 +165,9 @@ def test_a_store_of_another_mlflow_is_a_wrong_configuration(sink: Sink) -> None:
         sink.backend.preflight()
 
 
-def test_nothing_is_held_once_all_runs_have_ended(sink: Sink, entry: MakeEntry) -> None:
+def test_nothing_is_held_once_the_backend_is_closed(sink: Sink, entry: MakeEntry) -> None:
     sink.backend.preflight()
+    sink.backend.close()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     runs = [sink.open(f"site-{n}") for n in range(3)]
 
@@ -174,6 +175,7 @@ def test_nothing_is_held_once_all_runs_have_ended(sink: Sink, entry: MakeEntry) 
         run.write([entry(0, Metrics({"x": 0.0}))])
         run.finish(RunStatus.FINISHED)
 
+    sink.backend.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
 
 

@@ -79,7 +79,9 @@ class Operation:
             raise GraphQLError(f"{self.name}: variables {sorted(unknown)} are not declared")
         return self._select(root, self._selections, {**self._defaults, **variables}, self.name)
 
-    def _select(self, value: Mapping[str, Any], selections: list[Any], variables: dict[str, Any], at: str) -> Any:
+    def _select(
+        self, value: Mapping[str, Any], selections: list[Any], variables: dict[str, Any], at: str
+    ) -> dict[str, Any]:
         answer: dict[str, Any] = {}
         for selection in selections:
             if isinstance(selection, _Spread):

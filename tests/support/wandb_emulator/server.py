@@ -56,11 +56,19 @@ class Emulator:
     the same port, with what it held.
     """
 
-    def __init__(self, api_key: str = "k" * 40, port: int = 0) -> None:
+    def __init__(self, api_key: str = "k" * 40, port: int = 0, *, accept_any_key: bool = False) -> None:
+        """Prepare a server.
+
+        Args:
+            api_key: the key that is a login here.
+            port: on 127.0.0.1; 0 chooses a free one.
+            accept_any_key: whether every well-formed key is a login; no key never is.
+        """
         self.state = State(api_key)
+        self.accept_any_key = accept_any_key
         self._faults: list[Fault] = []
         self._port = port
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -272,8 +280,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._unknown()
 
     def _logged_in(self) -> bool:
-        expected = base64.b64encode(f"api:{self.server.emulator.state.api_key}".encode()).decode()
-        return self.headers.get("Authorization") == f"Basic {expected}"
+        emulator = self.server.emulator
+        scheme, _, given = (self.headers.get("Authorization") or "").partition(" ")
+        user, _, key = base64.b64decode(given).decode().partition(":")
+        right = len(key) >= 40 if emulator.accept_any_key else key == emulator.state.api_key
+        return (scheme, user) == ("Basic", "api") and right
 
     def _unknown(self) -> None:
         with self.server.emulator.state.lock:

@@ -19,7 +19,7 @@ from trackhub.testing import (
     Point,
     ReadBack,
     RunInfo,
-    SinkContext,
+    StoreContext,
     TableItem,
     TextItem,
 )
@@ -38,13 +38,12 @@ class JsonlContract(BackendContract):
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
         return {"path": str(tmp_path / "all-jobs")}
 
-    def read_back(self, run: RunInfo, context: SinkContext) -> ReadBack:
+    def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         job, site = (quote(name, safe="") for name in run.key)
-        folders = [context.workdir / job, *context.workdir.parent.parent.glob(f"store/all-jobs/{job}")]
-        if run.side == "client":
-            folders = [folder.with_name(f"{job}@client") for folder in folders] + folders[:1]
-        path = next(path for folder in folders if (path := folder / f"{site}.jsonl").exists())
-        return read_jsonl(path)
+        folder = Path(context.options.get("path", context.workdir))
+        if "path" in context.options and run.side == "client":
+            job += "@client"
+        return read_jsonl(folder / job / f"{site}.jsonl")
 
 
 def read_jsonl(path: Path) -> ReadBack:

@@ -53,7 +53,7 @@ class ArtifactPaths:
             return False
         if self._is_new:
             return True
-        if any(self._sizes_of(folder) != {folder: -1} for folder in _folders(path) if self._sizes_of(folder)):
+        if any(size >= 0 for folder in _folders(path) for size in self._sizes_of(folder).values()):
             return False
         there = self._sizes_of(path)
         if path not in there:

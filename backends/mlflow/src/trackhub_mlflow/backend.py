@@ -36,7 +36,8 @@ class MLflowBackend(Backend):
 
     Canonical form, beyond what ``capabilities`` say: times are whole milliseconds, and a point that agrees with an
     earlier one of its run in key, step, value and millisecond is stored a millisecond later. Infinities become the
-    largest finite floats. Params are text, nested ones joined by dots. The federated round is not stored.
+    largest finite floats, and SQLite has no negative zero. Params are text, nested ones joined by dots. The federated
+    round is not stored.
     """
 
     Options = MLflowOptions
@@ -64,7 +65,6 @@ class MLflowBackend(Backend):
                 else context.workdir / "mlflow.db"
             ).absolute()
             self._store = SqliteStore(self._file)
-        self._open_runs = 0
         self._seen: dict[str, StoredRun] = {}
 
     def preflight(self) -> None:
@@ -78,24 +78,17 @@ class MLflowBackend(Backend):
             self._check_artifact_root(self._experiment())
         except SetupError as error:
             raise ConfigError(f"mlflow: {error}") from error
-        finally:
-            self._close_if_unused()
 
     def open_run(self, info: RunInfo) -> MLflowRun:
         """Open the site's run and, if this is the job's first, its parent run."""
-        try:
-            experiment = self._experiment()
-            tags = [Pair(tag_name(key), value) for key, value in self._options.run_tags.items()]
-            if self._options.note:
-                tags.append(Pair(NOTE_TAG, self._options.note))
-            parent = open_parent(self._store, experiment, info, tags)
-            run = open_site_run(self._store, experiment, parent, info, tags)
-        except BaseException:
-            self._close_if_unused()
-            raise
+        experiment = self._experiment()
+        tags = [Pair(tag_name(key), value) for key, value in self._options.run_tags.items()]
+        if self._options.note:
+            tags.append(Pair(NOTE_TAG, self._options.note))
+        parent = open_parent(self._store, experiment, info, tags)
+        run = open_site_run(self._store, experiment, parent, info, tags)
         self._seen[info.run_id] = run
-        self._open_runs += 1
-        return MLflowRun(self._store, run, info, self._run_finished)
+        return MLflowRun(self._store, run, info)
 
     def results(self, info: RunInfo) -> Results | None:
         """Return the run's page on the server, or the command that starts MLflow's UI on the job's store.
@@ -110,6 +103,10 @@ class MLflowBackend(Backend):
         store = shlex.quote(f"sqlite:///{self._file.name}")
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
         return Results(path=str(self._file), command=f"cd {shlex.quote(str(folder))} && {command}")
+
+    def close(self) -> None:
+        """Close connections and files. The parent run has ended with the last of its runs."""
+        self._store.close()
 
     def _experiment(self) -> Experiment:
         name = self._options.experiment_name
@@ -132,11 +129,3 @@ class MLflowBackend(Backend):
                 "folder that this machine does not have. Start the server with --serve-artifacts, use another "
                 "experiment, or mount the folder"
             )
-
-    def _run_finished(self) -> None:
-        self._open_runs -= 1
-        self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if self._open_runs == 0:
-            self._store.close()

@@ -8,9 +8,9 @@ import json
 import math
 import uuid
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from trackhub.spi import Entry, Histogram, Image, Table, Text
 from trackhub_mlflow.naming import file_part
@@ -140,6 +140,6 @@ def _picture(title: str, bars: Sequence[str], edges: Sequence[float], top: float
     yield f'<text x="{_MARGIN}" y="{_MARGIN / 2}">{escape(title)}</text>'
     yield f'<g fill="#2272b4">{"".join(bars)}</g>'
     yield f'<path d="M{_MARGIN} {base}H{right}" stroke="black"/>'
-    yield f'<text x="{_MARGIN}" y="{base + 18}">{edges[0]:g}</text>'
-    yield f'<text x="{right}" y="{base + 18}" text-anchor="end">{edges[-1]:g}</text>'
-    yield f'<text x="{_MARGIN - 4}" y="{_MARGIN + 4}" text-anchor="end">{top:g}</text></svg>'
+    yield f'<text x="{_MARGIN}" y="{base + 18}">{edges[0]:.6g}</text>'
+    yield f'<text x="{right}" y="{base + 18}" text-anchor="end">{edges[-1]:.6g}</text>'
+    yield f'<text x="{right}" y="{_MARGIN / 2}" text-anchor="end">highest bin: {top:.6g}</text></svg>'

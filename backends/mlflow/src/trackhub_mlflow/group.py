@@ -4,7 +4,8 @@
 MLflow gives a run its id itself and has no way to create a run only if there is none. So a run is found again by a
 tag with its identity, and sinks that create one at the same time agree on one of them:
 
-1. Search. A run that is *settled* (a tag) is the one. If there is no run at all, create one, not yet settled.
+1. Search. A run that is *settled*, without the tag ``trackhub.pending``, is the one. If there is no run at all,
+   create one that is pending.
 2. Search again. If mine is the only one, settle it. If several are there and none is settled, the first of them, by
    start time and id, stays; the others are withdrawn by those who created them.
 
@@ -29,8 +30,8 @@ PARENT_TAG = "trackhub.job_id"
 RUN_TAG = "trackhub.run_id"
 """On a site's run: ``RunInfo.run_id``."""
 
-SETTLED_TAG = "trackhub.settled"
-"""On the run that counts, of those with the same identity."""
+PENDING_TAG = "trackhub.pending"
+"""On a run that may yet give way to another of the same identity."""
 
 NESTING_TAG = "mlflow.parentRunId"
 """MLflow's own: the UI folds runs that have it below the run that it names."""
@@ -39,7 +40,7 @@ PATIENCE_S = 2.0
 _LOOK_AGAIN_S = 0.05
 
 _ENDS = {RunStatus.FINISHED: "FINISHED", RunStatus.FAILED: "FAILED", RunStatus.ABORTED: "KILLED"}
-_SOURCE = (Pair("mlflow.source.name", "trackhub"), Pair("mlflow.source.type", "LOCAL"))
+_MADE = (Pair(PENDING_TAG, "true"), Pair("mlflow.source.name", "trackhub"), Pair("mlflow.source.type", "LOCAL"))
 
 
 def mlflow_status(status: RunStatus) -> str:
@@ -54,7 +55,7 @@ def open_parent(store: Store, experiment: Experiment, info: RunInfo, tags: Seque
     start_ms = int(info.created * 1000)
 
     def create() -> StoredRun:
-        own = [Pair(PARENT_TAG, identity), Pair("job", job), *_SOURCE, *tags]
+        own = [Pair(PARENT_TAG, identity), Pair("job", job), *_MADE, *tags]
         return store.create_run(experiment.id, job, start_ms, own)
 
     parent = find_or_create(store, experiment.id, PARENT_TAG, identity, create)
@@ -76,7 +77,7 @@ def open_site_run(
             Pair("site", info.key.site),
             Pair("side", info.side.value),
         ]
-        return store.create_run(experiment.id, info.key.site, int(info.created * 1000), [*own, *_SOURCE, *tags])
+        return store.create_run(experiment.id, info.key.site, int(info.created * 1000), [*own, *_MADE, *tags])
 
     # Only one sink writes this run, so whatever is there without being settled is left over from its own attempts.
     run = find_or_create(store, experiment.id, RUN_TAG, info.run_id, create, patience_s=0.0)
@@ -100,7 +101,7 @@ def close_parent(store: Store, info: RunInfo, run: StoredRun) -> None:
     if run.tags.get(NESTING_TAG) != parent.id:
         store.log_batch(run.id, (), (), [Pair(NESTING_TAG, parent.id)])
     children = store.find_runs(run.experiment_id, NESTING_TAG, parent.id)
-    states = {child.status for child in children if SETTLED_TAG in child.tags}
+    states = {child.status for child in children if _is_settled(child)}
     if "RUNNING" in states:
         return
     status = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
@@ -133,7 +134,7 @@ def find_or_create(
         if not runs:
             raise TransientError(f"MLflow does not find a run that it has just created ({tag} = {identity})")
         first = runs[0]
-        settled = SETTLED_TAG in first.tags
+        settled = _is_settled(first)
         alone = len(runs) == 1 and mine is not None and first.id == mine.id
         if mine is not None and mine.id != first.id:
             _withdraw(store, mine, tag)
@@ -142,12 +143,16 @@ def find_or_create(
             time.sleep(_LOOK_AGAIN_S)
             continue
         if not settled:
-            store.log_batch(first.id, (), (), [Pair(SETTLED_TAG, "true")])
+            store.delete_tag(first.id, PENDING_TAG)
         return first
 
 
+def _is_settled(run: StoredRun) -> bool:
+    return PENDING_TAG not in run.tags
+
+
 def _settled_first(run: StoredRun) -> tuple[bool, int, str]:
-    return SETTLED_TAG not in run.tags, run.start_ms, run.id
+    return not _is_settled(run), run.start_ms, run.id
 
 
 def _withdraw(store: Store, run: StoredRun, tag: str) -> None:
@@ -159,5 +164,5 @@ def _withdraw(store: Store, run: StoredRun, tag: str) -> None:
 def _withdraw_unsettled(store: Store, runs: Sequence[StoredRun], tag: str) -> None:
     """Take back what is left of attempts whose reply was lost, or whose sink died."""
     for run in runs:
-        if SETTLED_TAG not in run.tags:
+        if not _is_settled(run):
             _withdraw(store, run, tag)

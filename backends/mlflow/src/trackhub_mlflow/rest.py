@@ -10,6 +10,7 @@ Source: https://mlflow.org/docs/latest/api_reference/rest-api.html, and ``mlflow
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import math
@@ -111,8 +112,9 @@ class RestStore:
         self._post("/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params, "tags": tags})
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag that the run has."""
-        self._post("/runs/delete-tag", {"run_id": run_id, "key": key})
+        """Remove a tag, if the run has it."""
+        with contextlib.suppress(_NotFoundError):
+            self._post("/runs/delete-tag", {"run_id": run_id, "key": key})
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted, as MLflow's UI does."""
@@ -168,8 +170,8 @@ class RestStore:
         return sha256.hexdigest()
 
     def run_url(self, run: StoredRun) -> str | None:
-        """Return where the run's page is."""
-        return f"{self._url}/#/experiments/{run.experiment_id}/runs/{run.id}"
+        """Return where the run's page is, in the UI's mode for training."""
+        return f"{self._url}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
 
     def close(self) -> None:
         """Close the connections."""

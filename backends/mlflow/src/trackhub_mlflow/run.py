@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,16 +43,11 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 class MLflowRun(BackendRun):
     """Writes one run. ``write`` returns when the store has everything, so that nothing needs a flush."""
 
-    def __init__(self, store: Store, run: StoredRun, info: RunInfo, on_finish: Callable[[], None]) -> None:
-        """Go on with a run that is in the store.
-
-        Args:
-            on_finish: called once, when the run has been ended.
-        """
+    def __init__(self, store: Store, run: StoredRun, info: RunInfo) -> None:
+        """Go on with a run that is in the store."""
         self._store = store
         self._run = run
         self._info = info
-        self._on_finish = on_finish
         self._points = PointMaker()
         self._names: dict[str, str] = {}
         self._params = ParamNames(run.params)
@@ -89,7 +84,6 @@ class MLflowRun(BackendRun):
         """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
         self._store.update_run(self._run.id, mlflow_status(status), self._last_ms or self._run.end_ms or None)
         close_parent(self._store, self._info, self._run)
-        self._on_finish()
 
     def _metrics(self, entry: Entry, payload: Metrics) -> Iterator[Item]:
         time_ms, step, position = milliseconds(entry.time), entry.step or 0, entry.position

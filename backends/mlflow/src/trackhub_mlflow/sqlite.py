@@ -117,9 +117,15 @@ class SqliteStore:
             )
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag that the run has."""
+        """Remove a tag, if the run has it."""
+        from mlflow.exceptions import MlflowException
+
         with self._store() as store:
-            store.delete_tag(run_id, key)
+            try:
+                store.delete_tag(run_id, key)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted, as MLflow's UI does."""

@@ -106,7 +106,7 @@ class Store(Protocol):
         """Store all this, within MLflow's limits for one batch."""
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag that the run has."""
+        """Remove a tag, if the run has it."""
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted, as MLflow's UI does."""

@@ -27,6 +27,7 @@ from trackhub_wandb.offline import OfflineRun, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
 from trackhub_wandb.sdk import QUIET_SETTINGS, Login, import_sdk, stop_service
+from trackhub_wandb.server import Server
 
 __all__ = ["WandBBackend"]
 
@@ -34,7 +35,8 @@ _log = logging.getLogger(__name__)
 
 _FOLDER = "wandb"
 _DEFAULT_PROJECT = "trackhub"
-_PREFLIGHT_TIMEOUT_S = 6.0
+_PREFLIGHT_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 0.5
 
 _OFFLINE = Capabilities(
     kinds=frozenset(
@@ -79,6 +81,8 @@ class WandBBackend(Backend):
         self._options = options
         self._mode: Mode | None = None
         self._login: Login | None = None
+        self._server: Server | None = None
+        self._online_runs: list[OnlineRun] = []
         self._results: dict[str, Results] = {}
         # W&B puts its files into <root>/wandb, and the sink calls this backend's folder that.
         folder = context.workdir.absolute()
@@ -87,6 +91,7 @@ class WandBBackend(Backend):
             self._set_mode(options.mode)
 
     def preflight(self) -> None:
+        """Decide the mode, and check that it can be used here."""
         mode = self._decide()
         self._check_settings()
         if mode == "online":
@@ -94,28 +99,34 @@ class WandBBackend(Backend):
             verify_login(self._options, self._login, _PREFLIGHT_TIMEOUT_S)
 
     def open_run(self, info: RunInfo) -> BackendRun:
+        """Open the W&B run of this site."""
         settings = self._run_settings(info)
         if self._decide() == "offline":
             return OfflineRun(info, self._options, settings, self._root / _FOLDER)
-        if self._login is None:
-            self._login = require_login(self._options)
-        online = OnlineRun(info, self._options, settings, self._login)
+        if self._server is None:
+            self._server = Server(self._options, self._login or require_login(self._options))
+        online = OnlineRun(info, self._options, settings, self._server)
+        self._online_runs.append(online)
         if online.url:
             self._results[info.run_id] = Results(url=online.url)
         return online
 
     def results(self, info: RunInfo) -> Results | None:
+        """Return the URL of an online run; the folder of an offline one, and the command that uploads it."""
         if info.run_id in self._results:
             return self._results[info.run_id]
         folders = offline_folders(self._root / _FOLDER, info.run_id)
         if not folders:
             return None
-        command = "wandb sync " + " ".join(shlex.quote(str(folder)) for folder in folders)
-        return Results(path=str(folders[-1]), command=command)
+        # From there, since the paths of an artifact's files are relative to it.
+        paths = " ".join(shlex.quote(str(folder.relative_to(self._root))) for folder in folders)
+        return Results(path=str(folders[-1]), command=f"cd {shlex.quote(str(self._root))} && wandb sync {paths}")
 
     def close(self) -> None:
-        """End the SDK's service, and with it the uploads of runs that could not be ended. Bounded in time."""
-        stop_service(self._options.finish_timeout_s)
+        """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no peer."""
+        for run in self._online_runs:
+            run.abandon()
+        stop_service(_CLOSE_TIMEOUT_S)
 
     def _set_mode(self, mode: Mode) -> None:
         self._mode = mode

@@ -14,8 +14,8 @@ __all__ = [
     "MAX_TAG_CHARS",
     "Names",
     "artifact_name",
+    "config_value",
     "file_stem",
-    "finite_json",
     "tag_text",
 ]
 
@@ -85,14 +85,18 @@ def tag_text(key: str, value: str) -> str:
     return f"{text[: MAX_TAG_CHARS - len(digest) - 1]}~{digest}"
 
 
-def finite_json(value: Any) -> Any:
-    """Return a param's value with NaN and infinities spelt out, since a run's config is plain JSON."""
+def config_value(value: Any) -> Any:
+    """Return a param's value as a run's config can hold it.
+
+    A config is plain JSON, so NaN and infinities are spelt out; and it is stored as a tree of its leaves, in which an
+    empty dict would vanish, so that becomes ``"{}"``.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {str(key): finite_json(item) for key, item in value.items()}
+        return {str(key): config_value(item) for key, item in value.items()} or "{}"
     if isinstance(value, list | tuple):
-        return [finite_json(item) for item in value]
+        return [config_value(item) for item in value]
     return value
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from trackhub.spi import BackendRun, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk import open_sdk_run, stop_service
-from trackhub_wandb.session import Session
+from trackhub_wandb.session import Session, first_config, link_or_copy
 from trackhub_wandb.txlog import LogTail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
 
     from trackhub.spi import Entry, RunInfo
     from trackhub_wandb.options import WandBOptions
@@ -56,15 +58,19 @@ class OfflineRun(BackendRun):
                 shutil.rmtree(folder, ignore_errors=True)
         self._flush_timeout_s = options.flush_timeout_s
         self._finish_timeout_s = options.finish_timeout_s
+        offline = {"mode": "offline", "x_transaction_log_flush_interval": _DISK_INTERVAL_S}
+        self._root = wandb_dir.parent
         try:
-            run = open_sdk_run({**settings, "mode": "offline", "x_transaction_log_flush_interval": _DISK_INTERVAL_S})
+            run = open_sdk_run({**settings, **offline}, config=first_config(info))
         except Exception as error:
             raise TransientError(f"W&B run of {info.key.site} cannot be opened: {error}") from error
-        self._session = Session(run, info, options)
+        self._sync_dir = Path(run.settings.sync_dir)
+        self._session = Session(run, info, options, self._keep_files)
         self._tail = LogTail(Path(run.settings.sync_file))
-        self._on_disk: tuple[str, int] | None = None
+        self._on_disk: tuple[str, int] = self._session.last
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        """Hand entries to the SDK."""
         try:
             rejected = self._session.write(batch)
         except Exception as error:
@@ -72,12 +78,13 @@ class OfflineRun(BackendRun):
         return WriteReport(rejected) if rejected else None
 
     def flush(self) -> None:
+        """Wait until the last of them is in the run's file."""
         last = self._session.last
         if last == self._on_disk:
             return
         deadline = time.monotonic() + self._flush_timeout_s
         wait = threading.Event().wait
-        while not self._tail.contains(lambda record: _position(record) == last):
+        while not self._is_in_file(last):
             if time.monotonic() > deadline:
                 raise TransientError(f"W&B's service wrote nothing to disk for {self._flush_timeout_s:.0f} s")
             wait(_POLL_S)
@@ -85,12 +92,41 @@ class OfflineRun(BackendRun):
         self._session.artifacts.clear()
         self._session.files.clear()
 
+    def _is_in_file(self, last: tuple[str, int]) -> bool:
+        try:
+            return self._tail.contains(lambda record: _position(record) == last)
+        except OSError as error:
+            raise TransientError(f"the W&B run's file cannot be read: {error}") from error
+
     def finish(self, status: RunStatus) -> None:
+        """End the run, as finished or failed, and the SDK's service with the last run."""
         try:
             self._session.run.finish(exit_code=0 if status is RunStatus.FINISHED else 1)
         except Exception as error:
             raise TransientError(f"the W&B run could not be ended: {error}") from error
         stop_service(self._finish_timeout_s)
+
+    def _keep_files(self, artifact: SdkArtifact, position: int) -> None:
+        """Put an artifact's files into the run's folder, under a path relative to the folder that holds ``wandb``.
+
+        The SDK would leave them in the home folder of whoever runs the receiver, under absolute paths. So a job's
+        folder can be moved or downloaded, and uploaded from where it lies then.
+        """
+        from wandb.sdk.artifacts.staging import get_staging_dir
+
+        folder = self._sync_dir / "artifacts" / str(position)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, entry in enumerate(artifact.manifest.entries.values()):
+            if entry.local_path is None:
+                continue
+            source = Path(entry.local_path)
+            target = folder / f"{number}-{Path(entry.path).name}"
+            target.unlink(missing_ok=True)
+            if source.is_relative_to(get_staging_dir()):
+                shutil.move(source, target)
+            else:
+                link_or_copy(source, target)
+            entry.local_path = str(target.relative_to(self._root))
 
 
 def _position(record: Any) -> tuple[str, int] | None:

@@ -50,7 +50,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     upload_interval_s: _Seconds = 2.0
     init_timeout_s: _Seconds = 10.0
     flush_timeout_s: _Seconds = 10.0
-    finish_timeout_s: _Seconds = 10.0
+    finish_timeout_s: _Seconds = 5.0
     settings: dict[str, Any] = {}
 
     def __repr__(self) -> str:

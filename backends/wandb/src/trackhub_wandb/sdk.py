@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
 
     from wandb.sdk.wandb_run import Run
 
-__all__ = ["QUIET_SETTINGS", "Login", "exclusive_sdk", "import_sdk", "open_sdk_run", "stop_service"]
+__all__ = [
+    "QUIET_SETTINGS",
+    "Login",
+    "abandon_runs",
+    "exclusive_sdk",
+    "import_sdk",
+    "open_sdk_run",
+    "service_is_lost",
+    "stop_service",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -30,13 +40,16 @@ _ERROR_REPORTING_VARIABLE = "WANDB_ERROR_REPORTING"
 
 _RETRY_WAIT_MAX_S = 4.0
 _HTTP_TIMEOUT_S = 30.0
+_KILLED_WITHIN_S = 0.5
 
 QUIET_SETTINGS: dict[str, Any] = {
     # The machine, the console and the code are the receiver's, not the site's: they would be wrong in the site's run.
     "console": "off",
     "disable_code": True,
     "disable_git": True,
+    "host": "",
     "label_disable": True,
+    "program": "",
     "save_code": False,
     "x_disable_machine_info": True,
     "x_disable_meta": True,
@@ -57,18 +70,6 @@ QUIET_SETTINGS: dict[str, Any] = {
     "x_graphql_timeout_seconds": _HTTP_TIMEOUT_S,
 }
 """Settings of every run, whatever its mode."""
-
-
-def import_sdk() -> ModuleType:
-    """Return the ``wandb`` module, imported on the first call (0.5 s).
-
-    The SDK's own crash reports and usage statistics go to the W&B server, and cost two threads: off, unless
-    ``WANDB_ERROR_REPORTING`` is set. The variable is read when wandb is imported and when its service starts.
-    """
-    os.environ.setdefault(_ERROR_REPORTING_VARIABLE, "false")
-    import wandb
-
-    return wandb
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ class Login:
         return getattr(self.auth, "path", None)
 
 
+def import_sdk() -> ModuleType:
+    """Return the ``wandb`` module, imported on the first call (0.5 s).
+
+    The SDK's own crash reports and usage statistics go to the W&B server, and cost two threads: off, unless
+    ``WANDB_ERROR_REPORTING`` is set. The variable is read when wandb is imported and when its service starts.
+    """
+    os.environ.setdefault(_ERROR_REPORTING_VARIABLE, "false")
+    import wandb
+
+    return wandb
+
+
 @contextlib.contextmanager
 def exclusive_sdk() -> Iterator[ModuleType]:
     """Yield the SDK with its service running, while no other backend of this process starts or stops it."""
@@ -109,8 +122,13 @@ def exclusive_sdk() -> Iterator[ModuleType]:
         yield wandb
 
 
-def open_sdk_run(settings: dict[str, Any], login: Login | None = None) -> Run:
+def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: dict[str, Any] | None = None) -> Run:
     """Open a W&B run beside any others of this process.
+
+    Args:
+        settings: fields of ``wandb.Settings``.
+        login: the server and the login; None for an offline run.
+        config: the first entries of a new run's config.
 
     Raises:
         wandb.errors.Error: as ``wandb.init`` does.
@@ -120,22 +138,18 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None) -> Run:
             _use_login(wandb, login)
             settings = {**settings, "base_url": login.base_url}
         try:
-            run: Run = wandb.init(settings=wandb.Settings(**settings))
+            run: Run = wandb.init(config=config, settings=wandb.Settings(**settings))
         except BaseException:
-            # The service keeps a run that could not be opened, and would refuse its id the next time (wandb 0.31).
-            with contextlib.suppress(Exception):
-                wandb.sdk.wandb_setup.singleton().assert_service().inform_finish(run_id=settings["run_id"])
+            _forget_unopened(wandb, settings["run_id"])
             raise
         return run
 
 
-def _use_login(wandb: ModuleType, login: Login) -> None:
-    """Make this the login of the SDK's session, unless it is: an ``api_key`` given to each run would warn each time."""
-    wbauth = wandb.sdk.lib.wbauth
-    held = wbauth.session_credentials(host=login.base_url)
-    if getattr(held, "api_key", None) == login.api_key and getattr(held, "path", None) == login.token_path:
-        return
-    wbauth.use_explicit_auth(login.auth, source="trackhub")
+def service_is_lost() -> bool:
+    """Return whether the SDK's service has ended without being told to: killed, or out of memory."""
+    with _lock:
+        process = _service_process(import_sdk().sdk.wandb_setup.singleton())
+        return process is not None and process.poll() is not None
 
 
 def stop_service(timeout_s: float) -> None:
@@ -144,19 +158,55 @@ def stop_service(timeout_s: float) -> None:
     Runs that the user's own code opened in this process keep it alive.
     """
     with _lock:
-        wandb = import_sdk()
-        setup = wandb.sdk.wandb_setup
-        singleton = setup._singleton
-        if singleton is None or singleton._pid != os.getpid() or singleton._active_runs:
+        singleton = _own_singleton()
+        if singleton is not None and not singleton._active_runs:
+            _end_service(singleton, timeout_s)
+
+
+def abandon_runs(runs: Iterable[Run]) -> None:
+    """Let go of runs that could not be ended, and of the service that still tries; waits for no peer."""
+    with _lock:
+        singleton = _own_singleton()
+        if singleton is None:
             return
-        process = _service_process(singleton)
-        thread = threading.Thread(target=_teardown, args=(wandb,), name="trackhub-wandb-teardown", daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if thread.is_alive() and process is not None:
-            _log.warning("The W&B service did not end within %.0f s and is killed.", timeout_s)
+        for run in runs:
+            run._is_finished = True
+            singleton.remove_active_run(run)
+        if singleton._active_runs and not service_is_lost():
+            return
+        if process := _service_process(singleton):
             process.kill()
-            thread.join(timeout_s)
+        _end_service(singleton, _KILLED_WITHIN_S)
+
+
+def _use_login(wandb: ModuleType, login: Login) -> None:
+    """Make this the login of the SDK's session, unless it is: an ``api_key`` given to each run would warn each time."""
+    wbauth = wandb.sdk.lib.wbauth
+    held = wbauth.session_credentials(host=login.base_url)
+    same = Login(login.base_url, held)
+    if held is not None and (same.api_key, same.token_path) == (login.api_key, login.token_path):
+        # The session outlives the settings, which are made anew with each service.
+        wbauth.set_auth_settings(wandb.sdk.wandb_setup.singleton().settings, held)
+        return
+    wbauth.use_explicit_auth(login.auth, source="trackhub")
+
+
+def _forget_unopened(wandb: ModuleType, run_id: str) -> None:
+    """Take a run that could not be opened out of the service, which would refuse its id the next time (wandb 0.31)."""
+    from wandb.sdk.interface.interface_sock import InterfaceSock
+
+    singleton = wandb.sdk.wandb_setup.singleton()
+    connection = singleton._connection
+    with contextlib.suppress(Exception):
+        # Without an exit record, the service would wait for one before it closes the run, and answer nothing else.
+        interface = InterfaceSock(singleton.asyncer, connection._client, stream_id=run_id)
+        interface.deliver_exit(1).wait_or(timeout=_HTTP_TIMEOUT_S)
+        connection.inform_finish(run_id=run_id)
+
+
+def _own_singleton() -> Any:
+    singleton = import_sdk().sdk.wandb_setup._singleton
+    return singleton if singleton is not None and singleton._pid == os.getpid() else None
 
 
 def _service_process(singleton: Any) -> subprocess.Popen[bytes] | None:
@@ -165,7 +215,24 @@ def _service_process(singleton: Any) -> subprocess.Popen[bytes] | None:
     return owned._process if owned is not None else None
 
 
-def _teardown(wandb: ModuleType) -> None:
+def _end_service(singleton: Any, timeout_s: float) -> None:
+    process = _service_process(singleton)
+    thread = threading.Thread(target=_teardown, args=(singleton,), name="trackhub-wandb-teardown", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive() and process is not None:
+        _log.warning("The W&B service did not end within %.1f s and is killed.", timeout_s)
+        process.kill()
+        thread.join(timeout_s)
+
+
+def _teardown(singleton: Any) -> None:
+    process = _service_process(singleton)
     # SystemExit: the SDK passes on its service's exit code that way, and it is no concern of this process.
     with contextlib.suppress(Exception, SystemExit):
-        wandb.teardown()
+        import_sdk().teardown()
+    # Both were done, unless the service was dead before.
+    with contextlib.suppress(Exception):
+        singleton.asyncer.join()
+    if process is not None:
+        process.wait()

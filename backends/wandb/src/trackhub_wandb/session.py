@@ -23,10 +23,10 @@ from trackhub.spi import (
     Tags,
     Text,
 )
-from trackhub_wandb.naming import CONFIG_ENTRY, Names, artifact_name, file_stem, finite_json, tag_text
+from trackhub_wandb.naming import CONFIG_ENTRY, Names, artifact_name, config_value, file_stem, tag_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
     from wandb.sdk.data_types.base_types.media import Media
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from trackhub_wandb.options import WandBOptions
 
-__all__ = ["Session"]
+__all__ = ["Session", "first_config", "link_or_copy"]
 
 _IMAGE_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg"}
 _HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap">{}</pre>'
@@ -59,7 +59,17 @@ class Session:
         config_changed: whether that was since the last confirmation.
     """
 
-    def __init__(self, run: Run, info: RunInfo, options: WandBOptions) -> None:
+    def __init__(
+        self, run: Run, info: RunInfo, options: WandBOptions, before_artifact: Callable[[SdkArtifact, int], None]
+    ) -> None:
+        """Take over an open run.
+
+        Args:
+            run: as ``wandb.init`` returned it.
+            info: the run that it is.
+            options: the backend's options.
+            before_artifact: called with each artifact and its position before the SDK gets it.
+        """
         self.run = run
         self.next_position = 0
         self.first_row: int = run.starting_step
@@ -68,26 +78,19 @@ class Session:
         self.files: dict[str, int] = {}
         self.artifacts: list[SdkArtifact] = []
         self._info = info
+        self._before_artifact = before_artifact
         self._names = Names(options.step_metric, options.round_metric)
         self._step_metric = options.step_metric
         self._round_metric = options.round_metric
         self._fixed_tags = tuple(run.tags or ()) if not run.resumed else tuple(options.tags)
         config: Any = run.config
-        held = dict(config.get(CONFIG_ENTRY) or {})
-        self._tags: dict[str, str] = dict(held.get("tags") or {})
-        self.config: dict[str, Any] = {
-            "job": info.key.job,
-            "site": info.key.site,
-            "side": str(info.side),
-            "tags": self._tags,
-            "through": held.get("through", -1),
-        }
+        self.config: dict[str, Any] = dict(config.get(CONFIG_ENTRY) or first_config(info)[CONFIG_ENTRY])
         self.config_changed = False
+        self._tags: dict[str, str] = dict(self.config.get("tags") or {})
         for metric in (self._step_metric, self._round_metric):
             run.define_metric(metric)
         # step_sync would put the last step into rows that have none.
         run.define_metric("*", step_metric=self._step_metric, step_sync=False)
-        self._set_config({}, int(self.config["through"]))
 
     def write(self, batch: Sequence[Entry]) -> list[Rejection]:
         """Hand these entries to the SDK, except those that it has; return which W&B cannot hold."""
@@ -99,8 +102,17 @@ class Session:
                 self._store(entry)
             except _Unstorable as error:
                 rejected.append(Rejection(entry.position, error.reason, str(error)))
+            except (ValueError, TypeError) as error:
+                rejected.append(Rejection(entry.position, "invalid_value", str(error)))
             self.next_position = entry.position + 1
         return rejected
+
+    def send_again(self, path: str | None) -> None:
+        """Hand a media file to the SDK once more, or the config if ``path`` is None: the SDK drops what failed."""
+        if path is not None:
+            self.run._publish_file(path)
+        else:
+            self._set_config({}, int(self.config["through"]))
 
     def _store(self, entry: Entry) -> None:
         payload = entry.payload
@@ -108,7 +120,7 @@ class Session:
             case Metrics():
                 self._row(entry, {self._names.row(key): value for key, value in payload.values.items()})
             case Params():
-                values = {self._names.config(key): finite_json(value) for key, value in payload.values.items()}
+                values = {self._names.config(key): config_value(value) for key, value in payload.values.items()}
                 self._set_config(values, entry.position)
             case Tags():
                 self._set_tags(payload.values, entry.position)
@@ -138,6 +150,7 @@ class Session:
         self.last = ("row", entry.position)
 
     def _set_config(self, values: dict[str, Any], position: int) -> None:
+        # What was handed over last has the highest position, except while a resumed run takes in what it holds already.
         self.config = {**self.config, "tags": dict(self._tags), "through": position}
         config: Any = self.run.config
         config.update({**values, CONFIG_ENTRY: self.config}, allow_val_change=True)
@@ -161,16 +174,22 @@ class Session:
         suffix = _IMAGE_SUFFIXES.get(payload.blob.media_type)
         if suffix is None:
             raise _Unstorable("invalid_value", f"image {payload.key!r} is {payload.blob.media_type}, not PNG or JPEG")
-        source = self._info.blob_path(payload.blob)
+        source = self._content(payload)
         with tempfile.TemporaryDirectory(prefix="trackhub-wandb-") as folder:
             # The SDK tells the format by the suffix, and blobs have none.
             named = Path(folder, f"image{suffix}")
-            _link_or_copy(source, named)
+            link_or_copy(source, named)
             try:
                 image = wandb.Image(str(named), caption=payload.caption or None)
             except (ValueError, SyntaxError, OSError) as error:
                 raise _Unstorable("invalid_value", f"image {payload.key!r} cannot be read: {error}") from error
             self._media(entry, payload.key, image)
+
+    def _content(self, payload: Image | Artifact) -> Path:
+        path = self._info.blob_path(payload.blob)
+        if not path.is_file():
+            raise _Unstorable("content_missing", f"the content of {payload.key!r} is not at {path}")
+        return path
 
     def _histogram(self, entry: Entry, payload: Histogram) -> None:
         import wandb
@@ -187,7 +206,7 @@ class Session:
 
     def _table(self, entry: Entry, payload: Table) -> None:
         import wandb
-        from wandb.sdk.data_types.utils import _log_table_artifact
+        from wandb.sdk.artifacts._internal_artifact import InternalArtifact
 
         if len(payload.rows) > wandb.Table.MAX_ARTIFACT_ROWS:
             raise _Unstorable(
@@ -196,8 +215,11 @@ class Session:
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
-        # W&B's pages read a table from the artifact of its run, its API from the run's file.
-        _log_table_artifact(table, file_stem(payload.key), self.run)
+        # As `run.log` does for tables: W&B's pages read a table from an artifact of its run, its API from a file.
+        name = file_stem(payload.key)
+        artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
+        artifact.add(table, name)
+        self._log_artifact(entry, artifact)
         self._media(entry, payload.key, table)
 
     def _media(self, entry: Entry, key: str, media: Media) -> None:
@@ -223,13 +245,21 @@ class Session:
             artifact = wandb.Artifact(
                 artifact_name(payload.key, self._info.key.site), type=payload.artifact_type, metadata=metadata
             )
-            # The blob lies with the job's files, which may move before an offline run is uploaded: keep the SDK's
-            # copy, but not a second one in its cache.
-            artifact.add_file(str(self._info.blob_path(payload.blob)), name=payload.filename, skip_cache=True)
-            self.artifacts.append(self.run.log_artifact(artifact))
+            # The blob is never changed, so no copy of it is needed, neither while it is uploaded nor afterwards.
+            artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
+            self._log_artifact(entry, artifact)
         except ValueError as error:
             raise _Unstorable("invalid_value", f"artifact {payload.key!r}: {error}") from error
         self._set_config({}, entry.position)
+
+    def _log_artifact(self, entry: Entry, artifact: SdkArtifact) -> None:
+        self._before_artifact(artifact, entry.position)
+        self.artifacts.append(self.run.log_artifact(artifact))
+
+
+def first_config(info: RunInfo) -> dict[str, Any]:
+    """Return the config that a new run starts with."""
+    return {CONFIG_ENTRY: {"job": info.key.job, "site": info.key.site, "side": str(info.side), "through": -1}}
 
 
 class _Unstorable(Exception):
@@ -238,7 +268,8 @@ class _Unstorable(Exception):
         self.reason = reason
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+from trackhub_mlflow.contract import MLflowContract
+
+from trackhub.testing import Peer, StoreContext
+
+if TYPE_CHECKING:
+    from backends.mlflow.tests.conftest import Server
+
+
+class TestMLflow(MLflowContract):
+    """In an SQLite store."""
+
+
+class TestMLflowServer(MLflowContract):
+    """On a real server, which is killed and started again."""
+
+    _server: ClassVar[Server]
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def on_server(cls, running_server: Server) -> Iterator[None]:
+        cls._server = running_server
+        with_login = running_server.url.replace("://", "://me:${secret:TRACKHUB_CONTRACT_SECRET}@")
+        cls.secret_options = {"tracking_uri": with_login}
+        yield
+        _Killed(running_server).heal()
+
+    def options(self, tmp_path: Path) -> Mapping[str, Any]:
+        return {"tracking_uri": self._server.url}
+
+    def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
+        return self.options(tmp_path)
+
+    def peer(self, context: StoreContext) -> Peer:
+        return _Killed(self._server)
+
+
+class _Killed:
+    """The server, made to fail by SIGKILL."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def fail(self) -> None:
+        self._server.kill()
+
+    def heal(self) -> None:
+        if not self._server.is_running():
+            self._server.start()

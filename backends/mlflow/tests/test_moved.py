@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from trackhub.spi import Artifact, Entry, Metrics, RunStatus, Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from backends.mlflow.tests.conftest import Server, Sink
+
+
+def test_a_moved_job_folder_opens_with_all_its_artifacts(
+    make_sink: Callable[..., Sink], make_server: Callable[..., Server], entry: Callable[..., Entry], tmp_path: Path
+) -> None:
+    """By the command that results() gives, run in the new folder."""
+    sink = make_sink("job")
+    run = sink.open()
+    artifact = Artifact("model/best.pt", sink.blob("b", b"weights"), "best.pt")
+    run.write([entry(0, Metrics({"x": 1.0})), entry(1, artifact, 0), entry(2, Text("note", "# hi"), 0)])
+    run.finish(RunStatus.FINISHED)
+    results = sink.backend.results(sink.info())
+    assert results is not None
+    _, _, command = str(results.command).partition(" && ")
+    moved = tmp_path / "downloaded" / "mlflow"
+    moved.parent.mkdir()
+    shutil.move(sink.workdir, moved)
+
+    server = make_server(moved, command.split()[1:])
+
+    run_id = server.database.site_run().id
+    assert server.artifact(run_id, "model/best.pt") == b"weights"
+    assert server.artifact(run_id, "text/note/step-00000000-p2.md") == b"# hi"
+    listed = server.call(f"artifacts/list?run_id={run_id}&path=model")["files"]
+    assert [file["path"] for file in listed] == ["model/best.pt"]
+    assert server.call(f"metrics/get-history?run_id={run_id}&metric_key=x")["metrics"][0]["value"] == 1.0

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sinks, each a process of its own, on one store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+from trackhub_mlflow.group import PENDING_TAG, find_or_create
+from trackhub_mlflow.store import StoredRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from backends.mlflow.tests.conftest import Database, Server, Sink
+
+# Ready, wait for the word, open, write, finish.
+SINK = """
+import sys
+from pathlib import Path
+from trackhub.spi import Entry, Metrics, RunInfo, RunKey, RunStatus, Side, SinkContext
+from trackhub_mlflow import MLflowBackend, MLflowOptions
+workdir, uri, experiment, job, site, skew = sys.argv[1:]
+options = MLflowOptions(tracking_uri=uri, experiment_name=experiment)
+backend = MLflowBackend(options, SinkContext(Path(workdir), job, Side.CLIENT))
+print("ready", flush=True)
+sys.stdin.readline()
+run = backend.open_run(RunInfo(RunKey(job, site), Side.CLIENT, 1_700_000_000.0 + float(skew), 0, Path(workdir)))
+print("open", flush=True)
+sys.stdin.readline()
+run.write([Entry(0, 1_700_000_000.0, 0, None, Metrics({"x": float(skew)}), "s", 0)])
+run.finish(RunStatus.FINISHED)
+"""
+
+
+def run_sinks(workdir: Path, uri: str, job: str, *, sinks: int) -> None:
+    """Let all of them open their runs at once, and end once all are open."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SINK, str(workdir), uri, f"experiment of {job}", job, f"site-{n}", str(-n)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(sinks)
+    ]
+    try:
+        for word in ("ready", "open"):
+            for sink in started:
+                assert sink.stdout is not None
+                assert sink.stdout.readline().strip() == word
+            for sink in started:
+                assert sink.stdin is not None
+                sink.stdin.write("go\n")
+                sink.stdin.flush()
+        for sink in started:
+            sink.communicate(timeout=60)
+            assert sink.returncode == 0
+    finally:
+        for sink in started:
+            sink.kill()
+            sink.communicate()
+
+
+def check(database: Database, job: str, *, sinks: int) -> None:
+    (parent,) = database.parents(job)
+    assert parent.status == "FINISHED"
+    for n in range(sinks):
+        run = database.site_run(f"site-{n}", job)
+        assert run.status == "FINISHED"
+        assert run.experiment == f"experiment of {job}"
+        assert database.tags(run.id)["mlflow.parentRunId"] == parent.id
+        assert [value for _, _, value, _ in database.points(run.id)] == [float(-n)]
+
+
+def test_sinks_that_start_at_once_on_a_server_share_experiment_and_parent(server: Server, tmp_path: Path) -> None:
+    for attempt in range(2):
+        run_sinks(tmp_path, server.url, f"together-{attempt}", sinks=4)
+        check(server.database, f"together-{attempt}", sinks=4)
+
+
+def test_sinks_that_start_at_once_on_one_file_share_experiment_and_parent(
+    make_sink: Callable[..., Sink], tmp_path: Path
+) -> None:
+    """Also when the file is still to be made."""
+    sink = make_sink(empty=True)
+
+    run_sinks(sink.workdir, f"sqlite:///{sink.workdir}/mlflow.db", "job", sinks=2)
+
+    check(sink.database, "job", sinks=2)
+    assert [file.name for file in sink.workdir.iterdir()] == ["mlflow.db"]
+
+
+class SlowStore:
+    """A store in memory in which each sink's calls are interleaved with the others' as badly as can be."""
+
+    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+        self.runs: dict[str, dict[str, str]] = {}
+        self.starts: dict[str, int] = {}
+        self.deleted: list[str] = []
+        self._lock = threading.Lock()
+        self._barrier = barrier
+
+    def create(self, start_ms: int) -> Callable[[], StoredRun]:
+        def create() -> StoredRun:
+            if self._barrier is not None:
+                self._barrier.wait(10)  # so that all have searched before any creates
+            with self._lock:
+                run_id = f"run-{len(self.starts)}"
+                self.runs[run_id], self.starts[run_id] = {"tag": "identity", PENDING_TAG: "true"}, start_ms
+            return self._run(run_id)
+
+        return create
+
+    def find_runs(self, _experiment: str, tag: str, value: str) -> list[StoredRun]:
+        with self._lock:
+            return [self._run(run_id) for run_id, tags in self.runs.items() if tags.get(tag) == value]
+
+    def delete_tag(self, run_id: str, key: str) -> None:
+        with self._lock:
+            self.runs[run_id].pop(key, None)
+
+    def delete_run(self, run_id: str) -> None:
+        self.deleted.append(run_id)
+
+    def _run(self, run_id: str) -> StoredRun:
+        return StoredRun(run_id, "1", "RUNNING", self.starts[run_id], 0, "", True, dict(self.runs[run_id]))
+
+
+@pytest.mark.parametrize("sinks", [2, 8])
+def test_all_who_create_a_run_at_once_agree_on_one(sinks: int) -> None:
+    store = SlowStore(threading.Barrier(sinks))
+    chosen: list[str] = []
+
+    def ask(start_ms: int) -> None:
+        run = find_or_create(store, "1", "tag", "identity", store.create(start_ms), patience_s=10)  # type: ignore[arg-type]
+        chosen.append(run.id)
+
+    threads = [threading.Thread(target=ask, args=(n % 3,)) for n in range(sinks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+    assert len(chosen) == sinks
+    assert len(set(chosen)) == 1
+    assert sorted({*store.deleted, *chosen}) == sorted(store.runs)
+    assert [run_id for run_id, tags in store.runs.items() if "tag" in tags and PENDING_TAG not in tags] == [chosen[0]]
+
+
+def test_a_run_whose_creator_died_is_taken_over() -> None:
+    store = SlowStore()
+    left = store.create(5)()
+
+    run = find_or_create(store, "1", "tag", "identity", store.create(1), patience_s=0.1)  # type: ignore[arg-type]
+
+    assert run.id == left.id
+    assert PENDING_TAG not in store.runs[left.id]

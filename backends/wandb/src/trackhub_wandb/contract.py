@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of ``wandb`` offline; online, W&B is a server that no test may use (see the tests of this package)."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trackhub.testing import (
+    ArtifactItem,
+    BackendContract,
+    HistogramItem,
+    ImageItem,
+    Kind,
+    Point,
+    ReadBack,
+    RunInfo,
+    RunStatus,
+    StoreContext,
+    TableItem,
+    TextItem,
+)
+from trackhub_wandb.backend import WandBBackend
+from trackhub_wandb.contract_log import read_log
+
+__all__ = ["WandBContract", "add_row"]
+
+_OWN = {"step", "round"}
+_TEXT = re.compile(r"<pre[^>]*>(.*)</pre>", re.DOTALL)
+
+
+class WandBContract(BackendContract):
+    """What `WandBBackend` passes when it writes files for ``wandb sync``."""
+
+    backend = WandBBackend
+    name = "wandb"
+    secret_env = ("WANDB_API_KEY",)
+
+    def options(self, tmp_path: Path) -> Mapping[str, Any]:
+        """Return the options of an offline sink."""
+        return {"mode": "offline"}
+
+    def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
+        """Read the run's folder. There must be one, and not more."""
+        (path,) = context.workdir.glob(f"offline-run-*-{run.run_id}/run-{run.run_id}.wandb")
+        log = read_log(path)
+        found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
+        entry = log.config.pop("trackhub")
+        found.params, found.tags = log.config, entry.get("tags", {})
+        for row in log.rows:
+            add_row(found, row, lambda name: (log.folder / "files" / name).read_bytes())
+        for artifact in log.artifacts:
+            if artifact.kind != "run_table":
+                ((filename, local_path),) = artifact.files.items()
+                about, content = artifact.metadata, (context.workdir.parent / local_path).read_bytes()
+                found.artifacts = [
+                    *(found.artifacts or ()),
+                    ArtifactItem(about["key"], content, filename, artifact.kind, about.get("step"), about["time"]),
+                ]
+        found.status = None if log.exit_code is None else "finished" if log.exit_code == 0 else "failed"
+        return found
+
+    def canonical_key(self, kind: Kind, key: str) -> str:
+        """W&B has keys of its own, and so has the plugin; a logged one of that name is kept apart."""
+        if kind in (Kind.TAGS, Kind.ARTIFACT):
+            return key
+        bare = key
+        while bare.startswith("user/"):
+            bare = bare.removeprefix("user/")
+        taken = {"trackhub"} if kind is Kind.PARAMS else _OWN
+        return f"user/{key}" if bare.startswith("_") or bare in taken else key
+
+    def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config is plain JSON, kept as a tree of its leaves."""
+        return {key: self._param(value) for key, value in params.items()}
+
+    def _param(self, value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value).replace("inf", "Infinity").replace("nan", "NaN")
+        if isinstance(value, dict):
+            return {key: self._param(item) for key, item in value.items()} or "{}"
+        return [self._param(item) for item in value] if isinstance(value, list) else value
+
+    def canonical_status(self, status: RunStatus) -> str:
+        """A run has an exit code."""
+        return "finished" if status is RunStatus.FINISHED else "failed"
+
+
+def add_row(found: ReadBack, row: dict[str, Any], file: Callable[[str], bytes]) -> None:
+    """Add what one row of a history holds; ``file`` gives the bytes of a file of the run."""
+    step, time = row.get("step"), row["_timestamp"]
+    for key, value in row.items():
+        if key.startswith("_") or key in _OWN:
+            continue
+        kind = value.get("_type") if isinstance(value, dict) else None
+        if kind is None:
+            found.points.append(Point(key, step, float(value), time))
+        elif kind == "histogram":
+            edges, counts = ([float(x) for x in value[name]] for name in ("bins", "values"))
+            found.histograms = [*(found.histograms or ()), HistogramItem(key, step, edges, counts, time)]
+        elif kind == "image-file":
+            image = ImageItem(key, step, file(value["path"]), value.get("caption", ""), time)
+            found.images = [*(found.images or ()), image]
+        elif kind == "html-file":
+            text = _TEXT.search(file(value["path"]).decode())
+            assert text is not None
+            found.texts = [*(found.texts or ()), TextItem(key, step, html.unescape(text[1]), time)]
+        elif kind == "table-file":
+            table = json.loads(file(value["path"]))
+            found.tables = [*(found.tables or ()), TableItem(key, step, table["columns"], table["data"], time)]
+        else:
+            raise ValueError(f"a row holds a {kind}: {value}")

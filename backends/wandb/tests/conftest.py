@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trackhub_wandb import WandBBackend, WandBOptions
+from trackhub_wandb.sdk import abandon_runs, import_sdk
+
+from tests.support.wandb_emulator import Emulator
+from trackhub.spi import Blob, Entry, Metrics, Payload, RunInfo, RunKey, Side, SinkContext
+
+JOB = "job-1"
+T0 = 1_700_000_000.5
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees, or leaves anything in, the home folder or the W&B settings of whoever runs it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(home / "netrc" if name == "NETRC" else home))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    yield
+    singleton = import_sdk().sdk.wandb_setup._singleton
+    if singleton is not None:
+        abandon_runs(list(singleton._active_runs))
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """A W&B server. The test fails if the client did what a server would not accept."""
+    with Emulator() as server:
+        yield server
+    assert server.violations == []
+
+
+class Sink:
+    """One sink's folder, and what backends in it need."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wandb_dir = folder / "wandb"
+        self.blobs = folder / "trackhub" / "blobs"
+        self.wandb_dir.mkdir(parents=True)
+        self.blobs.mkdir(parents=True)
+        self.backends: list[WandBBackend] = []
+
+    def backend(self, **options: Any) -> WandBBackend:
+        """Return a backend in this folder."""
+        backend = WandBBackend(WandBOptions(**options), SinkContext(self.wandb_dir, JOB, Side.SERVER))
+        self.backends.append(backend)
+        return backend
+
+    def info(self, site: str = "site-1", resume_from: int = 0) -> RunInfo:
+        """Return what identifies a site's run."""
+        return RunInfo(RunKey(JOB, site), Side.SERVER, T0, resume_from, self.blobs)
+
+    def blob(self, content: bytes, media_type: str) -> Blob:
+        """Store a blob, as the core does before it hands over the record."""
+        name = f"stream-{len(list(self.blobs.iterdir()))}"
+        (self.blobs / name).write_bytes(content)
+        return Blob(name, len(content), hashlib.sha256(content).hexdigest(), media_type)
+
+
+@pytest.fixture
+def sink(tmp_path: Path) -> Iterator[Sink]:
+    """A sink in an empty folder; its backends are closed at the end."""
+    made = Sink(tmp_path / "run")
+    yield made
+    for backend in made.backends:
+        backend.close()
+
+
+@pytest.fixture
+def online(emulator: Emulator, sink: Sink) -> Callable[..., WandBBackend]:
+    """Make backends that are logged in at the emulator."""
+
+    def make(**options: Any) -> WandBBackend:
+        given = {"mode": "online", "base_url": emulator.url, "api_key": emulator.state.api_key, **options}
+        return sink.backend(**{"upload_interval_s": 0.1, **given})
+
+    return make
+
+
+def entry(position: int, payload: Payload, *, step: int | None = None, round: int | None = None) -> Entry:
+    """Return an entry that was logged ``position`` seconds after the first."""
+    return Entry(position, T0 + position, position if step is None else step, round, payload, "stream", position)
+
+
+def losses(positions: Sequence[int]) -> list[Entry]:
+    """Return one metric at each of these positions."""
+    return [entry(position, Metrics({"loss": position / 2})) for position in positions]
+
+
+def services(pid: int | None = None) -> list[str]:
+    """Return the SDK's service processes of a process."""
+    done = subprocess.run(["ps", "-eo", "ppid=,stat=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
+    return [row[2] for row in rows if row[0] == str(pid or os.getpid()) and "wandb" in row[2] and row[1][0] != "Z"]

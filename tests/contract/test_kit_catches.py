@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract kit, tested with backends that are wrong: every rule catches the one made for it, by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from tests.contract.mutants import MUTANTS, Mutant
+from trackhub.testing import BackendContract
+from trackhub.testing.base import QUICK_ENV
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+Outcomes = dict[tuple[str, str], str]
+
+
+def _run(folder: Path, *targets: str) -> Outcomes:
+    """Run tests in a pytest of their own; return what each failed with, empty if it passed."""
+    report = folder / "report.xml"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "--tb=line",
+         f"--junitxml={report}", "--basetemp", str(folder / "tmp"), *targets],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, QUICK_ENV: "1"}, timeout=280, check=False,
+    )  # fmt: skip
+    assert report.exists(), done.stdout + done.stderr
+    outcomes: Outcomes = {}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        name = (case.attrib["classname"].rpartition(".")[2], case.attrib["name"])
+        outcomes[name] = "" if problem is None else f"{problem.tag}: {problem.attrib.get('message', '')}"
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What became of each mutant in the tests that are meant for it."""
+    file = HERE / "mutants.py"
+    targets = [f"{file}::{mutant.name}::{test}" for mutant in MUTANTS for test in mutant.caught_by]
+    return _run(tmp_path_factory.mktemp("mutants"), *targets)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.removeprefix("Test"))
+def test_mutant_is_caught_by_the_test_meant_for_it(mutant: Mutant, outcomes: Outcomes) -> None:
+    for test in mutant.caught_by:
+        assert outcomes[mutant.name, test].startswith("failure: AssertionError"), outcomes[mutant.name, test] or "passed"
+
+
+def test_every_rule_of_the_contract_has_a_mutant() -> None:
+    rules = {name for name in dir(BackendContract) if name.startswith("test_")}
+    caught = {test.partition("[")[0] for mutant in MUTANTS for test in mutant.caught_by}
+    assert caught == rules
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.removeprefix("Test"))
+def test_mutant_fails_nothing_but_what_its_defect_touches(mutant: Mutant, tmp_path: Path) -> None:
+    failed = {test for (_, test), problem in _run(tmp_path, f"{HERE / 'mutants.py'}::{mutant.name}").items() if problem}
+    assert failed == {*mutant.caught_by, *mutant.also}

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job of real processes without FLARE: trainers, senders, a sink and ``trackhub replay``, and how they are checked.
+
+A scenario starts them, kills or starves some of them, and ends the job. Then the equations of the promises are checked
+against counts that share no code with trackhub (tests.faults.readers), the rest is delivered by ``trackhub replay``,
+and what the backends hold must be exactly what the trainers noted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tests.faults.calls import Notes, Seen, expected
+from tests.faults.readers import SinkCount, count_sink, count_site, read_store, read_tensorboard
+from tests.faults.sender import SenderPlan
+from tests.faults.sink import SinkPlan
+from tests.faults.trainer import TrainerPlan
+from trackhub.spool_layout import SpoolInfo, create_spool
+
+__all__ = ["LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen; only a failure takes so long."""
+
+LIMITS: dict[str, float | str] = {
+    "batch_records": 50,
+    "batch_bytes": 16384,
+    "barrier_s": 1,
+    "gate_s": 5,
+    "deadline_s": 20,
+    "keepalive_s": 0.2,
+    "silence_s": 2,
+    "flush_s": 0.05,
+    "poll_s": 0.01,
+    "request_s": 2,
+    "preflight_s": 1,
+}
+"""Small batches and short waits, so that a short run has many moments to die at."""
+
+JOB = "job-1"
+Lost = Mapping[str, Mapping[str, int]]
+_MARK = "TRACKHUB_FAULTS_WORLD"
+_TOTALS = "TRACKHUB_FAULTS_TOTALS"
+_BACKENDS = {
+    "idempotent": "Idempotent",
+    "resumable": "Resumable",
+    "rebuild": "Rebuild",
+    "at_least_once": "AtLeastOnce",
+    "buffered": "Buffered",
+    **dict.fromkeys(["hangs", "slow", "dies", "gone"], "Idempotent"),
+    **dict.fromkeys(
+        ["http_late", "http_restarted", "http_outage", "http_busy", "http_fails", "http_hangs", "http_rejects"], "Http"
+    ),
+}
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Wait until the condition holds in another process, which no event here can tell."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
+        pause.wait(0.002)
+
+
+class Proc:
+    """A process of a scenario: commands go to its stdin, answers come as lines of JSON from its stdout."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
+        self._log = log
+        self._stderr = log.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+            env=env, cwd=ROOT,
+        )  # fmt: skip
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._answers.put(line.decode())
+        self._answers.put(None)
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr."""
+        return self._log.read_text(errors="replace")
+
+    def answer(self, timeout_s: float = PATIENCE_S) -> Any:
+        """Wait for the next answer."""
+        try:
+            line = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError(f"no answer within {timeout_s:g} s; log: {self.log[-3000:]}") from None
+        if line is None:
+            raise AssertionError(f"ended with status {self.process.wait()} before it answered; log: {self.log[-3000:]}")
+        return json.loads(line)
+
+    def tell(self, command: str) -> None:
+        """Send a command, and do not wait for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def ask(self, command: str, timeout_s: float = PATIENCE_S) -> Any:
+        """Send a command and wait for its answer."""
+        self.tell(command)
+        return self.answer(timeout_s)
+
+    def kill(self) -> None:
+        """SIGKILL it. It may have ended by itself."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Wait for its end and return its status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s:g} s; log: {self.log[-3000:]}") from None
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End it if it has not ended, and give back its pipes."""
+        self.kill()
+        self._reader.join()
+        for stream in (self.process.stdin, self.process.stdout, self._stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+@dataclass
+class World:
+    """One job and its processes.
+
+    Attributes:
+        folder: where everything lies: ``<site>/trackhub/spool``, and ``server/`` as the sink's run folder.
+        backends: the sink's.
+        limits: of sender and sink.
+        in_doubt: calls that may have been under way when a trainer was killed: one each.
+        at_least_once: backends that may hold a record twice.
+    """
+
+    folder: Path
+    backends: dict[str, dict[str, Any]]
+    limits: dict[str, float | str] = field(default_factory=lambda: dict(LIMITS))
+    state: Path | None = None
+    in_doubt: int = 0
+    files: bool = False
+    procs: list[Proc] = field(default_factory=list)
+    peers: list[Proc] = field(default_factory=list)
+    writers: dict[str, str] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.socket = Path(f"/tmp/trackhub-{self.mark[:12]}")
+        plugins = self.folder / "plugins"
+        info = plugins / "trackhub_faults-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trackhub-faults\nVersion: 1.0\n")
+        lines = [f"{name} = tests.faults.backends:{cls}" for name, cls in _BACKENDS.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[trackhub.backends]", *lines, ""]))
+        path = os.pathsep.join([str(ROOT), str(plugins)])
+        self.env = {**os.environ, "PYTHONPATH": path, _MARK: self.mark, "PYTHONWARNINGS": "default"}
+
+    @property
+    def journal(self) -> Path:
+        return (self.state or self.folder / "server" / "trackhub") / "trackhub.db"
+
+    def spool(self, site: str = "site-1") -> Path:
+        return self.folder / site / "trackhub" / "spool"
+
+    def start(self, module: str, plan: msgspec.Struct, env: Mapping[str, str] | None = None) -> Proc:
+        """Start a process of the suite with a plan."""
+        number = len(self.procs)
+        path = self.folder / f"plan-{number}.json"
+        path.write_bytes(msgspec.json.encode(plan))
+        log = self.folder / f"{module}-{number}.log"
+        proc = Proc(["-m", f"tests.faults.{module}", str(path)], {**self.env, **(env or {})}, log)
+        self.procs.append(proc)
+        return proc
+
+    def trainer(self, name: str = "a", site: str = "site-1", *, calls: int = 3000, **plan: Any) -> Proc:
+        """Start a training process. Its writer's name must be new."""
+        if not self.spool(site).exists():
+            create_spool(
+                self.spool(site), SpoolInfo(site, JOB, ("server",), int(self.limits.get("spool_bytes", 1 << 30)))
+            )
+        Notes(self.folder / name, calls)
+        self.writers[name] = site
+        if plan.get("fork_at", -1) >= 0:
+            Notes(self.folder / f"{name}-child", calls)
+            self.writers[f"{name}-child"] = site
+        given = TrainerPlan(
+            spool=str(self.spool(site)), notes=str(self.folder), name=name, calls=calls, files=self.files, **plan
+        )
+        return self.start("trainer", given)
+
+    def sender(self, site: str = "site-1", **plan: Any) -> Proc:
+        """Start a site's sender, and wait until it runs."""
+        given = SenderPlan(
+            spool=str(self.spool(site)), site=site, job=JOB, socket=str(self.socket), limits=self.limits, **plan
+        )
+        proc = self.start("sender", given)
+        assert proc.answer() == "ready"
+        return proc
+
+    def sink(self, **plan: Any) -> Proc:
+        """Start the sink, and wait until it listens, or is killed as planned."""
+        given = SinkPlan(
+            folder=str(self.journal.parent), workdir=str(self.folder / "server"), job=JOB, socket=str(self.socket),
+            backends=self.backends, sites=self.sites(), limits=self.limits, **plan,
+        )  # fmt: skip
+        proc = self.start("sink", given)
+        assert proc.answer() == "ready"
+        return proc
+
+    def sites(self) -> list[str]:
+        return sorted(set(self.writers.values())) or ["site-1"]
+
+    def replay(self, *arguments: str, path: Path | None = None) -> Proc:
+        """Start ``trackhub replay``."""
+        log = self.folder / f"replay-{len(self.procs)}.log"
+        command = ["-m", "trackhub.cli", "replay", str(path or self.folder), *arguments]
+        proc = Proc(command, self.env, log)
+        self.procs.append(proc)
+        return proc
+
+    def peer(self, backend: str, mode: str = "ok") -> Proc:
+        """Start the server of a backend, for the first time or again at the same address."""
+        folder = self.folder / f"peer-{backend}"
+        folder.mkdir(exist_ok=True)
+        (folder / "mode").write_text(mode)
+        port = self.backends[backend]["url"].rpartition(":")[2]
+        log = self.folder / f"peer-{len(self.peers)}.log"
+        proc = Proc(["-m", "tests.faults.peer", port, str(folder)], self.env, log)
+        self.peers.append(proc)
+        assert proc.answer() == "ready"
+        return proc
+
+    def count(self, name: str = "a") -> int:
+        """Return how many calls of a writer have returned."""
+        return Notes(self.folder / name).count()
+
+    def end(
+        self, sender: Proc | None = None, sink: Proc | None = None, *, status: str = "finished", gate_s: float = 5
+    ) -> dict[str, Any]:
+        """End the job in order: the sender drains, the sink waits for it and delivers. Return what the sink said."""
+        if sink is not None:
+            sink.tell(f"finish {status}")
+        if sender is not None:
+            sender.ask(f"close {gate_s}")
+            assert sender.wait() == 0, sender.log
+        answer: dict[str, Any] = {}
+        if sink is not None:
+            answer = sink.answer()
+            assert sink.wait() == 0, sink.log
+            self.check_cap(answer["took_s"])
+        return answer
+
+    def check_cap(self, took_s: float) -> None:
+        """The end of a sink takes no longer than its caps, and a second for each backend that hangs."""
+        caps = float(self.limits["gate_s"]) + float(self.limits["deadline_s"]) + len(self.backends)
+        assert took_s < caps + 5.0, f"the sink took {took_s:.1f} s to end"
+
+    # What must hold
+
+    def check_equations(self) -> dict[str, SinkCount]:
+        """Check the equations at the sites, at the sink and in each lane, from independent counts."""
+        sink = count_sink(self.journal) if self.journal.exists() else {}
+        doubt = self.in_doubt
+        for site in self.sites():
+            if not self.spool(site).exists():
+                continue
+            noted = sum(self.count(name) for name, where in self.writers.items() if where == site)
+            found = count_site(self.spool(site))
+            assert noted <= found.logged <= noted + doubt, (noted, found)
+            gone = found.withheld + found.dropped.total() + found.refused.total()
+            assert found.logged == gone + found.acked + found.spooled, found
+            if site in sink:
+                assert sink[site].missing == 0
+                # What was journaled and not acknowledged is one batch in flight at most.
+                assert found.acked <= sink[site].journaled <= found.acked + int(self.limits["batch_records"]), (
+                    found,
+                    sink,
+                )
+            else:
+                assert found.acked == 0
+        for site, here in sink.items():
+            assert here.received == here.duplicates + here.journaled, here
+            for name, lane in here.lanes.items():
+                pending = here.journaled - lane.confirmed - sum(lane.rejected.values())
+                assert pending >= 0, (name, here)
+                if name in self.backends:
+                    held = len(set(self.held(name, site)))
+                    assert lane.confirmed <= held <= here.journaled, (name, lane, held, here)
+        return sink
+
+    def check_status(self) -> dict[str, Any]:
+        """``trackhub status`` says what the independent counts say."""
+        done = subprocess.run(
+            [sys.executable, "-m", "trackhub.cli", "status", "--json", str(self.folder)],
+            env=self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=True,
+        )  # fmt: skip
+        said: dict[str, Any] = json.loads(done.stdout)
+        for spool in said["spools"]:
+            found = count_site(Path(spool["path"]))
+            sink = spool["sinks"]["server"]
+            assert (sink["logged"], sink["acked"], sink["spooled"]) == (found.logged, found.acked, found.spooled)
+            assert (sink["dropped"], sink["refused"]) == (dict(found.dropped), dict(found.refused))
+        for journal in said["journals"]:
+            assert journal["balanced"]
+            for site, here in count_sink(Path(journal["path"])).items():
+                stated = journal["sites"][site]
+                assert (stated["received"], stated["journaled"]) == (here.received, here.journaled)
+                for lane in journal["lanes"].values():
+                    run = lane[site]
+                    assert here.journaled == run["confirmed"] + sum(run["rejected"].values()) + run["pending"]
+        return said
+
+    def held(self, backend: str, site: str = "site-1") -> list[Seen]:
+        """Return what a backend holds of a site's run."""
+        options = self.backends[backend]
+        work = self.folder / "server" / backend
+        if backend == "tensorboard":
+            return read_tensorboard(work / JOB / site) if (work / JOB / site).exists() else []
+        if backend == "jsonl":
+            return read_store(Path(options.get("path") or work) / JOB / f"{site}.jsonl")
+        if backend.startswith("http_"):
+            return read_store(self.folder / f"peer-{backend}" / f"{site}.jsonl")
+        return read_store(Path(options.get("path") or work) / f"{JOB}-{site}.jsonl")
+
+    def truth(self, name: str, calls: int, backend: str = "jsonl") -> list[Seen]:
+        """Return what a writer's first calls logged, as this backend can hold it."""
+        records = [expected(name, i, files=self.files) for i in range(calls)]
+        return [r for r in records if r.step is not None] if backend == "tensorboard" else records
+
+    def check_delivered(self, *, lost: Lost | None = None) -> None:
+        """Each backend holds exactly what each trainer noted: in order per writer, and nothing twice.
+
+        A call that was under way when its trainer was killed may be there or not. Records that are ``lost`` for
+        counted reasons are missing by number, in the middle.
+
+        Args:
+            lost: backend to writer to the number of its records that are not there; ``*`` for all backends.
+        """
+        for backend in self.backends:
+            for site in self.sites():
+                names = [name for name, where in self.writers.items() if where == site]
+                found = self.held(backend, site)
+                assert {seen.key.partition("/")[0] for seen in found} <= set(names)
+                for name in names:
+                    mine = [seen for seen in found if seen.key.startswith(f"{name}/")]
+                    missing = (lost or {}).get(backend, (lost or {}).get("*", {}))
+                    self._check_writer(backend, site, name, mine, missing.get(name, 0))
+
+    def _check_writer(self, backend: str, site: str, name: str, mine: list[Seen], lost: int) -> None:
+        noted = self.count(name)
+        truth = self.truth(name, noted + self.in_doubt, backend)
+        if backend == "tensorboard":  # its reader gives the records of one key in order, but key by key
+            truth, mine = (sorted(part, key=lambda seen: (seen.step, seen.key)) for part in (truth, mine))
+        if backend == "at_least_once":
+            twice = len(mine) - len(set(mine))
+            counted = count_sink(self.journal)[site].lanes[backend].possible_duplicates
+            assert twice <= counted, f"{backend}: {twice} records are there twice, {counted} were counted"
+            mine = list(dict.fromkeys(mine))
+        if lost:
+            assert [seen for seen in truth[: len(truth)] if seen in set(mine)] == mine, f"{backend}: order of {name}"
+            assert len(mine) == noted - lost, (
+                f"{backend}: {name} has {len(mine)} of {noted} records, {lost} counted as lost"
+            )
+            return
+        must = len(self.truth(name, noted, backend))
+        assert len(mine) >= must, f"{backend}: {must - len(mine)} records of {name} are lost without a count"
+        assert mine == truth[: len(mine)], f"{backend}: {name} differs at {_first_difference(mine, truth)}"
+
+    def check_all_delivered(self, *, lost: Lost | None = None) -> None:
+        """Nothing is left anywhere, and the backends hold exactly what was logged."""
+        self.check_equations()
+        said = self.check_status()
+        for spool in said["spools"]:
+            assert spool["sinks"]["server"]["spooled"] == 0, spool
+        for journal in said["journals"]:
+            for name in self.backends:
+                assert all(run["pending"] == 0 for run in journal["lanes"].get(name, {}).values()), journal
+        self.check_delivered(lost=lost)
+
+    def replay_all(self, *arguments: str, lost: Lost | None = None) -> None:
+        """Deliver what is left, and check that exactly what was logged is there."""
+        replay = self.replay(*arguments)
+        assert replay.wait() == 0, replay.log
+        self.check_all_delivered(lost=lost)
+
+    def flags(self, **changed: Mapping[str, Any]) -> list[str]:
+        """Return the flags that name all backends, with these options."""
+        flags = [flag for name in self.backends for flag in ("--backend", name)]
+        for name, options in changed.items():
+            for key, value in options.items():
+                flags += ["--option", f"{name}.{key}={value}"]
+        return flags
+
+    def close(self) -> None:
+        """End what a failed test left running."""
+        for proc in (*self.procs, *self.peers):
+            proc.close()
+        self.socket.unlink(missing_ok=True)
+
+    def check_nothing_stays(self) -> None:
+        """No process is left but the servers of backends, and no lock is held."""
+        for peer in self.peers:
+            peer.kill()
+        for proc in self.procs:
+            assert not proc.is_alive(), f"still running: {proc.process.args!r}; log: {proc.log[-2000:]}"
+        mark = f"{_MARK}={self.mark}".encode()
+        left = [pid for pid, env in _environments() if mark in env]
+        assert left == [], "processes are left that the scenario's own processes started"
+        for lock in self.folder.rglob("*.lock"):
+            with lock.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def note_totals(self, test: str) -> None:
+        """Add this scenario to the suite's figures, if they are asked for."""
+        path = os.environ.get(_TOTALS)
+        if path:
+            records = sum(self.count(name) for name in self.writers)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"test": test, "records": records}) + "\n")
+
+
+def _first_difference(mine: list[Seen], truth: list[Seen]) -> str:
+    at = next(i for i, (a, b) in enumerate(zip(mine, [*truth, None], strict=False)) if a != b)
+    doubled = [seen for seen, n in Counter(mine).items() if n > 1]
+    return f"record {at}: {mine[at : at + 3]}, expected {truth[at : at + 3]}; {len(doubled)} are there twice"
+
+
+def _environments() -> Iterator[tuple[int, bytes]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    yield int(entry.name), (entry / "environ").read_bytes()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent counts: readers of spools, journals and stores that share no code with trackhub.
+
+They follow the descriptions of the formats (the docstrings of trackhub.records, spool_layout and journal), so that a
+defect in trackhub's own readers cannot hide one in its writers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.faults.calls import Seen
+
+__all__ = ["Frame", "LaneCount", "SinkCount", "SiteCount", "count_sink", "count_site", "read_store", "read_tensorboard"]
+
+_DROPS = ("spool_full", "disk_full", "io_error", "unconvertible")
+_GAP = 9
+
+
+class Frame(NamedTuple):
+    """One sound frame: its record's number, and how many records it stands for if it is a gap."""
+
+    seq: int
+    gap: int
+    reason: str
+
+
+@dataclass
+class SiteCount:
+    """What a site's spool says; ``logged`` is what its ledgers say, or its frames if these know more."""
+
+    logged: int = 0
+    streams: int = 0
+    acked: int = 0
+    spooled: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    withheld: int = 0
+
+
+@dataclass
+class LaneCount:
+    """What a journal says of one run in one lane."""
+
+    confirmed: int
+    rejected: dict[str, int]
+    possible_duplicates: int
+
+
+@dataclass
+class SinkCount:
+    """What a journal says of one site; ``journaled`` is counted from the frames that are in it."""
+
+    received: int
+    duplicates: int
+    missing: int
+    journaled: int
+    lanes: dict[str, LaneCount]
+
+
+def frames(data: bytes) -> Iterator[Frame]:
+    """Yield the sound frames from the beginning up to the first that is not."""
+    at = 0
+    while len(data) - at >= 9:
+        crc, size, kind = struct.unpack_from("<IIB", data, at)
+        body = data[at + 9 : at + 9 + size]
+        if len(body) < size or zlib.crc32(data[at + 4 : at + 9] + body) != crc:
+            return
+        seq, _, _, _, payload = msgspec.msgpack.decode(body)
+        yield Frame(seq, payload[1], payload[2]) if kind == _GAP else Frame(seq, 0, "")
+        at += 9 + size
+
+
+def count_site(folder: Path, cursor: str = "server") -> SiteCount:
+    """Count a spool in which nothing is damaged."""
+    total = SiteCount()
+    streams = {m[1] for p in folder.iterdir() if (m := re.fullmatch(r"([0-9a-f]{32})[-.].*", p.name))}
+    total.streams = len(streams)
+    for stream in streams:
+        ledger = folder / f"{stream}.ledger"
+        logged, *drops = struct.unpack("<5Q", ledger.read_bytes()) if ledger.exists() else (0,) * 5
+        ack_file = folder / f"{stream}.{cursor}.ack"
+        next_seq = 0
+        explained: Counter[str] = Counter()
+        if ack_file.exists():
+            data = ack_file.read_bytes()
+            size, crc = struct.unpack_from("<II", data)
+            assert zlib.crc32(data[8 : 8 + size]) == crc, ack_file
+            _, _, next_seq, acked, refused, past = msgspec.msgpack.decode(data[8 : 8 + size])
+            total.acked += acked
+            total.refused.update(refused)
+            explained.update(past)
+        end = next_seq
+        for segment in sorted(folder.glob(f"{stream}-*.spool")):
+            for frame in frames(segment.read_bytes()[8:]):
+                if frame.seq >= next_seq:
+                    total.spooled += not frame.gap
+                    explained[frame.reason] += frame.gap
+                    end = frame.seq + (frame.gap or 1)
+        total.logged += max(logged, end)
+        total.withheld += explained.pop("withheld", 0)
+        counted = dict(zip(_DROPS, drops, strict=True))
+        for reason in {*counted, *explained} - {""}:
+            if n := max(counted.get(reason, 0), explained[reason]):
+                total.dropped[reason] += n
+    return total
+
+
+def count_sink(journal: Path) -> dict[str, SinkCount]:
+    """Count a journal by site."""
+    found = {}
+    db = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        for site, name, received, duplicates, missing in db.execute(
+            "SELECT id, name, received, duplicates, missing FROM sites"
+        ).fetchall():
+            blobs = db.execute("SELECT frames FROM batches WHERE site = ?", (site,))
+            journaled = sum(not frame.gap for (blob,) in blobs for frame in frames(blob))
+            lanes = {}
+            for lane, blob in db.execute("SELECT lane, progress FROM runs WHERE site = ?", (site,)):
+                p: dict[str, Any] = msgspec.msgpack.decode(blob)
+                lanes[lane] = LaneCount(p["confirmed"], p["rejected"], p["possible_duplicates"])
+            found[name] = SinkCount(received, duplicates, missing, journaled, lanes)
+    finally:
+        db.close()
+    return found
+
+
+def read_store(path: Path) -> list[Seen]:
+    """Read a file of JSON lines, as the backends of the suite, the peer and ``jsonl`` write them, in its order."""
+    seen = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(line)
+        kind = record.get("kind")
+        if kind == "end":
+            continue
+        if kind == "metrics":
+            ((key, value),) = record["values"].items()
+        elif kind == "text":
+            key, value = record["key"], record["text"]
+        elif kind == "artifact":
+            key, value = record["key"], record["sha256"]
+        else:
+            key, value = record["key"], record["value"]
+        seen.append(Seen(key, record["step"], value))
+    return seen
+
+
+def read_times(path: Path) -> dict[tuple[str, int], float]:
+    """Read the times in a file of JSON lines, by key and step."""
+    found = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "metrics":
+            (key,) = record["values"]
+            found[key, record["step"]] = record["time"]
+    return found
+
+
+def read_tensorboard(folder: Path) -> list[Seen]:
+    """Read a run's scalars and texts with TensorBoard's own reader: those of one key in their order."""
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    reader.Reload()
+    tags = reader.Tags()
+    seen = [Seen(tag, e.step, e.value) for tag in tags["scalars"] for e in reader.Scalars(tag)]
+    for tag in tags["tensors"]:
+        for event in reader.Tensors(tag):
+            text = event.tensor_proto.string_val
+            if text:
+                seen.append(Seen(tag.removesuffix("/text_summary"), event.step, text[0].decode()))
+    return seen

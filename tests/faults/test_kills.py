@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at random moments. In the bounded form of the suite a few seeds of each, in the full form fifty."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import MakeWorld
+from tests.faults.harness import World, wait_for
+
+QUICK = 2
+SEEDS = [pytest.param(seed, marks=[] if seed < QUICK else pytest.mark.long) for seed in range(50)]
+EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")
+CALLS = 1500
+
+
+def some_backends(seed: int) -> dict[str, dict[str, object]]:
+    """A backend of each redelivery kind in turn, and tensorboard in every seventh seed."""
+    return {"jsonl": {}, EVERY_KIND[seed % len(EVERY_KIND)]: {}}
+
+
+def reach(world: World, chance: random.Random, name: str = "a", calls: int = CALLS) -> None:
+    """Wait for a random moment of the training."""
+    target = chance.randrange(calls)
+    wait_for(lambda: world.count(name) >= target, f"{target} calls")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    world = make_world(some_backends(seed), files=seed % 2 == 0)
+    trainer = world.trainer("a", calls=CALLS)
+    sink, sender = world.sink(), world.sender()
+
+    reach(world, chance)
+    trainer.kill()
+    world.in_doubt = 1
+    if seed % 2:  # started again, as FLARE's launcher or its user does
+        assert world.trainer("b", calls=200).wait() == 0
+    world.end(sender, sink)
+
+    world.check_all_delivered()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    world = make_world(some_backends(seed), files=seed % 2 == 0)
+    trainers = [world.trainer("a", calls=CALLS), world.trainer("b", calls=CALLS)]
+    sink, sender = world.sink(), world.sender(ack_loss=0.2, seed=seed)
+
+    reach(world, chance)
+    sender.kill()
+    if seed % 2:
+        sender = world.sender()
+    for trainer in trainers:
+        assert trainer.wait() == 0, trainer.log
+    world.end(sender if seed % 2 else None, sink)
+
+    world.check_equations()
+    world.replay_all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_sink_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    world = make_world(some_backends(seed), files=seed % 2 == 0)
+    trainer = world.trainer("a", calls=CALLS)
+    sink, sender = world.sink(), world.sender()
+
+    reach(world, chance)
+    sink.kill()
+    if seed % 2:
+        sink = world.sink()
+    assert trainer.wait() == 0, trainer.log
+    world.end(sender, sink if seed % 2 else None, gate_s=5 if seed % 2 else 0.5)
+
+    world.check_equations()
+    world.replay_all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_sink_that_dies_in_mid_commit_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    world = make_world(some_backends(seed), durability="full" if seed % 5 == 0 else "normal")
+    trainer = world.trainer("a", calls=CALLS)
+    sink = world.sink(kill_at_commit=chance.randrange(4, 40), kill_after_us=chance.uniform(0, 300))
+    sender = world.sender()
+
+    assert sink.wait() == -9, sink.log
+    assert trainer.wait() == 0, trainer.log
+    world.check_equations()
+    sink = world.sink()
+    world.end(sender, sink)
+
+    world.check_all_delivered()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_lane_that_dies_between_write_and_confirm_loses_and_doubles_nothing(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    kind = EVERY_KIND[seed % len(EVERY_KIND)]
+    world = make_world({kind: {}}, files=kind != "tensorboard")
+    method = chance.choice(["write", "flush"]) if kind in ("rebuild", "buffered") else "write"
+    trainer = world.trainer("a", calls=600)
+    sink = world.sink(kill_at_write=(kind, method, chance.randrange(1, 5)))
+    sender = world.sender()
+
+    assert sink.wait() == -9, sink.log
+    assert trainer.wait() == 0, trainer.log
+    world.check_equations()
+    if seed % 2:
+        world.end(sender, world.sink())
+    else:
+        world.end(sender, gate_s=0.5)
+
+    world.check_equations()
+    world.replay_all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_world: MakeWorld, seed: int) -> None:
+    chance = random.Random(seed)
+    kind = EVERY_KIND[seed % len(EVERY_KIND)]
+    world = make_world({})
+    assert world.trainer("a", calls=1000).wait() == 0
+    sink, sender = world.sink(), world.sender()
+    world.end(sender, sink)
+    options = {} if kind in ("jsonl", "tensorboard") else {"pause_s": 0.0005}
+    world.backends = {kind: options}
+    flags = ["--backend", kind, *(f for k, v in options.items() for f in ("--option", f"{kind}.{k}={v}"))]
+
+    for _ in range(3):
+        replay = world.replay(*flags)
+        held = chance.randrange(1, 900)
+        wait_for(lambda: len(world.held(kind)) >= held or not replay.is_alive(), f"{held} records")  # noqa: B023
+        replay.kill()
+        world.check_equations()
+
+    world.replay_all(*flags)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+    """Lost requests and acks, late repetitions, two ranks, and each process killed and started again."""
+    chance = random.Random(seed)
+    world = make_world(some_backends(seed), files=True)
+    channel: dict[str, Any] = {"ack_loss": 0.3, "request_loss": 0.1, "again": 0.2, "delay_s": 0.005, "seed": seed}
+    trainers = {name: world.trainer(name, calls=CALLS) for name in ("a", "b")}
+    sink, sender = world.sink(), world.sender(**channel)
+
+    for victim in chance.sample(["sink", "sender", "a", "sink", "sender"], 5):
+        reach(world, chance, "b", min(CALLS, world.count("b") + 300))
+        if victim == "sink":
+            sink.kill()
+            sink = world.sink()
+        elif victim == "sender":
+            sender.kill()
+            sender = world.sender(**channel)
+        elif trainers["a"].is_alive():
+            trainers["a"].kill()
+            world.in_doubt = 1
+    trainers["a"].wait()
+    assert trainers["b"].wait() == 0
+    world.end(sender, sink)
+
+    world.check_equations()
+    world.replay_all()

@@ -1,0 +1,611 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lane delivers every journaled record once and in order, or says which it did not and why, whatever a backend does."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trackhub.delivery import run_lane
+from trackhub.delivery.journal import Journal
+from trackhub.delivery.lane import Lane
+from trackhub.delivery.report import DeliveryReport, RunReport
+from trackhub.delivery.retry import Backoff
+from trackhub.errors import ConfigError, PermanentError, TransientError
+from trackhub.records import Metrics, Record, Text
+from trackhub.run import RunStatus, Side
+from trackhub.spi import Backend, Entry, Kind, Redelivery, Rejection, RunInfo, WriteReport
+
+from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, metric
+
+SITE = "site-1"
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
+
+
+class Bench:
+    """A journal with records in it, and lanes on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = Journal.open(folder / "trackhub.db", job="job-1", side=Side.SERVER)
+        self.counts: dict[str, int] = {}
+        self.lanes: dict[str, Lane] = {}
+
+    def log(self, n: int, site: str = SITE, rows: int = 1) -> None:
+        for _ in range(rows):
+            first = self.counts.get(site, 0)
+            self.add([metric(first + i) for i in range(n)], site)
+
+    def add(self, records: list[Record], site: str = SITE) -> None:
+        found = self.journal.add_site(site, 1000.0)
+        self.journal.append(found, batch_of(records, stream=site), {})
+        self.counts[site] = self.counts.get(site, 0) + len(records)
+        for lane in self.lanes.values():
+            lane.notify(found)
+
+    def lane(self, backend: Backend, name: str = "memory", *, flush_s: float = 0.01) -> Lane:
+        lane = self.lanes[name] = Lane(
+            name, backend, self.journal, job="job-1", side=Side.SERVER,
+            blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
+        )  # fmt: skip
+        lane.start()
+        return lane
+
+    def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
+        """End all lanes as a sink does."""
+        for lane in self.lanes.values():
+            lane.begin_finish(dict.fromkeys(self.counts, status))
+        deadline = time.monotonic() + timeout_s
+        for lane in self.lanes.values():
+            lane.join(deadline - time.monotonic())
+        report = self.journal.report(list(self.lanes))
+        self.lanes.clear()
+        self.journal.close()
+        assert_balanced(report, self.counts)
+        return report
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "sink")
+    yield bench
+    bench.journal.close()
+
+
+def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> RunReport:
+    return report.lanes[lane][site]
+
+
+def failing(times: int, error: Callable[[], BaseException], method: str = "write") -> Callable[[str, Any], None]:
+    left = [times]
+
+    def behave(called: str, argument: Any) -> None:
+        if called == method and left[0] > 0:
+            left[0] -= 1
+            raise error()
+
+    return behave
+
+
+def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str, Any], None]:
+    def behave(method: str, argument: Any) -> None:
+        if method == "write" and any(e.position in bad for e in argument):
+            raise error()
+
+    return behave
+
+
+def test_all_records_are_delivered_in_order_from_one_thread_and_the_run_is_finished(bench: Bench) -> None:
+    backend = MemoryBackend()
+    bench.lane(backend)
+    for n in (1, 500, 2500):
+        bench.log(n)
+    report = bench.finish()
+
+    assert backend.positions() == list(range(3001))
+    assert [e.seq for e in backend.stored[SITE]] == list(range(3001))
+    assert [e.time for e in backend.stored[SITE]] == [1000.0 + i for i in range(3001)]
+    assert (run_of(report).confirmed, run_of(report).pending, run_of(report).state) == (3001, 0, "finished")
+    assert backend.statuses == {SITE: RunStatus.FINISHED}
+    assert len(backend.threads) == 1
+    assert threading.get_ident() not in backend.threads
+    assert (backend.calls["open"], backend.calls["finish"], backend.calls["close"]) == (1, 1, 1)
+    info = backend.infos[0]
+    assert (info.key, info.side, info.created, info.resume_from) == (("job-1", SITE), Side.SERVER, 1000.0, 0)
+
+
+def test_no_write_is_larger_than_the_backend_can_take(bench: Bench) -> None:
+    sizes: list[int] = []
+    backend = MemoryBackend(lambda method, batch: sizes.append(len(batch)) if method == "write" else None, max_batch=7)
+    bench.lane(backend)
+    bench.log(100, rows=3)
+    bench.finish()
+    assert max(sizes) <= 7
+    assert sum(sizes) == 300
+    assert backend.positions() == list(range(300))
+
+
+def test_records_that_arrive_while_the_lane_works_are_delivered(bench: Bench) -> None:
+    backend = MemoryBackend()
+    bench.lane(backend)
+    for i in range(50):
+        bench.log(3)
+        if i % 10 == 0:
+            assert backend.wait_for(SITE, 3 * (i + 1))
+    bench.finish()
+    assert backend.positions() == list(range(150))
+
+
+def test_a_transient_error_is_tried_again_and_the_time_that_the_backend_asks_for_is_kept(bench: Bench) -> None:
+    calls: list[float] = []
+
+    def behave(method: str, argument: Any) -> None:
+        if method == "write":
+            calls.append(time.monotonic())
+            if len(calls) <= 2:
+                raise TransientError("busy", retry_after_s=0.15)
+
+    backend = MemoryBackend(behave)
+    bench.log(10)
+    bench.lane(backend)
+    report = bench.finish()  # also at the end of the job, a time that was asked for is kept
+    assert backend.positions() == list(range(10))
+    assert all(b - a >= 0.15 for a, b in zip(calls[:2], calls[1:3], strict=True))
+    assert run_of(report).confirmed == 10
+    assert "busy" in run_of(report).last_error
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bad=st.sets(st.integers(0, 59), max_size=6), size=st.sampled_from([1, 7, 1000]), permanent=st.booleans())
+def test_only_the_records_that_cannot_be_stored_are_rejected(
+    tmp_path_factory: pytest.TempPathFactory, bad: set[int], size: int, permanent: bool
+) -> None:
+    bench = Bench(tmp_path_factory.mktemp("sink"))
+    error: Callable[[], BaseException] = (lambda: PermanentError("no")) if permanent else (lambda: RuntimeError("bug"))
+    if not permanent and 0 in bad and size == 1:
+        bad.discard(0)  # an error of nothing but the first record looks as a backend that is broken altogether
+    backend = MemoryBackend(poisoned(bad, error), max_batch=size)
+    bench.log(20, rows=3)
+    bench.lane(backend)
+    report = bench.finish()
+    assert backend.positions() == [i for i in range(60) if i not in bad]
+    reason = "permanent_error" if permanent else "backend_error"
+    assert run_of(report).rejected == ({reason: len(bad)} if bad else {})
+    assert run_of(report).confirmed == 60 - len(bad)
+
+
+def test_a_backend_that_fails_with_every_record_loses_none_of_them(bench: Bench) -> None:
+    backend = MemoryBackend(poisoned(set(range(100)), lambda: RuntimeError("all of it is broken")))
+    bench.log(10)
+    bench.lane(backend)
+    report = bench.finish(0.3)
+    assert (run_of(report).confirmed, run_of(report).pending, run_of(report).state) == (0, 10, "unfinished")
+    assert "all of it is broken" in run_of(report).last_error
+
+
+def test_what_a_backend_rejects_itself_is_counted_by_its_reason(bench: Bench) -> None:
+    def behave(method: str, batch: Any) -> Any:
+        if method != "write":
+            return None
+        return WriteReport([Rejection(e.position, "odd") for e in batch if e.position % 2])
+
+    bench.log(11)
+    bench.lane(MemoryBackend(behave))
+    report = bench.finish()
+    assert (run_of(report).rejected, run_of(report).confirmed) == ({"odd": 5}, 6)
+
+
+def test_rejections_of_records_that_were_not_handed_over_or_twice_are_not_counted(bench: Bench) -> None:
+    def behave(method: str, batch: Any) -> Any:
+        if method != "write":
+            return None
+        return WriteReport([Rejection(p, "odd") for p in (1, 1, 1, 99, -5)])
+
+    bench.log(3)
+    bench.lane(MemoryBackend(behave))
+    report = bench.finish()
+    assert (run_of(report).rejected, run_of(report).confirmed) == ({"odd": 1}, 2)
+
+
+class Odd(MemoryBackend):
+    """Its runs return what is no report."""
+
+    def open_run(self, info: RunInfo) -> Any:
+        run = super().open_run(info)
+        write = run.write
+
+        def odd(batch: Any) -> Any:
+            write(batch)
+            return True
+
+        run.write = odd  # type: ignore[method-assign]
+        return run
+
+
+def test_a_backend_that_returns_something_else_is_told_so_and_stops_nothing(bench: Bench) -> None:
+    bench.log(3)
+    bench.lane(Odd())
+    other = MemoryBackend()
+    bench.lane(other, "other")
+    report = bench.finish(0.5)
+    run = run_of(report)
+    assert "bool" in run.last_error
+    assert "WriteReport" in run.last_error
+    assert other.positions() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [TransientError("t"), RuntimeError("r"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_open_run_is_tried_again(bench: Bench, error: BaseException) -> None:
+    backend = MemoryBackend(failing(3, lambda: error, "open"))
+    bench.log(5)
+    bench.lane(backend)
+    report = bench.finish()
+    assert backend.calls["open"] == 4
+    assert (run_of(report).confirmed, run_of(report).state) == (5, "finished")
+
+
+def test_open_run_that_fails_for_good_leaves_the_records_pending_and_says_why(bench: Bench) -> None:
+    backend = MemoryBackend(failing(99, lambda: PermanentError("no such project"), "open"))
+    bench.log(5)
+    bench.lane(backend)
+    report = bench.finish()
+    run = run_of(report)
+    assert (backend.calls["open"], run.pending, run.state) == (1, 5, "stopped")
+    assert "no such project" in run.last_error
+
+
+@pytest.mark.parametrize("method", ["open", "write", "flush", "finish", "preflight"])
+def test_a_call_that_leaves_the_interpreter_ends_neither_the_lane_nor_the_job(bench: Bench, method: str) -> None:
+    backend = MemoryBackend(failing(1, lambda: SystemExit(1), method), buffering=True)
+    bench.log(5)
+    bench.lane(backend)
+    report = bench.finish()
+    assert backend.positions() == list(range(5))
+    assert (run_of(report).confirmed, run_of(report).pending) == (5, 0)
+    assert run_of(report).state == ("unfinished" if method == "finish" else "finished")
+    assert backend.calls["close"] == 1
+
+
+@pytest.mark.parametrize("method", ["preflight", "open", "write", "flush", "finish"])
+def test_a_backend_that_hangs_is_left_behind_and_the_report_says_so(bench: Bench, method: str) -> None:
+    release, hangs = threading.Event(), threading.Event()
+
+    def behave(called: str, argument: Any) -> None:
+        if called == method:
+            hangs.set()
+            release.wait(WAIT_S)
+
+    backend, other = MemoryBackend(behave, buffering=True), MemoryBackend()
+    for site in (SITE, "site-2"):
+        bench.log(5, site)
+    bench.lane(other, "other")
+    lane = bench.lane(backend)
+    for each in bench.lanes.values():
+        each.begin_finish({})
+    assert hangs.wait(WAIT_S)
+    start = time.monotonic()
+    report = bench.finish(0.2)
+
+    assert time.monotonic() - start < 5
+    for site in (SITE, "site-2"):
+        run = run_of(report, site)
+        assert run.confirmed + run.pending == 5
+        if run.state != "finished":
+            assert run.state == "unfinished"
+            assert "has not returned" in run.last_error
+        assert run_of(report, site, "other").confirmed == 5
+    assert "unfinished" in {run_of(report, site).state for site in (SITE, "site-2")}
+    release.set()
+    lane._thread.join(WAIT_S)  # it ends by itself when the backend comes back, and hurts nobody
+    assert not lane._thread.is_alive()
+    assert backend.calls["close"] == 1
+
+
+def test_a_slow_backend_stops_at_the_deadline_between_two_calls(bench: Bench) -> None:
+    def behave(method: str, argument: Any) -> None:
+        if method == "write":
+            time.sleep(0.02)
+
+    backend = MemoryBackend(behave, max_batch=1)
+    bench.log(2000)
+    lane = bench.lane(backend)
+    assert backend.wait_for(SITE, 2)
+    start = time.monotonic()
+    report = bench.finish(0.2)
+    assert time.monotonic() - start < 2
+    assert not lane._thread.is_alive()
+    assert 0 < len(backend.positions()) < 2000
+    assert run_of(report).state == "unfinished"
+    assert run_of(report).pending > 0
+
+
+def test_a_site_that_cannot_be_stored_does_not_hold_up_the_others(bench: Bench) -> None:
+    def behave(method: str, argument: Any) -> None:
+        if method == "open" and argument.key.site == SITE:
+            raise TransientError("not this one", retry_after_s=60)
+
+    backend = MemoryBackend(behave)
+    bench.lane(backend)
+    bench.log(5)
+    bench.log(5, "site-2")
+    assert backend.wait_for("site-2", 5)
+    report = bench.finish(0.3)
+    assert (run_of(report).pending, run_of(report).state) == (5, "unfinished")
+    assert (run_of(report, "site-2").confirmed, run_of(report, "site-2").state) == (5, "finished")
+
+
+def test_a_dead_backend_delays_no_other(bench: Bench) -> None:
+    dead, good = MemoryBackend(failing(10**6, lambda: TransientError("down"))), MemoryBackend()
+    bench.lane(dead, "dead")
+    bench.lane(good, "good")
+    bench.log(1000)
+    assert good.wait_for(SITE, 1000)
+    report = bench.finish(0.2)
+    assert run_of(report, lane="dead").pending == 1000
+    assert run_of(report, lane="good").confirmed == 1000
+
+
+def test_finish_is_tried_again_until_the_deadline(bench: Bench) -> None:
+    backend = MemoryBackend(failing(3, lambda: TransientError("not yet"), "finish"))
+    bench.log(5)
+    bench.lane(backend)
+    report = bench.finish(status=RunStatus.ABORTED)
+    assert backend.calls["finish"] == 4
+    assert backend.statuses == {SITE: RunStatus.ABORTED}
+    assert run_of(report).state == "finished"
+
+
+def test_finish_that_never_works_is_reported_although_all_is_confirmed(bench: Bench) -> None:
+    bench.log(5)
+    bench.lane(MemoryBackend(failing(9999, lambda: RuntimeError("cannot end"), "finish")))
+    run = run_of(bench.finish())
+    assert (run.confirmed, run.pending, run.state) == (5, 0, "unfinished")
+    assert "cannot end" in run.last_error
+
+
+def test_a_check_that_says_that_the_configuration_is_wrong_is_raised(bench: Bench) -> None:
+    lane = bench.lane(MemoryBackend(failing(1, lambda: ConfigError("log in first"), "preflight")))
+    with pytest.raises(ConfigError, match="log in first"):
+        lane.wait_for_preflight(WAIT_S)
+    bench.finish()
+
+
+@pytest.mark.parametrize("error", [TransientError("down"), RuntimeError("bug")], ids=repr)
+def test_a_check_that_fails_otherwise_lets_the_job_go_on(bench: Bench, error: Exception) -> None:
+    backend = MemoryBackend(failing(1, lambda: error, "preflight"))
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(WAIT_S)
+    bench.log(5)
+    bench.finish()
+    assert backend.positions() == list(range(5))
+
+
+def test_a_check_that_hangs_lets_the_job_go_on(bench: Bench) -> None:
+    release = threading.Event()
+    backend = MemoryBackend(lambda method, _: release.wait(WAIT_S) if method == "preflight" else None)
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(0.05)
+    bench.log(5)
+    release.set()
+    bench.finish()
+    assert backend.positions() == list(range(5))
+
+
+def test_only_a_flush_confirms_what_a_buffering_backend_was_handed(bench: Bench) -> None:
+    may_flush = threading.Event()
+
+    def behave(method: str, argument: Any) -> None:
+        if method == "flush" and not may_flush.is_set():
+            raise TransientError("not durable yet")
+
+    backend = MemoryBackend(behave, buffering=True)
+    bench.lane(backend)
+    bench.log(10)
+    assert backend.wait_for(SITE, 10)
+    assert bench.journal.run_state("memory", 1).progress.confirmed == 0
+    may_flush.set()
+    report = bench.finish()
+    assert run_of(report).confirmed == 10
+    assert backend.positions() == list(range(10))
+
+
+class Crash:
+    """Keeps the journal as it lies on the disk at a given call, as if the process had been killed there."""
+
+    def __init__(self, bench: Bench, backend: MemoryBackend, method: str, at: int, *, after: bool) -> None:
+        self.bench = bench
+        self.calls = 0
+        self.snapshot: dict[str, list[Entry]] | None = None
+        self.folder = bench.folder.parent / "crashed"
+        backend.behave = self.behave
+        if after:
+            take = backend.take
+
+            def take_then_crash(site: str, batch: Any) -> None:
+                take(site, batch)
+                self.keep(backend)
+
+            backend.take = take_then_crash  # type: ignore[method-assign]
+        self.backend, self.method, self.at, self.after = backend, method, at, after
+
+    def behave(self, method: str, argument: Any) -> None:
+        if method == self.method and not self.after:
+            self.keep(self.backend)
+
+    def keep(self, backend: MemoryBackend) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            shutil.copytree(self.bench.folder, self.folder, ignore=shutil.ignore_patterns("*.lock", "*-shm"))
+            self.snapshot = {site: list(entries) for site, entries in backend.stored.items()}
+
+
+@pytest.mark.parametrize("redelivery", list(Redelivery))
+@pytest.mark.parametrize("buffering", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_after_a_crash_in_a_write_everything_is_there_as_the_backend_declares(
+    tmp_path: Path, redelivery: Redelivery, buffering: bool, after: bool, at: int
+) -> None:
+    bench = Bench(tmp_path / "sink")
+    backend = MemoryBackend(buffering=buffering, redelivery=redelivery, max_batch=10)
+    crash = Crash(bench, backend, "write", at, after=after)
+    bench.log(25, rows=3)
+    bench.lane(backend, flush_s=0.0)
+    bench.finish()
+    assert crash.snapshot is not None
+
+    again = Bench(crash.folder)
+    again.counts = {SITE: 75}
+    second = MemoryBackend(buffering=buffering, redelivery=redelivery, max_batch=10, stored=crash.snapshot)
+    again.lane(second, flush_s=0.0)
+    report = again.finish()
+
+    run = run_of(report)
+    assert (run.confirmed, run.pending, run.rejected) == (75, 0, {})
+    found = second.positions()
+    assert sorted(set(found)) == list(range(75))
+    doubles = len(found) - 75
+    if redelivery is Redelivery.AT_LEAST_ONCE:
+        assert doubles <= run.possible_duplicates <= 50
+    else:
+        assert doubles == 0
+        assert found == list(range(75))
+        assert run.possible_duplicates == 0
+
+
+def test_a_retried_batch_counts_once_as_possible_duplicates(bench: Bench) -> None:
+    """Of a backend that stores and then fails, as one whose replies are lost."""
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
+    take, failures = backend.take, [4]
+
+    def store_and_fail(site: str, batch: Any) -> None:
+        take(site, batch)
+        if failures[0]:
+            failures[0] -= 1
+            raise TransientError("the reply was lost")
+
+    backend.take = store_and_fail  # type: ignore[method-assign]
+    bench.log(10)
+    bench.log(10)
+    bench.lane(backend)
+    run = run_of(bench.finish())
+    assert (run.confirmed, run.pending) == (20, 0)
+    assert run.possible_duplicates <= run.confirmed
+    assert run.possible_duplicates >= 10
+    assert sorted(set(backend.positions())) == list(range(20))
+
+
+def test_a_hang_in_write_is_doubtful_after_a_restart(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "sink")
+    release, hangs = threading.Event(), threading.Event()
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
+    take = backend.take
+
+    def store_and_hang(site: str, batch: Any) -> None:
+        take(site, batch)
+        hangs.set()
+        release.wait(WAIT_S)
+
+    backend.take = store_and_hang  # type: ignore[method-assign]
+    bench.log(10)
+    lane = bench.lane(backend)
+    assert hangs.wait(WAIT_S)
+    assert run_of(bench.finish(0.05)).pending == 10
+    again = Bench(tmp_path / "sink")
+    again.counts = {SITE: 10}
+    second = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE, stored=dict(backend.stored))
+    again.lane(second)
+    run = run_of(again.finish())
+    release.set()
+    lane._thread.join(WAIT_S)
+    assert len(second.positions()) == 20
+    assert (run.confirmed, run.possible_duplicates) == (10, 10)
+
+
+def test_a_lane_goes_on_in_a_new_process_where_it_stopped(tmp_path: Path) -> None:
+    stored: dict[str, list[Entry]] = {}
+    for day in range(3):
+        bench = Bench(tmp_path / "sink")
+        bench.counts = {SITE: 10 * day} if day else {}
+        bench.log(10)
+        backend = MemoryBackend(stored=stored)
+        bench.lane(backend)
+        report = bench.finish()
+        assert backend.infos[0].resume_from == 10 * day
+        assert run_of(report).confirmed == 10 * (day + 1)
+    assert [e.position for e in stored[SITE]] == list(range(30))
+
+
+def test_what_the_core_refuses_for_the_backend_is_counted_and_positions_skip_it(bench: Bench) -> None:
+    backend = MemoryBackend(kinds=frozenset({Kind.METRICS}), late_steps=False, nonfinite=False)
+    bench.add(
+        [
+            metric(0, step=5),
+            Record(1, 1.0, 1, None, Text("t", "x")),
+            metric(2, step=4),
+            Record(3, 1.0, 9, None, Metrics({"a": float("nan")})),
+            Record(4, 1.0, 9, None, Metrics({"a": float("inf"), "b": 1.0})),
+        ]
+    )
+    bench.lane(backend)
+    run = run_of(bench.finish())
+    assert backend.positions() == [0, 4]
+    assert run.rejected == {"unsupported_kind": 1, "late_step": 1, "nonfinite": 1}
+    assert (run.confirmed, run.altered) == (2, {"nonfinite_removed": 1})
+
+
+def test_an_error_of_the_journal_ends_no_lane(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that is full for a while."""
+    from trackhub.errors import JournalError
+
+    save, failures = bench.journal.save_run, [5]
+
+    def save_run(*args: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise JournalError("database or disk is full")
+        save(*args)
+
+    monkeypatch.setattr(bench.journal, "save_run", save_run)
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
+    bench.lane(backend)
+    bench.log(10)
+    bench.log(10)
+    run = run_of(bench.finish())
+    assert backend.positions() == list(range(20))
+    assert run.confirmed == 20
+
+
+def test_a_defect_of_the_lane_itself_is_in_the_report(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a bug in trackhub")
+
+    monkeypatch.setattr(run_lane.Shaper, "shape", broken)
+    bench.log(5)
+    bench.lane(MemoryBackend())
+    run = run_of(bench.finish(0.5))
+    assert (run.pending, run.state) == (5, "unfinished")
+    assert "a bug in trackhub" in run.last_error
+
+
+@pytest.mark.parametrize("at_least_s", [None, 0.5, 30.0])
+def test_waits_grow_stay_within_bounds_and_keep_what_the_peer_asked_for(at_least_s: float | None) -> None:
+    backoff = Backoff(0.2, 15.0)
+    waits = [backoff.next_wait_s(at_least_s) for _ in range(20)]
+    for i, wait in enumerate(waits):
+        bound = min(0.2 * 2**i, 15.0)
+        assert max(at_least_s or 0.0, bound / 2) <= wait <= max(at_least_s or 0.0, bound)
+    backoff.reset()
+    assert backoff.next_wait_s() <= 0.2

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests and replies survive the wire, what is none is refused, and only neighbouring versions talk."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trackhub.delivery import wire
+from trackhub.records import FORMAT_VERSION
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+count = st.integers(0, 2**63)
+counts = st.dictionaries(text, count, max_size=3)
+ledgers = st.builds(
+    wire.SiteLedger, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
+)
+requests: dict[str, st.SearchStrategy[wire.Request]] = {
+    "hello": st.builds(wire.Hello, st.tuples(count, count)),
+    "batch": st.builds(wire.Batch, text, count, count, count, st.binary(max_size=100)),
+    "chunk": st.builds(wire.Chunk, text, count, text, count, st.binary(max_size=100)),
+    "report": st.builds(wire.Report, ledgers),
+    "bye": st.builds(wire.Bye, ledgers, st.booleans()),
+}
+replies: dict[str, st.SearchStrategy[wire.Reply]] = {
+    "accepted": st.builds(wire.Accepted, count, text),
+    "refused": st.builds(wire.Refused, text, text),
+    "busy": st.builds(wire.Busy, text),
+    "need_blob": st.builds(wire.NeedBlob, text),
+}
+
+
+@pytest.mark.parametrize("name", requests)
+def test_requests_survive_the_wire(name: str) -> None:
+    @given(requests[name])
+    def check(request: wire.Request) -> None:
+        assert wire.decode_request(wire.encode(request)) == request
+
+    check()
+
+
+@pytest.mark.parametrize("name", replies)
+def test_replies_survive_the_wire(name: str) -> None:
+    @given(replies[name])
+    def check(reply: wire.Reply) -> None:
+        assert wire.decode_reply(wire.encode(reply)) == reply
+
+    check()
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_message_raise_one_kind_of_error(data: bytes) -> None:
+    for decode in (wire.decode_request, wire.decode_reply):
+        try:
+            decode(data)
+        except msgspec.DecodeError:
+            pass
+
+
+def test_fields_that_a_newer_minor_version_adds_at_the_end_are_ignored() -> None:
+    data = msgspec.msgpack.encode([2, "s", 0, 1, 1, b"f", "a new field"])
+    assert wire.decode_request(data) == wire.Batch("s", 0, 1, 1, b"f")
+
+
+@pytest.mark.parametrize(
+    ("minor", "major", "compatible"),
+    [(0, 0, True), (1, 0, True), (-1, 0, True), (2, 0, False), (0, 1, False), (0, -1, False)],
+)
+def test_one_minor_version_of_difference_works_and_more_does_not(minor: int, major: int, compatible: bool) -> None:
+    theirs = (FORMAT_VERSION[0] + major, FORMAT_VERSION[1] + minor)
+    assert wire.is_compatible(theirs) is compatible
+
+
+def test_a_ledger_is_balanced_when_every_record_has_one_outcome() -> None:
+    ledger = wire.SiteLedger(logged=21, withheld=1, dropped={"a": 2, "b": 3}, refused={"c": 4}, acked=5, spooled=6)
+    assert ledger.is_balanced()
+    for field in ("logged", "withheld", "acked", "spooled"):
+        assert not msgspec.structs.replace(ledger, **{field: 7}).is_balanced()

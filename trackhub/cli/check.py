@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub check``: put an installed backend to the contract kit."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from trackhub.cli.output import print_error, print_json, print_lines
+from trackhub.config import parse_option_flags
+
+if TYPE_CHECKING:
+    from trackhub.testing.check import CheckReport
+
+__all__ = ["check"]
+
+JSON_VERSION = 1
+"""Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
+
+_MARKS = {"passed": "ok", "failed": "FAILED", "declared": "declared", "skipped": "SKIPPED", "missing": "MISSING"}
+
+
+def check(
+    name: Annotated[str, typer.Argument(help="The backend's name, as `trackhub backends` lists it.")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the backend.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With fewer points.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what pytest prints, with tracebacks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its keys are stable.")] = False,
+) -> None:
+    """Run the contract kit on an installed backend: the tests that its contract class fills in, unmodified.
+
+    Exits with 0 if all pass, or fail as the contract class declares with a reason. The kit makes jobs of its own; it
+    touches nothing else that is in a store.
+
+    The JSON document is {"version": 1, "backend", "contract", "claimed", "passed", "cannot_tell", "tests": [...]}. Each
+    test has name, rule, outcome ("passed", "failed", "declared", "skipped", "missing") and detail.
+    """
+    try:
+        from trackhub.testing.check import run_check
+    except ModuleNotFoundError as error:
+        if error.name != "pytest":
+            raise
+        print_error("the contract kit needs pytest; install the extra `testing`: pip install 'flare-trackhub[testing]'")
+        raise typer.Exit(2) from error
+    options = parse_option_flags(f"{name}.{flag}" for flag in option or []).get(name, {})
+    report = run_check(name, options, quick=quick, verbose=verbose and not as_json)
+    if as_json:
+        print_json({"version": JSON_VERSION, **msgspec.to_builtins(report)})
+    else:
+        _show(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _show(report: CheckReport) -> None:
+    width = max(len(test.name) for test in report.tests)
+    for test in report.tests:
+        print_lines(f"{test.name.removeprefix('test_').ljust(width)}{_MARKS[test.outcome]}")
+        if test.outcome != "passed":
+            print_lines(*_indented(f"rule: {test.rule}" if test.rule else "", test.detail))
+    for what, why in report.cannot_tell.items():
+        print_lines(f"not checked, since this store cannot tell: {what} ({why})")
+    counts = {mark: sum(test.outcome == mark for test in report.tests) for mark in _MARKS}
+    told = ", ".join(f"{count} {mark}" for mark, count in counts.items() if count)
+    verdict = "passes" if report.passed else "does NOT pass"
+    print_lines(f"{report.backend} {verdict} version {report.contract} of the contract: {told}")
+    if report.passed and report.claimed != report.contract:
+        print_lines(f"its class says contract = {report.claimed}; set it to {report.contract}")
+
+
+def _indented(*texts: str) -> list[str]:
+    lines = [line for text in texts for line in text.splitlines() if line]
+    return [textwrap.indent(line, "    ") for line in lines[:20]]

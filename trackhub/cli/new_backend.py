@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub new-backend``: write the distribution of a new backend, which works and passes the contract kit at once."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import typer
+
+from trackhub import registry
+from trackhub.cli.output import print_lines
+from trackhub.errors import ConfigError
+
+__all__ = ["new_backend", "write_backend"]
+
+CONTRACT = 1
+"""Version of the contract kit that the written backend passes."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
+_FILES = {
+    "pyproject.toml": "pyproject.toml.in",
+    "README.md": "README.md.in",
+    "src/{module}/__init__.py": "__init__.py.in",
+    "src/{module}/backend.py": "backend.py.in",
+    "src/{module}/contract.py": "contract.py.in",
+    "src/{module}/py.typed": "",
+    "tests/test_contract.py": "test_contract.py.in",
+}
+
+
+def new_backend(
+    name: Annotated[str, typer.Argument(help="The backend's name, by which jobs will call it.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Where to write it; default flare-trackhub-NAME.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a new backend: a complete distribution that installs beside trackhub and passes the contract kit.
+
+    It keeps its runs in files at first, which are then to be replaced by the real store.
+    """
+    target = Path(f"flare-trackhub-{name}") if folder is None else folder
+    for path in write_backend(name, target):
+        print_lines(f"wrote {path}")
+    print_lines(
+        "",
+        f"pip install -e '{target}[test]'   # installs it beside trackhub",
+        f"trackhub check {name} --quick     # it passes; keep it so while you replace the file by your store",
+    )
+
+
+def write_backend(name: str, folder: Path) -> list[Path]:
+    """Write the distribution and return its files.
+
+    Args:
+        name: the backend's name.
+        folder: where to; it must not exist, or be empty.
+
+    Raises:
+        ConfigError: the name cannot be a backend's, or the folder cannot be used.
+    """
+    if _NAME.fullmatch(name) is None or len(name) > 64 or name in registry.RESERVED:
+        raise ConfigError(
+            f"{name!r} cannot be a backend's name; expected words of a-z and 0-9, joined by - or _, starting with a "
+            f"letter, and none of: {', '.join(sorted(registry.RESERVED))}"
+        )
+    words = re.split("[-_]", name)
+    values = {
+        "name": name,
+        "module": "trackhub_" + "_".join(words),
+        "cls": "".join(word.capitalize() for word in words),
+        "distribution": "flare-trackhub-" + "-".join(words),
+        "contract": str(CONTRACT),
+    }
+    templates = resources.files("trackhub.cli") / "templates" / "new_backend"
+    written = []
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty; give a folder that is, or that does not exist yet")
+        for path, template in _FILES.items():
+            target = folder / path.format_map(values)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = (templates / template).read_text(encoding="utf-8") if template else ""
+            target.write_text(Template(text).substitute(values), encoding="utf-8")
+            written.append(target)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error}") from error
+    return written
