@@ -33,7 +33,8 @@ def in_child(function: str, timeout_s: float = _TIMEOUT_S, /, **arguments: Any) 
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"{function} did not end within {timeout_s:.0f} s") from error
     if process.returncode != 0:
-        raise RuntimeError(f"{function} failed: {err.decode(errors='replace')[-2000:]}")
+        lines = err.decode(errors="replace").strip().splitlines() or [f"exit status {process.returncode}"]
+        raise RuntimeError(f"{function} failed: {lines[-1]}")
     result: dict[str, Any] = json.loads(out.decode().splitlines()[-1])
     return result
 

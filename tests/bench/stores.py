@@ -40,16 +40,7 @@ def count_mlflow(database: Path) -> int:
 
 
 def count_wandb(folder: Path) -> int:
-    """Return the number of history rows in all offline runs below a folder, read by the SDK's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """Return the number of history rows in all offline runs below a folder."""
+    from trackhub_wandb.contract_log import read_records  # the kit's reader, which shares no code with the plugin
 
-    count = 0
-    for path in folder.rglob("*.wandb"):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made at import time
-            record.ParseFromString(data)
-            count += record.HasField("history")
-    return count
+    return sum(record.HasField("history") for path in folder.rglob("*.wandb") for record in read_records(path))

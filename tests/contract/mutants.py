@@ -166,9 +166,11 @@ class DropsTheLastRecord(Bad):
 @caught_by("test_kind_as_declared[params]")
 class WritesParamsAsMetrics(Bad):
     run = payloads(
-        lambda p: Metrics({k: float(v) for k, v in p.values.items() if isinstance(v, int | float)})
-        if isinstance(p, Params)
-        else p
+        lambda p: (
+            Metrics({k: float(v) for k, v in p.values.items() if isinstance(v, int | float)})
+            if isinstance(p, Params)
+            else p
+        )
     )
 
 
@@ -199,7 +201,9 @@ class LosesTheLastBin(Bad):
 
 @caught_by("test_kind_as_declared[table]")
 class TurnsCellsIntoText(Bad):
-    run = payloads(lambda p: Table(p.key, p.columns, [list(map(str, r)) for r in p.rows]) if isinstance(p, Table) else p)
+    run = payloads(
+        lambda p: Table(p.key, p.columns, [list(map(str, r)) for r in p.rows]) if isinstance(p, Table) else p
+    )
 
 
 @caught_by("test_kind_as_declared[artifact]")

@@ -48,7 +48,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.removeprefix("Test"))
 def test_mutant_is_caught_by_the_test_meant_for_it(mutant: Mutant, outcomes: Outcomes) -> None:
     for test in mutant.caught_by:
-        assert outcomes[mutant.name, test].startswith("failure: AssertionError"), outcomes[mutant.name, test] or "passed"
+        assert outcomes[mutant.name, test].startswith("failure: AssertionError"), (
+            outcomes[mutant.name, test] or "passed"
+        )
 
 
 def test_every_rule_of_the_contract_has_a_mutant() -> None:

@@ -206,7 +206,7 @@ class World:
 
     def trainer(self, name: str = "a", site: str = "site-1", *, calls: int = 3000, **plan: Any) -> Proc:
         """Start a training process. Its writer's name must be new."""
-        if not self.spool(site).exists():
+        if not (self.spool(site) / "spool.json").exists():
             create_spool(
                 self.spool(site), SpoolInfo(site, JOB, ("server",), int(self.limits.get("spool_bytes", 1 << 30)))
             )

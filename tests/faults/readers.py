@@ -121,7 +121,8 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
 def count_sink(journal: Path) -> dict[str, SinkCount]:
     """Count a journal by site."""
     found = {}
-    db = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)
+    closed = not journal.with_name(f"{journal.name}-wal").exists()  # then the folder may be read-only
+    db = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro{'&immutable=1' * closed}", uri=True)
     try:
         for site, name, received, duplicates, missing in db.execute(
             "SELECT id, name, received, duplicates, missing FROM sites"
@@ -141,7 +142,8 @@ def count_sink(journal: Path) -> dict[str, SinkCount]:
 def read_store(path: Path) -> list[Seen]:
     """Read a file of JSON lines, as the backends of the suite, the peer and ``jsonl`` write them, in its order."""
     seen = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    content = path.read_text() if path.exists() else ""
+    for line in content[: content.rfind("\n") + 1].splitlines():  # the last line may be about to be written
         record = json.loads(line)
         kind = record.get("kind")
         if kind == "end":

@@ -13,7 +13,7 @@ from tests.faults.harness import wait_for
 from tests.faults.readers import count_sink, count_site
 
 MakeDisk = Callable[[Path, int], Disk]
-MANY = 20_000
+MANY = 30_000
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "spool_full"])
@@ -125,7 +125,7 @@ def test_a_sink_that_cannot_write_its_folder_says_so_and_the_records_stay_at_the
     disk.set_read_only(True)
     trainer = world.trainer(calls=500)
     sender = world.sender()
-    with pytest.raises(AssertionError, match="JournalError: cannot create the journal .* Read-only file system"):
+    with pytest.raises(AssertionError, match=r"JournalError: cannot create the journal .* Read-only file system"):
         world.sink()
     assert trainer.wait() == 0, trainer.log
 

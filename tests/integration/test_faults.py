@@ -210,6 +210,7 @@ def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_p
     assert len(result.facts("site-1")) > 110
     ends = {site: _end(result, site) for site in SITES}
     assert ends["site-1"] == "failed"
+    assert report["status"] == "failed"
 
 
 def _end(result: JobResult, site: str) -> str:

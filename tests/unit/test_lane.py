@@ -174,8 +174,6 @@ def test_only_the_records_that_cannot_be_stored_are_rejected(
 ) -> None:
     bench = Bench(tmp_path_factory.mktemp("sink"))
     error: Callable[[], BaseException] = (lambda: PermanentError("no")) if permanent else (lambda: RuntimeError("bug"))
-    if not permanent and 0 in bad and size == 1:
-        bad.discard(0)  # an error of nothing but the first record looks as a backend that is broken altogether
     backend = MemoryBackend(poisoned(bad, error), max_batch=size)
     bench.log(20, rows=3)
     bench.lane(backend)
@@ -193,6 +191,42 @@ def test_a_backend_that_fails_with_every_record_loses_none_of_them(bench: Bench)
     report = bench.finish(0.3)
     assert (run_of(report).confirmed, run_of(report).pending, run_of(report).state) == (0, 10, "unfinished")
     assert "all of it is broken" in run_of(report).last_error
+
+
+def test_a_broken_first_record_of_a_run_does_not_hold_up_the_rest(bench: Bench) -> None:
+    """It comes alone, as params logged at the start do, and all that follows in other rows."""
+    backend = MemoryBackend(poisoned({0, 1}, lambda: RuntimeError("bug")))
+    bench.lane(backend)
+    bench.log(1)
+    bench.log(1)
+    bench.log(10)
+    assert backend.wait_for(SITE, 10)
+    report = bench.finish()
+    assert backend.positions() == list(range(2, 12))
+    assert (run_of(report).rejected, run_of(report).confirmed) == ({"backend_error": 2}, 10)
+    assert "bug" in run_of(report).last_error
+
+
+def test_an_outage_does_not_make_a_single_odd_error_reject_a_record(bench: Bench) -> None:
+    errors: list[Exception] = [TransientError("down")] * 6 + [RuntimeError("a reply that is no JSON")] * 2
+    seen: list[int] = []
+
+    def behave(method: str, batch: Any) -> None:
+        if method == "write":
+            seen.append(len(batch))
+            if len(seen) > 1 and errors:
+                raise errors.pop(0)
+
+    backend = MemoryBackend(behave)
+    bench.log(1)
+    bench.log(1)
+    bench.lane(backend)
+    bench.lanes["memory"].notify(1)
+    assert backend.wait_for(SITE, 1)
+    bench.log(1)
+    report = bench.finish()
+    assert (run_of(report).rejected, run_of(report).confirmed) == ({}, 3)
+    assert backend.positions() == [0, 1, 2]
 
 
 def test_what_a_backend_rejects_itself_is_counted_by_its_reason(bench: Bench) -> None:

@@ -35,7 +35,8 @@ _FILES = {
 def new_backend(
     name: Annotated[str, typer.Argument(help="The backend's name, by which jobs will call it.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Where to write it; default flare-trackhub-NAME.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Where to write it; default flare-trackhub-NAME.", show_default=False),
     ] = None,
 ) -> None:
     """Write a new backend: a complete distribution that installs beside trackhub and passes the contract kit.

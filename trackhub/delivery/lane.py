@@ -63,6 +63,7 @@ class Lane:
         self._final: Mapping[str, RunStatus] | None = None
         self._stop = threading.Event()
         self._busy_since: float | None = None
+        self._defect = ""
         self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def start(self) -> None:
@@ -105,15 +106,15 @@ class Lane:
         self._thread.join(1.0)
         ended = not self._thread.is_alive()
         busy_s = time.monotonic() - (self._busy_since or time.monotonic())
-        hung = "" if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
+        reason = self._defect if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
         for run in list(self._runs.values()):
-            run.give_up(hung)
-        if hung:
-            self._blame_unopened(hung)
+            run.give_up(reason)
+        if reason:
+            self._blame_unopened(reason)
         return ended
 
     def _blame_unopened(self, reason: str) -> None:
-        """Store the reason for the runs, too, that a hung backend never let the lane come to."""
+        """Store the reason for the runs, too, that the lane never came to."""
         try:
             for site in self._journal.sites().keys() - self._runs.keys():
                 self._run(site).give_up(reason)
@@ -124,9 +125,10 @@ class Lane:
         try:
             self._preflight()
             self._deliver()
-        except Exception:
+        except BaseException as e:
             # A defect of trackhub's own; training must go on, and the journal keeps the records.
             if not self._stop.is_set():
+                self._defect = f"the lane ended unexpectedly: {type(e).__name__}: {e}"
                 _log.exception("lane %s ended unexpectedly; its records stay in the journal", self.name)
         finally:
             self._preflight_done.set()
@@ -135,7 +137,7 @@ class Lane:
     def _close(self) -> None:
         try:
             self._backend.close()
-        except Exception as e:
+        except BaseException as e:
             _log.warning("backend %s could not close: %s: %s", self.name, type(e).__name__, e)
 
     def _preflight(self) -> None:
@@ -146,7 +148,7 @@ class Lane:
             self._preflight_error = e
         except TransientError as e:
             _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, e)
-        except Exception as e:
+        except BaseException as e:  # also SystemExit, which an SDK may raise: nothing of a plugin's ends the lane
             _log.warning("the check of backend %s failed: %s: %s", self.name, type(e).__name__, e, exc_info=True)
         self._busy_since = None
         self._preflight_done.set()

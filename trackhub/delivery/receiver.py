@@ -56,6 +56,7 @@ __all__ = ["REPORT_NAME", "Receiver"]
 
 REPORT_NAME = "delivery.json"
 _OPEN, _CLOSED = "open", "closed"
+_WARN_EVERY_S = 60.0
 _KNOWN_KINDS = frozenset(Kind)
 _INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Receiver:
         self._site_ids: dict[str, int] = {}
         self._last_seen: dict[str, float] = {}
         self._byes: dict[str, bool] = {}
+        self._warned_at: dict[str, float] = {}
 
     def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load the backends, check them, and start delivering. Blocks up to ``limits.preflight_s``.
@@ -172,11 +174,18 @@ class Receiver:
                 self._last_seen[site] = time.monotonic()
             return encode(self._answer(site, message))
         except (JournalError, OSError) as e:
-            _log.warning("the sink cannot store what site %s sent: %s; the site keeps it and tries again", site, e)
+            self._warn_of(site, e)
             return encode(Busy(str(e)))
         except Exception as e:
             _log.exception("a request of site %s failed", site)
             return encode(Busy(f"{type(e).__name__}: {e}"))
+
+    def _warn_of(self, site: str, error: Exception) -> None:
+        """Say that the sink cannot store what a site sent; not for every attempt, of which there are many."""
+        now = time.monotonic()
+        if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
+            self._warned_at[site] = now
+            _log.warning("the sink cannot store what site %s sent: %s; the site keeps it and tries again", site, error)
 
     def _answer(self, site: str, message: Hello | Batch | Chunk | Report | Bye) -> Reply:
         if isinstance(message, Batch):
@@ -279,7 +288,12 @@ class Receiver:
         """
         if self._journal is None:
             raise JournalError("the sink was not started, so there is nothing to finish")
-        by_site = {name: self._site_status(name, status) for name, _ in self._journal.sites().values()}
+        try:
+            sites = [name for name, _ in self._journal.sites().values()]
+        except JournalError as e:
+            _log.warning("%s; its runs end as failed", e)
+            sites, status = [], RunStatus.FAILED
+        by_site = {name: self._site_status(name, status) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
 
     def _site_status(self, site: str, status: RunStatus) -> RunStatus:
@@ -296,9 +310,14 @@ class Receiver:
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
-        self._journal.set_meta("status", status)
-        report = self._journal.report([lane.name for lane in self._lanes])
-        self._journal.close()
+        try:
+            self._journal.set_meta("status", status)
+        except JournalError as e:
+            _log.warning("the journal does not say how the job ended (%s): %s", status, e)
+        try:
+            report = self._journal.report([lane.name for lane in self._lanes])
+        finally:
+            self._journal.close()
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:

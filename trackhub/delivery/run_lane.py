@@ -19,12 +19,13 @@ from trackhub.delivery.shaper import Shaper
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.records import Gap, Kind, decode_body
 from trackhub.run import RunInfo, RunKey, RunStatus
-from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side
+from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side, WriteReport
 
 __all__ = ["RunLane"]
 
 _READ_BYTES = 4 << 20
 _SPLIT_AFTER = 3  # failures of one batch with an error that the SPI does not know, before it is split
+_MAX_SUSPECTS = 8
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _ANNOUNCED = frozenset({Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE})
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class RunLane:
             self._progress = Progress(last_error=self._progress.last_error)
         self._written = self._confirmed
         self._ever_written = max(written, self._confirmed)
-        self._doubtful = journal.records_between(site_id, self._confirmed, self._ever_written)
+        self._doubted_to = 0  # records before this position may be at the backend already
         self._shaper = Shaper(self._can, self._progress.memory)
         self._run: BackendRun | None = None
         self._buffers = False
@@ -77,7 +78,10 @@ class RunLane:
         self._todo: deque[list[Entry]] = deque()
         self._todo_upto = self._confirmed
         self._announced = self._confirmed
+        self._suspects: list[list[Entry]] = []
+        self._breaks = 0
         self._stored = 0
+        self._doubled = 0
         self._rejected: Counter[str] = Counter()
         self._altered: Counter[str] = Counter()
         self._flush_due: float | None = None
@@ -111,6 +115,8 @@ class RunLane:
         while self._todo:
             if self._stop.is_set() or not self._announce() or not self._hand_over():
                 return False
+        if self._suspects:
+            return self._look_further()
         self._written = self._todo_upto
         if not self._buffers:
             self._confirm()
@@ -124,7 +130,7 @@ class RunLane:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        if self._flush_due is not None or self._todo or self._rows:
+        if self._flush_due is not None or self._todo or self._rows or self._suspects:
             return False
         try:
             return not self._journal.has_rows_after(self.site_id, self._todo_upto)
@@ -162,7 +168,7 @@ class RunLane:
         except TransientError as e:
             self._failed(e, e.retry_after_s)
             return False
-        except Exception as e:
+        except BaseException as e:
             self._note_error(e)
             _log.warning("backend %s could not finish run %s: %s", self._lane, self.site, self._progress.last_error)
             self._progress.state = "unfinished"
@@ -182,7 +188,8 @@ class RunLane:
     def save(self) -> None:
         """Store cursors and counts; a journal that cannot be written costs a repeated delivery, not a record."""
         try:
-            self._journal.save_run(self._lane, self.site_id, self._written, self._confirmed, self._progress)
+            written = max(self._written, self._ever_written)
+            self._journal.save_run(self._lane, self.site_id, written, self._confirmed, self._progress)
         except JournalError as e:
             _log.warning("lane %s cannot store how far run %s got: %s", self._lane, self.site, e)
 
@@ -196,6 +203,8 @@ class RunLane:
             run = self._backend.open_run(self._info())
             if self._can.redelivery is Redelivery.RESUMABLE:
                 self._skip_before = self._resume(run)
+            elif self._can.redelivery is Redelivery.AT_LEAST_ONCE:
+                self._doubted_to = self._journal.position_after(self.site_id, self._ever_written) + self._overlap()
         except PermanentError as e:
             self._note_error(e)
             self._progress.state = "stopped"
@@ -203,14 +212,12 @@ class RunLane:
             _log.warning("backend %s cannot open run %s: %s; its records stay in the journal", self._lane, self.site, e)
             self.save()
             return False
-        except Exception as e:
+        except BaseException as e:  # also SystemExit, which an SDK may raise: nothing of a plugin's ends the lane
             self._failed(e, getattr(e, "retry_after_s", None))
             return False
         self._run = run
         self._buffers = type(run).flush is not BackendRun.flush
         self._backoff.reset()
-        if self._can.redelivery is Redelivery.AT_LEAST_ONCE:
-            self._progress.possible_duplicates += self._doubtful + self._overlap()
         return True
 
     def _resume(self, run: BackendRun) -> int:
@@ -270,6 +277,7 @@ class RunLane:
                 self._failed(e, None)
                 return False
             self._announced = self._todo_upto
+            self._ever_written = max(self._ever_written, self._todo_upto)
         return True
 
     def _reject_damaged(self, row: Row, count: int) -> None:
@@ -306,38 +314,62 @@ class RunLane:
         assert self._run is not None
         batch = self._todo[0]
         try:
-            report = self._run.write(batch)
+            report = _checked(self._run.write(batch))
         except TransientError as e:
             self._may_have_stored(batch)
+            self._breaks = 0
             self._failed(e, e.retry_after_s)
             return False
         except PermanentError as e:
             self._note_error(e)
             self._narrow_down(batch, "permanent_error", e)
             return True
-        except Exception as e:
+        except BaseException as e:
             self._may_have_stored(batch)
             self._failed(e, None)
-            if self._backoff.failures >= _SPLIT_AFTER and (len(batch) > 1 or self._has_stored):
+            self._breaks += 1
+            if self._breaks >= _SPLIT_AFTER:
                 # The plugin breaks on something in here. Find it, so that it does not hold up all that follows.
-                self._narrow_down(batch, "backend_error", e)
+                if len(batch) > 1 or self._has_stored:
+                    self._narrow_down(batch, "backend_error", e)
+                else:
+                    self._suspects.append(self._todo.popleft())
             return False
-        rejected = report.rejected if report is not None else ()
-        for rejection in rejected:
+        rejected = {r.position: r for r in report.rejected} if report is not None else {}
+        rejected = {e.position: rejected[e.position] for e in batch if e.position in rejected}
+        for rejection in rejected.values():
             self._reject(rejection)
         self._stored += len(batch) - len(rejected)
+        self._doubled += sum(e.position < self._doubted_to and e.position not in rejected for e in batch)
         self._has_stored = True
         self._backoff.reset()
+        self._breaks = 0
         self._todo.popleft()
+        for (entry,) in self._suspects:
+            self._reject(Rejection(entry.position, "backend_error", self._progress.last_error))
+        self._suspects.clear()
         return True
+
+    def _look_further(self) -> bool:
+        """Go on to later records: the backend has stored nothing yet, and breaks on each of the first ones.
+
+        If a later one can be stored, it is those that the backend cannot take. If not, it is broken altogether, and
+        all of them wait.
+        """
+        if len(self._suspects) < _MAX_SUSPECTS and self._take():
+            return True
+        self._todo.extendleft(reversed(self._suspects))
+        self._suspects.clear()
+        return False
 
     def _may_have_stored(self, batch: list[Entry]) -> None:
         if self._can.redelivery is Redelivery.AT_LEAST_ONCE:
-            self._progress.possible_duplicates += len(batch)
+            self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
-    def _narrow_down(self, batch: list[Entry], reason: str, error: Exception) -> None:
+    def _narrow_down(self, batch: list[Entry], reason: str, error: BaseException) -> None:
         self._todo.popleft()
         self._backoff.reset()
+        self._breaks = 0
         if len(batch) == 1:
             self._reject(Rejection(batch[0].position, reason, f"{type(error).__name__}: {error}"))
             return
@@ -357,7 +389,7 @@ class RunLane:
         assert self._run is not None
         try:
             self._run.flush()
-        except Exception as e:
+        except BaseException as e:
             self._failed(e, getattr(e, "retry_after_s", None))
             return False
         self._flush_due = None
@@ -371,8 +403,10 @@ class RunLane:
         p.confirmed += self._stored
         p.rejected = dict(Counter(p.rejected) + self._rejected)
         p.altered = dict(Counter(p.altered) + self._altered)
+        p.possible_duplicates += self._doubled
         p.memory = self._shaper.memory()
         self._stored = 0
+        self._doubled = 0
         self._rejected.clear()
         self._altered.clear()
         self._confirmed = self._written
@@ -382,11 +416,11 @@ class RunLane:
     def _results(self) -> Results | None:
         try:
             return self._backend.results(self._info())
-        except Exception as e:
+        except BaseException as e:
             _log.warning("backend %s cannot say where run %s can be seen: %s", self._lane, self.site, e)
             return None
 
-    def _failed(self, error: Exception, retry_after_s: float | None) -> None:
+    def _failed(self, error: BaseException, retry_after_s: float | None) -> None:
         self._note_error(error)
         self._asked_to_wait = retry_after_s is not None
         wait_s = self._backoff.next_wait_s(retry_after_s)
@@ -394,5 +428,11 @@ class RunLane:
         if self._backoff.failures == 1:
             _log.warning("backend %s, run %s: %s; trying again", self._lane, self.site, self._progress.last_error)
 
-    def _note_error(self, error: Exception) -> None:
+    def _note_error(self, error: BaseException) -> None:
         self._progress.last_error = f"{type(error).__name__}: {error}"
+
+
+def _checked(report: object) -> WriteReport | None:
+    if report is None or isinstance(report, WriteReport):
+        return report
+    raise TypeError(f"write() returned {type(report).__name__}; expected None or a WriteReport")

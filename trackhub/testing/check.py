@@ -86,7 +86,7 @@ def find_contract(name: str) -> type[BackendContract]:
     if not points:
         raise PluginError(
             f"backend {name!r} names no contract class. Its distribution should have an entry point {name!r} in the "
-            f"group {GROUP!r}, such as: {name} = \"{cls.__module__.split('.')[0]}.contract:Contract\""
+            f'group {GROUP!r}, such as: {name} = "{cls.__module__.split(".")[0]}.contract:Contract"'
         )
     values = sorted({point.value for point in points})
     if len(values) > 1:
@@ -140,7 +140,9 @@ def run_check(
         status = pytest.main(arguments, plugins=[collector])
     tests = collector.outcomes()
     if not tests:
-        tests = [TestOutcome("collection", "the contract class can be collected", "failed", f"pytest ended with {status!r}")]
+        tests = [
+            TestOutcome("collection", "the contract class can be collected", "failed", f"pytest ended with {status!r}")
+        ]
     return CheckReport(
         backend=name,
         contract=KIT_VERSION,

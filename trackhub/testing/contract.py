@@ -35,7 +35,9 @@ class Guard(ContractBase):
         assert not problems, "\n".join(problems)
 
 
-class BackendContract(Guard, LifeCycle, Kinds, Names, Steps, Numbers, Identity, Confirmation, Errors, Outages, Hygiene, Volume):
+class BackendContract(
+    Guard, LifeCycle, Kinds, Names, Steps, Numbers, Identity, Confirmation, Errors, Outages, Hygiene, Volume
+):
     """What every backend must do. Derive a class whose name begins with ``Test`` and give what `ContractHooks` asks for.
 
     No test can be skipped. One that the backend cannot pass is overridden with a reason::

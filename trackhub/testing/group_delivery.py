@@ -88,7 +88,9 @@ class Confirmation(ContractBase):
         wanted = counted(expect(sink.logged[_SITE], sink.can, self).held.points, self._hidden())
         found = counted(sink.read(_SITE).points, self._hidden())
         assert not wanted - found, f"points are missing: {list(wanted - found)[:3]}"
-        assert set(found) == set(wanted), f"there are points that were never logged: {list(set(found) - set(wanted))[:3]}"
+        assert set(found) == set(wanted), (
+            f"there are points that were never logged: {list(set(found) - set(wanted))[:3]}"
+        )
         extra = (found - wanted).total()
         assert extra <= run.possible_duplicates, (
             f"{extra} points are there twice, and the report counts {run.possible_duplicates} possible duplicates"

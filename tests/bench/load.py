@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A load generator: requests as a site's sender makes them, over the real frame format, without the site."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trackhub.config import Limits
+from trackhub.delivery.receiver import Receiver
+from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.wire import Accepted, Batch, Bye, Hello, SiteLedger, decode_reply, encode
+from trackhub.records import Metrics, Record, encode_frame
+from trackhub.run import RunStatus, Side
+from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.writer import Writer
+
+__all__ = ["BATCH", "confirmed", "deliver", "feed", "fill_journal", "fill_spool", "open_receiver", "requests"]
+
+BATCH = 1000
+"""Records in a request: the default of ``Limits.batch_records``."""
+
+_EPOCH = 1_750_000_000.0
+
+
+def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[bytes]:
+    """Yield one site's requests, from HELLO to BYE: ``records`` records of so many metrics, one step each."""
+    stream = uuid.uuid4().hex
+    names = ["train/loss"] if keys == 1 else [f"train/metric_{i}" for i in range(keys)]
+    yield encode(Hello())
+    for first in range(0, records, batch):
+        upto = min(first + batch, records)
+        frames = b"".join(
+            encode_frame(
+                Record(seq, _EPOCH + seq / 64, seq, seq // 10_000, Metrics(dict.fromkeys(names, 1.0 / (seq + 1))))
+            )
+            for seq in range(first, upto)
+        )
+        yield encode(Batch(stream, first, upto, upto - first, frames))
+    yield encode(Bye(SiteLedger(logged=records, acked=records)))
+
+
+def open_receiver(
+    folder: Path, backends: Mapping[str, Mapping[str, Any]], limits: Limits | None = None, job: str = "job"
+) -> Receiver:
+    """Return a started receiver whose deadline is long enough for any load here."""
+    receiver = Receiver(
+        folder / "trackhub", folder, job=job, side=Side.SERVER, backends=backends,
+        limits=limits or Limits(deadline_s=1800, preflight_s=120),
+    )  # fmt: skip
+    receiver.start()
+    return receiver
+
+
+def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int = 8) -> None:
+    """Hand every site's requests to the receiver, from so many threads, each site's in order, one at a time.
+
+    Raises:
+        RuntimeError: a request was not accepted.
+    """
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for site in load:
+        waiting.put(site)
+    failures: list[str] = []
+
+    def work() -> None:
+        while not failures:
+            try:
+                site = waiting.get_nowait()
+            except queue.Empty:
+                return
+            for request in load[site]:
+                reply = decode_reply(receiver.handle(site, request))
+                if not isinstance(reply, Accepted):
+                    failures.append(f"{site}: {reply}")
+                    return
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise RuntimeError(f"the receiver did not accept a request: {failures[0]}")
+
+
+def fill_journal(folder: Path, sites: int, records: int, *, keys: int = 1) -> None:
+    """Leave a journal with so many records from each site, and nothing delivered."""
+    receiver = open_receiver(folder, {})
+    feed(receiver, {f"site-{i + 1}": list(requests(records, keys=keys)) for i in range(sites)})
+    receiver.finish(RunStatus.FINISHED, deadline_s=0)
+
+
+def deliver(folder: Path, backends: Mapping[str, Mapping[str, Any]]) -> tuple[float, DeliveryReport]:
+    """Deliver a filled journal, and return how long that took, from the lanes' start to the runs' end."""
+    begin = time.perf_counter()
+    receiver = open_receiver(folder, backends)
+    report = receiver.finish(RunStatus.FINISHED)
+    return time.perf_counter() - begin, report
+
+
+def confirmed(report: DeliveryReport, backend: str) -> int:
+    """Return how many records a backend confirmed."""
+    return sum(run.confirmed for run in report.lanes[backend].values())
+
+
+def fill_spool(folder: Path, site: str, records: int) -> None:
+    """Leave a site's spool with so many records, as a trainer does."""
+    create_spool(folder, SpoolInfo(site, "job", ("server",), max_bytes=1 << 34))
+    with Writer(folder) as writer:
+        for step in range(records):
+            writer.log({"train/loss": 1.0 / (step + 1)}, step)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What starting costs: ``import trackhub`` in a trainer, and the command ``trackhub backends``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.bench.child import ROOT
+from tests.bench.figures import Arm, Experiment, Figure, Run
+
+__all__ = ["experiments"]
+
+_TIMED = "import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+
+
+def experiments(quick: bool) -> list[Experiment]:
+    """Return the group's experiments."""
+    arms = {
+        "trackhub": _import("trackhub"),
+        "wandb": _import("wandb"),
+        "mlflow": _import("mlflow"),
+        "trackhub backends": _command([sys.executable, "-m", "trackhub.cli", "backends"]),
+        "mlflow process": _command([sys.executable, "-c", "import mlflow"]),
+    }
+    figures = [
+        Figure("import trackhub", "import wandb", "ms", "trackhub", "wandb", "ms", "times less", 10),
+        Figure("import trackhub", "import mlflow", "ms", "trackhub", "mlflow", "ms", "times less", 10),
+        Figure("trackhub backends, the whole command", "python -c 'import mlflow'", "ms", "trackhub backends",
+               "mlflow process", "ms", "times less", 5),
+    ]  # fmt: skip
+    return [Experiment("startup", arms, figures, repeat=3 if quick else 7, warm_up=1)]
+
+
+def _import(module: str) -> Arm:
+    """Time the statement alone, in a fresh interpreter."""
+
+    def run(folder: Path) -> Run:
+        done = subprocess.run(
+            [sys.executable, "-c", _TIMED.format(module=module)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return Run({"ms": float(done.stdout.splitlines()[-1]) * 1000})
+
+    return run
+
+
+def _command(command: list[str]) -> Arm:
+    def run(folder: Path) -> Run:
+        begin = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        return Run({"ms": (time.perf_counter() - begin) * 1000})
+
+    return run
