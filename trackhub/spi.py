@@ -4,6 +4,7 @@
 A backend is a class named by an entry point in the group ``trackhub.backends``::
 
     class Acme(Backend):
+        spi = 1                                            # the version of this interface
         Options = AcmeOptions                              # a msgspec.Struct with forbid_unknown_fields
         capabilities = Capabilities(kinds=frozenset({Kind.METRICS}))
 
@@ -245,7 +246,8 @@ class Backend:
     """A tracking backend. Subclass it; one instance serves all runs of a sink.
 
     Attributes:
-        spi: version of the SPI that the plugin was written for.
+        spi: version of the SPI that the plugin was written for. Write it out: the default is the installed one, and
+            then a plugin that is too old is not recognised.
         Options: the msgspec Struct of its options, with ``forbid_unknown_fields``.
         capabilities: what it can store. Belongs on the class; an instance may replace it, where options decide. The
             lane reads it from the instance, after ``preflight``.

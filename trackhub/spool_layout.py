@@ -8,6 +8,7 @@
     <stream>-<segment>.spool    frames (see trackhub.records) after an 8-byte header; a new segment every few MiB
     <stream>.ledger             what the writer counted: calls, and drops by reason; mapped, so that counting works
                                 even on a full disk
+    <n>.spare                   a block of the disk, to become a ledger or a cursor when the disk is full
     <stream>-<seq>.blob         the bytes of an image or artifact; a ``.part`` until they are all there
     <stream>.<cursor>.ack       how far one reader got: written by the reader
     <cursor>.turn               the stream whose records this reader handed out last
@@ -15,6 +16,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 DEFAULT_SPOOL_BYTES = 1 << 30
+_SPARES = 16  # two for each of the ranks that train on one machine
 
 SEGMENT_HEADER = struct.pack("<4sHH", b"THSP", *FORMAT_VERSION)
 DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
@@ -84,11 +87,16 @@ def create_spool(folder: Path, info: SpoolInfo) -> None:
                     f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
                     f"job {info.job!r}; give each its own folder"
                 )
+            if old == info:
+                return  # after a restart; the disk may be full by now
         partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may end at the same time
         partial.write_bytes(msgspec.json.encode(info))
         partial.replace(folder / "spool.json")
     except OSError as e:
         raise SpoolError(f"cannot create the spool in {folder}: {e}; check its permissions and free space") from e
+    with contextlib.suppress(OSError):  # it is full already: nothing is lost without them either
+        for i in range(_SPARES):
+            (folder / f"{i}.spare").write_bytes(bytes(1))
 
 
 def read_spool_info(folder: Path) -> SpoolInfo:
@@ -160,13 +168,12 @@ class Ledger:
     """A stream's counters in a mapped file: calls that returned, and drops by reason."""
 
     _FORMAT = struct.Struct(f"={1 + len(DROP_REASONS)}Q")
+    EMPTY = bytes(_FORMAT.size)
 
     def __init__(self, path: Path, *, create: bool) -> None:
-        fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+        # Written, not only sized: a hole would need a block later, on a disk that may be full by then.
+        fd = _write_start(path, self.EMPTY) if create else os.open(path, os.O_RDWR)
         try:
-            if create:
-                # Written, not only sized: a hole would need a block later, on a disk that may be full by then.
-                os.pwrite(fd, bytes(self._FORMAT.size), 0)
             self._counts = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("Q")
         finally:
             os.close(fd)
@@ -243,8 +250,25 @@ def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
         OSError: the file cannot be written.
     """
     body = msgspec.msgpack.encode(ack)
-    fd = os.open(_ack_path(folder, stream, cursor), os.O_WRONLY | os.O_CREAT, 0o600)
+    os.close(_write_start(_ack_path(folder, stream, cursor), _ACK_HEADER.pack(len(body), zlib.crc32(body)) + body))
+
+
+def _write_start(path: Path, data: bytes) -> int:
+    """Write a little at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
+
+    Counting and freeing what is acknowledged must go on there, and both need a file for each stream.
+
+    Raises:
+        OSError: it cannot be written, and there is no spare.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.pwrite(fd, _ACK_HEADER.pack(len(body), zlib.crc32(body)) + body, 0)
-    finally:
+        os.pwrite(fd, data, 0)
+        return fd
+    except OSError:
         os.close(fd)
+        for spare in path.parent.glob("*.spare"):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                spare.replace(path)
+                return _write_start(path, data)
+        raise

@@ -110,7 +110,7 @@ class SpoolReader:
         self._last_segment: dict[str, int] = {}
         self._turn: list[str] = []
         self._turn_file = folder / f"{cursor}.turn"
-        self._last_stream = self._turn_file.read_text() if self._turn_file.exists() else ""
+        self._last_stream = self._turn_file.read_bytes().decode(errors="replace") if self._turn_file.exists() else ""
         self._named: set[tuple[str, int, int]] = set()
         self._lost_blobs: set[str] = set()
 
@@ -175,6 +175,22 @@ class SpoolReader:
     def give_up_blob(self, name: str) -> None:
         """Say that a blob's bytes cannot be had, so that its record becomes a gap, counted as dropped(damaged)."""
         self._lost_blobs.add(name)
+
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """Return where each stream ends now: segment and offset. May be called from any thread."""
+        found: dict[str, tuple[int, int]] = {}
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if match := _SEGMENT.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):  # acknowledged and deleted meanwhile
+                        end = int(match[2]), entry.stat().st_size
+                        found[match[1]] = max(end, found.get(match[1], end))
+        return found
+
+    def is_past(self, ends: dict[str, tuple[int, int]]) -> bool:
+        """Return whether all that lies before these places is settled. May be called from any thread."""
+        acks = {stream: self._acks.get(stream) or Ack() for stream in ends}
+        return all((acks[stream].segment, acks[stream].offset) >= end for stream, end in ends.items())
 
     def counts(self) -> dict[str, StreamCount]:
         """Return what became of each stream's records. Reads what is left in the spool to count it."""

@@ -168,6 +168,7 @@ class World:
     backends: dict[str, dict[str, Any]]
     limits: dict[str, float | str] = field(default_factory=lambda: dict(LIMITS))
     state: Path | None = None
+    spool_bytes: int = 1 << 30
     in_doubt: int = 0
     files: bool = False
     procs: list[Proc] = field(default_factory=list)
@@ -207,9 +208,7 @@ class World:
     def trainer(self, name: str = "a", site: str = "site-1", *, calls: int = 3000, **plan: Any) -> Proc:
         """Start a training process. Its writer's name must be new."""
         if not (self.spool(site) / "spool.json").exists():
-            create_spool(
-                self.spool(site), SpoolInfo(site, JOB, ("server",), int(self.limits.get("spool_bytes", 1 << 30)))
-            )
+            create_spool(self.spool(site), SpoolInfo(site, JOB, ("server",), self.spool_bytes))
         Notes(self.folder / name, calls)
         self.writers[name] = site
         if plan.get("fork_at", -1) >= 0:
@@ -223,8 +222,9 @@ class World:
     def sender(self, site: str = "site-1", **plan: Any) -> Proc:
         """Start a site's sender, and wait until it runs."""
         given = SenderPlan(
-            spool=str(self.spool(site)), site=site, job=JOB, socket=str(self.socket), limits=self.limits, **plan
-        )
+            spool=str(self.spool(site)), site=site, job=JOB, socket=str(self.socket), limits=self.limits,
+            spool_bytes=self.spool_bytes, **plan,
+        )  # fmt: skip
         proc = self.start("sender", given)
         assert proc.answer() == "ready"
         return proc

@@ -27,7 +27,7 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a sender does, and what its channel does to it.
 
     Attributes:
-        spool, site, job, limits: as for trackhub's own.
+        spool, spool_bytes, site, job, limits: as for trackhub's own.
         socket: where the sink listens.
         seed: of the channel's chances.
         request_loss, ack_loss: the share of requests that never arrive, and of replies that never come back.
@@ -46,6 +46,7 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
     ack_loss: float = 0.0
     again: float = 0.0
     delay_s: float = 0.0
+    spool_bytes: int = 1 << 30
     silent_from: int = -1
     silent_s: float = 0.0
 
@@ -87,7 +88,7 @@ class Channel:
 def main() -> int:
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=SenderPlan)
     limits = Limits.from_mapping(plan.limits)
-    create_spool(Path(plan.spool), SpoolInfo(plan.site, plan.job, ("server",), int(limits.spool_bytes)))
+    create_spool(Path(plan.spool), SpoolInfo(plan.site, plan.job, ("server",), plan.spool_bytes))
     channel = Channel(plan)
     sender = Sender(Path(plan.spool), channel, site=plan.site, limits=limits)
     sender.start()

@@ -28,6 +28,7 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
         files: log artifacts as well.
         fork_at: fork after so many calls; the child logs as ``<name>-child``, then both go on.
         clock_back_at: after so many calls the clock is set back by an hour.
+        wait_at: after so many calls wait for the file ``<name>.go`` among the notes.
     """
 
     spool: str
@@ -38,6 +39,7 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
     files: bool = False
     fork_at: int = -1
     clock_back_at: int = -1
+    wait_at: int = -1
 
 
 def main() -> int:
@@ -57,6 +59,8 @@ def main() -> int:
                 notes = Notes(folder / name)
         if i == plan.clock_back_at:
             back_s = 3600.0
+        while i == plan.wait_at and not (folder / f"{plan.name}.go").exists():
+            time.sleep(0.01)
         before = time.time()
         call(writer, name, i - start, folder, files=plan.files)
         notes.add(i - start, before, time.time())

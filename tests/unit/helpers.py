@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import re
 import struct
+import subprocess
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteLedger
@@ -119,6 +122,23 @@ def assert_balanced(
 
 def total(ledger: SiteLedger) -> int:
     return ledger.withheld + sum(ledger.dropped.values()) + sum(ledger.refused.values()) + ledger.acked + ledger.spooled
+
+
+@contextmanager
+def small_disk(path: Path, size: int) -> Iterator[Path]:
+    """A file system of this size, honestly full when it is; skips where none may be mounted."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 class MemoryRun(BackendRun):

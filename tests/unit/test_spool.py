@@ -12,8 +12,6 @@ import sys
 import textwrap
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +24,7 @@ from trackhub.spool_layout import Ledger, SpoolInfo, create_spool, read_spool_in
 from trackhub.spool_reader import SpoolReader, StreamCount
 from trackhub.writer import Writer
 
-from tests.unit.helpers import new_spool, read_spool
+from tests.unit.helpers import new_spool, read_spool, small_disk
 
 
 def text(size: int) -> Payload:
@@ -290,23 +288,6 @@ def test_the_descriptor_and_the_folder_may_vanish_and_training_goes_on(tmp_path:
         spool.append(text(500), None, 1.0)
     assert spool.next_seq == 21
     spool.close()
-
-
-@contextmanager
-def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """A file system of this size, honestly full when it is; skips where none may be mounted."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.mark.parametrize("size", [60, 1000, 5000])

@@ -74,6 +74,7 @@ class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class JsonlBackend(Backend):
     """Writes each run to a file of JSON lines."""
 
+    spi = 1
     Options = JsonlOptions
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},

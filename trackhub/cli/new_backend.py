@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub new-backend``: write the distribution of a new backend, which works and passes the contract kit at once."""
+"""``trackhub new-backend``: write a new backend's distribution, which works and passes the contract kit at once."""
 
 from __future__ import annotations
 

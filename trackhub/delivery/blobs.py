@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,11 +18,12 @@ _NAME = re.compile(r"[0-9a-f]{32}-\d+")
 
 
 class BlobStore:
-    """One folder of blobs per site. Thread-safe as long as each site sends one piece at a time."""
+    """One folder of blobs per site. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         """Use this folder; it is created with the first blob."""
         self._folder = folder
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
         """Return the folder of a site's blobs; every site name has one of its own."""
@@ -43,22 +46,20 @@ class BlobStore:
         """
         if _NAME.fullmatch(chunk.name) is None:
             return None
+        # A site sends a piece again when the reply is late; the first one may still be at work then.
+        with self._locks[site]:
+            return self._add(site, chunk)
+
+    def _add(self, site: str, chunk: Chunk) -> int | None:
         folder = self.folder(site)
         target, partial = folder / chunk.name, folder / f"{chunk.name}.part"
         if target.exists():
             return chunk.size
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as file:
+        with partial.open("ab", buffering=0) as file:
             if file.tell() != chunk.offset:
                 return file.tell()
-            try:
-                file.write(chunk.data)
-                file.flush()
-            except OSError:
-                # A piece that is half there would shift all that follow it.
-                file.truncate(chunk.offset)
-                raise
-        reached = chunk.offset + len(chunk.data)
+            reached = chunk.offset + file.write(chunk.data)
         if reached < chunk.size:
             return reached
         with partial.open("rb") as file:

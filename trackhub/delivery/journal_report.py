@@ -24,6 +24,7 @@ class Progress(msgspec.Struct, kw_only=True):
     Attributes:
         confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
         memory: the shaper's state at the confirmed cursor.
+        stored_to: the position after the last record that was confirmed.
     """
 
     confirmed: int = 0
@@ -34,6 +35,7 @@ class Progress(msgspec.Struct, kw_only=True):
     last_error: str = ""
     results: Results | None = None
     memory: bytes = b""
+    stored_to: int = 0
 
 
 @contextmanager

@@ -41,12 +41,14 @@ from trackhub.delivery.wire import (
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
 from trackhub.records import (
     FORMAT_VERSION,
+    MAX_STEP,
     Artifact,
     CorruptFrameError,
     Gap,
     Image,
     Kind,
     decode_body,
+    decode_head,
     scan_frames,
 )
 from trackhub.run import RunStatus, Side
@@ -57,7 +59,6 @@ __all__ = ["REPORT_NAME", "Receiver"]
 REPORT_NAME = "delivery.json"
 _OPEN, _CLOSED = "open", "closed"
 _WARN_EVERY_S = 60.0
-_KNOWN_KINDS = frozenset(Kind)
 _INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 _log = logging.getLogger(__name__)
 
@@ -214,28 +215,29 @@ class Receiver:
         return Accepted()
 
     def _accept(self, site: str, batch: Batch) -> Reply:
-        records, explained, first_time = 0, Counter[str](), None
+        records, explained, first = 0, Counter[str](), None
         blobs: list[str] = []
         try:
             for frame in scan_frames(batch.frames):
-                if frame.kind != Kind.GAP:
-                    records += 1
-                if frame.kind not in _KNOWN_KINDS or (frame.kind not in _INSPECTED and first_time is not None):
-                    continue
-                record = decode_body(batch.frames[frame.body : frame.end])
-                first_time = record.time if first_time is None else first_time
-                if isinstance(record.payload, Gap):
-                    explained[record.payload.reason] += record.payload.count
-                elif isinstance(record.payload, Image | Artifact):
-                    blobs.append(record.payload.blob.name)
+                body = batch.frames[frame.body : frame.end]
+                first = first or decode_head(body)
+                records += frame.kind != Kind.GAP
+                payload = decode_body(body).payload if frame.kind in _INSPECTED else None
+                if isinstance(payload, Gap):
+                    explained[payload.reason] += payload.count
+                elif isinstance(payload, Image | Artifact):
+                    blobs.append(payload.blob.name)
         except (CorruptFrameError, msgspec.DecodeError) as e:
             return Refused("malformed", str(e))
-        if missing := next((name for name in blobs if not self._blobs.has(site, name)), None):
-            return NeedBlob(missing)
+        if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
+            return Refused("malformed", f"the batch is numbered {batch.first_seq} to {batch.next_seq}, its records not")
         if records != batch.records or batch.next_seq - batch.first_seq != records + explained.total():
             return Refused("malformed", f"{batch.records} records announced, {records} found")
+        missing = [name for name in blobs if not self._blobs.has(site, name)]
+        if missing:
+            return NeedBlob(missing[0])
         assert self._journal is not None
-        site_id = self._site_id(site, first_time)
+        site_id = self._site_id(site, first.time)
         if self._journal.append(site_id, batch, explained):
             for lane in self._lanes:
                 lane.notify(site_id)

@@ -64,9 +64,9 @@ class RunLane:
         self._blob_dir = blob_dir
         self._can = backend.capabilities
         written, self._confirmed, self._progress = journal.run_state(lane, site_id)
-        if self._can.redelivery is Redelivery.REBUILD and self._confirmed and self._must_rebuild():
-            self._confirmed = 0
-            self._progress = Progress(last_error=self._progress.last_error)
+        self._rebuilds = self._can.redelivery is Redelivery.REBUILD and self._confirmed > 0
+        if self._rebuilds and self._progress.state != "finished":
+            self._confirmed = 0  # it cannot be left as it is, even if nothing more comes
         self._written = self._confirmed
         self._ever_written = max(written, self._confirmed)
         self._doubted_to = 0  # records before this position may be at the backend already
@@ -81,6 +81,7 @@ class RunLane:
         self._suspects: list[list[Entry]] = []
         self._breaks = 0
         self._stored = 0
+        self._stored_to = self._progress.stored_to
         self._doubled = 0
         self._rejected: Counter[str] = Counter()
         self._altered: Counter[str] = Counter()
@@ -90,10 +91,6 @@ class RunLane:
         self._has_stored = False
         self._asked_to_wait = False
         self._hurried = False
-
-    def _must_rebuild(self) -> bool:
-        """Return whether the run cannot be left as it is: it was never finished, or has got more records since."""
-        return self._progress.state != "finished" or self._journal.has_rows_after(self.site_id, self._confirmed)
 
     def advance(self, *, flush_now: bool) -> bool:
         """Do one piece of work: hand over a batch, or flush what is due. Return whether there was something to do."""
@@ -106,8 +103,9 @@ class RunLane:
             return False
 
     def _advance(self, flush_now: bool) -> bool:
-        if self._run is None and (self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)):
-            return self._open()
+        if self._run is None:
+            # By one look at the journal: a row that comes after it is taken the next time, with a run to write to.
+            return bool(self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)) and self._open()
         if not self._todo and not self._take():
             if self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due):
                 return self._flush()
@@ -199,6 +197,8 @@ class RunLane:
         return RunInfo(self._key, self._side, self._created, resume_from, self._blob_dir)
 
     def _open(self) -> bool:
+        if self._rebuilds:
+            self._begin_anew()
         try:
             run = self._backend.open_run(self._info())
             if self._can.redelivery is Redelivery.RESUMABLE:
@@ -220,6 +220,15 @@ class RunLane:
         self._backoff.reset()
         return True
 
+    def _begin_anew(self) -> None:
+        """Forget what the run had confirmed: it is written from its first record again."""
+        self._confirmed = self._written = self._todo_upto = self._announced = 0
+        self._progress = Progress(last_error=self._progress.last_error)
+        self._stored_to = 0
+        self._shaper = Shaper(self._can)
+        self._journal.save_run(self._lane, self.site_id, self._ever_written, 0, self._progress)
+        self._rebuilds = False
+
     def _resume(self, run: BackendRun) -> int:
         position = run.next_position()
         first = self._journal.position_after(self.site_id, 0)
@@ -236,6 +245,13 @@ class RunLane:
                 f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
                 "Was the sink's state folder lost? Move the backend's run away, and replay the journal"
             )
+        if position < self._progress.stored_to:
+            _log.warning(
+                "backend %s, run %s: it holds the records up to %d, though those up to %d had been confirmed. Was the "
+                "run moved away, or deleted? What it lacks is delivered again",
+                self._lane, self.site, position, self._progress.stored_to,
+            )  # fmt: skip
+            self._begin_anew()
         return position
 
     def _overlap(self) -> int:
@@ -306,6 +322,7 @@ class RunLane:
         self._altered.update(altered)
         if position < self._skip_before:
             self._stored += 1  # the run holds it already: it was written, but not confirmed, before a crash
+            self._stored_to = position + 1
         else:
             entries.append(shaped)
 
@@ -339,7 +356,9 @@ class RunLane:
         rejected = {e.position: rejected[e.position] for e in batch if e.position in rejected}
         for rejection in rejected.values():
             self._reject(rejection)
-        self._stored += len(batch) - len(rejected)
+        stored = [e.position for e in batch if e.position not in rejected]
+        self._stored += len(stored)
+        self._stored_to = stored[-1] + 1 if stored else self._stored_to
         self._doubled += sum(e.position < self._doubted_to and e.position not in rejected for e in batch)
         self._has_stored = True
         self._backoff.reset()
@@ -404,6 +423,7 @@ class RunLane:
         p.rejected = dict(Counter(p.rejected) + self._rejected)
         p.altered = dict(Counter(p.altered) + self._altered)
         p.possible_duplicates += self._doubled
+        p.stored_to = self._stored_to
         p.memory = self._shaper.memory()
         self._stored = 0
         self._doubled = 0

@@ -81,6 +81,7 @@ class Sender:
         self._silent = False
         self._refused_for_good: Refused | None = None
         self._welcome = False
+        self._warned = ""
         self._failed = False
         self._closing = threading.Event()
         self._never = threading.Event()
@@ -114,12 +115,14 @@ class Sender:
             Whether the sink has it.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
+        ends = self._reader.ends()
         with self._lock:
             if self._silent or self._refused_for_good is not None or not self._thread.is_alive():
                 return False
             # A pass that began before this call may have looked at the spool too early; the next one has not.
             target = self._passes + (2 if self._in_pass else 1)
-            while self._passes < target:
+            # A pass ends when nothing is left, which may take for ever while others log: hence the ends, too.
+            while self._passes < target and not self._reader.is_past(ends):
                 self._wake.set()
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or not self._thread.is_alive():
@@ -277,6 +280,10 @@ class Sender:
                 return False
             if reply.next >= blob.size:
                 return True
+            if not data:
+                _log.warning("site %s: the bytes of %s end after %d of %d", self.site, blob.name, offset, blob.size)
+                self._reader.give_up_blob(blob.name)
+                return False
             offset = reply.next
 
     def _ask(self, request: Request) -> Reply | None:
@@ -307,9 +314,18 @@ class Sender:
         except msgspec.DecodeError as e:
             _log.warning("site %s: the sink's answer cannot be understood: %s", self.site, e)
             return None
+        except Exception as e:
+            # A defect of the link's; with the next attempt it may be over, and the records must not stay for it.
+            self._warn_once(f"the link to the sink failed: {type(e).__name__}: {e}")
+            return None
         if not isinstance(reply, Busy):
             self._silent = False
         return reply
+
+    def _warn_once(self, message: str) -> None:
+        if message != self._warned:
+            self._warned = message
+            _log.warning("site %s: %s; trying again", self.site, message)
 
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

@@ -170,7 +170,7 @@ class ContractBase(ContractHooks):
         """All scenarios, delivered once for the class."""
         owner = request.node.getparent(pytest.Class)
         assert owner is not None
-        made = owner.stash.get(_GALLERY, None)
+        made: Gallery | Exception | None = owner.stash.get(_GALLERY, None)
         if made is None:
             store = tmp_path_factory.mktemp("store")
             try:

@@ -96,7 +96,7 @@ class Stream:
         self.calls: list[Call] = []
 
     def append(self, calls: Sequence[Call]) -> tuple[list[Call], list[Chunk], Batch]:
-        """Return the calls with their times filled in, the chunks of their blobs, and the batch that refers to these."""
+        """Return the calls with their times filled in, the chunks of their blobs, and the batch of their frames."""
         first = len(self.calls)
         chunks: list[Chunk] = []
         frames = bytearray()

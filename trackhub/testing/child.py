@@ -51,7 +51,8 @@ def main() -> int:
         if child.kill is None and _is_delivered(child):
             os.kill(os.getpid(), signal.SIGKILL)
         pause.wait(0.02)
-    print(f"still alive after {_PATIENCE_S:g} s: {read_journal_report(Path(child.folder, JOURNAL_NAME)).lanes}")
+    report = read_journal_report(Path(child.folder, JOURNAL_NAME))
+    sys.stderr.write(f"still alive after {_PATIENCE_S:g} s: {report.lanes}\n")
     return 1
 
 
@@ -73,7 +74,8 @@ def _load(child: Child) -> type[Backend]:
         sys.modules[child.module] = module
         spec.loader.exec_module(module)
     cls = reduce(getattr, child.qualname.split("."), module)
-    assert isinstance(cls, type) and issubclass(cls, Backend)
+    assert isinstance(cls, type)
+    assert issubclass(cls, Backend)
     return cls
 
 

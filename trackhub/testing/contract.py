@@ -19,7 +19,7 @@ class Guard(ContractBase):
     """The contract class itself."""
 
     def test_contract_is_whole(self) -> None:
-        """No test of the kit is removed or replaced, unless it is marked as failing for a reason; no hook is misspelt."""
+        """No test of the kit is removed or replaced, except by one that is xfail for a reason; no hook is misspelt."""
         problems = list(contract_problems(type(self), BackendContract))
         assert not problems, "\n".join(problems)
 
@@ -38,7 +38,7 @@ class Guard(ContractBase):
 class BackendContract(
     Guard, LifeCycle, Kinds, Names, Steps, Numbers, Identity, Confirmation, Errors, Outages, Hygiene, Volume
 ):
-    """What every backend must do. Derive a class whose name begins with ``Test`` and give what `ContractHooks` asks for.
+    """What every backend must do. Derive a class named ``Test…`` and give it what `ContractHooks` asks for.
 
     No test can be skipped. One that the backend cannot pass is overridden with a reason::
 

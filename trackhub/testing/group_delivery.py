@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's groups on delivery: what is confirmed stays, what is sent again is handled as declared, errors count."""
+"""The contract's groups on delivery: what is confirmed stays, what comes again is handled as declared, errors count."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Confirmation(ContractBase):
 
     @pytest.mark.parametrize("when", ["written", "confirmed"])
     def test_redelivery_after_sigkill_as_declared(self, kit: Kit, tmp_path: Path, when: str) -> None:
-        """The sink's process is killed in the middle; a later one delivers the rest. Nothing is lost; twice as declared."""
+        """The sink's process is killed in the middle, and a later one goes on: nothing is lost, or twice unless declared."""
         sink = _journal(kit)
         sink.run_child(KillPoint(when, _BATCH - 1, str(tmp_path / "killed")), max_batch=_BATCH)
         again = kit.keep(sink.again()).start()

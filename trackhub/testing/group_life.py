@@ -35,7 +35,8 @@ class LifeCycle(ContractBase):
     def test_class_can_be_loaded(self) -> None:
         """It is a backend for this version of the SPI, with options and capabilities of the right types."""
         cls = self.backend
-        assert isinstance(cls, type) and issubclass(cls, Backend), f"{cls!r} is no subclass of trackhub.spi.Backend"
+        assert isinstance(cls, type), f"{cls!r} is no class"
+        assert issubclass(cls, Backend), f"{cls!r} is no subclass of trackhub.spi.Backend"
         assert cls.spi == SPI_VERSION, f"it is written for version {cls.spi} of the SPI, this is {SPI_VERSION}"
         assert cls.open_run is not Backend.open_run, "it does not implement open_run(info)"
         assert isinstance(cls.capabilities, Capabilities), "its capabilities are no trackhub.spi.Capabilities"

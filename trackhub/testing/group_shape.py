@@ -108,7 +108,7 @@ def _difficult() -> Sequence[Call]:
 
 @scenario("names in many scripts")
 def _scripts() -> Sequence[Call]:
-    names = ["é", "e\u0301", "損失", "потеря", "خسارة", "🙂", "𝛽/𝛾", "ß", "ss", "İ", "K", "\u212a"]
+    names = ["é", "e\u0301", "損失", "потеря", "خسارة", "🙂", "\U0001d6fd/\U0001d6fe", "ß", "ss", "İ", "K", "\u212a"]
     return [metric(name, 0.5 + number, 1) for number, name in enumerate(names)]
 
 

@@ -14,7 +14,7 @@ from trackhub.testing.readback import ReadBack
 
 __all__ = ["SECRET_ENV", "ContractHooks", "StoreContext"]
 
-SECRET_ENV = "TRACKHUB_CONTRACT_SECRET"  # noqa: S105  # a variable's name
+SECRET_ENV = "TRACKHUB_CONTRACT_SECRET"
 """The environment variable in which a test plants a token; an option refers to it as ``${secret:…}``."""
 
 
@@ -35,7 +35,8 @@ class ContractHooks:
     own with ``test_``; a pytest fixture may have any name that the kit does not use.
 
     A new instance is made for every test, and no hook may rely on what another one left in ``self``. A server that the
-    backend needs is best started in a fixture of class or module scope that puts its address where ``options`` finds it.
+    backend needs is best started in a fixture of class or module scope, which puts its address where ``options`` can
+    find it.
 
     Attributes:
         backend: the class under test.

@@ -17,6 +17,7 @@ import msgspec
 
 from trackhub import registry
 from trackhub.config import Limits
+from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.journal import JOURNAL_NAME
 from trackhub.delivery.journal_report import read_journal_report
 from trackhub.delivery.receiver import Receiver
@@ -106,6 +107,7 @@ class KitSink:
         self.report: DeliveryReport | None = None
         self._streams: dict[tuple[str, str], Stream] = {}
         self._threads: list[threading.Thread] = []
+        self._started = False
         self._hooks = hooks
         self._options = {**options, **hooks.extra_options}
         self._folder = root / "trackhub"
@@ -126,6 +128,7 @@ class KitSink:
         self._hooks.prepare(self.context)
         before = set(threading.enumerate())
         self._receiver.start()
+        self._started = True
         name = f"trackhub-lane-{self._hooks.name}"
         self._threads = [thread for thread in threading.enumerate() if thread.name == name and thread not in before]
         return self
@@ -154,7 +157,8 @@ class KitSink:
         source = self._streams.setdefault((site, stream), Stream(f"{self.job}/{site}/{stream}"))
         timed, chunks, batch = source.append(calls)
         self.logged.setdefault(site, []).extend((stream, call) for call in timed)
-        for request in (*chunks, batch):
+        requests: list[Request] = [*chunks, batch]
+        for request in requests:
             self._send(site, request)
         return timed
 
@@ -165,7 +169,8 @@ class KitSink:
     def _send(self, site: str, request: Request) -> None:
         reply = decode_reply(self._receiver.handle(site, encode(request)))
         if not isinstance(reply, Accepted):
-            raise AssertionError(f"the sink did not accept a request of the contract kit: {reply}")
+            message = f"the sink did not accept a request of the contract kit: {reply}"
+            raise AssertionError(message)  # noqa: TRY004 - it is no argument that has a wrong type
 
     def settle(self, site: str, *, timeout_s: float | None = None) -> RunReport:
         """Wait until the backend has confirmed or rejected all that this site logged, and return the counts."""
@@ -210,7 +215,7 @@ class KitSink:
     def info(self, site: str) -> RunInfo:
         """Return what identifies a site's run."""
         created = next((call.time for _, call in self.logged.get(site, ()) if call.time is not None), BASE_TIME)
-        return RunInfo(RunKey(self.job, site), self.side, created, 0, self._receiver._blobs.folder(site))
+        return RunInfo(RunKey(self.job, site), self.side, created, 0, BlobStore(self._folder / "blobs").folder(site))
 
     def read(self, site: str) -> ReadBack:
         """Return what the store holds of this site's run, by the author's own door.
@@ -228,7 +233,7 @@ class KitSink:
 
     def close(self) -> None:
         """End a sink that a failed test has left running."""
-        if self.report is None and self._receiver._journal is not None:
+        if self.report is None and self._started:
             self.report = self._receiver.finish(RunStatus.ABORTED, deadline_s=0.0)
 
     def is_hung(self) -> bool:

@@ -30,7 +30,7 @@ class TestMLflowServer(MLflowContract):
         with_login = running_server.url.replace("://", "://me:${secret:TRACKHUB_CONTRACT_SECRET}@")
         cls.secret_options = {"tracking_uri": with_login}
         yield
-        _Killed(running_server).heal()
+        _Killed(running_server).heal()  # for the tests of other files
 
     def options(self, tmp_path: Path) -> Mapping[str, Any]:
         return {"tracking_uri": self._server.url}

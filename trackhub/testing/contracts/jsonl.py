@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ class JsonlContract(BackendContract):
     name = "jsonl"
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
+        """Return options with which all sinks write to one folder."""
         return {"path": str(tmp_path / "all-jobs")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
+        """Return what the run's file holds, by Python's own JSON."""
         job, site = (quote(name, safe="") for name in run.key)
         folder = Path(context.options.get("path", context.workdir))
         if "path" in context.options and run.side == "client":
@@ -48,38 +51,50 @@ class JsonlContract(BackendContract):
 
 def read_jsonl(path: Path) -> ReadBack:
     """Return what one file holds."""
-    found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
+    items: dict[str, list[Any]] = defaultdict(list)
+    params: dict[str, Any] = {}
+    tags: dict[str, str] = {}
+    status = None
     for text in path.read_text(encoding="utf-8").splitlines():
-        _add(found, json.loads(text), path.parent)
-    return found
+        line = json.loads(text)
+        if line["kind"] == "params":
+            params |= {key.removeprefix("$"): _plain(value) for key, value in line["values"].items()}
+        elif line["kind"] == "tags":
+            tags |= line["values"]
+        elif line["kind"] == "end":
+            status = line["status"]
+        else:
+            items[line["kind"]] += _items(line, path.parent)
+    return ReadBack(
+        points=items["metrics"],
+        params=params,
+        tags=tags,
+        texts=items["text"],
+        images=items["image"],
+        histograms=items["histogram"],
+        tables=items["table"],
+        artifacts=items["artifact"],
+        status=status,
+    )
 
 
-def _add(found: ReadBack, line: dict[str, Any], folder: Path) -> None:
-    assert found.params is not None and found.tags is not None
-    step, time = line.get("step"), line["time"]
+def _items(line: dict[str, Any], folder: Path) -> list[Any]:
+    step, time = line["step"], line["time"]
     match line["kind"]:
         case "metrics":
-            found.points += [Point(key, step, _number(value), time) for key, value in line["values"].items()]
-        case "params":
-            found.params.update({key.removeprefix("$"): _plain(value) for key, value in line["values"].items()})
-        case "tags":
-            found.tags.update(line["values"])
+            return [Point(key, step, _number(value), time) for key, value in line["values"].items()]
         case "text":
-            _list(found.texts).append(TextItem(line["key"], step, line["text"], time))
+            return [TextItem(line["key"], step, line["text"], time)]
         case "image":
-            content = (folder / line["file"]).read_bytes()
-            _list(found.images).append(ImageItem(line["key"], step, content, line["caption"], time))
+            return [ImageItem(line["key"], step, (folder / line["file"]).read_bytes(), line["caption"], time)]
         case "histogram":
-            edges, counts = line["edges"], line["counts"]
-            _list(found.histograms).append(HistogramItem(line["key"], step, edges, counts, time))
+            return [HistogramItem(line["key"], step, line["edges"], line["counts"], time)]
         case "table":
             rows = [[_plain(cell) for cell in row] for row in line["rows"]]
-            _list(found.tables).append(TableItem(line["key"], step, line["columns"], rows, time))
+            return [TableItem(line["key"], step, line["columns"], rows, time)]
         case "artifact":
-            content, kind = (folder / line["file"]).read_bytes(), line["artifact_type"]
-            _list(found.artifacts).append(ArtifactItem(line["key"], content, line["filename"], kind, step, time))
-        case "end":
-            found.status = line["status"]
+            content = (folder / line["file"]).read_bytes()
+            return [ArtifactItem(line["key"], content, line["filename"], line["artifact_type"], step, time)]
         case other:
             raise ValueError(f"a line of kind {other!r}")
 
@@ -94,8 +109,3 @@ def _plain(value: Any) -> Any:
             return _SPECIAL[value["$float"]]
         return {key.removeprefix("$"): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _list(items: list[Any] | None) -> list[Any]:
-    assert items is not None
-    return items

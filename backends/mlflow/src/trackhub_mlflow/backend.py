@@ -40,6 +40,7 @@ class MLflowBackend(Backend):
     round is not stored.
     """
 
+    spi = 1
     Options = MLflowOptions
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},

@@ -71,9 +71,11 @@ class MLflowContract(BackendContract):
     }
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
+        """Return options with which all sinks write to one SQLite store."""
         return {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
 
     def prepare(self, context: StoreContext) -> None:
+        """Put an empty store in place."""
         if (file := _database(context)) is not None and not file.exists():
             shutil.copyfile(_template(), file)
 

@@ -56,6 +56,7 @@ class TensorBoardBackend(Backend):
     Metric values are kept as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38.
     """
 
+    spi = 1
     Options = TensorBoardOptions
     capabilities = Capabilities(
         kinds=frozenset({Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE}),

@@ -46,9 +46,11 @@ class TensorBoardContract(BackendContract):
     name = "tensorboard"
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
+        """Return options with which all sinks write to one log folder."""
         return {"logdir": str(tmp_path / "logdir")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
+        """Return what the event files hold, by TensorBoard's own reader."""
         job, site = (quote(name, safe="") for name in run.key)
         folder = Path(context.options.get("logdir", context.workdir))
         if "logdir" in context.options and run.side == "client":
@@ -88,50 +90,64 @@ def read_folder(folder: Path) -> ReadBack:
         raise FileNotFoundError(f"there is no {folder}")
     accumulator = EventAccumulator(str(folder), size_guidance=_EVERYTHING)
     accumulator.Reload()
-    found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[])
-    tags: dict[str, Any] = accumulator.Tags()
-    for tag in tags["scalars"]:
-        key = _SUFFIX.sub("", tag)
-        found.points += [Point(key, e.step, e.value, e.wall_time) for e in accumulator.Scalars(tag)]
-    captions: dict[tuple[str, int], str] = {}
-    for tag in tags["tensors"]:
-        plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
-        for event in accumulator.Tensors(tag):
-            _add_tensor(found, plugin, tag, event, captions, set(tags["tensors"]))
-    assert found.images is not None
-    found.images = [
-        ImageItem(i.key, i.step, i.content, captions.get((i.key, i.step or 0), ""), i.time) for i in found.images
+    kinds: dict[str, list[str]] = accumulator.Tags()
+    points = [
+        Point(_SUFFIX.sub("", tag), event.step, event.value, event.wall_time)
+        for tag in kinds["scalars"]
+        for event in accumulator.Scalars(tag)
     ]
-    _add_session(found, accumulator, tags["tensors"])
-    return found
+    read = _Tensors(accumulator, kinds["tensors"])
+    params, status = _session(accumulator, kinds["tensors"])
+    return ReadBack(
+        points=points,
+        params=params,
+        tags=read.tags,
+        texts=read.texts,
+        images=read.images,
+        histograms=read.histograms,
+        tables=read.tables,
+        status=status,
+    )
 
 
-def _add_tensor(
-    found: ReadBack, plugin: str, tag: str, event: Any, captions: dict[tuple[str, int], str], tags: set[str]
-) -> None:
-    key, step, time = _SUFFIX.sub("", tag), event.step, event.wall_time
-    content = make_ndarray(event.tensor_proto)
-    if plugin == "histograms":
-        edges = [float(row[0]) for row in content] + [float(content[-1][1])]
-        assert found.histograms is not None
-        found.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
-    elif plugin == "images":
-        assert found.images is not None
-        found.images.append(ImageItem(key, step, content[2], "", time))
-    elif plugin == "text":
-        text = content.item().decode()
+class _Tensors:
+    """What is not a scalar."""
+
+    def __init__(self, accumulator: EventAccumulator, tags: list[str]) -> None:
+        self.tags: dict[str, str] = {}
+        self.texts: list[TextItem] = []
+        self.images: list[ImageItem] = []
+        self.histograms: list[HistogramItem] = []
+        self.tables: list[TableItem] = []
+        self._captions: dict[tuple[str, int], str] = {}
+        self._keys = {_SUFFIX.sub("", tag) for tag in tags}
+        # Captions before the images that they belong to.
+        for tag in sorted(tags, key=lambda tag: not tag.endswith("/caption")):
+            plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
+            for event in accumulator.Tensors(tag):
+                self._add(plugin, tag, event)
+
+    def _add(self, plugin: str, tag: str, event: Any) -> None:
+        key, step, time = _SUFFIX.sub("", tag), event.step, event.wall_time
+        content = make_ndarray(event.tensor_proto)
+        if plugin == "histograms":
+            edges = [float(row[0]) for row in content] + [float(content[-1][1])]
+            self.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
+        elif plugin == "images":
+            self.images.append(ImageItem(key, step, content[2], self._captions.get((key, step), ""), time))
+        elif plugin == "text":
+            self._add_text(tag, key, content.item().decode(), step, time)
+
+    def _add_text(self, tag: str, key: str, text: str, step: int, time: float) -> None:
         columns, rows = _table(text)
-        assert found.tags is not None and found.tables is not None and found.texts is not None
         if tag == "tags":
-            found.tags.update({row[0]: row[1] for row in rows})
-        elif tag == "params":
-            return
-        elif tag.endswith("/caption") and any(_SUFFIX.sub("", t) == tag.removesuffix("/caption") for t in tags):
-            captions[tag.removesuffix("/caption"), step] = text
-        elif columns:
-            found.tables.append(TableItem(key, step, columns, list(rows), time))
-        else:
-            found.texts.append(TextItem(key, step, text, time))
+            self.tags.update({row[0]: row[1] for row in rows})
+        elif tag.endswith("/caption") and tag.removesuffix("/caption") in self._keys:
+            self._captions[tag.removesuffix("/caption"), step] = text
+        elif columns and tag != "params":
+            self.tables.append(TableItem(key, step, columns, list(rows), time))
+        elif tag != "params":
+            self.texts.append(TextItem(key, step, text, time))
 
 
 def _table(text: str) -> tuple[list[str], list[list[str]]]:
@@ -150,14 +166,16 @@ def _cell(text: str) -> str:
     return text
 
 
-def _add_session(found: ReadBack, accumulator: EventAccumulator, tags: list[str]) -> None:
-    def session(tag: str) -> Any:
+def _session(accumulator: EventAccumulator, tags: list[str]) -> tuple[dict[str, Any], str | None]:
+    """Return the params of the HPARAMS tab, and how the run ended."""
+
+    def data(tag: str) -> Any:
         return HParamsPluginData.FromString(accumulator.SummaryMetadata(tag).plugin_data.content)
 
-    assert found.params is not None
+    params, status = {}, None
     if _START in tags:
-        for name, value in session(_START).session_start_info.hparams.items():
-            found.params[name] = getattr(value, value.WhichOneof("kind"))
+        held = data(_START).session_start_info.hparams
+        params = {name: getattr(value, value.WhichOneof("kind")) for name, value in held.items()}
     if _END in tags:
-        succeeded = session(_END).session_end_info.status == STATUS_SUCCESS
-        found.status = "success" if succeeded else "failure"
+        status = "success" if data(_END).session_end_info.status == STATUS_SUCCESS else "failure"
+    return params, status

@@ -69,6 +69,7 @@ class WandBBackend(Backend):
     ``preflight``, where the mode is decided if the options leave it open.
     """
 
+    spi = 1
     Options = WandBOptions
     capabilities = _OFFLINE
 

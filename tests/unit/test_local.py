@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A script outside FLARE: the same calls, a sink in the same process, and everything delivered when it is closed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trackhub
+from trackhub.config import Limits
+from trackhub.delivery.report import DeliveryReport, read_report
+from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
+from trackhub.local_tracking import LocalWriter
+
+from tests.conftest import MakePlugin
+from tests.unit.helpers import assert_balanced, json_lines
+
+FAST = Limits(poll_s=0.005, flush_s=0.01, deadline_s=5)
+
+PLUGIN = """
+    import threading
+    from trackhub.spi import Backend, BackendRun, Capabilities, Redelivery, TransientError
+    class Run(BackendRun):
+        def write(self, batch):
+            if MODE == "write":
+                raise RuntimeError("boom in write")
+            if MODE == "hang":
+                threading.Event().wait()
+        def finish(self, status):
+            pass
+    class Odd(Backend):
+        capabilities = Capabilities(redelivery=Redelivery.IDEMPOTENT)
+        def open_run(self, info):
+            if MODE == "open":
+                raise RuntimeError("boom in open_run")
+            return Run()
+"""
+
+
+def open_local(tmp_path: Path, *backends: str, job: str | None = None, site: str = "local") -> LocalWriter:
+    return trackhub.local(backends or ["jsonl"], folder=tmp_path, job=job, site=site, limits=FAST)
+
+
+def lines(writer: LocalWriter, site: str = "local") -> list[dict[str, object]]:
+    return json_lines(writer.folder / "jsonl" / writer.folder.name / f"{site}.jsonl")
+
+
+def report_of(writer: LocalWriter) -> DeliveryReport:
+    assert writer.report is not None
+    return writer.report
+
+
+def test_everything_of_every_kind_is_delivered_when_the_writer_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    before = time.time()
+    with open_local(tmp_path) as writer:
+        writer.log_params({"lr": 0.1})
+        writer.set_tags({"who": "me"})
+        for step in range(100):
+            writer.log({"loss": 1 / (step + 1), "nan": math.nan}, step)
+        writer.log_text("note", "hello")
+        writer.log_image("grid", np.zeros((4, 4), np.uint8), 3)
+        writer.log_histogram("w", [1.0, 2.0])
+        writer.log_table("t", ["a"], [[1]])
+        writer.log_artifact(tmp_path / "model.bin")
+        assert writer.flush(20)
+        assert writer.report is None
+
+    found = lines(writer)
+    kinds = [line["kind"] for line in found]
+    assert kinds == ["params", "tags", *["metrics"] * 100, "text", "image", "histogram", "table", "artifact"]
+    assert [line["values"] for line in found[2:102]] == [{"loss": 1 / (s + 1), "nan": "NaN"} for s in range(100)]
+    assert [line["step"] for line in found[2:102]] == list(range(100))
+    times = [float(str(line["time"])) for line in found]
+    assert before <= times[0] <= times[-1] <= time.time()
+    assert times == sorted(times)
+    report = report_of(writer)
+    assert_balanced(report, {"local": 107}, {("jsonl", "local"): 107})
+    assert report.lanes["jsonl"]["local"].state == "finished"
+    assert read_report(writer.folder / "trackhub" / "delivery.json") == report
+
+
+def test_close_may_be_called_again_and_nothing_can_be_logged_afterwards(tmp_path: Path) -> None:
+    writer = open_local(tmp_path)
+    writer.log({"a": 1.0})
+    writer.close()
+    first = writer.report
+    writer.close()
+    assert writer.report is first
+    with pytest.raises(SpoolError, match="closed"):
+        writer.log({"a": 1.0})
+
+
+def test_a_script_that_fails_ends_its_run_as_failed_and_its_error_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_local(tmp_path) as writer:
+        writer.log({"a": 1.0})
+        raise ZeroDivisionError
+    path = writer.folder / "jsonl" / writer.folder.name / "local.jsonl"
+    assert json.loads(path.read_text().splitlines()[-1])["status"] == "failed"
+    assert report_of(writer).lanes["jsonl"]["local"].confirmed == 1
+
+
+def test_a_bad_call_is_an_error_and_the_rest_is_delivered(tmp_path: Path) -> None:
+    with open_local(tmp_path) as writer:
+        writer.log({"a": 1.0})
+        with pytest.raises(RecordError):
+            writer.log({"": 1.0})
+        writer.log({"a": 2.0})
+    assert [line["seq"] for line in lines(writer)] == [0, 1]
+
+
+def test_rounds_are_stamped(tmp_path: Path) -> None:
+    with open_local(tmp_path) as writer:
+        writer.set_round(4)
+        writer.log({"a": 1.0})
+    assert lines(writer)[0]["round"] == 4
+
+
+def test_an_unknown_backend_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(UnknownBackendError, match="nonsense"):
+        open_local(tmp_path / "runs", "nonsense", job="j")
+    assert threading.active_count() == before
+    with open_local(tmp_path / "runs", job="j") as writer:
+        writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1
+
+
+def test_a_job_goes_on_when_it_is_named_again(tmp_path: Path) -> None:
+    for day in range(3):
+        with open_local(tmp_path, job="j") as writer:
+            writer.log({"day": day}, day)
+    assert [line["step"] for line in lines(writer)] == [0, 1, 2]
+    assert [line["position"] for line in lines(writer)] == [0, 1, 2]
+    assert_balanced(report_of(writer), {"local": 3}, {("jsonl", "local"): 3})
+
+
+def test_two_sites_of_one_job_are_told_apart_and_a_failed_start_leaves_no_lock(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with open_local(tmp_path, job="j", site="a") as writer:
+        writer.log({"x": 1.0})
+        with pytest.raises(JournalError, match="in use"):
+            open_local(tmp_path, job="j", site="a")
+    for _ in range(2):
+        with pytest.raises(SpoolError, match="own folder"):
+            open_local(tmp_path, job="j", site="b")
+    assert threading.active_count() == before
+    with open_local(tmp_path, job="j", site="a") as writer:
+        writer.log({"x": 2.0})
+    assert len(lines(writer, "a")) == 2
+
+
+@pytest.mark.parametrize("mode", ["open", "write", "hang"])
+def test_a_backend_that_breaks_costs_the_script_nothing_but_the_deadline(
+    tmp_path: Path, make_plugin: MakePlugin, mode: str
+) -> None:
+    make_plugin("odd-plugin", {"odd": f"odd_{mode}:Odd"}, {f"odd_{mode}": f"MODE = {mode!r}\n" + textwrap.dedent(PLUGIN)})
+    limits = Limits(poll_s=0.005, flush_s=0.01, deadline_s=0.3)
+    writer = trackhub.local(["jsonl", "odd"], folder=tmp_path, job="j", limits=limits)
+    for step in range(50):
+        writer.log({"a": 1.0}, step)
+    start = time.monotonic()
+    writer.close()
+    assert time.monotonic() - start < 5
+    report = report_of(writer)
+    assert len(lines(writer)) == 50
+    odd = report.lanes["odd"]["local"]
+    assert (odd.confirmed, odd.pending, odd.state) == (0, 50, "unfinished")
+    assert odd.last_error
+    assert report.undelivered() == 50
+    assert_balanced(report, {"local": 50}, {("jsonl", "local"): 50})
+
+
+def test_forked_workers_log_into_the_same_run_and_end_without_ending_it(tmp_path: Path) -> None:
+    with open_local(tmp_path) as writer:
+        writer.log({"parent": 0}, 0)
+        for child in range(3):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    with writer:  # as a child does that leaves the block of its parent by an exception
+                        for i in range(10):
+                            writer.log({f"child-{child}": i}, i)
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        writer.log({"parent": 1}, 1)
+
+    found: dict[str, list[int]] = {}
+    for line in lines(writer):
+        values = line["values"]
+        assert isinstance(values, dict)
+        for key, value in values.items():
+            found.setdefault(key, []).append(value)
+    assert found == {"parent": [0, 1], **{f"child-{n}": list(range(10)) for n in range(3)}}
+    assert_balanced(report_of(writer), {"local": 32}, {("jsonl", "local"): 32})
+
+
+def test_what_a_script_logged_before_it_was_killed_is_on_the_disk_and_goes_on(tmp_path: Path) -> None:
+    code = """
+        import os, sys, trackhub
+        writer = trackhub.local(["jsonl"], folder=sys.argv[1], job="j")
+        for i in range(500):
+            writer.log({"a": i}, i)
+        os.kill(os.getpid(), 9)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], timeout=60, check=False)
+    with open_local(tmp_path, job="j") as writer:
+        writer.log({"a": 500}, 500)
+    steps = sorted(int(str(line["step"])) for line in lines(writer))
+    assert steps == list(range(501))
+    assert_balanced(report_of(writer), {"local": 501}, {("jsonl", "local"): 501})

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a log call to the backend over a link that loses, doubles, refuses and falls silent: all, once, in order."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trackhub.config import Limits
+from trackhub.delivery import sender as sender_module
+from trackhub.delivery import wire
+from trackhub.delivery.receiver import Receiver
+from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.retry import Backoff
+from trackhub.delivery.sender import LinkError, Sender
+from trackhub.errors import SpoolError
+from trackhub.run import RunStatus, Side
+from trackhub.spool_layout import blob_file
+from trackhub.writer import Writer
+
+from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
+
+SITE = "site-1"
+FAST = Limits(batch_records=50, poll_s=0.005, keepalive_s=0.1, flush_s=0.01)
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
+
+
+class Way:
+    """The way from a spool to a sink; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
+
+    def __init__(self, folder: Path, limits: Limits = FAST) -> None:
+        self.folder = folder
+        self.spool = new_spool(folder / "site" / "spool")
+        self.limits = limits
+        self.before: Callable[[wire.Request], None] = lambda request: None
+        self.after: Callable[[wire.Request], None] = lambda request: None
+        self.requests: list[wire.Request] = []
+        self.receiver = self.new_receiver()
+        self.senders: list[Sender] = []
+        self.finished = False
+
+    def new_receiver(self) -> Receiver:
+        sink = self.folder / "sink"
+        receiver = Receiver(
+            sink / "trackhub", sink, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
+        )
+        receiver.start()
+        return receiver
+
+    def link(self, data: bytes, timeout_s: float) -> bytes:
+        request = wire.decode_request(data)
+        self.requests.append(request)
+        self.before(request)
+        reply = self.receiver.handle(SITE, data)
+        self.after(request)
+        return reply
+
+    def sender(self, link: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
+        sender = Sender(self.spool, link or self.link, site=SITE, limits=self.limits)
+        if start:
+            sender.start()
+        self.senders.append(sender)
+        return sender
+
+    def stored(self) -> list[dict[str, Any]]:
+        path = self.folder / "sink" / "jsonl" / "job-1" / f"{SITE}.jsonl"
+        return json_lines(path) if path.exists() else []
+
+    def finish(self, deadline_s: float = WAIT_S) -> DeliveryReport:
+        self.finished = True
+        return self.receiver.finish(RunStatus.FINISHED, deadline_s=deadline_s)
+
+
+@pytest.fixture
+def way(tmp_path: Path) -> Iterator[Way]:
+    way = Way(tmp_path)
+    yield way
+    for sender in way.senders:
+        sender.close(0.0)
+    if not way.finished:
+        way.finish(1.0)
+
+
+def log(spool: Path, n: int, key: str = "a") -> None:
+    with Writer(spool) as writer:
+        for i in range(n):
+            writer.log({key: i}, i)
+
+
+def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport, logged: dict[str, int]) -> None:
+    """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
+    lines = way.stored()
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line["values"].items():
+            found.setdefault(key, []).append(value)
+    assert found == {key: list(map(float, range(n))) for key, n in logged.items()}
+    n = sum(logged.values())
+    assert (ledger.logged, ledger.acked, ledger.spooled) == (n, n, 0)
+    assert_balanced(report, {SITE: n}, {("jsonl", SITE): n})
+    assert report.sites[SITE].journaled == n
+    assert report.undelivered() == 0
+    assert report.lost() == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_link_that_loses_requests_and_replies_and_doubles_both_loses_no_record(way: Way, seed: int) -> None:
+    dice = random.Random(seed)
+
+    def lose(request: wire.Request) -> None:
+        if dice.random() < 0.3:
+            raise LinkError("lost on the way there")
+
+    def lose_reply(request: wire.Request) -> None:
+        if dice.random() < 0.1:
+            way.receiver.handle(SITE, wire.encode(request))
+        if dice.random() < 0.3:
+            raise LinkError("lost on the way back")
+
+    way.before, way.after = lose, lose_reply
+    sender = way.sender()
+    threads = [threading.Thread(target=log, args=(way.spool, 700, key)) for key in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = sender.close(WAIT_S)
+    report = way.finish()
+
+    assert_all_arrived(way, ledger, report, {"a": 700, "b": 700, "c": 700})
+    assert report.sites[SITE].duplicates > 0
+    assert report.sites[SITE].said_bye
+
+
+def test_a_batch_that_is_refused_is_counted_by_its_reason_and_the_next_goes_on(way: Way) -> None:
+    def link(data: bytes, timeout_s: float) -> bytes:
+        request = wire.decode_request(data)
+        if isinstance(request, wire.Batch) and request.first_seq == 50:
+            return wire.encode(wire.Refused("not_wanted", "for the test"))
+        return way.link(data, timeout_s)
+
+    log(way.spool, 150)
+    ledger = way.sender(link).close(WAIT_S)
+    way.finish()
+    assert (ledger.logged, ledger.acked, ledger.refused) == (150, 100, {"not_wanted": 50})
+    assert total(ledger) == 150
+    assert [line["seq"] for line in way.stored()] == [*range(50), *range(100, 150)]
+
+
+def test_a_sink_that_refuses_the_site_altogether_gets_nothing_and_the_records_stay(way: Way) -> None:
+    def link(data: bytes, timeout_s: float) -> bytes:
+        assert isinstance(wire.decode_request(data), wire.Hello)
+        return wire.encode(wire.Refused("version", "too old"))
+
+    log(way.spool, 10)
+    sender = way.sender(link)
+    start = time.monotonic()
+    sender.flush(0.3)
+    assert not sender.flush(WAIT_S)
+    ledger = sender.close(0.5)
+    assert time.monotonic() - start < 5
+    assert (ledger.logged, ledger.spooled, ledger.acked) == (10, 10, 0)
+
+
+def test_a_silent_sink_is_waited_for_once_until_it_answers_again(way: Way) -> None:
+    silent = threading.Event()
+    silent.set()
+
+    def before(request: wire.Request) -> None:
+        if silent.is_set():
+            raise LinkError("nobody there")
+
+    way.before = before
+    sender = way.sender()
+    log(way.spool, 10)
+    start = time.monotonic()
+    assert not sender.flush(0.2)
+    assert time.monotonic() - start >= 0.2
+    start = time.monotonic()
+    assert not any(sender.flush(WAIT_S) for _ in range(100))
+    assert time.monotonic() - start < 1
+    silent.clear()
+    arrived = threading.Event()
+    way.after = lambda request: arrived.set() if isinstance(request, wire.Batch) else None
+    assert arrived.wait(WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while not sender.flush(WAIT_S):
+        assert time.monotonic() < deadline
+    ledger = sender.close(WAIT_S)
+    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+
+
+def test_flush_returns_when_the_sink_has_what_was_logged_before_it(way: Way) -> None:
+    sender = way.sender()
+    with Writer(way.spool) as writer:
+        for i in range(20):
+            writer.log({"a": i}, i)
+            assert sender.flush(WAIT_S)
+            assert way.receiver._journal is not None
+            assert way.receiver._journal.report().sites[SITE].journaled == i + 1
+            assert writer.flush(0.0)
+
+
+def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
+    """As while another process of the site, or a thread with system metrics, logs as fast as it can."""
+    stop, n = threading.Event(), [0]
+
+    def work() -> None:
+        with Writer(way.spool) as writer:
+            while not stop.wait(0.02):
+                for _ in range(100):
+                    writer.log({"a": n[0]}, n[0])
+                    n[0] += 1
+
+    def slow(request: wire.Request) -> None:
+        stop.wait(0.03)  # for 50 records, so that the sender never catches up
+
+    way.before = slow
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        sender = way.sender()
+        for _ in range(3):
+            assert sender.flush(WAIT_S)
+    finally:
+        stop.set()
+        thread.join()
+    ledger = sender.close(WAIT_S)
+    assert_all_arrived(way, ledger, way.finish(), {"a": n[0]})
+
+
+def test_a_busy_sink_is_asked_again(way: Way) -> None:
+    busy = [5]
+
+    def link(data: bytes, timeout_s: float) -> bytes:
+        if busy[0] and isinstance(wire.decode_request(data), wire.Batch):
+            busy[0] -= 1
+            return wire.encode(wire.Busy("the disk is full"))
+        return way.link(data, timeout_s)
+
+    log(way.spool, 10)
+    ledger = way.sender(link).close(WAIT_S)
+    assert busy == [0]
+    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+
+
+@pytest.mark.parametrize("reply", [b"", b"nonsense", b"\xc1", wire.encode(wire.Hello())])
+def test_a_reply_that_makes_no_sense_is_as_none(way: Way, reply: bytes) -> None:
+    odd = [3]
+
+    def link(data: bytes, timeout_s: float) -> bytes:
+        if odd[0]:
+            odd[0] -= 1
+            return reply
+        return way.link(data, timeout_s)
+
+    log(way.spool, 10)
+    ledger = way.sender(link).close(WAIT_S)
+    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cell is gone"), OSError("socket"), ValueError("x")], ids=repr)
+def test_a_link_that_raises_anything_else_is_as_one_that_lost_the_request(way: Way, error: Exception) -> None:
+    left = [3]
+
+    def before(request: wire.Request) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise error
+
+    way.before = before
+    log(way.spool, 10)
+    ledger = way.sender().close(WAIT_S)
+    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+
+
+def test_a_sink_that_is_started_anew_on_its_journal_goes_on(way: Way) -> None:
+    sender = way.sender()
+    with Writer(way.spool) as writer:
+        for i in range(400):
+            writer.log({"a": i}, i)
+            if i in (100, 200, 300):
+                way.receiver.finish(RunStatus.ABORTED, deadline_s=5)  # in the middle of whatever the sender is at
+                way.receiver = way.new_receiver()
+    ledger = sender.close(WAIT_S)
+    assert_all_arrived(way, ledger, way.finish(), {"a": 400})
+
+
+def test_a_sender_that_is_started_anew_goes_on(way: Way) -> None:
+    log(way.spool, 500)
+    arrived = threading.Event()
+
+    def after(request: wire.Request) -> None:
+        if isinstance(request, wire.Batch) and request.first_seq >= 200:
+            arrived.set()
+            raise LinkError("the reply is lost, and then the client dies")
+
+    way.after = after
+    first = way.sender()
+    assert arrived.wait(WAIT_S)
+    ledger = first.close(0.1)
+    assert ledger.spooled > 0
+    assert total(ledger) == ledger.logged == 500
+    way.after = lambda request: None
+    ledger = way.sender().close(WAIT_S)
+    report = way.finish()
+    assert_all_arrived(way, ledger, report, {"a": 500})
+    assert report.sites[SITE].duplicates > 0
+
+
+def test_close_ends_in_time_whatever_the_link_does(way: Way) -> None:
+    def link(data: bytes, timeout_s: float) -> bytes:
+        threading.Event().wait(timeout_s)
+        raise LinkError("no answer")
+
+    log(way.spool, 10)
+    sender = way.sender(link)
+    start = time.monotonic()
+    ledger = sender.close(0.3)
+    assert time.monotonic() - start < 8
+    assert (ledger.logged, ledger.spooled) == (10, 10)
+
+
+def test_a_sender_that_was_never_started_counts_what_is_there(way: Way) -> None:
+    log(way.spool, 10)
+    sender = way.sender(start=False)
+    assert not sender.flush(WAIT_S)
+    assert sender.close(WAIT_S).spooled == 10
+
+
+def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "model.bin").write_bytes(data)
+    (tmp_path / "empty").touch()
+    lost = [4]
+
+    def after(request: wire.Request) -> None:
+        if isinstance(request, wire.Chunk) and lost[0]:
+            lost[0] -= 1
+            raise LinkError("the reply to a piece is lost")
+
+    way.after = after
+    with Writer(way.spool) as writer:
+        writer.log_artifact(tmp_path / "model.bin")
+        writer.log({"a": 0}, 0)
+        writer.log_artifact(tmp_path / "empty")
+    ledger = way.sender().close(WAIT_S)
+    report = way.finish()
+    first, second, third = way.stored()
+    folder = way.folder / "sink" / "jsonl" / "job-1"
+    assert (folder / first["file"]).read_bytes() == data
+    assert second["values"] == {"a": 0}
+    assert (folder / third["file"]).read_bytes() == b""
+    assert list(way.spool.glob("*.blob")) == []
+    assert (ledger.logged, ledger.acked) == (3, 3)
+    assert_balanced(report, {SITE: 3}, {("jsonl", SITE): 3})
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    match how:
+        case "gone":
+            path.unlink()
+        case "cut":
+            path.write_bytes(data[: len(data) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "longer":
+            path.write_bytes(data + b"x")
+        case "other":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "empty", "longer", "other"])
+@pytest.mark.parametrize("size", [10, (1 << 20) + 5])
+def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
+    way: Way, tmp_path: Path, how: str, size: int
+) -> None:
+    with Writer(way.spool) as writer:
+        for i in range(3):
+            (tmp_path / "x").write_bytes(bytes([i]) * size)
+            writer.log({"a": i}, i)
+            writer.log_artifact(tmp_path / "x", f"x{i}")
+        name = f"{writer._spool.stream}-3"  # the second artifact
+    spoil(blob_file(way.spool, name), how)
+    ledger = way.sender().close(WAIT_S)
+    report = way.finish()
+
+    assert [line["seq"] for line in way.stored()] == [0, 1, 2, 4, 5]
+    assert (ledger.logged, ledger.acked, ledger.dropped) == (6, 5, {"damaged": 1})
+    assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
+    assert report.sites[SITE].explained == {"damaged": 1}
+    assert list(way.spool.glob("*.blob")) == []
+
+
+def test_the_round_is_stamped_by_writers_from_the_moment_it_is_set(way: Way) -> None:
+    sender = way.sender()
+    with Writer(way.spool) as writer:
+        for value in (None, 0, 3, None):
+            sender.set_round(value)
+            writer.log({"a": 0.0})
+    sender.close(WAIT_S)
+    way.finish()
+    assert [line["round"] for line in way.stored()] == [None, 0, 3, None]
+
+
+def test_records_that_never_reached_the_spool_are_in_the_count(way: Way) -> None:
+    sender = way.sender()
+    log(way.spool, 5)
+    sender.count_dropped("unconvertible", 3)
+    ledger = sender.close(WAIT_S)
+    assert (ledger.logged, ledger.acked, ledger.dropped) == (8, 5, {"unconvertible": 3})
+    assert_balanced(way.finish(), {SITE: 8}, {("jsonl", SITE): 5})
+
+
+def test_signs_of_life_carry_the_count_while_nothing_is_logged(way: Way) -> None:
+    seen = threading.Event()
+
+    def after(request: wire.Request) -> None:
+        if isinstance(request, wire.Report) and request.ledger.acked == 5:
+            assert request.ledger.is_balanced()
+            seen.set()
+
+    way.after = after
+    way.sender()
+    log(way.spool, 5)
+    assert seen.wait(WAIT_S)
+
+
+def test_a_failed_site_says_so(way: Way) -> None:
+    log(way.spool, 1)
+    way.sender().close(WAIT_S, failed=True)
+    byes = [r for r in way.requests if isinstance(r, wire.Bye)]
+    assert [b.failed for b in byes] == [True]
+    assert byes[0].ledger.acked == 1
+
+
+def test_a_folder_that_is_no_spool_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError):
+        Sender(tmp_path, lambda data, timeout_s: data, site=SITE)
+
+
+def test_a_spool_that_is_taken_away_ends_no_job(way: Way) -> None:
+    log(way.spool, 5)
+    sender = way.sender()
+    assert sender.flush(WAIT_S)
+    way.spool.rename(way.spool.with_name("elsewhere"))
+    start = time.monotonic()
+    sender.close(0.5)
+    assert time.monotonic() - start < 8
+
+
+def test_two_sinks_of_one_site_each_get_everything(tmp_path: Path) -> None:
+    spool = new_spool(tmp_path / "spool", "server", "client")
+    receivers, senders = {}, {}
+    for name in ("server", "client"):
+        folder = tmp_path / name
+        receivers[name] = Receiver(
+            folder / "trackhub", folder, job="j", side=Side(name), backends={"jsonl": {}}, limits=FAST
+        )
+        receivers[name].start()
+
+        def link(data: bytes, timeout_s: float, receiver: Receiver = receivers[name]) -> bytes:
+            return receiver.handle(SITE, data)
+
+        senders[name] = Sender(spool, link, site=SITE, cursor=name, limits=FAST)
+        senders[name].start()
+    log(spool, 300)
+    for name, sender in senders.items():
+        ledger = sender.close(WAIT_S)
+        report = receivers[name].finish(RunStatus.FINISHED)
+        assert (ledger.logged, ledger.acked) == (300, 300)
+        assert_balanced(report, {SITE: 300}, {("jsonl", SITE): 300})
+        lines = json_lines(tmp_path / name / "jsonl" / "j" / f"{SITE}.jsonl")
+        assert [line["seq"] for line in lines] == list(range(300))
+
+
+def test_every_record_of_a_trainer_that_is_killed_is_delivered(way: Way) -> None:
+    code = """
+        import os, sys
+        from trackhub.writer import Writer
+        writer = Writer(sys.argv[1])
+        i = 0
+        while True:
+            writer.log({"a": i}, i)
+            os.write(1, b"%d\\n" % i)
+            i += 1
+    """
+    sender = way.sender()
+    command = [sys.executable, "-c", textwrap.dedent(code), str(way.spool)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None
+        lines = [trainer.stdout.readline() for _ in range(2000)]
+        trainer.kill()
+        lines += trainer.stdout.readlines()
+    returned = sum(line.endswith(b"\n") for line in lines)
+    ledger = sender.close(WAIT_S)
+    report = way.finish()
+    assert returned <= ledger.logged <= returned + 1
+    assert_all_arrived(way, ledger, report, {"a": ledger.logged})
