@@ -8,7 +8,7 @@ PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
 SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types arch coverage bench changelog clean
+.PHONY: help setup demo test test-all faults lint format types arch coverage bench bench-quick changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -47,14 +47,20 @@ types: $(INSTALLED) ## check types
 arch: $(INSTALLED) ## check who imports whom
 	$(BIN)/lint-imports
 
+faults: $(INSTALLED) ## kill, fill, cut and starve everything, with all seeds; under 45 minutes
+	$(BIN)/python -m pytest -m "" tests/faults $(ARGS)
+
 coverage: $(INSTALLED) ## run the quick tests and show which lines of the core they miss
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest tests/unit $(wildcard tests/contract tests/faults)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(INSTALLED) ## run one job with FLARE's own tracking and with trackhub, and compare
+bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table, runs/bench.json; about 25 minutes
 	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-quick: $(INSTALLED) ## the same figures from fewer and shorter runs, in under 4 minutes
+	$(BIN)/python -m tests.bench --quick $(ARGS)
 
 changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next

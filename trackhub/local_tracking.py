@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from trackhub.config import Limits
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
+from trackhub.errors import SpoolError
 from trackhub.run import RunStatus, Side
 from trackhub.spool_layout import SpoolInfo, create_spool
 from trackhub.writer import Writer
@@ -41,6 +43,7 @@ class LocalWriter(Writer):
         self._receiver = receiver
         self._sender = sender
         self._limits = limits
+        self._pid = os.getpid()
 
     def set_round(self, value: int | None) -> None:
         """Set the round that is stamped on the records logged from now on."""
@@ -49,10 +52,14 @@ class LocalWriter(Writer):
     def close(self, *, failed: bool = False) -> None:
         """Deliver what was logged, finish the runs, and make the report. Blocks up to the limits' deadline. Idempotent.
 
+        In a forked child it closes the child's stream only; what the child logged is delivered by its parent.
+
         Args:
             failed: end the runs as failed.
         """
         super().close()
+        if os.getpid() != self._pid:
+            return  # a forked child has a stream of its own, and no sink: its parent delivers
         if self.report is None:
             self._sender.close(self._limits.deadline_s, failed=failed)
             self.report = self._receiver.finish(RunStatus.FAILED if failed else RunStatus.FINISHED)
@@ -72,6 +79,8 @@ def open_local(
     limits: Limits | None = None,
 ) -> LocalWriter:
     """Start a sink in this process and return a writer on it; see ``trackhub.local``."""
+    if isinstance(backends, str):
+        backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
     limits = limits or Limits()
     job = job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -80,7 +89,11 @@ def open_local(
     receiver = Receiver(state, run_dir, job=job, side=Side.LOCAL, backends=options, limits=limits)
     receiver.start()
     spool_dir = state / "spool"
-    create_spool(spool_dir, SpoolInfo(site, job, (_CURSOR,), limits.spool_bytes))
+    try:
+        create_spool(spool_dir, SpoolInfo(site, job, (_CURSOR,), limits.spool_bytes))
+    except SpoolError:
+        receiver.finish(RunStatus.FAILED, deadline_s=0.0)
+        raise
     sender = Sender(
         spool_dir, lambda request, _: receiver.handle(site, request), site=site, cursor=_CURSOR, limits=limits
     )

@@ -30,6 +30,7 @@ from trackhub.records import (
     decode_body,
     decode_head,
     encode_frame,
+    pass_metrics,
     scan_frames,
 )
 from trackhub.spool_layout import (
@@ -279,7 +280,7 @@ class SpoolReader:
         lost_blobs: list[Blob] = []
         explained: Counter[str] = Counter()
         try:
-            for frame in scan_frames(data, start):
+            while frame := next(scan_frames(data, end or start), None):
                 if records >= max_records or (end and frame.end - start > max_bytes):
                     break
                 body = data[frame.body : frame.end]
@@ -307,9 +308,9 @@ class SpoolReader:
                             lost_blobs = [] if blob is None else [blob]
                         break
                     blobs.append(blob)
-                end = frame.end
-                seq += 1
-                records += 1
+                passed, end = pass_metrics(data, frame.end, max_records - records - 1, start + max_bytes)
+                seq += 1 + passed
+                records += 1 + passed
         except CorruptFrameError:
             pass  # the sound frames before it make a batch; the next one starts with the damage
         return SpoolBatch(

@@ -300,7 +300,8 @@ class Writer:
 
 def _items(method: str, values: Any) -> Iterable[tuple[Any, Any]]:
     if not isinstance(values, Mapping):
-        raise RecordError(f"{method}: expected a mapping of key to value, got {type(values).__name__}: {_shown(values)}")
+        name = type(values).__name__
+        raise RecordError(f"{method}: expected a mapping of key to value, got {name}: {_shown(values)}")
     if not values:
         raise RecordError(f"{method}: the mapping is empty; expected at least one key")
     return values.items()
@@ -402,8 +403,8 @@ def _param(path: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_param(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
     raise RecordError(
-        f"param {path!r}: {_shown(value)} is a {type(value).__name__}; expected None, bool, int, float, str, a path, or "
-        "lists and dicts of these; convert it with str()"
+        f"param {path!r}: {_shown(value)} is a {type(value).__name__}; expected None, bool, int, float, str, a path, "
+        "or lists and dicts of these; convert it with str()"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure trackhub against its real alternatives: ``make bench``, ``make bench-quick``, ``python -m tests.bench -h``."""
+"""Measure trackhub against its real alternatives: ``make bench``, ``make bench-quick``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.document import describe_machine, document, last_line, machine_line, table
@@ -43,11 +44,15 @@ def main(argv: list[str]) -> int:
 def _experiments(args: argparse.Namespace) -> list[Experiment]:
     found: list[Experiment] = []
     for name in args.only or GROUPS:
-        found += importlib.import_module(f"tests.bench.{name}").experiments(args.quick)
+        found += experiments_of(name, args.quick)
     if args.repeat:
-        from dataclasses import replace
-
         found = [replace(e, repeat=min(e.repeat, args.repeat)) for e in found]
+    return found
+
+
+def experiments_of(group: str, quick: bool) -> list[Experiment]:
+    """Return a group's experiments; nothing runs yet."""
+    found: list[Experiment] = importlib.import_module(f"tests.bench.{group}").experiments(quick)
     return found
 
 

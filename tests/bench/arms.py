@@ -1,96 +1,223 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways of tracking that are compared: without, with FLARE's own writer and receiver, with trackhub."""
+"""One FLARE job in the simulator, tracked in one way, measured from outside: what it stored, and what it took."""
 
 from __future__ import annotations
 
+import array
+import itertools
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.harness import JobResult, Point, read_tensorboard
+from tests.bench.child import children_cpu_s
+from tests.bench.figures import Arm, Run
+from tests.bench.stores import count_mlflow, count_wandb
+from tests.integration.harness import Job, JobResult, read_tensorboard
 
-__all__ = ["ARMS", "Arm"]
+__all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
 
 _TRAINER = """
-    import array
-
-    RECORDS = {records}
-    PAUSE_S = {pause_s}
+    import array, resource, time
     {prepare}
+
+    TEN = {{f"metric_{{i}}": 0.5 for i in range(10)}}
+
+
+    def peak_mb():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
     def train(current_round):
         calls = array.array("d")
-        base = current_round * RECORDS
-        clock, idle = time.perf_counter, threading.Event()
-        begin = time.time()
-        for step in range(base, base + RECORDS):
+        clock = time.perf_counter
+        memory, begin, cpu = peak_mb(), time.time(), time.thread_time()
+        for step in range({records}):
             before = clock()
             {log}
             calls.append(clock() - before)
-            if PAUSE_S:
-                idle.wait(PAUSE_S)
-        with open(os.path.join(OUT, f"{{SITE}}-{{current_round}}.calls"), "wb") as file:
-            array.array("d", [begin, time.time()]).tofile(file)
+        cpu, end = time.thread_time() - cpu, time.time()
+        for step in range({records}, {records} + {tens}):
+            before = clock()
+            {log_ten}
+            calls.append(clock() - before)
+        head = [begin, end, time.time(), cpu, peak_mb() - memory]
+        with open(os.path.join(OUT, f"{{SITE}}.calls"), "wb") as file:
+            array.array("d", head).tofile(file)
             calls.tofile(file)
 
 
-    import threading
     rounds(train)
 """
+_HEAD = 5
+_FLARE_PROCESSES = 4  # launcher, simulator, and its two helpers; each client adds one
 
 
 @dataclass(frozen=True)
-class Arm:
+class Way:
     """One way of tracking.
 
     Attributes:
-        name: as it stands in the table.
+        prepare, log, log_ten: what the training script says to get a writer, and to log one or ten metrics.
         tracking: arguments of ``add_tracking``, None to leave it out.
         more: source that changes the job otherwise.
-        read: returns what the job stored for a site, None if the arm stores nothing.
-        files: returns the folder in which it stored.
+        read: returns how many metric values of a site are in the store, each counted once.
+        files: the files that the store wrote, as patterns below the server's run folder.
     """
 
     name: str
-    prepare: str
-    log: str
+    prepare: str = ""
+    log: str = "pass"
+    log_ten: str = "pass"
     tracking: dict[str, Any] | None = None
     more: str = ""
-    read: Callable[[JobResult, str], list[Point]] | None = None
-    files: Callable[[JobResult, str], Path] | None = None
-
-    def trainer(self, records: int, pause_s: float) -> str:
-        """Return the training script's source: so many records a round, each a call of its own."""
-        return _TRAINER.format(records=records, pause_s=pause_s, prepare=self.prepare, log=self.log)
+    read: Callable[[JobResult, str], int] | None = None
+    files: str = ""
 
 
-def _stock_folder(result: JobResult, site: str) -> Path:
-    return result.run_dir("server") / "tb_events" / site
+def _event_steps(folder: Path) -> int:
+    points = {(point.key, point.step) for point in read_tensorboard(folder)} if folder.is_dir() else set()
+    return len(points)
 
 
-def _trackhub_folder(result: JobResult, site: str) -> Path:
-    return result.run_dir("server") / "tensorboard" / result.job / site
+def _stock(tracking: str, config: str, writer: str, log: str, log_ten: str, **more: Any) -> Way:
+    return Way(
+        f"stock {tracking}",
+        f"from nvflare.client.tracking import {writer}\n    writer = {writer}()",
+        log,
+        log_ten,
+        more="from nvflare.recipe.utils import add_experiment_tracking\n"
+        f'add_experiment_tracking(recipe, "{tracking}", {config})',
+        **more,
+    )
 
 
-ARMS = [
-    Arm("none", "", "pass"),
-    Arm(
-        "stock",
-        "from nvflare.client.tracking import SummaryWriter\n    writer = SummaryWriter()",
-        'writer.add_scalar("loss", float(step), global_step=step)',
-        more='from nvflare.recipe.utils import add_experiment_tracking\nadd_experiment_tracking(recipe, "tensorboard")',
-        read=lambda result, site: read_tensorboard(_stock_folder(result, site)),
-        files=_stock_folder,
-    ),
-    Arm(
-        "trackhub",
-        "import trackhub\n    writer = trackhub.Writer()",
-        'writer.log({"loss": float(step)}, step)',
-        tracking={"server": {"tensorboard": {}}},
-        read=lambda result, site: read_tensorboard(_trackhub_folder(result, site)),
-        files=_trackhub_folder,
-    ),
-]
-"""TensorBoard on both sides of the comparison, since its files show every point and the time that it was written."""
+NONE = Way("none")
+
+STOCK_TENSORBOARD = _stock(
+    "tensorboard", "{}", "SummaryWriter",
+    'writer.add_scalar("loss", float(step), global_step=step)',
+    "[writer.add_scalar(key, value, global_step=step) for key, value in TEN.items()]",
+    read=lambda result, site: _event_steps(result.run_dir("server") / "tb_events" / site),
+    files="tb_events/**/events*",
+)  # fmt: skip
+
+STOCK_WANDB = _stock(
+    "wandb", '{"mode": "offline", "wandb_args": {"project": "bench"}}', "WandBWriter",
+    'writer.log({"loss": float(step)}, step)',
+    "writer.log(TEN, step)",
+    files="**/*.wandb",
+)  # fmt: skip
+
+
+def trackhub_into(backend: str) -> Way:
+    """Return the way of ``trackhub.Writer`` and this backend on the server."""
+    folders = {"tensorboard": "tensorboard/**/events*", "mlflow": "mlflow/mlflow.db", "wandb": "wandb/**/*.wandb"}
+
+    def read(result: JobResult, site: str) -> int:
+        run_dir = result.run_dir("server")
+        if backend == "tensorboard":
+            return _event_steps(run_dir / "tensorboard" / result.job / site)
+        if backend == "mlflow":
+            return count_mlflow(run_dir / "mlflow" / "mlflow.db") if site == "site-1" else 0
+        return count_wandb(run_dir / "wandb") if site == "site-1" else 0
+
+    options = {"wandb": {"mode": "offline"}}.get(backend, {})
+    return Way(
+        f"trackhub {backend}", "import trackhub\n    writer = trackhub.Writer()",
+        'writer.log({"loss": float(step)}, step)', "writer.log(TEN, step)",
+        tracking={"server": {backend: options}}, read=read, files=folders[backend],
+    )  # fmt: skip
+
+
+def flare_arm(
+    way: Way, *, records: int, tens: int = 0, sites: int = 2, external: bool = False, count_processes: bool = False,
+    timeout_s: float = 900,
+) -> Arm:  # fmt: skip
+    """Return an arm that runs the job with so many calls of one metric from each site, and ``tens`` of ten.
+
+    Its values: ``median_us``, ``p99_us``, ``thread_cpu_us`` of a call, ``ten_median_us``, ``ten_p99_us``;
+    ``job_cpu_us`` of the whole job per record, ``wall_s``; ``rate`` of stored points, from the first call to the last
+    write of the store, and ``lag_s`` from the last call to that write; ``trainer_mb``, what the training process grew
+    by; ``extra_processes``, besides FLARE's own.
+    """
+
+    def run(folder: Path) -> Run:
+        source = _TRAINER.format(prepare=way.prepare, records=records, tens=tens, log=way.log, log_ten=way.log_ten)
+        job = Job(
+            folder / "job", source, tracking=way.tracking, external=external, n_clients=sites, rounds=1, more=way.more
+        )
+        before, start = children_cpu_s(), time.perf_counter()
+        with _ProcessCounter(folder if count_processes else None) as counter:
+            result = job.run(timeout_s)
+        wall_s, cpu_s = time.perf_counter() - start, children_cpu_s() - before
+        if result.rc != 0:
+            raise RuntimeError(f"the job failed; its log ends: {result.log[-500:]}")
+        values = {"wall_s": wall_s, "job_cpu_us": cpu_s / (records * sites) * 1e6, "job_cpu_s": cpu_s}
+        if count_processes:
+            values["extra_processes"] = counter.most - _FLARE_PROCESSES - sites
+        return _with_stored(way, result, values, [f"site-{i + 1}" for i in range(sites)], records, tens)
+
+    return run
+
+
+def _with_stored(
+    way: Way, result: JobResult, values: dict[str, float], sites: list[str], records: int, tens: int
+) -> Run:
+    ones, ten, first, last = list[float](), list[float](), float("inf"), 0.0
+    memory, cpu = 0.0, 0.0
+    for site in sites:
+        numbers = array.array("d")
+        numbers.frombytes((result.out / f"{site}.calls").read_bytes())
+        begin, _, end, thread_cpu, grown = numbers[:_HEAD]
+        first, last, memory, cpu = min(first, begin), max(last, end), max(memory, grown), cpu + thread_cpu
+        ones += numbers[_HEAD : _HEAD + records]
+        ten += numbers[_HEAD + records :]
+    values |= {"trainer_mb": memory, "thread_cpu_us": cpu / len(ones) * 1e6}
+    for name, calls in (("", sorted(ones)), ("ten_", sorted(ten))):
+        if calls:
+            values[f"{name}median_us"] = calls[len(calls) // 2] * 1e6
+            values[f"{name}p99_us"] = calls[min(len(calls) - 1, int(len(calls) * 0.99))] * 1e6
+    if way.read is None:
+        return Run(values)
+    stored = sum(way.read(result, site) for site in sites)
+    written = max(
+        (path.stat().st_mtime for path in result.run_dir("server").glob(way.files) if path.is_file()), default=first
+    )
+    values["rate"] = stored / max(written - first, 1e-9)
+    values["lag_s"] = written - last
+    logged = len(sites) * (records + (tens if "wandb" in way.name else 10 * tens))
+    return Run(values, logged, stored)
+
+
+class _ProcessCounter:
+    """Samples how many processes of a job there are: those that have its folder in their environment."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.most = 0
+        self._mark = str(folder).encode() if folder else b""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _ProcessCounter:
+        if self._mark:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._mark:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        for _ in itertools.takewhile(lambda _: not self._end.wait(0.5), itertools.count()):
+            self.most = max(self.most, sum(map(self._belongs, os.listdir("/proc"))))
+
+    def _belongs(self, name: str) -> bool:
+        try:
+            return name.isdigit() and self._mark in Path("/proc", name, "environ").read_bytes()
+        except OSError:
+            return False

@@ -61,8 +61,8 @@ class Figure:
         unit: of the two values, such as ``us`` or ``records/s``.
         kind: ``times less``: score = against / arm. ``times more``: score = arm / against. ``at most``: score = arm.
         reach: what the score should be: at least this, or under ``at most`` no more than this.
+        allowance: taken off the arm's value before the ratio: what may come on top, such as seconds at a job's end.
         explain: if it falls short, why: what the profile says. Shown below the table.
-        subtract: an arm of which the value is taken off both, such as a job without tracking.
     """
 
     what: str
@@ -74,7 +74,7 @@ class Figure:
     kind: Kind
     reach: float
     explain: str = ""
-    subtract: str = ""
+    allowance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,12 @@ def judge(
     theirs = list(runs.get(figure.against, ())) if figure.against else []
     reason = _why_void(figure, ours, theirs, failures or {})
     lost, lost_theirs = sum(run.lost for run in ours), sum(run.lost for run in theirs)
-    base = _median([run.values[figure.value] for run in runs.get(figure.subtract, ())]) if figure.subtract else 0.0
-    a = [run.values[figure.value] - base for run in ours if figure.value in run.values]
-    b = [run.values[figure.value] - base for run in theirs if figure.value in run.values]
+    a = [run.values[figure.value] for run in ours if figure.value in run.values]
+    b = [run.values[figure.value] for run in theirs if figure.value in run.values]
     if reason:
         return Outcome(experiment, figure, a, b, None, None, lost, lost_theirs, "void", reason)
-    score = _score(figure.kind, _median(a), _median(b))
-    single = [_score(figure.kind, x, y) for x, y in _pairs(a, b)]
+    score = _score(figure.kind, _median(a) - figure.allowance, _median(b))
+    single = [_score(figure.kind, x - figure.allowance, y) for x, y in _pairs(a, b)]
     reaches = score <= figure.reach if figure.kind == "at most" else score >= figure.reach
     return Outcome(
         experiment, figure, a, b, score, (min(single), max(single)), lost, lost_theirs,
@@ -172,7 +171,7 @@ def judge(
 
 
 def _why_void(figure: Figure, ours: Sequence[Run], theirs: Sequence[Run], failures: Mapping[str, str]) -> str:
-    for name in (figure.arm, figure.against, figure.subtract):
+    for name in (figure.arm, figure.against):
         if name in failures:
             return f"the run failed: {failures[name]}"
     if not ours or (figure.against and not theirs):

@@ -116,13 +116,13 @@ def trainer(folder: str, turns: list[int], go: int) -> dict[str, Any]:
     """Log flat out, a turn at a time; the last turn's records may be on their way when it ends."""
     from trackhub.writer import Writer
 
-    writer, step = Writer(Path(folder, "spool")), 0
+    writer, done = Writer(Path(folder, "spool")), 0
     for turn in turns:
-        for step in range(step, step + turn):
+        for step in range(done, done + turn):
             writer.log({"train/loss": 1.0 / (step + 1)}, step)
-        step += 1
+        done += turn
         writer.flush(300)
-        _say(step)
+        _say(done)
         sys.stdin.readline()
     writer.close()
     return {"peak_mb": peak_mb()}

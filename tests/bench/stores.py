@@ -15,9 +15,7 @@ def count_spool(folder: Path) -> int:
     from trackhub.records import scan_frames
     from trackhub.spool_layout import SEGMENT_HEADER
 
-    return sum(
-        sum(1 for _ in scan_frames(path.read_bytes(), len(SEGMENT_HEADER))) for path in folder.glob("*.spool")
-    )
+    return sum(sum(1 for _ in scan_frames(path.read_bytes(), len(SEGMENT_HEADER))) for path in folder.glob("*.spool"))
 
 
 def count_event_files(folder: Path) -> int:

@@ -28,6 +28,7 @@ class Contract(JsonlContract):
     backend = Acme
     name = "acme"
 """
+SKIPPED = CONTRACT.replace("class Contract", "@pytest.mark.skip(reason='later')\nclass Contract")
 
 
 class Checked(NamedTuple):
@@ -52,25 +53,33 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _check(site: Path, contract: str, *flags: str, name: str = "acme") -> Checked:
-    site.joinpath("acme_contract.py").write_text(contract)
+def _command(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-m", "trackhub.cli", "check", name, "--quick", "--json", *flags],
+    return subprocess.run(
+        [sys.executable, "-m", "trackhub.cli", "check", *arguments],
         cwd=site, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280, check=False,
     )  # fmt: skip
+
+
+def _check(site: Path, contract: str, *flags: str, name: str = "acme") -> Checked:
+    site.joinpath("acme_contract.py").write_text(contract)
+    done = _command(site, name, "--quick", "--json", *flags)
     return Checked(done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr)
 
 
-def test_a_right_backend_passes(site: Path) -> None:
-    checked = _check(site, CONTRACT)
+def test_a_right_backend_passes_with_the_options_that_are_given(site: Path) -> None:
+    folder = site / "elsewhere"
+
+    checked = _check(site, CONTRACT, "--option", f"path={folder}")
 
     assert (checked.status, checked.report["passed"], checked.report["contract"]) == (0, True, 1), checked
     assert {test["outcome"] for test in checked.report["tests"]} == {"passed"}
     assert all(test["rule"] for test in checked.report["tests"])
+    assert list(folder.glob("gallery/*.jsonl"))
 
 
 def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(site: Path) -> None:
+    """A declared failure that does not happen is a failure, too."""
     contract = (
         CONTRACT
         + """
@@ -81,11 +90,16 @@ def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(si
     def test_times_are_those_of_the_log_calls(self, gallery):
         super().test_times_are_those_of_the_log_calls(gallery)
 
+    @pytest.mark.xfail(reason="it has no texts")
+    def test_names_of_params_and_tags_stay_apart(self, gallery):
+        super().test_names_of_params_and_tags_stay_apart(gallery)
+
     @pytest.mark.skip(reason="too slow")
     def test_volume(self, kit):
         super().test_volume(kit)
 """
     )
+
     checked = _check(site, contract)
 
     assert (checked.status, checked.report["passed"]) == (1, False)
@@ -93,39 +107,26 @@ def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(si
     assert outcome == "failed"
     assert "the store does not hold what it must" in detail
     assert checked.outcome("test_times_are_those_of_the_log_calls") == ("declared", "it is shown a minute late")
+    assert checked.outcome("test_names_of_params_and_tags_stay_apart")[0] == "failed"
     assert checked.outcome("test_volume")[0] == "skipped"
     assert "test_volume is overridden without" in checked.outcome("test_contract_is_whole")[1]
 
 
-def test_a_declared_failure_that_does_not_happen_fails(site: Path) -> None:
-    contract = (
-        CONTRACT
-        + """
-    @pytest.mark.xfail(reason="the store keeps 32-bit steps")
-    def test_largest_step(self, gallery):
-        super().test_largest_step(gallery)
-"""
-    )
-    checked = _check(site, contract)
-
-    assert checked.status == 1
-    assert [test["name"] for test in checked.report["tests"] if test["outcome"] != "passed"] == ["test_largest_step"]
-
-
 def test_a_contract_that_is_skipped_as_a_whole_does_not_pass(site: Path) -> None:
-    checked = _check(site, CONTRACT.replace("class Contract", "@pytest.mark.skip(reason='later')\nclass Contract"))
+    checked = _check(site, SKIPPED)
 
     assert checked.status == 1
     assert {test["outcome"] for test in checked.report["tests"]} == {"skipped"}
 
 
-def test_options_reach_the_backend(site: Path) -> None:
-    folder = site / "elsewhere"
+def test_the_verdict_is_told_in_words(site: Path) -> None:
+    site.joinpath("acme_contract.py").write_text(SKIPPED)
 
-    checked = _check(site, CONTRACT, "--option", f"path={folder}")
+    done = _command(site, "acme", "--quick")
 
-    assert checked.status == 0, checked
-    assert list(folder.glob("gallery/*.jsonl"))
+    assert done.returncode == 1
+    assert "acme does NOT pass version 1 of the contract" in done.stdout
+    assert "volume" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,11 @@ def were_logged(facts: Iterable[Fact], points: Iterable[Point]) -> None:
         assert fact.before <= point.time <= fact.after, (fact, point)
 
 
-def canonical(backend: str, logged: Iterable[Point]) -> list[Point]:
+def canonical(backend: str, logged: Iterable[Point], *, online: bool = False) -> list[Point]:
     """Return the points of one run as this backend declares that it keeps them.
 
     Args:
+        online: for W&B, whether a server has them; its client sends it no negative zero.
         logged: exact key, value, step and time, in the order of the calls, from one writer.
     """
     hooks = _HOOKS[backend]
@@ -104,7 +105,7 @@ def canonical(backend: str, logged: Iterable[Point]) -> list[Point]:
             Point(
                 hooks.canonical_key(Kind.METRICS, point.key),
                 step,
-                hooks.canonical_value(point.value),
+                hooks.canonical_value(point.value) + (0.0 if online else -0.0),
                 hooks.canonical_time(point.time),
             )
         )

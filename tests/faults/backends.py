@@ -146,6 +146,7 @@ class BufferedRun(StoreRun):
 class Store(Backend):
     """Base of the stores."""
 
+    spi = 1
     Options = StoreOptions
     options: StoreOptions
     run: type[StoreRun] = StoreRun
@@ -225,6 +226,7 @@ class HttpRun(BackendRun):
 class Http(Backend):
     """Speaks to tests.faults.peer, which knows records again by their position."""
 
+    spi = 1
     Options = HttpOptions
     options: HttpOptions
     capabilities = msgspec.structs.replace(_CAN, redelivery=Redelivery.IDEMPOTENT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ import pytest
 from tests.faults.harness import LIMITS, World, wait_for
 
 MakeWorld = Callable[..., World]
+TOTALS: Counter[str] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the suite's figures. A job that lost a record without a count has failed its test, and is not in them."""
+    if TOTALS:
+        terminalreporter.write_line(
+            "faults: {jobs} jobs without FLARE, {killed} processes killed, {records} records logged; {counted} lost with a "
+            "count, 0 without".format_map(TOTALS)
+        )
 
 
 class Disk:
@@ -67,7 +78,7 @@ def make_disk(make_world: MakeWorld) -> Iterator[Callable[[Path, int], Disk]]:
 
 
 @pytest.fixture
-def make_world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
+def make_world(tmp_path: Path) -> Iterator[MakeWorld]:
     """Make jobs; when the test ends, none of their processes may be left."""
     worlds: list[World] = []
 
@@ -81,7 +92,7 @@ def make_world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeW
         yield make
         for world in worlds:
             world.check_nothing_stays()
-            world.note_totals(request.node.nodeid)
+            TOTALS.update(world.totals())
     finally:
         for world in worlds:
             world.close()

@@ -31,6 +31,8 @@ from tests.faults.readers import SinkCount, count_sink, count_site, read_store, 
 from tests.faults.sender import SenderPlan
 from tests.faults.sink import SinkPlan
 from tests.faults.trainer import TrainerPlan
+from trackhub.cli.status import journal_status, spool_status
+from trackhub.delivery.find import find
 from trackhub.spool_layout import SpoolInfo, create_spool
 
 __all__ = ["LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
@@ -57,7 +59,6 @@ LIMITS: dict[str, float | str] = {
 JOB = "job-1"
 Lost = Mapping[str, Mapping[str, int]]
 _MARK = "TRACKHUB_FAULTS_WORLD"
-_TOTALS = "TRACKHUB_FAULTS_TOTALS"
 _BACKENDS = {
     "idempotent": "Idempotent",
     "resumable": "Resumable",
@@ -78,7 +79,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = PATIENC
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
-        pause.wait(0.002)
+        pause.wait(0.01)
 
 
 class Proc:
@@ -161,7 +162,7 @@ class World:
         backends: the sink's.
         limits: of sender and sink.
         in_doubt: calls that may have been under way when a trainer was killed: one each.
-        at_least_once: backends that may hold a record twice.
+        counted: records that did not reach a backend and were counted with a reason.
     """
 
     folder: Path
@@ -170,6 +171,7 @@ class World:
     state: Path | None = None
     spool_bytes: int = 1 << 30
     in_doubt: int = 0
+    counted: int = 0
     files: bool = False
     procs: list[Proc] = field(default_factory=list)
     peers: list[Proc] = field(default_factory=list)
@@ -322,11 +324,11 @@ class World:
 
     def check_status(self) -> dict[str, Any]:
         """``trackhub status`` says what the independent counts say."""
-        done = subprocess.run(
-            [sys.executable, "-m", "trackhub.cli", "status", "--json", str(self.folder)],
-            env=self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=True,
-        )  # fmt: skip
-        said: dict[str, Any] = json.loads(done.stdout)
+        found_here = find(self.folder)
+        said: dict[str, Any] = {
+            "journals": [journal_status(path) for path in found_here.journals],
+            "spools": [spool_status(path) for path in found_here.spools],
+        }
         for spool in said["spools"]:
             found = count_site(Path(spool["path"]))
             sink = spool["sinks"]["server"]
@@ -368,6 +370,7 @@ class World:
         Args:
             lost: backend to writer to the number of its records that are not there; ``*`` for all backends.
         """
+        self.counted = sum(sum(writers.values()) for writers in (lost or {}).values())
         for backend in self.backends:
             for site in self.sites():
                 names = [name for name, where in self.writers.items() if where == site]
@@ -442,13 +445,12 @@ class World:
             with lock.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def note_totals(self, test: str) -> None:
-        """Add this scenario to the suite's figures, if they are asked for."""
-        path = os.environ.get(_TOTALS)
-        if path:
-            records = sum(self.count(name) for name in self.writers)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"test": test, "records": records}) + "\n")
+    def totals(self) -> Counter[str]:
+        """Return this scenario's part of the suite's figures."""
+        killed = sum(proc.process.returncode == -signal.SIGKILL for proc in (*self.procs, *self.peers))
+        return Counter(
+            jobs=1, killed=killed, records=sum(self.count(name) for name in self.writers), counted=self.counted
+        )
 
 
 def _first_difference(mine: list[Seen], truth: list[Seen]) -> str:

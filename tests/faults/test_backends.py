@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def free_url() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def runs(report: dict[str, dict[str, dict[str, dict[str, int]]]], site: str = "site-1") -> dict[str, dict[str, int]]:
+def runs(report: dict[str, Any], site: str = "site-1") -> dict[str, dict[str, Any]]:
     return {name: lane[site] for name, lane in report["lanes"].items()}
 
 
@@ -54,11 +55,11 @@ def test_dead_backends_cost_the_deadline_and_lose_nothing_that_a_replay_does_not
     assert answer["report"]["balanced"]
     assert run["jsonl"]["confirmed"] == CALLS
     assert (run["hangs"]["confirmed"], run["hangs"]["pending"]) == (0, CALLS)
-    assert "has not returned" in str(run["hangs"]["last_error"])
+    assert "has not returned" in run["hangs"]["last_error"]
     assert run["slow"]["confirmed"] <= len(world.held("slow")) < 60
     assert (0 < run["dies"]["confirmed"] <= 200, run["dies"]["rejected"]) == (True, {})
     assert run["http_late"]["pending"] == CALLS
-    assert "no answer" in str(run["http_outage"]["last_error"])
+    assert "no answer" in run["http_outage"]["last_error"]
     rejected = run["gone"]["rejected"]
     assert rejected == {"permanent_error": CALLS - run["gone"]["confirmed"]}
 

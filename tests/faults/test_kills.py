@@ -11,10 +11,9 @@ import pytest
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import World, wait_for
 
-QUICK = 2
-SEEDS = [pytest.param(seed, marks=[] if seed < QUICK else pytest.mark.long) for seed in range(50)]
+SEEDS = [pytest.param(seed, marks=[] if seed < 2 else pytest.mark.long) for seed in range(50)]
 EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")
-CALLS = 1500
+CALLS = 1000
 
 
 def some_backends(seed: int) -> dict[str, dict[str, object]]:
@@ -106,7 +105,9 @@ def test_a_lane_that_dies_between_write_and_confirm_loses_and_doubles_nothing(ma
     world = make_world({kind: {}}, files=kind != "tensorboard")
     method = chance.choice(["write", "flush"]) if kind in ("rebuild", "buffered") else "write"
     trainer = world.trainer("a", calls=600)
-    sink = world.sink(kill_at_write=(kind, method, chance.randrange(1, 5)))
+    # The stores of the suite take 100 records in a write, the others perhaps all that there are.
+    number = chance.randrange(1, 5) if kind not in ("jsonl", "tensorboard") and method == "write" else 1
+    sink = world.sink(kill_at_write=(kind, method, number))
     sender = world.sender()
 
     assert sink.wait() == -9, sink.log
@@ -143,7 +144,7 @@ def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_w
     world.replay_all(*flags)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [pytest.param(0), *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 50))])
 def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     """Lost requests and acks, late repetitions, two ranks, and each process killed and started again."""
     chance = random.Random(seed)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.helpers import read_spool
 from trackhub import dialects
 from trackhub.errors import ConfigError, RecordError
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Tags, Text
 from trackhub.spool import SPOOL_ENV, spool_env
 from trackhub.spool_layout import SpoolInfo, create_spool
-
-from tests.unit.helpers import read_spool
 
 NAMES = ["SummaryWriter", "WandBWriter", "MLflowWriter"]
 
@@ -57,7 +56,7 @@ def payloads(spool: Path) -> list[tuple[Payload, int | None]]:
 def test_the_calls_of_flares_wandb_example_work(spool: Path) -> None:
     writer = dialects.WandBWriter()
     writer.log({"train_loss": 0.25}, 3)
-    writer.log({"a": 1, "b": np.float32(0.5)})
+    writer.log({"a": 1, "b": np.float32(0.5).item()})
     writer.log({})
     writer.finish()
 

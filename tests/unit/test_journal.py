@@ -12,6 +12,7 @@ import textwrap
 import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trackhub.delivery import journal as journal_module
+from tests.unit.helpers import STREAM, batch_of, metric
 from trackhub.delivery.journal import Journal, Progress
 from trackhub.delivery.journal_report import read_journal_report
 from trackhub.delivery.wire import Batch, SiteLedger
 from trackhub.errors import JournalError
 from trackhub.records import Gap, Kind, Record, decode_body, scan_frames
-
-from tests.unit.helpers import STREAM, batch_of, metric
 
 
 @pytest.fixture
@@ -245,18 +244,8 @@ def test_a_closed_journal_is_one_file_and_stays_so(tmp_path: Path) -> None:
         with pytest.raises(JournalError):
             use()
         # As of a lane that hangs and comes back after the end.
-        errors: list[Exception] = []
-
-        def late(use: Any = use, errors: list[Exception] = errors) -> None:
-            try:
-                use()
-            except Exception as e:
-                errors.append(e)
-
-        thread = threading.Thread(target=late)
-        thread.start()
-        thread.join()
-        assert [type(e) for e in errors] == [JournalError]
+        with ThreadPoolExecutor() as pool:
+            assert isinstance(pool.submit(use).exception(), JournalError)
     assert files() == ["trackhub.db"]
 
 
@@ -288,34 +277,29 @@ def test_where_the_file_system_has_no_write_ahead_log_the_journal_works_all_the_
 ) -> None:
     connect = sqlite3.connect
 
-    def without_shared_memory(path: Path, **options: Any) -> sqlite3.Connection:
+    def without_shared_memory(path: Path, **options: Any) -> Any:
         return connect(f"{path.absolute().as_uri()}?vfs=unix-dotfile", uri=True, **options)
 
-    monkeypatch.setattr(journal_module.sqlite3, "connect", without_shared_memory)
+    monkeypatch.setattr(sqlite3, "connect", without_shared_memory)
     journal = open_journal(tmp_path)
     assert "no write-ahead log" in caplog.text
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(0)]), {})
 
     stop = threading.Event()
-    failures: list[Exception] = []
 
     def read() -> None:
-        try:
-            while not stop.is_set():
-                journal.read(site, 0, 1 << 20)
-                journal.report()
-        except Exception as e:
-            failures.append(e)
+        while not stop.is_set():
+            journal.read(site, 0, 1 << 20)
+            journal.report()
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    for i in range(1, 30):
-        journal.append(site, batch_of([metric(i)]), {})
-        journal.save_run("lane", site, i, i, Progress(confirmed=i))
-    stop.set()
-    thread.join()
-    assert failures == []
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        for i in range(1, 30):
+            journal.append(site, batch_of([metric(i)]), {})
+            journal.save_run("lane", site, i, i, Progress(confirmed=i))
+        stop.set()
+        reader.result()
     assert seqs(journal, site) == list(range(30))
     journal.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lane delivers every journaled record once and in order, or says which it did not and why, whatever a backend does."""
+"""A lane delivers every record once and in order, or says how many it did not and why, whatever a backend does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, metric
 from trackhub.delivery import run_lane
 from trackhub.delivery.journal import Journal
 from trackhub.delivery.lane import Lane
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.retry import Backoff
+from trackhub.delivery.shaper import Shaper
 from trackhub.errors import ConfigError, PermanentError, TransientError
 from trackhub.records import Metrics, Record, Text
 from trackhub.run import RunStatus, Side
 from trackhub.spi import Backend, Entry, Kind, Redelivery, Rejection, RunInfo, WriteReport
-
-from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, metric
 
 SITE = "site-1"
 
@@ -162,7 +163,7 @@ def test_a_transient_error_is_tried_again_and_the_time_that_the_backend_asks_for
     bench.lane(backend)
     report = bench.finish()  # also at the end of the job, a time that was asked for is kept
     assert backend.positions() == list(range(10))
-    assert all(b - a >= 0.15 for a, b in zip(calls[:2], calls[1:3], strict=True))
+    assert all(b - a >= 0.15 for a, b in pairwise(calls[:3]))
     assert run_of(report).confirmed == 10
     assert "busy" in run_of(report).last_error
 
@@ -205,6 +206,15 @@ def test_a_broken_first_record_of_a_run_does_not_hold_up_the_rest(bench: Bench) 
     assert backend.positions() == list(range(2, 12))
     assert (run_of(report).rejected, run_of(report).confirmed) == ({"backend_error": 2}, 10)
     assert "bug" in run_of(report).last_error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), PermanentError("no")], ids=repr)
+def test_a_record_that_is_rejected_last_is_counted_at_once(bench: Bench, error: Exception) -> None:
+    backend = MemoryBackend(poisoned({5}, lambda: error), max_batch=1)
+    bench.log(6)
+    bench.lane(backend)
+    run = run_of(bench.finish())
+    assert (run.confirmed, sum(run.rejected.values()), run.pending) == (5, 1, 0)
 
 
 def test_an_outage_does_not_make_a_single_odd_error_reject_a_record(bench: Bench) -> None:
@@ -280,7 +290,9 @@ def test_a_backend_that_returns_something_else_is_told_so_and_stops_nothing(benc
     assert other.positions() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("error", [TransientError("t"), RuntimeError("r"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [TransientError("t"), RuntimeError("r"), SystemExit(3), KeyboardInterrupt()], ids=repr
+)
 def test_open_run_is_tried_again(bench: Bench, error: BaseException) -> None:
     backend = MemoryBackend(failing(3, lambda: error, "open"))
     bench.log(5)
@@ -626,7 +638,7 @@ def test_a_defect_of_the_lane_itself_is_in_the_report(bench: Bench, monkeypatch:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug in trackhub")
 
-    monkeypatch.setattr(run_lane.Shaper, "shape", broken)
+    monkeypatch.setattr(Shaper, "shape", broken)
     bench.log(5)
     bench.lane(MemoryBackend())
     run = run_of(bench.finish(0.5))

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 
 import trackhub
+from tests.conftest import MakePlugin
+from tests.unit.helpers import assert_balanced, json_lines
 from trackhub.config import Limits
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.local_tracking import LocalWriter
-
-from tests.conftest import MakePlugin
-from tests.unit.helpers import assert_balanced, json_lines
 
 FAST = Limits(poll_s=0.005, flush_s=0.01, deadline_s=5)
 
@@ -119,6 +118,12 @@ def test_a_bad_call_is_an_error_and_the_rest_is_delivered(tmp_path: Path) -> Non
     assert [line["seq"] for line in lines(writer)] == [0, 1]
 
 
+def test_a_single_backend_may_be_named_by_a_plain_string(tmp_path: Path) -> None:
+    with trackhub.local("jsonl", folder=tmp_path, limits=FAST) as writer:
+        writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1
+
+
 def test_rounds_are_stamped(tmp_path: Path) -> None:
     with open_local(tmp_path) as writer:
         writer.set_round(4)
@@ -164,7 +169,9 @@ def test_two_sites_of_one_job_are_told_apart_and_a_failed_start_leaves_no_lock(t
 def test_a_backend_that_breaks_costs_the_script_nothing_but_the_deadline(
     tmp_path: Path, make_plugin: MakePlugin, mode: str
 ) -> None:
-    make_plugin("odd-plugin", {"odd": f"odd_{mode}:Odd"}, {f"odd_{mode}": f"MODE = {mode!r}\n" + textwrap.dedent(PLUGIN)})
+    make_plugin(
+        "odd-plugin", {"odd": f"odd_{mode}:Odd"}, {f"odd_{mode}": f"MODE = {mode!r}\n" + textwrap.dedent(PLUGIN)}
+    )
     limits = Limits(poll_s=0.005, flush_s=0.01, deadline_s=0.3)
     writer = trackhub.local(["jsonl", "odd"], folder=tmp_path, job="j", limits=limits)
     for step in range(50):
@@ -196,6 +203,7 @@ def test_forked_workers_log_into_the_same_run_and_end_without_ending_it(tmp_path
                 finally:
                     os._exit(code)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert not (writer.folder / "trackhub" / "delivery.json").exists()
         writer.log({"parent": 1}, 1)
 
     found: dict[str, list[int]] = {}

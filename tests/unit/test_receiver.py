@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 from trackhub.config import Limits
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
@@ -23,8 +24,6 @@ from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import ConfigError, InvalidOptionError, JournalError, UnknownBackendError
 from trackhub.records import FORMAT_VERSION, Artifact, Blob, Record, encode_frame
 from trackhub.run import RunStatus, Side
-
-from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 
 SITE = "site-1"
 
@@ -188,7 +187,9 @@ def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_a
     assert sink.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "", ".", "a/b", f"{STREAM}-0/../x", f"{STREAM}-0\n", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "", ".", "a/b", f"{STREAM}-0/../x", f"{STREAM}-0\n", "x" * 300]
+)
 def test_no_name_leads_out_of_the_folder(sink: Sink, tmp_path: Path, name: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     blob = msgspec.structs.replace(BLOB, name=name)
@@ -374,7 +375,7 @@ def test_a_wrong_configuration_is_an_error_before_anything_is_made(tmp_path: Pat
     def start(backends: dict[str, dict[str, Any]]) -> None:
         Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=backends).start()
 
-    with pytest.raises(UnknownBackendError, match="available: .*jsonl"):
+    with pytest.raises(UnknownBackendError, match=r"available: .*jsonl"):
         start({"nonsense": {}})
     with pytest.raises(InvalidOptionError, match=r"jsonl\.pth.*path"):
         start({"jsonl": {"pth": "x"}})

@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.helpers import frames_in
 from trackhub.records import (
     MAX_BODY_BYTES,
     MAX_STEP,
     Artifact,
     Blob,
     CorruptFrameError,
+    Frame,
     Gap,
     Histogram,
     Image,
@@ -34,8 +36,6 @@ from trackhub.records import (
     encode_frame,
     scan_frames,
 )
-
-from tests.unit.helpers import frames_in
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 number = st.floats(width=64)
@@ -132,20 +132,23 @@ def test_a_flipped_bit_is_never_read_as_data(items: list[Record], data: st.DataO
     hit = next(i for i in range(len(frames)) if bit // 8 < sum(map(len, frames[: i + 1])))
     buffer[bit // 8] ^= 1 << bit % 8
 
-    sound = []
+    sound: list[Frame] = []
+    offset = None
     try:
         sound.extend(scan_frames(bytes(buffer)))
     except CorruptFrameError as e:
-        assert e.offset == sum(map(len, frames[:hit]))
+        offset = e.offset
 
+    assert offset in (None, sum(map(len, frames[:hit])))
     # A size that grew beyond the end looks like a frame that is still being written.
     assert len(sound) == hit
     assert [bytes(buffer[f.start : f.end]) for f in sound] == frames[:hit]
 
 
 def test_scanning_starts_at_an_offset() -> None:
-    first, second = encode_frame(Record(0, 0.0, 0, None, Text("a", "b"))), encode_frame(
-        Record(1, 0.0, 0, None, Text("c", "d"))
+    first, second = (
+        encode_frame(Record(0, 0.0, 0, None, Text("a", "b"))),
+        encode_frame(Record(1, 0.0, 0, None, Text("c", "d"))),
     )
     (frame,) = scan_frames(first + second, len(first))
     assert (frame.start, frame.end) == (len(first), len(first) + len(second))

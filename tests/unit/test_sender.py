@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
 from trackhub.config import Limits
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
@@ -27,8 +28,6 @@ from trackhub.errors import SpoolError
 from trackhub.run import RunStatus, Side
 from trackhub.spool_layout import blob_file
 from trackhub.writer import Writer
-
-from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
 
 SITE = "site-1"
 FAST = Limits(batch_records=50, poll_s=0.005, keepalive_s=0.1, flush_s=0.01)
@@ -217,7 +216,7 @@ def test_flush_returns_when_the_sink_has_what_was_logged_before_it(way: Way) -> 
 
 def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
     """As while another process of the site, or a thread with system metrics, logs as fast as it can."""
-    stop, n = threading.Event(), [0]
+    stop, started, n = threading.Event(), threading.Event(), [0]
 
     def work() -> None:
         with Writer(way.spool) as writer:
@@ -225,6 +224,7 @@ def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
                 for _ in range(100):
                     writer.log({"a": n[0]}, n[0])
                     n[0] += 1
+                started.set()
 
     def slow(request: wire.Request) -> None:
         stop.wait(0.03)  # for 50 records, so that the sender never catches up
@@ -234,8 +234,12 @@ def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
     thread.start()
     try:
         sender = way.sender()
+        assert started.wait(WAIT_S)
         for _ in range(3):
+            before = n[0]
             assert sender.flush(WAIT_S)
+            assert way.receiver._journal is not None
+            assert way.receiver._journal.report().sites[SITE].journaled >= before
     finally:
         stop.set()
         thread.join()

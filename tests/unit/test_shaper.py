@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.helpers import ALL_KINDS
 from trackhub.delivery.shaper import Shaper, escape_key, key_fitter, unescape_key
 from trackhub.records import Metrics, Params, Payload, Record, Tags, Text
 from trackhub.spi import Capabilities, Entry, Kind, Rejection
-
-from tests.unit.helpers import ALL_KINDS
 
 WORD = "A-Za-z0-9_"
 ALL = Capabilities(

@@ -17,14 +17,13 @@ from typing import cast
 
 import pytest
 
+from tests.unit.helpers import new_spool, read_spool, small_disk
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Record, Text
 from trackhub.spool import Spool
 from trackhub.spool_layout import Ledger, SpoolInfo, create_spool, read_spool_info
 from trackhub.spool_reader import SpoolReader, StreamCount
 from trackhub.writer import Writer
-
-from tests.unit.helpers import new_spool, read_spool, small_disk
 
 
 def text(size: int) -> Payload:
@@ -317,7 +316,7 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
             logged += 1
 
         records = read_spool(disk / "spool")[writer._spool.stream]
-        gaps = [cast("Gap", r.payload) for r in records if isinstance(r.payload, Gap)]
+        gaps = [r.payload for r in records if isinstance(r.payload, Gap)]
         kept = len(records) - len(gaps)
         assert kept + sum(g.count for g in gaps) == logged
         assert {g.reason for g in gaps} == {"disk_full"}
@@ -331,7 +330,7 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
 
 
 def test_drops_are_counted_while_the_disk_is_full_and_nothing_can_be_written(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+    with small_disk(tmp_path / "disk", 256 << 10) as disk:
         writer = Writer(new_spool(disk / "spool"))
         writer.log({"first": 1.0})
         with pytest.raises(OSError, match="No space"), (disk / "filler").open("wb", buffering=0) as file:

@@ -15,16 +15,24 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from tests.unit.helpers import STREAM, frames_in, new_spool, read_spool
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Kind, Metrics, Record, Text, decode_body, encode_frame, scan_frames
 from trackhub.spool import Spool
 from trackhub.spool_layout import SEGMENT_HEADER, segment_name
 from trackhub.spool_reader import SpoolBatch, SpoolReader, StreamCount
 from trackhub.writer import Writer
-
-from tests.unit.helpers import STREAM, frames_in, new_spool, read_spool
 
 
 class Sink:
@@ -424,7 +432,9 @@ class SpoolMachine(RuleBasedStateMachine):
             counts = self.readers[name].counts()
             for stream, items in self.logged.items():
                 kept = [i for i in items if i != "dropped"]
-                found = [r.payload.text for r in self.sinks[name].records.get(stream, []) if isinstance(r.payload, Text)]
+                found = [
+                    r.payload.text for r in self.sinks[name].records.get(stream, []) if isinstance(r.payload, Text)
+                ]
                 assert found == kept, f"{name}: lost, doubled or out of order"
                 if items:
                     assert_accounted(counts[stream], len(items))
@@ -508,8 +518,8 @@ TestSpoolMachine.settings = settings(max_examples=40, stateful_step_count=30, de
 
 
 @pytest.mark.long
-class TestSpoolMachineForLong(SpoolMachine.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(max_examples=1000, stateful_step_count=60, deadline=None)
+def test_the_machine_for_long() -> None:
+    run_state_machine_as_test(SpoolMachine, settings=settings(max_examples=1000, stateful_step_count=60, deadline=None))
 
 
 def test_the_frames_of_a_batch_are_those_of_the_spool(tmp_path: Path) -> None:

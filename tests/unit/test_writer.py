@@ -23,14 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trackhub
+from tests.unit.helpers import WAIT_S, new_spool, read_spool
 from trackhub.errors import ConfigError, RecordError, SpoolError
 from trackhub.records import MAX_STEP, Artifact, Histogram, Image, Metrics, Params, Payload, Record, Table, Tags, Text
 from trackhub.spool import SPOOL_ENV, Spool, set_process_spool, spool_env
 from trackhub.spool_layout import RoundFile, SpoolInfo, blob_file, create_spool
 from trackhub.spool_reader import SpoolReader
 from trackhub.writer import Writer
-
-from tests.unit.helpers import WAIT_S, new_spool, read_spool
 
 torch = pytest.importorskip("torch")
 
@@ -374,7 +373,7 @@ def test_a_histogram_may_be_given_as_edges_and_counts(writer: Writer) -> None:
     ids=lambda x: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else "",
 )
 def test_an_image_becomes_a_png_beside_the_spool(writer: Writer, image: Any, size: tuple[int, int]) -> None:
-    from PIL import Image as pil  # noqa: N813
+    from PIL import Image as pil
 
     writer.log_image("i", image, 3, caption=Name("what it is"))
 
@@ -390,7 +389,7 @@ def test_an_image_becomes_a_png_beside_the_spool(writer: Writer, image: Any, siz
 
 
 def test_a_jpeg_is_kept_as_it_is(writer: Writer, tmp_path: Path) -> None:
-    from PIL import Image as pil  # noqa: N813
+    from PIL import Image as pil
 
     path = tmp_path / "x.jpg"
     pil.new("RGB", (8, 4), "red").save(path)
@@ -410,7 +409,7 @@ def test_damaged_image_bytes_are_a_record_error(writer: Writer, damage: bytes) -
 
 
 def test_an_image_that_is_a_bomb_is_a_record_error(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image as pil  # noqa: N813
+    from PIL import Image as pil
 
     buffer = io.BytesIO()
     pil.new("L", (64, 64)).save(buffer, "PNG")
@@ -522,7 +521,10 @@ def test_a_writer_outside_a_job_is_an_error_that_says_what_to_do(monkeypatch: py
         Writer()
 
 
-@pytest.mark.parametrize("value", ["no JSON", "5", "[]", "{}", '{"dir": 5, "site": "a", "job": "b"}', '{"dir": "\\u0000", "site": "a", "job": "b"}'])
+@pytest.mark.parametrize(
+    "value",
+    ["no JSON", "5", "[]", "{}", '{"dir": 5, "site": "a", "job": "b"}', '{"dir": "\\u0000", "site": "a", "job": "b"}'],
+)
 def test_an_environment_that_is_not_ours_is_an_error_that_says_so(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SPOOL_ENV, value)
     with pytest.raises(ConfigError, match=SPOOL_ENV):

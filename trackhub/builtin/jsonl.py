@@ -76,6 +76,7 @@ class JsonlBackend(Backend):
 
     spi = 1
     Options = JsonlOptions
+    contract = 1
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},
         redelivery=Redelivery.RESUMABLE,

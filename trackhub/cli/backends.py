@@ -41,7 +41,7 @@ def backends(
         print_lines("No backend is installed.")
         return
     print_table(
-        ["name", "distribution", "version", "state", "stores", "redelivery"],
+        ["name", "distribution", "version", "state", "stores", "redelivery", "contract"],
         [
             [
                 backend["name"],
@@ -50,6 +50,7 @@ def backends(
                 backend["state"],
                 " ".join(backend["capabilities"]["kinds"]) if backend["capabilities"] else "-",
                 backend["capabilities"]["redelivery"] if backend["capabilities"] else "-",
+                "-" if backend["contract"] is None else str(backend["contract"] or "none"),
             ]
             for backend in found
         ],

@@ -49,6 +49,7 @@ from trackhub.records import (
     Kind,
     decode_body,
     decode_head,
+    pass_metrics,
     scan_frames,
 )
 from trackhub.run import RunStatus, Side
@@ -218,9 +219,12 @@ class Receiver:
         records, explained, first = 0, Counter[str](), None
         blobs: list[str] = []
         try:
-            for frame in scan_frames(batch.frames):
+            offset = 0
+            while frame := next(scan_frames(batch.frames, offset), None):
                 body = batch.frames[frame.body : frame.end]
                 first = first or decode_head(body)
+                passed, offset = pass_metrics(batch.frames, frame.end)
+                records += passed
                 records += frame.kind != Kind.GAP
                 payload = decode_body(body).payload if frame.kind in _INSPECTED else None
                 if isinstance(payload, Gap):

@@ -106,7 +106,7 @@ class RunLane:
         if self._run is None:
             # By one look at the journal: a row that comes after it is taken the next time, with a run to write to.
             return bool(self._todo or self._journal.has_rows_after(self.site_id, self._todo_upto)) and self._open()
-        if not self._todo and not self._take():
+        if not self._todo and self._written == self._todo_upto and not self._take():
             if self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due):
                 return self._flush()
             return False
@@ -128,7 +128,7 @@ class RunLane:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        if self._flush_due is not None or self._todo or self._rows or self._suspects:
+        if self._flush_due is not None or self._written != self._todo_upto or self._rows:
             return False
         try:
             return not self._journal.has_rows_after(self.site_id, self._todo_upto)
@@ -319,7 +319,8 @@ class RunLane:
         if isinstance(shaped, Rejection):
             self._reject(shaped)
             return
-        self._altered.update(altered)
+        if altered:
+            self._altered.update(altered)
         if position < self._skip_before:
             self._stored += 1  # the run holds it already: it was written, but not confirmed, before a crash
             self._stored_to = position + 1

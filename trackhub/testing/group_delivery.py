@@ -47,7 +47,7 @@ class Confirmation(ContractBase):
 
     @pytest.mark.parametrize("when", ["written", "confirmed"])
     def test_redelivery_after_sigkill_as_declared(self, kit: Kit, tmp_path: Path, when: str) -> None:
-        """The sink's process is killed in the middle, and a later one goes on: nothing is lost, or twice unless declared."""
+        """The sink is killed in the middle, and another goes on: nothing is lost, and nothing twice unless declared."""
         sink = _journal(kit)
         sink.run_child(KillPoint(when, _BATCH - 1, str(tmp_path / "killed")), max_batch=_BATCH)
         again = kit.keep(sink.again()).start()

@@ -251,6 +251,20 @@ def test_images_are_where_mlflows_charts_look_for_them(sink: Sink, entry: MakeEn
     assert sink.database.tags(sink.database.site_run().id)["mlflow.loggedImages"] == "True"
 
 
+@pytest.mark.parametrize(("form", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg")])
+def test_a_huge_image_is_stored_as_it_is(
+    sink: Sink, entry: MakeEntry, monkeypatch: pytest.MonkeyPatch, form: str, suffix: str
+) -> None:
+    monkeypatch.setattr("trackhub_mlflow.files._MAX_DECODED_PIXELS", 100)
+    content = encoded(form)
+
+    assert sink.open().write([entry(0, Image("x", sink.blob("blob", content), 300, 20))]) is None
+
+    ((path, stored),) = sink.artifacts().items()
+    assert path.endswith(suffix)
+    assert stored == content
+
+
 def test_what_is_no_image_or_not_there_is_rejected_alone(sink: Sink, entry: MakeEntry) -> None:
     missing = Blob("gone", 3, "0" * 64, "image/png")
     batch: list[Payload] = [

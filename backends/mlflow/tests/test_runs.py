@@ -129,6 +129,27 @@ def test_records_for_a_run_that_somebody_deleted_wait(sink: Sink, entry: MakeEnt
     assert run.write([entry(0, Metrics({"x": 0.0}))]) is None
 
 
+def test_a_deleted_run_is_not_begun_anew_in_its_middle(
+    make_sink: Callable[..., Sink], entry: MakeEntry, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = make_sink()
+    sink.open().write([entry(0, Metrics({"x": 0.0}))])
+    run_id = sink.database.site_run().id
+    file = sink.workdir / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", (run_id,))
+
+    with pytest.raises(TransientError, match=f"mlflow runs restore --run-id {run_id}"):
+        make_sink().open(resume_from=1)
+    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("DELETE FROM tags WHERE run_uuid = ?", (run_id,))
+    make_sink().open(resume_from=1)
+
+    assert "a new one begins at record 1" in caplog.text
+    make_sink().open()
+    assert len(sink.database.runs()) == 2
+
+
 def test_a_deleted_experiment_is_a_wrong_configuration(sink: Sink) -> None:
     sink.backend.preflight()
     with contextlib.closing(sqlite3.connect(sink.workdir / "mlflow.db")) as connection, connection:

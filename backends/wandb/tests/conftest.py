@@ -86,7 +86,7 @@ def online(emulator: Emulator, sink: Sink) -> Callable[..., WandBBackend]:
 
     def make(**options: Any) -> WandBBackend:
         given = {"mode": "online", "base_url": emulator.url, "api_key": emulator.state.api_key, **options}
-        return sink.backend(**{"upload_interval_s": 0.1, **given})
+        return sink.backend(**{"upload_interval_s": 1.0, **given})
 
     return make
 

@@ -19,9 +19,9 @@ KEY_VARIABLE = "TRACKHUB_TEST_WANDB_KEY"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _server() -> Iterator[None]:
+def _emulated() -> Iterator[None]:
     with Emulator(accept_any_key=True) as server:
-        TestWandBOnline.server = server
+        TestWandBOnline._server = server
         yield
     assert server.violations == []
 
@@ -49,22 +49,22 @@ class ServerPeer:
 class TestWandBOnline(WandBContract):
     """The same contract, with the unmodified client and a strict emulator of the server's protocol."""
 
-    server: ClassVar[Emulator]
+    _server: ClassVar[Emulator]
     secret_options: ClassVar[Mapping[str, str]] = {"api_key": "${secret:TRACKHUB_CONTRACT_SECRET}"}
 
     def options(self, tmp_path: Path) -> Mapping[str, Any]:
         return {
             "mode": "online",
-            "base_url": self.server.url,
+            "base_url": self._server.url,
             "api_key": f"${{secret:{KEY_VARIABLE}}}",
-            "upload_interval_s": 0.1,
+            "upload_interval_s": 1.0,
         }
 
     def peer(self, context: StoreContext) -> ServerPeer:
-        return ServerPeer(self.server)
+        return ServerPeer(self._server)
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        state = self.server.state
+        state = self._server.state
         with state.lock:
             held = state.runs[run.run_id]
             params = held.params()
@@ -83,6 +83,10 @@ class TestWandBOnline(WandBContract):
                     found.artifacts = [*(found.artifacts or ()), item]
             found.status = None if held.state == "running" else held.state
         return found
+
+    def canonical_value(self, value: float) -> float:
+        """On its way to the server, W&B writes -0.0 as ``0``."""
+        return value + 0.0
 
     def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """W&B writes 2.0 as ``2``."""

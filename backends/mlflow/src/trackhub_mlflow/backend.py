@@ -42,6 +42,7 @@ class MLflowBackend(Backend):
 
     spi = 1
     Options = MLflowOptions
+    contract = 1
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},
         redelivery=Redelivery.IDEMPOTENT,
@@ -67,6 +68,8 @@ class MLflowBackend(Backend):
             ).absolute()
             self._store = SqliteStore(self._file)
         self._seen: dict[str, StoredRun] = {}
+        self._open_runs: set[str] = set()
+        self._group: tuple[Experiment, StoredRun] | None = None
 
     def preflight(self) -> None:
         """Check that the store can be used, creating it if it is a file, and the experiment if there is none.
@@ -82,14 +85,16 @@ class MLflowBackend(Backend):
 
     def open_run(self, info: RunInfo) -> MLflowRun:
         """Open the site's run and, if this is the job's first, its parent run."""
-        experiment = self._experiment()
         tags = [Pair(tag_name(key), value) for key, value in self._options.run_tags.items()]
         if self._options.note:
             tags.append(Pair(NOTE_TAG, self._options.note))
-        parent = open_parent(self._store, experiment, info, tags)
+        if self._group is None or not self._open_runs:
+            experiment = self._experiment()
+            self._group = experiment, open_parent(self._store, experiment, info, tags)
+        experiment, parent = self._group  # while one of its runs is open, nobody ends the parent run
         run = open_site_run(self._store, experiment, parent, info, tags)
         self._seen[info.run_id] = run
-        return MLflowRun(self._store, run, info)
+        return MLflowRun(self._store, run, info, self._open_runs)
 
     def results(self, info: RunInfo) -> Results | None:
         """Return the run's page on the server, or the command that starts MLflow's UI on the job's store.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from trackhub.spi import Rejection, TransientError
-from trackhub_mlflow.store import Pair, Point, RefusedError, Store
+from trackhub_mlflow.store import Pair, Point, RefusedError, Store, deleted_error
 
 __all__ = ["Item", "send"]
 
@@ -69,20 +69,22 @@ def _require_active(store: Store, run_id: str) -> None:
     if run is None:
         raise TransientError(f"MLflow has no run {run_id} any more; its records wait for the store to be restored")
     if not run.active:
-        raise TransientError(
-            f"MLflow run {run_id} was deleted; its records wait. Restore it in the UI, or by "
-            f"`mlflow runs restore --run-id {run_id}`"
-        )
+        raise deleted_error(run_id)
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
+    seen: set[str] = set()
     params = tags = size = 0
     for item in items:
         length = _ITEM_BYTES + len(item.what.key.encode())
         if isinstance(item.what, Pair):
             length += len(item.what.value.encode())
         is_param, is_tag = item.kind == "param", item.kind == "tag"
+        if is_param:
+            if item.what.key in seen:
+                continue  # the same value again; MLflow refuses a request that has a param twice
+            seen.add(item.what.key)
         full = len(batch) == _MAX_ITEMS or params + is_param > _MAX_PARAMS or tags + is_tag > _MAX_TAGS
         if batch and (full or size + length > _MAX_BYTES):
             yield batch

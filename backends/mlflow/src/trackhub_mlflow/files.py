@@ -19,6 +19,7 @@ from trackhub_mlflow.points import milliseconds
 __all__ = ["UnreadableImageError", "histogram_files", "image_files", "table_file", "table_path", "text_file"]
 
 _THUMBNAIL_PIXELS = 256
+_MAX_DECODED_PIXELS = 50_000_000  # 200 MB
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 40
 
 
@@ -35,18 +36,15 @@ def image_files(entry: Entry, image: Image, blob: Path, run_id: str) -> Iterator
     """Yield path and content of an image, its thumbnail and its caption, if it has one.
 
     Named as by ``MlflowClient.log_image(key=…, step=…)``, which makes them appear in the UI's charts with a slider for
-    the step. The UI knows PNG alone, so other formats are converted, pixel by pixel.
+    the step. The charts know PNG alone, so a JPEG is converted, pixel by pixel.
 
     Raises:
         UnreadableImageError: the bytes are not an image.
     """
     unique = uuid.uuid5(uuid.UUID(run_id), str(entry.position))
     stem = f"images/{file_part(image.key)}+step+{entry.step or 0}+timestamp+{milliseconds(entry.time)}+{unique}"
-    content = blob.read_bytes()
-    png, thumbnail = _png_and_thumbnail(content)
-    yield f"{stem}.png", png
-    if thumbnail is not None:
-        yield f"{stem}+compressed.webp", thumbnail
+    for suffix, content in _versions(blob.read_bytes()):
+        yield stem + suffix, content
     if image.caption:
         yield f"{stem}.txt", image.caption.encode()
 
@@ -87,22 +85,21 @@ def _cell(cell: Any) -> Any:
     return cell
 
 
-def _png_and_thumbnail(content: bytes) -> tuple[bytes, bytes | None]:
-    """Return the image as PNG, and small as WebP; no thumbnail of what is too large to be decoded safely."""
+def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield suffix and content of an image as PNG and of its thumbnail; of a huge one, only what was logged."""
     from PIL import Image as Pillow
 
-    is_png = content.startswith(b"\x89PNG\r\n\x1a\n")
     try:
-        with Pillow.open(io.BytesIO(content)) as image:
-            png = content if is_png else _encoded(image, "PNG")
+        with Pillow.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+            is_png = image.format == "PNG"
+            if image.width * image.height > _MAX_DECODED_PIXELS:
+                yield (".png" if is_png else ".jpg"), content
+                return
             small = image.convert("RGBA" if image.has_transparency_data else "RGB")
-            small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-            return png, _encoded(small, "WEBP")
-    except Pillow.DecompressionBombError as error:
-        if is_png:
-            return content, None
-        raise UnreadableImageError(f"the image is too large to be converted: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+            yield ".png", content if is_png else _encoded(image, "PNG")
+        small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+        yield "+compressed.webp", _encoded(small, "WEBP")
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise UnreadableImageError(f"the image cannot be decoded: {error}") from error
 
 

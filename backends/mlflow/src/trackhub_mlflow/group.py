@@ -15,12 +15,13 @@ dies between creating and settling holds the others up for ``PATIENCE_S``; then 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
 from trackhub.spi import RunInfo, RunStatus, TransientError
 from trackhub_mlflow.naming import digest
-from trackhub_mlflow.store import Experiment, Pair, Store, StoredRun
+from trackhub_mlflow.store import Experiment, Pair, Store, StoredRun, deleted_error
 
 __all__ = ["PARENT_TAG", "RUN_TAG", "close_parent", "find_or_create", "mlflow_status", "open_parent", "open_site_run"]
 
@@ -38,9 +39,12 @@ NESTING_TAG = "mlflow.parentRunId"
 
 PATIENCE_S = 2.0
 _LOOK_AGAIN_S = 0.05
+_MAX_NAME_CHARS = 250  # of a run. Source: the column `runs.name`, mlflow 3.17
 
 _ENDS = {RunStatus.FINISHED: "FINISHED", RunStatus.FAILED: "FAILED", RunStatus.ABORTED: "KILLED"}
 _MADE = (Pair(PENDING_TAG, "true"), Pair("mlflow.source.name", "trackhub"), Pair("mlflow.source.type", "LOCAL"))
+
+_log = logging.getLogger(__name__)
 
 
 def mlflow_status(status: RunStatus) -> str:
@@ -56,7 +60,7 @@ def open_parent(store: Store, experiment: Experiment, info: RunInfo, tags: Seque
 
     def create() -> StoredRun:
         own = [Pair(PARENT_TAG, identity), Pair("job", job), *_MADE, *tags]
-        return store.create_run(experiment.id, job, start_ms, own)
+        return store.create_run(experiment.id, job[:_MAX_NAME_CHARS], start_ms, own)
 
     parent = find_or_create(store, experiment.id, PARENT_TAG, identity, create)
     if parent.status != "RUNNING":
@@ -77,8 +81,11 @@ def open_site_run(
             Pair("site", info.key.site),
             Pair("side", info.side.value),
         ]
-        return store.create_run(experiment.id, info.key.site, int(info.created * 1000), [*own, *_MADE, *tags])
+        name = info.key.site[:_MAX_NAME_CHARS]
+        return store.create_run(experiment.id, name, int(info.created * 1000), [*own, *_MADE, *tags])
 
+    if info.resume_from > 0:
+        _require_not_deleted(store, experiment, info)
     # Only one sink writes this run, so whatever is there without being settled is left over from its own attempts.
     run = find_or_create(store, experiment.id, RUN_TAG, info.run_id, create, patience_s=0.0)
     if run.status != "RUNNING":
@@ -88,10 +95,27 @@ def open_site_run(
     return run
 
 
-def close_parent(store: Store, info: RunInfo, run: StoredRun) -> None:
+def _require_not_deleted(store: Store, experiment: Experiment, info: RunInfo) -> None:
+    """Do not begin a run in its middle because somebody deleted it."""
+    if store.find_runs(experiment.id, RUN_TAG, info.run_id):
+        return
+    for run in store.find_runs(experiment.id, RUN_TAG, info.run_id, deleted=True):
+        raise deleted_error(run.id)
+    _log.warning(
+        "MLflow has no run of site %s of job %s any more; a new one begins at record %d. "
+        "`trackhub replay --from-start` writes the whole run anew",
+        info.key.site, info.key.job, info.resume_from,
+    )  # fmt: skip
+
+
+def close_parent(store: Store, info: RunInfo, run: StoredRun, *, is_last: bool) -> None:
     """End the job's parent run if this was the last of its runs: failed if one failed, else killed if one was.
 
     Whichever sink ends its run last does it. A site that is still running, or joins later, keeps the parent running.
+
+    Args:
+        is_last: whether this sink has no other open run. While it has one, nobody looks at the job's other runs: with
+            a thousand sites, to look at all of them for each would take hours.
     """
     _withdraw_unsettled(store, store.find_runs(run.experiment_id, RUN_TAG, info.run_id), RUN_TAG)
     parents = store.find_runs(run.experiment_id, PARENT_TAG, digest(info.key.job, 32))
@@ -100,6 +124,8 @@ def close_parent(store: Store, info: RunInfo, run: StoredRun) -> None:
         return  # somebody deleted it
     if run.tags.get(NESTING_TAG) != parent.id:
         store.log_batch(run.id, (), (), [Pair(NESTING_TAG, parent.id)])
+    if not is_last:
+        return
     children = store.find_runs(run.experiment_id, NESTING_TAG, parent.id)
     states = {child.status for child in children if _is_settled(child)}
     if "RUNNING" in states:

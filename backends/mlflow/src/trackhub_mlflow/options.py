@@ -19,6 +19,8 @@ _REFUSED = {
     "databricks": f"is a Databricks workspace, which this backend does not support; {_ANSWER}",
 }
 
+_TagValue = Annotated[str, msgspec.Meta(max_length=8000)]
+
 
 class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how runs are written. The login of a server is read from the sink's ``MLFLOW_TRACKING_*`` environment.
@@ -34,8 +36,8 @@ class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     tracking_uri: str = ""
     experiment_name: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] = "trackhub"
-    run_tags: dict[str, str] = {}
-    note: str = ""
+    run_tags: dict[Annotated[str, msgspec.Meta(min_length=1, max_length=250)], _TagValue] = {}
+    note: _TagValue = ""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
 
     def __post_init__(self) -> None:

@@ -75,12 +75,12 @@ class RestStore:
         body = {"experiment_id": experiment_id, "run_name": name, "start_time": start_ms, "tags": tags}
         return _run(self._post("/runs/create", body)["run"])
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted."""
+    def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
+        """Return all runs with this tag that nobody deleted, or those that somebody did."""
         body: dict[str, Any] = {
             "experiment_ids": [experiment_id],
             "filter": f"tags.`{tag}` = '{value}'",
-            "run_view_type": "ACTIVE_ONLY",
+            "run_view_type": "DELETED_ONLY" if deleted else "ACTIVE_ONLY",
             "max_results": _PAGE,
         }
         runs: list[StoredRun] = []

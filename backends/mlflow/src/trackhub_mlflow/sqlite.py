@@ -70,16 +70,17 @@ class SqliteStore:
         with self._store() as store:
             return _run(store.create_run(experiment_id, "", start_ms, [RunTag(t.key, t.value) for t in tags], name))
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted."""
+    def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
+        """Return all runs with this tag that nobody deleted, or those that somebody did."""
         from mlflow.entities import ViewType
 
+        view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
         runs: list[StoredRun] = []
         token: str | None = None
         with self._store() as store:
             while True:
                 query = f"tags.`{tag}` = '{value}'"
-                page = store.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, _PAGE, None, token)
+                page = store.search_runs([experiment_id], query, view, _PAGE, None, token)
                 runs += map(_run, page)
                 token = page.token
                 if not token:

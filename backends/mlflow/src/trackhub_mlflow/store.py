@@ -12,7 +12,7 @@ import msgspec
 
 from trackhub.spi import TransientError
 
-__all__ = ["Experiment", "Pair", "Point", "RefusedError", "SetupError", "Store", "StoredRun"]
+__all__ = ["Experiment", "Pair", "Point", "RefusedError", "SetupError", "Store", "StoredRun", "deleted_error"]
 
 
 class SetupError(TransientError):
@@ -20,6 +20,14 @@ class SetupError(TransientError):
 
     Once training has begun, somebody may still mend it while the records wait. Before, it is a wrong configuration.
     """
+
+
+def deleted_error(run_id: str) -> TransientError:
+    """Return the error for a run that somebody deleted in MLflow, which may be undone."""
+    return TransientError(
+        f"MLflow run {run_id} was deleted; its records wait. Restore it in the UI, or by "
+        f"`mlflow runs restore --run-id {run_id}`"
+    )
 
 
 class RefusedError(Exception):
@@ -93,8 +101,11 @@ class Store(Protocol):
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run, whatever runs there are."""
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted. The value must not hold a quote."""
+    def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
+        """Return all runs with this tag that nobody deleted, or those that somebody did.
+
+        The value must not hold a quote.
+        """
 
     def run(self, run_id: str) -> StoredRun | None:
         """Return the run, or None if the store has none of this id."""

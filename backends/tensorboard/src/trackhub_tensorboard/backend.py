@@ -58,6 +58,7 @@ class TensorBoardBackend(Backend):
 
     spi = 1
     Options = TensorBoardOptions
+    contract = 1
     capabilities = Capabilities(
         kinds=frozenset({Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE}),
         redelivery=Redelivery.RESUMABLE,

@@ -64,7 +64,6 @@ class OfflineRun(BackendRun):
             run = open_sdk_run({**settings, **offline}, config=first_config(info))
         except Exception as error:
             raise TransientError(f"W&B run of {info.key.site} cannot be opened: {error}") from error
-        self._sync_dir = Path(run.settings.sync_dir)
         self._session = Session(run, info, options, self._keep_files)
         self._tail = LogTail(Path(run.settings.sync_file))
         self._on_disk: tuple[str, int] = self._session.last
@@ -106,26 +105,18 @@ class OfflineRun(BackendRun):
             raise TransientError(f"the W&B run could not be ended: {error}") from error
         stop_service(self._finish_timeout_s)
 
-    def _keep_files(self, artifact: SdkArtifact, position: int) -> None:
-        """Put an artifact's files into the run's folder, under a path relative to the folder that holds ``wandb``.
+    def _keep_files(self, artifact: SdkArtifact, folder: Path) -> None:
+        """Put an artifact's files into the run's folder, under paths relative to the folder that holds ``wandb``.
 
-        The SDK would leave them in the home folder of whoever runs the receiver, under absolute paths. So a job's
-        folder can be moved or downloaded, and uploaded from where it lies then.
+        So a job's folder can be moved or downloaded, and uploaded from where it lies then.
         """
-        from wandb.sdk.artifacts.staging import get_staging_dir
-
-        folder = self._sync_dir / "artifacts" / str(position)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, entry in enumerate(artifact.manifest.entries.values()):
+        for entry in artifact.manifest.entries.values():
             if entry.local_path is None:
                 continue
-            source = Path(entry.local_path)
-            target = folder / f"{number}-{Path(entry.path).name}"
-            target.unlink(missing_ok=True)
-            if source.is_relative_to(get_staging_dir()):
-                shutil.move(source, target)
-            else:
-                link_or_copy(source, target)
+            target = folder / Path(entry.path).name
+            if Path(entry.local_path) != target:
+                target.unlink(missing_ok=True)
+                link_or_copy(Path(entry.local_path), target)
             entry.local_path = str(target.relative_to(self._root))
 
 

@@ -17,6 +17,7 @@ from trackhub_wandb.session import Session, first_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
 
@@ -29,7 +30,7 @@ __all__ = ["OnlineRun"]
 _log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_POLL_MAX_S = 1.0
+_POLL_MAX_S = 0.5
 _FILES_AT_ONCE = 50
 _MAX_UNCONFIRMED = 5000
 _STALLED_FLUSHES = 3
@@ -150,7 +151,7 @@ class OnlineRun(BackendRun):
             abandon_runs([run])
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
 
-    def _before_artifact(self, artifact: SdkArtifact, position: int) -> None:
+    def _before_artifact(self, artifact: SdkArtifact, folder: Path) -> None:
         # The SDK asks the server whether it may log an artifact, and waits 19 s for a dead one (wandb 0.31).
         self._server.state(self._path)
 

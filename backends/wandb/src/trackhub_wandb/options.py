@@ -28,8 +28,8 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         api_key: a reference such as ``${secret:WANDB_KEY_HOSPITAL}``; left out: the sink's ``WANDB_API_KEY`` or netrc.
         step_metric: the key under which the step of a log call is stored, and the default x axis of all charts.
         round_metric: the key under which the federated round is stored, another x axis to choose.
-        upload_interval_s: seconds between uploads of a run's rows. W&B's own default of 15 s would eat half of the
-            time that a job waits for its lanes at the end.
+        upload_interval_s: seconds between uploads of a run's rows, at least 1: the SDK takes less for a mistake, and
+            then uses its default of 15 s (wandb 0.31), which is half of the time that a job waits at its end.
         init_timeout_s: longest time to wait for the server when a run is opened.
         flush_timeout_s: longest time that one confirmation waits for the server; then it is tried again later.
         finish_timeout_s: longest time to wait for the server when a run is ended.
@@ -47,7 +47,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     api_key: str | None = None
     step_metric: str = "step"
     round_metric: str = "round"
-    upload_interval_s: _Seconds = 2.0
+    upload_interval_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 2.0
     init_timeout_s: _Seconds = 10.0
     flush_timeout_s: _Seconds = 10.0
     finish_timeout_s: _Seconds = 5.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from types import ModuleType
 
@@ -169,14 +169,18 @@ def abandon_runs(runs: Iterable[Run]) -> None:
         singleton = _own_singleton()
         if singleton is None:
             return
+        checkers = []
         for run in runs:
             run._is_finished = True
             singleton.remove_active_run(run)
+            if run._run_status_checker is not None:
+                run._run_status_checker.stop()
+                checkers.append(run._run_status_checker)
         if singleton._active_runs and not service_is_lost():
             return
         if process := _service_process(singleton):
             process.kill()
-        _end_service(singleton, _KILLED_WITHIN_S)
+        _end_service(singleton, _KILLED_WITHIN_S, checkers)
 
 
 def _use_login(wandb: ModuleType, login: Login) -> None:
@@ -215,9 +219,10 @@ def _service_process(singleton: Any) -> subprocess.Popen[bytes] | None:
     return owned._process if owned is not None else None
 
 
-def _end_service(singleton: Any, timeout_s: float) -> None:
+def _end_service(singleton: Any, timeout_s: float, checkers: Sequence[Any] = ()) -> None:
     process = _service_process(singleton)
-    thread = threading.Thread(target=_teardown, args=(singleton,), name="trackhub-wandb-teardown", daemon=True)
+    given = (singleton, checkers)
+    thread = threading.Thread(target=_teardown, args=given, name="trackhub-wandb-teardown", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive() and process is not None:
@@ -226,8 +231,12 @@ def _end_service(singleton: Any, timeout_s: float) -> None:
         thread.join(timeout_s)
 
 
-def _teardown(singleton: Any) -> None:
+def _teardown(singleton: Any, checkers: Sequence[Any]) -> None:
     process = _service_process(singleton)
+    for checker in checkers:
+        # Its thread would find out that the service is gone by an error that nobody catches.
+        with contextlib.suppress(Exception):
+            checker.join()
     # SystemExit: the SDK passes on its service's exit code that way, and it is no concern of this process.
     with contextlib.suppress(Exception, SystemExit):
         import_sdk().teardown()

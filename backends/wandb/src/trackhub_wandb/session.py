@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import shutil
 import tempfile
@@ -60,7 +61,7 @@ class Session:
     """
 
     def __init__(
-        self, run: Run, info: RunInfo, options: WandBOptions, before_artifact: Callable[[SdkArtifact, int], None]
+        self, run: Run, info: RunInfo, options: WandBOptions, before_artifact: Callable[[SdkArtifact, Path], None]
     ) -> None:
         """Take over an open run.
 
@@ -68,7 +69,7 @@ class Session:
             run: as ``wandb.init`` returned it.
             info: the run that it is.
             options: the backend's options.
-            before_artifact: called with each artifact and its position before the SDK gets it.
+            before_artifact: called with each artifact before the SDK gets it, and with a folder for its files.
         """
         self.run = run
         self.next_position = 0
@@ -215,12 +216,21 @@ class Session:
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
-        # As `run.log` does for tables: W&B's pages read a table from an artifact of its run, its API from a file.
+        # As `run.log` does for tables: W&B's pages read a table from an artifact of its run, its API from a file. The
+        # SDK's own way leaves two copies in the home folder of whoever runs this.
         name = file_stem(payload.key)
         artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
-        artifact.add(table, name)
+        path = self._artifact_folder(entry) / f"{name}.table.json"
+        path.write_text(json.dumps(table.to_json(artifact), sort_keys=True), encoding="utf-8")
+        held = artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
+        table._set_artifact_target(artifact, held.path)
         self._log_artifact(entry, artifact)
         self._media(entry, payload.key, table)
+
+    def _artifact_folder(self, entry: Entry) -> Path:
+        folder = Path(self.run.settings.sync_dir, "artifacts", str(entry.position))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _media(self, entry: Entry, key: str, media: Media) -> None:
         # Bound here, not by run.log: the key may not be a safe file name, and a row that is stored already must not
@@ -253,7 +263,7 @@ class Session:
         self._set_config({}, entry.position)
 
     def _log_artifact(self, entry: Entry, artifact: SdkArtifact) -> None:
-        self._before_artifact(artifact, entry.position)
+        self._before_artifact(artifact, self._artifact_folder(entry))
         self.artifacts.append(self.run.log_artifact(artifact))
 
 

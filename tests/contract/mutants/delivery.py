@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends that are wrong when something is killed, fails, or ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tests.contract.mutants.base import (
+    CAN,
+    HANGS,
+    Bad,
+    Tampered,
+    caught_by,
+)
+from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
+from trackhub.spi import (
+    Entry,
+    PermanentError,
+    Redelivery,
+    RunInfo,
+    RunStatus,
+    TransientError,
+    WriteReport,
+)
+
+
+class _Buffered(Tampered):
+    def __init__(self, inner: JsonlRun, backend: JsonlBackend, info: RunInfo) -> None:
+        super().__init__(inner, backend, info)
+        self._kept: list[Entry] = []
+
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        self._kept += batch
+        return None
+
+    def finish(self, status: RunStatus) -> None:
+        if self._kept:
+            self.inner.write(self._kept)
+        super().finish(status)
+
+
+@caught_by("test_confirmed_records_survive_sigkill")
+class ConfirmsBeforeItIsDurable(Bad):
+    run = _Buffered
+
+
+class _Repeating(Tampered):
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        self.inner._next = 0
+        return super().write(batch)
+
+    def next_position(self) -> int:
+        return 0
+
+
+@caught_by(
+    "test_redelivery_after_sigkill_as_declared[written]",
+    "test_redelivery_after_sigkill_as_declared[confirmed]",
+    "test_redelivery_after_an_error_as_declared",
+)
+class DoublesOnRedelivery(Bad):
+    run = _Repeating
+
+
+@caught_by("test_redelivery_after_an_error_as_declared")
+class IsResumableButClaimsLess(Bad):
+    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE)
+
+
+@caught_by("test_redelivery_after_an_error_as_declared")
+class ClaimsToBeIdempotent(Bad):
+    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.IDEMPOTENT)
+    run = _Repeating
+
+
+@caught_by("test_redelivery_after_sigkill_as_declared[written]")
+class ResumesOneTooFar(Bad):
+    class run(Tampered):
+        def next_position(self) -> int:
+            held = self.inner.next_position()
+            return held + 1 if held else 0
+
+
+@caught_by("test_run_resumes_in_a_new_process")
+class KeepsTheEndOfAResumedRun(Bad):
+    def open_run(self, info: RunInfo) -> Any:
+        path = self._file(info)
+        if path.exists():
+            path.write_bytes(path.read_bytes().splitlines(keepends=True)[-1])
+        return super().open_run(info)
+
+
+class _FailsFirst(Tampered):
+    failed = False
+
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        if not self.failed:
+            self.failed = True
+            raise TransientError("it always does, the first time")
+        return super().write(batch)
+
+
+@caught_by("test_transient_errors_lose_nothing", "test_unknown_errors_lose_nothing")
+class FailsForNoReason(Bad):
+    run = _FailsFirst
+
+
+class _NoHoles(Tampered):
+    def tamper(self, batch: Sequence[Entry]) -> list[Entry]:
+        first = self.inner.next_position()
+        return [entry for number, entry in enumerate(batch, first) if entry.position == number]
+
+
+@caught_by("test_permanent_error_takes_only_its_records", "test_reported_rejections_are_counted")
+class ExpectsPositionsWithoutHoles(Bad):
+    run = _NoHoles
+
+
+class _First100(Tampered):
+    def tamper(self, batch: Sequence[Entry]) -> list[Entry]:
+        return list(batch[:100])
+
+
+@caught_by("test_batches_are_as_large_as_declared")
+class TakesLessThanItDeclares(Bad):
+    run = _First100
+
+
+class _Swallowing(Tampered):
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        try:
+            return super().write(batch)
+        except TransientError:
+            return None
+
+
+@caught_by("test_outage_loses_nothing", "test_finish_is_bounded_with_a_dead_peer")
+class SwallowsErrors(Bad):
+    run = _Swallowing
+
+
+class _Impatient(Tampered):
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        try:
+            return super().write(batch)
+        except TransientError as error:
+            raise PermanentError(str(error)) from error
+
+
+@caught_by("test_outage_loses_nothing")
+class TakesAnOutageForTheEnd(Bad):
+    run = _Impatient
+
+
+class _Stubborn(Tampered):
+    def write(self, batch: Sequence[Entry]) -> WriteReport | None:
+        while True:
+            try:
+                return super().write(batch)
+            except TransientError:
+                threading.Event().wait(0.05)
+
+
+@caught_by("test_finish_is_bounded_with_a_dead_peer", patience_s=1.0)
+class RetriesForEver(Bad):
+    run = _Stubborn
+
+
+@caught_by("test_finish_returns", **HANGS)
+class HangsInFinish(Bad):
+    class run(Tampered):
+        def finish(self, status: RunStatus) -> None:
+            threading.Event().wait(60.0)

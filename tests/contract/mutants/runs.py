@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends whose class, runs or identities are wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tests.contract.mutants.base import (
+    HANGS,
+    Bad,
+    Tampered,
+    caught_by,
+)
+from trackhub.builtin.jsonl import JsonlBackend, JsonlOptions, JsonlRun
+from trackhub.spi import (
+    Entry,
+    Results,
+    RunInfo,
+    RunKey,
+    RunStatus,
+    Side,
+    SinkContext,
+)
+
+
+@caught_by("test_class_can_be_loaded")
+class IsForAnotherSpi(Bad):
+    spi = 99
+
+
+class _OpenOptions(JsonlOptions, frozen=True, forbid_unknown_fields=False):
+    pass
+
+
+@caught_by("test_class_can_be_loaded")
+class LetsUnknownOptionsPass(Bad):
+    Options = _OpenOptions
+
+
+@caught_by("test_contract_version_is_one_that_exists")
+class PassedAContractThatIsNotWritten(Bad):
+    contract = 99
+
+
+@caught_by("test_making_a_backend_does_no_work")
+class WorksWhenItIsMade(Bad):
+    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+        super().__init__(options, context)
+        (context.workdir / "lock").write_text("mine")
+
+
+@caught_by("test_job_without_records_ends", **HANGS)
+class HangsInClose(Bad):
+    def close(self) -> None:
+        threading.Event().wait(60.0)
+
+
+@caught_by("test_status_is_told[failed]", "test_status_is_told[aborted]")
+class AlwaysFinishes(Bad):
+    class run(Tampered):
+        def finish(self, status: RunStatus) -> None:
+            super().finish(RunStatus.FINISHED)
+
+
+@caught_by("test_status_is_told[finished]")
+class NeverFinishes(Bad):
+    class run(Tampered):
+        def finish(self, status: RunStatus) -> None:
+            pass
+
+
+@caught_by("test_site_that_failed_ends_as_failed")
+class EndsAllRunsAsTheFirst(Bad):
+    first: RunStatus | None = None
+
+    class run(Tampered):
+        def finish(self, status: RunStatus) -> None:
+            assert isinstance(self.backend, EndsAllRunsAsTheFirst)
+            self.backend.first = self.backend.first or status
+            super().finish(self.backend.first)
+
+
+@caught_by("test_results_can_be_looked_at")
+class NamesResultsThatAreNotThere(Bad):
+    def results(self, info: RunInfo) -> Results:
+        return Results(path=str(self.context.workdir / "index.html"))
+
+
+@caught_by("test_run_opened_again_is_the_same_run")
+class KeepsTheEndOfAFinishedRun(Bad):
+    def open_run(self, info: RunInfo) -> Any:
+        path = self._file(info)
+        if path.exists() and b'"kind":"end"' in path.read_bytes():
+            path.write_bytes(path.read_bytes().splitlines(keepends=True)[-1])
+        return super().open_run(info)
+
+
+@caught_by("test_two_sites_do_not_mix")
+class MixesTwoSites(Bad):
+    def _file(self, info: RunInfo) -> Path:
+        site = "site-1" if info.key.site == "site-2" else info.key.site
+        return super()._file(msgspec.structs.replace(info, key=RunKey(info.key.job, site)))
+
+
+@caught_by("test_two_jobs_do_not_mix")
+class KnowsARunByItsSite(Bad):
+    def _file(self, info: RunInfo) -> Path:
+        return self._folder / "job" / f"{info.key.site}.jsonl"
+
+
+@caught_by("test_two_sides_do_not_mix")
+class IgnoresTheSide(Bad):
+    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+        super().__init__(options, msgspec.structs.replace(context, side=Side.SERVER))
+
+
+class _BySeq(Tampered):
+    def __init__(self, inner: JsonlRun, backend: JsonlBackend, info: RunInfo) -> None:
+        super().__init__(inner, backend, info)
+        self._seen: set[int] = set()
+
+    def tamper(self, batch: Sequence[Entry]) -> list[Entry]:
+        kept = []
+        for entry in batch:
+            if entry.seq not in self._seen:
+                kept.append(entry)
+            self._seen.add(entry.seq)
+        return kept
+
+
+@caught_by("test_two_processes_of_a_site_share_its_run")
+class KnowsARecordByItsSeq(Bad):
+    run = _BySeq

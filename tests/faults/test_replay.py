@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub replay`` as people use it: interrupted, twice, from the start, elsewhere, and from a site's machine."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import MakeWorld
+from tests.faults.harness import World, wait_for
+from tests.faults.readers import count_sink, count_site, read_store
+
+CALLS = 600
+SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed in range(20)]
+
+
+def job_without_backends(world: World) -> None:
+    """A job that only filled its journal."""
+    world.backends = {}
+    assert world.trainer(calls=CALLS, pause_s=0).wait() == 0
+    world.end(world.sender(), world.sink())
+
+
+def test_a_job_goes_into_another_backend_afterwards_and_a_second_run_adds_nothing(make_world: MakeWorld) -> None:
+    world = make_world(files=True)
+    job_without_backends(world)
+    world.backends = {"jsonl": {}, "idempotent": {}, "resumable": {}, "rebuild": {}}
+    flags = world.flags()
+
+    world.replay_all(*flags)
+    world.replay_all(*flags)
+    world.replay_all(*flags, "--from-start")
+    world.replay_all()
+
+
+def test_what_may_be_there_twice_after_a_replay_from_the_start_is_counted(make_world: MakeWorld) -> None:
+    world = make_world()
+    job_without_backends(world)
+    world.backends = {"at_least_once": {}}
+
+    world.replay_all(*world.flags())
+    world.replay_all("--from-start")
+
+    assert len(world.held("at_least_once")) == 2 * CALLS
+    assert count_sink(world.journal)["site-1"].lanes["at_least_once"].possible_duplicates == CALLS
+
+
+def test_a_replay_into_another_place_brings_everything_there(make_world: MakeWorld) -> None:
+    world = make_world()
+    assert world.trainer(calls=CALLS).wait() == 0
+    world.end(world.sender(), world.sink())
+    elsewhere = world.folder / "elsewhere"
+
+    replay = world.replay("--from-start", "--backend", "jsonl", "--option", f"jsonl.path={elsewhere}")
+
+    assert replay.wait() == 0, replay.log
+    assert read_store(elsewhere / "job-1" / "site-1.jsonl") == world.truth("a", CALLS)
+
+
+def test_a_run_that_was_deleted_is_delivered_again(make_world: MakeWorld) -> None:
+    world = make_world({"jsonl": {}})
+    world.trainer("a", calls=CALLS).wait()
+    sink, sender = world.sink(), world.sender()
+    assert sender.ask("flush 30") is True
+    sink.kill()
+    (world.folder / "server" / "jsonl" / "job-1" / "site-1.jsonl").unlink()
+    world.trainer("b", calls=10).wait()
+
+    world.end(sender, world.sink())
+
+    world.check_all_delivered()
+
+
+def test_a_replay_can_be_interrupted_by_ctrl_c_and_goes_on(make_world: MakeWorld) -> None:
+    world = make_world()
+    job_without_backends(world)
+    world.backends = {"idempotent": {"pause_s": 0.005}}
+    replay = world.replay(*world.flags(idempotent={"pause_s": 0.005}))
+    wait_for(lambda: len(world.held("idempotent")) >= 100, "the first records")
+    replay.process.send_signal(signal.SIGINT)
+
+    assert replay.wait(10) != 0
+    assert len(world.held("idempotent")) < CALLS
+    world.check_equations()
+    world.replay_all(*world.flags(idempotent={"pause_s": 0}))
+
+
+def test_two_replays_at_once_do_not_meet(make_world: MakeWorld) -> None:
+    world = make_world()
+    job_without_backends(world)
+    world.backends = {"idempotent": {"pause_s": 0.002}}
+    first = world.replay(*world.flags(idempotent={"pause_s": 0.002}))
+    wait_for(lambda: world.held("idempotent"), "the first records")
+
+    second = world.replay(*world.flags())
+
+    assert second.wait() == 1
+    assert "is in use by another process" in second.log
+    assert first.wait() == 0
+    world.check_all_delivered()
+
+
+def test_a_copy_of_the_folder_elsewhere_is_as_good(make_world: MakeWorld, tmp_path: Path) -> None:
+    """As a job's folder that was downloaded from FLARE's job store."""
+    world = make_world(files=True)
+    job_without_backends(world)
+    copy = tmp_path / "downloaded" / "workspace"
+    shutil.copytree(world.folder / "server", copy / "app_server")
+    shutil.rmtree(world.folder / "server")
+
+    replay = world.replay("--backend", "jsonl", path=tmp_path / "downloaded")
+
+    assert replay.wait() == 0, replay.log
+    assert read_store(copy / "app_server" / "jsonl" / "job-1" / "site-1.jsonl") == world.truth("a", CALLS)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: MakeWorld, seed: int) -> None:
+    """The site loses its sink for good; what it still has is brought into the store that the sink wrote to."""
+    chance = random.Random(seed)
+    store = "abcdefgh"[seed % 8]
+    kind = ("resumable", "idempotent", "at_least_once", "jsonl")[seed % 4]
+    world = make_world({})
+    path = world.folder / f"store-{store}"
+    world.backends = {kind: {"path": str(path)}}
+    trainers = [world.trainer(name, calls=CALLS) for name in ("a", "b")]
+    sink, sender = world.sink(), world.sender(ack_loss=0.3, seed=seed)
+    target = chance.randrange(100, CALLS)
+    wait_for(lambda: world.count("b") >= target and world.held(kind), "a part of the training")
+    sender.kill()
+    for trainer in trainers:
+        assert trainer.wait() == 0
+    world.end(sink=sink)
+    left = count_site(world.spool()).spooled
+    assert left > 0
+
+    replay = world.replay(*world.flags(**{kind: {"path": str(path)}}), path=world.spool())
+
+    assert replay.wait() == 0, replay.log
+    assert count_site(world.spool()).spooled == 0
+    if kind == "at_least_once":
+        held = world.held(kind)
+        beside = count_sink(world.spool().parent / "replay-server" / "trackhub.db")["site-1"].lanes[kind]
+        assert len(held) - len(set(held)) <= beside.possible_duplicates <= 50
+        assert len(set(held)) == 2 * CALLS
+    else:
+        world.check_delivered()
+
+
+def test_the_servers_part_must_come_before_the_sites(make_world: MakeWorld) -> None:
+    """Else the store would take the site's records for the ones that the server still has."""
+    world = make_world({})
+    path = world.folder / "store"
+    hang = world.folder / "down"
+    world.backends = {"resumable": {"path": str(path), "down_while": str(hang)}}
+    trainer = world.trainer(calls=CALLS)
+    sink, sender = world.sink(), world.sender()
+    wait_for(lambda: len(world.held("resumable")) >= 50, "a part of the training")
+    hang.touch()
+    wait_for(lambda: count_site(world.spool()).acked >= len(world.held("resumable")) + 100, "more in the journal")
+    sender.kill()
+    sink.kill()
+    assert trainer.wait() == 0
+    hang.unlink()
+    flags = world.flags(resumable={"path": str(path)})
+
+    early = world.replay(*flags, path=world.spool())
+
+    assert early.wait() == 1
+    assert "replay that one first" in json.dumps(early.log + stored_errors(world))
+    for path_of in (world.journal, world.spool().parent):
+        replay = world.replay(*flags, path=path_of)
+        assert replay.wait() == 0, replay.log
+    world.check_delivered()
+
+
+def stored_errors(world: World) -> str:
+    return "".join(path.read_text() for path in world.folder.rglob("delivery.json"))
+
+
+def test_runs_keep_the_status_that_the_job_gave_them(make_world: MakeWorld) -> None:
+    world = make_world({"resumable": {}}, deadline_s=0)
+    down = world.folder / "down"
+    down.touch()
+    world.backends = {"resumable": {"down_while": str(down)}}
+    trainers = [world.trainer("a", "site-1", calls=100), world.trainer("b", "site-2", calls=100)]
+    sink = world.sink()
+    senders = [world.sender("site-1"), world.sender("site-2")]
+    for trainer in trainers:
+        assert trainer.wait() == 0
+    assert senders[1].ask("flush 30") is True
+    senders[1].kill()
+    world.end(senders[0], sink)
+    down.unlink()
+
+    world.replay_all()
+
+    folder = world.folder / "server" / "resumable"
+    assert (folder / "job-1-site-1.status").read_text() == "finished"
+    assert (folder / "job-1-site-2.status").read_text() == "failed"
