@@ -77,7 +77,7 @@ class Kind(IntEnum):
     GAP = 9
 
 
-class Blob(msgspec.Struct, frozen=True, array_like=True):
+class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A reference to bytes that travel beside the record, in chunks, and lie in a file of their own.
 
     Attributes:
@@ -93,32 +93,32 @@ class Blob(msgspec.Struct, frozen=True, array_like=True):
     media_type: str
 
 
-class Metrics(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class Metrics(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
     """Scalars logged together: key to float64. NaN and infinities are kept."""
 
     values: dict[str, float]
 
 
-class Params(msgspec.Struct, frozen=True, array_like=True, tag=2):
+class Params(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
     """Hyperparameters: key to None, bool, int, float, str, or lists and dicts of these."""
 
     values: dict[str, Any]
 
 
-class Tags(msgspec.Struct, frozen=True, array_like=True, tag=3):
+class Tags(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
     """Labels of the run: key to string. The last value of a key holds."""
 
     values: dict[str, str]
 
 
-class Text(msgspec.Struct, frozen=True, array_like=True, tag=4):
+class Text(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
     """A piece of text, read as Markdown by backends that render it."""
 
     key: str
     text: str
 
 
-class Image(msgspec.Struct, frozen=True, array_like=True, tag=5):
+class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
     """One encoded image; the blob holds the PNG or JPEG file's bytes.
 
     Attributes:
@@ -133,7 +133,7 @@ class Image(msgspec.Struct, frozen=True, array_like=True, tag=5):
     caption: str = ""
 
 
-class Histogram(msgspec.Struct, frozen=True, array_like=True, tag=6):
+class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
     """Counts in bins.
 
     Attributes:
@@ -146,7 +146,7 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, tag=6):
     counts: list[float]
 
 
-class Table(msgspec.Struct, frozen=True, array_like=True, tag=7):
+class Table(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
     """Rows of cells; a cell is None, bool, int, float or str, and every row has one cell per column."""
 
     key: str
@@ -154,7 +154,7 @@ class Table(msgspec.Struct, frozen=True, array_like=True, tag=7):
     rows: list[list[Any]]
 
 
-class Artifact(msgspec.Struct, frozen=True, array_like=True, tag=8):
+class Artifact(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
     """A file.
 
     Attributes:
@@ -169,7 +169,7 @@ class Artifact(msgspec.Struct, frozen=True, array_like=True, tag=8):
     artifact_type: str = "file"
 
 
-class Gap(msgspec.Struct, frozen=True, array_like=True, tag=9):
+class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
     """Stands in a stream for records that are not in it, so that every hole has a reason.
 
     The record that carries it has the first missing ``seq``; ``count`` records in a row are missing, for ``reason``
@@ -183,7 +183,7 @@ class Gap(msgspec.Struct, frozen=True, array_like=True, tag=9):
 Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact | Gap
 
 
-class Record(msgspec.Struct, frozen=True, array_like=True):
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One log call.
 
     The site is not in it: the sink knows the site from the authenticated channel, so no record can claim another.
@@ -203,7 +203,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     payload: Payload
 
 
-class Head(msgspec.Struct, frozen=True, array_like=True):
+class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The beginning of a `Record`, which can be read whatever the payload is."""
 
     seq: int

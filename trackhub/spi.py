@@ -130,7 +130,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch: int = 1000
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One record as a backend receives it.
 
     Attributes:

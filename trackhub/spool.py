@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import json
 import logging
 import os
 import threading
@@ -20,6 +19,8 @@ import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.records import Gap, Payload, Record, encode_frame
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 def spool_env(folder: Path, site: str, job: str) -> str:
     """Return the value of ``SPOOL_ENV`` that leads a trainer of this site and job to the spool."""
-    return json.dumps({"dir": str(folder), "site": site, "job": job})
+    return msgspec.json.encode({"dir": str(folder), "site": site, "job": job}).decode()
 
 
 _process_spool: Path | None = None
@@ -81,9 +82,9 @@ def find_spool() -> Path:
     if not value:
         raise ConfigError(f"Writer() found no spool: the environment variable {SPOOL_ENV} is not set; {how}")
     try:
-        claim = json.loads(value)
+        claim = msgspec.json.decode(value)
         folder, site, job = Path(claim["dir"]), claim["site"], claim["job"]
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, msgspec.DecodeError) as e:
         raise ConfigError(f"{SPOOL_ENV} is not what a FLARE client with tracking sets: {value!r}; {how}") from e
     try:
         info = read_spool_info(folder)

@@ -7,7 +7,6 @@ backend. All may be called from any thread.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import operator
@@ -86,7 +85,7 @@ class Writer:
             if type(value) is not float or type(key) is not str or key not in known:
                 values = self._checked_metrics(metrics)
                 break
-        # The spool encodes at once, so a dict that is as it should be needs no copy.
+        # The spool encodes at once, so a dict that is as it should be needs no copy (docs/adr/0004).
         self._append(Metrics(values), step, now)
 
     def _checked_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -141,6 +140,8 @@ class Writer:
         if not isinstance(caption, str):
             raise RecordError(f"log_image({key!r}): caption {_shown(caption)}; expected a str")
         caption = _encodable(key, caption)
+        import hashlib  # lazy, as below: with OpenSSL it is a tenth of what `import trackhub` takes
+
         data, media_type, width, height = encode_image(key, image)
         digest = hashlib.sha256(data).hexdigest()
 
@@ -213,6 +214,8 @@ class Writer:
         Raises:
             RecordError: there is no such file, it is a folder, or cannot be read.
         """
+        import hashlib
+
         now = time.time()
         if not isinstance(type, str):
             raise RecordError(f"log_artifact: type {_shown(type)}; expected a str such as 'model'")

@@ -36,6 +36,7 @@ from trackhub.spi import (
     WriteReport,
 )
 from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.spool_reader import SpoolBatch, SpoolReader, StreamCount
 
 WAIT_S = 20.0
 """How long a test waits for what must happen; only a failure takes so long."""
@@ -245,3 +246,63 @@ class MemoryBackend(Backend):
 
     def positions(self, site: str = "site-1") -> list[int]:
         return [e.position for e in self.stored.get(site, ())]
+
+
+def values(records: list[Record]) -> list[float]:
+    return [v for r in records if isinstance(r.payload, Metrics) for v in r.payload.values.values()]
+
+
+def settle_all(reader: SpoolReader, *, final: bool = False) -> int:
+    count = 0
+    while batch := reader.next_batch(100, 1 << 20, final=final):
+        reader.settle(batch)
+        count += batch.records
+    return count
+
+
+def assert_accounted(count: StreamCount, logged: int) -> None:
+    assert count.logged == logged
+    gone = count.withheld + sum(count.dropped.values()) + sum(count.refused.values())
+    assert logged == gone + count.acked + count.spooled
+
+
+class ModelSink:
+    """What a sink does, in the simplest way: append what is new of each stream, in order, or fail the test."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, list[Record]] = {}
+        self.next_seq: Counter[str] = Counter()
+        self.gaps: dict[str, Counter[str]] = {}
+
+    def accept(self, batch: SpoolBatch) -> None:
+        seq, count = batch.first_seq, 0
+        known = self.next_seq[batch.stream]
+        assert seq <= known, "records were skipped without a reason"
+        stored = self.records.setdefault(batch.stream, [])
+        gaps = self.gaps.setdefault(batch.stream, Counter())
+        for body in frames_in(batch.frames):
+            record = decode_body(body)
+            assert record.seq == seq
+            if isinstance(record.payload, Gap):
+                seq += record.payload.count
+                if record.seq >= known:
+                    gaps[record.payload.reason] += record.payload.count
+            else:
+                seq += 1
+                count += 1
+                if record.seq >= known:
+                    stored.append(record)
+        assert (seq, count) == (batch.next_seq, batch.records)
+        self.next_seq[batch.stream] = max(known, seq)
+
+
+def drain(
+    reader: SpoolReader, sink: ModelSink, *, final: bool = True, max_records: int = 7, max_bytes: int = 2000
+) -> None:
+    for _ in range(100_000):
+        batch = reader.next_batch(max_records, max_bytes, final=final)
+        if batch is None:
+            return
+        sink.accept(batch)
+        reader.settle(batch)
+    pytest.fail("the reader does not come to an end")

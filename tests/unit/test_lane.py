@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,19 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, metric
+from tests.unit.helpers import WAIT_S, MemoryBackend, metric
+from tests.unit.rigs import SITE, Bench, failing, poisoned, run_of
 from trackhub.delivery import run_lane
-from trackhub.delivery.journal import Journal
-from trackhub.delivery.lane import Lane
-from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.shaper import Shaper
 from trackhub.errors import ConfigError, PermanentError, TransientError
 from trackhub.records import Metrics, Record, Text
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Backend, Entry, Kind, Redelivery, Rejection, RunInfo, WriteReport
-
-SITE = "site-1"
+from trackhub.spi import Kind, Redelivery, Rejection, RunInfo, WriteReport
 
 
 @pytest.fixture(autouse=True)
@@ -35,77 +30,11 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
 
 
-class Bench:
-    """A journal with records in it, and lanes on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.journal = Journal.open(folder / "trackhub.db", job="job-1", side=Side.SERVER)
-        self.counts: dict[str, int] = {}
-        self.lanes: dict[str, Lane] = {}
-
-    def log(self, n: int, site: str = SITE, rows: int = 1) -> None:
-        for _ in range(rows):
-            first = self.counts.get(site, 0)
-            self.add([metric(first + i) for i in range(n)], site)
-
-    def add(self, records: list[Record], site: str = SITE) -> None:
-        found = self.journal.add_site(site, 1000.0)
-        self.journal.append(found, batch_of(records, stream=site), {})
-        self.counts[site] = self.counts.get(site, 0) + len(records)
-        for lane in self.lanes.values():
-            lane.notify(found)
-
-    def lane(self, backend: Backend, name: str = "memory", *, flush_s: float = 0.01) -> Lane:
-        lane = self.lanes[name] = Lane(
-            name, backend, self.journal, job="job-1", side=Side.SERVER,
-            blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
-        )  # fmt: skip
-        lane.start()
-        return lane
-
-    def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
-        """End all lanes as a sink does."""
-        for lane in self.lanes.values():
-            lane.begin_finish(dict.fromkeys(self.counts, status))
-        deadline = time.monotonic() + timeout_s
-        for lane in self.lanes.values():
-            lane.join(deadline - time.monotonic())
-        report = self.journal.report(list(self.lanes))
-        self.lanes.clear()
-        self.journal.close()
-        assert_balanced(report, self.counts)
-        return report
-
-
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path / "sink")
     yield bench
     bench.journal.close()
-
-
-def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> RunReport:
-    return report.lanes[lane][site]
-
-
-def failing(times: int, error: Callable[[], BaseException], method: str = "write") -> Callable[[str, Any], None]:
-    left = [times]
-
-    def behave(called: str, argument: Any) -> None:
-        if called == method and left[0] > 0:
-            left[0] -= 1
-            raise error()
-
-    return behave
-
-
-def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str, Any], None]:
-    def behave(method: str, argument: Any) -> None:
-        if method == "write" and any(e.position in bad for e in argument):
-            raise error()
-
-    return behave
 
 
 def test_all_records_are_delivered_in_order_from_one_thread_and_the_run_is_finished(bench: Bench) -> None:
@@ -465,133 +394,6 @@ def test_only_a_flush_confirms_what_a_buffering_backend_was_handed(bench: Bench)
     report = bench.finish()
     assert run_of(report).confirmed == 10
     assert backend.positions() == list(range(10))
-
-
-class Crash:
-    """Keeps the journal as it lies on the disk at a given call, as if the process had been killed there."""
-
-    def __init__(self, bench: Bench, backend: MemoryBackend, method: str, at: int, *, after: bool) -> None:
-        self.bench = bench
-        self.calls = 0
-        self.snapshot: dict[str, list[Entry]] | None = None
-        self.folder = bench.folder.parent / "crashed"
-        backend.behave = self.behave
-        if after:
-            take = backend.take
-
-            def take_then_crash(site: str, batch: Any) -> None:
-                take(site, batch)
-                self.keep(backend)
-
-            backend.take = take_then_crash  # type: ignore[method-assign]
-        self.backend, self.method, self.at, self.after = backend, method, at, after
-
-    def behave(self, method: str, argument: Any) -> None:
-        if method == self.method and not self.after:
-            self.keep(self.backend)
-
-    def keep(self, backend: MemoryBackend) -> None:
-        self.calls += 1
-        if self.calls == self.at:
-            shutil.copytree(self.bench.folder, self.folder, ignore=shutil.ignore_patterns("*.lock", "*-shm"))
-            self.snapshot = {site: list(entries) for site, entries in backend.stored.items()}
-
-
-@pytest.mark.parametrize("redelivery", list(Redelivery))
-@pytest.mark.parametrize("buffering", [False, True])
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_after_a_crash_in_a_write_everything_is_there_as_the_backend_declares(
-    tmp_path: Path, redelivery: Redelivery, buffering: bool, after: bool, at: int
-) -> None:
-    bench = Bench(tmp_path / "sink")
-    backend = MemoryBackend(buffering=buffering, redelivery=redelivery, max_batch=10)
-    crash = Crash(bench, backend, "write", at, after=after)
-    bench.log(25, rows=3)
-    bench.lane(backend, flush_s=0.0)
-    bench.finish()
-    assert crash.snapshot is not None
-
-    again = Bench(crash.folder)
-    again.counts = {SITE: 75}
-    second = MemoryBackend(buffering=buffering, redelivery=redelivery, max_batch=10, stored=crash.snapshot)
-    again.lane(second, flush_s=0.0)
-    report = again.finish()
-
-    run = run_of(report)
-    assert (run.confirmed, run.pending, run.rejected) == (75, 0, {})
-    found = second.positions()
-    assert sorted(set(found)) == list(range(75))
-    doubles = len(found) - 75
-    if redelivery is Redelivery.AT_LEAST_ONCE:
-        assert doubles <= run.possible_duplicates <= 50
-    else:
-        assert doubles == 0
-        assert found == list(range(75))
-        assert run.possible_duplicates == 0
-
-
-def test_a_retried_batch_counts_once_as_possible_duplicates(bench: Bench) -> None:
-    """Of a backend that stores and then fails, as one whose replies are lost."""
-    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
-    take, failures = backend.take, [4]
-
-    def store_and_fail(site: str, batch: Any) -> None:
-        take(site, batch)
-        if failures[0]:
-            failures[0] -= 1
-            raise TransientError("the reply was lost")
-
-    backend.take = store_and_fail  # type: ignore[method-assign]
-    bench.log(10)
-    bench.log(10)
-    bench.lane(backend)
-    run = run_of(bench.finish())
-    assert (run.confirmed, run.pending) == (20, 0)
-    assert run.possible_duplicates <= run.confirmed
-    assert run.possible_duplicates >= 10
-    assert sorted(set(backend.positions())) == list(range(20))
-
-
-def test_a_hang_in_write_is_doubtful_after_a_restart(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "sink")
-    release, hangs = threading.Event(), threading.Event()
-    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
-    take = backend.take
-
-    def store_and_hang(site: str, batch: Any) -> None:
-        take(site, batch)
-        hangs.set()
-        release.wait(WAIT_S)
-
-    backend.take = store_and_hang  # type: ignore[method-assign]
-    bench.log(10)
-    lane = bench.lane(backend)
-    assert hangs.wait(WAIT_S)
-    assert run_of(bench.finish(0.05)).pending == 10
-    again = Bench(tmp_path / "sink")
-    again.counts = {SITE: 10}
-    second = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE, stored=dict(backend.stored))
-    again.lane(second)
-    run = run_of(again.finish())
-    release.set()
-    lane._thread.join(WAIT_S)
-    assert len(second.positions()) == 20
-    assert (run.confirmed, run.possible_duplicates) == (10, 10)
-
-
-def test_a_lane_goes_on_in_a_new_process_where_it_stopped(tmp_path: Path) -> None:
-    stored: dict[str, list[Entry]] = {}
-    for day in range(3):
-        bench = Bench(tmp_path / "sink")
-        bench.counts = {SITE: 10 * day} if day else {}
-        bench.log(10)
-        backend = MemoryBackend(stored=stored)
-        bench.lane(backend)
-        report = bench.finish()
-        assert backend.infos[0].resume_from == 10 * day
-        assert run_of(report).confirmed == 10 * (day + 1)
-    assert [e.position for e in stored[SITE]] == list(range(30))
 
 
 def test_what_the_core_refuses_for_the_backend_is_counted_and_positions_skip_it(bench: Bench) -> None:

@@ -3,85 +3,32 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
-from trackhub.config import Limits
+from tests.unit.rigs import FAST, SITE, Way, assert_all_arrived, log
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.sender import LinkError, Sender
 from trackhub.errors import SpoolError
 from trackhub.run import RunStatus, Side
-from trackhub.spool_layout import blob_file
 from trackhub.writer import Writer
-
-SITE = "site-1"
-FAST = Limits(batch_records=50, poll_s=0.005, keepalive_s=0.1, flush_s=0.01)
 
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
-
-
-class Way:
-    """The way from a spool to a sink; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
-
-    def __init__(self, folder: Path, limits: Limits = FAST) -> None:
-        self.folder = folder
-        self.spool = new_spool(folder / "site" / "spool")
-        self.limits = limits
-        self.before: Callable[[wire.Request], None] = lambda request: None
-        self.after: Callable[[wire.Request], None] = lambda request: None
-        self.requests: list[wire.Request] = []
-        self.receiver = self.new_receiver()
-        self.senders: list[Sender] = []
-        self.finished = False
-
-    def new_receiver(self) -> Receiver:
-        sink = self.folder / "sink"
-        receiver = Receiver(
-            sink / "trackhub", sink, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
-        )
-        receiver.start()
-        return receiver
-
-    def link(self, data: bytes, timeout_s: float) -> bytes:
-        request = wire.decode_request(data)
-        self.requests.append(request)
-        self.before(request)
-        reply = self.receiver.handle(SITE, data)
-        self.after(request)
-        return reply
-
-    def sender(self, link: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
-        sender = Sender(self.spool, link or self.link, site=SITE, limits=self.limits)
-        if start:
-            sender.start()
-        self.senders.append(sender)
-        return sender
-
-    def stored(self) -> list[dict[str, Any]]:
-        path = self.folder / "sink" / "jsonl" / "job-1" / f"{SITE}.jsonl"
-        return json_lines(path) if path.exists() else []
-
-    def finish(self, deadline_s: float = WAIT_S) -> DeliveryReport:
-        self.finished = True
-        return self.receiver.finish(RunStatus.FINISHED, deadline_s=deadline_s)
 
 
 @pytest.fixture
@@ -92,28 +39,6 @@ def way(tmp_path: Path) -> Iterator[Way]:
         sender.close(0.0)
     if not way.finished:
         way.finish(1.0)
-
-
-def log(spool: Path, n: int, key: str = "a") -> None:
-    with Writer(spool) as writer:
-        for i in range(n):
-            writer.log({key: i}, i)
-
-
-def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport, logged: dict[str, int]) -> None:
-    """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
-    lines = way.stored()
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        for key, value in line["values"].items():
-            found.setdefault(key, []).append(value)
-    assert found == {key: list(map(float, range(n))) for key, n in logged.items()}
-    n = sum(logged.values())
-    assert (ledger.logged, ledger.acked, ledger.spooled) == (n, n, 0)
-    assert_balanced(report, {SITE: n}, {("jsonl", SITE): n})
-    assert report.sites[SITE].journaled == n
-    assert report.undelivered() == 0
-    assert report.lost() == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -344,71 +269,6 @@ def test_a_sender_that_was_never_started_counts_what_is_there(way: Way) -> None:
     sender = way.sender(start=False)
     assert not sender.flush(WAIT_S)
     assert sender.close(WAIT_S).spooled == 10
-
-
-def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) -> None:
-    data = os.urandom(3 << 20)
-    (tmp_path / "model.bin").write_bytes(data)
-    (tmp_path / "empty").touch()
-    lost = [4]
-
-    def after(request: wire.Request) -> None:
-        if isinstance(request, wire.Chunk) and lost[0]:
-            lost[0] -= 1
-            raise LinkError("the reply to a piece is lost")
-
-    way.after = after
-    with Writer(way.spool) as writer:
-        writer.log_artifact(tmp_path / "model.bin")
-        writer.log({"a": 0}, 0)
-        writer.log_artifact(tmp_path / "empty")
-    ledger = way.sender().close(WAIT_S)
-    report = way.finish()
-    first, second, third = way.stored()
-    folder = way.folder / "sink" / "jsonl" / "job-1"
-    assert (folder / first["file"]).read_bytes() == data
-    assert second["values"] == {"a": 0}
-    assert (folder / third["file"]).read_bytes() == b""
-    assert list(way.spool.glob("*.blob")) == []
-    assert (ledger.logged, ledger.acked) == (3, 3)
-    assert_balanced(report, {SITE: 3}, {("jsonl", SITE): 3})
-
-
-def spoil(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    match how:
-        case "gone":
-            path.unlink()
-        case "cut":
-            path.write_bytes(data[: len(data) // 2])
-        case "empty":
-            path.write_bytes(b"")
-        case "longer":
-            path.write_bytes(data + b"x")
-        case "other":
-            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
-@pytest.mark.parametrize("how", ["gone", "cut", "empty", "longer", "other"])
-@pytest.mark.parametrize("size", [10, (1 << 20) + 5])
-def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
-    way: Way, tmp_path: Path, how: str, size: int
-) -> None:
-    with Writer(way.spool) as writer:
-        for i in range(3):
-            (tmp_path / "x").write_bytes(bytes([i]) * size)
-            writer.log({"a": i}, i)
-            writer.log_artifact(tmp_path / "x", f"x{i}")
-        name = f"{writer._spool.stream}-3"  # the second artifact
-    spoil(blob_file(way.spool, name), how)
-    ledger = way.sender().close(WAIT_S)
-    report = way.finish()
-
-    assert [line["seq"] for line in way.stored()] == [0, 1, 2, 4, 5]
-    assert (ledger.logged, ledger.acked, ledger.dropped) == (6, 5, {"damaged": 1})
-    assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
-    assert report.sites[SITE].explained == {"damaged": 1}
-    assert list(way.spool.glob("*.blob")) == []
 
 
 def test_the_round_is_stamped_by_writers_from_the_moment_it_is_set(way: Way) -> None:

@@ -9,76 +9,19 @@ import threading
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
-from tests.unit.helpers import STREAM, frames_in, new_spool, read_spool
+from tests.unit.helpers import STREAM, ModelSink, assert_accounted, drain, new_spool, read_spool
 from trackhub.errors import SpoolError
-from trackhub.records import Gap, Kind, Metrics, Record, Text, decode_body, encode_frame, scan_frames
+from trackhub.records import Kind, Metrics, Record, Text, encode_frame, scan_frames
 from trackhub.spool import Spool
 from trackhub.spool_layout import SEGMENT_HEADER, segment_name
-from trackhub.spool_reader import SpoolBatch, SpoolReader, StreamCount
+from trackhub.spool_reader import SpoolReader
 from trackhub.writer import Writer
-
-
-class Sink:
-    """What a sink does, in the simplest way: append what is new of each stream, in order, or fail the test."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, list[Record]] = {}
-        self.next_seq: Counter[str] = Counter()
-        self.gaps: dict[str, Counter[str]] = {}
-
-    def accept(self, batch: SpoolBatch) -> None:
-        seq, count = batch.first_seq, 0
-        known = self.next_seq[batch.stream]
-        assert seq <= known, "records were skipped without a reason"
-        stored = self.records.setdefault(batch.stream, [])
-        gaps = self.gaps.setdefault(batch.stream, Counter())
-        for body in frames_in(batch.frames):
-            record = decode_body(body)
-            assert record.seq == seq
-            if isinstance(record.payload, Gap):
-                seq += record.payload.count
-                if record.seq >= known:
-                    gaps[record.payload.reason] += record.payload.count
-            else:
-                seq += 1
-                count += 1
-                if record.seq >= known:
-                    stored.append(record)
-        assert (seq, count) == (batch.next_seq, batch.records)
-        self.next_seq[batch.stream] = max(known, seq)
-
-
-def drain(reader: SpoolReader, sink: Sink, *, final: bool = True, max_records: int = 7, max_bytes: int = 2000) -> None:
-    for _ in range(100_000):
-        batch = reader.next_batch(max_records, max_bytes, final=final)
-        if batch is None:
-            return
-        sink.accept(batch)
-        reader.settle(batch)
-    pytest.fail("the reader does not come to an end")
-
-
-def assert_accounted(count: StreamCount, logged: int) -> None:
-    assert count.logged == logged
-    gone = count.withheld + sum(count.dropped.values()) + sum(count.refused.values())
-    assert logged == gone + count.acked + count.spooled
 
 
 def write(folder: Path, n: int, *, size: int = 20) -> Spool:
@@ -164,7 +107,7 @@ def test_a_frame_that_is_being_written_is_waited_for_but_not_at_the_end(tmp_path
     path = tmp_path / segment_name(spool.stream, 0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    reader, sink = SpoolReader(tmp_path, "server"), Sink()
+    reader, sink = SpoolReader(tmp_path, "server"), ModelSink()
 
     drain(reader, sink, final=False)
     assert sink.next_seq[spool.stream] == 2
@@ -271,7 +214,7 @@ def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: 
         left = path.read_bytes()
         intact += [r for r, f in zip(whole, frames, strict=True) if f in left]
 
-    reader, sink = SpoolReader(folder, "server"), Sink()
+    reader, sink = SpoolReader(folder, "server"), ModelSink()
     (before,) = reader.counts().values()
     drain(reader, sink, max_records=data.draw(st.integers(1, 20), "batch"))
     (after,) = reader.counts().values()
@@ -293,7 +236,7 @@ def test_damage_in_the_segment_that_is_being_written_holds_up_only_what_cannot_b
     content = bytearray(path.read_bytes())
     content[200] ^= 0xFF
     path.write_bytes(content)
-    reader, sink = SpoolReader(tmp_path, "server"), Sink()
+    reader, sink = SpoolReader(tmp_path, "server"), ModelSink()
     drain(reader, sink, final=False)
     assert len(sink.records[spool.stream]) == 19
     assert sink.next_seq[spool.stream] == 20
@@ -327,7 +270,7 @@ def test_the_bytes_of_a_blob_are_deleted_with_its_record_also_if_they_were_given
     with Writer(tmp_path) as writer:
         for _ in range(3):
             writer.log_artifact(__file__)
-    reader, sink = SpoolReader(tmp_path, "server"), Sink()
+    reader, sink = SpoolReader(tmp_path, "server"), ModelSink()
     batch = reader.next_batch(10, 1 << 20)
     assert batch is not None
     names = [blob.name for blob in batch.blobs]
@@ -350,9 +293,9 @@ def test_a_blob_stays_until_every_reader_is_past_its_record(tmp_path: Path) -> N
     batch = server.next_batch(10, 1 << 20)
     assert batch is not None
     server.give_up_blob(batch.blobs[0].name)
-    drain(server, Sink())
+    drain(server, ModelSink())
     assert len(list(tmp_path.glob("*.blob"))) == 1
-    drain(client, Sink())
+    drain(client, ModelSink())
     assert list(tmp_path.glob("*.blob")) == []
 
 
@@ -361,7 +304,7 @@ def test_large_damage_is_skipped(tmp_path: Path) -> None:
     append_raw(tmp_path, encode_frame(Record(0, 1.0, 0, None, Text("a", "b"))))
     append_raw(tmp_path, bytes(3 << 20))
     append_raw(tmp_path, encode_frame(Record(5, 1.0, 0, None, Text("a", "b"))))
-    reader, sink = SpoolReader(tmp_path, "server"), Sink()
+    reader, sink = SpoolReader(tmp_path, "server"), ModelSink()
     drain(reader, sink)
     assert [r.seq for r in sink.records[STREAM]] == [0, 5]
     (count,) = reader.counts().values()
@@ -371,7 +314,7 @@ def test_large_damage_is_skipped(tmp_path: Path) -> None:
 
 def test_a_lost_cursor_begins_anew_and_the_sink_recognises_what_it_has(tmp_path: Path) -> None:
     spool = write(new_spool(tmp_path, max_bytes=8000), 50)
-    reader, sink = SpoolReader(tmp_path, "server"), Sink()
+    reader, sink = SpoolReader(tmp_path, "server"), ModelSink()
     for _ in range(3):
         batch = reader.next_batch(10, 1 << 20)
         assert batch is not None
@@ -399,127 +342,6 @@ def test_a_cursor_that_cannot_be_stored_still_counts_in_this_process(tmp_path: P
     batch = reader.next_batch(4, 1 << 20)
     assert batch is not None
     assert batch.first_seq == 4
-
-
-class SpoolMachine(RuleBasedStateMachine):
-    """Writers, readers, crashes of both and lost cursors, in any order, against lists in memory."""
-
-    spools = Bundle("spools")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.logged: dict[str, list[Any]] = {}
-        self.sinks = {"server": Sink(), "client": Sink()}
-        self.lost_cursor = False
-
-    @initialize()
-    def start(self) -> None:
-        import tempfile
-
-        self.folder = Path(tempfile.mkdtemp(prefix="spool-machine-"))
-        new_spool(self.folder, *self.sinks, max_bytes=16_000)  # segments of 2000 bytes
-        self.readers = {name: SpoolReader(self.folder, name) for name in self.sinks}
-
-    def teardown(self) -> None:
-        import shutil
-
-        if not hasattr(self, "folder"):
-            return
-        for name in self.readers:
-            self.restart(name)
-            drain(self.readers[name], self.sinks[name])
-            counts = self.readers[name].counts()
-            for stream, items in self.logged.items():
-                kept = [i for i in items if i != "dropped"]
-                found = [
-                    r.payload.text for r in self.sinks[name].records.get(stream, []) if isinstance(r.payload, Text)
-                ]
-                assert found == kept, f"{name}: lost, doubled or out of order"
-                if items:
-                    assert_accounted(counts[stream], len(items))
-                    if not self.lost_cursor:
-                        assert counts[stream].acked == len(kept)
-                        assert sum(counts[stream].dropped.values()) == len(items) - len(kept)
-        shutil.rmtree(self.folder)
-
-    @rule(target=spools)
-    def open_writer(self) -> Spool:
-        spool = Spool(self.folder, clock=lambda: self.now)
-        self.logged[spool.stream] = []
-        return spool
-
-    @rule(spool=spools, n=st.integers(1, 30), size=st.integers(0, 300))
-    def log(self, spool: Spool, n: int, size: int) -> None:
-        self.now += 1
-        for _ in range(n):
-            items = self.logged[spool.stream]
-            text = f"{len(items)}".ljust(size, ".")
-            before = sum(spool._dropped)
-            spool.append(Text("k", text), None, 1.0)
-            items.append("dropped" if sum(spool._dropped) > before else text)
-
-    @rule(spool=spools)
-    def drop(self, spool: Spool) -> None:
-        spool.drop("unconvertible", "by the test")
-        self.logged[spool.stream].append("dropped")
-
-    @rule(spool=consumes(spools), torn=st.integers(0, 40))
-    def kill_writer(self, spool: Spool, torn: int) -> None:
-        """It dies within a write: a part of a frame is left."""
-        spool.close()
-        segments = sorted(self.folder.glob(f"{spool.stream}-*.spool"))
-        if segments and torn:
-            with segments[-1].open("ab") as file:
-                file.write(encode_frame(Record(spool.next_seq, 1.0, None, None, Text("k", "x" * 60)))[:torn])
-
-    @rule(name=st.sampled_from(["server", "client"]), n=st.integers(1, 40), size=st.integers(1, 3000))
-    def deliver(self, name: str, n: int, size: int) -> None:
-        batch = self.readers[name].next_batch(n, size)
-        if batch is not None:
-            self.sinks[name].accept(batch)
-            self.readers[name].settle(batch)
-
-    @rule(name=st.sampled_from(["server", "client"]), n=st.integers(1, 40))
-    def deliver_but_lose_the_reply(self, name: str, n: int) -> None:
-        batch = self.readers[name].next_batch(n, 1 << 20)
-        if batch is not None:
-            self.sinks[name].accept(batch)
-
-    @rule(name=st.sampled_from(["server", "client"]))
-    def restart(self, name: str) -> None:
-        self.readers[name] = SpoolReader(self.folder, name)
-
-    @precondition(lambda self: bool(self.logged))
-    @rule(name=st.sampled_from(["server", "client"]), data=st.data())
-    def lose_the_cursor(self, name: str, data: st.DataObject) -> None:
-        acks = sorted(self.folder.glob(f"*.{name}.ack"))
-        if acks:
-            data.draw(st.sampled_from(acks)).unlink()
-            self.lost_cursor = True
-            self.restart(name)
-
-    @rule()
-    def count(self) -> None:
-        for reader in self.readers.values():
-            for stream, count in reader.counts().items():
-                if self.logged[stream]:
-                    assert_accounted(count, len(self.logged[stream]))
-
-    @invariant()
-    def stays_within_its_limit(self) -> None:
-        if hasattr(self, "folder"):
-            used = sum(f.stat().st_size for f in self.folder.glob("*.spool"))
-            assert used <= 16_000 + 2_000 * len(self.logged)
-
-
-TestSpoolMachine = SpoolMachine.TestCase
-TestSpoolMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-
-
-@pytest.mark.long
-def test_the_machine_for_long() -> None:
-    run_state_machine_as_test(SpoolMachine, settings=settings(max_examples=1000, stateful_step_count=60, deadline=None))
 
 
 def test_the_frames_of_a_batch_are_those_of_the_spool(tmp_path: Path) -> None:

@@ -8,11 +8,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 __all__ = ["print_error", "print_json", "print_lines", "print_table"]
 
 PIPED_WIDTH = 200
@@ -26,10 +21,16 @@ def print_json(document: dict[str, Any]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table. Cells are plain text; nothing in them is taken for markup."""
+    from rich import box  # lazy: commands that print JSON, or a line, need none of it
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(*columns, box=box.SIMPLE, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    _console().print(table)
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
+    console.print(table)
 
 
 def print_lines(*lines: str) -> None:
@@ -41,7 +42,3 @@ def print_lines(*lines: str) -> None:
 def print_error(message: str) -> None:
     """Print what went wrong."""
     sys.stderr.write(f"trackhub: {message}\n")
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)

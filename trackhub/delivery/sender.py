@@ -268,10 +268,10 @@ class Sender:
                 with blob_file(self.folder, blob.name).open("rb") as file:
                     file.seek(offset)
                     data = file.read(self._limits.batch_bytes)
+                problem = f"they end after {offset} of {blob.size}"
             except OSError as e:
-                _log.warning("site %s cannot read the bytes of an image or artifact: %s", self.site, e)
-                self._reader.give_up_blob(blob.name)
-                return False
+                # The sink may have them: a record is sent once more when the sink has lost it, or the site its cursor.
+                data, problem = b"", str(e)
             reply = self._ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
             if reply is None:
                 return False
@@ -281,7 +281,7 @@ class Sender:
             if reply.next >= blob.size:
                 return True
             if not data:
-                _log.warning("site %s: the bytes of %s end after %d of %d", self.site, blob.name, offset, blob.size)
+                _log.warning("site %s cannot read the bytes of %s: %s", self.site, blob.name, problem)
                 self._reader.give_up_blob(blob.name)
                 return False
             offset = reply.next

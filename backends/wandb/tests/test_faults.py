@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -56,8 +57,10 @@ def test_fault_of_the_server_costs_no_row_and_doubles_none(
 ) -> None:
     """Offsets make a request that is sent again harmless."""
     run = online(flush_timeout_s=20.0).open_run(sink.info())
-    emulator.fail(fault)
-    run.write(losses(range(50)))
+    run.write(losses(range(10)))
+    persist(run.flush)
+    emulator.fail(dataclasses.replace(fault))
+    run.write(losses(range(10, 50)))
     persist(run.flush)
     run.write(losses(range(50, 60)))
     persist(run.flush)
@@ -68,6 +71,7 @@ def test_fault_of_the_server_costs_no_row_and_doubles_none(
         assert emulator.state.run(sink.info().run_id).resent > 0
 
 
+@pytest.mark.long
 def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, sink: Sink, emulator: Emulator) -> None:
     """A request that is refused for good ends the SDK's upload, with a printed line only; the run is opened again."""
     run = online(flush_timeout_s=2.5).open_run(sink.info())
@@ -82,6 +86,7 @@ def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, sink: Sink
     assert (held.params()["lr"], held.state) == (1, "finished")
 
 
+@pytest.mark.long
 def test_file_and_config_that_were_refused_are_sent_again(online: Online, sink: Sink, emulator: Emulator) -> None:
     """The SDK drops a file or a config that it could not upload; flush sees that it is missing."""
     run = online(flush_timeout_s=8.0).open_run(sink.info())
@@ -110,6 +115,7 @@ def test_outage_costs_no_row(online: Online, sink: Sink, emulator: Emulator) -> 
     assert steps(emulator, sink) == list(range(500))
 
 
+@pytest.mark.long
 def test_run_is_opened_when_the_server_comes_back(online: Online, sink: Sink, emulator: Emulator) -> None:
     """A server that is down, or refuses, when a run is opened: later attempts with the same id succeed."""
     backend = online(init_timeout_s=2.0)

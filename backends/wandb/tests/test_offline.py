@@ -301,6 +301,17 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(sink: Sink, emula
     }
 
 
+def test_close_ends_what_was_not_ended(sink: Sink) -> None:
+    """A run that the lane gave up leaves no process; what was flushed is on disk."""
+    backend = sink.backend(mode="offline")
+    run = backend.open_run(sink.info())
+    run.write(losses(range(10)))
+    run.flush()
+    backend.close()
+    assert services() == []
+    assert (len(only_run(sink).rows), only_run(sink).exit_code) == (10, None)
+
+
 def test_nothing_is_left_outside_the_folder_of_the_sink(sink: Sink, tmp_path: Path) -> None:
     """Neither staged artifacts nor settings in the home folder, but the log of the SDK's service; and no process."""
     run = sink.backend(mode="offline").open_run(sink.info())

@@ -17,7 +17,19 @@ from trackhub_wandb import WandBBackend
 
 from backends.wandb.tests.conftest import JOB, T0, Sink, entry, losses, services
 from tests.support.wandb_emulator import ENTITY, Emulator
-from trackhub.spi import Artifact, Histogram, Image, Metrics, Params, Redelivery, RunStatus, Table, Tags, Text
+from trackhub.spi import (
+    Artifact,
+    Histogram,
+    Image,
+    Metrics,
+    Params,
+    Payload,
+    Redelivery,
+    RunStatus,
+    Table,
+    Tags,
+    Text,
+)
 
 Online = Callable[..., WandBBackend]
 
@@ -49,7 +61,7 @@ def test_every_kind_is_at_the_server_when_flush_returns(online: Online, sink: Si
     picture = io.BytesIO()
     PilImage.new("RGB", (8, 6)).save(picture, "PNG")
     run = online().open_run(sink.info())
-    payloads = [
+    payloads: list[Payload] = [
         Params({"lr": 0.1, "x": float("nan"), "net": {"layers": [1, 2]}}),
         Tags({"stage": "pilot"}),
         Text("note", "a < b"),
@@ -84,6 +96,21 @@ def test_site_that_did_not_finish_ends_as_failed(
     run.finish(status)
     held = emulator.state.run(sink.info().run_id)
     assert (held.state, held.exit_code) == ("failed", 1)
+
+
+def test_entity_of_the_environment_is_the_runs(
+    online: Online, sink: Sink, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server has of a run is asked under the same name under which it is written, also when it is resumed."""
+    monkeypatch.setenv("WANDB_ENTITY", "hospital")
+    for number in range(2):
+        backend = online()
+        run = backend.open_run(sink.info())
+        run.write(losses(range(10 * number, 10 * number + 10)))
+        run.flush()
+        assert len(emulator.state.run(sink.info().run_id).rows) == 10 * number + 10
+        backend.close()
+    assert emulator.state.run(sink.info().run_id).entity == "hospital"
 
 
 def test_run_that_is_opened_again_goes_on(online: Online, sink: Sink, emulator: Emulator) -> None:
@@ -176,7 +203,8 @@ def test_each_site_may_have_its_own_server_and_key(tmp_path: Path, emulator: Emu
         ]
         for backend in backends:
             backend.preflight()
-        runs = [backend.open_run(sink.info()) for backend, sink in zip(backends, sinks, strict=True)]
+        sites = ("site-1", "site-2")
+        runs = [b.open_run(sink.info(site)) for b, sink, site in zip(backends, sinks, sites, strict=True)]
         for number, run in enumerate(runs):
             run.write([entry(n, Metrics({"server": float(number)})) for n in range(5)])
         for run in runs:

@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             def apply() -> tuple[int, Any]:
                 with state.lock:
                     state.requests.append("file_stream")
-                    answer = state.file_stream(parts[3], data)
+                    answer = state.file_stream(parts[1], parts[2], parts[3], data)
                 return (HTTPStatus.OK, answer) if answer is not None else (HTTPStatus.NOT_FOUND, {})
 
             self._with_faults("file_stream", None, apply)

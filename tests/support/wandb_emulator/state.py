@@ -129,6 +129,10 @@ class State:
         with self.lock:
             return self.runs[name]
 
+    def _find(self, entity: str, project: str, name: str) -> Run | None:
+        run = self.runs.get(name)
+        return run if run is not None and (run.entity, run.project) == (entity, project) else None
+
     def violation(self, text: str) -> None:
         """Note that the client did what a server would not accept, or this emulator does not know."""
         self.violations.append(text)
@@ -166,11 +170,12 @@ class State:
         }
 
     def _model(self, given: dict[str, Any]) -> dict[str, Any]:
+        entity = given.get("entityName") or ENTITY
+
         def bucket(asked: dict[str, Any]) -> dict[str, Any] | None:
-            run = self.runs.get(asked["name"])
+            run = self._find(entity, given["name"], asked["name"])
             return None if run is None else self._bucket(run)
 
-        entity = given.get("entityName") or ENTITY
         return {
             "id": f"project:{given['name']}",
             "name": given["name"],
@@ -180,7 +185,7 @@ class State:
 
     def _project(self, given: dict[str, Any]) -> dict[str, Any]:
         def find(asked: dict[str, Any]) -> dict[str, Any] | None:
-            run = self.runs.get(asked["name"])
+            run = self._find(given.get("entityName") or ENTITY, given["name"], asked["name"])
             if run is None:
                 return None
             return {"stopped": False, "files": Call(lambda some: _files(run, some), frozenset({"names", "first"}))}
@@ -220,11 +225,13 @@ class State:
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
         _check("upsertBucket", given, _UPSERT)
         name = given["name"]
-        run = self.runs.get(name)
+        entity = given.get("entityName") or ENTITY
+        run = self._find(entity, given["modelName"], name)
         inserted = run is None
         if run is None:
-            run = Run(self._id("Run"), given.get("entityName") or ENTITY, given["modelName"], name)
-            self.runs[name] = run
+            if name in self.runs:
+                self.violation(f"upsertBucket: run {name} is there in another project; this emulator has unique ids")
+            run = self.runs[name] = Run(self._id("Run"), entity, given["modelName"], name)
         if given.get("id") not in (None, run.storage_id):
             self.violation(f"upsertBucket: id {given['id']} is not that of run {name}")
         if run.state != "running":
@@ -242,7 +249,9 @@ class State:
 
     def _create_run_files(self, given: dict[str, Any]) -> dict[str, Any]:
         _check("createRunFiles", given, frozenset({"entityName", "projectName", "runName", "files"}))
-        run = self.runs[given["runName"]]
+        run = self._find(given["entityName"], given["projectName"], given["runName"])
+        if run is None:
+            raise GraphQLError(f"createRunFiles: no run {given['runName']}")
         files = [{"name": name, "uploadUrl": self._upload_url(run.files, name)} for name in given["files"]]
         return {"runID": run.storage_id, "uploadHeaders": [], "files": files}
 
@@ -307,9 +316,9 @@ class State:
         target[name] = data
         return True
 
-    def file_stream(self, name: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    def file_stream(self, entity: str, project: str, name: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """Apply one ``file_stream`` request; return the answer, or None if there is no such run."""
-        run = self.runs.get(name)
+        run = self._find(entity, project, name)
         if run is None:
             self.violation(f"file_stream: no run {name}")
             return None

@@ -34,7 +34,7 @@ class RefusedError(Exception):
     """MLflow says that it will never store what this request holds."""
 
 
-class Point(msgspec.Struct, frozen=True):
+class Point(msgspec.Struct, frozen=True, gc=False):
     """One metric value. The fields are named as in MLflow's REST API, so that it encodes as such.
 
     Attributes:
@@ -47,7 +47,7 @@ class Point(msgspec.Struct, frozen=True):
     step: int
 
 
-class Pair(msgspec.Struct, frozen=True):
+class Pair(msgspec.Struct, frozen=True, gc=False):
     """One param or tag."""
 
     key: str

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import socket
 from typing import Any
@@ -83,7 +82,7 @@ class WandBBackend(Backend):
         self._mode: Mode | None = None
         self._login: Login | None = None
         self._server: Server | None = None
-        self._online_runs: list[OnlineRun] = []
+        self._runs: list[OfflineRun | OnlineRun] = []
         self._results: dict[str, Results] = {}
         # W&B puts its files into <root>/wandb, and the sink calls this backend's folder that.
         folder = context.workdir.absolute()
@@ -103,11 +102,13 @@ class WandBBackend(Backend):
         """Open the W&B run of this site."""
         settings = self._run_settings(info)
         if self._decide() == "offline":
-            return OfflineRun(info, self._options, settings, self._root / _FOLDER)
+            offline = OfflineRun(info, self._options, settings, self._root / _FOLDER)
+            self._runs.append(offline)
+            return offline
         if self._server is None:
             self._server = Server(self._options, self._login or require_login(self._options))
         online = OnlineRun(info, self._options, settings, self._server)
-        self._online_runs.append(online)
+        self._runs.append(online)
         if online.url:
             self._results[info.run_id] = Results(url=online.url)
         return online
@@ -125,7 +126,7 @@ class WandBBackend(Backend):
 
     def close(self) -> None:
         """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no peer."""
-        for run in self._online_runs:
+        for run in self._runs:
             run.abandon()
         stop_service(_CLOSE_TIMEOUT_S)
 
@@ -162,11 +163,13 @@ class WandBBackend(Backend):
 
     def _run_settings(self, info: RunInfo) -> dict[str, Any]:
         options = self._options
-        environment = os.environ
+        # From the environment and W&B's own settings files. The server is asked for a run under its full name before
+        # the SDK opens it, so entity and project must be known, not left to the SDK.
+        found = import_sdk().sdk.wandb_setup.singleton().settings
         chosen: dict[str, Any] = {
-            "project": options.project or environment.get("WANDB_PROJECT") or _DEFAULT_PROJECT,
-            "entity": options.entity,
-            "run_group": options.group or environment.get("WANDB_RUN_GROUP") or info.key.job,
+            "project": options.project or options.settings.get("project") or found.project or _DEFAULT_PROJECT,
+            "entity": options.entity or options.settings.get("entity") or found.entity,
+            "run_group": options.group or options.settings.get("run_group") or found.run_group or info.key.job,
             "run_job_type": options.job_type,
             "run_notes": options.notes,
             "run_tags": tuple(options.tags) or None,

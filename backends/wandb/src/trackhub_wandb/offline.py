@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackhub.spi import BackendRun, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
-from trackhub_wandb.sdk import open_sdk_run, stop_service
+from trackhub_wandb.sdk import abandon_runs, open_sdk_run, stop_service
 from trackhub_wandb.session import Session, first_config, link_or_copy
 from trackhub_wandb.txlog import LogTail
 
@@ -65,6 +65,7 @@ class OfflineRun(BackendRun):
         except Exception as error:
             raise TransientError(f"W&B run of {info.key.site} cannot be opened: {error}") from error
         self._session = Session(run, info, options, self._keep_files)
+        self._ended = False
         self._tail = LogTail(Path(run.settings.sync_file))
         self._on_disk: tuple[str, int] = self._session.last
 
@@ -103,7 +104,13 @@ class OfflineRun(BackendRun):
             self._session.run.finish(exit_code=0 if status is RunStatus.FINISHED else 1)
         except Exception as error:
             raise TransientError(f"the W&B run could not be ended: {error}") from error
+        self._ended = True
         stop_service(self._finish_timeout_s)
+
+    def abandon(self) -> None:
+        """Let go of the run without ending it; what was flushed is in its file."""
+        if not self._ended:
+            abandon_runs([self._session.run])
 
     def _keep_files(self, artifact: SdkArtifact, folder: Path) -> None:
         """Put an artifact's files into the run's folder, under paths relative to the folder that holds ``wandb``.

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rigs for the tests of lanes and senders: a journal with lanes on it, and the way from a spool to a sink."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.unit.helpers import WAIT_S, assert_balanced, batch_of, json_lines, metric, new_spool
+from trackhub.config import Limits
+from trackhub.delivery import wire
+from trackhub.delivery.journal import Journal
+from trackhub.delivery.lane import Lane
+from trackhub.delivery.receiver import Receiver
+from trackhub.delivery.report import DeliveryReport, RunReport
+from trackhub.delivery.sender import Sender
+from trackhub.records import Record
+from trackhub.run import RunStatus, Side
+from trackhub.spi import Backend
+from trackhub.writer import Writer
+
+SITE = "site-1"
+
+
+class Bench:
+    """A journal with records in it, and lanes on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = Journal.open(folder / "trackhub.db", job="job-1", side=Side.SERVER)
+        self.counts: dict[str, int] = {}
+        self.lanes: dict[str, Lane] = {}
+
+    def log(self, n: int, site: str = SITE, rows: int = 1) -> None:
+        for _ in range(rows):
+            first = self.counts.get(site, 0)
+            self.add([metric(first + i) for i in range(n)], site)
+
+    def add(self, records: list[Record], site: str = SITE) -> None:
+        found = self.journal.add_site(site, 1000.0)
+        self.journal.append(found, batch_of(records, stream=site), {})
+        self.counts[site] = self.counts.get(site, 0) + len(records)
+        for lane in self.lanes.values():
+            lane.notify(found)
+
+    def lane(self, backend: Backend, name: str = "memory", *, flush_s: float = 0.01) -> Lane:
+        lane = self.lanes[name] = Lane(
+            name, backend, self.journal, job="job-1", side=Side.SERVER,
+            blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
+        )  # fmt: skip
+        lane.start()
+        return lane
+
+    def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
+        """End all lanes as a sink does."""
+        for lane in self.lanes.values():
+            lane.begin_finish(dict.fromkeys(self.counts, status))
+        deadline = time.monotonic() + timeout_s
+        for lane in self.lanes.values():
+            lane.join(deadline - time.monotonic())
+        report = self.journal.report(list(self.lanes))
+        self.lanes.clear()
+        self.journal.close()
+        assert_balanced(report, self.counts)
+        return report
+
+
+def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> RunReport:
+    return report.lanes[lane][site]
+
+
+def failing(times: int, error: Callable[[], BaseException], method: str = "write") -> Callable[[str, Any], None]:
+    left = [times]
+
+    def behave(called: str, argument: Any) -> None:
+        if called == method and left[0] > 0:
+            left[0] -= 1
+            raise error()
+
+    return behave
+
+
+def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str, Any], None]:
+    def behave(method: str, argument: Any) -> None:
+        if method == "write" and any(e.position in bad for e in argument):
+            raise error()
+
+    return behave
+
+
+FAST = Limits(batch_records=50, poll_s=0.005, keepalive_s=0.1, flush_s=0.01)
+
+
+class Way:
+    """The way from a spool to a sink; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
+
+    def __init__(self, folder: Path, limits: Limits = FAST) -> None:
+        self.folder = folder
+        self.spool = new_spool(folder / "site" / "spool")
+        self.limits = limits
+        self.before: Callable[[wire.Request], None] = lambda request: None
+        self.after: Callable[[wire.Request], None] = lambda request: None
+        self.requests: list[wire.Request] = []
+        self.receiver = self.new_receiver()
+        self.senders: list[Sender] = []
+        self.finished = False
+
+    def new_receiver(self) -> Receiver:
+        sink = self.folder / "sink"
+        receiver = Receiver(
+            sink / "trackhub", sink, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
+        )
+        receiver.start()
+        return receiver
+
+    def link(self, data: bytes, timeout_s: float) -> bytes:
+        request = wire.decode_request(data)
+        self.requests.append(request)
+        self.before(request)
+        reply = self.receiver.handle(SITE, data)
+        self.after(request)
+        return reply
+
+    def sender(self, link: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
+        sender = Sender(self.spool, link or self.link, site=SITE, limits=self.limits)
+        if start:
+            sender.start()
+        self.senders.append(sender)
+        return sender
+
+    def stored(self) -> list[dict[str, Any]]:
+        path = self.folder / "sink" / "jsonl" / "job-1" / f"{SITE}.jsonl"
+        return json_lines(path) if path.exists() else []
+
+    def finish(self, deadline_s: float = WAIT_S) -> DeliveryReport:
+        self.finished = True
+        return self.receiver.finish(RunStatus.FINISHED, deadline_s=deadline_s)
+
+
+def log(spool: Path, n: int, key: str = "a") -> None:
+    with Writer(spool) as writer:
+        for i in range(n):
+            writer.log({key: i}, i)
+
+
+def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport, logged: dict[str, int]) -> None:
+    """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
+    lines = way.stored()
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line["values"].items():
+            found.setdefault(key, []).append(value)
+    assert found == {key: list(map(float, range(n))) for key, n in logged.items()}
+    n = sum(logged.values())
+    assert (ledger.logged, ledger.acked, ledger.spooled) == (n, n, 0)
+    assert_balanced(report, {SITE: n}, {("jsonl", SITE): n})
+    assert report.sites[SITE].journaled == n
+    assert report.undelivered() == 0
+    assert report.lost() == 0

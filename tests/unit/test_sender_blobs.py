@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of images and artifacts on their way to the sink."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.helpers import WAIT_S, assert_balanced
+from tests.unit.rigs import SITE, Way
+from trackhub.delivery import sender as sender_module
+from trackhub.delivery import wire
+from trackhub.delivery.retry import Backoff
+from trackhub.delivery.sender import LinkError
+from trackhub.spool_layout import blob_file
+from trackhub.writer import Writer
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
+
+
+@pytest.fixture
+def way(tmp_path: Path) -> Iterator[Way]:
+    way = Way(tmp_path)
+    yield way
+    for sender in way.senders:
+        sender.close(0.0)
+    if not way.finished:
+        way.finish(1.0)
+
+
+def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "model.bin").write_bytes(data)
+    (tmp_path / "empty").touch()
+    lost = [4]
+
+    def after(request: wire.Request) -> None:
+        if isinstance(request, wire.Chunk) and lost[0]:
+            lost[0] -= 1
+            raise LinkError("the reply to a piece is lost")
+
+    way.after = after
+    with Writer(way.spool) as writer:
+        writer.log_artifact(tmp_path / "model.bin")
+        writer.log({"a": 0}, 0)
+        writer.log_artifact(tmp_path / "empty")
+    ledger = way.sender().close(WAIT_S)
+    report = way.finish()
+    first, second, third = way.stored()
+    folder = way.folder / "sink" / "jsonl" / "job-1"
+    assert (folder / first["file"]).read_bytes() == data
+    assert second["values"] == {"a": 0}
+    assert (folder / third["file"]).read_bytes() == b""
+    assert list(way.spool.glob("*.blob")) == []
+    assert (ledger.logged, ledger.acked) == (3, 3)
+    assert_balanced(report, {SITE: 3}, {("jsonl", SITE): 3})
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    match how:
+        case "gone":
+            path.unlink()
+        case "cut":
+            path.write_bytes(data[: len(data) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "longer":
+            path.write_bytes(data + b"x")
+        case "other":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "empty", "longer", "other"])
+@pytest.mark.parametrize("size", [10, (1 << 20) + 5])
+def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
+    way: Way, tmp_path: Path, how: str, size: int
+) -> None:
+    with Writer(way.spool) as writer:
+        for i in range(3):
+            (tmp_path / "x").write_bytes(bytes([i]) * size)
+            writer.log({"a": i}, i)
+            writer.log_artifact(tmp_path / "x", f"x{i}")
+        name = f"{writer._spool.stream}-3"  # the second artifact
+    spoil(blob_file(way.spool, name), how)
+    ledger = way.sender().close(WAIT_S)
+    report = way.finish()
+
+    assert [line["seq"] for line in way.stored()] == [0, 1, 2, 4, 5]
+    assert (ledger.logged, ledger.acked, ledger.dropped) == (6, 5, {"damaged": 1})
+    assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
+    assert report.sites[SITE].explained == {"damaged": 1}
+    assert list(way.spool.glob("*.blob")) == []
