@@ -8,7 +8,7 @@ PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
 SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults lint format types arch coverage bench bench-quick changelog clean
+.PHONY: help setup demo test test-all faults lint format types arch coverage bench bench-quick bench-curves changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -61,6 +61,9 @@ bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table,
 
 bench-quick: $(INSTALLED) ## the same figures from fewer and shorter runs, in under 4 minutes
 	$(BIN)/python -m tests.bench --quick $(ARGS)
+
+bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it for docs/scaling.md
+	$(BIN)/python -m tests.bench --curves docs/scaling $(ARGS)
 
 changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next

@@ -48,6 +48,7 @@ __all__ = ["SpoolBatch", "SpoolReader", "StreamCount"]
 
 _SEGMENT = re.compile(r"([0-9a-f]{32})-(\d{6,})\.spool")
 _READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
+_FEW_BYTES = 128 << 10
 _SEGMENT_MAX_BYTES = 1 << 30
 _DAMAGED = "damaged"
 _INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
@@ -225,15 +226,16 @@ class SpoolReader:
     ) -> SpoolBatch | None:
         """Return the first batch at or after this place, which ``seq`` is expected to follow."""
         while True:
-            limit = max_bytes + _READ_MARGIN
-            data = self._read_segment(stream, segment, offset, limit)
             is_last = segment >= self._last_segment[stream]
             closed = final or not is_last
-            batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed)
-            if batch is None and len(data) == limit:
-                # More than one frame's length of damage: look for a sound frame in all that is left.
-                data = self._read_segment(stream, segment, offset, _SEGMENT_MAX_BYTES)
-                batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed)
+            # Little is read first: mostly it is enough. The last size is for more than a frame's length of damage.
+            for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
+                data = self._read_segment(stream, segment, offset, limit)
+                is_rest = len(data) < limit
+                sure = is_rest or limit > _FEW_BYTES
+                batch = self._assemble(stream, seq, segment, offset, data, max_records, max_bytes, closed and sure)
+                if is_rest or (batch is not None and (sure or batch.records == max_records)):
+                    break
             if batch is not None:
                 return batch
             if not closed:

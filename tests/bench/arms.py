@@ -151,7 +151,8 @@ def flare_arm(
             folder / "job", source, tracking=way.tracking, external=external, n_clients=sites, rounds=1, more=way.more
         )
         before, start = children_cpu_s(), time.perf_counter()
-        with _ProcessCounter(folder if count_processes else None) as counter:
+        run_dir = folder / "job" / "workspace" / "job" / "server" / "simulate_job"
+        with _ProcessCounter(folder if count_processes else None) as counter, _Growth(run_dir, way.files) as growth:
             result = job.run(timeout_s)
         wall_s, cpu_s = time.perf_counter() - start, children_cpu_s() - before
         if result.rc != 0:
@@ -159,13 +160,14 @@ def flare_arm(
         values = {"wall_s": wall_s, "job_cpu_us": cpu_s / (records * sites) * 1e6, "job_cpu_s": cpu_s}
         if count_processes:
             values["extra_processes"] = counter.most - _FLARE_PROCESSES - sites
-        return _with_stored(way, result, values, [f"site-{i + 1}" for i in range(sites)], records, tens)
+        names = [f"site-{i + 1}" for i in range(sites)]
+        return _with_stored(way, result, values, names, records, tens, growth.end())
 
     return run
 
 
 def _with_stored(
-    way: Way, result: JobResult, values: dict[str, float], sites: list[str], records: int, tens: int
+    way: Way, result: JobResult, values: dict[str, float], sites: list[str], records: int, tens: int, written: float
 ) -> Run:
     ones, ten, first, last = list[float](), list[float](), float("inf"), 0.0
     memory, cpu = 0.0, 0.0
@@ -184,13 +186,50 @@ def _with_stored(
     if way.read is None:
         return Run(values)
     stored = sum(way.read(result, site) for site in sites)
-    written = max(
-        (path.stat().st_mtime for path in result.run_dir("server").glob(way.files) if path.is_file()), default=first
-    )
     values["rate"] = stored / max(written - first, 1e-9)
     values["lag_s"] = written - last
     logged = len(sites) * (records + (tens if "wandb" in way.name else 10 * tens))
     return Run(values, logged, stored)
+
+
+class _Growth:
+    """Watches the files of a store, to see when the last records came: ends of runs write to them as well, later."""
+
+    def __init__(self, run_dir: Path, pattern: str) -> None:
+        self._run_dir = run_dir
+        self._pattern = pattern
+        self._seen: list[tuple[float, int]] = [(0.0, 0)]
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Growth:
+        if self._pattern:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._pattern:
+            self._thread.join()
+
+    def end(self) -> float:
+        """Return when the files had all but a two-hundredth of their final size; unix seconds."""
+        enough = max(size for _, size in self._seen) * 0.995
+        return next(at for at, size in self._seen if size >= enough)
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.1):
+            paths = self._run_dir.glob(self._pattern) if self._run_dir.is_dir() else ()
+            size = sum(_size(path) for path in paths)
+            if size > self._seen[-1][1]:
+                self._seen.append((time.time(), size))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class _ProcessCounter:

@@ -18,7 +18,7 @@ __all__ = ["experiments"]
 
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments. Synthetic images, so that the figures need no download."""
-    samples, repeat = (1_000, 1) if quick else (4_000, 5)
+    samples, repeat = (500, 1) if quick else (2_000, 3)
     arms = {"none": _job("none", samples), "tensorboard": _job("tensorboard", samples)}
     figures = [
         Figure("CIFAR-10 job, per-step logging: wall, 2 s at the end allowed", "--backend none", "wall_s",

@@ -13,6 +13,7 @@ from tests.bench.child import in_child
 __all__ = ["draw_all", "measure_all"]
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 320, 70, 40, 50
+_HEAD = "# Growth, as `make bench-curves` measured it\n\n[docs/scaling.md](../scaling.md) says what it means."
 _COLOURS = ("#2272b4", "#c82d4c", "#3ba974", "#8f5bd7", "#e29d1e")
 
 
@@ -72,7 +73,7 @@ def draw_all(curves: Sequence[Mapping[str, Any]], folder: Path) -> None:
     for curve in curves:
         (folder / f"{curve['name']}.svg").write_text("\n".join(_svg(curve)) + "\n", encoding="utf-8")
     tables = "\n\n".join("\n".join(_table(curve)) for curve in curves)
-    (folder / "curves.md").write_text(tables + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"{_HEAD}\n\n{tables}\n", encoding="utf-8")
 
 
 def _table(curve: Mapping[str, Any]) -> list[str]:
@@ -80,7 +81,15 @@ def _table(curve: Mapping[str, Any]) -> list[str]:
     lines = [f"| {curve['x']} | " + " | ".join(series) + " |", "|" + " ---: |" * (1 + len(series))]
     for row in zip(*series.values(), strict=True):
         lines += [f"| {row[0][0]:,} | " + " | ".join(f"{value:,.0f}" for _, value in row) + " |"]
-    return [f"{curve['unit']}:", "", *lines]
+    return [
+        f"## {curve['name'].capitalize()}",
+        "",
+        f"{curve['unit']}:",
+        "",
+        *lines,
+        "",
+        f"![{curve['name']}]({curve['name']}.svg)",
+    ]
 
 
 def _svg(curve: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,6 @@ The JSON document has these keys; keys are added without raising ``version``::
                  "lost", "lost_theirs": records that were logged and not stored, in all runs
                  "verdict": "reaches", "falls short" or "void",
                  "reason":  why it is void, or falls short}]
-    curves     [{"name", "x", "unit", "by", "series": {name: [[x, value], ...]}}]   only with --curves
     summary    {"reach": n, "fall_short": n, "void": n}
 """
 

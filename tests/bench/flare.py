@@ -16,11 +16,11 @@ __all__ = ["experiments"]
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
     if quick:
-        return [_calls(False, 300, 1), _calls(True, 300, 1), _whole(1_500, 20_000, 1), _into("mlflow", 4_000, 1)]
+        return [_calls(False, 300, 1), _calls(True, 300, 1), _whole(1_000, 20_000, 1)]
     return [
         _calls(False, 1_000, 5),
         _calls(True, 1_000, 5),
-        _whole(8_000, 100_000, 5),
+        _whole(4_000, 100_000, 5),
         _into("mlflow", 20_000, 3),
         _into("wandb", 20_000, 3),
         _processes(),

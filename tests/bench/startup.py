@@ -31,7 +31,7 @@ def experiments(quick: bool) -> list[Experiment]:
         Figure("trackhub backends, the whole command", "python -c 'import mlflow'", "ms", "trackhub backends",
                "mlflow process", "ms", "times less", 5),
     ]  # fmt: skip
-    return [Experiment("startup", arms, figures, repeat=3 if quick else 7, warm_up=1)]
+    return [Experiment("startup", arms, figures, repeat=2 if quick else 5, warm_up=0 if quick else 1)]
 
 
 def _import(module: str) -> Arm:

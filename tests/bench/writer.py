@@ -34,7 +34,7 @@ def experiments(quick: bool) -> list[Experiment]:
                     "SummaryWriter", 8),
             _figure(f"Writer.log, {what}: median", "wandb run.log, offline", f"{key}_median_us", "wandb", 40),
         ]  # fmt: skip
-    return [Experiment("writer", arms, figures, repeat=3 if quick else 7)]
+    return [Experiment("writer", arms, figures, repeat=1 if quick else 5)]
 
 
 def _figure(what: str, alternative: str, value: str, against: str, reach: float) -> Figure:

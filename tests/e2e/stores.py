@@ -113,7 +113,7 @@ def canonical(backend: str, logged: Iterable[Point], *, online: bool = False) ->
 
 
 def _apart(points: Iterable[Point]) -> list[Point]:
-    """MLflow has no two equal points: one that agrees with an earlier one in everything is stored a millisecond later."""
+    """MLflow has no two equal points: one that agrees with an earlier one in all is stored a millisecond later."""
     taken: set[tuple[object, ...]] = set()
     kept = []
     for point in points:
@@ -130,9 +130,8 @@ def same_points(found: Iterable[Point], expected: Iterable[Point]) -> None:
     """Check that two sets of points are the same, whatever their order: nothing missing, nothing twice."""
     have, want = (Counter(map(_identity, points)) for points in (found, expected))
     missing, extra = want - have, have - want
-    assert not missing and not extra, (
-        f"{missing.total()} of {want.total()} are missing, as {list(missing)[:5]}; "
-        f"{extra.total()} must not be there, as {list(extra)[:5]}"
+    assert (missing.total(), extra.total()) == (0, 0), (
+        f"of {want.total()} points are missing: {list(missing)[:5]}; there, but must not be: {list(extra)[:5]}"
     )
 
 

@@ -125,7 +125,9 @@ def _check_other_kinds(found: ReadBack, site: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
-@pytest.mark.parametrize("external", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in_process", "external"])
+@pytest.mark.parametrize(
+    "external", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in_process", "external"]
+)
 def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were_logged(
     tmp_path: Path, emulator: Emulator, external: bool
 ) -> None:
@@ -139,8 +141,9 @@ def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were
     assert sorted(held.fields["displayName"] for held in emulator.state.runs.values()) == sorted(SITES)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
-@pytest.mark.parametrize("external", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in_process", "external"])
+@pytest.mark.parametrize("external", [False, True], ids=["in_process", "external"])
 def test_with_all_backends_at_the_clients_only_the_server_has_no_key_and_no_value(
     tmp_path: Path, emulator: Emulator, external: bool
 ) -> None:
@@ -149,7 +152,12 @@ def test_with_all_backends_at_the_clients_only_the_server_has_no_key_and_no_valu
 
     for site in SITES:
         check_sink(result, site, site, emulator)
-    needles = (b"planted/secret_metric", b"31337.42", struct.pack("<d", PLANTED_VALUE), struct.pack("<f", PLANTED_VALUE))
+    needles = (
+        b"planted/secret_metric",
+        b"31337.42",
+        struct.pack("<d", PLANTED_VALUE),
+        struct.pack("<f", PLANTED_VALUE),
+    )
     assert list(files_with(result.workspace / "server", *needles)) == []
     for folder in ("trackhub", *BACKENDS):
         assert not (result.run_dir("server") / folder).exists()
@@ -188,15 +196,26 @@ def check_cifar(done: Finished, backends: Mapping[str, Any], sinks: tuple[str, .
                 same_points(read_run(backend, run_dir, key, side).points, canonical(backend, logged))
 
 
-def test_the_cifar10_job_with_all_backends_on_both_sides_has_the_same_points_in_each(tmp_path: Path) -> None:
+def check_nothing_at_the_server(done: Finished) -> None:
+    """No file of the server has a metric's name, apart from the training script that the job brings along."""
+    server = done.result / "server"
+    named = files_with(server, b"train/loss", b"train/accuracy", b"val/loss", b"val/accuracy", b"val/predictions")
+    assert [path for path in named if path.suffix not in (".py", ".pyc")] == []
+    assert not any((server / "simulate_job" / name).exists() for name in (*BACKENDS, "trackhub"))
+
+
+@pytest.mark.parametrize("side", ["client", pytest.param("both", marks=pytest.mark.long)])
+def test_the_cifar10_job_with_all_backends_has_the_same_points_in_each(tmp_path: Path, side: str) -> None:
     flags = [flag for name in BACKENDS for flag in ("--backend", name)]
-    argv, sinks = SIDES["both"]
+    argv, sinks = SIDES[side]
 
     done = run_job(tmp_path, *flags, "--option", "wandb.mode=offline", *argv, "--strict")
 
     check_cifar(done, BACKENDS, sinks)
     for opening in ("tensorboard --logdir ", "mlflow ui --backend-store-uri ", "wandb sync wandb/offline-run-"):
         assert opening in done.output
+    if side == "client":
+        check_nothing_at_the_server(done)
 
 
 @pytest.mark.long
@@ -211,7 +230,7 @@ def test_the_cifar10_job_has_the_points_of_jsonl_in_one_more_backend(tmp_path: P
     check_cifar(done, {backend: {}}, sinks)
     assert ("no login was found" in done.output) == (backend == "wandb")
     if side == "client":
-        assert not any((done.result / "server" / "simulate_job" / name).exists() for name in (*BACKENDS, "trackhub"))
+        check_nothing_at_the_server(done)
 
 
 def test_equal_points_are_told_apart_where_a_store_has_none() -> None:

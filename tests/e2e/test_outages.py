@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trackhub_mlflow.contract import MLflowContract
 
 from backends.mlflow.tests.conftest import Server
 from tests.e2e.stores import canonical, own_home, read_run, same_points, were_logged
 from tests.integration.harness import Job, JobResult
 from trackhub.delivery.replay import replay_journal
 from trackhub.run import RunKey, Side
-from trackhub.testing import ReadBack, StoreContext
+from trackhub.testing import ReadBack
 
 SITES = ("site-1", "site-2")
 DOWN_S = 10.0
@@ -160,8 +159,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
     """A server that is not running yet."""
     folder = tmp_path / "server"
     folder.mkdir()
-    # From a template, since a server takes seconds to make a store.
-    MLflowContract().prepare(StoreContext(workdir=folder, job="", side=Side.SERVER, options={}))
     made = Server(folder)
     yield made
     made.kill()
@@ -222,8 +219,9 @@ def status_of(result: JobResult) -> dict[str, Any]:
 def test_an_outage_that_spans_the_jobs_end_costs_the_job_at_most_the_deadline_and_a_replay_delivers_the_rest(
     server: Server, start_job: Callable[..., Run]
 ) -> None:
-    server.start()
+    """The server is down when the job starts, too: it comes up while the job does."""
     run = start_job(deadline_s=SHORT_DEADLINE_S)
+    server.start()
     run.wait_for_arrivals()
     server.kill()
     run.wait_for_values(60)

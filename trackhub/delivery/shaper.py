@@ -70,6 +70,7 @@ class Shaper:
         self._memory = msgspec.msgpack.decode(memory, type=_Memory) if memory else _Memory()
         self._fit_key = key_fitter(capabilities)
         self._fitted: dict[str, str] = {}
+        self._fit_already: set[str] = set()
         self._keeps_keys = not capabilities.key_chars and capabilities.max_key_chars is None
 
     def memory(self) -> bytes:
@@ -137,6 +138,8 @@ class Shaper:
 
     def _with_fitted_keys(self, payload: Payload, altered: list[str]) -> Payload:
         if isinstance(payload, Metrics | Params | Tags):
+            if self._fit_already.issuperset(payload.values):
+                return payload
             fitted = {self._fit(key): value for key, value in payload.values.items()}
             if fitted.keys() == payload.values.keys():
                 return payload
@@ -152,6 +155,8 @@ class Shaper:
         fitted = self._fitted.get(key)
         if fitted is None:
             fitted = self._fitted[key] = self._fit_key(key)
+            if fitted == key:
+                self._fit_already.add(key)
         return fitted
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from trackhub.spi import Rejection, TransientError
 from trackhub_mlflow.store import Pair, Point, RefusedError, Store, deleted_error
@@ -19,7 +20,7 @@ _MAX_BYTES = 900_000  # of 10**6, since this is an estimate
 _ITEM_BYTES = 100
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """One metric value, param or tag, and the record that it is of.
 
     Attributes:
@@ -77,7 +78,8 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     seen: set[str] = set()
     params = tags = size = 0
     for item in items:
-        length = _ITEM_BYTES + len(item.what.key.encode())
+        key = item.what.key
+        length = _ITEM_BYTES + (len(key) if key.isascii() else len(key.encode()))
         if isinstance(item.what, Pair):
             length += len(item.what.value.encode())
         is_param, is_tag = item.kind == "param", item.kind == "tag"

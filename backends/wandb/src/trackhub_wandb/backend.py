@@ -69,6 +69,7 @@ class WandBBackend(Backend):
     """
 
     spi = 1
+    contract = 1
     Options = WandBOptions
     capabilities = _OFFLINE
 
