@@ -95,9 +95,7 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
     return load_entry(name, available(), allowed=allowed)
 
 
-def load_entry(
-    name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None
-) -> type[Backend]:
+def load_entry(name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None) -> type[Backend]:
     """Load the backend of this name as ``load`` does, from entries that ``available`` has returned just now."""
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
