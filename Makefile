@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
 PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
+# Three files at a time on two cores: most of a FLARE job, and of a server's start, is waiting. Alone: make SIDE_BY_SIDE= test
+SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
@@ -28,10 +30,10 @@ demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say 
 	$(BIN)/python jobs/cifar10_fedavg/job.py --samples_per_site 5000 $(ARGS)
 
 test: $(INSTALLED) ## run every test but the long ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: $(INSTALLED) ## run every test
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
