@@ -92,9 +92,12 @@ class _Weak(Tampered):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._highest: dict[str, int] = {}
+        self._last = -1
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         for entry in batch:
+            if entry.position <= self._last:
+                continue  # it comes again, after an error
             if not isinstance(entry.payload, Metrics) or entry.step is None:
                 raise TypeError(f"cannot hold {entry}")
             for key, value in entry.payload.values.items():
@@ -103,6 +106,7 @@ class _Weak(Tampered):
                 if entry.step < self._highest.get(key, 0):
                     raise ValueError("cannot go back")
                 self._highest[key] = entry.step
+            self._last = entry.position
         self.inner._next = 0
         return super().write(batch)
 

@@ -249,7 +249,8 @@ class World:
         """Start ``trackhub replay``."""
         log = self.folder / f"replay-{len(self.procs)}.log"
         command = ["-m", "trackhub.cli", "replay", str(path or self.folder), *arguments]
-        proc = Proc(command, self.env, log)
+        limits = {f"TRACKHUB_{name.upper()}": str(value) for name, value in self.limits.items()}
+        proc = Proc(command, {**self.env, **limits}, log)
         self.procs.append(proc)
         return proc
 

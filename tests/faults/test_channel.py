@@ -17,12 +17,12 @@ SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_with_30_percent_of_the_acks_lost_each_record_is_there_once(make_world: MakeWorld, seed: int) -> None:
-    world = make_world({"jsonl": {}, "at_least_once": {}}, files=True)
+    world = make_world({"jsonl": {}, "at_least_once": {}}, files=True, gate_s=30)
     trainer = world.trainer(calls=CALLS)
     sink, sender = world.sink(), world.sender(ack_loss=0.3, seed=seed)
     assert trainer.wait() == 0, trainer.log
 
-    world.end(sender, sink)
+    world.end(sender, sink, gate_s=30)
 
     world.check_all_delivered()
     here = count_sink(world.journal)["site-1"]

@@ -146,7 +146,7 @@ def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: 
     if kind == "at_least_once":
         held = world.held(kind)
         beside = count_sink(world.spool().parent / "replay-server" / "trackhub.db")["site-1"].lanes[kind]
-        assert len(held) - len(set(held)) <= beside.possible_duplicates <= 50
+        assert len(held) - len(set(held)) <= beside.possible_duplicates
         assert len(set(held)) == 2 * CALLS
     else:
         world.check_delivered()
@@ -158,11 +158,11 @@ def test_the_servers_part_must_come_before_the_sites(make_world: MakeWorld) -> N
     path = world.folder / "store"
     hang = world.folder / "down"
     world.backends = {"resumable": {"path": str(path), "down_while": str(hang)}}
-    trainer = world.trainer(calls=CALLS)
+    trainer = world.trainer(calls=1000)
     sink, sender = world.sink(), world.sender()
     wait_for(lambda: len(world.held("resumable")) >= 50, "a part of the training")
     hang.touch()
-    wait_for(lambda: count_site(world.spool()).acked >= len(world.held("resumable")) + 100, "more in the journal")
+    wait_for(lambda: count_site(world.spool()).acked >= len(world.held("resumable")) + 200, "more in the journal")
     sender.kill()
     sink.kill()
     assert trainer.wait() == 0

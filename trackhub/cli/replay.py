@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trackhub.cli.output import print_error, print_lines
-from trackhub.config import parse_option_flags
+from trackhub.config import Limits, parse_option_flags
 from trackhub.delivery.find import find
 from trackhub.delivery.journal_report import read_journal_report
 from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, server_journal
@@ -45,18 +46,22 @@ def replay(
 
     What a journal holds is brought into its backends. What is left in a site's spool goes on from there, through the
     journal of the sink that should have had it. On the machine of a site, where the server's journal is not at hand,
-    it goes straight into the backends that --backend names. The exit status is 1 when something is still not delivered.
+    it goes straight into the backends that --backend names. Limits can be set by environment variables, such as
+    TRACKHUB_FLUSH_S. The exit status is 1 when something is still not delivered.
     """
     backends = _backends(backend, option)
     found = find(path)
     limit_s = FOREVER_S if timeout_s is None else timeout_s
+    limits = Limits.from_mapping({}, environ=os.environ)
     left = 0
     errors: list[TrackhubError] = []
     for spool in found.spools:
         for cursor in read_spool_info(spool).cursors:
             try:
                 journal = server_journal(spool, found.journals) if cursor == Side.SERVER else None
-                report = replay_spool(spool, cursor=cursor, backends=backends, journal=journal, timeout_s=limit_s)
+                report = replay_spool(
+                    spool, cursor=cursor, backends=backends, journal=journal, timeout_s=limit_s, limits=limits
+                )
             except TrackhubError as e:
                 errors.append(e)
                 continue
@@ -65,7 +70,9 @@ def replay(
                 left += report.undelivered()
     for journal in found.journals:
         try:
-            work = partial(replay_journal, journal, backends=backends, from_start=from_start, timeout_s=limit_s)
+            work = partial(
+                replay_journal, journal, backends=backends, from_start=from_start, timeout_s=limit_s, limits=limits
+            )
             report = _with_progress(journal, work)
         except TrackhubError as e:
             errors.append(e)

@@ -32,6 +32,7 @@ __all__ = ["JOURNAL_NAME", "SCHEMA", "Journal", "Progress", "Row", "RunState"]
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
 _BYE_FAILED = 2
+_CONTINUES = "continues"
 _log = logging.getLogger(__name__)
 
 SCHEMA = """
@@ -143,7 +144,7 @@ class Journal:
         """Return the id of this site, registering it if it is new; ``created`` is then its run's start time.
 
         Args:
-            first_position: the position of its first record; more than 0 where another journal holds what comes before.
+            first_position: the position of its first record, where another journal holds what comes before.
         """
         with self._transaction() as db:
             db.execute(
@@ -152,6 +153,15 @@ class Journal:
             )
             row = db.execute("SELECT id FROM sites WHERE name = ?", (site,)).fetchone()
             return int(row[0])
+
+    def continue_site(self, site: str, created: float, first_position: int) -> int:
+        """Return the id of a site of which another journal holds what comes before ``first_position``."""
+        self.set_meta(_CONTINUES, "another journal")
+        return self.add_site(site, created, first_position)
+
+    def _continues(self) -> bool:
+        # Not to be told from a position: the other journal may hold a batch whose reply was lost, and that reply alone.
+        return bool(self._db.execute("SELECT 1 FROM meta WHERE key = ?", (_CONTINUES,)).fetchone())
 
     def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
         """Store a batch and return how many of its records are new. It is durable when this returns.
@@ -166,8 +176,8 @@ class Journal:
             # A stream may begin late only where another journal holds its beginning.
             db.execute(
                 "INSERT OR IGNORE INTO streams (site, name, next_seq)"
-                " SELECT id, ?, iif(first_position > 0, ?, 0) FROM sites WHERE id = ?",
-                (batch.stream, batch.first_seq, site),
+                " VALUES (?, ?, ?)",
+                (site, batch.stream, batch.first_seq if self._continues() else 0),
             )
             query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
             stream, known = db.execute(query, (site, batch.stream)).fetchone()
@@ -288,7 +298,7 @@ class Journal:
 
         The site's last batch is sent anew to this journal if the reply of the other one's sink was lost.
         """
-        if not self.position_after(site, 0):
+        if not self._continues():
             return 0
         found = self._fetch("SELECT records FROM batches WHERE site = ? ORDER BY id LIMIT 1", site)
         return int(found[0][0]) if found else 0

@@ -260,7 +260,7 @@ class Receiver:
         Call it before the site's first request. Has no effect on a site that this journal knows already.
         """
         assert self._journal is not None
-        self._site_ids[site] = self._journal.add_site(site, time.time(), first_position=position)
+        self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
     def wait_for_byes(self, sites: Iterable[str], gate_s: float | None = None) -> set[str]:
         """Wait until each site said that it is done, or fell silent, or the cap passed.

@@ -91,9 +91,9 @@ class Confirmation(ContractBase):
         assert set(found) == set(wanted), (
             f"there are points that were never logged: {list(set(found) - set(wanted))[:3]}"
         )
-        extra = (found - wanted).total()
-        assert extra <= run.possible_duplicates, (
-            f"{extra} points are there twice, and the report counts {run.possible_duplicates} possible duplicates"
+        repeated = len(found - wanted)
+        assert repeated <= run.possible_duplicates, (
+            f"{repeated} points are there twice, and the report counts {run.possible_duplicates} possible duplicates"
         )
 
 

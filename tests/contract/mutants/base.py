@@ -92,6 +92,9 @@ class Bad(JsonlBackend):
         return self.run(super().open_run(info), self, info)
 
 
+ANYTHING = (".*",)
+"""For a defect that touches nearly every test."""
+
 HANGS: Any = {"deadline_s": 1.0, "patience_s": 1.0}
 
 

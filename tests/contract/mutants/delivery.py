@@ -43,7 +43,14 @@ class _Buffered(Tampered):
         super().finish(status)
 
 
-@caught_by("test_confirmed_records_survive_sigkill")
+@caught_by(
+    "test_confirmed_records_survive_sigkill",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        "test_missing_content_is_not_passed_over",
+        "test_redelivery_after_an_error_as_declared",
+    ),
+)
 class ConfirmsBeforeItIsDurable(Bad):
     run = _Buffered
 
@@ -61,6 +68,11 @@ class _Repeating(Tampered):
     "test_redelivery_after_sigkill_as_declared[written]",
     "test_redelivery_after_sigkill_as_declared[confirmed]",
     "test_redelivery_after_an_error_as_declared",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        "test_run_opened_again_is_the_same_run",
+        "test_run_resumes_in_a_new_process",
+    ),
 )
 class DoublesOnRedelivery(Bad):
     run = _Repeating
@@ -71,13 +83,21 @@ class IsResumableButClaimsLess(Bad):
     capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE)
 
 
-@caught_by("test_redelivery_after_an_error_as_declared")
+@caught_by("test_redelivery_after_an_error_as_declared", also=(r"test_redelivery_after_sigkill_as_declared\[.*",))
 class ClaimsToBeIdempotent(Bad):
     capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.IDEMPOTENT)
     run = _Repeating
 
 
-@caught_by("test_redelivery_after_sigkill_as_declared[written]")
+@caught_by(
+    "test_redelivery_after_sigkill_as_declared[written]",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        r"test_redelivery_after_sigkill_as_declared\[.*",
+        "test_run_opened_again_is_the_same_run",
+        "test_run_resumes_in_a_new_process",
+    ),
+)
 class ResumesOneTooFar(Bad):
     class run(Tampered):
         def next_position(self) -> int:
@@ -85,7 +105,15 @@ class ResumesOneTooFar(Bad):
             return held + 1 if held else 0
 
 
-@caught_by("test_run_resumes_in_a_new_process")
+@caught_by(
+    "test_run_resumes_in_a_new_process",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        "test_missing_content_is_not_passed_over",
+        r"test_redelivery_after_sigkill_as_declared\[.*",
+        "test_run_opened_again_is_the_same_run",
+    ),
+)
 class KeepsTheEndOfAResumedRun(Bad):
     def open_run(self, info: RunInfo) -> Any:
         path = self._file(info)
@@ -115,7 +143,11 @@ class _NoHoles(Tampered):
         return [entry for number, entry in enumerate(batch, first) if entry.position == number]
 
 
-@caught_by("test_permanent_error_takes_only_its_records", "test_reported_rejections_are_counted")
+@caught_by(
+    "test_permanent_error_takes_only_its_records",
+    "test_reported_rejections_are_counted",
+    also=("test_missing_content_is_not_passed_over",),
+)
 class ExpectsPositionsWithoutHoles(Bad):
     run = _NoHoles
 
@@ -125,7 +157,13 @@ class _First100(Tampered):
         return list(batch[:100])
 
 
-@caught_by("test_batches_are_as_large_as_declared")
+@caught_by(
+    "test_batches_are_as_large_as_declared",
+    also=(
+        "test_order_is_kept",
+        "test_volume",
+    ),
+)
 class TakesLessThanItDeclares(Bad):
     run = _First100
 
@@ -151,7 +189,7 @@ class _Impatient(Tampered):
             raise PermanentError(str(error)) from error
 
 
-@caught_by("test_outage_loses_nothing")
+@caught_by("test_outage_loses_nothing", also=("test_finish_is_bounded_with_a_dead_peer",))
 class TakesAnOutageForTheEnd(Bad):
     run = _Impatient
 
@@ -170,7 +208,15 @@ class RetriesForEver(Bad):
     run = _Stubborn
 
 
-@caught_by("test_finish_returns", **HANGS)
+@caught_by(
+    "test_finish_returns",
+    also=(
+        "test_no_thread_is_left",
+        "test_site_that_failed_ends_as_failed",
+        r"test_status_is_told\[.*",
+    ),
+    **HANGS,
+)
 class HangsInFinish(Bad):
     class run(Tampered):
         def finish(self, status: RunStatus) -> None:

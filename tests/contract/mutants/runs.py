@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from tests.contract.mutants.base import (
+    ANYTHING,
     HANGS,
     Bad,
     Tampered,
@@ -54,20 +55,36 @@ class WorksWhenItIsMade(Bad):
         (context.workdir / "lock").write_text("mine")
 
 
-@caught_by("test_job_without_records_ends", **HANGS)
+@caught_by(
+    "test_job_without_records_ends",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        "test_finish_returns",
+        "test_no_thread_is_left",
+    ),
+    **HANGS,
+)
 class HangsInClose(Bad):
     def close(self) -> None:
         threading.Event().wait(60.0)
 
 
-@caught_by("test_status_is_told[failed]", "test_status_is_told[aborted]")
+@caught_by(
+    "test_status_is_told[failed]", "test_status_is_told[aborted]", also=("test_site_that_failed_ends_as_failed",)
+)
 class AlwaysFinishes(Bad):
     class run(Tampered):
         def finish(self, status: RunStatus) -> None:
             super().finish(RunStatus.FINISHED)
 
 
-@caught_by("test_status_is_told[finished]")
+@caught_by(
+    "test_status_is_told[finished]",
+    also=(
+        "test_site_that_failed_ends_as_failed",
+        r"test_status_is_told\[.*",
+    ),
+)
 class NeverFinishes(Bad):
     class run(Tampered):
         def finish(self, status: RunStatus) -> None:
@@ -91,7 +108,7 @@ class NamesResultsThatAreNotThere(Bad):
         return Results(path=str(self.context.workdir / "index.html"))
 
 
-@caught_by("test_run_opened_again_is_the_same_run")
+@caught_by("test_run_opened_again_is_the_same_run", also=("test_finish_is_bounded_with_a_dead_peer",))
 class KeepsTheEndOfAFinishedRun(Bad):
     def open_run(self, info: RunInfo) -> Any:
         path = self._file(info)
@@ -100,14 +117,14 @@ class KeepsTheEndOfAFinishedRun(Bad):
         return super().open_run(info)
 
 
-@caught_by("test_two_sites_do_not_mix")
+@caught_by("test_two_sites_do_not_mix", also=("test_site_that_failed_ends_as_failed",))
 class MixesTwoSites(Bad):
     def _file(self, info: RunInfo) -> Path:
         site = "site-1" if info.key.site == "site-2" else info.key.site
         return super()._file(msgspec.structs.replace(info, key=RunKey(info.key.job, site)))
 
 
-@caught_by("test_two_jobs_do_not_mix")
+@caught_by("test_two_jobs_do_not_mix", also=ANYTHING)
 class KnowsARunByItsSite(Bad):
     def _file(self, info: RunInfo) -> Path:
         return self._folder / "job" / f"{info.key.site}.jsonl"
@@ -133,6 +150,13 @@ class _BySeq(Tampered):
         return kept
 
 
-@caught_by("test_two_processes_of_a_site_share_its_run")
+@caught_by(
+    "test_two_processes_of_a_site_share_its_run",
+    also=(
+        "test_finish_is_bounded_with_a_dead_peer",
+        "test_missing_content_is_not_passed_over",
+        "test_outage_loses_nothing",
+    ),
+)
 class KnowsARecordByItsSeq(Bad):
     run = _BySeq

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from tests.contract.mutants.base import (
+    ANYTHING,
     CAN,
     Bad,
     Tampered,
@@ -48,12 +49,19 @@ class _Last(Tampered):
         return list(batch[:-1])
 
 
-@caught_by("test_kind_as_declared[metrics]")
+@caught_by("test_kind_as_declared[metrics]", also=ANYTHING)
 class DropsTheLastRecord(Bad):
     run = _Last
 
 
-@caught_by("test_kind_as_declared[params]")
+@caught_by(
+    "test_kind_as_declared[params]",
+    also=(
+        "test_changing_params_as_declared",
+        "test_names_of_params_and_tags_stay_apart",
+        "test_one_key_serves_every_kind",
+    ),
+)
 class WritesParamsAsMetrics(Bad):
     run = payloads(
         lambda p: (
@@ -64,12 +72,12 @@ class WritesParamsAsMetrics(Bad):
     )
 
 
-@caught_by("test_kind_as_declared[tags]")
+@caught_by("test_kind_as_declared[tags]", also=("test_names_of_params_and_tags_stay_apart",))
 class KeepsOneTag(Bad):
     run = payloads(lambda p: Tags(dict(list(p.values.items())[-1:])) if isinstance(p, Tags) else p)
 
 
-@caught_by("test_kind_as_declared[text]")
+@caught_by("test_kind_as_declared[text]", also=("test_one_key_serves_every_kind",))
 class ClaimsTextButHasNone(Bad):
     run = payloads(lambda p: None if isinstance(p, Text) else p)
 
@@ -84,19 +92,19 @@ class LosesCaptions(Bad):
     run = payloads(lambda p: msgspec.structs.replace(p, caption="") if isinstance(p, Image) else p)
 
 
-@caught_by("test_kind_as_declared[histogram]")
+@caught_by("test_kind_as_declared[histogram]", also=("test_one_key_serves_every_kind",))
 class LosesTheLastBin(Bad):
     run = payloads(lambda p: Histogram(p.key, p.edges[:-1], p.counts[:-1]) if isinstance(p, Histogram) else p)
 
 
-@caught_by("test_kind_as_declared[table]")
+@caught_by("test_kind_as_declared[table]", also=("test_one_key_serves_every_kind",))
 class TurnsCellsIntoText(Bad):
     run = payloads(
         lambda p: Table(p.key, p.columns, [list(map(str, r)) for r in p.rows]) if isinstance(p, Table) else p
     )
 
 
-@caught_by("test_kind_as_declared[artifact]")
+@caught_by("test_kind_as_declared[artifact]", also=("test_one_key_serves_every_kind",))
 class LosesTheNamesOfFiles(Bad):
     run = payloads(lambda p: msgspec.structs.replace(p, filename="file") if isinstance(p, Artifact) else p)
 
@@ -141,7 +149,7 @@ class _OneKind(Tampered):
         return [entry for entry in batch if first(entry)]
 
 
-@caught_by("test_one_key_serves_every_kind")
+@caught_by("test_one_key_serves_every_kind", also=("test_names_of_params_and_tags_stay_apart",))
 class GivesAKeyToTheFirstKind(Bad):
     run = _OneKind
 
@@ -156,7 +164,7 @@ class _Lenient(Tampered):
         return None
 
 
-@caught_by("test_missing_content_is_not_passed_over")
+@caught_by("test_missing_content_is_not_passed_over", also=("test_redelivery_after_an_error_as_declared",))
 class PassesOverMissingContent(Bad):
     run = _Lenient
 
@@ -176,7 +184,7 @@ class CutsLongNames(Bad):
     run = keys(lambda key: key[:250], Metrics)
 
 
-@caught_by("test_names_that_look_alike_stay_apart")
+@caught_by("test_names_that_look_alike_stay_apart", also=ANYTHING)
 class MergesTwoKeys(Bad):
     run = keys(lambda key: re.sub(r"\W", "_", key), Metrics)
 
@@ -186,7 +194,7 @@ class MergesTwoParams(Bad):
     run = keys(lambda key: key.lower().replace("/", "_"), Params, Tags)
 
 
-@caught_by("test_site_with_a_difficult_name")
+@caught_by("test_site_with_a_difficult_name", also=ANYTHING)
 class ReplacesTheSitesName(Bad):
     def open_run(self, info: RunInfo) -> Any:
         site = re.sub(r"[^\w-]", "_", info.key.site)
@@ -201,7 +209,13 @@ class _Reversed(Tampered):
         ]
 
 
-@caught_by("test_order_is_kept")
+@caught_by(
+    "test_order_is_kept",
+    also=(
+        "test_changing_params_as_declared",
+        r"test_kind_as_declared\[.*",
+    ),
+)
 class Reorders(Bad):
     run = _Reversed
 
@@ -237,7 +251,13 @@ class _NotEqual(_StepFilter):
         return step != highest
 
 
-@caught_by("test_late_steps_as_declared")
+@caught_by(
+    "test_late_steps_as_declared",
+    also=(
+        "test_missing_content_is_not_passed_over",
+        "test_outage_loses_nothing",
+    ),
+)
 class DropsLateSteps(Bad):
     run = _NotLate
 
@@ -247,12 +267,19 @@ class HasLateStepsButClaimsNone(Bad):
     capabilities = msgspec.structs.replace(CAN, late_steps=False)
 
 
-@caught_by("test_equal_steps_are_all_kept")
+@caught_by(
+    "test_equal_steps_are_all_kept",
+    also=(
+        "test_missing_content_is_not_passed_over",
+        "test_outage_loses_nothing",
+        "test_two_processes_of_a_site_share_its_run",
+    ),
+)
 class DropsEqualSteps(Bad):
     run = _NotEqual
 
 
-@caught_by("test_steps_with_gaps")
+@caught_by("test_steps_with_gaps", also=("test_largest_step",))
 class Has32BitSteps(Bad):
     run = steps(lambda step: None if step is None else step % 2**31)
 
@@ -262,12 +289,19 @@ class HasFloatSteps(Bad):
     run = steps(lambda step: None if step is None else min(int(float(step)), 2**63 - 2))
 
 
-@caught_by("test_optional_step_as_declared")
+@caught_by(
+    "test_optional_step_as_declared",
+    also=(
+        r"test_kind_as_declared\[.*",
+        "test_one_key_serves_every_kind",
+        "test_two_processes_of_a_site_share_its_run",
+    ),
+)
 class PutsPointsWithoutStepAtZero(Bad):
     run = steps(lambda step: step or 0)
 
 
-@caught_by("test_times_are_those_of_the_log_calls")
+@caught_by("test_times_are_those_of_the_log_calls", also=ANYTHING)
 class StampsItsOwnTime(Bad):
     run = each(lambda entry: msgspec.structs.replace(entry, time=time.time()))
 
@@ -282,11 +316,11 @@ class HasNaNButClaimsNone(Bad):
     capabilities = msgspec.structs.replace(CAN, nonfinite=False)
 
 
-@caught_by("test_extreme_numbers")
+@caught_by("test_extreme_numbers", also=("test_calls_of_the_writer",))
 class RoundsToSixDigits(Bad):
     run = values(lambda value: float(f"{value:.6g}"))
 
 
-@caught_by("test_calls_of_the_writer")
+@caught_by("test_calls_of_the_writer", also=("test_extreme_numbers",))
 class LosesTheLargestInteger(Bad):
     run = values(lambda value: None if abs(value) == 2.0**63 else value)
