@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,16 @@ def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
 def test_without_any_folder_for_the_sink_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
     nowhere = tmp_path / "a-file"
     nowhere.write_text("not a folder")
-    spools = tmp_path / "tmp"
-    spools.mkdir()
     tracking = {"server": ["jsonl"], "state_dir": str(nowhere / "x")}
 
-    result = Job(tmp_path / "job", TRAINER, tracking, env={"TMPDIR": str(spools)}).run()
+    # Short, since the simulator puts a socket there, whose path must fit into 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="th-") as spools:
+        result = Job(tmp_path / "job", TRAINER, tracking, env={"TMPDIR": spools}).run()
+        spooled = list(Path(spools).glob("trackhub-spool-*/*.spool"))
 
     assert result.rc == 0, result.log[-6000:]
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
-    assert len(list(spools.glob("trackhub-spool-*/*.spool"))) == 2
+    assert len(spooled) == 2
     assert "the sink refuses site site-1 (no_sink)" in result.log
 
 

@@ -175,8 +175,7 @@ class Journal:
         with self._transaction() as db:
             # A stream may begin late only where another journal holds its beginning.
             db.execute(
-                "INSERT OR IGNORE INTO streams (site, name, next_seq)"
-                " VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, ?)",
                 (site, batch.stream, batch.first_seq if self._continues() else 0),
             )
             query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
