@@ -79,8 +79,8 @@ def test_a_run_that_was_deleted_is_delivered_again(make_world: MakeWorld) -> Non
 def test_a_replay_can_be_interrupted_by_ctrl_c_and_goes_on(make_world: MakeWorld) -> None:
     world = make_world()
     job_without_backends(world)
-    world.backends = {"idempotent": {"pause_s": 0.005}}
-    replay = world.replay(*world.flags(idempotent={"pause_s": 0.005}))
+    world.backends = {"idempotent": {"pause_s": 0.03}}
+    replay = world.replay(*world.flags(idempotent={"pause_s": 0.03}))
     wait_for(lambda: len(world.held("idempotent")) >= 100, "the first records")
     replay.process.send_signal(signal.SIGINT)
 
@@ -93,8 +93,8 @@ def test_a_replay_can_be_interrupted_by_ctrl_c_and_goes_on(make_world: MakeWorld
 def test_two_replays_at_once_do_not_meet(make_world: MakeWorld) -> None:
     world = make_world()
     job_without_backends(world)
-    world.backends = {"idempotent": {"pause_s": 0.002}}
-    first = world.replay(*world.flags(idempotent={"pause_s": 0.002}))
+    world.backends = {"idempotent": {"pause_s": 0.01}}
+    first = world.replay(*world.flags(idempotent={"pause_s": 0.01}))
     wait_for(lambda: world.held("idempotent"), "the first records")
 
     second = world.replay(*world.flags())

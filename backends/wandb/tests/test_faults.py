@@ -166,7 +166,7 @@ def test_service_that_was_killed_is_replaced(online: Online, sink: Sink, emulato
     run.write(losses(range(10)))
     persist(run.flush)
     run.write(losses(range(10, 20)))
-    done = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    done = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()]
     (pid,) = [int(row[0]) for row in rows if row[1] == str(os.getpid()) and "wandb-core" in row[2]]
     os.kill(pid, signal.SIGKILL)
