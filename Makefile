@@ -64,8 +64,8 @@ bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table,
 bench-quick: $(INSTALLED) ## the same figures from fewer and shorter runs, in under 4 minutes
 	$(BIN)/python -m tests.bench --quick $(ARGS)
 
-bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it for docs/scaling.md
-	$(BIN)/python -m tests.bench --curves docs/scaling $(ARGS)
+bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it into runs/curves
+	$(BIN)/python -m tests.bench --curves runs/curves $(ARGS)
 
 changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next

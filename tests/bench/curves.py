@@ -13,7 +13,7 @@ from tests.bench.child import in_child
 __all__ = ["draw_all", "measure_all"]
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 320, 70, 40, 50
-_HEAD = "# Growth, as `make bench-curves` measured it\n\n[docs/scaling.md](../scaling.md) says what it means."
+_HEAD = "# Growth, as `make bench-curves` measured it"
 _COLOURS = ("#2272b4", "#c82d4c", "#3ba974", "#8f5bd7", "#e29d1e")
 
 
