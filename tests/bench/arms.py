@@ -111,7 +111,7 @@ STOCK_WANDB = _stock(
     "WandBWriter",
     'writer.log({"loss": float(step)}, step)',
     "writer.log(TEN, step)",
-    # The receiver's processes write where the job was started; their rows are counted there, once for all sites.
+    # The receiver's processes write into one folder of the server's; the rows are counted once for all sites.
     read=lambda result, site: count_wandb(result.workspace.parents[1]) if site == "site-1" else 0,
 )
 
@@ -191,8 +191,9 @@ def _with_stored(
     stored = sum(way.read(result, site) for site in sites)
     if not stored:
         raise RuntimeError(f"{way.name} stored nothing, so there is nothing to compare with")
-    values["rate"] = stored / max(written - first, 1e-9)
-    values["lag_s"] = written - last
+    if way.files:
+        values["rate"] = stored / max(written - first, 1e-9)
+        values["lag_s"] = written - last
     logged = len(sites) * (records + (tens if "wandb" in way.name else 10 * tens))
     return Run(values, logged, stored)
 

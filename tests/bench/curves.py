@@ -29,7 +29,7 @@ def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]
         return values[len(values) // 2]
 
     load = {"sites": 2, "keys": 1, "backends": ["tensorboard"]}
-    total = most // 10
+    total, per_site = most // 10, most // 1000
     return [
         _curve("records", "records in the job", "records/s from the first request to the last confirmation", {
             name: [[n, point("records", "rate", **{**load, "each": n // 2, "backends": names})] for n in counts]
@@ -42,14 +42,14 @@ def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]
             ]
             for name, names in (("journal alone", []), ("tensorboard", ["tensorboard"]))
         }),
-        _curve("sites", "sites", "records/s", {
-            name: [[n, point("sites", "rate", **{**load, "sites": n, "each": total // n, "backends": names})]
+        _curve("sites", "sites", f"records/s, {per_site:,} records from each site", {
+            name: [[n, point("sites", "rate", **{**load, "sites": n, "each": per_site, "backends": names})]
                    for n in (1, 4, 16, 64, 256, 1000)]
             for name, names in (("journal alone", []), ("tensorboard", ["tensorboard"]))
         }),
-        _curve("backends", "backends in one sink", "records/s into all of them", {
+        _curve("backends", "backends in one sink", "records/s until all of them have confirmed", {
             "in this order: tensorboard, jsonl, mlflow": [
-                [n, point("backends", "rate", **{**load, "each": total // 20, "backends": names[:n]})]
+                [n, point("backends", "rate", **{**load, "each": total // 10, "backends": names[:n]})]
                 for names in (["tensorboard", "jsonl", "mlflow"],)
                 for n in (0, 1, 2, 3)
             ]

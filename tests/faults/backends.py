@@ -161,6 +161,7 @@ class Store(Backend):
         """Fail or hang, if it is time to."""
         options = self.options
         while options.hang_while and os.path.exists(options.hang_while):
+            Path(options.hang_while).with_suffix(".reached").touch()
             threading.Event().wait(0.1)
         if (options.down_while and os.path.exists(options.down_while)) or 0 < options.dies_at <= self.writes:
             raise PermanentError("gone for good") if options.permanent else TransientError("connection refused")

@@ -79,28 +79,31 @@ def test_a_run_that_was_deleted_is_delivered_again(make_world: MakeWorld) -> Non
 def test_a_replay_can_be_interrupted_by_ctrl_c_and_goes_on(make_world: MakeWorld) -> None:
     world = make_world()
     job_without_backends(world)
-    world.backends = {"idempotent": {"pause_s": 0.03}}
-    replay = world.replay(*world.flags(idempotent={"pause_s": 0.03}))
-    wait_for(lambda: len(world.held("idempotent")) >= 100, "the first records")
+    world.backends = {"idempotent": {}}
+    replay = world.replay(*world.flags(idempotent={"pause_s": 0.03, "max_batch": 10}))
+    wait_for(lambda: world.held("idempotent"), "the first records")
     replay.process.send_signal(signal.SIGINT)
 
     assert replay.wait(10) != 0
     assert len(world.held("idempotent")) < CALLS
     world.check_equations()
-    world.replay_all(*world.flags(idempotent={"pause_s": 0}))
+    world.replay_all(*world.flags(idempotent={"pause_s": 0, "max_batch": 100}))
 
 
 def test_two_replays_at_once_do_not_meet(make_world: MakeWorld) -> None:
     world = make_world()
     job_without_backends(world)
-    world.backends = {"idempotent": {"pause_s": 0.01}}
-    first = world.replay(*world.flags(idempotent={"pause_s": 0.01}))
-    wait_for(lambda: world.held("idempotent"), "the first records")
+    world.backends = {"idempotent": {}}
+    pause = world.folder / "pause"
+    pause.touch()
+    first = world.replay(*world.flags(idempotent={"hang_while": str(pause)}))
+    wait_for(pause.with_suffix(".reached").exists, "the first to reach its backend")
 
     second = world.replay(*world.flags())
 
     assert second.wait() == 1
     assert "is in use by another process" in second.log
+    pause.unlink()
     assert first.wait() == 0
     world.check_all_delivered()
 

@@ -69,12 +69,13 @@ class Journal:
     Writing blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int, *, readers_block: bool) -> None:
         """Use ``Journal.open``."""
         self.path = path
         self._db = connection
         self._lock = threading.RLock()
         self._lock_fd = lock_fd
+        self._readers_block = readers_block
         self._readers = threading.local()
         self._open_readers: list[sqlite3.Connection] = []
 
@@ -106,7 +107,7 @@ class Journal:
                 _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
             db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
             db.executescript(SCHEMA)
-            journal = cls(path, db, lock_fd)
+            journal = cls(path, db, lock_fd, readers_block=mode != "wal")
             journal._claim({"format": _FORMAT, "job": job, "side": side})
         except sqlite3.Error as e:
             _close(db, lock_fd)
@@ -161,7 +162,7 @@ class Journal:
 
     def _continues(self) -> bool:
         # Not to be told from a position: the other journal may hold a batch whose reply was lost, and that reply alone.
-        return bool(self._db.execute("SELECT 1 FROM meta WHERE key = ?", (_CONTINUES,)).fetchone())
+        return bool(self._fetch("SELECT 1 FROM meta WHERE key = ?", _CONTINUES))
 
     def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
         """Store a batch and return how many of its records are new. It is durable when this returns.
@@ -232,12 +233,25 @@ class Journal:
 
     def _fetch(self, query: str, *values: object) -> list[Any]:
         try:
-            return self._reader().execute(query, values).fetchall()
+            with self._reading() as db:
+                return db.execute(query, values).fetchall()
         except sqlite3.Error as e:
             raise JournalError(f"cannot read the journal {self.path}: {e}") from e
 
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection to read with: this thread's own, since readers do not wait for the writer under WAL.
+
+        Without WAL, readers shut the writer out, and a site would starve: all share the writer's connection in turn.
+        """
+        if self._readers_block:
+            with self._lock:
+                self._check_open()
+                yield self._db
+        else:
+            yield self._reader()
+
     def _reader(self) -> sqlite3.Connection:
-        """Return this thread's own connection: readers do not wait for the writer under WAL."""
         db: sqlite3.Connection | None = getattr(self._readers, "db", None)
         if db is None:
             with self._lock:
@@ -265,18 +279,19 @@ class Journal:
         """
         rows, size = [], 0
         try:
-            cursor = self._reader().execute(
-                "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
-                " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
-                (site, after),
-            )
-            for fields in cursor:
-                row = Row(*fields)
-                rows.append(row)
-                size += len(row.frames)
-                if size >= max_bytes:
-                    break
-            cursor.close()
+            with self._reading() as db:
+                cursor = db.execute(
+                    "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
+                    " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
+                    (site, after),
+                )
+                for fields in cursor:
+                    row = Row(*fields)
+                    rows.append(row)
+                    size += len(row.frames)
+                    if size >= max_bytes:
+                        break
+                cursor.close()
         except sqlite3.Error as e:
             raise JournalError(f"cannot read the journal {self.path}: {e}") from e
         return rows
@@ -342,7 +357,8 @@ class Journal:
             JournalError: the file cannot be read.
         """
         try:
-            return build_report(self._reader(), lanes or [])
+            with self._reading() as db:
+                return build_report(db, lanes or [])
         except sqlite3.Error as e:
             raise JournalError(f"cannot read the journal {self.path}: {e}") from e
 
