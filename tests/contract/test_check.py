@@ -57,7 +57,7 @@ def _command(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(ROOT)])
     return subprocess.run(
         [sys.executable, "-m", "trackhub.cli", "check", *arguments],
-        cwd=site, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=560, check=False,
+        cwd=site, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=280, check=False,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def test_the_backend_of_the_guide_passes_the_contract(tmp_path: Path) -> None:
 
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:randomly"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, QUICK_ENV: "1"}, timeout=560, check=False,
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, QUICK_ENV: "1"}, timeout=280, check=False,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr

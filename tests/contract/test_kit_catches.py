@@ -26,7 +26,7 @@ def _run(folder: Path, *targets: str) -> Outcomes:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "--tb=line",
          f"--junitxml={report}", "--basetemp", str(folder / "tmp"), *targets],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, QUICK_ENV: "1"}, timeout=560, check=False,
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, QUICK_ENV: "1"}, timeout=280, check=False,
     )  # fmt: skip
     assert report.exists(), done.stdout + done.stderr
     outcomes: Outcomes = {}

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=560, check=False,
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

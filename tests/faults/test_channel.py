@@ -46,7 +46,7 @@ def test_batches_that_arrive_again_later_are_recognised(make_world: MakeWorld) -
 
 
 @pytest.mark.parametrize(
-    ("silent_s", "barrier_s"), [(1.5, 0.5), pytest.param(30.0, 10.0, marks=pytest.mark.long)], ids=["short", "30s"]
+    ("silent_s", "barrier_s"), [(2.5, 0.5), pytest.param(30.0, 10.0, marks=pytest.mark.long)], ids=["short", "30s"]
 )
 def test_a_silence_is_waited_for_once_and_then_all_goes_on(
     make_world: MakeWorld, silent_s: float, barrier_s: float

@@ -282,15 +282,6 @@ def test_the_round_is_stamped_by_writers_from_the_moment_it_is_set(way: Way) -> 
     assert [line["round"] for line in way.stored()] == [None, 0, 3, None]
 
 
-def test_records_that_never_reached_the_spool_are_in_the_count(way: Way) -> None:
-    sender = way.sender()
-    log(way.spool, 5)
-    sender.count_dropped("unconvertible", 3)
-    ledger = sender.close(WAIT_S)
-    assert (ledger.logged, ledger.acked, ledger.dropped) == (8, 5, {"unconvertible": 3})
-    assert_balanced(way.finish(), {SITE: 8}, {("jsonl", SITE): 5})
-
-
 def test_signs_of_life_carry_the_count_while_nothing_is_logged(way: Way) -> None:
     seen = threading.Event()
 

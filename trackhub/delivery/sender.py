@@ -86,7 +86,6 @@ class Sender:
         self._closing = threading.Event()
         self._never = threading.Event()
         self._deadline: float | None = None
-        self._extra_dropped: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._main, name=f"trackhub-sender-{cursor}", daemon=True)
         self._ledger = SiteLedger()
 
@@ -97,11 +96,6 @@ class Sender:
     def set_round(self, value: int | None) -> None:
         """Set the federated round that writers of this site stamp on their records from now on."""
         self._round.set(value)
-
-    def count_dropped(self, reason: str, count: int = 1) -> None:
-        """Count records that never reached the spool, such as a stock record that cannot be converted."""
-        with self._lock:
-            self._extra_dropped[reason] += count
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the sink has all that was spooled before this call.
@@ -332,7 +326,7 @@ class Sender:
 
     def _count(self) -> None:
         total = SiteLedger()
-        dropped, refused = Counter(self._extra_dropped), Counter[str]()
+        dropped, refused = Counter[str](), Counter[str]()
         try:
             streams = self._reader.counts().values()
         except OSError as e:
@@ -345,6 +339,5 @@ class Sender:
             total.spooled += stream.spooled
             dropped.update(stream.dropped)
             refused.update(stream.refused)
-        total.logged += sum(self._extra_dropped.values())
         total.dropped, total.refused = dict(dropped), dict(refused)
         self._ledger = total
