@@ -36,7 +36,7 @@ from trackhub.cli.status import journal_status, spool_status
 from trackhub.delivery.find import find
 from trackhub.spool_layout import SpoolInfo, create_spool
 
-__all__ = ["LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
+__all__ = ["BACKENDS", "LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
@@ -60,7 +60,7 @@ LIMITS: dict[str, float | str] = {
 JOB = "job-1"
 Lost = Mapping[str, Mapping[str, int]]
 _MARK = "TRACKHUB_FAULTS_WORLD"
-_BACKENDS = {
+BACKENDS = {
     "idempotent": "Idempotent",
     "resumable": "Resumable",
     "rebuild": "Rebuild",
@@ -186,7 +186,7 @@ class World:
         info = plugins / "trackhub_faults-1.0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trackhub-faults\nVersion: 1.0\n")
-        lines = [f"{name} = tests.faults.backends:{cls}" for name, cls in _BACKENDS.items()]
+        lines = [f"{name} = tests.faults.backends:{cls}" for name, cls in BACKENDS.items()]
         (info / "entry_points.txt").write_text("\n".join(["[trackhub.backends]", *lines, ""]))
         path = os.pathsep.join([str(ROOT), str(plugins)])
         self.env = {**os.environ, "PYTHONPATH": path, _MARK: self.mark, "PYTHONWARNINGS": "default"}

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     config = json.loads((here / "config.json").read_text())
     sites = [f"site-{i + 1}" for i in range(config["n_clients"])]
     recipe = NumpyFedAvgRecipe(
-        name="job", model=[[0.0, 0.0], [0.0, 0.0]], min_clients=config["n_clients"], num_rounds=config["rounds"],
+        name="job", model=config["model"], min_clients=config["n_clients"], num_rounds=config["rounds"],
         train_script=str(here / "client.py"), launch_external_process=config["external"],
     )
     if config["own_apps"]:
@@ -119,6 +119,7 @@ class Job:
         env: further environment variables.
         threads: the simulator's threads; by default one per client.
         own_apps: give every client an app of its own.
+        model: the first global model, a nested list.
     """
 
     folder: Path
@@ -132,6 +133,7 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     own_apps: bool = False
+    model: list[Any] = field(default_factory=lambda: [[0.0, 0.0], [0.0, 0.0]])
 
     def run(self, timeout_s: float = 240) -> JobResult:
         """Run the job to its end in the simulator."""
@@ -148,7 +150,8 @@ class Job:
     def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
         out.mkdir(parents=True)
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
-                  "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps}  # fmt: skip
+                  "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps,
+                  "model": self.model}  # fmt: skip
         (self.folder / "config.json").write_text(json.dumps(config))
         (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
         (self.folder / "job.py").write_text(

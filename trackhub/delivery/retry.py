@@ -7,6 +7,9 @@ import random
 
 __all__ = ["Backoff"]
 
+_JITTER = random.Random()
+"""Ours alone: a draw from the generator that training uses would change the model whenever a sink is slow to answer."""
+
 
 class Backoff:
     """Exponential waits with jitter: each at most twice the last, at random between half of that and all of it.
@@ -24,7 +27,7 @@ class Backoff:
     def next_wait_s(self, at_least_s: float | None = None) -> float:
         """Count a failure and return how long to wait, in seconds; never less than the peer asked for."""
         self.failures += 1
-        wait_s = self._next_s * random.uniform(0.5, 1.0)
+        wait_s = self._next_s * _JITTER.uniform(0.5, 1.0)
         self._next_s = min(self._next_s * 2, self._max_s)
         return max(wait_s, at_least_s or 0.0)
 

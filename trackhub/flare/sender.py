@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         compat.add_tail_handler(engine, _Tail(self))
         spool = self._create_spool(fl_ctx, site)
         if self.server_receiver is not None:
-            channel = compat.Channel(engine, self.server_receiver)
-
-            def send(request: bytes, timeout_s: float) -> bytes:
-                try:
-                    return channel.request(request, timeout_s)
-                except compat.NoSinkError as e:
-                    return encode(Refused("no_sink", str(e)))
-                except ConnectionError as e:
-                    raise LinkError(str(e)) from e
-
+            send = self._server_link(engine, self.server_receiver)
             self._senders["server"] = Sender(spool, send, site=site, cursor="server", limits=self._limits)
         if self.client_receiver is not None:
             receiver = self._open_receiver(fl_ctx)
@@ -140,6 +132,20 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         for sender in self._senders.values():
             sender.start()
         self._stock.open(spool)
+
+    def _server_link(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
+        """Return what carries a request to the server's receiver and its reply back. A test may put faults into it."""
+        channel = compat.Channel(engine, receiver)
+
+        def send(request: bytes, timeout_s: float) -> bytes:
+            try:
+                return channel.request(request, timeout_s)
+            except compat.NoSinkError as e:
+                return encode(Refused("no_sink", str(e)))
+            except ConnectionError as e:
+                raise LinkError(str(e)) from e
+
+        return send
 
     def _create_spool(self, fl_ctx: FLContext, site: str) -> Path:
         job = compat.job_id(fl_ctx)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's groups on what a backend leaves behind: secrets, threads, files, processes; and on volume."""
+"""The contract's groups on what a backend leaves behind, in files and in the process that it runs in; and on volume."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
+import pickle
+import random
 import secrets
 import subprocess
 import threading
@@ -68,6 +71,13 @@ class Hygiene(ContractBase):
         left = _remains(self, _children, before)
         assert not left, f"processes are left: {', '.join(sorted(left))}"
 
+    def test_random_generators_are_left_alone(self, kit: Kit) -> None:
+        """No draw from the global generators of Python and NumPy: at a client, training draws from the same ones."""
+        before = _generators()
+        _use(kit, 1)
+        moved = [name for name, state in _generators().items() if state != before[name]]
+        assert not moved, f"{' and '.join(moved)} moved; draw from a generator of the backend's own"
+
 
 class Volume(ContractBase):
     """Much."""
@@ -106,6 +116,16 @@ def _remains(hooks: ContractBase, look: Callable[[], set[str]], before: set[str]
     while (left := look() - before) and time.monotonic() < deadline:
         pause.wait(0.05)
     return left
+
+
+def _generators() -> dict[str, bytes]:
+    """Return the state of the global random generators."""
+    states = {"random": pickle.dumps(random.getstate())}
+    if importlib.util.find_spec("numpy"):  # where it is not installed, no backend draws from it
+        import numpy
+
+        states["numpy.random"] = pickle.dumps(numpy.random.get_state())
+    return states
 
 
 def _open_files() -> set[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy
 
 from tests.contract.mutants.base import (
     ANYTHING,
@@ -79,6 +81,20 @@ _PROCESSES: list[subprocess.Popen[bytes]] = []
 class LeaksAProcess(Bad):
     def open_run(self, info: RunInfo) -> Any:
         _PROCESSES.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"]))
+        return super().open_run(info)
+
+
+@caught_by("test_random_generators_are_left_alone")
+class NamesRunsByChance(Bad):
+    def open_run(self, info: RunInfo) -> Any:
+        random.random()
+        return super().open_run(info)
+
+
+@caught_by("test_random_generators_are_left_alone")
+class SamplesWithNumpy(Bad):
+    def open_run(self, info: RunInfo) -> Any:
+        numpy.random.random()
         return super().open_run(info)
 
 

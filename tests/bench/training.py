@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step takes while tracking goes wrong, against the same job without tracking."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from tests.bench.figures import Arm, Experiment, Figure, Run
+from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, SINK_FAULTS, Fault, all_at_once, steps_s, train
+
+__all__ = ["experiments"]
+
+_SITES = 2
+
+
+def experiments(quick: bool) -> list[Experiment]:
+    """Return the group's experiments: all faults of backends at once, and each fault of the sink by itself."""
+    silent, lossy, _, homeless = SINK_FAULTS
+    faults = {
+        "no fault": HEALTHY,
+        f"{len(BACKEND_FAULTS)} faulty backends at once": all_at_once(BACKEND_FAULTS),
+        "a sink that never answers": silent,
+        "a sink without a folder": homeless,
+        "30 % of the acknowledgements lost": lossy,
+    }
+    arms = {"none": _arm(NONE), **{name: _arm(fault) for name, fault in faults.items()}}
+    figures = [
+        Figure(
+            f"a training step, {name}: {value}", "no tracking", f"{value}_ms", name, "none", "ms", "times less", 0.95
+        )
+        for name in faults
+        for value in ("median", "mean")
+    ]
+    return [Experiment("training under faults", arms, figures, repeat=1 if quick else 5)]
+
+
+def _arm(fault: Fault) -> Arm:
+    def run(folder: Path) -> Run:
+        result = train(folder, fault)
+        steps = steps_s(result)
+        if result.rc != 0 or len(steps) != _SITES * LOGGED:
+            raise RuntimeError(f"the job failed; its log ends: {result.log[-500:]}")
+        return Run({"median_ms": statistics.median(steps) * 1e3, "mean_ms": statistics.fmean(steps) * 1e3})
+
+    return run

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's sender on a channel that fails as told, for jobs in FLARE."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from trackhub.delivery.sender import LinkError
+from trackhub.flare.sender import TrackhubSender
+
+__all__ = ["BadChannelSender"]
+
+
+class BadChannelSender(TrackhubSender):
+    """Loses a share of the acknowledgements, or is cut off for a while after so many requests."""
+
+    def __init__(
+        self, ack_loss: float = 0.0, silent_from: int = -1, silent_s: float = 0.0, limits: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(limits=limits)
+        self.ack_loss = ack_loss
+        self.silent_from = silent_from
+        self.silent_s = silent_s
+
+    def _server_link(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
+        send = super()._server_link(engine, receiver)
+        chance = random.Random(0)
+        requests, silent_until = 0, 0.0
+
+        def send_badly(request: bytes, timeout_s: float) -> bytes:
+            nonlocal requests, silent_until
+            requests += 1
+            if requests == self.silent_from:
+                silent_until = time.monotonic() + self.silent_s
+            if time.monotonic() < silent_until:
+                time.sleep(min(timeout_s, silent_until - time.monotonic()))
+                raise LinkError("the channel is silent")
+            reply = send(request, timeout_s)
+            if chance.random() < self.ack_loss:
+                raise LinkError("the reply is lost")
+            return reply
+
+        return send_badly

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever goes wrong with a backend or a sink, training gives the same model, bit by bit, and the job succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Disk
+from tests.faults.readers import count_site
+from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, SINK_FAULTS, Fault, model, train
+from tests.integration.harness import JobResult
+
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:trackhub. backend")]
+
+SITES = ("site-1", "site-2")
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The model that the job gives without tracking."""
+    result = train(tmp_path_factory.mktemp("untracked"), NONE)
+    assert result.rc == 0, result.log[-4000:]
+    return model(result)
+
+
+def assert_same_model(result: JobResult, untracked: bytes) -> None:
+    assert result.rc == 0, result.log[-6000:]
+    assert model(result) == untracked
+
+
+@pytest.mark.parametrize("fault", [HEALTHY, *BACKEND_FAULTS], ids=lambda fault: fault.name)
+def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
+    result = train(tmp_path, fault)
+
+    assert_same_model(result, untracked)
+    report = result.report("server")
+    assert report["balanced"]
+    assert set(report["lanes"]) == {"jsonl", *fault.backends, *fault.peers}
+    for name, lane in report["lanes"].items():
+        for site in SITES:
+            run = lane[site]
+            assert run["confirmed"] + run["pending"] + sum(run["rejected"].values()) == LOGGED
+            if name == "jsonl":
+                assert run["confirmed"] == LOGGED
+
+
+@pytest.mark.parametrize("fault", SINK_FAULTS, ids=lambda fault: fault.name)
+def test_under_a_sinks_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
+    result = train(tmp_path, fault)
+
+    assert_same_model(result, untracked)
+    assert_every_record_is_counted(result)
+
+
+def test_with_a_sink_whose_disk_is_full_training_gives_the_same_model(
+    tmp_path: Path, untracked: bytes, make_disk: Callable[[Path, int], Disk]
+) -> None:
+    disk = make_disk(tmp_path / "disk", 256)
+    disk.fill()
+
+    result = train(tmp_path / "full", replace(HEALTHY, sink_folder=str(disk.folder / "sink")))
+
+    assert_same_model(result, untracked)
+    assert_every_record_is_counted(result)
+
+
+def assert_every_record_is_counted(result: JobResult) -> None:
+    for site in SITES:
+        found = count_site(result.run_dir(site) / "trackhub" / "spool")
+        assert found.logged == LOGGED
+        assert found.logged == found.acked + found.spooled + found.dropped.total() + found.refused.total()

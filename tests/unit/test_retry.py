@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waits before another try."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from trackhub.delivery.retry import Backoff
+
+
+def test_waits_grow_to_their_limit_and_start_anew_when_it_worked() -> None:
+    backoff = Backoff(first_s=1.0, max_s=4.0)
+
+    waits = [backoff.next_wait_s() for _ in range(5)]
+
+    assert [0.5 * full <= wait <= full for wait, full in zip(waits, (1, 2, 4, 4, 4), strict=True)] == [True] * 5
+    assert backoff.failures == 5
+    backoff.reset()
+    assert backoff.failures == 0
+    assert backoff.next_wait_s() <= 1.0
+
+
+@pytest.mark.parametrize("asked_s", [3.0, 60.0])
+def test_a_wait_is_never_shorter_than_the_peer_asked_for(asked_s: float) -> None:
+    assert Backoff(first_s=0.1).next_wait_s(asked_s) == asked_s
+
+
+def test_a_wait_leaves_the_generator_alone_that_training_draws_from() -> None:
+    before = random.getstate()
+
+    Backoff().next_wait_s()
+
+    assert random.getstate() == before
