@@ -50,7 +50,7 @@ arch: $(INSTALLED) ## check who imports whom
 	$(BIN)/lint-imports
 
 faults: $(INSTALLED) ## kill, fill, cut and starve everything, with all seeds; under 45 minutes
-	$(BIN)/python -m pytest -m "" tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) tests/faults $(ARGS)
 
 coverage: $(INSTALLED) ## run the quick tests and show which lines of the core they miss
 	$(BIN)/coverage erase

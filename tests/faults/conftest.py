@@ -18,6 +18,18 @@ MakeWorld = Callable[..., World]
 TOTALS: Counter[str] = Counter()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With tests side by side, hand this process's part of the figures to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = dict(TOTALS)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take over a process's part of the figures. One that crashed has none, and has failed its tests."""
+    TOTALS.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the suite's figures. A job that lost a record without a count has failed its test, and is not in them."""
     if TOTALS:

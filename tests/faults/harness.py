@@ -91,7 +91,7 @@ class Proc:
         self._stderr = log.open("ab")
         self.process = subprocess.Popen(
             [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-            env=env, cwd=ROOT,
+            env=env, cwd=ROOT, preexec_fn=_heed_ctrl_c,
         )  # fmt: skip
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -152,6 +152,11 @@ class Proc:
             assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
+
+
+def _heed_ctrl_c() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, and processes inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass

@@ -74,7 +74,10 @@ def points(folder: Path, job: str, site: str) -> list[tuple[str, int, float]]:
 
 def kill_in_mid_job(poc: Poc, job: str, kind: str, seed: int) -> None:
     target = random.Random(seed).randrange(100, 800)
-    wait_for(lambda: len(facts(poc.out, job, "site-1")) >= target, f"{target} records of site-1", 120)
+    wait_for(
+        lambda: len(facts(poc.out, job, "site-1")) >= target and facts(poc.out, job, "site-2"),
+        f"{target} records of site-1, and some of site-2", 120,
+    )  # fmt: skip
     victims = job_processes(job, kind)
     assert victims
     for pid in victims:
@@ -135,6 +138,7 @@ def test_a_killed_server_job_process_loses_nothing(poc: Poc, tmp_path: Path, see
 
 
 def test_a_simulator_with_fewer_threads_than_clients_delivers_every_record(tmp_path: Path) -> None:
+    """The simulator may even train a client's round twice, in two processes at once: both are the same site's."""
     tracking = {"server": ["jsonl"], "limits": LIMITS}
     trainer = re.sub("400", "50", TRAINER)
 
@@ -144,7 +148,7 @@ def test_a_simulator_with_fewer_threads_than_clients_delivers_every_record(tmp_p
     report = result.report("server")
     assert report["balanced"]
     for site in ("site-1", "site-2", "site-3"):
-        noted = [(f.key, f.step, f.value) for f in result.facts(site)]
-        assert len(noted) == 100
-        assert [(p.key, p.step, p.value) for p in result.jsonl_points("server", site)] == noted
-        assert report["lanes"]["jsonl"][site]["confirmed"] == 100
+        noted = sorted((f.key, f.step, f.value) for f in result.facts(site))
+        assert len(noted) >= 100
+        assert sorted((p.key, p.step, p.value) for p in result.jsonl_points("server", site)) == noted
+        assert report["lanes"]["jsonl"][site]["confirmed"] == len(noted)

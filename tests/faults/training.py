@@ -40,7 +40,7 @@ ROUNDS, STEPS = 2, 150
 LOGGED = ROUNDS * STEPS
 """Records of each site."""
 
-_FEATURES, _CLASSES, _BATCH = 512, 32, 1024
+_FEATURES, _CLASSES, _BATCH = 512, 32, 256
 _TRAINER = f"""
 import array, random
 import numpy as np

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +22,9 @@ from tests.unit.rigs import SITE, Bench, failing, poisoned, run_of
 from trackhub.delivery import run_lane
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.shaper import Shaper
+from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
-from trackhub.records import Metrics, Record, Text
+from trackhub.records import Gap, Metrics, Record, Text, encode_frame
 from trackhub.run import RunStatus, Side
 from trackhub.spi import Kind, Redelivery, Rejection, RunInfo, WriteReport
 
@@ -457,3 +461,25 @@ def test_waits_grow_stay_within_bounds_and_keep_what_the_peer_asked_for(at_least
         assert max(at_least_s or 0.0, bound / 2) <= wait <= max(at_least_s or 0.0, bound)
     backoff.reset()
     assert backoff.next_wait_s() <= 0.2
+
+
+def test_records_that_cannot_be_understood_are_counted_by_reason_and_cost_no_other(bench: Bench) -> None:
+    backend = MemoryBackend()
+    sound = [encode_frame(metric(i)) for i in range(2)]
+    gap = msgspec.msgpack.encode(Record(1, 1000.0, None, None, Gap(1, "damaged")))
+    strange = [reframed(Kind.METRICS, gap), reframed(42, gap), reframed(Kind.METRICS, b"\xc1")]
+
+    site = bench.journal.add_site(SITE, 1000.0)
+    bench.journal.append(site, Batch(SITE, 0, 5, 5, b"".join([sound[0], *strange, sound[1]])), {})
+    bench.counts[SITE] = 5
+    bench.lane(backend)
+    report = bench.finish()
+
+    assert backend.positions() == [0, 4]
+    assert run_of(report).rejected == {"unsupported_kind": 1, "unknown_kind": 1, "undecodable": 1}
+
+
+def reframed(kind: int, body: bytes) -> bytes:
+    """Return a sound frame, whatever its body is."""
+    checked = struct.pack("<IB", len(body), kind) + body
+    return struct.pack("<I", zlib.crc32(checked)) + checked

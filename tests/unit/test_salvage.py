@@ -28,7 +28,7 @@ def row_of(frames: bytes, records: int, first_position: int = 100) -> Row:
 
 def found(row: Row) -> list[tuple[int, int]]:
     """Return position and seq of each record that is found."""
-    return [(stored.position, decode_body(stored.body).seq) for stored in stored_records(row)]
+    return [(position, decode_body(body).seq) for position, _, body in stored_records(row)]
 
 
 def test_a_sound_row_gives_its_records_at_consecutive_positions_gaps_aside() -> None:

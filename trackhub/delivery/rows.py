@@ -10,6 +10,8 @@ from trackhub.records import CorruptFrameError, Frame, Kind, scan_frames
 
 __all__ = ["Row", "Stored", "stored_records"]
 
+_GAP = int(Kind.GAP)
+
 
 class Row(NamedTuple):
     """A batch as a lane reads it."""
@@ -21,12 +23,8 @@ class Row(NamedTuple):
     frames: bytes
 
 
-class Stored(NamedTuple):
-    """One record of a row, not decoded yet."""
-
-    position: int
-    kind: int
-    body: bytes
+Stored = tuple[int, int, bytes]
+"""One record of a row, not decoded yet: position, kind, body. A plain tuple, since there is one for every record."""
 
 
 def stored_records(row: Row) -> Iterator[Stored]:
@@ -34,17 +32,17 @@ def stored_records(row: Row) -> Iterator[Stored]:
 
     Of a damaged row come fewer than ``row.records``. Records behind the damage have their positions from the row's end.
     """
-    found = [frame for frame in _before_damage(row.frames, 0) if frame.kind != Kind.GAP]
-    yield from _stored(row, found, row.first_position)
-    if len(found) < row.records:
-        start = found[-1].end if found else 0
-        rest = [frame for frame in _behind_damage(row.frames, start) if frame.kind != Kind.GAP]
-        yield from _stored(row, rest, row.first_position + row.records - len(rest))
-
-
-def _stored(row: Row, frames: list[Frame], position: int) -> Iterator[Stored]:
-    for i, frame in enumerate(frames):
-        yield Stored(position + i, frame.kind, row.frames[frame.body : frame.end])
+    frames, position, end = row.frames, row.first_position, 0
+    for kind, _, body, end in _before_damage(frames, 0):
+        if kind != _GAP:
+            yield position, kind, frames[body:end]
+            position += 1
+    missing = row.first_position + row.records - position
+    if missing:
+        rest = [frame for frame in _behind_damage(frames, end) if frame.kind != _GAP]
+        position += missing - len(rest)
+        for i, frame in enumerate(rest):
+            yield position + i, frame.kind, frames[frame.body : frame.end]
 
 
 def _before_damage(data: bytes | memoryview, offset: int) -> Iterator[Frame]:

@@ -17,7 +17,7 @@ from trackhub.delivery.retry import Backoff
 from trackhub.delivery.rows import Row, stored_records
 from trackhub.delivery.shaper import Shaper
 from trackhub.errors import JournalError, PermanentError, TransientError
-from trackhub.records import Gap, Kind, decode_body
+from trackhub.records import Kind, decode_body
 from trackhub.run import RunInfo, RunKey, RunStatus
 from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side, WriteReport
 
@@ -312,8 +312,6 @@ class RunLane:
             record = decode_body(body)
         except msgspec.DecodeError as e:
             self._reject(Rejection(position, "undecodable", str(e)))
-            return
-        if isinstance(record.payload, Gap):
             return
         shaped, altered = self._shaper.shape(row.stream, record, position)
         if isinstance(shaped, Rejection):

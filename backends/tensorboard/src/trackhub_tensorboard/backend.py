@@ -165,13 +165,14 @@ class TensorBoardRun(BackendRun):
         events: list[bytes] = []
         size = 0
         for entry in batch:
-            if isinstance(entry.payload, Image) and not self._info.blob_path(entry.payload.blob).is_file():
-                rejected.append(Rejection(entry.position, "blob_missing", f"no file for {entry.payload.key!r}"))
+            payload = entry.payload
+            if isinstance(payload, Image) and not self._info.blob_path(payload.blob).is_file():
+                rejected.append(Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}"))
                 continue
             if entry.position < done:
                 continue
-            if isinstance(entry.payload, Params):
-                self._session.update(entry.payload.values)
+            if isinstance(payload, Params):
+                self._session.update(payload.values)
             events.append(self._encoder.encode(entry))
             size += len(events[-1])
             if size >= _WRITE_BYTES:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from mmap import mmap
 
 from google_crc32c import value as _crc32c
@@ -33,8 +34,7 @@ _pack_crc = struct.Struct("<I").pack
 
 def frame(payload: bytes) -> bytes:
     """Return the frame that holds this payload."""
-    size = _pack_size(len(payload))
-    return b"".join((size, _masked_crc(size), payload, _masked_crc(payload)))
+    return b"".join((_header(len(payload)), payload, _masked_crc(payload)))
 
 
 def frames(buffer: bytes | mmap) -> Iterator[tuple[int, int]]:
@@ -52,6 +52,12 @@ def frames(buffer: bytes | mmap) -> Iterator[tuple[int, int]]:
             return
         yield start, end
         start = end + FOOTER + HEADER
+
+
+@lru_cache(1024)  # a run's events have few sizes, and this is a third of what a frame takes
+def _header(length: int) -> bytes:
+    size = _pack_size(length)
+    return size + _masked_crc(size)
 
 
 def _masked_crc(data: bytes) -> bytes:
