@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_records": (1, 100_000),
     "batch_bytes": (4096, 8 << 20),
     "poll_s": (0.001, 10),
+    "linger_s": (0, 60),
     "spool_bytes": (1 << 20, 1 << 50),
     "request_s": (0.1, 600),
     "barrier_s": (0, 3600),
@@ -73,6 +74,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     poll_s: float = 0.05
     """Seconds between two looks at the spool while it is idle; 0.001 to 10. Default 0.05: charts feel live, and an idle
     site costs next to nothing."""
+
+    linger_s: float = 1.0
+    """Seconds that records may wait at the site after a message, so that the next one carries more; 0 (never) to 60.
+    Default 1: a message through FLARE takes some milliseconds of Python in the process that trains, and one for each
+    training step would slow down steps that take as little. The end of a round, and 64 KiB of records, wait for
+    nothing."""
 
     spool_bytes: int = 1 << 30
     """Most bytes of a site's spool on disk; 1 MiB to 1 PiB. When it is full, new records are dropped and counted.

@@ -189,6 +189,18 @@ class SpoolReader:
                         found[match[1]] = max(end, found.get(match[1], end))
         return found
 
+    def has_bytes(self, at_least: int) -> bool:
+        """Return whether so many bytes wait to be settled. Looks at sizes only."""
+        waiting = 0
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if match := _SEGMENT.fullmatch(entry.name):
+                    ack, segment = self._acks.get(match[1]) or Ack(), int(match[2])
+                    if segment >= ack.segment:
+                        with contextlib.suppress(FileNotFoundError):  # acknowledged and deleted meanwhile
+                            waiting += entry.stat().st_size - (ack.offset if segment == ack.segment else 0)
+        return waiting >= at_least
+
     def is_past(self, ends: dict[str, tuple[int, int]]) -> bool:
         """Return whether all that lies before these places is settled. May be called from any thread."""
         acks = {stream: self._acks.get(stream) or Ack() for stream in ends}

@@ -52,6 +52,7 @@ LIMITS: dict[str, float | str] = {
     "silence_s": 2,
     "flush_s": 0.05,
     "poll_s": 0.01,
+    "linger_s": 0,
     "request_s": 2,
     "preflight_s": 1,
 }

@@ -90,7 +90,7 @@ def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str
     return behave
 
 
-FAST = Limits(batch_records=50, poll_s=0.005, keepalive_s=0.1, flush_s=0.01)
+FAST = Limits(batch_records=50, poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01)
 
 
 class Way:

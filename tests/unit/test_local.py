@@ -24,7 +24,7 @@ from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.local_tracking import LocalWriter
 
-FAST = Limits(poll_s=0.005, flush_s=0.01, deadline_s=5)
+FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 PLUGIN = """
     import threading
@@ -172,7 +172,7 @@ def test_a_backend_that_breaks_costs_the_script_nothing_but_the_deadline(
     make_plugin(
         "odd-plugin", {"odd": f"odd_{mode}:Odd"}, {f"odd_{mode}": f"MODE = {mode!r}\n" + textwrap.dedent(PLUGIN)}
     )
-    limits = Limits(poll_s=0.005, flush_s=0.01, deadline_s=0.3)
+    limits = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=0.3)
     writer = trackhub.local(["jsonl", "odd"], folder=tmp_path, job="j", limits=limits)
     for step in range(50):
         writer.log({"a": 1.0}, step)

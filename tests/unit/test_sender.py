@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
@@ -367,3 +368,66 @@ def test_every_record_of_a_trainer_that_is_killed_is_delivered(way: Way) -> None
     report = way.finish()
     assert returned <= ledger.logged <= returned + 1
     assert_all_arrived(way, ledger, report, {"a": ledger.logged})
+
+
+def test_records_of_a_busy_trainer_travel_together_and_a_flush_does_not_wait(way: Way) -> None:
+    way.limits = msgspec.structs.replace(FAST, linger_s=60)
+    sender, first = way.sender(), acked(way, 1)
+    with Writer(way.spool) as writer:
+        writer.log({"loss": 0.0}, 0)
+        assert first.wait(WAIT_S)
+        for step in range(1, 11):
+            writer.log({"loss": 0.0}, step)
+
+        assert sender.flush(WAIT_S)
+
+    assert [batch.records for batch in batches(way)] == [1, 10]
+
+
+def test_enough_records_for_a_message_do_not_wait_for_more(way: Way) -> None:
+    way.limits = msgspec.structs.replace(FAST, linger_s=60, batch_records=5000)
+    way.sender()
+    first, many = acked(way, 1), acked(way, 1000)
+    with Writer(way.spool) as writer:
+        writer.log({"loss": 0.0}, 0)
+        assert first.wait(WAIT_S)
+        for step in range(1, 2001):
+            writer.log({"loss": 0.0}, step)
+
+        assert many.wait(WAIT_S)
+
+
+def test_a_pass_sends_what_was_there_when_it_began_and_no_more(way: Way) -> None:
+    """A trainer that logs as fast as messages travel must not be followed record by record."""
+    way.limits = msgspec.structs.replace(FAST, linger_s=60)
+    with Writer(way.spool) as writer:
+
+        def log_meanwhile(request: wire.Request) -> None:
+            if isinstance(request, wire.Batch):
+                writer.log({"loss": 0.0}, len(way.requests))
+
+        way.before = log_meanwhile
+        writer.log({"loss": 0.0}, 0)
+        first, sender = acked(way, 1), way.sender()
+        assert first.wait(WAIT_S)
+        assert sender.flush(WAIT_S)
+        way.before = lambda request: None
+
+    assert 2 <= len(batches(way)) <= 3
+
+
+def batches(way: Way) -> list[wire.Batch]:
+    return [request for request in way.requests if isinstance(request, wire.Batch)]
+
+
+def acked(way: Way, seq: int) -> threading.Event:
+    """Return an event that comes when the sink has answered a batch that reaches so far."""
+    event, after = threading.Event(), way.after
+
+    def look(request: wire.Request) -> None:
+        after(request)
+        if isinstance(request, wire.Batch) and request.next_seq >= seq:
+            event.set()
+
+    way.after = look
+    return event

@@ -7,6 +7,7 @@ It knows nothing of FLARE: a *link* carries one request to the sink and brings t
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,7 @@ Link = Callable[[bytes, float], bytes]
 """``link(request, timeout_s) -> reply``; raises `LinkError` when there is no reply."""
 
 _CLOSING_WAIT_S = 0.5
+_WORTH_A_MESSAGE = 64 << 10  # bytes: what a thousand records of one metric take
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +80,8 @@ class Sender:
         self._wake = threading.Event()
         self._passes = 0
         self._in_pass = False
+        self._flushes = 0
+        self._sent_at = -math.inf
         self._silent = False
         self._refused_for_good: Refused | None = None
         self._welcome = False
@@ -115,19 +119,22 @@ class Sender:
                 return False
             # A pass that began before this call may have looked at the spool too early; the next one has not.
             target = self._passes + (2 if self._in_pass else 1)
-            # A pass ends when nothing is left, which may take for ever while others log: hence the ends, too.
-            while self._passes < target and not self._reader.is_past(ends):
-                self._wake.set()
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or not self._thread.is_alive():
-                    self._silent = True
-                    _log.warning(
-                        "the sink did not acknowledge the records of site %s in time; training goes on without waiting "
-                        "again until it answers; the records stay in %s", self.site, self.folder,
-                    )  # fmt: skip
-                    return False
-                self._lock.wait(min(left_s, self._limits.poll_s))
-            return True
+            self._flushes += 1
+            try:
+                while self._passes < target and not self._reader.is_past(ends):
+                    self._wake.set()
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0 or not self._thread.is_alive():
+                        self._silent = True
+                        _log.warning(
+                            "the sink did not acknowledge the records of site %s in time; training goes on without "
+                            "waiting again until it answers; the records stay in %s", self.site, self.folder,
+                        )  # fmt: skip
+                        return False
+                    self._lock.wait(min(left_s, self._limits.poll_s))
+                return True
+            finally:
+                self._flushes -= 1
 
     def close(self, timeout_s: float, *, failed: bool = False) -> SiteLedger:
         """Send what is left, say good-bye, and stop. No writer may be alive any more.
@@ -173,32 +180,38 @@ class Sender:
 
     def _run(self) -> None:
         next_report = time.monotonic()
-        while True:
-            with self._lock:
-                self._in_pass = True
-                final = self._closing.is_set()
-            if self._hello() and not self._drain(final):
-                break
-            if self._refused_for_good is not None and not final:
-                self._wake.wait(self._limits.keepalive_s)
-                self._wake.clear()
-                continue
+        while not self._closing.is_set():
+            pause_s = self._limits.poll_s
+            if self._refused_for_good is not None:
+                pause_s = self._limits.keepalive_s
+            else:
+                if self._is_time_to_send():
+                    self._pass(final=False)
+                if time.monotonic() >= next_report:
+                    next_report = time.monotonic() + self._limits.keepalive_s
+                    self._count()
+                    self._ask_once(Report(self._ledger))
+            self._wake.wait(pause_s)
+            self._wake.clear()
+        self._pass(final=True)
+        self._count()
+        if self._refused_for_good is None:
+            self._ask(Bye(self._ledger, self._failed))
+
+    def _is_time_to_send(self) -> bool:
+        """Return whether somebody waits, the last message was long ago, or there is enough for a good one."""
+        lingered = time.monotonic() >= self._sent_at + self._limits.linger_s
+        return lingered or self._flushes > 0 or self._reader.has_bytes(_WORTH_A_MESSAGE)
+
+    def _pass(self, *, final: bool) -> None:
+        """Send all that is in the spool now, unless the sink refuses it or the deadline passes."""
+        with self._lock:
+            self._in_pass = True
+        if self._hello() and self._drain(final):
             with self._lock:
                 self._passes += 1
                 self._in_pass = False
                 self._lock.notify_all()
-            if final:
-                break
-            now = time.monotonic()
-            if now >= next_report:
-                next_report = now + self._limits.keepalive_s
-                self._count()
-                self._ask_once(Report(self._ledger))
-            self._wake.wait(self._limits.poll_s)
-            self._wake.clear()
-        self._count()
-        if self._refused_for_good is None:
-            self._ask(Bye(self._ledger, self._failed))
 
     def _hello(self) -> bool:
         """Introduce the sender once; False if the sink refuses it, or did not answer before the deadline."""
@@ -216,8 +229,12 @@ class Sender:
         return self._welcome
 
     def _drain(self, final: bool) -> bool:
-        """Send until the spool has nothing new; False if the deadline passed first."""
-        while True:
+        """Send what the spool has now; False if the deadline passed first.
+
+        What is logged meanwhile waits for the next pass: a message for each record would follow the last at once.
+        """
+        ends: dict[str, tuple[int, int]] | None = None
+        while final or ends is None or not self._reader.is_past(ends):
             try:
                 batch = self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes, final=final)
             except OSError as e:
@@ -225,8 +242,10 @@ class Sender:
                 return not final
             if batch is None:
                 return True
+            ends = ends or self._reader.ends()
             if not self._deliver(batch):
                 return False
+        return True
 
     def _deliver(self, batch: SpoolBatch) -> bool:
         if not all(self._send_blob(blob) for blob in batch.blobs):
@@ -250,6 +269,7 @@ class Sender:
         return True
 
     def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
+        self._sent_at = time.monotonic()
         try:
             self._reader.settle(batch, refused)
         except OSError as e:
