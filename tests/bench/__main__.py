@@ -18,6 +18,8 @@ from tests.bench.figures import Experiment, Outcome, run_experiment
 GROUPS = ("writer", "backends", "journal", "floor", "scale", "memory", "startup", "flare", "cifar")
 QUICK_GROUPS = GROUPS[:-1]
 """What ``--quick`` runs: the CIFAR-10 job takes half a minute each time, however little it trains."""
+BY_NAME = ("training",)
+"""What runs only if it is asked for: nine minutes of jobs under faults."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +70,9 @@ def experiments_of(group: str, quick: bool) -> list[Experiment]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs of less work; the same figures")
-    parser.add_argument("--only", action="append", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument(
+        "--only", action="append", choices=(*GROUPS, *BY_NAME), metavar="GROUP", help=", ".join((*GROUPS, *BY_NAME))
+    )
     parser.add_argument("--repeat", type=int, help="at most so many rounds of each experiment")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     parser.add_argument("--curves", type=Path, metavar="DIR", help="measure growth instead, and draw it into DIR")

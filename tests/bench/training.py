@@ -7,22 +7,20 @@ import statistics
 from pathlib import Path
 
 from tests.bench.figures import Arm, Experiment, Figure, Run
-from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, SINK_FAULTS, Fault, all_at_once, steps_s, train
+from tests.faults.training import BACKEND_FAULTS, HEALTHY, NONE, ROUNDS, SINK_FAULTS, Fault, all_at_once, steps_s, train
 
 __all__ = ["experiments"]
 
 _SITES = 2
+_STEPS = 500  # of each site in each round; a step takes some 4 ms
 
 
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments: all faults of backends at once, and each fault of the sink by itself."""
-    silent, lossy, _, homeless = SINK_FAULTS
     faults = {
         "no fault": HEALTHY,
         f"{len(BACKEND_FAULTS)} faulty backends at once": all_at_once(BACKEND_FAULTS),
-        "a sink that never answers": silent,
-        "a sink without a folder": homeless,
-        "30 % of the acknowledgements lost": lossy,
+        **{f"a sink: {fault.name}": fault for fault in SINK_FAULTS},
     }
     arms = {"none": _arm(NONE), **{name: _arm(fault) for name, fault in faults.items()}}
     figures = [
@@ -37,9 +35,9 @@ def experiments(quick: bool) -> list[Experiment]:
 
 def _arm(fault: Fault) -> Arm:
     def run(folder: Path) -> Run:
-        result = train(folder, fault)
+        result = train(folder, fault, _STEPS)
         steps = steps_s(result)
-        if result.rc != 0 or len(steps) != _SITES * LOGGED:
+        if result.rc != 0 or len(steps) != _SITES * ROUNDS * _STEPS:
             raise RuntimeError(f"the job failed; its log ends: {result.log[-500:]}")
         return Run({"median_ms": statistics.median(steps) * 1e3, "mean_ms": statistics.fmean(steps) * 1e3})
 

@@ -28,6 +28,7 @@ __all__ = [
     "HEALTHY",
     "LOGGED",
     "NONE",
+    "ROUNDS",
     "SINK_FAULTS",
     "Fault",
     "all_at_once",
@@ -38,7 +39,7 @@ __all__ = [
 
 ROUNDS, STEPS = 2, 150
 LOGGED = ROUNDS * STEPS
-"""Records of each site."""
+"""Records of each site, unless a job has other steps."""
 
 _FEATURES, _CLASSES, _BATCH = 512, 32, 256
 _TRAINER = f"""
@@ -53,7 +54,7 @@ if os.environ["TRACKHUB_TEST_TRACKED"] == "yes":
 random.seed(SITE)
 np.random.seed(sum(SITE.encode()))
 truth = np.random.default_rng(0).normal(size=({_FEATURES}, {_CLASSES}))
-outage = os.environ["TRACKHUB_TEST_OUTAGE"]
+outage, steps = os.environ["TRACKHUB_TEST_OUTAGE"], int(os.environ["TRACKHUB_TEST_STEPS"])
 durations = array.array("d")
 
 
@@ -76,13 +77,13 @@ while flare.is_running():
         break
     n = received.current_round
     ((name, weights),) = received.params.items()
-    for i in range({STEPS}):
-        if SITE == "site-1" and n == 0 and i == {STEPS} // 3:
+    for i in range(steps):
+        if SITE == "site-1" and n == 0 and i == steps // 3:
             open(outage, "w").close()
-        if SITE == "site-1" and n == 1 and i == {STEPS} // 3:
+        if SITE == "site-1" and n == 1 and i == steps // 3:
             os.remove(outage)
         before = time.perf_counter()
-        weights = gradient_step(weights, {STEPS} * n + i)
+        weights = gradient_step(weights, steps * n + i)
         durations.append(time.perf_counter() - before)
     flare.send(flare.FLModel(params={{name: weights}}, params_type="FULL"))
 with open(os.path.join(OUT, SITE + ".steps"), "wb") as file:
@@ -151,8 +152,12 @@ def all_at_once(faults: list[Fault]) -> Fault:
     return Fault("all at once", backends, {name: mode for fault in faults for name, mode in fault.peers.items()})
 
 
-def train(folder: Path, fault: Fault) -> JobResult:
-    """Run the job under a fault, ``NONE`` for no tracking at all, and return what it left."""
+def train(folder: Path, fault: Fault, steps: int = STEPS) -> JobResult:
+    """Run the job under a fault, ``NONE`` for no tracking at all, and return what it left.
+
+    Args:
+        steps: of each site in each round.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     backends = {name: {k: _filled(v, folder) for k, v in given.items()} for name, given in fault.backends.items()}
     with _peers(folder, fault.peers) as urls:
@@ -165,10 +170,13 @@ def train(folder: Path, fault: Fault) -> JobResult:
             tracking = None
             sender = fault.sender or "TrackhubSender(limits=limits)"
             more = _SINK.format(limits=_LIMITS, state_dir=fault.sink_folder, sender=sender)
-        job = Job(
-            folder / "job", _TRAINER, tracking, rounds=ROUNDS, more=more, env=_environment(folder, fault is not NONE),
-            model=[[0.0] * _CLASSES] * _FEATURES,
-        )  # fmt: skip
+        env = _environment(folder) | {
+            "TRACKHUB_TEST_OUTAGE": str(folder / "outage"),
+            "TRACKHUB_TEST_STEPS": str(steps),
+            "TRACKHUB_TEST_TRACKED": "no" if fault is NONE else "yes",
+        }
+        first = [[0.0] * _CLASSES] * _FEATURES
+        job = Job(folder / "job", _TRAINER, tracking, rounds=ROUNDS, more=more, env=env, model=first)
         return job.run()
 
 
@@ -192,15 +200,13 @@ def _filled(value: Any, folder: Path) -> Any:
     return value.format(outage=folder / "outage") if isinstance(value, str) else value
 
 
-def _environment(folder: Path, tracked: bool) -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     from tests.faults.harness import BACKENDS, ROOT
 
     points = {name: f"tests.faults.backends:{cls}" for name, cls in BACKENDS.items()}
     path = install_plugin(folder / "plugins", "trackhub-faults", points, {})["PYTHONPATH"]
     return {
         "PYTHONPATH": os.pathsep.join([path, str(ROOT)]),
-        "TRACKHUB_TEST_OUTAGE": str(folder / "outage"),
-        "TRACKHUB_TEST_TRACKED": "yes" if tracked else "no",
         # Two sites train on two cores: threads of their own would fight for these, and steps would vary by the fight.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",

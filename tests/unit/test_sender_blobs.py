@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +98,21 @@ def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
     assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
     assert report.sites[SITE].explained == {"damaged": 1}
     assert list(way.spool.glob("*.blob")) == []
+
+
+def test_a_sink_that_asks_for_the_same_bytes_again_and_again_does_not_hold_up_the_end(way: Way, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    with Writer(way.spool) as writer:
+        writer.log_artifact(tmp_path / "model.bin")
+
+    def forgetful(data: bytes, timeout_s: float) -> bytes:
+        request = wire.decode_request(data)
+        if isinstance(request, wire.Batch):
+            return wire.encode(wire.NeedBlob(blob.name.removesuffix(".blob")))
+        return wire.encode(wire.Accepted(request.size if isinstance(request, wire.Chunk) else 0))
+
+    (blob,) = way.spool.glob("*.blob")
+    ledger = way.sender(forgetful).close(0.2)
+
+    assert (ledger.logged, ledger.acked, ledger.spooled) == (1, 0, 1)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("trackhub-sender")] == []

@@ -45,6 +45,7 @@ Link = Callable[[bytes, float], bytes]
 """``link(request, timeout_s) -> reply``; raises `LinkError` when there is no reply."""
 
 _CLOSING_WAIT_S = 0.5
+_ASKED_AGAIN_S = 0.1
 _WORTH_A_MESSAGE = 64 << 10  # bytes: what a thousand records of one metric take
 _log = logging.getLogger(__name__)
 
@@ -255,12 +256,11 @@ class Sender:
         if reply is None:
             return False
         if isinstance(reply, NeedBlob):
-            blob = next((b for b in batch.blobs if b.name == reply.name), None)
-            if blob is None:
-                reply = Refused("blob_unknown", reply.name)
-            else:
-                self._send_blob(blob)
-                return True
+            if any(blob.name == reply.name for blob in batch.blobs):
+                # The sink has lost it since: the batch comes again, after its blobs.
+                self._pause(_ASKED_AGAIN_S)
+                return not self._is_late()
+            reply = Refused("blob_unknown", reply.name)
         refused = reply.reason if isinstance(reply, Refused) else None
         if isinstance(reply, Refused):
             _log.error("the sink refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
@@ -310,11 +310,14 @@ class Sender:
                 return reply
             if self._is_late():
                 return None
-            wait_s = backoff.next_wait_s()
-            if self._closing.is_set():
-                self._never.wait(min(wait_s, _CLOSING_WAIT_S))
-            else:
-                self._closing.wait(wait_s)
+            self._pause(backoff.next_wait_s())
+
+    def _pause(self, wait_s: float) -> None:
+        """Wait, until the end of the job at most; at the end, not for long."""
+        if self._closing.is_set():
+            self._never.wait(min(wait_s, _CLOSING_WAIT_S))
+        else:
+            self._closing.wait(wait_s)
 
     def _ask_once(self, request: Request, data: bytes | None = None) -> Reply | None:
         timeout_s = self._request_s

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A blob at the sink is there whole or not at all, whatever moment the process before died at."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.wire import Chunk
+
+SITE = "site-1"
+NAME = f"{'a' * 32}-7"
+DATA = bytes(range(250)) * 40
+HALF = len(DATA) // 2
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path)
+
+
+def chunk(offset: int, end: int = len(DATA), data: bytes = DATA) -> Chunk:
+    return Chunk(NAME, len(DATA), hashlib.sha256(DATA).hexdigest(), offset, data[offset:end])
+
+
+def left_by_a_killed_sink(store: BlobStore, data: bytes) -> None:
+    store.folder(SITE).mkdir(parents=True)
+    (store.folder(SITE) / f"{NAME}.part").write_bytes(data)
+
+
+def assert_whole(store: BlobStore) -> None:
+    assert store.has(SITE, NAME)
+    assert [(path.name, path.read_bytes()) for path in store.folder(SITE).iterdir()] == [(NAME, DATA)]
+
+
+def test_a_blob_comes_in_pieces_and_is_there_once_it_is_whole(store: BlobStore) -> None:
+    assert store.add(SITE, chunk(0, HALF)) == HALF
+    assert not store.has(SITE, NAME)
+    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert_whole(store)
+    assert store.add(SITE, chunk(0, HALF)) == len(DATA)
+    assert_whole(store)
+
+
+def test_a_sink_goes_on_where_one_was_killed_between_two_pieces(store: BlobStore) -> None:
+    left_by_a_killed_sink(store, DATA[:HALF])
+
+    assert store.add(SITE, chunk(0, HALF)) == HALF
+    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert_whole(store)
+
+
+def test_a_sink_goes_on_where_one_was_killed_between_the_last_piece_and_the_end(store: BlobStore) -> None:
+    left_by_a_killed_sink(store, DATA)
+
+    assert store.add(SITE, chunk(0, HALF)) == len(DATA)
+    assert_whole(store)
+
+
+@pytest.mark.parametrize("left", [DATA[:-1] + b"x", DATA + b"x"], ids=["damaged", "longer"])
+def test_what_a_killed_sink_left_and_its_disk_damaged_is_received_anew(store: BlobStore, left: bytes) -> None:
+    left_by_a_killed_sink(store, left)
+
+    assert store.add(SITE, chunk(0, HALF)) == 0
+    assert store.add(SITE, chunk(0, HALF)) == HALF
+    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert_whole(store)
+
+
+def test_bytes_that_are_not_what_their_digest_says_are_not_kept(store: BlobStore) -> None:
+    assert store.add(SITE, chunk(0, data=DATA[::-1])) is None
+    assert not store.has(SITE, NAME)
+    assert list(store.folder(SITE).iterdir()) == []
