@@ -18,7 +18,7 @@ __all__ = ["experiments"]
 
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments. Synthetic images, so that the figures need no download."""
-    samples, repeat = (500, 1) if quick else (2_000, 3)
+    samples, repeat = (500, 1) if quick else (2_000, 5)
     arms = {"none": _job("none", samples), "tensorboard": _job("tensorboard", samples)}
     figures = [
         Figure("CIFAR-10 job, per-step logging: wall, 2 s at the end allowed", "--backend none", "wall_s",
@@ -33,7 +33,7 @@ def _job(backend: str, samples: int) -> Arm:
     def run(folder: Path) -> Run:
         command = [
             sys.executable, str(ROOT / "jobs" / "cifar10_fedavg" / "job.py"), "--dataset", "synthetic",
-            "--backend", backend, "--samples_per_site", str(samples), "--num_rounds", "2", "--workspace",
+            "--backend", backend, "--samples_per_site", str(samples), "--num_rounds", "1", "--workspace",
             str(folder / "run"),
         ]  # fmt: skip
         before, begin = children_cpu_s(), time.perf_counter()

@@ -89,19 +89,19 @@ def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int =
         raise RuntimeError(f"the receiver did not accept a request: {failures[0]}")
 
 
-def fill_journal(folder: Path, sites: int, records: int, *, keys: int = 1) -> None:
+def fill_journal(folder: Path, sites: int, records: int, *, keys: int = 1, job: str = "job") -> None:
     """Leave a journal with so many records from each site, and nothing delivered."""
-    receiver = open_receiver(folder, {})
+    receiver = open_receiver(folder, {}, job=job)
     feed(receiver, {f"site-{i + 1}": list(requests(records, keys=keys)) for i in range(sites)})
     receiver.finish(RunStatus.FINISHED, deadline_s=0)
 
 
-def deliver(folder: Path, backends: Mapping[str, Mapping[str, Any]]) -> tuple[float, DeliveryReport]:
+def deliver(folder: Path, backends: Mapping[str, Mapping[str, Any]], job: str = "job") -> tuple[float, DeliveryReport]:
     """Deliver a filled journal, and return how long that took: from the end of the backends' checks to the runs' end.
 
     A check makes the store, where there is none; bare arms are handed one that is there.
     """
-    receiver = open_receiver(folder, backends)
+    receiver = open_receiver(folder, backends, job=job)
     begin = time.perf_counter()
     report = receiver.finish(RunStatus.FINISHED)
     return time.perf_counter() - begin, report

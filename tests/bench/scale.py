@@ -28,13 +28,13 @@ def experiments(quick: bool) -> list[Experiment]:
             Figure("memory of an idle site at the sink", "", "idle_kb", "many", "", "KB", "at most", 50),
             Figure("open files of the sink at 1,000 sites", "", "files", "many", "", "files", "at most", 64),
         ],
-        repeat=1 if quick else 3,
+        repeat=1 if quick else 5,
     )  # fmt: skip
     if quick:
         return [load]
-    # Costs are linear in the sites, and MLflow takes two minutes for a million points: 200 sites show the same ratio.
+    # Costs are linear in the sites, and MLflow takes two minutes for a million points: 100 sites show the same ratio.
     both = ["tensorboard", "mlflow"]
-    label = f"200 sites x {_EACH:,} records into TensorBoard and MLflow"
+    label = f"100 sites x {_EACH:,} records into TensorBoard and MLflow"
     figure = Figure(
         label,
         "2 sites with as many",
@@ -48,7 +48,7 @@ def experiments(quick: bool) -> list[Experiment]:
     )
     return [
         load,
-        Experiment("200 sites, both", {"many": _arm(200, both), "few": _arm(2, both, 200)}, [figure], repeat=1),
+        Experiment("100 sites, both", {"many": _arm(100, both), "few": _arm(2, both, 100)}, [figure], repeat=1),
     ]  # fmt: skip
 
 
