@@ -10,6 +10,7 @@ the loss is the alternative's own.
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ __all__ = ["Arm", "Experiment", "Figure", "Outcome", "Run", "Verdict", "judge", 
 
 Verdict = Literal["reaches", "falls short", "void"]
 Kind = Literal["times less", "times more", "at most"]
+_NO_NAME = re.compile(r"[^0-9A-Za-z]+")  # FLARE's simulator cannot have a space in its path
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def run_experiment(experiment: Experiment, tell: Callable[[str], None]) -> tuple
             for name, arm in experiment.arms.items():
                 if name in failures or (name in experiment.once and number > 0):
                     continue
-                folder = Path(root, f"{name.replace('/', '-')}-{number}")
+                folder = Path(root, f"{_NO_NAME.sub('-', name)}-{number}")
                 folder.mkdir()
                 begin = time.monotonic()
                 try:

@@ -31,7 +31,7 @@ _EXPLAIN = "per record, both ends walk the frames in Python and check their sums
 
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
-    records = 100_000 if quick else 200_000
+    records = 100_000 if quick else 400_000
     return [_experiment(sites, records, 2 if quick else 5) for sites in (2, 16)]
 
 

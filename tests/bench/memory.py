@@ -25,7 +25,7 @@ def experiments(quick: bool) -> list[Experiment]:
                "at most", 30)
         for who in ("trainer", "client", "sink")
     ]  # fmt: skip
-    return [Experiment("memory", {"trackhub": lambda folder: _run(folder, many)}, figures, 1 if quick else 3)]
+    return [Experiment("memory", {"trackhub": lambda folder: _run(folder, many)}, figures, 1)]
 
 
 def _run(folder: Path, many: int) -> Run:
