@@ -190,15 +190,13 @@ class SpoolReader:
         return found
 
     def has_bytes(self, at_least: int) -> bool:
-        """Return whether so many bytes wait to be settled. Looks at sizes only."""
+        """Return whether so many bytes, or the rest of a segment, wait to be settled. Looks at sizes only."""
         waiting = 0
-        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                if match := _SEGMENT.fullmatch(entry.name):
-                    ack, segment = self._acks.get(match[1]) or Ack(), int(match[2])
-                    if segment >= ack.segment:
-                        with contextlib.suppress(FileNotFoundError):  # acknowledged and deleted meanwhile
-                            waiting += entry.stat().st_size - (ack.offset if segment == ack.segment else 0)
+        for stream, (segment, offset) in self.ends().items():
+            ack = self._acks.get(stream) or Ack()
+            if segment > ack.segment:
+                return True
+            waiting += offset - ack.offset
         return waiting >= at_least
 
     def is_past(self, ends: dict[str, tuple[int, int]]) -> bool:

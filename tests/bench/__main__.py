@@ -19,7 +19,7 @@ GROUPS = ("writer", "backends", "journal", "floor", "scale", "memory", "startup"
 QUICK_GROUPS = GROUPS[:-1]
 """What ``--quick`` runs: the CIFAR-10 job takes half a minute each time, however little it trains."""
 BY_NAME = ("training",)
-"""What runs only if it is asked for: nine minutes of jobs under faults."""
+"""What runs only if it is asked for: some ten minutes of jobs under faults."""
 
 
 def main(argv: list[str]) -> int:

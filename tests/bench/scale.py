@@ -32,9 +32,9 @@ def experiments(quick: bool) -> list[Experiment]:
     )  # fmt: skip
     if quick:
         return [load]
-    # Costs are linear in the sites, and MLflow takes two minutes for a million points: 50 sites show the same ratio.
+    # Costs are linear in the sites, and MLflow takes two minutes for a million points: 100 sites show the same ratio.
     both = ["tensorboard", "mlflow"]
-    label = f"50 sites x {_EACH:,} records into TensorBoard and MLflow"
+    label = f"100 sites x {_EACH:,} records into TensorBoard and MLflow"
     figure = Figure(
         label,
         "2 sites with as many",
@@ -48,7 +48,7 @@ def experiments(quick: bool) -> list[Experiment]:
     )
     return [
         load,
-        Experiment("50 sites, both", {"many": _arm(50, both), "few": _arm(2, both, 50)}, [figure], repeat=1),
+        Experiment("100 sites, both", {"many": _arm(100, both), "few": _arm(2, both, 100)}, [figure], repeat=1),
     ]  # fmt: skip
 
 

@@ -371,11 +371,8 @@ def test_every_record_of_a_trainer_that_is_killed_is_delivered(way: Way) -> None
 
 
 def test_records_of_a_busy_trainer_travel_together_and_a_flush_does_not_wait(way: Way) -> None:
-    way.limits = msgspec.structs.replace(FAST, linger_s=60)
-    sender, first = way.sender(), acked(way, 1)
     with Writer(way.spool) as writer:
-        writer.log({"loss": 0.0}, 0)
-        assert first.wait(WAIT_S)
+        sender = lingering(way, writer)
         for step in range(1, 11):
             writer.log({"loss": 0.0}, step)
 
@@ -385,12 +382,9 @@ def test_records_of_a_busy_trainer_travel_together_and_a_flush_does_not_wait(way
 
 
 def test_enough_records_for_a_message_do_not_wait_for_more(way: Way) -> None:
-    way.limits = msgspec.structs.replace(FAST, linger_s=60, batch_records=5000)
-    way.sender()
-    first, many = acked(way, 1), acked(way, 1000)
+    many = acked(way, 1000)
     with Writer(way.spool) as writer:
-        writer.log({"loss": 0.0}, 0)
-        assert first.wait(WAIT_S)
+        lingering(way, writer)
         for step in range(1, 2001):
             writer.log({"loss": 0.0}, step)
 
@@ -414,6 +408,15 @@ def test_a_pass_sends_what_was_there_when_it_began_and_no_more(way: Way) -> None
         way.before = lambda request: None
 
     assert 2 <= len(batches(way)) <= 3
+
+
+def lingering(way: Way, writer: Writer) -> Sender:
+    """Return a sender that has just sent the writer's first record, and would send the next in a minute."""
+    way.limits = msgspec.structs.replace(FAST, linger_s=60, batch_records=5000)
+    sender, first = way.sender(), acked(way, 1)
+    writer.log({"loss": 0.0}, 0)
+    assert first.wait(WAIT_S)
+    return sender
 
 
 def batches(way: Way) -> list[wire.Batch]:
