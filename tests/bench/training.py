@@ -34,7 +34,7 @@ def experiments(quick: bool) -> list[Experiment]:
             "times less",
             0.95,
             "lanes, and the servers of faulty backends, run on the cores that also train",
-        )  # fmt: skip
+        )
         for name in faults
         for value in ("median", "mean")
     ]
