@@ -14,6 +14,7 @@ import pytest
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import World, wait_for
 from tests.faults.readers import count_sink, count_site, read_store
+from trackhub.cli.status import journal_status
 
 CALLS = 600
 SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed in range(20)]
@@ -120,6 +121,30 @@ def test_a_copy_of_the_folder_elsewhere_is_as_good(make_world: MakeWorld, tmp_pa
 
     assert replay.wait() == 0, replay.log
     assert read_store(copy / "app_server" / "jsonl" / "job-1" / "site-1.jsonl") == world.truth("a", CALLS)
+
+
+def test_a_replay_that_brings_everything_says_so_whatever_the_sites_had_reported(make_world: MakeWorld) -> None:
+    """The sink died knowing that both sites had more, so that after the first site's part the second's is missing."""
+    world = make_world(linger_s=60)
+    trainers = [world.trainer(name, f"site-{name}", calls=CALLS, wait_at=10) for name in "ab"]
+    sink = world.sink()
+    senders = [world.sender(site) for site in world.sites()]
+
+    def known(figure: str) -> list[int]:
+        sites = journal_status(world.journal)["sites"].values()
+        return [site[figure] for site in sites]
+
+    wait_for(lambda: known("received") == [10, 10], "the first message of each site")
+    for name in "ab":
+        (world.folder / f"{name}.go").touch()
+    for trainer in trainers:
+        assert trainer.wait() == 0, trainer.log
+    wait_for(lambda: known("logged") == [CALLS, CALLS], "the sites' reports of what they have not sent yet")
+    assert known("received") == [10, 10]
+    for proc in (*senders, sink):
+        proc.kill()
+
+    world.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

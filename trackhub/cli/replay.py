@@ -19,10 +19,9 @@ from trackhub.cli.output import print_error, print_lines
 from trackhub.config import Limits, parse_option_flags
 from trackhub.delivery.find import find
 from trackhub.delivery.journal_report import read_journal_report
-from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, server_journal
+from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, spool_journal, spooled
 from trackhub.delivery.report import DeliveryReport, format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
-from trackhub.run import Side
 from trackhub.spool_layout import read_spool_info
 
 __all__ = ["replay"]
@@ -53,21 +52,24 @@ def replay(
     found = find(path)
     limit_s = FOREVER_S if timeout_s is None else timeout_s
     limits = Limits.from_mapping({}, environ=os.environ)
-    left = 0
+    # A journal is worked on for each site, and by itself. What its lanes lack is what they lack in the end.
+    pending: dict[Path, int] = {}
+    in_spools = 0
     errors: list[TrackhubError] = []
     for spool in found.spools:
         for cursor in read_spool_info(spool).cursors:
             try:
-                journal = server_journal(spool, found.journals) if cursor == Side.SERVER else None
+                journal = spool_journal(spool, cursor, found.journals)
                 report = replay_spool(
-                    spool, cursor=cursor, backends=backends, journal=journal, timeout_s=limit_s, limits=limits
+                    spool, cursor=cursor, journal=journal, backends=backends, timeout_s=limit_s, limits=limits
                 )
+                in_spools += spooled(spool, cursor)
             except TrackhubError as e:
                 errors.append(e)
                 continue
             if report is not None:
                 print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
-                left += report.undelivered()
+                pending[journal] = report.pending()
     for journal in found.journals:
         try:
             work = partial(
@@ -78,7 +80,8 @@ def replay(
             errors.append(e)
             continue
         print_lines(f"{journal}:", format_report(report))
-        left += sum(run.pending for lane in report.lanes.values() for run in lane.values())
+        pending[journal.absolute()] = report.pending()
+    left = in_spools + sum(pending.values())
     for error in errors:
         print_error(str(error))
     if left:

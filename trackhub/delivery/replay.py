@@ -22,7 +22,7 @@ from trackhub.run import RunStatus, Side
 from trackhub.spool_layout import Ack, read_ack, read_spool_info, write_ack
 from trackhub.spool_reader import SpoolReader
 
-__all__ = ["AWAY", "FOREVER_S", "replay_journal", "replay_spool", "server_journal"]
+__all__ = ["AWAY", "FOREVER_S", "replay_journal", "replay_spool", "spool_journal", "spooled"]
 
 AWAY = "replay-server"
 """The folder of the journal through which a site delivers what the server did not get."""
@@ -76,8 +76,8 @@ def replay_spool(
     spool: Path,
     *,
     cursor: str,
+    journal: Path,
     backends: Backends | None = None,
-    journal: Path | None = None,
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
 ) -> DeliveryReport | None:
@@ -90,9 +90,9 @@ def replay_spool(
     Args:
         spool: the folder. The job must have ended.
         cursor: whose records: ``server``, ``client`` or ``local``.
+        journal: what they go through; `spool_journal` says which.
         backends: name to options. By default those that the journal knows; where the server's is not at hand they must
             be given, since a site does not know the server's.
-        journal: the server's, if it is at hand.
 
     Returns:
         The report, or None if nothing is left for this sink.
@@ -102,10 +102,7 @@ def replay_spool(
         ConfigError, PluginError, JournalError: as `replay_journal`.
     """
     info = read_spool_info(spool)
-    beside = spool.absolute().parent
-    away = journal is None and cursor == Side.SERVER
-    if journal is None:
-        journal = (beside / AWAY if away else beside) / JOURNAL_NAME
+    away = journal.parent.name == AWAY
     if journal.exists():
         repair(journal)
         if not away:
@@ -120,7 +117,7 @@ def replay_spool(
             raise ConfigError(f"{spool}: the server's backends are not known at the site; name one to deliver to")
     meta = read_journal_meta(journal) if journal.exists() else {}
     folder = journal.absolute().parent
-    workdir = beside.parent if away else folder.parent
+    workdir = folder.parent.parent if away else folder.parent
     chosen = _choose(meta, backends)
     receiver = Receiver(folder, workdir, job=info.job, side=Side(cursor), backends=chosen, limits=limits)
     receiver.start()
@@ -151,12 +148,24 @@ def _send_again(spool: Path, cursor: str, site: str, journal: Path) -> None:
             write_ack(spool, stream, cursor, Ack())
 
 
-def server_journal(spool: Path, journals: Iterable[Path]) -> Path | None:
-    """Return the one of these journals that is the server's of the spool's job; None if it is not among them.
+def spooled(spool: Path, cursor: str) -> int:
+    """Return how many records a spool still holds for one of its sinks.
+
+    Raises:
+        SpoolError: it is no spool, or no sink of this name reads it.
+    """
+    return sum(count.spooled for count in SpoolReader(spool, cursor).counts().values())
+
+
+def spool_journal(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
+    """Return the journal through which the rest of a spool goes: the server's if it is among these, or one beside it.
 
     Raises:
         SpoolError: it is no spool.
     """
+    beside = spool.absolute().parent
+    if cursor != Side.SERVER:
+        return beside / JOURNAL_NAME
     job = read_spool_info(spool).job
     for journal in journals:
         if journal.absolute().parent.name == AWAY:
@@ -166,8 +175,8 @@ def server_journal(spool: Path, journals: Iterable[Path]) -> Path | None:
         except JournalError:
             continue  # whoever asked meets it again where it is to be read
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
-            return journal
-    return None
+            return journal.absolute()
+    return beside / AWAY / JOURNAL_NAME
 
 
 def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dict[str, Any]]:

@@ -83,8 +83,11 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
 
     def undelivered(self) -> int:
         """Return how many records are anywhere on their way: spooled at a site, or pending in a lane."""
-        spooled = sum(s.site.spooled for s in self.sites.values() if s.site is not None)
-        return spooled + sum(run.pending for lane in self.lanes.values() for run in lane.values())
+        return self.pending() + sum(s.site.spooled for s in self.sites.values() if s.site is not None)
+
+    def pending(self) -> int:
+        """Return how many records are in the journal and have no outcome yet, those of all lanes together."""
+        return sum(run.pending for lane in self.lanes.values() for run in lane.values())
 
     def lost(self) -> int:
         """Return how many records have an outcome other than delivery: dropped, refused, rejected or missing."""
