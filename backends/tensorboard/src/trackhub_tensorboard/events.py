@@ -28,6 +28,8 @@ _TEXT = text_metadata.create_summary_metadata(display_name="", description="")
 _IMAGE = image_metadata.create_summary_metadata(display_name="", description="")
 _HISTOGRAM = histogram_metadata.create_summary_metadata(display_name="", description="")
 
+_MAX_SCALAR_EVENTS = 64  # sets of keys; training code has a few, and one that makes them up must not fill the memory
+
 _MARKDOWN = re.compile(r"[\\`*_\[\]|#]")
 
 
@@ -45,10 +47,10 @@ class Encoder:
         """Go on with these tags."""
         self._info = info
         self._taken = {new.tag for new in tags}
-        self._tags: dict[str, dict[str, str]] = {"metrics": {}}
+        self._tags: dict[str, dict[str, str]] = {}
         for new in tags:
             self._tags.setdefault(new.kind, {})[new.key] = new.tag
-        self._scalar_tags = self._tags["metrics"]
+        self._scalar_events: dict[tuple[str, ...], tuple[Event, list[tuple[str, Summary.Value]]]] = {}
         self.new_tags: list[NewTag] = []
 
     def encode(self, entry: Entry) -> bytes:
@@ -58,14 +60,13 @@ class Encoder:
             OSError: an image's file cannot be read.
         """
         # Params and tags come without a step. TensorBoard's fast loader shows only the last value of a repeated one.
-        event = Event(wall_time=entry.time, step=entry.position if entry.step is None else entry.step)
+        step = entry.position if entry.step is None else entry.step
+        payload = entry.payload
+        if isinstance(payload, Metrics):
+            return frame(self._scalars(entry.time, step, payload.values))
+        event = Event(wall_time=entry.time, step=step)
         summary = event.summary
-        match entry.payload:
-            case Metrics(values):
-                known = self._scalar_tags.get
-                add = summary.value.add
-                for key, value in values.items():
-                    add(tag=known(key) or self._tag("metrics", key), simple_value=value)
+        match payload:
             case Text(key, text):
                 self._add_text(summary, "text", key, text)
             case Params(values):
@@ -79,8 +80,26 @@ class Encoder:
             case Histogram() as histogram:
                 self._add_histogram(summary, histogram)
             case _:
-                raise TypeError(f"{type(entry.payload).__name__} is not among the capabilities of this backend")
+                raise TypeError(f"{type(payload).__name__} is not among the capabilities of this backend")
         return frame(event.SerializeToString())
+
+    def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
+        """Return an event of scalars. The last one with these keys is filled in again, a third of making one anew."""
+        keys = tuple(values)
+        event, slots = self._scalar_events.get(keys) or self._scalar_event(keys)
+        event.wall_time = time
+        event.step = step
+        for key, slot in slots:
+            slot.simple_value = values[key]
+        return event.SerializeToString()
+
+    def _scalar_event(self, keys: tuple[str, ...]) -> tuple[Event, list[tuple[str, Summary.Value]]]:
+        event = Event()
+        slots = [(key, event.summary.value.add(tag=self._tag("metrics", key))) for key in keys]
+        if len(self._scalar_events) >= _MAX_SCALAR_EVENTS:
+            self._scalar_events.clear()
+        self._scalar_events[keys] = event, slots
+        return event, slots
 
     def _add_text(self, summary: Summary, kind: str, key: str, text: str) -> None:
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(), string_val=[text.encode()])
