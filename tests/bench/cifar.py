@@ -22,6 +22,7 @@ _GRID = (
     "has asked for its next task and learned that there is none; so the command takes 3 s more, or nothing"
 )
 
+
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments. Synthetic images, so that the figures need no download."""
     samples, repeat = (500, 1) if quick else (2_000, 5)
