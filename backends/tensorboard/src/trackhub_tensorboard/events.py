@@ -63,7 +63,7 @@ class Encoder:
         step = entry.position if entry.step is None else entry.step
         payload = entry.payload
         if isinstance(payload, Metrics):
-            return frame(self._scalars(entry.time, step, payload.values))
+            return self._scalars(entry.time, step, payload.values)
         event = Event(wall_time=entry.time, step=step)
         summary = event.summary
         match payload:
@@ -84,14 +84,14 @@ class Encoder:
         return frame(event.SerializeToString())
 
     def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
-        """Return an event of scalars. The last one with these keys is filled in again, a third of making one anew."""
+        """Return the frame of an event of scalars. The last one with these keys is filled in again, a third of making one anew."""
         keys = tuple(values)
         event, slots = self._scalar_events.get(keys) or self._scalar_event(keys)
         event.wall_time = time
         event.step = step
         for key, slot in slots:
             slot.simple_value = values[key]
-        return event.SerializeToString()
+        return frame(event.SerializeToString())
 
     def _scalar_event(self, keys: tuple[str, ...]) -> tuple[Event, list[tuple[str, Summary.Value]]]:
         event = Event()
