@@ -51,6 +51,21 @@ def test_values_are_rounded_to_float32(sink: Sink, entry: MakeEntry, read: Read)
     np.testing.assert_array_equal([value for _, value, _ in points(read(sink.folder()), "x")], expected)
 
 
+def test_sets_of_keys_that_take_turns_keep_their_own_values(sink: Sink, entry: MakeEntry, read: Read) -> None:
+    """Events are filled in again, by their keys: nothing of an earlier one may be left in a later one."""
+    sets: list[dict[str, float]] = [{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}, {"b": 5.0, "a": 6.0}, {}, {"a": 7.0}]
+    many = [{f"k{i}": float(i)} for i in range(200)]  # more than an encoder keeps
+
+    logged = [*sets, *many, *sets]
+
+    sink.open().write([entry(i, Metrics(values), step=i) for i, values in enumerate(logged)])
+
+    accumulator = read(sink.folder())
+    for key in ("a", "b", "k0", "k199"):
+        expected = [(i, values[key]) for i, values in enumerate(logged) if key in values]
+        assert [(step, value) for step, value, _ in points(accumulator, key)] == expected
+
+
 def test_late_and_repeated_steps_are_kept_in_order(sink: Sink, entry: MakeEntry, read: Read) -> None:
     steps = [5, 6, 3, 3, 2**63 - 1, 0, 6]
 

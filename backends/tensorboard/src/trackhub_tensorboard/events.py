@@ -84,7 +84,10 @@ class Encoder:
         return frame(event.SerializeToString())
 
     def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
-        """Return the frame of an event of scalars. The last one with these keys is filled in again, a third of making one anew."""
+        """Return the frame of an event of scalars.
+
+        The last event with these keys is filled in again, which takes a third of making one anew.
+        """
         keys = tuple(values)
         event, slots = self._scalar_events.get(keys) or self._scalar_event(keys)
         event.wall_time = time
