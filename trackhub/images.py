@@ -78,6 +78,8 @@ def _to_uint8(key: str, image: Any) -> Any:
 
     if hasattr(image, "detach"):
         image = image.detach().cpu()
+        if image.is_floating_point():
+            image = image.float()  # NumPy has no bfloat16
     try:
         array = np.asarray(image)
     except Exception as e:

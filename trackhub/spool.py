@@ -137,6 +137,7 @@ class Spool:
         self._full_until = 0.0
         self._dropped = [0] * len(DROP_REASONS)
         self._gaps: list[tuple[int, Gap]] = []
+        self._warning: tuple[object, ...] | None = None
         self._ledger: Ledger | None = None
 
     def _after_fork(self) -> None:
@@ -180,6 +181,8 @@ class Spool:
                 self._busy = False
                 if self._deferred:
                     self._catch_up()
+        if self._warning is not None:
+            self._warn()
 
     def append_blob(
         self, make: Callable[[str], Payload], source: Callable[[Path], None], size: int, step: int | None, at: float
@@ -207,6 +210,7 @@ class Spool:
             self._in_turn(lambda: self._append_with(partial, make, step, at))
 
     def _reserve(self, size: int) -> bool:
+        error: OSError | None = None
         with self._lock:
             if self._closed:
                 raise SpoolError("the writer is closed; records logged after close() cannot be delivered")
@@ -216,9 +220,7 @@ class Spool:
                     return True
             except OSError as e:
                 error = e
-                self._in_turn(lambda: self._drop_for(error))
-                return False
-        self._in_turn(lambda: self._drop("spool_full", f"{size} bytes do not fit"))
+        self._in_turn(lambda: self._drop_for(error) if error else self._drop("spool_full", f"{size} bytes do not fit"))
         return False
 
     def _append_with(self, partial: Path, make: Callable[[str], Payload], step: int | None, at: float) -> None:
@@ -241,6 +243,8 @@ class Spool:
             self._deferred.append(action)
             if not self._busy:
                 self._catch_up()
+        if self._warning is not None:
+            self._warn()
 
     def _catch_up(self) -> None:
         while self._deferred:
@@ -344,8 +348,8 @@ class Spool:
                 with contextlib.suppress(FileNotFoundError):  # the sender deletes acknowledged segments meanwhile
                     used += entry.stat().st_size
         left = max(0, self.info.max_bytes - used)
-        # Other processes may write here as well: take a part of what is left, then look again.
-        self._budget = min(left, max(self._segment_limit, left // 4))
+        # Other processes may write here as well: take a part of what is left, or what is asked for, then look again.
+        self._budget = min(left, max(self._segment_limit, left // 4, size))
         if size <= self._budget:
             return True
         self._full_until = now + _RESCAN_S
@@ -375,10 +379,21 @@ class Spool:
         now = self._clock()
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
+            self._warning = reason, detail, self.folder, sum(self._dropped)
+
+    def _warn(self) -> None:
+        """Say that a record was dropped: without the lock, since a log handler may log to the run itself.
+
+        Else the handler's lock and this one would be taken in one order here, and in the other by whoever logs a line.
+        """
+        if self._busy:
+            return  # in a signal handler: the call that it interrupted has the lock, and comes here after it
+        warning, self._warning = self._warning, None
+        if warning is not None:
             _log.warning(
                 "tracking dropped a record (%s: %s) in %s; %d dropped by this process so far; training goes on",
-                reason, detail, self.folder, sum(self._dropped),
-            )  # fmt: skip
+                *warning,
+            )
 
     def acked(self) -> int:
         """Return how many of this stream's records every reader has had acknowledged, refused or explained."""

@@ -431,7 +431,7 @@ def _count_values(key: str, values: Any, bins: int) -> tuple[list[float], list[f
     import numpy as np  # lazy: the rest of the writer works without
 
     if hasattr(values, "detach"):
-        values = values.detach().cpu()
+        values = values.detach().cpu().double()  # NumPy has no bfloat16
     try:
         counts, edges = np.histogram(np.asarray(values, dtype=np.float64).ravel(), bins=bins)
     except (ValueError, TypeError) as e:

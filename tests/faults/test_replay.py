@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import MakeWorld
-from tests.faults.harness import World, wait_for
+from tests.faults.harness import ROOT, World, wait_for
 from tests.faults.readers import count_sink, count_site, read_store
 from trackhub.cli.status import journal_status
 
@@ -178,6 +184,73 @@ def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: 
         assert len(set(held)) == 2 * CALLS
     else:
         world.check_delivered()
+
+
+def test_a_replay_of_a_spool_goes_on_where_an_earlier_one_gave_up(make_world: MakeWorld) -> None:
+    """Then the records are no longer in the spool, but in the journal beside it, in which the first run left them."""
+    world = make_world({})
+    down = world.folder / "down"
+    down.touch()
+    world.backends = {"idempotent": {"path": str(world.folder / "store"), "down_while": str(down)}}
+    assert world.trainer(calls=CALLS).wait() == 0
+    first = world.replay(*world.flags(**world.backends), "--timeout-s", "1", path=world.spool())
+    assert first.wait() == 1
+    assert f"{CALLS} records are still not delivered" in first.log
+    assert count_site(world.spool()).spooled == 0
+    down.unlink()
+
+    second = world.replay(path=world.spool())
+
+    assert second.wait() == 0, second.log
+    assert world.held("idempotent") == world.truth("a", CALLS, "idempotent")
+
+
+def test_a_replay_from_the_start_of_a_spool_says_that_it_needs_a_journal(make_world: MakeWorld) -> None:
+    world = make_world()
+    assert world.trainer(calls=CALLS).wait() == 0
+    world.end(world.sender(), world.sink())
+
+    replay = world.replay("--from-start", path=world.spool())
+
+    assert replay.wait() != 0
+    assert "--from-start needs the journal" in replay.log
+
+
+def test_a_damaged_spool_holds_up_no_other(make_world: MakeWorld) -> None:
+    world = make_world(deadline_s=0)
+    job_without_backends(world)
+    damaged = world.folder / "site-0" / "trackhub" / "spool"
+    damaged.mkdir(parents=True)
+    (damaged / "spool.json").write_bytes(bytes([255]) * 5)
+    world.backends = {"jsonl": {}}
+
+    replay = world.replay("--backend", "jsonl")
+
+    assert replay.wait() == 1
+    assert str(damaged) in replay.log
+    assert world.held("jsonl") == world.truth("a", CALLS)
+
+
+def test_on_a_terminal_a_replay_shows_how_far_it_is(make_world: MakeWorld) -> None:
+    world = make_world()
+    job_without_backends(world)
+    world.backends = {"idempotent": {}}
+    terminal, side = pty.openpty()
+    flags = world.flags(idempotent={"pause_s": 0.003, "max_batch": 100})
+
+    replay = subprocess.Popen(
+        [sys.executable, "-m", "trackhub.cli", "replay", str(world.folder), *flags],
+        env={**world.env, "COLUMNS": "100"}, stdout=subprocess.DEVNULL, stderr=side, cwd=ROOT,
+    )  # fmt: skip
+    os.close(side)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side has closed a terminal
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+
+    assert replay.wait() == 0, shown
+    assert re.search(rb"idempotent.*[1-5]00/600", shown), shown
 
 
 def test_the_servers_part_must_come_before_the_sites(make_world: MakeWorld) -> None:

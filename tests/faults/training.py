@@ -139,7 +139,7 @@ BACKEND_FAULTS = [
     Fault("refuses everything from the second write on", {"gone": {"dies_at": 2, "permanent": True}}),
 ]
 SINK_FAULTS = [
-    Fault("never answers", sender='TrackhubSender("somebody_else", limits=limits)'),
+    Fault("never answers", sender="BadChannelSender(silent_from=1, silent_s=3600, limits=limits)"),
     Fault("30 % of the acknowledgements lost", sender="BadChannelSender(ack_loss=0.3, limits=limits)"),
     Fault("silent for 4 s", sender="BadChannelSender(silent_from=4, silent_s=4, limits=limits)"),
     Fault("no folder that it can write to", sink_folder="/dev/null/x"),

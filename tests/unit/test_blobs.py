@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,19 @@ def test_bytes_that_are_not_what_their_digest_says_are_not_kept(store: BlobStore
     assert store.add(SITE, chunk(0, data=DATA[::-1])) is None
     assert not store.has(SITE, NAME)
     assert list(store.folder(SITE).iterdir()) == []
+
+
+def test_with_full_durability_a_blob_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(tmp_path / "blobs", sync=True)
+    synced: list[str] = []
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.add(SITE, chunk(0))
+
+    assert synced == [f"{NAME}.part", SITE, "blobs", tmp_path.name]
+    assert_whole(store)

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.helpers import WAIT_S, MemoryBackend
-from tests.unit.rigs import SITE, Bench, run_of
+from tests.unit.rigs import SITE, Bench, failing, run_of
 from trackhub.delivery import run_lane
+from trackhub.delivery.lane import Lane
+from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.retry import Backoff
-from trackhub.errors import TransientError
+from trackhub.errors import PermanentError, TransientError
 from trackhub.spi import Entry, Redelivery
 
 
@@ -156,3 +158,79 @@ def test_a_lane_goes_on_in_a_new_process_where_it_stopped(tmp_path: Path) -> Non
         assert backend.infos[0].resume_from == 10 * day
         assert run_of(report).confirmed == 10 * (day + 1)
     assert [e.position for e in stored[SITE]] == list(range(30))
+
+
+def test_a_run_to_rebuild_that_a_lane_does_not_come_to_is_rebuilt_by_the_next(tmp_path: Path) -> None:
+    """It was not finished; then a lane spent all its time on opening another run; then there was time."""
+    bench = Bench(tmp_path / "sink")
+    rebuild: dict[str, Any] = {"redelivery": Redelivery.REBUILD, "late_steps": False}
+    release, hangs = threading.Event(), threading.Event()
+
+    def day(
+        behave: Callable[[str, Any], None], timeout_s: float = WAIT_S
+    ) -> tuple[MemoryBackend, DeliveryReport, Lane]:
+        here = Bench(tmp_path / "sink")
+        here.counts = {SITE: 10, "site-2": 10}
+        backend = MemoryBackend(behave, **rebuild)
+        lane = here.lane(backend)
+        return backend, here.finish(timeout_s), lane
+
+    def hang(method: str, argument: Any) -> None:
+        if method == "open":
+            hangs.set()
+            release.wait(WAIT_S)
+
+    for site in (SITE, "site-2"):
+        bench.log(10, site)
+    bench.journal.close()
+    day(failing(10**6, lambda: TransientError("not now"), "finish"), 0.5)
+    _, between, lane = day(hang, 0.2)
+    release.set()
+    lane._thread.join(WAIT_S)
+
+    backend, report, _ = day(lambda method, argument: None)
+
+    for site in (SITE, "site-2"):
+        assert run_of(between, site).pending == 10
+        assert (run_of(report, site).confirmed, run_of(report, site).rejected) == (10, {})
+        assert backend.positions(site) == list(range(10))
+
+
+def test_a_run_that_is_finished_stays_so_when_a_later_lane_has_no_time_for_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "sink")
+    bench.log(5)
+    bench.lane(MemoryBackend())
+    assert run_of(bench.finish()).state == "finished"
+    release = threading.Event()
+    again = Bench(tmp_path / "sink")
+    again.counts = {SITE: 5}
+    lane = again.lane(MemoryBackend(lambda method, argument: release.wait(WAIT_S) if method == "preflight" else None))
+
+    run = run_of(again.finish(0.05))
+
+    release.set()
+    lane._thread.join(WAIT_S)
+    assert (run.state, run.confirmed, run.last_error) == ("finished", 5, "")
+
+
+def test_what_a_backend_stored_before_it_refused_a_record_counts_as_possible_duplicates(bench: Bench) -> None:
+    """Of one that sends record by record: the ones before the refused one are handed over again."""
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
+    take = backend.take
+
+    def one_by_one(site: str, batch: Any) -> None:
+        for entry in batch:
+            if entry.position == 5:
+                raise PermanentError("400")
+            take(site, [entry])
+
+    backend.take = one_by_one  # type: ignore[method-assign]
+    bench.log(10)
+    bench.lane(backend)
+
+    run = run_of(bench.finish())
+
+    twice = len(backend.positions()) - len(set(backend.positions()))
+    assert twice > 0
+    assert run.possible_duplicates >= twice
+    assert (run.confirmed, run.rejected) == (9, {"permanent_error": 1})

@@ -230,3 +230,24 @@ def test_what_a_script_logged_before_it_was_killed_is_on_the_disk_and_goes_on(tm
     steps = sorted(int(str(line["step"])) for line in lines(writer))
     assert steps == list(range(501))
     assert_balanced(report_of(writer), {"local": 501}, {("jsonl", "local"): 501})
+
+
+def test_a_job_can_be_named_again_while_a_forked_worker_of_its_script_lives(tmp_path: Path) -> None:
+    """Such as one of a data loader: it has inherited the file that locks the journal."""
+    with open_local(tmp_path, job="job-1") as writer:
+        writer.log({"a": 1.0})
+        end, hold = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(hold)
+            os.read(end, 1)
+            os._exit(0)
+        os.close(end)
+    try:
+        with open_local(tmp_path, job="job-1") as again:
+            again.log({"a": 2.0})
+    finally:
+        os.close(hold)
+        os.waitpid(pid, 0)
+
+    assert len(lines(again)) == 2

@@ -265,6 +265,26 @@ def test_close_ends_in_time_whatever_the_link_does(way: Way) -> None:
     assert (ledger.logged, ledger.spooled) == (10, 10)
 
 
+def test_close_ends_in_time_with_a_slow_link_that_answers_everything(way: Way) -> None:
+    sent = 0
+
+    def link(data: bytes, timeout_s: float) -> bytes:
+        nonlocal sent
+        sent += 1
+        threading.Event().wait(0.1)
+        return way.link(data, timeout_s)
+
+    log(way.spool, 50 * 200)
+    sender = way.sender(link, start=False)
+    sender.start()
+
+    ledger = sender.close(0.3)
+
+    assert sent < 100
+    assert ledger.logged == ledger.acked + ledger.spooled == 10_000
+    assert ledger.spooled > 0
+
+
 def test_a_sender_that_was_never_started_counts_what_is_there(way: Way) -> None:
     log(way.spool, 10)
     sender = way.sender(start=False)

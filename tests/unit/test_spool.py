@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -406,3 +407,46 @@ def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
     assert (tmp_path / f"{spool.stream}-1.blob").read_bytes() == b"x"
     assert list(tmp_path.glob("*.part")) == []
     spool.close()
+
+
+def test_a_log_handler_that_logs_to_the_run_and_a_dropped_record_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """One thread drops a record and warns; another one is in the handler already, and logs to the same spool."""
+    spool = Spool(new_spool(tmp_path, max_bytes=4096))
+    in_handler, dropping = threading.Event(), threading.Event()
+
+    class ToSpool(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            in_handler.set()
+            dropping.wait(1)  # then the other one waits for this handler, or has gone past
+            spool.append(Metrics({"lines": 1.0}), None, 1.0)
+
+        def acquire(self) -> None:
+            if in_handler.is_set():
+                dropping.set()
+            super().acquire()
+
+    handler, logger = ToSpool(), logging.getLogger("trackhub.spool")
+    logger.addHandler(handler)
+    try:
+        line = threading.Thread(target=logger.error, args=("a line",), daemon=True)
+        line.start()
+        assert in_handler.wait(20)
+        drop = threading.Thread(target=spool.append, args=(text(5000), None, 1.0), daemon=True)
+        drop.start()
+        for thread in (line, drop):
+            thread.join(20)
+            assert not thread.is_alive()
+    finally:
+        logger.removeHandler(handler)
+    spool.close()
+
+
+def test_a_file_may_take_all_the_room_that_a_spool_has(tmp_path: Path) -> None:
+    spool = Spool(new_spool(tmp_path, max_bytes=8 << 20))
+
+    spool.append_blob(lambda name: Text("blob", name), lambda path: path.touch(), 7 << 20, None, 1.0)
+    spool.append_blob(lambda name: Text("blob", name), lambda path: path.touch(), 9 << 20, None, 1.0)
+    spool.close()
+
+    (count,) = SpoolReader(tmp_path, "server").counts().values()
+    assert (count.logged, count.dropped) == (2, {"spool_full": 1})

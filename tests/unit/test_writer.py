@@ -187,6 +187,16 @@ def test_a_table_keeps_its_cells(writer: Writer) -> None:
     assert payload(writer) == Table("t", ["a", "5"], [[1, "x"], [None, 0.5], [True, "y"]])
 
 
+def test_tensors_of_a_type_that_numpy_lacks_are_taken(writer: Writer) -> None:
+    writer.log_histogram("h", torch.ones(100, dtype=torch.bfloat16, requires_grad=True), 1, bins=4)
+    writer.log_image("i", torch.zeros((4, 4, 3), dtype=torch.bfloat16), 1)
+
+    histogram, image = (record.payload for record in logged(writer))
+    assert isinstance(histogram, Histogram)
+    assert isinstance(image, Image)
+    assert sum(histogram.counts) == 100
+
+
 def test_a_histogram_counts_every_value(writer: Writer) -> None:
     writer.log_histogram("h", torch.arange(100.0, requires_grad=True), 1, bins=10)
     found = payload(writer)

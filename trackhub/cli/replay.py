@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,11 +20,13 @@ from trackhub.config import Limits, parse_option_flags
 from trackhub.delivery.find import find
 from trackhub.delivery.journal_report import read_journal_report
 from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, spool_journal, spooled
-from trackhub.delivery.report import DeliveryReport, format_report
+from trackhub.delivery.report import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.spool_layout import read_spool_info
 
 __all__ = ["replay"]
+
+T = TypeVar("T")
 
 _REFRESH_S = 0.5
 
@@ -52,25 +54,33 @@ def replay(
     found = find(path)
     limit_s = FOREVER_S if timeout_s is None else timeout_s
     limits = Limits.from_mapping({}, environ=os.environ)
+    journals = [journal.absolute() for journal in found.journals]
     # A journal is worked on for each site, and by itself. What its lanes lack is what they lack in the end.
     pending: dict[Path, int] = {}
     in_spools = 0
     errors: list[TrackhubError] = []
-    for spool in found.spools:
-        for cursor in read_spool_info(spool).cursors:
-            try:
-                journal = spool_journal(spool, cursor, found.journals)
-                report = replay_spool(
-                    spool, cursor=cursor, journal=journal, backends=backends, timeout_s=limit_s, limits=limits
-                )
-                in_spools += spooled(spool, cursor)
-            except TrackhubError as e:
-                errors.append(e)
-                continue
-            if report is not None:
-                print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
-                pending[journal] = report.pending()
-    for journal in found.journals:
+    for spool, cursor in _cursors(found.spools, errors):
+        try:
+            journal = spool_journal(spool, cursor, found.journals)
+            rest = partial(
+                replay_spool, spool, cursor=cursor, journal=journal, backends=backends, timeout_s=limit_s, limits=limits
+            )
+            brought = _with_progress(journal, rest)
+            in_spools += spooled(spool, cursor)
+        except TrackhubError as e:
+            errors.append(e)
+            continue
+        if brought is not None:
+            print_lines(f"{spool}: what the {cursor} side did not get", format_report(brought))
+            pending[journal] = brought.pending()
+        if journal not in journals and journal.exists() and (brought is None or from_start):
+            journals.append(journal)  # the spool is named alone: an earlier replay of it got this far
+    if from_start and not journals and not errors:
+        raise ConfigError(
+            f"{path}: --from-start needs the journal of a sink. A spool holds only what no sink has acknowledged; give "
+            "the folder of the sink's job, or leave --from-start out"
+        )
+    for journal in journals:
         try:
             work = partial(
                 replay_journal, journal, backends=backends, from_start=from_start, timeout_s=limit_s, limits=limits
@@ -80,7 +90,7 @@ def replay(
             errors.append(e)
             continue
         print_lines(f"{journal}:", format_report(report))
-        pending[journal.absolute()] = report.pending()
+        pending[journal] = report.pending()
     left = in_spools + sum(pending.values())
     for error in errors:
         print_error(str(error))
@@ -88,6 +98,17 @@ def replay(
         print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
     if left or errors:
         raise typer.Exit(1)
+
+
+def _cursors(spools: list[Path], errors: list[TrackhubError]) -> Iterator[tuple[Path, str]]:
+    """Yield each spool with each of its sinks; one that is none costs an error, and not the others."""
+    for spool in spools:
+        try:
+            info = read_spool_info(spool)
+        except TrackhubError as e:
+            errors.append(e)
+        else:
+            yield from ((spool, cursor) for cursor in info.cursors)
 
 
 def _backends(names: list[str] | None, options: list[str] | None) -> Backends | None:
@@ -102,7 +123,7 @@ def _backends(names: list[str] | None, options: list[str] | None) -> Backends | 
     return {name: given.get(name, {}) for name in names}
 
 
-def _with_progress(journal: Path, work: Callable[[], DeliveryReport]) -> DeliveryReport:
+def _with_progress(journal: Path, work: Callable[[], T]) -> T:
     """Show how far the delivery got while ``work`` runs: on a terminal only."""
     if not sys.stderr.isatty():
         return work()
@@ -116,7 +137,7 @@ def _with_progress(journal: Path, work: Callable[[], DeliveryReport]) -> Deliver
                 try:
                     report = read_journal_report(journal)
                 except JournalError:
-                    continue  # it is being closed; the report follows
+                    continue  # it is not there yet, or being closed
                 for lane, runs in report.lanes.items():
                     total = sum(site.journaled for site in report.sites.values())
                     settled = sum(run.confirmed + sum(run.rejected.values()) for run in runs.values())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections import defaultdict
@@ -20,9 +21,14 @@ _NAME = re.compile(r"[0-9a-f]{32}-\d+")
 class BlobStore:
     """One folder of blobs per site. Thread-safe."""
 
-    def __init__(self, folder: Path) -> None:
-        """Use this folder; it is created with the first blob."""
+    def __init__(self, folder: Path, *, sync: bool = False) -> None:
+        """Use this folder; it is created with the first blob.
+
+        Args:
+            sync: a blob that is here whole survives the machine's loss of power.
+        """
         self._folder = folder
+        self._sync = sync
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
@@ -69,5 +75,18 @@ class BlobStore:
         if reached != chunk.size or digest != chunk.sha256:
             partial.unlink()
             return None if expected else 0
+        if self._sync:
+            _sync(partial)
         partial.replace(target)
+        if self._sync:
+            for path in (folder, self._folder, self._folder.parent):  # those that may be new as well
+                _sync(path)
         return reached
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

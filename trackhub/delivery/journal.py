@@ -373,14 +373,14 @@ class Journal:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.Error as e:
                 _log.warning("%s: its write-ahead log could not be folded in (%s): keep the -wal file", self.path, e)
-            self._db.close()
-            os.close(self._lock_fd)
+            _close(self._db, self._lock_fd)
             self._lock_fd = -1
 
 
 def _close(db: sqlite3.Connection | None, lock_fd: int) -> None:
     if db is not None:
         db.close()
+    fcntl.flock(lock_fd, fcntl.LOCK_UN)  # closing alone does not unlock while a forked child has the file open
     os.close(lock_fd)
 
 

@@ -61,6 +61,7 @@ class Lane:
         self._preflight_done = threading.Event()
         self._preflight_error: ConfigError | None = None
         self._final: Mapping[str, RunStatus] | None = None
+        self._otherwise = RunStatus.FAILED
         self._stop = threading.Event()
         self._busy_since: float | None = None
         self._defect = ""
@@ -89,8 +90,14 @@ class Lane:
             self._news.add(site)
         self._wake.set()
 
-    def begin_finish(self, status: Mapping[str, RunStatus]) -> None:
-        """Deliver what is left without further waiting for new rows, then finish each run with its status."""
+    def begin_finish(self, status: Mapping[str, RunStatus], otherwise: RunStatus) -> None:
+        """Deliver what is left without further waiting for new rows, then finish each run with its status.
+
+        Args:
+            status: by site.
+            otherwise: that of the sites that are not in it.
+        """
+        self._otherwise = otherwise
         self._final = status
         self._wake.set()
 
@@ -107,19 +114,15 @@ class Lane:
         ended = not self._thread.is_alive()
         busy_s = time.monotonic() - (self._busy_since or time.monotonic())
         reason = self._defect if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
-        for run in list(self._runs.values()):
-            run.give_up(reason)
-        if reason:
-            self._blame_unopened(reason)
-        return ended
-
-    def _blame_unopened(self, reason: str) -> None:
-        """Store the reason for the runs, too, that the lane never came to."""
         try:
-            for site in self._journal.sites().keys() - self._runs.keys():
-                self._run(site).give_up(reason)
+            for run in list(self._runs.values()):
+                run.give_up(reason)
+            if reason:  # also for the runs that the lane never came to
+                for site in self._journal.sites().keys() - self._runs.keys():
+                    self._run(site).give_up(reason)
         except JournalError as e:
             _log.warning("lane %s cannot store why it did not deliver: %s", self.name, e)
+        return ended
 
     def _main(self) -> None:
         try:
@@ -208,7 +211,7 @@ class Lane:
                 continue
             if time.monotonic() >= run.not_before:
                 self._busy_since = time.monotonic()
-                run.finish(self._final.get(run.site, RunStatus.FINISHED))
+                run.finish(self._final.get(run.site, self._otherwise))
                 self._busy_since = None
             if not run.is_over():
                 due = min(run.not_before, due or run.not_before)

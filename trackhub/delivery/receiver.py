@@ -93,7 +93,7 @@ class Receiver:
         self._side = side
         self._backends = backends
         self._limits = limits or Limits()
-        self._blobs = BlobStore(self.folder / "blobs")
+        self._blobs = BlobStore(self.folder / "blobs", sync=self._limits.durability == "full")
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
         self._state = "not started yet"
@@ -312,7 +312,7 @@ class Receiver:
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         for lane in self._lanes:
-            lane.begin_finish(by_site)
+            lane.begin_finish(by_site, status)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
@@ -327,6 +327,6 @@ class Receiver:
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
-            _log.warning("cannot write %s: %s; `trackhub report` makes it from the journal", REPORT_NAME, e)
+            _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
         _log.info("%s", format_report(report))
         return report

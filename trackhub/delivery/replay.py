@@ -67,7 +67,9 @@ def replay_journal(
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend, so name the one to deliver to")
     folder = journal.absolute().parent
-    receiver = Receiver(folder, folder.parent, job=meta["job"], side=Side(meta["side"]), backends=chosen, limits=limits)
+    receiver = Receiver(
+        folder, _workdir(folder), job=meta["job"], side=Side(meta["side"]), backends=chosen, limits=limits
+    )
     receiver.start(from_start=from_start)
     return receiver.finish(_ending(meta, RunStatus.FAILED), deadline_s=timeout_s)
 
@@ -117,9 +119,8 @@ def replay_spool(
             raise ConfigError(f"{spool}: the server's backends are not known at the site; name one to deliver to")
     meta = read_journal_meta(journal) if journal.exists() else {}
     folder = journal.absolute().parent
-    workdir = folder.parent.parent if away else folder.parent
     chosen = _choose(meta, backends)
-    receiver = Receiver(folder, workdir, job=info.job, side=Side(cursor), backends=chosen, limits=limits)
+    receiver = Receiver(folder, _workdir(folder), job=info.job, side=Side(cursor), backends=chosen, limits=limits)
     receiver.start()
     if away:
         # So that positions, by which backends recognise a record, go on where the server's own journal ended.
@@ -177,6 +178,11 @@ def spool_journal(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
             return journal.absolute()
     return beside / AWAY / JOURNAL_NAME
+
+
+def _workdir(state: Path) -> Path:
+    """Return the folder in which the backends of a sink have theirs, by the one with the sink's journal."""
+    return state.parent.parent if state.name == AWAY else state.parent
 
 
 def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,9 @@ class RunLane:
         written, self._confirmed, self._progress = journal.run_state(lane, site_id)
         self._rebuilds = self._can.redelivery is Redelivery.REBUILD and self._confirmed > 0
         if self._rebuilds and self._progress.state != "finished":
-            self._confirmed = 0  # it cannot be left as it is, even if nothing more comes
+            # It cannot be left as it is, even if nothing more comes. Counts and memory go with the cursor: it may be
+            # stored before the run is opened, when another one takes all the time there is.
+            self._confirmed, self._progress = 0, Progress(last_error=self._progress.last_error)
         self._written = self._confirmed
         self._ever_written = max(written, self._confirmed)
         self._doubted_to = 0  # records before this position may be at the backend already
@@ -176,7 +178,13 @@ class RunLane:
         return True
 
     def give_up(self, reason: str) -> None:
-        """Mark the run as unfinished, if it is, with a reason. Called after the lane's end, or when it does not end."""
+        """Mark the run as unfinished, if it is, with a reason. Called after the lane's end, or when it does not end.
+
+        Raises:
+            JournalError: the journal does not tell whether the run is finished.
+        """
+        if self._progress.state == "finished" and not self._journal.has_rows_after(self.site_id, self._confirmed):
+            self._over = True  # by an earlier sink
         if not self._over:
             self._over = True
             self._progress.last_error = reason or self._progress.last_error
@@ -337,6 +345,7 @@ class RunLane:
             self._failed(e, e.retry_after_s)
             return False
         except PermanentError as e:
+            self._may_have_stored(batch)  # one that stores record by record has the first ones
             self._note_error(e)
             self._narrow_down(batch, "permanent_error", e)
             return True
@@ -434,7 +443,8 @@ class RunLane:
 
     def _results(self) -> Results | None:
         try:
-            return self._backend.results(self._info())
+            # By way of plain values: one of another type would make the journal unreadable.
+            return msgspec.convert(msgspec.to_builtins(self._backend.results(self._info())), Results | None)
         except BaseException as e:
             _log.warning("backend %s cannot say where run %s can be seen: %s", self._lane, self.site, e)
             return None
@@ -442,7 +452,7 @@ class RunLane:
     def _failed(self, error: BaseException, retry_after_s: float | None) -> None:
         self._note_error(error)
         self._asked_to_wait = retry_after_s is not None
-        wait_s = self._backoff.next_wait_s(retry_after_s)
+        wait_s = self._backoff.next_wait_s(_seconds(retry_after_s))
         self.not_before = time.monotonic() + wait_s
         if self._backoff.failures == 1:
             _log.warning("backend %s, run %s: %s; trying again", self._lane, self.site, self._progress.last_error)
@@ -452,6 +462,19 @@ class RunLane:
 
 
 def _checked(report: object) -> WriteReport | None:
-    if report is None or isinstance(report, WriteReport):
-        return report
-    raise TypeError(f"write() returned {type(report).__name__}; expected None or a WriteReport")
+    if report is None:
+        return None
+    if not isinstance(report, WriteReport):
+        raise TypeError(f"write() returned {type(report).__name__}; expected None or a WriteReport")
+    for one in report.rejected:
+        if not isinstance(one, Rejection) or type(one.position) is not int or type(one.reason) is not str:
+            raise TypeError(f"write() reported {one!r}; expected a Rejection with a position and a reason")
+    return report
+
+
+def _seconds(retry_after_s: object) -> float | None:
+    """Return a wait that a plugin asked for, which may be a header as it came; None if it is no number."""
+    try:
+        return max(0.0, float(retry_after_s))  # type: ignore[arg-type]  # the point of trying
+    except (TypeError, ValueError):
+        return None

@@ -243,6 +243,8 @@ class Sender:
                 return not final
             if batch is None:
                 return True
+            if ends is not None and self._is_late():
+                return False
             ends = ends or self._reader.ends()
             if not self._deliver(batch):
                 return False
