@@ -272,6 +272,11 @@ class World:
         assert proc.answer() == "ready"
         return proc
 
+    def go(self, *names: str) -> None:
+        """Let trainers go on that wait at ``wait_at``, or will."""
+        for name in names:
+            (self.folder / f"{name}.go").touch()
+
     def count(self, name: str = "a") -> int:
         """Return how many calls of a writer have returned."""
         return Notes(self.folder / name).count()

@@ -10,10 +10,15 @@ import pytest
 
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import World, wait_for
+from tests.faults.readers import count_sink
 
 SEEDS = [pytest.param(seed, marks=[] if seed < 2 else pytest.mark.long) for seed in range(50)]
 EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")
 CALLS = 1000
+WAITS_AT = 900
+"""Where a trainer waits that must not end before the kill: see `World.go`."""
+ENDLESS = 50_000
+"""Calls of a trainer that does not live to make them all."""
 
 
 def some_backends(seed: int) -> dict[str, dict[str, object]]:
@@ -21,21 +26,23 @@ def some_backends(seed: int) -> dict[str, dict[str, object]]:
     return {"jsonl": {}, EVERY_KIND[seed % len(EVERY_KIND)]: {}}
 
 
-def reach(world: World, chance: random.Random, name: str = "a", calls: int = CALLS) -> None:
-    """Wait for a random moment of the training."""
-    target = chance.randrange(calls)
+def reach(world: World, chance: random.Random, name: str = "a", least: int = 1, most: int = WAITS_AT) -> None:
+    """Wait for a random moment of the training, when the sink has a part of what was logged."""
+    target = chance.randrange(least, most)
     wait_for(lambda: world.count(name) >= target, f"{target} calls")
+    wait_for(lambda: world.journal.exists() and count_sink(world.journal), "the first records to be journaled")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    trainer = world.trainer("a", calls=CALLS)
     sink, sender = world.sink(), world.sender()
+    trainer = world.trainer("a", calls=ENDLESS)
 
     reach(world, chance)
     trainer.kill()
+    assert trainer.wait() == -9
     world.in_doubt = 1
     if seed % 2:  # started again, as FLARE's launcher or its user does
         assert world.trainer("b", calls=200).wait() == 0
@@ -48,11 +55,14 @@ def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld,
 def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    trainers = [world.trainer("a", calls=CALLS), world.trainer("b", calls=CALLS)]
     sink, sender = world.sink(), world.sender(ack_loss=0.2, seed=seed)
+    trainers = [world.trainer(name, calls=CALLS, wait_at=WAITS_AT) for name in "ab"]
 
     reach(world, chance)
     sender.kill()
+    assert sender.wait() == -9
+    assert world.count("a") < CALLS
+    world.go("a", "b")
     if seed % 2:
         sender = world.sender()
     for trainer in trainers:
@@ -67,11 +77,14 @@ def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None
 def test_a_killed_sink_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    trainer = world.trainer("a", calls=CALLS)
     sink, sender = world.sink(), world.sender()
+    trainer = world.trainer("a", calls=CALLS, wait_at=WAITS_AT)
 
     reach(world, chance)
     sink.kill()
+    assert sink.wait() == -9
+    assert world.count("a") < CALLS
+    world.go("a")
     if seed % 2:
         sink = world.sink()
     assert trainer.wait() == 0, trainer.log
@@ -130,17 +143,21 @@ def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_w
     assert world.trainer("a", calls=1000).wait() == 0
     sink, sender = world.sink(), world.sender()
     world.end(sender, sink)
-    options = {} if kind in ("jsonl", "tensorboard") else {"pause_s": 0.0005}
+    options = {} if kind in ("jsonl", "tensorboard") else {"pause_s": 0.001}
     world.backends = {kind: options}
     flags = ["--backend", kind, *(f for k, v in options.items() for f in ("--option", f"{kind}.{k}={v}"))]
 
+    killed = 0
     for _ in range(3):
         replay = world.replay(*flags)
-        held = chance.randrange(1, 900)
-        wait_for(lambda: len(world.held(kind)) >= held or not replay.is_alive(), f"{held} records")  # noqa: B023
+        held = len(world.held(kind))
+        target = chance.randrange(held, held + (1000 - held) // 2 + 1)
+        wait_for(lambda: len(world.held(kind)) > target or not replay.is_alive(), f"{target} records")  # noqa: B023
         replay.kill()
+        killed += replay.wait() == -9
         world.check_equations()
 
+    assert killed or not options  # without a pause it may be done before anybody looks
     world.replay_all(*flags)
 
 
@@ -150,22 +167,25 @@ def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> N
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=True)
     channel: dict[str, Any] = {"ack_loss": 0.3, "request_loss": 0.1, "again": 0.2, "delay_s": 0.005, "seed": seed}
-    trainers = {name: world.trainer(name, calls=CALLS) for name in ("a", "b")}
     sink, sender = world.sink(), world.sender(**channel)
+    doomed = world.trainer("a", calls=ENDLESS, pause_s=0.02)
+    trainer = world.trainer("b", calls=CALLS, wait_at=WAITS_AT)
 
     for victim in chance.sample(["sink", "sender", "a", "sink", "sender"], 5):
-        reach(world, chance, "b", min(CALLS, world.count("b") + 300))
+        least = min(world.count("b"), WAITS_AT - 1)
+        reach(world, chance, "b", least, min(WAITS_AT, least + 300))
         if victim == "sink":
             sink.kill()
             sink = world.sink()
         elif victim == "sender":
             sender.kill()
             sender = world.sender(**channel)
-        elif trainers["a"].is_alive():
-            trainers["a"].kill()
+        else:
+            doomed.kill()
+            assert doomed.wait() == -9
             world.in_doubt = 1
-    trainers["a"].wait()
-    assert trainers["b"].wait() == 0
+    world.go("b")
+    assert trainer.wait() == 0
     world.end(sender, sink)
 
     world.check_equations()
