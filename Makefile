@@ -61,7 +61,7 @@ coverage: $(INSTALLED) ## run the quick tests and show which lines of the core t
 bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table, runs/bench.json; about 25 minutes
 	$(BIN)/python -m tests.bench $(ARGS)
 
-bench-quick: $(INSTALLED) ## the same figures from fewer and shorter runs, in under 4 minutes
+bench-quick: $(INSTALLED) ## most of the figures, from fewer and shorter runs, in under 4 minutes
 	$(BIN)/python -m tests.bench --quick $(ARGS)
 
 bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it into runs/curves

@@ -87,7 +87,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     request_s: float = 10.0
     """Longest wait in seconds of a site for the sink's answer to one message, before it is sent again; 0.1 to 600.
-    Default 10."""
+    Default 10; half of ``silence_s`` where that is less, or one lost answer would make the site look dead."""
 
     barrier_s: float = 10.0
     """Longest wait in seconds, once per round, before a task's result is sent, until what was logged is acked; 0 (do

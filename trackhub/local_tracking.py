@@ -82,7 +82,7 @@ def open_local(
     if isinstance(backends, str):
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
-    limits = limits or Limits()
+    limits = limits or Limits.from_mapping({}, environ=os.environ)
     job = job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     run_dir = Path(folder).absolute() / job
     state = run_dir / "trackhub"

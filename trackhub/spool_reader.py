@@ -252,6 +252,8 @@ class SpoolReader:
                 return None
             if data:
                 self._name_damage(stream, segment, offset, offset + len(data))
+            elif not is_last and offset <= len(SEGMENT_HEADER):
+                self._name_missing(stream, segment)
             if is_last:
                 return None
             segment, offset = segment + 1, len(SEGMENT_HEADER)
@@ -337,6 +339,12 @@ class SpoolReader:
             segment=segment,
             offset=offset + end,
         )
+
+    def _name_missing(self, stream: str, segment: int) -> None:
+        path = self.folder / segment_name(stream, segment)
+        if (stream, segment, -1) not in self._named and not path.exists():
+            self._named.add((stream, segment, -1))
+            _log.warning("%s is not there, though the stream goes on behind it; its records count as damaged", path)
 
     def _name_damage(self, stream: str, segment: int, start: int, end: int) -> None:
         if (stream, segment, start) not in self._named:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from trackhub.spool import set_process_spool
 from trackhub.spool_layout import SpoolInfo, create_spool
 
 __all__ = ["TrackhubReceiver"]
+
+_OWN_GATE_S = 1.0
 
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
@@ -65,7 +68,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._core: Receiver | None = None
         self._own_sender: Sender | None = None
         self._stock = StockRecords(self)
-        self._gate_open = False
+        self._gate_end: float | None = None
         self._failed = False
         self._status = RunStatus.FINISHED
 
@@ -181,9 +184,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         return compat.state_folder(fl_ctx, self.state_dir)
 
     def _wait_for_sites(self, fl_ctx: FLContext) -> None:
-        if self._core is None or self._gate_open:  # FLARE asks again until all components are ready
+        if self._core is None or self._gate_end is not None:  # FLARE asks again until all components are ready
             return
-        self._gate_open = True
+        self._gate_end = time.monotonic() + self._limits.gate_s
         sites = set(compat.participants(fl_ctx.get_engine()))
         if silent := self._core.wait_for_byes(sites, self._limits.gate_s):
             self.log_warning(
@@ -197,7 +200,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         set_process_spool(None)
         self._stock.close()
         if self._own_sender is not None:
-            self._own_sender.close(self._limits.gate_s if has_streams(self._folder(fl_ctx) / "spool") else 0.0)
+            # What the gate has left, but time for an answer: the sites may have used it up.
+            left_s = (self._gate_end or 0.0) - time.monotonic()
+            gate_s = min(self._limits.gate_s, max(left_s, _OWN_GATE_S))
+            self._own_sender.close(gate_s if has_streams(self._folder(fl_ctx) / "spool") else 0.0)
         self.close(self._status)
 
 

@@ -172,11 +172,16 @@ def _checked(backends: Backends | None, where: str) -> dict[str, dict[str, Any]]
 
 
 def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return those values that differ from the defaults, None if none does, as the job's configuration holds them."""
+    """Return what the job's configuration holds: the given values, of ``Limits`` those that differ from the defaults.
+
+    What it does not hold, a site's environment may set.
+    """
     if limits is None:
         return None
-    given = limits if isinstance(limits, Limits) else Limits.from_mapping(limits)
-    default = Limits()
+    if not isinstance(limits, Limits):
+        checked = Limits.from_mapping(limits)
+        return {name: getattr(checked, name) for name in limits} or None
+    given, default = limits, Limits()
     changed = {n: getattr(given, n) for n in Limits.__struct_fields__ if getattr(given, n) != getattr(default, n)}
     return changed or None
 
