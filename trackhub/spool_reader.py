@@ -385,6 +385,12 @@ class SpoolReader:
         damaged = logged - withheld - sum(dropped.values()) - sum(refused.values()) - ack.acked - spooled
         if damaged > 0:
             dropped = {**dropped, _DAMAGED: damaged}
+            if (tail := damaged - explained[_DAMAGED]) > 0 and (stream, -1, tail) not in self._named:
+                self._named.add((stream, -1, tail))
+                _log.warning(
+                    "%s: the last %d records of stream %s, before number %d, are not there; they count as damaged",
+                    self.folder, tail, stream, logged,
+                )  # fmt: skip
         return StreamCount(logged, dropped, withheld, ack.acked, refused, spooled)
 
 

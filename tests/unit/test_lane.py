@@ -26,7 +26,7 @@ from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
 from trackhub.records import Gap, Metrics, Record, Text, encode_frame
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Kind, Redelivery, Rejection, Results, RunInfo, WriteReport
+from trackhub.spi import Kind, Redelivery, Rejection, RunInfo, WriteReport
 
 
 @pytest.fixture(autouse=True)
@@ -483,44 +483,6 @@ def reframed(kind: int, body: bytes) -> bytes:
     """Return a sound frame, whatever its body is."""
     checked = struct.pack("<IB", len(body), kind) + body
     return struct.pack("<I", zlib.crc32(checked)) + checked
-
-
-@pytest.mark.parametrize("said", ["https://there/run", Results(path=Path("/there")), Results(url=7)], ids=repr)  # type: ignore[arg-type]
-def test_results_of_a_wrong_type_leave_the_report_readable(bench: Bench, said: Any) -> None:
-    backend = MemoryBackend()
-    backend.results = lambda info: said  # type: ignore[method-assign]
-    for site in (SITE, "site-2"):
-        bench.log(5, site)
-    bench.lane(backend)
-
-    report = bench.finish()
-
-    for site in (SITE, "site-2"):
-        run = run_of(report, site)
-        assert (run.confirmed, run.state, run.results) == (5, "finished", None)
-
-
-@pytest.mark.parametrize("rejected", [[0], [Rejection(0, 400, "bad")], [Rejection("0", "r", "d")]], ids=repr)  # type: ignore[arg-type]
-def test_a_rejection_of_a_wrong_type_is_an_error_of_that_run_alone(bench: Bench, rejected: Any) -> None:
-    def behave(method: str, argument: Any) -> WriteReport | None:
-        return WriteReport(rejected) if method == "write" else None
-
-    bench.log(5)
-    bench.lane(MemoryBackend(behave))
-
-    run = run_of(bench.finish(0.5))
-
-    assert (run.confirmed, run.pending) == (0, 5)
-    assert "expected a Rejection" in run.last_error
-
-
-def test_a_wait_that_a_backend_asked_for_may_be_a_header_as_it_came(bench: Bench) -> None:
-    waits = ["0.01", "Wed, 21 Oct 2026 07:28:00 GMT"]
-    backend = MemoryBackend(failing(2, lambda: TransientError("429", retry_after_s=waits.pop()), "write"))  # type: ignore[arg-type]
-    bench.log(5)
-    bench.lane(backend)
-
-    assert run_of(bench.finish()).confirmed == 5
 
 
 def test_runs_of_sites_that_the_sink_does_not_know_end_as_it_says(bench: Bench) -> None:
