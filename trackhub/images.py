@@ -38,7 +38,8 @@ def encode_image(key: str, image: Any) -> EncodedImage:
         from PIL import Image as pil  # lazy: only who logs images needs Pillow
     except ImportError as e:
         raise RecordError(
-            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]'"
+            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
+            "(in a clone: pip install -e '.[images]')"
         ) from e
     if isinstance(image, bytes | bytearray | str | os.PathLike):
         return _read_file(key, pil, image)

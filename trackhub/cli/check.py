@@ -45,7 +45,10 @@ def check(
     except ModuleNotFoundError as error:
         if error.name != "pytest":
             raise
-        print_error("the contract kit needs pytest; install the extra `testing`: pip install 'flare-trackhub[testing]'")
+        print_error(
+            "the contract kit needs pytest; install the extra `testing`: pip install 'flare-trackhub[testing]' "
+            "(in a clone: pip install -e '.[testing]')"
+        )
         raise typer.Exit(2) from error
     options = parse_option_flags(f"{name}.{flag}" for flag in option or []).get(name, {})
     report = run_check(name, options, quick=quick, verbose=verbose and not as_json)
