@@ -23,6 +23,7 @@ from trackhub.config import Limits
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.local_tracking import LocalWriter
+from trackhub.spool_layout import read_spool_info
 
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
@@ -251,3 +252,12 @@ def test_a_job_can_be_named_again_while_a_forked_worker_of_its_script_lives(tmp_
         os.waitpid(pid, 0)
 
     assert len(lines(again)) == 2
+
+
+def test_limits_that_are_not_given_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKHUB_SPOOL_BYTES", str(2 << 20))
+
+    with trackhub.local(["jsonl"], folder=tmp_path) as writer:
+        writer.log({"a": 1.0})
+
+    assert read_spool_info(writer.folder / "trackhub" / "spool").max_bytes == 2 << 20
