@@ -27,7 +27,7 @@ from trackhub.spool_layout import SpoolInfo, create_spool
 
 __all__ = ["TrackhubReceiver"]
 
-_OWN_GATE_S = 1.0
+_OWN_GATE_S = 1.0  # of the gate for the records of the server itself, where the sites have used it up
 
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
@@ -200,9 +200,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         set_process_spool(None)
         self._stock.close()
         if self._own_sender is not None:
-            # What the gate has left, but time for an answer: the sites may have used it up.
-            left_s = (self._gate_end or 0.0) - time.monotonic()
-            gate_s = min(self._limits.gate_s, max(left_s, _OWN_GATE_S))
+            gate_s = self._limits.gate_s
+            if self._gate_end is not None:  # what the sites have left of it
+                gate_s = max(self._gate_end - time.monotonic(), min(gate_s, _OWN_GATE_S))
             self._own_sender.close(gate_s if has_streams(self._folder(fl_ctx) / "spool") else 0.0)
         self.close(self._status)
 
