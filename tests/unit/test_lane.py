@@ -7,9 +7,8 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, failing, poisoned, run_of
-from trackhub.delivery import run_lane
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.shaper import Shaper
 from trackhub.delivery.wire import Batch
@@ -28,17 +26,7 @@ from trackhub.records import Gap, Metrics, Record, Text, encode_frame
 from trackhub.run import RunStatus, Side
 from trackhub.spi import Kind, Redelivery, Rejection, RunInfo, WriteReport
 
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "sink")
-    yield bench
-    bench.journal.close()
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 def test_all_records_are_delivered_in_order_from_one_thread_and_the_run_is_finished(bench: Bench) -> None:

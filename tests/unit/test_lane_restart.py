@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,12 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing, run_of
-from trackhub.delivery import run_lane
 from trackhub.delivery.lane import Lane
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError, TransientError
 from trackhub.spi import Entry, Redelivery
 
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "sink")
-    yield bench
-    bench.journal.close()
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 class Crash:

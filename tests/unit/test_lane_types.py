@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,10 @@ import pytest
 
 from tests.unit.helpers import MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing, run_of
-from trackhub.delivery import run_lane
-from trackhub.delivery.retry import Backoff
 from trackhub.errors import TransientError
 from trackhub.spi import Rejection, Results, WriteReport
 
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "sink")
-    yield bench
-    bench.journal.close()
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.mark.parametrize("said", ["https://there/run", Results(path=Path("/there")), Results(url=7)], ids=repr)  # type: ignore[arg-type]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the tests of lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.rigs import Bench
+from trackhub.delivery import run_lane
+from trackhub.delivery.retry import Backoff
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have lanes wait for milliseconds between two attempts."""
+    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A journal to put records into and lanes on."""
+    bench = Bench(tmp_path / "sink")
+    yield bench
+    bench.journal.close()
