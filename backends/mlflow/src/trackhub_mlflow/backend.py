@@ -18,7 +18,7 @@ from trackhub.spi import (
     RunInfo,
     SinkContext,
 )
-from trackhub_mlflow.group import open_parent, open_site_run
+from trackhub_mlflow.group import Group
 from trackhub_mlflow.naming import KEY_CHARS, MAX_NAME_CHARS, NOTE_TAG, tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
 from trackhub_mlflow.rest import RestStore
@@ -68,8 +68,10 @@ class MLflowBackend(Backend):
             ).absolute()
             self._store = SqliteStore(self._file)
         self._seen: dict[str, StoredRun] = {}
-        self._open_runs: set[str] = set()
-        self._group: tuple[Experiment, StoredRun] | None = None
+        tags = [Pair(tag_name(key), value) for key, value in options.run_tags.items()]
+        if options.note:
+            tags.append(Pair(NOTE_TAG, options.note))
+        self._group = Group(self._store, self._experiment, tags)
 
     def preflight(self) -> None:
         """Check that the store can be used, creating it if it is a file, and the experiment if there is none.
@@ -85,16 +87,9 @@ class MLflowBackend(Backend):
 
     def open_run(self, info: RunInfo) -> MLflowRun:
         """Open the site's run and, if this is the job's first, its parent run."""
-        tags = [Pair(tag_name(key), value) for key, value in self._options.run_tags.items()]
-        if self._options.note:
-            tags.append(Pair(NOTE_TAG, self._options.note))
-        if self._group is None or not self._open_runs:
-            experiment = self._experiment()
-            self._group = experiment, open_parent(self._store, experiment, info, tags)
-        experiment, parent = self._group  # while one of its runs is open, nobody ends the parent run
-        run = open_site_run(self._store, experiment, parent, info, tags)
+        run = self._group.open_run(info)
         self._seen[info.run_id] = run
-        return MLflowRun(self._store, run, info, self._open_runs)
+        return MLflowRun(self._store, run, info, self._group)
 
     def results(self, info: RunInfo) -> Results | None:
         """Return the run's page on the server, or the command that starts MLflow's UI on the job's store.

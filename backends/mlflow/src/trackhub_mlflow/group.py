@@ -11,6 +11,9 @@ tag with its identity, and sinks that create one at the same time agree on one o
 
 Two sinks cannot both find theirs to be the only one, since each looks after it has created its own. A sink that
 dies between creating and settling holds the others up for ``PATIENCE_S``; then the first run is settled for it.
+
+That is for the parent run. Only one sink writes a site's run, so there the second search is left out; what its own
+attempts left behind, of which the store's replies were lost, is withdrawn when the sink's last run ends.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from trackhub.spi import RunInfo, RunStatus, TransientError
 from trackhub_mlflow.naming import digest
 from trackhub_mlflow.store import Experiment, Pair, Store, StoredRun, deleted_error
 
-__all__ = ["PARENT_TAG", "RUN_TAG", "close_parent", "find_or_create", "mlflow_status", "open_parent", "open_site_run"]
+__all__ = ["PARENT_TAG", "RUN_TAG", "Group", "find_or_create"]
 
 PARENT_TAG = "trackhub.job_id"
 """On a job's parent run: a digest of the job's name."""
@@ -47,92 +50,124 @@ _MADE = (Pair(PENDING_TAG, "true"), Pair("mlflow.source.name", "trackhub"), Pair
 _log = logging.getLogger(__name__)
 
 
-def mlflow_status(status: RunStatus) -> str:
-    """Return MLflow's word for how a run ended."""
-    return _ENDS[status]
+class Group:
+    """One sink's part in a job: the job's parent run, and the runs of the sites that the sink writes.
 
-
-def open_parent(store: Store, experiment: Experiment, info: RunInfo, tags: Sequence[Pair]) -> StoredRun:
-    """Return the job's parent run, created if there is none, and running again if it had ended."""
-    job = info.key.job
-    identity = digest(job, 32)
-    start_ms = int(info.created * 1000)
-
-    def create() -> StoredRun:
-        own = [Pair(PARENT_TAG, identity), Pair("job", job), *_MADE, *tags]
-        return store.create_run(experiment.id, job[:_MAX_NAME_CHARS], start_ms, own)
-
-    parent = find_or_create(store, experiment.id, PARENT_TAG, identity, create)
-    if parent.status != "RUNNING":
-        store.update_run(parent.id, "RUNNING", None)
-    return parent
-
-
-def open_site_run(
-    store: Store, experiment: Experiment, parent: StoredRun, info: RunInfo, tags: Sequence[Pair]
-) -> StoredRun:
-    """Return the site's run below the parent, created if there is none, and running again if it had ended."""
-
-    def create() -> StoredRun:
-        own = [
-            Pair(RUN_TAG, info.run_id),
-            Pair(NESTING_TAG, parent.id),
-            Pair("job", info.key.job),
-            Pair("site", info.key.site),
-            Pair("side", info.side.value),
-        ]
-        name = info.key.site[:_MAX_NAME_CHARS]
-        return store.create_run(experiment.id, name, int(info.created * 1000), [*own, *_MADE, *tags])
-
-    if info.resume_from > 0:
-        _require_not_deleted(store, experiment, info)
-    # Only one sink writes this run, so whatever is there without being settled is left over from its own attempts.
-    run = find_or_create(store, experiment.id, RUN_TAG, info.run_id, create, patience_s=0.0)
-    if run.status != "RUNNING":
-        store.update_run(run.id, "RUNNING", None)
-    if run.tags.get(NESTING_TAG) != parent.id:
-        store.log_batch(run.id, (), (), [Pair(NESTING_TAG, parent.id)])
-    return run
-
-
-def _require_not_deleted(store: Store, experiment: Experiment, info: RunInfo) -> None:
-    """Do not begin a run in its middle because somebody deleted it."""
-    if store.find_runs(experiment.id, RUN_TAG, info.run_id):
-        return
-    for run in store.find_runs(experiment.id, RUN_TAG, info.run_id, deleted=True):
-        raise deleted_error(run.id)
-    _log.warning(
-        "MLflow has no run of site %s of job %s any more; a new one begins at record %d. "
-        "`trackhub replay --from-start` writes the whole run anew",
-        info.key.site, info.key.job, info.resume_from,
-    )  # fmt: skip
-
-
-def close_parent(store: Store, info: RunInfo, run: StoredRun, *, is_last: bool) -> None:
-    """End the job's parent run if this was the last of its runs: failed if one failed, else killed if one was.
-
-    Whichever sink ends its run last does it. A site that is still running, or joins later, keeps the parent running.
-
-    Args:
-        is_last: whether this sink has no other open run. While it has one, nobody looks at the job's other runs: with
-            a thousand sites, to look at all of them for each would take hours.
+    Used from one thread. Every method waits for the store, and raises what the store raises; it may then be called
+    again.
     """
-    _withdraw_unsettled(store, store.find_runs(run.experiment_id, RUN_TAG, info.run_id), RUN_TAG)
-    parents = store.find_runs(run.experiment_id, PARENT_TAG, digest(info.key.job, 32))
-    parent = min(parents, key=_settled_first, default=None)
-    if parent is None:
-        return  # somebody deleted it
-    if run.tags.get(NESTING_TAG) != parent.id:
-        store.log_batch(run.id, (), (), [Pair(NESTING_TAG, parent.id)])
-    if not is_last:
-        return
-    children = store.find_runs(run.experiment_id, NESTING_TAG, parent.id)
-    states = {child.status for child in children if _is_settled(child)}
-    if "RUNNING" in states:
-        return
-    status = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
-    store.update_run(parent.id, status, max((child.end_ms for child in children), default=None))
-    _withdraw_unsettled(store, parents, PARENT_TAG)
+
+    def __init__(self, store: Store, experiment: Callable[[], Experiment], tags: Sequence[Pair]) -> None:
+        """Keep these; nothing is read or created yet.
+
+        Args:
+            experiment: returns the job's experiment.
+            tags: what each run gets when it is created.
+        """
+        self._store = store
+        self._find_experiment = experiment
+        self._tags = tags
+        self._place: tuple[Experiment, StoredRun] | None = None
+        self._open: set[str] = set()
+        self._opened: set[str] = set()
+
+    def open_run(self, info: RunInfo) -> StoredRun:
+        """Return the site's run, created if there is none, and running again if it had ended."""
+        if self._place is None or not self._open:
+            experiment = self._find_experiment()
+            self._place = experiment, self._open_parent(experiment, info)
+        experiment, parent = self._place  # while one of its runs is open, nobody ends the parent run
+        run = self._open_site_run(experiment, parent, info)
+        self._open.add(run.id)
+        self._opened.add(info.run_id)
+        return run
+
+    def close_run(self, run: StoredRun, job: str, status: RunStatus, end_ms: int | None) -> None:
+        """End the site's run; and the parent run, if no other of its runs is running.
+
+        Nobody looks at the job's other runs while this sink has one open: with a thousand sites, to look at all of
+        them for each would take hours.
+        """
+        self._store.update_run(run.id, _ENDS[status], end_ms)
+        if self._open <= {run.id}:
+            self._close_parent(run.experiment_id, job)
+        self._open.discard(run.id)
+
+    def _open_parent(self, experiment: Experiment, info: RunInfo) -> StoredRun:
+        job = info.key.job
+        identity = digest(job, 32)
+        start_ms = int(info.created * 1000)
+
+        def create() -> StoredRun:
+            own = [Pair(PARENT_TAG, identity), Pair("job", job), *_MADE, *self._tags]
+            return self._store.create_run(experiment.id, job[:_MAX_NAME_CHARS], start_ms, own)
+
+        parent = find_or_create(self._store, experiment.id, PARENT_TAG, identity, create)
+        if parent.status != "RUNNING":
+            self._store.update_run(parent.id, "RUNNING", None)
+        return parent
+
+    def _open_site_run(self, experiment: Experiment, parent: StoredRun, info: RunInfo) -> StoredRun:
+        store = self._store
+        found = store.find_runs(experiment.id, RUN_TAG, info.run_id)
+        if found:
+            run = min(found, key=_settled_first)
+        else:
+            if info.resume_from > 0:
+                self._require_not_deleted(experiment, info)
+            own = [
+                Pair(RUN_TAG, info.run_id),
+                Pair(NESTING_TAG, parent.id),
+                Pair("job", info.key.job),
+                Pair("site", info.key.site),
+                Pair("side", info.side.value),
+            ]
+            name = info.key.site[:_MAX_NAME_CHARS]
+            run = store.create_run(experiment.id, name, int(info.created * 1000), [*own, *_MADE, *self._tags])
+        if not _is_settled(run):
+            store.delete_tag(run.id, PENDING_TAG)
+        if run.status != "RUNNING":
+            store.update_run(run.id, "RUNNING", None)
+        if run.tags.get(NESTING_TAG) != parent.id:
+            store.log_batch(run.id, (), (), [Pair(NESTING_TAG, parent.id)])
+        return run
+
+    def _require_not_deleted(self, experiment: Experiment, info: RunInfo) -> None:
+        """Do not begin a run in its middle because somebody deleted it."""
+        for run in self._store.find_runs(experiment.id, RUN_TAG, info.run_id, deleted=True):
+            raise deleted_error(run.id)
+        _log.warning(
+            "MLflow has no run of site %s of job %s any more; a new one begins at record %d. "
+            "`trackhub replay --from-start` writes the whole run anew",
+            info.key.site, info.key.job, info.resume_from,
+        )  # fmt: skip
+
+    def _close_parent(self, experiment_id: str, job: str) -> None:
+        """End the parent run if none of its runs is running: failed if one failed, else killed if one was.
+
+        Whichever sink ends its run last does it. A site that is still running, or joins later, keeps the parent
+        running.
+        """
+        assert self._place is not None
+        store, (_, used) = self._store, self._place
+        children = store.find_runs(experiment_id, NESTING_TAG, used.id)
+        own = [child for child in children if child.tags.get(RUN_TAG) in self._opened]
+        _withdraw_unsettled(store, own, RUN_TAG)
+        parents = store.find_runs(experiment_id, PARENT_TAG, digest(job, 32))
+        parent = min(parents, key=_settled_first, default=None)
+        if parent is None:
+            return  # somebody deleted it
+        if parent.id != used.id:  # sinks that waited for each other in vain had chosen different ones
+            for child in filter(_is_settled, own):
+                store.log_batch(child.id, (), (), [Pair(NESTING_TAG, parent.id)])
+            children = store.find_runs(experiment_id, NESTING_TAG, parent.id)
+        settled = [child for child in children if _is_settled(child)]
+        states = {child.status for child in settled}
+        if "RUNNING" in states:
+            return
+        status = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
+        store.update_run(parent.id, status, max((child.end_ms for child in settled), default=None))
+        _withdraw_unsettled(store, parents, PARENT_TAG)
 
 
 def find_or_create(

@@ -28,7 +28,7 @@ from trackhub.spi import (
 from trackhub_mlflow import files
 from trackhub_mlflow.artifacts import ArtifactPaths
 from trackhub_mlflow.batching import Item, send
-from trackhub_mlflow.group import close_parent, mlflow_status
+from trackhub_mlflow.group import Group
 from trackhub_mlflow.naming import digest, entity_name, file_part, tag_name
 from trackhub_mlflow.params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer
 from trackhub_mlflow.points import PointMaker, milliseconds
@@ -43,14 +43,9 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 class MLflowRun(BackendRun):
     """Writes one run. ``write`` returns when the store has everything, so that nothing needs a flush."""
 
-    def __init__(self, store: Store, run: StoredRun, info: RunInfo, open_runs: set[str]) -> None:
-        """Go on with a run that is in the store.
-
-        Args:
-            open_runs: the ids of all open runs of this sink; the run enters itself, and leaves when it has ended.
-        """
-        self._open_runs = open_runs
-        open_runs.add(run.id)
+    def __init__(self, store: Store, run: StoredRun, info: RunInfo, group: Group) -> None:
+        """Go on with a run that is in the store, and that the group has opened."""
+        self._group = group
         self._store = store
         self._run = run
         self._info = info
@@ -88,9 +83,7 @@ class MLflowRun(BackendRun):
 
     def finish(self, status: RunStatus) -> None:
         """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
-        self._store.update_run(self._run.id, mlflow_status(status), self._last_ms or self._run.end_ms or None)
-        close_parent(self._store, self._info, self._run, is_last=self._open_runs <= {self._run.id})
-        self._open_runs.discard(self._run.id)
+        self._group.close_run(self._run, self._info.key.job, status, self._last_ms or self._run.end_ms or None)
 
     def _metrics(self, entry: Entry, payload: Metrics) -> Iterator[Item]:
         time_ms, step, position = milliseconds(entry.time), entry.step or 0, entry.position
