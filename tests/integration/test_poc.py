@@ -147,7 +147,7 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
     poc("prepare", "-i", str(project), "--force")
     kits = root / "ws" / "example_project" / "prod_00"
     for name in ("server", *SITES):
-        _allow_trackhub(kits / name / "local")
+        _configure(kits / name / "local", root / "storage")
     services = [_start(kits / name, root / f"{name}.log", env) for name in ("server", *SITES)]
     console = Console(kits / ADMIN, env)
     try:
@@ -161,9 +161,14 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
             service.wait()
 
 
-def _allow_trackhub(local: Path) -> None:
-    """Do what a site's operator does once: allow trackhub's components also in jobs that bring no code of their own."""
-    resources = json.loads((local / "resources.json.default").read_text())
+def _configure(local: Path, storage: Path) -> None:
+    """Do what a site's operator does once, and give the server a store of its own.
+
+    trackhub's components are allowed also in jobs that bring no code of their own. Where a server keeps its jobs is
+    one folder for all federations on a machine: those that run at once take each other's jobs, and fail them.
+    """
+    default = (local / "resources.json.default").read_text()
+    resources = json.loads(default.replace("/tmp/nvflare", str(storage)))
     resources["class_allow_list"].append("trackhub.flare.")
     (local / "resources.json").write_text(json.dumps(resources))
 
