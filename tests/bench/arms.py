@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import array
+import atexit
+import functools
 import itertools
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +19,8 @@ from typing import Any
 
 from tests.bench.child import children_cpu_s
 from tests.bench.figures import Arm, Run
-from tests.bench.stores import count_mlflow, count_wandb
-from tests.integration.harness import Job, JobResult, read_tensorboard
+from tests.bench.stores import count_event_points, count_mlflow, count_wandb
+from tests.integration.harness import Job, JobResult, simulate
 
 __all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
 
@@ -62,7 +66,7 @@ class ImportTorch(FLComponent):
     pass
 """
 _TORCH = "from import_torch import ImportTorch\njob.to_server(ImportTorch(), id='import_torch')\n"
-_FLARE_PROCESSES = 4  # launcher, simulator, and its two helpers; each client adds one
+_FLARE_PROCESSES = 3  # the simulator, and its two helpers; each client adds one
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,6 @@ class Way:
     files: str = ""
 
 
-def _event_steps(folder: Path) -> int:
-    points = {(point.key, point.step) for point in read_tensorboard(folder)} if folder.is_dir() else set()
-    return len(points)
-
-
 def _stock(tracking: str, config: str, writer: str, log: str, log_ten: str, **more: Any) -> Way:
     return Way(
         f"stock {tracking}",
@@ -110,7 +109,7 @@ STOCK_TENSORBOARD = _stock(
     "tensorboard", "{}", "SummaryWriter",
     'writer.add_scalar("loss", float(step), global_step=step)',
     "[writer.add_scalar(key, value, global_step=step) for key, value in TEN.items()]",
-    read=lambda result, site: _event_steps(result.run_dir("server") / "tb_events" / site),
+    read=lambda result, site: count_event_points(result.run_dir("server") / "tb_events" / site),
     files="tb_events/**/events*",
 )  # fmt: skip
 
@@ -121,7 +120,7 @@ STOCK_WANDB = _stock(
     'writer.log({"loss": float(step)}, step)',
     "writer.log(TEN, step)",
     # The receiver's processes write into one folder of the server's; the rows are counted once for all sites.
-    read=lambda result, site: count_wandb(result.workspace.parents[1]) if site == "site-1" else 0,
+    read=lambda result, site: count_wandb(result.workspace.parent) if site == "site-1" else 0,
 )
 
 
@@ -132,7 +131,7 @@ def trackhub_into(backend: str) -> Way:
     def read(result: JobResult, site: str) -> int:
         run_dir = result.run_dir("server")
         if backend == "tensorboard":
-            return _event_steps(run_dir / "tensorboard" / result.job / site)
+            return count_event_points(run_dir / "tensorboard" / result.job / site)
         if backend == "mlflow":
             return count_mlflow(run_dir / "mlflow" / "mlflow.db") if site == "site-1" else 0
         return count_wandb(run_dir / "wandb") if site == "site-1" else 0
@@ -155,31 +154,33 @@ def flare_arm(
     latest when the job ends, and lanes that are at work then would stand still for a second and a half.
 
     Its values: ``median_us``, ``p99_us``, ``thread_cpu_us`` of a call, ``ten_median_us``, ``ten_p99_us``;
-    ``job_cpu_us`` of the whole job per record, ``wall_s``; ``rate`` of stored points, from the first call to the last
-    write of the store, and ``lag_s`` from the last call to that write; ``trainer_mb``, what the training process grew
-    by; ``extra_processes``, besides FLARE's own.
+    ``job_cpu_s`` of all the job's processes; ``rate`` of stored points, from the first call to the last write of the
+    store, and ``lag_s`` from the last call to that write; ``trainer_mb``, what the training process grew by;
+    ``extra_processes``, besides FLARE's own.
     """
 
-    def run(folder: Path) -> Run:
-        source = _TRAINER.format(prepare=way.prepare, records=records, tens=tens, log=way.log, log_ten=way.log_ten)
+    source = _TRAINER.format(prepare=way.prepare, records=records, tens=tens, log=way.log, log_ten=way.log_ten)
+
+    @functools.cache
+    def exported() -> Path:
+        """Write the job once for all rounds; it is kept until this process ends."""
+        folder = Path(tempfile.mkdtemp(prefix="trackhub-bench-job-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         job = Job(
-            folder / "job",
-            source,
-            tracking=way.tracking,
-            external=external,
-            n_clients=sites,
-            rounds=1,
-            more=_TORCH + way.more,
-            modules={"import_torch": _IMPORT_TORCH},
-        )
-        before, start = children_cpu_s(), time.perf_counter()
-        run_dir = folder / "job" / "workspace" / "job" / "server" / "simulate_job"
+            folder, source, tracking=way.tracking, external=external, n_clients=sites, rounds=1,
+            more=_TORCH + way.more, modules={"import_torch": _IMPORT_TORCH},
+        )  # fmt: skip
+        return job.export()
+
+    def run(folder: Path) -> Run:
+        job, before = exported(), children_cpu_s()
+        run_dir = folder / "workspace" / "server" / "simulate_job"
         with _ProcessCounter(folder if count_processes else None) as counter, _Growth(run_dir, way.files) as growth:
-            result = job.run(timeout_s)
-        wall_s, cpu_s = time.perf_counter() - start, children_cpu_s() - before
+            result = simulate(job, folder, n_clients=sites, timeout_s=timeout_s)
+        cpu_s = children_cpu_s() - before
         if result.rc != 0:
             raise RuntimeError(f"the job failed; its log ends: {result.log[-500:]}")
-        values = {"wall_s": wall_s, "job_cpu_us": cpu_s / (records * sites) * 1e6, "job_cpu_s": cpu_s}
+        values = {"job_cpu_s": cpu_s}
         if count_processes:
             values["extra_processes"] = counter.most - _FLARE_PROCESSES - sites
         names = [f"site-{i + 1}" for i in range(sites)]

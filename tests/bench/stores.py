@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["count_event_files", "count_mlflow", "count_spool", "count_wandb"]
+__all__ = ["count_event_files", "count_event_points", "count_mlflow", "count_spool", "count_wandb"]
 
 
 def count_spool(folder: Path) -> int:
@@ -19,16 +20,27 @@ def count_spool(folder: Path) -> int:
 
 
 def count_event_files(folder: Path) -> int:
-    """Return the number of scalars in all event files below a folder. Reads the records as protobuf, and CRCs."""
+    """Return the number of scalars in all event files below a folder."""
+    return sum(1 for _ in _scalars(folder))
+
+
+def count_event_points(folder: Path) -> int:
+    """Return the number of scalars of different tag or step in all event files below a folder."""
+    return len(set(_scalars(folder)))
+
+
+def _scalars(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield tag and step of all scalars below a folder. Reads the records as protobuf, and their CRCs."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
-    count = 0
     for path in folder.rglob("*tfevents*"):
         if path.is_file():
             for data in RawEventFileLoader(str(path)).Load():
-                count += sum(1 for value in Event.FromString(data).summary.value if value.tag[:1] != "_")
-    return count
+                event = Event.FromString(data)
+                for value in event.summary.value:
+                    if value.tag[:1] != "_":
+                        yield value.tag, event.step
 
 
 def count_mlflow(database: Path) -> int:

@@ -23,7 +23,7 @@ def experiments(quick: bool) -> list[Experiment]:
     calls, rows = (10_000, 1_000) if quick else (50_000, 5_000)
     arms = {
         "trackhub": lambda folder: _run("writer:trackhub_calls", folder, calls),
-        "SummaryWriter": lambda folder: _run("writer:tensorboard_calls", folder, calls // 10),
+        "SummaryWriter": lambda folder: _run("writer:tensorboard_calls", folder, calls // 20),
         "wandb": lambda folder: _run("writer:wandb_calls", folder, rows),
     }
     figures = []

@@ -21,7 +21,17 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-__all__ = ["TRAINER", "Fact", "Job", "JobResult", "Point", "install_plugin", "read_jsonl", "read_tensorboard"]
+__all__ = [
+    "TRAINER",
+    "Fact",
+    "Job",
+    "JobResult",
+    "Point",
+    "install_plugin",
+    "read_jsonl",
+    "read_tensorboard",
+    "simulate",
+]
 
 TRAINER = '''
 import json, os, time
@@ -77,7 +87,7 @@ if __name__ == "__main__":
     job = recipe._job
 @@more@@
     if sys.argv[1:] == ["write"]:
-        job.export_job(str(here / "export"))
+        recipe.export(str(here / "export"))
     else:
         clients = {"clients": sites} if config["own_apps"] else {"num_clients": len(sites)}
         recipe.execute(SimEnv(**clients, num_threads=config["threads"], workspace_root=str(here / "workspace")))
@@ -148,10 +158,10 @@ class Job:
         return self.folder / "export" / "job"
 
     def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
-        out.mkdir(parents=True)
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
                   "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps,
                   "model": self.model}  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config))
         (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
         (self.folder / "job.py").write_text(
@@ -159,20 +169,34 @@ class Job:
         )
         for name, source in self.modules.items():
             (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
-        env = {**flare_environment(), "TRACKHUB_TEST_OUT": str(out), **self.env}
-        log = self.folder / "log.txt"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "job.py", *args], cwd=self.folder, env=env, stdout=stream, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                rc = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                tail = log.read_text(errors="replace")[-6000:]
-                raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
-        return rc, log.read_text(errors="replace")
+        return _run(["job.py", *args], self.folder, out, self.env, timeout_s)
+
+
+def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240) -> JobResult:
+    """Run an exported job in the simulator, in a folder of its own: what a job that runs often is better run by."""
+    out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
+    module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
+    command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]
+    rc, log = _run(command, folder, out, {}, timeout_s)
+    return JobResult(rc, log, workspace, out)
+
+
+def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_s: float) -> tuple[int, str]:
+    """Run Python in this folder to its end, and return its exit status and what it printed."""
+    out.mkdir(parents=True)
+    log = folder / "log.txt"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *args], cwd=folder, env={**flare_environment(), "TRACKHUB_TEST_OUT": str(out), **env},
+            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            rc = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            tail = log.read_text(errors="replace")[-6000:]
+            raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
+    return rc, log.read_text(errors="replace")
 
 
 def flare_environment() -> dict[str, str]:
