@@ -357,6 +357,19 @@ def test_how_far_a_lane_got_is_kept(tmp_path: Path) -> None:
     assert read_journal_report(tmp_path / "trackhub.db").lanes["lane"] == report.lanes["lane"]
 
 
+def test_a_report_that_arrives_after_the_goodbye_does_not_replace_the_last_count(journal: Journal) -> None:
+    site = journal.add_site("a", 0.0)
+    last, begun_anew = SiteLedger(logged=5, acked=5), SiteLedger(logged=7, acked=5, spooled=2)
+    journal.note_site(site, last, bye=True)
+
+    journal.note_site(site, SiteLedger(logged=5, acked=2, spooled=3), bye=False)
+    after_late = journal.report([]).sites["a"].site
+    journal.note_site(site, begun_anew, bye=False)
+
+    assert after_late == last
+    assert journal.report([]).sites["a"].site == begun_anew
+
+
 def test_a_journal_that_claims_more_outcomes_than_records_is_not_balanced(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(0)]), {})

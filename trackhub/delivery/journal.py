@@ -210,8 +210,17 @@ class Journal:
         db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
 
     def note_site(self, site: int, ledger: SiteLedger, *, bye: bool, failed: bool = False) -> None:
-        """Store a site's own count, whether it has finished, and whether its training ended with an error."""
+        """Store a site's own count, whether it has finished, and whether its training ended with an error.
+
+        A report that was long on its way may arrive after the good-bye. It changes nothing then: the site's last count
+        would be an old one for good.
+        """
         with self._transaction() as db:
+            said_bye, known = db.execute("SELECT bye, ledger FROM sites WHERE id = ?", (site,)).fetchone()
+            if said_bye and not bye and known is not None:
+                last = msgspec.msgpack.decode(known, type=SiteLedger)
+                if (ledger.logged, -ledger.spooled) < (last.logged, -last.spooled):
+                    return
             db.execute(
                 "UPDATE sites SET ledger = ?, bye = max(bye, ?) WHERE id = ?",
                 (msgspec.msgpack.encode(ledger), _BYE_FAILED if bye and failed else int(bye), site),
