@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from backends.mlflow.tests.conftest import Server
 from tests.e2e.stores import canonical, own_home, read_run, same_points, were_logged
 from tests.integration.harness import Job, JobResult
+from tests.support.mlflow_server import Server
 from trackhub.delivery.journal_report import read_journal_report
 from trackhub.delivery.replay import replay_journal
 from trackhub.run import RunKey, Side

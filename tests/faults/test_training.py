@@ -40,6 +40,8 @@ def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, un
     report = result.report("server")
     assert report["balanced"]
     assert set(report["lanes"]) == {"jsonl", *fault.backends, *fault.peers}
+    for site in SITES:
+        assert [point.step for point in result.jsonl_points("server", site)] == list(range(LOGGED))
     for name, lane in report["lanes"].items():
         for site in SITES:
             run = lane[site]

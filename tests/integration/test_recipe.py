@@ -184,6 +184,17 @@ def test_only_limits_that_differ_from_the_defaults_are_written(script: str, tmp_
     assert sender["args"] == {"limits": {"deadline_s": 5.0}}
 
 
+def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(script: str, tmp_path: Path) -> None:
+    """So that nothing in a site's environment takes its place."""
+    recipe = _recipe(script)
+    given = {"deadline_s": Limits().deadline_s}
+
+    add_tracking(recipe, server=["jsonl"], limits=given)
+
+    sender = _components(_export(recipe, tmp_path / "out"), "app", "config_fed_client.json")["trackhub_sender"]
+    assert sender["args"] == {"limits": given}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

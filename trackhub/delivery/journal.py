@@ -280,6 +280,11 @@ class Journal:
         """Return name and run start time of each site, by id. This and the following raise JournalError, too."""
         return {i: (name, created) for i, name, created in self._fetch("SELECT id, name, created FROM sites")}
 
+    def site(self, site: int) -> tuple[str, float]:
+        """Return one site's name and run start time; what asks about each site must not read all of them each time."""
+        ((name, created),) = self._fetch("SELECT name, created FROM sites WHERE id = ?", site)
+        return name, created
+
     def read(self, site: int, after: int, max_bytes: int) -> list[Row]:
         """Return this site's rows after the row ``after``, at least one if there is one, up to ``max_bytes``.
 

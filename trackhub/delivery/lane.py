@@ -220,7 +220,7 @@ class Lane:
     def _run(self, site: int) -> RunLane:
         run = self._runs.get(site)
         if run is None:
-            name, created = self._journal.sites()[site]
+            name, created = self._journal.site(site)
             run = self._runs[site] = RunLane(
                 self.name,
                 self._backend,

@@ -11,7 +11,7 @@ from trackhub_mlflow.contract import MLflowContract
 from trackhub.testing import Peer, StoreContext
 
 if TYPE_CHECKING:
-    from backends.mlflow.tests.conftest import Server
+    from tests.support.mlflow_server import Server
 
 
 class TestMLflow(MLflowContract):

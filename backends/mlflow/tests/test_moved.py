@@ -10,7 +10,8 @@ from trackhub.spi import Artifact, Entry, Metrics, RunStatus, Text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Server, Sink
+    from backends.mlflow.tests.conftest import Sink
+    from tests.support.mlflow_server import Server
 
 
 def test_a_moved_job_folder_opens_with_all_its_artifacts(

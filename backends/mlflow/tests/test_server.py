@@ -33,7 +33,8 @@ from trackhub.spi import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Server, Sink
+    from backends.mlflow.tests.conftest import Sink
+    from tests.support.mlflow_server import Server
 
 MakeEntry = Callable[..., Entry]
 T0_MS = 1_700_000_000_000

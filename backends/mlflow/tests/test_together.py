@@ -16,7 +16,8 @@ from trackhub_mlflow.store import StoredRun
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Database, Server, Sink
+    from backends.mlflow.tests.conftest import Sink
+    from tests.support.mlflow_server import Database, Server
 
 # Ready, wait for the word, open, write, finish.
 SINK = """
