@@ -37,7 +37,7 @@ def experiments(quick: bool) -> list[Experiment]:
     batches = f"MLflow's log_batch of {_ROWS_PER_CALL}"
     found = [
         _experiment("tensorboard", scalars, quick, "SummaryWriter.add_scalar + close", 5, "backends:add_scalars"),
-        _experiment("mlflow", rows, quick, batches, 0.95, "backends:log_batches", name="mlflow sqlite", in_job=10_000),
+        _experiment("mlflow", rows, quick, batches, 0.95, "backends:log_batches", name="mlflow sqlite", in_job=20_000),
         _experiment("wandb", rows, quick, "wandb run.log + finish", 0.95, "backends:run_logs", name="wandb offline",
                     in_job=10_000),
     ]  # fmt: skip
