@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import array
-import atexit
 import functools
 import itertools
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.child import children_cpu_s
+from tests.bench.child import children_cpu_s, kept_folder
 from tests.bench.figures import Arm, Run
 from tests.bench.stores import count_event_points, count_mlflow, count_wandb
 from tests.integration.harness import Job, JobResult, simulate
@@ -164,10 +161,8 @@ def flare_arm(
     @functools.cache
     def exported() -> Path:
         """Write the job once for all rounds; it is kept until this process ends."""
-        folder = Path(tempfile.mkdtemp(prefix="trackhub-bench-job-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         job = Job(
-            folder, source, tracking=way.tracking, external=external, n_clients=sites, rounds=1,
+            kept_folder("job"), source, tracking=way.tracking, external=external, n_clients=sites, rounds=1,
             more=_TORCH + way.more, modules={"import_torch": _IMPORT_TORCH},
         )  # fmt: skip
         return job.export()

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "children_cpu_s", "in_child", "own_cpu_s", "peak_mb", "resident_mb", "started"]
+__all__ = ["ROOT", "children_cpu_s", "in_child", "kept_folder", "own_cpu_s", "peak_mb", "resident_mb", "started"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 900.0
@@ -37,6 +40,13 @@ def in_child(function: str, timeout_s: float = _TIMEOUT_S, /, **arguments: Any) 
         raise RuntimeError(f"{function} failed: {lines[-1]}")
     result: dict[str, Any] = json.loads(out.decode().splitlines()[-1])
     return result
+
+
+def kept_folder(name: str) -> Path:
+    """Return a new folder for what all rounds share; it is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"trackhub-bench-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

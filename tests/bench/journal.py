@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import msgspec
 
-from tests.bench.child import ROOT
+from tests.bench.child import ROOT, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import feed, open_receiver, requests
 from trackhub.delivery.journal import JOURNAL_NAME, Journal
@@ -81,8 +78,7 @@ def _lines(records: int) -> list[bytes]:
 
 def _build(millions: int) -> tuple[Path, Path]:
     """Make a journal of a million records, repeated, and a file of as many JSON lines; kept until this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="trackhub-bench-journal-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = kept_folder("journal")
     messages = map(decode_request, requests(_MILLION))
     batches = [message for message in messages if isinstance(message, Batch)]
     journal = Journal.open(folder / JOURNAL_NAME, job="job", side="server")

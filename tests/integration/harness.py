@@ -173,7 +173,7 @@ class Job:
 
 
 def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240) -> JobResult:
-    """Run an exported job in the simulator, in a folder of its own: what a job that runs often is better run by."""
+    """Run a job that ``Job.export`` wrote in the simulator, as often as need be, each time in a new folder."""
     out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
     module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
     command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]

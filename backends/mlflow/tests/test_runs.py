@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from trackhub_mlflow.group import NESTING_TAG, PARENT_TAG, PENDING_TAG, RUN_TAG
+from trackhub_mlflow.sqlite import SqliteStore
+from trackhub_mlflow.store import Pair
 
 from trackhub.spi import ConfigError, Entry, Metrics, RunStatus, Side, TransientError
 
@@ -105,6 +108,42 @@ def test_the_parent_run_ends_with_the_last_of_its_runs(make_sink: Callable[..., 
     assert one.database.parents()[0].status == "RUNNING"
     second.finish(RunStatus.FINISHED)
     assert one.database.parents()[0].status == "FAILED"
+
+
+def test_a_run_that_was_created_though_its_reply_was_lost_is_withdrawn_at_the_end(sink: Sink, entry: MakeEntry) -> None:
+    run, other = sink.open("site-1"), sink.open("site-2")
+    run.write([entry(0, Metrics({"x": 0.0}))])
+    stored, (parent,) = sink.database.site_run("site-1"), sink.database.parents()
+    store = SqliteStore(sink.workdir / "mlflow.db")
+    tags = [Pair(RUN_TAG, sink.info("site-1").run_id), Pair(NESTING_TAG, parent.id), Pair(PENDING_TAG, "true")]
+    late = store.create_run("1", "site-1", 1, tags)
+    store.close()
+
+    run.finish(RunStatus.FINISHED)
+    other.finish(RunStatus.FINISHED)
+
+    assert [run.id for run in sink.database.runs(deleted=True)] == [late.id]
+    assert {run.status for run in sink.database.runs()} == {"FINISHED"}
+    assert sink.database.site_run("site-1").id == stored.id
+
+
+def test_sinks_with_different_parent_runs_end_with_one(make_sink: Callable[..., Sink]) -> None:
+    """As they have if they create one at once, and one waits in vain for the other's to settle."""
+    one, two = make_sink(), make_sink()
+    first = one.open("site-1")
+    with contextlib.closing(sqlite3.connect(one.workdir / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE tags SET key = 'hidden' WHERE key = ?", (PARENT_TAG,))
+    second = two.open("site-2", created=1_600_000_000.0)
+    with contextlib.closing(sqlite3.connect(one.workdir / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE tags SET key = ? WHERE key = 'hidden'", (PARENT_TAG,))
+
+    first.finish(RunStatus.FAILED)
+    second.finish(RunStatus.FINISHED)
+
+    database = one.database
+    parent = database.parents()[0]
+    assert [database.tags(database.site_run(site).id)[NESTING_TAG] for site in ("site-1", "site-2")] == [parent.id] * 2
+    assert parent.status == "FAILED"
 
 
 def test_a_late_site_or_a_replay_sets_the_runs_running_again(sink: Sink) -> None:
