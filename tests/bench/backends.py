@@ -14,17 +14,25 @@ import tempfile
 import time
 import urllib.request
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests.bench.arms import flare_arm, trackhub_into
-from tests.bench.child import in_child
+from tests.bench.child import in_child, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.stores import count_event_files, count_mlflow, count_wandb
 
-__all__ = ["experiments"]
+__all__ = ["bare", "end_to_end", "experiments"]
 
 _ROWS_PER_CALL = 1000
+_MLFLOW_STORE = "mlflow.db"
+_BARE = {
+    "tensorboard": ("SummaryWriter.add_scalar + close", "backends:add_scalars"),
+    "mlflow": (f"MLflow's log_batch of {_ROWS_PER_CALL}", "backends:log_batches"),
+    "wandb": ("wandb run.log + finish", "backends:run_logs"),
+}
+_COUNT = {"tensorboard": count_event_files, "mlflow": count_mlflow, "wandb": count_wandb}
 _SHARED = (
     "the lane shares its process with FLARE, and two cores with the trainers; alone it stores at the bare rate, as the "
     "figure from the journal shows"
@@ -34,76 +42,77 @@ _SHARED = (
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
     scalars, rows = (20_000, 5_000) if quick else (30_000, 10_000)
-    batches = f"MLflow's log_batch of {_ROWS_PER_CALL}"
-    found = [
-        _experiment("tensorboard", scalars, quick, "SummaryWriter.add_scalar + close", 5, "backends:add_scalars"),
-        _experiment("mlflow", rows, quick, batches, 0.95, "backends:log_batches", name="mlflow sqlite", in_job=20_000),
-        _experiment("wandb", rows, quick, "wandb run.log + finish", 0.95, "backends:run_logs", name="wandb offline",
-                    in_job=10_000),
-    ]  # fmt: skip
-    if quick:  # a server takes ten seconds to start
-        return found
-    alternative = f"log_batch of {_ROWS_PER_CALL} to such a server"
-    return [
-        *found,
-        _experiment(
-            "mlflow", rows, quick, alternative, 0.95, "backends:log_batches", name="mlflow server", server=True
-        ),
-    ]
+    repeat = 1 if quick else 5
+    tensorboard = _experiment("tensorboard", "tensorboard", scalars, repeat, 5)
+    mlflow = _experiment("mlflow sqlite", "mlflow", rows, repeat, 0.95)
+    wandb = _experiment("wandb offline", "wandb", 5_000, repeat, 0.95)
+    if quick:  # a job takes half a minute, a server ten seconds to start
+        return [tensorboard, mlflow, wandb]
+    job = {"job": flare_arm(trackhub_into("mlflow"), records=20_000)}
+    figures = [*mlflow.figures, end_to_end("mlflow", 20_000, "job")]
+    mlflow = replace(mlflow, arms={**mlflow.arms, **job}, figures=figures)
+    return [tensorboard, mlflow, wandb, _experiment("mlflow server", "mlflow", rows, repeat, 0.95, server=True)]
 
 
-def _experiment(
-    backend: str, rows: int, quick: bool, alternative: str, reach: float, bare: str, *, name: str = "",
-    server: bool = False, in_job: int = 0,
-) -> Experiment:  # fmt: skip
-    """From the journal into a store and, unless it must be quick, from ``in_job`` calls at each of two sites."""
-    name = name or backend
+def end_to_end(backend: str, records: int, arm: str) -> Figure:
+    """Return the figure of a whole job with two sites, of the experiment's arm ``arm``, against its arm ``bare``."""
+    what = f"2 sites x {records:,} into {backend}, end to end, 0 lost"
+    return Figure(what, _BARE[backend][0], "rate", arm, "bare", "records/s", "times more", 0.9, _SHARED)
 
-    def arm(function: str) -> Arm:
-        def run(folder: Path) -> Run:
-            url = _mlflow_server() if server else ""
-            result = in_child(function, folder=str(folder), rows=rows, backend=backend, url=url)
-            return Run({"rate": rows / result["seconds"]}, rows, result["stored"])
 
-        return run
+def bare(backend: str, rows: int, *, server: bool = False) -> Arm:
+    """Return the arm that stores so many rows with the SDK alone."""
+    return _arm(_BARE[backend][1], backend, rows, server)
 
-    def figure(what: str, arm: str, reach: float, explain: str = "") -> Figure:
-        return Figure(what, alternative, "rate", arm, "bare", "records/s", "times more", reach, explain)
 
-    arms = {"trackhub": arm("backends:from_journal"), "bare": arm(bare)}
-    figures = [figure(f"{name}: from journal to store", "trackhub", reach)]
-    if in_job and not quick:
-        arms["job"] = flare_arm(trackhub_into(backend), records=in_job)
-        figures.append(figure(f"2 sites x {in_job:,} into {backend}, end to end, 0 lost", "job", 0.9, _SHARED))
-    return Experiment(name, arms, figures, repeat=1 if quick else 5)
+def _experiment(name: str, backend: str, rows: int, repeat: int, reach: float, *, server: bool = False) -> Experiment:
+    """From the journal into a store."""
+    alternative = _BARE[backend][0] + (" to such a server" if server else "")
+    arms = {
+        "trackhub": _arm("backends:from_journal", backend, rows, server),
+        "bare": bare(backend, rows, server=server),
+    }
+    what = f"{name}: from journal to store"
+    figure = Figure(what, alternative, "rate", "trackhub", "bare", "records/s", "times more", reach)
+    return Experiment(name, arms, [figure], repeat)
+
+
+@functools.cache
+def _new_mlflow_store() -> Path:
+    """Have MLflow make a store, which takes it two seconds, once for all rounds."""
+    folder = kept_folder("mlflow")
+    in_child("backends:log_batches", folder=str(folder), rows=0, backend="mlflow", url="", runs=0)
+    return folder / _MLFLOW_STORE
+
+
+def _arm(function: str, backend: str, rows: int, server: bool) -> Arm:
+    def run(folder: Path) -> Run:
+        url = _mlflow_server() if server else ""
+        if backend == "mlflow" and not server:
+            shutil.copy(_new_mlflow_store(), folder)
+        result = in_child(function, folder=str(folder), rows=rows, backend=backend, url=url)
+        return Run({"rate": rows / result["seconds"]}, rows, result["stored"])
+
+    return run
 
 
 def from_journal(folder: str, rows: int, backend: str, url: str) -> dict[str, Any]:
-    """Fill a journal, and deliver it."""
+    """Fill a journal, and deliver it. One record goes before, since bare arms do not count imports and new stores."""
     from tests.bench.load import deliver, fill_journal
-    from trackhub import registry
 
-    root, job = Path(folder), uuid.uuid4().hex
-    options: dict[str, Any] = {"mode": "offline"} if backend == "wandb" else {}
-    if url:
-        options = {"tracking_uri": url}
-    registry.load(backend)
-    _warm_up(backend, root / "warm")
+    root, store, options = Path(folder), Path(folder), dict[str, Any]()
+    if backend == "wandb":
+        options = {"mode": "offline"}
+    elif backend == "mlflow":
+        store = _database(url) if url else root / _MLFLOW_STORE
+        options = {"tracking_uri": url or f"sqlite:///{store}"}
+    warm, job = uuid.uuid4().hex, uuid.uuid4().hex
+    fill_journal(root / "warm", 1, 1, job=warm)
+    deliver(root / "warm", {backend: options}, warm)
     fill_journal(root, 1, rows, job=job)
-    before = count_mlflow(_database(url)) if url else 0
+    before = _COUNT[backend](store)
     seconds, _ = deliver(root, {backend: options}, job)
-    count = {"tensorboard": count_event_files, "mlflow": count_mlflow, "wandb": count_wandb}[backend]
-    store = _database(url) if url else root / "mlflow" / "mlflow.db" if backend == "mlflow" else root
-    return {"seconds": seconds, "stored": count(store) - before}
-
-
-def _warm_up(backend: str, folder: Path) -> None:
-    """Have the SDK imported: the bare arms do not count that either."""
-    from tests.bench.load import deliver, fill_journal
-
-    fill_journal(folder, 1, 1)
-    deliver(folder, {backend: {"mode": "offline"} if backend == "wandb" else {}})
-    shutil.rmtree(folder)
+    return {"seconds": seconds, "stored": _COUNT[backend](store) - before}
 
 
 def add_scalars(folder: str, rows: int, backend: str, url: str) -> dict[str, Any]:
@@ -124,8 +133,8 @@ def log_batches(folder: str, rows: int, backend: str, url: str, runs: int = 1) -
     from mlflow.entities import Metric
 
     root = Path(folder)
-    database = _database(url) if url else root / "bare.db"
-    before = count_mlflow(database) if url else 0
+    database = _database(url) if url else root / _MLFLOW_STORE
+    before = count_mlflow(database) if database.exists() else 0
     client = mlflow.MlflowClient(url or f"sqlite:///{database}")
     experiment = client.create_experiment(f"bench {uuid.uuid4().hex}", artifact_location=str(root / "artifacts"))
     begin = time.perf_counter()

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CIFAR-10 job with per-step logging, against the same job with ``--backend none``."""
+"""The CIFAR-10 job with per-step logging, against the same job with ``--backend none``, in the simulator."""
 
 from __future__ import annotations
 
-import json
+import functools
+import os
 import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
-from tests.bench.child import ROOT, children_cpu_s
+from tests.bench.child import ROOT, children_cpu_s, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
-from tests.integration.harness import flare_environment
+from tests.integration.harness import simulate
 
 __all__ = ["experiments"]
 
@@ -39,24 +40,31 @@ def experiments(quick: bool) -> list[Experiment]:
 
 
 def _job(backend: str, samples: int) -> Arm:
-    def run(folder: Path) -> Run:
+    @functools.cache
+    def exported() -> Path:
+        """Write the job once for all rounds; it is kept until this process ends."""
+        folder = kept_folder("cifar10")
         command = [
             sys.executable, str(ROOT / "jobs" / "cifar10_fedavg" / "job.py"), "--dataset", "synthetic",
-            "--backend", backend, "--samples_per_site", str(samples), "--num_rounds", "1", "--workspace",
-            str(folder / "run"),
+            "--backend", backend, "--samples_per_site", str(samples), "--num_rounds", "1", "--torch_threads",
+            str(max(1, (os.cpu_count() or 1) // 2)), "--export", str(folder),  # as job.py has it when it runs the job
         ]  # fmt: skip
-        before, begin, started = children_cpu_s(), time.perf_counter(), time.time()
-        done = subprocess.run(command, cwd=ROOT, env=flare_environment(), capture_output=True, check=False)
-        wall_s, cpu_s = time.perf_counter() - begin, children_cpu_s() - before
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(
-                done.stdout.decode(errors="replace")[-300:] + done.stderr.decode(errors="replace")[-300:]
-            )
+            raise RuntimeError(done.stdout[-300:] + done.stderr[-300:])
+        return next(path for path in folder.iterdir() if path.is_dir())
+
+    def run(folder: Path) -> Run:
+        job = exported()
+        before, begin, started = children_cpu_s(), time.perf_counter(), time.time()
+        result = simulate(job, folder, n_clients=2)
+        wall_s, cpu_s = time.perf_counter() - begin, children_cpu_s() - before
+        if result.rc != 0:
+            raise RuntimeError(result.log[-500:])
         values = {"wall_s": wall_s, "run_s": _ended(folder) - started, "cpu_s": cpu_s}
         if backend == "none":
             return Run(values)
-        report = next(folder.rglob("server/**/delivery.json"))
-        sites = json.loads(report.read_text(encoding="utf-8"))["lanes"][backend].values()
+        sites = result.report("server")["lanes"][backend].values()
         confirmed = sum(site["confirmed"] for site in sites)
         logged = confirmed + sum(site["pending"] + sum(site["rejected"].values()) for site in sites)
         return Run(values, logged, confirmed)

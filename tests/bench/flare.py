@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.arms import NONE, STOCK_TENSORBOARD, STOCK_WANDB, Way, flare_arm, trackhub_into
+from tests.bench.backends import bare, end_to_end
 from tests.bench.figures import Arm, Experiment, Figure, Run
 
 __all__ = ["experiments"]
@@ -20,8 +21,8 @@ _SINK = (
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
     if quick:
-        return [_in_process(300, 1_000, 20_000, 1), _external(300, 1)]
-    return [_in_process(300, 1_000, 100_000, 5), _external(300, 5), _processes()]
+        return [_in_process(300, 1_000, 20_000, 1), _external(300, 300, 1)]
+    return [_in_process(300, 1_000, 100_000, 5), _external(300, 10_000, 5), _processes()]
 
 
 def _calls(mode: str, reach: float, against_arm: str) -> list[Figure]:
@@ -40,17 +41,24 @@ def _calls(mode: str, reach: float, against_arm: str) -> list[Figure]:
     return [*figures, less(f"Writer.log in a job, {mode}: CPU of the thread", "thread_cpu_us", 10)]
 
 
-def _external(calls: int, repeat: int) -> Experiment:
-    """Trainers in processes of their own."""
+def _external(calls: int, records: int, repeat: int) -> Experiment:
+    """Trainers in processes of their own, into W&B: what calls cost and leave in memory, and the rate of whole jobs.
+
+    With few records the rate would be that of the start, and is left out.
+    """
     arms = {
-        "trackhub": flare_arm(trackhub_into("tensorboard"), records=calls, tens=calls, external=True),
+        "trackhub": flare_arm(trackhub_into("wandb"), records=records, tens=calls, external=True),
         "stock": flare_arm(STOCK_WANDB, records=calls, tens=calls // 4, external=True),
     }
-    memory = Figure(
-        f"growth of the trainer's memory, {calls:,} records", "FLARE's WandBWriter.log, external", "trainer_mb",
-        "trackhub", "stock", "MB", "at most", 30,
-    )  # fmt: skip
-    return Experiment("calls, external", arms, [*_calls("external", 20, "stock"), memory], repeat)
+    figures = [
+        *_calls("external", 20, "stock"),
+        Figure(f"growth of the trainer's memory, {records:,} records", f"FLARE's WandBWriter.log, external, {calls:,}",
+               "trainer_mb", "trackhub", "stock", "MB", "at most", 30),
+    ]  # fmt: skip
+    if records > calls:
+        arms["bare"] = bare("wandb", records)
+        figures.append(end_to_end("wandb", records, "trackhub"))
+    return Experiment("whole job, external", arms, figures, repeat)
 
 
 def _in_process(calls: int, stock_records: int, records: int, repeat: int) -> Experiment:

@@ -7,7 +7,9 @@ message in flight per site, and one transaction per message.
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import socket
 import socketserver
 import sqlite3
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.child import in_child, started
+from tests.bench.child import in_child, kept_folder, started
 from tests.bench.figures import Arm, Experiment, Figure, Run
 
 __all__ = ["Link", "experiments", "serve"]
@@ -44,12 +46,20 @@ def _experiment(sites: int, records: int, repeat: int) -> Experiment:
     return Experiment(f"floor, {sites} sites", arms, [figure], repeat)
 
 
+@functools.cache
+def _spools(sites: int, records: int) -> Path:
+    """Fill the sites' spools once for all rounds; they are kept until this process ends."""
+    from tests.bench.load import fill_spool
+
+    folder = kept_folder("spools")
+    for i in range(sites):
+        fill_spool(folder / f"spool-{i}", f"site-{i + 1}", records // sites)
+    return folder
+
+
 def _arm(arm: str, sites: int, records: int) -> Arm:
     def run(folder: Path) -> Run:
-        from tests.bench.load import fill_spool
-
-        for i in range(sites):
-            fill_spool(folder / f"spool-{i}", f"site-{i + 1}", records // sites)
+        shutil.copytree(_spools(sites, records), folder, dirs_exist_ok=True)
         with started(f"floor:{arm}_sink", folder=str(folder)) as sink:
             assert sink.stdout is not None
             assert sink.stdin is not None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
@@ -48,12 +49,17 @@ def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[byt
 def open_receiver(
     folder: Path, backends: Mapping[str, Mapping[str, Any]], limits: Limits | None = None, job: str = "job"
 ) -> Receiver:
-    """Return a started receiver whose deadline is long enough for any load here."""
+    """Return a started receiver whose deadline is long enough for any load here.
+
+    What is imported by then is taken out of garbage collection, as FLARE's server has it (docs/adr/0006).
+    """
     receiver = Receiver(
         folder / "trackhub", folder, job=job, side=Side.SERVER, backends=backends,
         limits=limits or Limits(deadline_s=1800, preflight_s=120),
     )  # fmt: skip
     receiver.start()
+    gc.collect()
+    gc.freeze()
     return receiver
 
 

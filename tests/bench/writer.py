@@ -20,10 +20,10 @@ _EXPLAIN = "the call is one write(2), some 40 % of its time; encoding and the lo
 
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
-    calls, rows = (10_000, 1_000) if quick else (50_000, 5_000)
+    calls, rows = (10_000, 1_000) if quick else (50_000, 2_000)
     arms = {
         "trackhub": lambda folder: _run("writer:trackhub_calls", folder, calls),
-        "SummaryWriter": lambda folder: _run("writer:tensorboard_calls", folder, calls // 20),
+        "SummaryWriter": lambda folder: _run("writer:tensorboard_calls", folder, max(calls // 50, 500)),
         "wandb": lambda folder: _run("writer:wandb_calls", folder, rows),
     }
     figures = []
