@@ -84,9 +84,9 @@ def test_listing_imports_no_tracking_sdk_and_no_flare() -> None:
 
 
 def test_without_the_cli_extra_the_command_says_what_to_install() -> None:
-    done = trackhub("backends", prelude="import sys; sys.modules['typer'] = None")
+    done = trackhub("backends", prelude="import sys; sys.modules['click'] = None")
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "needs typer" in done.stderr
+    assert "needs click" in done.stderr
     assert "pip install 'flare-trackhub[cli]'" in done.stderr

@@ -13,7 +13,7 @@ def main() -> None:
     try:
         from trackhub.cli.app import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
+        if (error.name or "").partition(".")[0] not in {"click", "rich"}:
             raise
         sys.stderr.write(
             f"trackhub: the command line needs {error.name}, which is not installed here. Install the extra `cli`: "

@@ -5,45 +5,40 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 
-import typer
+import click
 
 from trackhub.cli.output import print_error
 from trackhub.errors import TrackhubError
 
-__all__ = ["COMMANDS", "make_app", "run"]
+__all__ = ["run"]
 
-COMMANDS = ("backends", "check", "new-backend", "status", "replay")
-
-
-def make_app(arguments: Sequence[str]) -> typer.Typer:
-    """Return the command line's application.
-
-    Where the first argument is a command, it has this one alone: the libraries of all of them take half a second.
-    """
-    app = typer.Typer(
-        name="trackhub",
-        help="Look at what trackhub has installed and at what it delivered.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,  # its tracebacks show local variables, and those may hold secrets
-    )
-    for command in [name for name in arguments[:1] if name in COMMANDS] or COMMANDS:
-        name = command.replace("-", "_")
-        app.command(command)(getattr(importlib.import_module(f"trackhub.cli.{name}"), name))
-    app.callback()(_commands)
-    return app
+_COMMANDS = ("backends", "check", "new-backend", "status", "replay")
 
 
-def _commands() -> None:
-    """Keep subcommands required, however many there are."""
+class _Commands(click.Group):
+    """Imports a command when it is called, or its help is asked for: the libraries of all of them take a while."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"trackhub.cli.{name}"), name)
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _trackhub() -> None:
+    """Look at what trackhub has installed and at what it delivered."""
 
 
 def run() -> None:
     """Run the command in ``sys.argv`` and exit; an error of trackhub's own is one line and exit status 1."""
     try:
-        make_app(sys.argv[1:])()
+        _trackhub(prog_name="trackhub")
     except TrackhubError as error:
         print_error(str(error))
         sys.exit(1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import msgspec
-import typer
 
 from trackhub import registry
 from trackhub.cli.output import print_json, print_lines, print_table
@@ -21,9 +21,9 @@ JSON_VERSION = 1
 """Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
 
 
-def backends(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its keys are stable.")] = False,
-) -> None:
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
+def backends(as_json: bool) -> None:
     """List the installed backends and what each can store.
 
     A backend that cannot be used is listed with the reason. Plugins are imported for it, tracking SDKs are not.

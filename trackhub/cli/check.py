@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import click
 import msgspec
-import typer
 
 from trackhub.cli.output import print_error, print_json, print_lines
 from trackhub.config import parse_option_flags
@@ -23,16 +25,17 @@ JSON_VERSION = 1
 _MARKS = {"passed": "ok", "failed": "FAILED", "declared": "declared", "skipped": "SKIPPED", "missing": "MISSING"}
 
 
-def check(
-    name: Annotated[str, typer.Argument(help="The backend's name, as `trackhub backends` lists it.")],
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the backend.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="With fewer points.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what pytest prints, with tracebacks.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its keys are stable.")] = False,
-) -> None:
-    """Run the contract kit on an installed backend: the tests that its contract class fills in, unmodified.
+@click.command()
+@click.argument("name")
+@click.option("--option", "-o", multiple=True, metavar="KEY=VALUE", help="An option of the backend; repeatable.")
+@click.option("--quick", is_flag=True, help="With fewer points.")
+@click.option("--verbose", "-v", is_flag=True, help="Show what pytest prints, with tracebacks.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
+def check(name: str, option: Sequence[str], quick: bool, verbose: bool, as_json: bool) -> None:
+    """Run the contract kit on an installed backend.
+
+    NAME is the backend's, as `trackhub backends` lists it. The tests are those that its contract class fills in,
+    unmodified.
 
     Exits with 0 if all pass, or fail as the contract class declares with a reason. The kit makes jobs of its own; it
     touches nothing else that is in a store.
@@ -49,15 +52,15 @@ def check(
             "the contract kit needs pytest; install the extra `testing`: pip install 'flare-trackhub[testing]' "
             "(in a clone: pip install -e '.[testing]')"
         )
-        raise typer.Exit(2) from error
-    options = parse_option_flags(f"{name}.{flag}" for flag in option or []).get(name, {})
+        sys.exit(2)
+    options = parse_option_flags(f"{name}.{flag}" for flag in option).get(name, {})
     report = run_check(name, options, quick=quick, verbose=verbose and not as_json)
     if as_json:
         print_json({"version": JSON_VERSION, **msgspec.to_builtins(report)})
     else:
         _show(report)
     if not report.passed:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def _show(report: CheckReport) -> None:

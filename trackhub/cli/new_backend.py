@@ -7,9 +7,8 @@ import re
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Annotated
 
-import typer
+import click
 
 from trackhub import registry
 from trackhub.cli.output import print_lines
@@ -32,16 +31,15 @@ _FILES = {
 }
 
 
-def new_backend(
-    name: Annotated[str, typer.Argument(help="The backend's name, by which jobs will call it.")],
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DIR]", help="Where to write it; default flare-trackhub-NAME.", show_default=False),
-    ] = None,
-) -> None:
-    """Write a new backend: a complete distribution that installs beside trackhub and passes the contract kit.
+@click.command()
+@click.argument("name")
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+def new_backend(name: str, folder: Path | None) -> None:
+    """Write a new backend that passes the contract kit.
 
-    It keeps its runs in files at first, which are then to be replaced by the real store.
+    It is a complete distribution, which installs beside trackhub. NAME is what jobs will call it by, DIR where to write
+    it: by default flare-trackhub-NAME. It keeps its runs in files at first, which are then to be replaced by the real
+    store.
     """
     target = Path(f"flare-trackhub-{name}") if folder is None else folder
     for path in write_backend(name, target):

@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-import typer
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,19 +31,23 @@ T = TypeVar("T")
 _REFRESH_S = 0.5
 
 
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    multiple=True,
+    metavar="NAME",
+    help="Deliver to this backend; repeatable. Default: those of the job. A new one gets everything.",
+)
+@click.option("--option", multiple=True, metavar="NAME.KEY=VALUE", help="An option of a backend; repeatable.")
+@click.option("--from-start", is_flag=True, help="Deliver again what was delivered already.")
+@click.option("--timeout-s", type=float, help="Give up after so many seconds. Default: never.")
 def replay(
-    path: Annotated[Path, typer.Argument(help="A journal, a spool folder, or a folder above, such as a job's.")],
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="Deliver to this backend; repeatable. Default: those of the job. A new one gets everything."),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="NAME.KEY=VALUE, an option of a backend; repeatable.")
-    ] = None,
-    from_start: Annotated[bool, typer.Option("--from-start", help="Deliver again what was delivered already.")] = False,
-    timeout_s: Annotated[float | None, typer.Option(help="Give up after so many seconds. Default: never.")] = None,
+    path: Path, backend: Sequence[str], option: Sequence[str], from_start: bool, timeout_s: float | None
 ) -> None:
     """Deliver what a finished job left behind. Can be interrupted and called again; then it goes on.
+
+    PATH is a journal, a spool folder, or a folder above, such as a job's.
 
     What a journal holds is brought into its backends. What is left in a site's spool goes on from there, through the
     journal of the sink that should have had it. On the machine of a site, where the server's journal is not at hand,
@@ -97,7 +101,7 @@ def replay(
     if left:
         print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
     if left or errors:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def _cursors(spools: list[Path], errors: list[TrackhubError]) -> Iterator[tuple[Path, str]]:
@@ -111,8 +115,8 @@ def _cursors(spools: list[Path], errors: list[TrackhubError]) -> Iterator[tuple[
             yield from ((spool, cursor) for cursor in info.cursors)
 
 
-def _backends(names: list[str] | None, options: list[str] | None) -> Backends | None:
-    given = parse_option_flags(options or [])
+def _backends(names: Sequence[str], options: Sequence[str]) -> Backends | None:
+    given = parse_option_flags(options)
     if not names:
         if given:
             raise ConfigError(f"--option is given for {', '.join(given)}, but no --backend; name it as well")

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import msgspec
-import typer
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
 from trackhub.delivery.find import find
@@ -24,11 +25,13 @@ JSON_VERSION = 1
 """Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
 
 
-def status(
-    path: Annotated[Path, typer.Argument(help="A journal, a spool folder, or a folder above, such as a job's.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; its keys are stable.")] = False,
-) -> None:
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
+def status(path: Path, as_json: bool) -> None:
     """Show what became of a job's records, by site and backend. The job may be running.
+
+    PATH is a journal, a spool folder, or a folder above, such as a job's.
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}. A journal has path, job, side, status,
     balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
@@ -52,7 +55,7 @@ def status(
     for error in errors:
         print_error(error)
     if errors:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def journal_status(path: Path) -> dict[str, Any]:
