@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ BY_NAME = ("training",)
 def main(argv: list[str]) -> int:
     """Run the groups that are asked for, print the table, write the JSON document; 1 if a figure is void."""
     args = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and folders go as well
     if args.curves:
         return _curves(args)
     begin, machine = time.monotonic(), describe_machine()
@@ -69,7 +71,7 @@ def experiments_of(group: str, quick: bool) -> list[Experiment]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer runs of less work; the same figures")
+    parser.add_argument("--quick", action="store_true", help="fewer runs of less work, and most of the figures")
     parser.add_argument(
         "--only", action="append", choices=(*GROUPS, *BY_NAME), metavar="GROUP", help=", ".join((*GROUPS, *BY_NAME))
     )

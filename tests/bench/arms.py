@@ -22,14 +22,16 @@ from tests.integration.harness import Job, JobResult, simulate
 __all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
 
 _TRAINER = """
-    import array, resource, time
+    import array, time
     {prepare}
 
     TEN = {{f"metric_{{i}}": 0.5 for i in range(10)}}
 
 
     def peak_mb():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not ru_maxrss: it starts with what the parent process had before exec.
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
     def train(current_round):
@@ -151,8 +153,8 @@ def flare_arm(
     latest when the job ends, and lanes that are at work then would stand still for a second and a half.
 
     Its values: ``median_us``, ``p99_us``, ``thread_cpu_us`` of a call, ``ten_median_us``, ``ten_p99_us``;
-    ``job_cpu_s`` of all the job's processes; ``rate`` of stored points, from the first call to the last write of the
-    store, and ``lag_s`` from the last call to that write; ``trainer_mb``, what the training process grew by;
+    ``job_cpu_s`` of all the job's processes; ``rate`` of stored calls, from the first call until the store has 99.5 %
+    of its bytes, and ``lag_s`` from the last call until then; ``trainer_mb``, what the training process grew by;
     ``extra_processes``, besides FLARE's own.
     """
 
@@ -206,10 +208,11 @@ def _with_stored(
     stored = sum(way.read(result, site) for site in sites)
     if not stored:
         raise RuntimeError(f"{way.name} stored nothing, so there is nothing to compare with")
-    if way.files:
-        values["rate"] = stored / max(written - first, 1e-9)
-        values["lag_s"] = written - last
     logged = len(sites) * (records + (tens if "wandb" in way.name else 10 * tens))
+    if way.files:
+        made = len(sites) * (records + tens)
+        values["rate"] = made * stored / logged / max(written - first, 1e-9)
+        values["lag_s"] = written - last
     return Run(values, logged, stored)
 
 

@@ -19,8 +19,11 @@ __all__ = ["experiments"]
 
 _RUN_ENDED = "END_RUN fired"  # in the server's log: everybody has done what there was to do, trackhub's sink as well
 _GRID = (
-    "FLARE's server looks every 3 s whether its run has ended. With tracking it ends up to 2 s later, when each site "
-    "has asked for its next task and learned that there is none; so the command takes 3 s more, or nothing"
+    "FLARE's server looks every 3 s whether its run has ended. With tracking it ends later, when each site has asked "
+    "for its next task and learned that there is none; so the simulator ends some 3 s later, or at the same time"
+)
+_START = (
+    "what the sink and the senders take to start and end is there once in a job, and this job trains for some seconds"
 )
 
 
@@ -29,12 +32,11 @@ def experiments(quick: bool) -> list[Experiment]:
     samples, repeat = (500, 1) if quick else (2_000, 5)
     arms = {"none": _job("none", samples), "tensorboard": _job("tensorboard", samples)}
     figures = [
-        Figure("CIFAR-10 job until its run has ended, 2 s at the end allowed", "--backend none",
-               "run_s", "tensorboard", "none", "s", "times less", 0.98, allowance=2.0),
-        Figure("CIFAR-10 job, the whole command, 2 s at the end allowed", "--backend none", "wall_s",
+        Figure("CIFAR-10 job until its run has ended, 2 s more allowed", "--backend none",
+               "run_s", "tensorboard", "none", "s", "times less", 0.98, _GRID, allowance=2.0),
+        Figure("CIFAR-10 job until the simulator has ended, 2 s more allowed", "--backend none", "wall_s",
                "tensorboard", "none", "s", "times less", 0.98, _GRID, allowance=2.0),
-        Figure("CIFAR-10 job: CPU, 2 s at the end allowed", "--backend none", "cpu_s", "tensorboard", "none", "s",
-               "times less", 0.98, allowance=2.0),
+        Figure("CIFAR-10 job: CPU", "--backend none", "cpu_s", "tensorboard", "none", "s", "times less", 0.98, _START),
     ]  # fmt: skip
     return [Experiment("CIFAR-10 job", arms, figures, repeat)]
 
@@ -64,9 +66,10 @@ def _job(backend: str, samples: int) -> Arm:
         values = {"wall_s": wall_s, "run_s": _ended(folder) - started, "cpu_s": cpu_s}
         if backend == "none":
             return Run(values)
-        sites = result.report("server")["lanes"][backend].values()
-        confirmed = sum(site["confirmed"] for site in sites)
-        logged = confirmed + sum(site["pending"] + sum(site["rejected"].values()) for site in sites)
+        report = result.report("server")
+        confirmed = sum(run["confirmed"] for run in report["lanes"][backend].values())
+        # The server's own records, of which nobody says how many they were, are journaled as they are made.
+        logged = sum(site["site"]["logged"] if site["site"] else site["journaled"] for site in report["sites"].values())
         return Run(values, logged, confirmed)
 
     return run

@@ -68,7 +68,7 @@ def _curve(name: str, x: str, unit: str, series: dict[str, list[list[float]]]) -
 
 
 def draw_all(curves: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write each curve as ``<name>.svg``, and all of them as tables into ``curves.md``."""
+    """Write each curve as ``<name>.svg``, and all of them as tables into ``README.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     for curve in curves:
         (folder / f"{curve['name']}.svg").write_text("\n".join(_svg(curve)) + "\n", encoding="utf-8")

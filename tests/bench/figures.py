@@ -63,7 +63,8 @@ class Figure:
         unit: of the two values, such as ``us`` or ``records/s``.
         kind: ``times less``: score = against / arm. ``times more``: score = arm / against. ``at most``: score = arm.
         reach: what the score should be: at least this, or under ``at most`` no more than this.
-        allowance: taken off the arm's value before the ratio: what may come on top, such as seconds at a job's end.
+        allowance: what may come on top of the arm's value, such as seconds at a job's end: taken off for the verdict,
+            not for the score.
         explain: if it falls short, why: what the profile says. Shown below the table.
     """
 
@@ -163,9 +164,9 @@ def judge(
     b = [run.values[figure.value] for run in theirs if figure.value in run.values]
     if reason:
         return Outcome(experiment, figure, a, b, None, None, lost, lost_theirs, "void", reason)
-    score = _score(figure.kind, _median(a) - figure.allowance, _median(b))
-    single = [_score(figure.kind, x - figure.allowance, y) for x, y in _pairs(a, b)]
-    reaches = score <= figure.reach if figure.kind == "at most" else score >= figure.reach
+    score, allowed = (_score(figure.kind, _median(a) - off, _median(b)) for off in (0.0, figure.allowance))
+    single = [_score(figure.kind, x, y) for x, y in _pairs(a, b)]
+    reaches = allowed <= figure.reach if figure.kind == "at most" else allowed >= figure.reach
     return Outcome(
         experiment, figure, a, b, score, (min(single), max(single)), lost, lost_theirs,
         "reaches" if reaches else "falls short",

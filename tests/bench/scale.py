@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench.backends import bare
 from tests.bench.child import in_child, own_cpu_s, peak_mb, resident_mb
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.stores import count_mlflow
@@ -39,7 +40,7 @@ def experiments(quick: bool) -> list[Experiment]:
     # Costs are linear in the sites, and MLflow takes two minutes for a million points: 100 sites show the same ratio.
     both = ["tensorboard", "mlflow"]
     label = f"100 sites x {_EACH:,} records into TensorBoard and MLflow"
-    arms = {"many": _arm(100, both), "few": _arm(2, both, 100), "bare": _bare(100)}
+    arms = {"many": _arm(100, both), "few": _arm(2, both, 100), "bare": bare("mlflow", _EACH, 100)}
     figures = [
         Figure(label, "2 sites with as many", "rate", "many", "few", "records/s", "times more", 0.8, _FIRST_BATCH),
         Figure(label, "MLflow's log_batch, 100 runs, nothing else", "rate", "many", "bare", "records/s",
@@ -54,15 +55,6 @@ def _arm(sites: int, backends: list[str], as_of: int = 0) -> Arm:
     def run(folder: Path) -> Run:
         result = in_child("scale:load", 1800.0, folder=str(folder), sites=sites, each=each, backends=backends)
         return Run(result["values"], sites * each, result["stored"])
-
-    return run
-
-
-def _bare(runs: int) -> Arm:
-    def run(folder: Path) -> Run:
-        arguments = {"folder": str(folder), "rows": _EACH, "backend": "mlflow", "url": "", "runs": runs}
-        result = in_child("backends:log_batches", **arguments)
-        return Run({"rate": runs * _EACH / result["seconds"]}, runs * _EACH, result["stored"])
 
     return run
 

@@ -8,6 +8,7 @@ beside the job: the test's own truth, which no part of trackhub has touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -194,9 +195,19 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
             rc = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            _kill_all_with(f"TRACKHUB_TEST_OUT={out}\0".encode())
+            process.wait()
             tail = log.read_text(errors="replace")[-6000:]
             raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
     return rc, log.read_text(errors="replace")
+
+
+def _kill_all_with(mark: bytes) -> None:
+    """Kill the processes that have this in their environment: FLARE gives clients and trainers groups of their own."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if folder.name.isdigit() and mark in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def flare_environment() -> dict[str, str]:

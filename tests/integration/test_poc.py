@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from tests.integration.harness import Job, flare_environment, read_jsonl
+from trackhub.cli.status import spool_status
+from trackhub.delivery.find import find
 
 pytestmark = pytest.mark.long
 
@@ -331,10 +333,17 @@ def test_an_aborted_job_keeps_what_was_logged_and_says_that_it_was_aborted(poc: 
     result = poc.run(job.export(), meanwhile=abort)
 
     report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
-    assert report["status"] == "aborted"
+    assert (report["status"], report["balanced"]) == ("aborted", True)
     for site in SITES:
         noted = [(key, step, value) for key, value, step, *_ in result.facts(site)]
         points = _points(result, result.server, site)
-        assert points == noted[: len(points)]
+        assert points[: len(noted)] == noted[: len(points)]
         assert len(points) > 50
+        run, known = report["lanes"]["jsonl"][site], report["sites"][site]
+        assert (run["confirmed"], run["pending"], known["missing"]) == (len(points), 0, 0)
+        # Whatever the server did not get is still at the site.
+        (spool,) = find(result.client(site)).spools
+        left = spool_status(spool)["sinks"]["server"]
+        assert left["logged"] == left["acked"] + left["spooled"] >= len(noted)
+        assert left["acked"] <= len(points)
         assert result.records(result.server, site)[-1]["status"] == "aborted"

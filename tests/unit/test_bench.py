@@ -74,9 +74,13 @@ def test_what_the_alternative_lost_is_counted_and_voids_nothing() -> None:
     assert (outcome.verdict, outcome.lost_theirs) == ("reaches", 6)
 
 
-def test_an_allowance_comes_off_before_the_ratio() -> None:
-    assert judge("e", figure(reach=1.0, allowance=2.0), runs([12], [10])).verdict == "reaches"
-    assert judge("e", figure(reach=1.0, allowance=2.0), runs([13], [10])).verdict == "falls short"
+def test_an_allowance_is_in_the_verdict_and_not_in_the_score() -> None:
+    allowed = judge("e", figure(reach=1.0, allowance=2.0), runs([12], [10]))
+    too_much = judge("e", figure(reach=1.0, allowance=2.0), runs([13], [10]))
+
+    assert allowed.verdict == "reaches"
+    assert allowed.score == pytest.approx(10 / 12)
+    assert too_much.verdict == "falls short"
 
 
 def test_arms_run_in_turn_each_in_an_empty_folder_that_is_removed() -> None:
