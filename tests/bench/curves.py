@@ -47,6 +47,14 @@ def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]
                    for n in (1, 4, 16, 64, 256, 1000)]
             for name, names in (("journal alone", []), ("tensorboard", ["tensorboard"]))
         }),
+        _curve("batches", "records in a batch", f"records/s, {per_site // 10} from each of 100 sites in turn", {
+            name: [
+                [n, point("batches", "rate", **{**load, "sites": 100, "each": per_site // 10, "batch": n,
+                                                "backends": names})]
+                for n in (1, 10, 100) if n <= per_site // 10
+            ]
+            for name, names in (("journal alone", []), ("tensorboard", ["tensorboard"]))
+        }),
         _curve("backends", "backends in one sink", "records/s until all of them have confirmed", {
             "in this order: tensorboard, jsonl, mlflow": [
                 [n, point("backends", "rate", **{**load, "each": total // 10, "backends": names[:n]})]

@@ -64,27 +64,28 @@ def open_receiver(
 
 
 def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int = 8) -> None:
-    """Hand every site's requests to the receiver, from so many threads, each site's in order, one at a time.
+    """Hand every site's requests to the receiver, from so many threads: sites in turn, each site's one after the other.
 
     Raises:
         RuntimeError: a request was not accepted.
     """
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for site in load:
-        waiting.put(site)
+    waiting: queue.SimpleQueue[tuple[str, Iterator[bytes]]] = queue.SimpleQueue()
+    for site, messages in load.items():
+        waiting.put((site, iter(messages)))
     failures: list[str] = []
 
     def work() -> None:
         while not failures:
             try:
-                site = waiting.get_nowait()
-            except queue.Empty:
+                site, rest = waiting.get_nowait()
+            except queue.Empty:  # other threads have the last sites
                 return
-            for request in load[site]:
-                reply = decode_reply(receiver.handle(site, request))
-                if not isinstance(reply, Accepted):
-                    failures.append(f"{site}: {reply}")
-                    return
+            if (request := next(rest, None)) is None:
+                continue
+            reply = decode_reply(receiver.handle(site, request))
+            if not isinstance(reply, Accepted):
+                failures.append(f"{site}: {reply}")
+            waiting.put((site, rest))
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
     for worker in workers:

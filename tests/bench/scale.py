@@ -59,7 +59,9 @@ def _arm(sites: int, backends: list[str], as_of: int = 0) -> Arm:
     return run
 
 
-def load(folder: str, sites: int, each: int, backends: list[str], keys: int = 1) -> dict[str, Any]:
+def load(
+    folder: str, sites: int, each: int, backends: list[str], keys: int = 1, batch: int = 1000
+) -> dict[str, Any]:  # fmt: skip
     """Feed one receiver from eight threads, and wait until all is confirmed."""
     from tests.bench.load import feed, open_receiver, requests
     from trackhub.run import RunStatus
@@ -67,7 +69,7 @@ def load(folder: str, sites: int, each: int, backends: list[str], keys: int = 1)
     root = Path(folder)
     names = [f"site-{i + 1:04d}" for i in range(sites)]
     # Every site sends the same records under a name of its own, so the requests are made once.
-    prepared = list(requests(each, keys=keys))
+    prepared = list(requests(each, keys=keys, batch=batch))
     hello, batches, bye = prepared[:1], prepared[1:-1], prepared[-1:]
     receiver = open_receiver(root, {name: {} for name in backends})
     before_mb = resident_mb()

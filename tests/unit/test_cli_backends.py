@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from trackhub.spi import SPI_VERSION
 
 if TYPE_CHECKING:
@@ -83,10 +85,11 @@ def test_listing_imports_no_tracking_sdk_and_no_flare() -> None:
     assert heavy == []
 
 
-def test_without_the_cli_extra_the_command_says_what_to_install() -> None:
-    done = trackhub("backends", prelude="import sys; sys.modules['click'] = None")
+@pytest.mark.parametrize("library", ["click", "rich"])
+def test_without_the_cli_extra_the_command_says_what_to_install(library: str) -> None:
+    done = trackhub("backends", prelude=f"import sys; sys.modules[{library!r}] = None")
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "needs click" in done.stderr
+    assert f"needs {library}" in done.stderr
     assert "pip install 'flare-trackhub[cli]'" in done.stderr

@@ -9,9 +9,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line in ``sys.argv`` and exit: 0 when all is well, 1 when not, 2 for a wrong command."""
+    """Run the command line in ``sys.argv`` and exit: 0 when all is well, 1 when not, 2 for a wrong command, 130 for ^C."""
     try:
         from trackhub.cli.app import run
+
+        run()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"click", "rich"}:
             raise
@@ -20,4 +22,3 @@ def main() -> None:
             "pip install 'flare-trackhub[cli]' (in a clone: pip install -e '.[cli]')\n"
         )
         sys.exit(2)
-    run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
@@ -14,10 +15,19 @@ from trackhub.errors import TrackhubError
 __all__ = ["run"]
 
 _COMMANDS = ("backends", "check", "new-backend", "status", "replay")
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
 class _Commands(click.Group):
     """Imports a command when it is called, or its help is asked for: the libraries of all of them take a while."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # click's own status for it is 1, with which `replay` says that records are left.
+            print_error("interrupted")
+            ctx.exit(_INTERRUPTED)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trackhub.cli.output import print_error, print_lines
 from trackhub.config import Limits, parse_option_flags
@@ -131,6 +129,9 @@ def _with_progress(journal: Path, work: Callable[[], T]) -> T:
     """Show how far the delivery got while ``work`` runs: on a terminal only."""
     if not sys.stderr.isatty():
         return work()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     done = threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
