@@ -9,7 +9,10 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command in ``sys.argv`` and exit: 0 if all is well, 1 if not, 2 for a wrong command, 130 when interrupted."""
+    """Run the command in ``sys.argv`` and exit.
+
+    The status is 0 when all is well, 1 when not, 2 for a wrong command, 130 for one that was interrupted.
+    """
     try:
         from trackhub.cli.app import run
 
