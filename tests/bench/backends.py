@@ -36,12 +36,12 @@ _BARE = {
 }
 _COUNT = {"tensorboard": count_event_files, "mlflow": count_mlflow, "wandb": count_wandb}
 _SHARED = (
-    "the lane shares its process with FLARE, and two cores with the trainers; the figure from the journal shows what it "
-    "stores alone"
+    "the lane shares its process with FLARE, and two cores with the trainers; the figure from the journal shows what "
+    "it stores alone"
 )
 _LANE = (
-    "most of the time is the SDK's own call; the rest is reading the journal and its frames, making entries of them, and "
-    "looking for the run before it is made"
+    "most of the time is the SDK's own call; the rest is reading the journal and its frames, making entries of them, "
+    "and looking for the run before it is made"
 )
 
 
@@ -174,19 +174,25 @@ def run_logs(folder: str, rows: int, runs: int, backend: str, url: str) -> dict[
             run.log({"train/loss": 1.0 / (step + 1), "step": step, "round": 0, "_timestamp": 1.75e9 + step}, step=step)
         run.finish()
 
-    seconds = _timed(write, rows, runs)
-    wandb.teardown()
+    seconds = _timed(write, rows, runs, wandb.teardown)
     return {"seconds": seconds, "stored": count_wandb(Path(folder)) - 1}
 
 
-def _timed(write: Callable[[str, int], None], rows: int, runs: int) -> float:
-    """Return how long it takes to write so many rows into each of so many runs, one after the other."""
+def _timed(
+    write: Callable[[str, int], None], rows: int, runs: int, end: Callable[[], None] = lambda: None
+) -> float:  # fmt: skip
+    """Return how long it takes to write so many rows into each of so many runs, one after the other, and to end.
+
+    ``end`` stops what the SDK runs beside the process; trackhub's backends do so as well, and start it anew.
+    """
     write("warm", 1)
+    end()
     gc.collect()
     gc.freeze()
     begin = time.perf_counter()
     for number in range(runs):
         write(f"run-{number}", rows)
+    end()
     return time.perf_counter() - begin
 
 
