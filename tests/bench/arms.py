@@ -6,7 +6,6 @@ from __future__ import annotations
 import array
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 from tests.bench.child import children_cpu_s, kept_folder
 from tests.bench.figures import Arm, Run
 from tests.bench.stores import count_event_points, count_mlflow, count_wandb
-from tests.integration.harness import Job, JobResult, simulate
+from tests.integration.harness import Job, JobResult, processes_with, simulate
 
 __all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
 
@@ -277,10 +276,4 @@ class _ProcessCounter:
 
     def _watch(self) -> None:
         for _ in itertools.takewhile(lambda _: not self._end.wait(0.5), itertools.count()):
-            self.most = max(self.most, sum(map(self._belongs, os.listdir("/proc"))))
-
-    def _belongs(self, name: str) -> bool:
-        try:
-            return name.isdigit() and self._mark in Path("/proc", name, "environ").read_bytes()
-        except OSError:
-            return False
+            self.most = max(self.most, sum(1 for _ in processes_with(self._mark)))

@@ -6,14 +6,8 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,11 +18,11 @@ from tests.bench.arms import flare_arm, trackhub_into
 from tests.bench.child import in_child, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.stores import count_event_files, count_mlflow, count_wandb
+from tests.support.mlflow_server import Server
 
 __all__ = ["bare", "end_to_end", "experiments"]
 
 _ROWS_PER_CALL = 1000
-_MLFLOW_STORE = "mlflow.db"
 _BARE = {
     "tensorboard": ("SummaryWriter.add_scalar + close", "backends:add_scalars"),
     "mlflow": (f"MLflow's log_batch of {_ROWS_PER_CALL}", "backends:log_batches"),
@@ -88,16 +82,20 @@ def _experiment(
 def _new_mlflow_store() -> Path:
     """Have MLflow make a store, which takes it two seconds, once for all rounds."""
     folder = kept_folder("mlflow")
-    in_child("backends:log_batches", folder=str(folder), rows=0, runs=0, backend="mlflow", url="")
-    return folder / _MLFLOW_STORE
+    store = folder / "mlflow.db"
+    in_child("backends:log_batches", folder=str(folder), rows=0, runs=0, backend="mlflow", url="", store=str(store))
+    return store
 
 
 def _arm(function: str, backend: str, rows: int, runs: int, server: bool) -> Arm:
     def run(folder: Path) -> Run:
-        url = _mlflow_server() if server else ""
-        if backend == "mlflow" and not server:
-            shutil.copy(_new_mlflow_store(), folder)
-        result = in_child(function, folder=str(folder), rows=rows, runs=runs, backend=backend, url=url)
+        url, store = "", folder
+        if server:
+            url, store = _mlflow_server().url, _mlflow_server().database.file
+        elif backend == "mlflow":
+            store = Path(shutil.copy(_new_mlflow_store(), folder))
+        arguments = {"folder": str(folder), "rows": rows, "runs": runs, "backend": backend, "url": url}
+        result = in_child(function, store=str(store), **arguments)
         return Run({"rate": runs * rows / result["seconds"]}, runs * rows, result["stored"])
 
     return run
@@ -107,26 +105,22 @@ def _arm(function: str, backend: str, rows: int, runs: int, server: bool) -> Arm
 # (docs/adr/0006): nobody's first call is counted, and the collector costs nobody more than the other.
 
 
-def from_journal(folder: str, rows: int, runs: int, backend: str, url: str) -> dict[str, Any]:
+def from_journal(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
     """Fill a journal, and deliver it."""
     from tests.bench.load import deliver, fill_journal
 
-    root, store, options = Path(folder), Path(folder), dict[str, Any]()
-    if backend == "wandb":
-        options = {"mode": "offline"}
-    elif backend == "mlflow":
-        store = _database(url) if url else root / _MLFLOW_STORE
-        options = {"tracking_uri": url or f"sqlite:///{store}"}
+    root, count = Path(folder), _COUNT[backend]
+    options = {"wandb": {"mode": "offline"}, "mlflow": {"tracking_uri": url or f"sqlite:///{store}"}}.get(backend, {})
     warm, job = uuid.uuid4().hex, uuid.uuid4().hex
     fill_journal(root / "warm", 1, 1, job=warm)
     deliver(root / "warm", {backend: options}, warm)
     fill_journal(root, runs, rows, job=job)
-    before = _COUNT[backend](store)
+    before = count(Path(store))
     seconds, _ = deliver(root, {backend: options}, job)
-    return {"seconds": seconds, "stored": _COUNT[backend](store) - before}
+    return {"seconds": seconds, "stored": count(Path(store)) - before}
 
 
-def add_scalars(folder: str, rows: int, runs: int, backend: str, url: str) -> dict[str, Any]:
+def add_scalars(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
     """Write with PyTorch's SummaryWriter."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -140,13 +134,12 @@ def add_scalars(folder: str, rows: int, runs: int, backend: str, url: str) -> di
     return {"seconds": seconds, "stored": count_event_files(Path(folder)) - 1}
 
 
-def log_batches(folder: str, rows: int, runs: int, backend: str, url: str) -> dict[str, Any]:
+def log_batches(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
     """Write with MLflow's client, in batches of a thousand, which is as many as it takes."""
     import mlflow
     from mlflow.entities import Metric
 
-    root = Path(folder)
-    database = _database(url) if url else root / _MLFLOW_STORE
+    root, database = Path(folder), Path(store)
     before = count_mlflow(database) if database.exists() else 0
     client = mlflow.MlflowClient(url or f"sqlite:///{database}")
     experiment = client.create_experiment(f"bench {uuid.uuid4().hex}", artifact_location=str(root / "artifacts"))
@@ -163,7 +156,7 @@ def log_batches(folder: str, rows: int, runs: int, backend: str, url: str) -> di
     return {"seconds": seconds, "stored": count_mlflow(database) - before - 1}
 
 
-def run_logs(folder: str, rows: int, runs: int, backend: str, url: str) -> dict[str, Any]:
+def run_logs(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
     """Write with W&B's SDK, offline: rows with time stamp, step and round, with the settings that trackhub has."""
     import wandb
     from trackhub_wandb.sdk import QUIET_SETTINGS
@@ -197,44 +190,9 @@ def _timed(
 
 
 @functools.cache
-def _mlflow_server() -> str:
-    """Run an MLflow server with one worker until this process ends, and return its URL once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    root = _database(url).parent
-    shutil.rmtree(root, ignore_errors=True)  # of an earlier server at this port, whose process was killed
-    root.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{_database(url)}", "--artifacts-destination", str(root / "artifacts")],
-        cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-    )  # fmt: skip
-
-    def end() -> None:
-        process.terminate()
-        process.wait(30)
-        shutil.rmtree(root, ignore_errors=True)
-
-    atexit.register(end)
-    deadline = time.monotonic() + 120
-    while not _answers(url):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the MLflow server did not start")
-        time.sleep(0.1)
-    return url
-
-
-def _database(url: str) -> Path:
-    """Return the file of the server at this URL; the arms, which are processes of their own, count what is in it."""
-    return Path(tempfile.gettempdir(), f"trackhub-bench-mlflow-{url.rpartition(':')[2]}", "server.db")
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=1) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
+def _mlflow_server() -> Server:
+    """Run an MLflow server until this process ends, and return it once it answers."""
+    server = Server(kept_folder("mlflow-server"))
+    atexit.register(server.kill)
+    server.start()
+    return server

@@ -10,7 +10,9 @@ from typing import Any
 from tests.bench.backends import bare
 from tests.bench.child import in_child, own_cpu_s, peak_mb, resident_mb
 from tests.bench.figures import Arm, Experiment, Figure, Run
+from tests.bench.load import BATCH, feed, open_receiver, requests
 from tests.bench.stores import count_mlflow
+from trackhub.run import RunStatus
 
 __all__ = ["experiments"]
 
@@ -60,12 +62,9 @@ def _arm(sites: int, backends: list[str], as_of: int = 0) -> Arm:
 
 
 def load(
-    folder: str, sites: int, each: int, backends: list[str], keys: int = 1, batch: int = 1000
+    folder: str, sites: int, each: int, backends: list[str], keys: int = 1, batch: int = BATCH
 ) -> dict[str, Any]:  # fmt: skip
     """Feed one receiver from eight threads, and wait until all is confirmed."""
-    from tests.bench.load import feed, open_receiver, requests
-    from trackhub.run import RunStatus
-
     root = Path(folder)
     names = [f"site-{i + 1:04d}" for i in range(sites)]
     # Every site sends the same records under a name of its own, so the requests are made once.

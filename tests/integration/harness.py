@@ -29,6 +29,7 @@ __all__ = [
     "JobResult",
     "Point",
     "install_plugin",
+    "processes_with",
     "read_jsonl",
     "read_tensorboard",
     "simulate",
@@ -195,19 +196,22 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
             rc = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            _kill_all_with(f"TRACKHUB_TEST_OUT={out}\0".encode())
+            # FLARE gives clients and trainers groups of their own.
+            for pid in processes_with(f"TRACKHUB_TEST_OUT={out}\0".encode()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             tail = log.read_text(errors="replace")[-6000:]
             raise AssertionError(f"the job did not end within {timeout_s} s; its log ends:\n{tail}") from None
     return rc, log.read_text(errors="replace")
 
 
-def _kill_all_with(mark: bytes) -> None:
-    """Kill the processes that have this in their environment: FLARE gives clients and trainers groups of their own."""
-    for folder in Path("/proc").iterdir():
+def processes_with(mark: bytes) -> Iterator[int]:
+    """Yield the processes that have this in their environment, as all of a job's have its folder."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            if folder.name.isdigit() and mark in (folder / "environ").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
+            if mark in Path("/proc", name, "environ").read_bytes():
+                yield int(name)
 
 
 def flare_environment() -> dict[str, str]:
