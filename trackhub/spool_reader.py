@@ -170,8 +170,11 @@ class SpoolReader:
             dict(refusals),
             dict(explained),
         )
-        self._acks[batch.stream] = ack
-        write_ack(self.folder, batch.stream, self.cursor, ack)
+        try:
+            write_ack(self.folder, batch.stream, self.cursor, ack)
+        finally:
+            # Not before: a thread that waits for it may then ask a writer, which looks at the file.
+            self._acks[batch.stream] = ack
         self._release(batch, old)
 
     def give_up_blob(self, name: str) -> None:

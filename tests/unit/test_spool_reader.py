@@ -19,7 +19,7 @@ from tests.unit.helpers import STREAM, ModelSink, assert_accounted, drain, new_s
 from trackhub.errors import SpoolError
 from trackhub.records import Kind, Metrics, Record, Text, encode_frame, scan_frames
 from trackhub.spool import Spool
-from trackhub.spool_layout import SEGMENT_HEADER, segment_name
+from trackhub.spool_layout import SEGMENT_HEADER, Ack, segment_name, write_ack
 from trackhub.spool_reader import SpoolReader
 from trackhub.writer import Writer
 
@@ -44,6 +44,27 @@ def test_an_empty_spool_has_no_batch(tmp_path: Path) -> None:
     assert reader.next_batch(10, 1000) is None
     assert reader.next_batch(10, 1000, final=True) is None
     assert reader.counts() == {}
+
+
+def test_other_threads_learn_that_a_batch_is_settled_once_that_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a sender's flush, and then asks a writer, which looks at the file, must not hear something else."""
+    write(new_spool(tmp_path), 3)
+    reader = SpoolReader(tmp_path, "server")
+    ends, seen = reader.ends(), list[bool]()
+
+    def store(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
+        seen.append(reader.is_past(ends))
+        write_ack(folder, stream, cursor, ack)
+
+    monkeypatch.setattr("trackhub.spool_reader.write_ack", store)
+    batch = reader.next_batch(10, 1 << 20)
+    assert batch is not None
+
+    reader.settle(batch)
+
+    assert (seen, reader.is_past(ends)) == ([False], True)
 
 
 def test_a_batch_is_the_same_until_it_is_settled(tmp_path: Path) -> None:
