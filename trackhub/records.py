@@ -286,21 +286,21 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
     Raises:
         CorruptFrameError: a frame's checksum is wrong or its size is impossible; the frames before it were yielded.
     """
-    view = memoryview(buffer)
-    length = len(view)
+    length = len(buffer)
     header = _HEADER.size
     crc32 = zlib.crc32
     unpack = _HEADER.unpack_from
     new = tuple.__new__  # half of what Frame(...) takes
     while length - offset >= header:
-        crc, size, kind = unpack(view, offset)
+        crc, size, kind = unpack(buffer, offset)
         if size > MAX_BODY_BYTES or kind == 0:
             raise CorruptFrameError(f"frame of {size} bytes and kind {kind} at offset {offset}", offset)
         body = offset + header
         end = body + size
         if end > length:
             return
-        if crc32(view[offset + _CRC_BYTES : end]) != crc:
+        # A slice of bytes is a copy, and of a few bytes still quicker than a view of them.
+        if crc32(buffer[offset + _CRC_BYTES : end]) != crc:
             raise CorruptFrameError(f"checksum does not match at offset {offset}", offset)
         yield new(Frame, (kind, offset, body, end))
         offset = end
@@ -330,7 +330,6 @@ def pass_metrics(
             return count, offset
         crc, size, kind = unpack(buffer, offset)
         end = offset + header + size
-        # A slice of bytes is a copy, and of a few bytes still quicker than a view of them.
         if kind != metrics or size > MAX_BODY_BYTES or end > limit or crc32(buffer[offset + _CRC_BYTES : end]) != crc:
             return count, offset
         offset = end

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.unit.helpers import WAIT_S, assert_balanced, batch_of, json_lines, metric, new_spool
+from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, json_lines, metric, new_spool
 from trackhub.config import Limits
 from trackhub.delivery import wire
 from trackhub.delivery.journal import Journal
@@ -18,7 +18,7 @@ from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender
 from trackhub.records import Record
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Backend
+from trackhub.spi import Backend, RunInfo
 from trackhub.writer import Writer
 
 SITE = "site-1"
@@ -69,6 +69,29 @@ class Bench:
 
 def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> RunReport:
     return report.lanes[lane][site]
+
+
+class Consuming(MemoryBackend):
+    """Takes what it stores out of the list that it was given."""
+
+    def take(self, site: str, batch: Any) -> None:
+        super().take(site, batch)
+        batch.clear()
+
+
+class Odd(MemoryBackend):
+    """Its runs return what is no report."""
+
+    def open_run(self, info: RunInfo) -> Any:
+        run = super().open_run(info)
+        write = run.write
+
+        def odd(batch: Any) -> Any:
+            write(batch)
+            return True
+
+        run.write = odd  # type: ignore[method-assign]
+        return run
 
 
 def failing(times: int, error: Callable[[], BaseException], method: str = "write") -> Callable[[str, Any], None]:

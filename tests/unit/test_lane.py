@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, metric
-from tests.unit.rigs import SITE, Bench, failing, poisoned, run_of
+from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.shaper import Shaper
 from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
 from trackhub.records import Gap, Metrics, Record, Text, encode_frame
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Kind, Redelivery, Rejection, RunInfo, WriteReport
+from trackhub.spi import Kind, Redelivery, Rejection, WriteReport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -184,19 +184,13 @@ def test_rejections_of_records_that_were_not_handed_over_or_twice_are_not_counte
     assert (run_of(report).rejected, run_of(report).confirmed) == ({"odd": 1}, 2)
 
 
-class Odd(MemoryBackend):
-    """Its runs return what is no report."""
-
-    def open_run(self, info: RunInfo) -> Any:
-        run = super().open_run(info)
-        write = run.write
-
-        def odd(batch: Any) -> Any:
-            write(batch)
-            return True
-
-        run.write = odd  # type: ignore[method-assign]
-        return run
+def test_what_a_backend_does_with_its_list_changes_no_count(bench: Bench) -> None:
+    backend = Consuming()
+    bench.log(30)
+    bench.lane(backend)
+    report = bench.finish()
+    assert backend.positions() == list(range(30))
+    assert (run_of(report).confirmed, run_of(report).pending) == (30, 0)
 
 
 def test_a_backend_that_returns_something_else_is_told_so_and_stops_nothing(bench: Bench) -> None:

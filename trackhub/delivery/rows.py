@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from trackhub.records import CorruptFrameError, Frame, Kind, scan_frames
@@ -33,10 +34,11 @@ def stored_records(row: Row) -> Iterator[Stored]:
     Of a damaged row come fewer than ``row.records``. Records behind the damage have their positions from the row's end.
     """
     frames, position, end = row.frames, row.first_position, 0
-    for kind, _, body, end in _before_damage(frames, 0):
-        if kind != _GAP:
-            yield position, kind, frames[body:end]
-            position += 1
+    with suppress(CorruptFrameError):
+        for kind, _, body, end in scan_frames(frames):
+            if kind != _GAP:
+                yield position, kind, frames[body:end]
+                position += 1
     missing = row.first_position + row.records - position
     if missing:
         rest = [frame for frame in _behind_damage(frames, end) if frame.kind != _GAP]
@@ -45,19 +47,13 @@ def stored_records(row: Row) -> Iterator[Stored]:
             yield position + i, frame.kind, frames[frame.body : frame.end]
 
 
-def _before_damage(data: bytes | memoryview, offset: int) -> Iterator[Frame]:
-    try:
-        yield from scan_frames(data, offset)
-    except CorruptFrameError:
-        return
-
-
 def _behind_damage(data: bytes, offset: int) -> Iterator[Frame]:
     """Yield the sound frames at or after this place. Nothing tells where they start, so every offset is tried."""
     view = memoryview(data)
     while offset < len(view):
         end = offset
-        for frame in _before_damage(view, offset):
-            yield frame
-            end = frame.end
+        with suppress(CorruptFrameError):
+            for frame in scan_frames(view, offset):
+                yield frame
+                end = frame.end
         offset = max(end, offset + 1)

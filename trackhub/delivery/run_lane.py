@@ -338,7 +338,7 @@ class RunLane:
         assert self._run is not None
         batch = self._todo[0]
         try:
-            report = _checked(self._run.write(batch))
+            report = _checked(self._run.write(list(batch)))  # a plugin may use its list up; the counts are of this one
         except TransientError as e:
             self._may_have_stored(batch)
             self._breaks = 0
@@ -360,14 +360,16 @@ class RunLane:
                 else:
                     self._suspects.append(self._todo.popleft())
             return False
-        rejected = {r.position: r for r in report.rejected} if report is not None else {}
-        rejected = {e.position: rejected[e.position] for e in batch if e.position in rejected}
+        named = {r.position: r for r in report.rejected} if report is not None else {}
+        rejected = {e.position: named[e.position] for e in batch if e.position in named} if named else {}
         for rejection in rejected.values():
             self._reject(rejection)
-        stored = [e.position for e in batch if e.position not in rejected]
+        stored = [e for e in batch if e.position not in rejected] if rejected else batch
         self._stored += len(stored)
-        self._stored_to = stored[-1] + 1 if stored else self._stored_to
-        self._doubled += sum(e.position < self._doubted_to and e.position not in rejected for e in batch)
+        if stored:
+            self._stored_to = stored[-1].position + 1
+        if batch[0].position < self._doubted_to:
+            self._doubled += sum(e.position < self._doubted_to for e in stored)
         self._has_stored = True
         self._backoff.reset()
         self._breaks = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -72,13 +72,27 @@ class Shaper:
         self._fitted: dict[str, str] = {}
         self._fit_already: set[str] = set()
         self._keeps_keys = not capabilities.key_chars and capabilities.max_key_chars is None
+        self._takes_any_metrics = (
+            Kind.METRICS in capabilities.kinds and capabilities.nonfinite and capabilities.late_steps
+        )
 
     def memory(self) -> bytes:
         """Return what a later shaper needs to go on from here."""
         return msgspec.msgpack.encode(self._memory)
 
-    def shape(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, list[str]]:
+    def shape(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, Sequence[str]]:
         """Return what to hand over in place of this record, and the names of the alterations that were needed."""
+        payload = record.payload
+        if (
+            type(payload) is Metrics  # nearly all are, and nothing about them needs a look, or nothing any more
+            and self._takes_any_metrics
+            and record.step is not None
+            and (self._keeps_keys or self._fit_already.issuperset(payload.values))
+        ):
+            return Entry(position, record.time, record.step, record.round, payload, stream, record.seq), ()
+        return self._shape(stream, record, position)
+
+    def _shape(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, list[str]]:
         payload, altered = record.payload, list[str]()
         kind = _KINDS.get(type(payload))
         if kind not in self._can.kinds:

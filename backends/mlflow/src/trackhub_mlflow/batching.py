@@ -49,8 +49,8 @@ def _send(store: Store, run_id: str, batch: Sequence[Item], rejections: list[Rej
         store.log_batch(
             run_id,
             [item.what for item in batch if isinstance(item.what, Point)],
-            [item.what for item in batch if item.kind == "param" and isinstance(item.what, Pair)],
-            [item.what for item in batch if item.kind == "tag" and isinstance(item.what, Pair)],
+            [item.what for item in batch if isinstance(item.what, Pair) and item.kind == "param"],
+            [item.what for item in batch if isinstance(item.what, Pair) and item.kind == "tag"],
         )
     except RefusedError as error:
         _require_active(store, run_id)
@@ -77,21 +77,27 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
     seen: set[str] = set()
     params = tags = size = 0
+    lengths: dict[str, int] = {}
     for item in items:
         key = item.what.key
-        length = _ITEM_BYTES + (len(key) if key.isascii() else len(key.encode()))
+        length = lengths.get(key) or lengths.setdefault(key, _ITEM_BYTES + len(key.encode()))
+        full = len(batch) == _MAX_ITEMS
         if isinstance(item.what, Pair):
             length += len(item.what.value.encode())
-        is_param, is_tag = item.kind == "param", item.kind == "tag"
-        if is_param:
-            if item.what.key in seen:
-                continue  # the same value again; MLflow refuses a request that has a param twice
-            seen.add(item.what.key)
-        full = len(batch) == _MAX_ITEMS or params + is_param > _MAX_PARAMS or tags + is_tag > _MAX_TAGS
+            if item.kind == "param":
+                if key in seen:
+                    continue  # the same value again; MLflow refuses a request that has a param twice
+                seen.add(key)
+                full = full or params == _MAX_PARAMS
+                params += 1
+            else:
+                full = full or tags == _MAX_TAGS
+                tags += 1
         if batch and (full or size + length > _MAX_BYTES):
             yield batch
-            batch, params, tags, size = [], 0, 0, 0
+            batch, size = [], 0
+            params, tags = int(item.kind == "param"), int(item.kind == "tag")
         batch.append(item)
-        params, tags, size = params + is_param, tags + is_tag, size + length
+        size += length
     if batch:
         yield batch

@@ -63,10 +63,12 @@ class MLflowRun(BackendRun):
         rejections: dict[int, Rejection] = {}
         items: list[Item] = []
         for entry in batch:
-            self._last_ms = max(self._last_ms, milliseconds(entry.time))
+            time_ms = milliseconds(entry.time)
+            if time_ms > self._last_ms:
+                self._last_ms = time_ms
             payload = entry.payload
             if isinstance(payload, Metrics):
-                items += self._metrics(entry, payload)
+                self._add_points(entry, payload, time_ms, items)
                 continue
             try:
                 if isinstance(payload, Params):
@@ -85,14 +87,13 @@ class MLflowRun(BackendRun):
         """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
         self._group.close_run(self._run, self._info.key.job, status, self._last_ms or self._run.end_ms or None)
 
-    def _metrics(self, entry: Entry, payload: Metrics) -> Iterator[Item]:
-        time_ms, step, position = milliseconds(entry.time), entry.step or 0, entry.position
-        make, names = self._points.point, self._names
+    def _add_points(self, entry: Entry, payload: Metrics, time_ms: int, items: list[Item]) -> None:
+        step, position, names = entry.step or 0, entry.position, self._names
         for key, value in payload.values.items():
             name = names.get(key)
             if name is None:
                 name = names[key] = entity_name(key)
-            yield Item(position, "metric", make(position, name, value, time_ms, step))
+            items.append(Item(position, "metric", self._points.point(position, name, value, time_ms, step)))
 
     def _param_items(self, entry: Entry, payload: Params) -> Iterator[Item]:
         for key, value in payload.values.items():
