@@ -50,7 +50,7 @@ def experiments(quick: bool) -> list[Experiment]:
         return [tensorboard, mlflow, wandb]
     job = {"job": flare_arm(trackhub_into("mlflow"), records=rows)}
     mlflow = replace(mlflow, arms={**mlflow.arms, **job}, figures=[*mlflow.figures, end_to_end("mlflow", rows, "job")])
-    return [tensorboard, mlflow, wandb, _experiment("mlflow server", "mlflow", 10_000, 1, repeat, 0.95, server=True)]
+    return [tensorboard, mlflow, wandb, _experiment("mlflow server", "mlflow", 20_000, 1, repeat, 0.95, server=True)]
 
 
 def end_to_end(backend: str, records: int, arm: str) -> Figure:
