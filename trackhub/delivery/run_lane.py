@@ -74,6 +74,7 @@ class RunLane:
         self._doubted_to = 0  # records before this position may be at the backend already
         self._shaper = Shaper(self._can, self._progress.memory)
         self._run: BackendRun | None = None
+        self._info: RunInfo
         self._buffers = False
         self._skip_before = 0
         self._rows: deque[Row] = deque()
@@ -199,16 +200,13 @@ class RunLane:
         except JournalError as e:
             _log.warning("lane %s cannot store how far run %s got: %s", self._lane, self.site, e)
 
-    def _info(self) -> RunInfo:
-        rows = self._journal.read(self.site_id, self._confirmed, 1)
-        resume_from = rows[0].first_position if rows else 0
-        return RunInfo(self._key, self._side, self._created, resume_from, self._blob_dir)
-
     def _open(self) -> bool:
         if self._rebuilds:
             self._begin_anew()
         try:
-            run = self._backend.open_run(self._info())
+            resume_from = self._journal.position_after(self.site_id, self._confirmed)
+            self._info = RunInfo(self._key, self._side, self._created, resume_from, self._blob_dir)
+            run = self._backend.open_run(self._info)
             if self._can.redelivery is Redelivery.RESUMABLE:
                 self._skip_before = self._resume(run)
             elif self._can.redelivery is Redelivery.AT_LEAST_ONCE:
@@ -446,7 +444,7 @@ class RunLane:
     def _results(self) -> Results | None:
         try:
             # By way of plain values: one of another type would make the journal unreadable.
-            return msgspec.convert(msgspec.to_builtins(self._backend.results(self._info())), Results | None)
+            return msgspec.convert(msgspec.to_builtins(self._backend.results(self._info)), Results | None)
         except BaseException as e:
             _log.warning("backend %s cannot say where run %s can be seen: %s", self._lane, self.site, e)
             return None
