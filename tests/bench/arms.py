@@ -36,13 +36,21 @@ _TRAINER = """
     def train(current_round):
         calls = array.array("d")
         clock = time.perf_counter
+        key = "paced"
+        for step in range({paced}):
+            before = clock()
+            {log}
+            calls.append(clock() - before)
+            time.sleep({pause_s})
+        time.sleep({settle_s})
+        key = "loss"
         memory, begin, cpu = peak_mb(), time.time(), time.thread_time()
-        for step in range({records}):
+        for step in range({paced}, {paced} + {records}):
             before = clock()
             {log}
             calls.append(clock() - before)
         cpu, end = time.thread_time() - cpu, time.time()
-        for step in range({records}, {records} + {tens}):
+        for step in range({paced} + {records}, {paced} + {records} + {tens}):
             before = clock()
             {log_ten}
             calls.append(clock() - before)
@@ -55,6 +63,8 @@ _TRAINER = """
     rounds(train)
 """
 _HEAD = 5
+_PAUSE_S = 0.01
+_SETTLE_S = 1.0
 _IMPORT_TORCH = """
 import torch
 from nvflare.apis.fl_component import FLComponent
@@ -72,10 +82,11 @@ class Way:
     """One way of tracking.
 
     Attributes:
-        prepare, log, log_ten: what the training script says to get a writer, and to log one or ten metrics.
+        prepare, log, log_ten: what the training script says to get a writer, and to log one metric, ``key``, or ten.
         tracking: arguments of ``add_tracking``, None to leave it out.
         more: source that changes the job otherwise.
-        read: returns how many metric values of a site are in the store, each counted once.
+        read: returns how many metric values of a site are in the store, each counted once; all, or those with this in
+            their key.
         files: the files that the store wrote, as patterns below the server's run folder.
     """
 
@@ -85,7 +96,7 @@ class Way:
     log_ten: str = "pass"
     tracking: dict[str, Any] | None = None
     more: str = ""
-    read: Callable[[JobResult, str], int] | None = None
+    read: Callable[[JobResult, str, str], int] | None = None
     files: str = ""
 
 
@@ -105,9 +116,9 @@ NONE = Way("none")
 
 STOCK_TENSORBOARD = _stock(
     "tensorboard", "{}", "SummaryWriter",
-    'writer.add_scalar("loss", float(step), global_step=step)',
+    "writer.add_scalar(key, float(step), global_step=step)",
     "[writer.add_scalar(key, value, global_step=step) for key, value in TEN.items()]",
-    read=lambda result, site: count_event_points(result.run_dir("server") / "tb_events" / site),
+    read=lambda result, site, key: count_event_points(result.run_dir("server") / "tb_events" / site, key),
     files="tb_events/**/events*",
 )  # fmt: skip
 
@@ -115,10 +126,10 @@ STOCK_WANDB = _stock(
     "wandb",
     '{"mode": "offline", "wandb_args": {"name": "run", "project": "bench", "group": "bench", "job_type": "bench"}}',
     "WandBWriter",
-    'writer.log({"loss": float(step)}, step)',
+    "writer.log({key: float(step)}, step)",
     "writer.log(TEN, step)",
     # The receiver's processes write into one folder of the server's; the rows are counted once for all sites.
-    read=lambda result, site: count_wandb(result.workspace.parent) if site == "site-1" else 0,
+    read=lambda result, site, key: count_wandb(result.workspace.parent, key) if site == "site-1" else 0,
 )
 
 
@@ -126,38 +137,44 @@ def trackhub_into(backend: str) -> Way:
     """Return the way of ``trackhub.Writer`` and this backend on the server."""
     folders = {"tensorboard": "tensorboard/**/events*", "mlflow": "mlflow/mlflow.db", "wandb": "wandb/**/*.wandb"}
 
-    def read(result: JobResult, site: str) -> int:
+    def read(result: JobResult, site: str, key: str) -> int:
         run_dir = result.run_dir("server")
         if backend == "tensorboard":
-            return count_event_points(run_dir / "tensorboard" / result.job / site)
+            return count_event_points(run_dir / "tensorboard" / result.job / site, key)
         if backend == "mlflow":
-            return count_mlflow(run_dir / "mlflow" / "mlflow.db") if site == "site-1" else 0
-        return count_wandb(run_dir / "wandb") if site == "site-1" else 0
+            return count_mlflow(run_dir / "mlflow" / "mlflow.db", key) if site == "site-1" else 0
+        return count_wandb(run_dir / "wandb", key) if site == "site-1" else 0
 
     options = {"wandb": {"mode": "offline"}}.get(backend, {})
     return Way(
         f"trackhub {backend}", "import trackhub\n    writer = trackhub.Writer()",
-        'writer.log({"loss": float(step)}, step)', "writer.log(TEN, step)",
+        "writer.log({key: float(step)}, step)", "writer.log(TEN, step)",
         tracking={"server": {backend: options}}, read=read, files=folders[backend],
     )  # fmt: skip
 
 
 def flare_arm(
-    way: Way, *, records: int, tens: int = 0, sites: int = 2, external: bool = False, count_processes: bool = False,
-    timeout_s: float = 900,
+    way: Way, *, records: int, tens: int = 0, paced: int = 0, sites: int = 2, external: bool = False,
+    count_processes: bool = False, timeout_s: float = 900,
 ) -> Arm:  # fmt: skip
     """Return an arm that runs the job with so many calls of one metric from each site, and ``tens`` of ten.
+
+    They are made as fast as can be. Before them there are ``paced`` ones, a hundred a second at most, and a pause.
 
     The server imports torch at its start, as that of a PyTorch job does. FLARE imports it in every job's server at the
     latest when the job ends, and lanes that are at work then would stand still for a second and a half.
 
     Its values: ``median_us``, ``p99_us``, ``thread_cpu_us`` of a call, ``ten_median_us``, ``ten_p99_us``;
+    ``paced_median_us``, ``paced_p99_us``, ``paced_lost``, of the paced ones, which nothing else counts;
     ``job_cpu_s`` of all the job's processes; ``rate`` of stored calls, from the first call until the store has 99.5 %
     of its bytes, and ``lag_s`` from the last call until then; ``trainer_mb``, what the training process grew by;
     ``extra_processes``, besides FLARE's own.
     """
 
-    source = _TRAINER.format(prepare=way.prepare, records=records, tens=tens, log=way.log, log_ten=way.log_ten)
+    source = _TRAINER.format(
+        prepare=way.prepare, paced=paced, records=records, tens=tens, log=way.log, log_ten=way.log_ten,
+        pause_s=_PAUSE_S, settle_s=_SETTLE_S if paced else 0,
+    )  # fmt: skip
 
     @functools.cache
     def exported() -> Path:
@@ -180,31 +197,35 @@ def flare_arm(
         if count_processes:
             values["extra_processes"] = counter.most - _FLARE_PROCESSES - sites
         names = [f"site-{i + 1}" for i in range(sites)]
-        return _with_stored(way, result, values, names, records, tens, growth.end())
+        return _with_stored(way, result, values, names, paced, records, tens, growth.end())
 
     return run
 
 
 def _with_stored(
-    way: Way, result: JobResult, values: dict[str, float], sites: list[str], records: int, tens: int, written: float
-) -> Run:
-    ones, ten, first, last = list[float](), list[float](), float("inf"), 0.0
+    way: Way, result: JobResult, values: dict[str, float], sites: list[str], paced: int, records: int, tens: int,
+    written: float,
+) -> Run:  # fmt: skip
+    slow, ones, ten, first, last = list[float](), list[float](), list[float](), float("inf"), 0.0
     memory, cpu = 0.0, 0.0
     for site in sites:
         numbers = array.array("d")
         numbers.frombytes((result.out / f"{site}.calls").read_bytes())
         begin, _, end, thread_cpu, grown = numbers[:_HEAD]
         first, last, memory, cpu = min(first, begin), max(last, end), max(memory, grown), cpu + thread_cpu
-        ones += numbers[_HEAD : _HEAD + records]
-        ten += numbers[_HEAD + records :]
+        slow += numbers[_HEAD : _HEAD + paced]
+        ones += numbers[_HEAD + paced : _HEAD + paced + records]
+        ten += numbers[_HEAD + paced + records :]
     values |= {"trainer_mb": memory, "thread_cpu_us": cpu / len(ones) * 1e6}
-    for name, calls in (("", sorted(ones)), ("ten_", sorted(ten))):
+    for name, calls in (("", sorted(ones)), ("ten_", sorted(ten)), ("paced_", sorted(slow))):
         if calls:
             values[f"{name}median_us"] = calls[len(calls) // 2] * 1e6
             values[f"{name}p99_us"] = calls[min(len(calls) - 1, int(len(calls) * 0.99))] * 1e6
     if way.read is None:
         return Run(values)
-    stored = sum(way.read(result, site) for site in sites)
+    at_pace = sum(way.read(result, site, "paced") for site in sites)
+    values["paced_lost"] = len(sites) * paced - at_pace
+    stored = sum(way.read(result, site, "") for site in sites) - at_pace
     if not stored:
         raise RuntimeError(f"{way.name} stored nothing, so there is nothing to compare with")
     logged = len(sites) * (records + (tens if "wandb" in way.name else 10 * tens))

@@ -85,7 +85,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         if reason:
             lines.append(f"{outcome.verdict}: {outcome.figure.what}: {reason}")
         if outcome.lost_theirs:
-            lines.append(f"lost by the alternative: {outcome.figure.what}: {outcome.lost_theirs}")
+            lines.append(f"lost in all runs of {outcome.figure.alternative}: {outcome.lost_theirs:,} records")
     return list(dict.fromkeys(lines))
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what a store holds, by other means than those that wrote it."""
+"""Counts what a store holds, by other means than those that wrote it.
+
+Where a key is given, only what has it in its name.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ def count_event_files(folder: Path) -> int:
     return sum(1 for _ in _scalars(folder))
 
 
-def count_event_points(folder: Path) -> int:
+def count_event_points(folder: Path, key: str = "") -> int:
     """Return the number of scalars of different tag or step in all event files below a folder."""
-    return len(set(_scalars(folder)))
+    return sum(key in tag for tag, _ in set(_scalars(folder)))
 
 
 def _scalars(folder: Path) -> Iterator[tuple[str, int]]:
@@ -43,14 +46,16 @@ def _scalars(folder: Path) -> Iterator[tuple[str, int]]:
                         yield value.tag, event.step
 
 
-def count_mlflow(database: Path) -> int:
+def count_mlflow(database: Path, key: str = "") -> int:
     """Return the number of metric points in an MLflow store."""
     with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as db:
-        return int(db.execute("SELECT count(*) FROM metrics").fetchone()[0])
+        return int(db.execute("SELECT count(*) FROM metrics WHERE instr(key, ?)", (key,)).fetchone()[0])
 
 
-def count_wandb(folder: Path) -> int:
+def count_wandb(folder: Path, key: str = "") -> int:
     """Return the number of history rows in all offline runs below a folder."""
     from trackhub_wandb.contract_log import read_records  # the kit's reader, which shares no code with the plugin
 
-    return sum(record.HasField("history") for path in folder.rglob("*.wandb") for record in read_records(path))
+    records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
+    rows = (record.history for record in records if record.HasField("history"))
+    return sum(any(key in (item.key or "/".join(item.nested_key)) for item in row.item) for row in rows)
