@@ -28,7 +28,11 @@ _BARE = {
     "mlflow": (f"MLflow's log_batch of {_ROWS_PER_CALL}", "backends:log_batches"),
     "wandb": ("wandb run.log + finish", "backends:run_logs"),
 }
-_COUNT = {"tensorboard": count_event_files, "mlflow": count_mlflow, "wandb": count_wandb}
+_COUNT: dict[str, Callable[[Path], int]] = {
+    "tensorboard": count_event_files,
+    "mlflow": count_mlflow,
+    "wandb": count_wandb,
+}
 _SHARED = (
     "the lane shares its process with FLARE, and two cores with the trainers; the figure from the journal shows what "
     "it stores alone"
