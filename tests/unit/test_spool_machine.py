@@ -116,11 +116,13 @@ class SpoolMachine(RuleBasedStateMachine):
         self.readers[name] = SpoolReader(self.folder, name)
 
     @precondition(lambda self: bool(self.logged))
-    @rule(name=st.sampled_from(["server", "client"]), data=st.data())
-    def lose_the_cursor(self, name: str, data: st.DataObject) -> None:
+    @rule(name=st.sampled_from(["server", "client"]), which=st.integers(0, 7))
+    def lose_the_cursor(self, name: str, which: int) -> None:
+        # An index, not one drawn of these: which streams were read first depends on their random names, and Hypothesis
+        # takes it for a flaky test when what it may draw differs from one run to the next.
         acks = sorted(self.folder.glob(f"*.{name}.ack"))
         if acks:
-            data.draw(st.sampled_from(acks)).unlink()
+            acks[which % len(acks)].unlink()
             self.lost_cursor = True
             self.restart(name)
 
