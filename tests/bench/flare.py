@@ -12,7 +12,6 @@ from tests.bench.figures import Arm, Experiment, Figure, Run
 
 __all__ = ["experiments"]
 
-_PACED = 300
 _SINK = (
     "the trainers need half a second for their calls; the rest is the sink's work on all records, some 7 us each in "
     "one process, of which TensorBoard's protobuf is the largest part"
@@ -22,8 +21,8 @@ _SINK = (
 def experiments(quick: bool) -> list[Experiment]:
     """Return the group's experiments."""
     if quick:
-        return [_in_process(300, 1_000, 20_000, 1), _external(300, 300, 1)]
-    return [_in_process(300, 1_000, 100_000, 5), _external(300, 10_000, 5), _processes()]
+        return [_in_process(300, 1_000, 20_000, 0, 1), _external(300, 300, 1)]
+    return [_in_process(300, 1_000, 100_000, 300, 5), _external(300, 10_000, 5), _processes()]
 
 
 def _calls(mode: str, reach: float, against_arm: str) -> list[Figure]:
@@ -63,10 +62,10 @@ def _external(calls: int, records: int, repeat: int) -> Experiment:
     return Experiment("whole job, external", arms, figures, repeat)
 
 
-def _in_process(calls: int, stock_records: int, records: int, repeat: int) -> Experiment:
+def _in_process(calls: int, stock_records: int, records: int, paced: int, repeat: int) -> Experiment:
     """Trainers in the client's process: what calls cost, and CPU, rate and lag of whole jobs into TensorBoard.
 
-    All log as fast as they can; where calls are compared, they first log at a pace as training has, for three seconds.
+    All log as fast as they can; where calls are compared, first ``paced`` ones at a pace as training has.
     FLARE's own rate does not rise with the records. From the CPU time is taken off what a job without tracking takes,
     measured once.
     """
@@ -93,24 +92,30 @@ def _in_process(calls: int, stock_records: int, records: int, repeat: int) -> Ex
     arms = {
         "none": idle,
         "stock": tracked(STOCK_TENSORBOARD, stock_records),
-        "stock wandb": flare_arm(STOCK_WANDB, records=calls, tens=calls // 4, paced=_PACED),
-        "trackhub": tracked(trackhub_into("tensorboard"), records, calls, _PACED),
+        "stock wandb": flare_arm(STOCK_WANDB, records=calls, tens=calls // 4, paced=paced),
+        "trackhub": tracked(trackhub_into("tensorboard"), records, calls, paced),
     }
     against = f"FLARE's own, 2 sites x {stock_records:,}"
     what = f"2 sites x {records:,} into TensorBoard"
-    paced, stock = "Writer.log in a job, in process, 100 calls a second", "FLARE's WandBWriter.log, in process"
     figures = [
         *_calls("in process", 200, "stock wandb"),
-        # Both find cold caches and a core that slept, where a line of Python takes ten times as long.
-        Figure(f"{paced}: median", stock, "paced_median_us", "trackhub", "stock wandb", "us", "times less", 10),
-        Figure(f"{paced}: p99", stock, "paced_p99_us", "trackhub", "stock wandb", "us", "times less", 10),
-        Figure(f"lost of 2 x {_PACED} calls, 100 a second", stock, "paced_lost", "trackhub", "stock wandb", "records",
-               "at most", 0),
+        *(_at_pace(paced) if paced else ()),
         Figure(f"{what}: CPU of the job per record", against, "cpu_us", "trackhub", "stock", "us", "times less", 50),
         Figure(f"{what}: rate", against, "rate", "trackhub", "stock", "records/s", "times more", 60),
         Figure(f"{what}: lag, to 99.5 % of the bytes", against, "lag_s", "trackhub", "stock", "s", "at most", 2, _SINK),
     ]  # fmt: skip
     return Experiment("whole job, in process", arms, figures, repeat, once=frozenset({"none"}))
+
+
+def _at_pace(calls: int) -> list[Figure]:
+    """What a call costs and loses at 100 a second. Both find cold caches and a core that slept."""
+    against, what = "FLARE's WandBWriter.log, in process", "Writer.log in a job, in process, 100 calls a second"
+    return [
+        Figure(f"{what}: median", against, "paced_median_us", "trackhub", "stock wandb", "us", "times less", 10),
+        Figure(f"{what}: p99", against, "paced_p99_us", "trackhub", "stock wandb", "us", "times less", 10),
+        Figure(f"lost of 2 x {calls} calls, 100 a second", against, "paced_lost", "trackhub", "stock wandb", "records",
+               "at most", 0),
+    ]  # fmt: skip
 
 
 def _processes() -> Experiment:
