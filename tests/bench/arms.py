@@ -223,8 +223,10 @@ def _with_stored(
             values[f"{name}p99_us"] = calls[min(len(calls) - 1, int(len(calls) * 0.99))] * 1e6
     if way.read is None:
         return Run(values)
-    at_pace = sum(way.read(result, site, "paced") for site in sites)
-    values["paced_lost"] = len(sites) * paced - at_pace
+    at_pace = 0
+    if paced:  # else the store need not be read twice, which takes seconds
+        at_pace = sum(way.read(result, site, "paced") for site in sites)
+        values["paced_lost"] = len(sites) * paced - at_pace
     stored = sum(way.read(result, site, "") for site in sites) - at_pace
     if not stored:
         raise RuntimeError(f"{way.name} stored nothing, so there is nothing to compare with")
