@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import new_spool
 from trackhub import spool_reader
+from trackhub.delivery.shaper import Shaper
 from trackhub.records import (
     CorruptFrameError,
     Gap,
@@ -24,6 +26,7 @@ from trackhub.records import (
     pass_metrics,
     scan_frames,
 )
+from trackhub.spi import Capabilities
 from trackhub.spool_reader import SpoolBatch, SpoolReader
 from trackhub.writer import Writer
 
@@ -55,6 +58,31 @@ def test_passing_metrics_stops_where_a_scan_finds_something_else(
         data[damage] ^= 0xFF
 
     assert pass_metrics(bytes(data), 0, max_frames, max_end) == by_scanning(bytes(data), max_frames, max_end)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.dictionaries(st.sampled_from(["loss", "a b%", "_x0041_", "k" * 40]), st.floats(), min_size=1),
+            st.none() | st.integers(0, 9),
+        ),
+        max_size=12,
+    ),
+    st.builds(Capabilities, nonfinite=..., late_steps=..., optional_step=...),
+    st.sampled_from([("", None), (r"\w", None), (r"\w %", 20)]),
+)
+def test_metrics_that_need_no_look_are_shaped_as_if_they_had_one(
+    logged: list[tuple[dict[str, float], int | None]], can: Capabilities, names: tuple[str, int | None]
+) -> None:
+    capabilities = msgspec.structs.replace(can, key_chars=names[0], max_key_chars=names[1])
+    short, long = Shaper(capabilities), Shaper(capabilities)
+
+    for seq, (values, step) in enumerate(logged):
+        record = Record(seq, 1.0 + seq, step, 3, Metrics(values))
+        entry, altered = short.shape("stream", record, seq)
+        assert (entry, list(altered)) == long._shape("stream", record, seq)
+
+    assert short.memory() == long.memory()
 
 
 def batches(folder: Path) -> list[SpoolBatch]:
