@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackhub.errors import ConfigError, RecordError, TrackhubError
-from trackhub.writer import Writer
+from trackhub.writer.writer import Writer
 
 if TYPE_CHECKING:
-    from trackhub.config import Limits
+    from trackhub.limits import Limits
     from trackhub.local_tracking import LocalWriter
 
 __all__ = ["ConfigError", "RecordError", "TrackhubError", "Writer", "local"]

@@ -16,8 +16,9 @@
     │   ├─ TransientError             try again later, with the same records
     │   └─ PermanentError             trying again cannot help
     └─ DeliveryError
+        ├─ ChannelError               the receiver could not be reached, or did not reply
         ├─ SpoolError                 the site's spool cannot be used
-        ├─ JournalError               the sink's journal cannot be used
+        ├─ JournalError               the receiver's journal cannot be used
         └─ UndeliveredError           records were left over; carries the delivery report
 
 A message says what was wrong, where, what was expected, and what to do next.
@@ -34,6 +35,7 @@ __all__ = [
     "BackendConflictError",
     "BackendError",
     "BackendLoadError",
+    "ChannelError",
     "ConfigError",
     "DeliveryError",
     "IncompatibleBackendError",
@@ -94,7 +96,7 @@ class TransientError(BackendError):
     """The records were not stored, or not surely; the same records will be handed over again.
 
     Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk, and
-    also a rejected login, since whoever runs the sink can renew it while the records wait in the journal.
+    also a rejected login, since whoever runs the receiver can renew it while the records wait in the journal.
 
     Attributes:
         retry_after_s: the least time to wait before the next attempt, in seconds, when the backend said so
@@ -117,6 +119,10 @@ class PermanentError(BackendError):
 
 class DeliveryError(TrackhubError):
     """Something between the writer and the backend failed."""
+
+
+class ChannelError(DeliveryError):
+    """The receiver did not reply, or could not be reached. The request may or may not have arrived."""
 
 
 class SpoolError(DeliveryError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A writer with a sink of its own in the same process, so that a training script runs outside FLARE as well."""
+"""A writer with a receiver of its own in the same process, so that a training script runs outside FLARE as well."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trackhub.config import Limits
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
+from trackhub.limits import Limits
 from trackhub.run import RunStatus, Side
-from trackhub.spool_layout import SpoolInfo, create_spool
-from trackhub.writer import Writer
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.writer.writer import Writer
 
 __all__ = ["LocalWriter", "open_local"]
 
@@ -59,7 +59,7 @@ class LocalWriter(Writer):
         """
         super().close()
         if os.getpid() != self._pid:
-            return  # a forked child has a stream of its own, and no sink: its parent delivers
+            return  # a forked child has a stream of its own, and no receiver: its parent delivers
         if self.report is None:
             self._sender.close(self._limits.deadline_s, failed=failed)
             self.report = self._receiver.finish(RunStatus.FAILED if failed else RunStatus.FINISHED)
@@ -78,7 +78,7 @@ def open_local(
     site: str = "local",
     limits: Limits | None = None,
 ) -> LocalWriter:
-    """Start a sink in this process and return a writer on it; see ``trackhub.local``."""
+    """Start a receiver in this process and return a writer on it; see ``trackhub.local``."""
     if isinstance(backends, str):
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}

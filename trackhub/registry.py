@@ -132,7 +132,7 @@ def build_options(
         name: the backend's name, for messages.
         cls: the backend's class.
         options: option name to value. Literal secrets are refused.
-        resolve: replace secret references by the secrets. Only at the sink; the result must not be stored or logged.
+        resolve: replace secret references by the secrets. Only at the receiver; the result must not be stored or logged.
 
     Raises:
         InvalidOptionError: an option is unknown, has a value of the wrong type, or holds a literal secret.

@@ -25,7 +25,7 @@ FEDERATION = "federation"
 
 
 class Side(StrEnum):
-    """Where the sink is: on the FLARE server, at the client, or in a script's own process."""
+    """Where the receiver is: on the FLARE server, at the client, or in a script's own process."""
 
     SERVER = "server"
     CLIENT = "client"
@@ -54,9 +54,9 @@ class RunInfo(msgspec.Struct, frozen=True):
 
     Attributes:
         key: job and site. Show the site as the run's name and the job as its group.
-        side: where the sink is. When both sides may write to one store, they need different runs: use ``run_id``.
+        side: where the receiver is. When both sides may write to one store, they need different runs: use ``run_id``.
         created: unix seconds (UTC) of the run's first record.
-        resume_from: position of the first record that will be handed over. 0 for a new run; more when a sink was
+        resume_from: position of the first record that will be handed over. 0 for a new run; more when a receiver was
             restarted or a replay goes on, and then the run may hold records at and after it that were written before
             the crash, but not confirmed.
         blob_dir: where the bytes of images and artifacts lie, one file per blob name.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets in options: literals are refused, references are resolved at the sink and nowhere else.
+"""Secrets in options: literals are refused, references are resolved at the receiver and nowhere else.
 
 A job's options travel through files, archives and other sites, so they may name a secret but never hold one::
 
-    ${secret:WANDB_API_KEY}              an environment variable of the sink's process
-    ${secret:file:/run/secrets/wandb}    a file on the sink's machine, without its trailing newline
+    ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
+    ${secret:file:/run/secrets/wandb}    a file on the receiver's machine, without its trailing newline
 
 A reference may stand within a longer string, such as ``postgresql://mlflow:${secret:PG_PASSWORD}@db/mlflow``. The
 spelling is that of FLARE's own secret references.
@@ -85,7 +85,7 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
 def resolve_secrets(options: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a copy of the options in which every secret reference is replaced by what it refers to.
 
-    Call it at the sink, just before the options are handed to the backend; the result must not be stored or logged.
+    Call it at the receiver, just before the options are handed to the backend; the result must not be stored or logged.
 
     Args:
         options: an options mapping; it is not changed.

@@ -25,19 +25,7 @@ from typing import ClassVar
 import msgspec
 
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
-from trackhub.records import (
-    Artifact,
-    Blob,
-    Histogram,
-    Image,
-    Kind,
-    Metrics,
-    Params,
-    Payload,
-    Table,
-    Tags,
-    Text,
-)
+from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.run import FEDERATION, SERVER, RunInfo, RunKey, RunStatus, Side, path_component
 
 __all__ = [
@@ -46,6 +34,7 @@ __all__ = [
     "SPI_VERSION",
     "Artifact",
     "Backend",
+    "BackendContext",
     "BackendError",
     "BackendRun",
     "Blob",
@@ -68,7 +57,6 @@ __all__ = [
     "RunKey",
     "RunStatus",
     "Side",
-    "SinkContext",
     "Table",
     "Tags",
     "Text",
@@ -184,14 +172,14 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The options of a backend that has none."""
 
 
-class SinkContext(msgspec.Struct, frozen=True):
+class BackendContext(msgspec.Struct, frozen=True):
     """Where a backend works.
 
     Attributes:
-        workdir: folder for this backend's files, in the sink's workspace; exists. Relative paths in options are
+        workdir: folder for this backend's files, in the receiver's workspace; exists. Relative paths in options are
             relative to its parent, the job's run folder.
         job: the job that all runs of this backend belong to.
-        side: where the sink is.
+        side: where the receiver is.
     """
 
     workdir: Path
@@ -243,7 +231,7 @@ class BackendRun:
 
 
 class Backend:
-    """A tracking backend. Subclass it; one instance serves all runs of a sink.
+    """A tracking backend. Subclass it; one instance serves all runs of a receiver.
 
     Attributes:
         spi: version of the SPI that the plugin was written for. Write it out: the default is the installed one, and
@@ -259,7 +247,7 @@ class Backend:
     capabilities: Capabilities = Capabilities()
     contract: ClassVar[int] = 0
 
-    def __init__(self, options: msgspec.Struct, context: SinkContext) -> None:
+    def __init__(self, options: msgspec.Struct, context: BackendContext) -> None:
         """Keep the options; do no work that can fail or wait.
 
         Raises:

@@ -23,7 +23,7 @@ class Outcome:
     Attributes:
         result: FLARE's folder for the job.
         failure: why the job failed; None if it did not.
-        reports: the delivery report of each sink, by the name of the site where it was.
+        reports: the delivery report of each receiver, by the name of the site where it was.
         problems: delivery reports that should be there and are not.
         metrics: the last value of each metric, by site.
         global_model: loss and accuracy (0 to 1) of the last global model on the test images.
@@ -54,21 +54,21 @@ def forget_outcome(result: Path, summaries: Path) -> None:
 
 
 def read_outcome(result: Path, summaries: Path, config: TrackingConfig, n_clients: int, failure: str | None) -> Outcome:
-    """Read what the job's sinks and sites wrote.
+    """Read what the job's receivers and sites wrote.
 
     Args:
         result: FLARE's folder for the job.
         summaries: folder of the sites' last metrics, ``<site>.json``.
-        config: says which sinks there were.
+        config: says which receivers there were.
     """
     outcome = Outcome(result, failure)
     sites = [f"site-{number}" for number in range(1, n_clients + 1)]
-    for sink in [*(["server"] if config.server else []), *(sites if config.clients else [])]:
-        path = result / sink / _REPORT
+    for receiver in [*(["server"] if config.server else []), *(sites if config.clients else [])]:
+        path = result / receiver / _REPORT
         try:
-            outcome.reports[sink] = read_report(path)
+            outcome.reports[receiver] = read_report(path)
         except (OSError, msgspec.DecodeError) as error:
-            outcome.problems.append(f"no delivery report of {sink}: {error}")
+            outcome.problems.append(f"no delivery report of {receiver}: {error}")
     for site in sites:
         path = summaries / f"{site}.json"
         if path.is_file():
@@ -101,12 +101,12 @@ def print_reports(reports: Mapping[str, DeliveryReport]) -> None:
     """Print what was delivered, and the commands that open it.
 
     Args:
-        reports: by the name of the site where the sink was.
+        reports: by the name of the site where the receiver was.
     """
     deliveries = list(_deliveries(reports))
     if deliveries:
         print("\nDelivered (confirmed of logged)")
-        _print_table(("site", "sink", "backend", "confirmed", "remarks"), deliveries)
+        _print_table(("site", "receiver", "backend", "confirmed", "remarks"), deliveries)
     openings = _openings(reports.values())
     if openings:
         print("\nOpen the results")
@@ -115,7 +115,7 @@ def print_reports(reports: Mapping[str, DeliveryReport]) -> None:
 
 
 def _deliveries(reports: Mapping[str, DeliveryReport]) -> Iterable[tuple[str, ...]]:
-    for sink, report in reports.items():
+    for receiver, report in reports.items():
         for backend, runs in sorted(report.lanes.items()):
             for site, run in sorted(runs.items()):
                 counted = report.sites[site].site if site in report.sites else None
@@ -127,7 +127,7 @@ def _deliveries(reports: Mapping[str, DeliveryReport]) -> Iterable[tuple[str, ..
                 if run.last_error and run.pending:
                     remarks.append(run.last_error.splitlines()[0])
                 logged = f"{counted.logged:,}" if counted is not None else "?"
-                yield site, sink, backend, f"{run.confirmed:,} of {logged}", "; ".join(remarks)
+                yield site, receiver, backend, f"{run.confirmed:,} of {logged}", "; ".join(remarks)
 
 
 def _openings(reports: Iterable[DeliveryReport]) -> dict[str, str]:

@@ -17,14 +17,14 @@ from tests.integration.harness import simulate
 
 __all__ = ["experiments"]
 
-_RUN_ENDED = "END_RUN fired"  # in the server's log: everybody has done what there was to do, trackhub's sink as well
+_RUN_ENDED = (
+    "END_RUN fired"  # in the server's log: everybody has done what there was to do, trackhub's receiver as well
+)
 _GRID = (
     "FLARE's server looks every 3 s whether its run has ended. With tracking it ends later, when each site has asked "
     "for its next task and learned that there is none; so the simulator ends some 3 s later, or at the same time"
 )
-_START = (
-    "what the sink and the senders take to start and end is there once in a job, and this job trains for some seconds"
-)
+_START = "what the receiver and the senders take to start and end is there once in a job, and this job trains for some seconds"
 
 
 def experiments(quick: bool) -> list[Experiment]:

@@ -55,7 +55,7 @@ def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]
             ]
             for name, names in (("journal alone", []), ("tensorboard", ["tensorboard"]))
         }),
-        _curve("backends", "backends in one sink", "records/s until all of them have confirmed", {
+        _curve("backends", "backends in one receiver", "records/s until all of them have confirmed", {
             "in this order: tensorboard, jsonl, mlflow": [
                 [n, point("backends", "rate", **{**load, "each": total // 10, "backends": names[:n]})]
                 for names in (["tensorboard", "jsonl", "mlflow"],)

@@ -13,7 +13,7 @@ from tests.bench.figures import Arm, Experiment, Figure, Run
 __all__ = ["experiments"]
 
 _SINK = (
-    "the trainers need half a second for their calls; the rest is the sink's work on all records, some 7 us each in "
+    "the trainers need half a second for their calls; the rest is the receiver's work on all records, some 7 us each in "
     "one process, of which TensorBoard's protobuf is the largest part"
 )
 

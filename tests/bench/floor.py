@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From spools into the journal, against the floor: the same bytes from file through a socket into an SQLite file.
 
-Both arms have two processes, one with all sites and one with the sink, a TCP connection per site on the loopback, one
+Both arms have two processes, one with all sites and one with the receiver, a TCP connection per site on the loopback, one
 message in flight per site, and one transaction per message.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from tests.bench.child import in_child, kept_folder, started
 from tests.bench.figures import Arm, Experiment, Figure, Run
 
-__all__ = ["Link", "experiments", "serve"]
+__all__ = ["Channel", "experiments", "serve"]
 
 _LENGTH = struct.Struct("<I")
 _CHUNK = 65_536  # what a thousand records of one metric take
@@ -63,13 +63,13 @@ def _spools(sites: int, records: int) -> Path:
 def _arm(arm: str, sites: int, records: int) -> Arm:
     def run(folder: Path) -> Run:
         shutil.copytree(_spools(sites, records), folder, dirs_exist_ok=True)
-        with started(f"floor:{arm}_sink", folder=str(folder)) as sink:
-            assert sink.stdout is not None
-            assert sink.stdin is not None
-            port = int(sink.stdout.readline())
+        with started(f"floor:{arm}_receiver", folder=str(folder)) as receiver:
+            assert receiver.stdout is not None
+            assert receiver.stdin is not None
+            port = int(receiver.stdout.readline())
             sent = in_child(f"floor:{arm}_sites", folder=str(folder), sites=sites, port=port)
-            out, err = sink.communicate(b"\n", timeout=120)
-        if sink.returncode != 0:
+            out, err = receiver.communicate(b"\n", timeout=120)
+        if receiver.returncode != 0:
             raise RuntimeError(err.decode(errors="replace")[-500:])
         stored = json.loads(out.decode().splitlines()[-1])["stored"]
         logged = records // sites * sites
@@ -78,8 +78,8 @@ def _arm(arm: str, sites: int, records: int) -> Arm:
     return run
 
 
-class Link:
-    """One connection to a sink: a request and its reply at a time."""
+class Channel:
+    """One connection to a receiver: a request and its reply at a time."""
 
     def __init__(self, port: int, site: str = "") -> None:
         """Connect, and say which site this is."""
@@ -134,12 +134,12 @@ def _wait_for_parent(server: socketserver.ThreadingTCPServer) -> None:
     server.shutdown()
 
 
-def trackhub_sink(folder: str) -> dict[str, Any]:
+def trackhub_receiver(folder: str) -> dict[str, Any]:
     """A receiver without backends."""
     from tests.bench.load import open_receiver
     from trackhub.run import RunStatus
 
-    receiver = open_receiver(Path(folder, "sink"), {})
+    receiver = open_receiver(Path(folder, "receiver"), {})
     _wait_for_parent(serve(receiver.handle))
     report = receiver.finish(RunStatus.FINISHED)
     return {"stored": sum(site.journaled for site in report.sites.values())}
@@ -153,7 +153,7 @@ def trackhub_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
     senders = []
     for i in range(sites):
         site = f"site-{i + 1}"
-        senders.append(Sender(Path(folder, f"spool-{i}"), Link(port, site), site=site))
+        senders.append(Sender(Path(folder, f"spool-{i}"), Channel(port, site), site=site))
         senders[-1].start()
     for sender in senders:
         ledger = sender.close(600)
@@ -162,7 +162,7 @@ def trackhub_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin}
 
 
-def floor_sink(folder: str) -> dict[str, Any]:
+def floor_receiver(folder: str) -> dict[str, Any]:
     """Insert each message as it is."""
     db = sqlite3.connect(Path(folder, "floor.db"), isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode=WAL")
@@ -183,12 +183,12 @@ def floor_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
     """Read each site's file and send it, a thread per site."""
 
     def work(site: int) -> None:
-        link = Link(port, f"site-{site + 1}")
+        channel = Channel(port, f"site-{site + 1}")
         for path in sorted(Path(folder, f"spool-{site}").glob("*.spool")):
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK):
-                    link(chunk, 60)
-        link.close()
+                    channel(chunk, 60)
+        channel.close()
 
     begin = time.perf_counter()
     threads = [threading.Thread(target=work, args=(i,)) for i in range(sites)]

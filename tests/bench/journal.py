@@ -15,9 +15,9 @@ import msgspec
 from tests.bench.child import ROOT, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import feed, open_receiver, requests
-from trackhub.delivery.journal import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
 from trackhub.delivery.wire import Batch, decode_request
-from trackhub.records import decode_body, scan_frames
+from trackhub.framing import decode_body, scan_frames
 from trackhub.run import RunStatus
 
 __all__ = ["experiments"]

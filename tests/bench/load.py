@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trackhub.config import Limits
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Accepted, Batch, Bye, Hello, SiteLedger, decode_reply, encode
-from trackhub.records import Metrics, Record, encode_frame
+from trackhub.framing import encode_frame
+from trackhub.limits import Limits
+from trackhub.records import Metrics, Record
 from trackhub.run import RunStatus, Side
-from trackhub.spool_layout import SpoolInfo, create_spool
-from trackhub.writer import Writer
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.writer.writer import Writer
 
 __all__ = ["BATCH", "confirmed", "deliver", "feed", "fill_journal", "fill_spool", "open_receiver", "requests"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of trainer, client and sink, each a process of its own, while the records go from few to many."""
+"""The memory of trainer, client and receiver, each a process of its own, while the records go from few to many."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def experiments(quick: bool) -> list[Experiment]:
     figures = [
         Figure(f"growth of the {who}'s memory, {_FEW:,} to {many:,} records", "", f"{who}_mb", "trackhub", "", "MB",
                "at most", 30)
-        for who in ("trainer", "client", "sink")
+        for who in ("trainer", "client", "receiver")
     ]  # fmt: skip
     return [Experiment("memory", {"trackhub": lambda folder: _run(folder, many)}, figures, 1)]
 
 
 def _run(folder: Path, many: int) -> Run:
     with (
-        started("memory:sink", folder=str(folder)) as sink,
-        started("memory:client", folder=str(folder), port=_number(sink)) as client,
+        started("memory:receiver", folder=str(folder)) as receiver,
+        started("memory:client", folder=str(folder), port=_number(receiver)) as client,
         started("memory:trainer", folder=str(folder), turns=[_FEW, many - _FEW], go=_number(client)) as trainer,
     ):
-        processes = {"trainer": trainer, "client": client, "sink": sink}
-        _number(trainer)  # the first records were confirmed by the sink's journal
+        processes = {"trainer": trainer, "client": client, "receiver": receiver}
+        _number(trainer)  # the first records were confirmed by the receiver's journal
         few = {name: peak_mb(process.pid) for name, process in processes.items()}
         _tell(trainer)
         _number(trainer)
@@ -44,8 +44,8 @@ def _run(folder: Path, many: int) -> Run:
         growth = {f"{name}_mb": -few[name] for name in processes}
         growth["trainer_mb"] += _last(trainer)["peak_mb"]
         growth["client_mb"] += _end(client)["peak_mb"]
-        ended = _end(sink)
-        growth["sink_mb"] += ended["peak_mb"]
+        ended = _end(receiver)
+        growth["receiver_mb"] += ended["peak_mb"]
     return Run(growth, many, ended["stored"])
 
 
@@ -82,13 +82,13 @@ def _say(number: int) -> None:
     sys.stdout.flush()
 
 
-def sink(folder: str) -> dict[str, Any]:
+def receiver(folder: str) -> dict[str, Any]:
     """A receiver with a TensorBoard lane."""
     from tests.bench.floor import serve
     from tests.bench.load import open_receiver
     from trackhub.run import RunStatus
 
-    receiver = open_receiver(Path(folder, "sink"), {"tensorboard": {}})
+    receiver = open_receiver(Path(folder, "receiver"), {"tensorboard": {}})
     server = serve(receiver.handle)
     _say(server.server_address[1])
     sys.stdin.readline()
@@ -98,13 +98,13 @@ def sink(folder: str) -> dict[str, Any]:
 
 def client(folder: str, port: int) -> dict[str, Any]:
     """A sender."""
-    from tests.bench.floor import Link
+    from tests.bench.floor import Channel
     from trackhub.delivery.sender import Sender
-    from trackhub.spool_layout import SpoolInfo, create_spool
+    from trackhub.spool.layout import SpoolInfo, create_spool
 
     spool = Path(folder, "spool")
     create_spool(spool, SpoolInfo("site-1", "job", ("server",), max_bytes=1 << 34))
-    sender = Sender(spool, Link(port, "site-1"), site="site-1")
+    sender = Sender(spool, Channel(port, "site-1"), site="site-1")
     sender.start()
     _say(0)
     sys.stdin.readline()
@@ -114,7 +114,7 @@ def client(folder: str, port: int) -> dict[str, Any]:
 
 def trainer(folder: str, turns: list[int], go: int) -> dict[str, Any]:
     """Log flat out, a turn at a time; the last turn's records may be on their way when it ends."""
-    from trackhub.writer import Writer
+    from trackhub.writer.writer import Writer
 
     writer, done = Writer(Path(folder, "spool")), 0
     for turn in turns:

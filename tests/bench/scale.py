@@ -32,8 +32,8 @@ def experiments(quick: bool) -> list[Experiment]:
         [
             Figure(label, "2 sites with as many", "rate", "many", "few", "records/s", "times more", 0.8,
                    "a run is opened, its folder and files made, and ended with an fsync, a thousand times"),
-            Figure("memory of an idle site at the sink", "", "idle_kb", "many", "", "KB", "at most", 50),
-            Figure("open files of the sink at 1,000 sites", "", "files", "many", "", "files", "at most", 64),
+            Figure("memory of an idle site at the receiver", "", "idle_kb", "many", "", "KB", "at most", 50),
+            Figure("open files of the receiver at 1,000 sites", "", "files", "many", "", "files", "at most", 64),
         ],
         repeat=1 if quick else 5,
     )  # fmt: skip

@@ -16,8 +16,8 @@ __all__ = ["count_event_files", "count_event_points", "count_mlflow", "count_spo
 
 def count_spool(folder: Path) -> int:
     """Return the number of records in a spool folder."""
-    from trackhub.records import scan_frames
-    from trackhub.spool_layout import SEGMENT_HEADER
+    from trackhub.framing import scan_frames
+    from trackhub.spool.layout import SEGMENT_HEADER
 
     return sum(sum(1 for _ in scan_frames(path.read_bytes(), len(SEGMENT_HEADER))) for path in folder.glob("*.spool"))
 
@@ -54,7 +54,7 @@ def count_mlflow(database: Path, key: str = "") -> int:
 
 def count_wandb(folder: Path, key: str = "") -> int:
     """Return the number of history rows in all offline runs below a folder."""
-    from trackhub_wandb.contract_log import read_records  # the kit's reader, which shares no code with the plugin
+    from trackhub_wandb.offline_reader import read_records  # the kit's reader, which shares no code with the plugin
 
     records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
     rows = (record.history for record in records if record.HasField("history"))

@@ -16,11 +16,11 @@ _STEPS = 500  # of each site in each round; a step takes some 4 ms
 
 
 def experiments(quick: bool) -> list[Experiment]:
-    """Return the group's experiments: all faults of backends at once, and each fault of the sink by itself."""
+    """Return the group's experiments: all faults of backends at once, and each fault of the receiver by itself."""
     faults = {
         "no fault": HEALTHY,
         f"{len(BACKEND_FAULTS)} faulty backends at once": all_at_once(BACKEND_FAULTS),
-        **{f"a sink: {fault.name}": fault for fault in SINK_FAULTS},
+        **{f"a receiver: {fault.name}": fault for fault in SINK_FAULTS},
     }
     arms = {"none": _arm(NONE), **{name: _arm(fault) for name, fault in faults.items()}}
     figures = [

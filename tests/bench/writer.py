@@ -48,8 +48,8 @@ def _run(function: str, folder: Path, calls: int) -> Run:
 
 def trackhub_calls(folder: str, calls: int) -> dict[str, Any]:
     """Log into a spool that nobody reads."""
-    from trackhub.spool_layout import SpoolInfo, create_spool
-    from trackhub.writer import Writer
+    from trackhub.spool.layout import SpoolInfo, create_spool
+    from trackhub.writer.writer import Writer
 
     spool = Path(folder, "spool")
     create_spool(spool, SpoolInfo("site-1", "job", ("server",)))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.contract.mutants.base import CAN, Bad, Tampered
 from trackhub.spi import Capabilities, Entry, Kind, Metrics, Redelivery, RunInfo, RunStatus, WriteReport
-from trackhub.testing.base import QUICK_ENV
+from trackhub.testing.checks.base import QUICK_ENV
 from trackhub.testing.contracts.jsonl import JsonlContract
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.contract.mutants import MUTANTS, Mutant
 from trackhub.testing import BackendContract
-from trackhub.testing.base import QUICK_ENV
+from trackhub.testing.checks.base import QUICK_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 Outcomes = dict[tuple[str, str], str]

@@ -16,7 +16,7 @@ import pytest
 from trackhub_mlflow.contract import MLflowContract
 from trackhub_tensorboard.contract import TensorBoardContract
 from trackhub_wandb.contract import WandBContract, add_row
-from trackhub_wandb.contract_log import parse_integer
+from trackhub_wandb.offline_reader import parse_integer
 
 from tests.integration.harness import Fact
 from tests.support.wandb_emulator import Emulator

@@ -92,11 +92,11 @@ def run(folder: Path, *, external: bool = False, **tracking: Any) -> JobResult:
     return result
 
 
-def check_sink(result: JobResult, sink: str, site: str, emulator: Emulator | None = None) -> None:
-    """All backends of this sink hold exactly what the site's trainer noted."""
-    side = Side.SERVER if sink == "server" else Side.CLIENT
+def check_receiver(result: JobResult, receiver: str, site: str, emulator: Emulator | None = None) -> None:
+    """All backends of this receiver hold exactly what the site's trainer noted."""
+    side = Side.SERVER if receiver == "server" else Side.CLIENT
     key = RunKey(result.job, site)
-    logged = read_run("jsonl", result.run_dir(sink), key, side)
+    logged = read_run("jsonl", result.run_dir(receiver), key, side)
     facts = result.facts(site)
     assert len(facts) == 2 * (PACED + BURST) + 2 * (2 + 2 + 2 * 3 + 6) + 1
     were_logged(facts, logged.points)
@@ -105,10 +105,10 @@ def check_sink(result: JobResult, sink: str, site: str, emulator: Emulator | Non
             found = read_emulator(emulator, key, side)
             same_points(found.points, canonical(backend, logged.points, online=True))
         else:
-            found = read_run(backend, result.run_dir(sink), key, side)
+            found = read_run(backend, result.run_dir(receiver), key, side)
             same_points(found.points, canonical(backend, logged.points))
         _check_other_kinds(found, site)
-    report = result.report(sink)
+    report = result.report(receiver)
     assert report["balanced"]
     for lane in report["lanes"].values():
         assert lane[site]["state"] == "finished", lane
@@ -135,8 +135,8 @@ def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were
     result = run(tmp_path, external=external, server=online(emulator), clients=BACKENDS)
 
     for site in SITES:
-        check_sink(result, "server", site, emulator)
-        check_sink(result, site, site)
+        check_receiver(result, "server", site, emulator)
+        check_receiver(result, site, site)
     assert [held.fields["groupName"] for held in emulator.state.runs.values()] == [result.job] * 2
     assert sorted(held.fields["displayName"] for held in emulator.state.runs.values()) == sorted(SITES)
 
@@ -151,7 +151,7 @@ def test_with_all_backends_at_the_clients_only_the_server_has_no_key_and_no_valu
     result = run(tmp_path, external=external, clients=online(emulator))
 
     for site in SITES:
-        check_sink(result, site, site, emulator)
+        check_receiver(result, site, site, emulator)
     needles = (
         b"planted/secret_metric",
         b"31337.42",
@@ -170,7 +170,7 @@ def test_on_the_server_only_every_backend_has_the_points_that_were_logged(tmp_pa
     result = run(tmp_path, external=external, server=BACKENDS)
 
     for site in SITES:
-        check_sink(result, "server", site)
+        check_receiver(result, "server", site)
         assert not (result.run_dir(site) / "jsonl").exists()
 
 
@@ -181,14 +181,14 @@ SIDES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def check_cifar(done: Finished, backends: Mapping[str, Any], sinks: tuple[str, ...]) -> None:
-    """Each backend of each sink has the points that jsonl has there."""
+def check_cifar(done: Finished, backends: Mapping[str, Any], receivers: tuple[str, ...]) -> None:
+    """Each backend of each receiver has the points that jsonl has there."""
     assert done.status == 0, done.output
     job = (done.result / ".trackhub" / "execution").read_text()
-    for sink in sinks:
-        side = Side.SERVER if sink == "server" else Side.CLIENT
-        for site in SITES if sink == "server" else (sink,):
-            key, run_dir = RunKey(job, site), done.result / sink / "simulate_job"
+    for receiver in receivers:
+        side = Side.SERVER if receiver == "server" else Side.CLIENT
+        for site in SITES if receiver == "server" else (receiver,):
+            key, run_dir = RunKey(job, site), done.result / receiver / "simulate_job"
             logged = read_run("jsonl", run_dir, key, side).points
             # Validation of the second round comes after training steps that are higher than its step.
             assert [p.step for p in logged if p.key in ("train/loss", "val/loss")] == [0, *range(5), 1, *range(5, 10)]
@@ -207,11 +207,11 @@ def check_nothing_at_the_server(done: Finished) -> None:
 @pytest.mark.parametrize("side", ["client", pytest.param("both", marks=pytest.mark.long)])
 def test_the_cifar10_job_with_all_backends_has_the_same_points_in_each(tmp_path: Path, side: str) -> None:
     flags = [flag for name in BACKENDS for flag in ("--backend", name)]
-    argv, sinks = SIDES[side]
+    argv, receivers = SIDES[side]
 
     done = run_job(tmp_path, *flags, "--option", "wandb.mode=offline", *argv, "--strict")
 
-    check_cifar(done, BACKENDS, sinks)
+    check_cifar(done, BACKENDS, receivers)
     for opening in ("tensorboard --logdir ", "mlflow ui --backend-store-uri ", "wandb sync wandb/offline-run-"):
         assert opening in done.output
     if side == "client":
@@ -223,11 +223,11 @@ def test_the_cifar10_job_with_all_backends_has_the_same_points_in_each(tmp_path:
 @pytest.mark.parametrize("backend", ["wandb", "mlflow"])
 def test_the_cifar10_job_has_the_points_of_jsonl_in_one_more_backend(tmp_path: Path, backend: str, side: str) -> None:
     """Without a login W&B is offline by itself, and says so."""
-    argv, sinks = SIDES[side]
+    argv, receivers = SIDES[side]
 
     done = run_job(tmp_path, "--backend", "jsonl", "--backend", backend, *argv, "--strict")
 
-    check_cifar(done, {backend: {}}, sinks)
+    check_cifar(done, {backend: {}}, receivers)
     assert ("no login was found" in done.output) == (backend == "wandb")
     if side == "client":
         check_nothing_at_the_server(done)

@@ -56,7 +56,7 @@ def run_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> Finished:
 
 
 def records(folder: Path, site: str) -> list[dict[str, Any]]:
-    """Return the records that the backend jsonl keeps of a site in a sink's folder, in order."""
+    """Return the records that the backend jsonl keeps of a site in a receiver's folder, in order."""
     (path,) = folder.glob(f"simulate_job/jsonl/*/{site}.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if line["kind"] != "end"]
@@ -92,12 +92,12 @@ def test_a_job_whose_records_all_arrived_ends_with_status_0(both_sides: Finished
     assert both_sides.status == 0, both_sides.output
 
 
-def test_the_last_screen_says_for_each_site_sink_and_backend_how_many_of_the_logged_records_are_confirmed(
+def test_the_last_screen_says_for_each_site_receiver_and_backend_how_many_of_the_logged_records_are_confirmed(
     both_sides: Finished,
 ) -> None:
     rows = re.findall(r"^  (site-\d)  (\S+) +(\w+) +([\d,]+) of ([\d,]+)$", both_sides.output, re.MULTILINE)
 
-    assert {(site, sink, backend) for site, sink, backend, _, _ in rows} == {
+    assert {(site, receiver, backend) for site, receiver, backend, _, _ in rows} == {
         *((site, "server", backend) for site in SITES for backend in ("jsonl", "tensorboard")),
         *((site, site, "jsonl") for site in SITES),
     }

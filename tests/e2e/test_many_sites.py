@@ -16,11 +16,11 @@ import pytest
 from tests.e2e.stores import BACKENDS, canonical, own_home, read_run, same_points, were_logged
 from tests.integration.harness import Job
 from trackhub import Writer
-from trackhub.config import Limits
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
+from trackhub.limits import Limits
 from trackhub.run import RunKey, RunStatus, Side
-from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.spool.layout import SpoolInfo, create_spool
 
 JOB = "job-1"
 SITES = [f"site-{number}" for number in range(1, 17)]

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.stores import canonical, own_home, read_run, same_points, were_logged
 from tests.integration.harness import Job, JobResult
 from tests.support.mlflow_server import Server
-from trackhub.delivery.journal_report import read_journal_report
+from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.replay import replay_journal
 from trackhub.run import RunKey, Side
 from trackhub.testing import ReadBack
@@ -112,7 +112,7 @@ class Run:
         self._wait_until(lambda: all(now >= least for now, least in zip(self._logged(), wanted, strict=True)))
 
     def wait_for_arrivals(self) -> None:
-        """Wait until the server holds something of each trainer, and the sink knows it."""
+        """Wait until the server holds something of each trainer, and the receiver knows it."""
         count = "SELECT COUNT(DISTINCT run_uuid) FROM metrics"
         self._wait_until(lambda: self._server.database.rows(count) == [(len(SITES),)])
         self._wait_until(lambda: all(self._confirmed(site) > 0 for site in SITES))
@@ -137,7 +137,7 @@ class Run:
         return result
 
     def delivery_s(self, result: JobResult) -> float:
-        """Return how long the sink took to end, after everything else on the server had ended."""
+        """Return how long the receiver took to end, after everything else on the server had ended."""
         report = result.run_dir("server") / "trackhub" / "delivery.json"
         return report.stat().st_mtime - float((self._signals / "ended").read_text())
 

@@ -22,6 +22,7 @@ import msgspec
 from trackhub.spi import (
     Artifact,
     Backend,
+    BackendContext,
     BackendRun,
     Capabilities,
     Entry,
@@ -33,7 +34,6 @@ from trackhub.spi import (
     Results,
     RunInfo,
     RunStatus,
-    SinkContext,
     Text,
     TransientError,
     WriteReport,
@@ -151,7 +151,7 @@ class Store(Backend):
     options: StoreOptions
     run: type[StoreRun] = StoreRun
 
-    def __init__(self, options: StoreOptions, context: SinkContext) -> None:
+    def __init__(self, options: StoreOptions, context: BackendContext) -> None:
         super().__init__(options, context)
         self.folder = context.workdir if not options.path else Path(options.path)
         self.capabilities = msgspec.structs.replace(type(self).capabilities, max_batch=options.max_batch)

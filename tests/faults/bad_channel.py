@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trackhub.delivery.sender import LinkError
-from trackhub.flare.sender import TrackhubSender
+from trackhub.delivery.channel import ChannelError
+from trackhub.flare.sender_widget import TrackhubSender
 
 __all__ = ["BadChannelSender"]
 
@@ -37,10 +37,10 @@ class BadChannelSender(TrackhubSender):
                 silent_until = time.monotonic() + self.silent_s
             if time.monotonic() < silent_until:
                 time.sleep(min(timeout_s, silent_until - time.monotonic()))
-                raise LinkError("the channel is silent")
+                raise ChannelError("the channel is silent")
             reply = send(request, timeout_s)
             if chance.random() < self.ack_loss:
-                raise LinkError("the reply is lost")
+                raise ChannelError("the reply is lost")
             return reply
 
         return send_badly

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job of real processes without FLARE: trainers, senders, a sink and ``trackhub replay``, and how they are checked.
+"""One job of real processes without FLARE: trainers, senders, a receiver and ``trackhub replay``, and how they are checked.
 
 A scenario starts them, kills or starves some of them, and ends the job. Then the equations of the promises are checked
 against counts that share no code with trackhub (tests.faults.readers), the rest is delivered by ``trackhub replay``,
@@ -28,13 +28,13 @@ from typing import Any
 import msgspec
 
 from tests.faults.calls import Notes, Seen, expected
-from tests.faults.readers import SinkCount, count_sink, count_site, read_store, read_tensorboard
+from tests.faults.readers import ReceiverCount, count_receiver, count_site, read_store, read_tensorboard
+from tests.faults.receiver import ReceiverPlan
 from tests.faults.sender import SenderPlan
-from tests.faults.sink import SinkPlan
 from tests.faults.trainer import TrainerPlan
 from trackhub.cli.status import journal_status, spool_status
-from trackhub.delivery.find import find
-from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.delivery.journal.find import find
+from trackhub.spool.layout import SpoolInfo, create_spool
 
 __all__ = ["BACKENDS", "LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
 
@@ -165,9 +165,9 @@ class World:
     """One job and its processes.
 
     Attributes:
-        folder: where everything lies: ``<site>/trackhub/spool``, and ``server/`` as the sink's run folder.
-        backends: the sink's.
-        limits: of sender and sink.
+        folder: where everything lies: ``<site>/trackhub/spool``, and ``server/`` as the receiver's run folder.
+        backends: the receiver's.
+        limits: of sender and receiver.
         in_doubt: calls that may have been under way when a trainer was killed: one each.
         counted: records that did not reach a backend and were counted with a reason.
     """
@@ -238,13 +238,13 @@ class World:
         assert proc.answer() == "ready"
         return proc
 
-    def sink(self, **plan: Any) -> Proc:
-        """Start the sink, and wait until it listens, or is killed as planned."""
-        given = SinkPlan(
+    def receiver(self, **plan: Any) -> Proc:
+        """Start the receiver, and wait until it listens, or is killed as planned."""
+        given = ReceiverPlan(
             folder=str(self.journal.parent), workdir=str(self.folder / "server"), job=JOB, socket=str(self.socket),
             backends=self.backends, sites=self.sites(), limits=self.limits, **plan,
         )  # fmt: skip
-        proc = self.start("sink", given)
+        proc = self.start("receiver", given)
         assert proc.answer() == "ready"
         return proc
 
@@ -282,31 +282,31 @@ class World:
         return Notes(self.folder / name).count()
 
     def end(
-        self, sender: Proc | None = None, sink: Proc | None = None, *, status: str = "finished", gate_s: float = 5
+        self, sender: Proc | None = None, receiver: Proc | None = None, *, status: str = "finished", gate_s: float = 5
     ) -> dict[str, Any]:
-        """End the job in order: the sender drains, the sink waits for it and delivers. Return what the sink said."""
-        if sink is not None:
-            sink.tell(f"finish {status}")
+        """End the job in order: the sender drains, the receiver waits for it and delivers. Return what the receiver said."""
+        if receiver is not None:
+            receiver.tell(f"finish {status}")
         if sender is not None:
             sender.ask(f"close {gate_s}")
             assert sender.wait() == 0, sender.log
         answer: dict[str, Any] = {}
-        if sink is not None:
-            answer = sink.answer()
-            assert sink.wait() == 0, sink.log
+        if receiver is not None:
+            answer = receiver.answer()
+            assert receiver.wait() == 0, receiver.log
             self.check_cap(answer["took_s"])
         return answer
 
     def check_cap(self, took_s: float) -> None:
-        """The end of a sink takes no longer than its caps, and a second for each backend that hangs."""
+        """The end of a receiver takes no longer than its caps, and a second for each backend that hangs."""
         caps = float(self.limits["gate_s"]) + float(self.limits["deadline_s"]) + len(self.backends)
-        assert took_s < caps + 5.0, f"the sink took {took_s:.1f} s to end"
+        assert took_s < caps + 5.0, f"the receiver took {took_s:.1f} s to end"
 
     # What must hold
 
-    def check_equations(self) -> dict[str, SinkCount]:
-        """Check the equations at the sites, at the sink and in each lane, from independent counts."""
-        sink = count_sink(self.journal) if self.journal.exists() else {}
+    def check_equations(self) -> dict[str, ReceiverCount]:
+        """Check the equations at the sites, at the receiver and in each lane, from independent counts."""
+        receiver = count_receiver(self.journal) if self.journal.exists() else {}
         doubt = self.in_doubt
         for site in self.sites():
             if not self.spool(site).exists():
@@ -316,16 +316,16 @@ class World:
             assert noted <= found.logged <= noted + doubt, (noted, found)
             gone = found.withheld + found.dropped.total() + found.refused.total()
             assert found.logged == gone + found.acked + found.spooled, found
-            if site in sink:
-                assert sink[site].missing == 0
+            if site in receiver:
+                assert receiver[site].missing == 0
                 # What was journaled and not acknowledged is one batch in flight at most.
-                assert found.acked <= sink[site].journaled <= found.acked + int(self.limits["batch_records"]), (
+                assert found.acked <= receiver[site].journaled <= found.acked + int(self.limits["batch_records"]), (
                     found,
-                    sink,
+                    receiver,
                 )
             else:
                 assert found.acked == 0
-        for site, here in sink.items():
+        for site, here in receiver.items():
             assert here.received == here.duplicates + here.journaled, here
             for name, lane in here.lanes.items():
                 pending = here.journaled - lane.confirmed - sum(lane.rejected.values())
@@ -333,7 +333,7 @@ class World:
                 if name in self.backends:
                     held = len(set(self.held(name, site)))
                     assert lane.confirmed <= held <= here.journaled, (name, lane, held, here)
-        return sink
+        return receiver
 
     def check_status(self) -> dict[str, Any]:
         """``trackhub status`` says what the independent counts say."""
@@ -344,12 +344,16 @@ class World:
         }
         for spool in said["spools"]:
             found = count_site(Path(spool["path"]))
-            sink = spool["sinks"]["server"]
-            assert (sink["logged"], sink["acked"], sink["spooled"]) == (found.logged, found.acked, found.spooled)
-            assert (sink["dropped"], sink["refused"]) == (dict(found.dropped), dict(found.refused))
+            receiver = spool["receivers"]["server"]
+            assert (receiver["logged"], receiver["acked"], receiver["spooled"]) == (
+                found.logged,
+                found.acked,
+                found.spooled,
+            )
+            assert (receiver["dropped"], receiver["refused"]) == (dict(found.dropped), dict(found.refused))
         for journal in said["journals"]:
             assert journal["balanced"]
-            for site, here in count_sink(Path(journal["path"])).items():
+            for site, here in count_receiver(Path(journal["path"])).items():
                 stated = journal["sites"][site]
                 assert (stated["received"], stated["journaled"]) == (here.received, here.journaled)
                 for lane in journal["lanes"].values():
@@ -401,7 +405,7 @@ class World:
             truth, mine = (sorted(part, key=lambda seen: (seen.step, seen.key)) for part in (truth, mine))
         if backend == "at_least_once":
             twice = len(mine) - len(set(mine))
-            counted = count_sink(self.journal)[site].lanes[backend].possible_duplicates
+            counted = count_receiver(self.journal)[site].lanes[backend].possible_duplicates
             assert twice <= counted, f"{backend}: {twice} records are there twice, {counted} were counted"
             mine = list(dict.fromkeys(mine))
         if lost:
@@ -419,7 +423,7 @@ class World:
         self.check_equations()
         said = self.check_status()
         for spool in said["spools"]:
-            assert spool["sinks"]["server"]["spooled"] == 0, spool
+            assert spool["receivers"]["server"]["spooled"] == 0, spool
         for journal in said["journals"]:
             for name in self.backends:
                 assert all(run["pending"] == 0 for run in journal["lanes"].get(name, {}).values()), journal

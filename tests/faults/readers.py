@@ -23,7 +23,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.faults.calls import Seen
 
-__all__ = ["Frame", "LaneCount", "SinkCount", "SiteCount", "count_sink", "count_site", "read_store", "read_tensorboard"]
+__all__ = [
+    "Frame",
+    "LaneCount",
+    "ReceiverCount",
+    "SiteCount",
+    "count_receiver",
+    "count_site",
+    "read_store",
+    "read_tensorboard",
+]
 
 _DROPS = ("spool_full", "disk_full", "io_error", "unconvertible")
 _GAP = 9
@@ -60,7 +69,7 @@ class LaneCount:
 
 
 @dataclass
-class SinkCount:
+class ReceiverCount:
     """What a journal says of one site; ``journaled`` is counted from the frames that are in it."""
 
     received: int
@@ -118,7 +127,7 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
     return total
 
 
-def count_sink(journal: Path) -> dict[str, SinkCount]:
+def count_receiver(journal: Path) -> dict[str, ReceiverCount]:
     """Count a journal by site."""
     found = {}
     closed = not journal.with_name(f"{journal.name}-wal").exists()  # then the folder may be read-only
@@ -133,7 +142,7 @@ def count_sink(journal: Path) -> dict[str, SinkCount]:
             for lane, blob in db.execute("SELECT lane, progress FROM runs WHERE site = ?", (site,)):
                 p: dict[str, Any] = msgspec.msgpack.decode(blob)
                 lanes[lane] = LaneCount(p["confirmed"], p["rejected"], p["possible_duplicates"])
-            found[name] = SinkCount(received, duplicates, missing, journaled, lanes)
+            found[name] = ReceiverCount(received, duplicates, missing, journaled, lanes)
     finally:
         db.close()
     return found

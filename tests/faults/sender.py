@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 
 from tests.faults import wire
-from trackhub.config import Limits
-from trackhub.delivery.sender import LinkError, Sender
-from trackhub.spool_layout import SpoolInfo, create_spool
+from trackhub.delivery.channel import ChannelError
+from trackhub.delivery.sender import Sender
+from trackhub.limits import Limits
+from trackhub.spool.layout import SpoolInfo, create_spool
 
 __all__ = ["SenderPlan"]
 
@@ -28,7 +29,7 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spool, spool_bytes, site, job, limits: as for trackhub's own.
-        socket: where the sink listens.
+        socket: where the receiver listens.
         seed: of the channel's chances.
         request_loss, ack_loss: the share of requests that never arrive, and of replies that never come back.
         again: the share of requests that are followed by a copy of an earlier one, as a late retransmission.
@@ -52,7 +53,7 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Channel:
-    """A link to the sink with the faults of a plan."""
+    """A channel to the receiver with the faults of a plan."""
 
     def __init__(self, plan: SenderPlan) -> None:
         self._plan = plan
@@ -69,19 +70,19 @@ class Channel:
             self._silent_until = time.monotonic() + plan.silent_s
         if time.monotonic() < self._silent_until:
             time.sleep(min(timeout_s, self._silent_until - time.monotonic()))
-            raise LinkError("the channel is silent")
+            raise ChannelError("the channel is silent")
         if chance() < plan.request_loss:
-            raise LinkError("the request was lost")
+            raise ChannelError("the request was lost")
         try:
             reply = wire.request(self._socket, plan.site, request, timeout_s)
             if chance() < plan.again:
                 self._earlier.append(request)
                 wire.request(self._socket, plan.site, self._chance.choice(self._earlier), timeout_s)
         except OSError as e:
-            raise LinkError(str(e)) from e
+            raise ChannelError(str(e)) from e
         time.sleep(chance() * plan.delay_s)
         if chance() < plan.ack_loss:
-            raise LinkError("the reply was lost")
+            raise ChannelError("the reply was lost")
         return reply
 
 

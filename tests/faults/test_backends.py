@@ -42,12 +42,12 @@ def test_dead_backends_cost_the_deadline_and_lose_nothing_that_a_replay_does_not
     }
     outage = world.peer("http_outage")
     trainer = world.trainer(calls=CALLS)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     wait_for(lambda: world.count() >= CALLS // 2 and world.held("http_outage"), "half of the calls")
     outage.kill()
     assert trainer.wait() == 0, trainer.log
 
-    answer = world.end(sender, sink)
+    answer = world.end(sender, receiver)
 
     assert set(answer["threads"]) <= {"trackhub-lane-hangs", "trackhub-lane-slow"}
     world.check_equations()
@@ -82,7 +82,7 @@ def test_servers_with_faults_get_every_record_once_before_the_job_ends(make_worl
     world.peer("http_hangs", f"hang {chance.randrange(3, 5)}")
     world.peer("http_rejects", "reject 7")
     trainer = world.trainer(calls=CALLS)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     target = chance.randrange(CALLS)
     wait_for(lambda: world.count() >= target, f"{target} calls")
     restarted.kill()
@@ -90,7 +90,7 @@ def test_servers_with_faults_get_every_record_once_before_the_job_ends(make_worl
     world.peer("http_late")
     world.peer("http_restarted")
 
-    answer = world.end(sender, sink)
+    answer = world.end(sender, receiver)
 
     assert answer["threads"] == []
     sevenths = -(-CALLS // 7)
@@ -112,10 +112,10 @@ def test_what_a_backend_stored_before_it_failed_is_there_once_or_counted(make_wo
     kinds = ("idempotent", "resumable", "rebuild", "at_least_once", "buffered")
     world = make_world({kind: {"fail_after_applying": 3, "max_batch": 40} for kind in kinds}, files=True)
     trainer = world.trainer(calls=CALLS)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     assert trainer.wait() == 0, trainer.log
 
-    answer = world.end(sender, sink)
+    answer = world.end(sender, receiver)
 
     world.check_all_delivered()
     held = world.held("at_least_once")

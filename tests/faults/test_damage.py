@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import World
-from tests.faults.readers import count_sink
+from tests.faults.readers import count_receiver
 
 CALLS = 3000
 SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed in range(30)]
@@ -55,9 +55,9 @@ def test_a_damaged_spool_gives_all_that_can_be_read(make_world: MakeWorld, seed:
             victim.unlink()
         else:
             damage(victim, chance)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
 
-    answer = world.end(sender, sink)
+    answer = world.end(sender, receiver)
 
     site = answer["report"]["sites"]["site-1"]
     dropped = site["site"]["dropped"]
@@ -79,8 +79,8 @@ def test_a_spool_cut_in_mid_frame_loses_that_record_and_names_its_bytes(make_wor
     with segment.open("r+b") as file:
         file.truncate(size - 10)
 
-    sink, sender = world.sink(), world.sender()
-    answer = world.end(sender, sink)
+    receiver, sender = world.receiver(), world.sender()
+    answer = world.end(sender, receiver)
 
     assert answer["report"]["sites"]["site-1"]["site"]["dropped"] == {"damaged": 1}
     assert re.search(rf"{segment.name}: bytes {size - 45} to {size - 10} cannot be read", sender.log)
@@ -91,14 +91,14 @@ def test_a_spool_cut_in_mid_frame_loses_that_record_and_names_its_bytes(make_wor
 def test_a_damaged_file_beside_the_spool_costs_no_record(make_world: MakeWorld, name: str) -> None:
     world = make_world({"jsonl": {}})
     assert world.trainer(calls=500).wait() == 0
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     assert sender.ask("flush") is True
     sender.kill()
     (victim,) = world.spool().glob(f"*{name}")
     victim.write_bytes(b"\xff" * 5)
     assert world.trainer("b", calls=500).wait() == 0
 
-    answer = world.end(world.sender(), sink)
+    answer = world.end(world.sender(), receiver)
 
     assert answer["report"]["balanced"]
     assert answer["report"]["sites"]["site-1"]["journaled"] == 1000
@@ -110,15 +110,15 @@ def test_a_damaged_journal_gives_all_that_can_be_read(make_world: MakeWorld, see
     chance = random.Random(seed)
     world = make_world({}, batch_bytes=4096)
     assert world.trainer(calls=CALLS, pause_s=0).wait() == 0
-    world.end(world.sender(), world.sink())
-    assert count_sink(world.journal)["site-1"].journaled == CALLS
+    world.end(world.sender(), world.receiver())
+    assert count_receiver(world.journal)["site-1"].journaled == CALLS
     kind = damage(world.journal, chance, start=0.35)  # its head says what it is a journal of
     world.backends = {"jsonl": {}, "idempotent": {}}
 
     replay = world.replay("--backend", "jsonl", "--backend", "idempotent")
 
     assert replay.wait() == 0, replay.log
-    here = count_sink(world.journal)["site-1"]
+    here = count_receiver(world.journal)["site-1"]
     for name in world.backends:
         rejected = here.lanes[name].rejected
         assert set(rejected) <= {"damaged"}
@@ -134,7 +134,7 @@ def test_a_damaged_journal_gives_all_that_can_be_read(make_world: MakeWorld, see
 def test_a_journal_of_which_nothing_can_be_read_is_said_to_be_so(make_world: MakeWorld) -> None:
     world = make_world({})
     assert world.trainer(calls=100).wait() == 0
-    world.end(world.sender(), world.sink())
+    world.end(world.sender(), world.receiver())
     world.journal.write_bytes(world.journal.read_bytes()[:1000])
 
     replay = world.replay("--backend", "jsonl")
@@ -144,14 +144,16 @@ def test_a_journal_of_which_nothing_can_be_read_is_said_to_be_so(make_world: Mak
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_what_a_killed_sink_had_acknowledged_and_its_disk_lost_is_sent_again(make_world: MakeWorld, seed: int) -> None:
+def test_what_a_killed_receiver_had_acknowledged_and_its_disk_lost_is_sent_again(
+    make_world: MakeWorld, seed: int
+) -> None:
     """The write-ahead log cut short is what a loss of power leaves under durability=normal."""
     chance = random.Random(seed)
     world = make_world({"jsonl": {}}, files=seed % 2 == 0)
     assert world.trainer(calls=CALLS, pause_s=0).wait() == 0
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     assert sender.ask("flush 30") is True
-    sink.kill()
+    receiver.kill()
     world.end(sender, gate_s=0.5)
     log = world.journal.with_name("trackhub.db-wal")
     with log.open("r+b") as file:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import wait_for
-from tests.faults.readers import count_sink, count_site
+from tests.faults.readers import count_receiver, count_site
 from tests.integration.harness import Job, read_jsonl
 from tests.integration.test_poc import SITES, Poc, PocResult, poc
 
@@ -99,7 +99,7 @@ def check_after_replay(poc: Poc, result: PocResult, server: Path, tmp_path: Path
         [sys.executable, "-m", "trackhub.cli", "replay", str(folder)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    counts = count_sink(folder / "server" / "trackhub" / "trackhub.db")
+    counts = count_receiver(folder / "server" / "trackhub" / "trackhub.db")
     for site in SITES:
         noted = facts(poc.out, result.job, site)
         found = points(folder / "server", result.job, site)

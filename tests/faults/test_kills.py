@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import World, wait_for
-from tests.faults.readers import count_sink
+from tests.faults.readers import count_receiver
 
 SEEDS = [pytest.param(seed, marks=[] if seed < 2 else pytest.mark.long) for seed in range(50)]
 EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")
@@ -27,17 +27,17 @@ def some_backends(seed: int) -> dict[str, dict[str, object]]:
 
 
 def reach(world: World, chance: random.Random, name: str = "a", least: int = 1, most: int = WAITS_AT) -> None:
-    """Wait for a random moment of the training, when the sink has a part of what was logged."""
+    """Wait for a random moment of the training, when the receiver has a part of what was logged."""
     target = chance.randrange(least, most)
     wait_for(lambda: world.count(name) >= target, f"{target} calls")
-    wait_for(lambda: world.journal.exists() and count_sink(world.journal), "the first records to be journaled")
+    wait_for(lambda: world.journal.exists() and count_receiver(world.journal), "the first records to be journaled")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     trainer = world.trainer("a", calls=ENDLESS)
 
     reach(world, chance)
@@ -46,7 +46,7 @@ def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld,
     world.in_doubt = 1
     if seed % 2:  # started again, as FLARE's launcher or its user does
         assert world.trainer("b", calls=200).wait() == 0
-    world.end(sender, sink)
+    world.end(sender, receiver)
 
     world.check_all_delivered()
 
@@ -55,7 +55,7 @@ def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld,
 def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    sink, sender = world.sink(), world.sender(ack_loss=0.2, seed=seed)
+    receiver, sender = world.receiver(), world.sender(ack_loss=0.2, seed=seed)
     trainers = [world.trainer(name, calls=CALLS, wait_at=WAITS_AT) for name in "ab"]
 
     reach(world, chance)
@@ -67,46 +67,46 @@ def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None
         sender = world.sender()
     for trainer in trainers:
         assert trainer.wait() == 0, trainer.log
-    world.end(sender if seed % 2 else None, sink)
+    world.end(sender if seed % 2 else None, receiver)
 
     world.check_equations()
     world.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_sink_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_killed_receiver_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=seed % 2 == 0)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     trainer = world.trainer("a", calls=CALLS, wait_at=WAITS_AT)
 
     reach(world, chance)
-    sink.kill()
-    assert sink.wait() == -9
+    receiver.kill()
+    assert receiver.wait() == -9
     assert world.count("a") < CALLS
     world.go("a")
     if seed % 2:
-        sink = world.sink()
+        receiver = world.receiver()
     assert trainer.wait() == 0, trainer.log
-    world.end(sender, sink if seed % 2 else None, gate_s=5 if seed % 2 else 0.5)
+    world.end(sender, receiver if seed % 2 else None, gate_s=5 if seed % 2 else 0.5)
 
     world.check_equations()
     world.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_sink_that_dies_in_mid_commit_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_receiver_that_dies_in_mid_commit_loses_nothing(make_world: MakeWorld, seed: int) -> None:
     chance = random.Random(seed)
     world = make_world(some_backends(seed), durability="full" if seed % 5 == 0 else "normal")
     trainer = world.trainer("a", calls=CALLS)
-    sink = world.sink(kill_at_commit=chance.randrange(4, 40), kill_after_us=chance.uniform(0, 300))
+    receiver = world.receiver(kill_at_commit=chance.randrange(4, 40), kill_after_us=chance.uniform(0, 300))
     sender = world.sender()
 
-    assert sink.wait() == -9, sink.log
+    assert receiver.wait() == -9, receiver.log
     assert trainer.wait() == 0, trainer.log
     world.check_equations()
-    sink = world.sink()
-    world.end(sender, sink)
+    receiver = world.receiver()
+    world.end(sender, receiver)
 
     world.check_all_delivered()
 
@@ -120,14 +120,14 @@ def test_a_lane_that_dies_between_write_and_confirm_loses_and_doubles_nothing(ma
     trainer = world.trainer("a", calls=600)
     # The stores of the suite take 100 records in a write, the others perhaps all that there are.
     number = chance.randrange(1, 5) if kind not in ("jsonl", "tensorboard") and method == "write" else 1
-    sink = world.sink(kill_at_write=(kind, method, number))
+    receiver = world.receiver(kill_at_write=(kind, method, number))
     sender = world.sender()
 
-    assert sink.wait() == -9, sink.log
+    assert receiver.wait() == -9, receiver.log
     assert trainer.wait() == 0, trainer.log
     world.check_equations()
     if seed % 2:
-        world.end(sender, world.sink())
+        world.end(sender, world.receiver())
     else:
         world.end(sender, gate_s=0.5)
 
@@ -141,8 +141,8 @@ def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_w
     kind = EVERY_KIND[seed % len(EVERY_KIND)]
     world = make_world({})
     assert world.trainer("a", calls=1000).wait() == 0
-    sink, sender = world.sink(), world.sender()
-    world.end(sender, sink)
+    receiver, sender = world.receiver(), world.sender()
+    world.end(sender, receiver)
     options = {} if kind in ("jsonl", "tensorboard") else {"pause_s": 0.001}
     world.backends = {kind: options}
     flags = ["--backend", kind, *(f for k, v in options.items() for f in ("--option", f"{kind}.{k}={v}"))]
@@ -167,16 +167,16 @@ def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> N
     chance = random.Random(seed)
     world = make_world(some_backends(seed), files=True)
     channel: dict[str, Any] = {"ack_loss": 0.3, "request_loss": 0.1, "again": 0.2, "delay_s": 0.005, "seed": seed}
-    sink, sender = world.sink(), world.sender(**channel)
+    receiver, sender = world.receiver(), world.sender(**channel)
     doomed = world.trainer("a", calls=ENDLESS, pause_s=0.02)
     trainer = world.trainer("b", calls=CALLS, wait_at=WAITS_AT)
 
-    for victim in chance.sample(["sink", "sender", "a", "sink", "sender"], 5):
+    for victim in chance.sample(["receiver", "sender", "a", "receiver", "sender"], 5):
         least = min(world.count("b"), WAITS_AT - 1)
         reach(world, chance, "b", least, min(WAITS_AT, least + 300))
-        if victim == "sink":
-            sink.kill()
-            sink = world.sink()
+        if victim == "receiver":
+            receiver.kill()
+            receiver = world.receiver()
         elif victim == "sender":
             sender.kill()
             sender = world.sender(**channel)
@@ -186,7 +186,7 @@ def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> N
             world.in_doubt = 1
     world.go("b")
     assert trainer.wait() == 0
-    world.end(sender, sink)
+    world.end(sender, receiver)
 
     world.check_equations()
     world.replay_all()

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.conftest import MakeWorld
 from tests.faults.harness import ROOT, World, wait_for
-from tests.faults.readers import count_sink, count_site, read_store
+from tests.faults.readers import count_receiver, count_site, read_store
 from trackhub.cli.status import journal_status
 
 CALLS = 600
@@ -30,7 +30,7 @@ def job_without_backends(world: World) -> None:
     """A job that only filled its journal."""
     world.backends = {}
     assert world.trainer(calls=CALLS, pause_s=0).wait() == 0
-    world.end(world.sender(), world.sink())
+    world.end(world.sender(), world.receiver())
 
 
 def test_a_job_goes_into_another_backend_afterwards_and_a_second_run_adds_nothing(make_world: MakeWorld) -> None:
@@ -54,13 +54,13 @@ def test_what_may_be_there_twice_after_a_replay_from_the_start_is_counted(make_w
     world.replay_all("--from-start")
 
     assert len(world.held("at_least_once")) == 2 * CALLS
-    assert count_sink(world.journal)["site-1"].lanes["at_least_once"].possible_duplicates == CALLS
+    assert count_receiver(world.journal)["site-1"].lanes["at_least_once"].possible_duplicates == CALLS
 
 
 def test_a_replay_into_another_place_brings_everything_there(make_world: MakeWorld) -> None:
     world = make_world()
     assert world.trainer(calls=CALLS).wait() == 0
-    world.end(world.sender(), world.sink())
+    world.end(world.sender(), world.receiver())
     elsewhere = world.folder / "elsewhere"
 
     replay = world.replay("--from-start", "--backend", "jsonl", "--option", f"jsonl.path={elsewhere}")
@@ -72,13 +72,13 @@ def test_a_replay_into_another_place_brings_everything_there(make_world: MakeWor
 def test_a_run_that_was_deleted_is_delivered_again(make_world: MakeWorld) -> None:
     world = make_world({"jsonl": {}})
     world.trainer("a", calls=CALLS).wait()
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     assert sender.ask("flush 30") is True
-    sink.kill()
+    receiver.kill()
     (world.folder / "server" / "jsonl" / "job-1" / "site-1.jsonl").unlink()
     world.trainer("b", calls=10).wait()
 
-    world.end(sender, world.sink())
+    world.end(sender, world.receiver())
 
     world.check_all_delivered()
 
@@ -130,10 +130,10 @@ def test_a_copy_of_the_folder_elsewhere_is_as_good(make_world: MakeWorld, tmp_pa
 
 
 def test_a_replay_that_brings_everything_says_so_whatever_the_sites_had_reported(make_world: MakeWorld) -> None:
-    """The sink died knowing that both sites had more, so that after the first site's part the second's is missing."""
+    """The receiver died knowing that both sites had more, so that after the first site's part the second's is missing."""
     world = make_world(linger_s=60)
     trainers = [world.trainer(name, f"site-{name}", calls=CALLS, wait_at=10) for name in "ab"]
-    sink = world.sink()
+    receiver = world.receiver()
     senders = [world.sender(site) for site in world.sites()]
 
     def known(figure: str) -> list[int]:
@@ -147,7 +147,7 @@ def test_a_replay_that_brings_everything_says_so_whatever_the_sites_had_reported
         assert trainer.wait() == 0, trainer.log
     wait_for(lambda: known("logged") == [CALLS, CALLS], "the sites' reports of what they have not sent yet")
     assert known("received") == [10, 10]
-    for proc in (*senders, sink):
+    for proc in (*senders, receiver):
         proc.kill()
 
     world.replay_all()
@@ -155,7 +155,7 @@ def test_a_replay_that_brings_everything_says_so_whatever_the_sites_had_reported
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: MakeWorld, seed: int) -> None:
-    """The site loses its sink for good; what it still has is brought into the store that the sink wrote to."""
+    """The site loses its receiver for good; what it still has is brought into the store that the receiver wrote to."""
     chance = random.Random(seed)
     store = "abcdefgh"[seed % 8]
     kind = ("resumable", "idempotent", "at_least_once", "jsonl")[seed % 4]
@@ -163,13 +163,13 @@ def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: 
     path = world.folder / f"store-{store}"
     world.backends = {kind: {"path": str(path)}}
     trainers = [world.trainer(name, calls=CALLS) for name in ("a", "b")]
-    sink, sender = world.sink(), world.sender(ack_loss=0.3, seed=seed)
+    receiver, sender = world.receiver(), world.sender(ack_loss=0.3, seed=seed)
     target = chance.randrange(100, CALLS)
     wait_for(lambda: world.count("b") >= target and world.held(kind), "a part of the training")
     sender.kill()
     for trainer in trainers:
         assert trainer.wait() == 0
-    world.end(sink=sink)
+    world.end(receiver=receiver)
     left = count_site(world.spool()).spooled
     assert left > 0
 
@@ -179,7 +179,7 @@ def test_from_the_sites_own_machine_the_rest_goes_into_the_same_run(make_world: 
     assert count_site(world.spool()).spooled == 0
     if kind == "at_least_once":
         held = world.held(kind)
-        beside = count_sink(world.spool().parent / "replay-server" / "trackhub.db")["site-1"].lanes[kind]
+        beside = count_receiver(world.spool().parent / "replay-server" / "trackhub.db")["site-1"].lanes[kind]
         assert len(held) - len(set(held)) <= beside.possible_duplicates
         assert len(set(held)) == 2 * CALLS
     else:
@@ -208,7 +208,7 @@ def test_a_replay_of_a_spool_goes_on_where_an_earlier_one_gave_up(make_world: Ma
 def test_a_replay_from_the_start_of_a_spool_says_that_it_needs_a_journal(make_world: MakeWorld) -> None:
     world = make_world()
     assert world.trainer(calls=CALLS).wait() == 0
-    world.end(world.sender(), world.sink())
+    world.end(world.sender(), world.receiver())
 
     replay = world.replay("--from-start", path=world.spool())
 
@@ -260,12 +260,12 @@ def test_the_servers_part_must_come_before_the_sites(make_world: MakeWorld) -> N
     hang = world.folder / "down"
     world.backends = {"resumable": {"path": str(path), "down_while": str(hang), "pause_s": 0.005}}
     trainer = world.trainer(calls=1000, wait_at=800)
-    sink, sender = world.sink(), world.sender()
+    receiver, sender = world.receiver(), world.sender()
     wait_for(lambda: len(world.held("resumable")) >= 50, "a part of the delivery")
     hang.touch()
     wait_for(lambda: count_site(world.spool()).acked == 800, "more in the journal")
     sender.kill()
-    sink.kill()
+    receiver.kill()
     (world.folder / "a.go").touch()
     assert trainer.wait() == 0
     assert len(world.held("resumable")) < 800
@@ -292,13 +292,13 @@ def test_runs_keep_the_status_that_the_job_gave_them(make_world: MakeWorld) -> N
     down.touch()
     world.backends = {"resumable": {"down_while": str(down)}}
     trainers = [world.trainer("a", "site-1", calls=100), world.trainer("b", "site-2", calls=100)]
-    sink = world.sink()
+    receiver = world.receiver()
     senders = [world.sender("site-1"), world.sender("site-2")]
     for trainer in trainers:
         assert trainer.wait() == 0
     assert senders[1].ask("flush 30") is True
     senders[1].kill()
-    world.end(senders[0], sink)
+    world.end(senders[0], receiver)
     down.unlink()
 
     world.replay_all()

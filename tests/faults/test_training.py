@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever goes wrong with a backend or a sink, training gives the same model, bit by bit, and the job succeeds."""
+"""Whatever goes wrong with a backend or a receiver, training gives the same model, bit by bit, and the job succeeds."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, un
 
 
 @pytest.mark.parametrize("fault", SINK_FAULTS, ids=lambda fault: fault.name)
-def test_under_a_sinks_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
+def test_under_a_receivers_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
     result = train(tmp_path, fault)
 
     assert_same_model(result, untracked)
     assert_every_record_is_counted(result)
 
 
-def test_with_a_sink_whose_disk_is_full_training_gives_the_same_model(
+def test_with_a_receiver_whose_disk_is_full_training_gives_the_same_model(
     tmp_path: Path, untracked: bytes, make_disk: Callable[[Path, int], Disk]
 ) -> None:
     disk = make_disk(tmp_path / "disk", 256)
     disk.fill()
 
-    result = train(tmp_path / "full", replace(HEALTHY, sink_folder=str(disk.folder / "sink")))
+    result = train(tmp_path / "full", replace(HEALTHY, receiver_folder=str(disk.folder / "receiver")))
 
     assert_same_model(result, untracked)
     assert_every_record_is_counted(result)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A federated job of real gradient steps in FLARE's simulator, under faults of backends or of the sink.
+"""A federated job of real gradient steps in FLARE's simulator, under faults of backends or of the receiver.
 
 What can be compared with the same job without tracking: the model that it gives, and what each step took. Training
 draws from the global generators of Python and NumPy, as training does, so that tracking that touched them would show.
@@ -92,8 +92,8 @@ with open(os.path.join(OUT, SITE + ".steps"), "wb") as file:
 
 _SINK = """
 from trackhub.flare.compat import reference_package
-from trackhub.flare.receiver import TrackhubReceiver
-from trackhub.flare.sender import TrackhubSender
+from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.sender_widget import TrackhubSender
 from tests.faults.bad_channel import BadChannelSender
 limits = {limits}
 reference_package(job, "trackhub")
@@ -114,14 +114,14 @@ class Fault:
             first third of the first round to that of the second.
         peers: backends that talk to a server, with the mode of tests.faults.peer; None for a server that is not there.
         sender: source of the sender that clients get in place of trackhub's own.
-        sink_folder: where the sink keeps its journal.
+        receiver_folder: where the receiver keeps its journal.
     """
 
     name: str
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     peers: Mapping[str, str | None] = field(default_factory=dict)
     sender: str = ""
-    sink_folder: str | None = None
+    receiver_folder: str | None = None
 
 
 NONE = Fault("no tracking")
@@ -142,7 +142,7 @@ SINK_FAULTS = [
     Fault("never answers", sender="BadChannelSender(silent_from=1, silent_s=3600, limits=limits)"),
     Fault("30 % of the acknowledgements lost", sender="BadChannelSender(ack_loss=0.3, limits=limits)"),
     Fault("silent for 4 s", sender="BadChannelSender(silent_from=4, silent_s=4, limits=limits)"),
-    Fault("no folder that it can write to", sink_folder="/dev/null/x"),
+    Fault("no folder that it can write to", receiver_folder="/dev/null/x"),
 ]
 
 
@@ -166,10 +166,10 @@ def train(folder: Path, fault: Fault, steps: int = STEPS) -> JobResult:
         more = ""
         if fault is NONE:
             tracking = None
-        elif fault.sender or fault.sink_folder:
+        elif fault.sender or fault.receiver_folder:
             tracking = None
             sender = fault.sender or "TrackhubSender(limits=limits)"
-            more = _SINK.format(limits=_LIMITS, state_dir=fault.sink_folder, sender=sender)
+            more = _SINK.format(limits=_LIMITS, state_dir=fault.receiver_folder, sender=sender)
         env = _environment(folder) | {
             "TRACKHUB_TEST_OUTAGE": str(folder / "outage"),
             "TRACKHUB_TEST_STEPS": str(steps),

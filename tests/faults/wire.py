@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a sender process and a sink process of the fault suite talk: one request and one reply over a Unix socket."""
+"""How a sender process and a receiver process of the fault suite talk: one request and one reply over a Unix socket."""
 
 from __future__ import annotations
 

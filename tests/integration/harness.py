@@ -238,32 +238,32 @@ class JobResult:
         """The job id that trackhub used."""
         return (self.workspace / ".trackhub" / "execution").read_text()
 
-    def report(self, sink: str) -> dict[str, Any]:
-        """The delivery report of the sink at this site."""
-        report: dict[str, Any] = json.loads((self.run_dir(sink) / "trackhub" / "delivery.json").read_text())
+    def report(self, receiver: str) -> dict[str, Any]:
+        """The delivery report of the receiver at this site."""
+        report: dict[str, Any] = json.loads((self.run_dir(receiver) / "trackhub" / "delivery.json").read_text())
         return report
 
     def facts(self, site: str) -> list[Fact]:
         """What the trainer of this site noted, in order."""
         return [Fact(*json.loads(line)) for line in (self.out / f"{site}.facts").read_text().splitlines()]
 
-    def jsonl(self, sink: str, site: str) -> list[dict[str, Any]]:
-        """The records of this site in the sink's ``jsonl`` files, without the line that ends the run."""
-        lines = read_jsonl(self.run_dir(sink) / "jsonl" / self.job / f"{site}.jsonl")
+    def jsonl(self, receiver: str, site: str) -> list[dict[str, Any]]:
+        """The records of this site in the receiver's ``jsonl`` files, without the line that ends the run."""
+        lines = read_jsonl(self.run_dir(receiver) / "jsonl" / self.job / f"{site}.jsonl")
         return [line for line in lines if line["kind"] != "end"]
 
-    def jsonl_points(self, sink: str, site: str) -> list[Point]:
-        """The scalars of this site in the sink's ``jsonl`` files, in order."""
+    def jsonl_points(self, receiver: str, site: str) -> list[Point]:
+        """The scalars of this site in the receiver's ``jsonl`` files, in order."""
         return [
             Point(key, value, line.get("step"), line["time"], line.get("round"))
-            for line in self.jsonl(sink, site)
+            for line in self.jsonl(receiver, site)
             if line["kind"] == "metrics"
             for key, value in line["values"].items()
         ]
 
-    def tensorboard_points(self, sink: str, site: str) -> list[Point]:
-        """The scalars of this site in the sink's event files, in order within a key."""
-        return read_tensorboard(self.run_dir(sink) / "tensorboard" / self.job / site)
+    def tensorboard_points(self, receiver: str, site: str) -> list[Point]:
+        """The scalars of this site in the receiver's event files, in order within a key."""
+        return read_tensorboard(self.run_dir(receiver) / "tensorboard" / self.job / site)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

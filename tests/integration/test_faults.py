@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLARE jobs in which something goes wrong: with a backend, a trainer, a sink or the configuration."""
+"""FLARE jobs in which something goes wrong: with a backend, a trainer, a receiver or the configuration."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def _nothing_was_trained(result: JobResult) -> bool:
     return all(not facts.read_text() for facts in result.out.iterdir())
 
 
-def _assert_all_in_jsonl(result: JobResult, sink: str, site: str) -> None:
+def _assert_all_in_jsonl(result: JobResult, receiver: str, site: str) -> None:
     facts = result.facts(site)
-    points = result.jsonl_points(sink, site)
+    points = result.jsonl_points(receiver, site)
     assert [(p.key, p.step, p.value) for p in points] == [(f.key, f.step, f.value) for f in facts]
 
 
@@ -145,7 +145,7 @@ def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
     assert "the project 'x' does not exist; create it first (this site will train nothing" in result.log
 
 
-def test_without_any_folder_for_the_sink_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
+def test_without_any_folder_for_the_receiver_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
     nowhere = tmp_path / "a-file"
     nowhere.write_text("not a folder")
     tracking = {"server": ["jsonl"], "state_dir": str(nowhere / "x")}
@@ -158,13 +158,13 @@ def test_without_any_folder_for_the_sink_training_goes_on_and_records_wait_in_a_
     assert result.rc == 0, result.log[-6000:]
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert len(spooled) == 2
-    assert "the sink refuses site site-1 (no_sink)" in result.log
+    assert "the receiver refuses site site-1 (no_receiver)" in result.log
 
 
-def test_a_sink_that_never_answers_is_waited_for_once_and_not_in_every_round(tmp_path: Path) -> None:
+def test_a_receiver_that_never_answers_is_waited_for_once_and_not_in_every_round(tmp_path: Path) -> None:
     # The sender's receiver has another name than the one that the server has.
     more = """
-    from trackhub.flare.sender import TrackhubSender
+    from trackhub.flare.sender_widget import TrackhubSender
     from trackhub.flare.compat import reference_package
     limits = {"barrier_s": 1, "gate_s": 2}
     reference_package(job, "trackhub")

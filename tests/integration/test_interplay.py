@@ -39,12 +39,12 @@ def test_with_take_over_off_flares_own_receivers_work_beside_trackhub(tmp_path: 
 
     assert result.rc == 0, result.log[-6000:]
     for site in SITES:
-        for sink in ("server", site):
-            assert [(p.key, p.step, p.value) for p in result.jsonl_points(sink, site)] == [
+        for receiver in ("server", site):
+            assert [(p.key, p.step, p.value) for p in result.jsonl_points(receiver, site)] == [
                 ("ours", 0, 0.0),
                 ("ours", 1, 1.0),
             ]
-            stock = read_tensorboard(result.run_dir(sink) / "stock_events" / site)
+            stock = read_tensorboard(result.run_dir(receiver) / "stock_events" / site)
             assert [(p.key, p.step, p.value) for p in stock] == [("stock", 0, 0.5), ("stock", 1, 1.5)]
     # What the matrix counts as 0 for client-side tracking is not 0 here, so the counter counts.
     assert json.loads((result.out / "server-counts.json").read_text())["events"] == 4
@@ -122,5 +122,5 @@ def test_records_survive_a_simulator_that_runs_its_clients_in_turns(
         assert sorted(_journaled(result, "server" if "server" in tracking else site, site)) == noted
 
 
-def _journaled(result: JobResult, sink: str, site: str) -> list[tuple[int, float]]:
-    return [(p.step or 0, p.value) for p in result.jsonl_points(sink, site)]
+def _journaled(result: JobResult, receiver: str, site: str) -> list[tuple[int, float]]:
+    return [(p.step or 0, p.value) for p in result.jsonl_points(receiver, site)]

@@ -123,7 +123,7 @@ def _run(folder: Path, tracking: dict[str, Any], external: bool) -> JobResult:
 @pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 @pytest.mark.parametrize("external", [False, True], ids=["in_process", "external_process"])
 @pytest.mark.parametrize("sides", [("server",), ("client",), ("server", "client")], ids="+".join)
-def test_every_backend_at_every_sink_has_exactly_what_was_logged(
+def test_every_backend_at_every_receiver_has_exactly_what_was_logged(
     tmp_path: Path, sides: tuple[str, ...], external: bool
 ) -> None:
     tracking = {name: BACKENDS for side, name in (("server", "server"), ("client", "clients")) if side in sides}
@@ -151,15 +151,15 @@ def test_every_backend_at_every_sink_has_exactly_what_was_logged(
             assert not (result.run_dir(site) / "jsonl").exists()
 
 
-def _assert_has_all(result: JobResult, sink: str, site: str) -> None:
+def _assert_has_all(result: JobResult, receiver: str, site: str) -> None:
     facts = result.facts(site)
     assert len(facts) == 2 * (2 * 25 + 2) + 1
-    points = result.jsonl_points(sink, site)
+    points = result.jsonl_points(receiver, site)
     _assert_points(facts, [p for p in points if "stock" not in p.key], float)
     own = [p for p in points if "stock" not in p.key and p.key != "last"]
     assert [p.round for p in own] == [0] * 52 + [1] * 52
 
-    curves = result.tensorboard_points(sink, site)
+    curves = result.tensorboard_points(receiver, site)
     for key, of_key in _by_key(facts).items():
         _assert_points(of_key, [p for p in curves if p.key == key], _float32, unstepped=0)
 
@@ -168,7 +168,7 @@ def _assert_has_all(result: JobResult, sink: str, site: str) -> None:
         assert stock == sorted((key, n, n + value) for key, value in STOCK.items() for n in (0, 1))
         assert sum(p.key.endswith("/stock") for p in found) == 2
 
-    others = [line for line in result.jsonl(sink, site) if line["kind"] != "metrics"]
+    others = [line for line in result.jsonl(receiver, site) if line["kind"] != "metrics"]
     assert [line["kind"] for line in others] == ["params", "tags", "text"]
     assert others[0]["values"] == {"lr": 0.1, "site": site}
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests.integration.harness import Job, flare_environment, read_jsonl
 from trackhub.cli.status import spool_status
-from trackhub.delivery.find import find
+from trackhub.delivery.journal.find import find
 
 pytestmark = pytest.mark.long
 
@@ -204,7 +204,8 @@ from nvflare.widgets.widget import Widget
 
 from trackhub.delivery.wire import Batch, encode
 from trackhub.flare.compat import Channel
-from trackhub.records import Metrics, Record, encode_frame
+from trackhub.framing import encode_frame
+from trackhub.records import Metrics, Record
 
 
 class Forger(Widget):
@@ -343,7 +344,7 @@ def test_an_aborted_job_keeps_what_was_logged_and_says_that_it_was_aborted(poc: 
         assert (run["confirmed"], run["pending"], known["missing"]) == (len(points), 0, 0)
         # Whatever the server did not get is still at the site.
         (spool,) = find(result.client(site)).spools
-        left = spool_status(spool)["sinks"]["server"]
+        left = spool_status(spool)["receivers"]["server"]
         assert left["logged"] == left["acked"] + left["spooled"] >= len(noted)
         assert left["acked"] <= len(points)
         assert result.records(result.server, site)[-1]["status"] == "aborted"

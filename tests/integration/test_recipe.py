@@ -14,9 +14,9 @@ from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.utils import set_per_site_config
 
-from trackhub.config import Limits
 from trackhub.errors import ConfigError, InvalidOptionError
 from trackhub.flare.recipe import add_tracking, tracking_components
+from trackhub.limits import Limits
 
 SCRIPT = "import nvflare.client as flare\nfrom trackhub import Writer\n"
 
@@ -56,12 +56,12 @@ def test_server_side_tracking_adds_a_receiver_and_a_sender_by_stable_names(scrip
     assert _components(job, "app", "config_fed_server.json") == {
         "trackhub_receiver": {
             "id": "trackhub_receiver",
-            "path": "trackhub.flare.receiver.TrackhubReceiver",
+            "path": "trackhub.flare.receiver_widget.TrackhubReceiver",
             "args": {"backends": {"jsonl": {"path": "elsewhere"}}},
         }
     }
     assert _components(job, "app", "config_fed_client.json") == {
-        "trackhub_sender": {"id": "trackhub_sender", "path": "trackhub.flare.sender.TrackhubSender", "args": {}}
+        "trackhub_sender": {"id": "trackhub_sender", "path": "trackhub.flare.sender_widget.TrackhubSender", "args": {}}
     }
 
 

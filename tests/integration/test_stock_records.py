@@ -18,11 +18,12 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo
 
 from trackhub.errors import RecordError
-from trackhub.flare.stock import StockRecords, write_stock_record
-from trackhub.records import Image, Kind, Metrics, Params, Payload, Record, Tags, Text, decode_body, scan_frames
-from trackhub.spool_layout import SpoolInfo, create_spool
-from trackhub.spool_reader import SpoolReader
-from trackhub.writer import Writer
+from trackhub.flare.events import StockRecords, write_stock_record
+from trackhub.framing import decode_body, scan_frames
+from trackhub.records import Image, Kind, Metrics, Params, Payload, Record, Tags, Text
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.writer.writer import Writer
 
 
 @pytest.fixture

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.unit.rigs import Bench
-from trackhub.delivery import run_lane
+from trackhub.delivery.lane import run_delivery
 from trackhub.delivery.retry import Backoff
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have lanes wait for milliseconds between two attempts."""
-    monkeypatch.setattr(run_lane, "Backoff", lambda: Backoff(0.001, 0.01))
+    monkeypatch.setattr(run_delivery, "Backoff", lambda: Backoff(0.001, 0.01))
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """A journal to put records into and lanes on."""
-    bench = Bench(tmp_path / "sink")
+    bench = Bench(tmp_path / "receiver")
     yield bench
     bench.journal.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the unit tests of spool, journal, lanes and sinks share: independent readers, and backends that misbehave."""
+"""What the unit tests of spool, journal, lanes and receivers share: independent readers, and backends that misbehave."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ import pytest
 
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteLedger
-from trackhub.records import Gap, Metrics, Record, decode_body, encode_frame
+from trackhub.framing import decode_body, encode_frame
+from trackhub.records import Gap, Metrics, Record
 from trackhub.spi import (
     Backend,
+    BackendContext,
     BackendRun,
     Capabilities,
     Entry,
@@ -32,11 +34,10 @@ from trackhub.spi import (
     RunInfo,
     RunStatus,
     Side,
-    SinkContext,
     WriteReport,
 )
-from trackhub.spool_layout import SpoolInfo, create_spool
-from trackhub.spool_reader import SpoolBatch, SpoolReader, StreamCount
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolBatch, SpoolReader, StreamCount
 
 WAIT_S = 20.0
 """How long a test waits for what must happen; only a failure takes so long."""
@@ -204,7 +205,7 @@ class MemoryBackend(Backend):
         stored: dict[str, list[Entry]] | None = None,
         **can: Any,
     ) -> None:
-        super().__init__(NoOptions(), SinkContext(Path(), "job-1", Side.LOCAL))
+        super().__init__(NoOptions(), BackendContext(Path(), "job-1", Side.LOCAL))
         self.capabilities = msgspec.structs.replace(type(self).capabilities, **can)
         self.behave = behave or (lambda method, argument: None)
         self.run_class = BufferingRun if buffering else MemoryRun
@@ -266,8 +267,8 @@ def assert_accounted(count: StreamCount, logged: int) -> None:
     assert logged == gone + count.acked + count.spooled
 
 
-class ModelSink:
-    """What a sink does, in the simplest way: append what is new of each stream, in order, or fail the test."""
+class ModelReceiver:
+    """What a receiver does, in the simplest way: append what is new of each stream, in order, or fail the test."""
 
     def __init__(self) -> None:
         self.records: dict[str, list[Record]] = {}
@@ -297,12 +298,12 @@ class ModelSink:
 
 
 def drain(
-    reader: SpoolReader, sink: ModelSink, *, final: bool = True, max_records: int = 7, max_bytes: int = 2000
+    reader: SpoolReader, receiver: ModelReceiver, *, final: bool = True, max_records: int = 7, max_bytes: int = 2000
 ) -> None:
     for _ in range(100_000):
         batch = reader.next_batch(max_records, max_bytes, final=final)
         if batch is None:
             return
-        sink.accept(batch)
+        receiver.accept(batch)
         reader.settle(batch)
     pytest.fail("the reader does not come to an end")

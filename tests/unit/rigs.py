@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rigs for the tests of lanes and senders: a journal with lanes on it, and the way from a spool to a sink."""
+"""Rigs for the tests of lanes and senders: a journal with lanes on it, and the way from a spool to a receiver."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, json_lines, metric, new_spool
-from trackhub.config import Limits
 from trackhub.delivery import wire
-from trackhub.delivery.journal import Journal
-from trackhub.delivery.lane import Lane
+from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender
+from trackhub.limits import Limits
 from trackhub.records import Record
 from trackhub.run import RunStatus, Side
 from trackhub.spi import Backend, RunInfo
-from trackhub.writer import Writer
+from trackhub.writer.writer import Writer
 
 SITE = "site-1"
 
@@ -54,7 +54,7 @@ class Bench:
         return lane
 
     def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
-        """End all lanes as a sink does."""
+        """End all lanes as a receiver does."""
         for lane in self.lanes.values():
             lane.begin_finish({}, status)
         deadline = time.monotonic() + timeout_s
@@ -117,7 +117,7 @@ FAST = Limits(batch_records=50, poll_s=0.005, linger_s=0, keepalive_s=0.1, flush
 
 
 class Way:
-    """The way from a spool to a sink; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
+    """The way from a spool to a receiver; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
 
     def __init__(self, folder: Path, limits: Limits = FAST) -> None:
         self.folder = folder
@@ -131,14 +131,14 @@ class Way:
         self.finished = False
 
     def new_receiver(self) -> Receiver:
-        sink = self.folder / "sink"
+        folder = self.folder / "receiver"
         receiver = Receiver(
-            sink / "trackhub", sink, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
+            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
         )
         receiver.start()
         return receiver
 
-    def link(self, data: bytes, timeout_s: float) -> bytes:
+    def channel(self, data: bytes, timeout_s: float) -> bytes:
         request = wire.decode_request(data)
         self.requests.append(request)
         self.before(request)
@@ -146,15 +146,15 @@ class Way:
         self.after(request)
         return reply
 
-    def sender(self, link: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
-        sender = Sender(self.spool, link or self.link, site=SITE, limits=self.limits)
+    def sender(self, channel: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
+        sender = Sender(self.spool, channel or self.channel, site=SITE, limits=self.limits)
         if start:
             sender.start()
         self.senders.append(sender)
         return sender
 
     def stored(self) -> list[dict[str, Any]]:
-        path = self.folder / "sink" / "jsonl" / "job-1" / f"{SITE}.jsonl"
+        path = self.folder / "receiver" / "jsonl" / "job-1" / f"{SITE}.jsonl"
         return json_lines(path) if path.exists() else []
 
     def finish(self, deadline_s: float = WAIT_S) -> DeliveryReport:

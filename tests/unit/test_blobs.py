@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A blob at the sink is there whole or not at all, whatever moment the process before died at."""
+"""A blob at the receiver is there whole or not at all, whatever moment the process before died at."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chunk(offset: int, end: int = len(DATA), data: bytes = DATA) -> Chunk:
     return Chunk(NAME, len(DATA), hashlib.sha256(DATA).hexdigest(), offset, data[offset:end])
 
 
-def left_by_a_killed_sink(store: BlobStore, data: bytes) -> None:
+def left_by_a_killed_receiver(store: BlobStore, data: bytes) -> None:
     store.folder(SITE).mkdir(parents=True)
     (store.folder(SITE) / f"{NAME}.part").write_bytes(data)
 
@@ -46,24 +46,24 @@ def test_a_blob_comes_in_pieces_and_is_there_once_it_is_whole(store: BlobStore) 
     assert_whole(store)
 
 
-def test_a_sink_goes_on_where_one_was_killed_between_two_pieces(store: BlobStore) -> None:
-    left_by_a_killed_sink(store, DATA[:HALF])
+def test_a_receiver_goes_on_where_one_was_killed_between_two_pieces(store: BlobStore) -> None:
+    left_by_a_killed_receiver(store, DATA[:HALF])
 
     assert store.add(SITE, chunk(0, HALF)) == HALF
     assert store.add(SITE, chunk(HALF)) == len(DATA)
     assert_whole(store)
 
 
-def test_a_sink_goes_on_where_one_was_killed_between_the_last_piece_and_the_end(store: BlobStore) -> None:
-    left_by_a_killed_sink(store, DATA)
+def test_a_receiver_goes_on_where_one_was_killed_between_the_last_piece_and_the_end(store: BlobStore) -> None:
+    left_by_a_killed_receiver(store, DATA)
 
     assert store.add(SITE, chunk(0, HALF)) == len(DATA)
     assert_whole(store)
 
 
 @pytest.mark.parametrize("left", [DATA[:-1] + b"x", DATA + b"x"], ids=["damaged", "longer"])
-def test_what_a_killed_sink_left_and_its_disk_damaged_is_received_anew(store: BlobStore, left: bytes) -> None:
-    left_by_a_killed_sink(store, left)
+def test_what_a_killed_receiver_left_and_its_disk_damaged_is_received_anew(store: BlobStore, left: bytes) -> None:
+    left_by_a_killed_receiver(store, left)
 
     assert store.add(SITE, chunk(0, HALF)) == 0
     assert store.add(SITE, chunk(0, HALF)) == HALF

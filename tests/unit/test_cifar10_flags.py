@@ -221,8 +221,8 @@ def component_paths(configuration: dict[str, Any]) -> set[str]:
 def test_an_exported_job_is_whole_and_names_nothing_of_this_machine(here: Path) -> None:
     server, clients = exported(here / "out", "--partition", "iid")
 
-    assert "trackhub.flare.receiver.TrackhubReceiver" in component_paths(server)
-    assert "trackhub.flare.sender.TrackhubSender" in component_paths(clients)
+    assert "trackhub.flare.receiver_widget.TrackhubReceiver" in component_paths(server)
+    assert "trackhub.flare.sender_widget.TrackhubSender" in component_paths(clients)
     executor = clients["executors"][0]["executor"]["args"]
     assert executor["task_script_path"] == "client.py"
     assert "--partition iid" in executor["task_script_args"]
@@ -237,8 +237,8 @@ def test_an_exported_job_is_whole_and_names_nothing_of_this_machine(here: Path) 
 def test_a_client_only_job_sends_no_metrics_and_has_no_receiver_on_the_server(here: Path) -> None:
     server, clients = exported(here / "out", "--streamed_to_clients", "--no-streamed_to_server")
 
-    assert "trackhub.flare.receiver.TrackhubReceiver" not in component_paths(server)
-    assert "trackhub.flare.receiver.TrackhubReceiver" in component_paths(clients)
+    assert "trackhub.flare.receiver_widget.TrackhubReceiver" not in component_paths(server)
+    assert "trackhub.flare.receiver_widget.TrackhubReceiver" in component_paths(clients)
     assert "--no_send_metrics" in clients["executors"][0]["executor"]["args"]["task_script_args"]
 
 

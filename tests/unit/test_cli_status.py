@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from trackhub.delivery.journal import Journal
-from trackhub.delivery.journal_report import Progress
+from trackhub.delivery.journal.counts import Progress
+from trackhub.delivery.journal.store import Journal
 from trackhub.delivery.wire import Batch, SiteLedger
-from trackhub.spool_layout import SpoolInfo, create_spool
-from trackhub.spool_reader import SpoolReader
-from trackhub.writer import Writer
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.writer.writer import Writer
 
 
 def status(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def document(*args: str | Path) -> dict[str, Any]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A site that logged 10 records, of which the sink has 6, of which its one lane delivered 4 and rejected 1."""
+    """A site that logged 10 records, of which the receiver has 6, of which its one lane delivered 4 and rejected 1."""
     spool = tmp_path / "site-1" / "spool"
     create_spool(spool, SpoolInfo("site-1", "job-1", ("server",)))
     with Writer(spool) as writer:
@@ -70,7 +70,7 @@ def test_the_journals_and_spools_under_a_folder_are_found_and_read(job: Path) ->
     run = journal["lanes"]["acme"]["site-1"]
     assert (run["confirmed"], run["rejected"], run["pending"]) == (4, {"nonfinite": 1}, 1)
     assert (spool["site"], spool["job"], spool["open"]) == ("site-1", "job-1", True)
-    assert spool["sinks"]["server"] == {
+    assert spool["receivers"]["server"] == {
         "streams": 1, "logged": 10, "withheld": 0, "dropped": {}, "refused": {}, "acked": 6, "spooled": 4
     }  # fmt: skip
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from trackhub.config import Limits, TrackingConfig, parse_option_flags
+from trackhub.config import TrackingConfig, parse_option_flags
 from trackhub.errors import ConfigError, InvalidOptionError
+from trackhub.limits import Limits
 
 
 def test_option_flags_become_a_mapping_by_backend() -> None:

@@ -11,24 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import new_spool
-from trackhub import spool_reader
-from trackhub.delivery.shaper import Shaper
-from trackhub.records import (
-    CorruptFrameError,
-    Gap,
-    Kind,
-    Metrics,
-    Payload,
-    Record,
-    Text,
-    decode_body,
-    encode_frame,
-    pass_metrics,
-    scan_frames,
-)
+from trackhub.delivery.lane.adaptation import Shaper
+from trackhub.framing import CorruptFrameError, decode_body, encode_frame, pass_metrics, scan_frames
+from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
 from trackhub.spi import Capabilities
-from trackhub.spool_reader import SpoolBatch, SpoolReader
-from trackhub.writer import Writer
+from trackhub.spool import reading
+from trackhub.spool.reading import SpoolBatch, SpoolReader
+from trackhub.writer.writer import Writer
 
 
 def frames(kinds: str) -> bytes:
@@ -104,7 +93,7 @@ def test_batches_are_the_same_however_little_is_read_first(tmp_path: Path, monke
             writer.log_text("large", "x" * 300_000)
             for step in range(1_500):
                 writer.log({"loss": float(step)}, step)
-        monkeypatch.setattr(spool_reader, "_FEW_BYTES", few)
+        monkeypatch.setattr(reading, "_FEW_BYTES", few)
         read.append(batches(folder))
 
     sizes = [[(batch.first_seq, batch.next_seq, batch.records) for batch in found] for found in read]

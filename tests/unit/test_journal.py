@@ -22,11 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import STREAM, batch_of, metric
-from trackhub.delivery.journal import Journal, Progress
-from trackhub.delivery.journal_report import read_journal_report
+from trackhub.delivery.journal.counts import read_journal_report
+from trackhub.delivery.journal.store import Journal, Progress
 from trackhub.delivery.wire import Batch, SiteLedger
 from trackhub.errors import JournalError
-from trackhub.records import Gap, Kind, Record, decode_body, scan_frames
+from trackhub.framing import decode_body, scan_frames
+from trackhub.records import Gap, Kind, Record
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ APPENDER = """
     import os, sys
     sys.path.insert(0, sys.argv[2])
     from pathlib import Path
-    from trackhub.delivery.journal import Journal
+    from trackhub.delivery.journal.store import Journal
     from tests.unit.helpers import batch_of, metric
     journal = Journal.open(Path(sys.argv[1]), job="job-1", side="server")
     site = journal.add_site("a", 0.0)

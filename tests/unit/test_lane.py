@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
+from trackhub.delivery.lane.adaptation import Shaper
 from trackhub.delivery.retry import Backoff
-from trackhub.delivery.shaper import Shaper
 from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
-from trackhub.records import Gap, Metrics, Record, Text, encode_frame
+from trackhub.framing import encode_frame
+from trackhub.records import Gap, Metrics, Record, Text
 from trackhub.run import RunStatus, Side
 from trackhub.spi import Kind, Redelivery, Rejection, WriteReport
 
@@ -94,7 +95,7 @@ def test_a_transient_error_is_tried_again_and_the_time_that_the_backend_asks_for
 def test_only_the_records_that_cannot_be_stored_are_rejected(
     tmp_path_factory: pytest.TempPathFactory, bad: set[int], size: int, permanent: bool
 ) -> None:
-    bench = Bench(tmp_path_factory.mktemp("sink"))
+    bench = Bench(tmp_path_factory.mktemp("receiver"))
     error: Callable[[], BaseException] = (lambda: PermanentError("no")) if permanent else (lambda: RuntimeError("bug"))
     backend = MemoryBackend(poisoned(bad, error), max_batch=size)
     bench.log(20, rows=3)
@@ -467,7 +468,7 @@ def reframed(kind: int, body: bytes) -> bytes:
     return struct.pack("<I", zlib.crc32(checked)) + checked
 
 
-def test_runs_of_sites_that_the_sink_does_not_know_end_as_it_says(bench: Bench) -> None:
+def test_runs_of_sites_that_the_receiver_does_not_know_end_as_it_says(bench: Bench) -> None:
     backend = MemoryBackend()
     bench.log(5)
     bench.lane(backend)

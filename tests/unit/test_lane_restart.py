@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing, run_of
-from trackhub.delivery.lane import Lane
+from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import DeliveryReport
 from trackhub.errors import PermanentError, TransientError
 from trackhub.spi import Entry, Redelivery
@@ -58,7 +58,7 @@ class Crash:
 def test_after_a_crash_in_a_write_everything_is_there_as_the_backend_declares(
     tmp_path: Path, redelivery: Redelivery, buffering: bool, after: bool, at: int
 ) -> None:
-    bench = Bench(tmp_path / "sink")
+    bench = Bench(tmp_path / "receiver")
     backend = MemoryBackend(buffering=buffering, redelivery=redelivery, max_batch=10)
     crash = Crash(bench, backend, "write", at, after=after)
     bench.log(25, rows=3)
@@ -108,7 +108,7 @@ def test_a_retried_batch_counts_once_as_possible_duplicates(bench: Bench) -> Non
 
 
 def test_a_hang_in_write_is_doubtful_after_a_restart(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "sink")
+    bench = Bench(tmp_path / "receiver")
     release, hangs = threading.Event(), threading.Event()
     backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
     take = backend.take
@@ -123,7 +123,7 @@ def test_a_hang_in_write_is_doubtful_after_a_restart(tmp_path: Path) -> None:
     lane = bench.lane(backend)
     assert hangs.wait(WAIT_S)
     assert run_of(bench.finish(0.05)).pending == 10
-    again = Bench(tmp_path / "sink")
+    again = Bench(tmp_path / "receiver")
     again.counts = {SITE: 10}
     second = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE, stored=dict(backend.stored))
     again.lane(second)
@@ -137,7 +137,7 @@ def test_a_hang_in_write_is_doubtful_after_a_restart(tmp_path: Path) -> None:
 def test_a_lane_goes_on_in_a_new_process_where_it_stopped(tmp_path: Path) -> None:
     stored: dict[str, list[Entry]] = {}
     for day in range(3):
-        bench = Bench(tmp_path / "sink")
+        bench = Bench(tmp_path / "receiver")
         bench.counts = {SITE: 10 * day} if day else {}
         bench.log(10)
         backend = MemoryBackend(stored=stored)
@@ -150,14 +150,14 @@ def test_a_lane_goes_on_in_a_new_process_where_it_stopped(tmp_path: Path) -> Non
 
 def test_a_run_to_rebuild_that_a_lane_does_not_come_to_is_rebuilt_by_the_next(tmp_path: Path) -> None:
     """It was not finished; then a lane spent all its time on opening another run; then there was time."""
-    bench = Bench(tmp_path / "sink")
+    bench = Bench(tmp_path / "receiver")
     rebuild: dict[str, Any] = {"redelivery": Redelivery.REBUILD, "late_steps": False}
     release, hangs = threading.Event(), threading.Event()
 
     def day(
         behave: Callable[[str, Any], None], timeout_s: float = WAIT_S
     ) -> tuple[MemoryBackend, DeliveryReport, Lane]:
-        here = Bench(tmp_path / "sink")
+        here = Bench(tmp_path / "receiver")
         here.counts = {SITE: 10, "site-2": 10}
         backend = MemoryBackend(behave, **rebuild)
         lane = here.lane(backend)
@@ -185,12 +185,12 @@ def test_a_run_to_rebuild_that_a_lane_does_not_come_to_is_rebuilt_by_the_next(tm
 
 
 def test_a_run_that_is_finished_stays_so_when_a_later_lane_has_no_time_for_it(tmp_path: Path) -> None:
-    bench = Bench(tmp_path / "sink")
+    bench = Bench(tmp_path / "receiver")
     bench.log(5)
     bench.lane(MemoryBackend())
     assert run_of(bench.finish()).state == "finished"
     release = threading.Event()
-    again = Bench(tmp_path / "sink")
+    again = Bench(tmp_path / "receiver")
     again.counts = {SITE: 5}
     lane = again.lane(MemoryBackend(lambda method, argument: release.wait(WAIT_S) if method == "preflight" else None))
 

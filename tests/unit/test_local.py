@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script outside FLARE: the same calls, a sink in the same process, and everything delivered when it is closed."""
+"""A script outside FLARE: the same calls, a receiver in the same process, and everything delivered when it is closed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 import trackhub
 from tests.conftest import MakePlugin
 from tests.unit.helpers import assert_balanced, json_lines
-from trackhub.config import Limits
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
+from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
-from trackhub.spool_layout import read_spool_info
+from trackhub.spool.layout import read_spool_info
 
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sink stores what it acknowledges, refuses what is none, and never raises or hangs, whatever it is sent."""
+"""The receiver stores what it acknowledges, refuses what is none, and never raises or hangs, whatever it is sent."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
-from trackhub.config import Limits
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import ConfigError, InvalidOptionError, JournalError, UnknownBackendError
-from trackhub.records import FORMAT_VERSION, Artifact, Blob, Record, encode_frame
+from trackhub.framing import FORMAT_VERSION, encode_frame
+from trackhub.limits import Limits
+from trackhub.records import Artifact, Blob, Record
 from trackhub.run import RunStatus, Side
 
 SITE = "site-1"
 
 
-class Sink:
+class Rig:
     """A receiver with the backend ``jsonl``, and messages in place of bytes."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
@@ -37,7 +38,7 @@ class Sink:
             folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits)
         )
 
-    def start(self) -> Sink:
+    def start(self) -> Rig:
         self.receiver.start()
         return self
 
@@ -53,34 +54,34 @@ class Sink:
 
 
 @pytest.fixture
-def sink(tmp_path: Path) -> Iterator[Sink]:
-    sink = Sink(tmp_path / "run").start()
-    yield sink
-    sink.finish(deadline_s=5)
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path / "run").start()
+    yield rig
+    rig.finish(deadline_s=5)
 
 
 def batch(first: int, n: int = 5) -> wire.Batch:
     return batch_of([metric(first + i) for i in range(n)])
 
 
-def test_an_accepted_batch_is_in_the_journal_when_the_reply_is_there(sink: Sink) -> None:
-    assert sink.ask(wire.Hello()) == wire.Accepted(job="job-1")
-    assert sink.ask(batch(0)) == wire.Accepted()
-    assert sink.receiver._journal is not None
-    assert sink.receiver._journal.report().sites[SITE].journaled == 5
+def test_an_accepted_batch_is_in_the_journal_when_the_reply_is_there(rig: Rig) -> None:
+    assert rig.ask(wire.Hello()) == wire.Accepted(job="job-1")
+    assert rig.ask(batch(0)) == wire.Accepted()
+    assert rig.receiver._journal is not None
+    assert rig.receiver._journal.report().sites[SITE].journaled == 5
 
 
 def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path) -> None:
-    sink = Sink(tmp_path).start()
+    rig = Rig(tmp_path).start()
     for first in (0, 5, 0, 5, 10, 5):
-        assert sink.ask(batch(first)) == wire.Accepted()
+        assert rig.ask(batch(first)) == wire.Accepted()
     ledger = wire.SiteLedger(logged=15, acked=15)
-    assert sink.ask(wire.Report(ledger)) == wire.Accepted()
+    assert rig.ask(wire.Report(ledger)) == wire.Accepted()
     for _ in range(2):
-        assert sink.ask(wire.Bye(ledger)) == wire.Accepted()
-    report = sink.finish()
+        assert rig.ask(wire.Bye(ledger)) == wire.Accepted()
+    report = rig.finish()
 
-    assert [line["seq"] for line in sink.stored()] == list(range(15))
+    assert [line["seq"] for line in rig.stored()] == list(range(15))
     site = report.sites[SITE]
     assert (site.received, site.duplicates, site.journaled, site.said_bye) == (30, 15, 15, True)
     assert report.lanes["jsonl"][SITE].confirmed == 15
@@ -90,8 +91,8 @@ def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path)
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.binary(max_size=100))
-def test_bytes_that_are_no_request_are_refused(sink: Sink, data: bytes) -> None:
-    reply = wire.decode_reply(sink.receiver.handle(SITE, data))
+def test_bytes_that_are_no_request_are_refused(rig: Rig, data: bytes) -> None:
+    reply = wire.decode_reply(rig.receiver.handle(SITE, data))
     try:
         wire.decode_request(data)
     except msgspec.DecodeError:
@@ -127,20 +128,20 @@ def unreadable() -> bytes:
     ids=lambda item: item[0],
 )
 def test_a_batch_that_is_not_what_it_says_is_refused_and_leaves_no_trace(
-    sink: Sink, request_: tuple[str, wire.Batch]
+    rig: Rig, request_: tuple[str, wire.Batch]
 ) -> None:
-    reply = sink.ask(request_[1])
+    reply = rig.ask(request_[1])
     assert isinstance(reply, wire.Refused)
     assert reply.reason == "malformed"
-    assert sink.ask(batch(0)) == wire.Accepted()
-    assert sink.receiver._journal is not None
-    found = sink.receiver._journal.report().sites[SITE]
+    assert rig.ask(batch(0)) == wire.Accepted()
+    assert rig.receiver._journal is not None
+    found = rig.receiver._journal.report().sites[SITE]
     assert (found.received, found.journaled, found.missing, found.explained) == (5, 5, 0, {})
 
 
 @pytest.mark.parametrize(("minor", "accepted"), [(-1, True), (0, True), (1, True), (2, False)])
-def test_a_site_of_another_version_is_told_so(sink: Sink, minor: int, accepted: bool) -> None:
-    reply = sink.ask(wire.Hello((FORMAT_VERSION[0], FORMAT_VERSION[1] + minor)))
+def test_a_site_of_another_version_is_told_so(rig: Rig, minor: int, accepted: bool) -> None:
+    reply = rig.ask(wire.Hello((FORMAT_VERSION[0], FORMAT_VERSION[1] + minor)))
     if accepted:
         assert reply == wire.Accepted(job="job-1")
     else:
@@ -162,52 +163,52 @@ def artifact(blob: Blob = BLOB) -> wire.Batch:
     return batch_of([Record(0, 1.0, None, None, Artifact("model", blob, "model.bin"))])
 
 
-def blob_file(sink: Sink, site: str = SITE) -> Path:
-    return sink.receiver._blobs.folder(site) / NAME
+def blob_file(rig: Rig, site: str = SITE) -> Path:
+    return rig.receiver._blobs.folder(site) / NAME
 
 
-def test_a_record_waits_for_its_bytes(sink: Sink) -> None:
-    assert sink.ask(artifact()) == wire.NeedBlob(NAME)
-    assert sink.ask(chunk(0, 4000)) == wire.Accepted(4000)
-    assert sink.ask(artifact()) == wire.NeedBlob(NAME)
-    assert sink.ask(chunk(0, 4000)) == wire.Accepted(4000)  # sent again
-    assert sink.ask(chunk(8000, 100)) == wire.Accepted(4000)  # one was skipped
-    assert sink.ask(chunk(4000, 10_000)) == wire.Accepted(len(DATA))
-    assert sink.ask(artifact()) == wire.Accepted()
-    assert sink.ask(chunk(0, 4000)) == wire.Accepted(len(DATA))  # late
-    assert blob_file(sink).read_bytes() == DATA
+def test_a_record_waits_for_its_bytes(rig: Rig) -> None:
+    assert rig.ask(artifact()) == wire.NeedBlob(NAME)
+    assert rig.ask(chunk(0, 4000)) == wire.Accepted(4000)
+    assert rig.ask(artifact()) == wire.NeedBlob(NAME)
+    assert rig.ask(chunk(0, 4000)) == wire.Accepted(4000)  # sent again
+    assert rig.ask(chunk(8000, 100)) == wire.Accepted(4000)  # one was skipped
+    assert rig.ask(chunk(4000, 10_000)) == wire.Accepted(len(DATA))
+    assert rig.ask(artifact()) == wire.Accepted()
+    assert rig.ask(chunk(0, 4000)) == wire.Accepted(len(DATA))  # late
+    assert blob_file(rig).read_bytes() == DATA
 
 
-def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_anew(sink: Sink) -> None:
-    assert sink.ask(chunk(0, 5000)) == wire.Accepted(5000)
-    reply = sink.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
+def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_anew(rig: Rig) -> None:
+    assert rig.ask(chunk(0, 5000)) == wire.Accepted(5000)
+    reply = rig.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
     assert isinstance(reply, wire.Refused)
     assert reply.reason == "blob_damaged"
-    assert not blob_file(sink).exists()
-    assert sink.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
+    assert not blob_file(rig).exists()
+    assert rig.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
 
 
 @pytest.mark.parametrize(
     "name", ["../../x", "/etc/passwd", "", ".", "a/b", f"{STREAM}-0/../x", f"{STREAM}-0\n", "x" * 300]
 )
-def test_no_name_leads_out_of_the_folder(sink: Sink, tmp_path: Path, name: str) -> None:
+def test_no_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     blob = msgspec.structs.replace(BLOB, name=name)
-    assert isinstance(sink.ask(chunk(0, 100_000, blob=blob)), wire.Refused)
-    assert isinstance(sink.ask(artifact(blob)), wire.NeedBlob | wire.Refused)
+    assert isinstance(rig.ask(chunk(0, 100_000, blob=blob)), wire.Refused)
+    assert isinstance(rig.ask(artifact(blob)), wire.NeedBlob | wire.Refused)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_sites_may_have_blobs_of_one_name(sink: Sink) -> None:
+def test_two_sites_may_have_blobs_of_one_name(rig: Rig) -> None:
     other = b"other" * 10
     blob = Blob(NAME, len(other), hashlib.sha256(other).hexdigest(), "x")
-    sink.ask(chunk(0, 100_000))
-    sink.ask(chunk(0, 1000, blob=blob, data=other), "site-2")
-    assert (blob_file(sink).read_bytes(), blob_file(sink, "site-2").read_bytes()) == (DATA, other)
-    assert sink.ask(artifact()) == wire.Accepted()
+    rig.ask(chunk(0, 100_000))
+    rig.ask(chunk(0, 1000, blob=blob, data=other), "site-2")
+    assert (blob_file(rig).read_bytes(), blob_file(rig, "site-2").read_bytes()) == (DATA, other)
+    assert rig.ask(artifact()) == wire.Accepted()
 
 
-def test_a_piece_that_arrives_twice_at_once_is_stored_once(sink: Sink) -> None:
+def test_a_piece_that_arrives_twice_at_once_is_stored_once(rig: Rig) -> None:
     """A site sends it again when the reply is late, while the first one may still be at work."""
     data = bytes(1 << 20)
     for n in range(20):
@@ -218,7 +219,7 @@ def test_a_piece_that_arrives_twice_at_once_is_stored_once(sink: Sink) -> None:
 
         def send(blob: Blob = blob, gate: threading.Barrier = gate, replies: list[wire.Reply] = replies) -> None:
             gate.wait()
-            replies.append(sink.ask(chunk(0, 1 << 19, blob=blob, data=data)))
+            replies.append(rig.ask(chunk(0, 1 << 19, blob=blob, data=data)))
 
         threads = [threading.Thread(target=send) for _ in range(4)]
         for thread in threads:
@@ -226,52 +227,52 @@ def test_a_piece_that_arrives_twice_at_once_is_stored_once(sink: Sink) -> None:
         for thread in threads:
             thread.join()
         assert replies == [wire.Accepted(1 << 19)] * 4
-        assert sink.ask(chunk(1 << 19, 1 << 19, blob=blob, data=data)) == wire.Accepted(len(data))
+        assert rig.ask(chunk(1 << 19, 1 << 19, blob=blob, data=data)) == wire.Accepted(len(data))
 
 
 def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
-    sink = Sink(tmp_path).start()
+    rig = Rig(tmp_path).start()
     sites = [f"site-{i}" for i in range(8)]
 
     def send(site: str) -> None:
-        sink.ask(wire.Hello(), site)
+        rig.ask(wire.Hello(), site)
         for first in range(0, 100, 10):
-            assert sink.ask(batch(first, 10), site) == wire.Accepted()
-            assert sink.ask(batch(first, 10), site) == wire.Accepted()
-        sink.ask(wire.Bye(wire.SiteLedger(logged=100, acked=100)), site)
+            assert rig.ask(batch(first, 10), site) == wire.Accepted()
+            assert rig.ask(batch(first, 10), site) == wire.Accepted()
+        rig.ask(wire.Bye(wire.SiteLedger(logged=100, acked=100)), site)
 
     threads = [threading.Thread(target=send, args=(site,)) for site in sites]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    report = sink.finish()
+    report = rig.finish()
     for site in sites:
-        assert [line["seq"] for line in sink.stored(site)] == list(range(100))
+        assert [line["seq"] for line in rig.stored(site)] == list(range(100))
         assert (report.sites[site].duplicates, report.lanes["jsonl"][site].confirmed) == (100, 100)
 
 
-def test_a_sink_that_has_not_started_or_is_closed_asks_to_come_again(tmp_path: Path) -> None:
-    sink = Sink(tmp_path)
-    assert isinstance(sink.ask(batch(0)), wire.Busy)
+def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    assert isinstance(rig.ask(batch(0)), wire.Busy)
     with pytest.raises(JournalError, match="not started"):
-        sink.finish()
-    sink.start()
-    assert sink.ask(batch(0)) == wire.Accepted()
-    sink.finish()
+        rig.finish()
+    rig.start()
+    assert rig.ask(batch(0)) == wire.Accepted()
+    rig.finish()
     for request in (batch(5), wire.Hello(), wire.Bye(wire.SiteLedger())):
-        assert isinstance(sink.ask(request), wire.Busy)
-    again = Sink(tmp_path).start()
+        assert isinstance(rig.ask(request), wire.Busy)
+    again = Rig(tmp_path).start()
     assert again.ask(batch(0)) == wire.Accepted()
     assert again.ask(batch(5)) == wire.Accepted()
     again.finish()
     assert [line["seq"] for line in again.stored()] == list(range(10))
 
 
-def test_a_full_disk_at_the_sink_is_busy_until_there_is_space(tmp_path: Path) -> None:
+def test_a_full_disk_at_the_receiver_is_busy_until_there_is_space(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
-        sink = Sink(disk / "run").start()
-        assert sink.ask(batch(0)) == wire.Accepted()
+        rig = Rig(disk / "run").start()
+        assert rig.ask(batch(0)) == wire.Accepted()
         filler = disk / "filler"
         with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
             while True:
@@ -279,75 +280,75 @@ def test_a_full_disk_at_the_sink_is_busy_until_there_is_space(tmp_path: Path) ->
         replies: Counter[type] = Counter()
         accepted = 5
         while not replies[wire.Busy]:
-            reply = sink.ask(batch(accepted, 1000))
+            reply = rig.ask(batch(accepted, 1000))
             replies[type(reply)] += 1
             accepted += 1000 * isinstance(reply, wire.Accepted)
         assert set(replies) <= {wire.Busy, wire.Accepted}
-        assert isinstance(sink.ask(chunk(0, 100_000)), wire.Busy)
+        assert isinstance(rig.ask(chunk(0, 100_000)), wire.Busy)
         filler.unlink()
-        assert sink.ask(batch(accepted, 10)) == wire.Accepted()
-        assert sink.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
-        report = sink.finish()
-        assert [line["seq"] for line in sink.stored()] == list(range(accepted + 10))
+        assert rig.ask(batch(accepted, 10)) == wire.Accepted()
+        assert rig.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
+        report = rig.finish()
+        assert [line["seq"] for line in rig.stored()] == list(range(accepted + 10))
         assert report.lanes["jsonl"][SITE].confirmed == accepted + 10
 
 
 def test_a_disk_that_stays_full_ends_with_a_report_all_the_same(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
-        sink = Sink(disk / "run").start()
+        rig = Rig(disk / "run").start()
         with pytest.raises(OSError, match="No space"), (disk / "filler").open("wb", buffering=0) as file:
             while True:
                 file.write(b"x" * 4096)
         first = 0
-        while isinstance(sink.ask(batch(first, 500)), wire.Accepted):
+        while isinstance(rig.ask(batch(first, 500)), wire.Accepted):
             first += 500
-        report = sink.finish(deadline_s=0.2)
+        report = rig.finish(deadline_s=0.2)
         assert report.balanced
         if first:
             run = report.lanes["jsonl"][SITE]
             assert run.confirmed + run.pending == report.sites[SITE].journaled == first
 
 
-def test_the_gate_opens_when_all_have_said_goodbye(sink: Sink) -> None:
+def test_the_gate_opens_when_all_have_said_goodbye(rig: Rig) -> None:
     sites = ["a", "b"]
     opened = threading.Event()
     found: list[set[str]] = []
 
     def wait() -> None:
-        found.append(sink.receiver.wait_for_byes(sites, WAIT_S))
+        found.append(rig.receiver.wait_for_byes(sites, WAIT_S))
         opened.set()
 
     for site in sites:
-        sink.ask(wire.Hello(), site)
+        rig.ask(wire.Hello(), site)
     threading.Thread(target=wait, daemon=True).start()
-    sink.ask(wire.Bye(wire.SiteLedger()), "a")
+    rig.ask(wire.Bye(wire.SiteLedger()), "a")
     assert not opened.wait(0.1)
-    sink.ask(wire.Bye(wire.SiteLedger()), "b")
+    rig.ask(wire.Bye(wire.SiteLedger()), "b")
     assert opened.wait(WAIT_S)
     assert found == [set()]
 
 
 def test_the_gate_does_not_wait_for_a_site_that_fell_silent(tmp_path: Path) -> None:
-    sink = Sink(tmp_path, silence_s=0.3, keepalive_s=0.1).start()
+    rig = Rig(tmp_path, silence_s=0.3, keepalive_s=0.1).start()
     stop = threading.Event()
 
     def live() -> None:
         while not stop.wait(0.05):
-            sink.ask(wire.Report(wire.SiteLedger()), "alive")
+            rig.ask(wire.Report(wire.SiteLedger()), "alive")
 
-    sink.ask(wire.Hello(), "dead")
+    rig.ask(wire.Hello(), "dead")
     thread = threading.Thread(target=live)
     thread.start()
     start = time.monotonic()
-    assert sink.receiver.wait_for_byes(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
+    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
     assert time.monotonic() - start >= 1.0  # for the one that lives
     stop.set()
     thread.join()
-    sink.ask(wire.Bye(wire.SiteLedger()), "alive")
+    rig.ask(wire.Bye(wire.SiteLedger()), "alive")
     start = time.monotonic()
-    assert sink.receiver.wait_for_byes(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
+    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
     assert time.monotonic() - start < 5
-    sink.finish()
+    rig.finish()
 
 
 @pytest.mark.parametrize(
@@ -361,11 +362,11 @@ def test_the_gate_does_not_wait_for_a_site_that_fell_silent(tmp_path: Path) -> N
     ],
 )
 def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, bye: wire.Bye | None, expected: str) -> None:
-    sink = Sink(tmp_path).start()
-    sink.ask(batch(0))
+    rig = Rig(tmp_path).start()
+    rig.ask(batch(0))
     if bye:
-        sink.ask(bye)
-    report = sink.finish(job)
+        rig.ask(bye)
+    report = rig.finish(job)
     lines = (tmp_path / "jsonl" / "job-1" / f"{SITE}.jsonl").read_text().splitlines()
     assert f'"status":"{expected}"' in lines[-1]
     assert (report.status, report.sites[SITE].said_bye) == (job, bye is not None)

@@ -14,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import frames_in
+from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, Frame, decode_body, encode_frame, scan_frames
 from trackhub.records import (
-    MAX_BODY_BYTES,
     MAX_STEP,
     Artifact,
     Blob,
-    CorruptFrameError,
-    Frame,
     Gap,
     Histogram,
     Image,
@@ -32,9 +30,6 @@ from trackhub.records import (
     Table,
     Tags,
     Text,
-    decode_body,
-    encode_frame,
-    scan_frames,
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

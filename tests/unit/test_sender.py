@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a log call to the backend over a link that loses, doubles, refuses and falls silent: all, once, in order."""
+"""From a log call to the backend over a channel that loses, doubles, refuses and falls silent: all, once, in order."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, t
 from tests.unit.rigs import FAST, SITE, Way, assert_all_arrived, log
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
+from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.retry import Backoff
-from trackhub.delivery.sender import LinkError, Sender
+from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
 from trackhub.run import RunStatus, Side
-from trackhub.writer import Writer
+from trackhub.writer.writer import Writer
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +49,13 @@ def test_a_link_that_loses_requests_and_replies_and_doubles_both_loses_no_record
 
     def lose(request: wire.Request) -> None:
         if dice.random() < 0.3:
-            raise LinkError("lost on the way there")
+            raise ChannelError("lost on the way there")
 
     def lose_reply(request: wire.Request) -> None:
         if dice.random() < 0.1:
             way.receiver.handle(SITE, wire.encode(request))
         if dice.random() < 0.3:
-            raise LinkError("lost on the way back")
+            raise ChannelError("lost on the way back")
 
     way.before, way.after = lose, lose_reply
     sender = way.sender()
@@ -72,27 +73,27 @@ def test_a_link_that_loses_requests_and_replies_and_doubles_both_loses_no_record
 
 
 def test_a_batch_that_is_refused_is_counted_by_its_reason_and_the_next_goes_on(way: Way) -> None:
-    def link(data: bytes, timeout_s: float) -> bytes:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         request = wire.decode_request(data)
         if isinstance(request, wire.Batch) and request.first_seq == 50:
             return wire.encode(wire.Refused("not_wanted", "for the test"))
-        return way.link(data, timeout_s)
+        return way.channel(data, timeout_s)
 
     log(way.spool, 150)
-    ledger = way.sender(link).close(WAIT_S)
+    ledger = way.sender(channel).close(WAIT_S)
     way.finish()
     assert (ledger.logged, ledger.acked, ledger.refused) == (150, 100, {"not_wanted": 50})
     assert total(ledger) == 150
     assert [line["seq"] for line in way.stored()] == [*range(50), *range(100, 150)]
 
 
-def test_a_sink_that_refuses_the_site_altogether_gets_nothing_and_the_records_stay(way: Way) -> None:
-    def link(data: bytes, timeout_s: float) -> bytes:
+def test_a_receiver_that_refuses_the_site_altogether_gets_nothing_and_the_records_stay(way: Way) -> None:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         assert isinstance(wire.decode_request(data), wire.Hello)
         return wire.encode(wire.Refused("version", "too old"))
 
     log(way.spool, 10)
-    sender = way.sender(link)
+    sender = way.sender(channel)
     start = time.monotonic()
     sender.flush(0.3)
     assert not sender.flush(WAIT_S)
@@ -101,13 +102,13 @@ def test_a_sink_that_refuses_the_site_altogether_gets_nothing_and_the_records_st
     assert (ledger.logged, ledger.spooled, ledger.acked) == (10, 10, 0)
 
 
-def test_a_silent_sink_is_waited_for_once_until_it_answers_again(way: Way) -> None:
+def test_a_silent_receiver_is_waited_for_once_until_it_answers_again(way: Way) -> None:
     silent = threading.Event()
     silent.set()
 
     def before(request: wire.Request) -> None:
         if silent.is_set():
-            raise LinkError("nobody there")
+            raise ChannelError("nobody there")
 
     way.before = before
     sender = way.sender()
@@ -129,7 +130,7 @@ def test_a_silent_sink_is_waited_for_once_until_it_answers_again(way: Way) -> No
     assert_all_arrived(way, ledger, way.finish(), {"a": 10})
 
 
-def test_flush_returns_when_the_sink_has_what_was_logged_before_it(way: Way) -> None:
+def test_flush_returns_when_the_receiver_has_what_was_logged_before_it(way: Way) -> None:
     sender = way.sender()
     with Writer(way.spool) as writer:
         for i in range(20):
@@ -173,17 +174,17 @@ def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
     assert_all_arrived(way, ledger, way.finish(), {"a": n[0]})
 
 
-def test_a_busy_sink_is_asked_again(way: Way) -> None:
+def test_a_busy_receiver_is_asked_again(way: Way) -> None:
     busy = [5]
 
-    def link(data: bytes, timeout_s: float) -> bytes:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         if busy[0] and isinstance(wire.decode_request(data), wire.Batch):
             busy[0] -= 1
             return wire.encode(wire.Busy("the disk is full"))
-        return way.link(data, timeout_s)
+        return way.channel(data, timeout_s)
 
     log(way.spool, 10)
-    ledger = way.sender(link).close(WAIT_S)
+    ledger = way.sender(channel).close(WAIT_S)
     assert busy == [0]
     assert_all_arrived(way, ledger, way.finish(), {"a": 10})
 
@@ -192,14 +193,14 @@ def test_a_busy_sink_is_asked_again(way: Way) -> None:
 def test_a_reply_that_makes_no_sense_is_as_none(way: Way, reply: bytes) -> None:
     odd = [3]
 
-    def link(data: bytes, timeout_s: float) -> bytes:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         if odd[0]:
             odd[0] -= 1
             return reply
-        return way.link(data, timeout_s)
+        return way.channel(data, timeout_s)
 
     log(way.spool, 10)
-    ledger = way.sender(link).close(WAIT_S)
+    ledger = way.sender(channel).close(WAIT_S)
     assert_all_arrived(way, ledger, way.finish(), {"a": 10})
 
 
@@ -218,7 +219,7 @@ def test_a_link_that_raises_anything_else_is_as_one_that_lost_the_request(way: W
     assert_all_arrived(way, ledger, way.finish(), {"a": 10})
 
 
-def test_a_sink_that_is_started_anew_on_its_journal_goes_on(way: Way) -> None:
+def test_a_receiver_that_is_started_anew_on_its_journal_goes_on(way: Way) -> None:
     sender = way.sender()
     with Writer(way.spool) as writer:
         for i in range(400):
@@ -237,7 +238,7 @@ def test_a_sender_that_is_started_anew_goes_on(way: Way) -> None:
     def after(request: wire.Request) -> None:
         if isinstance(request, wire.Batch) and request.first_seq >= 200:
             arrived.set()
-            raise LinkError("the reply is lost, and then the client dies")
+            raise ChannelError("the reply is lost, and then the client dies")
 
     way.after = after
     first = way.sender()
@@ -253,12 +254,12 @@ def test_a_sender_that_is_started_anew_goes_on(way: Way) -> None:
 
 
 def test_close_ends_in_time_whatever_the_link_does(way: Way) -> None:
-    def link(data: bytes, timeout_s: float) -> bytes:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         threading.Event().wait(timeout_s)
-        raise LinkError("no answer")
+        raise ChannelError("no answer")
 
     log(way.spool, 10)
-    sender = way.sender(link)
+    sender = way.sender(channel)
     start = time.monotonic()
     ledger = sender.close(0.3)
     assert time.monotonic() - start < 8
@@ -268,14 +269,14 @@ def test_close_ends_in_time_whatever_the_link_does(way: Way) -> None:
 def test_close_ends_in_time_with_a_slow_link_that_answers_everything(way: Way) -> None:
     sent = 0
 
-    def link(data: bytes, timeout_s: float) -> bytes:
+    def channel(data: bytes, timeout_s: float) -> bytes:
         nonlocal sent
         sent += 1
         threading.Event().wait(0.1)
-        return way.link(data, timeout_s)
+        return way.channel(data, timeout_s)
 
     log(way.spool, 50 * 200)
-    sender = way.sender(link, start=False)
+    sender = way.sender(channel, start=False)
     sender.start()
 
     ledger = sender.close(0.3)
@@ -340,7 +341,7 @@ def test_a_spool_that_is_taken_away_ends_no_job(way: Way) -> None:
     assert time.monotonic() - start < 8
 
 
-def test_two_sinks_of_one_site_each_get_everything(tmp_path: Path) -> None:
+def test_two_receivers_of_one_site_each_get_everything(tmp_path: Path) -> None:
     spool = new_spool(tmp_path / "spool", "server", "client")
     receivers, senders = {}, {}
     for name in ("server", "client"):
@@ -350,10 +351,10 @@ def test_two_sinks_of_one_site_each_get_everything(tmp_path: Path) -> None:
         )
         receivers[name].start()
 
-        def link(data: bytes, timeout_s: float, receiver: Receiver = receivers[name]) -> bytes:
+        def channel(data: bytes, timeout_s: float, receiver: Receiver = receivers[name]) -> bytes:
             return receiver.handle(SITE, data)
 
-        senders[name] = Sender(spool, link, site=SITE, cursor=name, limits=FAST)
+        senders[name] = Sender(spool, channel, site=SITE, cursor=name, limits=FAST)
         senders[name].start()
     log(spool, 300)
     for name, sender in senders.items():
@@ -368,7 +369,7 @@ def test_two_sinks_of_one_site_each_get_everything(tmp_path: Path) -> None:
 def test_every_record_of_a_trainer_that_is_killed_is_delivered(way: Way) -> None:
     code = """
         import os, sys
-        from trackhub.writer import Writer
+        from trackhub.writer.writer import Writer
         writer = Writer(sys.argv[1])
         i = 0
         while True:
@@ -444,7 +445,7 @@ def batches(way: Way) -> list[wire.Batch]:
 
 
 def acked(way: Way, seq: int) -> threading.Event:
-    """Return an event that comes when the sink has answered a batch that reaches so far."""
+    """Return an event that comes when the receiver has answered a batch that reaches so far."""
     event, after = threading.Event(), way.after
 
     def look(request: wire.Request) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts on their way to the sink."""
+"""The bytes of images and artifacts on their way to the receiver."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.unit.helpers import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, Way
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
+from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.retry import Backoff
-from trackhub.delivery.sender import LinkError
-from trackhub.spool_layout import blob_file
-from trackhub.writer import Writer
+from trackhub.spool.layout import blob_file
+from trackhub.writer.writer import Writer
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) 
     def after(request: wire.Request) -> None:
         if isinstance(request, wire.Chunk) and lost[0]:
             lost[0] -= 1
-            raise LinkError("the reply to a piece is lost")
+            raise ChannelError("the reply to a piece is lost")
 
     way.after = after
     with Writer(way.spool) as writer:
@@ -54,7 +54,7 @@ def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) 
     ledger = way.sender().close(WAIT_S)
     report = way.finish()
     first, second, third = way.stored()
-    folder = way.folder / "sink" / "jsonl" / "job-1"
+    folder = way.folder / "receiver" / "jsonl" / "job-1"
     assert (folder / first["file"]).read_bytes() == data
     assert second["values"] == {"a": 0}
     assert (folder / third["file"]).read_bytes() == b""
@@ -100,7 +100,9 @@ def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
     assert list(way.spool.glob("*.blob")) == []
 
 
-def test_a_sink_that_asks_for_the_same_bytes_again_and_again_does_not_hold_up_the_end(way: Way, tmp_path: Path) -> None:
+def test_a_receiver_that_asks_for_the_same_bytes_again_and_again_does_not_hold_up_the_end(
+    way: Way, tmp_path: Path
+) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     with Writer(way.spool) as writer:
         writer.log_artifact(tmp_path / "model.bin")

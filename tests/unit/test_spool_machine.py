@@ -20,10 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.unit.helpers import ModelSink, assert_accounted, drain, new_spool
-from trackhub.records import Record, Text, encode_frame
-from trackhub.spool import Spool
-from trackhub.spool_reader import SpoolReader
+from tests.unit.helpers import ModelReceiver, assert_accounted, drain, new_spool
+from trackhub.framing import encode_frame
+from trackhub.records import Record, Text
+from trackhub.spool.reading import SpoolReader
+from trackhub.spool.writing import Spool
 
 
 class SpoolMachine(RuleBasedStateMachine):
@@ -35,7 +36,7 @@ class SpoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.logged: dict[str, list[Any]] = {}
-        self.sinks = {"server": ModelSink(), "client": ModelSink()}
+        self.receivers = {"server": ModelReceiver(), "client": ModelReceiver()}
         self.lost_cursor = False
 
     @initialize()
@@ -43,8 +44,8 @@ class SpoolMachine(RuleBasedStateMachine):
         import tempfile
 
         self.folder = Path(tempfile.mkdtemp(prefix="spool-machine-"))
-        new_spool(self.folder, *self.sinks, max_bytes=16_000)  # segments of 2000 bytes
-        self.readers = {name: SpoolReader(self.folder, name) for name in self.sinks}
+        new_spool(self.folder, *self.receivers, max_bytes=16_000)  # segments of 2000 bytes
+        self.readers = {name: SpoolReader(self.folder, name) for name in self.receivers}
 
     def teardown(self) -> None:
         import shutil
@@ -53,12 +54,12 @@ class SpoolMachine(RuleBasedStateMachine):
             return
         for name in self.readers:
             self.restart(name)
-            drain(self.readers[name], self.sinks[name])
+            drain(self.readers[name], self.receivers[name])
             counts = self.readers[name].counts()
             for stream, items in self.logged.items():
                 kept = [i for i in items if i != "dropped"]
                 found = [
-                    r.payload.text for r in self.sinks[name].records.get(stream, []) if isinstance(r.payload, Text)
+                    r.payload.text for r in self.receivers[name].records.get(stream, []) if isinstance(r.payload, Text)
                 ]
                 assert found == kept, f"{name}: lost, doubled or out of order"
                 if items:
@@ -102,14 +103,14 @@ class SpoolMachine(RuleBasedStateMachine):
     def deliver(self, name: str, n: int, size: int) -> None:
         batch = self.readers[name].next_batch(n, size)
         if batch is not None:
-            self.sinks[name].accept(batch)
+            self.receivers[name].accept(batch)
             self.readers[name].settle(batch)
 
     @rule(name=st.sampled_from(["server", "client"]), n=st.integers(1, 40))
     def deliver_but_lose_the_reply(self, name: str, n: int) -> None:
         batch = self.readers[name].next_batch(n, 1 << 20)
         if batch is not None:
-            self.sinks[name].accept(batch)
+            self.receivers[name].accept(batch)
 
     @rule(name=st.sampled_from(["server", "client"]))
     def restart(self, name: str) -> None:

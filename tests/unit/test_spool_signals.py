@@ -13,11 +13,11 @@ import pytest
 
 from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, values
 from trackhub.records import Metrics
-from trackhub.spool_reader import SpoolReader
+from trackhub.spool.reading import SpoolReader
 
 HANDLER = """
     import signal, sys
-    from trackhub.writer import Writer
+    from trackhub.writer.writer import Writer
     writer = Writer(sys.argv[1])
     count = 0
     armed = False

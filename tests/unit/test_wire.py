@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trackhub.delivery import wire
-from trackhub.records import FORMAT_VERSION
+from trackhub.framing import FORMAT_VERSION
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 count = st.integers(0, 2**63)

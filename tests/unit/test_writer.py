@@ -25,10 +25,10 @@ import trackhub
 from tests.unit.helpers import WAIT_S, new_spool, read_spool
 from trackhub.errors import ConfigError, RecordError, SpoolError
 from trackhub.records import MAX_STEP, Artifact, Histogram, Image, Metrics, Params, Payload, Record, Table, Tags, Text
-from trackhub.spool import SPOOL_ENV, Spool, set_process_spool, spool_env
-from trackhub.spool_layout import RoundFile, SpoolInfo, blob_file, create_spool
-from trackhub.spool_reader import SpoolReader
-from trackhub.writer import Writer
+from trackhub.spool.layout import RoundFile, SpoolInfo, blob_file, create_spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.spool.writing import SPOOL_ENV, Spool, set_process_spool, spool_env
+from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
 

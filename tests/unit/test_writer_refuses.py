@@ -15,7 +15,7 @@ import pytest
 from tests.unit.helpers import new_spool, read_spool
 from trackhub.errors import RecordError
 from trackhub.records import Metrics, Payload, Record
-from trackhub.writer import Writer
+from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
 

@@ -35,6 +35,7 @@ import msgspec
 from trackhub.spi import (
     Artifact,
     Backend,
+    BackendContext,
     BackendRun,
     Capabilities,
     ConfigError,
@@ -48,7 +49,6 @@ from trackhub.spi import (
     RunInfo,
     RunStatus,
     Side,
-    SinkContext,
     Table,
     TransientError,
     path_component,
@@ -88,7 +88,7 @@ class JsonlBackend(Backend):
         key_chars="",
     )
 
-    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+    def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
         """Work out the folder; nothing is created yet."""
         super().__init__(options, context)
         run_folder = context.workdir.parent

@@ -15,7 +15,7 @@ from trackhub.cli.output import print_error, print_json, print_lines
 from trackhub.config import parse_option_flags
 
 if TYPE_CHECKING:
-    from trackhub.testing.check import CheckReport
+    from trackhub.testing.kit_runner import CheckReport
 
 __all__ = ["check"]
 
@@ -44,7 +44,7 @@ def check(name: str, option: Sequence[str], quick: bool, verbose: bool, as_json:
     test has name, rule, outcome ("passed", "failed", "declared", "skipped", "missing") and detail.
     """
     try:
-        from trackhub.testing.check import run_check
+        from trackhub.testing.kit_runner import run_check
     except ModuleNotFoundError as error:
         if error.name != "pytest":
             raise

@@ -14,13 +14,14 @@ from typing import TypeVar
 import click
 
 from trackhub.cli.output import print_error, print_lines
-from trackhub.config import Limits, parse_option_flags
-from trackhub.delivery.find import find
-from trackhub.delivery.journal_report import read_journal_report
+from trackhub.config import parse_option_flags
+from trackhub.delivery.journal.counts import read_journal_report
+from trackhub.delivery.journal.find import find
 from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, spool_journal, spooled
 from trackhub.delivery.report import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
-from trackhub.spool_layout import read_spool_info
+from trackhub.limits import Limits
+from trackhub.spool.layout import read_spool_info
 
 __all__ = ["replay"]
 
@@ -48,7 +49,7 @@ def replay(
     PATH is a journal, a spool folder, or a folder above, such as a job's.
 
     What a journal holds is brought into its backends. What is left in a site's spool goes on from there, through the
-    journal of the sink that should have had it. On the machine of a site, where the server's journal is not at hand,
+    journal of the receiver that should have had it. On the machine of a site, where the server's journal is not at hand,
     it goes straight into the backends that --backend names. Limits can be set by environment variables, such as
     TRACKHUB_FLUSH_S. The exit status is 1 when something is still not delivered.
     """
@@ -79,8 +80,8 @@ def replay(
             journals.append(journal)  # the spool is named alone: an earlier replay of it got this far
     if from_start and not journals and not errors:
         raise ConfigError(
-            f"{path}: --from-start needs the journal of a sink. A spool holds only what no sink has acknowledged; give "
-            "the folder of the sink's job, or leave --from-start out"
+            f"{path}: --from-start needs the journal of a receiver. A spool holds only what no receiver has acknowledged; give "
+            "the folder of the receiver's job, or leave --from-start out"
         )
     for journal in journals:
         try:
@@ -103,7 +104,7 @@ def replay(
 
 
 def _cursors(spools: list[Path], errors: list[TrackhubError]) -> Iterator[tuple[Path, str]]:
-    """Yield each spool with each of its sinks; one that is none costs an error, and not the others."""
+    """Yield each spool with each of its receivers; one that is none costs an error, and not the others."""
     for spool in spools:
         try:
             info = read_spool_info(spool)

@@ -12,12 +12,12 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.find import find
-from trackhub.delivery.journal_report import read_journal_report
+from trackhub.delivery.journal.counts import read_journal_report
+from trackhub.delivery.journal.find import find
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
 from trackhub.errors import DeliveryError
-from trackhub.spool_layout import read_spool_info
-from trackhub.spool_reader import SpoolReader
+from trackhub.spool.layout import read_spool_info
+from trackhub.spool.reading import SpoolReader
 
 __all__ = ["journal_status", "spool_status", "status"]
 
@@ -37,7 +37,7 @@ def status(path: Path, as_json: bool) -> None:
     balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
     null if it never did; received, duplicates, journaled, missing, explained, said_bye) and lanes (by backend, then
     site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool has path,
-    site, job, open and sinks (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
+    site, job, open and receivers (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
     rejected, altered and explained are counts by reason. What cannot be read has path and error alone, and the exit
     status is 1.
     """
@@ -86,10 +86,10 @@ def spool_status(folder: Path) -> dict[str, Any]:
         SpoolError: it cannot be read.
     """
     info = read_spool_info(folder)
-    sinks = {}
+    receivers = {}
     for cursor in info.cursors:
         counts = SpoolReader(folder, cursor).counts().values()
-        sinks[cursor] = {
+        receivers[cursor] = {
             "streams": len(counts),
             "logged": sum(count.logged for count in counts),
             "withheld": sum(count.withheld for count in counts),
@@ -98,7 +98,7 @@ def spool_status(folder: Path) -> dict[str, Any]:
             "acked": sum(count.acked for count in counts),
             "spooled": sum(count.spooled for count in counts),
         }
-    return {"path": str(folder), "site": info.site, "job": info.job, "open": info.open, "sinks": sinks}
+    return {"path": str(folder), "site": info.site, "job": info.job, "open": info.open, "receivers": receivers}
 
 
 def _or_error(path: Path, read: Any) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
         return
     print_lines(f"{spool['path']}: spool of site {spool['site']}, job {spool['job']}{', open' * spool['open']}")
     print_table(
-        ["sink", "logged", "acked", "refused", "dropped", "withheld", "pending"],
+        ["receiver", "logged", "acked", "refused", "dropped", "withheld", "pending"],
         [
             [
-                sink,
+                receiver,
                 str(count["logged"]),
                 str(count["acked"]),
                 _reasons(count["refused"]),
@@ -180,7 +180,7 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
                 str(count["withheld"]),
                 str(count["spooled"]),
             ]
-            for sink, count in spool["sinks"].items()
+            for receiver, count in spool["receivers"].items()
         ],
     )
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the spool to the backends: sender's core, sink's core, journal and lanes. Knows nothing of FLARE."""
+"""From the spool to the backends: sender's core, receiver's core, journal and lanes. Knows nothing of FLARE."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts at the sink: received in pieces, checked, kept beside the journal."""
+"""The bytes of images and artifacts at the receiver: received in pieces, checked, kept beside the journal."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BlobStore:
                 reached += file.write(chunk.data)
         if reached < chunk.size:
             return reached
-        # Also with an unexpected piece: a sink may have died when it had the last one, before it gave it its name.
+        # Also with an unexpected piece: a receiver may have died when it had the last one, before it gave it its name.
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sink's core: accept a batch, put it into the journal, acknowledge it, and let the lanes deliver it.
+"""The receiver's core: accept a batch, put it into the journal, acknowledge it, and let the lanes deliver it.
 
 It knows nothing of FLARE. Whoever carries the requests says which site they come from; that must be an identity that
 the channel has verified, since a run is written under it.
@@ -18,10 +18,9 @@ from typing import Any
 import msgspec
 
 from trackhub import registry
-from trackhub.config import Limits
 from trackhub.delivery.blobs import BlobStore
-from trackhub.delivery.journal import JOURNAL_NAME, Journal
-from trackhub.delivery.lane import Lane
+from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
+from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import DeliveryReport, format_report, write_report
 from trackhub.delivery.wire import (
     Accepted,
@@ -39,21 +38,11 @@ from trackhub.delivery.wire import (
     is_compatible,
 )
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
-from trackhub.records import (
-    FORMAT_VERSION,
-    MAX_STEP,
-    Artifact,
-    CorruptFrameError,
-    Gap,
-    Image,
-    Kind,
-    decode_body,
-    decode_head,
-    pass_metrics,
-    scan_frames,
-)
+from trackhub.framing import FORMAT_VERSION, CorruptFrameError, decode_body, decode_head, pass_metrics, scan_frames
+from trackhub.limits import Limits
+from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Backend, SinkContext
+from trackhub.spi import Backend, BackendContext
 
 __all__ = ["REPORT_NAME", "Receiver"]
 
@@ -65,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 class Receiver:
-    """One sink: a journal and a lane for each backend.
+    """One receiver: a journal and a lane for each backend.
 
     ``handle`` may be called from any number of threads; the other methods from one.
     """
@@ -80,7 +69,7 @@ class Receiver:
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
     ) -> None:
-        """Prepare a sink; ``start`` opens it.
+        """Prepare a receiver; ``start`` opens it.
 
         Args:
             folder: for trackhub's own files: journal, report, blobs.
@@ -150,7 +139,7 @@ class Receiver:
 
     def _load(self, name: str, options: Mapping[str, Any]) -> Backend:
         cls = registry.load(name)
-        context = SinkContext(self._workdir / name, self.job, self._side)
+        context = BackendContext(self._workdir / name, self.job, self._side)
         try:
             context.workdir.mkdir(parents=True, exist_ok=True)
             return cls(registry.build_options(name, cls, options, resolve=True), context)
@@ -170,7 +159,7 @@ class Receiver:
         except msgspec.DecodeError as e:
             return encode(Refused("malformed", f"not a request of format {FORMAT_VERSION}: {e}"))
         if self._state != _OPEN:
-            return encode(Busy(f"the sink is {self._state}"))
+            return encode(Busy(f"the receiver is {self._state}"))
         try:
             with self._changed:
                 self._last_seen[site] = time.monotonic()
@@ -183,11 +172,13 @@ class Receiver:
             return encode(Busy(f"{type(e).__name__}: {e}"))
 
     def _warn_of(self, site: str, error: Exception) -> None:
-        """Say that the sink cannot store what a site sent; not for every attempt, of which there are many."""
+        """Say that the receiver cannot store what a site sent; not for every attempt, of which there are many."""
         now = time.monotonic()
         if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
             self._warned_at[site] = now
-            _log.warning("the sink cannot store what site %s sent: %s; the site keeps it and tries again", site, error)
+            _log.warning(
+                "the receiver cannot store what site %s sent: %s; the site keeps it and tries again", site, error
+            )
 
     def _answer(self, site: str, message: Hello | Batch | Chunk | Report | Bye) -> Reply:
         if isinstance(message, Batch):
@@ -201,7 +192,7 @@ class Receiver:
             if not is_compatible(message.version):
                 return Refused(
                     "version",
-                    f"site {site} speaks trackhub's format {message.version}, this sink {FORMAT_VERSION}; they may be "
+                    f"site {site} speaks trackhub's format {message.version}, this receiver {FORMAT_VERSION}; they may be "
                     "one minor version apart: install the same flare-trackhub on both",
                 )
             return Accepted(job=self.job)
@@ -293,7 +284,7 @@ class Receiver:
             status: how the job ended. A site that did not finish its delivery, or said that it failed, ends as FAILED.
         """
         if self._journal is None:
-            raise JournalError("the sink was not started, so there is nothing to finish")
+            raise JournalError("the receiver was not started, so there is nothing to finish")
         try:
             sites = [name for name, _ in self._journal.sites().values()]
         except JournalError as e:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliver what a job left behind: continue from a sink's journal, or from a site's spool, after the job has ended."""
+"""Deliver what a job left behind: continue from a receiver's journal, or from a site's spool, after the job has ended."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 
-from trackhub.config import Limits
-from trackhub.delivery.journal import JOURNAL_NAME
-from trackhub.delivery.journal_report import read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.counts import read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.repair import repair
+from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.salvage import repair
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
+from trackhub.limits import Limits
 from trackhub.run import RunStatus, Side
-from trackhub.spool_layout import Ack, read_ack, read_spool_info, write_ack
-from trackhub.spool_reader import SpoolReader
+from trackhub.spool.layout import Ack, read_ack, read_spool_info, write_ack
+from trackhub.spool.reading import SpoolReader
 
 __all__ = ["AWAY", "FOREVER_S", "replay_journal", "replay_spool", "spool_journal", "spooled"]
 
@@ -48,7 +48,7 @@ def replay_journal(
     interrupted, by a signal or an exception too, and called again.
 
     Args:
-        journal: the sink's ``trackhub.db``. The job must have ended.
+        journal: the receiver's ``trackhub.db``. The job must have ended.
         backends: name to options; by default the ones of the job, with the options that the job gave. Options given
             here for a backend of the job replace single ones of the job's.
         from_start: deliver everything again. A backend that recognises what it has stores nothing twice; for others,
@@ -83,9 +83,9 @@ def replay_spool(
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
 ) -> DeliveryReport | None:
-    """Deliver what a site's spool still holds for one of its sinks.
+    """Deliver what a site's spool still holds for one of its receivers.
 
-    What the site's own sink should have had goes on through that sink's journal. So does what the server should have
+    What the site's own receiver should have had goes on through that receiver's journal. So does what the server should have
     had where the server's journal is at hand. On the site's own machine, where it is not, it goes through a journal of
     its own beside the spool, into the same run: job, site and positions go on where the server's journal ended.
 
@@ -97,10 +97,10 @@ def replay_spool(
             be given, since a site does not know the server's.
 
     Returns:
-        The report, or None if nothing is left for this sink.
+        The report, or None if nothing is left for this receiver.
 
     Raises:
-        SpoolError: it is no spool, or no sink of this name reads it.
+        SpoolError: it is no spool, or no receiver of this name reads it.
         ConfigError, PluginError, JournalError: as `replay_journal`.
     """
     info = read_spool_info(spool)
@@ -114,7 +114,7 @@ def replay_spool(
         return None
     if not journal.exists():
         if not away:
-            raise SpoolError(f"{spool}: the journal of the site's own sink, {journal}, is not there")
+            raise SpoolError(f"{spool}: the journal of the site's own receiver, {journal}, is not there")
         if backends is None:
             raise ConfigError(f"{spool}: the server's backends are not known at the site; name one to deliver to")
     meta = read_journal_meta(journal) if journal.exists() else {}
@@ -134,9 +134,9 @@ def replay_spool(
 
 
 def _send_again(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Have the streams sent from their beginning of which the sink has lost what it had acknowledged.
+    """Have the streams sent from their beginning of which the receiver has lost what it had acknowledged.
 
-    That may be what its file system lost with the power. The sink recognises what it does have.
+    That may be what its file system lost with the power. The receiver recognises what it does have.
     """
     known = read_stream_positions(journal, site)
     for stream in SpoolReader(spool, cursor).counts():
@@ -150,10 +150,10 @@ def _send_again(spool: Path, cursor: str, site: str, journal: Path) -> None:
 
 
 def spooled(spool: Path, cursor: str) -> int:
-    """Return how many records a spool still holds for one of its sinks.
+    """Return how many records a spool still holds for one of its receivers.
 
     Raises:
-        SpoolError: it is no spool, or no sink of this name reads it.
+        SpoolError: it is no spool, or no receiver of this name reads it.
     """
     return sum(count.spooled for count in SpoolReader(spool, cursor).counts().values())
 
@@ -181,7 +181,7 @@ def spool_journal(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
 
 
 def _workdir(state: Path) -> Path:
-    """Return the folder in which the backends of a sink have theirs, by the one with the sink's journal."""
+    """Return the folder in which the backends of a receiver have theirs, by the one with the receiver's journal."""
     return state.parent.parent if state.name == AWAY else state.parent
 
 
@@ -192,5 +192,5 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
 
 
 def _ending(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended. A sink that was killed did not get to say."""
+    """Return how the job ended. A receiver that was killed did not get to say."""
     return RunStatus(meta.get("status", otherwise))

@@ -14,7 +14,7 @@ __all__ = ["DeliveryReport", "RunReport", "SiteReport", "format_report", "read_r
 
 
 class SiteReport(msgspec.Struct, kw_only=True):
-    """One site's records: what the site counted (`wire.SiteLedger`), and what the sink counted.
+    """One site's records: what the site counted (`wire.SiteLedger`), and what the receiver counted.
 
     Attributes:
         site: the site's own count, as of its last message; None if it never sent one.
@@ -64,7 +64,7 @@ class RunReport(msgspec.Struct, kw_only=True):
 
 
 class DeliveryReport(msgspec.Struct, kw_only=True):
-    """What became of a job's records at one sink.
+    """What became of a job's records at one receiver.
 
     Attributes:
         job, side: as in `trackhub.run`.
@@ -149,7 +149,7 @@ def _reasons(site: SiteReport) -> list[str]:
     parts = []
     if site.site is not None:
         parts += [f"dropped at the site, {reason}: {n}" for reason, n in site.site.dropped.items()]
-        parts += [f"refused by the sink, {reason}: {n}" for reason, n in site.site.refused.items()]
+        parts += [f"refused by the receiver, {reason}: {n}" for reason, n in site.site.refused.items()]
         if site.site.withheld:
             parts.append(f"withheld by policy: {site.site.withheld}")
         if site.site.spooled:

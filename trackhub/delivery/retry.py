@@ -8,7 +8,7 @@ import random
 __all__ = ["Backoff"]
 
 _JITTER = random.Random()
-"""Ours alone: a draw from the generator that training uses would change the model whenever a sink is slow to answer."""
+"""Ours alone: a draw from the generator that training uses would change the model whenever a receiver is slow to answer."""
 
 
 class Backoff:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site's core: follow the spool, send one batch at a time, and keep sending it until the sink has answered.
+"""The site's core: follow the spool, send one batch at a time, and keep sending it until the receiver has answered.
 
-It knows nothing of FLARE: a *link* carries one request to the sink and brings the reply.
+It knows nothing of FLARE: a *channel* carries one request to the receiver and brings the reply.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from trackhub.config import Limits
+from trackhub.delivery.channel import Channel, ChannelError
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import (
     Accepted,
@@ -35,14 +34,12 @@ from trackhub.delivery.wire import (
     encode,
 )
 from trackhub.errors import SpoolError
+from trackhub.limits import Limits
 from trackhub.records import Blob
-from trackhub.spool_layout import RoundFile, blob_file, close_spool
-from trackhub.spool_reader import SpoolBatch, SpoolReader
+from trackhub.spool.layout import RoundFile, blob_file, close_spool
+from trackhub.spool.reading import SpoolBatch, SpoolReader
 
-__all__ = ["Link", "LinkError", "Sender"]
-
-Link = Callable[[bytes, float], bytes]
-"""``link(request, timeout_s) -> reply``; raises `LinkError` when there is no reply."""
+__all__ = ["Sender"]
 
 _CLOSING_WAIT_S = 0.5
 _ASKED_AGAIN_S = 0.1
@@ -50,21 +47,17 @@ _WORTH_A_MESSAGE = 64 << 10  # bytes: what a thousand records of one metric take
 _log = logging.getLogger(__name__)
 
 
-class LinkError(Exception):
-    """The sink did not answer, or could not be reached; the request may or may not have arrived."""
-
-
 class Sender:
-    """Delivers one spool to one sink, from a thread of its own. The other methods may be called from any thread."""
+    """Delivers one spool to one receiver, from a thread of its own. The other methods may be called from any thread."""
 
     def __init__(
-        self, spool_dir: Path, link: Link, *, site: str, cursor: str = "server", limits: Limits | None = None
+        self, spool_dir: Path, channel: Channel, *, site: str, cursor: str = "server", limits: Limits | None = None
     ) -> None:
         """Prepare a sender; ``start`` starts it.
 
         Args:
             spool_dir: an existing spool that names ``cursor`` among its readers.
-            cursor: which of the site's sinks this is.
+            cursor: which of the site's receivers this is.
 
         Raises:
             SpoolError: it is not such a spool.
@@ -73,7 +66,7 @@ class Sender:
         self._reader = SpoolReader(spool_dir, cursor)
         self.folder = spool_dir
         self._round = RoundFile(spool_dir)
-        self._link = link
+        self._channel = channel
         self._limits = limits or Limits()
         # One lost answer must not make the site look dead: while it waits for one, it says nothing else.
         self._request_s = min(self._limits.request_s, self._limits.silence_s / 2)
@@ -103,15 +96,15 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the sink has all that was spooled before this call.
+        """Wait until the receiver has all that was spooled before this call.
 
-        Does not wait for a sink that has not answered since the last time it was waited for in vain.
+        Does not wait for a receiver that has not answered since the last time it was waited for in vain.
 
         Args:
             timeout_s: the longest wait; by default ``limits.barrier_s``.
 
         Returns:
-            Whether the sink has it.
+            Whether the receiver has it.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         ends = self._reader.ends()
@@ -128,7 +121,7 @@ class Sender:
                     if left_s <= 0 or not self._thread.is_alive():
                         self._silent = True
                         _log.warning(
-                            "the sink did not acknowledge the records of site %s in time; training goes on without "
+                            "the receiver did not acknowledge the records of site %s in time; training goes on without "
                             "waiting again until it answers; the records stay in %s", self.site, self.folder,
                         )  # fmt: skip
                         return False
@@ -205,7 +198,7 @@ class Sender:
         return lingered or self._flushes > 0 or self._reader.has_bytes(_WORTH_A_MESSAGE)
 
     def _pass(self, *, final: bool) -> None:
-        """Send all that is in the spool now, unless the sink refuses it or the deadline passes."""
+        """Send all that is in the spool now, unless the receiver refuses it or the deadline passes."""
         with self._lock:
             self._in_pass = True
         if self._hello() and self._drain(final):
@@ -215,7 +208,7 @@ class Sender:
                 self._lock.notify_all()
 
     def _hello(self) -> bool:
-        """Introduce the sender once; False if the sink refuses it, or did not answer before the deadline."""
+        """Introduce the sender once; False if the receiver refuses it, or did not answer before the deadline."""
         if self._welcome:
             return True
         if self._refused_for_good is not None:
@@ -223,7 +216,7 @@ class Sender:
         reply = self._ask(Hello())
         if isinstance(reply, Refused):
             self._refused_for_good = reply
-            _log.error("the sink refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
+            _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
                        reply.detail, self.folder)  # fmt: skip
             return False
         self._welcome = reply is not None
@@ -259,13 +252,13 @@ class Sender:
             return False
         if isinstance(reply, NeedBlob):
             if any(blob.name == reply.name for blob in batch.blobs):
-                # The sink has lost it since: the batch comes again, after its blobs.
+                # The receiver has lost it since: the batch comes again, after its blobs.
                 self._pause(_ASKED_AGAIN_S)
                 return not self._is_late()
             reply = Refused("blob_unknown", reply.name)
         refused = reply.reason if isinstance(reply, Refused) else None
         if isinstance(reply, Refused):
-            _log.error("the sink refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
+            _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
                        reply.detail)  # fmt: skip
         self._settle(batch, refused)
         return True
@@ -286,7 +279,7 @@ class Sender:
                     data = file.read(self._limits.batch_bytes)
                 problem = f"they end after {offset} of {blob.size}"
             except OSError as e:
-                # The sink may have them: a record is sent once more when the sink has lost it, or the site its cursor.
+                # The receiver may have them: a record is sent once more when the receiver has lost it, or the site its cursor.
                 data, problem = b"", str(e)
             reply = self._ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
             if reply is None:
@@ -303,7 +296,7 @@ class Sender:
             offset = reply.next
 
     def _ask(self, request: Request) -> Reply | None:
-        """Send a request until the sink answers it; None if the deadline passed first."""
+        """Send a request until the receiver answers it; None if the deadline passed first."""
         backoff = Backoff(first_s=0.1, max_s=5.0)
         data = encode(request)
         while True:
@@ -326,16 +319,16 @@ class Sender:
         if self._deadline is not None:
             timeout_s = max(0.1, min(timeout_s, self._deadline - time.monotonic()))
         try:
-            reply = decode_reply(self._link(data or encode(request), timeout_s))
-        except LinkError as e:
-            _log.debug("site %s: no answer from the sink: %s", self.site, e)
+            reply = decode_reply(self._channel(data or encode(request), timeout_s))
+        except ChannelError as e:
+            _log.debug("site %s: no answer from the receiver: %s", self.site, e)
             return None
         except msgspec.DecodeError as e:
-            _log.warning("site %s: the sink's answer cannot be understood: %s", self.site, e)
+            _log.warning("site %s: the receiver's answer cannot be understood: %s", self.site, e)
             return None
         except Exception as e:
-            # A defect of the link's; with the next attempt it may be over, and the records must not stay for it.
-            self._warn_once(f"the link to the sink failed: {type(e).__name__}: {e}")
+            # A defect of the channel's; with the next attempt it may be over, and the records must not stay for it.
+            self._warn_once(f"the channel to the receiver failed: {type(e).__name__}: {e}")
             return None
         if not isinstance(reply, Busy):
             self._silent = False

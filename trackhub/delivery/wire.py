@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages between a sender and a sink: one request, one reply, whatever carries them.
+"""The messages between a sender and a receiver: one request, one reply, whatever carries them.
 
-Over FLARE's channel they travel as one bytes value; a sink in the same process gets the same bytes by a call. Every
-request may be sent again after a lost reply: the sink recognises what it has.
+Over FLARE's channel they travel as one bytes value; a receiver in the same process gets the same bytes by a call. Every
+request may be sent again after a lost reply: the receiver recognises what it has.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from trackhub.records import FORMAT_VERSION
+from trackhub.framing import FORMAT_VERSION
 
 __all__ = [
     "Accepted",
@@ -38,8 +38,8 @@ class SiteLedger(msgspec.Struct, kw_only=True):
         logged: log calls that returned, in all processes of the site.
         withheld: kept back by the site's policy.
         dropped: lost at the site, by reason (``spool_full``, ``disk_full``, ``io_error``, ``damaged``, ...).
-        refused: not accepted by the sink, by reason.
-        acked: accepted by the sink.
+        refused: not accepted by the receiver, by reason.
+        acked: accepted by the receiver.
         spooled: still in the spool.
     """
 
@@ -115,8 +115,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The request is done: a batch is in the journal, a chunk on the disk.
 
     Attributes:
-        next: for a chunk, the offset that the sink expects next, in bytes; else 0.
-        job: in reply to Hello, the job that the sink records for.
+        next: for a chunk, the offset that the receiver expects next, in bytes; else 0.
+        job: in reply to Hello, the job that the receiver records for.
     """
 
     next: int = 0
@@ -124,20 +124,20 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """The sink will never accept this request; do not send it again."""
+    """The receiver will never accept this request; do not send it again."""
 
     reason: str
     detail: str = ""
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The sink cannot accept the request now (its disk is full, it is starting or closing); send it again later."""
+    """The receiver cannot accept the request now (its disk is full, it is starting or closing); send it again later."""
 
     detail: str
 
 
 class NeedBlob(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The batch refers to a blob that the sink does not have whole; send that first."""
+    """The batch refers to a blob that the receiver does not have whole; send that first."""
 
     name: str
 

@@ -39,7 +39,7 @@ __all__ = [
     "ROUND_STARTED",
     "STOCK_EVENTS",
     "Channel",
-    "NoSinkError",
+    "NoReceiverError",
     "add_tail_handler",
     "add_to_clients",
     "client_sites",
@@ -222,8 +222,8 @@ def take_stock_event(fl_ctx: FLContext) -> Shareable | None:
     return event if first else None
 
 
-class NoSinkError(Exception):
-    """The server has no sink that could receive records, and will have none in this job."""
+class NoReceiverError(Exception):
+    """The server has no receiver that could receive records, and will have none in this job."""
 
 
 class Channel:
@@ -269,7 +269,7 @@ class Channel:
         self._ready = True
 
     def refuse(self, reason: str) -> None:
-        """Server: tell clients that there will be no sink, so that they do not wait for one."""
+        """Server: tell clients that there will be no receiver, so that they do not wait for one."""
         self._refusal = reason
 
     def _on_hello(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
@@ -285,7 +285,7 @@ class Channel:
         """Client: send one request and return the reply.
 
         Raises:
-            NoSinkError: the server has no sink, and will have none.
+            NoReceiverError: the server has no receiver, and will have none.
             ConnectionError: there was no answer, or none that is a reply. Whether the request arrived is not known.
         """
         target = self._target or self._ask(timeout_s)
@@ -330,7 +330,7 @@ class Channel:
             raise ConnectionError("the server does not answer")
         refusal = reply.get_header(_REFUSAL)
         if isinstance(refusal, str) and not self._ever_reached:
-            raise NoSinkError(refusal)
+            raise NoReceiverError(refusal)
         target = reply.get(_PAYLOAD)
         if reply.get_return_code() != ReturnCode.OK or not isinstance(target, str):
             raise ConnectionError(f"the server answers {reply.get_return_code()}")

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from trackhub import registry
-from trackhub.config import Limits
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import compat
-from trackhub.flare.receiver import TrackhubReceiver
-from trackhub.flare.sender import TrackhubSender
+from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.sender_widget import TrackhubSender
+from trackhub.limits import Limits
 from trackhub.secrets import refuse_literal_secrets
 
 __all__ = ["add_tracking", "tracking_components"]

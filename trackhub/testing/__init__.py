@@ -18,18 +18,18 @@ import pytest
 # Before they are imported: a failing `assert` in the kit then shows its values, as it does in a test file.
 pytest.register_assert_rewrite(
     "trackhub.testing.contract",
-    "trackhub.testing.gallery",
-    "trackhub.testing.group_delivery",
-    "trackhub.testing.group_hygiene",
-    "trackhub.testing.group_life",
-    "trackhub.testing.group_shape",
+    "trackhub.testing.scenarios",
+    "trackhub.testing.checks.delivery",
+    "trackhub.testing.checks.hygiene",
+    "trackhub.testing.checks.lifecycle",
+    "trackhub.testing.checks.stored_records",
 )
 
 from trackhub.run import RunInfo, RunStatus  # noqa: E402
 from trackhub.spi import Kind  # noqa: E402
+from trackhub.testing.author import ContractHooks, StoreContext  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
-from trackhub.testing.hooks import ContractHooks, StoreContext  # noqa: E402
-from trackhub.testing.peers import FolderPeer, Peer  # noqa: E402
+from trackhub.testing.outages import FolderPeer, Peer  # noqa: E402
 from trackhub.testing.readback import (  # noqa: E402
     ArtifactItem,
     HistogramItem,

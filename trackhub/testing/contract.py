@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.base import ContractBase, Kit
-from trackhub.testing.calls import series
-from trackhub.testing.group_delivery import Confirmation, Errors, Outages
-from trackhub.testing.group_hygiene import Hygiene, Volume
-from trackhub.testing.group_life import Identity, LifeCycle
-from trackhub.testing.group_shape import Kinds, Names, Numbers, Steps
-from trackhub.testing.guard import contract_problems, misspelt_methods
+from trackhub.testing.checks.base import ContractBase, Kit
+from trackhub.testing.checks.completeness import contract_problems, misspelt_methods
+from trackhub.testing.checks.delivery import Confirmation, Errors, Outages
+from trackhub.testing.checks.hygiene import Hygiene, Volume
+from trackhub.testing.checks.lifecycle import Identity, LifeCycle
+from trackhub.testing.checks.stored_records import Kinds, Names, Numbers, Steps
+from trackhub.testing.log_calls import series
 
 __all__ = ["BackendContract"]
 
@@ -25,12 +25,12 @@ class Guard(ContractBase):
 
     def test_no_method_is_misspelt(self, kit: Kit) -> None:
         """No method of the backend or its run is almost one of the SPI's."""
-        sink = kit.sink().start()
-        sink.log("site-1", series("loss", range(2)))
-        sink.finish()
+        rig = kit.rig().start()
+        rig.log("site-1", series("loss", range(2)))
+        rig.finish()
         problems = [
             *misspelt_methods([self.backend], Backend),
-            *misspelt_methods({type(run) for run in sink.watch.runs}, BackendRun),
+            *misspelt_methods({type(run) for run in rig.watch.runs}, BackendRun),
         ]
         assert not problems, "\n".join(problems)
 

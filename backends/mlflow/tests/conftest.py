@@ -13,13 +13,13 @@ from trackhub_mlflow.run import MLflowRun
 from trackhub_mlflow.sqlite import SqliteStore
 
 from tests.support.mlflow_server import JOB, Database, Server
-from trackhub.spi import Blob, Entry, Payload, RunInfo, RunKey, Side, SinkContext
+from trackhub.spi import BackendContext, Blob, Entry, Payload, RunInfo, RunKey, Side
 
 T0 = 1_700_000_000.0
 
 
-class Sink:
-    """One sink's backend, its runs and their store, without a lane."""
+class Rig:
+    """One receiver's backend, its runs and their store, without a lane."""
 
     def __init__(self, root: Path, *, job: str = JOB, side: Side = Side.SERVER, **options: Any) -> None:
         self.workdir = root / "mlflow"
@@ -27,7 +27,7 @@ class Sink:
         for folder in (self.workdir, self.blob_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self.job, self.side = job, side
-        self.backend = MLflowBackend(MLflowOptions(**options), SinkContext(self.workdir, job, side))
+        self.backend = MLflowBackend(MLflowOptions(**options), BackendContext(self.workdir, job, side))
 
     @property
     def database(self) -> Database:
@@ -72,20 +72,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_sink(tmp_path: Path, template: Path) -> Callable[..., Sink]:
-    def make(name: str = "sink", *, empty: bool = False, **options: Any) -> Sink:
-        sink = Sink(tmp_path / name, **options)
-        file = sink.workdir / "mlflow.db"
+def make_rig(tmp_path: Path, template: Path) -> Callable[..., Rig]:
+    def make(name: str = "receiver", *, empty: bool = False, **options: Any) -> Rig:
+        rig = Rig(tmp_path / name, **options)
+        file = rig.workdir / "mlflow.db"
         if not empty and not file.exists():
             shutil.copyfile(template, file)
-        return sink
+        return rig
 
     return make
 
 
 @pytest.fixture
-def sink(make_sink: Callable[..., Sink]) -> Sink:
-    return make_sink()
+def rig(make_rig: Callable[..., Rig]) -> Rig:
+    return make_rig()
 
 
 @pytest.fixture(scope="session")

@@ -10,25 +10,25 @@ from trackhub.spi import Artifact, Entry, Metrics, RunStatus, Text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Sink
+    from backends.mlflow.tests.conftest import Rig
     from tests.support.mlflow_server import Server
 
 
 def test_a_moved_job_folder_opens_with_all_its_artifacts(
-    make_sink: Callable[..., Sink], make_server: Callable[..., Server], entry: Callable[..., Entry], tmp_path: Path
+    make_rig: Callable[..., Rig], make_server: Callable[..., Server], entry: Callable[..., Entry], tmp_path: Path
 ) -> None:
     """By the command that results() gives, run in the new folder."""
-    sink = make_sink("job")
-    run = sink.open()
-    artifact = Artifact("model/best.pt", sink.blob("b", b"weights"), "best.pt")
+    rig = make_rig("job")
+    run = rig.open()
+    artifact = Artifact("model/best.pt", rig.blob("b", b"weights"), "best.pt")
     run.write([entry(0, Metrics({"x": 1.0})), entry(1, artifact, 0), entry(2, Text("note", "# hi"), 0)])
     run.finish(RunStatus.FINISHED)
-    results = sink.backend.results(sink.info())
+    results = rig.backend.results(rig.info())
     assert results is not None
     _, _, command = str(results.command).partition(" && ")
     moved = tmp_path / "downloaded" / "mlflow"
     moved.parent.mkdir()
-    shutil.move(sink.workdir, moved)
+    shutil.move(rig.workdir, moved)
 
     server = make_server(moved, command.split()[1:])
 

@@ -16,16 +16,16 @@ from trackhub_mlflow.store import Pair
 from trackhub.spi import ConfigError, Entry, Metrics, RunStatus, Side, TransientError
 
 if TYPE_CHECKING:
-    from backends.mlflow.tests.conftest import Sink
+    from backends.mlflow.tests.conftest import Rig
 
 MakeEntry = Callable[..., Entry]
 
 
-def test_each_site_has_a_run_below_the_jobs_parent_run(sink: Sink) -> None:
+def test_each_site_has_a_run_below_the_jobs_parent_run(rig: Rig) -> None:
     for site in ("site-1", "site-2", "server"):
-        sink.open(site)
+        rig.open(site)
 
-    database = sink.database
+    database = rig.database
     (parent,) = database.parents()
     assert sorted(run.name for run in database.runs()) == ["job-1", "server", "site-1", "site-2"]
     for site in ("site-1", "site-2", "server"):
@@ -40,11 +40,11 @@ def test_each_site_has_a_run_below_the_jobs_parent_run(sink: Sink) -> None:
         assert (run.experiment, run.status, run.start) == ("trackhub", "RUNNING", 1_700_000_000_000)
 
 
-def test_options_name_the_experiment_and_describe_the_runs(make_sink: Callable[..., Sink]) -> None:
-    sink = make_sink(experiment_name="cifar", run_tags={"team": "blue", "site": "x"}, note="**first** try")
-    sink.open()
+def test_options_name_the_experiment_and_describe_the_runs(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(experiment_name="cifar", run_tags={"team": "blue", "site": "x"}, note="**first** try")
+    rig.open()
 
-    database = sink.database
+    database = rig.database
     for run in database.runs():
         tags = database.tags(run.id)
         assert run.experiment == "cifar"
@@ -53,29 +53,29 @@ def test_options_name_the_experiment_and_describe_the_runs(make_sink: Callable[.
     assert database.tags(database.site_run().id)["site"] == "site-1"
 
 
-def test_the_same_run_is_found_again_by_another_process(make_sink: Callable[..., Sink], entry: MakeEntry) -> None:
-    first = make_sink()
+def test_the_same_run_is_found_again_by_another_process(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
+    first = make_rig()
     first.open().write([entry(0, Metrics({"x": 0.0}))])
 
-    make_sink().open(resume_from=1, created=1.0).write([entry(1, Metrics({"x": 1.0}))])
+    make_rig().open(resume_from=1, created=1.0).write([entry(1, Metrics({"x": 1.0}))])
 
     database = first.database
     assert len(database.runs()) == 2
     assert [value for _, _, value, _ in database.points(database.site_run().id)] == [0.0, 1.0]
 
 
-def test_jobs_sites_and_sides_in_one_store_are_kept_apart(make_sink: Callable[..., Sink], entry: MakeEntry) -> None:
+def test_jobs_sites_and_sides_in_one_store_are_kept_apart(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
     uri = "sqlite:///shared.db"
-    sinks = [
-        make_sink(job=job, side=side, tracking_uri=uri)
+    rigs = [
+        make_rig(job=job, side=side, tracking_uri=uri)
         for job in ("job-1", "job's 2")
         for side in (Side.SERVER, Side.CLIENT)
     ]
 
-    for value, sink in enumerate(sinks):
-        sink.open().write([entry(0, Metrics({"x": float(value)}))])
+    for value, rig in enumerate(rigs):
+        rig.open().write([entry(0, Metrics({"x": float(value)}))])
 
-    database = type(sinks[0].database)(sinks[0].workdir.parent / "shared.db")
+    database = type(rigs[0].database)(rigs[0].workdir.parent / "shared.db")
     runs = [run for run in database.runs() if run.name == "site-1"]
     assert sorted(database.points(run.id)[0][2] for run in runs) == [0.0, 1.0, 2.0, 3.0]
     assert len(database.parents("job-1")) == len(database.parents("job's 2")) == 1
@@ -86,22 +86,22 @@ def test_jobs_sites_and_sides_in_one_store_are_kept_apart(make_sink: Callable[..
     [(RunStatus.FINISHED, "FINISHED"), (RunStatus.FAILED, "FAILED"), (RunStatus.ABORTED, "KILLED")],
 )
 def test_a_run_ends_as_it_ended_at_the_time_of_its_last_record(
-    sink: Sink, entry: MakeEntry, status: RunStatus, stored: str
+    rig: Rig, entry: MakeEntry, status: RunStatus, stored: str
 ) -> None:
-    run = sink.open()
+    run = rig.open()
     run.write([entry(8, Metrics({"x": 0.0})), entry(9, Metrics({"x": 0.0}), time=1_700_000_000.5)])
 
     run.finish(status)
 
-    (parent,) = sink.database.parents()
-    ended = sink.database.site_run()
+    (parent,) = rig.database.parents()
+    ended = rig.database.site_run()
     assert (ended.status, ended.end) == (stored, 1_700_000_001_000)
     assert (parent.status, parent.end) == (stored, 1_700_000_001_000)
 
 
-def test_the_parent_run_ends_with_the_last_of_its_runs(make_sink: Callable[..., Sink]) -> None:
-    """Whichever sink that is, and failed if one of them failed."""
-    one, two = make_sink(), make_sink()
+def test_the_parent_run_ends_with_the_last_of_its_runs(make_rig: Callable[..., Rig]) -> None:
+    """Whichever receiver that is, and failed if one of them failed."""
+    one, two = make_rig(), make_rig()
     first, second = one.open("site-1"), two.open("site-2")
 
     first.finish(RunStatus.FAILED)
@@ -110,26 +110,26 @@ def test_the_parent_run_ends_with_the_last_of_its_runs(make_sink: Callable[..., 
     assert one.database.parents()[0].status == "FAILED"
 
 
-def test_a_run_that_was_created_though_its_reply_was_lost_is_withdrawn_at_the_end(sink: Sink, entry: MakeEntry) -> None:
-    run, other = sink.open("site-1"), sink.open("site-2")
+def test_a_run_that_was_created_though_its_reply_was_lost_is_withdrawn_at_the_end(rig: Rig, entry: MakeEntry) -> None:
+    run, other = rig.open("site-1"), rig.open("site-2")
     run.write([entry(0, Metrics({"x": 0.0}))])
-    stored, (parent,) = sink.database.site_run("site-1"), sink.database.parents()
-    store = SqliteStore(sink.workdir / "mlflow.db")
-    tags = [Pair(RUN_TAG, sink.info("site-1").run_id), Pair(NESTING_TAG, parent.id), Pair(PENDING_TAG, "true")]
+    stored, (parent,) = rig.database.site_run("site-1"), rig.database.parents()
+    store = SqliteStore(rig.workdir / "mlflow.db")
+    tags = [Pair(RUN_TAG, rig.info("site-1").run_id), Pair(NESTING_TAG, parent.id), Pair(PENDING_TAG, "true")]
     late = store.create_run("1", "site-1", 1, tags)
     store.close()
 
     run.finish(RunStatus.FINISHED)
     other.finish(RunStatus.FINISHED)
 
-    assert [run.id for run in sink.database.runs(deleted=True)] == [late.id]
-    assert {run.status for run in sink.database.runs()} == {"FINISHED"}
-    assert sink.database.site_run("site-1").id == stored.id
+    assert [run.id for run in rig.database.runs(deleted=True)] == [late.id]
+    assert {run.status for run in rig.database.runs()} == {"FINISHED"}
+    assert rig.database.site_run("site-1").id == stored.id
 
 
-def test_sinks_with_different_parent_runs_end_with_one(make_sink: Callable[..., Sink]) -> None:
+def test_receivers_with_different_parent_runs_end_with_one(make_rig: Callable[..., Rig]) -> None:
     """As they have if they create one at once, and one waits in vain for the other's to settle."""
-    one, two = make_sink(), make_sink()
+    one, two = make_rig(), make_rig()
     first = one.open("site-1")
     with contextlib.closing(sqlite3.connect(one.workdir / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE tags SET key = 'hidden' WHERE key = ?", (PARENT_TAG,))
@@ -146,108 +146,108 @@ def test_sinks_with_different_parent_runs_end_with_one(make_sink: Callable[..., 
     assert parent.status == "FAILED"
 
 
-def test_a_late_site_or_a_replay_sets_the_runs_running_again(sink: Sink) -> None:
-    sink.open().finish(RunStatus.FAILED)
+def test_a_late_site_or_a_replay_sets_the_runs_running_again(rig: Rig) -> None:
+    rig.open().finish(RunStatus.FAILED)
 
-    again = sink.open(resume_from=3)
-    assert {run.status for run in sink.database.runs()} == {"RUNNING"}
+    again = rig.open(resume_from=3)
+    assert {run.status for run in rig.database.runs()} == {"RUNNING"}
     again.finish(RunStatus.FINISHED)
-    assert {run.status for run in sink.database.runs()} == {"FINISHED"}
+    assert {run.status for run in rig.database.runs()} == {"FINISHED"}
 
 
-def test_records_for_a_run_that_somebody_deleted_wait(sink: Sink, entry: MakeEntry) -> None:
-    run = sink.open()
-    run_id = sink.database.site_run().id
-    with contextlib.closing(sqlite3.connect(sink.workdir / "mlflow.db")) as connection, connection:
+def test_records_for_a_run_that_somebody_deleted_wait(rig: Rig, entry: MakeEntry) -> None:
+    run = rig.open()
+    run_id = rig.database.site_run().id
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", (run_id,))
 
     with pytest.raises(TransientError, match=f"mlflow runs restore --run-id {run_id}"):
         run.write([entry(0, Metrics({"x": 0.0}))])
-    with contextlib.closing(sqlite3.connect(sink.workdir / "mlflow.db")) as connection, connection:
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE runs SET lifecycle_stage = 'active' WHERE run_uuid = ?", (run_id,))
     assert run.write([entry(0, Metrics({"x": 0.0}))]) is None
 
 
 def test_a_deleted_run_is_not_begun_anew_in_its_middle(
-    make_sink: Callable[..., Sink], entry: MakeEntry, caplog: pytest.LogCaptureFixture
+    make_rig: Callable[..., Rig], entry: MakeEntry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sink = make_sink()
-    sink.open().write([entry(0, Metrics({"x": 0.0}))])
-    run_id = sink.database.site_run().id
-    file = sink.workdir / "mlflow.db"
+    rig = make_rig()
+    rig.open().write([entry(0, Metrics({"x": 0.0}))])
+    run_id = rig.database.site_run().id
+    file = rig.workdir / "mlflow.db"
     with contextlib.closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", (run_id,))
 
     with pytest.raises(TransientError, match=f"mlflow runs restore --run-id {run_id}"):
-        make_sink().open(resume_from=1)
+        make_rig().open(resume_from=1)
     with contextlib.closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("DELETE FROM tags WHERE run_uuid = ?", (run_id,))
-    make_sink().open(resume_from=1)
+    make_rig().open(resume_from=1)
 
     assert "a new one begins at record 1" in caplog.text
-    make_sink().open()
-    assert len(sink.database.runs()) == 2
+    make_rig().open()
+    assert len(rig.database.runs()) == 2
 
 
-def test_a_deleted_experiment_is_a_wrong_configuration(sink: Sink) -> None:
-    sink.backend.preflight()
-    with contextlib.closing(sqlite3.connect(sink.workdir / "mlflow.db")) as connection, connection:
+def test_a_deleted_experiment_is_a_wrong_configuration(rig: Rig) -> None:
+    rig.backend.preflight()
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE experiments SET lifecycle_stage = 'deleted'")
 
     with pytest.raises(ConfigError, match="mlflow experiments restore --experiment-id 1"):
-        sink.backend.preflight()
+        rig.backend.preflight()
     with pytest.raises(TransientError, match="restore"):
-        sink.open()
+        rig.open()
 
 
-def test_the_store_is_created_whole_by_the_preflight(make_sink: Callable[..., Sink]) -> None:
-    sink = make_sink(empty=True)
+def test_the_store_is_created_whole_by_the_preflight(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(empty=True)
 
-    sink.backend.preflight()
+    rig.backend.preflight()
 
-    assert os.listdir(sink.workdir) == ["mlflow.db"]
-    assert sink.database.rows("SELECT name FROM experiments ORDER BY 1") == [("Default",), ("trackhub",)]
-    assert sink.database.rows("PRAGMA integrity_check") == [("ok",)]
+    assert os.listdir(rig.workdir) == ["mlflow.db"]
+    assert rig.database.rows("SELECT name FROM experiments ORDER BY 1") == [("Default",), ("trackhub",)]
+    assert rig.database.rows("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_file_that_is_no_store_is_a_wrong_configuration(sink: Sink) -> None:
-    (sink.workdir / "mlflow.db").write_bytes(b"something else, which is longer than the header of an SQLite file" * 40)
+def test_a_file_that_is_no_store_is_a_wrong_configuration(rig: Rig) -> None:
+    (rig.workdir / "mlflow.db").write_bytes(b"something else, which is longer than the header of an SQLite file" * 40)
 
     with pytest.raises(ConfigError, match="not an SQLite file"):
-        sink.backend.preflight()
+        rig.backend.preflight()
 
 
-def test_a_store_of_another_mlflow_is_a_wrong_configuration(sink: Sink) -> None:
-    with contextlib.closing(sqlite3.connect(sink.workdir / "mlflow.db")) as connection, connection:
+def test_a_store_of_another_mlflow_is_a_wrong_configuration(rig: Rig) -> None:
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '000000000000'")
 
     with pytest.raises(ConfigError, match="mlflow db upgrade"):
-        sink.backend.preflight()
+        rig.backend.preflight()
 
 
-def test_nothing_is_held_once_the_backend_is_closed(sink: Sink, entry: MakeEntry) -> None:
-    sink.backend.preflight()
-    sink.backend.close()
+def test_nothing_is_held_once_the_backend_is_closed(rig: Rig, entry: MakeEntry) -> None:
+    rig.backend.preflight()
+    rig.backend.close()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    runs = [sink.open(f"site-{n}") for n in range(3)]
+    runs = [rig.open(f"site-{n}") for n in range(3)]
 
     for run in runs:
         run.write([entry(0, Metrics({"x": 0.0}))])
         run.finish(RunStatus.FINISHED)
 
-    sink.backend.close()
+    rig.backend.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)
 
 
-def test_the_results_name_the_store_and_the_command_that_shows_it(make_sink: Callable[..., Sink]) -> None:
-    sink = make_sink("a sink")
-    sink.open()
+def test_the_results_name_the_store_and_the_command_that_shows_it(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig("a receiver")
+    rig.open()
 
-    results = sink.backend.results(sink.info())
+    results = rig.backend.results(rig.info())
 
     assert results is not None
     assert results.url is None
-    assert results.path == str(sink.workdir / "mlflow.db")
+    assert results.path == str(rig.workdir / "mlflow.db")
     folder, _, command = str(results.command).partition(" && ")
-    assert folder == f"cd '{sink.workdir}'"
+    assert folder == f"cd '{rig.workdir}'"
     assert command == "mlflow ui --backend-store-uri sqlite:///mlflow.db --artifacts-destination ./mlartifacts"

@@ -33,7 +33,7 @@ from trackhub.spi import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Sink
+    from backends.mlflow.tests.conftest import Rig
     from tests.support.mlflow_server import Server
 
 MakeEntry = Callable[..., Entry]
@@ -41,18 +41,18 @@ T0_MS = 1_700_000_000_000
 
 
 @pytest.fixture
-def remote(make_sink: Callable[..., Sink], server: Server, request: pytest.FixtureRequest) -> Callable[..., Sink]:
-    """Makes sinks on the server, in a job of the test's own."""
+def remote(make_rig: Callable[..., Rig], server: Server, request: pytest.FixtureRequest) -> Callable[..., Rig]:
+    """Makes receivers on the server, in a job of the test's own."""
 
-    def make(**options: Any) -> Sink:
-        return make_sink(empty=True, job=request.node.name, tracking_uri=server.url, **options)
+    def make(**options: Any) -> Rig:
+        return make_rig(empty=True, job=request.node.name, tracking_uri=server.url, **options)
 
     return make
 
 
-def run_of(server: Server, sink: Sink, site: str = "site-1") -> Any:
+def run_of(server: Server, rig: Rig, site: str = "site-1") -> Any:
     """Return a site's run as the REST API gives it."""
-    return server.call(f"runs/get?run_id={server.database.site_run(site, sink.job).id}")["run"]
+    return server.call(f"runs/get?run_id={server.database.site_run(site, rig.job).id}")["run"]
 
 
 def history(server: Server, run: Any, key: str) -> list[tuple[int, Any, int]]:
@@ -60,8 +60,8 @@ def history(server: Server, run: Any, key: str) -> list[tuple[int, Any, int]]:
     return [(metric["step"], metric["value"], metric["timestamp"]) for metric in reply["metrics"]]
 
 
-def test_a_server_stores_every_kind(remote: Callable[..., Sink], server: Server, entry: MakeEntry) -> None:
-    sink = remote(note="a note")
+def test_a_server_stores_every_kind(remote: Callable[..., Rig], server: Server, entry: MakeEntry) -> None:
+    rig = remote(note="a note")
     buffer = io.BytesIO()
     Pillow.new("L", (8, 8)).save(buffer, "PNG")
     payloads: list[Payload] = [
@@ -71,18 +71,18 @@ def test_a_server_stores_every_kind(remote: Callable[..., Sink], server: Server,
         Params({"opt": {"lr": 0.1}, "long": "ü" * 6001}),
         Tags({"phase": "one", "site": "x"}),
         Text("val/größe: a", "# hello"),
-        Image("val/grid", sink.blob("image", buffer.getvalue()), 8, 8),
+        Image("val/grid", rig.blob("image", buffer.getvalue()), 8, 8),
         Histogram("h", [0.0, 1.0], [1.0]),
         Table("t", ["a"], [[1]]),
-        Artifact("models: é/best 1.pt", sink.blob("artifact", b"content"), "best.pt"),
+        Artifact("models: é/best 1.pt", rig.blob("artifact", b"content"), "best.pt"),
     ]
-    sink.backend.preflight()
-    run = sink.open()
+    rig.backend.preflight()
+    run = rig.open()
 
     assert run.write([entry(n, payload, 2**60 + n) for n, payload in enumerate(payloads)]) is None
     run.finish(RunStatus.FINISHED)
 
-    stored = run_of(server, sink)
+    stored = run_of(server, rig)
     data, run_id = stored["data"], stored["info"]["run_id"]
     tags = {tag["key"]: tag["value"] for tag in data["tags"]}
     params = {param["key"]: param["value"] for param in data["params"]}
@@ -98,8 +98,8 @@ def test_a_server_stores_every_kind(remote: Callable[..., Sink], server: Server,
     files = server.call(f"artifacts/list?run_id={run_id}&path=images")["files"]
     assert len(files) == 2
     parent = server.call(f"runs/get?run_id={tags['mlflow.parentRunId']}")["run"]["info"]
-    assert (parent["run_name"], parent["status"]) == (sink.job, "FINISHED")
-    results = sink.backend.results(sink.info())
+    assert (parent["run_name"], parent["status"]) == (rig.job, "FINISHED")
+    results = rig.backend.results(rig.info())
     assert results is not None
     assert (
         results.url
@@ -107,15 +107,15 @@ def test_a_server_stores_every_kind(remote: Callable[..., Sink], server: Server,
     )
 
 
-def test_redelivery_to_a_server_changes_nothing(remote: Callable[..., Sink], server: Server, entry: MakeEntry) -> None:
-    def batch(sink: Sink) -> list[Entry]:
+def test_redelivery_to_a_server_changes_nothing(remote: Callable[..., Rig], server: Server, entry: MakeEntry) -> None:
+    def batch(rig: Rig) -> list[Entry]:
         payloads: list[Payload] = [Metrics({"x": value}) for value in (1.0, math.nan, math.inf, 1.0)]
         payloads += [Params({"a": {"b": 1}}), Tags({"t": "1"}), Tags({"t": "2"}), Table("t", ["a"], [[1]])]
-        payloads += [Artifact("m.pt", sink.blob(f"b{n}", bytes([n % 2])), "m.pt") for n in range(3)]
+        payloads += [Artifact("m.pt", rig.blob(f"b{n}", bytes([n % 2])), "m.pt") for n in range(3)]
         return [entry(n, payload, 1, 1_700_000_000.0) for n, payload in enumerate(payloads)]
 
-    def state(sink: Sink) -> object:
-        run = server.database.site_run(job=sink.job)
+    def state(rig: Rig) -> object:
+        run = server.database.site_run(job=rig.job)
         files = server.call(f"artifacts/list?run_id={run.id}")["files"]
         database = server.database
         return run, database.points(run.id), database.params(run.id), database.tags(run.id), files
@@ -124,17 +124,17 @@ def test_redelivery_to_a_server_changes_nothing(remote: Callable[..., Sink], ser
     first.open().write(batch(first))
     before = state(first)
     for resume_from in (0, 5, 9):
-        sink = remote()
-        assert sink.open(resume_from=resume_from).write(batch(sink)[resume_from:]) is None
+        rig = remote()
+        assert rig.open(resume_from=resume_from).write(batch(rig)[resume_from:]) is None
 
     assert state(first) == before
 
 
 def test_an_outage_is_met_at_once_and_costs_nothing(
-    remote: Callable[..., Sink], server: Server, entry: MakeEntry
+    remote: Callable[..., Rig], server: Server, entry: MakeEntry
 ) -> None:
-    sink = remote()
-    run = sink.open()
+    rig = remote()
+    run = rig.open()
     batch = [entry(n, Metrics({"x": float(n)})) for n in range(1500)]
     run.write(batch[:500])
     server.kill()
@@ -154,26 +154,26 @@ def test_an_outage_is_met_at_once_and_costs_nothing(
     run.finish(RunStatus.FINISHED)
 
     assert waited_s < 15
-    points = server.database.points(server.database.site_run(job=sink.job).id)
+    points = server.database.points(server.database.site_run(job=rig.job).id)
     assert sorted((step, value, ms) for _, step, value, ms in points) == [
         (n, float(n), T0_MS + n * 125) for n in range(1500)
     ]
 
 
 def test_a_server_that_hangs_is_given_up_after_the_timeout(
-    make_sink: Callable[..., Sink], httpserver: Any, entry: MakeEntry
+    make_rig: Callable[..., Rig], httpserver: Any, entry: MakeEntry
 ) -> None:
     """The user's settings for MLflow's own client stay as they are, and play no part."""
     release = threading.Event()
     httpserver.expect_request("/api/2.0/mlflow/experiments/get-by-name").respond_with_handler(
         lambda _: release.wait(30) and None
     )
-    sink = make_sink(tracking_uri=httpserver.url_for(""), timeout_s=0.3)
+    rig = make_rig(tracking_uri=httpserver.url_for(""), timeout_s=0.3)
     environment = dict(os.environ)
 
     began = time.monotonic()
     with pytest.raises(TransientError, match=r"does not answer within 0\.3 s"):
-        sink.open()
+        rig.open()
     release.set()
 
     assert time.monotonic() - began < 10
@@ -194,16 +194,16 @@ EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "trackhub", "lifecycl
     ],
 )
 def test_what_only_a_person_can_mend_stops_the_job_before_training(
-    make_sink: Callable[..., Sink], httpserver: Any, status: int, body: Any, said: str
+    make_rig: Callable[..., Rig], httpserver: Any, status: int, body: Any, said: str
 ) -> None:
     text = body if isinstance(body, str) else json.dumps(body)
     httpserver.expect_request("/api/2.0/mlflow/experiments/get-by-name").respond_with_data(text, status)
-    sink = make_sink(tracking_uri=httpserver.url_for(""))
+    rig = make_rig(tracking_uri=httpserver.url_for(""))
 
     with pytest.raises(ConfigError, match=said):
-        sink.backend.preflight()
+        rig.backend.preflight()
     with pytest.raises(TransientError, match=said):
-        sink.open()
+        rig.open()
 
 
 @pytest.mark.parametrize(
@@ -211,28 +211,28 @@ def test_what_only_a_person_can_mend_stops_the_job_before_training(
     [(429, "7", 7.0), (503, "Wed, 21 Oct 2015 07:28:00 GMT", 0.0), (500, None, None), (502, "soon", None)],
 )
 def test_an_overloaded_server_is_given_the_time_that_it_asks_for(
-    make_sink: Callable[..., Sink], httpserver: Any, status: int, retry_after: str | None, expected: float | None
+    make_rig: Callable[..., Rig], httpserver: Any, status: int, retry_after: str | None, expected: float | None
 ) -> None:
     headers = {"Retry-After": retry_after} if retry_after else {}
     request = httpserver.expect_request("/api/2.0/mlflow/experiments/get-by-name")
     request.respond_with_data("busy", status, headers)
-    sink = make_sink(tracking_uri=httpserver.url_for(""))
+    rig = make_rig(tracking_uri=httpserver.url_for(""))
 
     with pytest.raises(TransientError, match=f"HTTP {status}: busy") as caught:
-        sink.backend.preflight()
+        rig.backend.preflight()
 
     assert caught.value.retry_after_s == expected
     assert len(httpserver.log) == 1
 
 
 def test_the_login_is_that_of_mlflows_client(
-    make_sink: Callable[..., Sink], httpserver: Any, monkeypatch: pytest.MonkeyPatch
+    make_rig: Callable[..., Rig], httpserver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     httpserver.expect_request("/api/2.0/mlflow/experiments/get-by-name").respond_with_json(EXPERIMENT)
     url = httpserver.url_for("")
 
     def authorization(uri: str = url) -> str | None:
-        make_sink(tracking_uri=uri).backend.preflight()
+        make_rig(tracking_uri=uri).backend.preflight()
         header: str | None = httpserver.log[-1][0].headers.get("Authorization")
         return header
 
@@ -248,7 +248,7 @@ def test_the_login_is_that_of_mlflows_client(
 
 
 def test_what_a_server_refuses_is_narrowed_down_to_its_record(
-    make_sink: Callable[..., Sink], httpserver: Any, entry: MakeEntry
+    make_rig: Callable[..., Rig], httpserver: Any, entry: MakeEntry
 ) -> None:
     """As an older server may, which allows less than this client knows of."""
     from werkzeug import Request, Response
@@ -270,7 +270,7 @@ def test_what_a_server_refuses_is_narrowed_down_to_its_record(
     httpserver.expect_request(f"{api}/runs/search").respond_with_json(found)
     httpserver.expect_request(f"{api}/runs/get").respond_with_json({"run": run})
     httpserver.expect_request(f"{api}/runs/log-batch").respond_with_handler(log_batch)
-    opened = make_sink(tracking_uri=httpserver.url_for("")).open()
+    opened = make_rig(tracking_uri=httpserver.url_for("")).open()
 
     report = opened.write([entry(n, Metrics({f"k{n}": 0.0, f"a:{n}": 0.0} if n in (3, 8) else {f"k{n}": 0.0}))
                            for n in range(20)])  # fmt: skip
@@ -282,7 +282,7 @@ def test_what_a_server_refuses_is_narrowed_down_to_its_record(
 
 
 def test_artifacts_on_another_machine_are_a_wrong_configuration(
-    make_sink: Callable[..., Sink], httpserver: Any, monkeypatch: pytest.MonkeyPatch
+    make_rig: Callable[..., Rig], httpserver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trackhub_mlflow.backend._LOOPBACK", frozenset[str]())
     experiment = EXPERIMENT["experiment"] | {"artifact_location": "/home/server/mlruns/1"}
@@ -290,33 +290,33 @@ def test_artifacts_on_another_machine_are_a_wrong_configuration(
     request.respond_with_json({"experiment": experiment})
 
     with pytest.raises(ConfigError, match="--serve-artifacts"):
-        make_sink(tracking_uri=httpserver.url_for("")).backend.preflight()
+        make_rig(tracking_uri=httpserver.url_for("")).backend.preflight()
 
 
 def test_artifacts_in_a_shared_folder_are_written_there(
-    remote: Callable[..., Sink], server: Server, entry: MakeEntry, tmp_path: Path
+    remote: Callable[..., Rig], server: Server, entry: MakeEntry, tmp_path: Path
 ) -> None:
     root = tmp_path / "shared"
     server.call("experiments/create", {"name": "shared", "artifact_location": str(root)})
-    sink = remote(experiment_name="shared")
+    rig = remote(experiment_name="shared")
 
-    sink.open().write([entry(0, Artifact("a/b.bin", sink.blob("b", b"content"), "b.bin"), 0), entry(1, Text("t", "x"))])
+    rig.open().write([entry(0, Artifact("a/b.bin", rig.blob("b", b"content"), "b.bin"), 0), entry(1, Text("t", "x"))])
 
-    run_id = server.database.site_run(job=sink.job).id
+    run_id = server.database.site_run(job=rig.job).id
     digest = hashlib.sha256(b"content").hexdigest()
     assert hashlib.sha256((root / run_id / "artifacts" / "a" / "b.bin").read_bytes()).hexdigest() == digest
     assert server.artifact(run_id, "a/b.bin") == b"content"
 
 
-def test_no_connection_is_held_once_the_backend_is_closed(remote: Callable[..., Sink], entry: MakeEntry) -> None:
-    sink = remote()
-    sink.backend.preflight()
-    sink.backend.close()
+def test_no_connection_is_held_once_the_backend_is_closed(remote: Callable[..., Rig], entry: MakeEntry) -> None:
+    rig = remote()
+    rig.backend.preflight()
+    rig.backend.close()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    run = sink.open()
+    run = rig.open()
 
     run.write([entry(0, Metrics({"x": 0.0}))])
     run.finish(RunStatus.FINISHED)
 
-    sink.backend.close()
+    rig.backend.close()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (threads, files)

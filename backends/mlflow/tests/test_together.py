@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sinks, each a process of its own, on one store."""
+"""Several receivers, each a process of its own, on one store."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from trackhub_mlflow.store import StoredRun
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from backends.mlflow.tests.conftest import Sink
+    from backends.mlflow.tests.conftest import Rig
     from tests.support.mlflow_server import Database, Server
 
 # Ready, wait for the word, open, write, finish.
 SINK = """
 import sys
 from pathlib import Path
-from trackhub.spi import Entry, Metrics, RunInfo, RunKey, RunStatus, Side, SinkContext
+from trackhub.spi import Entry, Metrics, RunInfo, RunKey, RunStatus, Side, BackendContext
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 workdir, uri, experiment, job, site, skew = sys.argv[1:]
 options = MLflowOptions(tracking_uri=uri, experiment_name=experiment)
-backend = MLflowBackend(options, SinkContext(Path(workdir), job, Side.CLIENT))
+backend = MLflowBackend(options, BackendContext(Path(workdir), job, Side.CLIENT))
 print("ready", flush=True)
 sys.stdin.readline()
 run = backend.open_run(RunInfo(RunKey(job, site), Side.CLIENT, 1_700_000_000.0 + float(skew), 0, Path(workdir)))
@@ -38,7 +38,7 @@ run.finish(RunStatus.FINISHED)
 """
 
 
-def run_sinks(workdir: Path, uri: str, job: str, *, sinks: int) -> None:
+def run_rigs(workdir: Path, uri: str, job: str, *, rigs: int) -> None:
     """Let all of them open their runs at once, and end once all are open."""
     started = [
         subprocess.Popen(
@@ -47,30 +47,30 @@ def run_sinks(workdir: Path, uri: str, job: str, *, sinks: int) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for n in range(sinks)
+        for n in range(rigs)
     ]
     try:
         for word in ("ready", "open"):
-            for sink in started:
-                assert sink.stdout is not None
-                assert sink.stdout.readline().strip() == word
-            for sink in started:
-                assert sink.stdin is not None
-                sink.stdin.write("go\n")
-                sink.stdin.flush()
-        for sink in started:
-            sink.communicate(timeout=60)
-            assert sink.returncode == 0
+            for rig in started:
+                assert rig.stdout is not None
+                assert rig.stdout.readline().strip() == word
+            for rig in started:
+                assert rig.stdin is not None
+                rig.stdin.write("go\n")
+                rig.stdin.flush()
+        for rig in started:
+            rig.communicate(timeout=60)
+            assert rig.returncode == 0
     finally:
-        for sink in started:
-            sink.kill()
-            sink.communicate()
+        for rig in started:
+            rig.kill()
+            rig.communicate()
 
 
-def check(database: Database, job: str, *, sinks: int) -> None:
+def check(database: Database, job: str, *, rigs: int) -> None:
     (parent,) = database.parents(job)
     assert parent.status == "FINISHED"
-    for n in range(sinks):
+    for n in range(rigs):
         run = database.site_run(f"site-{n}", job)
         assert run.status == "FINISHED"
         assert run.experiment == f"experiment of {job}"
@@ -78,26 +78,26 @@ def check(database: Database, job: str, *, sinks: int) -> None:
         assert [value for _, _, value, _ in database.points(run.id)] == [float(-n)]
 
 
-def test_sinks_that_start_at_once_on_a_server_share_experiment_and_parent(server: Server, tmp_path: Path) -> None:
+def test_receivers_that_start_at_once_on_a_server_share_experiment_and_parent(server: Server, tmp_path: Path) -> None:
     for attempt in range(2):
-        run_sinks(tmp_path, server.url, f"together-{attempt}", sinks=4)
-        check(server.database, f"together-{attempt}", sinks=4)
+        run_rigs(tmp_path, server.url, f"together-{attempt}", rigs=4)
+        check(server.database, f"together-{attempt}", rigs=4)
 
 
-def test_sinks_that_start_at_once_on_one_file_share_experiment_and_parent(
-    make_sink: Callable[..., Sink], tmp_path: Path
+def test_receivers_that_start_at_once_on_one_file_share_experiment_and_parent(
+    make_rig: Callable[..., Rig], tmp_path: Path
 ) -> None:
     """Also when the file is still to be made."""
-    sink = make_sink(empty=True)
+    rig = make_rig(empty=True)
 
-    run_sinks(sink.workdir, f"sqlite:///{sink.workdir}/mlflow.db", "job", sinks=2)
+    run_rigs(rig.workdir, f"sqlite:///{rig.workdir}/mlflow.db", "job", rigs=2)
 
-    check(sink.database, "job", sinks=2)
-    assert [file.name for file in sink.workdir.iterdir()] == ["mlflow.db"]
+    check(rig.database, "job", rigs=2)
+    assert [file.name for file in rig.workdir.iterdir()] == ["mlflow.db"]
 
 
 class SlowStore:
-    """A store in memory in which each sink's calls are interleaved with the others' as badly as can be."""
+    """A store in memory in which each receiver's calls are interleaved with the others' as badly as can be."""
 
     def __init__(self, barrier: threading.Barrier | None = None) -> None:
         self.runs: dict[str, dict[str, str]] = {}
@@ -132,22 +132,22 @@ class SlowStore:
         return StoredRun(run_id, "1", "RUNNING", self.starts[run_id], 0, "", True, dict(self.runs[run_id]))
 
 
-@pytest.mark.parametrize("sinks", [2, 8])
-def test_all_who_create_a_run_at_once_agree_on_one(sinks: int) -> None:
-    store = SlowStore(threading.Barrier(sinks))
+@pytest.mark.parametrize("receivers", [2, 8])
+def test_all_who_create_a_run_at_once_agree_on_one(rigs: int) -> None:
+    store = SlowStore(threading.Barrier(rigs))
     chosen: list[str] = []
 
     def ask(start_ms: int) -> None:
         run = find_or_create(store, "1", "tag", "identity", store.create(start_ms), patience_s=10)  # type: ignore[arg-type]
         chosen.append(run.id)
 
-    threads = [threading.Thread(target=ask, args=(n % 3,)) for n in range(sinks)]
+    threads = [threading.Thread(target=ask, args=(n % 3,)) for n in range(rigs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
 
-    assert len(chosen) == sinks
+    assert len(chosen) == rigs
     assert len(set(chosen)) == 1
     assert sorted({*store.deleted, *chosen}) == sorted(store.runs)
     assert [run_id for run_id, tags in store.runs.items() if "tag" in tags and PENDING_TAG not in tags] == [chosen[0]]

@@ -11,13 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 from trackhub_tensorboard.backend import TensorBoardRun
 
-from trackhub.spi import Blob, Entry, Params, Payload, RunInfo, RunKey, Side, SinkContext, Tags
+from trackhub.spi import BackendContext, Blob, Entry, Params, Payload, RunInfo, RunKey, Side, Tags
 
 JOB = "job-1"
 
 
-class Sink:
-    """One sink's backend and its runs, without a lane."""
+class Rig:
+    """One receiver's backend and its runs, without a lane."""
 
     def __init__(self, root: Path, *, side: Side = Side.SERVER, logdir: str | None = None) -> None:
         self.workdir = root / "tensorboard"
@@ -25,7 +25,7 @@ class Sink:
         self.workdir.mkdir(parents=True)
         self.blob_dir.mkdir()
         self.side = side
-        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), SinkContext(self.workdir, JOB, side))
+        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), BackendContext(self.workdir, JOB, side))
 
     def info(self, site: str = "site-1", job: str = JOB) -> RunInfo:
         return RunInfo(RunKey(job, site), self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
@@ -58,14 +58,14 @@ def read_folder(folder: Path) -> EventAccumulator:
 
 
 @pytest.fixture
-def sink(tmp_path: Path) -> Sink:
-    return Sink(tmp_path / "run")
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path / "run")
 
 
 @pytest.fixture
-def make_sink(tmp_path: Path) -> Callable[..., Sink]:
-    def make(name: str, **options: Any) -> Sink:
-        return Sink(tmp_path / name, **options)
+def make_rig(tmp_path: Path) -> Callable[..., Rig]:
+    def make(name: str, **options: Any) -> Rig:
+        return Rig(tmp_path / name, **options)
 
     return make
 

@@ -16,7 +16,7 @@ from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 from trackhub.spi import ConfigError, Entry, Metrics, Side, TransientError
 
 if TYPE_CHECKING:
-    from backends.tensorboard.tests.conftest import Sink
+    from backends.tensorboard.tests.conftest import Rig
 
 Read = Callable[[Path], EventAccumulator]
 MakeEntry = Callable[..., Entry]
@@ -43,64 +43,64 @@ def test_an_unknown_option_is_refused() -> None:
         msgspec.convert({"log_dir": "x"}, TensorBoardOptions)
 
 
-def test_each_run_has_a_folder_of_its_own(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_each_run_has_a_folder_of_its_own(rig: Rig, entry: MakeEntry, read: Read) -> None:
     for value, (site, job) in enumerate([("site-1", "job-1"), ("site-2", "job-1"), ("site-1", "job-2")]):
-        sink.open(site, job).write([entry(0, Metrics({"loss": float(value)}))])
+        rig.open(site, job).write([entry(0, Metrics({"loss": float(value)}))])
 
-    assert folders_with_events(sink.workdir) == {"job-1/site-1", "job-1/site-2", "job-2/site-1"}
-    assert read(sink.workdir / "job-2" / "site-1").Scalars("loss")[0].value == 2.0
+    assert folders_with_events(rig.workdir) == {"job-1/site-1", "job-1/site-2", "job-2/site-1"}
+    assert read(rig.workdir / "job-2" / "site-1").Scalars("loss")[0].value == 2.0
 
 
 @pytest.mark.parametrize("site", ["../x", "..", "/etc", "a/b", "a%2Fb", ".", "", "s" * 400, "Zürich"])
-def test_no_site_name_leads_out_of_the_jobs_folder(sink: Sink, entry: MakeEntry, site: str) -> None:
-    sink.open(site).write([entry(0, Metrics({"x": 0.0}))])
-    sink.open("a_b").write([entry(0, Metrics({"x": 0.0}))])
+def test_no_site_name_leads_out_of_the_jobs_folder(rig: Rig, entry: MakeEntry, site: str) -> None:
+    rig.open(site).write([entry(0, Metrics({"x": 0.0}))])
+    rig.open("a_b").write([entry(0, Metrics({"x": 0.0}))])
 
-    jobs = {path.parent.parent for path in sink.workdir.parent.rglob("*tfevents*")}
-    assert jobs == {sink.workdir / "job-1"}
-    assert len(folders_with_events(sink.workdir)) == 2
+    jobs = {path.parent.parent for path in rig.workdir.parent.rglob("*tfevents*")}
+    assert jobs == {rig.workdir / "job-1"}
+    assert len(folders_with_events(rig.workdir)) == 2
 
 
-def test_a_relative_logdir_lies_in_the_run_folder(make_sink: Callable[..., Sink], entry: MakeEntry) -> None:
-    sink = make_sink("run", logdir="curves", side=Side.CLIENT)
+def test_a_relative_logdir_lies_in_the_run_folder(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
+    rig = make_rig("run", logdir="curves", side=Side.CLIENT)
 
-    sink.open().write([entry(0, Metrics({"x": 0.0}))])
+    rig.open().write([entry(0, Metrics({"x": 0.0}))])
 
-    assert folders_with_events(sink.workdir.parent) == {"curves/job-1/site-1"}
+    assert folders_with_events(rig.workdir.parent) == {"curves/job-1/site-1"}
 
 
 def test_server_and_client_with_one_log_folder_do_not_meet(
-    make_sink: Callable[..., Sink], entry: MakeEntry, tmp_path: Path
+    make_rig: Callable[..., Rig], entry: MakeEntry, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     for name, side in (("server", Side.SERVER), ("client", Side.CLIENT)):
-        make_sink(name, side=side, logdir=str(shared)).open().write([entry(0, Metrics({"x": 0.0}))])
+        make_rig(name, side=side, logdir=str(shared)).open().write([entry(0, Metrics({"x": 0.0}))])
 
     assert folders_with_events(shared) == {"job-1/site-1", "job-1@client/site-1"}
 
 
-def test_results_name_the_folder_and_the_command(make_sink: Callable[..., Sink], tmp_path: Path) -> None:
-    sink = make_sink("run", logdir=str(tmp_path / "all curves"))
+def test_results_name_the_folder_and_the_command(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = make_rig("run", logdir=str(tmp_path / "all curves"))
 
-    results = sink.backend.results(sink.info())
+    results = rig.backend.results(rig.info())
 
     assert results.path == str(tmp_path / "all curves" / "job-1" / "site-1")
     assert results.command == f"tensorboard --logdir '{tmp_path}/all curves'"
 
 
-def test_a_log_folder_that_cannot_be_is_found_before_training(make_sink: Callable[..., Sink], tmp_path: Path) -> None:
+def test_a_log_folder_that_cannot_be_is_found_before_training(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    sink = make_sink("run", logdir=str(tmp_path / "file" / "logs"))
+    rig = make_rig("run", logdir=str(tmp_path / "file" / "logs"))
 
     with pytest.raises(ConfigError, match="logdir"):
-        sink.backend.preflight()
+        rig.backend.preflight()
     with pytest.raises(TransientError, match="cannot open"):
-        sink.open()
+        rig.open()
 
 
-def test_preflight_makes_the_log_folder(make_sink: Callable[..., Sink]) -> None:
-    sink = make_sink("run", logdir="new/logs")
+def test_preflight_makes_the_log_folder(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig("run", logdir="new/logs")
 
-    sink.backend.preflight()
+    rig.backend.preflight()
 
-    assert (sink.workdir.parent / "new" / "logs").is_dir()
+    assert (rig.workdir.parent / "new" / "logs").is_dir()

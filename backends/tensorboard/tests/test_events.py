@@ -14,7 +14,7 @@ from tensorboard.util import tensor_util
 from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunStatus, Table, Tags, Text
 
 if TYPE_CHECKING:
-    from backends.tensorboard.tests.conftest import Sink
+    from backends.tensorboard.tests.conftest import Rig
 
 Read = Callable[[Path], EventAccumulator]
 MakeEntry = Callable[..., Entry]
@@ -33,78 +33,78 @@ def texts(accumulator: EventAccumulator, tag: str) -> list[tuple[int, str]]:
     return [(step, array.item().decode()) for step, array in arrays(accumulator, tag)]
 
 
-def test_scalars_keep_step_value_and_the_time_of_the_log_call(sink: Sink, entry: MakeEntry, read: Read) -> None:
-    run = sink.open()
+def test_scalars_keep_step_value_and_the_time_of_the_log_call(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    run = rig.open()
 
     run.write([entry(0, Metrics({"loss": 0.1}), step=7, time=1764000000.123456)])
 
-    assert points(read(sink.folder()), "loss") == [(7, float(np.float32(0.1)), 1764000000.123456)]
+    assert points(read(rig.folder()), "loss") == [(7, float(np.float32(0.1)), 1764000000.123456)]
 
 
-def test_values_are_rounded_to_float32(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_values_are_rounded_to_float32(rig: Rig, entry: MakeEntry, read: Read) -> None:
     values = [0.1, -1e-3, 1e308, -1e308, 1e-50, 16777217.0, math.nan, math.inf, -math.inf]
 
-    sink.open().write([entry(position, Metrics({"x": value})) for position, value in enumerate(values)])
+    rig.open().write([entry(position, Metrics({"x": value})) for position, value in enumerate(values)])
 
     with np.errstate(over="ignore"):
         expected = np.array(values, dtype=np.float32)
-    np.testing.assert_array_equal([value for _, value, _ in points(read(sink.folder()), "x")], expected)
+    np.testing.assert_array_equal([value for _, value, _ in points(read(rig.folder()), "x")], expected)
 
 
-def test_sets_of_keys_that_take_turns_keep_their_own_values(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_sets_of_keys_that_take_turns_keep_their_own_values(rig: Rig, entry: MakeEntry, read: Read) -> None:
     """Events are filled in again, by their keys: nothing of an earlier one may be left in a later one."""
     sets: list[dict[str, float]] = [{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}, {"b": 5.0, "a": 6.0}, {}, {"a": 7.0}]
     many = [{f"k{i}": float(i)} for i in range(200)]  # more than an encoder keeps
 
     logged = [*sets, *many, *sets]
 
-    sink.open().write([entry(i, Metrics(values), step=i) for i, values in enumerate(logged)])
+    rig.open().write([entry(i, Metrics(values), step=i) for i, values in enumerate(logged)])
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     for key in ("a", "b", "k0", "k199"):
         expected = [(i, values[key]) for i, values in enumerate(logged) if key in values]
         assert [(step, value) for step, value, _ in points(accumulator, key)] == expected
 
 
-def test_late_and_repeated_steps_are_kept_in_order(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_late_and_repeated_steps_are_kept_in_order(rig: Rig, entry: MakeEntry, read: Read) -> None:
     steps = [5, 6, 3, 3, 2**63 - 1, 0, 6]
 
-    sink.open().write(
+    rig.open().write(
         [entry(position, Metrics({"x": float(position)}), step=step) for position, step in enumerate(steps)]
     )
 
-    assert [(step, value) for step, value, _ in points(read(sink.folder()), "x")] == [
+    assert [(step, value) for step, value, _ in points(read(rig.folder()), "x")] == [
         (step, float(position)) for position, step in enumerate(steps)
     ]
 
 
-def test_keys_logged_together_stay_together(sink: Sink, entry: MakeEntry, read: Read) -> None:
-    sink.open().write([entry(0, Metrics({"a": 1.0, "b/c": 2.0}), step=4)])
+def test_keys_logged_together_stay_together(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    rig.open().write([entry(0, Metrics({"a": 1.0, "b/c": 2.0}), step=4)])
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     assert points(accumulator, "a") == [(4, 1.0, 1000.0)]
     assert points(accumulator, "b/c") == [(4, 2.0, 1000.0)]
 
 
 @pytest.mark.parametrize("key", ["train/loss", "Verlust ü/漢字 🎉", "a b", "/", "..", "with\nline feed", "k" * 1000])
-def test_any_key_is_kept_as_it_is(sink: Sink, entry: MakeEntry, read: Read, key: str) -> None:
-    sink.open().write([entry(0, Metrics({key: 1.0}))])
+def test_any_key_is_kept_as_it_is(rig: Rig, entry: MakeEntry, read: Read, key: str) -> None:
+    rig.open().write([entry(0, Metrics({key: 1.0}))])
 
-    assert read(sink.folder()).Tags()["scalars"] == [key]
-
-
-def test_text_is_kept_verbatim_for_the_text_dashboard(sink: Sink, entry: MakeEntry, read: Read) -> None:
-    sink.open().write([entry(0, Text("note", "# Grüße\n**bold** 漢字"), step=2), entry(1, Text("note", ""), step=2)])
-
-    assert texts(read(sink.folder()), "note") == [(2, "# Grüße\n**bold** 漢字"), (2, "")]
+    assert read(rig.folder()).Tags()["scalars"] == [key]
 
 
-def test_a_table_is_a_markdown_table_whose_cells_read_as_logged(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_text_is_kept_verbatim_for_the_text_dashboard(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    rig.open().write([entry(0, Text("note", "# Grüße\n**bold** 漢字"), step=2), entry(1, Text("note", ""), step=2)])
+
+    assert texts(read(rig.folder()), "note") == [(2, "# Grüße\n**bold** 漢字"), (2, "")]
+
+
+def test_a_table_is_a_markdown_table_whose_cells_read_as_logged(rig: Rig, entry: MakeEntry, read: Read) -> None:
     table = Table("t", ["class", "a|b"], [["cat*", 0.5], [None, True], ["<b>&\nx_y_", math.nan]])
 
-    sink.open().write([entry(0, table, step=1)])
+    rig.open().write([entry(0, table, step=1)])
 
-    ((step, text),) = texts(read(sink.folder()), "t")
+    ((step, text),) = texts(read(rig.folder()), "t")
     assert step == 1
     assert text.splitlines() == [
         r"| class | a\|b |",
@@ -115,14 +115,14 @@ def test_a_table_is_a_markdown_table_whose_cells_read_as_logged(sink: Sink, entr
     ]
 
 
-def test_params_and_tags_are_tables_of_text(sink: Sink, entry: MakeEntry, read: Read) -> None:
-    run = sink.open()
+def test_params_and_tags_are_tables_of_text(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    run = rig.open()
 
     run.write(
         [entry(0, Params({"lr": 0.1, "sizes": [1, 2]})), entry(1, Params({"lr": 0.2})), entry(2, Tags({"a": "b"}))]
     )
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     assert texts(accumulator, "params") == [
         (0, "| param | value |\n| --- | --- |\n| lr | 0.1 |\n| sizes | \\[1, 2\\] |"),
         (1, "| param | value |\n| --- | --- |\n| lr | 0.2 |"),
@@ -130,13 +130,13 @@ def test_params_and_tags_are_tables_of_text(sink: Sink, entry: MakeEntry, read: 
     assert texts(accumulator, "tags") == [(2, "| tag | value |\n| --- | --- |\n| a | b |")]
 
 
-def test_an_image_keeps_its_bytes_and_its_caption(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_an_image_keeps_its_bytes_and_its_caption(rig: Rig, entry: MakeEntry, read: Read) -> None:
     content = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
-    image = Image("samples", sink.blob("stream-0", content), width=4, height=3, caption="cat, dog")
+    image = Image("samples", rig.blob("stream-0", content), width=4, height=3, caption="cat, dog")
 
-    sink.open().write([entry(0, image, step=9)])
+    rig.open().write([entry(0, image, step=9)])
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     ((step, parts),) = arrays(accumulator, "samples")
     assert (step, list(parts)) == (9, [b"4", b"3", content])
     assert accumulator.SummaryMetadata("samples").plugin_data.plugin_name == "images"
@@ -144,41 +144,41 @@ def test_an_image_keeps_its_bytes_and_its_caption(sink: Sink, entry: MakeEntry, 
 
 
 def test_an_image_whose_file_is_gone_is_rejected_and_its_neighbours_are_stored(
-    sink: Sink, entry: MakeEntry, read: Read
+    rig: Rig, entry: MakeEntry, read: Read
 ) -> None:
-    blob = sink.blob("stream-1", b"x")
-    (sink.blob_dir / blob.name).unlink()
-    run = sink.open()
+    blob = rig.blob("stream-1", b"x")
+    (rig.blob_dir / blob.name).unlink()
+    run = rig.open()
 
     report = run.write([entry(0, Metrics({"x": 0.0})), entry(1, Image("i", blob, 1, 1)), entry(2, Metrics({"x": 2.0}))])
 
     assert report is not None
     assert [(rejection.position, rejection.reason) for rejection in report.rejected] == [(1, "blob_missing")]
-    assert [step for step, _, _ in points(read(sink.folder()), "x")] == [0, 2]
+    assert [step for step, _, _ in points(read(rig.folder()), "x")] == [0, 2]
     assert run.next_position() == 3
 
 
-def test_a_histogram_keeps_edges_and_counts_exactly(sink: Sink, entry: MakeEntry, read: Read) -> None:
+def test_a_histogram_keeps_edges_and_counts_exactly(rig: Rig, entry: MakeEntry, read: Read) -> None:
     edges, counts = [-1.0, 0.1, 0.25, 3.0], [0.0, 5.0, 1e10 + 1]
 
-    sink.open().write([entry(0, Histogram("h", edges, counts), step=1)])
+    rig.open().write([entry(0, Histogram("h", edges, counts), step=1)])
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     ((_, rows),) = arrays(accumulator, "h")
     assert rows.tolist() == [[-1.0, 0.1, 0.0], [0.1, 0.25, 5.0], [0.25, 3.0, 1e10 + 1]]
     assert accumulator.SummaryMetadata("h").plugin_data.plugin_name == "histograms"
 
 
 def test_one_key_for_records_of_two_kinds_gives_two_tags_also_after_reopening(
-    sink: Sink, entry: MakeEntry, read: Read
+    rig: Rig, entry: MakeEntry, read: Read
 ) -> None:
-    run = sink.open()
+    run = rig.open()
     run.write([entry(0, Metrics({"x": 0.0})), entry(1, Text("x", "one")), entry(2, Text("x (text)", "other"))])
     run.finish(RunStatus.FINISHED)
 
-    sink.open().write([entry(3, Text("x", "two")), entry(4, Metrics({"x": 4.0})), entry(5, Text("x (text)", "more"))])
+    rig.open().write([entry(3, Text("x", "two")), entry(4, Metrics({"x": 4.0})), entry(5, Text("x (text)", "more"))])
 
-    accumulator = read(sink.folder())
+    accumulator = read(rig.folder())
     assert [value for _, value, _ in points(accumulator, "x")] == [0.0, 4.0]
     assert texts(accumulator, "x (text)") == [(1, "one"), (3, "two")]
     assert texts(accumulator, "x (text) (text)") == [(2, "other"), (5, "more")]

@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from trackhub.spi import Entry, Metrics, Params, RunStatus
 
 if TYPE_CHECKING:
-    from backends.tensorboard.tests.conftest import Sink
+    from backends.tensorboard.tests.conftest import Rig
 
 MakeEntry = Callable[..., Entry]
 
@@ -48,15 +48,15 @@ def hparams_tab(logdir: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     return columns, rows
 
 
-def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(sink: Sink, entry: MakeEntry) -> None:
+def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(rig: Rig, entry: MakeEntry) -> None:
     for site, rate in (("site-1", 0.1), ("site-2", 0.2)):
-        run = sink.open(site)
+        run = rig.open(site)
         params = {"lr": rate, "batch": 32, "flag": True, "name": "sgd", "none": None, "sizes": [1, {"a": 2}]}
         params |= {"big": 2**60, "nan": math.nan, "huge": 1e300}
         run.write([entry(0, Params(params)), entry(1, Metrics({"loss": 2.0})), entry(2, Metrics({"loss": 1.0}))])
         run.finish(RunStatus.FINISHED)
 
-    columns, rows = hparams_tab(sink.workdir)
+    columns, rows = hparams_tab(rig.workdir)
 
     assert {"lr", "batch", "flag", "name", "none", "sizes", "big", "nan", "huge", "loss"} == set(columns)
     assert set(rows) == {"job-1/site-1", "job-1/site-2"}
@@ -80,16 +80,16 @@ def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(sink:
 
 
 def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reopening(
-    sink: Sink, entry: MakeEntry
+    rig: Rig, entry: MakeEntry
 ) -> None:
-    run = sink.open()
+    run = rig.open()
     run.write([entry(0, Params({"a": 1, "b": "x"})), entry(1, Metrics({"loss": 1.0}))])
     run.write([entry(2, Params({"c": True}))])
     run.finish(RunStatus.FAILED)
 
-    sink.open().write([entry(3, Params({"a": "one"}))])
+    rig.open().write([entry(3, Params({"a": "one"}))])
 
-    _, rows = hparams_tab(sink.workdir)
+    _, rows = hparams_tab(rig.workdir)
     assert rows["job-1/site-1"]["params"] == {"a": "one", "b": "x", "c": True}
 
 
@@ -103,22 +103,22 @@ def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reop
     ],
 )
 def test_the_hparams_tab_shows_how_a_run_ended(
-    sink: Sink, entry: MakeEntry, status: RunStatus | None, shown: str
+    rig: Rig, entry: MakeEntry, status: RunStatus | None, shown: str
 ) -> None:
-    run = sink.open()
+    run = rig.open()
     run.write([entry(0, Params({"a": 1}))])
     if status is not None:
         run.finish(status)
 
-    _, rows = hparams_tab(sink.workdir)
+    _, rows = hparams_tab(rig.workdir)
 
     assert rows["job-1/site-1"]["status"] == shown
 
 
-def test_a_run_without_params_has_no_row(sink: Sink, entry: MakeEntry) -> None:
-    run = sink.open()
+def test_a_run_without_params_has_no_row(rig: Rig, entry: MakeEntry) -> None:
+    run = rig.open()
     run.write([entry(0, Metrics({"loss": 1.0}))])
     run.finish(RunStatus.FINISHED)
 
-    assert hparams_tab(sink.workdir) == ([], {})
-    assert [path.suffix for path in sink.folder().iterdir()] == [".trackhub"]
+    assert hparams_tab(rig.workdir) == ([], {})
+    assert [path.suffix for path in rig.folder().iterdir()] == [".trackhub"]

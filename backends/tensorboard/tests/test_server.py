@@ -15,7 +15,7 @@ from urllib.request import urlopen
 from trackhub.spi import Entry, Image, Metrics, Params, RunStatus, Text
 
 if TYPE_CHECKING:
-    from backends.tensorboard.tests.conftest import Sink
+    from backends.tensorboard.tests.conftest import Rig
 
 Get = Callable[..., Any]
 
@@ -48,19 +48,19 @@ def tensorboard(logdir: Path) -> Iterator[Get]:
             process.terminate()
 
 
-def test_the_real_server_shows_what_was_logged_across_a_crash(sink: Sink, entry: Callable[..., Entry]) -> None:
+def test_the_real_server_shows_what_was_logged_across_a_crash(rig: Rig, entry: Callable[..., Entry]) -> None:
     image = b"\x89PNG\r\n\x1a\n" + bytes(100)
     for site in ("site-1", "site-2"):
-        run = sink.open(site)
+        run = rig.open(site)
         run.write([entry(0, Params({"lr": 0.5})), entry(1, Text("note", "**hi**")), entry(2, Metrics({"loss": 2.0}))])
-        with next(sink.folder(site=site).glob("*.trackhub")).open("ab") as file:
+        with next(rig.folder(site=site).glob("*.trackhub")).open("ab") as file:
             file.write(b"torn")
-        again = sink.open(site)
-        blob = sink.blob(f"{site}-image", image)
+        again = rig.open(site)
+        blob = rig.blob(f"{site}-image", image)
         again.write([entry(3, Metrics({"loss": float("nan")})), entry(4, Image("i", blob, 2, 2))])
         again.finish(RunStatus.FINISHED)
 
-    with tensorboard(sink.workdir) as get:
+    with tensorboard(rig.workdir) as get:
         runs = get("runs")
         scalars = get("plugin/scalars/scalars", run="job-1/site-2", tag="loss")
         texts = get("plugin/text/text", run="job-1/site-1", tag="note")

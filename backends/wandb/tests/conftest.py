@@ -13,7 +13,7 @@ from trackhub_wandb import WandBBackend, WandBOptions
 from trackhub_wandb.sdk import abandon_runs, import_sdk
 
 from tests.support.wandb_emulator import Emulator
-from trackhub.spi import Blob, Entry, Metrics, Payload, RunInfo, RunKey, Side, SinkContext
+from trackhub.spi import BackendContext, Blob, Entry, Metrics, Payload, RunInfo, RunKey, Side
 
 JOB = "job-1"
 T0 = 1_700_000_000.5
@@ -43,8 +43,8 @@ def emulator() -> Iterator[Emulator]:
     assert server.violations == []
 
 
-class Sink:
-    """One sink's folder, and what backends in it need."""
+class Rig:
+    """One receiver's folder, and what backends in it need."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Sink:
 
     def backend(self, **options: Any) -> WandBBackend:
         """Return a backend in this folder."""
-        backend = WandBBackend(WandBOptions(**options), SinkContext(self.wandb_dir, JOB, Side.SERVER))
+        backend = WandBBackend(WandBOptions(**options), BackendContext(self.wandb_dir, JOB, Side.SERVER))
         self.backends.append(backend)
         return backend
 
@@ -72,21 +72,21 @@ class Sink:
 
 
 @pytest.fixture
-def sink(tmp_path: Path) -> Iterator[Sink]:
-    """A sink in an empty folder; its backends are closed at the end."""
-    made = Sink(tmp_path / "run")
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """A receiver in an empty folder; its backends are closed at the end."""
+    made = Rig(tmp_path / "run")
     yield made
     for backend in made.backends:
         backend.close()
 
 
 @pytest.fixture
-def online(emulator: Emulator, sink: Sink) -> Callable[..., WandBBackend]:
+def online(emulator: Emulator, rig: Rig) -> Callable[..., WandBBackend]:
     """Make backends that are logged in at the emulator."""
 
     def make(**options: Any) -> WandBBackend:
         given = {"mode": "online", "base_url": emulator.url, "api_key": emulator.state.api_key, **options}
-        return sink.backend(**{"upload_interval_s": 1.0, **given})
+        return rig.backend(**{"upload_interval_s": 1.0, **given})
 
     return make
 

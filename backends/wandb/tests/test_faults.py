@@ -13,7 +13,7 @@ import pytest
 from trackhub_wandb import WandBBackend
 from trackhub_wandb.sdk import service_is_lost
 
-from backends.wandb.tests.conftest import Sink, entry, losses, services
+from backends.wandb.tests.conftest import Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator, Fault
 from trackhub.spi import Artifact, BackendRun, Params, RunStatus, Text, TransientError
 
@@ -36,9 +36,9 @@ def persist(call: Callable[[], Any], within_s: float = 60.0) -> int:
             return failures
 
 
-def steps(emulator: Emulator, sink: Sink) -> list[int]:
+def steps(emulator: Emulator, rig: Rig) -> list[int]:
     """Return the positions of the rows at the server."""
-    return [row["_step"] for row in emulator.state.run(sink.info().run_id).history()]
+    return [row["_step"] for row in emulator.state.run(rig.info().run_id).history()]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def steps(emulator: Emulator, sink: Sink) -> list[int]:
     ],
 )
 def test_fault_of_the_server_costs_no_row_and_doubles_none(
-    online: Online, sink: Sink, emulator: Emulator, fault: Fault
+    online: Online, rig: Rig, emulator: Emulator, fault: Fault
 ) -> None:
     """Offsets make a request that is sent again harmless."""
-    run = online(flush_timeout_s=20.0).open_run(sink.info())
+    run = online(flush_timeout_s=20.0).open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
     emulator.fail(dataclasses.replace(fault))
@@ -65,44 +65,44 @@ def test_fault_of_the_server_costs_no_row_and_doubles_none(
     run.write(losses(range(50, 60)))
     persist(run.flush)
     run.finish(RunStatus.FINISHED)
-    assert steps(emulator, sink) == list(range(60))
+    assert steps(emulator, rig) == list(range(60))
     assert emulator.faults_left() == 0
     if fault.applied:
-        assert emulator.state.run(sink.info().run_id).resent > 0
+        assert emulator.state.run(rig.info().run_id).resent > 0
 
 
 @pytest.mark.long
-def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, rig: Rig, emulator: Emulator) -> None:
     """A request that is refused for good ends the SDK's upload, with a printed line only; the run is opened again."""
-    run = online(flush_timeout_s=2.5).open_run(sink.info())
+    run = online(flush_timeout_s=2.5).open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
     emulator.fail(Fault("file_stream", status=400))
     run.write([*losses(range(10, 20)), entry(20, Params({"lr": 1}))])
     assert persist(run.flush) >= 3
     run.finish(RunStatus.FINISHED)
-    held = emulator.state.run(sink.info().run_id)
-    assert steps(emulator, sink) == list(range(20))
+    held = emulator.state.run(rig.info().run_id)
+    assert steps(emulator, rig) == list(range(20))
     assert (held.params()["lr"], held.state) == (1, "finished")
 
 
 @pytest.mark.long
-def test_file_and_config_that_were_refused_are_sent_again(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_file_and_config_that_were_refused_are_sent_again(online: Online, rig: Rig, emulator: Emulator) -> None:
     """The SDK drops a file or a config that it could not upload; flush sees that it is missing."""
-    run = online(flush_timeout_s=8.0).open_run(sink.info())
+    run = online(flush_timeout_s=8.0).open_run(rig.info())
     emulator.fail(Fault("upload", status=403))
     emulator.fail(Fault("graphql", operation="UpsertBucket", status=400))
     run.write([entry(0, Text("note", "hello")), entry(1, Params({"lr": 1}))])
     assert persist(run.flush) >= 1
     run.finish(RunStatus.FINISHED)
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert held.params()["lr"] == 1
     assert held.history()[0]["note"]["path"] in held.files
 
 
-def test_outage_costs_no_row(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_outage_costs_no_row(online: Online, rig: Rig, emulator: Emulator) -> None:
     """The server goes away and comes back; meanwhile nothing blocks, and nothing is confirmed."""
-    run = online().open_run(sink.info())
+    run = online().open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
     emulator.stop()
@@ -112,36 +112,36 @@ def test_outage_costs_no_row(online: Online, sink: Sink, emulator: Emulator) -> 
     emulator.start()
     persist(run.flush)
     run.finish(RunStatus.FINISHED)
-    assert steps(emulator, sink) == list(range(500))
+    assert steps(emulator, rig) == list(range(500))
 
 
 @pytest.mark.long
-def test_run_is_opened_when_the_server_comes_back(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_run_is_opened_when_the_server_comes_back(online: Online, rig: Rig, emulator: Emulator) -> None:
     """A server that is down, or refuses, when a run is opened: later attempts with the same id succeed."""
     backend = online(init_timeout_s=2.0)
     emulator.stop()
     with pytest.raises(TransientError):
-        backend.open_run(sink.info())
+        backend.open_run(rig.info())
     emulator.start()
     emulator.fail(Fault("graphql", operation="UpsertBucket", status=500, times=2))
     opened: list[BackendRun] = []
-    assert persist(lambda: opened.append(backend.open_run(sink.info()))) >= 1
+    assert persist(lambda: opened.append(backend.open_run(rig.info()))) >= 1
     opened[0].write(losses(range(3)))
     persist(opened[0].flush)
     opened[0].finish(RunStatus.FINISHED)
-    assert steps(emulator, sink) == [0, 1, 2]
+    assert steps(emulator, rig) == [0, 1, 2]
 
 
-def test_dead_server_does_not_hold_up_the_end(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator: Emulator) -> None:
     """Every call returns in bounded time, close at once, and no process or thread is left."""
     backend = online(flush_timeout_s=3.0, finish_timeout_s=1.0)
-    runs = [backend.open_run(sink.info(f"site-{number}")) for number in range(4)]
+    runs = [backend.open_run(rig.info(f"site-{number}")) for number in range(4)]
     for run in runs:
         run.write(losses(range(5)))
         persist(run.flush)
     emulator.stop()
     started = time.monotonic()
-    blob = sink.blob(b"x", "a/b")
+    blob = rig.blob(b"x", "a/b")
     for run in runs:
         run.write(losses(range(5, 50)))
         with pytest.raises(TransientError):
@@ -160,9 +160,9 @@ def test_dead_server_does_not_hold_up_the_end(online: Online, sink: Sink, emulat
     assert services() == []
 
 
-def test_service_that_was_killed_is_replaced(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_service_that_was_killed_is_replaced(online: Online, rig: Rig, emulator: Emulator) -> None:
     """The SDK's service may run out of memory: what was not confirmed is handed to a new one."""
-    run = online().open_run(sink.info())
+    run = online().open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
     run.write(losses(range(10, 20)))
@@ -175,12 +175,12 @@ def test_service_that_was_killed_is_replaced(online: Online, sink: Sink, emulato
     persist(lambda: run.write(losses(range(20, 30))))
     persist(run.flush)
     run.finish(RunStatus.FINISHED)
-    assert steps(emulator, sink) == list(range(30))
+    assert steps(emulator, rig) == list(range(30))
 
 
-def test_unended_run_is_ended_when_the_server_comes_back(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_unended_run_is_ended_when_the_server_comes_back(online: Online, rig: Rig, emulator: Emulator) -> None:
     """A finish that failed can be called again."""
-    run = online(finish_timeout_s=1.0).open_run(sink.info())
+    run = online(finish_timeout_s=1.0).open_run(rig.info())
     run.write(losses(range(5)))
     persist(run.flush)
     emulator.stop()
@@ -188,5 +188,5 @@ def test_unended_run_is_ended_when_the_server_comes_back(online: Online, sink: S
         run.finish(RunStatus.FAILED)
     emulator.start()
     persist(lambda: run.finish(RunStatus.FAILED))
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert (held.state, held.exit_code, len(held.rows)) == ("failed", 1, 5)

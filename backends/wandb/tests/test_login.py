@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from trackhub_wandb import WandBBackend, WandBOptions
 
-from backends.wandb.tests.conftest import Sink, services
+from backends.wandb.tests.conftest import Rig, services
 from tests.support.wandb_emulator import Emulator
 from trackhub.spi import ConfigError, InvalidOptionError, Redelivery, TransientError
 
 
-def test_without_a_login_the_default_is_offline_and_says_so_once(sink: Sink, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_login_the_default_is_offline_and_says_so_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """One clear line before training: where, what, and how to change it."""
-    backend = sink.backend()
+    backend = rig.backend()
     with caplog.at_level(logging.INFO, logger="trackhub_wandb"):
         backend.preflight()
-        backend.open_run(sink.info())
+        backend.open_run(rig.info())
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("trackhub_wandb")]
     assert len(lines) == 1
     assert "OFFLINE" in lines[0]
@@ -30,16 +30,16 @@ def test_without_a_login_the_default_is_offline_and_says_so_once(sink: Sink, cap
     assert backend.capabilities.redelivery is Redelivery.REBUILD
 
 
-def test_offline_by_choice_says_nothing(sink: Sink, caplog: pytest.LogCaptureFixture) -> None:
+def test_offline_by_choice_says_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """Who chose offline knows it."""
     with caplog.at_level(logging.INFO, logger="trackhub_wandb"):
-        sink.backend(mode="offline").preflight()
+        rig.backend(mode="offline").preflight()
     assert not [record for record in caplog.records if record.name.startswith("trackhub_wandb")]
 
 
 @pytest.mark.parametrize("source", ["option", "environment", "netrc"])
 def test_login_that_is_found_makes_the_default_online(
-    sink: Sink, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, source: str
+    rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     """A key from the options, the environment or the netrc file is a login; the server is asked whether it is good."""
     key = emulator.state.api_key
@@ -47,8 +47,8 @@ def test_login_that_is_found_makes_the_default_online(
         monkeypatch.setenv("WANDB_API_KEY", key)
     if source == "netrc":
         host = emulator.url.removeprefix("http://")
-        Path(sink.folder.parent, "home", "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
-    backend = sink.backend(base_url=emulator.url, api_key=key if source == "option" else None)
+        Path(rig.folder.parent, "home", "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
+    backend = rig.backend(base_url=emulator.url, api_key=key if source == "option" else None)
     backend.preflight()
     assert backend.capabilities.redelivery is Redelivery.IDEMPOTENT
     assert emulator.state.requests == ["Viewer"]
@@ -56,36 +56,36 @@ def test_login_that_is_found_makes_the_default_online(
     assert services() == []
 
 
-def test_online_without_a_login_is_an_error_that_says_how_to_log_in(sink: Sink) -> None:
+def test_online_without_a_login_is_an_error_that_says_how_to_log_in(rig: Rig) -> None:
     """Never silently offline."""
     with pytest.raises(ConfigError) as caught:
-        sink.backend(mode="online").preflight()
+        rig.backend(mode="online").preflight()
     message = str(caught.value)
     assert socket.gethostname() in message
     assert all(part in message for part in ("wandb login", "WANDB_API_KEY", "${secret:NAME}", "mode='offline'"))
 
 
-def test_environment_that_asks_for_online_needs_a_login_too(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_that_asks_for_online_needs_a_login_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """``WANDB_MODE=online`` is a choice."""
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="no W&B login"):
-        sink.backend().preflight()
+        rig.backend().preflight()
 
 
-def test_environment_that_asks_for_offline_is_honoured(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_that_asks_for_offline_is_honoured(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """``WANDB_MODE=offline`` wins over a login that is there."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    backend = sink.backend()
+    backend = rig.backend()
     backend.preflight()
     assert backend.capabilities.redelivery is Redelivery.REBUILD
 
 
-def test_mode_in_which_nothing_would_be_recorded_is_refused(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mode_in_which_nothing_would_be_recorded_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that was asked for and records nothing would be a silent loss."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(ConfigError, match="WANDB_MODE=disabled"):
-        sink.backend().preflight()
+        rig.backend().preflight()
 
 
 def test_key_that_the_server_rejects_stops_the_job(online: Callable[..., WandBBackend]) -> None:
@@ -109,18 +109,18 @@ def test_server_that_is_away_does_not_stop_the_job(online: Callable[..., WandBBa
         online().preflight()
 
 
-def test_settings_are_checked_before_training(sink: Sink) -> None:
+def test_settings_are_checked_before_training(rig: Rig) -> None:
     """An unknown field, and one that the backend must decide itself, are refused by name."""
     with pytest.raises(InvalidOptionError, match="no_such_setting"):
-        sink.backend(mode="offline", settings={"no_such_setting": 1}).preflight()
+        rig.backend(mode="offline", settings={"no_such_setting": 1}).preflight()
     with pytest.raises(InvalidOptionError, match="run_id"):
-        sink.backend(mode="offline", settings={"run_id": "mine"}).preflight()
+        rig.backend(mode="offline", settings={"run_id": "mine"}).preflight()
 
 
-def test_equal_names_for_step_and_round_are_refused(sink: Sink) -> None:
+def test_equal_names_for_step_and_round_are_refused(rig: Rig) -> None:
     """One would overwrite the other."""
     with pytest.raises(InvalidOptionError, match="round_metric"):
-        sink.backend(step_metric="x", round_metric="x")
+        rig.backend(step_metric="x", round_metric="x")
 
 
 def test_options_do_not_show_the_key() -> None:

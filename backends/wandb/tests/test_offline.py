@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from PIL import Image as PilImage
-from trackhub_wandb.contract_log import LoggedRun, find_runs
+from trackhub_wandb.offline_reader import LoggedRun, find_runs
 
-from backends.wandb.tests.conftest import JOB, T0, Sink, entry, losses, services
+from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator
 from trackhub.spi import (
     Artifact,
@@ -36,9 +36,9 @@ from trackhub.spi import (
 )
 
 
-def only_run(sink: Sink) -> LoggedRun:
-    """Return the one offline run of this sink."""
-    (run,) = find_runs(sink.wandb_dir)
+def only_run(rig: Rig) -> LoggedRun:
+    """Return the one offline run of this receiver."""
+    (run,) = find_runs(rig.wandb_dir)
     return run
 
 
@@ -49,15 +49,15 @@ def png(width: int = 8, height: int = 6) -> bytes:
     return file.getvalue()
 
 
-def test_run_is_named_by_site_and_grouped_by_job(sink: Sink) -> None:
+def test_run_is_named_by_site_and_grouped_by_job(rig: Rig) -> None:
     """The run of a site is found under the site's name, in the group of the job, with a fixed id."""
-    run = sink.backend(mode="offline", project="demo", notes="a note", job_type="train", tags=["pilot"]).open_run(
-        sink.info()
+    run = rig.backend(mode="offline", project="demo", notes="a note", job_type="train", tags=["pilot"]).open_run(
+        rig.info()
     )
     run.finish(RunStatus.FINISHED)
-    logged = only_run(sink)
+    logged = only_run(rig)
     assert logged.settings == {
-        "run_id": sink.info().run_id,
+        "run_id": rig.info().run_id,
         "entity": "",
         "project": "demo",
         "run_group": JOB,
@@ -69,75 +69,75 @@ def test_run_is_named_by_site_and_grouped_by_job(sink: Sink) -> None:
     assert logged.tags == ["pilot"]
 
 
-def test_environment_fills_what_the_options_leave_out(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``WANDB_*`` of the sink is honoured; an option wins."""
+def test_environment_fills_what_the_options_leave_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``WANDB_*`` of the receiver is honoured; an option wins."""
     for name, value in {"PROJECT": "env", "RUN_GROUP": "group", "TAGS": "a,b", "NOTES": "n", "ENTITY": "team"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    sink.backend(mode="offline", notes="mine").open_run(sink.info()).finish(RunStatus.FINISHED)
-    logged = only_run(sink)
+    rig.backend(mode="offline", notes="mine").open_run(rig.info()).finish(RunStatus.FINISHED)
+    logged = only_run(rig)
     found = {name: logged.settings[name] for name in ("project", "run_group", "notes", "entity")}
     assert found == {"project": "env", "run_group": "group", "notes": "mine", "entity": "team"}
     assert logged.tags == ["a", "b"]
 
 
-def test_late_and_equal_steps_are_rows_of_their_own(sink: Sink) -> None:
+def test_late_and_equal_steps_are_rows_of_their_own(rig: Rig) -> None:
     """Every record is a row, at its position; step, round and time are those of the log call."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     steps = [10, 5, 5, 20, 0, 2**62]
     run.write([entry(n, Metrics({"loss": n / 4}), step=step, round=n // 2) for n, step in enumerate(steps)])
     run.finish(RunStatus.FINISHED)
-    rows = only_run(sink).rows
+    rows = only_run(rig).rows
     found = [(r["_step"], r["step"], r["round"], r["_timestamp"], r["loss"]) for r in rows]
     assert found == [(n, step, n // 2, T0 + n, n / 4) for n, step in enumerate(steps)]
 
 
-def test_step_and_round_can_be_the_x_axis(sink: Sink) -> None:
+def test_step_and_round_can_be_the_x_axis(rig: Rig) -> None:
     """The step is the default x axis of all metrics, and the round is a metric to choose; both can be renamed."""
-    backend = sink.backend(mode="offline", step_metric="trainer/global_step", round_metric="fl_round")
-    run = backend.open_run(sink.info())
+    backend = rig.backend(mode="offline", step_metric="trainer/global_step", round_metric="fl_round")
+    run = backend.open_run(rig.info())
     run.write([entry(0, Metrics({"loss": 1.0, "step": 2.0}), step=7, round=1)])
     run.finish(RunStatus.FINISHED)
-    logged = only_run(sink)
+    logged = only_run(rig)
     assert logged.metrics == {"trainer/global_step": "", "fl_round": "", "*": "trainer/global_step"}
     row = logged.rows[0]
     assert (row["trainer/global_step"], row["fl_round"], row["step"]) == (7, 1, 2.0)
 
 
-def test_record_without_a_round_has_none(sink: Sink) -> None:
+def test_record_without_a_round_has_none(rig: Rig) -> None:
     """W&B does not fill in the last step or round."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     run.write([entry(0, Metrics({"a": 1.0}), round=3), entry(1, Metrics({"a": 2.0}))])
     run.finish(RunStatus.FINISHED)
-    assert ["round" in row for row in only_run(sink).rows] == [True, False]
+    assert ["round" in row for row in only_run(rig).rows] == [True, False]
 
 
-def test_numbers_of_any_size_are_kept(sink: Sink) -> None:
+def test_numbers_of_any_size_are_kept(rig: Rig) -> None:
     """NaN, infinities and float64's limits come back as they were."""
     values = [math.nan, math.inf, -math.inf, 1e308, 5e-324, float(2**53), 0.1]
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     run.write([entry(n, Metrics({"x": value})) for n, value in enumerate(values)])
     run.finish(RunStatus.FINISHED)
-    found = [row["x"] for row in only_run(sink).rows]
+    found = [row["x"] for row in only_run(rig).rows]
     assert math.isnan(found[0])
     assert found[1:] == values[1:]
 
 
-def test_kinds_become_wandb_types(sink: Sink) -> None:
+def test_kinds_become_wandb_types(rig: Rig) -> None:
     """Params are config, tags are tags, and the rest are W&B's media in the run's folder."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     payloads: list[Any] = [
         Params({"lr": 0.1, "net": {"layers": [1, 2]}}),
         Params({"lr": 0.2}),
         Tags({"stage": "pilot", "long": "v" * 100}),
         Text("note", "a < b & c\n\u00fc"),
-        Image("im/../g", sink.blob(png(), "image/png"), 8, 6, "a caption"),
+        Image("im/../g", rig.blob(png(), "image/png"), 8, 6, "a caption"),
         Histogram("weights", [0.0, 0.5, 1.0], [3.0, 4.0]),
         Table("preds", ["name", "p"], [["cat", 0.5], [None, 1]]),
-        Artifact("best model", sink.blob(b"weights", "application/octet-stream"), "model.pt", "model"),
+        Artifact("best model", rig.blob(b"weights", "application/octet-stream"), "model.pt", "model"),
     ]
     assert run.write([entry(n, payload, step=9) for n, payload in enumerate(payloads)]) is None
     run.finish(RunStatus.FINISHED)
-    logged = only_run(sink)
+    logged = only_run(rig)
     assert (logged.config["lr"], logged.config["net"]) == (0.2, {"layers": [1, 2]})
     assert logged.config["trackhub"] == {
         "job": JOB,
@@ -166,21 +166,19 @@ def test_kinds_become_wandb_types(sink: Sink) -> None:
     artifact = next(one for one in logged.artifacts if one.kind == "model")
     assert artifact.name.startswith("best_model--site-1")
     assert artifact.metadata["key"] == "best model"
-    assert {name: (sink.folder / path).read_bytes() for name, path in artifact.files.items()} == {
-        "model.pt": b"weights"
-    }
+    assert {name: (rig.folder / path).read_bytes() for name, path in artifact.files.items()} == {"model.pt": b"weights"}
 
 
-def test_what_wandb_cannot_hold_is_rejected_by_name(sink: Sink) -> None:
+def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
     """The neighbours of such a record are stored."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     bins = 513
     report = run.write(
         [
             entry(0, Metrics({"a": 1.0})),
             entry(1, Histogram("h", [float(n) for n in range(bins + 1)], [1.0] * bins)),
-            entry(2, Image("i", sink.blob(b"no image", "image/png"), 1, 1)),
-            entry(3, Image("i", sink.blob(b"GIF89a", "image/gif"), 1, 1)),
+            entry(2, Image("i", rig.blob(b"no image", "image/png"), 1, 1)),
+            entry(3, Image("i", rig.blob(b"GIF89a", "image/gif"), 1, 1)),
             entry(4, Metrics({"a": 2.0})),
         ]
     )
@@ -192,41 +190,41 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(sink: Sink) -> None:
     ]
     assert all(isinstance(one, Rejection) and one.detail for one in report.rejected)
     run.finish(RunStatus.FINISHED)
-    assert [row["_step"] for row in only_run(sink).rows] == [0, 4]
+    assert [row["_step"] for row in only_run(rig).rows] == [0, 4]
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [("finished", 0), ("failed", 1), ("aborted", 1)])
-def test_run_ends_as_what_it_was(sink: Sink, status: str, exit_code: int) -> None:
+def test_run_ends_as_what_it_was(rig: Rig, status: str, exit_code: int) -> None:
     """W&B shows a run with an exit code as failed."""
-    sink.backend(mode="offline").open_run(sink.info()).finish(RunStatus(status))
-    assert only_run(sink).exit_code == exit_code
+    rig.backend(mode="offline").open_run(rig.info()).finish(RunStatus(status))
+    assert only_run(rig).exit_code == exit_code
 
 
-def test_batch_that_is_handed_over_twice_is_stored_once(sink: Sink) -> None:
+def test_batch_that_is_handed_over_twice_is_stored_once(rig: Rig) -> None:
     """An error after the SDK took the batch does no harm."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     run.write(losses(range(5)))
     run.write(losses(range(7)))
     run.finish(RunStatus.FINISHED)
-    assert [row["_step"] for row in only_run(sink).rows] == list(range(7))
+    assert [row["_step"] for row in only_run(rig).rows] == list(range(7))
 
 
-def test_flushed_records_survive_the_service_and_the_process(sink: Sink) -> None:
+def test_flushed_records_survive_the_service_and_the_process(rig: Rig) -> None:
     """When flush has returned, everything is in the file, though the run is open."""
-    run = sink.backend(mode="offline").open_run(sink.info())
+    run = rig.backend(mode="offline").open_run(rig.info())
     run.write(losses(range(300)))
     run.flush()
-    assert len(only_run(sink).rows) == 300
+    assert len(only_run(rig).rows) == 300
     run.write([entry(300, Params({"lr": 1}))])
     run.flush()
-    assert only_run(sink).config["lr"] == 1
+    assert only_run(rig).config["lr"] == 1
 
 
-def test_flush_says_so_when_the_file_is_gone(sink: Sink) -> None:
+def test_flush_says_so_when_the_file_is_gone(rig: Rig) -> None:
     """A folder that was taken away is not taken for a success."""
-    run = sink.backend(mode="offline", flush_timeout_s=0.5).open_run(sink.info())
+    run = rig.backend(mode="offline", flush_timeout_s=0.5).open_run(rig.info())
     run.write(losses(range(3)))
-    sink.wandb_dir.rename(sink.folder / "away")
+    rig.wandb_dir.rename(rig.folder / "away")
     with pytest.raises(TransientError):
         run.flush()
 
@@ -234,10 +232,10 @@ def test_flush_says_so_when_the_file_is_gone(sink: Sink) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from backends.wandb.tests.conftest import Sink, losses
-sink = Sink.__new__(Sink)
-sink.folder = Path(sys.argv[1]); sink.wandb_dir = sink.folder / "wandb"; sink.blobs = sink.folder; sink.backends = []
-run = sink.backend(mode="offline").open_run(sink.info())
+from backends.wandb.tests.conftest import Rig, losses
+rig = Rig.__new__(Rig)
+rig.folder = Path(sys.argv[1]); rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
+run = rig.backend(mode="offline").open_run(rig.info())
 run.write(losses(range(100)))
 run.flush()
 run.write(losses(range(100, 150)))
@@ -245,46 +243,46 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_killed_run_is_rebuilt_with_exact_rows(sink: Sink) -> None:
+def test_killed_run_is_rebuilt_with_exact_rows(rig: Rig) -> None:
     """A torn folder is replaced: afterwards there is one folder of that run, with every row once."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(sink.folder)],
+        [sys.executable, "-c", CHILD, str(rig.folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    torn = only_run(sink)
+    torn = only_run(rig)
     assert torn.exit_code is None
     assert len(torn.rows) >= 100
-    backend = sink.backend(mode="offline")
+    backend = rig.backend(mode="offline")
     assert backend.capabilities.redelivery is Redelivery.REBUILD
-    run = backend.open_run(sink.info())
+    run = backend.open_run(rig.info())
     run.write(losses(range(200)))
     run.flush()
     run.finish(RunStatus.FINISHED)
-    rebuilt = only_run(sink)
+    rebuilt = only_run(rig)
     assert [row["_step"] for row in rebuilt.rows] == list(range(200))
     assert rebuilt.exit_code == 0
 
 
-def test_results_give_the_folder_and_a_command_that_uploads_it(sink: Sink, emulator: Emulator) -> None:
+def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulator: Emulator) -> None:
     """The command works, also when the job's folder was moved and its blobs are gone, artifacts included."""
-    backend = sink.backend(mode="offline", project="demo")
-    run = backend.open_run(sink.info())
-    blob = sink.blob(b"weights", "application/octet-stream")
+    backend = rig.backend(mode="offline", project="demo")
+    run = backend.open_run(rig.info())
+    blob = rig.blob(b"weights", "application/octet-stream")
     run.write([*losses(range(20)), entry(20, Artifact("model", blob, "m.pt", "model"))])
-    run.write([entry(21, Table("t", ["a"], [[1]])), entry(22, Image("i", sink.blob(png(), "image/png"), 8, 6))])
+    run.write([entry(21, Table("t", ["a"], [[1]])), entry(22, Image("i", rig.blob(png(), "image/png"), 8, 6))])
     run.finish(RunStatus.FAILED)
-    results = backend.results(sink.info())
+    results = backend.results(rig.info())
     assert results is not None
     assert results.command is not None
     assert results.path is not None
-    moved = sink.folder.with_name("moved to")
-    shutil.rmtree(sink.blobs)
-    sink.folder.rename(moved)
-    command = results.command.replace(shlex.quote(str(sink.folder)), shlex.quote(str(moved)))
+    moved = rig.folder.with_name("moved to")
+    shutil.rmtree(rig.blobs)
+    rig.folder.rename(moved)
+    command = results.command.replace(shlex.quote(str(rig.folder)), shlex.quote(str(moved)))
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -293,7 +291,7 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(sink: Sink, emula
     }
     done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    uploaded = emulator.state.run(sink.info().run_id)
+    uploaded = emulator.state.run(rig.info().run_id)
     assert (uploaded.project, uploaded.fields["displayName"], uploaded.state) == ("demo", "site-1", "failed")
     assert [row["loss"] for row in uploaded.history()[:20]] == [n / 2 for n in range(20)]
     assert {one.collection: one.state for one in emulator.state.artifacts if one.artifact_type == "model"} == {
@@ -301,21 +299,21 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(sink: Sink, emula
     }
 
 
-def test_close_ends_what_was_not_ended(sink: Sink) -> None:
+def test_close_ends_what_was_not_ended(rig: Rig) -> None:
     """A run that the lane gave up leaves no process; what was flushed is on disk."""
-    backend = sink.backend(mode="offline")
-    run = backend.open_run(sink.info())
+    backend = rig.backend(mode="offline")
+    run = backend.open_run(rig.info())
     run.write(losses(range(10)))
     run.flush()
     backend.close()
     assert services() == []
-    assert (len(only_run(sink).rows), only_run(sink).exit_code) == (10, None)
+    assert (len(only_run(rig).rows), only_run(rig).exit_code) == (10, None)
 
 
-def test_nothing_is_left_outside_the_folder_of_the_sink(sink: Sink, tmp_path: Path) -> None:
+def test_nothing_is_left_outside_the_folder_of_the_receiver(rig: Rig, tmp_path: Path) -> None:
     """Neither staged artifacts nor settings in the home folder, but the log of the SDK's service; and no process."""
-    run = sink.backend(mode="offline").open_run(sink.info())
-    run.write([entry(0, Table("t", ["a"], [[1]])), entry(1, Artifact("m", sink.blob(b"x", "a/b"), "m"))])
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write([entry(0, Table("t", ["a"], [[1]])), entry(1, Artifact("m", rig.blob(b"x", "a/b"), "m"))])
     run.finish(RunStatus.FINISHED)
     left = [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()]
     assert [name for name in left if not name.startswith("core-debug-")] == []

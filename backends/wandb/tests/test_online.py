@@ -15,7 +15,7 @@ import pytest
 from PIL import Image as PilImage
 from trackhub_wandb import WandBBackend
 
-from backends.wandb.tests.conftest import JOB, T0, Sink, entry, losses, services
+from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import ENTITY, Emulator
 from trackhub.spi import (
     Artifact,
@@ -34,14 +34,14 @@ from trackhub.spi import (
 Online = Callable[..., WandBBackend]
 
 
-def test_run_arrives_with_name_group_steps_and_times(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_run_arrives_with_name_group_steps_and_times(online: Online, rig: Rig, emulator: Emulator) -> None:
     """What flush confirmed is at the server before the run ends: rows by position, step and round as columns."""
     backend = online(project="demo", job_type="train", notes="a note", tags=["pilot"])
-    run = backend.open_run(sink.info())
+    run = backend.open_run(rig.info())
     steps = [10, 5, 5, 0]
     run.write([entry(n, Metrics({"val/acc": n / 4, "a.b": 1.0}), step=step, round=1) for n, step in enumerate(steps)])
     run.flush()
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert held.state == "running"
     found = [(r["_step"], r["step"], r["round"], r["_timestamp"], r["val/acc"]) for r in held.history()]
     assert found == [(n, step, 1, T0 + n, n / 4) for n, step in enumerate(steps)]
@@ -50,29 +50,29 @@ def test_run_arrives_with_name_group_steps_and_times(online: Online, sink: Sink,
     fields = {name: held.fields[name] for name in ("displayName", "groupName", "jobType", "notes")}
     assert fields == {"displayName": "site-1", "groupName": JOB, "jobType": "train", "notes": "a note"}
     assert held.tags == ["pilot"]
-    results = backend.results(sink.info())
+    results = backend.results(rig.info())
     assert results is not None
-    assert results.url == f"{emulator.url}/{ENTITY}/demo/runs/{sink.info().run_id}"
+    assert results.url == f"{emulator.url}/{ENTITY}/demo/runs/{rig.info().run_id}"
     assert services() == []
 
 
-def test_every_kind_is_at_the_server_when_flush_returns(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_every_kind_is_at_the_server_when_flush_returns(online: Online, rig: Rig, emulator: Emulator) -> None:
     """Config, tags, media files and artifacts too, not only rows."""
     picture = io.BytesIO()
     PilImage.new("RGB", (8, 6)).save(picture, "PNG")
-    run = online().open_run(sink.info())
+    run = online().open_run(rig.info())
     payloads: list[Payload] = [
         Params({"lr": 0.1, "x": float("nan"), "net": {"layers": [1, 2]}}),
         Tags({"stage": "pilot"}),
         Text("note", "a < b"),
-        Image("image", sink.blob(picture.getvalue(), "image/png"), 8, 6),
+        Image("image", rig.blob(picture.getvalue(), "image/png"), 8, 6),
         Histogram("weights", [0.0, 0.5, 1.0], [3.0, 4.0]),
         Table("preds", ["name", "p"], [["cat", 0.5]]),
-        Artifact("model", sink.blob(b"weights", "application/octet-stream"), "model.pt", "model"),
+        Artifact("model", rig.blob(b"weights", "application/octet-stream"), "model.pt", "model"),
     ]
     run.write([entry(n, payload) for n, payload in enumerate(payloads)])
     run.flush()
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     params = held.params()
     assert (params["lr"], params["x"], params["net"]) == (0.1, "NaN", {"layers": [1, 2]})
     assert held.tags == ["stage:pilot"]
@@ -83,51 +83,51 @@ def test_every_kind_is_at_the_server_when_flush_returns(online: Online, sink: Si
     assert json.loads(held.files[table["preds"]["path"]])["data"] == [["cat", 0.5]]
     (model,) = [one for one in emulator.state.artifacts if one.artifact_type == "model"]
     assert (model.collection, model.state, model.files["model.pt"]) == ("model--site-1", "COMMITTED", b"weights")
-    assert model.run_name == sink.info().run_id
+    assert model.run_name == rig.info().run_id
     run.finish(RunStatus.FINISHED)
 
 
 @pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.ABORTED])
 def test_site_that_did_not_finish_ends_as_failed(
-    online: Online, sink: Sink, emulator: Emulator, status: RunStatus
+    online: Online, rig: Rig, emulator: Emulator, status: RunStatus
 ) -> None:
     """W&B shows it as failed, not as running or finished."""
-    run = online().open_run(sink.info())
+    run = online().open_run(rig.info())
     run.finish(status)
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert (held.state, held.exit_code) == ("failed", 1)
 
 
 def test_entity_of_the_environment_is_the_runs(
-    online: Online, sink: Sink, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+    online: Online, rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the server has of a run is asked under the same name under which it is written, also when it is resumed."""
     monkeypatch.setenv("WANDB_ENTITY", "hospital")
     for number in range(2):
         backend = online()
-        run = backend.open_run(sink.info())
+        run = backend.open_run(rig.info())
         run.write(losses(range(10 * number, 10 * number + 10)))
         run.flush()
-        assert len(emulator.state.run(sink.info().run_id).rows) == 10 * number + 10
+        assert len(emulator.state.run(rig.info().run_id).rows) == 10 * number + 10
         backend.close()
-    assert emulator.state.run(sink.info().run_id).entity == "hospital"
+    assert emulator.state.run(rig.info().run_id).entity == "hospital"
 
 
-def test_run_that_is_opened_again_goes_on(online: Online, sink: Sink, emulator: Emulator) -> None:
-    """A second sink hands over again what may not have been confirmed; every row is there once, and tags stay."""
+def test_run_that_is_opened_again_goes_on(online: Online, rig: Rig, emulator: Emulator) -> None:
+    """A second receiver hands over again what may not have been confirmed; every row is there once, and tags stay."""
     first = online(tags=["fixed"])
     assert first.capabilities.redelivery is Redelivery.IDEMPOTENT
-    run = first.open_run(sink.info())
+    run = first.open_run(rig.info())
     run.write([entry(0, Tags({"stage": "pilot"})), entry(1, Params({"lr": 0.1})), *losses(range(2, 20))])
     run.flush()
     first.close()
     assert services() == []
-    again = online(tags=["fixed"]).open_run(sink.info(resume_from=10))
+    again = online(tags=["fixed"]).open_run(rig.info(resume_from=10))
     again.write(losses(range(10, 30)))
     again.write([entry(30, Tags({"stage": "done", "more": ""})), entry(31, Params({"epochs": 3}))])
     again.flush()
     again.finish(RunStatus.FINISHED)
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert [row["_step"] for row in held.history()] == list(range(2, 30))
     assert held.tags == ["fixed", "stage:done", "more"]
     assert {name: held.params()[name] for name in ("lr", "epochs")} == {"lr": 0.1, "epochs": 3}
@@ -137,10 +137,10 @@ def test_run_that_is_opened_again_goes_on(online: Online, sink: Sink, emulator: 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from backends.wandb.tests.conftest import Sink, losses
-sink = Sink.__new__(Sink)
-sink.folder = Path(sys.argv[1]); sink.wandb_dir = sink.folder / "wandb"; sink.blobs = sink.folder; sink.backends = []
-run = sink.backend(mode="online", upload_interval_s=1.0).open_run(sink.info())
+from backends.wandb.tests.conftest import Rig, losses
+rig = Rig.__new__(Rig)
+rig.folder = Path(sys.argv[1]); rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
+run = rig.backend(mode="online", upload_interval_s=1.0).open_run(rig.info())
 run.write(losses(range(100)))
 run.flush()
 run.write(losses(range(100, 150)))
@@ -149,23 +149,23 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_run_is_resumed_with_exact_rows(
-    online: Online, sink: Sink, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+    online: Online, rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What flush confirmed survives SIGKILL; the rest is handed over again, and nothing is there twice."""
     monkeypatch.setenv("WANDB_API_KEY", emulator.state.api_key)
     monkeypatch.setenv("WANDB_BASE_URL", emulator.url)
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(sink.folder)],
+        [sys.executable, "-c", CHILD, str(rig.folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert len(held.rows) >= 100
     assert held.state == "running"
-    run = online().open_run(sink.info(resume_from=100))
+    run = online().open_run(rig.info(resume_from=100))
     run.write(losses(range(100, 200)))
     run.flush()
     run.finish(RunStatus.FINISHED)
@@ -173,11 +173,11 @@ def test_killed_run_is_resumed_with_exact_rows(
     assert held.state == "finished"
 
 
-def test_sixteen_sites_share_one_process(online: Online, sink: Sink, emulator: Emulator) -> None:
+def test_sixteen_sites_share_one_process(online: Online, rig: Rig, emulator: Emulator) -> None:
     """However many sites there are, W&B costs one process; it is gone after the last of them."""
     backend = online()
     sites = [f"site-{number}" for number in range(1, 17)]
-    runs = {site: backend.open_run(sink.info(site)) for site in sites}
+    runs = {site: backend.open_run(rig.info(site)) for site in sites}
     assert len(services()) == 1
     for site, run in runs.items():
         run.write([entry(n, Metrics({"loss": float(site.removeprefix("site-"))})) for n in range(20)])
@@ -188,23 +188,23 @@ def test_sixteen_sites_share_one_process(online: Online, sink: Sink, emulator: E
         run.finish(RunStatus.FINISHED)
     assert services() == []
     for site in sites:
-        rows = emulator.state.run(sink.info(site).run_id).history()
+        rows = emulator.state.run(rig.info(site).run_id).history()
         assert [row["loss"] for row in rows] == [float(site.removeprefix("site-"))] * 20
 
 
 def test_each_site_may_have_its_own_server_and_key(tmp_path: Path, emulator: Emulator) -> None:
-    """Two sinks in one process, as in a simulator, write to two servers with two keys, at the same time."""
+    """Two receivers in one process, as in a simulator, write to two servers with two keys, at the same time."""
     with Emulator("z" * 40) as other:
-        sinks = [Sink(tmp_path / name) for name in ("one", "two")]
+        rigs = [Rig(tmp_path / name) for name in ("one", "two")]
         servers = [emulator, other]
         backends = [
-            sink.backend(mode="online", base_url=server.url, api_key=server.state.api_key, upload_interval_s=1.0)
-            for sink, server in zip(sinks, servers, strict=True)
+            rig.backend(mode="online", base_url=server.url, api_key=server.state.api_key, upload_interval_s=1.0)
+            for rig, server in zip(rigs, servers, strict=True)
         ]
         for backend in backends:
             backend.preflight()
         sites = ("site-1", "site-2")
-        runs = [b.open_run(sink.info(site)) for b, sink, site in zip(backends, sinks, sites, strict=True)]
+        runs = [b.open_run(rig.info(site)) for b, rig, site in zip(backends, rigs, sites, strict=True)]
         for number, run in enumerate(runs):
             run.write([entry(n, Metrics({"server": float(number)})) for n in range(5)])
         for run in runs:
@@ -219,14 +219,14 @@ def test_each_site_may_have_its_own_server_and_key(tmp_path: Path, emulator: Emu
 
 
 def test_key_is_in_no_file_and_no_command_line(
-    sink: Sink, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    rig: Rig, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither what the run leaves in the sink, nor the home folder, nor the output, nor the server's data holds it."""
+    """Neither what the run leaves in the receiver, nor the home folder, nor the output, nor the server's data holds it."""
     key = emulator.state.api_key = "5ec7e7" * 7
     monkeypatch.setenv("WANDB_API_KEY", key)
-    backend = sink.backend(mode="online", base_url=emulator.url, upload_interval_s=1.0)
+    backend = rig.backend(mode="online", base_url=emulator.url, upload_interval_s=1.0)
     backend.preflight()
-    run = backend.open_run(sink.info())
+    run = backend.open_run(rig.info())
     assert all(key not in command for command in services())
     run.write([entry(0, Params({"lr": 1})), *losses(range(1, 5))])
     run.flush()
@@ -235,18 +235,18 @@ def test_key_is_in_no_file_and_no_command_line(
     assert len(files) > 3
     assert [path for path in files if key.encode() in path.read_bytes()] == []
     assert key not in "".join(capfd.readouterr())
-    held = emulator.state.run(sink.info().run_id)
+    held = emulator.state.run(rig.info().run_id)
     assert key not in json.dumps([held.fields, held.config, held.rows, held.summary])
     assert not any(key.encode() in data for data in held.files.values())
 
 
-def test_run_of_the_users_own_is_left_alone(online: Online, sink: Sink, emulator: Emulator, tmp_path: Path) -> None:
+def test_run_of_the_users_own_is_left_alone(online: Online, rig: Rig, emulator: Emulator, tmp_path: Path) -> None:
     """The training code of an in-process client may use W&B itself; its run goes on when ours has ended."""
     import wandb
 
     own = wandb.init(project="mine", mode="offline", dir=tmp_path, reinit="create_new", settings={"silent": True})
     backend = online()
-    run = backend.open_run(sink.info())
+    run = backend.open_run(rig.info())
     run.write(losses(range(3)))
     run.flush()
     run.finish(RunStatus.FINISHED)
@@ -254,4 +254,4 @@ def test_run_of_the_users_own_is_left_alone(online: Online, sink: Sink, emulator
     assert len(services()) == 1
     own.log({"a": 1})
     own.finish()
-    assert len(emulator.state.run(sink.info().run_id).rows) == 3
+    assert len(emulator.state.run(rig.info().run_id).rows) == 3

@@ -19,13 +19,13 @@ from tests.contract.mutants.base import (
 )
 from trackhub.builtin.jsonl import JsonlBackend, JsonlOptions, JsonlRun
 from trackhub.spi import (
+    BackendContext,
     Entry,
     Results,
     RunInfo,
     RunKey,
     RunStatus,
     Side,
-    SinkContext,
 )
 
 
@@ -50,7 +50,7 @@ class PassedAContractThatIsNotWritten(Bad):
 
 @caught_by("test_making_a_backend_does_no_work")
 class WorksWhenItIsMade(Bad):
-    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+    def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
         super().__init__(options, context)
         (context.workdir / "lock").write_text("mine")
 
@@ -132,7 +132,7 @@ class KnowsARunByItsSite(Bad):
 
 @caught_by("test_two_sides_do_not_mix")
 class IgnoresTheSide(Bad):
-    def __init__(self, options: JsonlOptions, context: SinkContext) -> None:
+    def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
         super().__init__(options, msgspec.structs.replace(context, side=Side.SERVER))
 
 

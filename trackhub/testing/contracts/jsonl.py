@@ -37,7 +37,7 @@ class JsonlContract(BackendContract):
     name = "jsonl"
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return options with which all sinks write to one folder."""
+        """Return options with which all receivers write to one folder."""
         return {"path": str(tmp_path / "all-jobs")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 from trackhub.spi import (
     Backend,
+    BackendContext,
     Capabilities,
     ConfigError,
     Kind,
     Redelivery,
     Results,
     RunInfo,
-    SinkContext,
 )
 from trackhub_mlflow.group import Group
 from trackhub_mlflow.naming import KEY_CHARS, MAX_NAME_CHARS, NOTE_TAG, tag_name
@@ -52,7 +52,7 @@ class MLflowBackend(Backend):
         key_chars=KEY_CHARS,
     )
 
-    def __init__(self, options: MLflowOptions, context: SinkContext) -> None:
+    def __init__(self, options: MLflowOptions, context: BackendContext) -> None:
         """Choose the store; nothing is opened or sent yet."""
         super().__init__(options, context)
         self._options = options

@@ -71,7 +71,7 @@ class MLflowContract(BackendContract):
     }
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return options with which all sinks write to one SQLite store."""
+        """Return options with which all receivers write to one SQLite store."""
         return {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
 
     def prepare(self, context: StoreContext) -> None:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding or creating the runs of a job: one parent run, and one child run per site, when many sinks do it at once.
+"""Finding or creating the runs of a job: one parent run, and one child run per site, when many receivers do it at once.
 
 MLflow gives a run its id itself and has no way to create a run only if there is none. So a run is found again by a
-tag with its identity, and sinks that create one at the same time agree on one of them:
+tag with its identity, and receivers that create one at the same time agree on one of them:
 
 1. Search. A run that is *settled*, without the tag ``trackhub.pending``, is the one. If there is no run at all,
    create one that is pending.
 2. Search again. If mine is the only one, settle it. If several are there and none is settled, the first of them, by
    start time and id, stays; the others are withdrawn by those who created them.
 
-Two sinks cannot both find theirs to be the only one, since each looks after it has created its own. A sink that
+Two receivers cannot both find theirs to be the only one, since each looks after it has created its own. A receiver that
 dies between creating and settling holds the others up for ``PATIENCE_S``; then the first run is settled for it.
 
-That is for the parent run. Only one sink writes a site's run, so there the second search is left out; what its own
-attempts left behind, of which the store's replies were lost, is withdrawn when the sink's last run ends.
+That is for the parent run. Only one receiver writes a site's run, so there the second search is left out; what its own
+attempts left behind, of which the store's replies were lost, is withdrawn when the receiver's last run ends.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class Group:
-    """One sink's part in a job: the job's parent run, and the runs of the sites that the sink writes.
+    """One receiver's part in a job: the job's parent run, and the runs of the sites that the receiver writes.
 
     Used from one thread. Every method waits for the store, and raises what the store raises; it may then be called
     again.
@@ -85,7 +85,7 @@ class Group:
     def close_run(self, run: StoredRun, job: str, status: RunStatus, end_ms: int | None) -> None:
         """End the site's run; and the parent run, if no other of its runs is running.
 
-        Nobody looks at the job's other runs while this sink has one open: with a thousand sites, to look at all of
+        Nobody looks at the job's other runs while this receiver has one open: with a thousand sites, to look at all of
         them for each would take hours.
         """
         self._store.update_run(run.id, _ENDS[status], end_ms)
@@ -145,7 +145,7 @@ class Group:
     def _close_parent(self, experiment_id: str, job: str) -> None:
         """End the parent run if none of its runs is running: failed if one failed, else killed if one was.
 
-        Whichever sink ends its run last does it. A site that is still running, or joins later, keeps the parent
+        Whichever receiver ends its run last does it. A site that is still running, or joins later, keeps the parent
         running.
         """
         assert self._place is not None
@@ -157,7 +157,7 @@ class Group:
         parent = min(parents, key=_settled_first, default=None)
         if parent is None:
             return  # somebody deleted it
-        if parent.id != used.id:  # sinks that waited for each other in vain had chosen different ones
+        if parent.id != used.id:  # receivers that waited for each other in vain had chosen different ones
             for child in filter(_is_settled, own):
                 store.log_batch(child.id, (), (), [Pair(NESTING_TAG, parent.id)])
             children = store.find_runs(experiment_id, NESTING_TAG, parent.id)
@@ -217,13 +217,13 @@ def _settled_first(run: StoredRun) -> tuple[bool, int, str]:
 
 
 def _withdraw(store: Store, run: StoredRun, tag: str) -> None:
-    """Take back a run that was created while another sink created the one that counts."""
+    """Take back a run that was created while another receiver created the one that counts."""
     store.delete_tag(run.id, tag)
     store.delete_run(run.id)
 
 
 def _withdraw_unsettled(store: Store, runs: Sequence[StoredRun], tag: str) -> None:
-    """Take back what is left of attempts whose reply was lost, or whose sink died."""
+    """Take back what is left of attempts whose reply was lost, or whose receiver died."""
     for run in runs:
         if not _is_settled(run):
             _withdraw(store, run, tag)

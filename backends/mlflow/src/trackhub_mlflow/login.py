@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The login of an MLflow server: the settings that MLflow's own client reads, from the sink's environment.
+"""The login of an MLflow server: the settings that MLflow's own client reads, from the receiver's environment.
 
-They are read here, since importing mlflow takes seconds and a few hundred megabytes, for nothing else that a sink
+They are read here, since importing mlflow takes seconds and a few hundred megabytes, for nothing else that a receiver
 with a server needs. Only a login by a plugin of MLflow's, or by AWS's signatures, imports it.
 
 Source: ``mlflow.utils.credentials`` and ``mlflow.utils.rest_utils.http_request``, mlflow 3.17.

@@ -23,7 +23,7 @@ _TagValue = Annotated[str, msgspec.Meta(max_length=8000)]
 
 
 class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how runs are written. The login of a server is read from the sink's ``MLFLOW_TRACKING_*`` environment.
+    """Where and how runs are written. The login of a server is read from the receiver's ``MLFLOW_TRACKING_*`` environment.
 
     Attributes:
         tracking_uri: a server, ``http(s)://HOST:PORT``, or an SQLite store, ``sqlite:///FILE``, whose artifacts lie in

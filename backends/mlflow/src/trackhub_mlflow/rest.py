@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from trackhub.spi import TransientError
-from trackhub_mlflow.elsewhere import put_by_client, root_cause
+from trackhub_mlflow.artifact_repositories import put_by_client, root_cause
 from trackhub_mlflow.login import open_session
 from trackhub_mlflow.options import server_url
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun
@@ -184,7 +184,7 @@ class RestStore:
         try:
             self._post("/experiments/create", {"name": name, "tags": tags})
         except RefusedError as error:
-            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # another sink was quicker
+            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # another receiver was quicker
                 raise SetupError(f"MLflow refuses the experiment {name!r}: {error}") from error
 
     def _get(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class RestStore:
             self.close()  # so that the next attempt reads the login anew
             return SetupError(
                 f"MLflow server {self._url} refuses access (HTTP {status}: {said}). Set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of the sink"
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of the receiver"
             )
         if status == 404 and code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             return _NotFoundError(f"MLflow server {self._url}: {said}")

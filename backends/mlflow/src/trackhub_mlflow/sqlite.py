@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from trackhub.spi import TransientError
-from trackhub_mlflow.elsewhere import put_by_client
+from trackhub_mlflow.artifact_repositories import put_by_client
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class SqliteStore:
                 try:
                     store.create_experiment(name, tags=tags)
                 except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another sink was quicker
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another receiver was quicker
                         raise
                 found = store.get_experiment_by_name(name)
             return Experiment(found.experiment_id, found.lifecycle_stage == "active", found.artifact_location)

@@ -13,6 +13,7 @@ import msgspec
 
 from trackhub.spi import (
     Backend,
+    BackendContext,
     BackendRun,
     Capabilities,
     ConfigError,
@@ -26,7 +27,6 @@ from trackhub.spi import (
     RunInfo,
     RunStatus,
     Side,
-    SinkContext,
     TransientError,
     WriteReport,
     path_component,
@@ -70,7 +70,7 @@ class TensorBoardBackend(Backend):
         key_chars="",
     )
 
-    def __init__(self, options: TensorBoardOptions, context: SinkContext) -> None:
+    def __init__(self, options: TensorBoardOptions, context: BackendContext) -> None:
         """Work out the folder; nothing is created yet."""
         super().__init__(options, context)
         run_folder = context.workdir.parent
@@ -125,7 +125,7 @@ class TensorBoardRun(BackendRun):
         # Here and not above, so that listing the installed backends does not import tensorboard.
         from trackhub_tensorboard.eventlog import EventLog
         from trackhub_tensorboard.events import Encoder
-        from trackhub_tensorboard.session import Session
+        from trackhub_tensorboard.hparams import Session
 
         self._log = EventLog(folder)
         self._session = Session(folder, info.created)

@@ -46,7 +46,7 @@ class TensorBoardContract(BackendContract):
     name = "tensorboard"
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return options with which all sinks write to one log folder."""
+        """Return options with which all receivers write to one log folder."""
         return {"logdir": str(tmp_path / "logdir")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:

@@ -12,6 +12,7 @@ import msgspec
 
 from trackhub.spi import (
     Backend,
+    BackendContext,
     BackendRun,
     Capabilities,
     InvalidOptionError,
@@ -19,7 +20,6 @@ from trackhub.spi import (
     Redelivery,
     Results,
     RunInfo,
-    SinkContext,
 )
 from trackhub_wandb.login import Mode, chosen_mode, find_login, require_login, verify_login
 from trackhub_wandb.offline import OfflineRun, offline_folders
@@ -73,7 +73,7 @@ class WandBBackend(Backend):
     Options = WandBOptions
     capabilities = _OFFLINE
 
-    def __init__(self, options: msgspec.Struct, context: SinkContext) -> None:
+    def __init__(self, options: msgspec.Struct, context: BackendContext) -> None:
         super().__init__(options, context)
         if not isinstance(options, WandBOptions):
             raise InvalidOptionError(f"backend wandb: options must be WandBOptions, got {type(options).__name__}")
@@ -85,7 +85,7 @@ class WandBBackend(Backend):
         self._server: Server | None = None
         self._runs: list[OfflineRun | OnlineRun] = []
         self._results: dict[str, Results] = {}
-        # W&B puts its files into <root>/wandb, and the sink calls this backend's folder that.
+        # W&B puts its files into <root>/wandb, and the receiver calls this backend's folder that.
         folder = context.workdir.absolute()
         self._root = folder.parent if folder.name == _FOLDER else folder
         if options.mode is not None:

@@ -26,7 +26,7 @@ from trackhub.testing import (
     TextItem,
 )
 from trackhub_wandb.backend import WandBBackend
-from trackhub_wandb.contract_log import read_log
+from trackhub_wandb.offline_reader import read_log
 
 __all__ = ["WandBContract", "add_row"]
 
@@ -42,7 +42,7 @@ class WandBContract(BackendContract):
     secret_env = ("WANDB_API_KEY",)
 
     def options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return the options of an offline sink."""
+        """Return the options of an offline receiver."""
         return {"mode": "offline"}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:

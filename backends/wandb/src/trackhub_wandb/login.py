@@ -37,7 +37,7 @@ def chosen_mode(options: WandBOptions) -> Mode | None:
         return None
     if value not in _MODES:
         raise ConfigError(
-            f"backend wandb: WANDB_MODE={value} in the environment of the sink on {socket.gethostname()}; expected "
+            f"backend wandb: WANDB_MODE={value} in the environment of the receiver on {socket.gethostname()}; expected "
             "online or offline. Unset it, set the backend's option mode, or take the backend out of the job."
         )
     return _MODES[value]
@@ -78,7 +78,7 @@ def require_login(options: WandBOptions) -> Login:
     if found is None:
         raise ConfigError(
             f"backend wandb: mode is online, but no W&B login was found on {socket.gethostname()}, where this job's "
-            f"sink runs. {_how_to_log_in(options)}"
+            f"receiver runs. {_how_to_log_in(options)}"
         )
     return found
 

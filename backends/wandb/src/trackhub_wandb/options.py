@@ -13,10 +13,10 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
 class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how runs are written. What is left out is read from the sink's ``WANDB_*`` environment.
+    """Where and how runs are written. What is left out is read from the receiver's ``WANDB_*`` environment.
 
     Attributes:
-        mode: ``online`` needs a login on the sink's machine; ``offline`` writes files for ``wandb sync``. Left out:
+        mode: ``online`` needs a login on the receiver's machine; ``offline`` writes files for ``wandb sync``. Left out:
             ``WANDB_MODE``, else online if a login is found there, else offline, which is logged before training.
         project: W&B project; left out: ``WANDB_PROJECT``, else ``trackhub``.
         entity: user or team that owns the project; left out: ``WANDB_ENTITY``, else the login's default.
@@ -25,7 +25,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         notes: a description, in Markdown, shown on the run's page; left out: ``WANDB_NOTES``.
         tags: tags that every run gets, beside those that are logged; left out: ``WANDB_TAGS``.
         base_url: the W&B server; left out: ``WANDB_BASE_URL``, else https://api.wandb.ai.
-        api_key: a reference such as ``${secret:WANDB_KEY_HOSPITAL}``; left out: the sink's ``WANDB_API_KEY`` or netrc.
+        api_key: a reference such as ``${secret:WANDB_KEY_HOSPITAL}``; left out: the receiver's ``WANDB_API_KEY`` or netrc.
         step_metric: the key under which the step of a log call is stored, and the default x axis of all charts.
         round_metric: the key under which the federated round is stored, another x axis to choose.
         upload_interval_s: seconds between uploads of a run's rows, at least 1: the SDK takes less for a mistake, and

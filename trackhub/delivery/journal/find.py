@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the journals and spools that a job left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.errors import ConfigError
+
+__all__ = ["Found", "find"]
+
+SPOOL_MARK = "spool.json"
+"""The file that makes a folder a spool."""
+
+
+class Found(NamedTuple):
+    """What lies at or under a path: journal files and spool folders, each sorted."""
+
+    journals: list[Path]
+    spools: list[Path]
+
+
+def find(path: Path) -> Found:
+    """Return the journals and spools at this path: the file or folder itself, else all below it.
+
+    Args:
+        path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
+
+    Raises:
+        ConfigError: there is nothing at this path, or no journal and no spool at or under it.
+    """
+    if path.is_file():
+        return Found([path], [])
+    if not path.is_dir():
+        raise ConfigError(f"there is no {path}; expected a job's folder, a {JOURNAL_NAME} or a spool folder")
+    journals, spools = [], []
+    for folder, _, names in os.walk(path):
+        if JOURNAL_NAME in names:
+            journals.append(Path(folder, JOURNAL_NAME))
+        if SPOOL_MARK in names:
+            spools.append(Path(folder))
+    if not journals and not spools:
+        raise ConfigError(
+            f"no journal ({JOURNAL_NAME}) and no spool ({SPOOL_MARK}) at or under {path}. FLARE archives a finished "
+            f"job's folder: download the job first, and give the folder that it was downloaded to"
+        )
+    return Found(sorted(journals), sorted(spools))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take-over: what FLARE's own writers log becomes records, unchanged and once.
+
+``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
+and Flower all end in one event with an analytics DXO. It holds no time of the log call; in process the event is fired
+within that call, from an external trainer when its message arrives at the client's job process, and then the order of
+records is FLARE's, which does not keep it.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.analytix import AnalyticsDataType, TrackConst
+from nvflare.apis.dxo import DataKind, from_shareable
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+
+from trackhub.errors import RecordError, SpoolError
+from trackhub.flare import compat
+from trackhub.writer.writer import Writer
+
+__all__ = ["StockRecords", "write_stock_record"]
+
+_MAX_WARNINGS = 20
+
+
+class StockRecords:
+    """Takes the stock records that are logged in one process into its spool. Thread-safe."""
+
+    def __init__(self, component: FLComponent) -> None:
+        self._component = component
+        self._lock = threading.Lock()
+        self._spool: Path | None = None
+        self._writer: Writer | None = None
+        self._warned: set[str] = set()
+
+    def open(self, spool: Path) -> None:
+        """Take records from now on."""
+        self._spool = spool
+
+    def take(self, fl_ctx: FLContext) -> None:
+        """Take the record in this event, if it is a new one of this process.
+
+        What cannot be converted is counted as dropped, and each reason logged once.
+        """
+        if self._spool is None or (event := compat.take_stock_event(fl_ctx)) is None:
+            return
+        with self._lock:
+            if self._writer is None:
+                self._writer = Writer(self._spool)
+            writer = self._writer
+        try:
+            write_stock_record(writer, event)
+        except RecordError as e:
+            writer._spool.drop("unconvertible", str(e))  # the stream that it would have stood in
+            self._warn(fl_ctx, f"a stock record was dropped: {e}")
+        except SpoolError as e:
+            self._warn(fl_ctx, f"a stock record came too late: {e}")
+
+    def _warn(self, fl_ctx: FLContext, message: str) -> None:
+        if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(message)
+            self._component.log_warning(fl_ctx, message, fire_event=False)
+
+    def close(self) -> None:
+        """Take no more."""
+        with self._lock:
+            if self._writer is not None:
+                self._writer.close()
+
+
+def write_stock_record(writer: Writer, event: Shareable) -> None:
+    """Write the record in a stock analytics event.
+
+    ``add_scalars(tag, {name: value})`` becomes metrics ``tag/name``, as TensorBoard shows them. MLflow's
+    ``log_text(text, path)`` becomes a text with the path as its key.
+
+    Raises:
+        RecordError: it is of a kind that no backend could show (a model, a Python log record), or malformed.
+    """
+    try:
+        dxo = from_shareable(event)
+        data = dxo.data
+        if dxo.data_kind != DataKind.ANALYTIC:
+            raise RecordError(f"a stock event of kind {dxo.data_kind!r} is no analytics record")
+        key, value = data[TrackConst.TRACK_KEY], data[TrackConst.TRACK_VALUE]
+        step = data.get(TrackConst.GLOBAL_STEP_KEY)
+        data_type = AnalyticsDataType(dxo.get_meta_prop(TrackConst.DATA_TYPE_KEY))
+    except RecordError:
+        raise
+    except Exception as e:
+        raise RecordError(f"a stock event cannot be understood: {type(e).__name__}: {e}") from e
+
+    match data_type:
+        case AnalyticsDataType.SCALAR | AnalyticsDataType.METRIC:
+            writer.log({key: value}, step)
+        case AnalyticsDataType.SCALARS:
+            writer.log({f"{key}/{name}": item for name, item in value.items()}, step)
+        case AnalyticsDataType.METRICS:
+            writer.log(value, step)
+        case AnalyticsDataType.PARAMETER:
+            writer.log_params({key: _param(value)})
+        case AnalyticsDataType.PARAMETERS:
+            writer.log_params({str(name): _param(item) for name, item in value.items()})
+        case AnalyticsDataType.TAG:
+            writer.set_tags({key: str(value)})
+        case AnalyticsDataType.TAGS:
+            writer.set_tags({str(name): str(item) for name, item in value.items()})
+        case AnalyticsDataType.TEXT:
+            writer.log_text(data.get(TrackConst.PATH_KEY) or key, value, step)
+        case AnalyticsDataType.IMAGE:
+            writer.log_image(key, value, step)
+        case _:
+            raise RecordError(f"{key!r}: a stock record of type {data_type.value} has no counterpart here")
+
+
+def _param(value: Any) -> Any:
+    """Return the value if a param can hold it, else its text, which is what MLflow's own writers make of it."""
+    if value is None or isinstance(value, bool | int | float | str) or hasattr(value, "item"):
+        return value
+    if isinstance(value, list | tuple):
+        return [_param(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _param(item) for name, item in value.items()}
+    return str(value)

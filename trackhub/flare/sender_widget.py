@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FLARE component of a client: brings what is logged there to the server, to the client's own receiver, or both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.widgets.widget import Widget
+
+from trackhub.delivery.channel import ChannelError
+from trackhub.delivery.sender import Sender
+from trackhub.delivery.wire import Refused, encode
+from trackhub.errors import ConfigError, PluginError, SpoolError
+from trackhub.flare import compat
+from trackhub.flare.events import StockRecords
+from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.limits import Limits
+from trackhub.run import RunStatus
+from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
+from trackhub.spool.writing import SPOOL_ENV, spool_env
+
+__all__ = ["TrackhubSender"]
+
+
+class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
+    """Delivers a client's records.
+
+    Add it to every client, with `trackhub.flare.recipe.add_tracking` or as a component in ``config_fed_client.json``.
+    It prepares the site's spool before the trainer starts, announces it to the trainer, and sends what appears in it
+    until the receiver has acknowledged it. Nothing that goes wrong in it fails the job, except a wrong configuration.
+    """
+
+    def __init__(
+        self,
+        server_receiver: str | None = "trackhub_receiver",
+        client_receiver: str | None = None,
+        take_over: bool = True,
+        limits: dict[str, Any] | None = None,
+        state_dir: str | None = None,
+    ) -> None:
+        """Check the arguments, all of which stand in the job's configuration.
+
+        Args:
+            server_receiver: component id of the `TrackhubReceiver` on the server; None sends nothing to the server.
+            client_receiver: component id of the `TrackhubReceiver` of this client; None if it has none.
+            take_over: receive what FLARE's own writers log, which FLARE then does not send to the server.
+            limits: values for `trackhub.config.Limits` that differ from the defaults.
+            state_dir: folder for the spool, at this site; by default in the job's run folder.
+
+        Raises:
+            ConfigError: no receiver is named, a limit is wrong, or stock records would go to the server although
+                nothing is to be sent there.
+        """
+        super().__init__()
+        if server_receiver is None and client_receiver is None:
+            raise ConfigError("TrackhubSender: expected server_receiver, client_receiver or both; both are None")
+        if server_receiver is None and not take_over:
+            raise ConfigError(
+                "TrackhubSender: tracking is on the client side only, but take_over is off, so what FLARE's own "
+                "writers log would go to the server; leave take_over on, or track on the server as well"
+            )
+        self.server_receiver = server_receiver
+        self.client_receiver = client_receiver
+        self.take_over = take_over
+        self.limits = limits
+        self.state_dir = state_dir
+        self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
+        self._senders: dict[str, Sender] = {}
+        self._receiver: TrackhubReceiver | None = None
+        self._stock = StockRecords(self)
+        self._spool: Path | None = None
+        self._announced = ""
+        self._panicked = False
+        self._task: RunStatus | None = RunStatus.FINISHED
+        self._status = RunStatus.FINISHED
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """React to FLARE's events. Never raises."""
+        try:
+            self._handle(event_type, fl_ctx)
+        except (ConfigError, PluginError) as e:
+            compat.stop_job(self, fl_ctx, f"trackhub: {e}")
+        except Exception as e:
+            self.log_exception(fl_ctx, f"tracking met an error, training goes on: {e}", fire_event=False)
+
+    def _handle(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type in compat.STOCK_EVENTS:
+            if self.take_over:
+                self._stock.take(fl_ctx)
+        elif event_type == EventType.ABOUT_TO_START_RUN:
+            self._start(fl_ctx)
+        elif event_type == EventType.BEFORE_TASK_EXECUTION:
+            self._task = None
+            for sender in self._senders.values():
+                sender.set_round(compat.current_round(fl_ctx, on_server=False))
+        elif event_type == EventType.AFTER_TASK_EXECUTION:
+            self._task = compat.task_status(fl_ctx)
+        elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
+            if self._task is None:  # the executor raised, or the task was cut short
+                self._task = RunStatus.ABORTED if compat.is_ending(fl_ctx) else RunStatus.FAILED
+            self._barrier()
+        elif event_type == EventType.FATAL_SYSTEM_ERROR:
+            self._panicked = True
+        elif event_type == EventType.ABOUT_TO_END_RUN:
+            if self._panicked:
+                self._status = RunStatus.FAILED
+            elif compat.was_aborted(fl_ctx):
+                self._status = RunStatus.ABORTED
+            else:
+                self._status = self._task or RunStatus.ABORTED
+
+    def _start(self, fl_ctx: FLContext) -> None:
+        engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
+        compat.add_tail_handler(engine, _Tail(self))
+        spool = self._create_spool(fl_ctx, site)
+        if self.server_receiver is not None:
+            send = self._server_link(engine, self.server_receiver)
+            self._senders["server"] = Sender(spool, send, site=site, cursor="server", limits=self._limits)
+        if self.client_receiver is not None:
+            receiver = self._open_receiver(fl_ctx)
+            self._senders["client"] = Sender(
+                spool, receiver.channel(site), site=site, cursor="client", limits=self._limits
+            )
+        for sender in self._senders.values():
+            sender.start()
+        self._stock.open(spool)
+
+    def _server_link(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
+        """Return what carries a request to the server's receiver and its reply back. A test may put faults into it."""
+        channel = compat.Channel(engine, receiver)
+
+        def send(request: bytes, timeout_s: float) -> bytes:
+            try:
+                return channel.request(request, timeout_s)
+            except compat.NoReceiverError as e:
+                return encode(Refused("no_receiver", str(e)))
+            except ConnectionError as e:
+                raise ChannelError(str(e)) from e
+
+        return send
+
+    def _create_spool(self, fl_ctx: FLContext, site: str) -> Path:
+        job = compat.job_id(fl_ctx)
+        cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
+        info = SpoolInfo(site, job, tuple(cursors), self._limits.spool_bytes)
+        spool = compat.state_folder(fl_ctx, self.state_dir) / "spool"
+        try:
+            create_spool(spool, info)
+        except SpoolError as e:
+            spool = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
+            self.log_error(fl_ctx, f"{e}. Tracking uses {spool} instead", fire_event=False)
+            create_spool(spool, info)
+        # Trainers inherit it (external) or read it here (in process). They start at START_RUN, which comes later.
+        self._spool = spool
+        self._announced = spool_env(spool, site, job)
+        os.environ[SPOOL_ENV] = self._announced
+        return spool
+
+    def _open_receiver(self, fl_ctx: FLContext) -> TrackhubReceiver:
+        receiver = fl_ctx.get_engine().get_component(self.client_receiver)
+        if not isinstance(receiver, TrackhubReceiver):
+            raise ConfigError(
+                f"TrackhubSender: client_receiver={self.client_receiver!r} names no TrackhubReceiver of this client"
+            )
+        self._receiver = receiver
+        try:
+            receiver.open(fl_ctx)
+        except (ConfigError, PluginError):
+            raise
+        except Exception as e:
+            self.log_exception(fl_ctx, f"this site's receiver cannot start, its records wait in the spool: {e}")
+        return receiver
+
+    def _barrier(self) -> None:
+        waits = [threading.Thread(target=s.flush, args=(self._limits.barrier_s,)) for s in self._senders.values()]
+        for wait in waits:
+            wait.start()
+        for wait in waits:
+            wait.join()
+
+    def finish(self, fl_ctx: FLContext) -> None:
+        """Drain the spool, say goodbye to the receivers, and end this client's own. Called when the trainer has ended."""
+        if os.environ.get(SPOOL_ENV) == self._announced:
+            del os.environ[SPOOL_ENV]
+        self._stock.close()
+        if self._spool is not None:
+            with contextlib.suppress(SpoolError):  # no loss: a writer that came now would only come too late
+                close_spool(self._spool)
+        # The server waits for this site: a local backend that takes long to finish must not hold that up.
+        remote = threading.Thread(target=self._close, args=("server",))
+        remote.start()
+        try:
+            self._close("client")
+            if self._receiver is not None:
+                self._receiver.close(self._status)
+        finally:
+            remote.join()
+
+    def _close(self, side: str) -> None:
+        if (sender := self._senders.pop(side, None)) is not None:
+            sender.close(self._limits.gate_s, failed=self._status is RunStatus.FAILED)
+
+    def pause(self, fl_ctx: FLContext) -> None:
+        """Bring away what a moment allows: the simulator is about to replace this process by another."""
+        for sender in self._senders.values():
+            sender.flush(1.0)
+
+
+class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
+    """Ends the sender after every other handler of END_RUN, above all after the executor has ended the trainer."""
+
+    def __init__(self, sender: TrackhubSender) -> None:
+        super().__init__()
+        self._sender = sender
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        try:
+            if event_type == EventType.END_RUN:
+                self._sender.finish(fl_ctx)
+            elif event_type == EventType.SWAP_OUT:
+                self._sender.pause(fl_ctx)
+        except Exception as e:
+            self.log_exception(fl_ctx, f"tracking could not end in order: {e}", fire_event=False)

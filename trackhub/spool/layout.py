@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a spool folder, and what is in them.
+
+::
+
+    spool.json                  site, job, limits, and who reads: written by the sender before trainers start
+    round                       the current federated round (int64, -1 for none), mapped by every writer
+    <stream>-<segment>.spool    frames (see trackhub.records) after an 8-byte header; a new segment every few MiB
+    <stream>.ledger             what the writer counted: calls, and drops by reason; mapped, so that counting works
+                                even on a full disk
+    <n>.spare                   a block of the disk, to become a ledger or a cursor when the disk is full
+    <stream>-<seq>.blob         the bytes of an image or artifact; a ``.part`` until they are all there
+    <stream>.<cursor>.ack       how far one reader got: written by the reader
+    <cursor>.turn               the stream whose records this reader handed out last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from trackhub.errors import SpoolError
+from trackhub.framing import FORMAT_VERSION
+
+__all__ = [
+    "DROP_REASONS",
+    "SEGMENT_HEADER",
+    "Ack",
+    "Ledger",
+    "RoundFile",
+    "SpoolInfo",
+    "blob_file",
+    "close_spool",
+    "create_spool",
+    "read_ack",
+    "read_spool_info",
+    "segment_name",
+    "write_ack",
+]
+
+DEFAULT_SPOOL_BYTES = 1 << 30
+_SPARES = 16  # two for each of the ranks that train on one machine
+
+SEGMENT_HEADER = struct.pack("<4sHH", b"THSP", *FORMAT_VERSION)
+DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
+"""Why a writer drops a record: its own limit, no space left on the device, any other error of the file system, or a
+record of FLARE's own writers that no record can hold."""
+
+
+class SpoolInfo(msgspec.Struct, frozen=True):
+    """What ``spool.json`` says.
+
+    Attributes:
+        site, job: whose records lie here.
+        cursors: the names of the readers; a segment is deleted when all of them have had it acknowledged.
+        max_bytes: bound of all files together.
+        open: False once the job has ended; no new writer may start then.
+    """
+
+    site: str
+    job: str
+    cursors: tuple[str, ...]
+    max_bytes: int = DEFAULT_SPOOL_BYTES
+    open: bool = True
+    format: tuple[int, int] = FORMAT_VERSION
+
+
+def create_spool(folder: Path, info: SpoolInfo) -> None:
+    """Create the spool folder, or take over an existing one of the same site and job after a restart.
+
+    Raises:
+        SpoolError: the folder cannot be written, or belongs to another site or job.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "spool.json").exists():
+            old = read_spool_info(folder)
+            if (old.site, old.job) != (info.site, info.job):
+                raise SpoolError(
+                    f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
+                    f"job {info.job!r}; give each its own folder"
+                )
+            if old == info:
+                return  # after a restart; the disk may be full by now
+        partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may end at the same time
+        partial.write_bytes(msgspec.json.encode(info))
+        partial.replace(folder / "spool.json")
+    except OSError as e:
+        raise SpoolError(f"cannot create the spool in {folder}: {e}; check its permissions and free space") from e
+    with contextlib.suppress(OSError):  # it is full already: nothing is lost without them either
+        for i in range(_SPARES):
+            (folder / f"{i}.spare").write_bytes(bytes(1))
+
+
+def read_spool_info(folder: Path) -> SpoolInfo:
+    """Return what ``spool.json`` in this folder says.
+
+    Raises:
+        SpoolError: there is none, or it cannot be read.
+    """
+    try:
+        return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
+    except (OSError, ValueError, msgspec.DecodeError) as e:
+        raise SpoolError(f"{folder} is not a spool: {e}") from e
+
+
+def close_spool(folder: Path) -> None:
+    """Mark the spool's job as ended, so that a leftover environment variable leads no new writer to it.
+
+    Raises:
+        SpoolError: it cannot be written.
+    """
+    info = read_spool_info(folder)
+    create_spool(folder, msgspec.structs.replace(info, open=False))
+
+
+def segment_name(stream: str, segment: int) -> str:
+    """Return the file name of a stream's segment, counted from 0."""
+    return f"{stream}-{segment:06d}.spool"
+
+
+def blob_file(folder: Path, name: str) -> Path:
+    """Return the file that holds a blob's bytes until they are acknowledged."""
+    return folder / f"{name}.blob"
+
+
+class RoundFile:
+    """The current federated round, shared by the sender (which sets it) and all writers of a site (which read it).
+
+    Safe between processes: it is one aligned 8-byte value.
+    """
+
+    _FORMAT = struct.Struct("=q")
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "round"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(fd).st_size != self._FORMAT.size:
+                os.pwrite(fd, self._FORMAT.pack(-1), 0)
+            # A view of the mapped integer: every log call reads it, and this is thrice as quick as to unpack bytes.
+            self._value = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("q")
+        finally:
+            os.close(fd)
+
+    def get(self) -> int | None:
+        """Return the current round, None outside rounds."""
+        value: int = self._value[0]
+        return value if value >= 0 else None
+
+    def set(self, value: int | None) -> None:
+        """Set the round that writers stamp from now on."""
+        self._value[0] = -1 if value is None else value
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._value.release()
+
+
+class Ledger:
+    """A stream's counters in a mapped file: calls that returned, and drops by reason."""
+
+    _FORMAT = struct.Struct(f"={1 + len(DROP_REASONS)}Q")
+    EMPTY = bytes(_FORMAT.size)
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        # Written, not only sized: a hole would need a block later, on a disk that may be full by then.
+        fd = _write_start(path, self.EMPTY) if create else os.open(path, os.O_RDWR)
+        try:
+            self._counts = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("Q")
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def read(cls, path: Path) -> tuple[int, dict[str, int]]:
+        """Return (calls that returned, drops by reason) from a ledger file; zeros if it is missing or short."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            data = b""
+        logged, *dropped = cls._FORMAT.unpack(data[: cls._FORMAT.size].ljust(cls._FORMAT.size, b"\0"))
+        return logged, {reason: n for reason, n in zip(DROP_REASONS, dropped, strict=True) if n}
+
+    def set(self, logged: int, dropped: list[int]) -> None:
+        """Store the counters."""
+        self._FORMAT.pack_into(self._counts, 0, logged, *dropped)
+
+    def set_logged(self, logged: int) -> None:
+        """Store the number of calls alone."""
+        self._counts[0] = logged
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._counts.release()
+
+
+class Ack(msgspec.Struct, array_like=True):
+    """How far one reader got in one stream.
+
+    Attributes:
+        segment, offset: where the next unacknowledged frame starts.
+        next_seq: the ``seq`` of the next record to be acknowledged.
+        acked: records that the receiver acknowledged.
+        refused: records that the receiver refused, by reason.
+        explained: records in gaps and in damaged places, by reason.
+    """
+
+    segment: int = 0
+    offset: int = len(SEGMENT_HEADER)
+    next_seq: int = 0
+    acked: int = 0
+    refused: dict[str, int] = {}
+    explained: dict[str, int] = {}
+
+
+_ACK_HEADER = struct.Struct("<II")
+
+
+def _ack_path(folder: Path, stream: str, cursor: str) -> Path:
+    return folder / f"{stream}.{cursor}.ack"
+
+
+def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
+    """Return how far this reader got; the stream's beginning if it never got anywhere or the file is damaged.
+
+    Beginning anew is safe: the receiver recognises what it has.
+    """
+    try:
+        data = _ack_path(folder, stream, cursor).read_bytes()
+        size, crc = _ACK_HEADER.unpack_from(data)
+        body = data[_ACK_HEADER.size : _ACK_HEADER.size + size]
+        if len(body) == size and zlib.crc32(body) == crc:
+            return msgspec.msgpack.decode(body, type=Ack)
+    except (OSError, struct.error, msgspec.DecodeError):
+        pass
+    return Ack()
+
+
+def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
+    """Store how far this reader got, in one ``pwrite``, so that a killed reader leaves the old or the new state.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    body = msgspec.msgpack.encode(ack)
+    os.close(_write_start(_ack_path(folder, stream, cursor), _ACK_HEADER.pack(len(body), zlib.crc32(body)) + body))
+
+
+def _write_start(path: Path, data: bytes) -> int:
+    """Write a little at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
+
+    Counting and freeing what is acknowledged must go on there, and both need a file for each stream.
+
+    Raises:
+        OSError: it cannot be written, and there is no spare.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(fd, data, 0)
+        return fd
+    except OSError:
+        os.close(fd)
+        for spare in path.parent.glob("*.spare"):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                spare.replace(path)
+                return _write_start(path, data)
+        raise

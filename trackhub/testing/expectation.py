@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a store must hold after these calls: the declared treatment by the core, then the declared canonical form."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+from trackhub.delivery.lane.adaptation import key_fitter
+from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.spi import Capabilities
+from trackhub.testing.author import ContractHooks
+from trackhub.testing.log_calls import Call
+from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
+
+__all__ = ["Expected", "expect", "kind_of"]
+
+_T = TypeVar("_T")
+
+_KINDS: dict[type, Kind] = {
+    Metrics: Kind.METRICS,
+    Params: Kind.PARAMS,
+    Tags: Kind.TAGS,
+    Text: Kind.TEXT,
+    Image: Kind.IMAGE,
+    Histogram: Kind.HISTOGRAM,
+    Table: Kind.TABLE,
+    Artifact: Kind.ARTIFACT,
+}
+
+
+class Expected(NamedTuple):
+    """What must be in the store, and what the report must say of the rest."""
+
+    held: ReadBack
+    rejected: Counter[str]
+    confirmed: int
+
+
+def kind_of(payload: Payload) -> Kind:
+    """Return the kind of a payload."""
+    return _KINDS[type(payload)]
+
+
+def expect(
+    logged: Iterable[tuple[str, Call]], can: Capabilities, hooks: ContractHooks, *, timed: bool = True
+) -> Expected:
+    """Return what must become of these calls of one run.
+
+    Args:
+        logged: stream and call, times filled in, in the order in which they are in the journal.
+        can: what the backend claims.
+        hooks: the declared canonical form.
+        timed: False if nobody knows the times of the calls; then they are None.
+    """
+    held = ReadBack(
+        points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[], status=None
+    )
+    rejected: Counter[str] = Counter()
+    confirmed = 0
+    core = _Core(can)
+    for stream, call in logged:
+        reason, payload, step = core.treat(stream, call)
+        if payload is None:
+            rejected[reason] += 1
+        else:
+            confirmed += 1
+            _add(held, payload, step, call, hooks, core, timed=timed)
+    held.params = dict(hooks.canonical_params(held.params or {}))
+    return Expected(held, rejected, confirmed)
+
+
+class _Core:
+    """The core's promises for what a backend does not claim, spelled out a second time."""
+
+    def __init__(self, can: Capabilities) -> None:
+        self.can = can
+        self.fit = key_fitter(can)
+        self.ordinals: dict[tuple[str, str], int] = {}
+        self.highest: dict[str, int] = {}
+        self.params: dict[str, object] = {}
+
+    def treat(self, stream: str, call: Call) -> tuple[str, Payload | None, int | None]:
+        """Return why the call is rejected, or what is left of it and with which step."""
+        payload, step = call.payload, call.step
+        if kind_of(payload) not in self.can.kinds:
+            return "unsupported_kind", None, None
+        if isinstance(payload, Metrics) and not self.can.nonfinite:
+            payload = Metrics({key: value for key, value in payload.values.items() if math.isfinite(value)})
+            if not payload.values:
+                return "nonfinite", None, None
+        if isinstance(payload, Params | Tags):
+            if isinstance(payload, Params) and not self.can.changing_params:
+                first = {k: v for k, v in payload.values.items() if self.params.setdefault(k, v) == v}
+                return ("", Params(first), None) if first else ("param_changed", None, None)
+            return "", payload, None
+        keys = list(payload.values) if isinstance(payload, Metrics) else [payload.key]  # type: ignore[union-attr]
+        if step is None and not self.can.optional_step:
+            step = max(self.ordinals.get((stream, key), 0) for key in keys)
+            self.ordinals.update({(stream, key): step + 1 for key in keys})
+        if step is not None and not self.can.late_steps:
+            if any(step < self.highest.get(key, 0) for key in keys):
+                return "late_step", None, None
+            self.highest.update(dict.fromkeys(keys, step))
+        return "", payload, step
+
+
+def _add(
+    held: ReadBack, payload: Payload, step: int | None, call: Call, hooks: ContractHooks, core: _Core, *, timed: bool
+) -> None:
+    assert call.time is not None or not timed
+    time = hooks.canonical_time(call.time or 0.0) if timed else None
+    step = None if step is None else hooks.canonical_step(step)
+
+    def name(key: str) -> str:
+        return hooks.canonical_key(kind_of(payload), core.fit(key))
+
+    match payload:
+        case Metrics(values):
+            held.points += [Point(name(k), step, hooks.canonical_value(v), time) for k, v in values.items()]
+        case Params(values):
+            assert held.params is not None
+            held.params.update({name(k): v for k, v in values.items()})
+        case Tags(values):
+            assert held.tags is not None
+            held.tags.update({name(k): v for k, v in values.items()})
+        case Text(key, text):
+            _list(held.texts).append(TextItem(name(key), step, text, time))
+        case Image():
+            _list(held.images).append(ImageItem(name(payload.key), step, call.content or b"", payload.caption, time))
+        case Histogram(key, edges, counts):
+            _list(held.histograms).append(HistogramItem(name(key), step, edges, counts, time))
+        case Table(key, columns, rows):
+            cells = [[hooks.canonical_cell(cell) for cell in row] for row in rows]
+            _list(held.tables).append(TableItem(name(key), step, columns, cells, time))
+        case Artifact():
+            content = call.content or b""
+            item = ArtifactItem(name(payload.key), content, payload.filename, payload.artifact_type, step, time)
+            _list(held.artifacts).append(item)
+
+
+def _list(items: list[_T] | None) -> list[_T]:
+    assert items is not None
+    return items
