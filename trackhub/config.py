@@ -26,9 +26,9 @@ from typing import Any, Literal, Self
 
 import msgspec
 
+from trackhub.conversion import convert
 from trackhub.errors import ConfigError
-from trackhub.limits import Limits, convert
-from trackhub.secrets import refuse_literal_secrets
+from trackhub.limits import Limits
 
 __all__ = ["TrackingConfig", "parse_option_flags"]
 
@@ -61,13 +61,12 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 if not name or names.count(name) > 1:
                     raise ConfigError(f"{field}: {name!r} is {'given more than once' if name else 'not a name'}")
         named = {*self.backends, *(self.client_backends or ())}
-        for name, options in self.options.items():
+        for name in self.options:
             if name not in named:
                 raise ConfigError(
                     f"options.{name}: there is no backend {name!r} in this job; it has: "
                     f"{', '.join(sorted(named)) or 'none'}"
                 )
-            refuse_literal_secrets(name, options)
         if named and not self.sides:
             raise ConfigError(
                 "sides: backends are given, but no side to run them on; expected 'server', 'client' or both"

@@ -16,7 +16,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 
@@ -86,7 +86,7 @@ def open_local(
     job = job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     run_dir = Path(folder).absolute() / job
     state = run_dir / "trackhub"
-    receiver = Receiver(state, run_dir, job=job, side=Side.LOCAL, backends=options, limits=limits)
+    receiver = Receiver(state, run_dir, job=JobInfo(job), side=Side.LOCAL, backends=options, limits=limits)
     receiver.start()
     spool_dir = state / "spool"
     try:

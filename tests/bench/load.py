@@ -18,7 +18,7 @@ from trackhub.delivery.wire import Accepted, Batch, Bye, Hello, SiteLedger, deco
 from trackhub.framing import encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Metrics, Record
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 
@@ -55,7 +55,7 @@ def open_receiver(
     What is imported by then is taken out of garbage collection, as FLARE's server has it (docs/adr/0006).
     """
     receiver = Receiver(
-        folder / "trackhub", folder, job=job, side=Side.SERVER, backends=backends,
+        folder / "trackhub", folder, job=JobInfo(job), side=Side.SERVER, backends=backends,
         limits=limits or Limits(deadline_s=1800, preflight_s=120),
     )  # fmt: skip
     receiver.start()

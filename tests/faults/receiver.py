@@ -26,7 +26,7 @@ from trackhub import registry
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.wire import Refused, encode
 from trackhub.limits import Limits
-from trackhub.run import RunInfo, RunStatus, Side
+from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendRun
 
 __all__ = ["ReceiverPlan"]
@@ -73,7 +73,7 @@ def main() -> int:
     receiver = Receiver(
         Path(plan.folder),
         Path(plan.workdir),
-        job=plan.job,
+        job=JobInfo(plan.job),
         side=Side.SERVER,
         backends=plan.backends,
         limits=Limits.from_mapping(plan.limits),
@@ -167,7 +167,7 @@ def _plan_death_in_backend(name: str, method: str, number: int) -> None:
 
         return do
 
-    def load_dying(asked: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
+    def load_dying(asked: str, *, allowed: Collection[str] | None = None) -> type[Backend[Any]]:
         cls = load(asked, allowed=allowed)
         if asked != name:
             return cls

@@ -23,11 +23,15 @@ from trackhub.delivery.wire import Batch, SiteLedger
 from trackhub.framing import decode_body, encode_frame
 from trackhub.records import Gap, Metrics, Record
 from trackhub.spi import (
+    ANY_KEY,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
+    Confirmation,
+    ConfirmedBy,
     Entry,
+    JobInfo,
     Kind,
     NoOptions,
     Redelivery,
@@ -149,7 +153,7 @@ class MemoryRun(BackendRun):
     def __init__(self, backend: MemoryBackend, info: RunInfo) -> None:
         self.backend = backend
         self.info = info
-        self.site = info.key.site
+        self.site = info.site
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         self.backend.calls["write"] += 1
@@ -170,12 +174,13 @@ class MemoryRun(BackendRun):
 class BufferingRun(MemoryRun):
     """Its ``flush`` confirms."""
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         self.backend.calls["flush"] += 1
-        self.backend.behave("flush", None)
+        said = self.backend.behave("flush", None)
+        return said if isinstance(said, Confirmation) else Confirmation.STORE
 
 
-class MemoryBackend(Backend):
+class MemoryBackend(Backend[NoOptions]):
     """Keeps entries in memory, by site, in the order of arrival.
 
     Attributes:
@@ -185,6 +190,7 @@ class MemoryBackend(Backend):
         infos: what ``open_run`` was given.
     """
 
+    spi = 1
     capabilities = Capabilities(
         kinds=ALL_KINDS,
         redelivery=Redelivery.IDEMPOTENT,
@@ -192,8 +198,7 @@ class MemoryBackend(Backend):
         late_steps=True,
         optional_step=True,
         changing_params=True,
-        max_key_chars=None,
-        key_chars="",
+        key_rule=ANY_KEY,
     )
     run_class: type[MemoryRun] = MemoryRun
 
@@ -205,8 +210,9 @@ class MemoryBackend(Backend):
         stored: dict[str, list[Entry]] | None = None,
         **can: Any,
     ) -> None:
-        super().__init__(NoOptions(), BackendContext(Path(), "job-1", Side.LOCAL))
-        self.capabilities = msgspec.structs.replace(type(self).capabilities, **can)
+        super().__init__(NoOptions(), BackendContext(Path(), JobInfo("job-1"), Side.LOCAL))
+        confirmed_by = ConfirmedBy.FLUSH if buffering else ConfirmedBy.WRITE
+        self.capabilities = msgspec.structs.replace(type(self).capabilities, **{"confirmed_by": confirmed_by, **can})
         self.behave = behave or (lambda method, argument: None)
         self.run_class = BufferingRun if buffering else MemoryRun
         self.stored: dict[str, list[Entry]] = {} if stored is None else stored
@@ -224,7 +230,7 @@ class MemoryBackend(Backend):
         self.behave("open", info)
         self.infos.append(info)
         if self.capabilities.redelivery is Redelivery.REBUILD:
-            self.stored[info.key.site] = []
+            self.stored[info.site] = []
         return self.run_class(self, info)
 
     def close(self) -> None:

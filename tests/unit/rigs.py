@@ -18,7 +18,7 @@ from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
 from trackhub.records import Record
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Backend, RunInfo
+from trackhub.spi import Backend, JobInfo, RunInfo
 from trackhub.writer.writer import Writer
 
 SITE = "site-1"
@@ -45,9 +45,9 @@ class Bench:
         for lane in self.lanes.values():
             lane.notify(found)
 
-    def lane(self, backend: Backend, name: str = "memory", *, flush_s: float = 0.01) -> Lane:
+    def lane(self, backend: Backend[Any], name: str = "memory", *, flush_s: float = 0.01) -> Lane:
         lane = self.lanes[name] = Lane(
-            name, backend, self.journal, job="job-1", side=Side.SERVER,
+            name, backend, self.journal, job=JobInfo("job-1"), side=Side.SERVER,
             blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
         )  # fmt: skip
         lane.start()
@@ -133,7 +133,12 @@ class Way:
     def new_receiver(self) -> Receiver:
         folder = self.folder / "receiver"
         receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
+            folder / "trackhub",
+            folder,
+            job=JobInfo("job-1"),
+            side=Side.SERVER,
+            backends={"jsonl": {}},
+            limits=self.limits,
         )
         receiver.start()
         return receiver

@@ -24,7 +24,7 @@ from trackhub.errors import ConfigError, InvalidOptionError, JournalError, Unkno
 from trackhub.framing import FORMAT_VERSION, encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Artifact, Blob, Record
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 
 SITE = "site-1"
 
@@ -35,7 +35,12 @@ class Rig:
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.folder = folder
         self.receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits)
+            folder / "trackhub",
+            folder,
+            job=JobInfo("job-1"),
+            side=Side.SERVER,
+            backends={"jsonl": {}},
+            limits=Limits(**limits),
         )
 
     def start(self) -> Rig:
@@ -374,7 +379,7 @@ def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, bye: wire.By
 
 def test_a_wrong_configuration_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
     def start(backends: dict[str, dict[str, Any]]) -> None:
-        Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=backends).start()
+        Receiver(tmp_path / "trackhub", tmp_path, job=JobInfo("j"), side=Side.SERVER, backends=backends).start()
 
     with pytest.raises(UnknownBackendError, match=r"available: .*jsonl"):
         start({"nonsense": {}})
@@ -388,7 +393,7 @@ def test_a_backend_that_cannot_be_used_leaves_no_lock_and_no_thread(tmp_path: Pa
     options = {"jsonl": {"path": str(tmp_path / "occupied" / "x")}}
     before = threading.active_count()
     for _ in range(2):
-        receiver = Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=options)
+        receiver = Receiver(tmp_path / "trackhub", tmp_path, job=JobInfo("j"), side=Side.SERVER, backends=options)
         with pytest.raises(ConfigError, match="occupied"):
             receiver.start()
     assert threading.active_count() == before

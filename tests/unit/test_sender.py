@@ -24,7 +24,7 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.writer.writer import Writer
 
 
@@ -347,7 +347,7 @@ def test_two_receivers_of_one_site_each_get_everything(tmp_path: Path) -> None:
     for name in ("server", "client"):
         folder = tmp_path / name
         receivers[name] = Receiver(
-            folder / "trackhub", folder, job="j", side=Side(name), backends={"jsonl": {}}, limits=FAST
+            folder / "trackhub", folder, job=JobInfo("j"), side=Side(name), backends={"jsonl": {}}, limits=FAST
         )
         receivers[name].start()
 

@@ -41,7 +41,7 @@ from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginE
 from trackhub.framing import FORMAT_VERSION, CorruptFrameError, decode_body, decode_head, pass_metrics, scan_frames
 from trackhub.limits import Limits
 from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["REPORT_NAME", "Receiver"]
@@ -64,7 +64,7 @@ class Receiver:
         folder: Path,
         workdir: Path,
         *,
-        job: str,
+        job: JobInfo,
         side: Side,
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
@@ -105,7 +105,7 @@ class Receiver:
         """
         backends = {name: self._load(name, options) for name, options in self._backends.items()}
         self._journal = Journal.open(
-            self.folder / JOURNAL_NAME, job=self.job, side=self._side, durability=self._limits.durability
+            self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
         # As given, so that secrets stay references: a replay resolves them again, where it runs.
         known = msgspec.json.decode(self._journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
@@ -137,12 +137,12 @@ class Receiver:
             raise
         self._state = _OPEN
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend:
+    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
         cls = registry.load(name)
         context = BackendContext(self._workdir / name, self.job, self._side)
         try:
             context.workdir.mkdir(parents=True, exist_ok=True)
-            return cls(registry.build_options(name, cls, options, resolve=True), context)
+            return cls(registry.build_options(name, cls, options), context)
         except (ConfigError, PluginError):
             raise
         except Exception as e:
@@ -195,7 +195,7 @@ class Receiver:
                     f"site {site} speaks trackhub's format {message.version}, this receiver {FORMAT_VERSION}; they may be "
                     "one minor version apart: install the same flare-trackhub on both",
                 )
-            return Accepted(job=self.job)
+            return Accepted(job=self.job.id)
         bye = isinstance(message, Bye)
         assert self._journal is not None
         failed = isinstance(message, Bye) and message.failed

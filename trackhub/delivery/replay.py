@@ -18,7 +18,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import Ack, read_ack, read_spool_info, write_ack
 from trackhub.spool.reading import SpoolReader
 
@@ -68,7 +68,7 @@ def replay_journal(
         raise ConfigError(f"{journal}: the job used no backend, so name the one to deliver to")
     folder = journal.absolute().parent
     receiver = Receiver(
-        folder, _workdir(folder), job=meta["job"], side=Side(meta["side"]), backends=chosen, limits=limits
+        folder, _workdir(folder), job=JobInfo(meta["job"]), side=Side(meta["side"]), backends=chosen, limits=limits
     )
     receiver.start(from_start=from_start)
     return receiver.finish(_ending(meta, RunStatus.FAILED), deadline_s=timeout_s)
@@ -120,7 +120,9 @@ def replay_spool(
     meta = read_journal_meta(journal) if journal.exists() else {}
     folder = journal.absolute().parent
     chosen = _choose(meta, backends)
-    receiver = Receiver(folder, _workdir(folder), job=info.job, side=Side(cursor), backends=chosen, limits=limits)
+    receiver = Receiver(
+        folder, _workdir(folder), job=JobInfo(info.job), side=Side(cursor), backends=chosen, limits=limits
+    )
     receiver.start()
     if away:
         # So that positions, by which backends recognise a record, go on where the server's own journal ended.

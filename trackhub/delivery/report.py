@@ -44,6 +44,7 @@ class RunReport(msgspec.Struct, kw_only=True):
 
     Attributes:
         confirmed: durable at the backend.
+        client_confirmed: the part of ``confirmed`` that only the SDK vouches for; the store could not be asked.
         rejected: never to be stored, by reason.
         pending: in the journal, for ``trackhub replay``.
         altered: confirmed, but not as logged, by reason (``nonfinite_removed``, ``key_shortened``, ...).
@@ -54,6 +55,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     """
 
     confirmed: int = 0
+    client_confirmed: int = 0
     rejected: dict[str, int] = {}
     pending: int = 0
     altered: dict[str, int] = {}

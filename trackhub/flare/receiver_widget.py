@@ -22,7 +22,7 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
 from trackhub.limits import Limits
-from trackhub.run import SERVER, RunStatus, Side
+from trackhub.run import SERVER, JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.writing import set_process_spool
 
@@ -51,7 +51,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         Args:
             backends: name of each backend, and its options. Whether they exist here is checked when the job starts.
             take_over: on the server, receive what FLARE's own writers log there.
-            limits: values for `trackhub.config.Limits` that differ from the defaults.
+            limits: values for `trackhub.limits.Limits` that differ from the defaults.
             state_dir: folder for journal and spool, at this site; by default in the job's run folder.
 
         Raises:
@@ -146,7 +146,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         core = Receiver(
             self._folder(fl_ctx),
             compat.run_dir(fl_ctx),
-            job=compat.job_id(fl_ctx),
+            job=JobInfo(compat.job_id(fl_ctx)),
             side=Side.SERVER if compat.is_server(fl_ctx) else Side.CLIENT,
             backends=self.backends,
             limits=self._limits,

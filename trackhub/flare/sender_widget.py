@@ -53,7 +53,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             server_receiver: component id of the `TrackhubReceiver` on the server; None sends nothing to the server.
             client_receiver: component id of the `TrackhubReceiver` of this client; None if it has none.
             take_over: receive what FLARE's own writers log, which FLARE then does not send to the server.
-            limits: values for `trackhub.config.Limits` that differ from the defaults.
+            limits: values for `trackhub.limits.Limits` that differ from the defaults.
             state_dir: folder for the spool, at this site; by default in the job's run folder.
 
         Raises:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
-from trackhub.delivery.lane.adaptation import key_fitter
+from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spi import Capabilities
 from trackhub.testing.author import ContractHooks
@@ -77,7 +77,7 @@ class _Core:
 
     def __init__(self, can: Capabilities) -> None:
         self.can = can
-        self.fit = key_fitter(can)
+        self.fit = {kind: key_fitter(can.key_rules.get(kind, can.key_rule)) for kind in Kind}
         self.ordinals: dict[tuple[str, str], int] = {}
         self.highest: dict[str, int] = {}
         self.params: dict[str, object] = {}
@@ -115,7 +115,7 @@ def _add(
     step = None if step is None else hooks.canonical_step(step)
 
     def name(key: str) -> str:
-        return hooks.canonical_key(kind_of(payload), core.fit(key))
+        return hooks.canonical_key(kind_of(payload), core.fit[kind_of(payload)](key))
 
     match payload:
         case Metrics(values):

@@ -17,6 +17,7 @@ import time
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.store import JOURNAL_NAME
@@ -61,7 +62,7 @@ def _is_delivered(child: Child) -> bool:
     return bool(lane) and all(run.pending == 0 for run in lane.values())
 
 
-def _load(child: Child) -> type[Backend]:
+def _load(child: Child) -> type[Backend[Any]]:
     """Import the backend's class, by its module's name or else from its file, as for a module of tests."""
     module: ModuleType
     try:

@@ -22,12 +22,13 @@ class Progress(msgspec.Struct, kw_only=True):
     """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
 
     Attributes:
-        confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
+        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
         memory: the shaper's state at the confirmed cursor.
         stored_to: the position after the last record that was confirmed.
     """
 
     confirmed: int = 0
+    client_confirmed: int = 0
     rejected: dict[str, int] = {}
     altered: dict[str, int] = {}
     possible_duplicates: int = 0
@@ -133,6 +134,7 @@ def build_report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
         p = msgspec.msgpack.decode(blob, type=Progress)
         runs.setdefault(lane, {})[names[i]] = RunReport(
             confirmed=p.confirmed,
+            client_confirmed=p.client_confirmed,
             rejected=p.rejected,
             pending=sites[names[i]].journaled - p.confirmed - sum(p.rejected.values()),
             altered=p.altered,

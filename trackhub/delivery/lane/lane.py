@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from trackhub.delivery.journal.store import Journal
 from trackhub.delivery.lane.run_delivery import RunLane
 from trackhub.errors import ConfigError, JournalError, TransientError
-from trackhub.run import RunStatus
+from trackhub.run import JobInfo, RunStatus
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]
@@ -33,10 +34,10 @@ class Lane:
     def __init__(
         self,
         name: str,
-        backend: Backend,
+        backend: Backend[Any],
         journal: Journal,
         *,
-        job: str,
+        job: JobInfo,
         side: Side,
         blob_dir: Callable[[str], Path],
         flush_s: float,

@@ -8,19 +8,31 @@ import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from trackhub.delivery.journal.counts import Progress
 from trackhub.delivery.journal.rows import Row, stored_records
 from trackhub.delivery.journal.store import Journal
-from trackhub.delivery.lane.adaptation import Shaper
+from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.framing import decode_body
 from trackhub.records import Kind
-from trackhub.run import RunInfo, RunKey, RunStatus
-from trackhub.spi import Backend, BackendRun, Entry, Redelivery, Rejection, Results, Side, WriteReport
+from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
+from trackhub.spi import (
+    Backend,
+    BackendRun,
+    Confirmation,
+    ConfirmedBy,
+    Entry,
+    Redelivery,
+    Rejection,
+    Results,
+    Side,
+    WriteReport,
+)
 
 __all__ = ["RunLane"]
 
@@ -38,12 +50,12 @@ class RunLane:
     def __init__(
         self,
         lane: str,
-        backend: Backend,
+        backend: Backend[Any],
         journal: Journal,
         *,
         site_id: int,
         site: str,
-        job: str,
+        job: JobInfo,
         side: Side,
         created: float,
         blob_dir: Path,
@@ -59,7 +71,7 @@ class RunLane:
         self._journal = journal
         self._flush_s = flush_s
         self._stop = stop
-        self._key = RunKey(job, site)
+        self._job = job
         self._side = side
         self._created = created
         self._blob_dir = blob_dir
@@ -73,7 +85,7 @@ class RunLane:
         self._written = self._confirmed
         self._ever_written = max(written, self._confirmed)
         self._doubted_to = 0  # records before this position may be at the backend already
-        self._shaper = Shaper(self._can, self._progress.memory)
+        self._adaptation = Adaptation(self._can, self._progress.memory)
         self._run: BackendRun | None = None
         self._info: RunInfo
         self._buffers = False
@@ -206,7 +218,8 @@ class RunLane:
             self._begin_anew()
         try:
             resume_from = self._journal.position_after(self.site_id, self._confirmed)
-            self._info = RunInfo(self._key, self._side, self._created, resume_from, self._blob_dir)
+            parent = RunKey(self._job.id, FEDERATION) if self.site != FEDERATION else None
+            self._info = RunInfo(self._job, self.site, self._side, self._created, resume_from, self._blob_dir, parent)
             run = self._backend.open_run(self._info)
             if self._can.redelivery is Redelivery.RESUMABLE:
                 self._skip_before = self._resume(run)
@@ -223,7 +236,7 @@ class RunLane:
             self._failed(e, getattr(e, "retry_after_s", None))
             return False
         self._run = run
-        self._buffers = type(run).flush is not BackendRun.flush
+        self._buffers = self._can.confirmed_by is ConfirmedBy.FLUSH
         self._backoff.reset()
         return True
 
@@ -232,7 +245,7 @@ class RunLane:
         self._confirmed = self._written = self._todo_upto = self._announced = 0
         self._progress = Progress(last_error=self._progress.last_error)
         self._stored_to = 0
-        self._shaper = Shaper(self._can)
+        self._adaptation = Adaptation(self._can)
         self._journal.save_run(self._lane, self.site_id, self._ever_written, 0, self._progress)
         self._rebuilds = False
 
@@ -320,7 +333,7 @@ class RunLane:
         except msgspec.DecodeError as e:
             self._reject(Rejection(position, "undecodable", str(e)))
             return
-        shaped, altered = self._shaper.shape(row.stream, record, position)
+        shaped, altered = self._adaptation.adapt(row.stream, record, position)
         if isinstance(shaped, Rejection):
             self._reject(shaped)
             return
@@ -416,24 +429,26 @@ class RunLane:
     def _flush(self) -> bool:
         assert self._run is not None
         try:
-            self._run.flush()
+            confirmation = _checked_confirmation(self._run.flush())
         except BaseException as e:
             self._failed(e, getattr(e, "retry_after_s", None))
             return False
         self._flush_due = None
         self._backoff.reset()
-        self._confirm()
+        self._confirm(confirmation)
         return True
 
-    def _confirm(self) -> None:
+    def _confirm(self, by: Confirmation = Confirmation.STORE) -> None:
         """Move the confirmed cursor up to the written one, and store the counts that belong to it."""
         p = self._progress
         p.confirmed += self._stored
+        if by is Confirmation.CLIENT:
+            p.client_confirmed += self._stored
         p.rejected = dict(Counter(p.rejected) + self._rejected)
         p.altered = dict(Counter(p.altered) + self._altered)
         p.possible_duplicates += self._doubled
         p.stored_to = self._stored_to
-        p.memory = self._shaper.memory()
+        p.memory = self._adaptation.memory()
         self._stored = 0
         self._doubled = 0
         self._rejected.clear()
@@ -471,6 +486,12 @@ def _checked(report: object) -> WriteReport | None:
         if not isinstance(one, Rejection) or type(one.position) is not int or type(one.reason) is not str:
             raise TypeError(f"write() reported {one!r}; expected a Rejection with a position and a reason")
     return report
+
+
+def _checked_confirmation(returned: object) -> Confirmation:
+    if not isinstance(returned, Confirmation):
+        raise TypeError(f"flush() returned {returned!r}; expected a trackhub.spi.Confirmation")
+    return returned
 
 
 def _seconds(retry_after_s: object) -> float | None:
