@@ -22,7 +22,7 @@ from typing import Any
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.limits import Limits
-from trackhub.spi import Backend
+from trackhub.spi import Backend, JobInfo
 from trackhub.testing.fault_proxy import Watch, watched
 from trackhub.testing.receiver_rig import Child, KitReceiver, read_child
 
@@ -40,7 +40,7 @@ def main() -> int:
         watched(_load(child), watch),
         Path(child.folder),
         Path(child.workdir),
-        job=child.job,
+        job=JobInfo(child.job),
         side=child.side,
         backends={child.name: child.options},
         limits=Limits(flush_s=0.05, preflight_s=_PATIENCE_S),
