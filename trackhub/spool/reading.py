@@ -18,6 +18,7 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import (
+    DECODED_IN_TRANSIT,
     MAX_BODY_BYTES,
     CorruptFrameError,
     decode_body,
@@ -26,7 +27,7 @@ from trackhub.framing import (
     pass_metrics,
     scan_frames,
 )
-from trackhub.records import Artifact, Blob, Gap, Image, Kind, Payload, Record
+from trackhub.records import Artifact, Blob, Gap, Image, Payload, Record
 from trackhub.spool.layout import (
     SEGMENT_HEADER,
     Ack,
@@ -45,7 +46,6 @@ _READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one
 _FEW_BYTES = 128 << 10
 _SEGMENT_MAX_BYTES = 1 << 30
 _DAMAGED = "damaged"
-_INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 # Checksum; a size up to MAX_BODY_BYTES; a kind; and the body, which is a msgpack array.
 _HEADER_LIKE = re.compile(rb"(?s)(?=.{4}..[\x00-\x10]\x00[^\x00][\x90-\x9f])")
 _log = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ class SpoolReader:
                         prefix = _damage_gap(seq, head.time, lost)
                         explained[_DAMAGED] += lost
                         seq = head.seq
-                if frame.kind in _INSPECTED:
+                if frame.kind in DECODED_IN_TRANSIT:
                     payload = _payload(body)
                     if isinstance(payload, Gap):
                         explained[payload.reason] += payload.count

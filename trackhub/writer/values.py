@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_KEY_CHARS, MAX_STEP, Histogram, Params, Table, Tags, Text
+from trackhub.records import MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
 
 __all__ = [
     "param_or_text",
@@ -148,17 +148,14 @@ def read_key(key: Any) -> str:
     """Return a key as a plain str.
 
     Raises:
-        RecordError: it is not a str, or not a key as `trackhub.records` defines it.
+        RecordError: it is not a str, or ``trackhub.records.key_problem`` finds a problem.
     """
     if not isinstance(key, str):
         raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
-    if not key:
-        raise RecordError("a key is empty; expected a name such as 'train/loss'")
-    if len(key) > MAX_KEY_CHARS:
-        raise RecordError(f"key {key[:40]!r}... has {len(key)} characters; expected at most {MAX_KEY_CHARS}")
-    if not key.isprintable():
-        raise RecordError(f"key {key!r:.200} contains control or unprintable characters; expected printable text")
-    return str.__str__(key)
+    plain = str.__str__(key)  # the encoder takes no subclass of str
+    if problem := key_problem(plain):
+        raise RecordError(f"key {shown(plain)} {problem}")
+    return plain
 
 
 def read_step(step: Any) -> int | None:

@@ -14,21 +14,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Record, Table, Tags, Text
+from trackhub.records import KIND_OF, Kind, Metrics, Params, Payload, Record, Tags
 from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["Shaper", "escape_key", "unescape_key"]
 
-_KINDS: dict[type, Kind] = {
-    Metrics: Kind.METRICS,
-    Params: Kind.PARAMS,
-    Tags: Kind.TAGS,
-    Text: Kind.TEXT,
-    Image: Kind.IMAGE,
-    Histogram: Kind.HISTOGRAM,
-    Table: Kind.TABLE,
-    Artifact: Kind.ARTIFACT,
-}
 _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
 _ESCAPE = re.compile(r"_x([0-9A-F]{4,6})_")
 _HASH_CHARS = 16
@@ -82,7 +72,7 @@ class Shaper:
 
     def _shape(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, list[str]]:
         payload, altered = record.payload, list[str]()
-        kind = _KINDS.get(type(payload))
+        kind = KIND_OF.get(type(payload))
         if kind not in self._can.kinds:
             name = kind.name.lower() if kind else type(payload).__name__
             return Rejection(position, "unsupported_kind", f"{name} cannot be stored by this backend"), altered
