@@ -36,9 +36,11 @@ from trackhub.spi import (
     Side,
     WriteReport,
 )
+from trackhub.spool.batch import SpoolBatch
+from trackhub.spool.counts import StreamCount
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.reading import SpoolBatch, SpoolReader, StreamCount
-from trackhub.spool.writing import Spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.spool.writing import SpoolWriter
 from trackhub.writer.writer import Writer
 
 WAIT_S = 20.0
@@ -53,7 +55,7 @@ def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
     return folder
 
 
-def spool_of(writer: Writer) -> Spool:
+def spool_of(writer: Writer) -> SpoolWriter:
     """Return the spool that a writer records into."""
     assert writer._spool is not None
     return writer._spool

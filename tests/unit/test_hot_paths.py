@@ -16,7 +16,8 @@ from trackhub.framing import CorruptFrameError, decode_body, encode_frame, pass_
 from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
 from trackhub.spi import Capabilities
 from trackhub.spool import reading
-from trackhub.spool.reading import SpoolBatch, SpoolReader
+from trackhub.spool.batch import SpoolBatch
+from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
 
 

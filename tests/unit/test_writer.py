@@ -37,9 +37,10 @@ from trackhub.records import (
     Text,
     key_problem,
 )
+from trackhub.spool.announcement import spool_env
 from trackhub.spool.layout import RoundFile, blob_file
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import NewBlob, Spool, spool_env
+from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
@@ -413,4 +414,4 @@ def test_threads_share_a_writer(writer: Writer) -> None:
 
 def test_the_environment_variable_is_plain_json(tmp_path: Path) -> None:
     assert json.loads(spool_env(tmp_path, "site 1", "j")) == {"dir": str(tmp_path), "site": "site 1", "job": "j"}
-    assert Spool.__doc__ is not None
+    assert SpoolWriter.__doc__ is not None

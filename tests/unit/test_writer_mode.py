@@ -14,8 +14,8 @@ import pytest
 import trackhub
 from tests.unit.helpers import new_spool, read_spool, spool_of
 from trackhub.errors import ConfigError, SpoolError
+from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.writing import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.writer import mode
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
 from trackhub.writer.mode import MODE_ENV
