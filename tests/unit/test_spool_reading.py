@@ -250,9 +250,8 @@ def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: 
     assert (before.acked, before.spooled) == (0, len(intact))
 
 
-def test_damage_in_the_segment_that_is_being_written_holds_up_only_what_cannot_be_told_from_an_unfinished_frame(
-    tmp_path: Path,
-) -> None:
+def test_damage_in_the_segment_that_is_being_written_does_not_hold_up_the_rest(tmp_path: Path) -> None:
+    """Only what looks like a frame that its writer has not finished yet is waited for."""
     spool = write(new_spool(tmp_path), 20)
     path = tmp_path / segment_name(spool.stream, 0)
     content = bytearray(path.read_bytes())

@@ -412,7 +412,7 @@ def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_a_log_handler_that_logs_to_the_run_and_a_dropped_record_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_a_log_handler_that_logs_to_the_run_does_not_wait_for_a_dropped_record(tmp_path: Path) -> None:
     """One thread drops a record and warns; another one is in the handler already, and logs to the same spool."""
     spool = SpoolWriter(new_spool(tmp_path, max_bytes=4096))
     in_handler, dropping = threading.Event(), threading.Event()

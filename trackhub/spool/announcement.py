@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Announce a spool to the writers of a site, and find the announced one.
 
-The sender's owner announces: ``spool_env`` makes the value of an environment variable that trainers inherit, and
+Whoever runs the sender announces. ``spool_env`` makes the value of an environment variable that trainers inherit;
 ``set_process_spool`` tells this process alone. `trackhub.writer.mode` finds the spool for a new writer.
 """
 
@@ -15,7 +15,7 @@ import msgspec
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.spool.layout import read_spool_info
 
-__all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env"]
+__all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env", "withdraw_process_spool"]
 
 SPOOL_ENV = "TRACKHUB_SPOOL"
 """Environment variable by which a trainer finds its spool. ``spool_env`` makes its value."""
@@ -37,11 +37,17 @@ def spool_env(folder: Path, site: str, job: str) -> str:
 def set_process_spool(folder: Path | None) -> None:
     """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
 
-    The FLARE server announces its own spool so. The simulator's clients inherit the server's environment: with an
-    environment variable, they would write as the server.
+    The FLARE server and ``trackhub.local`` announce their spools so. The simulator's clients inherit the server's
+    environment: with an environment variable, they would write as the server.
     """
     global _process_spool  # there is one per process by its nature: it says whose process this is
     _process_spool = folder
+
+
+def withdraw_process_spool(folder: Path) -> None:
+    """Withdraw the announcement of this spool in this process. Has no effect if another one was announced since."""
+    if _process_spool == folder:
+        set_process_spool(None)
 
 
 def find_spool() -> Path:

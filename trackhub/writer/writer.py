@@ -46,10 +46,11 @@ class Writer:
             for step, batch in enumerate(batches):
                 writer.log({"train/loss": train(batch)}, step)
 
-    **Where records go.** In a FLARE job with tracking, the writer finds the spool of its site by itself. Elsewhere,
-    ``Writer()`` records nothing, so that the same script also runs without tracking: every call returns at once and
-    ``flush`` returns True. One warning per process names the ways to turn tracking on. Set the environment variable
-    ``TRACKHUB_MODE=disabled`` to record nothing without a warning, also in a job with tracking. Pass ``strict=True``
+    **Where records go.** In a FLARE job with tracking, ``Writer()`` finds the spool of its site by itself. While a
+    ``trackhub.local`` is open in the same process, it records into that run. Elsewhere it records nothing, so that the
+    same script also runs without tracking: every call returns at once without a look at its arguments, and ``flush``
+    returns True. One warning per process names the ways to turn tracking on. Set the environment variable
+    ``TRACKHUB_MODE=disabled`` to record nothing without a warning, also where there is tracking. Pass ``strict=True``
     where a script must not run untracked.
 
     **What a call promises.** When a log call returns, its record survives the death of this process. A call with a bad
@@ -65,9 +66,10 @@ class Writer:
         """Open the spool for this process's records.
 
         Args:
-            spool_dir: the spool's folder. None takes the one that was announced to this process: a trainer in a FLARE
-                job with tracking has one. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
-            strict: raise where there is no spool to record into, instead of recording nothing with a warning.
+            spool_dir: the spool's folder. None takes the spool that was announced to this process, as described
+                above. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
+            strict: raise where there is no spool, instead of recording nothing with a warning. It has no effect under
+                ``TRACKHUB_MODE=disabled``: whoever runs the script has decided.
 
         Raises:
             ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` is neither ``enabled``
