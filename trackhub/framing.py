@@ -7,8 +7,8 @@ A writer encodes a record once. A lane decodes it once, before it hands the reco
     body    = msgpack array [seq, time, step, round, payload]
     payload = msgpack array [kind, field, field, ...]
 
-The checksum covers size, kind and body. ``kind`` is in the frame and in the body. So a reader can carry and count a
-record of a kind that it does not know, from a trackhub that is one minor version newer.
+The checksum covers size, kind and body. ``kind`` is in the frame and in the body, so that a reader can carry and count
+a record of a kind that it does not know. A trackhub that is one minor version newer may send one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def encode_frame(record: Record) -> bytes:
     body = _encode(record)
     size = len(body)
     if size > MAX_BODY_BYTES:
-        raise ValueError(f"the record takes {size} bytes encoded, the limit is {MAX_BODY_BYTES}")
+        raise ValueError(f"the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}")
     checked = _pack_checked(size, KIND_OF[type(record.payload)]) + body
     return _pack_crc(zlib.crc32(checked)) + checked
 

@@ -118,9 +118,10 @@ def test_a_metric_that_is_no_number_is_an_error_that_names_its_key(writer: Write
 
 @pytest.mark.parametrize("what", BAD_STEPS)
 def test_a_bad_step_is_an_error_that_says_what_is_expected(writer: Writer, what: str) -> None:
-    with pytest.raises(RecordError, match=r"step .*expected"):
-        writer.log({"loss": 1.0}, BAD_STEPS[what])
-    with pytest.raises(RecordError, match=r"step .*expected"):
+    for values in ({"loss": 1.0}, {"loss": 1}):
+        with pytest.raises(RecordError, match=r"^step .*expected"):
+            writer.log(values, BAD_STEPS[what])
+    with pytest.raises(RecordError, match=r"^step .*expected"):
         writer.log_image("x", np.zeros((2, 2), np.uint8), BAD_STEPS[what])
     assert spool_of(writer).next_seq == 0
     assert list(spool_of(writer).folder.glob("*.blob")) == []
