@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiment tracking for federated learning: log once, at the site; read it in any backend.
 
-In a FLARE job that ``trackhub.flare.recipe.add_tracking`` was applied to::
+In the training script of a FLARE job to which ``trackhub.flare.recipe.add_tracking`` was applied::
 
     with trackhub.Writer() as writer:
         writer.log({"train/loss": loss}, step)
 
-Alone, on a laptop::
+The same script runs without tracking, too: there, ``Writer()`` records nothing. To track a script outside FLARE::
 
     with trackhub.local(backends=["tensorboard"]) as writer:
-        ...
+        writer.log({"train/loss": loss}, step)
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.spool.announcement import set_process_spool, withdraw_process_spool
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 
@@ -40,6 +41,7 @@ class LocalWriter(Writer):
         super().__init__(spool_dir)
         self.folder = folder
         self.report = None
+        self._spool_dir = spool_dir
         self._receiver = receiver
         self._sender = sender
         self._limits = limits
@@ -60,6 +62,7 @@ class LocalWriter(Writer):
         super().close()
         if os.getpid() != self._pid:
             return  # a forked child has a stream of its own, and no receiver: its parent delivers
+        withdraw_process_spool(self._spool_dir)
         if self.report is None:
             self._sender.close(self._limits.deadline_s, failed=failed)
             self.report = self._receiver.finish(RunStatus.FAILED if failed else RunStatus.FINISHED)
@@ -98,4 +101,5 @@ def open_local(
         spool_dir, lambda request, _: receiver.handle(site, request), site=site, cursor=_CURSOR, limits=limits
     )
     sender.start()
+    set_process_spool(spool_dir)
     return LocalWriter(run_dir, receiver, sender, spool_dir, limits)

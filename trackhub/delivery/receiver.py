@@ -38,7 +38,15 @@ from trackhub.delivery.wire import (
     is_compatible,
 )
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
-from trackhub.framing import FORMAT_VERSION, CorruptFrameError, decode_body, decode_head, pass_metrics, scan_frames
+from trackhub.framing import (
+    DECODED_IN_TRANSIT,
+    FORMAT_VERSION,
+    CorruptFrameError,
+    decode_body,
+    decode_head,
+    pass_metrics,
+    scan_frames,
+)
 from trackhub.limits import Limits
 from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
 from trackhub.run import JobInfo, RunStatus, Side
@@ -49,7 +57,6 @@ __all__ = ["REPORT_NAME", "Receiver"]
 REPORT_NAME = "delivery.json"
 _OPEN, _CLOSED = "open", "closed"
 _WARN_EVERY_S = 60.0
-_INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 _log = logging.getLogger(__name__)
 
 
@@ -217,7 +224,7 @@ class Receiver:
                 passed, offset = pass_metrics(batch.frames, frame.end)
                 records += passed
                 records += frame.kind != Kind.GAP
-                payload = decode_body(body).payload if frame.kind in _INSPECTED else None
+                payload = decode_body(body).payload if frame.kind in DECODED_IN_TRANSIT else None
                 if isinstance(payload, Gap):
                     explained[payload.reason] += payload.count
                 elif isinstance(payload, Image | Artifact):

@@ -36,8 +36,9 @@ from trackhub.delivery.wire import (
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
 from trackhub.records import Blob
+from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.layout import RoundFile, blob_file, close_spool
-from trackhub.spool.reading import SpoolBatch, SpoolReader
+from trackhub.spool.reading import SpoolReader
 
 __all__ = ["Sender"]
 

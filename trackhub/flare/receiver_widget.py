@@ -23,8 +23,8 @@ from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
 from trackhub.limits import Limits
 from trackhub.run import SERVER, JobInfo, RunStatus, Side
+from trackhub.spool.announcement import set_process_spool
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.writing import set_process_spool
 
 __all__ = ["TrackhubReceiver"]
 

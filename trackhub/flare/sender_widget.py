@@ -25,8 +25,8 @@ from trackhub.flare.events import StockRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.limits import Limits
 from trackhub.run import RunStatus
+from trackhub.spool.announcement import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
-from trackhub.spool.writing import SPOOL_ENV, spool_env
 
 __all__ = ["TrackhubSender"]
 

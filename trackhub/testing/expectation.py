@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from trackhub.delivery.lane.keys import key_fitter
-from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spi import Capabilities
 from trackhub.testing.author import ContractHooks
 from trackhub.testing.log_calls import Call
@@ -18,17 +18,6 @@ from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Po
 __all__ = ["Expected", "expect", "kind_of"]
 
 _T = TypeVar("_T")
-
-_KINDS: dict[type, Kind] = {
-    Metrics: Kind.METRICS,
-    Params: Kind.PARAMS,
-    Tags: Kind.TAGS,
-    Text: Kind.TEXT,
-    Image: Kind.IMAGE,
-    Histogram: Kind.HISTOGRAM,
-    Table: Kind.TABLE,
-    Artifact: Kind.ARTIFACT,
-}
 
 
 class Expected(NamedTuple):
@@ -41,7 +30,7 @@ class Expected(NamedTuple):
 
 def kind_of(payload: Payload) -> Kind:
     """Return the kind of a payload."""
-    return _KINDS[type(payload)]
+    return KIND_OF[type(payload)]
 
 
 def expect(

@@ -14,33 +14,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from trackhub.delivery.lane.keys import key_fitter
-from trackhub.records import (
-    Artifact,
-    Histogram,
-    Image,
-    Kind,
-    Metrics,
-    Params,
-    Payload,
-    Record,
-    Table,
-    Tags,
-    Text,
-)
+from trackhub.records import KIND_OF, Kind, Metrics, Params, Payload, Record, Tags
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 
 __all__ = ["Adaptation"]
 
-_KINDS: dict[type, Kind] = {
-    Metrics: Kind.METRICS,
-    Params: Kind.PARAMS,
-    Tags: Kind.TAGS,
-    Text: Kind.TEXT,
-    Image: Kind.IMAGE,
-    Histogram: Kind.HISTOGRAM,
-    Table: Kind.TABLE,
-    Artifact: Kind.ARTIFACT,
-}
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
@@ -96,7 +74,7 @@ class Adaptation:
 
     def _adapt(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, list[str]]:
         payload, altered = record.payload, list[str]()
-        kind = _KINDS.get(type(payload))
+        kind = KIND_OF.get(type(payload))
         if kind is None or kind not in self._can.kinds:
             name = kind.name.lower() if kind else type(payload).__name__
             return Rejection(position, "unsupported_kind", f"{name} cannot be stored by this backend"), altered
