@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the unit tests of spool, journal, lanes and receivers share: independent readers, and backends that misbehave."""
+"""Shared by the unit tests of spool, journal, lanes and receiver: independent readers, and backends that misbehave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.framing import decode_body, encode_frame
 from trackhub.records import Gap, Metrics, Record
 from trackhub.spi import (
@@ -109,11 +109,11 @@ def assert_balanced(
         found = report.sites[site]
         assert found.received == found.duplicates + found.journaled
         assert found.missing == 0
-        if found.site is not None:
-            assert found.site.logged == n
-            gone = found.site.withheld + sum(found.site.dropped.values()) + sum(found.site.refused.values())
-            assert n == gone + found.site.acked + found.site.spooled
-            assert found.site.acked <= found.journaled <= n - gone
+        if (at_site := found.at_site) is not None:
+            assert at_site.logged == n
+            gone = at_site.withheld + sum(at_site.dropped.values()) + sum(at_site.refused.values())
+            assert n == gone + at_site.acked + at_site.spooled
+            assert at_site.acked <= found.journaled <= n - gone
         for lane in report.lanes.values():
             run = lane[site]
             assert found.journaled == sum(run.rejected.values()) + run.confirmed + run.pending
@@ -122,8 +122,8 @@ def assert_balanced(
         assert report.lanes[lane_name][site].confirmed == n
 
 
-def total(ledger: SiteLedger) -> int:
-    return ledger.withheld + sum(ledger.dropped.values()) + sum(ledger.refused.values()) + ledger.acked + ledger.spooled
+def total(counts: SiteCounts) -> int:
+    return counts.withheld + sum(counts.dropped.values()) + sum(counts.refused.values()) + counts.acked + counts.spooled
 
 
 @contextmanager

@@ -117,7 +117,10 @@ FAST = Limits(batch_records=50, poll_s=0.005, linger_s=0, keepalive_s=0.1, flush
 
 
 class Way:
-    """The way from a spool to a receiver; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
+    """The way from a spool to a receiver.
+
+    ``before`` may raise in place of carrying a request, ``after`` in place of bringing its reply.
+    """
 
     def __init__(self, folder: Path, limits: Limits = FAST) -> None:
         self.folder = folder
@@ -132,9 +135,7 @@ class Way:
 
     def new_receiver(self) -> Receiver:
         folder = self.folder / "receiver"
-        receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
-        )
+        receiver = Receiver(folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits)
         receiver.start()
         return receiver
 
@@ -147,7 +148,7 @@ class Way:
         return reply
 
     def sender(self, channel: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
-        sender = Sender(self.spool, channel or self.channel, site=SITE, limits=self.limits)
+        sender = Sender(self.spool, channel or self.channel, limits=self.limits)
         if start:
             sender.start()
         self.senders.append(sender)
@@ -168,7 +169,7 @@ def log(spool: Path, n: int, key: str = "a") -> None:
             writer.log({key: i}, i)
 
 
-def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport, logged: dict[str, int]) -> None:
+def assert_all_arrived(way: Way, counts: wire.SiteCounts, report: DeliveryReport, logged: dict[str, int]) -> None:
     """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
     lines = way.stored()
     found: dict[str, list[float]] = {}
@@ -177,7 +178,7 @@ def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport
             found.setdefault(key, []).append(value)
     assert found == {key: list(map(float, range(n))) for key, n in logged.items()}
     n = sum(logged.values())
-    assert (ledger.logged, ledger.acked, ledger.spooled) == (n, n, 0)
+    assert (counts.logged, counts.acked, counts.spooled) == (n, n, 0)
     assert_balanced(report, {SITE: n}, {("jsonl", SITE): n})
     assert report.sites[SITE].journaled == n
     assert report.undelivered() == 0

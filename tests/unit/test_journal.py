@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import STREAM, batch_of, metric
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import Journal, Progress
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.journal.counts import build_report, read_journal_report
+from trackhub.delivery.journal.read_only import open_read_only
+from trackhub.delivery.journal.rows import Progress
+from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Gap, Kind, Record
@@ -340,7 +342,7 @@ def test_how_far_a_lane_got_is_kept(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(i) for i in range(10)]), {})
-    journal.note_site(site, SiteLedger(logged=10, acked=10), bye=True)
+    journal.note_site(site, SiteCounts(logged=10, acked=10), final=True)
     progress = Progress(confirmed=7, rejected={"late_step": 2}, altered={"x": 1}, memory=b"m", last_error="e")
     journal.save_run("lane", site, 5, 3, progress)
     journal.close()
@@ -352,23 +354,23 @@ def test_how_far_a_lane_got_is_kept(tmp_path: Path) -> None:
     run = report.lanes["lane"]["a"]
     assert (run.confirmed, run.rejected, run.pending) == (7, {"late_step": 2}, 1)
     assert report.lanes["other"]["a"].pending == 10
-    assert report.sites["a"].said_bye
+    assert report.sites["a"].final
     assert report.balanced
     journal.close()
     assert read_journal_report(tmp_path / "trackhub.db").lanes["lane"] == report.lanes["lane"]
 
 
-def test_a_report_that_arrives_after_the_goodbye_does_not_replace_the_last_count(journal: Journal) -> None:
+def test_a_keep_alive_after_the_final_message_does_not_replace_the_last_counts(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
-    last, begun_anew = SiteLedger(logged=5, acked=5), SiteLedger(logged=7, acked=5, spooled=2)
-    journal.note_site(site, last, bye=True)
+    last, begun_anew = SiteCounts(logged=5, acked=5), SiteCounts(logged=7, acked=5, spooled=2)
+    journal.note_site(site, last, final=True)
 
-    journal.note_site(site, SiteLedger(logged=5, acked=2, spooled=3), bye=False)
-    after_late = journal.report([]).sites["a"].site
-    journal.note_site(site, begun_anew, bye=False)
+    journal.note_site(site, SiteCounts(logged=5, acked=2, spooled=3), final=False)
+    after_late = journal.report([]).sites["a"].at_site
+    journal.note_site(site, begun_anew, final=False)
 
     assert after_late == last
-    assert journal.report([]).sites["a"].site == begun_anew
+    assert journal.report([]).sites["a"].at_site == begun_anew
 
 
 def test_a_journal_that_claims_more_outcomes_than_records_is_not_balanced(journal: Journal) -> None:
@@ -376,6 +378,28 @@ def test_a_journal_that_claims_more_outcomes_than_records_is_not_balanced(journa
     journal.append(site, batch_of([metric(0)]), {})
     journal.save_run("lane", site, 1, 1, Progress(confirmed=2))
     assert not journal.report().balanced
+
+
+def test_a_report_of_a_running_job_is_balanced_whatever_is_stored_meanwhile(journal: Journal) -> None:
+    """A lane that confirmed between two queries of the report had more outcomes than records."""
+    site = journal.add_site("a", 0.0)
+    journal.append(site, batch_of([metric(0)]), {})
+    journal.save_run("lane", site, 1, 1, Progress(confirmed=1))
+    stored: list[str] = []
+
+    def store_meanwhile(sql: str) -> None:
+        if "FROM runs" in sql and not stored:
+            stored.append(sql)
+            journal.append(site, batch_of([metric(1)]), {})
+            journal.save_run("lane", site, 2, 2, Progress(confirmed=2))
+
+    with open_read_only(journal.path) as db:
+        db.set_trace_callback(store_meanwhile)
+        report = build_report(db)
+
+    assert stored
+    assert report.balanced
+    assert (report.sites["a"].journaled, report.lanes["lane"]["a"].confirmed) == (1, 1)
 
 
 def test_full_durability_asks_sqlite_for_it(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script outside FLARE: the same calls, a receiver in the same process, and everything delivered when it is closed."""
+"""A script outside FLARE: the same calls, a receiver in the same process, and everything delivered when it closes."""
 
 from __future__ import annotations
 

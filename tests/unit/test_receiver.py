@@ -34,9 +34,7 @@ class Rig:
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.folder = folder
-        self.receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits)
-        )
+        self.receiver = Receiver(folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits))
 
     def start(self) -> Rig:
         self.receiver.start()
@@ -75,15 +73,15 @@ def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path)
     rig = Rig(tmp_path).start()
     for first in (0, 5, 0, 5, 10, 5):
         assert rig.ask(batch(first)) == wire.Accepted()
-    ledger = wire.SiteLedger(logged=15, acked=15)
-    assert rig.ask(wire.Report(ledger)) == wire.Accepted()
+    counts = wire.SiteCounts(logged=15, acked=15)
+    assert rig.ask(wire.KeepAlive(counts)) == wire.Accepted()
     for _ in range(2):
-        assert rig.ask(wire.Bye(ledger)) == wire.Accepted()
+        assert rig.ask(wire.Final(counts)) == wire.Accepted()
     report = rig.finish()
 
     assert [line["seq"] for line in rig.stored()] == list(range(15))
     site = report.sites[SITE]
-    assert (site.received, site.duplicates, site.journaled, site.said_bye) == (30, 15, 15, True)
+    assert (site.received, site.duplicates, site.journaled, site.final) == (30, 15, 15, True)
     assert report.lanes["jsonl"][SITE].confirmed == 15
     assert report.balanced
     assert read_report(tmp_path / "trackhub" / "delivery.json") == report
@@ -239,7 +237,7 @@ def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
         for first in range(0, 100, 10):
             assert rig.ask(batch(first, 10), site) == wire.Accepted()
             assert rig.ask(batch(first, 10), site) == wire.Accepted()
-        rig.ask(wire.Bye(wire.SiteLedger(logged=100, acked=100)), site)
+        rig.ask(wire.Final(wire.SiteCounts(logged=100, acked=100)), site)
 
     threads = [threading.Thread(target=send, args=(site,)) for site in sites]
     for thread in threads:
@@ -260,7 +258,7 @@ def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_pat
     rig.start()
     assert rig.ask(batch(0)) == wire.Accepted()
     rig.finish()
-    for request in (batch(5), wire.Hello(), wire.Bye(wire.SiteLedger())):
+    for request in (batch(5), wire.Hello(), wire.Final(wire.SiteCounts())):
         assert isinstance(rig.ask(request), wire.Busy)
     again = Rig(tmp_path).start()
     assert again.ask(batch(0)) == wire.Accepted()
@@ -309,72 +307,72 @@ def test_a_disk_that_stays_full_ends_with_a_report_all_the_same(tmp_path: Path) 
             assert run.confirmed + run.pending == report.sites[SITE].journaled == first
 
 
-def test_the_gate_opens_when_all_have_said_goodbye(rig: Rig) -> None:
+def test_the_wait_for_sites_ends_with_the_last_final_message(rig: Rig) -> None:
     sites = ["a", "b"]
     opened = threading.Event()
     found: list[set[str]] = []
 
     def wait() -> None:
-        found.append(rig.receiver.wait_for_byes(sites, WAIT_S))
+        found.append(rig.receiver.wait_for_sites(sites, WAIT_S))
         opened.set()
 
     for site in sites:
         rig.ask(wire.Hello(), site)
     threading.Thread(target=wait, daemon=True).start()
-    rig.ask(wire.Bye(wire.SiteLedger()), "a")
+    rig.ask(wire.Final(wire.SiteCounts()), "a")
     assert not opened.wait(0.1)
-    rig.ask(wire.Bye(wire.SiteLedger()), "b")
+    rig.ask(wire.Final(wire.SiteCounts()), "b")
     assert opened.wait(WAIT_S)
     assert found == [set()]
 
 
-def test_the_gate_does_not_wait_for_a_site_that_fell_silent(tmp_path: Path) -> None:
+def test_the_wait_for_sites_leaves_out_a_site_that_fell_silent(tmp_path: Path) -> None:
     rig = Rig(tmp_path, silence_s=0.3, keepalive_s=0.1).start()
     stop = threading.Event()
 
     def live() -> None:
         while not stop.wait(0.05):
-            rig.ask(wire.Report(wire.SiteLedger()), "alive")
+            rig.ask(wire.KeepAlive(wire.SiteCounts()), "alive")
 
     rig.ask(wire.Hello(), "dead")
     thread = threading.Thread(target=live)
     thread.start()
     start = time.monotonic()
-    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
+    assert rig.receiver.wait_for_sites(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
     assert time.monotonic() - start >= 1.0  # for the one that lives
     stop.set()
     thread.join()
-    rig.ask(wire.Bye(wire.SiteLedger()), "alive")
+    rig.ask(wire.Final(wire.SiteCounts()), "alive")
     start = time.monotonic()
-    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
+    assert rig.receiver.wait_for_sites(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
     assert time.monotonic() - start < 5
     rig.finish()
 
 
 @pytest.mark.parametrize(
-    ("job", "bye", "expected"),
+    ("job", "final", "expected"),
     [
-        (RunStatus.FINISHED, wire.Bye(wire.SiteLedger()), "finished"),
-        (RunStatus.FINISHED, wire.Bye(wire.SiteLedger(), failed=True), "failed"),
+        (RunStatus.FINISHED, wire.Final(wire.SiteCounts()), "finished"),
+        (RunStatus.FINISHED, wire.Final(wire.SiteCounts(), failed=True), "failed"),
         (RunStatus.FINISHED, None, "failed"),
-        (RunStatus.ABORTED, wire.Bye(wire.SiteLedger()), "aborted"),
-        (RunStatus.FAILED, wire.Bye(wire.SiteLedger()), "failed"),
+        (RunStatus.ABORTED, wire.Final(wire.SiteCounts()), "aborted"),
+        (RunStatus.FAILED, wire.Final(wire.SiteCounts()), "failed"),
     ],
 )
-def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, bye: wire.Bye | None, expected: str) -> None:
+def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, final: wire.Final | None, expected: str) -> None:
     rig = Rig(tmp_path).start()
     rig.ask(batch(0))
-    if bye:
-        rig.ask(bye)
+    if final:
+        rig.ask(final)
     report = rig.finish(job)
     lines = (tmp_path / "jsonl" / "job-1" / f"{SITE}.jsonl").read_text().splitlines()
     assert f'"status":"{expected}"' in lines[-1]
-    assert (report.status, report.sites[SITE].said_bye) == (job, bye is not None)
+    assert (report.status, report.sites[SITE].final) == (job, final is not None)
 
 
 def test_a_wrong_configuration_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
     def start(backends: dict[str, dict[str, Any]]) -> None:
-        Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=backends).start()
+        Receiver(tmp_path, job="j", side=Side.SERVER, backends=backends).start()
 
     with pytest.raises(UnknownBackendError, match=r"available: .*jsonl"):
         start({"nonsense": {}})
@@ -388,7 +386,7 @@ def test_a_backend_that_cannot_be_used_leaves_no_lock_and_no_thread(tmp_path: Pa
     options = {"jsonl": {"path": str(tmp_path / "occupied" / "x")}}
     before = threading.active_count()
     for _ in range(2):
-        receiver = Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=options)
+        receiver = Receiver(tmp_path, job="j", side=Side.SERVER, backends=options)
         with pytest.raises(ConfigError, match="occupied"):
             receiver.start()
     assert threading.active_count() == before

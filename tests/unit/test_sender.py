@@ -17,8 +17,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
 from tests.unit.rigs import FAST, SITE, Way, assert_all_arrived, log
-from trackhub.delivery import sender as sender_module
-from trackhub.delivery import wire
+from trackhub.delivery import exchange, wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.retry import Backoff
@@ -30,7 +29,7 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(exchange, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture
@@ -64,12 +63,12 @@ def test_a_link_that_loses_requests_and_replies_and_doubles_both_loses_no_record
         thread.start()
     for thread in threads:
         thread.join()
-    ledger = sender.close(WAIT_S)
+    counts = sender.close(WAIT_S)
     report = way.finish()
 
-    assert_all_arrived(way, ledger, report, {"a": 700, "b": 700, "c": 700})
+    assert_all_arrived(way, counts, report, {"a": 700, "b": 700, "c": 700})
     assert report.sites[SITE].duplicates > 0
-    assert report.sites[SITE].said_bye
+    assert report.sites[SITE].final
 
 
 def test_a_batch_that_is_refused_is_counted_by_its_reason_and_the_next_goes_on(way: Way) -> None:
@@ -80,10 +79,10 @@ def test_a_batch_that_is_refused_is_counted_by_its_reason_and_the_next_goes_on(w
         return way.channel(data, timeout_s)
 
     log(way.spool, 150)
-    ledger = way.sender(channel).close(WAIT_S)
+    counts = way.sender(channel).close(WAIT_S)
     way.finish()
-    assert (ledger.logged, ledger.acked, ledger.refused) == (150, 100, {"not_wanted": 50})
-    assert total(ledger) == 150
+    assert (counts.logged, counts.acked, counts.refused) == (150, 100, {"not_wanted": 50})
+    assert total(counts) == 150
     assert [line["seq"] for line in way.stored()] == [*range(50), *range(100, 150)]
 
 
@@ -97,9 +96,9 @@ def test_a_receiver_that_refuses_the_site_altogether_gets_nothing_and_the_record
     start = time.monotonic()
     sender.flush(0.3)
     assert not sender.flush(WAIT_S)
-    ledger = sender.close(0.5)
+    counts = sender.close(0.5)
     assert time.monotonic() - start < 5
-    assert (ledger.logged, ledger.spooled, ledger.acked) == (10, 10, 0)
+    assert (counts.logged, counts.spooled, counts.acked) == (10, 10, 0)
 
 
 def test_a_silent_receiver_is_waited_for_once_until_it_answers_again(way: Way) -> None:
@@ -126,8 +125,8 @@ def test_a_silent_receiver_is_waited_for_once_until_it_answers_again(way: Way) -
     deadline = time.monotonic() + WAIT_S
     while not sender.flush(WAIT_S):
         assert time.monotonic() < deadline
-    ledger = sender.close(WAIT_S)
-    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+    counts = sender.close(WAIT_S)
+    assert_all_arrived(way, counts, way.finish(), {"a": 10})
 
 
 def test_flush_returns_when_the_receiver_has_what_was_logged_before_it(way: Way) -> None:
@@ -170,8 +169,8 @@ def test_flush_does_not_wait_for_what_is_logged_after_it(way: Way) -> None:
     finally:
         stop.set()
         thread.join()
-    ledger = sender.close(WAIT_S)
-    assert_all_arrived(way, ledger, way.finish(), {"a": n[0]})
+    counts = sender.close(WAIT_S)
+    assert_all_arrived(way, counts, way.finish(), {"a": n[0]})
 
 
 def test_a_busy_receiver_is_asked_again(way: Way) -> None:
@@ -184,9 +183,9 @@ def test_a_busy_receiver_is_asked_again(way: Way) -> None:
         return way.channel(data, timeout_s)
 
     log(way.spool, 10)
-    ledger = way.sender(channel).close(WAIT_S)
+    counts = way.sender(channel).close(WAIT_S)
     assert busy == [0]
-    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+    assert_all_arrived(way, counts, way.finish(), {"a": 10})
 
 
 @pytest.mark.parametrize("reply", [b"", b"nonsense", b"\xc1", wire.encode(wire.Hello())])
@@ -200,8 +199,8 @@ def test_a_reply_that_makes_no_sense_is_as_none(way: Way, reply: bytes) -> None:
         return way.channel(data, timeout_s)
 
     log(way.spool, 10)
-    ledger = way.sender(channel).close(WAIT_S)
-    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+    counts = way.sender(channel).close(WAIT_S)
+    assert_all_arrived(way, counts, way.finish(), {"a": 10})
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cell is gone"), OSError("socket"), ValueError("x")], ids=repr)
@@ -215,8 +214,8 @@ def test_a_link_that_raises_anything_else_is_as_one_that_lost_the_request(way: W
 
     way.before = before
     log(way.spool, 10)
-    ledger = way.sender().close(WAIT_S)
-    assert_all_arrived(way, ledger, way.finish(), {"a": 10})
+    counts = way.sender().close(WAIT_S)
+    assert_all_arrived(way, counts, way.finish(), {"a": 10})
 
 
 def test_a_receiver_that_is_started_anew_on_its_journal_goes_on(way: Way) -> None:
@@ -227,8 +226,8 @@ def test_a_receiver_that_is_started_anew_on_its_journal_goes_on(way: Way) -> Non
             if i in (100, 200, 300):
                 way.receiver.finish(RunStatus.ABORTED, deadline_s=5)  # in the middle of whatever the sender is at
                 way.receiver = way.new_receiver()
-    ledger = sender.close(WAIT_S)
-    assert_all_arrived(way, ledger, way.finish(), {"a": 400})
+    counts = sender.close(WAIT_S)
+    assert_all_arrived(way, counts, way.finish(), {"a": 400})
 
 
 def test_a_sender_that_is_started_anew_goes_on(way: Way) -> None:
@@ -243,13 +242,13 @@ def test_a_sender_that_is_started_anew_goes_on(way: Way) -> None:
     way.after = after
     first = way.sender()
     assert arrived.wait(WAIT_S)
-    ledger = first.close(0.1)
-    assert ledger.spooled > 0
-    assert total(ledger) == ledger.logged == 500
+    counts = first.close(0.1)
+    assert counts.spooled > 0
+    assert total(counts) == counts.logged == 500
     way.after = lambda request: None
-    ledger = way.sender().close(WAIT_S)
+    counts = way.sender().close(WAIT_S)
     report = way.finish()
-    assert_all_arrived(way, ledger, report, {"a": 500})
+    assert_all_arrived(way, counts, report, {"a": 500})
     assert report.sites[SITE].duplicates > 0
 
 
@@ -261,9 +260,9 @@ def test_close_ends_in_time_whatever_the_link_does(way: Way) -> None:
     log(way.spool, 10)
     sender = way.sender(channel)
     start = time.monotonic()
-    ledger = sender.close(0.3)
+    counts = sender.close(0.3)
     assert time.monotonic() - start < 8
-    assert (ledger.logged, ledger.spooled) == (10, 10)
+    assert (counts.logged, counts.spooled) == (10, 10)
 
 
 def test_close_ends_in_time_with_a_slow_link_that_answers_everything(way: Way) -> None:
@@ -279,11 +278,11 @@ def test_close_ends_in_time_with_a_slow_link_that_answers_everything(way: Way) -
     sender = way.sender(channel, start=False)
     sender.start()
 
-    ledger = sender.close(0.3)
+    counts = sender.close(0.3)
 
     assert sent < 100
-    assert ledger.logged == ledger.acked + ledger.spooled == 10_000
-    assert ledger.spooled > 0
+    assert counts.logged == counts.acked + counts.spooled == 10_000
+    assert counts.spooled > 0
 
 
 def test_a_sender_that_was_never_started_counts_what_is_there(way: Way) -> None:
@@ -308,8 +307,8 @@ def test_signs_of_life_carry_the_count_while_nothing_is_logged(way: Way) -> None
     seen = threading.Event()
 
     def after(request: wire.Request) -> None:
-        if isinstance(request, wire.Report) and request.ledger.acked == 5:
-            assert request.ledger.is_balanced()
+        if isinstance(request, wire.KeepAlive) and request.counts.acked == 5:
+            assert request.counts.is_balanced()
             seen.set()
 
     way.after = after
@@ -321,14 +320,14 @@ def test_signs_of_life_carry_the_count_while_nothing_is_logged(way: Way) -> None
 def test_a_failed_site_says_so(way: Way) -> None:
     log(way.spool, 1)
     way.sender().close(WAIT_S, failed=True)
-    byes = [r for r in way.requests if isinstance(r, wire.Bye)]
-    assert [b.failed for b in byes] == [True]
-    assert byes[0].ledger.acked == 1
+    final = [r for r in way.requests if isinstance(r, wire.Final)]
+    assert [message.failed for message in final] == [True]
+    assert final[0].counts.acked == 1
 
 
 def test_a_folder_that_is_no_spool_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SpoolError):
-        Sender(tmp_path, lambda data, timeout_s: data, site=SITE)
+        Sender(tmp_path, lambda data, timeout_s: data)
 
 
 def test_a_spool_that_is_taken_away_ends_no_job(way: Way) -> None:
@@ -346,21 +345,19 @@ def test_two_receivers_of_one_site_each_get_everything(tmp_path: Path) -> None:
     receivers, senders = {}, {}
     for name in ("server", "client"):
         folder = tmp_path / name
-        receivers[name] = Receiver(
-            folder / "trackhub", folder, job="j", side=Side(name), backends={"jsonl": {}}, limits=FAST
-        )
+        receivers[name] = Receiver(folder, job="j", side=Side(name), backends={"jsonl": {}}, limits=FAST)
         receivers[name].start()
 
         def channel(data: bytes, timeout_s: float, receiver: Receiver = receivers[name]) -> bytes:
             return receiver.handle(SITE, data)
 
-        senders[name] = Sender(spool, channel, site=SITE, cursor=name, limits=FAST)
+        senders[name] = Sender(spool, channel, cursor=name, limits=FAST)
         senders[name].start()
     log(spool, 300)
     for name, sender in senders.items():
-        ledger = sender.close(WAIT_S)
+        counts = sender.close(WAIT_S)
         report = receivers[name].finish(RunStatus.FINISHED)
-        assert (ledger.logged, ledger.acked) == (300, 300)
+        assert (counts.logged, counts.acked) == (300, 300)
         assert_balanced(report, {SITE: 300}, {("jsonl", SITE): 300})
         lines = json_lines(tmp_path / name / "jsonl" / "j" / f"{SITE}.jsonl")
         assert [line["seq"] for line in lines] == list(range(300))
@@ -385,10 +382,10 @@ def test_every_record_of_a_trainer_that_is_killed_is_delivered(way: Way) -> None
         trainer.kill()
         lines += trainer.stdout.readlines()
     returned = sum(line.endswith(b"\n") for line in lines)
-    ledger = sender.close(WAIT_S)
+    counts = sender.close(WAIT_S)
     report = way.finish()
-    assert returned <= ledger.logged <= returned + 1
-    assert_all_arrived(way, ledger, report, {"a": ledger.logged})
+    assert returned <= counts.logged <= returned + 1
+    assert_all_arrived(way, counts, report, {"a": counts.logged})
 
 
 def test_records_of_a_busy_trainer_travel_together_and_a_flush_does_not_wait(way: Way) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, Way
-from trackhub.delivery import sender as sender_module
-from trackhub.delivery import wire
+from trackhub.delivery import exchange, wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.retry import Backoff
 from trackhub.spool.layout import blob_file
@@ -22,7 +21,7 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(exchange, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) 
         writer.log_artifact(tmp_path / "model.bin")
         writer.log({"a": 0}, 0)
         writer.log_artifact(tmp_path / "empty")
-    ledger = way.sender().close(WAIT_S)
+    counts = way.sender().close(WAIT_S)
     report = way.finish()
     first, second, third = way.stored()
     folder = way.folder / "receiver" / "jsonl" / "job-1"
@@ -59,7 +58,7 @@ def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) 
     assert second["values"] == {"a": 0}
     assert (folder / third["file"]).read_bytes() == b""
     assert list(way.spool.glob("*.blob")) == []
-    assert (ledger.logged, ledger.acked) == (3, 3)
+    assert (counts.logged, counts.acked) == (3, 3)
     assert_balanced(report, {SITE: 3}, {("jsonl", SITE): 3})
 
 
@@ -90,11 +89,11 @@ def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
             writer.log_artifact(tmp_path / "x", f"x{i}")
         name = f"{writer._spool.stream}-3"  # the second artifact
     spoil(blob_file(way.spool, name), how)
-    ledger = way.sender().close(WAIT_S)
+    counts = way.sender().close(WAIT_S)
     report = way.finish()
 
     assert [line["seq"] for line in way.stored()] == [0, 1, 2, 4, 5]
-    assert (ledger.logged, ledger.acked, ledger.dropped) == (6, 5, {"damaged": 1})
+    assert (counts.logged, counts.acked, counts.dropped) == (6, 5, {"damaged": 1})
     assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
     assert report.sites[SITE].explained == {"damaged": 1}
     assert list(way.spool.glob("*.blob")) == []
@@ -114,7 +113,7 @@ def test_a_receiver_that_asks_for_the_same_bytes_again_and_again_does_not_hold_u
         return wire.encode(wire.Accepted(request.size if isinstance(request, wire.Chunk) else 0))
 
     (blob,) = way.spool.glob("*.blob")
-    ledger = way.sender(forgetful).close(0.2)
+    counts = way.sender(forgetful).close(0.2)
 
-    assert (ledger.logged, ledger.acked, ledger.spooled) == (1, 0, 1)
+    assert (counts.logged, counts.acked, counts.spooled) == (1, 0, 1)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("trackhub-sender")] == []

@@ -16,15 +16,15 @@ from trackhub.framing import FORMAT_VERSION
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 count = st.integers(0, 2**63)
 counts = st.dictionaries(text, count, max_size=3)
-ledgers = st.builds(
-    wire.SiteLedger, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
+site_counts = st.builds(
+    wire.SiteCounts, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
 )
 requests: dict[str, st.SearchStrategy[wire.Request]] = {
     "hello": st.builds(wire.Hello, st.tuples(count, count)),
     "batch": st.builds(wire.Batch, text, count, count, count, st.binary(max_size=100)),
     "chunk": st.builds(wire.Chunk, text, count, text, count, st.binary(max_size=100)),
-    "report": st.builds(wire.Report, ledgers),
-    "bye": st.builds(wire.Bye, ledgers, st.booleans()),
+    "keep-alive": st.builds(wire.KeepAlive, site_counts),
+    "final": st.builds(wire.Final, site_counts, st.booleans()),
 }
 replies: dict[str, st.SearchStrategy[wire.Reply]] = {
     "accepted": st.builds(wire.Accepted, count, text),
@@ -73,8 +73,8 @@ def test_one_minor_version_of_difference_works_and_more_does_not(minor: int, maj
     assert wire.is_compatible(theirs) is compatible
 
 
-def test_a_ledger_is_balanced_when_every_record_has_one_outcome() -> None:
-    ledger = wire.SiteLedger(logged=21, withheld=1, dropped={"a": 2, "b": 3}, refused={"c": 4}, acked=5, spooled=6)
-    assert ledger.is_balanced()
+def test_a_counts__is_balanced_when_every_record_has_one_outcome() -> None:
+    counts_ = wire.SiteCounts(logged=21, withheld=1, dropped={"a": 2, "b": 3}, refused={"c": 4}, acked=5, spooled=6)
+    assert counts_.is_balanced()
     for field in ("logged", "withheld", "acked", "spooled"):
-        assert not msgspec.structs.replace(ledger, **{field: 7}).is_balanced()
+        assert not msgspec.structs.replace(counts_, **{field: 7}).is_balanced()
