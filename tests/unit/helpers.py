@@ -52,7 +52,7 @@ def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
 
 
 def frames_in(data: bytes) -> list[bytes]:
-    """Return the bodies of whole, sound frames from the start of ``data``: the format by its description alone."""
+    """Return the bodies of the whole, sound frames at the start of ``data``. Written from the format's description."""
     bodies, at = [], 0
     while len(data) - at >= 9:
         crc, size, _ = struct.unpack_from("<IIB", data, at)
@@ -128,7 +128,7 @@ def total(counts: SiteCounts) -> int:
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """A file system of this size, honestly full when it is; skips where none may be mounted."""
+    """Mount a file system of this size in bytes, so that it can really be full. Skip the test where mounting fails."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     try:
@@ -179,7 +179,7 @@ class MemoryBackend(Backend):
     """Keeps entries in memory, by site, in the order of arrival.
 
     Attributes:
-        stored: what a peer would hold.
+        stored: what a server would hold.
         calls: number of calls of each method.
         behave: called first in every method with its name and argument; raises, hangs or returns a report.
         infos: what ``open_run`` was given.

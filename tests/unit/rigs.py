@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rigs for the tests of lanes and senders: a journal with lanes on it, and the way from a spool to a receiver."""
+"""Rigs for the tests of lanes and senders: a journal with lanes on it, and a spool whose senders reach a receiver."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> Ru
 
 
 class Consuming(MemoryBackend):
-    """Takes what it stores out of the list that it was given."""
+    """Its runs empty the list that ``write`` was given."""
 
     def take(self, site: str, batch: Any) -> None:
         super().take(site, batch)
@@ -80,7 +80,7 @@ class Consuming(MemoryBackend):
 
 
 class Odd(MemoryBackend):
-    """Its runs return what is no report."""
+    """Its runs return True from ``write``, which is no report."""
 
     def open_run(self, info: RunInfo) -> Any:
         run = super().open_run(info)
@@ -116,10 +116,13 @@ def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str
 FAST = Limits(batch_records=50, poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01)
 
 
-class Way:
-    """The way from a spool to a receiver.
+class SenderRig:
+    """A spool, a receiver, and a channel between them.
 
-    ``before`` may raise in place of carrying a request, ``after`` in place of bringing its reply.
+    Attributes:
+        before: called with each request before the channel carries it. If it raises, the request is lost.
+        after: called with each request after the receiver replied. If it raises, the reply is lost.
+        requests: all requests that the channel was given.
     """
 
     def __init__(self, folder: Path, limits: Limits = FAST) -> None:
@@ -169,9 +172,9 @@ def log(spool: Path, n: int, key: str = "a") -> None:
             writer.log({key: i}, i)
 
 
-def assert_all_arrived(way: Way, counts: wire.SiteCounts, report: DeliveryReport, logged: dict[str, int]) -> None:
-    """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
-    lines = way.stored()
+def assert_all_arrived(rig: SenderRig, counts: wire.SiteCounts, report: DeliveryReport, logged: dict[str, int]) -> None:
+    """Check that the backend's file holds each record once and in order within its key, and that the counts agree."""
+    lines = rig.stored()
     found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line["values"].items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The receiver stores what it acknowledges, refuses what is none, and never raises or hangs, whatever it is sent."""
+"""The receiver stores what it acknowledges, refuses bad requests, and never raises or hangs, whatever it is sent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SITE = "site-1"
 
 
 class Rig:
-    """A receiver with the backend ``jsonl``, and messages in place of bytes."""
+    """A receiver with the backend ``jsonl``, which is asked with messages in place of bytes."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.folder = folder
@@ -62,14 +62,14 @@ def batch(first: int, n: int = 5) -> wire.Batch:
     return batch_of([metric(first + i) for i in range(n)])
 
 
-def test_an_accepted_batch_is_in_the_journal_when_the_reply_is_there(rig: Rig) -> None:
+def test_an_accepted_batch_is_in_the_journal_before_the_reply(rig: Rig) -> None:
     assert rig.ask(wire.Hello()) == wire.Accepted(job="job-1")
     assert rig.ask(batch(0)) == wire.Accepted()
     assert rig.receiver._journal is not None
     assert rig.receiver._journal.report().sites[SITE].journaled == 5
 
 
-def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path) -> None:
+def test_repeated_batches_are_delivered_once(tmp_path: Path) -> None:
     rig = Rig(tmp_path).start()
     for first in (0, 5, 0, 5, 10, 5):
         assert rig.ask(batch(first)) == wire.Accepted()
@@ -89,7 +89,7 @@ def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path)
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.binary(max_size=100))
-def test_bytes_that_are_no_request_are_refused(rig: Rig, data: bytes) -> None:
+def test_bytes_that_hold_no_request_are_refused(rig: Rig, data: bytes) -> None:
     reply = wire.decode_reply(rig.receiver.handle(SITE, data))
     try:
         wire.decode_request(data)
@@ -125,7 +125,7 @@ def unreadable() -> bytes:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_batch_that_is_not_what_it_says_is_refused_and_leaves_no_trace(
+def test_a_batch_whose_numbers_or_frames_are_wrong_is_refused_and_leaves_no_trace(
     rig: Rig, request_: tuple[str, wire.Batch]
 ) -> None:
     reply = rig.ask(request_[1])
@@ -138,7 +138,7 @@ def test_a_batch_that_is_not_what_it_says_is_refused_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize(("minor", "accepted"), [(-1, True), (0, True), (1, True), (2, False)])
-def test_a_site_of_another_version_is_told_so(rig: Rig, minor: int, accepted: bool) -> None:
+def test_a_site_that_is_two_minor_versions_ahead_is_refused(rig: Rig, minor: int, accepted: bool) -> None:
     reply = rig.ask(wire.Hello((FORMAT_VERSION[0], FORMAT_VERSION[1] + minor)))
     if accepted:
         assert reply == wire.Accepted(job="job-1")
@@ -165,7 +165,7 @@ def blob_file(rig: Rig, site: str = SITE) -> Path:
     return rig.receiver._blobs.folder(site) / NAME
 
 
-def test_a_record_waits_for_its_bytes(rig: Rig) -> None:
+def test_a_record_is_accepted_only_after_the_bytes_of_its_blob(rig: Rig) -> None:
     assert rig.ask(artifact()) == wire.NeedBlob(NAME)
     assert rig.ask(chunk(0, 4000)) == wire.Accepted(4000)
     assert rig.ask(artifact()) == wire.NeedBlob(NAME)
@@ -177,7 +177,7 @@ def test_a_record_waits_for_its_bytes(rig: Rig) -> None:
     assert blob_file(rig).read_bytes() == DATA
 
 
-def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_anew(rig: Rig) -> None:
+def test_bytes_that_do_not_match_their_digest_are_refused_and_may_be_sent_again(rig: Rig) -> None:
     assert rig.ask(chunk(0, 5000)) == wire.Accepted(5000)
     reply = rig.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
     assert isinstance(reply, wire.Refused)
@@ -189,7 +189,7 @@ def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_a
 @pytest.mark.parametrize(
     "name", ["../../x", "/etc/passwd", "", ".", "a/b", f"{STREAM}-0/../x", f"{STREAM}-0\n", "x" * 300]
 )
-def test_no_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) -> None:
+def test_no_blob_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     blob = msgspec.structs.replace(BLOB, name=name)
     assert isinstance(rig.ask(chunk(0, 100_000, blob=blob)), wire.Refused)
@@ -197,7 +197,7 @@ def test_no_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_sites_may_have_blobs_of_one_name(rig: Rig) -> None:
+def test_two_sites_may_have_blobs_of_the_same_name(rig: Rig) -> None:
     other = b"other" * 10
     blob = Blob(NAME, len(other), hashlib.sha256(other).hexdigest(), "x")
     rig.ask(chunk(0, 100_000))
@@ -207,7 +207,7 @@ def test_two_sites_may_have_blobs_of_one_name(rig: Rig) -> None:
 
 
 def test_a_piece_that_arrives_twice_at_once_is_stored_once(rig: Rig) -> None:
-    """A site sends it again when the reply is late, while the first one may still be at work."""
+    """A site repeats a chunk when the reply is late, and the receiver may still be storing the first one."""
     data = bytes(1 << 20)
     for n in range(20):
         name = f"{STREAM}-{n}"
@@ -228,7 +228,7 @@ def test_a_piece_that_arrives_twice_at_once_is_stored_once(rig: Rig) -> None:
         assert rig.ask(chunk(1 << 19, 1 << 19, blob=blob, data=data)) == wire.Accepted(len(data))
 
 
-def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
+def test_the_records_of_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
     rig = Rig(tmp_path).start()
     sites = [f"site-{i}" for i in range(8)]
 
@@ -250,7 +250,7 @@ def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
         assert (report.sites[site].duplicates, report.lanes["jsonl"][site].confirmed) == (100, 100)
 
 
-def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_path: Path) -> None:
+def test_a_receiver_that_has_not_started_or_has_finished_replies_busy(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     assert isinstance(rig.ask(batch(0)), wire.Busy)
     with pytest.raises(JournalError, match="not started"):
@@ -267,7 +267,7 @@ def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_pat
     assert [line["seq"] for line in again.stored()] == list(range(10))
 
 
-def test_a_full_disk_at_the_receiver_is_busy_until_there_is_space(tmp_path: Path) -> None:
+def test_a_receiver_on_a_full_disk_replies_busy_until_there_is_space(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
         rig = Rig(disk / "run").start()
         assert rig.ask(batch(0)) == wire.Accepted()
@@ -291,7 +291,7 @@ def test_a_full_disk_at_the_receiver_is_busy_until_there_is_space(tmp_path: Path
         assert report.lanes["jsonl"][SITE].confirmed == accepted + 10
 
 
-def test_a_disk_that_stays_full_ends_with_a_report_all_the_same(tmp_path: Path) -> None:
+def test_a_receiver_whose_disk_stays_full_still_makes_a_report(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         rig = Rig(disk / "run").start()
         with pytest.raises(OSError, match="No space"), (disk / "filler").open("wb", buffering=0) as file:
@@ -359,7 +359,9 @@ def test_the_wait_for_sites_leaves_out_a_site_that_fell_silent(tmp_path: Path) -
         (RunStatus.FAILED, wire.Final(wire.SiteCounts()), "failed"),
     ],
 )
-def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, final: wire.Final | None, expected: str) -> None:
+def test_a_run_ends_with_the_status_of_its_site(
+    tmp_path: Path, job: RunStatus, final: wire.Final | None, expected: str
+) -> None:
     rig = Rig(tmp_path).start()
     rig.ask(batch(0))
     if final:
@@ -370,7 +372,7 @@ def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, final: wire.
     assert (report.status, report.sites[SITE].final) == (job, final is not None)
 
 
-def test_a_wrong_configuration_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_an_error_before_any_file_is_made(tmp_path: Path) -> None:
     def start(backends: dict[str, dict[str, Any]]) -> None:
         Receiver(tmp_path, job="j", side=Side.SERVER, backends=backends).start()
 
