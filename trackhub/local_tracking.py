@@ -104,6 +104,7 @@ def open_local(
     limits = limits or Limits.from_mapping({}, environ=os.environ)
     job = job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     run_dir = Path(folder).absolute() / job
+    # The receiver comes first: with a wrong configuration no spool is made.
     receiver = Receiver(run_dir, job=job, side=Side.LOCAL, backends=options, limits=limits)
     receiver.start()
     spool = receiver.folder / "spool"

@@ -18,7 +18,7 @@ from trackhub.delivery.wire import Busy, Reply, Request, decode_reply, encode
 
 __all__ = ["Exchange"]
 
-_CLOSING_PAUSE_S = 0.5
+_CLOSING_PAUSE_S = 0.5  # a grown backoff of seconds could use up all the time that is left
 _MIN_TIMEOUT_S = 0.1
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Exchange:
 
     def ask(self, request: Request) -> Reply | None:
         """Make a request until the receiver replies. Return None if the deadline passes first."""
+        # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.
         backoff = Backoff(first_s=0.1, max_s=5.0)
         data = encode(request)
         while True:

@@ -103,6 +103,7 @@ class _Sites:
         with self._changed:
             while True:
                 now = time.monotonic()
+                # A site that was never heard may still be starting, so its silence begins with this wait.
                 missing = waiting - self._failed.keys()
                 silent_at = {site: self._heard_at.get(site, start) + self._silence_s for site in missing}
                 alive = {site: at for site, at in silent_at.items() if at > now}
@@ -178,10 +179,11 @@ class Receiver:
         self._sites.restore(self._journal.final())
         if from_start:
             for name in backends:
-                self._journal.rewind(name)
+                self._journal.rewind(name)  # before the lanes read their cursors
         self._lanes = [self._lane(name, backend, self._journal) for name, backend in backends.items()]
         for lane in self._lanes:
             lane.start()
+        # One deadline for all, since the lanes check their backends at the same time.
         deadline = time.monotonic() + self._limits.preflight_s
         try:
             for lane in self._lanes:
@@ -200,6 +202,7 @@ class Receiver:
         except (ConfigError, PluginError):
             raise
         except Exception as e:
+            # A plugin may raise anything. Nothing has been trained yet, so this may stop the job.
             raise BackendLoadError(f"backend {name!r} cannot be set up: {type(e).__name__}: {e}") from e
 
     def _store_options(self, journal: Journal) -> None:
@@ -251,6 +254,7 @@ class Receiver:
             self._warn_of(site, e)
             return encode(Busy(str(e)))
         except Exception as e:
+            # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
             _log.exception("a request of site %s failed", site)
             return encode(Busy(f"{type(e).__name__}: {e}"))
 
@@ -299,18 +303,20 @@ class Receiver:
         contents = _examine(batch)
         if isinstance(contents, Refused):
             return contents
+        # A backend needs the bytes together with the record, so no record is stored before its blobs.
         for name in contents.blobs:
             if not self._blobs.has(site, name):
                 return NeedBlob(name)
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
+        # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
         if self._journal.append(site_id, batch, contents.gaps):
             for lane in self._lanes:
                 lane.notify(site_id)
         return Accepted()
 
     def _site_id(self, site: str, created: float | None = None) -> int:
-        found = self._site_ids.get(site)
+        found = self._site_ids.get(site)  # spares a transaction for each batch
         if found is None:
             assert self._journal is not None
             found = self._site_ids[site] = self._journal.add_site(site, created or time.time())
@@ -358,6 +364,7 @@ class Receiver:
         try:
             sites = [name for name, _ in self._journal.sites().values()]
         except JournalError as e:
+            # A disk that fails now must not keep the lanes from ending their runs at the backends.
             _log.warning("%s; its runs end as failed", e)
             sites, status = [], RunStatus.FAILED
         by_site = {name: self._site_status(name, status) for name in sites}
@@ -370,6 +377,7 @@ class Receiver:
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
         assert self._journal is not None
+        # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         for lane in self._lanes:
@@ -384,7 +392,7 @@ class Receiver:
         try:
             report = self._journal.report([lane.name for lane in self._lanes])
         finally:
-            self._journal.close()
+            self._journal.close()  # in any case, or the next receiver finds it locked
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
@@ -395,6 +403,8 @@ class Receiver:
 
 def _examine(batch: Batch) -> _Contents | Refused:
     """Check every frame of a batch, and that the batch's own numbers agree with them."""
+    # All of it is checked before any of it is stored. The site still has what is damaged here; a lane that met the
+    # damage later could only count it as lost.
     records, gaps, first = 0, Counter[str](), None
     blobs: list[str] = []
     try:
@@ -402,7 +412,7 @@ def _examine(batch: Batch) -> _Contents | Refused:
         while frame := next(scan_frames(batch.frames, offset), None):
             body = batch.frames[frame.body : frame.end]
             first = first or decode_head(body)
-            passed, offset = pass_metrics(batch.frames, frame.end)
+            passed, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
             records += passed
             records += frame.kind != Kind.GAP
             payload = decode_body(body).payload if frame.kind in _LOOK_INTO else None
@@ -412,6 +422,7 @@ def _examine(batch: Batch) -> _Contents | Refused:
                 blobs.append(payload.blob.name)
     except (CorruptFrameError, msgspec.DecodeError) as e:
         return Refused("malformed", str(e))
+    # No number may be beyond what SQLite can store, or the batch would fail again and again.
     if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
         return Refused("malformed", f"the batch says records {batch.first_seq} to {batch.next_seq}, its frames do not")
     if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():

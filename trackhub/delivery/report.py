@@ -114,6 +114,7 @@ def write_report(path: Path, report: DeliveryReport) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    # A rename puts it in place, so that neither a crash nor a full disk leaves half a report.
     partial = path.with_suffix(".new")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     partial.replace(path)

@@ -27,7 +27,7 @@ __all__ = ["Sender"]
 
 _BLOB_RETRY_S = 0.1
 _ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take: a request need not carry more
-_JOIN_MARGIN_S = 1.0
+_JOIN_MARGIN_S = 1.0  # for what the thread does after its last request
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +123,7 @@ class Sender:
             passes.waiting += 1
             try:
                 while passes.done < target and not self._reader.is_past(ends):
-                    self._wake.set()
+                    self._wake.set()  # each time, since the sender clears it when it wakes
                     left_s = deadline - time.monotonic()
                     if left_s <= 0 or not self._thread.is_alive():
                         passes.gave_up_at = self._exchange.replies
@@ -133,6 +133,7 @@ class Sender:
                             self.site, self.folder,
                         )  # fmt: skip
                         return False
+                    # Not longer than a poll: the reader gets past the ends in the middle of a pass, without a notice.
                     passes.changed.wait(min(left_s, self._limits.poll_s))
                 return True
             finally:
@@ -154,7 +155,7 @@ class Sender:
         self._failed = failed
         self._exchange.close_by(time.monotonic() + timeout_s)
         self._wake.set()
-        if self._thread.ident is not None:
+        if self._thread.ident is not None:  # it was started
             self._thread.join(timeout_s + self._exchange.timeout_s + _JOIN_MARGIN_S)
         try:
             close_spool(self.folder)
@@ -187,16 +188,17 @@ class Sender:
         while not self._exchange.is_closing():
             pause_s = self._limits.poll_s
             if self._refused is not None:
-                pause_s = self._limits.keepalive_s
+                pause_s = self._limits.keepalive_s  # nothing to do but to wait for ``close``
             else:
                 if self._is_time_to_send():
                     self._pass(final=False)
                 if time.monotonic() >= next_keepalive:
                     next_keepalive = time.monotonic() + self._limits.keepalive_s
                     self._count()
-                    self._exchange.ask_once(KeepAlive(self._counts))
+                    self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
             self._wake.wait(pause_s)
             self._wake.clear()
+        # All writers are closed, so this pass finds everything, and its counts are the last.
         self._pass(final=True)
         self._count()
         if self._refused is None:
@@ -248,7 +250,7 @@ class Sender:
                 batch = self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes, final=final)
             except OSError as e:
                 _log.warning("site %s cannot read its spool: %s; trying again", self.site, e)
-                return not final
+                return not final  # the next pass tries again, and the last one has no next
             if batch is None:
                 return True
             if ends is not None and self._exchange.is_late():

@@ -64,6 +64,9 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         return self.logged == gone + self.acked + self.spooled
 
 
+# Messages are arrays with a number in front. A newer minor version adds fields at the end, which an older one ignores.
+
+
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The first request of a sender. It says which version of the format the sender uses."""
 

@@ -92,6 +92,7 @@ def _runs(
     query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
     for lane, name, blob in db.execute(query):
         progress = msgspec.msgpack.decode(blob, type=Progress)
+        # What has no outcome yet is pending. A negative number means that a lane counted a record twice.
         runs.setdefault(lane, {})[name] = RunReport(
             confirmed=progress.confirmed,
             rejected=progress.rejected,

@@ -98,6 +98,7 @@ def _rebuild(path: Path) -> None:
         old.close()
         new.close()
     damaged = path.with_name(f"{path.name}.damaged")
+    # What they held was read with the damaged file. Left beside the new one, SQLite would apply them to it.
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     path.replace(damaged)

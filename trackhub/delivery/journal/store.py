@@ -44,6 +44,7 @@ def lock_journal(path: Path) -> int:
     Raises:
         JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
     """
+    # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
     try:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
@@ -75,7 +76,7 @@ class Journal:
         """Use ``Journal.open``."""
         self.path = path
         self._db = connection
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # taken again within a transaction, where readers share its connection
         self._process_lock: int | None = lock
         self._readers_block = readers_block
         self._readers = threading.local()
@@ -103,6 +104,8 @@ class Journal:
             mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
+            # Without a write-ahead log, a loss of power under NORMAL could damage the file itself:
+            # https://www.sqlite.org/pragma.html#pragma_synchronous
             db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
             db.executescript(SCHEMA)
             journal = cls(path, db, lock, readers_block=mode != "wal")
@@ -132,6 +135,7 @@ class Journal:
         with self._lock:
             self._check_open()
             try:
+                # Takes the write lock now. Taken later, within the transaction, SQLite would fail instead of waiting.
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
@@ -203,8 +207,8 @@ class Journal:
         return self.add_site(site, created, first_position)
 
     def _continues(self) -> bool:
-        # A site's first position does not tell. If the other journal holds one batch alone, and its reply was lost, this
-        # one begins at 0, too.
+        # A site's first position does not tell. If the other journal holds one batch alone, and its reply was lost,
+        # this one begins at 0, too.
         return bool(self._fetch("SELECT 1 FROM meta WHERE key = ?", _CONTINUES))
 
     def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
@@ -235,6 +239,7 @@ class Journal:
                     " SELECT id, ?, next_position, ?, ? FROM sites WHERE id = ?",
                     (stream, new, frames, site),
                 )
+            # Duplicates count as received: the report's sums include what arrived again.
             db.execute(
                 "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = missing + ?,"
                 " next_position = next_position + ? WHERE id = ?",
@@ -327,7 +332,7 @@ class Journal:
                 size += len(row.frames)
                 if size >= max_bytes:
                     break
-            cursor.close()
+            cursor.close()  # an open one would hold its snapshot, and the write-ahead log could not be folded in
         return rows
 
     def records_between(self, site: int, after: int, upto: int) -> int:
