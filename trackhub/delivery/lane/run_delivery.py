@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.counts import Progress
-from trackhub.delivery.journal.rows import Row, stored_records
+from trackhub.delivery.journal.rows import Progress, Row, stored_records
 from trackhub.delivery.journal.store import Journal
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.retry import Backoff
