@@ -226,7 +226,7 @@ class Cursor:
         self._save()
 
     def _save(self) -> None:
-        """Store cursors and progress, or log that they cannot be stored: that costs a repeated delivery, not a record."""
+        """Store cursors and progress, or log that it failed: that costs a repeated delivery after a crash, no record."""
         try:
             self._store(self.written)
         except JournalError as e:
