@@ -275,6 +275,9 @@ def test_a_run_that_ends_within_the_records_of_the_servers_journal_waits_for_tho
         cursor.check_held(49)
     with pytest.raises(PermanentError, match="another one wrote it"):
         cursor.check_held(61)
+    cursor.announce(1)
+    with pytest.raises(PermanentError, match="another one wrote it"):
+        cursor.check_held(61)  # the rows that were handed over tell more than a guess
 
 
 def test_a_run_that_lacks_what_it_had_confirmed_is_noticed(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,7 +63,7 @@ class EntryReader:
 
     def has_more(self) -> bool:
         """Return whether there are rows to read. Raises JournalError."""
-        return bool(self._rows) or self._journal.has_rows_after(self._cursor.site_id, self.upto)
+        return self._journal.has_rows_after(self._cursor.site_id, self.upto)
 
     def read(self) -> list[Entry] | None:
         """Return the entries of the next rows, enough for one write; None if there are no more rows.
