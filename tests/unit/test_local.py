@@ -29,7 +29,7 @@ FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 PLUGIN = """
     import threading
-    from trackhub.spi import Backend, BackendRun, Capabilities, Redelivery, TransientError
+    from trackhub.spi import Backend, BackendRun, Capabilities, ConfirmedBy, Redelivery, TransientError
     class Run(BackendRun):
         def write(self, batch):
             if MODE == "write":
@@ -39,7 +39,8 @@ PLUGIN = """
         def finish(self, status):
             pass
     class Odd(Backend):
-        capabilities = Capabilities(redelivery=Redelivery.IDEMPOTENT)
+        spi = 1
+        capabilities = Capabilities(redelivery=Redelivery.IDEMPOTENT, confirmed_by=ConfirmedBy.WRITE)
         def open_run(self, info):
             if MODE == "open":
                 raise RuntimeError("boom in open_run")
