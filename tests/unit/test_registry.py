@@ -75,7 +75,7 @@ def test_an_unknown_backend_is_an_error_that_says_what_there_is_and_what_to_inst
     message = str(caught.value)
     assert "available:" in message
     assert "Did you mean 'acme'?" in message
-    assert "pip install flare-trackhub-acmee" in message
+    assert "install its distribution where the backend runs" in message
 
 
 def test_a_name_that_no_distribution_can_have_is_not_offered_for_installation() -> None:
