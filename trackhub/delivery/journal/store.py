@@ -48,8 +48,9 @@ def lock_journal(path: Path) -> int:
     try:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
+        what = "open" if path.exists() else "create"
         raise JournalError(
-            f"cannot open the journal {path}: {e}; its folder must be writable and have free space"
+            f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
         ) from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
