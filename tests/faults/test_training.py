@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.conftest import Disk
 from tests.faults.readers import count_site
-from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, SINK_FAULTS, Fault, model, train
+from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, RECEIVER_FAULTS, Fault, model, train
 from tests.integration.harness import JobResult
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:trackhub. backend")]
@@ -50,7 +50,7 @@ def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, un
                 assert run["confirmed"] == LOGGED
 
 
-@pytest.mark.parametrize("fault", SINK_FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", RECEIVER_FAULTS, ids=lambda fault: fault.name)
 def test_under_a_receivers_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
     result = train(tmp_path, fault)
 

@@ -29,7 +29,7 @@ __all__ = [
     "LOGGED",
     "NONE",
     "ROUNDS",
-    "SINK_FAULTS",
+    "RECEIVER_FAULTS",
     "Fault",
     "all_at_once",
     "model",
@@ -90,7 +90,7 @@ with open(os.path.join(OUT, SITE + ".steps"), "wb") as file:
     durations.tofile(file)
 """
 
-_SINK = """
+_RECEIVER = """
 from trackhub.flare.compat import reference_package
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
@@ -138,7 +138,7 @@ BACKEND_FAULTS = [
     Fault("dies for good", {"dies": {"dies_at": 2}}),
     Fault("refuses everything from the second write on", {"gone": {"dies_at": 2, "permanent": True}}),
 ]
-SINK_FAULTS = [
+RECEIVER_FAULTS = [
     Fault("never answers", sender="BadChannelSender(silent_from=1, silent_s=3600, limits=limits)"),
     Fault("30 % of the acknowledgements lost", sender="BadChannelSender(ack_loss=0.3, limits=limits)"),
     Fault("silent for 4 s", sender="BadChannelSender(silent_from=4, silent_s=4, limits=limits)"),
@@ -169,7 +169,7 @@ def train(folder: Path, fault: Fault, steps: int = STEPS) -> JobResult:
         elif fault.sender or fault.receiver_folder:
             tracking = None
             sender = fault.sender or "TrackhubSender(limits=limits)"
-            more = _SINK.format(limits=_LIMITS, state_dir=fault.receiver_folder, sender=sender)
+            more = _RECEIVER.format(limits=_LIMITS, state_dir=fault.receiver_folder, sender=sender)
         env = _environment(folder) | {
             "TRACKHUB_TEST_OUTAGE": str(folder / "outage"),
             "TRACKHUB_TEST_STEPS": str(steps),

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a backend takes a journal's records, against the bare SDK's own call for the same rows."""
+"""How fast each backend stores a journal's records, against the bare SDK's own call for the same rows.
+
+The command calls `experiments`; `job_costs` and `growth` call `bare` and `end_to_end`. Every arm runs in a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.arms import flare_arm, trackhub_into
-from tests.bench.child import in_child, kept_folder
 from tests.bench.figures import Arm, Experiment, Figure, Run
-from tests.bench.stores import count_event_files, count_mlflow, count_wandb
+from tests.bench.flare_job import flare_arm, trackhub_into
+from tests.bench.store_counts import count_event_files, count_mlflow, count_wandb
+from tests.bench.subprocesses import in_child, kept_folder
 from tests.support.mlflow_server import Server
 
 __all__ = ["bare", "end_to_end", "experiments"]
 
 _ROWS_PER_CALL = 1000
 _BARE = {
-    "tensorboard": ("SummaryWriter.add_scalar + close", "backends:add_scalars"),
-    "mlflow": (f"MLflow's log_batch of {_ROWS_PER_CALL}", "backends:log_batches"),
-    "wandb": ("wandb run.log + finish", "backends:run_logs"),
+    "tensorboard": ("SummaryWriter.add_scalar + close", "backend_rates:add_scalars"),
+    "mlflow": (f"MLflow's log_batch of {_ROWS_PER_CALL}", "backend_rates:log_batches"),
+    "wandb": ("wandb run.log + finish", "backend_rates:run_logs"),
 }
 _COUNT: dict[str, Callable[[Path], int]] = {
     "tensorboard": count_event_files,
@@ -35,16 +39,16 @@ _COUNT: dict[str, Callable[[Path], int]] = {
 }
 _SHARED = (
     "the lane shares its process with FLARE, and two cores with the trainers; the figure from the journal shows what "
-    "it stores alone"
+    "the lane stores alone"
 )
 _LANE = (
-    "most of the time is the SDK's own call; the rest is reading the journal and its frames, making entries of them, "
-    "and looking for the run before it is made"
+    "most of the time is the SDK's own call; in the rest, trackhub reads the journal and its frames, makes entries, and "
+    "looks for the run before it makes it"
 )
 
 
 def experiments(quick: bool) -> list[Experiment]:
-    """Return the group's experiments. The job into MLflow and its alternatives have two runs of equal size."""
+    """Return the experiments of all backends. For MLflow, the whole job and its alternatives have two equal runs."""
     scalars, rows = (20_000, 5_000) if quick else (30_000, 20_000)
     repeat = 1 if quick else 5
     tensorboard = _experiment("tensorboard", "tensorboard", scalars, 1, repeat, 5)
@@ -58,23 +62,36 @@ def experiments(quick: bool) -> list[Experiment]:
 
 
 def end_to_end(backend: str, records: int, arm: str) -> Figure:
-    """Return the figure of a whole job with two sites, of the experiment's arm ``arm``, against its arm ``bare``."""
+    """Return the figure that compares a whole job of two sites with the bare SDK.
+
+    Args:
+        backend: where the job stores its records.
+        records: records from each site.
+        arm: the arm that runs the job. The bare SDK's arm must be called ``bare``.
+    """
     what = f"2 sites x {records:,} into {backend}, end to end, 0 lost"
     return Figure(what, _BARE[backend][0], "rate", arm, "bare", "records/s", "times more", 0.9, _SHARED)
 
 
 def bare(backend: str, rows: int, runs: int, *, server: bool = False) -> Arm:
-    """Return the arm that stores so many rows in each of so many runs with the SDK alone."""
+    """Return an arm that stores rows with the SDK alone.
+
+    Args:
+        backend: which SDK.
+        rows: rows in each run.
+        runs: how many runs, one after the other.
+        server: whether MLflow stores on a server in place of an SQLite file.
+    """
     return _arm(_BARE[backend][1], backend, rows, runs, server)
 
 
 def _experiment(
     name: str, backend: str, rows: int, runs: int, repeat: int, reach: float, *, server: bool = False
 ) -> Experiment:
-    """From the journal into a store."""
+    """Return the experiment that compares the way from the journal into a store with the bare SDK."""
     alternative = _BARE[backend][0] + (" to such a server" if server else "")
     arms = {
-        "trackhub": _arm("backends:from_journal", backend, rows, runs, server),
+        "trackhub": _arm("backend_rates:from_journal", backend, rows, runs, server),
         "bare": bare(backend, rows, runs, server=server),
     }
     what = f"{name}: from journal to store"
@@ -84,10 +101,11 @@ def _experiment(
 
 @functools.cache
 def _new_mlflow_store() -> Path:
-    """Have MLflow make a store, which takes it two seconds, once for all rounds."""
+    """Let MLflow make a store, once for all rounds: this takes two seconds."""
     folder = kept_folder("mlflow")
     store = folder / "mlflow.db"
-    in_child("backends:log_batches", folder=str(folder), rows=0, runs=0, backend="mlflow", url="", store=str(store))
+    arguments = {"folder": str(folder), "rows": 0, "runs": 0, "backend": "mlflow", "url": "", "store": str(store)}
+    in_child("backend_rates:log_batches", **arguments)
     return store
 
 
@@ -105,12 +123,12 @@ def _arm(function: str, backend: str, rows: int, runs: int, server: bool) -> Arm
     return run
 
 
-# Each of these stores one row first, and then takes what is imported out of garbage collection, as FLARE's server does
-# (docs/adr/0006): nobody's first call is counted, and the collector costs nobody more than the other.
+# Each of these functions stores one row first, so that no arm's first call is counted. It then takes all that is
+# imported out of garbage collection, as FLARE's server does (docs/adr/0006): the collector costs all arms the same.
 
 
 def from_journal(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
-    """Fill a journal, and deliver it."""
+    """Fill a journal, and deliver it with trackhub."""
     from tests.bench.load import deliver, fill_journal
 
     root, count = Path(folder), _COUNT[backend]
@@ -139,7 +157,7 @@ def add_scalars(folder: str, rows: int, runs: int, backend: str, url: str, store
 
 
 def log_batches(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
-    """Write with MLflow's client, in batches of a thousand, which is as many as it takes."""
+    """Write with MLflow's client, in batches of a thousand: the largest that it takes."""
     import mlflow
     from mlflow.entities import Metric
 
@@ -161,7 +179,7 @@ def log_batches(folder: str, rows: int, runs: int, backend: str, url: str, store
 
 
 def run_logs(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
-    """Write with W&B's SDK, offline: rows with time stamp, step and round, with the settings that trackhub has."""
+    """Write with W&B's SDK, offline: rows with time, step and round, and the settings that trackhub uses."""
     import wandb
     from trackhub_wandb.sdk import QUIET_SETTINGS
 
@@ -178,9 +196,13 @@ def run_logs(folder: str, rows: int, runs: int, backend: str, url: str, store: s
 def _timed(
     write: Callable[[str, int], None], rows: int, runs: int, end: Callable[[], None] = lambda: None
 ) -> float:  # fmt: skip
-    """Return how long it takes to write so many rows into each of so many runs, one after the other, and to end.
+    """Return the seconds that it takes to write all runs, one after the other, and to end.
 
-    ``end`` stops what the SDK runs beside the process; trackhub's backends do so as well, and start it anew.
+    Args:
+        write: writes a run of this name with this many rows.
+        rows: rows in each run.
+        runs: how many runs.
+        end: stops processes that the SDK started. trackhub's backends stop and start them as well.
     """
     write("warm", 1)
     end()
@@ -195,7 +217,7 @@ def _timed(
 
 @functools.cache
 def _mlflow_server() -> Server:
-    """Run an MLflow server until this process ends, and return it once it answers."""
+    """Start an MLflow server that runs until this process ends. Return it as soon as it answers."""
     server = Server(kept_folder("mlflow-server"))
     atexit.register(server.kill)
     server.start()

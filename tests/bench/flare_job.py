@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One FLARE job in the simulator, tracked in one way, measured from outside: what it stored, and what it took."""
+"""One FLARE job in the simulator, tracked in one way: what it stored, and how much time, CPU and memory it took.
+
+`job_costs` and `backend_rates` make their arms of it. It runs jobs with ``tests.integration.harness``, and measures
+them from outside.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.child import children_cpu_s, kept_folder
 from tests.bench.figures import Arm, Run
-from tests.bench.stores import count_event_points, count_mlflow, count_wandb
+from tests.bench.store_counts import count_event_points, count_mlflow, count_wandb
+from tests.bench.subprocesses import children_cpu_s, kept_folder
 from tests.integration.harness import Job, JobResult, processes_with, simulate
 
 __all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
@@ -28,7 +32,7 @@ _TRAINER = """
 
 
     def peak_mb():
-        # Not ru_maxrss: it starts with what the parent process had before exec.
+        # Not ru_maxrss: it begins with the memory that the parent process had before exec.
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
@@ -74,20 +78,21 @@ class ImportTorch(FLComponent):
     pass
 """
 _TORCH = "from import_torch import ImportTorch\njob.to_server(ImportTorch(), id='import_torch')\n"
-_FLARE_PROCESSES = 3  # the simulator, and its two helpers; each client adds one
+_FLARE_PROCESSES = 3  # the simulator and its two helpers; each client adds one
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of tracking.
+    """One way to track a job.
 
     Attributes:
-        prepare, log, log_ten: what the training script says to get a writer, and to log one metric, ``key``, or ten.
-        tracking: arguments of ``add_tracking``, None to leave it out.
-        more: source that changes the job otherwise.
-        read: returns how many metric values of a site are in the store, each counted once; all, or those with this in
-            their key.
-        files: the files that the store wrote, as patterns below the server's run folder.
+        prepare: source that makes a writer in the training script.
+        log, log_ten: source that logs one metric with the name ``key``, or ten metrics.
+        tracking: arguments of ``add_tracking``; None leaves the call out.
+        more: further source that changes the job.
+        read: takes a job's result, a site and a text. Returns how many metric values of the site are in the store,
+            each counted once, with the text in their key.
+        files: pattern of the files that the store writes, below the server's run folder.
     """
 
     name: str
@@ -128,13 +133,13 @@ STOCK_WANDB = _stock(
     "WandBWriter",
     "writer.log({key: float(step)}, step)",
     "writer.log(TEN, step)",
-    # The receiver's processes write into one folder of the server's; the rows are counted once for all sites.
+    # FLARE writes all sites into one folder of the server. The rows are counted once for all sites.
     read=lambda result, site, key: count_wandb(result.workspace.parent, key) if site == "site-1" else 0,
 )
 
 
 def trackhub_into(backend: str) -> Way:
-    """Return the way of ``trackhub.Writer`` and this backend on the server."""
+    """Return the way with ``trackhub.Writer`` and this backend on the server."""
     folders = {"tensorboard": "tensorboard/**/events*", "mlflow": "mlflow/mlflow.db", "wandb": "wandb/**/*.wandb"}
 
     def read(result: JobResult, site: str, key: str) -> int:
@@ -157,18 +162,28 @@ def flare_arm(
     way: Way, *, records: int, tens: int = 0, paced: int = 0, sites: int = 2, external: bool = False,
     count_processes: bool = False, timeout_s: float = 900,
 ) -> Arm:  # fmt: skip
-    """Return an arm that runs the job with so many calls of one metric from each site, and ``tens`` of ten.
+    """Return an arm that runs the job.
 
-    They are made as fast as can be. Before them there are ``paced`` ones, a hundred a second at most, and a pause.
+    The server imports torch at its start, as the server of a PyTorch job does. FLARE would import it otherwise when
+    the job ends, and all lanes would stand still for a second and a half.
 
-    The server imports torch at its start, as that of a PyTorch job does. FLARE imports it in every job's server at the
-    latest when the job ends, and lanes that are at work then would stand still for a second and a half.
+    Args:
+        way: how the job is tracked.
+        records: calls with one metric from each site, as fast as possible.
+        tens: calls with ten metrics from each site, after these.
+        paced: calls before all others, at most a hundred a second. A pause follows them.
+        sites: how many sites.
+        external: whether trainers are processes of their own.
+        count_processes: also count the job's processes.
+        timeout_s: the longest time that the job may take.
 
-    Its values: ``median_us``, ``p99_us``, ``thread_cpu_us`` of a call, ``ten_median_us``, ``ten_p99_us``;
-    ``paced_median_us``, ``paced_p99_us``, ``paced_lost``, of the paced ones, which nothing else counts;
-    ``job_cpu_s`` of all the job's processes; ``rate`` of stored calls, from the first call until the store has 99.5 %
-    of its bytes, and ``lag_s`` from the last call until then; ``trainer_mb``, what the training process grew by;
-    ``extra_processes``, besides FLARE's own.
+    Returns:
+        An arm with these values: ``median_us``, ``p99_us`` and ``thread_cpu_us`` of a call with one metric.
+        ``ten_median_us`` and ``ten_p99_us`` of a call with ten. ``paced_median_us`` and ``paced_p99_us`` of a paced
+        call, and ``paced_lost``, how many of these are not stored; nothing else counts them. ``job_cpu_s`` of all
+        processes of the job. ``rate``: stored calls per second, from the first call until the store has 99.5 % of its
+        bytes. ``lag_s``: from the last call until then. ``trainer_mb``: how much the training process grew.
+        ``extra_processes``: those beside FLARE's own.
     """
 
     source = _TRAINER.format(
@@ -178,7 +193,7 @@ def flare_arm(
 
     @functools.cache
     def exported() -> Path:
-        """Write the job once for all rounds; it is kept until this process ends."""
+        """Write the job once for all rounds. It is kept until this process ends."""
         job = Job(
             kept_folder("job"), source, tracking=way.tracking, external=external, n_clients=sites, rounds=1,
             more=_TORCH + way.more, modules={"import_torch": _IMPORT_TORCH},
@@ -224,7 +239,7 @@ def _with_stored(
     if way.read is None:
         return Run(values)
     at_pace = 0
-    if paced:  # else the store need not be read twice, which takes seconds
+    if paced:  # otherwise a second reading of the store would cost seconds for nothing
         at_pace = sum(way.read(result, site, "paced") for site in sites)
         values["paced_lost"] = len(sites) * paced - at_pace
     stored = sum(way.read(result, site, "") for site in sites) - at_pace
@@ -239,7 +254,10 @@ def _with_stored(
 
 
 class _Growth:
-    """Watches the files of a store, to see when the last records came: ends of runs write to them as well, later."""
+    """Watches how the files of a store grow.
+
+    So it can tell when the last records came; the end of a run writes to the files as well, later.
+    """
 
     def __init__(self, run_dir: Path, pattern: str) -> None:
         self._run_dir = run_dir
@@ -259,7 +277,7 @@ class _Growth:
             self._thread.join()
 
     def end(self) -> float:
-        """Return when the files had all but a two-hundredth of their final size; unix seconds."""
+        """Return when the files had 99.5 % of their final size, in unix seconds."""
         enough = max(size for _, size in self._seen) * 0.995
         return next(at for at, size in self._seen if size >= enough)
 
@@ -279,7 +297,7 @@ def _size(path: Path) -> int:
 
 
 class _ProcessCounter:
-    """Samples how many processes of a job there are: those that have its folder in their environment."""
+    """Samples how many processes a job has: those with its folder in their environment."""
 
     def __init__(self, folder: Path | None) -> None:
         self.most = 0

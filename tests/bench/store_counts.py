@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what a store holds, by other means than those that wrote it.
 
-Where a key is given, only what has it in its name.
+The arms call it after each run. With ``key``, only entries with this text in their key count.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def count_event_files(folder: Path) -> int:
 
 
 def count_event_points(folder: Path, key: str = "") -> int:
-    """Return the number of scalars of different tag or step in all event files below a folder."""
+    """Return the number of scalars in all event files below a folder, each pair of tag and step once."""
     return sum(key in tag for tag, _ in set(_scalars(folder)))
 
 
 def _scalars(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield tag and step of all scalars below a folder. Reads the records as protobuf, and their CRCs."""
+    """Yield tag and step of all scalars below a folder. Decodes protobuf and checks the CRCs."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -54,7 +54,7 @@ def count_mlflow(database: Path, key: str = "") -> int:
 
 def count_wandb(folder: Path, key: str = "") -> int:
     """Return the number of history rows in all offline runs below a folder."""
-    from trackhub_wandb.offline_reader import read_records  # the kit's reader, which shares no code with the plugin
+    from trackhub_wandb.offline_reader import read_records  # a reader for tests: it shares no code with the plugin
 
     records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
     rows = (record.history for record in records if record.HasField("history"))

@@ -1,24 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How cost grows with records, keys, sites and backends, as tables and pictures: ``make bench-curves``."""
+"""How cost grows: with sites, and in curves also with records, keys, batches and backends.
+
+The command calls `many_sites`, `measure_curves` and `draw_curves`. All of them feed one receiver with a real journal
+and real lanes, but without FLARE.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.child import in_child
+from tests.bench.backend_rates import bare
+from tests.bench.figures import Arm, Experiment, Figure, Run
+from tests.bench.load import BATCH, feed, open_receiver, requests
+from tests.bench.store_counts import count_mlflow
+from tests.bench.subprocesses import in_child, own_cpu_s, peak_mb, resident_mb
+from trackhub.run import RunStatus
 
-__all__ = ["draw_all", "measure_all"]
+__all__ = ["draw_curves", "many_sites", "measure_curves"]
 
+_EACH = 1000
+_FIRST_BATCH = (
+    "MLflow's own log_batch takes half as long again for the first batch of a run as for a later one. With 1,000 "
+    "records each, every site's batch is its first; the next figure has as many runs on both sides"
+)
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 320, 70, 40, 50
 _HEAD = "# Growth, as `make bench-curves` measured it"
 _COLOURS = ("#2272b4", "#c82d4c", "#3ba974", "#8f5bd7", "#e29d1e")
 
 
-def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure every curve; each point is the median of three runs, one if quick."""
+def many_sites(quick: bool) -> list[Experiment]:
+    """Return the experiments that compare many sites with two sites and the same load."""
+    label = f"1,000 sites x {_EACH:,} records into TensorBoard"
+    load = Experiment(
+        "1,000 sites, TensorBoard",
+        {"many": _arm(1000, ["tensorboard"]), "few": _arm(2, ["tensorboard"], 1000)},
+        [
+            Figure(label, "2 sites with as many", "rate", "many", "few", "records/s", "times more", 0.8,
+                   "a thousand runs are opened, each with a folder and files of its own, and each ends with an fsync"),
+            Figure("memory of an idle site at the receiver", "", "idle_kb", "many", "", "KB", "at most", 50),
+            Figure("open files of the receiver at 1,000 sites", "", "files", "many", "", "files", "at most", 64),
+        ],
+        repeat=1 if quick else 5,
+    )  # fmt: skip
+    if quick:
+        return [load]
+    # MLflow takes two minutes for a million points. Costs are linear in the sites, so 100 sites show the same ratio.
+    both = ["tensorboard", "mlflow"]
+    label = f"100 sites x {_EACH:,} records into TensorBoard and MLflow"
+    arms = {"many": _arm(100, both), "few": _arm(2, both, 100), "bare": bare("mlflow", _EACH, 100)}
+    figures = [
+        Figure(label, "2 sites with as many", "rate", "many", "few", "records/s", "times more", 0.8, _FIRST_BATCH),
+        Figure(label, "MLflow's log_batch, 100 runs, nothing else", "rate", "many", "bare", "records/s",
+               "times more", 0.8),
+    ]  # fmt: skip
+    return [load, Experiment("100 sites, both", arms, figures, repeat=1)]
+
+
+def _arm(sites: int, backends: list[str], as_of: int = 0) -> Arm:
+    each = _EACH * as_of // sites if as_of else _EACH
+
+    def run(folder: Path) -> Run:
+        result = in_child("growth:load", 1800.0, folder=str(folder), sites=sites, each=each, backends=backends)
+        return Run(result["values"], sites * each, result["stored"])
+
+    return run
+
+
+def load(
+    folder: str, sites: int, each: int, backends: list[str], keys: int = 1, batch: int = BATCH
+) -> dict[str, Any]:  # fmt: skip
+    """Feed one receiver from eight threads, and wait until every backend has confirmed every record.
+
+    Args:
+        folder: the job's run folder.
+        sites: how many sites.
+        each: records from each site.
+        backends: their names; they get no options.
+        keys: metrics in each record.
+        batch: records in each request.
+    """
+    root = Path(folder)
+    names = [f"site-{i + 1:04d}" for i in range(sites)]
+    # All sites send the same records, each under its own name, so the requests are made once.
+    prepared = list(requests(each, keys=keys, batch=batch))
+    hello, batches, bye = prepared[:1], prepared[1:-1], prepared[-1:]
+    receiver = open_receiver(root, {name: {} for name in backends})
+    before_mb = resident_mb()
+    begin, cpu = time.perf_counter(), own_cpu_s()
+    feed(receiver, dict.fromkeys(names, hello + batches + bye))
+    accepted = time.perf_counter() - begin
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    report = receiver.finish(RunStatus.FINISHED)
+    seconds = time.perf_counter() - begin
+    stored = [sum(site.journaled for site in report.sites.values())]
+    stored += [sum(run.confirmed for run in report.lanes[name].values()) for name in backends]
+    if "tensorboard" in backends:
+        stored.append(_count_events(root / "tensorboard") // keys)
+    if "mlflow" in backends:
+        stored.append(count_mlflow(root / "mlflow" / "mlflow.db") // keys)
+    values = {
+        "rate": sites * each / seconds,
+        "accepted_rate": sites * each / accepted,
+        "cpu_us": (own_cpu_s() - cpu) / (sites * each) * 1e6,
+        "files": files,
+        "idle_kb": (peak_mb() - before_mb) / sites * 1024,
+    }
+    return {"values": values, "stored": min(stored)}
+
+
+def _count_events(folder: Path) -> int:
+    """Count scalars by their tags: decoding a million protobuf messages would take a minute.
+
+    The plugin's own marks hold tags as well, but in quotes. These are taken off.
+    """
+    contents = (path.read_bytes() for path in folder.rglob("*.trackhub"))
+    return sum(content.count(b"train/") - content.count(b'"train/') for content in contents)
+
+
+def measure_curves(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure every curve. Each point is the median of three runs; with ``quick`` it is one run.
+
+    Args:
+        quick: fewer records and runs.
+        tell: takes one line about each point.
+    """
     most = 100_000 if quick else 1_000_000
     counts = [n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= most]
     repeat = 1 if quick else 3
@@ -67,7 +176,7 @@ def measure_all(quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]
 
 def _load(load: Mapping[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="trackhub-bench-") as folder:
-        values: dict[str, float] = in_child("scale:load", folder=folder, **load)["values"]
+        values: dict[str, float] = in_child("growth:load", folder=folder, **load)["values"]
     return values
 
 
@@ -75,7 +184,7 @@ def _curve(name: str, x: str, unit: str, series: dict[str, list[list[float]]]) -
     return {"name": name, "x": x, "unit": unit, "series": series}
 
 
-def draw_all(curves: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def draw_curves(curves: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write each curve as ``<name>.svg``, and all of them as tables into ``README.md``."""
     folder.mkdir(parents=True, exist_ok=True)
     for curve in curves:
@@ -101,7 +210,7 @@ def _table(curve: Mapping[str, Any]) -> list[str]:
 
 
 def _svg(curve: Mapping[str, Any]) -> list[str]:
-    """Draw a curve: the points at equal distances, since they are powers; heights from zero."""
+    """Draw a curve. Its points have equal distances, since they are powers; the y axis begins at zero."""
     series: dict[str, list[list[float]]] = curve["series"]
     names, points = list(series), list(series.values())
     top = max(value for line in points for _, value in line) or 1.0
