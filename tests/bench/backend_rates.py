@@ -42,13 +42,13 @@ _SHARED = (
     "the lane stores alone"
 )
 _LANE = (
-    "most of the time is the SDK's own call; in the rest, trackhub reads the journal and its frames, makes entries, and "
-    "looks for the run before it makes it"
+    "most of the time is the SDK's own call; in the rest, trackhub reads the journal and its frames, makes entries of "
+    "them, and looks for the run before it makes one"
 )
 
 
 def experiments(quick: bool) -> list[Experiment]:
-    """Return the experiments of all backends. For MLflow, the whole job and its alternatives have two equal runs."""
+    """Return all experiments. For MLflow, the whole job and its alternatives have two equal runs."""
     scalars, rows = (20_000, 5_000) if quick else (30_000, 20_000)
     repeat = 1 if quick else 5
     tensorboard = _experiment("tensorboard", "tensorboard", scalars, 1, repeat, 5)
