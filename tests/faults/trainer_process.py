@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.trainer PLAN``: a training process. It logs, and notes which calls returned."""
+"""A training process, which logs and notes which calls returned: ``python -m tests.faults.trainer_process PLAN``.
+
+`tests.faults.job_processes` starts it. It logs the calls of `tests.faults.calls`.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spool: the site's spool.
-        notes: folder of the notes; files are made here as well.
-        name: the writer's name, which every key begins with.
-        calls: how many log calls to make.
-        pause_s: what a step of training takes, every 20 calls.
-        files: log artifacts as well.
-        fork_at: fork after so many calls; the child logs as ``<name>-child``, then both go on.
-        clock_back_at: after so many calls the clock is set back by an hour.
-        wait_at: after so many calls wait for the file ``<name>.go`` among the notes.
+        notes: folder of the notes, and of the files that it logs.
+        name: the writer's name. Every key begins with it.
+        calls: how many log calls it makes.
+        pause_s: pause after every 20 calls, for a step of training.
+        files: whether some calls log artifacts.
+        fork_at: fork after so many calls. The child logs as ``<name>-child``, and both go on.
+        clock_back_at: set the clock back by an hour after so many calls.
+        wait_at: after so many calls, wait for the file ``<name>.go`` beside the notes.
     """
 
     spool: str

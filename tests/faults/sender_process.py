@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.sender PLAN``: a site's sender in a process of its own, on a channel that fails as planned.
+"""A site's sender in a process of its own, with a failing channel: ``python -m tests.faults.sender_process PLAN``.
 
-Commands on stdin, an answer in JSON on stdout: ``flush SECONDS``, ``close SECONDS``, ``requests``. The end of stdin
-ends the process.
+`tests.faults.job_processes` starts it and sends commands to stdin: ``flush [SECONDS]``, ``close SECONDS``,
+``requests``. Each answer is a line of JSON on stdout. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults import wire
+from tests.faults import unix_socket
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
@@ -28,13 +28,14 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a sender does, and what its channel does to it.
 
     Attributes:
-        spool, spool_bytes, site, job, limits: as for trackhub's own.
+        spool, spool_bytes, site, job, limits: arguments of the spool and of `trackhub.delivery.sender.Sender`.
         socket: where the receiver listens.
-        seed: of the channel's chances.
-        request_loss, ack_loss: the share of requests that never arrive, and of replies that never come back.
-        again: the share of requests that are followed by a copy of an earlier one, as a late retransmission.
-        delay_s: longest time that a reply takes.
-        silent_from, silent_s: after so many requests the channel is silent for so long.
+        seed: seed of the channel's random faults.
+        request_loss: the share of requests that never arrive.
+        ack_loss: the share of replies that never come back.
+        again: the share of requests after which a copy of an earlier request arrives, as a late retransmission.
+        delay_s: the longest time that a reply takes.
+        silent_from, silent_s: from the request with this number on, the channel is silent for so long.
     """
 
     spool: str
@@ -53,7 +54,7 @@ class SenderPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Channel:
-    """A channel to the receiver with the faults of a plan."""
+    """A channel to the receiver that fails as the plan says."""
 
     def __init__(self, plan: SenderPlan) -> None:
         self._plan = plan
@@ -74,10 +75,10 @@ class Channel:
         if chance() < plan.request_loss:
             raise ChannelError("the request was lost")
         try:
-            reply = wire.request(self._socket, plan.site, request, timeout_s)
+            reply = unix_socket.request(self._socket, plan.site, request, timeout_s)
             if chance() < plan.again:
                 self._earlier.append(request)
-                wire.request(self._socket, plan.site, self._chance.choice(self._earlier), timeout_s)
+                unix_socket.request(self._socket, plan.site, self._chance.choice(self._earlier), timeout_s)
         except OSError as e:
             raise ChannelError(str(e)) from e
         time.sleep(chance() * plan.delay_s)

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job of real processes without FLARE: trainers, senders, a receiver and ``trackhub replay``, and how they are checked.
+"""A job of real processes without FLARE, and the checks of what it left.
 
-A scenario starts them, kills or starves some of them, and ends the job. Then the equations of the promises are checked
-against counts that share no code with trackhub (tests.faults.readers), the rest is delivered by ``trackhub replay``,
-and what the backends hold must be exactly what the trainers noted.
+The processes are trainers, senders, a receiver, tracking servers and ``trackhub replay``. A test starts them, kills
+or starves some of them, and ends the job. `JobProcesses` then checks the equations of docs/delivery.md, with counts by
+`tests.faults.readers`. ``trackhub replay`` delivers the rest, and the backends must hold exactly what the trainers
+noted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import os
-import queue
 import signal
-import subprocess
-import sys
-import threading
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,19 +22,16 @@ from typing import Any
 import msgspec
 
 from tests.faults.calls import Notes, Seen, expected
+from tests.faults.process import ROOT, Proc, environments
 from tests.faults.readers import ReceiverCount, count_receiver, count_site, read_store, read_tensorboard
-from tests.faults.receiver import ReceiverPlan
-from tests.faults.sender import SenderPlan
-from tests.faults.trainer import TrainerPlan
+from tests.faults.receiver_process import ReceiverPlan
+from tests.faults.sender_process import SenderPlan
+from tests.faults.trainer_process import TrainerPlan
 from trackhub.cli.status import journal_status, spool_status
 from trackhub.delivery.journal.find import find
 from trackhub.spool.layout import SpoolInfo, create_spool
 
-__all__ = ["BACKENDS", "LIMITS", "PATIENCE_S", "Proc", "World", "wait_for"]
-
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
-"""How long a test waits for what must happen; only a failure takes so long."""
+__all__ = ["BACKENDS", "LIMITS", "JobProcesses"]
 
 LIMITS: dict[str, float | str] = {
     "batch_records": 50,
@@ -56,11 +47,11 @@ LIMITS: dict[str, float | str] = {
     "request_s": 2,
     "preflight_s": 1,
 }
-"""Small batches and short waits, so that a short run has many moments to die at."""
+"""Small batches and short waits: so a short run has many moments at which a process can die."""
 
 JOB = "job-1"
 Lost = Mapping[str, Mapping[str, int]]
-_MARK = "TRACKHUB_FAULTS_WORLD"
+_MARK = "TRACKHUB_FAULTS_JOB"
 BACKENDS = {
     "idempotent": "Idempotent",
     "resumable": "Resumable",
@@ -74,102 +65,23 @@ BACKENDS = {
 }
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> None:
-    """Wait until the condition holds in another process, which no event here can tell."""
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
-        pause.wait(0.01)
-
-
-class Proc:
-    """A process of a scenario: commands go to its stdin, answers come as lines of JSON from its stdout."""
-
-    def __init__(self, arguments: list[str], env: dict[str, str], log: Path) -> None:
-        self._log = log
-        self._stderr = log.open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-            env=env, cwd=ROOT, preexec_fn=_heed_ctrl_c,
-        )  # fmt: skip
-        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._answers.put(line.decode())
-        self._answers.put(None)
-
-    @property
-    def log(self) -> str:
-        """What it wrote to stderr."""
-        return self._log.read_text(errors="replace")
-
-    def answer(self, timeout_s: float = PATIENCE_S) -> Any:
-        """Wait for the next answer."""
-        try:
-            line = self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise AssertionError(f"no answer within {timeout_s:g} s; log: {self.log[-3000:]}") from None
-        if line is None:
-            raise AssertionError(f"ended with status {self.process.wait()} before it answered; log: {self.log[-3000:]}")
-        return json.loads(line)
-
-    def tell(self, command: str) -> None:
-        """Send a command, and do not wait for its answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command.encode() + b"\n")
-        self.process.stdin.flush()
-
-    def ask(self, command: str, timeout_s: float = PATIENCE_S) -> Any:
-        """Send a command and wait for its answer."""
-        self.tell(command)
-        return self.answer(timeout_s)
-
-    def kill(self) -> None:
-        """SIGKILL it. It may have ended by itself."""
-        self.process.kill()
-        self.process.wait()
-
-    def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """Wait for its end and return its status."""
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_s:g} s; log: {self.log[-3000:]}") from None
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def close(self) -> None:
-        """End it if it has not ended, and give back its pipes."""
-        self.kill()
-        self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout, self._stderr):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-
-def _heed_ctrl_c() -> None:
-    """A shell starts what runs in the background with SIGINT ignored, and processes inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @dataclass
-class World:
+class JobProcesses:
     """One job and its processes.
 
     Attributes:
-        folder: where everything lies: ``<site>/trackhub/spool``, and ``server/`` as the receiver's run folder.
-        backends: the receiver's.
-        limits: of sender and receiver.
-        in_doubt: calls that may have been under way when a trainer was killed: one each.
-        counted: records that did not reach a backend and were counted with a reason.
+        folder: the job's files: ``<site>/trackhub/spool``, and ``server/`` as the receiver's run folder.
+        backends: the receiver's backends, with their options.
+        limits: the limits of senders and receiver.
+        state: where the receiver keeps its journal; by default ``server/trackhub``.
+        spool_bytes: the size of each site's spool.
+        in_doubt: how many calls may have been under way when a trainer was killed: one for each kill.
+        counted: records that reached no backend and were counted with a reason.
+        files: whether some log calls log artifacts.
+        procs: all processes but tracking servers.
+        servers: the tracking servers.
+        writers: the name of each writer, and its site.
+        mark: is in the environment of all processes, to find those that are left.
     """
 
     folder: Path
@@ -181,7 +93,7 @@ class World:
     counted: int = 0
     files: bool = False
     procs: list[Proc] = field(default_factory=list)
-    peers: list[Proc] = field(default_factory=list)
+    servers: list[Proc] = field(default_factory=list)
     writers: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -192,7 +104,7 @@ class World:
         info = plugins / "trackhub_faults-1.0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trackhub-faults\nVersion: 1.0\n")
-        lines = [f"{name} = tests.faults.backends:{cls}" for name, cls in BACKENDS.items()]
+        lines = [f"{name} = tests.faults.faulty_backends:{cls}" for name, cls in BACKENDS.items()]
         (info / "entry_points.txt").write_text("\n".join(["[trackhub.backends]", *lines, ""]))
         path = os.pathsep.join([str(ROOT), str(plugins)])
         self.env = {**os.environ, "PYTHONPATH": path, _MARK: self.mark, "PYTHONWARNINGS": "default"}
@@ -205,7 +117,7 @@ class World:
         return self.folder / site / "trackhub" / "spool"
 
     def start(self, module: str, plan: msgspec.Struct, env: Mapping[str, str] | None = None) -> Proc:
-        """Start a process of the suite with a plan."""
+        """Start a module of the suite as a process, with a plan."""
         number = len(self.procs)
         path = self.folder / f"plan-{number}.json"
         path.write_bytes(msgspec.json.encode(plan))
@@ -215,7 +127,14 @@ class World:
         return proc
 
     def trainer(self, name: str = "a", site: str = "site-1", *, calls: int = 3000, **plan: Any) -> Proc:
-        """Start a training process. Its writer's name must be new."""
+        """Start a training process.
+
+        Args:
+            name: the writer's name; must be new in this job.
+            site: whose spool it logs to.
+            calls: how many log calls it makes.
+            plan: further fields of `TrainerPlan`.
+        """
         if not (self.spool(site) / "spool.json").exists():
             create_spool(self.spool(site), SpoolInfo(site, JOB, ("server",), self.spool_bytes))
         Notes(self.folder / name, calls)
@@ -226,25 +145,25 @@ class World:
         given = TrainerPlan(
             spool=str(self.spool(site)), notes=str(self.folder), name=name, calls=calls, files=self.files, **plan
         )
-        return self.start("trainer", given)
+        return self.start("trainer_process", given)
 
     def sender(self, site: str = "site-1", **plan: Any) -> Proc:
-        """Start a site's sender, and wait until it runs."""
+        """Start a site's sender and wait until it runs. ``plan`` has further fields of `SenderPlan`."""
         given = SenderPlan(
             spool=str(self.spool(site)), site=site, job=JOB, socket=str(self.socket), limits=self.limits,
             spool_bytes=self.spool_bytes, **plan,
         )  # fmt: skip
-        proc = self.start("sender", given)
+        proc = self.start("sender_process", given)
         assert proc.answer() == "ready"
         return proc
 
     def receiver(self, **plan: Any) -> Proc:
-        """Start the receiver, and wait until it listens, or is killed as planned."""
+        """Start the receiver and wait until it listens. ``plan`` has further fields of `ReceiverPlan`."""
         given = ReceiverPlan(
             folder=str(self.journal.parent), workdir=str(self.folder / "server"), job=JOB, socket=str(self.socket),
             backends=self.backends, sites=self.sites(), limits=self.limits, **plan,
         )  # fmt: skip
-        proc = self.start("receiver", given)
+        proc = self.start("receiver_process", given)
         assert proc.answer() == "ready"
         return proc
 
@@ -252,7 +171,7 @@ class World:
         return sorted(set(self.writers.values())) or ["site-1"]
 
     def replay(self, *arguments: str, path: Path | None = None) -> Proc:
-        """Start ``trackhub replay``."""
+        """Start ``trackhub replay``, by default on the job's folder."""
         log = self.folder / f"replay-{len(self.procs)}.log"
         command = ["-m", "trackhub.cli", "replay", str(path or self.folder), *arguments]
         limits = {f"TRACKHUB_{name.upper()}": str(value) for name, value in self.limits.items()}
@@ -260,20 +179,20 @@ class World:
         self.procs.append(proc)
         return proc
 
-    def peer(self, backend: str, mode: str = "ok") -> Proc:
-        """Start the server of a backend, for the first time or again at the same address."""
-        folder = self.folder / f"peer-{backend}"
+    def tracking_server(self, backend: str, mode: str = "ok") -> Proc:
+        """Start the tracking server of a backend. A second call starts it again at the same address."""
+        folder = self.folder / f"tracking-server-{backend}"
         folder.mkdir(exist_ok=True)
         (folder / "mode").write_text(mode)
         port = self.backends[backend]["url"].rpartition(":")[2]
-        log = self.folder / f"peer-{len(self.peers)}.log"
-        proc = Proc(["-m", "tests.faults.peer", port, str(folder)], self.env, log)
-        self.peers.append(proc)
+        log = self.folder / f"tracking-server-{len(self.servers)}.log"
+        proc = Proc(["-m", "tests.faults.failing_server", port, str(folder)], self.env, log)
+        self.servers.append(proc)
         assert proc.answer() == "ready"
         return proc
 
     def go(self, *names: str) -> None:
-        """Let trainers go on that wait at ``wait_at``, or will."""
+        """Let trainers go on that wait, or will wait, at ``wait_at``."""
         for name in names:
             (self.folder / f"{name}.go").touch()
 
@@ -284,7 +203,17 @@ class World:
     def end(
         self, sender: Proc | None = None, receiver: Proc | None = None, *, status: str = "finished", gate_s: float = 5
     ) -> dict[str, Any]:
-        """End the job in order: the sender drains, the receiver waits for it and delivers. Return what the receiver said."""
+        """End the job in order: the sender sends the rest, and the receiver waits for it and delivers.
+
+        Args:
+            sender: the sender to end, if any.
+            receiver: the receiver to end, if any.
+            status: how the job ended.
+            gate_s: how long the sender tries.
+
+        Returns:
+            The receiver's answer.
+        """
         if receiver is not None:
             receiver.tell(f"finish {status}")
         if sender is not None:
@@ -298,14 +227,12 @@ class World:
         return answer
 
     def check_cap(self, took_s: float) -> None:
-        """The end of a receiver takes no longer than its caps, and a second for each backend that hangs."""
+        """Check that the end of a receiver took no longer than its limits, and a second for each backend that hangs."""
         caps = float(self.limits["gate_s"]) + float(self.limits["deadline_s"]) + len(self.backends)
         assert took_s < caps + 5.0, f"the receiver took {took_s:.1f} s to end"
 
-    # What must hold
-
     def check_equations(self) -> dict[str, ReceiverCount]:
-        """Check the equations at the sites, at the receiver and in each lane, from independent counts."""
+        """Check the equations at the sites, at the receiver and in each lane, with independent counts."""
         receiver = count_receiver(self.journal) if self.journal.exists() else {}
         doubt = self.in_doubt
         for site in self.sites():
@@ -318,7 +245,7 @@ class World:
             assert found.logged == gone + found.acked + found.spooled, found
             if site in receiver:
                 assert receiver[site].missing == 0
-                # What was journaled and not acknowledged is one batch in flight at most.
+                # At most one batch in flight is journaled and not acknowledged.
                 assert found.acked <= receiver[site].journaled <= found.acked + int(self.limits["batch_records"]), (
                     found,
                     receiver,
@@ -336,7 +263,7 @@ class World:
         return receiver
 
     def check_status(self) -> dict[str, Any]:
-        """``trackhub status`` says what the independent counts say."""
+        """Check that ``trackhub status`` says the same as the independent counts, and return what it says."""
         found_here = find(self.folder)
         said: dict[str, Any] = {
             "journals": [journal_status(path) for path in found_here.journals],
@@ -362,7 +289,7 @@ class World:
         return said
 
     def held(self, backend: str, site: str = "site-1") -> list[Seen]:
-        """Return what a backend holds of a site's run."""
+        """Return the records that a backend holds of a site's run."""
         options = self.backends[backend]
         work = self.folder / "server" / backend
         if backend == "tensorboard":
@@ -370,22 +297,22 @@ class World:
         if backend == "jsonl":
             return read_store(Path(options.get("path") or work) / JOB / f"{site}.jsonl")
         if backend.startswith("http_"):
-            return read_store(self.folder / f"peer-{backend}" / f"{site}.jsonl")
+            return read_store(self.folder / f"tracking-server-{backend}" / f"{site}.jsonl")
         return read_store(Path(options.get("path") or work) / f"{JOB}-{site}.jsonl")
 
     def truth(self, name: str, calls: int, backend: str = "jsonl") -> list[Seen]:
-        """Return what a writer's first calls logged, as this backend can hold it."""
+        """Return the records of a writer's first calls that this backend can hold."""
         records = [expected(name, i, files=self.files) for i in range(calls)]
         return [r for r in records if r.step is not None] if backend == "tensorboard" else records
 
     def check_delivered(self, *, lost: Lost | None = None) -> None:
-        """Each backend holds exactly what each trainer noted: in order per writer, and nothing twice.
+        """Check that each backend holds exactly what each trainer noted: each writer's in order, and nothing twice.
 
-        A call that was under way when its trainer was killed may be there or not. Records that are ``lost`` for
-        counted reasons are missing by number, in the middle.
+        A call that was under way when its trainer was killed may be there or not.
 
         Args:
-            lost: backend to writer to the number of its records that are not there; ``*`` for all backends.
+            lost: backend to writer to the number of its records that are missing for a counted reason. ``*`` stands
+                for all backends.
         """
         self.counted = sum(sum(writers.values()) for writers in (lost or {}).values())
         for backend in self.backends:
@@ -401,7 +328,7 @@ class World:
     def _check_writer(self, backend: str, site: str, name: str, mine: list[Seen], lost: int) -> None:
         noted = self.count(name)
         truth = self.truth(name, noted + self.in_doubt, backend)
-        if backend == "tensorboard":  # its reader gives the records of one key in order, but key by key
+        if backend == "tensorboard":  # its reader gives one key after the other
             truth, mine = (sorted(part, key=lambda seen: (seen.step, seen.key)) for part in (truth, mine))
         if backend == "at_least_once":
             twice = len(mine) - len(set(mine))
@@ -419,7 +346,7 @@ class World:
         assert mine == truth[: len(mine)], f"{backend}: {name} differs at {_first_difference(mine, truth)}"
 
     def check_all_delivered(self, *, lost: Lost | None = None) -> None:
-        """Nothing is left anywhere, and the backends hold exactly what was logged."""
+        """Check that nothing is left anywhere, and that the backends hold exactly what was logged."""
         self.check_equations()
         said = self.check_status()
         for spool in said["spools"]:
@@ -430,13 +357,13 @@ class World:
         self.check_delivered(lost=lost)
 
     def replay_all(self, *arguments: str, lost: Lost | None = None) -> None:
-        """Deliver what is left, and check that exactly what was logged is there."""
+        """Deliver what is left with ``trackhub replay``, and check that the backends hold exactly what was logged."""
         replay = self.replay(*arguments)
         assert replay.wait() == 0, replay.log
         self.check_all_delivered(lost=lost)
 
     def flags(self, **changed: Mapping[str, Any]) -> list[str]:
-        """Return the flags that name all backends, with these options."""
+        """Return command-line flags that name all backends, with these options."""
         flags = [flag for name in self.backends for flag in ("--backend", name)]
         for name, options in changed.items():
             for key, value in options.items():
@@ -444,27 +371,27 @@ class World:
         return flags
 
     def close(self) -> None:
-        """End what a failed test left running."""
-        for proc in (*self.procs, *self.peers):
+        """Kill what a failed test left running."""
+        for proc in (*self.procs, *self.servers):
             proc.close()
         self.socket.unlink(missing_ok=True)
 
     def check_nothing_stays(self) -> None:
-        """No process is left but the servers of backends, and no lock is held."""
-        for peer in self.peers:
-            peer.kill()
+        """Check that only tracking servers still run, and that no lock is held."""
+        for server in self.servers:
+            server.kill()
         for proc in self.procs:
             assert not proc.is_alive(), f"still running: {proc.process.args!r}; log: {proc.log[-2000:]}"
         mark = f"{_MARK}={self.mark}".encode()
-        left = [pid for pid, env in _environments() if mark in env]
-        assert left == [], "processes are left that the scenario's own processes started"
+        left = [pid for pid, env in environments() if mark in env]
+        assert left == [], "the job's own processes started these, and they still run"
         for lock in self.folder.rglob("*.lock"):
             with lock.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def totals(self) -> Counter[str]:
-        """Return this scenario's part of the suite's figures."""
-        killed = sum(proc.process.returncode == -signal.SIGKILL for proc in (*self.procs, *self.peers))
+        """Return this job's part of the suite's figures."""
+        killed = sum(proc.process.returncode == -signal.SIGKILL for proc in (*self.procs, *self.servers))
         return Counter(
             jobs=1, killed=killed, records=sum(self.count(name) for name in self.writers), counted=self.counted
         )
@@ -474,11 +401,3 @@ def _first_difference(mine: list[Seen], truth: list[Seen]) -> str:
     at = next(i for i, (a, b) in enumerate(zip(mine, [*truth, None], strict=False)) if a != b)
     doubled = [seen for seen, n in Counter(mine).items() if n > 1]
     return f"record {at}: {mine[at : at + 3]}, expected {truth[at : at + 3]}; {len(doubled)} are there twice"
-
-
-def _environments() -> Iterator[tuple[int, bytes]]:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    yield int(entry.name), (entry / "environ").read_bytes()

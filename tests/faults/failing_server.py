@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.peer PORT FOLDER``: a tracking server on loopback that fails as ``FOLDER/mode`` says.
+"""A tracking server on loopback that fails as told: ``python -m tests.faults.failing_server PORT FOLDER``.
 
-It keeps each record once, by its position, in ``FOLDER/<run>.jsonl``, and notes in ``FOLDER/requests`` what it was
-asked and when, one line each: monotonic time, path, status.
+``FOLDER/mode`` says how it fails. It keeps each record once, by its position, in ``FOLDER/<run>.jsonl``. For each
+request it writes one line into ``FOLDER/requests``: monotonic time, path and status. `Http` in
+`tests.faults.faulty_backends` is its client.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         mode, _, number = (self.folder / "mode").read_text().partition(" ")
         with self.lock:
-            status, answer = self._decide(mode, int(number or 0), body)
+            status, reply = self._decide(mode, int(number or 0), body)
             with (self.folder / "requests").open("a") as file:
                 file.write(f"{time.monotonic()} {self.path} {status}\n")
         if status == 0:
             threading.Event().wait()
-        data = json.dumps(answer).encode()
+        data = json.dumps(reply).encode()
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "1")
@@ -41,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _decide(self, mode: str, number: int, body: dict[str, object]) -> tuple[int, dict[str, object]]:
-        """Return the status, 0 for none ever, and the answer."""
+        """Return the status and the reply. Status 0 means that the request is never replied to."""
         if self.path == "/finish":
             (self.folder / f"{body['run']}.status").write_text(str(body["status"]))
         if self.path != "/write":
@@ -76,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         known.update(line["position"] for line in lines)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: what was asked is in the file."""
+        """Log nothing: the file has all requests."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.faults.receiver PLAN``: a receiver in a process of its own, which may be planned to kill itself.
+"""A receiver in a process of its own, which fails or dies as planned: ``python -m tests.faults.receiver_process PLAN``.
 
-Commands on stdin, an answer in JSON on stdout: ``finish STATUS``. The end of stdin ends the process.
+`tests.faults.job_processes` starts it and sends its one command, ``finish STATUS``, to stdin. The answer is a line of
+JSON on stdout. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from tests.faults import wire
+from tests.faults import unix_socket
 from trackhub import registry
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.wire import Refused, encode
@@ -31,23 +32,24 @@ from trackhub.spi import Backend, BackendRun
 
 __all__ = ["ReceiverPlan"]
 
-_REFUSAL = Refused("test", "as planned")
+_REFUSAL = Refused("test", "the test planned this refusal")
 
 
 class ReceiverPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a receiver does, and when it dies.
 
     Attributes:
-        folder, workdir, job, backends, limits: as for trackhub's own.
+        folder, workdir, job, backends, limits: arguments of `trackhub.delivery.receiver.Receiver`.
         socket: where it listens.
-        sites: whom to wait for at the end.
-        kill_at_commit: die while this commit of the journal is being made; 0 never.
-        kill_after_us: how long after that commit began.
-        kill_at_write: backend, method, and the number of the call after which to die, before trackhub hears of it.
-        mute: take every request and answer none.
-        refuse_batch: answer this request, counted from 1, with a refusal: 1 is the sender's hello.
-        vfs: SQLite's layer over the file system; ``unix-dotfile`` has no shared memory, as a network file system has
-            none, so that there is no write-ahead log.
+        sites: which sites it waits for at the end.
+        kill_at_commit: die during this commit of the journal, counted from 1; 0 for none.
+        kill_after_us: how long after the begin of that commit, in microseconds.
+        kill_at_write: a backend, a method of its runs, and a number: die after so many calls, before the lane sees
+            the result.
+        mute: take every request and reply to none.
+        refuse_batch: refuse the request with this number. Number 1 is the sender's first message.
+        vfs: SQLite's layer over the file system. ``unix-dotfile`` has no shared memory, and so no write-ahead log, as
+            on a network file system.
     """
 
     folder: str
@@ -103,13 +105,13 @@ def _listen(plan: ReceiverPlan, receiver: Receiver) -> None:
 
     def answer(connection: socket.socket) -> None:
         nonlocal requests
-        with connection, contextlib.suppress(OSError):  # the sender has gone: it asks again
-            site, request = wire.receive(connection).decode(), wire.receive(connection)
+        with connection, contextlib.suppress(OSError):  # the sender gave up waiting, and asks again
+            site, request = unix_socket.receive(connection).decode(), unix_socket.receive(connection)
             if plan.mute:
                 threading.Event().wait()
             requests += 1
             refused = requests == plan.refuse_batch
-            wire.send(connection, encode(_REFUSAL) if refused else receiver.handle(site, request))
+            unix_socket.send(connection, encode(_REFUSAL) if refused else receiver.handle(site, request))
 
     def accept() -> None:
         while True:
@@ -152,7 +154,7 @@ def _die_soon(after_us: float) -> None:
 
 
 def _plan_death_in_backend(name: str, method: str, number: int) -> None:
-    """Have the process die when the backend's work is done and the lane does not know it yet."""
+    """Let the process die when the backend has done its work and the lane does not know it yet."""
     load = registry.load
     calls = 0
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends for the fault suite, one of each redelivery kind, and one that talks to a server (tests.faults.peer).
+"""Backends of the fault suite: one for each kind of redelivery, and one that talks to `tests.faults.failing_server`.
 
-A store is a folder with one file of JSON lines per run, appended to by one system call per batch, that never hides
-what was written to it twice: the readers of the suite see it all.
+Receivers and ``trackhub replay`` load them by entry point. Their options say how they fail. A store is a folder with
+one file of JSON lines for each run. A batch is appended by one system call. What was written twice is in the file
+twice, so that the suite's readers see it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _CAN = Capabilities(
 
 
 def _plain(entry: Entry, info: RunInfo) -> dict[str, Any]:
-    """Return an entry as a line of a store: a file by the digest of the bytes that are there now."""
+    """Return an entry as a line of a store. A file is stored as the digest of its bytes."""
     payload = entry.payload
     line: dict[str, Any] = {"position": entry.position, "time": entry.time, "step": entry.step}
     if isinstance(payload, Metrics):
@@ -68,14 +69,14 @@ class StoreOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options of all stores.
 
     Attributes:
-        path: the store's folder; by default the backend's.
-        down_while: while this file is there, nothing works.
-        hang_while: while this file is there, nothing returns.
-        dies_at: from this write on, nothing works any more.
-        permanent: what does not work raises PermanentError.
-        reject_every: every so manieth position is rejected.
-        pause_s: what a record takes to be written.
-        fail_after_applying: every so manieth write stores all and then fails.
+        path: the store's folder; by default the backend's folder.
+        down_while: while this file exists, every call fails.
+        hang_while: while this file exists, no call returns.
+        dies_at: from this write on, every call fails.
+        permanent: calls fail with PermanentError in place of TransientError.
+        reject_every: reject each position that this number divides; 0 rejects none.
+        pause_s: how long the writing of one record takes.
+        fail_after_applying: each write whose number this divides stores everything and then fails; 0 for none.
         max_batch: most records in one write.
     """
 
@@ -91,7 +92,7 @@ class StoreOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoreRun(BackendRun):
-    """A file of lines; returning from ``write`` is the promise."""
+    """A run in a file of lines. ``write`` confirms."""
 
     def __init__(self, backend: Store, info: RunInfo) -> None:
         self._backend = backend
@@ -115,7 +116,7 @@ class StoreRun(BackendRun):
         self._store(fresh)
         self._known.update(e.position for e in fresh)
         if options.fail_after_applying and self._backend.writes % options.fail_after_applying == 0:
-            raise TransientError("500: it was stored, but you do not know")
+            raise TransientError("500: the records were stored, but the caller does not know it")
         return WriteReport([Rejection(e.position, "seventh") for e in rejected]) if rejected else None
 
     def _store(self, entries: Sequence[Entry]) -> None:
@@ -128,7 +129,7 @@ class StoreRun(BackendRun):
 
 
 class BufferedRun(StoreRun):
-    """What was written is in memory until ``flush``: SIGKILL loses it, and ``flush`` is the promise."""
+    """A run that keeps records in memory until ``flush``, which confirms. SIGKILL loses what is in memory."""
 
     def __init__(self, backend: Store, info: RunInfo) -> None:
         super().__init__(backend, info)
@@ -144,7 +145,7 @@ class BufferedRun(StoreRun):
 
 
 class Store(Backend):
-    """Base of the stores."""
+    """Base class of the stores. The subclasses differ in the redelivery that they claim."""
 
     spi = 1
     Options = StoreOptions
@@ -158,13 +159,18 @@ class Store(Backend):
         self.writes = 0
 
     def behave(self) -> None:
-        """Fail or hang, if it is time to."""
+        """Fail or hang, if the options say so.
+
+        Raises:
+            TransientError: the store is down.
+            PermanentError: the same, with the option ``permanent``.
+        """
         options = self.options
         while options.hang_while and os.path.exists(options.hang_while):
             Path(options.hang_while).with_suffix(".reached").touch()
             threading.Event().wait(0.1)
         if (options.down_while and os.path.exists(options.down_while)) or 0 < options.dies_at <= self.writes:
-            raise PermanentError("gone for good") if options.permanent else TransientError("connection refused")
+            raise PermanentError("the store is gone") if options.permanent else TransientError("connection refused")
 
     def preflight(self) -> None:
         self.behave()
@@ -201,14 +207,14 @@ class Buffered(Store):
 
 
 class HttpOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of ``http``: the address of the peer, and the longest wait for its answer."""
+    """Options of `Http`: the server's address, and the longest wait for a reply."""
 
     url: str
     timeout_s: float = 1.0
 
 
 class HttpRun(BackendRun):
-    """A run at the peer."""
+    """A run on the failing server."""
 
     def __init__(self, backend: Http, info: RunInfo) -> None:
         self._backend = backend
@@ -216,8 +222,8 @@ class HttpRun(BackendRun):
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         lines = [_plain(entry, self._info) for entry in batch]
-        answer = self._backend.post("write", {"run": self._info.key.site, "lines": lines})
-        rejected = answer.get("rejected", [])
+        reply = self._backend.post("write", {"run": self._info.key.site, "lines": lines})
+        rejected = reply.get("rejected", [])
         return WriteReport([Rejection(position, "seventh") for position in rejected]) if rejected else None
 
     def finish(self, status: RunStatus) -> None:
@@ -225,7 +231,7 @@ class HttpRun(BackendRun):
 
 
 class Http(Backend):
-    """Speaks to tests.faults.peer, which knows records again by their position."""
+    """A backend that talks to `tests.faults.failing_server`, which recognises a record by its position."""
 
     spi = 1
     Options = HttpOptions
@@ -233,22 +239,22 @@ class Http(Backend):
     capabilities = msgspec.structs.replace(_CAN, redelivery=Redelivery.IDEMPOTENT)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Post JSON and return the answer.
+        """Post JSON and return the reply.
 
         Raises:
-            TransientError: there is no answer, or one that asks to come again.
+            TransientError: the server did not reply, or replied with an error status.
         """
         request = urllib.request.Request(f"{self.options.url}/{path}", json.dumps(body).encode(), method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.options.timeout_s) as answer:
-                found: dict[str, Any] = json.load(answer)
+            with urllib.request.urlopen(request, timeout=self.options.timeout_s) as reply:
+                found: dict[str, Any] = json.load(reply)
                 return found
         except urllib.error.HTTPError as e:
             with e:
                 wait_s = e.headers.get("Retry-After")
             raise TransientError(f"HTTP {e.code}", retry_after_s=float(wait_s) if wait_s else None) from e
         except OSError as e:
-            raise TransientError(f"no answer: {e}") from e
+            raise TransientError(f"no reply: {e}") from e
 
     def preflight(self) -> None:
         self.post("ping", {})
@@ -259,7 +265,7 @@ class Http(Backend):
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the whole lines, after cutting off what SIGKILL left of one."""
+    """Return the file's lines. A line that SIGKILL cut short is removed first."""
     if not path.exists():
         return []
     data = path.read_bytes()

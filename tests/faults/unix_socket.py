@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a sender process and a receiver process of the fault suite talk: one request and one reply over a Unix socket."""
+"""The channel of the fault suite: a request and its reply over a Unix socket, one connection for each request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def request(path: Path, site: str, data: bytes, timeout_s: float) -> bytes:
-    """Send a request as this site and return the reply. Raises OSError when there is none in time."""
+    """Send a request and return the reply. Blocks up to ``timeout_s``.
+
+    Args:
+        path: the receiver's socket.
+        site: who sends it.
+        data: the request.
+        timeout_s: the longest wait for each step.
+
+    Raises:
+        OSError: the receiver did not reply in time.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout_s)
         connection.connect(str(path))
@@ -36,6 +46,6 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     while len(data) < size:
         part = connection.recv(size - len(data))
         if not part:
-            raise ConnectionError("the connection was closed")
+            raise ConnectionError(f"the connection was closed after {len(data)} of {size} bytes")
         data += part
     return data
