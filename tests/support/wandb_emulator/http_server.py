@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator's HTTP side: routes, login, faults."""
+"""The emulator's HTTP server: routes, login and injected faults.
+
+Tests use `Emulator` and `Fault`. It answers from `State`.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ Route = Literal["graphql", "file_stream", "upload"]
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests of one route.
+    """How the next requests of one route fail.
 
     Attributes:
-        route: which requests are meant.
+        route: which requests fail.
         times: how many of them.
-        status: HTTP status to answer with; 0 closes the connection with a reset instead.
-        retry_after_s: value of the ``Retry-After`` header.
-        applied: whether the request is carried out before the fault hides the answer.
-        delay_s: how long to wait before the answer.
-        operation: for ``graphql``, only operations of this name.
+        status: the HTTP status of the reply. 0 resets the connection, 200 replies as usual.
+        retry_after_s: value of the ``Retry-After`` header; None sends no such header.
+        applied: whether the server carries the request out before the fault hides the reply.
+        delay_s: how long the server waits before the reply.
+        operation: for ``graphql``, the name of the operations that fail; None for all.
     """
 
     route: Route
@@ -50,19 +53,19 @@ class Fault:
 class Emulator:
     """A W&B server on loopback, as strict as the protocol allows.
 
-    It answers the GraphQL operations that the client is known to send and enforces the offsets of ``file_stream``.
-    What a real server would refuse, or what this one does not know, is noted in ``violations``: a test that uses the
-    emulator must end with none. A context manager; ``stop`` and ``start`` take the server away and bring it back on
-    the same port, with what it held.
+    It answers the GraphQL operations that the client is known to send, and checks the offsets of ``file_stream``. A
+    request that a real server would refuse, or that the emulator does not know, is noted in ``violations``; a test
+    must end without any. It is a context manager. ``stop`` and ``start`` end the server and start it again on the same
+    port, with all that it held.
     """
 
     def __init__(self, api_key: str = "k" * 40, port: int = 0, *, accept_any_key: bool = False) -> None:
         """Prepare a server.
 
         Args:
-            api_key: the key that is a login here.
+            api_key: the key that the server accepts.
             port: on 127.0.0.1; 0 chooses a free one.
-            accept_any_key: whether every well-formed key is a login; no key never is.
+            accept_any_key: whether the server accepts every well-formed key. It never accepts a request without one.
         """
         self.state = State(api_key)
         self.accept_any_key = accept_any_key
@@ -78,22 +81,22 @@ class Emulator:
 
     @property
     def violations(self) -> list[str]:
-        """What the client did that a server would not accept."""
+        """What the client did that a real server would not accept."""
         with self.state.lock:
             return list(self.state.violations)
 
     def fail(self, fault: Fault) -> None:
-        """Let the next requests fail in this way, after those of earlier calls."""
+        """Let the next requests fail in this way, after those that earlier calls named."""
         with self.state.lock:
             self._faults.append(fault)
 
     def faults_left(self) -> int:
-        """Return how many requests are still to fail."""
+        """Return how many requests will still fail."""
         with self.state.lock:
             return sum(fault.times for fault in self._faults)
 
     def start(self) -> Emulator:
-        """Listen. The first call chooses a free port, unless one was given."""
+        """Start to listen. The first call chooses a free port, unless one was given."""
         server = _Server(("127.0.0.1", self._port), _Handler)
         server.emulator = self
         self._port = server.server_address[1]
@@ -104,7 +107,7 @@ class Emulator:
         return self
 
     def stop(self) -> None:
-        """Stop listening and cut the open connections. What the server holds stays."""
+        """Stop listening and reset the open connections. The server keeps all that it holds."""
         if self._server is None or self._thread is None:
             return
         self._server.shutdown()
@@ -120,7 +123,7 @@ class Emulator:
         self.stop()
 
     def take_fault(self, route: str, operation: str | None) -> Fault | None:
-        """Return the fault that this request is to suffer, if any."""
+        """Return the fault for this request, or None, and count it."""
         with self.state.lock:
             for fault in self._faults:
                 if fault.route == route and fault.operation in (None, operation):
@@ -158,7 +161,7 @@ class _Server(ThreadingHTTPServer):
                 reset(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A cut connection is no news; anything else fails the test."""
+        """Ignore a broken connection; any other error fails the test."""
         import sys
 
         error = sys.exception()
@@ -167,7 +170,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def reset(connection: socket.socket) -> None:
-    """Close a connection so that the peer sees a reset."""
+    """Close a connection so that the other end sees a reset."""
     try:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)
@@ -180,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, *args: object) -> None:
-        """Say nothing: tests look at the state."""
+        """Log nothing: tests look at the state."""
 
     def do_POST(self) -> None:
         body = self._body()
