@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from trackhub.config import TrackingConfig
-from trackhub.delivery.report import DeliveryReport, read_report
+from trackhub.delivery import DeliveryReport, read_report
 
 __all__ = ["Outcome", "forget_outcome", "print_outcome", "print_reports", "read_outcome"]
 
@@ -118,7 +118,7 @@ def _deliveries(reports: Mapping[str, DeliveryReport]) -> Iterable[tuple[str, ..
     for receiver, report in reports.items():
         for backend, runs in sorted(report.lanes.items()):
             for site, run in sorted(runs.items()):
-                counted = report.sites[site].site if site in report.sites else None
+                counted = report.sites[site].at_site if site in report.sites else None
                 remarks = [f"{reason}: {n}" for reason, n in run.rejected.items()]
                 if counted is not None:
                     remarks += [f"{reason}: {n}" for reason, n in {**counted.dropped, **counted.refused}.items()]

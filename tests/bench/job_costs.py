@@ -198,7 +198,8 @@ def _cifar10(backend: str, samples: int) -> Arm:
         report = result.report("server")
         confirmed = sum(run["confirmed"] for run in report["lanes"][backend].values())
         # No site counts the server's own records, so what is journaled of them stands for what was logged.
-        logged = sum(site["site"]["logged"] if site["site"] else site["journaled"] for site in report["sites"].values())
+        sites = report["sites"].values()
+        logged = sum(site["at_site"]["logged"] if site["at_site"] else site["journaled"] for site in sites)
         return Run(values, logged, confirmed)
 
     return run

@@ -18,7 +18,7 @@ from typing import Any
 
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Accepted, Batch, Bye, Hello, SiteLedger, decode_reply, encode
+from trackhub.delivery.wire import Accepted, Batch, Final, Hello, SiteCounts, decode_reply, encode
 from trackhub.framing import encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Metrics, Record
@@ -35,7 +35,7 @@ _EPOCH = 1_750_000_000.0
 
 
 def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[bytes]:
-    """Yield one site's requests, from ``Hello`` to ``Bye``.
+    """Yield one site's requests, from ``Hello`` to ``Final``.
 
     Args:
         records: how many records, with the steps 0, 1, 2, ...
@@ -54,7 +54,7 @@ def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[byt
             for seq in range(first, upto)
         )
         yield encode(Batch(stream, first, upto, upto - first, frames))
-    yield encode(Bye(SiteLedger(logged=records, acked=records)))
+    yield encode(Final(SiteCounts(logged=records, acked=records)))
 
 
 def open_receiver(
@@ -71,7 +71,7 @@ def open_receiver(
         job: the job's id.
     """
     receiver = Receiver(
-        folder / "trackhub", folder, job=job, side=Side.SERVER, backends=backends,
+        folder, job=job, side=Side.SERVER, backends=backends,
         limits=limits or Limits(deadline_s=1800, preflight_s=120),
     )  # fmt: skip
     receiver.start()

@@ -247,7 +247,7 @@ def client(folder: str, port: int) -> dict[str, Any]:
 
     spool = Path(folder, "spool")
     create_spool(spool, SpoolInfo("site-1", "job", ("server",), max_bytes=1 << 34))
-    sender = Sender(spool, SocketChannel(port, "site-1"), site="site-1")
+    sender = Sender(spool, SocketChannel(port, "site-1"))
     sender.start()
     say(0)
     sys.stdin.readline()

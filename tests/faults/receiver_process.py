@@ -73,8 +73,8 @@ def main() -> int:
     if plan.kill_at_write is not None:
         _plan_death_in_backend(*plan.kill_at_write)
     receiver = Receiver(
-        Path(plan.folder),
         Path(plan.workdir),
+        state_dir=Path(plan.folder),
         job=plan.job,
         side=Side.SERVER,
         backends=plan.backends,
@@ -86,7 +86,7 @@ def main() -> int:
     for line in sys.stdin:
         _, status = line.split()
         began = time.monotonic()
-        silent = receiver.wait_for_byes(plan.sites)
+        silent = receiver.wait_for_sites(plan.sites)
         report = receiver.finish(RunStatus(status))
         left = [t.name for t in threading.enumerate() if t.name.startswith("trackhub")]
         answer = {"silent": sorted(silent), "report": msgspec.to_builtins(report), "threads": left}

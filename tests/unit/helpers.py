@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the unit tests of spool, journal, lanes and receivers share: independent readers, and backends that misbehave."""
+"""Shared by the unit tests of spool, journal, lanes and receiver: independent readers, and backends that misbehave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.framing import decode_body, encode_frame
 from trackhub.records import Gap, Metrics, Record
 from trackhub.spi import (
@@ -52,7 +52,7 @@ def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
 
 
 def frames_in(data: bytes) -> list[bytes]:
-    """Return the bodies of whole, sound frames from the start of ``data``: the format by its description alone."""
+    """Return the bodies of the whole, sound frames at the start of ``data``. Written from the format's description."""
     bodies, at = [], 0
     while len(data) - at >= 9:
         crc, size, _ = struct.unpack_from("<IIB", data, at)
@@ -109,11 +109,11 @@ def assert_balanced(
         found = report.sites[site]
         assert found.received == found.duplicates + found.journaled
         assert found.missing == 0
-        if found.site is not None:
-            assert found.site.logged == n
-            gone = found.site.withheld + sum(found.site.dropped.values()) + sum(found.site.refused.values())
-            assert n == gone + found.site.acked + found.site.spooled
-            assert found.site.acked <= found.journaled <= n - gone
+        if (at_site := found.at_site) is not None:
+            assert at_site.logged == n
+            gone = at_site.withheld + sum(at_site.dropped.values()) + sum(at_site.refused.values())
+            assert n == gone + at_site.acked + at_site.spooled
+            assert at_site.acked <= found.journaled <= n - gone
         for lane in report.lanes.values():
             run = lane[site]
             assert found.journaled == sum(run.rejected.values()) + run.confirmed + run.pending
@@ -122,13 +122,13 @@ def assert_balanced(
         assert report.lanes[lane_name][site].confirmed == n
 
 
-def total(ledger: SiteLedger) -> int:
-    return ledger.withheld + sum(ledger.dropped.values()) + sum(ledger.refused.values()) + ledger.acked + ledger.spooled
+def total(counts: SiteCounts) -> int:
+    return counts.withheld + sum(counts.dropped.values()) + sum(counts.refused.values()) + counts.acked + counts.spooled
 
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """A file system of this size, honestly full when it is; skips where none may be mounted."""
+    """Mount a file system of this size in bytes, so that it can really be full. Skip the test where mounting fails."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     try:
@@ -179,7 +179,7 @@ class MemoryBackend(Backend):
     """Keeps entries in memory, by site, in the order of arrival.
 
     Attributes:
-        stored: what a peer would hold.
+        stored: what a server would hold.
         calls: number of calls of each method.
         behave: called first in every method with its name and argument; raises, hangs or returns a report.
         infos: what ``open_run`` was given.

@@ -21,7 +21,7 @@ from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
-from trackhub.delivery.wire import Accepted, Bye, Request, SiteLedger, decode_reply, encode
+from trackhub.delivery.wire import Accepted, Final, Request, SiteCounts, decode_reply, encode
 from trackhub.limits import Limits
 from trackhub.run import RunInfo, RunKey, RunStatus, Side
 from trackhub.spi import Backend, BackendContext, Capabilities
@@ -66,12 +66,12 @@ class KitReceiver(Receiver):
     """A receiver whose one backend is a given class, installed or not."""
 
     def __init__(self, cls: type[Backend], folder: Path, workdir: Path, **rest: Any) -> None:
-        super().__init__(folder, workdir, **rest)
+        super().__init__(workdir, state_dir=folder, **rest)
         self._cls = cls
         self.backend: Backend | None = None
 
     def _load(self, name: str, options: Mapping[str, Any]) -> Backend:
-        context = BackendContext(self._workdir / name, self.job, self._side)
+        context = BackendContext(self._run_dir / name, self.job, self._side)
         context.workdir.mkdir(parents=True, exist_ok=True)
         self.backend = self._cls(registry.build_options(name, self._cls, options, resolve=True), context)
         return self.backend
@@ -198,9 +198,9 @@ class KitRig:
         failed: Sequence[str] = (),
         deadline_s: float | None = None,
     ) -> DeliveryReport:
-        """End the job: every site says good-bye, those in ``failed`` with an error. Check that the counts add up."""
+        """End the job: every site sends its final message, those in ``failed`` with an error. Check that the counts add up."""
         for site, calls in self.logged.items():
-            self._send(site, Bye(SiteLedger(logged=len(calls), acked=len(calls)), failed=site in failed))
+            self._send(site, Final(SiteCounts(logged=len(calls), acked=len(calls)), failed=site in failed))
         self.report = self._receiver.finish(
             status, deadline_s=self._hooks.deadline_s if deadline_s is None else deadline_s
         )

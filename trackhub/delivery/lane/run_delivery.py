@@ -11,8 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.journal.counts import Progress
-from trackhub.delivery.journal.rows import Row, stored_records
+from trackhub.delivery.journal.rows import Progress, Row, stored_records
 from trackhub.delivery.journal.store import Journal
 from trackhub.delivery.lane.adaptation import Shaper
 from trackhub.delivery.retry import Backoff

@@ -119,7 +119,7 @@ class LifeCycle(ContractBase):
         with Writer(spool) as writer:
             for step, (key, (value, _)) in enumerate(values.items()):
                 writer.log({f"type {key}": value}, step=step)
-        sender = Sender(spool, lambda request, _: rig.request("site-1", request), site="site-1")
+        sender = Sender(spool, lambda request, _: rig.request("site-1", request))
         sender.start()
         sender.close(self.deadline_s)
         rig.finish()
