@@ -89,7 +89,7 @@ def test_a_kind_that_is_not_claimed_is_rejected() -> None:
     assert (rejection.reason, altered) == ("unsupported_kind", [])
 
 
-def test_numbers_that_cannot_be_stored_are_taken_out_and_a_record_of_nothing_else_is_rejected() -> None:
+def test_nonfinite_values_are_taken_out_and_a_record_of_nothing_else_is_rejected() -> None:
     adaptation = Adaptation(can(nonfinite=False))
     entry, altered = adapt(adaptation, Metrics({"a": 1.0, "b": math.nan, "c": -math.inf}))
     assert (entry.payload, altered) == (Metrics({"a": 1.0}), ["nonfinite_removed"])
@@ -167,7 +167,7 @@ def test_a_param_keeps_its_first_value_where_it_cannot_change(first: Any, second
     ),
     st.data(),
 )
-def test_a_adaptation_that_goes_on_from_a_memory_gives_the_same_entries(calls: list[Any], data: st.DataObject) -> None:
+def test_an_adaptation_that_goes_on_from_a_memory_gives_the_same_entries(calls: list[Any], data: st.DataObject) -> None:
     weak = can(optional_step=False, late_steps=False, nonfinite=False, changing_params=False)
     records = [(stream, Record(i, 1.0, step, None, payload)) for i, (stream, step, payload) in enumerate(calls)]
     straight = Adaptation(weak)

@@ -268,7 +268,7 @@ def test_limits_come_from_the_environment_unless_they_are_given(
     assert read_spool_info(writer.folder / "trackhub" / "spool").max_bytes == 2 << 20
 
 
-def test_the_name_of_a_job_is_in_its_folder_and_its_journal_and_two_jobs_of_one_name_are_two(tmp_path: Path) -> None:
+def test_two_jobs_of_one_name_are_two_folders_and_two_runs(tmp_path: Path) -> None:
     writers = [
         trackhub.local(["jsonl"], folder=tmp_path, name="lr 0.1", notes="why", tags=["a", "b"], limits=FAST)
         for _ in range(2)

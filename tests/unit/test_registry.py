@@ -265,7 +265,7 @@ def test_an_option_of_a_backend_without_options_is_an_error_that_says_so() -> No
         registry.build_options("plain", Backend, {"project": "x"})
 
 
-def test_a_literal_secret_is_refused_and_a_reference_is_kept_until_the_receiver_resolves_it(
+def test_the_receiver_refuses_a_literal_secret_and_resolves_a_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ACME_KEY", "hunter2")
