@@ -245,7 +245,7 @@ class Cursor:
         self._save()
 
     def _save(self) -> None:
-        """Store cursors and progress, or log that it failed: that costs a repeated delivery after a crash, no record."""
+        """Store cursors and progress. A failure is logged: after a crash it costs a repeated delivery, not a record."""
         try:
             self._store(self.written)
         except JournalError as e:
