@@ -7,13 +7,14 @@ Whoever runs the sender announces. ``spool_env`` makes the value of an environme
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import msgspec
 
 from trackhub.errors import ConfigError, SpoolError
-from trackhub.spool.layout import read_spool_info
+from trackhub.spool.layout import SpoolInfo, expect_spool, expected_spool, read_spool_info, spool_info
 
 __all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env", "withdraw_process_spool"]
 
@@ -23,15 +24,39 @@ SPOOL_ENV = "TRACKHUB_SPOOL"
 _process_spool: Path | None = None
 
 
+class _Claim(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the environment variable says.
+
+    Attributes:
+        dir: the spool's folder.
+        site: the site that the spool belongs to.
+        job: the job that the spool belongs to.
+        info: what the spool is, where its folder cannot be read just now; None if the announcer did not know it either.
+        reason: why the spool could not be created yet; empty if it is there.
+    """
+
+    dir: str
+    site: str
+    job: str
+    info: SpoolInfo | None = None
+    reason: str = ""
+
+
 def spool_env(folder: Path, site: str, job: str) -> str:
     """Return the value of ``SPOOL_ENV`` that leads a trainer of this site and job to the spool.
+
+    If `create_spool` could not create the spool yet, the value says so to the trainer, which counts what it drops.
 
     Args:
         folder: the spool's folder.
         site: the site that the spool belongs to.
         job: the job that the spool belongs to.
     """
-    return msgspec.json.encode({"dir": str(folder), "site": site, "job": job}).decode()
+    expected = expected_spool(folder)
+    with contextlib.suppress(SpoolError):  # there may be no spool in the folder yet; that shows when a trainer looks
+        info = spool_info(folder)
+        return msgspec.json.encode(_Claim(str(folder), site, job, info, expected[1] if expected else "")).decode()
+    return msgspec.json.encode(_Claim(str(folder), site, job)).decode()
 
 
 def set_process_spool(folder: Path | None) -> None:
@@ -62,17 +87,22 @@ def find_spool() -> Path:
     if not value:
         raise ConfigError(f"this process has no tracking (the environment variable {SPOOL_ENV} is not set)")
     try:
-        claim = msgspec.json.decode(value)
-        folder, site, job = Path(claim["dir"]), claim["site"], claim["job"]
-    except (ValueError, TypeError, KeyError, msgspec.DecodeError) as e:
+        claim = msgspec.json.decode(value, type=_Claim)
+    except (ValueError, msgspec.DecodeError) as e:
         raise ConfigError(f"{SPOOL_ENV} is {value!r}, which is not what a FLARE client with tracking sets") from e
+    folder = Path(claim.dir)
     try:
         info = read_spool_info(folder)
     except SpoolError as e:
-        raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
-    if (info.site, info.job) != (site, job) or not info.open:
+        is_missing = isinstance(e.__cause__, FileNotFoundError) or not isinstance(e.__cause__, OSError)
+        if claim.info is None or (is_missing and not claim.reason):
+            raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
+        # The disk is full, or this process has no free descriptor. What it logs is dropped and counted until it can.
+        info = claim.info
+        expect_spool(folder, info, claim.reason or "io_error")
+    if (info.site, info.job) != (claim.site, claim.job) or not info.open:
         raise ConfigError(
-            f"{SPOOL_ENV} names the spool of site {site!r}, job {job!r}, but {folder} belongs to site {info.site!r}, "
-            f"job {info.job!r}{'' if info.open else ', which has ended'}"
+            f"{SPOOL_ENV} names the spool of site {claim.site!r}, job {claim.job!r}, but {folder} belongs to site "
+            f"{info.site!r}, job {info.job!r}{'' if info.open else ', which has ended'}"
         )
     return folder

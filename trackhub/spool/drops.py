@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
-from trackhub.spool.layout import DROP_REASONS, Ledger
+from trackhub.spool.ledger import DROP_REASONS, Ledger
 
-__all__ = ["NEVER", "Drops", "reason_of"]
+__all__ = ["NEVER", "Drops"]
 
 NEVER = float("-inf")
 _WARN_EVERY_S = 60.0
@@ -44,8 +45,9 @@ class Drops:
         self.ledger: Ledger | None = None
         self.warning: tuple[str, str, int] | None = None
         self.warned_at = warned_at
-        self._path = ledger
+        self._path: Path | None = ledger
         self._clock = clock
+        self._logged = 0
         self._counts = [0] * len(DROP_REASONS)
 
     @property
@@ -71,6 +73,7 @@ class Drops:
             self.open_ledger()
         if self.ledger is not None:
             self.ledger.set(seq + 1, self._counts)
+        self._logged = seq + 1
         now = self._clock()
         if now - self.warned_at >= _WARN_EVERY_S:
             self.warned_at = now
@@ -83,7 +86,11 @@ class Drops:
             OSError: it cannot be written.
         """
         if self.ledger is None:
-            self.ledger = Ledger(self._path, create=True)
+            if self._path is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            ledger = Ledger(self._path)
+            ledger.set(self._logged, self._counts)  # all that was counted while the disk had no room for it
+            self.ledger = ledger
 
     def gap_frames(self, log_time: float, federated_round: int | None) -> bytes:
         """Return a frame for each gap that is not in the stream yet."""
@@ -95,7 +102,8 @@ class Drops:
             self.ledger.close()
             self.ledger = None
 
-
-def reason_of(error: OSError) -> str:
-    """Return the reason for a drop that this error caused."""
-    return "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io_error"
+    def abandon(self) -> None:
+        """Leave the ledger to the process that this one was forked from."""
+        ledger, self.ledger, self._path = self.ledger, None, None
+        if ledger is not None:
+            ledger.abandon()

@@ -1,58 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a spool folder, and how each is read and written. Both ends of the spool use it.
+"""The files of a spool folder, and the one that makes a folder a spool, ``spool.json``. Both ends of the spool use it.
 
 ::
 
-    spool.json                  site, job, limit and readers; written by the sender before trainers start
-    round                       the current federated round (int64, -1 for none); mapped by every writer
-    <stream>-<segment>.spool    an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
-    <stream>.ledger             the writer's counts: log calls, and drops by reason; mapped
-    <n>.spare                   a reserved block of the disk, which becomes a ledger or cursor when the disk is full
-    <stream>-<seq>.blob         the bytes of an image or artifact
-    <random>.part               a blob that is being written
-    <stream>.<cursor>.ack       how far one reader got in a stream; written by the reader
-    <cursor>.turn               the stream whose records this reader handed out last
+    spool.json                    site, job, limit and readers; written by the sender before trainers start
+    round                         the current federated round (int64, -1 for none); mapped by every writer
+    <stream>-<segment>.spool      an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
+    <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (trackhub.spool.ledger)
+    <n>.spare                     a reserved block of the disk, which becomes a ledger or cursor when the disk is full
+    <stream>-<seq>.blob           the bytes of an image or artifact
+    <stream>-<size>-<random>.part a blob that is being written, with the size that it is going to have
+    <stream>.<cursor>.ack         how far one reader got in a stream; written by the reader (trackhub.spool.acks)
+    <cursor>.turn                 the stream whose records this reader handed out last
+    <cursor>.retired              the counts of the streams whose files this reader does not need any more
+    <cursor>.lock                 locked by the process that owns this end of the spool: a sender, or a replay
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
+import errno
+import logging
 import os
 import struct
 import threading
-import zlib
 from pathlib import Path
 
 import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
+from trackhub.process_lock import ProcessLock
+from trackhub.spool.small_files import SPARES, make_spare, reason_of
 
 __all__ = [
-    "DROP_REASONS",
     "SEGMENT_HEADER",
-    "Ack",
-    "Ledger",
-    "RoundFile",
     "SpoolInfo",
     "blob_file",
     "close_spool",
     "create_spool",
+    "expect_spool",
+    "expected_spool",
     "ledger_file",
-    "read_ack",
+    "lock_cursor",
     "read_spool_info",
     "segment_name",
-    "write_ack",
+    "spool_info",
+    "try_to_create",
 ]
 
 DEFAULT_SPOOL_BYTES = 1 << 30
-_SPARES = 16  # a ledger and a cursor for each of eight ranks on one machine
 
 SEGMENT_HEADER = struct.pack("<4sHH", b"THSP", *FORMAT_VERSION)
-DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
-"""Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
-otherwise, or what another library logged cannot be converted into a record."""
+
+_NEVER_A_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+_log = logging.getLogger(__name__)
 
 
 class SpoolInfo(msgspec.Struct, frozen=True):
@@ -75,35 +77,124 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     format: tuple[int, int] = FORMAT_VERSION
 
 
-def create_spool(folder: Path, info: SpoolInfo) -> None:
+_known: dict[str, SpoolInfo] = {}
+"""What this process has stored in the ``spool.json`` of each folder, or wants to."""
+
+_expected: dict[str, str] = {}
+"""The folders whose ``spool.json`` could not be stored yet, and why: one of `trackhub.spool.ledger.DROP_REASONS`."""
+
+
+def create_spool(folder: Path, info: SpoolInfo) -> bool:
     """Create the spool folder. After a restart, use the existing one of the same site and job.
+
+    If the disk is full, or the folder cannot be written, the spool is *expected*: training may start, its writers count
+    what they drop, and the sender creates the spool as soon as that is possible. The log says so.
 
     Args:
         folder: where to create it.
         info: what its ``spool.json`` is to say.
 
+    Returns:
+        Whether the spool is there now.
+
     Raises:
-        SpoolError: the folder cannot be written, or belongs to another site or job.
+        SpoolError: the configuration is wrong: the folder holds the spool of another site or job, or its path leads
+            through a file.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "spool.json").exists():
-            old = read_spool_info(folder)
-            if (old.site, old.job) != (info.site, info.job):
-                raise SpoolError(
-                    f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
-                    f"job {info.job!r}; give each its own folder"
-                )
-            if old == info:
-                return  # write nothing: the disk may be full by now
-        partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may write at the same time
+        return try_to_create(folder, info)
+    except OSError as e:
+        if e.errno in _NEVER_A_FOLDER:
+            raise SpoolError(f"cannot create the spool in {folder}: {e}; give another folder") from e
+        expect_spool(folder, info, reason_of(e))
+        _log.warning(
+            "the spool of site %s cannot be created in %s: %s. Training goes on. Until there is room, what it logs is "
+            "dropped and counted", info.site, folder, e,
+        )  # fmt: skip
+        return False
+
+
+def try_to_create(folder: Path, info: SpoolInfo) -> bool:
+    """Create the spool folder, or use the existing one, as `create_spool` does. Always returns True.
+
+    Raises:
+        SpoolError: the folder holds the spool of another site or job.
+        OSError: it cannot be created now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    old = _stored(folder)
+    if old is not None and (old.site, old.job) != (info.site, info.job):
+        raise SpoolError(
+            f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
+            f"job {info.job!r}; give each its own folder"
+        )
+    if old != info:  # otherwise write nothing: the disk may be full by now
+        _store(folder, info)
+    _known[_key(folder)] = info
+    _expected.pop(_key(folder), None)
+    with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
+        for number in range(SPARES):
+            make_spare(folder, number)
+    return True
+
+
+def _stored(folder: Path) -> SpoolInfo | None:
+    try:
+        return read_spool_info(folder)
+    except SpoolError as e:
+        if isinstance(e.__cause__, FileNotFoundError):
+            return None
+        if isinstance(e.__cause__, OSError):
+            raise e.__cause__ from None
+        raise
+
+
+def _store(folder: Path, info: SpoolInfo) -> None:
+    # A site's two senders may write at the same time, each to a file of its own.
+    partial = folder / f"spool.json.{os.getpid()}.{threading.get_ident()}"
+    try:
         partial.write_bytes(msgspec.json.encode(info))
         partial.replace(folder / "spool.json")
-    except OSError as e:
-        raise SpoolError(f"cannot create the spool in {folder}: {e}; check its permissions and free space") from e
-    with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
-        for i in range(_SPARES):
-            (folder / f"{i}.spare").write_bytes(bytes(1))
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def expect_spool(folder: Path, info: SpoolInfo, reason: str) -> None:
+    """Say to writers and senders of this process what a spool is going to be that cannot be created yet.
+
+    Args:
+        folder: the spool's folder.
+        info: what its ``spool.json`` is going to say.
+        reason: why it cannot be created, one of ``DROP_REASONS``: what is logged is dropped for this reason.
+    """
+    _known[_key(folder)] = info
+    _expected[_key(folder)] = reason
+
+
+def expected_spool(folder: Path) -> tuple[SpoolInfo, str] | None:
+    """Return what an expected spool is going to be, and why it is not there. None if nobody expects one here."""
+    reason = _expected.get(_key(folder))
+    return None if reason is None else (_known[_key(folder)], reason)
+
+
+def spool_info(folder: Path) -> SpoolInfo:
+    """Return what the spool in this folder is: what its ``spool.json`` says, or what this process expects it to say.
+
+    Raises:
+        SpoolError: there is no spool in this folder, and none is expected.
+    """
+    if (expected := expected_spool(folder)) is not None:
+        return expected[0]
+    try:
+        return read_spool_info(folder)
+    except SpoolError as e:
+        known = _known.get(_key(folder))
+        # Such as a process that has no descriptor left just now. Its writers count what they drop, and go on later.
+        if known is not None and isinstance(e.__cause__, OSError) and e.__cause__.errno != errno.ENOENT:
+            return known
+        raise
 
 
 def read_spool_info(folder: Path) -> SpoolInfo:
@@ -124,8 +215,31 @@ def close_spool(folder: Path) -> None:
     Raises:
         SpoolError: the folder is not a spool, or cannot be written.
     """
+    _known.pop(_key(folder), None)
+    _expected.pop(_key(folder), None)
     info = read_spool_info(folder)
-    create_spool(folder, msgspec.structs.replace(info, open=False))
+    if info.open:
+        try:
+            _store(folder, msgspec.structs.replace(info, open=False))
+        except OSError as e:
+            raise SpoolError(f"cannot mark the spool in {folder} as closed: {e}") from e
+
+
+def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
+    """Lock one reader's end of a spool for this process. A killed process leaves no lock.
+
+    Whoever sends a spool has this lock: the sender of a running job, or a replay. Two at once would each send what the
+    other one is sending.
+
+    Args:
+        folder: the spool's folder.
+        cursor: the reader's name.
+
+    Raises:
+        BlockingIOError: another sender or a replay has it.
+        OSError: the file ``<cursor>.lock`` cannot be opened.
+    """
+    return ProcessLock.open(folder / f"{cursor}.lock")
 
 
 def segment_name(stream: str, segment: int) -> str:
@@ -143,173 +257,5 @@ def blob_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.blob"
 
 
-class RoundFile:
-    """The current federated round. The sender sets it, and all writers of the site read it.
-
-    It is safe between processes, since it is one aligned 8-byte value.
-    """
-
-    _FORMAT = struct.Struct("=q")
-
-    def __init__(self, folder: Path) -> None:
-        """Map the file, and create it if need be.
-
-        Raises:
-            OSError: it cannot be opened or created.
-        """
-        path = folder / "round"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if os.fstat(fd).st_size != self._FORMAT.size:
-                os.pwrite(fd, self._FORMAT.pack(-1), 0)
-            # Every log call reads the round. A view of the mapped integer takes a third of the time of unpacking bytes.
-            self._value = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("q")
-        finally:
-            os.close(fd)
-
-    def get(self) -> int | None:
-        """Return the current round; None outside rounds."""
-        value: int = self._value[0]
-        return value if value >= 0 else None
-
-    def set(self, value: int | None) -> None:
-        """Set the round that writers put into their records from now on. None ends the round."""
-        self._value[0] = -1 if value is None else value
-
-    def close(self) -> None:
-        """Unmap the file."""
-        self._value.release()
-
-
-class Ledger:
-    """A stream's counts in a mapped file: log calls that returned, and drops by reason.
-
-    Counting goes on while the disk is full, since the file is mapped and has its block.
-    """
-
-    _FORMAT = struct.Struct(f"={1 + len(DROP_REASONS)}Q")
-    EMPTY = bytes(_FORMAT.size)
-
-    def __init__(self, path: Path, *, create: bool) -> None:
-        """Map the file.
-
-        Args:
-            path: the file.
-            create: create it with zeros.
-
-        Raises:
-            OSError: it cannot be opened or created.
-        """
-        # The zeros are written, since a file that is only given a size gets its block later, when the disk may be full.
-        fd = _write_start(path, self.EMPTY) if create else os.open(path, os.O_RDWR)
-        try:
-            self._counts = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("Q")
-        finally:
-            os.close(fd)
-
-    @classmethod
-    def read(cls, path: Path) -> tuple[int, dict[str, int]]:
-        """Return how many calls a ledger file counts, and its drops by reason. A missing or short file counts zero."""
-        try:
-            data = path.read_bytes()
-        except OSError:
-            data = b""
-        logged, *dropped = cls._FORMAT.unpack(data[: cls._FORMAT.size].ljust(cls._FORMAT.size, b"\0"))
-        return logged, {reason: n for reason, n in zip(DROP_REASONS, dropped, strict=True) if n}
-
-    def set(self, logged: int, dropped: list[int]) -> None:
-        """Store how many calls there were, and the drops in the order of ``DROP_REASONS``."""
-        self._FORMAT.pack_into(self._counts, 0, logged, *dropped)
-
-    def set_logged(self, logged: int) -> None:
-        """Store how many calls there were. The drops stay as they are."""
-        self._counts[0] = logged
-
-    def close(self) -> None:
-        """Unmap the file."""
-        self._counts.release()
-
-
-class Ack(msgspec.Struct, array_like=True):
-    """How far one reader got in one stream.
-
-    Attributes:
-        segment: the segment of the next unacknowledged frame.
-        offset: where that frame starts in the segment.
-        next_seq: the ``seq`` of the next record to be acknowledged.
-        acked: records that the receiver acknowledged.
-        refused: records that the receiver refused, by reason.
-        explained: records in gaps and in damaged places, by reason.
-    """
-
-    segment: int = 0
-    offset: int = len(SEGMENT_HEADER)
-    next_seq: int = 0
-    acked: int = 0
-    refused: dict[str, int] = {}
-    explained: dict[str, int] = {}
-
-
-_ACK_HEADER = struct.Struct("<II")
-
-
-def _ack_path(folder: Path, stream: str, cursor: str) -> Path:
-    return folder / f"{stream}.{cursor}.ack"
-
-
-def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
-    """Return how far this reader got. Return the stream's beginning if the file is missing or damaged.
-
-    To begin anew is safe: the receiver recognises records that it has.
-
-    Args:
-        folder: the spool's folder.
-        stream: the stream's id.
-        cursor: the reader's name.
-    """
-    try:
-        data = _ack_path(folder, stream, cursor).read_bytes()
-        size, crc = _ACK_HEADER.unpack_from(data)
-        body = data[_ACK_HEADER.size : _ACK_HEADER.size + size]
-        if len(body) == size and zlib.crc32(body) == crc:
-            return msgspec.msgpack.decode(body, type=Ack)
-    except (OSError, struct.error, msgspec.DecodeError):
-        pass
-    return Ack()
-
-
-def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
-    """Store how far this reader got. One ``pwrite`` does it, so that a killed reader leaves the old or the new state.
-
-    Args:
-        folder: the spool's folder.
-        stream: the stream's id.
-        cursor: the reader's name.
-        ack: how far it got.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    body = msgspec.msgpack.encode(ack)
-    os.close(_write_start(_ack_path(folder, stream, cursor), _ACK_HEADER.pack(len(body), zlib.crc32(body)) + body))
-
-
-def _write_start(path: Path, data: bytes) -> int:
-    """Write a few bytes at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
-
-    Counting and deleting what is acknowledged must go on when the disk is full, and each needs a file per stream.
-
-    Raises:
-        OSError: the file cannot be written, and there is no spare.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.pwrite(fd, data, 0)
-        return fd
-    except OSError:
-        os.close(fd)
-        for spare in path.parent.glob("*.spare"):
-            with contextlib.suppress(FileNotFoundError):  # another process took it
-                spare.replace(path)
-                return _write_start(path, data)
-        raise
+def _key(folder: Path) -> str:
+    return os.path.abspath(folder)

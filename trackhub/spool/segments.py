@@ -12,6 +12,8 @@ from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 
 __all__ = ["SegmentFile"]
 
+_SHARE_BYTES = 64 << 10
+
 
 class SegmentFile:
     """The current segment of one stream.
@@ -19,17 +21,37 @@ class SegmentFile:
     Attributes:
         fd: its descriptor; -1 before the first segment is open and after ``close``.
         offset: where its next frame starts.
-        limit: open the next segment where a frame would end after this offset.
+        limit: where the room ends that the stream has in this file.
     """
 
-    def __init__(self, folder: Path, stream: str, limit: int) -> None:
-        """Open no file yet. A stream without records makes none."""
+    def __init__(self, folder: Path, stream: str, max_bytes: int) -> None:
+        """Open no file yet. A stream without records makes none.
+
+        Args:
+            folder: the spool's folder.
+            stream: the stream's id.
+            max_bytes: the size from which on a segment takes no more frames. A single larger frame makes a larger one.
+        """
         self.fd = -1
-        self.offset = limit  # as in a full segment, so that the first record opens one
-        self.limit = limit
-        self._folder = folder
+        self.offset = 0
+        self.limit = 0
+        self._max_bytes = max_bytes
+        self._path: Path | None = folder
         self._stream = stream
         self._number = -1
+
+    def must_be_followed(self, size: int) -> bool:
+        """Return whether a frame of this size goes to another segment, since this one is full or is not open."""
+        return self.fd < 0 or (self.offset + size > self._max_bytes and self.offset > len(SEGMENT_HEADER))
+
+    def ends(self, size: int) -> tuple[int, int]:
+        """Return up to where to ask for room for a frame of this size: as far as makes sense, and as far as it must be.
+
+        A stream asks for as much again as its segment holds. So a process that logs little keeps little room from the
+        others, and one that logs much seldom asks.
+        """
+        least = self.offset + size
+        return max(least, min(self._max_bytes, self.offset + max(self.offset, _SHARE_BYTES))), least
 
     def open_next(self) -> None:
         """Open the next segment. The current one stays open until the next one exists.
@@ -38,7 +60,9 @@ class SegmentFile:
             OSError: it cannot be created or written; the current segment stays in use.
         """
         while True:
-            path = self._folder / segment_name(self._stream, self._number + 1)
+            if self._path is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            path = self._path / segment_name(self._stream, self._number + 1)
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
                 break
@@ -53,7 +77,7 @@ class SegmentFile:
             raise
         old, self.fd = self.fd, fd
         self._number += 1
-        self.offset = len(SEGMENT_HEADER)
+        self.offset = self.limit = len(SEGMENT_HEADER)
         if old >= 0:
             # An error now is of earlier writes, which returned long ago; the new segment is in use already.
             with contextlib.suppress(OSError):
@@ -64,7 +88,7 @@ class SegmentFile:
         try:
             os.ftruncate(self.fd, self.offset)
         except OSError:
-            self.offset = self.limit
+            self.offset = self.limit = max(self._max_bytes, self.offset, len(SEGMENT_HEADER) + 1)
 
     def has_grown_by(self, size: int) -> bool:
         """Return whether the file has exactly so many bytes more than were counted."""
@@ -74,7 +98,19 @@ class SegmentFile:
             return False
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        """Close the file. Never raises. Idempotent."""
+        # The descriptor is forgotten first. A child that another thread forks in between must not close it as well: by
+        # then, the number may be that of another file.
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def abandon(self) -> None:
+        """Leave the stream to the process that this one was forked from: close the file, and open no further one."""
+        self._path = None
+        self.close()
+
+    def __del__(self) -> None:
+        # A script may make a writer in each round and never close one.
+        self.close()

@@ -7,31 +7,27 @@ the files through `trackhub.spool.reading`. `trackhub.spool.layout` describes th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
-from trackhub.spool.drops import NEVER, Drops, reason_of
-from trackhub.spool.layout import RoundFile, blob_file, ledger_file, read_ack, read_spool_info
-from trackhub.spool.room import Room
-from trackhub.spool.segments import SegmentFile
+from trackhub.spool.acks import ack_file, read_ack, read_retired
+from trackhub.spool.layout import SpoolInfo, blob_file, expect_spool, ledger_file, read_spool_info, spool_info
+from trackhub.spool.room import new_part
+from trackhub.spool.round_file import RoundFile
+from trackhub.spool.stream import CLOSED, Stream
 
 __all__ = ["NewBlob", "SpoolWriter"]
 
-SEGMENT_BYTES = 8 << 20
-"""A writer closes a segment at this size, so that acknowledged bytes can be deleted while training goes on."""
-
-_CLOSED = "the writer is closed; records logged after close() cannot be delivered"
 _log = logging.getLogger(__name__)
 
 
@@ -54,23 +50,25 @@ class NewBlob(NamedTuple):
 class SpoolWriter:
     """Appends this process's records to a stream. Thread-safe. After a fork, the child writes a stream of its own.
 
+    So does a copy, and a writer that was pickled and read in another process.
+
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
     its ``seq``. Once there is room again, it writes the gap into the stream.
 
     Attributes:
         folder: the spool's folder.
-        info: what ``spool.json`` said when the stream was opened.
-        stream: the id of this process's stream.
+        info: what the spool is, as known when the writer was made.
     """
 
     # Whose turn it is. The lock is re-entrant, since a signal handler that logs may interrupt a call of its own thread.
     #
-    #   idle     _busy is False: nobody appends.
-    #   busy     A call took the lock and set _busy. It appends, and then does what was deferred meanwhile.
-    #   deferred A call takes the lock and finds _busy set: it runs in a signal handler that interrupted the busy call
-    #            below it on the same stack. It puts its work into _deferred and returns.
+    #   idle     busy is False: nobody appends.
+    #   busy     A call took the lock and set busy. It appends, and then does what was deferred meanwhile.
+    #   deferred A call takes the lock and finds busy set: it runs in a signal handler that interrupted the busy call
+    #            below it on the same stack. It puts its work into deferred and returns.
     #
-    # So no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
+    # Lock, busy and deferred belong to the stream, since a forked child gets a new stream, and with it a free lock. So
+    # no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Open a new stream in this folder. Files are made with the first record.
@@ -80,45 +78,42 @@ class SpoolWriter:
             clock: seconds that only grow.
 
         Raises:
-            SpoolError: the folder is not a spool.
+            SpoolError: there is no spool in the folder, and none is expected there.
         """
-        self.info = read_spool_info(folder)
+        self.info = spool_info(folder)
         self.folder = folder
         self._clock = clock
-        try:
-            self._round = RoundFile(folder)
-        except (OSError, ValueError) as e:
-            raise SpoolError(f"the file with the round in {folder} cannot be used: {e}") from e
-        self._closed = False
-        self._start_stream(NEVER)
+        self._round = RoundFile(folder)
+        self._stream = Stream(folder, self.info, self._round, clock)
         _open_writers.add(self)
-
-    def _start_stream(self, warned_at: float) -> None:
-        self._lock = threading.RLock()
-        self._busy = False
-        self._deferred: list[Callable[[], object]] = []
-        self.stream = uuid.uuid4().hex
-        self._next_seq = 0
-        segment_bytes = min(SEGMENT_BYTES, max(self.info.max_bytes // 8, 1))
-        self._segment = SegmentFile(self.folder, self.stream, segment_bytes)
-        self._room = Room(self.folder, self.info.max_bytes, segment_bytes, self._clock)
-        self._drops = Drops(ledger_file(self.folder, self.stream), self._clock, warned_at)
 
     def _after_fork(self) -> None:
         # The lock may be held by a thread that does not exist here, and the stream belongs to the parent.
-        self._segment.close()
-        self._start_stream(self._drops.warned_at)
+        old = self._stream
+        old.abandon()
+        new = Stream(self.folder, self.info, self._round, self._clock, old.drops.warned_at)
+        new.is_closed = old.is_closed
+        self._stream = new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.folder), self.info, self._stream.is_closed)
+
+    @property
+    def stream(self) -> str:
+        """The id of this process's stream."""
+        return self._stream.id
 
     @property
     def next_seq(self) -> int:
         """How many records were logged to this stream so far, with the dropped ones."""
-        return self._next_seq
+        return self._stream.next_seq
 
     @property
     def last_written(self) -> int:
         """The ``seq`` up to which readers can get. It stays behind ``next_seq`` while a gap is not written yet."""
-        with self._lock:
-            return self._drops.gaps[0][0] if self._drops.gaps else self._next_seq
+        stream = self._stream
+        with stream.lock:
+            return stream.drops.gaps[0][0] if stream.drops.gaps else stream.next_seq
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
@@ -136,21 +131,22 @@ class SpoolWriter:
             OverflowError: an integer in it does not fit into 64 bits; nothing was logged.
             SpoolError: the spool is closed.
         """
-        with self._lock:
-            if self._busy:
-                encode_frame(Record(self._next_seq, log_time, step, None, payload))  # raises here what it would later
+        stream = self._stream
+        with stream.lock:
+            if stream.busy:
+                encode_frame(Record(stream.next_seq, log_time, step, None, payload))  # raises here what it would later
                 kept = copy.deepcopy(payload)  # it may hold the caller's own dict
-                self._deferred.append(lambda: self._append(kept, step, log_time))
+                stream.deferred.append(lambda: stream.append(kept, step, log_time))
                 return
-            self._busy = True
+            stream.busy = True
             try:
-                self._append(payload, step, log_time)
+                stream.append(payload, step, log_time)
             finally:
-                self._busy = False
-                if self._deferred:
-                    self._do_deferred()
-        if self._drops.warning is not None:
-            self._warn()
+                stream.busy = False
+                if stream.deferred:
+                    _do_deferred(stream)
+        if stream.drops.warning is not None:
+            self._warn(stream)
 
     def append_blob(self, blob: NewBlob, step: int | None, log_time: float) -> None:
         """Append a record whose bytes go to a file of their own. Other threads do not wait while they are written.
@@ -163,19 +159,24 @@ class SpoolWriter:
         Raises:
             ValueError, OverflowError, SpoolError: as ``append``.
         """
-        partial = self.folder / f"{uuid.uuid4().hex}.part"
-        if not self._reserve(blob.size):
-            return
+        stream = self._stream
+        partial = new_part(self.folder, stream.id, blob.size)
         try:
-            blob.write(partial)
+            has_room = self._reserve(stream, partial)
+            if has_room:
+                blob.write(partial)
         except OSError as e:
-            partial.unlink(missing_ok=True)
-            self._drop_in_turn(reason_of(e), str(e))
+            error = e
+            _remove(partial)
+            self._in_turn(stream, lambda: stream.drop_after(error))
         except BaseException:
-            partial.unlink(missing_ok=True)
+            _remove(partial)
             raise
         else:
-            self._in_turn(lambda: self._append_stored(partial, blob, step, log_time))
+            if has_room:
+                self._in_turn(stream, lambda: self._append_stored(stream, partial, blob, step, log_time))
+            else:
+                self._drop_in_turn(stream, "spool_full", f"{blob.size} bytes do not fit")
 
     def drop(self, reason: str, detail: str) -> None:
         """Count a record that was logged but cannot be stored. Never raises.
@@ -184,131 +185,81 @@ class SpoolWriter:
             reason: one of ``DROP_REASONS``.
             detail: what happened, for the log.
         """
-        self._drop_in_turn(reason, detail)
+        self._drop_in_turn(self._stream, reason, detail)
 
     def acked(self) -> int:
         """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
-        return min((read_ack(self.folder, self.stream, c).next_seq for c in self.info.cursors), default=self._next_seq)
+        stream = self._stream
+        return min((self._acked(stream, cursor) for cursor in self.info.cursors), default=stream.next_seq)
+
+    def _acked(self, stream: Stream, cursor: str) -> int:
+        reached = read_ack(self.folder, stream.id, cursor).next_seq
+        # After ``close``, the reader may have done with the stream and deleted its own file.
+        if reached == 0 and stream.is_closed and not ack_file(self.folder, stream.id, cursor).exists():
+            is_retired = not ledger_file(self.folder, stream.id).exists() and read_retired(self.folder, cursor).streams
+            return stream.next_seq if is_retired else 0
+        return reached
 
     def close(self) -> None:
         """Close the files. The sender delivers what was appended. Idempotent."""
-        self._in_turn(self._close)
+        stream = self._stream
+        self._in_turn(stream, stream.close)
 
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._segment.close()
-            self._round.close()
-            self._drops.close()
-
-    def _in_turn(self, action: Callable[[], object]) -> None:
+    def _in_turn(self, stream: Stream, action: Callable[[], object]) -> None:
         """Act under the lock. In a signal handler that interrupted another action, the interrupted call acts later."""
-        with self._lock:
-            self._deferred.append(action)
-            if not self._busy:
-                self._do_deferred()
-        if self._drops.warning is not None:
-            self._warn()
+        with stream.lock:
+            stream.deferred.append(action)
+            if not stream.busy:
+                _do_deferred(stream)
+        if stream.drops.warning is not None:
+            self._warn(stream)
 
-    def _do_deferred(self) -> None:
-        while self._deferred:
-            self._busy = True
-            try:
-                self._deferred[0]()
-            finally:
-                self._busy = False
-                del self._deferred[0]
-
-    def _append(self, payload: Payload, step: int | None, log_time: float) -> bool:
-        """Append one record, or drop it. Return whether it is in the stream."""
-        if self._closed:
-            raise SpoolError(_CLOSED)
-        segment, room, drops = self._segment, self._room, self._drops
-        seq = self._next_seq
-        current_round = self._round.get()
-        frame = encode_frame(Record(seq, log_time, step, current_round, payload))
-        if drops.gaps:
-            frame = drops.gap_frames(log_time, current_round) + frame
-        size = len(frame)
-        try:
-            if size > room.left and not room.has(size):
-                self._drop("spool_full", f"its limit is {self.info.max_bytes} bytes")
-                return False
-            if segment.offset + size > segment.limit:
-                drops.open_ledger()
-                segment.open_next()
-            written = os.write(segment.fd, frame)
-        except BaseException as e:
-            if isinstance(e, OSError) and e.errno is not None:
-                self._drop(reason_of(e), str(e))
-                return False
-            # Otherwise a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
-            if segment.has_grown_by(size):
-                self._next_seq = seq + 1
-                segment.offset += size
-                drops.gaps = []
-            raise
-        if written != size:
-            segment.cut_torn_frame()
-            self._drop("disk_full", f"{written} of {size} bytes could be written")
-            return False
-        # No call stands between these lines: a signal handler, which may raise, runs only at a call, and they must all
-        # be done or none.
-        self._next_seq = seq + 1
-        segment.offset += size
-        room.left -= size
-        drops.gaps = []
-        if drops.ledger is not None:
-            drops.ledger.set_logged(seq + 1)
-        return True
-
-    def _append_stored(self, partial: Path, blob: NewBlob, step: int | None, log_time: float) -> None:
+    def _append_stored(
+        self, stream: Stream, partial: Path, blob: NewBlob, step: int | None, log_time: float
+    ) -> None:
         """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
-        name = f"{self.stream}-{self._next_seq}"
-        path = blob_file(self.folder, name)
+        if stream.is_abandoned:
+            return  # the file, too, is the parent's
+        path = blob_file(self.folder, f"{stream.id}-{stream.next_seq}")
         is_appended = False
         try:
             partial.replace(path)
-            is_appended = self._append(blob.payload(name), step, log_time)
+            is_appended = stream.append(blob.payload(path.stem), step, log_time)
         except OSError as e:
-            self._drop(reason_of(e), str(e))
+            stream.drop_after(e)
         finally:
-            if not is_appended:
-                partial.unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+            if not is_appended and not stream.is_abandoned:
+                _remove(partial)
+                _remove(path)
 
-    def _reserve(self, size: int) -> bool:
-        """Make room for a blob. Without room, drop its record and return False."""
-        reason, detail = "spool_full", f"{size} bytes do not fit"
-        with self._lock:
-            if self._closed:
-                raise SpoolError(_CLOSED)
-            try:
-                if self._room.has(size):
-                    self._room.left -= size
-                    return True
-            except OSError as e:
-                reason, detail = reason_of(e), str(e)
-        self._drop_in_turn(reason, detail)
+    def _reserve(self, stream: Stream, partial: Path) -> bool:
+        """Make the file for a blob, whose name reserves its room. Return whether there is room for it.
+
+        Raises:
+            OSError: the file cannot be made, or the folder cannot be measured.
+            SpoolError: the spool is closed.
+        """
+        if stream.is_closed:
+            raise SpoolError(CLOSED)
+        self._in_turn(stream, stream.open_ledger)  # it says whose file it is, should this process be killed
+        partial.touch(mode=0o600)
+        if stream.room.fits():
+            return True
+        _remove(partial)
         return False
 
-    def _drop(self, reason: str, detail: str) -> None:
-        seq = self._next_seq
-        self._next_seq = seq + 1
-        self._drops.add(seq, reason, detail)
+    def _drop_in_turn(self, stream: Stream, reason: str, detail: str) -> None:
+        self._in_turn(stream, lambda: stream.drop(reason, detail))
 
-    def _drop_in_turn(self, reason: str, detail: str) -> None:
-        self._in_turn(lambda: self._drop(reason, detail))
-
-    def _warn(self) -> None:
+    def _warn(self, stream: Stream) -> None:
         """Say that a record was dropped. The lock is not held, since a log handler may itself log to the run.
 
         With the lock held, this thread would take this lock and then the handler's. Another thread that logs a line
         takes them in the other order, and the two would wait for each other for ever.
         """
-        if self._busy:
+        if stream.busy:
             return  # in a signal handler: the call that it interrupted holds the lock, and warns afterwards
-        warning, self._drops.warning = self._drops.warning, None
+        warning, stream.drops.warning = stream.drops.warning, None
         if warning is not None:
             reason, detail, total = warning
             _log.warning(
@@ -317,12 +268,48 @@ class SpoolWriter:
             )  # fmt: skip
 
 
+def _do_deferred(stream: Stream) -> None:
+    while stream.deferred:
+        stream.busy = True
+        try:
+            stream.deferred[0]()
+        finally:
+            stream.busy = False
+            del stream.deferred[0]
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+        _log.debug("cannot remove %s: %s", path, e)
+
+
+def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None:
+    """Make the copy of a writer, here or in another process. Never raises.
+
+    Returns:
+        A writer with a stream of its own. None if the folder now belongs to another job, or the job has ended.
+    """
+    path = Path(folder)
+    try:
+        if not (found := read_spool_info(path)).open or (found.site, found.job) != (info.site, info.job):
+            _log.warning("a copied writer records nothing: the job %s of site %s has ended", info.job, info.site)
+            return None
+    except SpoolError:
+        expect_spool(path, info, "io_error")  # what is logged is dropped and counted until the spool is there
+    writer = SpoolWriter(path)
+    writer._stream.is_closed = is_closed
+    return writer
+
+
 _open_writers: weakref.WeakSet[SpoolWriter] = weakref.WeakSet()
 
 
 def _start_streams_after_fork() -> None:
     for writer in list(_open_writers):
-        writer._after_fork()
+        with contextlib.suppress(Exception):  # one that fails has left its parent's stream, and the others must as well
+            writer._after_fork()
 
 
 os.register_at_fork(after_in_child=_start_streams_after_fork)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.rows import SCHEMA
-from trackhub.delivery.journal.store import lock_journal, unlock_journal
+from trackhub.delivery.journal.store import lock_journal
 from trackhub.errors import JournalError
 
 __all__ = ["repair"]
@@ -70,7 +70,7 @@ def repair(path: Path) -> bool:
     except (sqlite3.Error, OSError) as e:
         raise JournalError(f"the journal {path} is damaged, and nothing in it can be read: {e}") from e
     finally:
-        unlock_journal(lock)
+        lock.release()
 
 
 def _is_sound(path: Path) -> bool:

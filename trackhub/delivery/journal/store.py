@@ -7,9 +7,7 @@ that is sent again after a lost acknowledgement is recognised. The receiver's th
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import sqlite3
 import threading
 from collections import Counter
@@ -26,9 +24,10 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
+from trackhub.process_lock import ProcessLock
 from trackhub.records import Gap, Kind
 
-__all__ = ["JOURNAL_NAME", "Journal", "lock_journal", "unlock_journal"]
+__all__ = ["JOURNAL_NAME", "Journal", "lock_journal"]
 
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
@@ -38,32 +37,22 @@ _BUSY_S = 10.0
 _log = logging.getLogger(__name__)
 
 
-def lock_journal(path: Path) -> int:
-    """Lock a journal for this process, and return the lock for `unlock_journal`. A killed process leaves no lock.
+def lock_journal(path: Path) -> ProcessLock:
+    """Lock a journal for this process, and return the lock to release. A killed process leaves no lock.
 
     Raises:
         JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
     """
     # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
     try:
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        return ProcessLock.open(path.with_suffix(".lock"))
+    except BlockingIOError as e:
+        raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
     except OSError as e:
         what = "open" if path.exists() else "create"
         raise JournalError(
             f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
         ) from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(lock)
-        raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
-    return lock
-
-
-def unlock_journal(lock: int) -> None:
-    """Give a lock back. A forked child may still have its file open, so closing alone would not unlock."""
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    os.close(lock)
 
 
 class Journal:
@@ -73,12 +62,12 @@ class Journal:
     JournalError when the file cannot be read or written, and when the journal is closed.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int, *, readers_block: bool) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: ProcessLock, *, readers_block: bool) -> None:
         """Use ``Journal.open``."""
         self.path = path
         self._db = connection
         self._lock = threading.RLock()  # taken again within a transaction, where readers share its connection
-        self._process_lock: int | None = lock
+        self._process_lock: ProcessLock | None = lock
         self._readers_block = readers_block
         self._readers = threading.local()
         self._open_readers: list[sqlite3.Connection] = []
@@ -114,7 +103,7 @@ class Journal:
         except (sqlite3.Error, JournalError) as e:
             if db is not None:
                 db.close()
-            unlock_journal(lock)
+            lock.release()
             if isinstance(e, JournalError):
                 raise
             raise JournalError(f"cannot use the journal {path}: {e}") from e
@@ -411,7 +400,7 @@ class Journal:
             except sqlite3.Error as e:
                 _log.warning("%s: its write-ahead log could not be folded in (%s): keep the -wal file", self.path, e)
             self._db.close()
-            unlock_journal(self._process_lock)
+            self._process_lock.release()
             self._process_lock = None
 
 

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reader of a spool stores: how far it got in each stream, and the counts of the streams that are retired.
+
+`trackhub.spool.reading` writes both. Writers look into them to learn what was acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from trackhub.spool.layout import SEGMENT_HEADER
+from trackhub.spool.small_files import write_start
+
+__all__ = ["Ack", "Retired", "ack_file", "read_ack", "read_retired", "write_ack", "write_retired"]
+
+_HEADER = struct.Struct("<II")  # size and checksum of the body
+
+
+class Ack(msgspec.Struct, array_like=True):
+    """How far one reader got in one stream.
+
+    Attributes:
+        segment: the segment of the next unacknowledged frame.
+        offset: where that frame starts in the segment.
+        next_seq: the ``seq`` of the next record to be acknowledged.
+        acked: records that the receiver acknowledged.
+        refused: records that the receiver refused, by reason.
+        explained: records in gaps and in damaged places, by reason.
+    """
+
+    segment: int = 0
+    offset: int = len(SEGMENT_HEADER)
+    next_seq: int = 0
+    acked: int = 0
+    refused: dict[str, int] = {}
+    explained: dict[str, int] = {}
+
+
+class Retired(msgspec.Struct, array_like=True):
+    """The streams whose writers are gone and which this reader has read to their ends, added up.
+
+    Attributes:
+        streams: how many they are.
+        logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
+        dropped, refused: as there, by reason.
+        names: those of them that may still have files: another reader needs them, or a crash came between.
+    """
+
+    streams: int = 0
+    logged: int = 0
+    withheld: int = 0
+    acked: int = 0
+    dropped: dict[str, int] = {}
+    refused: dict[str, int] = {}
+    names: tuple[str, ...] = ()
+
+
+def ack_file(folder: Path, stream: str, cursor: str) -> Path:
+    """Return the file that says how far a reader got in a stream."""
+    return folder / f"{stream}.{cursor}.ack"
+
+
+def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
+    """Return how far this reader got. Return the stream's beginning if the file is missing or damaged.
+
+    To begin anew is safe: the receiver recognises records that it has.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
+    """
+    body = _read(ack_file(folder, stream, cursor))
+    try:
+        return Ack() if body is None else msgspec.msgpack.decode(body, type=Ack)
+    except msgspec.DecodeError:
+        return Ack()
+
+
+def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
+    """Store how far this reader got. A killed reader leaves the old or the new state.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
+        ack: how far it got.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    os.close(write_start(ack_file(folder, stream, cursor), _with_header(msgspec.msgpack.encode(ack))))
+
+
+def read_retired(folder: Path, cursor: str) -> Retired:
+    """Return the counts of the streams that this reader has retired. They are zero if the file is missing or damaged.
+
+    Args:
+        folder: the spool's folder.
+        cursor: the reader's name.
+    """
+    body = _read(_retired_file(folder, cursor))
+    try:
+        return Retired() if body is None else msgspec.msgpack.decode(body, type=Retired)
+    except msgspec.DecodeError:
+        return Retired()
+
+
+def write_retired(folder: Path, cursor: str, retired: Retired) -> None:
+    """Store the counts of the retired streams. A killed reader leaves the old or the new ones.
+
+    Args:
+        folder: the spool's folder.
+        cursor: the reader's name.
+        retired: the counts.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = _retired_file(folder, cursor)
+    # A rename puts it in place. The names may take more than a block, and a torn file would lose all counts.
+    partial = path.with_name(f"{path.name}.new")
+    os.close(write_start(partial, _with_header(msgspec.msgpack.encode(retired))))
+    partial.replace(path)
+
+
+def _retired_file(folder: Path, cursor: str) -> Path:
+    return folder / f"{cursor}.retired"
+
+
+def _with_header(body: bytes) -> bytes:
+    return _HEADER.pack(len(body), zlib.crc32(body)) + body
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the body of such a file; None if it is missing, unreadable or damaged."""
+    try:
+        data = path.read_bytes()
+        size, crc = _HEADER.unpack_from(data)
+    except (OSError, struct.error):
+        return None
+    body = data[_HEADER.size : _HEADER.size + size]
+    return body if len(body) == size and zlib.crc32(body) == crc else None

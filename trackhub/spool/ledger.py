@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream's ledger: what its writer counted, how much room it took, and whether it still lives.
+
+The writer maps the file and holds a lock on it. Readers count by it, measure the spool by it, and learn from the lock
+that a stream has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import zlib
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from trackhub.process_lock import ProcessLock
+from trackhub.spool.small_files import write_start
+
+__all__ = ["DROP_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]
+
+DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
+"""Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
+otherwise, or what another library logged cannot be converted into a record."""
+
+_DROPS = len(DROP_REASONS)
+_FORMAT = struct.Struct(f"={1 + _DROPS + 2}Q")
+_COUNTS = struct.Struct(f"={1 + _DROPS}Q")
+_LOGGED, _RESERVED, _MACHINE = 0, 1 + _DROPS, 2 + _DROPS  # where these fields are
+_MODE = 0o644  # the counts are no secret: a sender under another user counts what it must not read
+
+
+class Ledger:
+    """The writer's end: a mapped file, in which it counts on while the disk is full, since the file has its block."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file with zeros, map it, and lock it.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        # The zeros are written, since a file that is only given a size gets its block later, when the disk may be full.
+        fd = write_start(path, bytes(_FORMAT.size), _MODE)
+        try:
+            self._fields = memoryview(mmap.mmap(fd, _FORMAT.size)).cast("Q")
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock: ProcessLock | None = None
+        with contextlib.suppress(BlockingIOError):  # held by what a signal handler interrupted; nobody retires it then
+            self._lock = ProcessLock(fd)
+            if self._lock.is_locked:
+                # Last, so that whoever finds this field set and the lock free knows that the writer has ended.
+                self._fields[_MACHINE] = this_machine()
+
+    def set(self, logged: int, dropped: list[int]) -> None:
+        """Store how many calls there were, and the drops in the order of ``DROP_REASONS``."""
+        _COUNTS.pack_into(self._fields, 0, logged, *dropped)
+
+    def set_logged(self, logged: int) -> None:
+        """Store how many calls there were. The drops stay as they are."""
+        self._fields[_LOGGED] = logged
+
+    def reserve(self, end: int) -> None:
+        """Say up to which offset this stream's last segment may be written. Others then leave that room to it."""
+        self._fields[_RESERVED] = end
+
+    def close(self) -> None:
+        """Give the rest of the room back, unmap the file and unlock it. The stream has ended. Idempotent."""
+        self.reserve(0)
+        self._let_go()
+        if self._lock is not None:
+            self._lock.release()
+
+    def abandon(self) -> None:
+        """Leave the file to the process that this one was forked from. What is counted from here on goes nowhere."""
+        self._let_go()
+        if self._lock is not None:
+            self._lock.abandon()
+
+    def _let_go(self) -> None:
+        # A log call may still count. In a forked child it was interrupted by the signal handler that forked.
+        self._fields = memoryview(bytearray(_FORMAT.size)).cast("Q")
+
+
+class LedgerCounts(NamedTuple):
+    """What a ledger says.
+
+    Attributes:
+        logged: log calls that returned.
+        dropped: drops by reason.
+        reserved: up to which offset the stream's last segment may be written.
+        is_counted: False if the file is empty: its writer lives or lived, and the disk had no room for its counts.
+    """
+
+    logged: int
+    dropped: dict[str, int]
+    reserved: int
+    is_counted: bool
+
+
+def read_ledger(path: Path) -> LedgerCounts:
+    """Return what a ledger says. A missing file counts zero, and so do the fields that a short one does not have.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return LedgerCounts(0, {}, 0, is_counted=True)
+    logged, *rest = _FORMAT.unpack(data[: _FORMAT.size].ljust(_FORMAT.size, b"\0"))
+    dropped = {reason: n for reason, n in zip(DROP_REASONS, rest[:_DROPS], strict=True) if n}
+    return LedgerCounts(logged, dropped, rest[_DROPS], is_counted=bool(data))
+
+
+class WriterState(Enum):
+    """Whether a stream may still grow."""
+
+    ALIVE = "alive"
+    """Its writer lives and has not closed it."""
+    ENDED = "ended"
+    """Its writer has closed it, or has died. Nothing follows."""
+    UNKNOWN = "unknown"
+    """Nobody can tell: the ledger is missing or damaged, the file system has no locks, or the writer runs or ran on
+    another machine, whose locks may not be seen here."""
+
+
+def writer_state(path: Path) -> WriterState:
+    """Return whether the writer of this ledger still lives. Never raises."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return WriterState.UNKNOWN
+    try:
+        data = os.pread(fd, _FORMAT.size, 0)
+        machine = _FORMAT.unpack(data)[_MACHINE] if len(data) == _FORMAT.size else 0
+        if machine == 0:
+            # Its writer may be about to lock it. It must not find the lock taken for a look.
+            return WriterState.UNKNOWN
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return WriterState.ALIVE
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return WriterState.ENDED if machine == this_machine() else WriterState.UNKNOWN
+    except OSError:
+        return WriterState.UNKNOWN
+    finally:
+        os.close(fd)
+
+
+@cache
+def this_machine() -> int:
+    """Return a number, not zero, for this machine since it was started. All its containers have the same one."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        name = os.uname().nodename.encode()
+    return zlib.crc32(name) + 1

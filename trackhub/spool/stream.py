@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process's stream in a spool: numbers its records, appends them to segments, and counts what it must drop.
+
+`trackhub.spool.writing` has one at a time, and a new one after a fork. It decides whose turn it is to append.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from trackhub.errors import SpoolError
+from trackhub.framing import encode_frame
+from trackhub.records import Payload, Record
+from trackhub.spool.drops import NEVER, Drops
+from trackhub.spool.layout import SpoolInfo, expected_spool, ledger_file
+from trackhub.spool.room import Room
+from trackhub.spool.round_file import RoundFile
+from trackhub.spool.segments import SegmentFile
+from trackhub.spool.small_files import reason_of
+
+__all__ = ["CLOSED", "Stream"]
+
+SEGMENT_BYTES = 8 << 20
+"""A writer closes a segment at this size, so that acknowledged bytes can be deleted while training goes on."""
+
+CLOSED = "the writer is closed; records logged after close() cannot be delivered"
+
+
+class Stream:
+    """A stream and the locks around it. The methods are called by one thread at a time: the one that holds ``lock``.
+
+    Attributes:
+        id: the stream's id.
+        lock, busy, deferred: say whose turn it is; see `trackhub.spool.writing.SpoolWriter`.
+        next_seq: how many records were logged to it so far, with the dropped ones.
+        drops: what it has dropped.
+        room: how much room there is in the spool.
+        is_closed: nothing may be logged to it any more.
+        is_abandoned: it belongs to the process that this one was forked from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        info: SpoolInfo,
+        round_file: RoundFile,
+        clock: Callable[[], float],
+        warned_at: float = NEVER,
+    ) -> None:
+        """Begin a stream. Files are made with the first record.
+
+        Args:
+            folder: the spool's folder.
+            info: the spool's limit is of interest.
+            round_file: says which round the records belong to.
+            clock: seconds that only grow.
+            warned_at: when this process last warned of drops.
+        """
+        self.id = uuid.uuid4().hex
+        self.lock = threading.RLock()
+        self.busy = False
+        self.deferred: list[Callable[[], object]] = []
+        self.next_seq = 0
+        self.is_closed = False
+        self.is_abandoned = False
+        segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
+        self.room = Room(folder, info.max_bytes, segment_bytes, clock)
+        self.drops = Drops(ledger_file(folder, self.id), clock, warned_at)
+        self._segment = SegmentFile(folder, self.id, segment_bytes)
+        self._folder = folder
+        self._round = round_file
+        self._max_bytes = info.max_bytes
+
+    def append(self, payload: Payload, step: int | None, log_time: float) -> bool:
+        """Append one record, or drop it. Return whether it is in the stream.
+
+        Raises:
+            ValueError, OverflowError: as ``encode_frame``; nothing was logged.
+            SpoolError: the stream is closed.
+        """
+        if self.is_closed:
+            raise SpoolError(CLOSED)
+        segment, drops = self._segment, self.drops
+        seq = self.next_seq
+        current_round = self._round.get()
+        frame = encode_frame(Record(seq, log_time, step, current_round, payload))
+        if drops.gaps:
+            frame = drops.gap_frames(log_time, current_round) + frame
+        size = len(frame)
+        try:
+            if segment.offset + size > segment.limit and not self._make_room(size):
+                self.drop("spool_full", f"its limit is {self._max_bytes} bytes")
+                return False
+            written = os.write(segment.fd, frame)
+        except BaseException as e:
+            if isinstance(e, OSError) and e.errno is not None:
+                self.drop_after(e)
+                return False
+            # Otherwise a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
+            if segment.has_grown_by(size):
+                self.next_seq = seq + 1
+                segment.offset += size
+                drops.gaps = []
+            raise
+        if written != size:
+            segment.cut_torn_frame()
+            self.drop("disk_full", f"{written} of {size} bytes could be written")
+            return False
+        # No call stands between these lines: a signal handler, which may raise, runs only at a call, and they must all
+        # be done or none.
+        self.next_seq = seq + 1
+        segment.offset += size
+        drops.gaps = []
+        if drops.ledger is not None:
+            drops.ledger.set_logged(seq + 1)
+        return True
+
+    def _make_room(self, size: int) -> bool:
+        """Get room for a frame, in this segment or in the next one. Return False if the spool is full.
+
+        Raises:
+            OSError: the ledger or the next segment cannot be made, or the folder cannot be measured.
+        """
+        segment, drops, room = self._segment, self.drops, self.room
+        if not room.may_ask_for(size):
+            return False
+        drops.open_ledger()
+        assert drops.ledger is not None
+        if segment.must_be_followed(size):
+            if not room.fits(size):  # asked first, since a full spool must not fill with empty segments
+                room.note_full(size)
+                return False
+            segment.open_next()
+        for end in segment.ends(size):
+            drops.ledger.reserve(end)
+            if room.fits():
+                segment.limit = end
+                return True
+        drops.ledger.reserve(segment.offset)
+        room.note_full(size)
+        return False
+
+    def drop(self, reason: str, detail: str) -> None:
+        """Count the next record as dropped.
+
+        Args:
+            reason: one of ``DROP_REASONS``.
+            detail: what happened, for the warning.
+        """
+        seq = self.next_seq
+        self.next_seq = seq + 1
+        self.drops.add(seq, reason, detail)
+
+    def drop_after(self, error: OSError) -> None:
+        """Count the next record as dropped, because of this error."""
+        expected = expected_spool(self._folder) if isinstance(error, FileNotFoundError) else None
+        if expected is None:
+            self.drop(reason_of(error), str(error))
+        else:
+            self.drop(expected[1], "the spool could not be created yet")
+
+    def open_ledger(self) -> None:
+        """Open the stream's ledger, if that is possible. It says which process the stream's files belong to."""
+        with contextlib.suppress(OSError):
+            self.drops.open_ledger()
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        self.is_closed = True
+        self._segment.close()
+        self.drops.close()
+
+    def abandon(self) -> None:
+        """Leave the stream to the process that this one was forked from. Never raises.
+
+        A signal handler may have forked in the middle of a log call, which then goes on in the child as well. It ends
+        there without an effect: its record is the parent's.
+        """
+        self.is_abandoned = True
+        self._segment.abandon()
+        self.drops.abandon()
