@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
@@ -23,7 +24,10 @@ from hypothesis.stateful import (
 from tests.unit.helpers import ModelReceiver, assert_accounted, drain, new_spool
 from trackhub.framing import encode_frame
 from trackhub.records import Record, Text
-from trackhub.spool.reading import SpoolReader
+from trackhub.spool import reading
+from trackhub.spool.counts import add_up
+from trackhub.spool.reading import RETIRED, SpoolReader
+from trackhub.spool.retiring import Retirement
 from trackhub.spool.writing import SpoolWriter
 
 
@@ -56,13 +60,17 @@ class SpoolMachine(RuleBasedStateMachine):
             self.restart(name)
             drain(self.readers[name], self.receivers[name])
             counts = self.readers[name].counts()
+            retired = self.readers[name].retired_streams()
+            logged = sum(map(len, self.logged.values()))
+            assert_accounted(add_up(counts.values()), logged)
+            assert retired + len(counts.keys() - {RETIRED}) >= sum(map(bool, self.logged.values()))
             for stream, items in self.logged.items():
                 kept = [i for i in items if i != "dropped"]
                 found = [
                     r.payload.text for r in self.receivers[name].records.get(stream, []) if isinstance(r.payload, Text)
                 ]
                 assert found == kept, f"{name}: lost, doubled or out of order"
-                if items:
+                if stream in counts:
                     assert_accounted(counts[stream], len(items))
                     if not self.lost_cursor:
                         assert counts[stream].acked == len(kept)
@@ -81,9 +89,9 @@ class SpoolMachine(RuleBasedStateMachine):
         for _ in range(n):
             items = self.logged[spool.stream]
             text = f"{len(items)}".ljust(size, ".")
-            before = spool._drops.total
+            before = spool._stream.drops.total
             spool.append(Text("k", text), None, 1.0)
-            items.append("dropped" if spool._drops.total > before else text)
+            items.append("dropped" if spool._stream.drops.total > before else text)
 
     @rule(spool=spools)
     def drop(self, spool: SpoolWriter) -> None:
@@ -130,9 +138,28 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule()
     def count(self) -> None:
         for reader in self.readers.values():
-            for stream, count in reader.counts().items():
-                if self.logged[stream]:
-                    assert_accounted(count, len(self.logged[stream]))
+            counts = reader.counts()
+            assert_accounted(add_up(counts.values()), sum(map(len, self.logged.values())))
+            for stream in counts.keys() & self.logged.keys():
+                assert_accounted(counts[stream], len(self.logged[stream]))
+
+    @rule(name=st.sampled_from(["server", "client"]), how_far=st.sampled_from(["all", "free", "retire"]))
+    def tidy_up(self, name: str, how_far: str) -> None:
+        """Delete what is not needed any more. The reader may be killed in the middle of that."""
+        reader = self.readers[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading, "_KEPT_STREAMS", 0)
+            if how_far != "all":
+                method = "retire" if how_far == "free" else "clean_up"
+                patch.setattr(Retirement, method, Mock(side_effect=OSError(5, "killed here")))
+            reader._ask_at = 0.0  # it asks once a second which writers have ended
+            reader.begin_pass()
+            while batch := reader.next_batch(100, 1 << 20):
+                self.receivers[name].accept(batch)
+                reader.settle(batch)
+            reader.tidy_up()
+        if how_far != "all":
+            self.restart(name)
 
     @invariant()
     def stays_within_its_limit(self) -> None:

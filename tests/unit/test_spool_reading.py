@@ -19,7 +19,8 @@ from tests.unit.helpers import STREAM, ModelReceiver, assert_accounted, drain, n
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame, scan_frames
 from trackhub.records import Kind, Metrics, Record, Text
-from trackhub.spool.layout import SEGMENT_HEADER, Ack, segment_name, write_ack
+from trackhub.spool.acks import Ack, write_ack
+from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.writing import SpoolWriter
 from trackhub.writer.writer import Writer

@@ -21,7 +21,8 @@ import pytest
 from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, small_disk, spool_of, values
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
-from trackhub.spool.layout import Ledger, SpoolInfo, create_spool, read_spool_info
+from trackhub.spool.layout import SpoolInfo, create_spool, read_spool_info
+from trackhub.spool.ledger import read_ledger
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
@@ -326,7 +327,7 @@ def test_drops_are_counted_while_the_disk_is_full_and_nothing_can_be_written(tmp
         for _ in range(1000):
             writer.log_text("t", "x" * 500)
 
-        logged, dropped = Ledger.read(disk / "spool" / f"{spool_of(writer).stream}.ledger")
+        logged, dropped, *_ = read_ledger(disk / "spool" / f"{spool_of(writer).stream}.ledger")
         assert logged == 1001
         assert dropped["disk_full"] > 990
         (count,) = SpoolReader(disk / "spool", "server").counts().values()
@@ -365,7 +366,8 @@ def test_a_write_that_the_system_refuses_for_another_reason_is_counted_as_such(t
 def test_a_process_without_free_descriptors_goes_on(tmp_path: Path, max_bytes: int) -> None:
     spool = SpoolWriter(new_spool(tmp_path, max_bytes=max_bytes))
     spool.append(text(100), None, 1.0)
-    spool._room.left = 0  # it must look at the folder, for which it needs a descriptor
+    segment = spool._stream._segment
+    segment.limit = segment.offset  # it must look at the folder, for which it needs a descriptor
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     held: list[int] = []

@@ -201,9 +201,19 @@ def test_with_an_announced_spool_that_cannot_be_used_a_writer_records_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool = new_spool(tmp_path / "spool")
-    (spool / "round").mkdir()
+    (spool / "spool.json").write_bytes(b"nonsense")
     announce(spool, monkeypatch)
-    assert_records_nothing("round", caplog)
+    assert_records_nothing("is not a spool", caplog)
+
+
+def test_a_round_that_cannot_be_read_costs_the_records_their_round_and_nothing_else(tmp_path: Path) -> None:
+    """Such as on a disk that had room for ``spool.json`` and for no further file."""
+    spool = new_spool(tmp_path / "spool")
+    (spool / "round").mkdir()
+    with Writer(spool) as writer:
+        writer.log({"a": 1.0})
+        (record,) = read_spool(spool)[spool_of(writer).stream]
+    assert record.round is None
 
 
 def test_mode_disabled_records_nothing_and_says_nothing(
@@ -242,10 +252,6 @@ def test_an_unknown_mode_is_an_error_that_names_those_that_there_are(
 def test_a_folder_that_is_not_a_spool_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SpoolError, match="not a spool"):
         Writer(tmp_path)
-    new_spool(tmp_path / "spool")
-    (tmp_path / "spool" / "round").mkdir()
-    with pytest.raises(SpoolError, match="round"):
-        Writer(tmp_path / "spool")
 
 
 def test_a_writer_with_a_folder_records_whatever_the_mode_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,10 @@ class Exchange:
         """Return whether the deadline has passed."""
         return self._deadline is not None and time.monotonic() >= self._deadline
 
+    def left_s(self) -> float:
+        """Return how many seconds are left until the deadline; 0 if it has passed or there is none."""
+        return 0.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
     def ask(self, request: Request) -> Reply | None:
         """Make a request until the receiver replies. Return None if the deadline passes first."""
         # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.

@@ -22,7 +22,8 @@ from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
-from trackhub.spool.layout import Ack, read_ack, read_spool_info, write_ack
+from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import SpoolReader
 
 __all__ = ["FOREVER_S", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]

@@ -11,8 +11,10 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+
+import msgspec
 
 from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
@@ -20,8 +22,12 @@ from trackhub.delivery.exchange import Exchange
 from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
+from trackhub.process_lock import ProcessLock
 from trackhub.spool.batch import SpoolBatch
-from trackhub.spool.layout import RoundFile, close_spool
+from trackhub.spool.counts import StreamCount, add_up
+from trackhub.spool.hold import SpoolHold
+from trackhub.spool.layout import close_spool
+from trackhub.spool.round_file import RoundFile
 from trackhub.spool.reading import SpoolReader
 
 __all__ = ["Sender"]
@@ -29,6 +35,7 @@ __all__ = ["Sender"]
 _BLOB_RETRY_S = 0.1
 _ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take: a request need not carry more
 _JOIN_MARGIN_S = 1.0  # for what the thread does after its last request
+_COUNT_S = 1.0  # for counting a spool that the receiver did not get; the rest is counted by the ledgers
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +44,8 @@ class _Passes:
 
     Attributes:
         changed: the lock around the other attributes. It notifies when a pass has ended, or the sender has.
-        done: passes that sent all that they found.
+        done: passes that sent all that they could read.
+        was_complete: whether the last of them could read everything.
         running: a pass has begun and has not sent all that it found.
         waiting: calls of ``flush`` that wait.
         gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
@@ -46,9 +54,21 @@ class _Passes:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.done = 0
+        self.was_complete = True
         self.running = False
         self.waiting = 0
         self.gave_up_at: int | None = None
+
+    def begin(self) -> None:
+        with self.changed:
+            self.running = True
+
+    def end(self, *, complete: bool) -> None:
+        with self.changed:
+            self.done += 1
+            self.was_complete = complete
+            self.running = False
+            self.changed.notify_all()
 
 
 class Sender:
@@ -57,28 +77,42 @@ class Sender:
     One request is on its way at a time, and it is repeated until the receiver accepts or refuses it. Nothing raises
     into training: what cannot be sent stays in the spool, and the log says so.
 
+    A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds it, this
+    one waits and sends nothing.
+
     Attributes:
         site: the site that the spool belongs to.
         folder: the spool's folder.
     """
 
-    def __init__(self, spool: Path, channel: Channel, *, cursor: str = "server", limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        channel: Channel,
+        *,
+        cursor: str = "server",
+        limits: Limits | None = None,
+        lock: ProcessLock | None = None,
+    ) -> None:
         """Prepare a sender; ``start`` starts it.
 
         Args:
-            spool: the folder of a spool that `create_spool` made, with ``cursor`` among its cursors.
+            spool: the folder of a spool that `create_spool` made, or could not make yet, with ``cursor`` among its
+                cursors.
             channel: carries the requests to the receiver. Called from the sender's thread alone.
             cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
             limits: how much, how often and how long.
+            lock: the lock of this cursor, if the caller has taken it. The sender gives it back when it ends.
 
         Raises:
-            SpoolError: the folder holds no spool, or the spool has no such cursor.
+            SpoolError: the folder holds no spool and none is expected there, or the spool has no such cursor.
         """
         self.folder = spool
         self._limits = limits or Limits()
         self._reader = SpoolReader(spool, cursor)
         self.site = self._reader.info.site
-        self._round = RoundFile(spool)
+        self._round = RoundFile(spool, sets=True)
+        self._hold = SpoolHold(spool, cursor, lock)
         # At most half the silence that the receiver tolerates. The sender says nothing while it waits for a reply, so
         # that one lost reply would otherwise make the site look dead.
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
@@ -90,6 +124,7 @@ class Sender:
         self._greeted = False
         self._refused: Refused | None = None
         self._failed = False
+        self._warned_of = ""
         self._counts = SiteCounts()
         self._thread = threading.Thread(target=self._main, name=f"trackhub-sender-{cursor}", daemon=True)
 
@@ -105,7 +140,8 @@ class Sender:
         """Wait until the receiver has all that was logged before this call.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
-        is away costs one timeout, not one per round. Also False at once if the receiver refused the site.
+        is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
+        the spool cannot be read, it returns False as soon as the receiver has the rest.
 
         Args:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
@@ -114,7 +150,10 @@ class Sender:
             Whether the receiver has it.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
-        ends = self._reader.ends()
+        try:
+            ends = self._reader.ends()
+        except OSError:
+            ends = None  # the pass says why it cannot look either
         passes = self._passes
         with passes.changed:
             if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
@@ -123,7 +162,9 @@ class Sender:
             target = passes.done + (2 if passes.running else 1)
             passes.waiting += 1
             try:
-                while passes.done < target and not self._reader.is_past(ends):
+                while passes.done < target:
+                    if ends is not None and self._reader.is_past(ends):
+                        return True
                     self._wake.set()  # each time, since the sender clears it when it wakes
                     left_s = deadline - time.monotonic()
                     if left_s <= 0 or not self._thread.is_alive():
@@ -136,7 +177,7 @@ class Sender:
                         return False
                     # Not longer than a poll: the reader gets past the ends in the middle of a pass, without a notice.
                     passes.changed.wait(min(left_s, self._limits.poll_s))
-                return True
+                return passes.was_complete
             finally:
                 passes.waiting -= 1
 
@@ -156,18 +197,17 @@ class Sender:
         self._failed = failed
         self._exchange.close_by(time.monotonic() + timeout_s)
         self._wake.set()
-        if self._thread.ident is not None:  # it was started
-            self._thread.join(timeout_s + self._exchange.timeout_s + _JOIN_MARGIN_S)
-        try:
-            close_spool(self.folder)
-        except SpoolError as e:
-            _log.warning("site %s cannot mark its spool as closed: %s", self.site, e)
-        self._count()
-        if self._counts.spooled:
-            _log.warning(
-                "site %s: the receiver did not acknowledge %d records; they stay in %s. Deliver them with "
-                "`trackhub replay %s`", self.site, self._counts.spooled, self.folder, self.folder,
-            )  # fmt: skip
+        if self._thread.ident is None:  # it was not started
+            self._hold.take()
+            self._count(until=time.monotonic() + timeout_s)
+            self._end()
+        else:
+            self._thread.join(timeout_s + self._exchange.timeout_s + _COUNT_S + _JOIN_MARGIN_S)
+        if self._thread.is_alive():
+            # The channel does not come back. The thread alone uses the reader, so its last counts are all there is.
+            self._counts = msgspec.structs.replace(self._counts, complete=False)
+            _log.warning("the sender of site %s hangs in a request and is left behind", self.site)
+        self._say_what_is_left()
         return self._counts
 
     def counts(self) -> SiteCounts:
@@ -178,9 +218,11 @@ class Sender:
         try:
             self._run()
         except Exception:
-            # A defect of trackhub, or somebody removed the spool's folder. Training must go on.
+            # A defect of trackhub. Training must go on.
+            self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self.folder)
         finally:
+            self._end()
             with self._passes.changed:
                 self._passes.changed.notify_all()
 
@@ -190,7 +232,7 @@ class Sender:
             pause_s = self._limits.poll_s
             if self._refused is not None:
                 pause_s = self._limits.keepalive_s  # nothing to do but to wait for ``close``
-            else:
+            elif self._hold.take():
                 if self._is_time_to_send():
                     self._pass(final=False)
                 if time.monotonic() >= next_keepalive:
@@ -199,27 +241,47 @@ class Sender:
                     self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
             self._wake.wait(pause_s)
             self._wake.clear()
-        # All writers are closed, so this pass finds everything, and its counts are the last.
-        self._pass(final=True)
-        self._count()
-        if self._refused is None:
+        is_owner = self._hold.take()
+        if is_owner:
+            # All writers are closed, so this pass finds everything, and its counts are the last.
+            self._pass(final=True)
+        self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
+        if self._refused is None and is_owner:
             self._exchange.ask(Final(self._counts, self._failed))
+
+    def _end(self) -> None:
+        """Mark the spool as closed, and give up its ownership."""
+        if self._hold.is_owner:
+            try:
+                close_spool(self.folder)
+            except SpoolError as e:
+                _log.warning("site %s cannot mark its spool as closed: %s", self.site, e)
+        self._hold.release()
+
+    def _say_what_is_left(self) -> None:
+        if self._counts.spooled or self._counts.unreadable:
+            _log.warning(
+                "site %s: the receiver did not acknowledge %d records; they stay in %s. Deliver them with "
+                "`trackhub replay %s`", self.site, self._counts.spooled + self._counts.unreadable, self.folder,
+                self.folder,
+            )  # fmt: skip
 
     def _is_time_to_send(self) -> bool:
         """Return whether a flush waits, the last batch was ``linger_s`` ago, or there are enough bytes for a batch."""
-        lingered = time.monotonic() >= self._sent_at + self._limits.linger_s
-        return lingered or self._passes.waiting > 0 or self._reader.has_bytes(_ENOUGH_BYTES)
+        if time.monotonic() >= self._sent_at + self._limits.linger_s or self._passes.waiting > 0:
+            return True
+        try:
+            return self._reader.has_bytes(_ENOUGH_BYTES)
+        except OSError:
+            return True  # the pass says why it cannot look either
 
     def _pass(self, *, final: bool) -> None:
         """Send all that is in the spool now, unless the receiver refuses the site or the deadline passes."""
-        passes = self._passes
-        with passes.changed:
-            passes.running = True
-        if self._greet() and self._drain(final):
-            with passes.changed:
-                passes.done += 1
-                passes.running = False
-                passes.changed.notify_all()
+        self._passes.begin()
+        self._round.look_again()
+        if self._greet() and (complete := self._drain(final)) is not None:
+            self._reader.tidy_up()
+            self._passes.end(complete=complete)
 
     def _greet(self) -> bool:
         """Say hello, once. Return False if the receiver refuses the site, or does not reply before the deadline."""
@@ -236,30 +298,29 @@ class Sender:
         self._greeted = reply is not None
         return self._greeted
 
-    def _drain(self, final: bool) -> bool:
-        """Send what the spool has now. Return False if the deadline passes first.
-
-        What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
-        right behind the one before it.
+    def _drain(self, final: bool) -> bool | None:
+        """Send what the spool has now.
 
         Args:
-            final: no writer is alive any more, so send to the very end.
+            final: no writer is alive any more, so the end of each stream is its last record.
+
+        Returns:
+            Whether everything could be read; None if the deadline passed first.
         """
-        ends: dict[str, tuple[int, int]] | None = None
-        while final or ends is None or not self._reader.is_past(ends):
-            try:
-                batch = self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes, final=final)
-            except OSError as e:
-                _log.warning("site %s cannot read its spool: %s; trying again", self.site, e)
-                return not final  # the next pass tries again, and the last one has no next
-            if batch is None:
-                return True
-            if ends is not None and self._exchange.is_late():
-                return False
-            ends = ends or self._reader.ends()
-            if not self._deliver(batch):
-                return False
-        return True
+        is_first = True
+        try:
+            self._reader.begin_pass(final=final)
+            while batch := self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes):
+                if not is_first and self._exchange.is_late():
+                    return None
+                is_first = False
+                if not self._deliver(batch):
+                    return None
+        except OSError as e:
+            self._warn_once(f"site {self.site} cannot read its spool: {e}; trying again")
+            return False
+        self._warned_of = ""
+        return not self._reader.has_problems()
 
     def _deliver(self, batch: SpoolBatch) -> bool:
         """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
@@ -289,27 +350,31 @@ class Sender:
         except OSError as e:
             _log.warning("site %s cannot store how far it got: %s; after a restart it sends again", self.site, e)
 
-    def _count(self) -> None:
+    def _count(self, until: float | None = None) -> None:
+        """Count the site's records. Without a time until which to read, count by the ledgers, which takes little."""
         try:
-            self._counts = _site_counts(self._reader)
+            self._counts = site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:
-            _log.warning("site %s cannot count its spool: %s", self.site, e)
+            self._counts = msgspec.structs.replace(self._counts, complete=False)
+            self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
+
+    def _warn_once(self, message: str) -> None:
+        """Warn, unless that was the last warning: what fails in one pass fails in the next one."""
+        if message != self._warned_of:
+            self._warned_of = message
+            _log.warning("%s", message)
 
 
-def _site_counts(reader: SpoolReader) -> SiteCounts:
-    """Return the counts of all of a site's streams together.
-
-    Raises:
-        OSError: the spool cannot be read.
-    """
-    total = SiteCounts()
-    dropped, refused = Counter[str](), Counter[str]()
-    for stream in reader.counts().values():
-        total.logged += stream.logged
-        total.withheld += stream.withheld
-        total.acked += stream.acked
-        total.spooled += stream.spooled
-        dropped.update(stream.dropped)
-        refused.update(stream.refused)
-    total.dropped, total.refused = dict(dropped), dict(refused)
-    return total
+def site_counts(counts: Iterable[StreamCount]) -> SiteCounts:
+    """Return the counts of all of a site's streams together."""
+    total = add_up(counts)
+    return SiteCounts(
+        logged=total.logged,
+        withheld=total.withheld,
+        dropped=total.dropped,
+        refused=total.refused,
+        acked=total.acked,
+        spooled=total.spooled,
+        unreadable=total.unreadable,
+        complete=total.is_complete,
+    )

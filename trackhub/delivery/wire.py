@@ -49,6 +49,8 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         refused: records that the receiver did not accept, by reason.
         acked: records that the receiver accepted.
         spooled: records that are still in the spool.
+        unreadable: as ``spooled``, but the site's sender is not allowed to read them, or its disk fails.
+        complete: False if the site may have logged more than it could count.
     """
 
     logged: int = 0
@@ -57,11 +59,13 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     refused: dict[str, int] = {}
     acked: int = 0
     spooled: int = 0
+    unreadable: int = 0
+    complete: bool = True
 
     def is_balanced(self) -> bool:
-        """Return whether every logged record has exactly one outcome."""
+        """Return whether every record of the site is counted, and has exactly one outcome."""
         gone = self.withheld + sum(self.dropped.values()) + sum(self.refused.values())
-        return self.logged == gone + self.acked + self.spooled
+        return self.complete and self.logged == gone + self.acked + self.spooled + self.unreadable
 
 
 # Messages are arrays with a number in front. A newer minor version adds fields at the end, which an older one ignores.

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from trackhub.spool.acks import Ack, Retired
 from trackhub.spool.damage import DAMAGED
-from trackhub.spool.layout import Ack
+from trackhub.spool.ledger import LedgerCounts
 
-__all__ = ["StreamCount", "count_stream"]
+__all__ = ["StreamCount", "add_up", "count_by_ledger", "count_retired", "count_stream"]
 
 _WITHHELD = "withheld"
 
@@ -18,7 +20,7 @@ _WITHHELD = "withheld"
 class StreamCount(msgspec.Struct, frozen=True):
     """How many records of a stream were logged, and what became of them.
 
-    ``logged`` is the sum of the others.
+    ``logged`` is the sum of the other numbers.
 
     Attributes:
         logged: log calls that returned.
@@ -27,6 +29,8 @@ class StreamCount(msgspec.Struct, frozen=True):
         acked: what the receiver acknowledged.
         refused: what the receiver refused, by reason.
         spooled: what is in the spool and not acknowledged yet.
+        unreadable: as ``spooled``, but the file system does not let the reader read it.
+        is_complete: False if the stream may have records that are not counted here.
     """
 
     logged: int
@@ -35,12 +39,14 @@ class StreamCount(msgspec.Struct, frozen=True):
     acked: int
     refused: dict[str, int]
     spooled: int
+    unreadable: int = 0
+    is_complete: bool = True
 
 
 def count_stream(
     ack: Ack, *, logged: int, dropped: Mapping[str, int], spooled: int, explained: Mapping[str, int]
 ) -> StreamCount:
-    """Return the count of a stream, whose sum is right whatever is damaged.
+    """Return the count of a stream that was read to its end. Its sum is right whatever is damaged.
 
     Args:
         ack: how far the reader got.
@@ -58,3 +64,57 @@ def count_stream(
     if damaged > 0:
         drops[DAMAGED] = damaged
     return StreamCount(logged, drops, withheld, ack.acked, ack.refused, spooled)
+
+
+def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True) -> StreamCount:
+    """Return the count of a stream without reading what is behind ``ack``. Damage there is not seen yet.
+
+    Args:
+        ack: how far the reader got.
+        ledger: what the writer counted.
+        is_readable: whether what is behind ``ack`` can be read.
+    """
+    explained = ack.explained
+    drops = {reason: max(n, explained.get(reason, 0)) for reason, n in ledger.dropped.items()}
+    drops.update({reason: n for reason, n in explained.items() if reason not in drops and reason != _WITHHELD})
+    passed = sum(n for reason, n in explained.items() if reason != _WITHHELD)
+    # Up to ``ack``, every record is accounted for. Behind it are the drops whose gap was not read yet, and the rest.
+    rest = max(0, ledger.logged - ack.next_seq - (sum(drops.values()) - passed))
+    gone = explained.get(_WITHHELD, 0) + sum(drops.values()) + ack.acked + sum(ack.refused.values())
+    return StreamCount(
+        logged=gone + rest,
+        dropped=drops,
+        withheld=explained.get(_WITHHELD, 0),
+        acked=ack.acked,
+        refused=ack.refused,
+        spooled=rest if is_readable else 0,
+        unreadable=0 if is_readable else rest,
+        is_complete=ledger.is_counted or (is_readable and ack.next_seq > 0),
+    )
+
+
+def count_retired(retired: Retired) -> StreamCount:
+    """Return the count of all retired streams together."""
+    return StreamCount(retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused, 0)
+
+
+def add_up(counts: Iterable[StreamCount]) -> StreamCount:
+    """Return the count of several streams together."""
+    counts = list(counts)
+    return StreamCount(
+        logged=sum(count.logged for count in counts),
+        dropped=_by_reason(count.dropped for count in counts),
+        withheld=sum(count.withheld for count in counts),
+        acked=sum(count.acked for count in counts),
+        refused=_by_reason(count.refused for count in counts),
+        spooled=sum(count.spooled for count in counts),
+        unreadable=sum(count.unreadable for count in counts),
+        is_complete=all(count.is_complete for count in counts),
+    )
+
+
+def _by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for count in counts:
+        total.update(count)
+    return dict(total)

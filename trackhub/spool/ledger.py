@@ -104,7 +104,7 @@ class LedgerCounts(NamedTuple):
 
 
 def read_ledger(path: Path) -> LedgerCounts:
-    """Return what a ledger says. A missing file counts zero, and so do the fields that a short one does not have.
+    """Return what a ledger says. A missing file counts zero, and so does a damaged one that is too short.
 
     Raises:
         OSError: it is there and cannot be read.
@@ -113,7 +113,7 @@ def read_ledger(path: Path) -> LedgerCounts:
         data = path.read_bytes()
     except FileNotFoundError:
         return LedgerCounts(0, {}, 0, is_counted=True)
-    logged, *rest = _FORMAT.unpack(data[: _FORMAT.size].ljust(_FORMAT.size, b"\0"))
+    logged, *rest = _FORMAT.unpack(data[: _FORMAT.size] if len(data) >= _FORMAT.size else bytes(_FORMAT.size))
     dropped = {reason: n for reason, n in zip(DROP_REASONS, rest[:_DROPS], strict=True) if n}
     return LedgerCounts(logged, dropped, rest[_DROPS], is_counted=bool(data))
 

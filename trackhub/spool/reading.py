@@ -1,41 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sender's end of the spool: follow all streams of a site, hand out batches, and delete what is acknowledged.
 
-A sender has one reader. `trackhub.spool.batch` makes the batches, and `trackhub.spool.damage` finds the way on after
-damage.
+A sender has one reader. It looks at the folder once in a pass (`trackhub.spool.following`), makes batches of what is
+there (`trackhub.spool.segment_reader`), and retires the streams of writers that are gone (`trackhub.spool.retiring`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-from collections import Counter
+import logging
+import time
+from collections import Counter, deque
 from pathlib import Path
+
+import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import MAX_BODY_BYTES
-from trackhub.spool.batch import Place, SpoolBatch, assemble
-from trackhub.spool.counts import StreamCount, count_stream
-from trackhub.spool.damage import DAMAGED, DamageLog, find_sound_frame
-from trackhub.spool.layout import (
-    SEGMENT_HEADER,
-    Ack,
-    Ledger,
-    blob_file,
-    ledger_file,
-    read_ack,
-    read_spool_info,
-    segment_name,
-    write_ack,
-)
+from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.batch import Place, SpoolBatch
+from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
+from trackhub.spool.damage import DAMAGED, DamageLog
+from trackhub.spool.following import End, FollowedStream, look, stream_ends
+from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
+from trackhub.spool.ledger import LedgerCounts, WriterState, read_ledger, writer_state
+from trackhub.spool.retiring import Retirement
+from trackhub.spool.segment_reader import Extent, SegmentReader
 
-__all__ = ["SpoolReader"]
+__all__ = ["RETIRED", "SpoolReader"]
 
-_SEGMENT = re.compile(r"([0-9a-f]{32})-(\d{6,})\.spool")
-_READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
-_FEW_BYTES = 128 << 10
-_SEGMENT_MAX_BYTES = 1 << 30
+RETIRED = "retired"
+"""The name under which `SpoolReader.counts` has the counts of all retired streams together."""
+
+_ASK_EVERY_S = 1.0  # whether a stream's writer lives: some ten microseconds for each stream
+_KEPT_STREAMS = 32
+"""So many streams that are done keep their files. If the receiver's disk loses records that it had acknowledged, a
+replay sends them again from these files."""
+_KEPT_SHARE = 8  # they take at most an eighth of the spool
+_log = logging.getLogger(__name__)
 
 
 class SpoolReader:
@@ -43,10 +45,13 @@ class SpoolReader:
 
     Each receiver of a site has a reader with a cursor of its own. Files are deleted when all cursors are past them.
 
+    A stream that cannot be read does not hold up the others. It is passed over, named in the log, and tried again in
+    the next pass.
+
     Attributes:
         folder: the spool's folder.
         cursor: the reader's name.
-        info: what ``spool.json`` said when the reader was made.
+        info: what the spool is, as known when the reader was made.
     """
 
     def __init__(self, folder: Path, cursor: str) -> None:
@@ -57,55 +62,74 @@ class SpoolReader:
             cursor: the reader's name.
 
         Raises:
-            SpoolError: the folder is not a spool, or its ``spool.json`` does not name the cursor.
+            SpoolError: there is no spool in the folder, and none is expected there; or it is not read by this cursor.
         """
         self.folder = folder
         self.cursor = cursor
-        self.info = read_spool_info(folder)
+        self.info = spool_info(folder)
         if cursor not in self.info.cursors:
             raise SpoolError(f"the spool in {folder} is read by {', '.join(self.info.cursors)}, not by {cursor!r}")
-        self._acks: dict[str, Ack] = {}
-        self._last_segment: dict[str, int] = {}
-        self._turn: list[str] = []
+        self._streams: dict[str, FollowedStream] = {}
+        self._turn: dict[str, None] = {}  # the names of the streams in the order of their turns
+        self._ready: deque[FollowedStream] = deque()
+        self._pass_is_explicit = False
+        self._is_final = False
+        self._ask_at = 0.0
+        self._retirement: Retirement | None = None
         self._turn_file = folder / f"{cursor}.turn"
-        self._last_stream = self._turn_file.read_bytes().decode(errors="replace") if self._turn_file.exists() else ""
+        self._last_stream = ""
+        self._is_swept = False
         self._damage = DamageLog()
-        self._lost_blobs: set[str] = set()
+        self._segments = SegmentReader(folder, self._damage)
+        self._named_problems: dict[str, str] = {}
+
+    def begin_pass(self, *, final: bool = False) -> None:
+        """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
+
+        What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
+        right behind the one before it.
+
+        Args:
+            final: all writers have ended, so an incomplete frame at the end of a stream is damage.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        self._pass_is_explicit = True
+        self._look(final)
 
     def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
         """Return the next unacknowledged frames of some stream, or None if there are none. Streams take turns.
 
-        It returns the same frames until ``settle`` is called.
+        It returns the same frames until ``settle`` is called. Without ``begin_pass``, it hands out all that comes.
 
         Args:
             max_records: most records in the batch.
             max_bytes: most bytes of frames, but never less than one frame.
-            final: all writers have ended, so an incomplete frame at the end of a stream is damage.
+            final: as for ``begin_pass``, if that was not called.
 
         Raises:
-            OSError: a file cannot be read.
+            OSError: the folder cannot be read.
         """
-        self._discover()
-        for stream in list(self._turn):
-            ack = self._acks[stream]
-            batch = self._next(stream, Place(ack.next_seq, ack.segment, ack.offset), max_records, max_bytes, final)
-            if batch is not None:
-                self._turn.remove(stream)
-                self._turn.append(stream)
-                self._note_turn(stream)
-                return batch
-        return None
+        has_looked = False
+        while True:
+            while self._ready:
+                stream = self._ready[0]
+                if (batch := self._read(stream, max_records, max_bytes)) is not None:
+                    self._ready.rotate(-1)
+                    self._turn[stream.name] = self._turn.pop(stream.name)
+                    self._note_turn(stream.name)
+                    return batch
+                self._ready.popleft()
+            if self._pass_is_explicit or has_looked:
+                self._pass_is_explicit = False
+                return None
+            self._look(final)
+            has_looked = True
 
-    def _note_turn(self, stream: str) -> None:
-        """Store whose turn it is. After a crash, the batch that may have arrived is then sent again before others.
-
-        The receiver recognises that batch in any case. A replay from the site's side, however, gives its records new
-        positions, and these must be the positions that the receiver gave them.
-        """
-        if stream != self._last_stream:
-            self._last_stream = stream
-            with contextlib.suppress(OSError):  # delivery matters more, above all on a full disk
-                self._turn_file.write_text(stream)
+    def has_problems(self) -> bool:
+        """Return whether a stream could not be read in this pass."""
+        return any(stream.problem for stream in self._streams.values())
 
     def settle(self, batch: SpoolBatch, refused: str | None = None) -> None:
         """Store that the receiver accepted the batch, or refused it for this reason. Delete what no reader needs.
@@ -117,7 +141,8 @@ class SpoolReader:
         Raises:
             OSError: the cursor cannot be stored; the batch will be sent again after a restart.
         """
-        old = self._acks[batch.stream]
+        stream = self._streams[batch.stream]
+        old = stream.ack
         explained = Counter(old.explained)
         explained.update(batch.explained)
         refusals = Counter(old.refused)
@@ -135,146 +160,277 @@ class SpoolReader:
             write_ack(self.folder, batch.stream, self.cursor, ack)
         finally:
             # Not earlier: a thread that waits for this may then ask a writer, which looks at the file.
-            self._acks[batch.stream] = ack
+            stream.ack = ack
         self._delete_settled(batch, old)
 
     def give_up_blob(self, name: str) -> None:
         """Say that a blob's bytes cannot be had. A gap takes the place of its record, counted as dropped(damaged)."""
-        self._lost_blobs.add(name)
+        self._segments.lost_blobs.add(name)
 
-    def ends(self) -> dict[str, tuple[int, int]]:
-        """Return where each stream ends now: segment and offset. May be called from any thread."""
-        found: dict[str, tuple[int, int]] = {}
-        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                if match := _SEGMENT.fullmatch(entry.name):
-                    with contextlib.suppress(FileNotFoundError):  # acknowledged and deleted meanwhile
-                        end = int(match[2]), entry.stat().st_size
-                        found[match[1]] = max(end, found.get(match[1], end))
-        return found
+    def ends(self) -> dict[str, End]:
+        """Return where each stream ends now, without those that are done. May be called from any thread.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        return stream_ends(self.folder, self._is_done)
 
     def has_bytes(self, at_least: int) -> bool:
-        """Return whether this many bytes, or the rest of a segment, wait to be settled. Looks at file sizes only."""
+        """Return whether this many bytes, or the rest of a segment, wait to be settled. Looks at file sizes only.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         waiting = 0
-        for stream, (segment, offset) in self.ends().items():
-            ack = self._acks.get(stream) or Ack()
+        for name, (segment, offset) in self.ends().items():
+            ack = self._ack(name)
             if segment > ack.segment:
                 return True
             waiting += offset - ack.offset
         return waiting >= at_least
 
-    def is_past(self, ends: dict[str, tuple[int, int]]) -> bool:
+    def is_past(self, ends: dict[str, End]) -> bool:
         """Return whether everything before these places is settled. May be called from any thread.
 
         Args:
             ends: what ``ends`` returned.
         """
-        acks = {stream: self._acks.get(stream) or Ack() for stream in ends}
-        return all((acks[stream].segment, acks[stream].offset) >= end for stream, end in ends.items())
+        acks = {name: self._ack(name) for name in ends}
+        return all((acks[name].segment, acks[name].offset) >= end for name, end in ends.items())
 
-    def counts(self) -> dict[str, StreamCount]:
-        """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
+    def streams(self) -> list[str]:
+        """Return the names of all streams that have files.
 
         Raises:
-            OSError: a file cannot be read.
+            OSError: the folder cannot be read.
         """
-        self._discover()
-        return {stream: self._count(stream) for stream in self._acks}
+        self._look(final=False)
+        return list(self._streams)
 
-    def _discover(self) -> None:
-        """Look for new streams and segments."""
-        latest: dict[str, int] = {}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if match := _SEGMENT.fullmatch(entry.name):
-                    stream, segment = match[1], int(match[2])
-                    latest[stream] = max(segment, latest.get(stream, 0))
-                elif entry.name.endswith(".ledger"):  # of a stream that has dropped all its records so far
-                    latest.setdefault(entry.name.removesuffix(".ledger"), -1)
-        is_first = not self._acks
-        for stream, segment in sorted(latest.items()):
-            if stream not in self._acks:
-                self._acks[stream] = read_ack(self.folder, stream, self.cursor)
-                self._turn.append(stream)
-            self._last_segment[stream] = segment
-        if is_first:
-            self._turn.sort(key=lambda stream: stream != self._last_stream)
+    def live_stream(self) -> str | None:
+        """Return the name of a stream whose writer lives, or None if there is none.
 
-    def _next(self, stream: str, place: Place, max_records: int, max_bytes: int, final: bool) -> SpoolBatch | None:
-        """Return the first batch at or behind this place."""
-        while True:
-            is_last = place.segment >= self._last_segment[stream]
-            closed = final or not is_last
-            batch, looked_at = self._read_batch(stream, place, max_records, max_bytes, closed)
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        self._look(final=True)
+        return next((s.name for s in self._streams.values() if s.state is WriterState.ALIVE), None)
+
+    def counts(self, *, until: float | None = None, by_ledger: bool = False) -> dict[str, StreamCount]:
+        """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
+
+        Args:
+            until: read no longer than until this moment of the monotonic clock. What is left is counted by its ledger,
+                and damage in it is not seen.
+            by_ledger: read nothing, and count everything by its ledger.
+
+        Returns:
+            The counts by stream. `RETIRED` has the counts of all retired streams.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        self._look(final=False)
+        counts = {name: self._count(stream, until, by_ledger) for name, stream in self._streams.items()}
+        assert self._retirement is not None
+        if self._retirement.total.streams:
+            counts[RETIRED] = count_retired(self._retirement.total)
+        return counts
+
+    def retired_streams(self) -> int:
+        """Return how many streams are retired."""
+        return 0 if self._retirement is None else self._retirement.total.streams
+
+    def tidy_up(self) -> None:
+        """Delete what a crash left behind, and the files of ended streams if these are many or take much room.
+
+        Call it after a pass, and only as the owner of this end of the spool. Never raises.
+        """
+        try:
+            if not self._is_swept:
+                self._sweep()
+            self._retire()
+        except OSError as e:
+            _log.debug("cannot tidy up %s: %s", self.folder, e)
+
+    def _is_done(self, name: str) -> bool:
+        stream = self._streams.get(name)
+        return stream is not None and stream.is_done
+
+    def _ack(self, name: str) -> Ack:
+        stream = self._streams.get(name)
+        return Ack() if stream is None else stream.ack
+
+    def _look(self, final: bool) -> None:
+        """Look at the folder, and note which streams have something to hand out."""
+        if self._retirement is None:
+            self._retirement = Retirement(self.folder, self.cursor, self.info.cursors)
+        self._ask_writers(final)
+        is_first = not self._streams
+        look(self.folder, self._streams, self._new_stream)
+        if is_first and self._streams:
+            self._begin_turns()
+        for name in self._streams:
+            self._turn.setdefault(name)
+        self._is_final = final
+        self._ready = deque(
+            stream
+            for stream in map(self._streams.__getitem__, self._turn)
+            if not stream.is_done and (final or stream.is_behind() or stream.state is WriterState.ENDED)
+        )
+
+    def _ask_writers(self, final: bool) -> None:
+        """Ask whose writers live. Before the look, since only then the look shows all that an ended writer has left."""
+        now = time.monotonic()
+        if final or now >= self._ask_at:
+            self._ask_at = now + _ASK_EVERY_S
+            for stream in self._streams.values():
+                if not stream.is_done:
+                    stream.state = writer_state(ledger_file(self.folder, stream.name))
+
+    def _new_stream(self, name: str) -> FollowedStream | None:
+        assert self._retirement is not None
+        if self._retirement.has(name):
+            return None
+        stream = FollowedStream(name, read_ack(self.folder, name, self.cursor))
+        # The look has begun, and may miss what its writer does now. So that it has ended counts from the next look on.
+        if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
+            stream.state = WriterState.ALIVE
+        return stream
+
+    def _begin_turns(self) -> None:
+        """Give the first turn to the stream whose batch may have arrived before a crash."""
+        with contextlib.suppress(OSError):
+            self._last_stream = self._turn_file.read_bytes().decode(errors="replace")
+            if self._last_stream in self._streams:
+                self._turn[self._last_stream] = None
+
+    def _read(self, stream: FollowedStream, max_records: int, max_bytes: int) -> SpoolBatch | None:
+        """Return the stream's next batch of this pass. None if there is none, or it cannot be read."""
+        if stream.problem:
+            self._name_problem(stream, stream.problem)
+            return None
+        if stream.is_behind() or self._is_final:
+            ack = stream.ack
+            extent = Extent(stream.name, stream.last_segment, self._is_final or stream.state is WriterState.ENDED)
+            place = Place(ack.next_seq, ack.segment, ack.offset)
+            try:
+                batch = self._segments.next_batch(extent, place, max_records, max_bytes)
+            except OSError as e:
+                self._set_aside(stream, e)
+                return None
+            self._named_problems.pop(stream.name, None)
             if batch is not None:
                 return batch
-            if not closed:
-                return None
-            path = self.folder / segment_name(stream, place.segment)
-            if looked_at:
-                self._damage.unreadable(path, place.offset, place.offset + looked_at)
-            elif not is_last and place.offset <= len(SEGMENT_HEADER):
-                self._damage.missing_segment(path)
-            if is_last:
-                return None
-            place = Place(place.seq, place.segment + 1, len(SEGMENT_HEADER))
+        stream.is_done = stream.state is WriterState.ENDED
+        return None
 
-    def _read_batch(
-        self, stream: str, place: Place, max_records: int, max_bytes: int, closed: bool
-    ) -> tuple[SpoolBatch | None, int]:
-        """Return the first batch in the rest of this segment, if there is one, and how many bytes were looked at."""
-        path = self.folder / segment_name(stream, place.segment)
-        # Read a little first: that is mostly enough. The last size is for damage that is longer than a frame.
-        for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
-            data = _read(path, place.offset, limit)
-            is_rest = len(data) < limit
-            # A frame that does not end within a few bytes may just be a large one.
-            can_tell = is_rest or limit > _FEW_BYTES
-            start = find_sound_frame(data, place.seq, closed=closed and can_tell)
-            if start:
-                self._damage.unreadable(path, place.offset, place.offset + start)
-            batch = None
-            if start is not None:
-                batch = assemble(stream, place, data, start, max_records, max_bytes, self._lost_blobs)
-            if is_rest or (batch is not None and (can_tell or batch.records == max_records)):
-                break
-        return batch, len(data)
+    def _set_aside(self, stream: FollowedStream, error: OSError) -> None:
+        """Pass this stream over until the next look at the folder."""
+        stream.problem = f"{error.filename or 'a segment'}: {error.strerror}"
+        self._name_problem(stream, stream.problem)
+
+    def _name_problem(self, stream: FollowedStream, problem: str) -> None:
+        """Warn that a stream cannot be read. A pass comes often, so warn once for each problem."""
+        if self._named_problems.get(stream.name) != problem:
+            self._named_problems[stream.name] = problem
+            _log.warning(
+                "stream %s of the spool in %s cannot be read (%s). Its records are counted as unreadable. All others are "
+                "delivered, and this one is tried again", stream.name, self.folder, problem,
+            )  # fmt: skip
+
+    def _note_turn(self, stream: str) -> None:
+        """Store whose turn it is. After a crash, the batch that may have arrived is then sent again before others.
+
+        The receiver recognises that batch in any case. A replay from the site's side, however, gives its records new
+        positions, and these must be the positions that the receiver gave them.
+        """
+        if stream != self._last_stream:
+            self._last_stream = stream
+            with contextlib.suppress(OSError):  # delivery matters more, above all on a full disk
+                self._turn_file.write_text(stream)
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
-        """Delete segments and blobs that every cursor is past."""
+        """Delete segments and blobs that every cursor is past. What cannot be deleted is left for ``tidy_up``."""
         others = [read_ack(self.folder, batch.stream, c) for c in self.info.cursors if c != self.cursor]
-        for blob in batch.blobs + batch.lost_blobs:
-            seq = int(blob.name.rpartition("-")[2])
-            if all(other.next_seq > seq for other in others):
-                blob_file(self.folder, blob.name).unlink(missing_ok=True)
         reached = min([batch.segment, *(other.segment for other in others)])
-        for segment in range(max(0, old.segment - 1), reached):
-            (self.folder / segment_name(batch.stream, segment)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._delete_blobs(batch.next_seq, [blob.name for blob in batch.blobs + batch.lost_blobs], others)
+            for segment in range(max(0, old.segment - 1), reached):
+                (self.folder / segment_name(batch.stream, segment)).unlink(missing_ok=True)
 
-    def _count(self, stream: str) -> StreamCount:
-        ack = self._acks[stream]
+    def _delete_blobs(self, next_seq: int, names: list[str], others: list[Ack]) -> None:
+        """Delete these blobs of a stream, where every cursor is past their records."""
+        reached = min([next_seq, *(other.next_seq for other in others)])
+        for name in names:
+            if int(name.rpartition("-")[2]) < reached:
+                blob_file(self.folder, name).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Delete what is not needed any more, and was not deleted since an earlier reader died."""
+        assert self._retirement is not None
+        self._retirement.clean_up()
+        for stream in self._streams.values():
+            others = [read_ack(self.folder, stream.name, c) for c in self.info.cursors if c != self.cursor]
+            blobs = [name.removesuffix(".blob") for name in stream.files if name.endswith(".blob")]
+            self._delete_blobs(stream.ack.next_seq, blobs, others)
+        self._is_swept = True
+
+    def _retire(self) -> None:
+        """Retire the streams that are done, oldest first, until few are left and they take little room."""
+        done = [stream for stream in self._streams.values() if stream.is_done]
+        for part in (name for stream in done for name in stream.files if name.endswith(".part")):
+            (self.folder / part).unlink(missing_ok=True)  # its writer was killed while it wrote it
+        size = sum(stream.size for stream in done)
+        most = self.info.max_bytes // _KEPT_SHARE
+        if self._retirement is None or (len(done) <= _KEPT_STREAMS and size <= most):
+            return
+        chosen: list[FollowedStream] = []
+        for stream in done:
+            if len(done) - len(chosen) <= _KEPT_STREAMS // 2 and size <= most:
+                break
+            chosen.append(stream)
+            size -= stream.size
+        # First their counts, for which the files are looked at. Then the data, since on a full disk that makes the room
+        # in which the counts are stored.
+        counts = {stream.name: self._count(stream, None, by_ledger=False) for stream in chosen}
+        self._retirement.free({stream.name: stream.ack for stream in chosen})
+        self._retirement.retire(counts)
+        for stream in chosen:
+            del self._streams[stream.name], self._turn[stream.name]
+
+    def _count(self, stream: FollowedStream, until: float | None, by_ledger: bool) -> StreamCount:
         # The ledger is read first: otherwise, what is logged while the frames are counted would seem to be missing.
-        logged, dropped = Ledger.read(ledger_file(self.folder, stream))
-        spooled, explained = 0, Counter(ack.explained)
-        place = Place(ack.next_seq, ack.segment, ack.offset)
-        while batch := self._next(stream, place, 1 << 30, MAX_BODY_BYTES, final=True):
-            spooled += batch.records
-            explained.update(batch.explained)
-            place = batch.next_place
-        logged = max(logged, place.seq)
-        count = count_stream(ack, logged=logged, dropped=dropped, spooled=spooled, explained=explained)
+        try:
+            ledger = read_ledger(ledger_file(self.folder, stream.name))
+        except OSError as e:
+            self._name_problem(stream, f"{e.filename}: {e.strerror}")
+            count = self._count_with(LedgerCounts(0, {}, 0, is_counted=False), stream, until, by_ledger)
+            return msgspec.structs.replace(count, is_complete=False)
+        return self._count_with(ledger, stream, until, by_ledger)
+
+    def _count_with(
+        self, ledger: LedgerCounts, stream: FollowedStream, until: float | None, by_ledger: bool
+    ) -> StreamCount:
+        ack = stream.ack
+        if stream.problem:
+            return count_by_ledger(ack, ledger, is_readable=False)
+        if by_ledger and not stream.is_done:
+            return count_by_ledger(ack, ledger)
+        place, spooled, explained = Place(ack.next_seq, ack.segment, ack.offset), 0, Counter(ack.explained)
+        extent = Extent(stream.name, stream.last_segment, has_ended=True)
+        try:
+            while not stream.is_done and (batch := self._segments.next_batch(extent, place, 1 << 30, MAX_BODY_BYTES)):
+                if until is not None and time.monotonic() >= until:
+                    return count_by_ledger(ack, ledger)
+                spooled += batch.records
+                explained.update(batch.explained)
+                place = batch.next_place
+        except OSError as e:
+            self._set_aside(stream, e)
+            return count_by_ledger(ack, ledger, is_readable=False)
+        logged = max(ledger.logged, place.seq)
+        count = count_stream(ack, logged=logged, dropped=ledger.dropped, spooled=spooled, explained=explained)
         if (tail := count.dropped.get(DAMAGED, 0) - explained[DAMAGED]) > 0:
-            self._damage.missing_tail(self.folder, stream, tail, logged)
-        return count
-
-
-def _read(path: Path, offset: int, max_bytes: int) -> bytes:
-    """Return bytes of a file; none if there is no such file."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return b""
-    try:
-        return os.pread(fd, max_bytes, offset)
-    finally:
-        os.close(fd)
+            self._damage.missing_tail(self.folder, stream.name, tail, logged)
+        return msgspec.structs.replace(count, is_complete=ledger.is_counted or place.seq > 0)

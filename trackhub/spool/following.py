@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reader knows of each stream, and how it looks through the folder for what has changed.
+
+`SpoolReader` calls it once in a pass, so that many streams cost one look at the folder and not one for each batch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from trackhub.spool.acks import Ack
+from trackhub.spool.ledger import WriterState
+
+__all__ = ["End", "FollowedStream", "look", "stream_ends"]
+
+End = tuple[int, int]
+"""Where a stream ends: a segment, and an offset in it."""
+
+_NO_SEGMENT = -1
+_UNKNOWN_END: End = (1 << 62, 0)
+_SEGMENT = re.compile(r"([0-9a-f]{32})-(\d{6,})\.spool")
+_OTHER = re.compile(r"([0-9a-f]{32})(?:\.ledger|-(?:\d+)\.blob|-\d+-[0-9a-f]{32}\.part)")
+
+
+class FollowedStream:
+    """One stream of a spool, as one reader sees it.
+
+    Attributes:
+        name: the stream's id.
+        ack: how far the reader got. Other threads may read it.
+        last_segment: the last segment that was there at the last look; -1 if there was none.
+        end: where the stream ended then.
+        size: how many bytes its segments have: then, or when it was done.
+        files: its blobs, and parts of blobs, that were there then.
+        state: whether its writer lives, as of the last time that this was asked.
+        problem: why it could not be read in this pass; empty if it could.
+        is_done: its writer has ended, and all that can be read was acknowledged.
+    """
+
+    __slots__ = ("ack", "end", "files", "is_done", "last_segment", "name", "problem", "size", "state")
+
+    def __init__(self, name: str, ack: Ack) -> None:
+        self.name = name
+        self.ack = ack
+        self.last_segment = _NO_SEGMENT
+        self.end: End = (_NO_SEGMENT, 0)
+        self.size = 0
+        self.files: list[str] = []
+        self.state = WriterState.UNKNOWN
+        self.problem = ""
+        self.is_done = False
+
+    def is_behind(self) -> bool:
+        """Return whether something was there at the last look that is not acknowledged yet."""
+        return (self.ack.segment, self.ack.offset) < self.end
+
+    def forget_files(self) -> None:
+        """Prepare for a look at the folder."""
+        self.last_segment = _NO_SEGMENT
+        self.end = (_NO_SEGMENT, 0)
+        self.files = []
+        self.problem = ""
+        if not self.is_done:
+            self.size = 0
+
+
+def look(folder: Path, streams: dict[str, FollowedStream], is_new: Callable[[str], FollowedStream | None]) -> None:
+    """Look through the folder, and note in each stream which files it has.
+
+    Args:
+        folder: the spool's folder.
+        streams: the streams that are known, by name. New ones are added, in the order of their names.
+        is_new: returns what to add for a name that is not known; None to pass over its files.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    for stream in streams.values():
+        stream.forget_files()
+    found: dict[str, FollowedStream | None] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = _SEGMENT.fullmatch(entry.name) or _OTHER.fullmatch(entry.name)
+            if match is None:
+                continue
+            name = match[1]
+            stream = streams.get(name)
+            if stream is None:
+                if name not in found:
+                    found[name] = is_new(name)
+                stream = found[name]
+            if stream is not None:
+                _note(stream, entry, int(match[2]) if match.re is _SEGMENT else None)
+    for name in sorted(found):
+        if (stream := found[name]) is not None:
+            streams[name] = stream
+
+
+def _note(stream: FollowedStream, entry: os.DirEntry[str], segment: int | None) -> None:
+    if segment is None:
+        if not entry.name.endswith(".ledger"):
+            stream.files.append(entry.name)
+        return
+    size = 0
+    if not stream.is_done:
+        try:
+            size = entry.stat().st_size
+        except FileNotFoundError:
+            return  # another reader has just deleted it
+        except OSError as e:
+            stream.problem = f"{entry.path}: {e.strerror}"
+    stream.size += size
+    stream.last_segment = max(segment, stream.last_segment)
+    stream.end = max(stream.end, (segment, size))
+
+
+def stream_ends(folder: Path, is_done: Callable[[str], bool]) -> dict[str, End]:
+    """Return where each stream ends now. May be called from any thread.
+
+    Args:
+        folder: the spool's folder.
+        is_done: returns whether a stream has ended and was read to its end; it is left out.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found: dict[str, End] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if (match := _SEGMENT.fullmatch(entry.name)) and not is_done(match[1]):
+                try:
+                    end = int(match[2]), entry.stat().st_size
+                except FileNotFoundError:
+                    continue  # acknowledged and deleted meanwhile
+                except OSError:
+                    end = _UNKNOWN_END
+                found[match[1]] = max(end, found.get(match[1], end))
+    return found

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns a spool: one sender or one replay for each cursor, as long as its process lives.
+
+`Sender` asks for ownership before it reads, and waits while it has none. A replay does not wait: it is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from trackhub.errors import SpoolError
+from trackhub.process_lock import ProcessLock
+from trackhub.spool.layout import expected_spool, lock_cursor, try_to_create
+from trackhub.spool.reading import SpoolReader
+
+__all__ = ["SpoolHold", "hold_ended_spool"]
+
+_TRY_EVERY_S = 0.2
+_log = logging.getLogger(__name__)
+
+
+class SpoolHold:
+    """A sender's hold on its end of a spool. Used by one thread at a time.
+
+    Attributes:
+        is_owner: nobody else reads this spool with this cursor.
+    """
+
+    def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:
+        """Hold nothing yet, except for this lock.
+
+        Args:
+            folder: the spool's folder.
+            cursor: the reader's name.
+            lock: the cursor's lock, if this process has taken it already.
+        """
+        self.is_owner = lock is not None
+        self._folder = folder
+        self._cursor = cursor
+        self._lock = lock
+        self._try_at = 0.0
+        self._has_warned = False
+
+    def take(self) -> bool:
+        """Return whether this sender owns its end of the spool. Take it if it is free, five times a second at most.
+
+        A spool that could not be created yet is created here as soon as that is possible. Never raises.
+        """
+        now = time.monotonic()
+        if self._lock is None and now >= self._try_at:
+            self._try_at = now + _TRY_EVERY_S
+            self._create()
+            try:
+                self._lock = lock_cursor(self._folder, self._cursor)
+                self.is_owner = True
+                if not self._lock.is_locked:
+                    self._warn("the file system of %s has no locks: do not replay it while its job runs", self._folder)
+            except BlockingIOError:
+                self.is_owner = False
+                self._warn(
+                    "another process sends the spool in %s as %r; this sender waits until it ends", self._folder,
+                    self._cursor,
+                )  # fmt: skip
+            except OSError:
+                # The folder is not there, or the disk is full. What can be sent is sent all the same.
+                self.is_owner = True
+        return self.is_owner
+
+    def _create(self) -> None:
+        if (expected := expected_spool(self._folder)) is not None:
+            try:
+                try_to_create(self._folder, expected[0])
+                _log.info("the spool in %s is there now", self._folder)
+            except (OSError, SpoolError) as e:
+                _log.debug("the spool in %s cannot be created yet: %s", self._folder, e)
+
+    def _warn(self, message: str, *arguments: object) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(message, *arguments)
+
+    def release(self) -> None:
+        """Give the hold up. Idempotent."""
+        lock, self._lock, self.is_owner = self._lock, None, False
+        if lock is not None:
+            lock.release()
+
+
+def hold_ended_spool(folder: Path, cursor: str) -> ProcessLock:
+    """Take the lock of a spool whose job has ended, and return it.
+
+    Args:
+        folder: the spool's folder.
+        cursor: the reader's name.
+
+    Raises:
+        SpoolError: the job still runs, another replay has the spool, or the folder cannot be read or written.
+    """
+    try:
+        lock = lock_cursor(folder, cursor)
+    except BlockingIOError as e:
+        raise SpoolError(
+            f"the spool {folder} is in use by another process (the sender of a running job, or a replay); wait until it "
+            "has ended"
+        ) from e
+    except OSError as e:
+        raise SpoolError(f"cannot lock the spool {folder}: {e}; its folder must be writable") from e
+    try:
+        stream = SpoolReader(folder, cursor).live_stream()
+    except (OSError, SpoolError) as e:
+        lock.release()
+        raise SpoolError(f"cannot read the spool {folder}: {e}") from e
+    if stream is not None:
+        lock.release()
+        raise SpoolError(
+            f"a process of the job still logs to the spool {folder} (stream {stream}); wait until it has ended, or end it"
+        )
+    return lock

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a stream's segments from a place on: the next batch, and the way on after damage. `SpoolReader` calls it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from trackhub.framing import MAX_BODY_BYTES
+from trackhub.spool.batch import Place, SpoolBatch, assemble
+from trackhub.spool.damage import DamageLog, find_sound_frame
+from trackhub.spool.layout import SEGMENT_HEADER, segment_name
+
+__all__ = ["Extent", "SegmentReader"]
+
+_READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
+_FEW_BYTES = 128 << 10
+_SEGMENT_MAX_BYTES = 1 << 30
+
+
+class Extent(NamedTuple):
+    """What is known of a stream that is read.
+
+    Attributes:
+        stream: the stream's id.
+        last_segment: its last segment; -1 if it has none.
+        has_ended: nothing follows any more, so an incomplete frame at its end is damage.
+    """
+
+    stream: str
+    last_segment: int
+    has_ended: bool
+
+
+class SegmentReader:
+    """Reads the segments of one spool.
+
+    Attributes:
+        lost_blobs: names of blobs whose bytes cannot be had. A gap takes the place of their records.
+    """
+
+    def __init__(self, folder: Path, damage: DamageLog) -> None:
+        """Read from this folder, and name what is damaged in this log."""
+        self.lost_blobs: set[str] = set()
+        self._folder = folder
+        self._damage = damage
+
+    def next_batch(self, extent: Extent, place: Place, max_records: int, max_bytes: int) -> SpoolBatch | None:
+        """Return the first batch at or behind this place. None if there is nothing that can be read now.
+
+        Args:
+            extent: the stream.
+            place: where to start.
+            max_records: most records in the batch.
+            max_bytes: most bytes of frames, but never less than one frame.
+
+        Raises:
+            OSError: a segment is there and cannot be read.
+        """
+        stream = extent.stream
+        while True:
+            is_last = place.segment >= extent.last_segment
+            closed = extent.has_ended or not is_last
+            batch, looked_at = self._read_batch(stream, place, max_records, max_bytes, closed)
+            if batch is not None:
+                return batch
+            if not closed:
+                return None
+            path = self._folder / segment_name(stream, place.segment)
+            if looked_at:
+                self._damage.unreadable(path, place.offset, place.offset + looked_at)
+            elif not is_last and place.offset <= len(SEGMENT_HEADER):
+                self._damage.missing_segment(path)
+            if is_last:
+                return None
+            place = Place(place.seq, place.segment + 1, len(SEGMENT_HEADER))
+
+    def _read_batch(
+        self, stream: str, place: Place, max_records: int, max_bytes: int, closed: bool
+    ) -> tuple[SpoolBatch | None, int]:
+        """Return the first batch in the rest of this segment, if there is one, and how many bytes were looked at."""
+        path = self._folder / segment_name(stream, place.segment)
+        # Read a little first: that is mostly enough. The last size is for damage that is longer than a frame.
+        for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
+            data = _read(path, place.offset, limit)
+            is_rest = len(data) < limit
+            # A frame that does not end within a few bytes may just be a large one.
+            can_tell = is_rest or limit > _FEW_BYTES
+            start = find_sound_frame(data, place.seq, closed=closed and can_tell)
+            if start:
+                self._damage.unreadable(path, place.offset, place.offset + start)
+            batch = None
+            if start is not None:
+                batch = assemble(stream, place, data, start, max_records, max_bytes, self.lost_blobs)
+            if is_rest or (batch is not None and (can_tell or batch.records == max_records)):
+                break
+        return batch, len(data)
+
+
+def _read(path: Path, offset: int, max_bytes: int) -> bytes:
+    """Return bytes of a file; none if there is no such file."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.pread(fd, max_bytes, offset)
+    except OSError as e:
+        e.filename = str(path)  # so that whoever reports it can name the file
+        raise
+    finally:
+        os.close(fd)
