@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 import uuid
@@ -27,13 +29,14 @@ from trackhub.delivery import (
     set_process_spool,
     withdraw_process_spool,
 )
-from trackhub.errors import SpoolError
+from trackhub.errors import ConfigError, PluginError
 from trackhub.run import path_component
-from trackhub.writer.writer import Writer
+from trackhub.writer.writer import Writer, plain_writer
 
 __all__ = ["LocalWriter", "open_local"]
 
 _CURSOR = "local"
+_log = logging.getLogger(__name__)
 
 
 class LocalWriter(Writer):
@@ -41,7 +44,7 @@ class LocalWriter(Writer):
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``.
+        report: the delivery report; None until ``close``, and after it if the journal cannot be read.
     """
 
     report: DeliveryReport | None
@@ -64,6 +67,11 @@ class LocalWriter(Writer):
         self._sender = sender
         self._close_s = close_s
         self._pid = os.getpid()
+        self._has_ended = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy logs into the same run, as a forked child does. It can end neither the run nor what it does not have.
+        return plain_writer, (self._spool,)
 
     def set_round(self, value: int | None) -> None:
         """Set the round that is put on the records logged from now on; None for no round."""
@@ -72,18 +80,27 @@ class LocalWriter(Writer):
     def close(self, *, failed: bool = False) -> None:
         """Deliver what was logged, end the run, and make the report. Blocks up to the limits' deadline. Idempotent.
 
+        Never raises. If the journal is damaged, or its disk is full, the log says so and there is no report.
+
         In a forked child it ends only what the child logs. The parent delivers that.
 
         Args:
             failed: end the run as failed.
         """
         super().close()
-        if os.getpid() != self._pid:
-            return  # the sender and the receiver live in the parent
+        if os.getpid() != self._pid or self._has_ended:
+            return  # in a forked child, the sender and the receiver live in the parent
+        self._has_ended = True
         withdraw_process_spool(self._spool_dir)
-        if self.report is None:
-            self._sender.close(self._close_s, failed=failed)
+        self._sender.close(self._close_s, failed=failed)
+        try:
             self.report = self._receiver.finish(RunStatus.FAILED if failed else RunStatus.FINISHED)
+        except Exception as e:  # noqa: BLE001  # a damaged journal or a full disk; training has ended well
+            _log.warning(
+                "tracking could not end in order: %s: %s. What was logged is in %s; deliver it with `trackhub replay "
+                "%s`",
+                type(e).__name__, e, self.folder, self.folder,
+            )  # fmt: skip
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -119,15 +136,17 @@ def open_local(
     limits = limits or Limits.from_mapping({}, environ=os.environ)
     job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
     run_dir = Path(folder).absolute() / path_component(job_info.unique_name)
-    # The receiver comes first: with a wrong configuration no spool is made.
     receiver = Receiver(run_dir, job=job_info, side=Side.LOCAL, backends=options, limits=limits)
-    receiver.start()
     spool = receiver.folder / "spool"
     try:
+        receiver.start()  # first: with a wrong configuration no spool is made
         create_spool(spool, SpoolInfo(site, job_info.id, (_CURSOR,), limits.spool_bytes))
         sender = Sender(spool, receiver.channel(site), cursor=_CURSOR, limits=limits)
-    except SpoolError:
-        receiver.finish(RunStatus.FAILED, deadline_s=0.0)
+    except (ConfigError, PluginError):
+        raise  # the receiver has closed what it had opened
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error says more
+            receiver.finish(RunStatus.FAILED, deadline_s=0.0)
         raise
     sender.start()
     set_process_spool(spool)

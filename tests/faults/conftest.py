@@ -55,10 +55,14 @@ def pytest_runtest_makereport(
 class Disk:
     """A small file system in memory, mounted on a folder."""
 
-    def __init__(self, folder: Path, kib: int) -> None:
+    def __init__(self, folder: Path, kib: int, *, inodes: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._mount("-t", "tmpfs", "-o", f"size={kib}k", "none")
+        self._mount("-t", "tmpfs", "-o", f"size={kib}k,nr_inodes={inodes}", "none")  # 0 is no limit
+
+    def allow_inodes(self, inodes: int) -> None:
+        """Change how many files it may have; 0 is no limit."""
+        self._mount("-o", f"remount,nr_inodes={inodes}")
 
     def resize(self, kib: int) -> None:
         """Change its size."""
@@ -85,13 +89,13 @@ class Disk:
 
 
 @pytest.fixture
-def make_disk(make_job: MakeJob) -> Iterator[Callable[[Path, int], Disk]]:
+def make_disk(make_job: MakeJob) -> Iterator[Callable[..., Disk]]:
     """Make small disks. Only root can mount them; without root, the test is skipped."""
     disks: list[Disk] = []
 
-    def make(folder: Path, kib: int) -> Disk:
+    def make(folder: Path, kib: int, **options: int) -> Disk:
         try:
-            disk = Disk(folder, kib)
+            disk = Disk(folder, kib, **options)
         except (OSError, subprocess.CalledProcessError) as e:
             pytest.skip(f"the test mounts a tmpfs as a small disk, and that is not permitted here: {e}")
         disks.append(disk)

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from tests.faults.calls import Notes, Seen, expected
+from tests.faults.crowd_process import CrowdPlan
 from tests.faults.process import ROOT, Proc, environments
 from tests.faults.readers import ReceiverCount, count_receiver, count_site, read_store, read_tensorboard
 from tests.faults.receiver_process import ReceiverPlan
@@ -29,6 +30,7 @@ from tests.faults.sender_process import SenderPlan
 from tests.faults.trainer_process import TrainerPlan
 from trackhub.cli.status import journal_status, spool_status
 from trackhub.delivery.journal.find import find
+from trackhub.spool.announcement import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 __all__ = ["BACKENDS", "LIMITS", "JobProcesses"]
@@ -126,26 +128,50 @@ class JobProcesses:
         self.procs.append(proc)
         return proc
 
-    def trainer(self, name: str = "a", site: str = "site-1", *, calls: int = 3000, **plan: Any) -> Proc:
+    def create_spool(self, site: str = "site-1") -> bool:
+        """Create a site's spool, if it is not there. Return whether that was possible."""
+        return create_spool(self.spool(site), SpoolInfo(site, JOB, ("server",), self.spool_bytes))
+
+    def trainer(
+        self, name: str = "a", site: str = "site-1", *, calls: int = 3000, announced: bool = False, **plan: Any
+    ) -> Proc:
         """Start a training process.
 
         Args:
             name: the writer's name; must be new in this job.
             site: whose spool it logs to.
             calls: how many log calls it makes.
+            announced: it finds its spool by the environment variable.
             plan: further fields of `TrainerPlan`.
         """
         if not (self.spool(site) / "spool.json").exists():
-            create_spool(self.spool(site), SpoolInfo(site, JOB, ("server",), self.spool_bytes))
+            self.create_spool(site)
         Notes(self.folder / name, calls)
         self.writers[name] = site
         if plan.get("fork_at", -1) >= 0:
             Notes(self.folder / f"{name}-child", calls)
             self.writers[f"{name}-child"] = site
-        given = TrainerPlan(
-            spool=str(self.spool(site)), notes=str(self.folder), name=name, calls=calls, files=self.files, **plan
+        spool = "" if announced else str(self.spool(site))
+        given = TrainerPlan(spool=spool, notes=str(self.folder), name=name, calls=calls, files=self.files, **plan)
+        return self.start("trainer_process", given, {SPOOL_ENV: spool_env(self.spool(site), site, JOB)})
+
+    def crowd(self, size: int, *, calls: int, at_once: int = 4) -> Proc:
+        """Start a process that forks many trainers, each of which logs a little and ends without closing its writer.
+
+        Args:
+            size: how many trainers.
+            calls: how many log calls each makes.
+            at_once: how many of them live at the same time.
+        """
+        self.create_spool()
+        names = [f"c{number:04}" for number in range(len(self.writers), len(self.writers) + size)]
+        for name in names:
+            Notes(self.folder / name, calls)
+            self.writers[name] = "site-1"
+        plan = CrowdPlan(
+            spool=str(self.spool()), notes=str(self.folder), names=names, calls=calls, at_once=at_once, files=self.files
         )
-        return self.start("trainer_process", given)
+        return self.start("crowd_process", plan)
 
     def sender(self, site: str = "site-1", **plan: Any) -> Proc:
         """Start a site's sender and wait until it runs. ``plan`` has further fields of `SenderPlan`."""

@@ -96,19 +96,19 @@ def frames(data: bytes) -> Iterator[Frame]:
 def count_site(folder: Path, cursor: str = "server") -> SiteCount:
     """Count the records of a spool without damage, as the reader with this cursor left it."""
     total = SiteCount()
-    streams = {m[1] for p in folder.iterdir() if (m := re.fullmatch(r"([0-9a-f]{32})[-.].*", p.name))}
-    total.streams = len(streams)
+    retired: Any = _read_checked(folder / f"{cursor}.retired") or (0, 0, 0, 0, {}, {}, [])
+    streams = {m[1] for p in folder.iterdir() if (m := re.fullmatch(r"([0-9a-f]{32})[-.].*", p.name))} - {*retired[6]}
+    total.streams = len(streams) + retired[0]
+    _, total.logged, total.withheld, total.acked, *_ = retired
+    total.dropped.update(retired[4])
+    total.refused.update(retired[5])
     for stream in streams:
         ledger = folder / f"{stream}.ledger"
-        logged, *drops = struct.unpack("<5Q", ledger.read_bytes()) if ledger.exists() else (0,) * 5
-        ack_file = folder / f"{stream}.{cursor}.ack"
+        logged, *drops = struct.unpack_from("<5Q", ledger.read_bytes()) if ledger.exists() else (0,) * 5
         next_seq = 0
         explained: Counter[str] = Counter()
-        if ack_file.exists():
-            data = ack_file.read_bytes()
-            size, crc = struct.unpack_from("<II", data)
-            assert zlib.crc32(data[8 : 8 + size]) == crc, ack_file
-            _, _, next_seq, acked, refused, past = msgspec.msgpack.decode(data[8 : 8 + size])
+        if ack := _read_checked(folder / f"{stream}.{cursor}.ack"):
+            _, _, next_seq, acked, refused, past = ack
             total.acked += acked
             total.refused.update(refused)
             explained.update(past)
@@ -126,6 +126,17 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
             if n := max(counted.get(reason, 0), explained[reason]):
                 total.dropped[reason] += n
     return total
+
+
+def _read_checked(path: Path) -> list[Any] | None:
+    """Return the fields in a file that begins with size and checksum; None if there is no such file."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    size, crc = struct.unpack_from("<II", data)
+    assert zlib.crc32(data[8 : 8 + size]) == crc, path
+    fields: list[Any] = msgspec.msgpack.decode(data[8 : 8 + size])
+    return fields
 
 
 def count_receiver(journal: Path) -> dict[str, ReceiverCount]:

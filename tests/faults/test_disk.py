@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests.faults.conftest import Disk, MakeJob
 from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver, count_site
 
-MakeDisk = Callable[[Path, int], Disk]
+MakeDisk = Callable[..., Disk]
 MANY = 8_000
 
 
@@ -61,8 +60,91 @@ def test_a_site_whose_disk_is_full_before_training_starts_counts_every_record(
 
     assert answer["report"]["sites"]["site-1"]["at_site"] == {
         "logged": 500, "dropped": {"disk_full": 500}, "refused": {}, "withheld": 0, "acked": 0, "spooled": 0,
+        "unreadable": 0, "complete": True,
     }  # fmt: skip
     job.check_equations()
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3, 5, *(pytest.param(n, marks=pytest.mark.long) for n in range(6, 30, 2))])
+def test_a_full_disk_at_the_start_fails_nobody_and_tracking_begins_with_the_room(
+    make_job: MakeJob, make_disk: MakeDisk, free: int
+) -> None:
+    """There are so many free blocks: none for the spool, or for ``spool.json`` and for some of the files beside it."""
+    job = make_job({"jsonl": {}})
+    disk = make_disk(job.spool().parent, 1024)
+    filler = disk.fill()
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - free * 4096)
+    job.create_spool()
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer(calls=500, wait_at=400, announced=True, pause_s=0)
+    wait_for(lambda: job.count() == 400, "the training up to its pause")
+    sender.ask("flush 1")
+
+    filler.unlink()
+    wait_for((job.spool() / "spool.json").exists, "the spool to be there")
+    looked = time.monotonic()
+    wait_for(lambda: time.monotonic() > looked + 0.6, "the time after which a writer looks for room again")
+    job.go("a")
+    assert trainer.wait() == 0, trainer.log
+    answer = job.end(sender, receiver)
+
+    dropped = answer["report"]["sites"]["site-1"]["at_site"]["dropped"].get("disk_full", 0)
+    assert (dropped == 400) if free == 0 else (0 <= dropped <= 400)
+    job.check_all_delivered(lost={"jsonl": {"a": dropped}} if dropped else None)
+    assert [seen.step for seen in job.held("jsonl") if seen.step is not None][-100:] == list(range(400, 500))
+
+
+def test_a_spool_that_never_has_room_is_a_count_that_says_that_it_does_not_know(
+    make_job: MakeJob, make_disk: MakeDisk
+) -> None:
+    job = make_job({"jsonl": {}}, gate_s=1)
+    make_disk(job.spool().parent, 64).fill()
+    job.create_spool()
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer(calls=100, announced=True)
+    assert trainer.wait() == 0, trainer.log
+    assert trainer.log.count("tracking dropped a record (disk_full") == 1
+
+    assert sender.ask("flush 5") is False
+    answer = job.end(sender, receiver)
+
+    at_site = answer["report"]["sites"]["site-1"]["at_site"]
+    assert (at_site["logged"], at_site["complete"]) == (0, False)
+    assert answer["report"]["balanced"] is False
+
+
+def test_a_disk_without_free_inodes_is_a_full_disk(make_job: MakeJob, make_disk: MakeDisk) -> None:
+    job = make_job({"jsonl": {}})
+    disk = make_disk(job.spool().parent, 1024, inodes=4)
+    job.create_spool()
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer(calls=500, wait_at=400, announced=True, pause_s=0)
+    wait_for(lambda: job.count() == 400, "the training up to its pause")
+    disk.allow_inodes(0)
+    wait_for((job.spool() / "spool.json").exists, "the spool to be there")
+    job.go("a")
+    assert trainer.wait() == 0, trainer.log
+
+    answer = job.end(sender, receiver)
+
+    dropped = answer["report"]["sites"]["site-1"]["at_site"]["dropped"]
+    assert dropped.keys() <= {"disk_full"}
+    job.check_all_delivered(lost={"jsonl": {"a": sum(dropped.values())}})
+
+
+def test_many_processes_together_stay_within_the_limit_of_their_spool(make_job: MakeJob) -> None:
+    job = make_job({"jsonl": {}})
+    job.spool_bytes = 2 << 20
+    job.create_spool()
+    crowd = job.crowd(16, calls=4000, at_once=16)
+    assert crowd.wait() == 0, crowd.log
+
+    found = count_site(job.spool())
+
+    assert sum(path.stat().st_size for path in job.spool().iterdir()) <= 2 << 20
+    assert found.logged == 16 * 4000
+    assert found.spooled == found.logged - found.dropped["spool_full"] > 20_000  # it is used nearly up to its limit
 
 
 def test_a_receiver_whose_disk_is_full_accepts_no_record_and_loses_none(make_job: MakeJob, make_disk: MakeDisk) -> None:

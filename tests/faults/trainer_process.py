@@ -23,7 +23,7 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a trainer does.
 
     Attributes:
-        spool: the site's spool.
+        spool: the site's spool; empty for the one that the environment announces.
         notes: folder of the notes, and of the files that it logs.
         name: the writer's name. Every key begins with it.
         calls: how many log calls it makes.
@@ -49,7 +49,7 @@ def main() -> int:
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=TrainerPlan)
     folder = Path(plan.notes)
     name, notes = plan.name, Notes(folder / plan.name)
-    writer = Writer(plan.spool)
+    writer = Writer(plan.spool or None)
     clock, back_s = time.time, 0.0
     time.time = lambda: clock() - back_s
     child = -1

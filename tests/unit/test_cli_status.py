@@ -71,7 +71,8 @@ def test_the_journals_and_spools_under_a_folder_are_found_and_read(job: Path) ->
     assert (run["confirmed"], run["rejected"], run["pending"]) == (4, {"nonfinite": 1}, 1)
     assert (spool["site"], spool["job"], spool["open"]) == ("site-1", "job-1", True)
     assert spool["receivers"]["server"] == {
-        "streams": 1, "logged": 10, "withheld": 0, "dropped": {}, "refused": {}, "acked": 6, "spooled": 4
+        "streams": 1, "logged": 10, "withheld": 0, "dropped": {}, "refused": {}, "acked": 6, "spooled": 4,
+        "unreadable": 0, "complete": True,
     }  # fmt: skip
 
 

@@ -12,14 +12,14 @@ import pytest
 from tests.unit.helpers import STREAM, metric
 from trackhub.framing import decode_body, encode_frame, scan_frames
 from trackhub.records import Artifact, Blob, Gap, Payload, Record
+from trackhub.spool.acks import Ack
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.counts import count_stream
 from trackhub.spool.damage import DamageLog, find_sound_frame
 from trackhub.spool.drops import Drops
-from trackhub.spool.acks import Ack
-from trackhub.spool.layout import SEGMENT_HEADER
-from trackhub.spool.ledger import read_ledger
-from trackhub.spool.room import Room
+from trackhub.spool.layout import SEGMENT_HEADER, ledger_file
+from trackhub.spool.ledger import Ledger, read_ledger
+from trackhub.spool.room import Room, new_part
 from trackhub.spool.segments import SegmentFile
 from trackhub.spool.small_files import reason_of
 
@@ -33,37 +33,70 @@ class Clock:
         return self.now
 
 
-def test_room_is_taken_in_shares_and_measured_again_when_a_share_is_used_up(tmp_path: Path) -> None:
+def test_a_folder_within_its_limit_has_room_for_what_is_left(tmp_path: Path) -> None:
     room = Room(tmp_path, 1000, 100, Clock())
-    assert room.has(10)
-    assert room.left == 250  # a quarter of what is free
-    room.left -= 250
     (tmp_path / "file").write_bytes(b"x" * 900)
-    assert room.has(10)
-    assert room.left == 100
+    assert room.fits(100)
+    assert not room.fits(101)
 
 
-def test_room_for_one_large_file_may_be_all_that_is_free(tmp_path: Path) -> None:
+def test_room_that_a_writer_has_reserved_is_taken_until_it_ends(tmp_path: Path) -> None:
     room = Room(tmp_path, 1000, 100, Clock())
-    assert room.has(1000)
-    assert not room.has(1001)
+    (tmp_path / f"{STREAM}-000000.spool").write_bytes(b"x" * 10)
+    ledger = Ledger(ledger_file(tmp_path, STREAM))
+    taken = ledger_file(tmp_path, STREAM).stat().st_size
+    ledger.reserve(500)
+    assert room.fits(1000 - 500 - taken)
+    assert not room.fits(1001 - 500 - taken)
+    del ledger  # never closed, as in a process that was killed
+    assert room.fits(1000 - 10 - taken)
+
+
+def test_a_file_that_is_being_written_has_its_room_from_the_beginning(tmp_path: Path) -> None:
+    room = Room(tmp_path, 1000, 100, Clock())
+    part = new_part(tmp_path, STREAM, 600)
+    part.write_bytes(b"x" * 10)
+    assert room.fits(400)
+    assert not room.fits(401)
+    part.write_bytes(b"x" * 700)  # it has become larger than its writer had thought
+    assert not room.fits(301)
 
 
 def test_a_full_folder_is_measured_twice_a_second_at_most(tmp_path: Path) -> None:
     clock = Clock()
     room = Room(tmp_path, 1000, 100, clock)
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 1000)
-    assert not room.has(1)
-    file.unlink()
-    assert not room.has(1)
+    assert room.may_ask_for(10)
+    room.note_full(10)
+    assert not room.may_ask_for(10)
+    assert room.may_ask_for(9)  # a smaller record may still fit
     clock.now += 0.5
-    assert room.has(1)
+    assert room.may_ask_for(10)
+
+
+def test_a_stream_reserves_as_much_as_it_has_written(tmp_path: Path) -> None:
+    segment = SegmentFile(tmp_path, STREAM, 1 << 20)
+    assert segment.must_be_followed(1)
+    segment.open_next()
+    assert segment.ends(50) == (8 + (64 << 10), 58)
+    segment.offset = 300 << 10
+    assert segment.ends(50) == (600 << 10, (300 << 10) + 50)
+    segment.offset = (1 << 20) - 60
+    assert segment.ends(50) == (1 << 20, (1 << 20) - 10)
+    assert segment.must_be_followed(61)
+    segment.close()
+
+
+def test_a_single_record_may_be_larger_than_a_segment(tmp_path: Path) -> None:
+    segment = SegmentFile(tmp_path, STREAM, 100)
+    segment.open_next()
+    assert not segment.must_be_followed(500)
+    assert segment.ends(500) == (508, 508)
+    segment.close()
 
 
 def test_a_segment_file_starts_with_the_first_record_and_goes_on_in_the_next_file(tmp_path: Path) -> None:
     segment = SegmentFile(tmp_path, STREAM, 50)
-    assert (segment.fd, segment.offset, list(tmp_path.iterdir())) == (-1, 50, [])
+    assert (segment.fd, segment.limit, list(tmp_path.iterdir())) == (-1, 0, [])
     for number in range(2):
         segment.open_next()
         assert segment.offset == len(SEGMENT_HEADER)

@@ -39,8 +39,8 @@ from trackhub.records import (
 )
 from trackhub.spool.announcement import spool_env
 from trackhub.spool.layout import blob_file
-from trackhub.spool.round_file import RoundFile
 from trackhub.spool.reading import SpoolReader
+from trackhub.spool.round_file import RoundFile
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
 

@@ -15,9 +15,11 @@ from trackhub.cli.output import print_error, print_json, print_lines, print_tabl
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.find import find
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import DeliveryError
+from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
-from trackhub.spool.reading import SpoolReader
+from trackhub.spool.reading import RETIRED, SpoolReader
 
 __all__ = ["journal_status", "spool_status", "status"]
 
@@ -34,12 +36,12 @@ def status(path: Path, as_json: bool) -> None:
     PATH is a journal, a spool folder, or a folder above, such as a job's.
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}. A journal has path, job, side, status,
-    balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
-    null if it never did; received, duplicates, journaled, missing, explained, final) and lanes (by backend, then
-    site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool has path,
-    site, job, open and receivers (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
-    rejected, altered and explained are counts by reason. What cannot be read has path and error alone, and the exit
-    status is 1.
+    balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, unreadable, complete, as
+    the site last said, null if it never did; received, duplicates, journaled, missing, explained, final) and lanes (by
+    backend, then site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool
+    has path, site, job, open and receivers (by name: streams, logged, withheld, dropped, refused, acked, spooled,
+    unreadable, complete). Dropped, refused, rejected, altered and explained are counts by reason. What cannot be read
+    has path and error alone, and the exit status is 1.
     """
     found = find(path)
     journals = [_or_error(journal, journal_status) for journal in found.journals]
@@ -66,7 +68,7 @@ def journal_status(path: Path) -> dict[str, Any]:
     """
     report = read_journal_report(path)
     lanes = {lane: _all_runs(report, lane) for lane in sorted(report.lanes)}
-    spooled = sum(site.at_site.spooled for site in report.sites.values() if site.at_site)
+    spooled = sum(s.at_site.spooled + s.at_site.unreadable for s in report.sites.values() if s.at_site)
     return {
         "path": str(path),
         "job": report.job,
@@ -88,15 +90,19 @@ def spool_status(folder: Path) -> dict[str, Any]:
     info = read_spool_info(folder)
     receivers = {}
     for cursor in info.cursors:
-        counts = SpoolReader(folder, cursor).counts().values()
+        reader = SpoolReader(folder, cursor)
+        counts = reader.counts()
+        total = add_up(counts.values())
         receivers[cursor] = {
-            "streams": len(counts),
-            "logged": sum(count.logged for count in counts),
-            "withheld": sum(count.withheld for count in counts),
-            "dropped": _total(count.dropped for count in counts),
-            "refused": _total(count.refused for count in counts),
-            "acked": sum(count.acked for count in counts),
-            "spooled": sum(count.spooled for count in counts),
+            "streams": len(counts.keys() - {RETIRED}) + reader.retired_streams(),
+            "logged": total.logged,
+            "withheld": total.withheld,
+            "dropped": total.dropped,
+            "refused": total.refused,
+            "acked": total.acked,
+            "spooled": total.spooled,
+            "unreadable": total.unreadable,
+            "complete": total.is_complete,
         }
     return {"path": str(folder), "site": info.site, "job": info.job, "open": info.open, "receivers": receivers}
 
@@ -113,7 +119,7 @@ def _or_error(path: Path, read: Any) -> dict[str, Any]:
 
 def _plain_site(site: SiteReport) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(site)
-    counts = plain.pop("at_site") or dict.fromkeys(("logged", "withheld", "dropped", "refused", "acked", "spooled"))
+    counts = plain.pop("at_site") or dict.fromkeys(SiteCounts.__struct_fields__)
     return {**counts, **plain}
 
 
@@ -121,14 +127,6 @@ def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
     """Return a lane's runs by site; a site whose run was never opened has all its records pending."""
     runs = report.lanes[lane]
     return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in sorted(report.sites.items())}
-
-
-def _total(counts: Any) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for count in counts:
-        for reason, number in count.items():
-            total[reason] = total.get(reason, 0) + number
-    return total
 
 
 def _show_journal(journal: Mapping[str, Any]) -> None:
@@ -178,7 +176,7 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
                 _reasons(count["refused"]),
                 _reasons(count["dropped"]),
                 str(count["withheld"]),
-                str(count["spooled"]),
+                str(count["spooled"] + count["unreadable"]),
             ]
             for receiver, count in spool["receivers"].items()
         ],

@@ -23,6 +23,8 @@ from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.counts import StreamCount
+from trackhub.spool.hold import hold_ended_spool
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import SpoolReader
 
@@ -105,46 +107,77 @@ def replay_spool(
         The report, or None if nothing is left for this receiver.
 
     Raises:
-        SpoolError: it is no spool, no receiver of this name reads it, or the site's own receiver left no journal.
+        SpoolError: it is no spool, no receiver of this name reads it, it cannot be read, the site's own receiver left
+            no journal, or the job still runs.
         JournalError: the journal cannot be used, or is in use by a running job or another replay.
         ConfigError: a backend or an option is wrong, or the backends must be given.
         PluginError: the plugin of a backend cannot be used.
     """
-    info = read_spool_info(spool)
-    stands_in = journal.parent.name == _STAND_IN
+    # The sender of a running job has it. Two that send one spool would each deliver what the other one delivers.
+    lock = hold_ended_spool(spool, cursor)
+    try:
+        acked = _left_after_rewind(spool, cursor, journal)
+        if acked is None:
+            return None
+        info = read_spool_info(spool)
+        meta = _meta_for_spool(spool, journal, backends)
+        receiver = _receiver(journal, _job({"job": info.job, **meta}), Side(cursor), _choose(meta, backends), limits)
+        receiver.start()
+        if _stands_in(journal):
+            # Backends recognise a record by its position, so positions go on where the server's own journal ended.
+            receiver.continue_site(info.site, acked)
+        sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits, lock=lock)
+        sender.start()
+        sender.close(timeout_s)
+        return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+    except OSError as e:
+        raise SpoolError(f"cannot read or write the spool {spool}: {e}") from e
+    finally:
+        lock.release()
+
+
+def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
+    """Return how many records of the spool the receiver has had. None if nothing is left that can be read.
+
+    What the receiver's disk has lost since then is left again.
+    """
     if journal.exists():
         repair(journal)
-        if not stands_in:
-            _rewind_lost_streams(spool, cursor, info.site, journal)
-    counts = SpoolReader(spool, cursor).counts()
-    if not any(count.spooled for count in counts.values()):
-        return None
-    if not journal.exists():
-        if not stands_in:
-            raise SpoolError(f"{spool}: the journal of the site's own receiver, {journal}, is not there")
-        if backends is None:
-            raise ConfigError(
-                f"{spool}: a site does not know the server's backends; name one to deliver to with --backend"
-            )
-    meta = read_journal_meta(journal) if journal.exists() else {}
-    receiver = _receiver(journal, _job({"job": info.job, **meta}), Side(cursor), _choose(meta, backends), limits)
-    receiver.start()
-    if stands_in:
-        # Backends recognise a record by its position, so positions must go on where the server's own journal ended.
-        receiver.continue_site(info.site, sum(count.acked for count in counts.values()))
-    sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits)
-    sender.start()
-    sender.close(timeout_s)
-    return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+        if not _stands_in(journal):
+            _rewind_lost_streams(spool, cursor, read_spool_info(spool).site, journal)
+    counts = _counts(spool, cursor)
+    return sum(count.acked for count in counts) if any(count.spooled for count in counts) else None
+
+
+def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
+    """Return what the journal says about the job; nothing if a new journal is going to stand in for the server's."""
+    if journal.exists():
+        return read_journal_meta(journal)
+    if not _stands_in(journal):
+        raise SpoolError(f"{spool}: the journal of the site's own receiver, {journal}, is not there")
+    if backends is None:
+        raise ConfigError(f"{spool}: a site does not know the server's backends; name one to deliver to with --backend")
+    return {}
+
+
+def _stands_in(journal: Path) -> bool:
+    return journal.parent.name == _STAND_IN
 
 
 def count_spooled(spool: Path, cursor: str) -> int:
-    """Return how many records a spool still holds for one of its receivers.
+    """Return how many records a spool still holds for one of its receivers, with those that cannot be read.
 
     Raises:
-        SpoolError: it is no spool, or no receiver of this name reads it.
+        SpoolError: it is no spool, no receiver of this name reads it, or its folder cannot be read.
     """
-    return sum(count.spooled for count in SpoolReader(spool, cursor).counts().values())
+    return sum(count.spooled + count.unreadable for count in _counts(spool, cursor))
+
+
+def _counts(spool: Path, cursor: str) -> list[StreamCount]:
+    try:
+        return list(SpoolReader(spool, cursor).counts().values())
+    except OSError as e:
+        raise SpoolError(f"cannot read the spool {spool}: {e}") from e
 
 
 def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
@@ -164,7 +197,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         return beside / JOURNAL_NAME
     job = read_spool_info(spool).job
     for journal in journals:
-        if journal.absolute().parent.name == _STAND_IN:
+        if _stands_in(journal.absolute()):
             continue
         try:
             meta = read_journal_meta(journal)
@@ -181,7 +214,7 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
     A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
     """
     known = read_stream_positions(journal, site)
-    for stream in SpoolReader(spool, cursor).counts():
+    for stream in SpoolReader(spool, cursor).streams():
         ack = read_ack(spool, stream, cursor)
         lost = ack.next_seq - known.get(stream, 0)
         if lost > 0:

@@ -96,7 +96,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
 
     def undelivered(self) -> int:
         """Return how many records are still on their way: in a site's spool, or pending at a backend."""
-        return self.pending() + sum(site.at_site.spooled for site in self.sites.values() if site.at_site is not None)
+        counted = [site.at_site for site in self.sites.values() if site.at_site is not None]
+        return self.pending() + sum(counts.spooled + counts.unreadable for counts in counted)
 
     def pending(self) -> int:
         """Return how many records are pending, at all backends together."""
@@ -166,6 +167,10 @@ def _site_remarks(site: SiteReport) -> list[str]:
             remarks.append(f"withheld by the site's policy: {counts.withheld}")
         if counts.spooled:
             remarks.append(f"still in the site's spool: {counts.spooled}")
+        if counts.unreadable:
+            remarks.append(f"in the site's spool, where the sender cannot read them: {counts.unreadable}")
+        if not counts.complete:
+            remarks.append("the site may have logged more than it could count")
     if site.missing:
         remarks.append(f"missing without a reason: {site.missing}")
     if not site.final:

@@ -27,8 +27,8 @@ from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.hold import SpoolHold
 from trackhub.spool.layout import close_spool
-from trackhub.spool.round_file import RoundFile
 from trackhub.spool.reading import SpoolReader
+from trackhub.spool.round_file import RoundFile
 
 __all__ = ["Sender"]
 
@@ -151,7 +151,7 @@ class Sender:
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         try:
-            ends = self._reader.ends()
+            ends = None if self._hold.is_waiting_for_room() else self._reader.ends()
         except OSError:
             ends = None  # the pass says why it cannot look either
         passes = self._passes
@@ -320,7 +320,7 @@ class Sender:
             self._warn_once(f"site {self.site} cannot read its spool: {e}; trying again")
             return False
         self._warned_of = ""
-        return not self._reader.has_problems()
+        return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
 
     def _deliver(self, batch: SpoolBatch) -> bool:
         """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
@@ -353,10 +353,13 @@ class Sender:
     def _count(self, until: float | None = None) -> None:
         """Count the site's records. Without a time until which to read, count by the ledgers, which takes little."""
         try:
-            self._counts = site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
+            counts = site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:
-            self._counts = msgspec.structs.replace(self._counts, complete=False)
+            counts = msgspec.structs.replace(self._counts, complete=False)
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
+        if self._hold.is_waiting_for_room():
+            counts.complete = False
+        self._counts = counts
 
     def _warn_once(self, message: str) -> None:
         """Warn, unless that was the last warning: what fails in one pass fails in the next one."""

@@ -67,19 +67,19 @@ class FollowedStream:
             self.size = 0
 
 
-def look(folder: Path, streams: dict[str, FollowedStream], is_new: Callable[[str], FollowedStream | None]) -> None:
+def look(folder: Path, streams: dict[str, FollowedStream], make: Callable[[str], FollowedStream | None]) -> None:
     """Look through the folder, and note in each stream which files it has.
 
     Args:
         folder: the spool's folder.
         streams: the streams that are known, by name. New ones are added, in the order of their names.
-        is_new: returns what to add for a name that is not known; None to pass over its files.
+        make: returns what to add for a name that is not known; None to pass over its files.
 
     Raises:
         OSError: the folder cannot be read.
     """
-    for stream in streams.values():
-        stream.forget_files()
+    for known in streams.values():
+        known.forget_files()
     found: dict[str, FollowedStream | None] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -87,16 +87,13 @@ def look(folder: Path, streams: dict[str, FollowedStream], is_new: Callable[[str
             if match is None:
                 continue
             name = match[1]
-            stream = streams.get(name)
-            if stream is None:
+            if (stream := streams.get(name)) is None:
                 if name not in found:
-                    found[name] = is_new(name)
+                    found[name] = make(name)
                 stream = found[name]
             if stream is not None:
                 _note(stream, entry, int(match[2]) if match.re is _SEGMENT else None)
-    for name in sorted(found):
-        if (stream := found[name]) is not None:
-            streams[name] = stream
+    streams.update((name, stream) for name, stream in sorted(found.items()) if stream is not None)
 
 
 def _note(stream: FollowedStream, entry: os.DirEntry[str], segment: int | None) -> None:

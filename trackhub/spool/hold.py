@@ -49,24 +49,32 @@ class SpoolHold:
         A spool that could not be created yet is created here as soon as that is possible. Never raises.
         """
         now = time.monotonic()
-        if self._lock is None and now >= self._try_at:
+        if now >= self._try_at:
             self._try_at = now + _TRY_EVERY_S
             self._create()
-            try:
-                self._lock = lock_cursor(self._folder, self._cursor)
-                self.is_owner = True
-                if not self._lock.is_locked:
-                    self._warn("the file system of %s has no locks: do not replay it while its job runs", self._folder)
-            except BlockingIOError:
-                self.is_owner = False
-                self._warn(
-                    "another process sends the spool in %s as %r; this sender waits until it ends", self._folder,
-                    self._cursor,
-                )  # fmt: skip
-            except OSError:
-                # The folder is not there, or the disk is full. What can be sent is sent all the same.
-                self.is_owner = True
+            if self._lock is None:
+                self._take_lock()
         return self.is_owner
+
+    def is_waiting_for_room(self) -> bool:
+        """Return whether the spool could not be created yet. Its writers alone count what is logged meanwhile."""
+        return expected_spool(self._folder) is not None
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock = lock_cursor(self._folder, self._cursor)
+            self.is_owner = True
+            if not self._lock.is_locked:
+                self._warn("the file system of %s has no locks: do not replay it while its job runs", self._folder)
+        except BlockingIOError:
+            self.is_owner = False
+            self._warn(
+                "another process sends the spool in %s as %r; this sender waits until it ends", self._folder,
+                self._cursor,
+            )  # fmt: skip
+        except OSError:
+            # The folder is not there, or the disk is full. What can be sent is sent all the same.
+            self.is_owner = True
 
     def _create(self) -> None:
         if (expected := expected_spool(self._folder)) is not None:
@@ -102,8 +110,8 @@ def hold_ended_spool(folder: Path, cursor: str) -> ProcessLock:
         lock = lock_cursor(folder, cursor)
     except BlockingIOError as e:
         raise SpoolError(
-            f"the spool {folder} is in use by another process (the sender of a running job, or a replay); wait until it "
-            "has ended"
+            f"the spool {folder} is in use by another process (the sender of a running job, or a replay); wait until "
+            "it has ended"
         ) from e
     except OSError as e:
         raise SpoolError(f"cannot lock the spool {folder}: {e}; its folder must be writable") from e
@@ -115,6 +123,7 @@ def hold_ended_spool(folder: Path, cursor: str) -> ProcessLock:
     if stream is not None:
         lock.release()
         raise SpoolError(
-            f"a process of the job still logs to the spool {folder} (stream {stream}); wait until it has ended, or end it"
+            f"a process of the job still logs to the spool {folder} (stream {stream}); wait until it has ended, or end "
+            "it"
         )
     return lock

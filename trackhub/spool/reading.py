@@ -335,8 +335,8 @@ class SpoolReader:
         if self._named_problems.get(stream.name) != problem:
             self._named_problems[stream.name] = problem
             _log.warning(
-                "stream %s of the spool in %s cannot be read (%s). Its records are counted as unreadable. All others are "
-                "delivered, and this one is tried again", stream.name, self.folder, problem,
+                "stream %s of the spool in %s cannot be read (%s). Its records are counted as unreadable. All others "
+                "are delivered, and this one is tried again", stream.name, self.folder, problem,
             )  # fmt: skip
 
     def _note_turn(self, stream: str) -> None:

@@ -214,9 +214,7 @@ class SpoolWriter:
         if stream.drops.warning is not None:
             self._warn(stream)
 
-    def _append_stored(
-        self, stream: Stream, partial: Path, blob: NewBlob, step: int | None, log_time: float
-    ) -> None:
+    def _append_stored(self, stream: Stream, partial: Path, blob: NewBlob, step: int | None, log_time: float) -> None:
         """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
         if stream.is_abandoned:
             return  # the file, too, is the parent's

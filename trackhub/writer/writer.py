@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Self
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_STEP, Metrics, Params, Payload, Tags
-from trackhub.spool.writing import NewBlob
+from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.artifacts import read_artifact
 from trackhub.writer.images import read_image
 from trackhub.writer.mode import open_spool
@@ -30,7 +30,7 @@ from trackhub.writer.values import (
     read_text,
 )
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "plain_writer"]
 
 _POLL_S = 0.01
 _Arguments = ParamSpec("_Arguments")
@@ -59,7 +59,8 @@ class Writer:
     the record is dropped and counted, and training goes on.
 
     All methods may be called from any thread and from signal handlers. A forked child may go on with the writer of its
-    parent. A writer that is never closed loses nothing.
+    parent. A writer may be copied, and pickled into another process on the same machine: the copy logs into the same
+    run. A writer that is never closed loses nothing.
     """
 
     def __init__(self, spool_dir: str | os.PathLike[str] | None = None, *, strict: bool = False) -> None:
@@ -299,9 +300,21 @@ class Writer:
             raise RecordError(f"{blob.key!r}: {e}") from e
 
 
+def plain_writer(spool: SpoolWriter | None) -> Writer:
+    """Return a writer on this spool, for the copy of a writer that can do more. Without one, it records nothing."""
+    writer = Writer.__new__(Writer)
+    writer._spool = spool
+    writer._known_keys = set()
+    return writer
+
+
 def _too_large(payload: Payload, error: Exception) -> RecordError:
     name = type(payload).__name__
     keys = list(payload.values)[:3] if isinstance(payload, Metrics | Params | Tags) else getattr(payload, "key", "")
-    return RecordError(
-        f"{name} {keys!r:.200}: {error}; expected integers that fit into 64 bits, and large values in log_artifact"
+    # Which of the two it was; each has its own way out.
+    way_out = (
+        "expected integers that fit into 64 bits; convert a larger one with str() or float()"
+        if isinstance(error, OverflowError)
+        else "log a larger value with log_artifact"
     )
+    return RecordError(f"{name} {keys!r:.200}: {error}; {way_out}")
