@@ -68,11 +68,15 @@ def test_forks_while_other_threads_open_and_close_writers_lose_nothing(tmp_path:
                     writer.log({name: logged[name]})
                     logged[name] += 1
 
+    def log_thrice() -> None:
+        for n in range(3):
+            kept.log({"child": n})
+
     threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
     for thread in threads:
         thread.start()
     try:
-        codes = [in_child(lambda n=n: [kept.log({"child": n}) for _ in range(3)]) for n in range(60)]  # type: ignore[misc]
+        codes = [in_child(log_thrice) for _ in range(60)]
     finally:
         stop.set()
         for thread in threads:
@@ -88,7 +92,7 @@ def test_forks_while_other_threads_open_and_close_writers_lose_nothing(tmp_path:
 
 
 def test_a_signal_handler_that_forks_in_a_log_call_disturbs_neither_process(tmp_path: Path) -> None:
-    """The child returns from the handler into the call, which belongs to the parent, and must not have it twice."""
+    """The child returns from the handler into the call. If that had begun, it belongs to the parent alone."""
     code = """
         import os, signal, sys
         from trackhub.writer.writer import Writer
@@ -125,9 +129,11 @@ def test_a_signal_handler_that_forks_in_a_log_call_disturbs_neither_process(tmp_
     (parent, records), children = streams.pop(), [records for _, records in streams]
     assert values(records) == list(range(int(done.stdout)))
     assert read_ledger(ledger_file(tmp_path, parent)).logged == int(done.stdout)
-    assert sorted(value for child in children for value in values(child)) == list(range(1, 101))
-    assert all(len(child) == 1 for child in children)
-    assert all(count.logged for count in SpoolReader(tmp_path, "server").counts().values())
+    # A child may also have made a call of its own, if the signal came before the call or after it.
+    assert sorted(values(child)[0] for child in children) == list(range(1, 101))
+    assert all([record.seq for record in child] in ([0], [0, 1]) for child in children)
+    counts = SpoolReader(tmp_path, "server").counts()
+    assert sum(count.logged for count in counts.values()) == len(records) + sum(map(len, children))
 
 
 def test_a_child_that_outlives_its_parent_keeps_neither_streams_nor_locks(tmp_path: Path) -> None:
@@ -200,10 +206,10 @@ def test_writers_that_are_never_closed_leave_no_descriptor_open(tmp_path: Path) 
     """A script may make a writer in each round. The records of all of them are there."""
     new_spool(tmp_path)
     used = len(os.listdir("/proc/self/fd"))
-    for i in range(300):
+    for i in range(100):
         Writer(tmp_path).log({"a": i})
     assert len(os.listdir("/proc/self/fd")) == used
-    assert sorted(value for records in read_spool(tmp_path).values() for value in values(records)) == list(range(300))
+    assert sorted(value for records in read_spool(tmp_path).values() for value in values(records)) == list(range(100))
 
 
 def test_forked_children_of_a_local_run_end_it_neither_early_nor_for_the_next_one(tmp_path: Path) -> None:
