@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from trackhub.delivery import (
     Sender,
     SpoolInfo,
     close_spool,
-    create_spool,
+    create_spool_anywhere,
     refusal,
     spool_env,
 )
@@ -155,13 +154,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job = compat.job_id(fl_ctx)
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
         info = SpoolInfo(site, job, tuple(cursors), self._limits.spool_bytes)
-        spool = compat.state_folder(fl_ctx, self.state_dir) / "spool"
-        try:
-            create_spool(spool, info)
-        except SpoolError as e:
-            spool = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
-            self.log_error(fl_ctx, f"{e}. Tracking uses {spool} instead", fire_event=False)
-            create_spool(spool, info)
+        spool = create_spool_anywhere(compat.state_folder(fl_ctx, self.state_dir) / "spool", info)
         # Trainers inherit it (external) or read it here (in process). They start at START_RUN, which comes later.
         self._spool = spool
         self._announced = spool_env(spool, site, job)

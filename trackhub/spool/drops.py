@@ -79,18 +79,22 @@ class Drops:
             self.warned_at = now
             self.warning = reason, detail, self.total
 
-    def open_ledger(self) -> None:
-        """Open the stream's ledger unless it is open.
+    def open_ledger(self) -> Ledger:
+        """Open the stream's ledger unless it is open, and return it.
 
         Raises:
             OSError: it cannot be written.
         """
-        if self.ledger is None:
+        ledger = self.ledger
+        if ledger is None:
             if self._path is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             ledger = Ledger(self._path)
             ledger.set(self._logged, self._counts)  # all that was counted while the disk had no room for it
+            if self._path is None:  # a signal handler has forked in between, and this is the child
+                ledger.abandon()
             self.ledger = ledger
+        return ledger
 
     def gap_frames(self, log_time: float, federated_round: int | None) -> bytes:
         """Return a frame for each gap that is not in the stream yet."""

@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 import struct
+import tempfile
 import threading
 from pathlib import Path
 
@@ -39,6 +40,7 @@ __all__ = [
     "blob_file",
     "close_spool",
     "create_spool",
+    "create_spool_anywhere",
     "expect_spool",
     "expected_spool",
     "ledger_file",
@@ -112,6 +114,36 @@ def create_spool(folder: Path, info: SpoolInfo) -> bool:
             "dropped and counted", info.site, folder, e,
         )  # fmt: skip
         return False
+
+
+def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
+    """Create a spool in this folder or, if that is not possible, in a temporary one. Return where it is.
+
+    If it cannot be created there either, it is expected in ``folder``, as `create_spool` says.
+
+    Args:
+        folder: where to create it.
+        info: what its ``spool.json`` is to say.
+
+    Raises:
+        SpoolError: the folder holds the spool of another site or job, and there is no temporary folder.
+    """
+    problem: SpoolError | None = None
+    try:
+        if create_spool(folder, info):
+            return folder
+    except SpoolError as e:
+        problem = e
+    with contextlib.suppress(OSError):
+        elsewhere = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
+        if create_spool(elsewhere, info):
+            _log.error("the spool of site %s is in %s instead. %s", info.site, elsewhere, problem or "")
+            return elsewhere
+        _expected.pop(_key(elsewhere), None)
+        elsewhere.rmdir()
+    if problem is not None:
+        raise problem
+    return folder
 
 
 def try_to_create(folder: Path, info: SpoolInfo) -> bool:

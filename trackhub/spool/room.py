@@ -21,6 +21,7 @@ from trackhub.spool.ledger import WriterState, read_ledger, writer_state
 __all__ = ["Room", "new_part"]
 
 _RESCAN_S = 0.5
+_FEW_BYTES = 2 * MAX_BODY_BYTES  # more than one record with the gaps before it
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.spool")
 _PART = re.compile(r".+-(\d+)-[0-9a-f]{32}\.part")
 
@@ -34,12 +35,13 @@ class Room:
         Args:
             folder: the spool's folder.
             max_bytes: the limit of all its files together.
-            segment_bytes: the size of a segment. A stream reserves no more, except for a single larger record.
+            segment_bytes: the size of a segment. A stream reserves as much as its segment has, and no more than this,
+                or room for a single record.
             clock: seconds that only grow.
         """
         self._folder = folder
         self._max_bytes = max_bytes
-        self._most_reserved = max(segment_bytes, 2 * MAX_BODY_BYTES)
+        self._segment_bytes = segment_bytes
         self._clock = clock
         self._full_until = 0.0
         self._full_at = 0
@@ -75,9 +77,10 @@ class Room:
                 elif match := _PART.fullmatch(name):
                     used += max(0, int(match[1]) - size)
         left = self._max_bytes - used - more
-        if left >= len(ledgers) * self._most_reserved:
-            return True  # whatever the others have reserved; so there is no need to look
-        return left >= sum(self._reserved(stream, last.get(stream, (0, 0))[1]) for stream in ledgers)
+        written = {stream: last.get(stream, (0, 0))[1] for stream in ledgers}
+        if left >= sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values()):
+            return True  # no stream reserves more, so there is no need to look what they have reserved
+        return left >= sum(self._reserved(stream, size) for stream, size in written.items())
 
     def _reserved(self, stream: str, written: int) -> int:
         """Return how many bytes this stream is going to write that are not written yet."""

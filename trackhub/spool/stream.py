@@ -129,19 +129,18 @@ class Stream:
         segment, drops, room = self._segment, self.drops, self.room
         if not room.may_ask_for(size):
             return False
-        drops.open_ledger()
-        assert drops.ledger is not None
+        ledger = drops.open_ledger()
         if segment.must_be_followed(size):
             if not room.fits(size):  # asked first, since a full spool must not fill with empty segments
                 room.note_full(size)
                 return False
             segment.open_next()
         for end in segment.ends(size):
-            drops.ledger.reserve(end)
+            ledger.reserve(end)
             if room.fits():
                 segment.limit = end
                 return True
-        drops.ledger.reserve(segment.offset)
+        ledger.reserve(segment.offset)
         room.note_full(size)
         return False
 

@@ -255,8 +255,10 @@ class SpoolWriter:
         With the lock held, this thread would take this lock and then the handler's. Another thread that logs a line
         takes them in the other order, and the two would wait for each other for ever.
         """
-        if stream.busy:
-            return  # in a signal handler: the call that it interrupted holds the lock, and warns afterwards
+        if stream.busy or stream.is_abandoned:
+            # In a signal handler: the call that it interrupted holds the lock, and warns afterwards. Or in a child that
+            # was forked in the middle of a call: the parent logs that record.
+            return
         warning, stream.drops.warning = stream.drops.warning, None
         if warning is not None:
             reason, detail, total = warning
