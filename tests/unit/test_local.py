@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -19,12 +21,15 @@ import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from tests.unit.helpers import assert_balanced, json_lines
+from tests.unit.helpers import assert_balanced, json_lines, small_disk
+from trackhub import local_tracking
 from trackhub.delivery.journal.read_only import read_journal_meta
+from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
+from trackhub.process_lock import ProcessLock
 from trackhub.spool.layout import read_spool_info
 
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
@@ -284,3 +289,104 @@ def test_two_jobs_of_one_name_are_two_folders_and_two_runs(tmp_path: Path) -> No
         told = msgspec.json.decode(read_journal_meta(writer.folder / "trackhub" / "trackhub.db")["job_info"])
         assert (told["name"], told["notes"], told["tags"]) == ("lr 0.1", "why", ["a", "b"])
         assert [line["values"] for line in lines(writer)] == [{"loss": 1.0}]
+
+
+def fill(disk: Path, free: int = 0) -> Path:
+    """Use up the space of a disk but for so many blocks. Return the file whose removal frees it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - free * 4096)
+    return filler
+
+
+@pytest.mark.parametrize("free", [0, 2, 12, 24])
+def test_a_full_disk_at_the_start_fails_no_script_and_tracking_begins_with_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(local_tracking, "_TRY_EVERY_S", 0.05)
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        filler = fill(disk, free)
+        with open_local(disk / "runs", job="j") as writer:
+            for step in range(10):
+                writer.log({"a": step}, step)
+            filler.unlink()
+            deadline = time.monotonic() + 20
+            while not lines_or_none(writer):
+                writer.log({"late": 1.0})
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.05)
+        at_site = report_of(writer).sites["local"].at_site
+        assert at_site is not None
+        assert at_site.complete
+        assert at_site.logged == at_site.acked + sum(at_site.dropped.values())
+        assert at_site.dropped.keys() <= {"disk_full"}
+        assert len(lines(writer)) == at_site.acked
+
+
+def lines_or_none(writer: LocalWriter) -> list[dict[str, object]]:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return lines(writer)
+    return []
+
+
+def test_a_script_whose_disk_never_has_room_ends_as_it_would_without_tracking(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = threading.active_count()
+    with small_disk(tmp_path / "disk", 1 << 18) as disk:
+        fill(disk)
+        with open_local(disk / "runs", job="j") as writer:
+            for step in range(10):
+                writer.log({"a": step}, step)
+        assert writer.report is None
+    assert threading.active_count() == before
+    assert "database or disk is full. Training goes on" in caplog.text
+    assert "tracking could not end in order" in caplog.text
+
+
+def test_to_close_never_raises_for_a_damaged_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = threading.active_count()
+    writer = open_local(tmp_path, job="j")
+    writer.log({"a": 1.0})
+    assert writer.flush(20)
+    for path in (writer.folder / "trackhub").glob("trackhub.db*"):
+        path.write_bytes(b"x" * max(4096, path.stat().st_size))
+
+    writer.close()
+    writer.close()
+
+    assert threading.active_count() == before
+    if writer.report is None:
+        assert "deliver it with `trackhub replay" in caplog.text
+    ProcessLock.open(writer.folder / "trackhub" / "trackhub.lock").release()
+
+
+def test_to_close_never_raises_for_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        writer = open_local(disk / "runs", job="j")
+        writer.log({"a": 1.0})
+        assert writer.flush(20)
+        fill(disk)
+        for step in range(1000):
+            writer.log({"a": step}, step)
+        writer.close()
+        writer.close()
+        ProcessLock.open(writer.folder / "trackhub" / "trackhub.lock").release()
+
+
+@pytest.mark.parametrize("error", [JournalError("no"), KeyboardInterrupt()])
+def test_a_start_that_fails_with_the_journal_open_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(Receiver, "_lane", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            open_local(tmp_path, job="j")
+    assert threading.active_count() == before
+    with open_local(tmp_path, job="j") as writer:
+        writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1

@@ -23,7 +23,9 @@ FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda writer: pickle.loads(pickle.dumps(writer))])
-def test_a_copy_logs_into_the_same_spool_with_a_stream_of_its_own(tmp_path: Path, how: Callable[[Writer], Writer]) -> None:
+def test_a_copy_logs_into_the_same_spool_with_a_stream_of_its_own(
+    tmp_path: Path, how: Callable[[Writer], Writer]
+) -> None:
     with Writer(new_spool(tmp_path)) as writer:
         writer.log({"a": 1.0})
         other = how(writer)

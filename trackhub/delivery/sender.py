@@ -198,7 +198,7 @@ class Sender:
         self._exchange.close_by(time.monotonic() + timeout_s)
         self._wake.set()
         if self._thread.ident is None:  # it was not started
-            self._hold.take()
+            self._hold.take(at_once=True)
             self._count(until=time.monotonic() + timeout_s)
             self._end()
         else:
@@ -241,7 +241,7 @@ class Sender:
                     self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
             self._wake.wait(pause_s)
             self._wake.clear()
-        is_owner = self._hold.take()
+        is_owner = self._hold.take(at_once=True)
         if is_owner:
             # All writers are closed, so this pass finds everything, and its counts are the last.
             self._pass(final=True)
@@ -251,7 +251,7 @@ class Sender:
 
     def _end(self) -> None:
         """Mark the spool as closed, and give up its ownership."""
-        if self._hold.is_owner:
+        if self._hold.is_owner and not self._hold.is_waiting_for_room():
             try:
                 close_spool(self.folder)
             except SpoolError as e:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trackhub.errors import SpoolError
 from trackhub.process_lock import ProcessLock
-from trackhub.spool.layout import expected_spool, lock_cursor, try_to_create
+from trackhub.spool.layout import create_expected, expected_spool, lock_cursor
 from trackhub.spool.reading import SpoolReader
 
 __all__ = ["SpoolHold", "hold_ended_spool"]
@@ -43,15 +43,18 @@ class SpoolHold:
         self._try_at = 0.0
         self._has_warned = False
 
-    def take(self) -> bool:
-        """Return whether this sender owns its end of the spool. Take it if it is free, five times a second at most.
+    def take(self, *, at_once: bool = False) -> bool:
+        """Return whether this sender owns its end of the spool. Take it if it is free.
 
         A spool that could not be created yet is created here as soon as that is possible. Never raises.
+
+        Args:
+            at_once: try now. Otherwise, both are tried five times a second at most.
         """
         now = time.monotonic()
-        if now >= self._try_at:
+        if at_once or now >= self._try_at:
             self._try_at = now + _TRY_EVERY_S
-            self._create()
+            create_expected(self._folder)
             if self._lock is None:
                 self._take_lock()
         return self.is_owner
@@ -75,14 +78,6 @@ class SpoolHold:
         except OSError:
             # The folder is not there, or the disk is full. What can be sent is sent all the same.
             self.is_owner = True
-
-    def _create(self) -> None:
-        if (expected := expected_spool(self._folder)) is not None:
-            try:
-                try_to_create(self._folder, expected[0])
-                _log.info("the spool in %s is there now", self._folder)
-            except (OSError, SpoolError) as e:
-                _log.debug("the spool in %s cannot be created yet: %s", self._folder, e)
 
     def _warn(self, message: str, *arguments: object) -> None:
         if not self._has_warned:

@@ -39,6 +39,7 @@ __all__ = [
     "SpoolInfo",
     "blob_file",
     "close_spool",
+    "create_expected",
     "create_spool",
     "create_spool_anywhere",
     "expect_spool",
@@ -48,7 +49,6 @@ __all__ = [
     "read_spool_info",
     "segment_name",
     "spool_info",
-    "try_to_create",
 ]
 
 DEFAULT_SPOOL_BYTES = 1 << 30
@@ -104,7 +104,8 @@ def create_spool(folder: Path, info: SpoolInfo) -> bool:
             through a file.
     """
     try:
-        return try_to_create(folder, info)
+        _create(folder, info)
+        return True
     except OSError as e:
         if e.errno in _NEVER_A_FOLDER:
             raise SpoolError(f"cannot create the spool in {folder}: {e}; give another folder") from e
@@ -146,13 +147,7 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
     return folder
 
 
-def try_to_create(folder: Path, info: SpoolInfo) -> bool:
-    """Create the spool folder, or use the existing one, as `create_spool` does. Always returns True.
-
-    Raises:
-        SpoolError: the folder holds the spool of another site or job.
-        OSError: it cannot be created now.
-    """
+def _create(folder: Path, info: SpoolInfo) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     old = _stored(folder)
     if old is not None and (old.site, old.job) != (info.site, info.job):
@@ -167,7 +162,6 @@ def try_to_create(folder: Path, info: SpoolInfo) -> bool:
     with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
         for number in range(SPARES):
             make_spare(folder, number)
-    return True
 
 
 def _stored(folder: Path) -> SpoolInfo | None:
@@ -209,6 +203,16 @@ def expected_spool(folder: Path) -> tuple[SpoolInfo, str] | None:
     """Return what an expected spool is going to be, and why it is not there. None if nobody expects one here."""
     reason = _expected.get(_key(folder))
     return None if reason is None else (_known[_key(folder)], reason)
+
+
+def create_expected(folder: Path) -> None:
+    """Create the spool that is expected in this folder, if that is possible now. Never raises."""
+    if (expected := expected_spool(folder)) is not None:
+        try:
+            _create(folder, expected[0])
+            _log.info("the spool in %s is there now", folder)
+        except (OSError, SpoolError) as e:
+            _log.debug("the spool in %s cannot be created yet: %s", folder, e)
 
 
 def spool_info(folder: Path) -> SpoolInfo:

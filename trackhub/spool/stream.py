@@ -17,7 +17,7 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.drops import NEVER, Drops
-from trackhub.spool.layout import SpoolInfo, expected_spool, ledger_file
+from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.segments import SegmentFile
@@ -28,6 +28,7 @@ __all__ = ["CLOSED", "Stream"]
 SEGMENT_BYTES = 8 << 20
 """A writer closes a segment at this size, so that acknowledged bytes can be deleted while training goes on."""
 
+_CREATE_EVERY_S = 0.5
 CLOSED = "the writer is closed; records logged after close() cannot be delivered"
 
 
@@ -73,6 +74,8 @@ class Stream:
         self.drops = Drops(ledger_file(folder, self.id), clock, warned_at)
         self._segment = SegmentFile(folder, self.id, segment_bytes)
         self._folder = folder
+        self._clock = clock
+        self._create_at = 0.0
         self._round = round_file
         self._max_bytes = info.max_bytes
 
@@ -129,6 +132,9 @@ class Stream:
         segment, drops, room = self._segment, self.drops, self.room
         if not room.may_ask_for(size):
             return False
+        if (now := self._clock()) >= self._create_at and expected_spool(self._folder) is not None:
+            self._create_at = now + _CREATE_EVERY_S
+            create_expected(self._folder)
         ledger = drops.open_ledger()
         if segment.must_be_followed(size):
             if not room.fits(size):  # asked first, since a full spool must not fill with empty segments
