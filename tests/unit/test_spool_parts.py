@@ -36,8 +36,8 @@ class Clock:
 def test_a_folder_within_its_limit_has_room_for_what_is_left(tmp_path: Path) -> None:
     room = Room(tmp_path, 1000, 100, Clock())
     (tmp_path / "file").write_bytes(b"x" * 900)
-    assert room.fits(100)
-    assert not room.fits(101)
+    assert room.fits(0, 100)
+    assert not room.fits(0, 101)
 
 
 def test_room_that_a_writer_has_reserved_is_taken_until_it_ends(tmp_path: Path) -> None:
@@ -46,20 +46,20 @@ def test_room_that_a_writer_has_reserved_is_taken_until_it_ends(tmp_path: Path) 
     ledger = Ledger(ledger_file(tmp_path, STREAM))
     taken = ledger_file(tmp_path, STREAM).stat().st_size
     ledger.reserve(500)
-    assert room.fits(1000 - 500 - taken)
-    assert not room.fits(1001 - 500 - taken)
+    assert room.fits(0, 1000 - 500 - taken)
+    assert not room.fits(0, 1001 - 500 - taken)
     del ledger  # never closed, as in a process that was killed
-    assert room.fits(1000 - 10 - taken)
+    assert room.fits(0, 1000 - 10 - taken)
 
 
 def test_a_file_that_is_being_written_has_its_room_from_the_beginning(tmp_path: Path) -> None:
     room = Room(tmp_path, 1000, 100, Clock())
     part = new_part(tmp_path, STREAM, 600)
     part.write_bytes(b"x" * 10)
-    assert room.fits(400)
-    assert not room.fits(401)
+    assert room.fits(0, 400)
+    assert not room.fits(0, 401)
     part.write_bytes(b"x" * 700)  # it has become larger than its writer had thought
-    assert not room.fits(301)
+    assert not room.fits(0, 301)
 
 
 def test_a_full_folder_is_measured_twice_a_second_at_most(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_stream_reserves_as_much_as_it_has_written(tmp_path: Path) -> None:
     segment = SegmentFile(tmp_path, STREAM, 1 << 20)
     assert segment.must_be_followed(1)
     segment.open_next()
-    assert segment.ends(50) == (8 + (64 << 10), 58)
+    assert segment.ends(50) == (8 + (8 << 10), 58)
     segment.offset = 300 << 10
     assert segment.ends(50) == (600 << 10, (300 << 10) + 50)
     segment.offset = (1 << 20) - 60
@@ -295,3 +295,28 @@ def test_a_count_adds_up_from_the_ledger_the_gaps_and_what_was_acknowledged() ->
 def test_a_count_of_a_sound_stream_has_no_damage() -> None:
     count = count_stream(Ack(acked=5), logged=8, dropped={}, spooled=2, explained={"spool_full": 1})
     assert count.dropped == {"spool_full": 1}
+
+
+def test_a_measurement_is_left_to_other_writers_while_half_of_the_spool_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    measure = Room._measure
+    monkeypatch.setattr(Room, "_measure", lambda self: measured.append(0) or measure(self))
+
+    for _ in range(100):
+        assert Room(tmp_path, 1 << 30, 1 << 20, Clock()).fits(64 << 10)
+    assert len(measured) == 1
+    assert Room(tmp_path, 1 << 30, 1 << 20, Clock()).fits(64 << 20)  # too much to take without a look
+    assert len(measured) == 2
+    (tmp_path / "usage").write_bytes(b"x" * 32)
+    assert Room(tmp_path, 1 << 30, 1 << 20, Clock()).fits(1)
+    assert len(measured) == 3
+
+
+def test_a_measurement_counts_no_longer_when_half_of_the_spool_is_used(tmp_path: Path) -> None:
+    room = Room(tmp_path, 1 << 20, 1 << 17, Clock())
+    (tmp_path / "file").write_bytes(bytes(600 << 10))
+    assert room.fits(10)
+    (tmp_path / "other").write_bytes(bytes(600 << 10))
+    assert not room.fits(10)

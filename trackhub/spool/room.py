@@ -4,6 +4,9 @@
 No process waits for another one. A writer first says in its ledger up to where it is going to write, or in the name of
 a file how large it is going to be. Then it measures the folder with all that was said there. If it is too much, the
 writer takes back what it said.
+
+To measure means to look at every file. So a writer that measures leaves the result in the file ``usage``. While that is
+fresh and at most half of the spool is used, other writers take a small share without measuring.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
 from trackhub.spool.ledger import WriterState, read_ledger, writer_state
@@ -21,9 +27,31 @@ from trackhub.spool.ledger import WriterState, read_ledger, writer_state
 __all__ = ["Room", "new_part"]
 
 _RESCAN_S = 0.5
+_FRESH_S = 1.0
 _FEW_BYTES = 2 * MAX_BODY_BYTES  # more than one record with the gaps before it
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.spool")
 _PART = re.compile(r".+-(\d+)-[0-9a-f]{32}\.part")
+_USAGE = struct.Struct("=4Q")
+_USAGE_FILE = "usage"
+_NEW_WRITERS = 16  # so many may come in the time in which a measurement is fresh
+
+
+class _Usage(NamedTuple):
+    """A measurement of the spool.
+
+    Attributes:
+        at_ns: when it was made, by the monotonic clock, which is the same for all processes of a machine.
+        used: bytes that were used or reserved.
+        streams: how many streams there were.
+    """
+
+    at_ns: int
+    used: int
+    streams: int
+
+
+_taken: dict[tuple[str, int], int] = {}
+"""The bytes that this process took since a measurement, by folder and time of the measurement."""
 
 
 class Room:
@@ -55,32 +83,61 @@ class Room:
         self._full_at = size
         self._full_until = self._clock() + _RESCAN_S
 
-    def fits(self, more: int = 0) -> bool:
-        """Measure the folder. Return whether it is within its limit with so many bytes more.
+    def fits(self, share: int, more: int = 0) -> bool:
+        """Return whether the spool is within its limit.
+
+        Args:
+            share: how many bytes this stream has just reserved.
+            more: how many bytes must be free beyond what is used and reserved.
 
         Raises:
             OSError: the folder cannot be read.
         """
+        return self._fitted_lately(share + more) or self._measure() + more <= self._max_bytes
+
+    def _fitted_lately(self, share: int) -> bool:
+        """Return whether it is certain without a look at the folder. Then the share counts as taken."""
+        usage = _read_usage(self._folder)
+        if usage is None or usage.used > self._max_bytes // 2:
+            return False
+        if not 0 <= time.monotonic_ns() - usage.at_ns < _FRESH_S * 1e9:
+            return False
+        # All writers together take no more than the other half of the spool before somebody measures again.
+        most = self._max_bytes // 2 // (usage.streams + _NEW_WRITERS)
+        key = str(self._folder), usage.at_ns
+        if key not in _taken:
+            _taken.clear()
+        taken = _taken.get(key, 0) + share
+        if taken > most:
+            return False
+        _taken[key] = taken
+        return True
+
+    def _measure(self) -> int:
+        """Return how many bytes are used or reserved, and leave the result to others."""
+        at_ns = time.monotonic_ns()
         used, ledgers, last = 0, list[str](), dict[str, tuple[int, int]]()
         with os.scandir(self._folder) as entries:
             for entry in entries:
+                name = entry.name
                 try:
-                    size = entry.stat().st_size
+                    size = entry.stat().st_size if name != _USAGE_FILE else 0
                 except FileNotFoundError:
                     continue  # the sender deletes acknowledged files meanwhile
                 used += size
-                name = entry.name
                 if name.endswith(".ledger"):
                     ledgers.append(name.removesuffix(".ledger"))
                 elif match := _SEGMENT.fullmatch(name):
                     last[match[1]] = max((int(match[2]), size), last.get(match[1], (0, 0)))
                 elif match := _PART.fullmatch(name):
                     used += max(0, int(match[1]) - size)
-        left = self._max_bytes - used - more
         written = {stream: last.get(stream, (0, 0))[1] for stream in ledgers}
-        if left >= sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values()):
-            return True  # no stream reserves more, so there is no need to look what they have reserved
-        return left >= sum(self._reserved(stream, size) for stream, size in written.items())
+        # No stream reserves more than this, except for a single record. Only if it matters, look what each reserves.
+        most = sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values())
+        if used + most > self._max_bytes // 2:
+            most = sum(self._reserved(stream, size) for stream, size in written.items())
+        _write_usage(self._folder, _Usage(at_ns, used + most, len(ledgers)))
+        return used + most
 
     def _reserved(self, stream: str, written: int) -> int:
         """Return how many bytes this stream is going to write that are not written yet."""
@@ -91,6 +148,34 @@ class Room:
             if more > 0 and writer_state(path) is not WriterState.ENDED:
                 return more
         return 0
+
+
+def _read_usage(folder: Path) -> _Usage | None:
+    """Return the last measurement; None if there is none, or it is damaged."""
+    try:
+        fd = os.open(folder / _USAGE_FILE, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        data = os.pread(fd, _USAGE.size, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    if len(data) != _USAGE.size:
+        return None
+    at_ns, used, streams, check = _USAGE.unpack(data)
+    return _Usage(at_ns, used, streams) if check == at_ns ^ used ^ streams else None
+
+
+def _write_usage(folder: Path, usage: _Usage) -> None:
+    """Store a measurement. If that is not possible, everybody measures for himself."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder / _USAGE_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(fd, _USAGE.pack(*usage, usage.at_ns ^ usage.used ^ usage.streams), 0)
+        finally:
+            os.close(fd)
 
 
 def new_part(folder: Path, stream: str, size: int) -> Path:

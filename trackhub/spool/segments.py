@@ -12,7 +12,7 @@ from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 
 __all__ = ["SegmentFile"]
 
-_SHARE_BYTES = 64 << 10
+_SHARE_BYTES = 8 << 10
 
 
 class SegmentFile:

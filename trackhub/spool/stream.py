@@ -137,13 +137,13 @@ class Stream:
             create_expected(self._folder)
         ledger = drops.open_ledger()
         if segment.must_be_followed(size):
-            if not room.fits(size):  # asked first, since a full spool must not fill with empty segments
+            if not room.fits(0, more=size):  # asked first, since a full spool must not fill with empty segments
                 room.note_full(size)
                 return False
             segment.open_next()
         for end in segment.ends(size):
             ledger.reserve(end)
-            if room.fits():
+            if room.fits(end - segment.offset):
                 segment.limit = end
                 return True
         ledger.reserve(segment.offset)

@@ -162,7 +162,7 @@ class SpoolWriter:
         stream = self._stream
         partial = new_part(self.folder, stream.id, blob.size)
         try:
-            has_room = self._reserve(stream, partial)
+            has_room = self._reserve(stream, partial, blob.size)
             if has_room:
                 blob.write(partial)
         except OSError as e:
@@ -230,7 +230,7 @@ class SpoolWriter:
                 _remove(partial)
                 _remove(path)
 
-    def _reserve(self, stream: Stream, partial: Path) -> bool:
+    def _reserve(self, stream: Stream, partial: Path, size: int) -> bool:
         """Make the file for a blob, whose name reserves its room. Return whether there is room for it.
 
         Raises:
@@ -241,7 +241,7 @@ class SpoolWriter:
             raise SpoolError(CLOSED)
         self._in_turn(stream, stream.open_ledger)  # it says whose file it is, should this process be killed
         partial.touch(mode=0o600)
-        if stream.room.fits():
+        if stream.room.fits(size):
             return True
         _remove(partial)
         return False
