@@ -300,9 +300,14 @@ def test_a_count_of_a_sound_stream_has_no_damage() -> None:
 def test_a_measurement_is_left_to_other_writers_while_half_of_the_spool_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[int] = []
+    measured: list[Room] = []
     measure = Room._measure
-    monkeypatch.setattr(Room, "_measure", lambda self: measured.append(0) or measure(self))
+
+    def noted(self: Room) -> int:
+        measured.append(self)
+        return measure(self)
+
+    monkeypatch.setattr(Room, "_measure", noted)
 
     for _ in range(100):
         assert Room(tmp_path, 1 << 30, 1 << 20, Clock()).fits(64 << 10)

@@ -33,7 +33,7 @@ import msgspec
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.process_lock import ProcessLock
-from trackhub.spool.small_files import SPARES, make_spare, reason_of
+from trackhub.spool.small_files import SPARES, make_spare, reason_of, write_start
 
 __all__ = [
     "SEGMENT_HEADER",
@@ -180,7 +180,7 @@ def _store(folder: Path, info: SpoolInfo) -> None:
     # A site's two senders may write at the same time, each to a file of its own.
     partial = folder / f"spool.json.{os.getpid()}.{threading.get_ident()}"
     try:
-        partial.write_bytes(msgspec.json.encode(info))
+        os.close(write_start(partial, msgspec.json.encode(info), 0o644))  # trainers of other users read it
         partial.replace(folder / "spool.json")
     except OSError:
         with contextlib.suppress(OSError):

@@ -98,7 +98,8 @@ class _NotMapped:
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY_S
             self._file.look_again()
-        return _NO_ROUND
+        value = self._file._value
+        return _NO_ROUND if isinstance(value, _NotMapped) else int(value[index])
 
     def release(self) -> None:
         """There is nothing to unmap."""
