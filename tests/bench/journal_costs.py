@@ -109,9 +109,9 @@ def trackhub_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
         senders.append(Sender(Path(folder, f"spool-{i}"), SocketChannel(port, site)))
         senders[-1].start()
     for sender in senders:
-        ledger = sender.close(600)
-        if ledger.spooled:
-            raise RuntimeError(f"{ledger.spooled} records were not sent")
+        counts = sender.close(600)
+        if counts.spooled:
+            raise RuntimeError(f"{counts.spooled} records were not sent")
     return {"seconds": time.perf_counter() - begin}
 
 
