@@ -38,6 +38,8 @@ from trackhub.spi import (
 )
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolBatch, SpoolReader, StreamCount
+from trackhub.spool.writing import Spool
+from trackhub.writer.writer import Writer
 
 WAIT_S = 20.0
 """How long a test waits for what must happen; only a failure takes so long."""
@@ -49,6 +51,12 @@ STREAM = "0123456789abcdef" * 2
 def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
     create_spool(folder, SpoolInfo("site-1", "job-1", cursors or ("server",), max_bytes))
     return folder
+
+
+def spool_of(writer: Writer) -> Spool:
+    """Return the spool that a writer records into."""
+    assert writer._spool is not None
+    return writer._spool
 
 
 def frames_in(data: bytes) -> list[bytes]:

@@ -91,7 +91,7 @@ def test_the_calls_of_mlflow_work(spool: Path, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     with adapters.MLflowWriter() as writer:
         writer.log_param("lr", 0.1)
-        writer.log_params({"path": tmp_path, "object": NAMES.index, "layers": [1, 2]})
+        writer.log_params({"path": tmp_path, "object": NAMES.index, "layers": [1, 2, tmp_path]})
         writer.log_metric("loss", 0.5, step=1)
         writer.log_metrics({"a": 1.0, "b": 2.0}, 2)
         writer.log_text("hello", "notes/a.txt")
@@ -102,7 +102,7 @@ def test_the_calls_of_mlflow_work(spool: Path, tmp_path: Path) -> None:
     found = payloads(spool)
     assert found[:7] == [
         (Params({"lr": 0.1}), None),
-        (Params({"path": str(tmp_path), "object": str(NAMES.index), "layers": [1, 2]}), None),
+        (Params({"path": str(tmp_path), "object": str(NAMES.index), "layers": [1, 2, str(tmp_path)]}), None),
         (Metrics({"loss": 0.5}), 1),
         (Metrics({"a": 1.0, "b": 2.0}), 2),
         (Text("notes/a.txt", "hello"), None),
@@ -128,10 +128,10 @@ def test_a_bad_call_is_an_error_at_the_call(spool: Path, call: Callable[[], Any]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outside_a_job_the_error_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_job_the_error_of_a_strict_one_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SPOOL_ENV, raising=False)
     with pytest.raises(ConfigError, match="add_tracking"):
-        getattr(adapters, name)()
+        getattr(adapters, name)(strict=True)
 
 
 def test_nothing_of_flare_or_of_the_sdks_is_imported() -> None:

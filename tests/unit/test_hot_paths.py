@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.helpers import new_spool
+from tests.unit.helpers import new_spool, spool_of
 from trackhub.delivery.lane.adaptation import Shaper
 from trackhub.framing import CorruptFrameError, decode_body, encode_frame, pass_metrics, scan_frames
 from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
@@ -116,15 +116,15 @@ def test_a_call_from_within_another_call_keeps_its_values(tmp_path: Path, monkey
     folder = new_spool(tmp_path)
     with Writer(folder) as writer:
         writer.log({"loss": 0.0}, 0)
-        get, inner = writer._spool._round.get, {"loss": 2.0}
+        get, inner = spool_of(writer)._round.get, {"loss": 2.0}
 
         def interrupt() -> int | None:
-            monkeypatch.setattr(writer._spool._round, "get", get)
+            monkeypatch.setattr(spool_of(writer)._round, "get", get)
             writer.log(inner, 2)  # as a signal handler's call would
             inner["loss"] = 99.0
             return None
 
-        monkeypatch.setattr(writer._spool._round, "get", interrupt)
+        monkeypatch.setattr(spool_of(writer)._round, "get", interrupt)
         writer.log({"loss": 1.0}, 1)
 
     assert logged(folder) == [{"loss": 0.0}, {"loss": 1.0}, {"loss": 2.0}]

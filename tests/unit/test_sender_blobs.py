@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, assert_balanced
+from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
 from tests.unit.rigs import SITE, Way
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
@@ -88,7 +88,7 @@ def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
             (tmp_path / "x").write_bytes(bytes([i]) * size)
             writer.log({"a": i}, i)
             writer.log_artifact(tmp_path / "x", f"x{i}")
-        name = f"{writer._spool.stream}-3"  # the second artifact
+        name = f"{spool_of(writer).stream}-3"  # the second artifact
     spoil(blob_file(way.spool, name), how)
     ledger = way.sender().close(WAIT_S)
     report = way.finish()

@@ -13,21 +13,26 @@ import sys
 import textwrap
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, small_disk, values
+from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, small_disk, spool_of, values
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
 from trackhub.spool.layout import Ledger, SpoolInfo, create_spool, read_spool_info
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import Spool
+from trackhub.spool.writing import NewBlob, Spool
 from trackhub.writer.writer import Writer
 
 
 def text(size: int) -> Payload:
     return Text("key", "x" * size)
+
+
+def new_blob(size: int, write: Callable[[Path], None]) -> NewBlob:
+    return NewBlob("blob", size, write, lambda name: Text("blob", name))
 
 
 def test_a_spool_belongs_to_one_site_and_job(tmp_path: Path) -> None:
@@ -63,7 +68,7 @@ def test_a_forked_child_writes_a_stream_of_its_own(tmp_path: Path) -> None:
         writer.log({"parent": i})
 
     streams = read_spool(tmp_path)
-    parent = streams.pop(writer._spool.stream)
+    parent = streams.pop(spool_of(writer).stream)
     (child,) = streams.values()
     assert values(parent) == list(range(15))
     assert values(child) == list(range(100, 120))
@@ -100,7 +105,7 @@ def test_a_fork_while_other_threads_log_neither_hangs_nor_loses(tmp_path: Path) 
 
     assert codes == [0] * 20
     streams = read_spool(tmp_path)
-    own = streams.pop(writer._spool.stream)
+    own = streams.pop(spool_of(writer).stream)
     assert [r.seq for r in own] == list(range(counts["a"] + counts["b"]))
     assert [[r.seq for r in records] for records in streams.values()] == [[0]] * 20
 
@@ -297,7 +302,7 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
             writer.log_text("t", "after")
             logged += 1
 
-        records = read_spool(disk / "spool")[writer._spool.stream]
+        records = read_spool(disk / "spool")[spool_of(writer).stream]
         gaps = [r.payload for r in records if isinstance(r.payload, Gap)]
         kept = len(records) - len(gaps)
         assert kept + sum(g.count for g in gaps) == logged
@@ -321,7 +326,7 @@ def test_drops_are_counted_while_the_disk_is_full_and_nothing_can_be_written(tmp
         for _ in range(1000):
             writer.log_text("t", "x" * 500)
 
-        logged, dropped = Ledger.read(disk / "spool" / f"{writer._spool.stream}.ledger")
+        logged, dropped = Ledger.read(disk / "spool" / f"{spool_of(writer).stream}.ledger")
         assert logged == 1001
         assert dropped["disk_full"] > 990
         (count,) = SpoolReader(disk / "spool", "server").counts().values()
@@ -392,9 +397,7 @@ def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
         copying.set()
         assert go_on.wait(20)
 
-    blob = threading.Thread(
-        target=spool.append_blob, args=(lambda name: Text("blob", name), source, 1, None, 1.0), daemon=True
-    )
+    blob = threading.Thread(target=spool.append_blob, args=(new_blob(1, source), None, 1.0), daemon=True)
     blob.start()
     assert copying.wait(20)
     spool.append(Metrics({"a": 1.0}), 0, 2.0)
@@ -444,8 +447,8 @@ def test_a_log_handler_that_logs_to_the_run_and_a_dropped_record_do_not_wait_for
 def test_a_file_may_take_all_the_room_that_a_spool_has(tmp_path: Path) -> None:
     spool = Spool(new_spool(tmp_path, max_bytes=8 << 20))
 
-    spool.append_blob(lambda name: Text("blob", name), lambda path: path.touch(), 7 << 20, None, 1.0)
-    spool.append_blob(lambda name: Text("blob", name), lambda path: path.touch(), 9 << 20, None, 1.0)
+    spool.append_blob(new_blob(7 << 20, Path.touch), None, 1.0)
+    spool.append_blob(new_blob(9 << 20, Path.touch), None, 1.0)
     spool.close()
 
     (count,) = SpoolReader(tmp_path, "server").counts().values()

@@ -21,13 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import trackhub
-from tests.unit.helpers import WAIT_S, new_spool, read_spool
-from trackhub.errors import ConfigError, RecordError, SpoolError
+from tests.unit.helpers import WAIT_S, new_spool, read_spool, spool_of
+from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Artifact, Histogram, Image, Metrics, Params, Payload, Record, Table, Tags, Text
-from trackhub.spool.layout import RoundFile, SpoolInfo, blob_file, create_spool
+from trackhub.spool.layout import RoundFile, blob_file
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import SPOOL_ENV, Spool, set_process_spool, spool_env
+from trackhub.spool.writing import NewBlob, Spool, spool_env
 from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
@@ -53,7 +52,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
 
 def logged(writer: Writer) -> list[Record]:
     """Return what the writer's stream holds on the disk."""
-    (records,) = read_spool(writer._spool.folder).values()
+    (records,) = read_spool(spool_of(writer).folder).values()
     return records
 
 
@@ -121,7 +120,7 @@ def test_a_key_may_have_a_thousand_characters_and_any_script(writer: Writer) -> 
 
 
 def test_a_record_holds_the_time_of_its_call_and_the_round(writer: Writer) -> None:
-    rounds = RoundFile(writer._spool.folder)
+    rounds = RoundFile(spool_of(writer).folder)
     before = time.time()
     writer.log({"x": 1.0})
     between = time.time()
@@ -229,7 +228,7 @@ def test_an_image_becomes_a_png_beside_the_spool(writer: Writer, image: Any, siz
 
     found = payload(writer)
     assert isinstance(found, Image)
-    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    data = blob_file(spool_of(writer).folder, found.blob.name).read_bytes()
     assert (found.width, found.height, found.caption) == (*size, "what it is")
     assert (found.blob.size, found.blob.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     with pil.open(io.BytesIO(data)) as read:
@@ -249,7 +248,7 @@ def test_a_jpeg_is_kept_as_it_is(writer: Writer, tmp_path: Path) -> None:
     for record in logged(writer):
         assert isinstance(record.payload, Image)
         assert record.payload.blob.media_type == "image/jpeg"
-        assert blob_file(writer._spool.folder, record.payload.blob.name).read_bytes() == path.read_bytes()
+        assert blob_file(spool_of(writer).folder, record.payload.blob.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("damage", [b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"\xff\xd8\xff\xe0" + b"\1" * 40, b""])
@@ -277,7 +276,7 @@ def test_an_artifact_is_copied_at_once(writer: Writer, tmp_path: Path) -> None:
     found = payload(writer)
     assert isinstance(found, Artifact)
     assert (found.key, found.filename, found.artifact_type) == ("models/best", "model.bin", "model")
-    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    data = blob_file(spool_of(writer).folder, found.blob.name).read_bytes()
     assert (data, found.blob.size, found.blob.sha256) == (
         b"weights" * 1000,
         7000,
@@ -298,19 +297,19 @@ def test_an_artifact_that_changes_meanwhile_is_stored_as_it_was_read(writer: Wri
     with path.open("wb") as file:
         file.write(b"a" * (3 << 20))
         file.flush()
-        append_blob = writer._spool.append_blob
+        append_blob = spool_of(writer).append_blob
 
-        def grow(make: Any, source: Any, size: int, step: int | None, at: float) -> None:
+        def grow(blob: NewBlob, step: int | None, log_time: float) -> None:
             file.write(b"b" * 100)
             file.flush()
-            append_blob(make, source, size, step, at)
+            append_blob(blob, step, log_time)
 
-        writer._spool.append_blob = grow  # type: ignore[method-assign]
+        spool_of(writer).append_blob = grow  # type: ignore[method-assign]
         writer.log_artifact(path)
 
     found = payload(writer)
     assert isinstance(found, Artifact)
-    data = blob_file(writer._spool.folder, found.blob.name).read_bytes()
+    data = blob_file(spool_of(writer).folder, found.blob.name).read_bytes()
     assert (found.blob.size, found.blob.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert len(data) == (3 << 20) + 100
 
@@ -324,7 +323,7 @@ def test_after_close_a_call_says_that_the_writer_is_closed(tmp_path: Path) -> No
         writer.log({"a": 2.0})
     with pytest.raises(SpoolError, match="closed"):
         writer.log_image("i", np.zeros((2, 2), np.uint8))
-    assert len(read_spool(tmp_path / "spool")[writer._spool.stream]) == 1
+    assert len(read_spool(tmp_path / "spool")[spool_of(writer).stream]) == 1
     assert list((tmp_path / "spool").glob("*.blob")) == []
 
 
@@ -355,68 +354,6 @@ def test_flush_does_not_wait_for_records_that_were_dropped(tmp_path: Path) -> No
             writer.log({"a": 1.0})
         acknowledge(spool)
         assert writer.flush(0.0)
-
-
-def test_a_writer_finds_the_spool_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spool = new_spool(tmp_path / "spool")
-    monkeypatch.setenv(SPOOL_ENV, spool_env(spool, "site-1", "job-1"))
-    with trackhub.Writer() as writer:
-        writer.log({"a": 1.0})
-    assert len(read_spool(spool)) == 1
-
-
-def test_a_writer_outside_a_job_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SPOOL_ENV, raising=False)
-    with pytest.raises(ConfigError, match=r"(?s)TRACKHUB_SPOOL.*add_tracking.*trackhub\.local"):
-        Writer()
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["no JSON", "5", "[]", "{}", '{"dir": 5, "site": "a", "job": "b"}', '{"dir": "\\u0000", "site": "a", "job": "b"}'],
-)
-def test_an_environment_that_is_not_ours_is_an_error_that_says_so(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SPOOL_ENV, value)
-    with pytest.raises(ConfigError, match=SPOOL_ENV):
-        Writer()
-
-
-@pytest.mark.parametrize(("site", "job"), [("site-2", "job-1"), ("site-1", "job-2")])
-def test_a_process_of_another_site_or_job_does_not_write_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, job: str
-) -> None:
-    spool = new_spool(tmp_path / "spool")
-    monkeypatch.setenv(SPOOL_ENV, spool_env(spool, site, job))
-    with pytest.raises(ConfigError, match=f"{site}.*{job}.*site-1.*job-1"):
-        Writer()
-
-
-def test_no_writer_starts_after_the_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create_spool(tmp_path, SpoolInfo("site-1", "job-1", ("server",), open=False))
-    monkeypatch.setenv(SPOOL_ENV, spool_env(tmp_path, "site-1", "job-1"))
-    with pytest.raises(ConfigError, match="has ended"):
-        Writer()
-
-
-def test_the_process_own_spool_goes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = new_spool(tmp_path / "own"), new_spool(tmp_path / "other")
-    monkeypatch.setenv(SPOOL_ENV, spool_env(other, "site-1", "job-1"))
-    set_process_spool(own)
-    try:
-        with Writer() as writer:
-            writer.log({"a": 1.0})
-    finally:
-        set_process_spool(None)
-    assert (len(read_spool(own)), len(read_spool(other))) == (1, 0)
-
-
-def test_a_folder_that_is_no_spool_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SpoolError, match="not a spool"):
-        Writer(tmp_path)
-    new_spool(tmp_path / "spool")
-    (tmp_path / "spool" / "round").mkdir()
-    with pytest.raises(SpoolError, match="round"):
-        Writer(tmp_path / "spool")
 
 
 def test_threads_share_a_writer(writer: Writer) -> None:

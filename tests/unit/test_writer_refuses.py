@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.helpers import new_spool, read_spool
+from tests.unit.helpers import new_spool, read_spool, spool_of
 from trackhub.errors import RecordError
 from trackhub.records import Metrics, Payload, Record
 from trackhub.writer.writer import Writer
@@ -33,7 +33,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
 
 def logged(writer: Writer) -> list[Record]:
     """Return what the writer's stream holds on the disk."""
-    (records,) = read_spool(writer._spool.folder).values()
+    (records,) = read_spool(spool_of(writer).folder).values()
     return records
 
 
@@ -101,14 +101,14 @@ def test_a_bad_key_is_an_error_that_names_it_and_nothing_is_recorded(writer: Wri
     with pytest.raises(RecordError, match=r"key .*expected") as caught:
         METHODS[method](writer, BAD_KEYS[what])
     assert len(str(caught.value)) < 500
-    assert writer._spool.next_seq == 0
+    assert spool_of(writer).next_seq == 0
 
 
 @pytest.mark.parametrize("what", BAD_METRICS)
 def test_a_metric_that_is_no_number_is_an_error_that_names_its_key(writer: Writer, what: str) -> None:
     with pytest.raises(RecordError, match="'train/loss'"):
         writer.log({"fine": 1.0, "train/loss": BAD_METRICS[what]}, 1)
-    assert writer._spool.next_seq == 0
+    assert spool_of(writer).next_seq == 0
 
 
 @pytest.mark.parametrize("what", BAD_STEPS)
@@ -117,8 +117,8 @@ def test_a_bad_step_is_an_error_that_says_what_is_expected(writer: Writer, what:
         writer.log({"loss": 1.0}, BAD_STEPS[what])
     with pytest.raises(RecordError, match=r"step .*expected"):
         writer.log_image("x", np.zeros((2, 2), np.uint8), BAD_STEPS[what])
-    assert writer._spool.next_seq == 0
-    assert list(writer._spool.folder.glob("*.blob")) == []
+    assert spool_of(writer).next_seq == 0
+    assert list(spool_of(writer).folder.glob("*.blob")) == []
 
 
 @pytest.mark.parametrize("metrics", [None, 1.0, [("a", 1.0)], "loss", {}], ids=repr)
@@ -184,8 +184,8 @@ def test_a_bad_argument_is_an_error_and_nothing_is_recorded(
     with pytest.raises(RecordError) as caught:
         call[1](writer)
     assert len(str(caught.value)) < 1000
-    assert writer._spool.next_seq == 0
-    assert list(writer._spool.folder.glob("*.blob")) == []
+    assert spool_of(writer).next_seq == 0
+    assert list(spool_of(writer).folder.glob("*.blob")) == []
     writer.log({"after": 1.0})
     assert [r.payload for r in logged(writer)] == [Metrics({"after": 1.0})]
 

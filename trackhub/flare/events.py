@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.dxo import DataKind, from_shareable
@@ -21,6 +20,7 @@ from nvflare.apis.shareable import Shareable
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.flare import compat
+from trackhub.writer.values import param_or_text
 from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "write_stock_record"]
@@ -56,7 +56,7 @@ class StockRecords:
         try:
             write_stock_record(writer, event)
         except RecordError as e:
-            writer._spool.drop("unconvertible", str(e))  # the stream that it would have stood in
+            writer.count_unconvertible(str(e))  # the stream that it would have stood in
             self._warn(fl_ctx, f"a stock record was dropped: {e}")
         except SpoolError as e:
             self._warn(fl_ctx, f"a stock record came too late: {e}")
@@ -103,9 +103,9 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
         case AnalyticsDataType.METRICS:
             writer.log(value, step)
         case AnalyticsDataType.PARAMETER:
-            writer.log_params({key: _param(value)})
+            writer.log_params({key: param_or_text(value)})
         case AnalyticsDataType.PARAMETERS:
-            writer.log_params({str(name): _param(item) for name, item in value.items()})
+            writer.log_params({str(name): param_or_text(item) for name, item in value.items()})
         case AnalyticsDataType.TAG:
             writer.set_tags({key: str(value)})
         case AnalyticsDataType.TAGS:
@@ -116,14 +116,3 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
             writer.log_image(key, value, step)
         case _:
             raise RecordError(f"{key!r}: a stock record of type {data_type.value} has no counterpart here")
-
-
-def _param(value: Any) -> Any:
-    """Return the value if a param can hold it, else its text, which is what MLflow's own writers make of it."""
-    if value is None or isinstance(value, bool | int | float | str) or hasattr(value, "item"):
-        return value
-    if isinstance(value, list | tuple):
-        return [_param(item) for item in value]
-    if isinstance(value, dict):
-        return {str(name): _param(item) for name, item in value.items()}
-    return str(value)

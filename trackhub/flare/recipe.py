@@ -53,7 +53,7 @@ def add_tracking(
         clients: backends that receive a client's records within that client; None for none.
         sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
             client app for each site: call FLARE's ``set_per_site_config`` right after constructing the recipe. At a
-            site that tracks on neither side, ``Writer()`` raises ConfigError.
+            site that tracks on neither side, ``Writer()`` records nothing and warns once.
         take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing; turn it off to use them
             beside trackhub.
         limits: values of `trackhub.config.Limits` that differ from the defaults, for all sites.

@@ -19,6 +19,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -36,7 +37,7 @@ from trackhub.spool.layout import (
     segment_name,
 )
 
-__all__ = ["SPOOL_ENV", "Spool", "find_spool", "set_process_spool", "spool_env"]
+__all__ = ["SPOOL_ENV", "NewBlob", "Spool", "find_spool", "set_process_spool", "spool_env"]
 
 SPOOL_ENV = "TRACKHUB_SPOOL"
 """Environment variable by which a trainer finds its spool; its value is made by ``spool_env``."""
@@ -75,28 +76,40 @@ def find_spool() -> Path:
     """
     if _process_spool is not None:
         return _process_spool
-    how = (
-        "inside a FLARE job, add tracking to the job with trackhub.flare.recipe.add_tracking; "
-        "alone, use `with trackhub.local(backends=[...]) as writer:`"
-    )
     value = os.environ.get(SPOOL_ENV)
     if not value:
-        raise ConfigError(f"Writer() found no spool: the environment variable {SPOOL_ENV} is not set; {how}")
+        raise ConfigError(f"this process has no tracking (the environment variable {SPOOL_ENV} is not set)")
     try:
         claim = msgspec.json.decode(value)
         folder, site, job = Path(claim["dir"]), claim["site"], claim["job"]
     except (ValueError, TypeError, KeyError, msgspec.DecodeError) as e:
-        raise ConfigError(f"{SPOOL_ENV} is not what a FLARE client with tracking sets: {value!r}; {how}") from e
+        raise ConfigError(f"{SPOOL_ENV} is not what a FLARE client with tracking sets: {value!r}") from e
     try:
         info = read_spool_info(folder)
     except SpoolError as e:
-        raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}; {how}") from e
+        raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
     if (info.site, info.job) != (site, job) or not info.open:
         raise ConfigError(
             f"{SPOOL_ENV} names the spool of site {site!r}, job {job!r}, but {folder} belongs to site {info.site!r}, "
-            f"job {info.job!r}{'' if info.open else ', which has ended'}; {how}"
+            f"job {info.job!r}{'' if info.open else ', which has ended'}"
         )
     return folder
+
+
+class NewBlob(NamedTuple):
+    """The bytes of an image or artifact on their way into the spool, and the record that goes with them.
+
+    Attributes:
+        key: the record's key, for messages.
+        size: how many bytes to make room for.
+        write: writes the bytes to a path.
+        payload: called after ``write`` with the blob's name; returns the record's payload.
+    """
+
+    key: str
+    size: int
+    write: Callable[[Path], None]
+    payload: Callable[[str], Payload]
 
 
 class Spool:
@@ -185,21 +198,24 @@ class Spool:
         if self._warning is not None:
             self._warn()
 
-    def append_blob(
-        self, make: Callable[[str], Payload], source: Callable[[Path], None], size: int, step: int | None, at: float
-    ) -> None:
-        """Append a record whose bytes go to a file of their own: written by ``source(path)``.
+    def append_blob(self, blob: NewBlob, step: int | None, log_time: float) -> None:
+        """Append a record whose bytes go to a file of their own.
 
-        Other threads do not wait for ``source``.
+        Other threads do not wait while the bytes are written.
+
+        Args:
+            blob: what to store.
+            step: the step, already checked.
+            log_time: unix seconds.
 
         Raises:
             ValueError, OverflowError, SpoolError: as ``append``.
         """
         partial = self.folder / f"{uuid.uuid4().hex}.part"
-        if not self._reserve(size):
+        if not self._reserve(blob.size):
             return
         try:
-            source(partial)
+            blob.write(partial)
         except OSError as e:
             partial.unlink(missing_ok=True)
             error = e
@@ -208,7 +224,7 @@ class Spool:
             partial.unlink(missing_ok=True)
             raise
         else:
-            self._in_turn(lambda: self._append_with(partial, make, step, at))
+            self._in_turn(lambda: self._append_with(partial, blob.payload, step, log_time))
 
     def _reserve(self, size: int) -> bool:
         error: OSError | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writers that are called as W&B, MLflow and TensorBoard are, so that a script moves to trackhub by its import alone.
+"""Adapters: writers with the method names of W&B, MLflow and TensorBoard, so that a script changes one import.
 
 They have the methods and signatures of the writers in ``nvflare.client.tracking``::
 
@@ -7,8 +7,8 @@ They have the methods and signatures of the writers in ``nvflare.client.tracking
 
     WandBWriter().log({"train_loss": loss}, step)
 
-Each is a `trackhub.Writer` in another's clothes: what it logs goes to whichever backends the job has, and a call raises
-`RecordError` where the writer's would. New code should use `trackhub.Writer`.
+Each calls a `trackhub.Writer`, so its records go to every backend of the job, and a bad argument raises `RecordError`.
+New code should use `trackhub.Writer`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,38 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from trackhub.writer.values import param_or_text
 from trackhub.writer.writer import Writer
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
 
-class _Dialect:
-    """What all have in common: a writer, found as ``trackhub.Writer()`` finds its spool.
+class _Adapter:
+    """What all adapters have in common: the writer that they call.
 
     Attributes:
-        writer: the writer that every call ends in.
+        writer: the writer.
     """
 
-    def __init__(self, ctx: Any = None, *, writer: Writer | None = None) -> None:
-        """Open a stream in the job's spool.
+    def __init__(self, ctx: Any = None, *, writer: Writer | None = None, strict: bool = False) -> None:
+        """Use a writer, by default a new one.
 
         Args:
-            ctx: accepted since FLARE's writers have it, and not used.
-            writer: log through this one, such as that of ``trackhub.local``, instead of a new one.
+            ctx: not used; it is here since FLARE's writers take it.
+            writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
+                nothing where there is no tracking.
+            strict: raise where a new writer would record nothing.
 
         Raises:
-            ConfigError: there is no spool: not in a FLARE job with tracking.
+            ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
         """
-        self.writer = Writer() if writer is None else writer
+        self.writer = Writer(strict=strict) if writer is None else writer
 
     def flush(self) -> None:
-        """Do nothing: what was logged is safe already."""
+        """Do nothing: what was logged is safe already. Call ``writer.flush`` to wait for the receiver."""
 
     def close(self) -> None:
-        """Close the writer. What was logged is delivered all the same."""
+        """Close the writer. What was logged is delivered all the same. May be called more than once."""
         self.writer.close()
 
     def __enter__(self) -> Self:
@@ -58,44 +61,58 @@ class _Dialect:
         self.close()
 
 
-class SummaryWriter(_Dialect):
-    """Called as TensorBoard's ``SummaryWriter``.
+class SummaryWriter(_Adapter):
+    """Has the methods of TensorBoard's ``SummaryWriter``.
 
-    Without a ``global_step``, the values of a tag are numbered 0, 1, 2, ... where a backend needs a step.
+    A call without ``global_step`` gets 0, 1, 2, ... for the values of its tag where a backend needs a step. All methods
+    raise what `Writer`'s do: `RecordError` for a bad argument, `SpoolError` once closed.
     """
 
     def add_scalar(self, tag: str, scalar: float, global_step: int | None = None, **kwargs: Any) -> None:
         """Log a scalar.
 
         Args:
-            kwargs: TensorBoard's further arguments (``new_style``, ``walltime``, ...); not used, the time is now.
+            tag: its key.
+            scalar: its value, as for ``Writer.log``.
+            global_step: the step.
+            kwargs: TensorBoard's further arguments (``new_style``, ``walltime``, ...). They have no effect: the time is
+                that of the call.
         """
         self.writer.log({tag: scalar}, global_step)
 
     def add_scalars(
         self, tag: str, scalars: Mapping[str, float], global_step: int | None = None, **kwargs: Any
     ) -> None:
-        """Log scalars below a common tag, as ``tag/name``.
+        """Log scalars as one record, each under ``tag/name``.
 
         Args:
+            tag: what all their keys begin with.
+            scalars: name to value. An empty mapping logs nothing.
+            global_step: the step.
             kwargs: as for ``add_scalar``.
         """
         if scalars:
             self.writer.log({f"{tag}/{name}": value for name, value in scalars.items()}, global_step)
 
     def add_text(self, tag: str, text_string: str, global_step: int | None = None, **kwargs: Any) -> None:
-        """Log a text, shown as Markdown.
+        """Log a text, shown as Markdown by backends that can.
 
         Args:
+            tag: its key.
+            text_string: the text.
+            global_step: the step.
             kwargs: as for ``add_scalar``.
         """
         self.writer.log_text(tag, text_string, global_step)
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int | None = None, **kwargs: Any) -> None:
-        """Log an image: channels first or last, or none.
+        """Log an image.
 
         Args:
-            kwargs: as for ``add_scalar``; ``dataformats`` is seen from the shape.
+            tag: its key.
+            img_tensor: as for ``Writer.log_image``: channels first, last or none.
+            global_step: the step.
+            kwargs: as for ``add_scalar``. ``dataformats`` is not needed: the shape says it.
         """
         self.writer.log_image(tag, img_tensor, global_step)
 
@@ -105,70 +122,66 @@ class SummaryWriter(_Dialect):
         """Log a distribution.
 
         Args:
-            bins: the number of bins; the names of TensorBoard's and numpy's schemes mean the default of 30.
+            tag: its key.
+            values: an array or tensor of finite numbers.
+            global_step: the step.
+            bins: how many bins. A name of one of TensorBoard's or numpy's schemes means the default of 30.
             kwargs: as for ``add_scalar``.
         """
         self.writer.log_histogram(tag, values, global_step, bins=bins if isinstance(bins, int) else 30)
 
 
-class WandBWriter(_Dialect):
-    """Called as W&B's run."""
+class WandBWriter(_Adapter):
+    """Has the methods of a W&B run. They raise what `Writer`'s do."""
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log scalars that belong together."""
+        """Log scalars as one record. An empty mapping logs nothing."""
         if metrics:
             self.writer.log(metrics, step)
 
     def finish(self) -> None:
-        """Close the writer, as ``close``."""
+        """Close the writer, as ``close`` does."""
         self.close()
 
 
-class MLflowWriter(_Dialect):
-    """Called as MLflow's fluent API.
+class MLflowWriter(_Adapter):
+    """Has the methods of MLflow's fluent API. They raise what `Writer`'s do.
 
-    Without a ``step``, the values of a key are numbered 0, 1, 2, ... where a backend needs a step.
+    A call without ``step`` gets 0, 1, 2, ... for the values of its key where a backend needs a step.
     """
 
     def log_param(self, key: str, value: Any) -> None:
-        """Log one hyperparameter; a value that a param cannot hold is logged as its text."""
-        self.writer.log_params({key: _param(value)})
+        """Log one hyperparameter. A value that a param cannot hold is logged as its text."""
+        self.writer.log_params({key: param_or_text(value)})
 
     def log_params(self, values: dict[str, Any]) -> None:
-        """Log hyperparameters, as ``log_param``."""
+        """Log hyperparameters, as ``log_param`` does. An empty mapping logs nothing."""
         if values:
-            self.writer.log_params({key: _param(value) for key, value in values.items()})
+            self.writer.log_params({key: param_or_text(value) for key, value in values.items()})
 
     def log_metric(self, key: str, value: float, step: int | None = None) -> None:
         """Log one scalar."""
         self.writer.log({key: value}, step)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log scalars that belong together."""
+        """Log scalars as one record. An empty mapping logs nothing."""
         if metrics:
             self.writer.log(metrics, step)
 
     def log_text(self, text: str, artifact_file_path: str) -> None:
-        """Log a text; the path is its key."""
+        """Log a text. The path is its key."""
         self.writer.log_text(artifact_file_path, text)
 
     def log_artifact(self, local_path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
-        """Log a file, into the artifact folder ``artifact_path`` if one is given."""
+        """Log a file. It goes into the artifact folder ``artifact_path`` if one is given."""
         name = os.path.basename(os.fspath(local_path))
         self.writer.log_artifact(local_path, f"{artifact_path}/{name}" if artifact_path else name)
 
     def set_tag(self, key: str, tag: Any) -> None:
-        """Label the run; the value becomes text."""
+        """Label the run. The value becomes text."""
         self.writer.set_tags({key: str(tag)})
 
     def set_tags(self, tags: dict[str, Any]) -> None:
-        """Label the run, as ``set_tag``."""
+        """Label the run, as ``set_tag`` does. An empty mapping logs nothing."""
         if tags:
             self.writer.set_tags({key: str(tag) for key, tag in tags.items()})
-
-
-def _param(value: Any) -> Any:
-    """Return the value if a param can hold it, else its text, which is what MLflow makes of it."""
-    if value is None or isinstance(value, bool | int | float | str | list | tuple | dict) or hasattr(value, "item"):
-        return value
-    return str(value)

@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn what training code calls an image into the bytes of a PNG or JPEG file."""
+"""Read the image that training code logs, and encode it as a PNG unless it is a PNG or JPEG file already.
+
+`Writer.log_image` calls it. It needs Pillow, and NumPy for arrays; both are imported with the first image.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.errors import RecordError
+from trackhub.records import Blob, Image
+from trackhub.spool.writing import NewBlob
+from trackhub.writer.values import plain_text, read_key, shown
 
-__all__ = ["EncodedImage", "encode_image"]
+__all__ = ["read_image"]
 
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _CHANNELS = (1, 3, 4)
 
 
-class EncodedImage(NamedTuple):
+class _EncodedImage(NamedTuple):
     """An image file's bytes, its MIME type and its size in pixels."""
 
     data: bytes
@@ -24,15 +32,44 @@ class EncodedImage(NamedTuple):
     height: int
 
 
-def encode_image(key: str, image: Any) -> EncodedImage:
-    """Encode an image; ``key`` is named in errors.
+def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
+    """Encode the image and return how to store it in the spool.
 
     Args:
-        image: a numpy array or torch tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with C = 1, 3 or 4, uint8
-            0..255 or float 0..1; a PIL image; the bytes or the path of a PNG or JPEG file.
+        key: the image's key.
+        image: as `Writer.log_image` describes it.
+        caption: a line of text below it.
 
     Raises:
-        RecordError: it is none of these, or Pillow is not installed.
+        RecordError: an argument is not accepted, or Pillow is not installed.
+    """
+    import hashlib  # lazy: with OpenSSL it is a tenth of what `import trackhub` takes
+
+    key = read_key(key)
+    if not isinstance(caption, str):
+        raise RecordError(f"log_image({key!r}): caption {shown(caption)} is a {type(caption).__name__}; expected a str")
+    caption = plain_text("caption of image", key, caption)
+    data, media_type, width, height = _encode_image(key, image)
+    digest = hashlib.sha256(data).hexdigest()
+
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    def payload(blob: str) -> Image:
+        return Image(key, Blob(blob, len(data), digest, media_type), width, height, caption)
+
+    return NewBlob(key, len(data), write, payload)
+
+
+def _encode_image(key: str, image: Any) -> _EncodedImage:
+    """Return the image as the bytes of a PNG or JPEG file.
+
+    Args:
+        key: the image's key, for messages.
+        image: as `Writer.log_image` describes it.
+
+    Raises:
+        RecordError: it is none of what is described there, or Pillow is not installed.
     """
     try:
         from PIL import Image as pil  # lazy: only who logs images needs Pillow
@@ -47,34 +84,31 @@ def encode_image(key: str, image: Any) -> EncodedImage:
         image = pil.fromarray(_to_uint8(key, image))
     buffer = io.BytesIO()
     try:
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        if image.mode not in _PNG_MODES:
             image = image.convert("RGB")
         image.save(buffer, "PNG")
-    except Exception as e:  # closed, cut off, of a mode that cannot be converted, ...: Pillow's errors have no root
+    except Exception as e:  # Pillow's errors share no base class: a closed image, one cut off, a mode it cannot convert
         raise RecordError(f"log_image({key!r}): the image cannot be encoded: {type(e).__name__}: {e}") from e
-    return EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
+    return _EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
 
 
-def _read_file(key: str, pil: Any, source: Any) -> EncodedImage:
+def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     try:
-        if isinstance(source, bytes | bytearray):
-            data = bytes(source)
-        else:
-            with open(source, "rb") as file:
-                data = file.read()
+        data = bytes(source) if isinstance(source, bytes | bytearray) else Path(os.fsdecode(source)).read_bytes()
         with pil.open(io.BytesIO(data)) as image:
             media_type = _MEDIA_TYPES.get(image.format)
             if media_type is not None:
-                return EncodedImage(data, media_type, image.width, image.height)
-            return encode_image(key, image.convert("RGBA" if "A" in image.mode else "RGB"))
+                return _EncodedImage(data, media_type, image.width, image.height)
+            return _encode_image(key, image.convert("RGBA" if "A" in image.mode else "RGB"))
     except RecordError:
         raise
-    except Exception as e:  # not only OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
-        what = "the bytes" if isinstance(source, bytes | bytearray) else f"{os.fspath(source)!r}"
+    except Exception as e:  # more than OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
+        what = "the bytes" if isinstance(source, bytes | bytearray) else shown(os.fspath(source))
         raise RecordError(f"log_image({key!r}): cannot read {what} as an image: {e}") from e
 
 
 def _to_uint8(key: str, image: Any) -> Any:
+    """Return the pixels of an array or tensor as uint8, ``[H, W]`` or ``[H, W, C]``."""
     import numpy as np  # lazy: whoever passes an array has it
 
     if hasattr(image, "detach"):
@@ -85,15 +119,7 @@ def _to_uint8(key: str, image: Any) -> Any:
         array = np.asarray(image)
     except Exception as e:
         raise RecordError(f"log_image({key!r}): cannot make an array of {type(image).__name__}: {e}") from e
-    if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _CHANNELS) or 0 in array.shape:
-        raise RecordError(
-            f"log_image({key!r}): shape {list(array.shape)} is no image; expected [H, W], [H, W, C] or [C, H, W] with "
-            "1, 3 or 4 channels"
-        )
+    array = _with_channels_last(key, array)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
@@ -103,6 +129,22 @@ def _to_uint8(key: str, image: Any) -> Any:
     low, high = float(array.min()), float(array.max())
     if not (low >= 0.0 and high <= 1.0):
         raise RecordError(
-            f"log_image({key!r}): floats must lie in 0..1, these lie in {low:g}..{high:g}; scale them, or pass uint8"
+            f"log_image({key!r}): expected floats in 0..1, got {low:g}..{high:g}; scale them, or pass uint8"
         )
     return (array * 255.0 + 0.5).astype(np.uint8)
+
+
+def _with_channels_last(key: str, array: Any) -> Any:
+    """Return the array as ``[H, W]`` or ``[H, W, C]``."""
+    import numpy as np
+
+    if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _CHANNELS) or 0 in array.shape:
+        raise RecordError(
+            f"log_image({key!r}): shape {list(array.shape)} is not an image; expected [H, W], [H, W, C] or [C, H, W] "
+            "with 1, 3 or 4 channels"
+        )
+    return array

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the file that training code logs as an artifact. `Writer.log_artifact` calls it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from trackhub.errors import RecordError
+from trackhub.records import Artifact, Blob
+from trackhub.spool.writing import NewBlob
+from trackhub.writer.values import plain_text, read_key, shown
+
+__all__ = ["read_artifact"]
+
+_COPY_BYTES = 1 << 20
+
+
+def read_artifact(path: Any, name: Any, artifact_type: Any) -> NewBlob:
+    """Check the file and return how to copy it into the spool.
+
+    Args:
+        path: the file.
+        name: its name in the run; None takes its file name.
+        artifact_type: what it is, such as ``model``.
+
+    Raises:
+        RecordError: it is not a file that can be read, or the name or type is not accepted.
+    """
+    import hashlib  # lazy: with OpenSSL it is a tenth of what `import trackhub` takes
+
+    if not isinstance(artifact_type, str):
+        raise RecordError(f"log_artifact: type {shown(artifact_type)}; expected a str such as 'model'")
+    source, size = _check_readable(path)
+    key = read_key(source.name if name is None else name)
+    filename = plain_text("file name of artifact", key, source.name)
+    artifact_type = plain_text("type of artifact", key, artifact_type)
+    digest = hashlib.sha256()
+    copied = 0
+
+    def write(target: Path) -> None:
+        # Size and digest are those of the copy: the source may be changing.
+        nonlocal copied
+        with source.open("rb") as file, target.open("wb") as out:
+            while data := file.read(_COPY_BYTES):
+                digest.update(data)
+                copied += out.write(data)
+
+    def payload(blob: str) -> Artifact:
+        reference = Blob(blob, copied, digest.hexdigest(), "application/octet-stream")
+        return Artifact(key, reference, filename, artifact_type)
+
+    return NewBlob(key, size, write, payload)
+
+
+def _check_readable(path: Any) -> tuple[Path, int]:
+    """Return the path and the file's size in bytes."""
+    try:
+        source = Path(path)
+        if source.is_dir():
+            raise IsADirectoryError("it is a folder; pack it first, for example with shutil.make_archive")
+        if not source.is_file():
+            raise FileNotFoundError("it does not exist, or is not an ordinary file")
+        with source.open("rb") as file:
+            return source, os.fstat(file.fileno()).st_size
+    except (OSError, TypeError, ValueError) as e:
+        raise RecordError(f"log_artifact: cannot read {shown(path)}: {e}") from e
