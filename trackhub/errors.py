@@ -11,25 +11,19 @@
     │   ├─ BackendLoadError           its entry point cannot be imported
     │   ├─ BackendConflictError       two distributions claim one backend name
     │   └─ IncompatibleBackendError   it was written for another version of the SPI
-    ├─ RecordError(ValueError)      raised to training code: this log call is wrong, nothing was recorded
+    ├─ RecordError(ValueError)      raised to training code: a log call is wrong, and nothing of it was recorded
     ├─ BackendError                 raised by plugins
     │   ├─ TransientError             try again later, with the same records
     │   └─ PermanentError             trying again cannot help
     └─ DeliveryError
         ├─ ChannelError               the receiver could not be reached, or did not reply
         ├─ SpoolError                 the site's spool cannot be used
-        ├─ JournalError               the receiver's journal cannot be used
-        └─ UndeliveredError           records were left over; carries the delivery report
+        └─ JournalError               the receiver's journal cannot be used
 
 A message says what was wrong, where, what was expected, and what to do next.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trackhub.delivery.report import DeliveryReport
 
 __all__ = [
     "BackendConflictError",
@@ -47,7 +41,6 @@ __all__ = [
     "SpoolError",
     "TrackhubError",
     "TransientError",
-    "UndeliveredError",
     "UnknownBackendError",
 ]
 
@@ -85,22 +78,22 @@ class IncompatibleBackendError(PluginError):
 
 
 class RecordError(TrackhubError, ValueError):
-    """This log call is wrong. Nothing was recorded; training code may catch it and go on."""
+    """A log call is wrong, and nothing of it was recorded. Training code may catch it and go on."""
 
 
 class BackendError(TrackhubError):
-    """What a backend plugin raises to report an outcome that is not success."""
+    """Base of the errors by which a backend plugin says that something was not stored."""
 
 
 class TransientError(BackendError):
-    """The records were not stored, or not surely; the same records will be handed over again.
+    """The records were not stored, or perhaps not. The lane hands the same records over again.
 
-    Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk, and
-    also a rejected login, since whoever runs the receiver can renew it while the records wait in the journal.
+    Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk. A
+    rejected login is one of them: an operator can renew it while the records wait in the journal.
 
     Attributes:
-        retry_after_s: the least time to wait before the next attempt, in seconds, when the backend said so
-            (HTTP ``Retry-After``); None leaves it to the lane's backoff.
+        retry_after_s: the shortest time to wait before the next attempt, in seconds, if the store named one (HTTP
+            ``Retry-After``); None if it did not.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
@@ -111,18 +104,18 @@ class TransientError(BackendError):
 class PermanentError(BackendError):
     """Trying again cannot help.
 
-    From ``BackendRun.write`` it means that something in this batch can never be stored: the lane narrows it down,
-    rejects the records that fail alone, and stores their neighbours. From ``Backend.open_run`` it means that this run
-    cannot be opened: its records stay pending in the journal, for ``trackhub replay``.
+    From ``BackendRun.write`` it means that something in this batch can never be stored. The lane finds the records that
+    fail alone, rejects them, and stores the others. From ``Backend.open_run`` it means that this run cannot be opened.
+    Its records stay pending in the journal, for ``trackhub replay``.
     """
 
 
 class DeliveryError(TrackhubError):
-    """Something between the writer and the backend failed."""
+    """Base of the errors between the writer and the backend."""
 
 
 class ChannelError(DeliveryError):
-    """The receiver did not reply, or could not be reached. The request may or may not have arrived."""
+    """The receiver could not be reached, or did not reply in time. The request may have arrived all the same."""
 
 
 class SpoolError(DeliveryError):
@@ -131,15 +124,3 @@ class SpoolError(DeliveryError):
 
 class JournalError(DeliveryError):
     """The journal cannot be opened, read or written."""
-
-
-class UndeliveredError(DeliveryError):
-    """Records were left undelivered where the caller asked that none be.
-
-    Attributes:
-        report: the delivery report, which says for each site and lane what was left and why.
-    """
-
-    def __init__(self, message: str, report: DeliveryReport) -> None:
-        super().__init__(message)
-        self.report = report

@@ -7,8 +7,8 @@ A writer encodes a record once. A lane decodes it once, before it hands the reco
     body    = msgpack array [seq, time, step, round, payload]
     payload = msgpack array [kind, field, field, ...]
 
-The checksum covers size, kind and body. ``kind`` is in the frame and in the body. So a reader can carry and count a
-record of a kind that it does not know, from a trackhub that is one minor version newer.
+The checksum covers size, kind and body. ``kind`` is in the frame and in the body, so that a reader can carry and count
+a record of a kind that it does not know. A trackhub that is one minor version newer may send one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from trackhub.records import Kind, Payload, Record
+from trackhub.records import KIND_OF, Kind, Record
 
 __all__ = [
+    "DECODED_IN_TRANSIT",
     "FORMAT_VERSION",
     "MAX_BODY_BYTES",
     "CorruptFrameError",
@@ -39,20 +40,28 @@ FORMAT_VERSION = (1, 0)
 """Major and minor version of frames and records. A new payload kind or trailing field raises the minor version."""
 
 MAX_BODY_BYTES = 1 << 20
-"""Largest body of one frame. Larger values belong into an artifact, whose bytes travel beside the frames."""
+"""Largest body of one frame. A larger value belongs in an artifact, whose bytes travel beside the frames."""
+
+DECODED_IN_TRANSIT = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
+"""Kinds of records that the spool's reader and the receiver decode: a gap says how many records are missing, an image
+or artifact refers to a blob. They pass on records of all other kinds without decoding them."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The beginning of a `Record`, which can be read whatever the payload is."""
+    """The beginning of a `Record`, which can be decoded whatever the payload is."""
 
     seq: int
     time: float
 
 
 class Frame(NamedTuple):
-    """Where one frame lies in a buffer: it starts at ``start``, its body is ``buffer[body:end]``.
+    """Where one frame is in a buffer.
 
-    ``kind`` is a plain int: it may be a kind that this version does not know.
+    Attributes:
+        kind: a plain int, since it may be a kind that this version does not know.
+        start: where the frame starts.
+        body: where its body starts.
+        end: where its body ends, and with it the frame.
     """
 
     kind: int
@@ -62,7 +71,7 @@ class Frame(NamedTuple):
 
 
 class CorruptFrameError(ValueError):
-    """A frame fails its checksum or its size is impossible; what follows it cannot be trusted to be aligned.
+    """A frame's checksum is wrong or its size is impossible, so nobody knows where the next frame starts.
 
     Attributes:
         offset: where the frame starts in the scanned buffer.
@@ -80,7 +89,6 @@ _CRC_BYTES = 4
 _encode = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_head = msgspec.msgpack.Decoder(Head).decode
-_KIND_OF = {cls: int(cls.__struct_config__.tag) for cls in Payload.__args__}
 
 
 def encode_frame(record: Record) -> bytes:
@@ -88,12 +96,13 @@ def encode_frame(record: Record) -> bytes:
 
     Raises:
         ValueError: the encoded record is larger than ``MAX_BODY_BYTES``.
+        OverflowError: an integer in it does not fit into 64 bits.
     """
     body = _encode(record)
     size = len(body)
     if size > MAX_BODY_BYTES:
-        raise ValueError(f"the record takes {size} bytes encoded, the limit is {MAX_BODY_BYTES}")
-    checked = _pack_checked(size, _KIND_OF[type(record.payload)]) + body
+        raise ValueError(f"the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}")
+    checked = _pack_checked(size, KIND_OF[type(record.payload)]) + body
     return _pack_crc(zlib.crc32(checked)) + checked
 
 
@@ -101,35 +110,35 @@ def decode_body(body: bytes | memoryview) -> Record:
     """Return the record in a frame's body.
 
     Raises:
-        msgspec.DecodeError: the body is not a record of a format that this version knows (its subclass
-            ``msgspec.ValidationError`` for well-formed msgpack of another shape).
+        msgspec.DecodeError: the body is not a record that this version knows. Well-formed msgpack of another shape
+            raises the subclass ``msgspec.ValidationError``.
     """
     return _decode_record(body)
 
 
 def decode_head(body: bytes | memoryview) -> Head:
-    """Return where and when the record in a frame's body was logged, also of a kind that this version does not know.
+    """Return ``seq`` and time of the record in a frame's body, also of a kind that this version does not know.
 
     Raises:
-        msgspec.DecodeError: the body is no record.
+        msgspec.DecodeError: the body is not a record.
     """
     return _decode_head(body)
 
 
 def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iterator[Frame]:
-    """Yield each whole frame from ``offset`` on, its checksum verified; stop before an incomplete one at the end.
+    """Yield each whole frame from ``offset`` on. Verifies the checksum and does not decode the body.
 
-    The body is not decoded. A buffer that ends within a frame is normal (its writer is about to write the rest, or
-    was killed): compare the last frame's ``end`` with the buffer's length.
+    Stops before an incomplete frame at the end. That is normal: its writer is about to write the rest, or was killed.
+    To notice it, compare the last frame's ``end`` with the buffer's length.
 
     Raises:
-        CorruptFrameError: a frame's checksum is wrong or its size is impossible; the frames before it were yielded.
+        CorruptFrameError: a frame's checksum is wrong or its size is impossible. The frames before it were yielded.
     """
     length = len(buffer)
     header = _HEADER.size
     crc32 = zlib.crc32
     unpack = _HEADER.unpack_from
-    new = tuple.__new__  # half of what Frame(...) takes
+    new = tuple.__new__  # takes half the time of Frame(...)
     while length - offset >= header:
         crc, size, kind = unpack(buffer, offset)
         if size > MAX_BODY_BYTES or kind == 0:
@@ -138,7 +147,7 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
         end = body + size
         if end > length:
             return
-        # A slice of bytes is a copy, and of a few bytes still quicker than a view of them.
+        # A slice copies the bytes. For a few bytes, that is quicker than a memoryview.
         if crc32(buffer[offset + _CRC_BYTES : end]) != crc:
             raise CorruptFrameError(f"checksum does not match at offset {offset}", offset)
         yield new(Frame, (kind, offset, body, end))
@@ -148,14 +157,19 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
 def pass_metrics(
     buffer: bytes | bytearray | memoryview, offset: int, max_frames: int | None = None, max_end: int | None = None
 ) -> tuple[int, int]:
-    """Return how many whole, sound frames of metrics follow each other from ``offset`` on, and where they end.
+    """Count the whole, sound frames of metrics that follow each other from ``offset`` on.
 
-    What most batches consist of, counted at a third of ``scan_frames``'s cost. Stops before whatever is something
-    else: another kind, damage, an incomplete frame. It is for the caller to see what.
+    Most batches consist of them, and this takes a third of the time of ``scan_frames``. It stops before anything else,
+    be it another kind, damage or an incomplete frame, and leaves it to the caller to find out which.
 
     Args:
-        max_frames: stop after so many; not negative.
-        max_end: stop before a frame that ends after this offset.
+        buffer: where the frames are.
+        offset: where the first of them starts.
+        max_frames: stop after this many; not negative. None sets no limit.
+        max_end: stop before a frame that ends after this offset. None sets no limit.
+
+    Returns:
+        How many frames there are, and where the last of them ends.
     """
     limit = len(buffer) if max_end is None else min(len(buffer), max_end)
     header = _HEADER.size

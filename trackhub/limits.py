@@ -1,39 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much, how often and how long: every bound and every wait of trackhub, with its default and its range."""
+"""How much, how often and how long: every bound and every wait of trackhub, with its default and its range.
+
+A job, the environment and `trackhub.local` set them. Sender, receiver and lanes read them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 
 import msgspec
 
+from trackhub.conversion import convert
 from trackhub.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "Limits", "convert"]
+__all__ = ["ENV_PREFIX", "Limits"]
 
 ENV_PREFIX = "TRACKHUB_"
 """Environment variables that set a limit are this followed by its name in capitals: ``TRACKHUB_DEADLINE_S=60``."""
 
-_StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "batch_records": (1, 100_000),
-    "batch_bytes": (4096, 8 << 20),
-    "poll_s": (0.001, 10),
-    "linger_s": (0, 60),
-    "spool_bytes": (1 << 20, 1 << 50),
-    "request_s": (0.1, 600),
-    "barrier_s": (0, 3600),
-    "gate_s": (0, 3600),
-    "deadline_s": (0, 86_400),
-    "preflight_s": (0.1, 600),
-    "keepalive_s": (0.1, 60),
-    "silence_s": (0.2, 3600),
-    "flush_s": (0.01, 600),
-}
-_WHOLE = frozenset({"batch_records", "batch_bytes", "spool_bytes"})
+class _Range(NamedTuple):
+    """The lowest and the highest value of a limit. Both are allowed."""
+
+    low: float
+    high: float
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,72 +35,65 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ConfigError: a value is of the wrong type or out of its range.
     """
 
-    batch_records: int = 1000
-    """Most records in one message from a site to the receiver; 1 to 100,000. Default 1000: larger batches are no faster,
-    and one lost message costs more to send again."""
+    batch_records: Annotated[int, _Range(1, 100_000)] = 1000
+    """Most records in one message from a site to the receiver. Larger batches are no faster, and one lost message costs
+    more to send again."""
 
-    batch_bytes: int = 1 << 20
-    """Most bytes of frames in one message, and the size of the pieces of a file; 4 KiB to 8 MiB. A single larger
-    record travels alone. Default 1 MiB, which FLARE's channels carry without streaming."""
+    batch_bytes: Annotated[int, _Range(4096, 8 << 20)] = 1 << 20
+    """Most bytes of frames in one message, and the size of the pieces of a file. A single larger record travels alone.
+    FLARE's channels carry 1 MiB without streaming."""
 
-    poll_s: float = 0.05
-    """Seconds between two looks at the spool while it is idle; 0.001 to 10. Default 0.05: charts feel live, and an idle
-    site costs next to nothing."""
+    poll_s: Annotated[float, _Range(0.001, 10)] = 0.05
+    """Seconds between two looks at the spool while it is idle. At the default charts feel live, and an idle site costs
+    next to nothing."""
 
-    linger_s: float = 1.0
-    """Seconds that records may wait at the site after a message, so that the next one carries more; 0 (never) to 60.
-    Default 1: a message through FLARE takes some milliseconds of Python in the process that trains, and one for each
-    training step would slow down steps that take as little. The end of a round, and 64 KiB of records, wait for
-    nothing."""
+    linger_s: Annotated[float, _Range(0, 60)] = 1.0
+    """Most seconds that the sender batches records before it sends the next message; 0 sends at once. A message through
+    FLARE takes some milliseconds of Python in the process that trains. One for each training step would slow down steps
+    that take as little. The sender does not wait at the end of a round, nor when it has 64 KiB of records."""
 
-    spool_bytes: int = 1 << 30
-    """Most bytes of a site's spool on disk; 1 MiB to 1 PiB. When it is full, new records are dropped and counted.
-    Default 1 GiB: some ten million scalars, hours of a receiver that is away."""
+    spool_bytes: Annotated[int, _Range(1 << 20, 1 << 50)] = 1 << 30
+    """Most bytes of a site's spool on disk. When it is full, new records are dropped and counted. The default holds some
+    ten million scalars: hours without a receiver."""
 
-    request_s: float = 10.0
-    """Longest wait in seconds of a site for the receiver's answer to one message, before it is sent again; 0.1 to 600.
-    Default 10; half of ``silence_s`` where that is less, or one lost answer would make the site look dead."""
+    request_s: Annotated[float, _Range(0.1, 600)] = 10.0
+    """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again. Half
+    of ``silence_s`` where that is less, or one lost reply would make the site look dead."""
 
-    barrier_s: float = 10.0
-    """Longest wait in seconds, once per round, before a task's result is sent, until what was logged is acked; 0 (do
-    not wait) to 3600. Default 10. A receiver that does not answer costs this once, not once per round."""
+    barrier_s: Annotated[float, _Range(0, 3600)] = 10.0
+    """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
+    task's result; 0 does not wait. A receiver that does not reply costs this once, not once per round."""
 
-    gate_s: float = 30.0
-    """Longest time in seconds that the server holds its end of job until every site said that it is done; 0 to 3600.
-    Default 30. Records that come later are not in the receiver's journal; they stay in the site's spool."""
+    gate_s: Annotated[float, _Range(0, 3600)] = 30.0
+    """Longest time in seconds that the server delays the end of the job until every site said that it is done. Records
+    that come later are not in the receiver's journal. They stay in the site's spool."""
 
-    deadline_s: float = 30.0
+    deadline_s: Annotated[float, _Range(0, 86_400)] = 30.0
     """Longest time in seconds, for all lanes together, to bring what is journaled into the backends at the end of the
-    job; 0 to 86,400. Default 30. What is left stays in the journal for ``trackhub replay``."""
+    job. What is left stays in the journal for ``trackhub replay``."""
 
-    preflight_s: float = 10.0
-    """Longest time in seconds for a backend's check before training starts; 0.1 to 600. Default 10. A check that takes
-    longer counts as "not now": training starts, and the records wait in the journal."""
+    preflight_s: Annotated[float, _Range(0.1, 600)] = 10.0
+    """Longest time in seconds for a backend's check before training starts. A check that takes longer counts as "not
+    now": training starts, and the records wait in the journal."""
 
-    keepalive_s: float = 2.0
-    """Seconds between two signs of life of a site that has nothing to send; 0.1 to 60. Default 2."""
+    keepalive_s: Annotated[float, _Range(0.1, 60)] = 2.0
+    """Seconds between two signs of life of a site that has nothing to send."""
 
-    silence_s: float = 7.0
-    """Seconds without any message after which the receiver takes a site for gone; 0.2 to 3600, and at least twice
-    ``keepalive_s``, or one late message would count as death. Default 7: three signs of life missed."""
+    silence_s: Annotated[float, _Range(0.2, 3600)] = 7.0
+    """Seconds without any message after which the receiver takes a site for gone. At least twice ``keepalive_s``, or one
+    late message would count as death. The default allows three missed signs of life."""
 
     durability: Literal["normal", "full"] = "normal"
-    """What an acked record survives: ``normal`` the death of the receiver's process, ``full`` also the machine's loss of
-    power, at about 3 ms of disk time for every batch. Default ``normal``."""
+    """What an acked record survives. ``normal``: the death of the receiver's process. ``full``: also the machine's loss
+    of power, at about 3 ms of disk time for every batch."""
 
-    flush_s: float = 1.0
-    """Seconds at most from handing records to a backend that buffers to asking it to make them durable; 0.01 to 600.
-    Default 1: a crash costs at most a second's worth of records sent again."""
+    flush_s: Annotated[float, _Range(0.01, 600)] = 1.0
+    """Most seconds between handing records to a backend that buffers and asking it to make them durable. At the default
+    a crash costs at most a second's worth of records sent again."""
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            numeric = int if name in _WHOLE else (int, float)
-            if isinstance(value, bool) or not isinstance(value, numeric):
-                expected = "a whole number" if name in _WHOLE else "a number"
-                raise ConfigError(f"limits.{name}: expected {expected}, got {value!r}")
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ConfigError(f"limits.{name}: {value!r} is out of range; expected {low:,} to {high:,}")
+        for name, (number, allowed) in _RANGES.items():
+            _check(name, getattr(self, name), number, allowed)
         if self.durability not in ("normal", "full"):
             raise ConfigError(f"limits.durability: expected 'normal' or 'full', got {self.durability!r}")
         if self.silence_s < 2 * self.keepalive_s:
@@ -119,7 +104,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> Self:
-        """Return limits with these values; those not given come from ``environ`` where set there, else the defaults.
+        """Return limits with these values. Those not given come from ``environ`` where set there, else the defaults.
 
         Args:
             values: limit name to value; strings are accepted for numbers.
@@ -138,14 +123,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return convert({**found, **values}, cls, "limits")
 
 
-def convert(values: Mapping[str, Any], into: type[_StructT], root: str) -> _StructT:
-    try:
-        return msgspec.convert(values, into, strict=False)
-    except msgspec.ValidationError as error:
-        cause = error.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        what, _, path = str(error).rpartition(" - at `$")
-        what = what or str(error)
-        where = f"{root}{path.rstrip('`')}" if what != str(error) else root
-        raise ConfigError(f"{where}: {what[:1].lower()}{what[1:]}") from None
+def _check(name: str, value: Any, number: type, allowed: _Range) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if number is int else (int, float)):
+        expected = "a whole number" if number is int else "a number"
+        raise ConfigError(f"limits.{name}: expected {expected}, got {value!r}")
+    if not (math.isfinite(value) and allowed.low <= value <= allowed.high):
+        raise ConfigError(f"limits.{name}: {value!r} is out of range; expected {allowed.low:,} to {allowed.high:,}")
+
+
+_RANGES: dict[str, tuple[type, _Range]] = {
+    name: (hint.__origin__, hint.__metadata__[0])
+    for name, hint in get_type_hints(Limits, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one log call becomes: a record with one payload.
+"""What one log call becomes: a record with one payload, and what its keys may be.
 
 The writer makes records, and a backend receives their payloads. `trackhub.framing` encodes them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final, get_args
 
 import msgspec
 
 __all__ = [
+    "KIND_OF",
     "MAX_KEY_CHARS",
     "MAX_STEP",
     "Artifact",
@@ -27,13 +30,34 @@ __all__ = [
     "Table",
     "Tags",
     "Text",
+    "key_problem",
 ]
 
 MAX_KEY_CHARS = 1000
-"""Longest key, in characters. Longer than any backend's own limit; backends shorten, the writer refuses."""
+"""Longest key, in characters. It is above the limits of all backends: a lane shortens a key for its backend."""
 
 MAX_STEP = 2**63 - 1
 """Largest step and round: what TensorBoard's and MLflow's int64 fields hold."""
+
+# Unicode category Cc, which will never have more members; the line and the paragraph separator; surrogates.
+_NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def key_problem(key: str) -> str | None:
+    """Return why a string cannot be a key, as the end of a sentence that begins with the key. None if it can be one.
+
+    A key has 1 to ``MAX_KEY_CHARS`` characters of any script. It is valid UTF-8 without control characters (Unicode
+    category Cc), U+2028, U+2029 and lone surrogates. This is the one rule for the writer and for whoever checks what a
+    site sent. Terminals and pages must still escape a key, since it may hold marks that change the text's direction.
+    """
+    if not key:
+        return "is empty; expected a name such as 'train/loss'"
+    if len(key) > MAX_KEY_CHARS:
+        return f"has {len(key)} characters; expected at most {MAX_KEY_CHARS}"
+    # What is printable has none of them, and isprintable is four times as quick.
+    if not key.isprintable() and (found := _NOT_IN_KEYS.search(key)):
+        return f"contains U+{ord(found[0]):04X}; expected no control characters, line separators and lone surrogates"
+    return None
 
 
 class Kind(IntEnum):
@@ -51,7 +75,7 @@ class Kind(IntEnum):
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A reference to bytes that travel beside the record, in chunks, and lie in a file of their own.
+    """A reference to bytes that are stored in a file of their own and travel beside the record, in chunks.
 
     Attributes:
         name: file name, unique within the site: ``<stream>-<seq>``.
@@ -73,7 +97,7 @@ class Metrics(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
 
 
 class Params(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
-    """Hyperparameters: key to None, bool, int, float, str, or lists and dicts of these."""
+    """Hyperparameters: key to None, bool, int, float, str, or lists and dicts of these. Keys of dicts are keys, too."""
 
     values: dict[str, Any]
 
@@ -85,17 +109,20 @@ class Tags(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
 
 
 class Text(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
-    """A piece of text, read as Markdown by backends that render it."""
+    """A piece of text. Backends that can render Markdown do so."""
 
     key: str
     text: str
 
 
 class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
-    """One encoded image; the blob holds the PNG or JPEG file's bytes.
+    """One encoded image.
 
     Attributes:
-        width, height: in pixels.
+        key: its key.
+        blob: the bytes of the PNG or JPEG file.
+        width: in pixels.
+        height: in pixels.
         caption: a line of text below it; may be empty.
     """
 
@@ -110,7 +137,8 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
     """Counts in bins.
 
     Attributes:
-        edges: n + 1 finite bin limits, rising; bin i is ``[edges[i], edges[i + 1])``, the last one closed.
+        key: its key.
+        edges: n + 1 finite bin limits, rising. Bin i is ``[edges[i], edges[i + 1])``; the last bin includes its end.
         counts: n counts, each >= 0.
     """
 
@@ -120,7 +148,7 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
 
 
 class Table(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
-    """Rows of cells; a cell is None, bool, int, float or str, and every row has one cell per column."""
+    """Rows of cells. A cell is None, bool, int, float or str; every row has one cell per column."""
 
     key: str
     columns: list[str]
@@ -132,6 +160,7 @@ class Artifact(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
 
     Attributes:
         key: the artifact's name within the run; may contain ``/``.
+        blob: the bytes of the file.
         filename: the last part of the path that was logged.
         artifact_type: what it is, in W&B's sense: ``file``, ``model``, ``dataset``, ...
     """
@@ -143,10 +172,13 @@ class Artifact(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
 
 
 class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
-    """Stands in a stream for records that are not in it, so that every hole has a reason.
+    """Takes the place of records that are missing from a stream, so that every hole has a reason.
 
-    The record that carries it has the first missing ``seq``; ``count`` records in a row are missing, for ``reason``
-    (``spool_full``, ``disk_full``, ``withheld``, ...). Never handed to a backend.
+    Backends never receive one.
+
+    Attributes:
+        count: how many records in a row are missing. The record with the gap has the ``seq`` of the first of them.
+        reason: why they are missing: ``spool_full``, ``disk_full``, ``withheld``, ...
     """
 
     count: int
@@ -155,17 +187,23 @@ class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
 
 Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact | Gap
 
+KIND_OF: Final[Mapping[type[msgspec.Struct], Kind]] = {
+    cls: Kind(cls.__struct_config__.tag) for cls in get_args(Payload)
+}
+"""The kind of each payload class."""
+
 
 class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One log call.
 
-    The site is not in it: the receiver knows the site from the authenticated channel, so no record can claim another.
+    The site is not part of it. The receiver knows the site from the authenticated channel, so that no site can write as
+    another.
 
     Attributes:
         seq: position in its stream (one writing process), counted from 0.
         time: unix seconds (UTC) at the log call.
-        step: what the caller gave, 0 to ``MAX_STEP``; None when it gave none.
-        round: the federated round in which it was logged, where the process knew one.
+        step: what the caller gave, 0 to ``MAX_STEP``; None if it gave none.
+        round: the federated round in which it was logged; None if the process did not know one.
         payload: what was logged.
     """
 

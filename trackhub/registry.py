@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed backends: list them without importing any, load one by name, and check its options.
 
-A backend is found by its entry point in the group ``trackhub.backends``; the entry point's name is the backend's
-name. First-party backends are found the same way as anybody's.
+A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. First-party
+backends are found in the same way as anybody's. The receiver, `trackhub.flare.recipe` and the commands call this.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
+from trackhub.conversion import describe
 from trackhub.errors import (
     BackendConflictError,
     BackendLoadError,
@@ -26,10 +27,19 @@ from trackhub.errors import (
     InvalidOptionError,
     UnknownBackendError,
 )
-from trackhub.secrets import Secret, refuse_literal_secrets, resolve_secrets
-from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind
+from trackhub.secrets import Secret, refuse_literal_secrets, require_reference, resolve_secrets
+from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind, OptionMark
 
-__all__ = ["GROUP", "BackendEntry", "available", "build_options", "load", "load_entry", "resolve_secrets"]
+__all__ = [
+    "GROUP",
+    "BackendEntry",
+    "available",
+    "build_options",
+    "check_options",
+    "load",
+    "load_entry",
+    "option_marks",
+]
 
 GROUP = "trackhub.backends"
 """The entry-point group in which plugins name their backend class."""
@@ -51,8 +61,8 @@ class BackendEntry(msgspec.Struct, frozen=True):
         name: the backend's name.
         distribution, version: which distribution provides it.
         value: what the entry point names: ``module:Class``.
-        state: ``conflict`` when another distribution provides the same name; ``broken`` when it is plain without an
-            import that it cannot be loaded; else ``ok``, which ``load`` may still find untrue.
+        state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded, which shows
+            without importing it. Else ``ok``; an import may still fail.
         problem: why it is not ``ok``; empty if it is.
     """
 
@@ -78,15 +88,15 @@ def available() -> list[BackendEntry]:
     return entries
 
 
-def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
-    """Import the backend of this name and check that it can be used. Imports the plugin's module, no other plugin's.
+def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[Any]]:
+    """Import the backend of this name, and no other plugin, and check that it can be used.
 
     Args:
         name: the name of its entry point.
         allowed: the backends that the operator of this site allows; None for all.
 
     Raises:
-        UnknownBackendError: no installed distribution provides it; says which there are and what to install.
+        UnknownBackendError: no installed distribution provides it. The message names those that there are.
         ConfigError: it is installed, but not allowed at this site.
         BackendConflictError: several distributions provide it.
         BackendLoadError: it does not import, or is not a usable backend class.
@@ -95,7 +105,9 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
     return load_entry(name, available(), allowed=allowed)
 
 
-def load_entry(name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None) -> type[Backend]:
+def load_entry(
+    name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None
+) -> type[Backend[Any]]:
     """Load the backend of this name as ``load`` does, from entries that ``available`` has returned just now."""
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
@@ -120,37 +132,85 @@ def load_entry(name: str, entries: Sequence[BackendEntry], *, allowed: Collectio
     return _checked(loaded, origin)
 
 
-def build_options(
-    name: str, cls: type[Backend], options: Mapping[str, Any], *, resolve: bool = False
-) -> msgspec.Struct:
-    """Return the backend's Options made from a plain mapping, as it comes from flags, TOML or JSON.
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a backend's options where a job is written, and return them as JSON can hold them.
 
-    Strings are accepted for numbers, booleans and None where the option's type has no string (``"5"``, ``"true"``,
-    ``"null"``), since flags have nothing else.
+    Literal secrets are refused in any case. The names and types of options can be checked only if the backend is
+    installed here: if it is not, this raises what `load` raises, after the rest has been checked.
+
+    Args:
+        name: the backend's name.
+        options: option name to value. Secrets are references such as ``${secret:NAME}``, which stay as they are.
+
+    Raises:
+        InvalidOptionError: an option is unknown, has a value of the wrong type, or holds a literal secret.
+        ConfigError: a value is not what JSON can hold.
+        UnknownBackendError: the backend is not installed here.
+        PluginError: the backend is installed here, but cannot be used.
+    """
+    refuse_literal_secrets(name, options)
+    try:
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dict(options)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the options of {name!r} travel in the job, so they must be what JSON can hold: {error}"
+        ) from error
+    cls = load(name)
+    _check_names(name, cls, plain)
+    _convert(name, cls, plain)
+    return plain
+
+
+def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]) -> msgspec.Struct:
+    """Return the backend's Options from a plain mapping, with secret references resolved. Only at the receiver.
+
+    Do not store or log the result. Strings are accepted for numbers, booleans and None where the option's type has no
+    string (``"5"``, ``"true"``, ``"null"``), since flags have nothing else.
 
     Args:
         name: the backend's name, for messages.
         cls: the backend's class.
-        options: option name to value. Literal secrets are refused.
-        resolve: replace secret references by the secrets. Only at the receiver; the result must not be stored or logged.
+        options: option name to value.
 
     Raises:
         InvalidOptionError: an option is unknown, has a value of the wrong type, or holds a literal secret.
         ConfigError: a secret reference cannot be resolved.
     """
-    known = [field.encode_name for field in msgspec.structs.fields(cls.Options)]
+    refuse_literal_secrets(name, options)
+    _check_names(name, cls, options)
+    return _convert(name, cls, {key: resolve_secrets(f"{name}.{key}", value) for key, value in options.items()})
+
+
+def option_marks(cls: type[Backend[Any]]) -> dict[str, frozenset[OptionMark]]:
+    """Return what the core must know of each of a backend's options: which hold a secret, a host or a path."""
+    hints = get_type_hints(cls.Options, include_extras=True)
+    return {
+        field.encode_name: frozenset(mark for mark in _annotations(hints[field.name]) if isinstance(mark, OptionMark))
+        for field in msgspec.structs.fields(cls.Options)
+    }
+
+
+def _annotations(hint: Any) -> Iterator[Any]:
+    yield from getattr(hint, "__metadata__", ())
+    for part in get_args(hint):
+        yield from _annotations(part)
+
+
+def _check_names(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]) -> None:
+    marks = option_marks(cls)
     for key, value in options.items():
-        if key not in known:
-            raise InvalidOptionError(_unknown_option(name, str(key), known))
-        refuse_literal_secrets(f"{name}.{key}", value)
-    values = dict(options)
-    if resolve:
-        values = {key: resolve_secrets({f"{name}.{key}": value})[f"{name}.{key}"] for key, value in values.items()}
+        if key not in marks:
+            raise InvalidOptionError(_unknown_option(name, str(key), list(marks)))
+        if OptionMark.SECRET in marks[key]:
+            require_reference(f"{name}.{key}", value)
+
+
+def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> msgspec.Struct:
     try:
         return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         # Not chained: the original text and its traceback's values may hold a resolved secret.
-        raise InvalidOptionError(_wrong_value(name, str(error), values)) from None
+        raise InvalidOptionError(_wrong_value(name, error, values)) from None
 
 
 def _entry_points() -> Iterator[tuple[str, str, str, str]]:
@@ -206,7 +266,7 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     if near:
         message += f" Did you mean {near[0]!r}?"
     if _NAME.fullmatch(str(name)) and name not in RESERVED:
-        message += f" If it is a plugin, install it where it runs: pip install flare-trackhub-{name}"
+        message += " If it is a plugin, install its distribution where the backend runs"
     return message
 
 
@@ -217,16 +277,15 @@ def _unknown_option(name: str, key: str, known: list[str]) -> str:
     return f"{name}.{key}: unknown option; {listing}{hint}"
 
 
-def _wrong_value(name: str, message: str, values: Mapping[str, Any]) -> str:
-    """Return msgspec's message with our path in front, ``wandb.tags[0]: expected `str`, got `int```."""
-    what, _, path = message.rpartition(" - at `$")
-    what = what or message
+def _wrong_value(name: str, error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
+    message = describe(error, name)
     for secret in _secrets_in(values):
-        what = what.replace(secret, "***")
-    where = name + path.rstrip("`") if path and what != message else name
-    hint = "; a list is written as JSON: [1, 2]" if "Expected `array`" in message else ""
-    hint = "; use true or false" if "Expected `bool`" in message else hint
-    return f"{where}: {what[:1].lower()}{what[1:]}{hint}"
+        message = message.replace(secret, "***")
+    if "expected `array`" in message:
+        message += "; a list is written as JSON: [1, 2]"
+    if "expected `bool`" in message:
+        message += "; use true or false"
+    return message
 
 
 def _secrets_in(value: Any) -> Iterator[str]:
@@ -247,10 +306,15 @@ def _decode(expected: type, value: Any) -> Any:
     raise NotImplementedError(f"an option of type {expected} is not supported")
 
 
-def _checked(loaded: Any, origin: str) -> type[Backend]:
+def _checked(loaded: Any, origin: str) -> type[Backend[Any]]:
     """Return the loaded object as a backend class, or say what it lacks."""
     if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
         raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
+    if not hasattr(loaded, "spi"):
+        raise IncompatibleBackendError(
+            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` "
+            "into the class"
+        )
     if loaded.spi != SPI_VERSION:
         raise IncompatibleBackendError(
             f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
@@ -276,8 +340,12 @@ def _capability_problem(capabilities: Capabilities) -> str:
         return "kinds must be a set of trackhub.spi.Kind, without GAP"
     if capabilities.max_batch < 1:
         return "max_batch must be at least 1"
-    try:
-        re.compile(f"[{capabilities.key_chars}]" if capabilities.key_chars else "")
-    except re.error as error:
-        return f"key_chars is not the inside of a character class: {error}"
+    if set(capabilities.key_rules) - set(Kind):
+        return "key_rules must be a mapping of trackhub.spi.Kind to KeyRule"
+    for rule in (capabilities.key_rule, *capabilities.key_rules.values()):
+        for field in ("chars", "edge_chars"):
+            try:
+                re.compile(f"[{chars}]" if (chars := getattr(rule, field)) else "")
+            except re.error as error:
+                return f"KeyRule.{field} is not the inside of a character class: {error}"
     return ""

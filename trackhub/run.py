@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What identifies a run, what a backend is told of it, and how it ends."""
+"""A job and its runs: what identifies them, what a person reads, and how a run ends.
+
+The receiver makes these values. Lanes hand them to backends, which read them through `trackhub.spi`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -13,83 +17,139 @@ import msgspec
 
 from trackhub.records import Blob
 
-__all__ = ["FEDERATION", "SERVER", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
-
-_MAX_COMPONENT = 150
+__all__ = ["FEDERATION", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
 
 SERVER = "server"
-"""The run of what the server itself logs."""
+"""The site name of the run that holds what the server itself logs."""
 
 FEDERATION = "federation"
-"""The run that holds statistics across sites."""
+"""The site name of the federation run, which holds statistics across sites."""
+
+_MAX_COMPONENT_CHARS = 150
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Side(StrEnum):
-    """Where the receiver is: on the FLARE server, at the client, or in a script's own process."""
+    """Where the receiver is."""
 
     SERVER = "server"
+    """On the FLARE server."""
     CLIENT = "client"
+    """At a FLARE client."""
     LOCAL = "local"
+    """In a script's own process."""
 
 
 class RunStatus(StrEnum):
     """How a run ended."""
 
     FINISHED = "finished"
+    """The site's training ended well."""
     FAILED = "failed"
     """The site's training ended with an error, or the site fell silent."""
     ABORTED = "aborted"
     """Somebody stopped the job."""
+    KILLED = "killed"
+    """All processes of the job died before they could say how it ended."""
 
 
 class RunKey(NamedTuple):
-    """One run per site per job; the job is the group."""
+    """The identity of a run: one run per site per job.
+
+    Attributes:
+        job: the job's id.
+        site: the site's name, `SERVER` or `FEDERATION`.
+    """
 
     job: str
     site: str
 
 
-class RunInfo(msgspec.Struct, frozen=True):
-    """What a backend is told when a run is opened.
+class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job, as the receiver and its backends know it.
 
     Attributes:
-        key: job and site. Show the site as the run's name and the job as its group.
-        side: where the receiver is. When both sides may write to one store, they need different runs: use ``run_id``.
-        created: unix seconds (UTC) of the run's first record.
-        resume_from: position of the first record that will be handed over. 0 for a new run; more when a receiver was
-            restarted or a replay goes on, and then the run may hold records at and after it that were written before
-            the crash, but not confirmed.
-        blob_dir: where the bytes of images and artifacts lie, one file per blob name.
+        id: the identity of the job. Two jobs never share it.
+        name: what a person calls the job. Two jobs may share it. Left out, it is the id.
+        notes: a description in Markdown; may be empty.
+        tags: labels that every run of the job gets.
     """
 
-    key: RunKey
+    id: str
+    name: str = ""
+    notes: str = ""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            msgspec.structs.force_setattr(self, "name", self.id)
+
+    @property
+    def unique_name(self) -> str:
+        """The name and, where it differs, the id: readable, and another one for every job.
+
+        Of a UUID, as FLARE gives it to jobs, only the first eight digits are shown, as FLARE's users abbreviate it.
+        """
+        if self.name == self.id:
+            return self.id
+        return f"{self.name}-{self.id[:8] if _UUID.fullmatch(self.id) else self.id}"
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """What a backend is told when it opens a run.
+
+    Attributes:
+        job: the job that the run belongs to.
+        site: the site whose records the run holds, `SERVER` or `FEDERATION`.
+        side: where the receiver is. When both sides may write to one store, they need different runs: use ``run_id``.
+        created: unix seconds (UTC) of the run's first record.
+        resume_from: position of the first record that the lane will hand over. It is 0 for a new run. It is more after
+            a restart and in a replay; the run may then hold later records that were written, but not confirmed.
+        blob_dir: the folder with the bytes of images and artifacts, one file per blob name.
+        parent: the run that this run is shown under, where a backend can show that: the job's federation run. None for
+            the federation run itself.
+    """
+
+    job: JobInfo
+    site: str
     side: Side
     created: float
     resume_from: int
     blob_dir: Path
+    parent: RunKey | None = None
+
+    @property
+    def key(self) -> RunKey:
+        """The run's identity: the job's id and the site."""
+        return RunKey(self.job.id, self.site)
 
     @property
     def run_id(self) -> str:
-        """32 hex digits that are the same whenever this run is opened, and differ for every other run."""
+        """32 hex digits: the same whenever this run is opened, and others for every other run."""
         return hashlib.sha256("\0".join((*self.key, self.side)).encode()).hexdigest()[:32]
 
+    @property
+    def display_name(self) -> str:
+        """What a person reads as the run's name: the job's name and the site."""
+        return f"{self.job.name}/{self.site}"
+
     def blob_path(self, blob: Blob) -> Path:
-        """Return the file that holds this blob's bytes. It is complete, and must not be changed."""
+        """Return the file that holds this blob's bytes. The file is complete. Do not change it."""
         return self.blob_dir / blob.name
 
 
 def path_component(name: str) -> str:
-    """Return a name, such as a site's, as one part of a path: another one for every name, and plain names unchanged.
+    """Return a name, such as a site's, as one part of a path. Different names give different parts.
 
-    Letters A to Z, digits and ``-._~`` stay, other characters become ``%XX`` as in URLs, so the result has no
-    separator. A leading dot is escaped, too: no name means the folder above or a hidden file. A name that would be
-    longer than 150 characters is shortened and ends in a hash of the whole. File systems that fold upper and lower
-    case may still take two names for one.
+    Letters A to Z, digits and ``-._~`` stay. Other characters become ``%XX``, as in URLs, so the result contains no
+    separator. A leading dot is escaped, too, so no name means the folder above or a hidden file. A result that would
+    have more than 150 characters is shortened and ends in a hash of the whole name. A file system that ignores upper
+    and lower case may still take two names for one.
     """
     component = quote(name, safe="") or "%"
     if component.startswith("."):
         component = "%2E" + component[1:]
-    if len(component) > _MAX_COMPONENT:
+    if len(component) > _MAX_COMPONENT_CHARS:
         digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-        component = component[: _MAX_COMPONENT - len(digest) - 2] + "%~" + digest
+        component = component[: _MAX_COMPONENT_CHARS - len(digest) - 2] + "%~" + digest
     return component

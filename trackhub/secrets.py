@@ -20,7 +20,7 @@ from typing import Any
 
 from trackhub.errors import ConfigError, InvalidOptionError
 
-__all__ = ["Secret", "refuse_literal_secrets", "resolve_secrets"]
+__all__ = ["Secret", "refuse_literal_secrets", "require_reference", "resolve_secrets"]
 
 _REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
 _MARKER = "${secret:"
@@ -75,27 +75,37 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
         if isinstance(leaf, str) and _MARKER in _REFERENCE.sub("", leaf):
             raise InvalidOptionError(_malformed(where))
         if (found := _looks_secret(where, leaf)) is not None:
-            raise InvalidOptionError(
-                f"{where}: {found} must not be written into a job or its command line. Set it in the environment of "
-                f"the process that runs the backend and refer to it as ${{secret:NAME}}, or as "
-                f"${{secret:file:/path}} if it is in a file there"
-            )
+            raise InvalidOptionError(_literal(where, found))
 
 
-def resolve_secrets(options: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return a copy of the options in which every secret reference is replaced by what it refers to.
-
-    Call it at the receiver, just before the options are handed to the backend; the result must not be stored or logged.
+def require_reference(path: str, value: Any) -> None:
+    """Check that the value of an option that is marked as a secret is a reference or empty.
 
     Args:
-        options: an options mapping; it is not changed.
+        path: the path to the value, for the message, such as ``wandb.api_key``.
+        value: what was configured.
+
+    Raises:
+        InvalidOptionError: it is a literal. The message names the path and never the value.
+    """
+    if value and not (isinstance(value, str) and _REFERENCE.fullmatch(value)):
+        raise InvalidOptionError(_literal(path, "a secret"))
+
+
+def resolve_secrets(path: str, value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
+    """Return a copy of an option's value in which every secret reference is replaced by what it refers to.
+
+    Call it at the receiver, just before the options are handed to the backend. Do not store or log the result.
+
+    Args:
+        path: the path to the value, for messages, such as ``wandb.api_key``.
+        value: a string, a number, or lists and mappings of these. It is not changed.
         environ: where to look up variables; None for this process's environment.
 
     Raises:
         ConfigError: a reference is malformed, or its variable or file is missing or empty.
     """
-    lookup = os.environ if environ is None else environ
-    return {key: _resolve(key, value, lookup) for key, value in options.items()}
+    return _resolve(path, value, os.environ if environ is None else environ)
 
 
 def _resolve(path: str, value: Any, environ: Mapping[str, str]) -> Any:
@@ -129,6 +139,13 @@ def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str
     if not secret:
         raise ConfigError(f"{path}: the secret file {file} is empty")
     return secret
+
+
+def _literal(path: str, found: str) -> str:
+    return (
+        f"{path}: {found} must not be written into a job or its command line. Set it in the environment of the process "
+        f"that runs the backend and refer to it as ${{secret:NAME}}, or as ${{secret:file:/path}} if it is in a file there"
+    )
 
 
 def _malformed(path: str) -> str:

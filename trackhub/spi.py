@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a backend plugin imports: the classes to subclass, what they receive, and what they return or raise.
 
-A backend is a class named by an entry point in the group ``trackhub.backends``::
+A backend is a class that an entry point in the group ``trackhub.backends`` names::
 
-    class Acme(Backend):
+    class Acme(Backend[AcmeOptions]):                      # a msgspec.Struct with forbid_unknown_fields
         spi = 1                                            # the version of this interface
-        Options = AcmeOptions                              # a msgspec.Struct with forbid_unknown_fields
         capabilities = Capabilities(kinds=frozenset({Kind.METRICS}))
 
         def open_run(self, info: RunInfo) -> BackendRun: ...
 
-The core does the rest, the same for every backend: it decodes and orders the records, keeps what is not yet delivered
-on disk, retries with backoff, refuses what ``capabilities`` do not claim, and counts every outcome. All methods of a
-backend and its runs are called from one thread, the backend's lane; none is ever called from a training thread.
+The core does the rest, the same for every backend. It decodes and orders the records, keeps what is not yet delivered
+on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. One thread, the
+backend's lane, calls all methods of a backend and its runs. No training thread ever calls them.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import msgspec
 
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
-from trackhub.run import FEDERATION, SERVER, RunInfo, RunKey, RunStatus, Side, path_component
+from trackhub.run import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
 
 __all__ = [
+    "ANY_KEY",
     "FEDERATION",
     "SERVER",
     "SPI_VERSION",
@@ -40,13 +42,18 @@ __all__ = [
     "Blob",
     "Capabilities",
     "ConfigError",
+    "Confirmation",
+    "ConfirmedBy",
     "Entry",
     "Histogram",
     "Image",
     "InvalidOptionError",
+    "JobInfo",
+    "KeyRule",
     "Kind",
     "Metrics",
     "NoOptions",
+    "OptionMark",
     "Params",
     "Payload",
     "PermanentError",
@@ -66,56 +73,121 @@ __all__ = [
 ]
 
 SPI_VERSION = 1
-"""Version of this interface. A plugin built for another one is refused when it is loaded."""
+"""Version of this interface. A plugin written for another version is refused when it is loaded."""
+
+OptionsT_co = TypeVar("OptionsT_co", bound=msgspec.Struct, covariant=True)
 
 
 class Redelivery(StrEnum):
-    """What happens when records are handed over a second time after a crash."""
+    """What happens when the lane hands over records a second time after a crash."""
 
     IDEMPOTENT = "idempotent"
     """The store recognises them: writing a record again changes nothing."""
     RESUMABLE = "resumable"
-    """The opened run says where it stands (``BackendRun.next_position``); the lane goes on from there."""
+    """The opened run says where it stands (``BackendRun.next_position``). The lane goes on from there."""
     REBUILD = "rebuild"
-    """A run that was not finished is written anew from its first record; ``open_run`` replaces what is there."""
+    """A run that was not finished is written anew from its first record. ``open_run`` replaces what is there."""
     AT_LEAST_ONCE = "at_least_once"
     """They are stored twice. The core counts them as possible duplicates."""
+
+
+class ConfirmedBy(StrEnum):
+    """Which call of a run confirms records, so that they count as delivered."""
+
+    WRITE = "write"
+    """``write``: when it returns, the batch is durable. The lane never calls ``flush``."""
+    FLUSH = "flush"
+    """``flush``: when it returns, everything written before it is durable."""
+
+
+class Confirmation(StrEnum):
+    """Whose word a flush stands on."""
+
+    STORE = "store"
+    """The store said that it has the records."""
+    CLIENT = "client"
+    """Only the SDK said that it sent them; the store could not be asked. The core counts such records separately."""
+
+
+class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    r"""Which keys a store can hold. The core changes every other key, reversibly, so that two keys never become one.
+
+    A character that is not allowed becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names).
+    So ``_``, ``x`` and hex digits must be allowed. Every default is the weak answer: claim what the store can hold.
+
+    Attributes:
+        max_chars: longest key; None for no limit. The core shortens a longer key and ends it in a hash of the whole.
+        chars: the characters of a key, as the inside of a regular-expression class, such as ``A-Za-z0-9_./ -``. Empty
+            for all.
+        edge_chars: the characters that may come first and last, written in the same way; empty for all that ``chars``
+            allows. ``^\-`` is right for an SDK that strips ``-`` at both ends.
+        reserved_keys: keys that the store or the SDK uses itself.
+        reserved_prefixes: beginnings of such keys.
+        reserved_as: the prefix that a reserved key gets, such as ``user/``. Empty escapes its first character instead.
+        is_path: the store reads a key as a relative path. The core then escapes what would make it another path or one
+            that leads upwards: a slash at an end, ``//``, and parts that are ``.`` or ``..``.
+    """
+
+    max_chars: int | None = 250
+    chars: str = "A-Za-z0-9_"
+    edge_chars: str = ""
+    reserved_keys: frozenset[str] = frozenset()
+    reserved_prefixes: tuple[str, ...] = ()
+    reserved_as: str = ""
+    is_path: bool = False
+
+
+ANY_KEY = KeyRule(max_chars=None, chars="")
+"""The rule of a store that can hold every key as it is."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a backend can store, and how. Every default is the weak answer: claim what you have.
 
-    The core acts on every field at run time, and the contract kit tests every field, claimed or not.
+    The core acts on every field at run time. The contract kit tests every field, claimed or not.
 
     Attributes:
-        kinds: the payload kinds that ``write`` accepts. Records of other kinds are rejected as ``unsupported_kind``
-            and never reach the backend.
-        redelivery: what writing a record a second time does.
-        nonfinite: whether NaN and infinities can be stored as metric values. If not, the core takes such values out
-            of the record; a record of which nothing is left is rejected as ``nonfinite``.
-        late_steps: whether a step lower than an earlier one of the same key can be stored. If not, such records are
-            rejected as ``late_step``.
+        kinds: the payload kinds that ``write`` accepts. The core rejects records of other kinds as
+            ``unsupported_kind``; they never reach the backend.
+        redelivery: what happens when a record is written a second time.
+        confirmed_by: which call confirms records, ``write`` or ``flush``.
+        nonfinite: whether metric values can be NaN or infinite. If not, the core takes such values out of the record,
+            and rejects a record of which nothing is left as ``nonfinite``.
+        late_steps: whether a step lower than an earlier one of the same key can be stored. If not, the core rejects
+            such records as ``late_step``.
         optional_step: whether ``Entry.step`` may be None. If not, the core gives the ordinal of the record among that
             key's records without a step in its stream (0, 1, 2, ...). Params and tags never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
-        max_key_chars: longest key that can be stored; None for no limit. The core shortens longer ones, ending in a
-            hash of the whole key, so that two keys never become one.
-        key_chars: the characters that a key may consist of, as the inside of a regular-expression class such as
-            ``A-Za-z0-9_./ -``; empty for all. Others are escaped reversibly as ``_xHHHH_`` (the convention of
-            ECMA-376 for names), so ``_``, ``x`` and hex digits must be allowed.
+        key_rule: which keys can be stored.
+        key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
     """
 
     kinds: frozenset[Kind] = frozenset({Kind.METRICS})
     redelivery: Redelivery = Redelivery.AT_LEAST_ONCE
+    confirmed_by: ConfirmedBy = ConfirmedBy.FLUSH
     nonfinite: bool = False
     late_steps: bool = False
     optional_step: bool = False
     changing_params: bool = False
-    max_key_chars: int | None = 250
-    key_chars: str = "A-Za-z0-9_"
+    key_rule: KeyRule = KeyRule()
+    key_rules: dict[Kind, KeyRule] = {}
     max_batch: int = 1000
+
+
+class OptionMark(StrEnum):
+    """What the core must know about an option, since it knows no backend by name.
+
+    Put marks into the option's type: ``api_key: Annotated[str | None, OptionMark.SECRET] = None``.
+    """
+
+    SECRET = "secret"
+    """It holds a secret. The core accepts only a reference such as ``${secret:NAME}``, never a literal."""
+    HOST = "host"
+    """It names a host, or a URL with a host, to which the backend connects, perhaps with credentials."""
+    PATH = "path"
+    """It names a file or folder that the backend reads or writes."""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -123,12 +195,13 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         position: its place in its run, counted from 0, the same whenever it is handed over. Positions rise within a
-            run; they skip where a record was rejected by the core.
-        time: unix seconds (UTC) at the log call. Store this time, not the time of arrival.
-        step: >= 0; None only for params and tags, or when ``capabilities.optional_step``.
+            run. They skip where the core rejected a record.
+        time: unix seconds (UTC) of the log call. Store this time, not the time of arrival.
+        step: >= 0. None only for params and tags, or with ``capabilities.optional_step``.
         round: the federated round, where known.
-        payload: one of the kinds in ``capabilities.kinds``, keys already made acceptable.
-        stream, seq: the writing process and the record's number in it: a globally unique identity.
+        payload: one of the kinds in ``capabilities.kinds``. Its keys follow the key rules.
+        stream: the writing process.
+        seq: the record's number in its stream. Stream and seq together are a globally unique identity.
     """
 
     position: int
@@ -161,11 +234,27 @@ class WriteReport(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """How to look at a run: any of a URL, a path, and the command that opens it."""
+    """How a person looks at a run. Relative to the job's run folder, so that the folder may be moved.
+
+    Attributes:
+        url: the page that shows it.
+        path: the file or folder that holds it, relative to the run folder; absolute where it lies outside.
+        command: the shell command that opens it, to be run in the run folder.
+    """
 
     url: str | None = None
     path: str | None = None
     command: str | None = None
+
+    def resolved(self, run_folder: Path) -> Results:
+        """Return the same with the path absolute and the command as it can be run from anywhere.
+
+        Args:
+            run_folder: where the job's run folder lies now.
+        """
+        path = None if self.path is None else str(run_folder.absolute() / self.path)
+        command = None if self.command is None else f"cd {shlex.quote(str(run_folder.absolute()))} && {self.command}"
+        return Results(self.url, path, command)
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,25 +265,53 @@ class BackendContext(msgspec.Struct, frozen=True):
     """Where a backend works.
 
     Attributes:
-        workdir: folder for this backend's files, in the receiver's workspace; exists. Relative paths in options are
-            relative to its parent, the job's run folder.
+        workdir: folder for this backend's files: the folder of its name in the job's run folder. It exists.
         job: the job that all runs of this backend belong to.
         side: where the receiver is.
     """
 
     workdir: Path
-    job: str
+    job: JobInfo
     side: Side
+
+    @property
+    def run_folder(self) -> Path:
+        """The job's run folder, which may be moved or archived after the job."""
+        return self.workdir.parent
+
+    def folder(self, option: str | None) -> Path:
+        """Return the absolute folder that an option names, or ``workdir`` without one.
+
+        Args:
+            option: the option's value: absolute, with ``~``, or relative to the run folder; None or empty for none.
+        """
+        return Path(os.path.abspath(self.run_folder / Path(option).expanduser() if option else self.workdir))
+
+    def run_path(self, folder: Path, info: RunInfo) -> Path:
+        """Return where a run's files belong in a folder that may hold many jobs: ``<folder>/<job>/<site>``.
+
+        The job's part is its unique name. Outside the run folder the server may write as well, so what a client writes
+        goes to ``<job>@client`` there.
+        """
+        inside = folder.is_relative_to(os.path.abspath(self.run_folder))
+        suffix = "@client" if self.side is Side.CLIENT and not inside else ""
+        return folder / (path_component(info.job.unique_name) + suffix) / path_component(info.site)
+
+    def shown(self, path: Path) -> str:
+        """Return a path as `Results` wants it: relative to the run folder, absolute where it lies outside."""
+        base = os.path.abspath(self.run_folder)
+        absolute = os.path.abspath(path)
+        return os.path.relpath(absolute, base) if Path(absolute).is_relative_to(base) else absolute
 
 
 class BackendRun:
-    """One run being written. Subclass it; the lane opens it by ``Backend.open_run`` and calls it from one thread."""
+    """One run being written. Subclass it. The lane gets it from ``Backend.open_run`` and calls it from one thread."""
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         """Store these entries, in this order.
 
-        Returning confirms the batch, unless ``flush`` is overridden: then the batch counts as delivered when a later
-        ``flush`` has returned. After an error the same entries are handed over again.
+        With ``ConfirmedBy.WRITE``, returning confirms the batch. With ``ConfirmedBy.FLUSH``, the next ``flush`` that
+        returns confirms it. After an error the lane hands over the same entries again.
 
         Args:
             batch: 1 to ``capabilities.max_batch`` entries, positions rising.
@@ -208,11 +325,21 @@ class BackendRun:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement write(batch)")
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         """Return when everything that was written survives a crash of this process and counts as delivered.
 
-        Override it only if ``write`` buffers. Raises as ``write`` does.
+        Called only with ``ConfirmedBy.FLUSH``.
+
+        Returns:
+            Whose word that is: the store's, or the client's alone.
+
+        Raises:
+            TransientError: the lane calls it again later.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement flush(), or its backend must declare confirmed_by=ConfirmedBy.WRITE "
+            "if write() makes records durable"
+        )
 
     def finish(self, status: RunStatus) -> None:
         """End the run: mark how it ended and release its resources. Called once, after the last ``flush``.
@@ -225,29 +352,37 @@ class BackendRun:
     def next_position(self) -> int:
         """Return the position after the last entry that the run already holds.
 
-        Called once after ``open_run``, and only under ``Redelivery.RESUMABLE``; entries before it are skipped.
+        Called once after ``open_run``, and only with ``Redelivery.RESUMABLE``. The lane skips entries before it.
         """
         raise NotImplementedError(f"{type(self).__name__} claims to be resumable and must implement next_position()")
 
 
-class Backend:
-    """A tracking backend. Subclass it; one instance serves all runs of a receiver.
+class Backend(Generic[OptionsT_co]):
+    """A tracking backend. Subclass it with the type of its options; one instance serves all runs of a receiver.
 
     Attributes:
-        spi: version of the SPI that the plugin was written for. Write it out: the default is the installed one, and
-            then a plugin that is too old is not recognised.
-        Options: the msgspec Struct of its options, with ``forbid_unknown_fields``.
-        capabilities: what it can store. Belongs on the class; an instance may replace it, where options decide. The
+        spi: version of the SPI that the plugin was written for. Every plugin must write it out.
+        Options: the msgspec Struct of its options, with ``forbid_unknown_fields``. It comes from the type in brackets:
+            ``class Acme(Backend[AcmeOptions])``. A plain ``Backend`` has no options.
+        capabilities: what it can store. Belongs on the class. An instance may replace it, where options decide. The
             lane reads it from the instance, after ``preflight``.
         contract: version of the contract kit that the plugin passed, 0 for none.
     """
 
-    spi: ClassVar[int] = SPI_VERSION
+    spi: ClassVar[int]
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     capabilities: Capabilities = Capabilities()
     contract: ClassVar[int] = 0
 
-    def __init__(self, options: msgspec.Struct, context: BackendContext) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in getattr(cls, "__orig_bases__", ()):
+            if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
+                (options,) = get_args(base)
+                if options is not Any and isinstance(options, type):
+                    cls.Options = options
+
+    def __init__(self, options: OptionsT_co, context: BackendContext) -> None:
         """Keep the options; do no work that can fail or wait.
 
         Raises:
@@ -274,11 +409,12 @@ class Backend:
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return how to look at a finished run, for the report and the last screen; None if there is no way."""
+        """Return how a person looks at this run, for the report and the last screen; None if there is no way."""
         return None
 
     def close(self) -> None:
         """Release what all runs share: end the job's parent run, stop the SDK's service.
 
-        Called once, after the last call to any run, also when runs could not be finished. An error is logged, no more.
+        Called once, after the last call to any run, also when runs could not be finished. The core logs an error and
+        goes on.
         """

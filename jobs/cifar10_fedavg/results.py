@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.report import read_report
+from trackhub.delivery import read_report
 
 REPORT = Path("trackhub", "delivery.json")  # in a receiver's run folder
 
@@ -49,7 +49,7 @@ def print_delivery(run_folders: Mapping[str, Path]) -> bool:
         complete &= report.balanced and not report.undelivered() and not report.lost()
         for backend, runs in sorted(report.lanes.items()):
             for site, run in sorted(runs.items()):
-                ledger = report.sites[site].site if site in report.sites else None
+                ledger = report.sites[site].at_site if site in report.sites else None
                 missing = [*run.rejected.items()]
                 if ledger:
                     missing += [*ledger.dropped.items(), *ledger.refused.items(), ("in the spool", ledger.spooled)]
@@ -58,7 +58,8 @@ def print_delivery(run_folders: Mapping[str, Path]) -> bool:
                 logged = f"{ledger.logged:,}" if ledger else "?"
                 rows.append([site, receiver, backend, f"{run.confirmed:,} of {logged}", "; ".join(remarks)])
                 if run.results:
-                    openings[run.results.command or run.results.url or run.results.path] = backend
+                    found = run.results.resolved(folder)
+                    openings[found.command or found.url or found.path] = backend
     print_table("Delivered (confirmed of logged)", ["site", "receiver", "backend", "confirmed", "remarks"], rows)
     if openings:
         print("\nOpen the results")

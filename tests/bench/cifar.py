@@ -69,7 +69,9 @@ def _job(backend: str, samples: int) -> Arm:
         report = result.report("server")
         confirmed = sum(run["confirmed"] for run in report["lanes"][backend].values())
         # The server's own records, of which nobody says how many they were, are journaled as they are made.
-        logged = sum(site["site"]["logged"] if site["site"] else site["journaled"] for site in report["sites"].values())
+        logged = sum(
+            site["at_site"]["logged"] if site["at_site"] else site["journaled"] for site in report["sites"].values()
+        )
         return Run(values, logged, confirmed)
 
     return run

@@ -153,7 +153,7 @@ def trackhub_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
     senders = []
     for i in range(sites):
         site = f"site-{i + 1}"
-        senders.append(Sender(Path(folder, f"spool-{i}"), Channel(port, site), site=site))
+        senders.append(Sender(Path(folder, f"spool-{i}"), Channel(port, site)))
         senders[-1].start()
     for sender in senders:
         ledger = sender.close(600)

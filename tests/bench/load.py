@@ -14,11 +14,11 @@ from typing import Any
 
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Accepted, Batch, Bye, Hello, SiteLedger, decode_reply, encode
+from trackhub.delivery.wire import Accepted, Batch, Final, Hello, SiteCounts, decode_reply, encode
 from trackhub.framing import encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Metrics, Record
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 
@@ -31,7 +31,7 @@ _EPOCH = 1_750_000_000.0
 
 
 def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[bytes]:
-    """Yield one site's requests, from HELLO to BYE: ``records`` records of so many metrics, one step each."""
+    """Yield one site's requests, from the first to the final message: ``records`` records of so many metrics, one step each."""
     stream = uuid.uuid4().hex
     names = ["train/loss"] if keys == 1 else [f"train/metric_{i}" for i in range(keys)]
     yield encode(Hello())
@@ -44,7 +44,7 @@ def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[byt
             for seq in range(first, upto)
         )
         yield encode(Batch(stream, first, upto, upto - first, frames))
-    yield encode(Bye(SiteLedger(logged=records, acked=records)))
+    yield encode(Final(SiteCounts(logged=records, acked=records)))
 
 
 def open_receiver(
@@ -55,7 +55,7 @@ def open_receiver(
     What is imported by then is taken out of garbage collection, as FLARE's server has it (docs/adr/0006).
     """
     receiver = Receiver(
-        folder / "trackhub", folder, job=job, side=Side.SERVER, backends=backends,
+        folder, job=JobInfo(job), side=Side.SERVER, backends=backends,
         limits=limits or Limits(deadline_s=1800, preflight_s=120),
     )  # fmt: skip
     receiver.start()

@@ -104,7 +104,7 @@ def client(folder: str, port: int) -> dict[str, Any]:
 
     spool = Path(folder, "spool")
     create_spool(spool, SpoolInfo("site-1", "job", ("server",), max_bytes=1 << 34))
-    sender = Sender(spool, Channel(port, "site-1"), site="site-1")
+    sender = Sender(spool, Channel(port, "site-1"))
     sender.start()
     _say(0)
     sys.stdin.readline()

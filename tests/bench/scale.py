@@ -69,11 +69,11 @@ def load(
     names = [f"site-{i + 1:04d}" for i in range(sites)]
     # Every site sends the same records under a name of its own, so the requests are made once.
     prepared = list(requests(each, keys=keys, batch=batch))
-    hello, batches, bye = prepared[:1], prepared[1:-1], prepared[-1:]
+    hello, batches, final = prepared[:1], prepared[1:-1], prepared[-1:]
     receiver = open_receiver(root, {name: {} for name in backends})
     before_mb = resident_mb()
     begin, cpu = time.perf_counter(), own_cpu_s()
-    feed(receiver, dict.fromkeys(names, hello + batches + bye))
+    feed(receiver, dict.fromkeys(names, hello + batches + final))
     accepted = time.perf_counter() - begin
     files = len(list(Path("/proc/self/fd").iterdir()))
     report = receiver.finish(RunStatus.FINISHED)

@@ -12,7 +12,18 @@ import msgspec
 import pytest
 
 from tests.contract.mutants.base import CAN, Bad, Tampered
-from trackhub.spi import Capabilities, Entry, Kind, Metrics, Redelivery, RunInfo, RunStatus, WriteReport
+from trackhub.spi import (
+    Capabilities,
+    Confirmation,
+    ConfirmedBy,
+    Entry,
+    Kind,
+    Metrics,
+    Redelivery,
+    RunInfo,
+    RunStatus,
+    WriteReport,
+)
 from trackhub.testing.checks.base import QUICK_ENV
 from trackhub.testing.contracts.jsonl import JsonlContract
 
@@ -64,10 +75,11 @@ class _Buffering(Tampered):
         self._kept += [entry for entry in batch if entry.position > last]
         return None
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         if self._kept:
             self.inner.write(self._kept)
         self._kept = []
+        return Confirmation.STORE
 
     def finish(self, status: RunStatus) -> None:
         self.flush()
@@ -76,6 +88,7 @@ class _Buffering(Tampered):
 
 class Buffering(Bad):
     run = _Buffering
+    capabilities = msgspec.structs.replace(Bad.capabilities, confirmed_by=ConfirmedBy.FLUSH)
 
 
 class TestBuffering(JsonlContract):

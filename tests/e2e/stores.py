@@ -21,7 +21,7 @@ from trackhub_wandb.offline_reader import parse_integer
 from tests.integration.harness import Fact
 from tests.support.wandb_emulator import Emulator
 from trackhub.run import RunInfo, RunKey, Side
-from trackhub.spi import Kind
+from trackhub.spi import JobInfo, Kind
 from trackhub.testing import ContractHooks, Point, ReadBack, StoreContext
 from trackhub.testing.contracts.jsonl import JsonlContract
 
@@ -53,7 +53,10 @@ def read_run(
 ) -> ReadBack:
     """Return what a backend that works in this run folder holds of a run."""
     context = StoreContext(
-        workdir=run_dir / backend, job=key.job, side=side, options=BACKENDS[backend] if options is None else options
+        workdir=run_dir / backend,
+        job=JobInfo(key.job),
+        side=side,
+        options=BACKENDS[backend] if options is None else options,
     )
     return _HOOKS[backend].read_back(_info(key, side), context)
 
@@ -72,7 +75,7 @@ def read_emulator(server: Emulator, key: RunKey, side: Side) -> ReadBack:
 
 
 def _info(key: RunKey, side: Side) -> RunInfo:
-    return RunInfo(key, side, 0.0, 0, Path())
+    return RunInfo(JobInfo(key.job), key.site, side, 0.0, 0, Path())
 
 
 def were_logged(facts: Iterable[Fact], points: Iterable[Point]) -> None:

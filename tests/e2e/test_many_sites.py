@@ -19,7 +19,7 @@ from trackhub import Writer
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
-from trackhub.run import RunKey, RunStatus, Side
+from trackhub.run import JobInfo, RunKey, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 JOB = "job-1"
@@ -95,7 +95,7 @@ def watch_services() -> Iterator[list[int]]:
 
 def test_16_sites_share_one_process_of_wandb_and_each_has_its_run(tmp_path: Path) -> None:
     receiver = Receiver(
-        tmp_path / "trackhub", tmp_path, job=JOB, side=Side.SERVER, backends=BACKENDS_USED,
+        tmp_path, job=JobInfo(JOB), side=Side.SERVER, backends=BACKENDS_USED,
         limits=Limits(deadline_s=120),
     )  # fmt: skip
     receiver.start()
@@ -103,7 +103,7 @@ def test_16_sites_share_one_process_of_wandb_and_each_has_its_run(tmp_path: Path
     def deliver(site: str) -> None:
         spool = tmp_path / "sites" / site
         create_spool(spool, SpoolInfo(site, JOB, ("server",), 1 << 30))
-        sender = Sender(spool, lambda request, _: receiver.handle(site, request), site=site)
+        sender = Sender(spool, receiver.channel(site))
         sender.start()
         with Writer(spool) as writer:
             for step in range(RECORDS):

@@ -20,11 +20,13 @@ from typing import Any
 import msgspec
 
 from trackhub.spi import (
+    ANY_KEY,
     Artifact,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
+    Confirmation,
     Entry,
     Kind,
     Metrics,
@@ -44,8 +46,7 @@ _CAN = Capabilities(
     late_steps=True,
     optional_step=True,
     nonfinite=True,
-    max_key_chars=None,
-    key_chars="",
+    key_rule=ANY_KEY,
     max_batch=100,
 )
 
@@ -96,7 +97,7 @@ class StoreRun(BackendRun):
     def __init__(self, backend: Store, info: RunInfo) -> None:
         self._backend = backend
         self._info = info
-        self._path = backend.folder / f"{info.key.job}-{info.key.site}.jsonl"
+        self._path = backend.folder / f"{info.job.id}-{info.site}.jsonl"
         self._known = {json.loads(line)["position"] for line in _lines(self._path)}
         if backend.capabilities.redelivery is Redelivery.REBUILD:
             self._path.unlink(missing_ok=True)
@@ -137,17 +138,17 @@ class BufferedRun(StoreRun):
     def _store(self, entries: Sequence[Entry]) -> None:
         self._held.extend(entries)
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         self._backend.behave()
         super()._store(self._held)
         self._held = []
+        return Confirmation.STORE
 
 
-class Store(Backend):
+class Store(Backend[StoreOptions]):
     """Base of the stores."""
 
     spi = 1
-    Options = StoreOptions
     options: StoreOptions
     run: type[StoreRun] = StoreRun
 
@@ -216,19 +217,18 @@ class HttpRun(BackendRun):
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         lines = [_plain(entry, self._info) for entry in batch]
-        answer = self._backend.post("write", {"run": self._info.key.site, "lines": lines})
+        answer = self._backend.post("write", {"run": self._info.site, "lines": lines})
         rejected = answer.get("rejected", [])
         return WriteReport([Rejection(position, "seventh") for position in rejected]) if rejected else None
 
     def finish(self, status: RunStatus) -> None:
-        self._backend.post("finish", {"run": self._info.key.site, "status": status})
+        self._backend.post("finish", {"run": self._info.site, "status": status})
 
 
-class Http(Backend):
+class Http(Backend[HttpOptions]):
     """Speaks to tests.faults.peer, which knows records again by their position."""
 
     spi = 1
-    Options = HttpOptions
     options: HttpOptions
     capabilities = msgspec.structs.replace(_CAN, redelivery=Redelivery.IDEMPOTENT)
 

@@ -25,8 +25,8 @@ class BadChannelSender(TrackhubSender):
         self.silent_from = silent_from
         self.silent_s = silent_s
 
-    def _server_link(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
-        send = super()._server_link(engine, receiver)
+    def _server_channel(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
+        send = super()._server_channel(engine, receiver)
         chance = random.Random(0)
         requests, silent_until = 0, 0.0
 

@@ -26,7 +26,7 @@ from trackhub import registry
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.wire import Refused, encode
 from trackhub.limits import Limits
-from trackhub.run import RunInfo, RunStatus, Side
+from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendRun
 
 __all__ = ["ReceiverPlan"]
@@ -71,9 +71,9 @@ def main() -> int:
     if plan.kill_at_write is not None:
         _plan_death_in_backend(*plan.kill_at_write)
     receiver = Receiver(
-        Path(plan.folder),
         Path(plan.workdir),
-        job=plan.job,
+        state_dir=Path(plan.folder),
+        job=JobInfo(plan.job),
         side=Side.SERVER,
         backends=plan.backends,
         limits=Limits.from_mapping(plan.limits),
@@ -84,7 +84,7 @@ def main() -> int:
     for line in sys.stdin:
         _, status = line.split()
         began = time.monotonic()
-        silent = receiver.wait_for_byes(plan.sites)
+        silent = receiver.wait_for_sites(plan.sites)
         report = receiver.finish(RunStatus(status))
         left = [t.name for t in threading.enumerate() if t.name.startswith("trackhub")]
         answer = {"silent": sorted(silent), "report": msgspec.to_builtins(report), "threads": left}
@@ -167,7 +167,7 @@ def _plan_death_in_backend(name: str, method: str, number: int) -> None:
 
         return do
 
-    def load_dying(asked: str, *, allowed: Collection[str] | None = None) -> type[Backend]:
+    def load_dying(asked: str, *, allowed: Collection[str] | None = None) -> type[Backend[Any]]:
         cls = load(asked, allowed=allowed)
         if asked != name:
             return cls

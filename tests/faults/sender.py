@@ -91,7 +91,7 @@ def main() -> int:
     limits = Limits.from_mapping(plan.limits)
     create_spool(Path(plan.spool), SpoolInfo(plan.site, plan.job, ("server",), plan.spool_bytes))
     channel = Channel(plan)
-    sender = Sender(Path(plan.spool), channel, site=plan.site, limits=limits)
+    sender = Sender(Path(plan.spool), channel, limits=limits)
     sender.start()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

@@ -100,7 +100,7 @@ def test_a_refused_batch_is_counted_and_all_others_are_delivered(make_world: Mak
 
     answer = world.end(sender, receiver)
 
-    refused = answer["report"]["sites"]["site-1"]["site"]["refused"]
+    refused = answer["report"]["sites"]["site-1"]["at_site"]["refused"]
     assert list(refused) == ["test"]
     assert 0 < refused["test"] <= 50
     assert (answer["report"]["balanced"], answer["report"]["sites"]["site-1"]["missing"]) == (True, 0)

@@ -60,10 +60,10 @@ def test_a_damaged_spool_gives_all_that_can_be_read(make_world: MakeWorld, seed:
     answer = world.end(sender, receiver)
 
     site = answer["report"]["sites"]["site-1"]
-    dropped = site["site"]["dropped"]
+    dropped = site["at_site"]["dropped"]
     assert set(dropped) <= {"damaged"}
     lost = dropped.get("damaged", 0)
-    assert (site["site"]["logged"], answer["report"]["balanced"]) == (CALLS, True)
+    assert (site["at_site"]["logged"], answer["report"]["balanced"]) == (CALLS, True)
     assert site["journaled"] == CALLS - lost
     check_what_is_there(world, "jsonl", lost)
     if lost:
@@ -82,7 +82,7 @@ def test_a_spool_cut_in_mid_frame_loses_that_record_and_names_its_bytes(make_wor
     receiver, sender = world.receiver(), world.sender()
     answer = world.end(sender, receiver)
 
-    assert answer["report"]["sites"]["site-1"]["site"]["dropped"] == {"damaged": 1}
+    assert answer["report"]["sites"]["site-1"]["at_site"]["dropped"] == {"damaged": 1}
     assert re.search(rf"{segment.name}: bytes {size - 45} to {size - 10} cannot be read", sender.log)
     check_what_is_there(world, "jsonl", 1)
 

@@ -38,7 +38,7 @@ def test_a_full_site_drops_the_newest_counts_them_and_goes_on_when_there_is_room
     answer = world.end(sender, receiver)
 
     site = answer["report"]["sites"]["site-1"]
-    dropped = site["site"]["dropped"]
+    dropped = site["at_site"]["dropped"]
     assert list(dropped) == [reason]
     assert site["explained"] == dropped
     assert site["journaled"] == MANY - dropped[reason]
@@ -59,7 +59,7 @@ def test_a_site_whose_disk_is_full_before_training_starts_counts_every_record(
 
     answer = world.end(sender, receiver)
 
-    assert answer["report"]["sites"]["site-1"]["site"] == {
+    assert answer["report"]["sites"]["site-1"]["at_site"] == {
         "logged": 500, "dropped": {"disk_full": 500}, "refused": {}, "withheld": 0, "acked": 0, "spooled": 0,
     }  # fmt: skip
     world.check_equations()

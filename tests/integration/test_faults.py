@@ -31,7 +31,7 @@ rounds(train)
 
 FAULTY = """
 import threading
-from trackhub.spi import Backend, BackendRun, ConfigError, PermanentError
+from trackhub.spi import NoOptions, Backend, BackendRun, ConfigError, PermanentError
 
 
 class Run(BackendRun):
@@ -42,7 +42,7 @@ class Run(BackendRun):
         pass
 
 
-class NoOpen(Backend):
+class NoOpen(Backend[NoOptions]):
     def open_run(self, info):
         raise PermanentError("this run cannot be opened")
 
@@ -52,7 +52,7 @@ class NoWriteRun(Run):
         raise ZeroDivisionError("a defect in the plugin")
 
 
-class NoWrite(Backend):
+class NoWrite(Backend[NoOptions]):
     def open_run(self, info):
         return NoWriteRun()
 
@@ -62,12 +62,12 @@ class HangsRun(Run):
         threading.Event().wait()
 
 
-class Hangs(Backend):
+class Hangs(Backend[NoOptions]):
     def open_run(self, info):
         return HangsRun()
 
 
-class Refuses(Backend):
+class Refuses(Backend[NoOptions]):
     def preflight(self):
         raise ConfigError("the project 'x' does not exist; create it first")
 

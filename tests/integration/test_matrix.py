@@ -219,8 +219,8 @@ def _assert_all_confirmed(report: dict[str, Any], sites: set[str]) -> None:
     assert report["status"] == "finished"
     assert set(report["sites"]) == sites
     for site, counts in report["sites"].items():
-        assert counts["said_bye"]
-        assert counts["site"]["logged"] == counts["journaled"] > 0
+        assert counts["final"]
+        assert counts["at_site"]["logged"] == counts["journaled"] > 0
         for lane in report["lanes"].values():
             assert lane[site]["confirmed"] == counts["journaled"]
             assert lane[site]["state"] == "finished"

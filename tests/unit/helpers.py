@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the unit tests of spool, journal, lanes and receivers share: independent readers, and backends that misbehave."""
+"""Shared by the unit tests of spool, journal, lanes and receiver: independent readers, and backends that misbehave."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ import msgspec
 import pytest
 
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.framing import decode_body, encode_frame
 from trackhub.records import Gap, Metrics, Record
 from trackhub.spi import (
+    ANY_KEY,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
+    Confirmation,
+    ConfirmedBy,
     Entry,
+    JobInfo,
     Kind,
     NoOptions,
     Redelivery,
@@ -36,9 +40,11 @@ from trackhub.spi import (
     Side,
     WriteReport,
 )
+from trackhub.spool.batch import SpoolBatch
+from trackhub.spool.counts import StreamCount
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.reading import SpoolBatch, SpoolReader, StreamCount
-from trackhub.spool.writing import Spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.spool.writing import SpoolWriter
 from trackhub.writer.writer import Writer
 
 WAIT_S = 20.0
@@ -53,14 +59,14 @@ def new_spool(folder: Path, *cursors: str, max_bytes: int = 1 << 30) -> Path:
     return folder
 
 
-def spool_of(writer: Writer) -> Spool:
+def spool_of(writer: Writer) -> SpoolWriter:
     """Return the spool that a writer records into."""
     assert writer._spool is not None
     return writer._spool
 
 
 def frames_in(data: bytes) -> list[bytes]:
-    """Return the bodies of whole, sound frames from the start of ``data``: the format by its description alone."""
+    """Return the bodies of the whole, sound frames at the start of ``data``. Written from the format's description."""
     bodies, at = [], 0
     while len(data) - at >= 9:
         crc, size, _ = struct.unpack_from("<IIB", data, at)
@@ -117,11 +123,11 @@ def assert_balanced(
         found = report.sites[site]
         assert found.received == found.duplicates + found.journaled
         assert found.missing == 0
-        if found.site is not None:
-            assert found.site.logged == n
-            gone = found.site.withheld + sum(found.site.dropped.values()) + sum(found.site.refused.values())
-            assert n == gone + found.site.acked + found.site.spooled
-            assert found.site.acked <= found.journaled <= n - gone
+        if (at_site := found.at_site) is not None:
+            assert at_site.logged == n
+            gone = at_site.withheld + sum(at_site.dropped.values()) + sum(at_site.refused.values())
+            assert n == gone + at_site.acked + at_site.spooled
+            assert at_site.acked <= found.journaled <= n - gone
         for lane in report.lanes.values():
             run = lane[site]
             assert found.journaled == sum(run.rejected.values()) + run.confirmed + run.pending
@@ -130,13 +136,13 @@ def assert_balanced(
         assert report.lanes[lane_name][site].confirmed == n
 
 
-def total(ledger: SiteLedger) -> int:
-    return ledger.withheld + sum(ledger.dropped.values()) + sum(ledger.refused.values()) + ledger.acked + ledger.spooled
+def total(counts: SiteCounts) -> int:
+    return counts.withheld + sum(counts.dropped.values()) + sum(counts.refused.values()) + counts.acked + counts.spooled
 
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """A file system of this size, honestly full when it is; skips where none may be mounted."""
+    """Mount a file system of this size in bytes, so that it can really be full. Skip the test where mounting fails."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     try:
@@ -157,7 +163,7 @@ class MemoryRun(BackendRun):
     def __init__(self, backend: MemoryBackend, info: RunInfo) -> None:
         self.backend = backend
         self.info = info
-        self.site = info.key.site
+        self.site = info.site
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         self.backend.calls["write"] += 1
@@ -178,21 +184,23 @@ class MemoryRun(BackendRun):
 class BufferingRun(MemoryRun):
     """Its ``flush`` confirms."""
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         self.backend.calls["flush"] += 1
-        self.backend.behave("flush", None)
+        said = self.backend.behave("flush", None)
+        return said if isinstance(said, Confirmation) else Confirmation.STORE
 
 
-class MemoryBackend(Backend):
+class MemoryBackend(Backend[NoOptions]):
     """Keeps entries in memory, by site, in the order of arrival.
 
     Attributes:
-        stored: what a peer would hold.
+        stored: what a server would hold.
         calls: number of calls of each method.
         behave: called first in every method with its name and argument; raises, hangs or returns a report.
         infos: what ``open_run`` was given.
     """
 
+    spi = 1
     capabilities = Capabilities(
         kinds=ALL_KINDS,
         redelivery=Redelivery.IDEMPOTENT,
@@ -200,8 +208,7 @@ class MemoryBackend(Backend):
         late_steps=True,
         optional_step=True,
         changing_params=True,
-        max_key_chars=None,
-        key_chars="",
+        key_rule=ANY_KEY,
     )
     run_class: type[MemoryRun] = MemoryRun
 
@@ -213,8 +220,9 @@ class MemoryBackend(Backend):
         stored: dict[str, list[Entry]] | None = None,
         **can: Any,
     ) -> None:
-        super().__init__(NoOptions(), BackendContext(Path(), "job-1", Side.LOCAL))
-        self.capabilities = msgspec.structs.replace(type(self).capabilities, **can)
+        super().__init__(NoOptions(), BackendContext(Path(), JobInfo("job-1"), Side.LOCAL))
+        confirmed_by = ConfirmedBy.FLUSH if buffering else ConfirmedBy.WRITE
+        self.capabilities = msgspec.structs.replace(type(self).capabilities, **{"confirmed_by": confirmed_by, **can})
         self.behave = behave or (lambda method, argument: None)
         self.run_class = BufferingRun if buffering else MemoryRun
         self.stored: dict[str, list[Entry]] = {} if stored is None else stored
@@ -232,7 +240,7 @@ class MemoryBackend(Backend):
         self.behave("open", info)
         self.infos.append(info)
         if self.capabilities.redelivery is Redelivery.REBUILD:
-            self.stored[info.key.site] = []
+            self.stored[info.site] = []
         return self.run_class(self, info)
 
     def close(self) -> None:

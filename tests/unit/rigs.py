@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rigs for the tests of lanes and senders: a journal with lanes on it, and the way from a spool to a receiver."""
+"""Rigs for the tests of lanes and senders: a journal with lanes on it, and a spool whose senders reach a receiver."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
 from trackhub.records import Record
 from trackhub.run import RunStatus, Side
-from trackhub.spi import Backend, RunInfo
+from trackhub.spi import Backend, JobInfo, RunInfo
 from trackhub.writer.writer import Writer
 
 SITE = "site-1"
@@ -45,9 +45,9 @@ class Bench:
         for lane in self.lanes.values():
             lane.notify(found)
 
-    def lane(self, backend: Backend, name: str = "memory", *, flush_s: float = 0.01) -> Lane:
+    def lane(self, backend: Backend[Any], name: str = "memory", *, flush_s: float = 0.01) -> Lane:
         lane = self.lanes[name] = Lane(
-            name, backend, self.journal, job="job-1", side=Side.SERVER,
+            name, backend, self.journal, job=JobInfo("job-1"), side=Side.SERVER,
             blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
         )  # fmt: skip
         lane.start()
@@ -72,7 +72,7 @@ def run_of(report: DeliveryReport, site: str = SITE, lane: str = "memory") -> Ru
 
 
 class Consuming(MemoryBackend):
-    """Takes what it stores out of the list that it was given."""
+    """Its runs empty the list that ``write`` was given."""
 
     def take(self, site: str, batch: Any) -> None:
         super().take(site, batch)
@@ -80,7 +80,7 @@ class Consuming(MemoryBackend):
 
 
 class Odd(MemoryBackend):
-    """Its runs return what is no report."""
+    """Its runs return True from ``write``, which is no report."""
 
     def open_run(self, info: RunInfo) -> Any:
         run = super().open_run(info)
@@ -116,8 +116,14 @@ def poisoned(bad: set[int], error: Callable[[], BaseException]) -> Callable[[str
 FAST = Limits(batch_records=50, poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01)
 
 
-class Way:
-    """The way from a spool to a receiver; ``before`` and ``after`` may raise instead of carrying a request or its reply."""
+class SenderRig:
+    """A spool, a receiver, and a channel between them.
+
+    Attributes:
+        before: called with each request before the channel carries it. If it raises, the request is lost.
+        after: called with each request after the receiver replied. If it raises, the reply is lost.
+        requests: all requests that the channel was given.
+    """
 
     def __init__(self, folder: Path, limits: Limits = FAST) -> None:
         self.folder = folder
@@ -132,9 +138,7 @@ class Way:
 
     def new_receiver(self) -> Receiver:
         folder = self.folder / "receiver"
-        receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits
-        )
+        receiver = Receiver(folder, job=JobInfo("job-1"), side=Side.SERVER, backends={"jsonl": {}}, limits=self.limits)
         receiver.start()
         return receiver
 
@@ -147,7 +151,7 @@ class Way:
         return reply
 
     def sender(self, channel: Callable[[bytes, float], bytes] | None = None, *, start: bool = True) -> Sender:
-        sender = Sender(self.spool, channel or self.channel, site=SITE, limits=self.limits)
+        sender = Sender(self.spool, channel or self.channel, limits=self.limits)
         if start:
             sender.start()
         self.senders.append(sender)
@@ -168,16 +172,16 @@ def log(spool: Path, n: int, key: str = "a") -> None:
             writer.log({key: i}, i)
 
 
-def assert_all_arrived(way: Way, ledger: wire.SiteLedger, report: DeliveryReport, logged: dict[str, int]) -> None:
-    """Compare what the backend's file holds with what was logged: each stream complete, in order, none twice."""
-    lines = way.stored()
+def assert_all_arrived(rig: SenderRig, counts: wire.SiteCounts, report: DeliveryReport, logged: dict[str, int]) -> None:
+    """Check that the backend's file holds each record once and in order within its key, and that the counts agree."""
+    lines = rig.stored()
     found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line["values"].items():
             found.setdefault(key, []).append(value)
     assert found == {key: list(map(float, range(n))) for key, n in logged.items()}
     n = sum(logged.values())
-    assert (ledger.logged, ledger.acked, ledger.spooled) == (n, n, 0)
+    assert (counts.logged, counts.acked, counts.spooled) == (n, n, 0)
     assert_balanced(report, {SITE: n}, {("jsonl", SITE): n})
     assert report.sites[SITE].journaled == n
     assert report.undelivered() == 0

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import ALL_KINDS
-from trackhub.delivery.lane.adaptation import Shaper, escape_key, key_fitter, unescape_key
+from trackhub.delivery.lane.adaptation import Adaptation
+from trackhub.delivery.lane.keys import escape_key, key_fitter, unescape_key
 from trackhub.records import Metrics, Params, Payload, Record, Tags, Text
-from trackhub.spi import Capabilities, Entry, Kind, Rejection
+from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Kind, Rejection
 
 WORD = "A-Za-z0-9_"
 ALL = Capabilities(
-    kinds=ALL_KINDS, nonfinite=True, late_steps=True, optional_step=True, changing_params=True, max_key_chars=None,
-    key_chars="",
+    kinds=ALL_KINDS, nonfinite=True, late_steps=True, optional_step=True, changing_params=True, key_rule=ANY_KEY,
 )  # fmt: skip
 
 # What could break an escape: its own characters, in every order, and those that it must escape.
@@ -32,8 +32,8 @@ def can(**changes: Any) -> Capabilities:
     return msgspec.structs.replace(ALL, **changes)
 
 
-def shape(shaper: Shaper, payload: Payload, step: int | None = 0, stream: str = "s", seq: int = 0) -> Any:
-    return shaper.shape(stream, Record(seq, 1.0, step, None, payload), seq)
+def adapt(adaptation: Adaptation, payload: Payload, step: int | None = 0, stream: str = "s", seq: int = 0) -> Any:
+    return adaptation.adapt(stream, Record(seq, 1.0, step, None, payload), seq)
 
 
 @given(tricky, alphabets)
@@ -62,7 +62,7 @@ def test_a_key_that_looks_escaped_is_turned_back_to_itself(key: str) -> None:
 
 @given(st.lists(tricky.map(lambda k: k * 20), min_size=2, max_size=6, unique=True), st.integers(40, 120))
 def test_long_keys_are_shortened_to_the_limit_and_stay_different(keys: list[str], limit: int) -> None:
-    fit = key_fitter(Capabilities(max_key_chars=limit, key_chars=WORD))
+    fit = key_fitter(KeyRule(max_chars=limit, chars=WORD))
     fitted = [fit(key) for key in keys]
     assert all(len(key) <= limit for key in fitted)
     assert len(set(fitted)) == len(keys)
@@ -70,7 +70,7 @@ def test_long_keys_are_shortened_to_the_limit_and_stay_different(keys: list[str]
 
 def test_long_keys_with_one_beginning_stay_different_in_one_record() -> None:
     values = {"k" * 600 + str(i): float(i) for i in range(5)}
-    entry, altered = shape(Shaper(can(max_key_chars=250)), Metrics(values))
+    entry, altered = adapt(Adaptation(can(key_rule=KeyRule(max_chars=250, chars=""))), Metrics(values))
     assert isinstance(entry.payload, Metrics)
     assert list(entry.payload.values.values()) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert max(map(len, entry.payload.values)) == 250
@@ -79,52 +79,52 @@ def test_long_keys_with_one_beginning_stay_different_in_one_record() -> None:
 
 @pytest.mark.parametrize("payload", [Metrics({"a/b": 1.0}), Params({"a/b": 1}), Tags({"a/b": "x"}), Text("a/b", "x")])
 def test_keys_of_every_kind_are_escaped(payload: Payload) -> None:
-    entry, altered = shape(Shaper(can(key_chars=WORD)), payload)
+    entry, altered = adapt(Adaptation(can(key_rule=KeyRule(max_chars=None, chars=WORD))), payload)
     assert "a_x002F_b" in str(entry.payload)
     assert altered == ["key_escaped"]
 
 
 def test_a_kind_that_is_not_claimed_is_rejected() -> None:
-    rejection, altered = shape(Shaper(can(kinds=frozenset({Kind.METRICS}))), Text("k", "x"))
+    rejection, altered = adapt(Adaptation(can(kinds=frozenset({Kind.METRICS}))), Text("k", "x"))
     assert (rejection.reason, altered) == ("unsupported_kind", [])
 
 
 def test_numbers_that_cannot_be_stored_are_taken_out_and_a_record_of_nothing_else_is_rejected() -> None:
-    shaper = Shaper(can(nonfinite=False))
-    entry, altered = shape(shaper, Metrics({"a": 1.0, "b": math.nan, "c": -math.inf}))
+    adaptation = Adaptation(can(nonfinite=False))
+    entry, altered = adapt(adaptation, Metrics({"a": 1.0, "b": math.nan, "c": -math.inf}))
     assert (entry.payload, altered) == (Metrics({"a": 1.0}), ["nonfinite_removed"])
-    rejection, altered = shape(shaper, Metrics({"b": math.inf}))
+    rejection, altered = adapt(adaptation, Metrics({"b": math.inf}))
     assert (type(rejection), rejection.reason, altered) == (Rejection, "nonfinite", [])
 
 
 def test_records_without_a_step_are_numbered_by_key_and_stream_where_a_step_is_needed() -> None:
-    shaper = Shaper(can(optional_step=False))
+    adaptation = Adaptation(can(optional_step=False))
     calls = [("s", "a"), ("s", "a"), ("s", "b"), ("t", "a"), ("s", "a")]
-    steps = [shape(shaper, Metrics({key: 1.0}), None, stream)[0].step for stream, key in calls]
+    steps = [adapt(adaptation, Metrics({key: 1.0}), None, stream)[0].step for stream, key in calls]
     assert steps == [0, 1, 0, 0, 2]
-    assert shape(shaper, Metrics({"a": 1.0}), 77)[0].step == 77
-    assert shape(shaper, Metrics({"a": 1.0, "c": 1.0}), None)[0].step == 3
-    assert shape(shaper, Metrics({"c": 1.0}), None)[0].step == 4
+    assert adapt(adaptation, Metrics({"a": 1.0}), 77)[0].step == 77
+    assert adapt(adaptation, Metrics({"a": 1.0, "c": 1.0}), None)[0].step == 3
+    assert adapt(adaptation, Metrics({"c": 1.0}), None)[0].step == 4
 
 
 def test_records_without_a_step_are_left_alone_where_that_can_be_stored() -> None:
-    assert shape(Shaper(ALL), Metrics({"a": 1.0}), None)[0].step is None
+    assert adapt(Adaptation(ALL), Metrics({"a": 1.0}), None)[0].step is None
 
 
 def test_late_steps_are_rejected_by_key_where_they_cannot_be_stored() -> None:
-    shaper = Shaper(can(late_steps=False))
+    adaptation = Adaptation(can(late_steps=False))
     outcomes = [
-        type(shape(shaper, Metrics({key: 1.0}), step)[0])
+        type(adapt(adaptation, Metrics({key: 1.0}), step)[0])
         for key, step in [("a", 5), ("a", 5), ("a", 4), ("b", 0), ("a", 6), ("b", 0)]
     ]
     assert outcomes == [Entry, Entry, Rejection, Entry, Entry, Entry]
 
 
 def test_a_rejected_record_leaves_no_trace_in_the_order_of_steps() -> None:
-    shaper = Shaper(can(late_steps=False))
-    shape(shaper, Metrics({"a": 1.0}), 5)
-    assert isinstance(shape(shaper, Metrics({"a": 1.0, "b": 1.0}), 4)[0], Rejection)
-    assert isinstance(shape(shaper, Metrics({"b": 1.0}), 0)[0], Entry)
+    adaptation = Adaptation(can(late_steps=False))
+    adapt(adaptation, Metrics({"a": 1.0}), 5)
+    assert isinstance(adapt(adaptation, Metrics({"a": 1.0, "b": 1.0}), 4)[0], Rejection)
+    assert isinstance(adapt(adaptation, Metrics({"b": 1.0}), 0)[0], Entry)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_a_rejected_record_leaves_no_trace_in_the_order_of_steps() -> None:
     ],
 )
 def test_a_param_keeps_its_first_value_where_it_cannot_change(first: Any, second: Any, same: bool) -> None:
-    shaper = Shaper(can(changing_params=False))
-    shape(shaper, Params({"p": first}))
-    outcome, _ = shape(shaper, Params({"p": second}))
+    adaptation = Adaptation(can(changing_params=False))
+    adapt(adaptation, Params({"p": first}))
+    outcome, _ = adapt(adaptation, Params({"p": second}))
     assert isinstance(outcome, Entry) is same
-    entry, altered = shape(shaper, Params({"p": second, "q": 1}))
+    entry, altered = adapt(adaptation, Params({"p": second, "q": 1}))
     assert list(entry.payload.values) == (["p", "q"] if same else ["q"])
     assert altered == ([] if same else ["param_changed"])
 
@@ -167,17 +167,17 @@ def test_a_param_keeps_its_first_value_where_it_cannot_change(first: Any, second
     ),
     st.data(),
 )
-def test_a_shaper_that_goes_on_from_a_memory_gives_the_same_entries(calls: list[Any], data: st.DataObject) -> None:
+def test_a_adaptation_that_goes_on_from_a_memory_gives_the_same_entries(calls: list[Any], data: st.DataObject) -> None:
     weak = can(optional_step=False, late_steps=False, nonfinite=False, changing_params=False)
     records = [(stream, Record(i, 1.0, step, None, payload)) for i, (stream, step, payload) in enumerate(calls)]
-    straight = Shaper(weak)
-    expected = [straight.shape(stream, record, record.seq) for stream, record in records]
+    straight = Adaptation(weak)
+    expected = [straight.adapt(stream, record, record.seq) for stream, record in records]
     cut = data.draw(st.integers(0, len(records)))
 
-    first = Shaper(weak)
+    first = Adaptation(weak)
     for stream, record in records[:cut]:
-        first.shape(stream, record, record.seq)
-    second = Shaper(weak, first.memory())
-    found = [second.shape(stream, record, record.seq) for stream, record in records[cut:]]
+        first.adapt(stream, record, record.seq)
+    second = Adaptation(weak, first.memory())
+    found = [second.adapt(stream, record, record.seq) for stream, record in records[cut:]]
 
     assert repr(found) == repr(expected[cut:])

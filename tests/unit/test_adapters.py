@@ -16,8 +16,8 @@ import pytest
 from tests.unit.helpers import read_spool
 from trackhub.errors import ConfigError, RecordError
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Tags, Text
+from trackhub.spool.announcement import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.writing import SPOOL_ENV, spool_env
 from trackhub.writer import adapters
 
 NAMES = ["SummaryWriter", "WandBWriter", "MLflowWriter"]

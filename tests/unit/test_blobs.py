@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A blob at the receiver is there whole or not at all, whatever moment the process before died at."""
+"""A blob at the receiver is whole or not there, whenever an earlier receiver was killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def assert_whole(store: BlobStore) -> None:
     assert [(path.name, path.read_bytes()) for path in store.folder(SITE).iterdir()] == [(NAME, DATA)]
 
 
-def test_a_blob_comes_in_pieces_and_is_there_once_it_is_whole(store: BlobStore) -> None:
+def test_a_blob_is_available_once_all_its_pieces_have_arrived(store: BlobStore) -> None:
     assert store.add(SITE, chunk(0, HALF)) == HALF
     assert not store.has(SITE, NAME)
     assert store.add(SITE, chunk(HALF)) == len(DATA)
@@ -46,7 +46,7 @@ def test_a_blob_comes_in_pieces_and_is_there_once_it_is_whole(store: BlobStore) 
     assert_whole(store)
 
 
-def test_a_receiver_goes_on_where_one_was_killed_between_two_pieces(store: BlobStore) -> None:
+def test_a_restarted_receiver_continues_a_blob_after_the_last_stored_piece(store: BlobStore) -> None:
     left_by_a_killed_receiver(store, DATA[:HALF])
 
     assert store.add(SITE, chunk(0, HALF)) == HALF
@@ -54,7 +54,7 @@ def test_a_receiver_goes_on_where_one_was_killed_between_two_pieces(store: BlobS
     assert_whole(store)
 
 
-def test_a_receiver_goes_on_where_one_was_killed_between_the_last_piece_and_the_end(store: BlobStore) -> None:
+def test_a_restarted_receiver_completes_a_blob_whose_pieces_are_all_there(store: BlobStore) -> None:
     left_by_a_killed_receiver(store, DATA)
 
     assert store.add(SITE, chunk(0, HALF)) == len(DATA)
@@ -62,7 +62,7 @@ def test_a_receiver_goes_on_where_one_was_killed_between_the_last_piece_and_the_
 
 
 @pytest.mark.parametrize("left", [DATA[:-1] + b"x", DATA + b"x"], ids=["damaged", "longer"])
-def test_what_a_killed_receiver_left_and_its_disk_damaged_is_received_anew(store: BlobStore, left: bytes) -> None:
+def test_a_partial_blob_that_is_damaged_is_received_again_from_its_start(store: BlobStore, left: bytes) -> None:
     left_by_a_killed_receiver(store, left)
 
     assert store.add(SITE, chunk(0, HALF)) == 0
@@ -71,13 +71,13 @@ def test_what_a_killed_receiver_left_and_its_disk_damaged_is_received_anew(store
     assert_whole(store)
 
 
-def test_bytes_that_are_not_what_their_digest_says_are_not_kept(store: BlobStore) -> None:
+def test_bytes_that_do_not_match_their_digest_are_not_kept(store: BlobStore) -> None:
     assert store.add(SITE, chunk(0, data=DATA[::-1])) is None
     assert not store.has(SITE, NAME)
     assert list(store.folder(SITE).iterdir()) == []
 
 
-def test_with_full_durability_a_blob_is_on_the_disk_before_it_has_its_name(
+def test_with_full_durability_a_blob_is_synced_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = BlobStore(tmp_path / "blobs", sync=True)

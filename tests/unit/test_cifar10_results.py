@@ -10,7 +10,7 @@ from results import Outcome, forget_outcome, print_outcome, read_outcome
 
 from trackhub.config import TrackingConfig
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, write_report
-from trackhub.delivery.wire import SiteLedger
+from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 
 
@@ -26,10 +26,10 @@ def report(*, pending: int = 0, rejected: int = 0, dropped: int = 0) -> Delivery
         balanced=True,
         sites={
             "site-1": SiteReport(
-                site=SiteLedger(logged=logged, dropped=drops, acked=acked),
+                at_site=SiteCounts(logged=logged, dropped=drops, acked=acked),
                 received=acked,
                 journaled=acked,
-                said_bye=True,
+                final=True,
             )
         },
         lanes={

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from trackhub.delivery.journal.counts import Progress
+from trackhub.delivery.journal.rows import Progress
 from trackhub.delivery.journal.store import Journal
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
@@ -46,7 +46,7 @@ def job(tmp_path: Path) -> Path:
     site = journal.add_site("site-1", 0.0)
     journal.add_site("site-2", 0.0)
     journal.append(site, Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames), {})
-    journal.note_site(site, SiteLedger(logged=12, dropped={"spool_full": 2}, acked=6, spooled=4), bye=False)
+    journal.note_site(site, SiteCounts(logged=12, dropped={"spool_full": 2}, acked=6, spooled=4), final=False)
     progress = Progress(confirmed=4, rejected={"nonfinite": 1}, last_error="no route to host\nand more")
     journal.save_run("acme", site, 1, 1, progress)
     reader.settle(batch)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trackhub.config import TrackingConfig, parse_option_flags
-from trackhub.errors import ConfigError, InvalidOptionError
+from trackhub.errors import ConfigError
 from trackhub.limits import Limits
 
 
@@ -138,11 +138,6 @@ def test_neither_side_is_an_error_that_says_so() -> None:
 def test_a_wrong_configuration_is_an_error_with_the_path_to_it(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         TrackingConfig.from_mapping(values, environ={})
-
-
-def test_a_literal_secret_in_a_configuration_is_refused() -> None:
-    with pytest.raises(InvalidOptionError, match=r"wandb\.api_key"):
-        TrackingConfig.from_flags(["wandb"], options=["wandb.api_key=abc"])
 
 
 def test_errors_of_a_toml_file_name_the_file(tmp_path: Path) -> None:

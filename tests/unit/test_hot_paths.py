@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import new_spool, spool_of
-from trackhub.delivery.lane.adaptation import Shaper
+from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.framing import CorruptFrameError, decode_body, encode_frame, pass_metrics, scan_frames
 from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
-from trackhub.spi import Capabilities
+from trackhub.spi import Capabilities, KeyRule
 from trackhub.spool import reading
-from trackhub.spool.reading import SpoolBatch, SpoolReader
+from trackhub.spool.batch import SpoolBatch
+from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
 
 
@@ -63,13 +64,13 @@ def test_passing_metrics_stops_where_a_scan_finds_something_else(
 def test_metrics_that_need_no_look_are_shaped_as_if_they_had_one(
     logged: list[tuple[dict[str, float], int | None]], can: Capabilities, names: tuple[str, int | None]
 ) -> None:
-    capabilities = msgspec.structs.replace(can, key_chars=names[0], max_key_chars=names[1])
-    short, long = Shaper(capabilities), Shaper(capabilities)
+    capabilities = msgspec.structs.replace(can, key_rule=KeyRule(chars=names[0], max_chars=names[1]))
+    short, long = Adaptation(capabilities), Adaptation(capabilities)
 
     for seq, (values, step) in enumerate(logged):
         record = Record(seq, 1.0 + seq, step, 3, Metrics(values))
-        entry, altered = short.shape("stream", record, seq)
-        assert (entry, list(altered)) == long._shape("stream", record, seq)
+        entry, altered = short.adapt("stream", record, seq)
+        assert (entry, list(altered)) == long._adapt("stream", record, seq)
 
     assert short.memory() == long.memory()
 

@@ -7,8 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import trackhub
+from trackhub import writer
 
 IMPORTS = """
 import json, sys
@@ -31,9 +35,10 @@ def test_importing_trackhub_loads_msgspec_and_nothing_heavier() -> None:
     assert json.loads(done.stdout) == [["trackhub"], []]
 
 
-def test_public_names_are_those_in_all_and_sorted() -> None:
-    names = [name for name in trackhub.__all__ if name != "__version__"]
+@pytest.mark.parametrize("module", [trackhub, writer], ids=lambda module: module.__name__)
+def test_public_names_are_those_in_all_and_sorted(module: ModuleType) -> None:
+    names = [name for name in module.__all__ if name != "__version__"]
 
     assert names == sorted(names)
-    assert all(hasattr(trackhub, name) for name in trackhub.__all__)
-    assert set(names) <= set(dir(trackhub))
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert set(names) <= set(dir(module))

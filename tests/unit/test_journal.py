@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal keeps what it acknowledged, once, whatever is sent twice and whoever is killed."""
+"""The journal keeps each record once, whatever is sent twice and whichever process is killed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import STREAM, batch_of, metric
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import Journal, Progress
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.journal.counts import build_report, read_journal_report
+from trackhub.delivery.journal.read_only import open_read_only
+from trackhub.delivery.journal.rows import Progress
+from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Gap, Kind, Record
@@ -69,7 +71,7 @@ def test_a_batch_that_is_sent_twice_is_stored_once(journal: Journal) -> None:
     assert (found.received, found.duplicates, found.journaled, found.missing) == (10, 5, 5, 0)
 
 
-def test_of_a_batch_that_overlaps_only_the_new_part_is_stored(journal: Journal) -> None:
+def test_only_the_new_part_of_an_overlapping_batch_is_stored(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(i) for i in range(5)]), {})
 
@@ -102,7 +104,7 @@ def reasons(records: list[Record]) -> dict[str, int]:
     return {r.payload.reason: r.payload.count for r in records if isinstance(r.payload, Gap)}
 
 
-def test_records_of_a_kind_that_is_unknown_here_are_kept_whatever_overlaps(journal: Journal) -> None:
+def test_records_of_an_unknown_kind_are_kept_when_batches_overlap(journal: Journal) -> None:
     def newer(seq: int) -> bytes:
         body = msgspec.msgpack.encode([seq, 1.0, None, None, [42, 1]])
         head = struct.pack("<IB", len(body), 42)
@@ -115,14 +117,14 @@ def test_records_of_a_kind_that_is_unknown_here_are_kept_whatever_overlaps(journ
     assert b"".join(row.frames for row in rows) == b"".join(map(newer, range(4)))
 
 
-def test_a_hole_without_a_reason_is_counted_as_missing(journal: Journal) -> None:
+def test_records_skipped_without_a_reason_are_counted_as_missing(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(0)]), {})
     journal.append(site, batch_of([metric(5)]), {})
     assert journal.report().sites["a"].missing == 4
 
 
-def test_streams_and_sites_do_not_touch_each_other(journal: Journal) -> None:
+def test_streams_and_sites_are_numbered_independently(journal: Journal) -> None:
     sites = [journal.add_site(name, 0.0) for name in ("a", "b")]
     assert journal.add_site("a", 99.0) == sites[0]
     for site in sites:
@@ -134,11 +136,11 @@ def test_streams_and_sites_do_not_touch_each_other(journal: Journal) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_whatever_is_repeated_every_record_is_there_once_and_in_order(tmp_path: Path, data: st.DataObject) -> None:
+def test_each_record_is_stored_once_and_in_order_whatever_is_repeated(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / os.urandom(6).hex()
     journal = open_journal(folder)
     site = journal.add_site("a", 0.0)
-    sent = 0  # how far the sender got; it may go back, as one that lost its cursor does
+    sent = 0  # how far the sender got; it goes back when it loses its cursor
     high, received = 0, 0
     for _ in range(data.draw(st.integers(1, 25))):
         match data.draw(st.sampled_from(["next", "next", "again", "reopen"])):
@@ -179,7 +181,7 @@ APPENDER = """
 
 
 @pytest.mark.parametrize("after", [5, 200])
-def test_what_was_appended_survives_sigkill_in_the_middle_of_the_next_append(tmp_path: Path, after: int) -> None:
+def test_an_appended_batch_survives_sigkill_during_the_next_append(tmp_path: Path, after: int) -> None:
     command = [sys.executable, "-c", textwrap.dedent(APPENDER), str(tmp_path / "trackhub.db"), os.getcwd()]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -208,7 +210,7 @@ def test_only_one_process_may_write(tmp_path: Path) -> None:
         process.stdout.readline()
         with pytest.raises(JournalError, match="in use by another process"):
             open_journal(tmp_path)
-        report = read_journal_report(tmp_path / "trackhub.db")  # but reading is fine
+        report = read_journal_report(tmp_path / "trackhub.db")  # reading needs no lock
         assert report.sites["a"].journaled > 0
         process.kill()
     open_journal(tmp_path).close()
@@ -244,7 +246,7 @@ def test_a_closed_journal_is_one_file_and_stays_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(JournalError):
             use()
-        # As of a lane that hangs and comes back after the end.
+        # A thread that has no connection yet, as of a lane that comes back after the end.
         with ThreadPoolExecutor() as pool:
             assert isinstance(pool.submit(use).exception(), JournalError)
     assert files() == ["trackhub.db"]
@@ -259,7 +261,7 @@ def test_a_journal_belongs_to_one_job_and_side(tmp_path: Path, job: str, side: s
 
 
 @pytest.mark.parametrize("content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 500])
-def test_a_file_that_is_no_journal_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+def test_opening_a_file_that_is_no_journal_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "trackhub.db").write_bytes(content)
     with pytest.raises(JournalError, match=r"trackhub\.db"):
         open_journal(tmp_path)
@@ -273,7 +275,7 @@ def test_a_journal_that_cannot_be_created_is_an_error_that_names_it(tmp_path: Pa
         open_journal(tmp_path / "file")
 
 
-def test_where_the_file_system_has_no_write_ahead_log_the_journal_works_all_the_same(
+def test_a_journal_works_on_a_file_system_without_a_write_ahead_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     connect = sqlite3.connect
@@ -305,7 +307,7 @@ def test_where_the_file_system_has_no_write_ahead_log_the_journal_works_all_the_
     journal.close()
 
 
-def test_readers_are_not_held_up_by_the_writer(journal: Journal) -> None:
+def test_readers_do_not_wait_for_the_writer(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     stop = threading.Event()
     found: list[list[int]] = []
@@ -324,7 +326,7 @@ def test_readers_are_not_held_up_by_the_writer(journal: Journal) -> None:
     assert all(s == list(range(len(s))) for s in found)
 
 
-def test_reading_is_bounded_and_goes_on_where_it_stopped(journal: Journal) -> None:
+def test_reading_stops_at_max_bytes_and_goes_on_from_there(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     for i in range(10):
         journal.append(site, batch_of([metric(i)]), {})
@@ -336,11 +338,11 @@ def test_reading_is_bounded_and_goes_on_where_it_stopped(journal: Journal) -> No
     assert journal.records_between(site, first[0].id, first[-1].id) == 2
 
 
-def test_how_far_a_lane_got_is_kept(tmp_path: Path) -> None:
+def test_the_cursors_and_counts_of_a_lane_survive_a_restart(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(i) for i in range(10)]), {})
-    journal.note_site(site, SiteLedger(logged=10, acked=10), bye=True)
+    journal.note_site(site, SiteCounts(logged=10, acked=10), final=True)
     progress = Progress(confirmed=7, rejected={"late_step": 2}, altered={"x": 1}, memory=b"m", last_error="e")
     journal.save_run("lane", site, 5, 3, progress)
     journal.close()
@@ -352,23 +354,23 @@ def test_how_far_a_lane_got_is_kept(tmp_path: Path) -> None:
     run = report.lanes["lane"]["a"]
     assert (run.confirmed, run.rejected, run.pending) == (7, {"late_step": 2}, 1)
     assert report.lanes["other"]["a"].pending == 10
-    assert report.sites["a"].said_bye
+    assert report.sites["a"].final
     assert report.balanced
     journal.close()
     assert read_journal_report(tmp_path / "trackhub.db").lanes["lane"] == report.lanes["lane"]
 
 
-def test_a_report_that_arrives_after_the_goodbye_does_not_replace_the_last_count(journal: Journal) -> None:
+def test_a_keep_alive_after_the_final_message_does_not_replace_the_last_counts(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
-    last, begun_anew = SiteLedger(logged=5, acked=5), SiteLedger(logged=7, acked=5, spooled=2)
-    journal.note_site(site, last, bye=True)
+    last, begun_anew = SiteCounts(logged=5, acked=5), SiteCounts(logged=7, acked=5, spooled=2)
+    journal.note_site(site, last, final=True)
 
-    journal.note_site(site, SiteLedger(logged=5, acked=2, spooled=3), bye=False)
-    after_late = journal.report([]).sites["a"].site
-    journal.note_site(site, begun_anew, bye=False)
+    journal.note_site(site, SiteCounts(logged=5, acked=2, spooled=3), final=False)
+    after_late = journal.report([]).sites["a"].at_site
+    journal.note_site(site, begun_anew, final=False)
 
     assert after_late == last
-    assert journal.report([]).sites["a"].site == begun_anew
+    assert journal.report([]).sites["a"].at_site == begun_anew
 
 
 def test_a_journal_that_claims_more_outcomes_than_records_is_not_balanced(journal: Journal) -> None:
@@ -378,7 +380,29 @@ def test_a_journal_that_claims_more_outcomes_than_records_is_not_balanced(journa
     assert not journal.report().balanced
 
 
-def test_full_durability_asks_sqlite_for_it(tmp_path: Path) -> None:
+def test_a_report_is_balanced_though_a_lane_confirms_while_it_is_made(journal: Journal) -> None:
+    """A lane that confirmed between two queries of the report had more outcomes than records."""
+    site = journal.add_site("a", 0.0)
+    journal.append(site, batch_of([metric(0)]), {})
+    journal.save_run("lane", site, 1, 1, Progress(confirmed=1))
+    stored: list[str] = []
+
+    def store_meanwhile(sql: str) -> None:
+        if "FROM runs" in sql and not stored:
+            stored.append(sql)
+            journal.append(site, batch_of([metric(1)]), {})
+            journal.save_run("lane", site, 2, 2, Progress(confirmed=2))
+
+    with open_read_only(journal.path) as db:
+        db.set_trace_callback(store_meanwhile)
+        report = build_report(db)
+
+    assert stored
+    assert report.balanced
+    assert (report.sites["a"].journaled, report.lanes["lane"]["a"].confirmed) == (1, 1)
+
+
+def test_full_durability_sets_sqlite_to_full_synchronisation(tmp_path: Path) -> None:
     journal = open_journal(tmp_path, durability="full")
     assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
     journal.close()

@@ -23,12 +23,12 @@ from trackhub.spi import (
     Entry,
     Histogram,
     Image,
+    JobInfo,
     Metrics,
     Params,
     Payload,
     PermanentError,
     RunInfo,
-    RunKey,
     RunStatus,
     Side,
     Table,
@@ -45,10 +45,10 @@ class Rig:
         self.side = side
         self.workdir.mkdir(parents=True)
         self.blobs.mkdir()
-        self.backend = JsonlBackend(JsonlOptions(path), BackendContext(self.workdir, "job-1", side))
+        self.backend = JsonlBackend(JsonlOptions(path), BackendContext(self.workdir, JobInfo("job-1"), side))
 
     def info(self, site: str = "site-1", job: str = "job-1") -> RunInfo:
-        return RunInfo(RunKey(job, site), self.side, created=1000.0, resume_from=0, blob_dir=self.blobs)
+        return RunInfo(JobInfo(job), site, self.side, created=1000.0, resume_from=0, blob_dir=self.blobs)
 
     def open(self, site: str = "site-1", job: str = "job-1") -> JsonlRun:
         return self.backend.open_run(self.info(site, job))
@@ -299,7 +299,7 @@ def test_a_relative_path_lies_in_the_run_folder(tmp_path: Path) -> None:
     path = tmp_path / "run" / "records" / "job-1" / "site-1.jsonl"
     assert len(lines(path)) == 1
     results = rig.backend.results(rig.info())
-    assert results.path == str(path)
+    assert results.path == "records/job-1/site-1.jsonl"
 
 
 def test_a_folder_that_cannot_be_is_found_before_training(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
-from trackhub.delivery.lane.adaptation import Shaper
+from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
@@ -427,7 +427,7 @@ def test_a_defect_of_the_lane_itself_is_in_the_report(bench: Bench, monkeypatch:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug in trackhub")
 
-    monkeypatch.setattr(Shaper, "shape", broken)
+    monkeypatch.setattr(Adaptation, "adapt", broken)
     bench.log(5)
     bench.lane(MemoryBackend())
     run = run_of(bench.finish(0.5))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script outside FLARE: the same calls, a receiver in the same process, and everything delivered when it is closed."""
+"""A script outside FLARE: the same calls, a receiver in the same process, and everything delivered when it closes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
 from tests.unit.helpers import assert_balanced, json_lines
+from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
@@ -29,7 +31,7 @@ FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 PLUGIN = """
     import threading
-    from trackhub.spi import Backend, BackendRun, Capabilities, Redelivery, TransientError
+    from trackhub.spi import Backend, BackendRun, Capabilities, ConfirmedBy, Redelivery, TransientError
     class Run(BackendRun):
         def write(self, batch):
             if MODE == "write":
@@ -39,7 +41,8 @@ PLUGIN = """
         def finish(self, status):
             pass
     class Odd(Backend):
-        capabilities = Capabilities(redelivery=Redelivery.IDEMPOTENT)
+        spi = 1
+        capabilities = Capabilities(redelivery=Redelivery.IDEMPOTENT, confirmed_by=ConfirmedBy.WRITE)
         def open_run(self, info):
             if MODE == "open":
                 raise RuntimeError("boom in open_run")
@@ -60,7 +63,7 @@ def report_of(writer: LocalWriter) -> DeliveryReport:
     return writer.report
 
 
-def test_everything_of_every_kind_is_delivered_when_the_writer_is_closed(tmp_path: Path) -> None:
+def test_records_of_every_kind_are_delivered_when_the_writer_closes(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     before = time.time()
     with open_local(tmp_path) as writer:
@@ -125,7 +128,7 @@ def test_a_single_backend_may_be_named_by_a_plain_string(tmp_path: Path) -> None
     assert len(lines(writer)) == 1
 
 
-def test_rounds_are_stamped(tmp_path: Path) -> None:
+def test_the_round_is_put_on_records(tmp_path: Path) -> None:
     with open_local(tmp_path) as writer:
         writer.set_round(4)
         writer.log({"a": 1.0})
@@ -142,7 +145,7 @@ def test_an_unknown_backend_is_an_error_that_leaves_nothing(tmp_path: Path) -> N
     assert len(lines(writer)) == 1
 
 
-def test_a_job_goes_on_when_it_is_named_again(tmp_path: Path) -> None:
+def test_a_second_writer_with_the_same_job_name_continues_the_run(tmp_path: Path) -> None:
     for day in range(3):
         with open_local(tmp_path, job="j") as writer:
             writer.log({"day": day}, day)
@@ -217,7 +220,7 @@ def test_forked_workers_log_into_the_same_run_and_end_without_ending_it(tmp_path
     assert_balanced(report_of(writer), {"local": 32}, {("jsonl", "local"): 32})
 
 
-def test_what_a_script_logged_before_it_was_killed_is_on_the_disk_and_goes_on(tmp_path: Path) -> None:
+def test_records_of_a_killed_script_are_delivered_by_the_next_one(tmp_path: Path) -> None:
     code = """
         import os, sys, trackhub
         writer = trackhub.local(["jsonl"], folder=sys.argv[1], job="j")
@@ -233,7 +236,7 @@ def test_what_a_script_logged_before_it_was_killed_is_on_the_disk_and_goes_on(tm
     assert_balanced(report_of(writer), {"local": 501}, {("jsonl", "local"): 501})
 
 
-def test_a_job_can_be_named_again_while_a_forked_worker_of_its_script_lives(tmp_path: Path) -> None:
+def test_a_job_can_be_continued_while_a_forked_worker_is_still_alive(tmp_path: Path) -> None:
     """Such as one of a data loader: it has inherited the file that locks the journal."""
     with open_local(tmp_path, job="job-1") as writer:
         writer.log({"a": 1.0})
@@ -254,10 +257,30 @@ def test_a_job_can_be_named_again_while_a_forked_worker_of_its_script_lives(tmp_
     assert len(lines(again)) == 2
 
 
-def test_limits_that_are_not_given_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_come_from_the_environment_unless_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRACKHUB_SPOOL_BYTES", str(2 << 20))
 
     with trackhub.local(["jsonl"], folder=tmp_path) as writer:
         writer.log({"a": 1.0})
 
     assert read_spool_info(writer.folder / "trackhub" / "spool").max_bytes == 2 << 20
+
+
+def test_the_name_of_a_job_is_in_its_folder_and_its_journal_and_two_jobs_of_one_name_are_two(tmp_path: Path) -> None:
+    writers = [
+        trackhub.local(["jsonl"], folder=tmp_path, name="lr 0.1", notes="why", tags=["a", "b"], limits=FAST)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.log({"loss": 1.0})
+        writer.close()
+
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert len(folders) == 2
+    assert all(name.startswith("lr%200.1-") for name in folders)
+    for writer in writers:
+        told = msgspec.json.decode(read_journal_meta(writer.folder / "trackhub" / "trackhub.db")["job_info"])
+        assert (told["name"], told["notes"], told["tags"]) == ("lr 0.1", "why", ["a", "b"])
+        assert [line["values"] for line in lines(writer)[:-1]] == [{"loss": 1.0}]

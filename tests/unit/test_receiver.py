@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The receiver stores what it acknowledges, refuses what is none, and never raises or hangs, whatever it is sent."""
+"""The receiver stores what it acknowledges, refuses bad requests, and never raises or hangs, whatever it is sent."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from trackhub.errors import ConfigError, InvalidOptionError, JournalError, Unkno
 from trackhub.framing import FORMAT_VERSION, encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Artifact, Blob, Record
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 
 SITE = "site-1"
 
 
 class Rig:
-    """A receiver with the backend ``jsonl``, and messages in place of bytes."""
+    """A receiver with the backend ``jsonl``, which is asked with messages in place of bytes."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.folder = folder
         self.receiver = Receiver(
-            folder / "trackhub", folder, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits)
+            folder, job=JobInfo("job-1"), side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(**limits)
         )
 
     def start(self) -> Rig:
@@ -64,26 +64,26 @@ def batch(first: int, n: int = 5) -> wire.Batch:
     return batch_of([metric(first + i) for i in range(n)])
 
 
-def test_an_accepted_batch_is_in_the_journal_when_the_reply_is_there(rig: Rig) -> None:
+def test_an_accepted_batch_is_in_the_journal_before_the_reply(rig: Rig) -> None:
     assert rig.ask(wire.Hello()) == wire.Accepted(job="job-1")
     assert rig.ask(batch(0)) == wire.Accepted()
     assert rig.receiver._journal is not None
     assert rig.receiver._journal.report().sites[SITE].journaled == 5
 
 
-def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path) -> None:
+def test_repeated_batches_are_delivered_once(tmp_path: Path) -> None:
     rig = Rig(tmp_path).start()
     for first in (0, 5, 0, 5, 10, 5):
         assert rig.ask(batch(first)) == wire.Accepted()
-    ledger = wire.SiteLedger(logged=15, acked=15)
-    assert rig.ask(wire.Report(ledger)) == wire.Accepted()
+    counts = wire.SiteCounts(logged=15, acked=15)
+    assert rig.ask(wire.KeepAlive(counts)) == wire.Accepted()
     for _ in range(2):
-        assert rig.ask(wire.Bye(ledger)) == wire.Accepted()
+        assert rig.ask(wire.Final(counts)) == wire.Accepted()
     report = rig.finish()
 
     assert [line["seq"] for line in rig.stored()] == list(range(15))
     site = report.sites[SITE]
-    assert (site.received, site.duplicates, site.journaled, site.said_bye) == (30, 15, 15, True)
+    assert (site.received, site.duplicates, site.journaled, site.final) == (30, 15, 15, True)
     assert report.lanes["jsonl"][SITE].confirmed == 15
     assert report.balanced
     assert read_report(tmp_path / "trackhub" / "delivery.json") == report
@@ -91,7 +91,7 @@ def test_what_is_accepted_is_delivered_once_whatever_is_repeated(tmp_path: Path)
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.binary(max_size=100))
-def test_bytes_that_are_no_request_are_refused(rig: Rig, data: bytes) -> None:
+def test_bytes_that_hold_no_request_are_refused(rig: Rig, data: bytes) -> None:
     reply = wire.decode_reply(rig.receiver.handle(SITE, data))
     try:
         wire.decode_request(data)
@@ -127,7 +127,7 @@ def unreadable() -> bytes:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_batch_that_is_not_what_it_says_is_refused_and_leaves_no_trace(
+def test_a_batch_whose_numbers_or_frames_are_wrong_is_refused_and_leaves_no_trace(
     rig: Rig, request_: tuple[str, wire.Batch]
 ) -> None:
     reply = rig.ask(request_[1])
@@ -140,7 +140,7 @@ def test_a_batch_that_is_not_what_it_says_is_refused_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize(("minor", "accepted"), [(-1, True), (0, True), (1, True), (2, False)])
-def test_a_site_of_another_version_is_told_so(rig: Rig, minor: int, accepted: bool) -> None:
+def test_a_site_that_is_two_minor_versions_ahead_is_refused(rig: Rig, minor: int, accepted: bool) -> None:
     reply = rig.ask(wire.Hello((FORMAT_VERSION[0], FORMAT_VERSION[1] + minor)))
     if accepted:
         assert reply == wire.Accepted(job="job-1")
@@ -167,7 +167,7 @@ def blob_file(rig: Rig, site: str = SITE) -> Path:
     return rig.receiver._blobs.folder(site) / NAME
 
 
-def test_a_record_waits_for_its_bytes(rig: Rig) -> None:
+def test_a_record_is_accepted_only_after_the_bytes_of_its_blob(rig: Rig) -> None:
     assert rig.ask(artifact()) == wire.NeedBlob(NAME)
     assert rig.ask(chunk(0, 4000)) == wire.Accepted(4000)
     assert rig.ask(artifact()) == wire.NeedBlob(NAME)
@@ -179,7 +179,7 @@ def test_a_record_waits_for_its_bytes(rig: Rig) -> None:
     assert blob_file(rig).read_bytes() == DATA
 
 
-def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_anew(rig: Rig) -> None:
+def test_bytes_that_do_not_match_their_digest_are_refused_and_may_be_sent_again(rig: Rig) -> None:
     assert rig.ask(chunk(0, 5000)) == wire.Accepted(5000)
     reply = rig.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
     assert isinstance(reply, wire.Refused)
@@ -191,7 +191,7 @@ def test_bytes_that_are_not_what_their_digest_says_are_refused_and_may_be_sent_a
 @pytest.mark.parametrize(
     "name", ["../../x", "/etc/passwd", "", ".", "a/b", f"{STREAM}-0/../x", f"{STREAM}-0\n", "x" * 300]
 )
-def test_no_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) -> None:
+def test_no_blob_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     blob = msgspec.structs.replace(BLOB, name=name)
     assert isinstance(rig.ask(chunk(0, 100_000, blob=blob)), wire.Refused)
@@ -199,7 +199,7 @@ def test_no_name_leads_out_of_the_folder(rig: Rig, tmp_path: Path, name: str) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_sites_may_have_blobs_of_one_name(rig: Rig) -> None:
+def test_two_sites_may_have_blobs_of_the_same_name(rig: Rig) -> None:
     other = b"other" * 10
     blob = Blob(NAME, len(other), hashlib.sha256(other).hexdigest(), "x")
     rig.ask(chunk(0, 100_000))
@@ -209,7 +209,7 @@ def test_two_sites_may_have_blobs_of_one_name(rig: Rig) -> None:
 
 
 def test_a_piece_that_arrives_twice_at_once_is_stored_once(rig: Rig) -> None:
-    """A site sends it again when the reply is late, while the first one may still be at work."""
+    """A site repeats a chunk when the reply is late, and the receiver may still be storing the first one."""
     data = bytes(1 << 20)
     for n in range(20):
         name = f"{STREAM}-{n}"
@@ -230,7 +230,7 @@ def test_a_piece_that_arrives_twice_at_once_is_stored_once(rig: Rig) -> None:
         assert rig.ask(chunk(1 << 19, 1 << 19, blob=blob, data=data)) == wire.Accepted(len(data))
 
 
-def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
+def test_the_records_of_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
     rig = Rig(tmp_path).start()
     sites = [f"site-{i}" for i in range(8)]
 
@@ -239,7 +239,7 @@ def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
         for first in range(0, 100, 10):
             assert rig.ask(batch(first, 10), site) == wire.Accepted()
             assert rig.ask(batch(first, 10), site) == wire.Accepted()
-        rig.ask(wire.Bye(wire.SiteLedger(logged=100, acked=100)), site)
+        rig.ask(wire.Final(wire.SiteCounts(logged=100, acked=100)), site)
 
     threads = [threading.Thread(target=send, args=(site,)) for site in sites]
     for thread in threads:
@@ -252,7 +252,7 @@ def test_many_sites_at_once_are_kept_apart(tmp_path: Path) -> None:
         assert (report.sites[site].duplicates, report.lanes["jsonl"][site].confirmed) == (100, 100)
 
 
-def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_path: Path) -> None:
+def test_a_receiver_that_has_not_started_or_has_finished_replies_busy(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     assert isinstance(rig.ask(batch(0)), wire.Busy)
     with pytest.raises(JournalError, match="not started"):
@@ -260,7 +260,7 @@ def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_pat
     rig.start()
     assert rig.ask(batch(0)) == wire.Accepted()
     rig.finish()
-    for request in (batch(5), wire.Hello(), wire.Bye(wire.SiteLedger())):
+    for request in (batch(5), wire.Hello(), wire.Final(wire.SiteCounts())):
         assert isinstance(rig.ask(request), wire.Busy)
     again = Rig(tmp_path).start()
     assert again.ask(batch(0)) == wire.Accepted()
@@ -269,7 +269,7 @@ def test_a_receiver_that_has_not_started_or_is_closed_asks_to_come_again(tmp_pat
     assert [line["seq"] for line in again.stored()] == list(range(10))
 
 
-def test_a_full_disk_at_the_receiver_is_busy_until_there_is_space(tmp_path: Path) -> None:
+def test_a_receiver_on_a_full_disk_replies_busy_until_there_is_space(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
         rig = Rig(disk / "run").start()
         assert rig.ask(batch(0)) == wire.Accepted()
@@ -293,7 +293,7 @@ def test_a_full_disk_at_the_receiver_is_busy_until_there_is_space(tmp_path: Path
         assert report.lanes["jsonl"][SITE].confirmed == accepted + 10
 
 
-def test_a_disk_that_stays_full_ends_with_a_report_all_the_same(tmp_path: Path) -> None:
+def test_a_receiver_whose_disk_stays_full_still_makes_a_report(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         rig = Rig(disk / "run").start()
         with pytest.raises(OSError, match="No space"), (disk / "filler").open("wb", buffering=0) as file:
@@ -309,72 +309,74 @@ def test_a_disk_that_stays_full_ends_with_a_report_all_the_same(tmp_path: Path) 
             assert run.confirmed + run.pending == report.sites[SITE].journaled == first
 
 
-def test_the_gate_opens_when_all_have_said_goodbye(rig: Rig) -> None:
+def test_the_wait_for_sites_ends_with_the_last_final_message(rig: Rig) -> None:
     sites = ["a", "b"]
     opened = threading.Event()
     found: list[set[str]] = []
 
     def wait() -> None:
-        found.append(rig.receiver.wait_for_byes(sites, WAIT_S))
+        found.append(rig.receiver.wait_for_sites(sites, WAIT_S))
         opened.set()
 
     for site in sites:
         rig.ask(wire.Hello(), site)
     threading.Thread(target=wait, daemon=True).start()
-    rig.ask(wire.Bye(wire.SiteLedger()), "a")
+    rig.ask(wire.Final(wire.SiteCounts()), "a")
     assert not opened.wait(0.1)
-    rig.ask(wire.Bye(wire.SiteLedger()), "b")
+    rig.ask(wire.Final(wire.SiteCounts()), "b")
     assert opened.wait(WAIT_S)
     assert found == [set()]
 
 
-def test_the_gate_does_not_wait_for_a_site_that_fell_silent(tmp_path: Path) -> None:
+def test_the_wait_for_sites_leaves_out_a_site_that_fell_silent(tmp_path: Path) -> None:
     rig = Rig(tmp_path, silence_s=0.3, keepalive_s=0.1).start()
     stop = threading.Event()
 
     def live() -> None:
         while not stop.wait(0.05):
-            rig.ask(wire.Report(wire.SiteLedger()), "alive")
+            rig.ask(wire.KeepAlive(wire.SiteCounts()), "alive")
 
     rig.ask(wire.Hello(), "dead")
     thread = threading.Thread(target=live)
     thread.start()
     start = time.monotonic()
-    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
+    assert rig.receiver.wait_for_sites(["dead", "never came", "alive"], 1.0) == {"dead", "never came", "alive"}
     assert time.monotonic() - start >= 1.0  # for the one that lives
     stop.set()
     thread.join()
-    rig.ask(wire.Bye(wire.SiteLedger()), "alive")
+    rig.ask(wire.Final(wire.SiteCounts()), "alive")
     start = time.monotonic()
-    assert rig.receiver.wait_for_byes(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
+    assert rig.receiver.wait_for_sites(["dead", "never came", "alive"], WAIT_S) == {"dead", "never came"}
     assert time.monotonic() - start < 5
     rig.finish()
 
 
 @pytest.mark.parametrize(
-    ("job", "bye", "expected"),
+    ("job", "final", "expected"),
     [
-        (RunStatus.FINISHED, wire.Bye(wire.SiteLedger()), "finished"),
-        (RunStatus.FINISHED, wire.Bye(wire.SiteLedger(), failed=True), "failed"),
+        (RunStatus.FINISHED, wire.Final(wire.SiteCounts()), "finished"),
+        (RunStatus.FINISHED, wire.Final(wire.SiteCounts(), failed=True), "failed"),
         (RunStatus.FINISHED, None, "failed"),
-        (RunStatus.ABORTED, wire.Bye(wire.SiteLedger()), "aborted"),
-        (RunStatus.FAILED, wire.Bye(wire.SiteLedger()), "failed"),
+        (RunStatus.ABORTED, wire.Final(wire.SiteCounts()), "aborted"),
+        (RunStatus.FAILED, wire.Final(wire.SiteCounts()), "failed"),
     ],
 )
-def test_a_run_ends_as_its_site_did(tmp_path: Path, job: RunStatus, bye: wire.Bye | None, expected: str) -> None:
+def test_a_run_ends_with_the_status_of_its_site(
+    tmp_path: Path, job: RunStatus, final: wire.Final | None, expected: str
+) -> None:
     rig = Rig(tmp_path).start()
     rig.ask(batch(0))
-    if bye:
-        rig.ask(bye)
+    if final:
+        rig.ask(final)
     report = rig.finish(job)
     lines = (tmp_path / "jsonl" / "job-1" / f"{SITE}.jsonl").read_text().splitlines()
     assert f'"status":"{expected}"' in lines[-1]
-    assert (report.status, report.sites[SITE].said_bye) == (job, bye is not None)
+    assert (report.status, report.sites[SITE].final) == (job, final is not None)
 
 
-def test_a_wrong_configuration_is_an_error_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_an_error_before_any_file_is_made(tmp_path: Path) -> None:
     def start(backends: dict[str, dict[str, Any]]) -> None:
-        Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=backends).start()
+        Receiver(tmp_path, job=JobInfo("j"), side=Side.SERVER, backends=backends).start()
 
     with pytest.raises(UnknownBackendError, match=r"available: .*jsonl"):
         start({"nonsense": {}})
@@ -388,7 +390,7 @@ def test_a_backend_that_cannot_be_used_leaves_no_lock_and_no_thread(tmp_path: Pa
     options = {"jsonl": {"path": str(tmp_path / "occupied" / "x")}}
     before = threading.active_count()
     for _ in range(2):
-        receiver = Receiver(tmp_path / "trackhub", tmp_path, job="j", side=Side.SERVER, backends=options)
+        receiver = Receiver(tmp_path, job=JobInfo("j"), side=Side.SERVER, backends=options)
         with pytest.raises(ConfigError, match="occupied"):
             receiver.start()
     assert threading.active_count() == before

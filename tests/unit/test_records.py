@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import struct
+import unicodedata
 import zlib
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tests.unit.helpers import frames_in
 from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, Frame, decode_body, encode_frame, scan_frames
 from trackhub.records import (
+    KIND_OF,
     MAX_STEP,
     Artifact,
     Blob,
@@ -30,6 +32,7 @@ from trackhub.records import (
     Table,
     Tags,
     Text,
+    key_problem,
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -169,3 +172,66 @@ def test_a_kind_of_a_newer_version_is_still_a_sound_frame() -> None:
     assert frame.kind == 42
     with pytest.raises(msgspec.ValidationError):
         decode_body(body)
+
+
+KEYS = {
+    "plain": "train/loss",
+    "one character": "a",
+    "1,000 characters": "k" * 1000,
+    "spaces inside and around": " train loss ",
+    "Persian with a zero-width non-joiner": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "a no-break space": "train\u00a0loss",
+    "an ideographic space": "\u8a13\u7df4\u3000\u640d\u5931",
+    "an emoji composed with zero-width joiners": "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "a flag": "\U0001f1e9\U0001f1ea",
+    "an emoji with a variation selector": "\u2764\ufe0f",
+    "a combining accent": "e\u0301",
+    "a soft hyphen": "grad\u00adient",
+    "a private-use character": "\ue000",
+    "the last code point": "\U0010ffff",
+}
+NO_KEYS = {
+    "empty": "",
+    "1,001 characters": "k" * 1001,
+    "NUL": "a\0b",
+    "a tab": "a\tb",
+    "a newline": "a\nb",
+    "a newline at the end": "a\n",
+    "an escape": "\x1b[31m",
+    "DEL": "a\x7f",
+    "U+0080": "a\x80",
+    "next line, U+0085": "a\x85b",
+    "U+009F": "a\x9f",
+    "line separator": "a\u2028b",
+    "paragraph separator": "a\u2029b",
+    "a lone high surrogate": "a\ud800",
+    "a lone low surrogate": "\udfffa",
+    "two surrogates": "\ud83d\ude00",
+}
+
+
+@pytest.mark.parametrize("what", KEYS)
+def test_a_key_may_be_written_in_any_script(what: str) -> None:
+    assert key_problem(KEYS[what]) is None
+
+
+@pytest.mark.parametrize("what", NO_KEYS)
+def test_a_key_has_no_control_characters_and_no_surrogates_and_is_not_too_long(what: str) -> None:
+    problem = key_problem(NO_KEYS[what])
+    assert problem is not None
+    assert "expected" in problem
+    assert problem.isprintable()
+    assert len(problem) < 200
+
+
+@given(st.text(st.characters(), max_size=1010))
+def test_the_rule_of_keys_is_the_one_that_the_unicode_standard_states(key: str) -> None:
+    fine = 1 <= len(key) <= 1000 and not any(unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"} for c in key)
+    assert (key_problem(key) is None) == fine
+
+
+def test_the_kind_of_every_payload_is_the_number_in_its_encoding() -> None:
+    assert set(KIND_OF.values()) == set(Kind)
+    for payload_class, kind in KIND_OF.items():
+        assert payload_class.__struct_config__.tag == kind
+        assert payload_class.__name__.upper() == kind.name

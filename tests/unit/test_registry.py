@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import pytest
@@ -19,7 +19,7 @@ from trackhub.errors import (
     InvalidOptionError,
     UnknownBackendError,
 )
-from trackhub.spi import Backend, BackendRun, RunInfo
+from trackhub.spi import Backend, BackendRun, NoOptions, OptionMark, RunInfo
 
 if TYPE_CHECKING:
     from tests.conftest import MakePlugin
@@ -28,6 +28,8 @@ GOOD = """
     from trackhub.spi import Backend, BackendRun, RunInfo
 
     class Acme(Backend):
+        spi = 1
+
         def open_run(self, info: RunInfo) -> BackendRun:
             raise NotImplementedError
 """
@@ -73,7 +75,7 @@ def test_an_unknown_backend_is_an_error_that_says_what_there_is_and_what_to_inst
     message = str(caught.value)
     assert "available:" in message
     assert "Did you mean 'acme'?" in message
-    assert "pip install flare-trackhub-acmee" in message
+    assert "install its distribution where the backend runs" in message
 
 
 def test_a_name_that_no_distribution_can_have_is_not_offered_for_installation() -> None:
@@ -161,28 +163,39 @@ def test_a_plugin_that_does_not_import_is_a_load_error_with_its_cause(
     [
         ("Acme = object()", "not a subclass"),
         ("class Acme: ...", "not a subclass"),
-        ("class Acme(Backend): ...", "does not implement open_run"),
-        ("class Acme(Backend):\n    open_run = print\n    capabilities = {}", "`capabilities` must be"),
+        ("class Acme(Backend):\n    spi = 1", "does not implement open_run"),
+        ("class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = {}", "`capabilities` must be"),
         (
-            "class Acme(Backend):\n    open_run = print\n    capabilities = Capabilities(kinds=frozenset({Kind.GAP}))",
+            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(kinds=frozenset({Kind.GAP}))",
             "without GAP",
         ),
-        ("class Acme(Backend):\n    open_run = print\n    capabilities = Capabilities(max_batch=0)", "max_batch"),
-        ("class Acme(Backend):\n    open_run = print\n    capabilities = Capabilities(key_chars='z-a')", "key_chars"),
-        ("class Acme(Backend):\n    open_run = print\n    Options = dict", "must be a msgspec.Struct"),
         (
-            "class Loose(msgspec.Struct): ...\nclass Acme(Backend):\n    open_run = print\n    Options = Loose",
+            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(max_batch=0)",
+            "max_batch",
+        ),
+        (
+            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(key_rule=KeyRule(chars='z-a'))",
+            "KeyRule.chars",
+        ),
+        (
+            "class Loose(msgspec.Struct): ...\nclass Acme(Backend):\n    spi = 1\n    open_run = print\n    Options = Loose",
             "forbid_unknown_fields",
         ),
     ],
 )
 def test_a_class_that_is_no_usable_backend_is_a_load_error(make_plugin: MakePlugin, body: str, expected: str) -> None:
-    source = (
-        f"import msgspec\nfrom trackhub.records import Kind\nfrom trackhub.spi import Backend, Capabilities\n{body}\n"
-    )
+    source = f"import msgspec\nfrom trackhub.records import Kind\nfrom trackhub.spi import Backend, Capabilities, KeyRule\n{body}\n"
     make_plugin("acme-tracking", {"acme": "acme_plugin:Acme"}, {"acme_plugin": source})
 
     with pytest.raises(BackendLoadError, match=expected):
+        registry.load("acme")
+
+
+def test_a_plugin_that_does_not_write_out_its_spi_is_incompatible(make_plugin: MakePlugin) -> None:
+    source = "from trackhub.spi import Backend\nclass Acme(Backend):\n    open_run = print\n"
+    make_plugin("acme-tracking", {"acme": "acme_plugin:Acme"}, {"acme_plugin": source})
+
+    with pytest.raises(IncompatibleBackendError, match="Write `spi = 1` into the class"):
         registry.load("acme")
 
 
@@ -210,10 +223,13 @@ class AcmeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tags: tuple[str, ...] = ()
     folder: Path | None = None
     api_key: str | None = None
+    license: Annotated[str, OptionMark.SECRET] = ""
+    where: Annotated[str | None, OptionMark.HOST, OptionMark.PATH] = None
+    logs: Annotated[Path, OptionMark.PATH] | None = None
 
 
-class Acme(Backend):
-    Options = AcmeOptions
+class Acme(Backend[AcmeOptions]):
+    spi = 1
 
     def open_run(self, info: RunInfo) -> BackendRun:
         raise NotImplementedError
@@ -232,7 +248,7 @@ def test_options_are_converted_from_the_strings_that_flags_give() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"projct": "x"}, r"acme\.projct: unknown option; its options: api_key, .*, tags; did you mean 'project'\?"),
+        ({"projct": "x"}, r"acme\.projct: unknown option; its options: api_key, .*, where; did you mean 'project'\?"),
         ({"retries": "many"}, r"acme\.retries: expected `int`, got `str`"),
         ({"sync": "yes"}, r"acme\.sync: expected `bool`, got `str`; use true or false"),
         ({"tags": "a,b"}, r"acme\.tags: expected `array`, got `str`; a list is written as JSON"),
@@ -257,10 +273,8 @@ def test_a_literal_secret_is_refused_and_a_reference_is_kept_until_the_receiver_
 
     with pytest.raises(InvalidOptionError, match=r"acme\.api_key"):
         registry.build_options("acme", Acme, {"api_key": "hunter2"})
-    written = registry.build_options("acme", Acme, reference)
-    resolved = registry.build_options("acme", Acme, reference, resolve=True)
+    resolved = registry.build_options("acme", Acme, reference)
 
-    assert written == AcmeOptions(api_key="${secret:ACME_KEY}")
     assert resolved == AcmeOptions(api_key="hunter2")
     assert "hunter2" not in repr(resolved)
 
@@ -269,7 +283,71 @@ def test_an_error_about_a_resolved_option_does_not_show_the_secret(monkeypatch: 
     monkeypatch.setenv("ACME_KEY", "hunter2")
 
     with pytest.raises(InvalidOptionError) as caught:
-        registry.build_options("acme", Acme, {"retries": "${secret:ACME_KEY}"}, resolve=True)
+        registry.build_options("acme", Acme, {"retries": "${secret:ACME_KEY}"})
 
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_options_are_those_of_the_type_in_brackets_also_for_a_subclass() -> None:
+    class Special(Acme):
+        pass
+
+    class Plain(Backend[NoOptions]):
+        pass
+
+    assert (Acme.Options, Special.Options, Plain.Options) == (AcmeOptions, AcmeOptions, NoOptions)
+
+
+def test_the_core_reads_which_options_hold_a_secret_a_host_or_a_path() -> None:
+    marks = registry.option_marks(Acme)
+
+    assert {name: set(found) for name, found in marks.items() if found} == {
+        "license": {OptionMark.SECRET},
+        "where": {OptionMark.HOST, OptionMark.PATH},
+        "logs": {OptionMark.PATH},
+    }
+
+
+def test_an_option_marked_as_a_secret_takes_references_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACME_LICENSE", "harmless")
+
+    built = registry.build_options("acme", Acme, {"license": "${secret:ACME_LICENSE}"})
+
+    assert isinstance(built, AcmeOptions)
+    assert built.license == "harmless"
+    for literal in ("harmless", "x-${secret:ACME_LICENSE}"):
+        with pytest.raises(InvalidOptionError, match=r"acme\.license: a secret must not be written into a job"):
+            registry.build_options("acme", Acme, {"license": literal})
+
+
+def test_options_are_checked_where_a_job_is_written_and_references_stay(make_plugin: MakePlugin) -> None:
+    source = """
+        from typing import Annotated
+        import msgspec
+        from trackhub.spi import Backend, OptionMark
+
+        class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+            key: Annotated[str, OptionMark.SECRET] = ""
+            tags: list[str] = []
+
+        class Acme(Backend[Options]):
+            spi = 1
+            open_run = print
+    """
+    make_plugin("acme-tracking", {"acme": "acme_plugin:Acme"}, {"acme_plugin": source})
+
+    checked = registry.check_options("acme", {"key": "${secret:NOWHERE}", "tags": ("a", "b")})
+
+    assert checked == {"key": "${secret:NOWHERE}", "tags": ["a", "b"]}
+    with pytest.raises(InvalidOptionError, match=r"acme\.key: a secret must not"):
+        registry.check_options("acme", {"key": "literal"})
+    with pytest.raises(ConfigError, match="they must be what JSON can hold"):
+        registry.check_options("acme", {"tags": [object()]})
+
+
+def test_a_literal_secret_is_refused_also_for_a_backend_that_is_not_installed_here() -> None:
+    with pytest.raises(InvalidOptionError, match=r"elsewhere\.api_key"):
+        registry.check_options("elsewhere", {"api_key": "abc"})
+    with pytest.raises(UnknownBackendError):
+        registry.check_options("elsewhere", {"api_key": "${secret:ABC}"})

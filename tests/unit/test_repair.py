@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows with damage in them, and journals of which a part cannot be read."""
+"""Damaged rows yield the records that can be read, and damaged journals are rebuilt around what is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def found(row: Row) -> list[tuple[int, int]]:
     return [(position, decode_body(body).seq) for position, _, body in stored_records(row)]
 
 
-def test_a_sound_row_gives_its_records_at_consecutive_positions_gaps_aside() -> None:
+def test_records_of_a_sound_row_have_consecutive_positions() -> None:
     gap = Record(2, 0.0, None, None, Gap(3, "spool_full"))
     frames = b"".join(map(encode_frame, [metric(0), metric(1), gap, metric(5)]))
 
@@ -40,21 +40,21 @@ def test_a_sound_row_gives_its_records_at_consecutive_positions_gaps_aside() -> 
 
 
 @pytest.mark.parametrize("victim", range(5))
-def test_records_behind_a_damaged_one_keep_their_positions(victim: int) -> None:
+def test_records_behind_a_damaged_record_keep_their_positions(victim: int) -> None:
     frames = [encode_frame(metric(i)) for i in range(5)]
     frames[victim] = frames[victim][:-1] + bytes([frames[victim][-1] ^ 1])
 
     assert found(row_of(b"".join(frames), 5)) == [(100 + i, i) for i in range(5) if i != victim]
 
 
-def test_a_damaged_size_hides_one_record_and_none_behind_it() -> None:
+def test_a_damaged_size_field_costs_one_record_and_none_behind_it() -> None:
     frames = bytearray(b"".join(encode_frame(metric(i)) for i in range(5)))
     frames[len(encode_frame(metric(0))) + 4] ^= 0x40  # the size of the second
 
     assert found(row_of(bytes(frames), 5)) == [(100, 0), (102, 2), (103, 3), (104, 4)]
 
 
-def test_a_row_of_which_nothing_is_left_gives_nothing() -> None:
+def test_a_row_without_any_readable_frame_yields_nothing() -> None:
     assert found(row_of(b"", 5)) == []
     assert found(row_of(bytes(1000), 5)) == []
 
@@ -66,7 +66,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     opened.close()
 
 
-def test_a_gap_that_begins_before_what_is_known_explains_only_what_follows(journal: Journal) -> None:
+def test_a_gap_that_starts_before_known_records_explains_only_new_ones(journal: Journal) -> None:
     site = journal.add_site("site-1", 0.0)
     journal.append(site, batch_of([metric(i) for i in range(4)]), {})
     anew = batch_of([Record(0, 0.0, None, None, Gap(6, "damaged")), metric(6)])
@@ -87,7 +87,7 @@ def two_sites(journal: Journal, rows: int) -> None:
             journal.append(sites[name], Batch(stream, *(getattr(batch, f) for f in Batch.__struct_fields__[1:])), {})
 
 
-def test_a_sound_journal_is_left_alone(journal: Journal) -> None:
+def test_repair_does_not_change_a_sound_journal(journal: Journal) -> None:
     two_sites(journal, 3)
     journal.close()
     before = journal.path.read_bytes()
@@ -99,7 +99,7 @@ def test_a_sound_journal_is_left_alone(journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_journal_cut_short_keeps_its_readable_rows_and_a_place_for_the_others(journal: Journal, share: float) -> None:
+def test_repair_of_a_truncated_journal_keeps_readable_rows_and_all_positions(journal: Journal, share: float) -> None:
     two_sites(journal, 40)
     journal.close()
     content = journal.path.read_bytes()
@@ -124,14 +124,14 @@ def test_a_journal_cut_short_keeps_its_readable_rows_and_a_place_for_the_others(
     assert repair(journal.path) is False
 
 
-def test_a_journal_in_use_is_not_touched(journal: Journal) -> None:
+def test_repair_refuses_a_journal_that_is_in_use(journal: Journal) -> None:
     two_sites(journal, 1)
 
     with pytest.raises(JournalError, match="in use by another process"):
         repair(journal.path)
 
 
-def test_a_file_that_is_no_journal_is_said_to_be_none(tmp_path: Path) -> None:
+def test_repair_of_a_file_that_is_no_journal_is_an_error_and_leaves_it(tmp_path: Path) -> None:
     path = tmp_path / "trackhub.db"
     path.write_bytes(b"something else" * 1000)
 

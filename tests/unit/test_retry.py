@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits before another try."""
+"""The waits before another attempt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from trackhub.delivery.retry import Backoff
 
 
-def test_waits_grow_to_their_limit_and_start_anew_when_it_worked() -> None:
+def test_waits_double_up_to_their_limit_and_start_again_after_a_reset() -> None:
     backoff = Backoff(first_s=1.0, max_s=4.0)
 
     waits = [backoff.next_wait_s() for _ in range(5)]
@@ -23,11 +23,11 @@ def test_waits_grow_to_their_limit_and_start_anew_when_it_worked() -> None:
 
 
 @pytest.mark.parametrize("asked_s", [3.0, 60.0])
-def test_a_wait_is_never_shorter_than_the_peer_asked_for(asked_s: float) -> None:
+def test_a_wait_is_never_shorter_than_the_minimum_asked_for(asked_s: float) -> None:
     assert Backoff(first_s=0.1).next_wait_s(asked_s) == asked_s
 
 
-def test_a_wait_leaves_the_generator_alone_that_training_draws_from() -> None:
+def test_a_wait_does_not_draw_from_the_shared_random_generator() -> None:
     before = random.getstate()
 
     Backoff().next_wait_s()

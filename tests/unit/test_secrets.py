@@ -77,7 +77,7 @@ def test_a_malformed_reference_is_refused(value: str) -> None:
     with pytest.raises(InvalidOptionError, match=r"x\.key: a secret reference is malformed"):
         refuse_literal_secrets("x.key", value)
     with pytest.raises(InvalidOptionError, match="key: a secret reference is malformed"):
-        resolve_secrets({"key": value})
+        resolve_secrets("x.key", value)
 
 
 def test_references_are_resolved_wherever_they_stand(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_references_are_resolved_wherever_they_stand(tmp_path: Path) -> None:
         "plain": "text",
     }
 
-    resolved = resolve_secrets(options, environ={"A": "one", "B": "two"})
+    resolved = resolve_secrets("x", options, environ={"A": "one", "B": "two"})
 
     assert resolved == {
         "whole": "one",
@@ -111,10 +111,10 @@ def test_a_missing_or_empty_secret_is_an_error_that_says_where_to_put_it(tmp_pat
     empty.write_text("\n")
 
     with pytest.raises(ConfigError, match="key: the environment variable NOWHERE is not set where the backend runs"):
-        resolve_secrets({"key": "${secret:NOWHERE}"}, environ={"NOWHERE": ""})
+        resolve_secrets("x", {"key": "${secret:NOWHERE}"}, environ={"NOWHERE": ""})
     with pytest.raises(ConfigError, match=r"nested\.key: the secret file .* cannot be read"):
-        resolve_secrets({"nested": {"key": f"${{secret:file:{tmp_path / 'none'}}}"}}, environ={})
+        resolve_secrets("x", {"nested": {"key": f"${{secret:file:{tmp_path / 'none'}}}"}}, environ={})
     with pytest.raises(ConfigError, match="is empty"):
-        resolve_secrets({"key": f"${{secret:file:{empty}}}"}, environ={})
+        resolve_secrets("x", {"key": f"${{secret:file:{empty}}}"}, environ={})
     with pytest.raises(ConfigError, match="absolute path"):
-        resolve_secrets({"key": "${secret:file:relative}"}, environ={})
+        resolve_secrets("x", {"key": "${secret:file:relative}"}, environ={})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts on their way to the receiver."""
+"""A sender delivers the bytes of images and artifacts before the records that refer to them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
-from tests.unit.rigs import SITE, Way
-from trackhub.delivery import sender as sender_module
-from trackhub.delivery import wire
+from tests.unit.rigs import SITE, SenderRig
+from trackhub.delivery import exchange, wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.retry import Backoff
 from trackhub.spool.layout import blob_file
@@ -22,20 +21,20 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(exchange, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture
-def way(tmp_path: Path) -> Iterator[Way]:
-    way = Way(tmp_path)
-    yield way
-    for sender in way.senders:
+def rig(tmp_path: Path) -> Iterator[SenderRig]:
+    rig = SenderRig(tmp_path)
+    yield rig
+    for sender in rig.senders:
         sender.close(0.0)
-    if not way.finished:
-        way.finish(1.0)
+    if not rig.finished:
+        rig.finish(1.0)
 
 
-def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) -> None:
+def test_images_and_artifacts_arrive_with_their_bytes(rig: SenderRig, tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     (tmp_path / "model.bin").write_bytes(data)
     (tmp_path / "empty").touch()
@@ -44,22 +43,22 @@ def test_images_and_artifacts_arrive_with_their_bytes(way: Way, tmp_path: Path) 
     def after(request: wire.Request) -> None:
         if isinstance(request, wire.Chunk) and lost[0]:
             lost[0] -= 1
-            raise ChannelError("the reply to a piece is lost")
+            raise ChannelError("the reply to a chunk is lost")
 
-    way.after = after
-    with Writer(way.spool) as writer:
+    rig.after = after
+    with Writer(rig.spool) as writer:
         writer.log_artifact(tmp_path / "model.bin")
         writer.log({"a": 0}, 0)
         writer.log_artifact(tmp_path / "empty")
-    ledger = way.sender().close(WAIT_S)
-    report = way.finish()
-    first, second, third = way.stored()
-    folder = way.folder / "receiver" / "jsonl" / "job-1"
+    counts = rig.sender().close(WAIT_S)
+    report = rig.finish()
+    first, second, third = rig.stored()
+    folder = rig.folder / "receiver" / "jsonl" / "job-1"
     assert (folder / first["file"]).read_bytes() == data
     assert second["values"] == {"a": 0}
     assert (folder / third["file"]).read_bytes() == b""
-    assert list(way.spool.glob("*.blob")) == []
-    assert (ledger.logged, ledger.acked) == (3, 3)
+    assert list(rig.spool.glob("*.blob")) == []
+    assert (counts.logged, counts.acked) == (3, 3)
     assert_balanced(report, {SITE: 3}, {("jsonl", SITE): 3})
 
 
@@ -80,31 +79,29 @@ def spoil(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["gone", "cut", "empty", "longer", "other"])
 @pytest.mark.parametrize("size", [10, (1 << 20) + 5])
-def test_bytes_that_are_damaged_at_the_site_cost_their_record_and_nothing_else(
-    way: Way, tmp_path: Path, how: str, size: int
+def test_a_blob_that_is_damaged_at_the_site_costs_its_own_record_alone(
+    rig: SenderRig, tmp_path: Path, how: str, size: int
 ) -> None:
-    with Writer(way.spool) as writer:
+    with Writer(rig.spool) as writer:
         for i in range(3):
             (tmp_path / "x").write_bytes(bytes([i]) * size)
             writer.log({"a": i}, i)
             writer.log_artifact(tmp_path / "x", f"x{i}")
         name = f"{spool_of(writer).stream}-3"  # the second artifact
-    spoil(blob_file(way.spool, name), how)
-    ledger = way.sender().close(WAIT_S)
-    report = way.finish()
+    spoil(blob_file(rig.spool, name), how)
+    counts = rig.sender().close(WAIT_S)
+    report = rig.finish()
 
-    assert [line["seq"] for line in way.stored()] == [0, 1, 2, 4, 5]
-    assert (ledger.logged, ledger.acked, ledger.dropped) == (6, 5, {"damaged": 1})
+    assert [line["seq"] for line in rig.stored()] == [0, 1, 2, 4, 5]
+    assert (counts.logged, counts.acked, counts.dropped) == (6, 5, {"damaged": 1})
     assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
     assert report.sites[SITE].explained == {"damaged": 1}
-    assert list(way.spool.glob("*.blob")) == []
+    assert list(rig.spool.glob("*.blob")) == []
 
 
-def test_a_receiver_that_asks_for_the_same_bytes_again_and_again_does_not_hold_up_the_end(
-    way: Way, tmp_path: Path
-) -> None:
+def test_close_ends_in_time_though_the_receiver_asks_for_a_blob_again_and_again(rig: SenderRig, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
-    with Writer(way.spool) as writer:
+    with Writer(rig.spool) as writer:
         writer.log_artifact(tmp_path / "model.bin")
 
     def forgetful(data: bytes, timeout_s: float) -> bytes:
@@ -113,8 +110,8 @@ def test_a_receiver_that_asks_for_the_same_bytes_again_and_again_does_not_hold_u
             return wire.encode(wire.NeedBlob(blob.name.removesuffix(".blob")))
         return wire.encode(wire.Accepted(request.size if isinstance(request, wire.Chunk) else 0))
 
-    (blob,) = way.spool.glob("*.blob")
-    ledger = way.sender(forgetful).close(0.2)
+    (blob,) = rig.spool.glob("*.blob")
+    counts = rig.sender(forgetful).close(0.2)
 
-    assert (ledger.logged, ledger.acked, ledger.spooled) == (1, 0, 1)
+    assert (counts.logged, counts.acked, counts.spooled) == (1, 0, 1)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("trackhub-sender")] == []

@@ -24,7 +24,7 @@ from tests.unit.helpers import ModelReceiver, assert_accounted, drain, new_spool
 from trackhub.framing import encode_frame
 from trackhub.records import Record, Text
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import Spool
+from trackhub.spool.writing import SpoolWriter
 
 
 class SpoolMachine(RuleBasedStateMachine):
@@ -70,28 +70,28 @@ class SpoolMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
     @rule(target=spools)
-    def open_writer(self) -> Spool:
-        spool = Spool(self.folder, clock=lambda: self.now)
+    def open_writer(self) -> SpoolWriter:
+        spool = SpoolWriter(self.folder, clock=lambda: self.now)
         self.logged[spool.stream] = []
         return spool
 
     @rule(spool=spools, n=st.integers(1, 30), size=st.integers(0, 300))
-    def log(self, spool: Spool, n: int, size: int) -> None:
+    def log(self, spool: SpoolWriter, n: int, size: int) -> None:
         self.now += 1
         for _ in range(n):
             items = self.logged[spool.stream]
             text = f"{len(items)}".ljust(size, ".")
-            before = sum(spool._dropped)
+            before = spool._drops.total
             spool.append(Text("k", text), None, 1.0)
-            items.append("dropped" if sum(spool._dropped) > before else text)
+            items.append("dropped" if spool._drops.total > before else text)
 
     @rule(spool=spools)
-    def drop(self, spool: Spool) -> None:
+    def drop(self, spool: SpoolWriter) -> None:
         spool.drop("unconvertible", "by the test")
         self.logged[spool.stream].append("dropped")
 
     @rule(spool=consumes(spools), torn=st.integers(0, 40))
-    def kill_writer(self, spool: Spool, torn: int) -> None:
+    def kill_writer(self, spool: SpoolWriter, torn: int) -> None:
         """It dies within a write: a part of a frame is left."""
         spool.close()
         segments = sorted(self.folder.glob(f"{spool.stream}-*.spool"))

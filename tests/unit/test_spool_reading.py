@@ -21,12 +21,12 @@ from trackhub.framing import encode_frame, scan_frames
 from trackhub.records import Kind, Metrics, Record, Text
 from trackhub.spool.layout import SEGMENT_HEADER, Ack, segment_name, write_ack
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import Spool
+from trackhub.spool.writing import SpoolWriter
 from trackhub.writer.writer import Writer
 
 
-def write(folder: Path, n: int, *, size: int = 20) -> Spool:
-    spool = Spool(folder)
+def write(folder: Path, n: int, *, size: int = 20) -> SpoolWriter:
+    spool = SpoolWriter(folder)
     for i in range(n):
         spool.append(Text("k", f"{i}".ljust(size, ".")), i, float(i))
     return spool
@@ -84,7 +84,7 @@ def test_a_batch_is_the_same_until_it_is_settled(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_no_larger_than_asked_for_except_for_one_record(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path))
+    spool = SpoolWriter(new_spool(tmp_path))
     for size in (10, 10, 5000, 10, 900, 900):
         spool.append(Text("k", "x" * size), 0, 0.0)
     reader = SpoolReader(tmp_path, "server")
@@ -205,7 +205,7 @@ def test_a_sound_frame_with_a_body_that_makes_no_sense_holds_nothing_up(tmp_path
 def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: st.DataObject) -> None:
     folder = new_spool(tmp_path / os.urandom(6).hex(), max_bytes=8000)  # a segment holds about 15 records
     n = data.draw(st.integers(1, 60), "records")
-    spool = Spool(folder)
+    spool = SpoolWriter(folder)
     frames = []
     for i in range(n):
         spool.append(Text("k", f"{i}".ljust(data.draw(st.integers(3, 40)), ".")), i, float(i))
@@ -250,9 +250,8 @@ def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: 
     assert (before.acked, before.spooled) == (0, len(intact))
 
 
-def test_damage_in_the_segment_that_is_being_written_holds_up_only_what_cannot_be_told_from_an_unfinished_frame(
-    tmp_path: Path,
-) -> None:
+def test_damage_in_the_segment_that_is_being_written_does_not_hold_up_the_rest(tmp_path: Path) -> None:
+    """Only what looks like a frame that its writer has not finished yet is waited for."""
     spool = write(new_spool(tmp_path), 20)
     path = tmp_path / segment_name(spool.stream, 0)
     content = bytearray(path.read_bytes())
@@ -265,7 +264,7 @@ def test_damage_in_the_segment_that_is_being_written_holds_up_only_what_cannot_b
 
 
 def test_counting_while_training_logs_sees_no_damage(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=1 << 30))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=1 << 30))
     stop = threading.Event()
 
     def work() -> None:

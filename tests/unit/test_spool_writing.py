@@ -23,7 +23,7 @@ from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
 from trackhub.spool.layout import Ledger, SpoolInfo, create_spool, read_spool_info
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.writing import NewBlob, Spool
+from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
 
 
@@ -143,7 +143,7 @@ def test_every_log_call_that_returned_before_sigkill_is_there(tmp_path: Path, af
 
 def test_a_full_spool_drops_the_newest_counts_them_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     now = 0.0
-    spool = Spool(new_spool(tmp_path, max_bytes=64 << 10), clock=lambda: now)
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=64 << 10), clock=lambda: now)
     for _ in range(200):
         spool.append(text(1000), None, 1.0)
     kept = len(read_spool(tmp_path)[spool.stream])
@@ -166,7 +166,7 @@ def test_a_full_spool_drops_the_newest_counts_them_and_goes_on_when_there_is_roo
 
 
 def test_a_full_spool_makes_no_files(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=1 << 20))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=1 << 20))
     for _ in range(20):
         spool.append(text(200 << 10), None, 1.0)  # larger than a segment
     files = len(list(tmp_path.iterdir()))
@@ -177,7 +177,7 @@ def test_a_full_spool_makes_no_files(tmp_path: Path) -> None:
 
 
 def test_a_small_record_still_fits_where_a_large_one_does_not(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=1 << 20))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=1 << 20))
     for _ in range(8):
         spool.append(text(200 << 10), None, 1.0)
     spool.append(text(10), None, 1.0)
@@ -190,7 +190,7 @@ def test_a_small_record_still_fits_where_a_large_one_does_not(tmp_path: Path) ->
 
 def test_the_warning_about_drops_comes_once_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    spool = Spool(new_spool(tmp_path, max_bytes=4096), clock=lambda: now)
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=4096), clock=lambda: now)
     for _ in range(100):
         spool.append(text(3000), None, 1.0)
         now += 0.1
@@ -202,7 +202,7 @@ def test_the_warning_about_drops_comes_once_a_minute(tmp_path: Path, caplog: pyt
 
 
 def test_segments_are_rotated_in_order_and_deleted_once_acknowledged(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=80_000))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=80_000))
     for i in range(60):
         spool.append(Metrics({"k" * 900: float(i)}), i, 1.0)
     segments = sorted(tmp_path.glob("*.spool"))
@@ -218,7 +218,7 @@ def test_segments_are_rotated_in_order_and_deleted_once_acknowledged(tmp_path: P
 
 
 def test_a_segment_stays_until_every_reader_is_past_it(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, "server", "client", max_bytes=80_000))
+    spool = SpoolWriter(new_spool(tmp_path, "server", "client", max_bytes=80_000))
     for i in range(60):
         spool.append(Metrics({"k" * 900: float(i)}), i, 1.0)
     segments = sorted(tmp_path.glob("*.spool"))
@@ -241,7 +241,7 @@ def test_a_segment_stays_until_every_reader_is_past_it(tmp_path: Path) -> None:
 
 
 def test_a_drop_is_counted_even_if_nothing_else_was_ever_logged(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path))
+    spool = SpoolWriter(new_spool(tmp_path))
     spool.drop("unconvertible", "a model")
     (count,) = SpoolReader(tmp_path, "server").counts().values()
     assert_accounted(count, 1)
@@ -255,7 +255,7 @@ def test_a_drop_is_counted_even_if_nothing_else_was_ever_logged(tmp_path: Path) 
 
 
 def test_a_record_that_is_too_large_for_a_frame_uses_no_number(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path))
+    spool = SpoolWriter(new_spool(tmp_path))
     with pytest.raises(ValueError, match="limit"):
         spool.append(text(2 << 20), None, 1.0)
     spool.append(text(1), None, 1.0)
@@ -265,7 +265,7 @@ def test_a_record_that_is_too_large_for_a_frame_uses_no_number(tmp_path: Path) -
 
 def test_the_descriptor_and_the_folder_may_vanish_and_training_goes_on(tmp_path: Path) -> None:
     folder = new_spool(tmp_path / "spool", max_bytes=8000)
-    spool = Spool(folder)
+    spool = SpoolWriter(folder)
     spool.append(text(500), None, 1.0)
     for path in folder.iterdir():
         path.unlink()
@@ -363,9 +363,9 @@ def test_a_write_that_the_system_refuses_for_another_reason_is_counted_as_such(t
 
 @pytest.mark.parametrize("max_bytes", [20_000, 1 << 30])
 def test_a_process_without_free_descriptors_goes_on(tmp_path: Path, max_bytes: int) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=max_bytes))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=max_bytes))
     spool.append(text(100), None, 1.0)
-    spool._budget = 0  # it must look at the folder, for which it needs a descriptor
+    spool._room.left = 0  # it must look at the folder, for which it needs a descriptor
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     held: list[int] = []
@@ -389,7 +389,7 @@ def test_a_process_without_free_descriptors_goes_on(tmp_path: Path, max_bytes: i
 
 
 def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path))
+    spool = SpoolWriter(new_spool(tmp_path))
     copying, go_on = threading.Event(), threading.Event()
 
     def source(path: Path) -> None:
@@ -412,9 +412,9 @@ def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_a_log_handler_that_logs_to_the_run_and_a_dropped_record_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_a_log_handler_that_logs_to_the_run_does_not_wait_for_a_dropped_record(tmp_path: Path) -> None:
     """One thread drops a record and warns; another one is in the handler already, and logs to the same spool."""
-    spool = Spool(new_spool(tmp_path, max_bytes=4096))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=4096))
     in_handler, dropping = threading.Event(), threading.Event()
 
     class ToSpool(logging.Handler):
@@ -445,7 +445,7 @@ def test_a_log_handler_that_logs_to_the_run_and_a_dropped_record_do_not_wait_for
 
 
 def test_a_file_may_take_all_the_room_that_a_spool_has(tmp_path: Path) -> None:
-    spool = Spool(new_spool(tmp_path, max_bytes=8 << 20))
+    spool = SpoolWriter(new_spool(tmp_path, max_bytes=8 << 20))
 
     spool.append_blob(new_blob(7 << 20, Path.touch), None, 1.0)
     spool.append_blob(new_blob(9 << 20, Path.touch), None, 1.0)

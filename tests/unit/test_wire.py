@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and replies survive the wire, what is none is refused, and only neighbouring versions talk."""
+"""Requests and replies are encoded without loss, and only neighbouring versions are compatible."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from trackhub.framing import FORMAT_VERSION
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 count = st.integers(0, 2**63)
 counts = st.dictionaries(text, count, max_size=3)
-ledgers = st.builds(
-    wire.SiteLedger, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
+site_counts = st.builds(
+    wire.SiteCounts, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
 )
 requests: dict[str, st.SearchStrategy[wire.Request]] = {
     "hello": st.builds(wire.Hello, st.tuples(count, count)),
     "batch": st.builds(wire.Batch, text, count, count, count, st.binary(max_size=100)),
     "chunk": st.builds(wire.Chunk, text, count, text, count, st.binary(max_size=100)),
-    "report": st.builds(wire.Report, ledgers),
-    "bye": st.builds(wire.Bye, ledgers, st.booleans()),
+    "keep-alive": st.builds(wire.KeepAlive, site_counts),
+    "final": st.builds(wire.Final, site_counts, st.booleans()),
 }
 replies: dict[str, st.SearchStrategy[wire.Reply]] = {
     "accepted": st.builds(wire.Accepted, count, text),
@@ -35,7 +35,7 @@ replies: dict[str, st.SearchStrategy[wire.Reply]] = {
 
 
 @pytest.mark.parametrize("name", requests)
-def test_requests_survive_the_wire(name: str) -> None:
+def test_a_decoded_request_equals_the_encoded_one(name: str) -> None:
     @given(requests[name])
     def check(request: wire.Request) -> None:
         assert wire.decode_request(wire.encode(request)) == request
@@ -44,7 +44,7 @@ def test_requests_survive_the_wire(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", replies)
-def test_replies_survive_the_wire(name: str) -> None:
+def test_a_decoded_reply_equals_the_encoded_one(name: str) -> None:
     @given(replies[name])
     def check(reply: wire.Reply) -> None:
         assert wire.decode_reply(wire.encode(reply)) == reply
@@ -53,13 +53,13 @@ def test_replies_survive_the_wire(name: str) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_message_raise_one_kind_of_error(data: bytes) -> None:
+def test_decoding_any_bytes_raises_decode_error_or_nothing(data: bytes) -> None:
     for decode in (wire.decode_request, wire.decode_reply):
         with contextlib.suppress(msgspec.DecodeError):
             decode(data)
 
 
-def test_fields_that_a_newer_minor_version_adds_at_the_end_are_ignored() -> None:
+def test_fields_added_at_the_end_by_a_newer_minor_version_are_ignored() -> None:
     data = msgspec.msgpack.encode([2, "s", 0, 1, 1, b"f", "a new field"])
     assert wire.decode_request(data) == wire.Batch("s", 0, 1, 1, b"f")
 
@@ -68,13 +68,13 @@ def test_fields_that_a_newer_minor_version_adds_at_the_end_are_ignored() -> None
     ("minor", "major", "compatible"),
     [(0, 0, True), (1, 0, True), (-1, 0, True), (2, 0, False), (0, 1, False), (0, -1, False)],
 )
-def test_one_minor_version_of_difference_works_and_more_does_not(minor: int, major: int, compatible: bool) -> None:
+def test_versions_may_be_one_minor_version_apart_and_no_more(minor: int, major: int, compatible: bool) -> None:
     theirs = (FORMAT_VERSION[0] + major, FORMAT_VERSION[1] + minor)
     assert wire.is_compatible(theirs) is compatible
 
 
-def test_a_ledger_is_balanced_when_every_record_has_one_outcome() -> None:
-    ledger = wire.SiteLedger(logged=21, withheld=1, dropped={"a": 2, "b": 3}, refused={"c": 4}, acked=5, spooled=6)
-    assert ledger.is_balanced()
+def test_site_counts_are_balanced_when_every_record_has_one_outcome() -> None:
+    found = wire.SiteCounts(logged=21, withheld=1, dropped={"a": 2, "b": 3}, refused={"c": 4}, acked=5, spooled=6)
+    assert found.is_balanced()
     for field in ("logged", "withheld", "acked", "spooled"):
-        assert not msgspec.structs.replace(ledger, **{field: 7}).is_balanced()
+        assert not msgspec.structs.replace(found, **{field: 7}).is_balanced()

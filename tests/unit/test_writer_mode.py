@@ -14,8 +14,10 @@ import pytest
 import trackhub
 from tests.unit.helpers import new_spool, read_spool, spool_of
 from trackhub.errors import ConfigError, SpoolError
+from trackhub.limits import Limits
+from trackhub.spool import announcement
+from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.writing import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.writer import mode
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
 from trackhub.writer.mode import MODE_ENV
@@ -28,6 +30,7 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SPOOL_ENV, raising=False)
     monkeypatch.delenv(MODE_ENV, raising=False)
     monkeypatch.setattr(mode, "_has_warned", False)
+    monkeypatch.setattr(announcement, "_process_spool", None)
 
 
 def announce(spool: Path, monkeypatch: pytest.MonkeyPatch, *, site: str = "site-1", job: str = "job-1") -> None:
@@ -52,6 +55,30 @@ def test_the_process_own_spool_goes_before_the_environment(tmp_path: Path, monke
     finally:
         set_process_spool(None)
     assert (len(read_spool(own)), len(read_spool(other))) == (1, 0)
+
+
+def test_a_writer_beside_trackhub_local_records_into_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with trackhub.local(backends=["jsonl"], folder=tmp_path, limits=Limits(poll_s=0.005, linger_s=0)) as local:
+        with trackhub.Writer() as writer:
+            writer.log({"a": 1.0}, 0)
+        WandBWriter().log({"b": 2.0}, 1)
+    assert local.report is not None
+    assert local.report.lanes["jsonl"]["local"].confirmed == 2
+    assert caplog.records == []
+
+    Writer().log({"after": 1.0})  # the run has ended: this writer records nothing
+    assert "records nothing" in caplog.text
+
+
+def test_a_spool_that_another_one_replaced_is_not_withdrawn_again(tmp_path: Path) -> None:
+    first, second = new_spool(tmp_path / "first"), new_spool(tmp_path / "second")
+    announcement.set_process_spool(first)
+    announcement.set_process_spool(second)
+    announcement.withdraw_process_spool(first)
+    assert announcement.find_spool() == second
+    announcement.withdraw_process_spool(second)
+    with pytest.raises(ConfigError):
+        announcement.find_spool()
 
 
 class Untouchable:

@@ -51,6 +51,10 @@ BAD_KEYS: dict[str, Any] = {
     "a tuple": ("a", "b"),
     "a newline": "a\nb",
     "a NUL": "a\0b",
+    "DEL": "a\x7f",
+    "a next line": "a\x85",
+    "a line separator": "a\u2028",
+    "a paragraph separator": "\u2029a",
     "a lone surrogate": "a\ud800",
 }
 BAD_METRICS: dict[str, Any] = {
@@ -101,6 +105,7 @@ def test_a_bad_key_is_an_error_that_names_it_and_nothing_is_recorded(writer: Wri
     with pytest.raises(RecordError, match=r"key .*expected") as caught:
         METHODS[method](writer, BAD_KEYS[what])
     assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
     assert spool_of(writer).next_seq == 0
 
 
@@ -113,9 +118,10 @@ def test_a_metric_that_is_no_number_is_an_error_that_names_its_key(writer: Write
 
 @pytest.mark.parametrize("what", BAD_STEPS)
 def test_a_bad_step_is_an_error_that_says_what_is_expected(writer: Writer, what: str) -> None:
-    with pytest.raises(RecordError, match=r"step .*expected"):
-        writer.log({"loss": 1.0}, BAD_STEPS[what])
-    with pytest.raises(RecordError, match=r"step .*expected"):
+    for values in ({"loss": 1.0}, {"loss": 1}):
+        with pytest.raises(RecordError, match=r"^step .*expected"):
+            writer.log(values, BAD_STEPS[what])
+    with pytest.raises(RecordError, match=r"^step .*expected"):
         writer.log_image("x", np.zeros((2, 2), np.uint8), BAD_STEPS[what])
     assert spool_of(writer).next_seq == 0
     assert list(spool_of(writer).folder.glob("*.blob")) == []

@@ -28,27 +28,29 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from trackhub.spi import (
+    ANY_KEY,
     Artifact,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
     ConfigError,
+    ConfirmedBy,
     Entry,
     Image,
     Kind,
+    OptionMark,
     Params,
     PermanentError,
     Redelivery,
     Results,
     RunInfo,
     RunStatus,
-    Side,
     Table,
     TransientError,
     path_component,
@@ -68,14 +70,13 @@ class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ``<job>@client/``.
     """
 
-    path: str | None = None
+    path: Annotated[str | None, OptionMark.PATH] = None
 
 
-class JsonlBackend(Backend):
+class JsonlBackend(Backend[JsonlOptions]):
     """Writes each run to a file of JSON lines."""
 
     spi = 1
-    Options = JsonlOptions
     contract = 1
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},
@@ -84,18 +85,14 @@ class JsonlBackend(Backend):
         late_steps=True,
         optional_step=True,
         changing_params=True,
-        max_key_chars=None,
-        key_chars="",
+        confirmed_by=ConfirmedBy.WRITE,
+        key_rule=ANY_KEY,
     )
 
     def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
         """Work out the folder; nothing is created yet."""
         super().__init__(options, context)
-        run_folder = context.workdir.parent
-        folder = context.workdir if options.path is None else Path(options.path).expanduser()
-        self._folder = Path(os.path.normpath(run_folder / folder))
-        shared = context.side is Side.CLIENT and not self._folder.is_relative_to(os.path.normpath(run_folder))
-        self._suffix = "@client" if shared else ""
+        self._folder = context.folder(options.path)
 
     def preflight(self) -> None:
         """Make the folder. Raises ConfigError where that is impossible, so that it stops the job before training."""
@@ -112,11 +109,11 @@ class JsonlBackend(Backend):
 
     def results(self, info: RunInfo) -> Results:
         """Return the path of the run's file."""
-        return Results(path=str(self._file(info)))
+        return Results(path=self.context.shown(self._file(info)))
 
     def _file(self, info: RunInfo) -> Path:
-        job, site = (path_component(name) for name in info.key)
-        return self._folder / (job + self._suffix) / f"{site}.jsonl"
+        run_path = self.context.run_path(self._folder, info)
+        return run_path.with_name(f"{run_path.name}.jsonl")
 
 
 class JsonlRun(BackendRun):

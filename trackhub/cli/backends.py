@@ -66,7 +66,7 @@ def describe() -> list[dict[str, Any]]:
 
 def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]) -> dict[str, Any]:
     state, problem = str(entry.state), entry.problem
-    cls: type[Backend] | None = None
+    cls: type[Backend[Any]] | None = None
     if entry.state == "ok":
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while imported is not ours

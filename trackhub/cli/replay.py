@@ -17,7 +17,7 @@ from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.find import find
-from trackhub.delivery.replay import FOREVER_S, Backends, replay_journal, replay_spool, spool_journal, spooled
+from trackhub.delivery.replay import FOREVER_S, Backends, count_spooled, journal_for_spool, replay_journal, replay_spool
 from trackhub.delivery.report import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.limits import Limits
@@ -64,12 +64,12 @@ def replay(
     errors: list[TrackhubError] = []
     for spool, cursor in _cursors(found.spools, errors):
         try:
-            journal = spool_journal(spool, cursor, found.journals)
+            journal = journal_for_spool(spool, cursor, found.journals)
             rest = partial(
                 replay_spool, spool, cursor=cursor, journal=journal, backends=backends, timeout_s=limit_s, limits=limits
             )
             brought = _with_progress(journal, rest)
-            in_spools += spooled(spool, cursor)
+            in_spools += count_spooled(spool, cursor)
         except TrackhubError as e:
             errors.append(e)
             continue

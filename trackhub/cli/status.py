@@ -35,7 +35,7 @@ def status(path: Path, as_json: bool) -> None:
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}. A journal has path, job, side, status,
     balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
-    null if it never did; received, duplicates, journaled, missing, explained, said_bye) and lanes (by backend, then
+    null if it never did; received, duplicates, journaled, missing, explained, final) and lanes (by backend, then
     site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool has path,
     site, job, open and receivers (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
     rejected, altered and explained are counts by reason. What cannot be read has path and error alone, and the exit
@@ -66,7 +66,7 @@ def journal_status(path: Path) -> dict[str, Any]:
     """
     report = read_journal_report(path)
     lanes = {lane: _all_runs(report, lane) for lane in sorted(report.lanes)}
-    spooled = sum(site.site.spooled for site in report.sites.values() if site.site)
+    spooled = sum(site.at_site.spooled for site in report.sites.values() if site.at_site)
     return {
         "path": str(path),
         "job": report.job,
@@ -113,8 +113,8 @@ def _or_error(path: Path, read: Any) -> dict[str, Any]:
 
 def _plain_site(site: SiteReport) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(site)
-    ledger = plain.pop("site") or dict.fromkeys(("logged", "withheld", "dropped", "refused", "acked", "spooled"))
-    return {**ledger, **plain}
+    counts = plain.pop("at_site") or dict.fromkeys(("logged", "withheld", "dropped", "refused", "acked", "spooled"))
+    return {**counts, **plain}
 
 
 def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:

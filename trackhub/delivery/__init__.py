@@ -1,2 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the spool to the backends: sender's core, receiver's core, journal and lanes. Knows nothing of FLARE."""
+"""Carries records from a site's spool to a receiver and on to the backends: the public interface for a transport.
+
+A transport is what connects the two ends in some system, such as FLARE, Flower, Ray, MPI or a web service. Neither end
+knows which one it is. ``docs/receiver-api.md`` shows a whole transport over HTTP.
+
+At a site::
+
+    create_spool(folder, SpoolInfo(site="site-1", job="job-1", cursors=("server",)))
+    sender = Sender(folder, channel)            # channel(request, timeout_s) -> reply, or raises ChannelError
+    sender.start()
+    ...                                         # training code logs with trackhub.Writer(folder)
+    sender.close(timeout_s=30)
+
+At the receiver::
+
+    receiver = Receiver(run_dir, job=JobInfo("job-1"), side=Side.SERVER, backends={"tensorboard": {}})
+    receiver.start()
+    reply = receiver.handle(site, request)      # for each request; the transport has verified the site
+    receiver.wait_for_sites(["site-1", "site-2"])
+    report = receiver.finish(RunStatus.FINISHED)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trackhub.delivery.channel import Channel, ChannelError
+    from trackhub.delivery.receiver import Receiver
+    from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, format_report, read_report
+    from trackhub.delivery.sender import Sender
+    from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
+    from trackhub.limits import Limits
+    from trackhub.run import SERVER, JobInfo, RunStatus, Side
+    from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env, withdraw_process_spool
+    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
+
+__all__ = [
+    "MAX_REQUEST_BYTES",
+    "SERVER",
+    "SPOOL_ENV",
+    "Channel",
+    "ChannelError",
+    "DeliveryReport",
+    "JobInfo",
+    "Limits",
+    "Receiver",
+    "RunReport",
+    "RunStatus",
+    "Sender",
+    "Side",
+    "SiteCounts",
+    "SiteReport",
+    "SpoolInfo",
+    "close_spool",
+    "create_spool",
+    "format_report",
+    "read_report",
+    "refusal",
+    "set_process_spool",
+    "spool_env",
+    "withdraw_process_spool",
+]
+
+_MODULES = {
+    "trackhub.delivery.channel": ("Channel", "ChannelError"),
+    "trackhub.delivery.receiver": ("Receiver",),
+    "trackhub.delivery.report": ("DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report"),
+    "trackhub.delivery.sender": ("Sender",),
+    "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
+    "trackhub.limits": ("Limits",),
+    "trackhub.run": ("SERVER", "JobInfo", "RunStatus", "Side"),
+    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool"),
+    "trackhub.spool.announcement": ("SPOOL_ENV", "set_process_spool", "spool_env", "withdraw_process_spool"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used. A site then does not load SQLite, nor `trackhub status` the lanes."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts at the receiver: received in pieces, checked, kept beside the journal."""
+"""The bytes of images and artifacts: a site sends them in pieces, and the receiver puts them together and checks them.
+
+`Sender` calls `BlobSender` before it sends the records that refer to the blobs. `Receiver` calls `BlobStore`, which
+keeps one file per blob beside the journal.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -11,48 +16,105 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
-from trackhub.delivery.wire import Chunk
+from trackhub.delivery.exchange import Exchange
+from trackhub.delivery.wire import Accepted, Chunk
+from trackhub.records import Blob
+from trackhub.spool.layout import blob_file
+from trackhub.spool.reading import SpoolReader
 
-__all__ = ["BlobStore"]
+__all__ = ["BlobSender", "BlobStore"]
 
 _NAME = re.compile(r"[0-9a-f]{32}-\d+")
+_log = logging.getLogger(__name__)
+
+
+class BlobSender:
+    """Sends the blobs of one site. Used by the sender's thread."""
+
+    def __init__(self, reader: SpoolReader, exchange: Exchange, piece_bytes: int) -> None:
+        """Prepare to send.
+
+        Args:
+            reader: of the spool that holds the blobs.
+            exchange: asks the receiver.
+            piece_bytes: the most bytes of a blob in one request.
+        """
+        self._reader = reader
+        self._exchange = exchange
+        self._piece_bytes = piece_bytes
+
+    def send(self, blob: Blob) -> bool:
+        """Send a blob, and return whether the receiver has it whole.
+
+        Returns:
+            False if the deadline passed. Also False if the receiver refuses the blob or its bytes cannot be read; then
+            the reader is told, and the blob's record becomes a gap.
+        """
+        offset = 0
+        while True:
+            data, problem = self._read(blob, offset)
+            reply = self._exchange.ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
+            if reply is None:
+                return False
+            if not isinstance(reply, Accepted):
+                self._reader.give_up_blob(blob.name)
+                return False
+            if reply.next >= blob.size:
+                return True
+            if not data:
+                _log.warning("site %s cannot read the bytes of %s: %s", self._reader.info.site, blob.name, problem)
+                self._reader.give_up_blob(blob.name)
+                return False
+            offset = reply.next
+
+    def _read(self, blob: Blob, offset: int) -> tuple[bytes, str]:
+        """Return the next piece, and what to say if it is empty and the receiver wants more."""
+        try:
+            with blob_file(self._reader.folder, blob.name).open("rb") as file:
+                file.seek(offset)
+                return file.read(self._piece_bytes), f"the file ends after {offset} of {blob.size} bytes"
+        except OSError as e:
+            # An empty piece asks whether the receiver has the blob. It may: after a crash a record is sent again whose
+            # blob was acknowledged, and so deleted here.
+            return b"", str(e)
 
 
 class BlobStore:
-    """One folder of blobs per site. Thread-safe."""
+    """Keeps the receiver's blobs, in one folder per site. Thread-safe."""
 
     def __init__(self, folder: Path, *, sync: bool = False) -> None:
-        """Use this folder; it is created with the first blob.
+        """Use this folder. The first blob creates it.
 
         Args:
-            sync: a blob that is here whole survives the machine's loss of power.
+            folder: where the sites' folders are.
+            sync: write each whole blob through to the disk, so that it survives a loss of power.
         """
         self._folder = folder
         self._sync = sync
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
-        """Return the folder of a site's blobs; every site name has one of its own."""
+        """Return the folder of a site's blobs. No two sites share one."""
         return self._folder / quote(site, safe=" ").replace(".", "%2E")
 
     def has(self, site: str, name: str) -> bool:
-        """Return whether this blob is here whole. False for what is no blob name."""
+        """Return whether this blob is here whole. False for a name that no blob can have."""
         return _NAME.fullmatch(name) is not None and (self.folder(site) / name).exists()
 
     def add(self, site: str, chunk: Chunk) -> int | None:
-        """Store a piece and return the offset that is expected next; the blob's size when it is whole.
+        """Store a piece, and return the offset that is expected next: the blob's size once it is whole.
 
-        A piece at another offset is not stored; the sender goes on from the offset returned.
+        A piece at another offset than the expected one is not stored. The sender goes on from the offset returned.
 
         Returns:
-            None if the whole is not what its digest says, or the name is impossible: it can never be accepted.
+            None if the blob can never be accepted: its bytes do not match its digest, or no blob can have its name.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the piece cannot be written.
         """
         if _NAME.fullmatch(chunk.name) is None:
             return None
-        # A site sends a piece again when the reply is late; the first one may still be at work then.
+        # A site sends a piece again when the reply is late, and the first one may still be being stored then.
         with self._locks[site]:
             return self._add(site, chunk)
 
@@ -69,7 +131,7 @@ class BlobStore:
                 reached += file.write(chunk.data)
         if reached < chunk.size:
             return reached
-        # Also with an unexpected piece: a receiver may have died when it had the last one, before it gave it its name.
+        # After an unexpected piece as well: a receiver may have died after the last piece, before it renamed the file.
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:
@@ -79,7 +141,7 @@ class BlobStore:
             _sync(partial)
         partial.replace(target)
         if self._sync:
-            for path in (folder, self._folder, self._folder.parent):  # those that may be new as well
+            for path in (folder, self._folder, self._folder.parent):  # each may be new, and would be lost with its name
                 _sync(path)
         return reached
 

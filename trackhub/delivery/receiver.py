@@ -1,84 +1,160 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The receiver's core: accept a batch, put it into the journal, acknowledge it, and let the lanes deliver it.
+"""The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
-It knows nothing of FLARE. Whoever carries the requests says which site they come from; that must be an identity that
-the channel has verified, since a run is written under it.
+Whoever carries requests calls it: the FLARE widget, `trackhub.local_tracking`, `trackhub.delivery.replay`, or another
+system's transport. It knows nothing of any of them. It takes the site of a request as given, so that must be an
+identity that the transport has verified.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from trackhub import registry
 from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.channel import Channel
 from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import DeliveryReport, format_report, write_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, write_report
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
     Busy,
-    Bye,
     Chunk,
+    Final,
     Hello,
+    KeepAlive,
     NeedBlob,
     Refused,
     Reply,
-    Report,
+    Request,
     decode_request,
     encode,
     is_compatible,
 )
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
-from trackhub.framing import FORMAT_VERSION, CorruptFrameError, decode_body, decode_head, pass_metrics, scan_frames
+from trackhub.framing import (
+    DECODED_IN_TRANSIT,
+    FORMAT_VERSION,
+    CorruptFrameError,
+    decode_body,
+    decode_head,
+    pass_metrics,
+    scan_frames,
+)
 from trackhub.limits import Limits
 from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
-__all__ = ["REPORT_NAME", "Receiver"]
+__all__ = ["Receiver"]
 
-REPORT_NAME = "delivery.json"
 _OPEN, _CLOSED = "open", "closed"
 _WARN_EVERY_S = 60.0
-_INSPECTED = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 _log = logging.getLogger(__name__)
 
 
-class Receiver:
-    """One receiver: a journal and a lane for each backend.
+class _Contents(NamedTuple):
+    """What the receiver must know of a batch before it stores it.
 
-    ``handle`` may be called from any number of threads; the other methods from one.
+    Attributes:
+        time: of the first record or gap, in unix seconds.
+        gaps: the number of records that the site says it does not have, by reason.
+        blobs: the names of the blobs that the records refer to.
+    """
+
+    time: float
+    gaps: Counter[str]
+    blobs: list[str]
+
+
+class _Sites:
+    """Knows when each site was last heard, and which have sent their final message. Thread-safe."""
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._changed = threading.Condition()
+        self._heard_at: dict[str, float] = {}
+        self._failed: dict[str, bool] = {}
+
+    def restore(self, failed: Mapping[str, bool]) -> None:
+        """Take over what the journal knows: for each site that has ended, whether its training failed."""
+        self._failed.update(failed)
+
+    def note_heard(self, site: str) -> None:
+        with self._changed:
+            self._heard_at[site] = time.monotonic()
+
+    def note_final(self, site: str, *, failed: bool) -> None:
+        with self._changed:
+            self._failed[site] = failed
+            self._changed.notify_all()
+
+    def has_finished(self, site: str) -> bool:
+        """Return whether the site has sent its final message, and its training did not fail."""
+        return not self._failed.get(site, True)
+
+    def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
+        """Wait until each site has ended or is silent, and return those that have not ended."""
+        waiting = set(sites)
+        start = time.monotonic()
+        deadline = start + timeout_s
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                # A site that was never heard may still be starting, so its silence begins with this wait.
+                missing = waiting - self._failed.keys()
+                silent_at = {site: self._heard_at.get(site, start) + self._silence_s for site in missing}
+                alive = {site: at for site, at in silent_at.items() if at > now}
+                if not alive or now >= deadline:
+                    return missing
+                self._changed.wait(min(deadline, *alive.values()) - now)
+
+
+class Receiver:
+    """Receives the records of one job, and delivers them to the job's backends.
+
+    Call ``start`` before the sites send, ``handle`` for each request, and ``finish`` when the job has ended. ``handle``
+    may be called from any number of threads at once. Call the other methods from one thread.
+
+    Attributes:
+        job: the job whose records it receives.
+        folder: where it keeps its journal, the blobs, and the delivery report as ``delivery.json``.
     """
 
     def __init__(
         self,
-        folder: Path,
-        workdir: Path,
+        run_dir: Path,
         *,
-        job: str,
+        job: JobInfo,
         side: Side,
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
+        state_dir: Path | None = None,
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
 
         Args:
-            folder: for trackhub's own files: journal, report, blobs.
-            workdir: the job's run folder; each backend works in the folder of its name in it.
-            backends: name to options.
+            run_dir: the job's folder. Each backend has the folder of its name in it.
+            job: the group that all runs of this receiver belong to. A journal belongs to one job.
+            side: where the receiver is. Receivers of one job on two sides write to different runs.
+            backends: the name of each backend, and its options. Secrets are best given as ``${secret:NAME}``, which is
+                resolved here and nowhere else.
+            limits: how much, how often and how long.
+            state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
         """
-        self.folder = folder.absolute()
-        self._workdir = workdir.absolute()
         self.job = job
+        self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
+        self._run_dir = run_dir.absolute()
         self._side = side
         self._backends = backends
         self._limits = limits or Limits()
@@ -86,48 +162,36 @@ class Receiver:
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
         self._state = "not started yet"
-        self._changed = threading.Condition()
+        self._sites = _Sites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
-        self._last_seen: dict[str, float] = {}
-        self._byes: dict[str, bool] = {}
         self._warned_at: dict[str, float] = {}
 
     def start(self, *, from_start: bool = False) -> None:
-        """Open the journal, load the backends, check them, and start delivering. Blocks up to ``limits.preflight_s``.
+        """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
+
+        On an existing journal of the same job the receiver goes on where the last one stopped.
 
         Args:
             from_start: deliver again what the lanes have delivered already.
 
         Raises:
-            ConfigError: a backend or an option is unknown, or a backend says that it cannot be used as configured.
-            PluginError: a backend's plugin cannot be used.
-            JournalError: the journal cannot be opened.
+            ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
+            PluginError: the plugin of a backend cannot be used.
+            JournalError: the journal cannot be opened, or belongs to another job or side.
         """
         backends = {name: self._load(name, options) for name, options in self._backends.items()}
         self._journal = Journal.open(
-            self.folder / JOURNAL_NAME, job=self.job, side=self._side, durability=self._limits.durability
+            self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
-        # As given, so that secrets stay references: a replay resolves them again, where it runs.
-        known = msgspec.json.decode(self._journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
-        self._journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
-        self._byes = self._journal.byes()
+        self._store_facts(self._journal)
+        self._sites.restore(self._journal.final())
         if from_start:
             for name in backends:
-                self._journal.rewind(name)
-        self._lanes = [
-            Lane(
-                name,
-                backend,
-                self._journal,
-                job=self.job,
-                side=self._side,
-                blob_dir=self._blobs.folder,
-                flush_s=self._limits.flush_s,
-            )
-            for name, backend in backends.items()
-        ]
+                self._journal.rewind(name)  # before the lanes read their cursors
+        self._lanes = [self._lane(name, backend, self._journal) for name, backend in backends.items()]
         for lane in self._lanes:
             lane.start()
+        # One deadline for all, since the lanes check their backends at the same time.
         deadline = time.monotonic() + self._limits.preflight_s
         try:
             for lane in self._lanes:
@@ -137,22 +201,58 @@ class Receiver:
             raise
         self._state = _OPEN
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend:
+    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
         cls = registry.load(name)
-        context = BackendContext(self._workdir / name, self.job, self._side)
+        context = BackendContext(self._run_dir / name, self.job, self._side)
         try:
             context.workdir.mkdir(parents=True, exist_ok=True)
-            return cls(registry.build_options(name, cls, options, resolve=True), context)
+            return cls(registry.build_options(name, cls, options), context)
         except (ConfigError, PluginError):
             raise
         except Exception as e:
+            # A plugin may raise anything. Nothing has been trained yet, so this may stop the job.
             raise BackendLoadError(f"backend {name!r} cannot be set up: {type(e).__name__}: {e}") from e
 
+    def _store_facts(self, journal: Journal) -> None:
+        """Store in the journal what a later replay or report must know of the job, the run folder and the backends."""
+        journal.set_meta("job_info", msgspec.json.encode(self.job).decode())
+        # Relative where possible, so that a folder that was moved still leads to its results.
+        inside = self.folder.is_relative_to(self._run_dir)
+        journal.set_meta("run_dir", os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir))
+        # As they were given: a replay resolves their secrets anew.
+        known = msgspec.json.decode(journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
+        journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
+
+    def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
+        return Lane(
+            name,
+            backend,
+            journal,
+            job=self.job,
+            side=self._side,
+            blob_dir=self._blobs.folder,
+            flush_s=self._limits.flush_s,
+        )
+
+    def channel(self, site: str) -> Channel:
+        """Return a channel for a sender of this site in the receiver's own process.
+
+        A request is answered in the sender's thread.
+        """
+        return lambda request, timeout_s: self.handle(site, request)
+
     def handle(self, site: str, request: bytes) -> bytes:
-        """Answer one request of this site. An accepted batch is in the journal when this returns. Never raises.
+        """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
+
+        An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
+        ``durability="normal"``; while the disk is very slow it can take ten seconds.
 
         Args:
-            site: who sent it, as verified by the channel.
+            site: who sent the request, as the transport has verified. Never take it from the request itself.
+            request: what a sender's channel was given.
+
+        Returns:
+            The reply, for the sender's channel to return. It is less than 64 KiB.
         """
         try:
             message = decode_request(request)
@@ -161,18 +261,18 @@ class Receiver:
         if self._state != _OPEN:
             return encode(Busy(f"the receiver is {self._state}"))
         try:
-            with self._changed:
-                self._last_seen[site] = time.monotonic()
+            self._sites.note_heard(site)
             return encode(self._answer(site, message))
         except (JournalError, OSError) as e:
             self._warn_of(site, e)
             return encode(Busy(str(e)))
         except Exception as e:
+            # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
             _log.exception("a request of site %s failed", site)
             return encode(Busy(f"{type(e).__name__}: {e}"))
 
     def _warn_of(self, site: str, error: Exception) -> None:
-        """Say that the receiver cannot store what a site sent; not for every attempt, of which there are many."""
+        """Warn that the receiver cannot store what a site sent. A site tries often, so warn once a minute."""
         now = time.monotonic()
         if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
             self._warned_at[site] = now
@@ -180,126 +280,117 @@ class Receiver:
                 "the receiver cannot store what site %s sent: %s; the site keeps it and tries again", site, error
             )
 
-    def _answer(self, site: str, message: Hello | Batch | Chunk | Report | Bye) -> Reply:
-        if isinstance(message, Batch):
-            return self._accept(site, message)
-        if isinstance(message, Chunk):
-            reached = self._blobs.add(site, message)
-            if reached is None:
-                return Refused("blob_damaged", f"blob {message.name!r} is not what its digest says")
-            return Accepted(reached)
-        if isinstance(message, Hello):
-            if not is_compatible(message.version):
-                return Refused(
-                    "version",
-                    f"site {site} speaks trackhub's format {message.version}, this receiver {FORMAT_VERSION}; they may be "
-                    "one minor version apart: install the same flare-trackhub on both",
-                )
-            return Accepted(job=self.job)
-        bye = isinstance(message, Bye)
+    def _answer(self, site: str, request: Request) -> Reply:
+        match request:
+            case Batch():
+                return self._accept(site, request)
+            case Chunk():
+                reached = self._blobs.add(site, request)
+                if reached is None:
+                    return Refused("blob_damaged", f"the bytes of blob {request.name!r} do not match its digest")
+                return Accepted(reached)
+            case Hello():
+                return self._welcome(site, request)
+            case KeepAlive():
+                self._note(site, request, final=False)
+                return Accepted()
+            case Final():
+                self._note(site, request, final=True, failed=request.failed)
+                self._sites.note_final(site, failed=request.failed)
+                return Accepted()
+
+    def _welcome(self, site: str, hello: Hello) -> Reply:
+        if is_compatible(hello.version):
+            return Accepted(job=self.job.id)
+        return Refused(
+            "version",
+            f"site {site} uses version {hello.version} of trackhub's format, this receiver {FORMAT_VERSION}. They may "
+            "be one minor version apart: install the same flare-trackhub on both",
+        )
+
+    def _note(self, site: str, message: KeepAlive | Final, *, final: bool, failed: bool = False) -> None:
         assert self._journal is not None
-        failed = isinstance(message, Bye) and message.failed
-        self._journal.note_site(self._site_id(site), message.ledger, bye=bye, failed=failed)
-        if isinstance(message, Bye):
-            with self._changed:
-                self._byes[site] = message.failed
-                self._changed.notify_all()
-        return Accepted()
+        self._journal.note_site(self._site_id(site), message.counts, final=final, failed=failed)
 
     def _accept(self, site: str, batch: Batch) -> Reply:
-        records, explained, first = 0, Counter[str](), None
-        blobs: list[str] = []
-        try:
-            offset = 0
-            while frame := next(scan_frames(batch.frames, offset), None):
-                body = batch.frames[frame.body : frame.end]
-                first = first or decode_head(body)
-                passed, offset = pass_metrics(batch.frames, frame.end)
-                records += passed
-                records += frame.kind != Kind.GAP
-                payload = decode_body(body).payload if frame.kind in _INSPECTED else None
-                if isinstance(payload, Gap):
-                    explained[payload.reason] += payload.count
-                elif isinstance(payload, Image | Artifact):
-                    blobs.append(payload.blob.name)
-        except (CorruptFrameError, msgspec.DecodeError) as e:
-            return Refused("malformed", str(e))
-        if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
-            return Refused("malformed", f"the batch is numbered {batch.first_seq} to {batch.next_seq}, its records not")
-        if records != batch.records or batch.next_seq - batch.first_seq != records + explained.total():
-            return Refused("malformed", f"{batch.records} records announced, {records} found")
-        missing = [name for name in blobs if not self._blobs.has(site, name)]
-        if missing:
-            return NeedBlob(missing[0])
+        contents = _examine(batch)
+        if isinstance(contents, Refused):
+            return contents
+        # A backend needs the bytes together with the record, so no record is stored before its blobs.
+        for name in contents.blobs:
+            if not self._blobs.has(site, name):
+                return NeedBlob(name)
         assert self._journal is not None
-        site_id = self._site_id(site, first.time)
-        if self._journal.append(site_id, batch, explained):
+        site_id = self._site_id(site, contents.time)
+        # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
+        if self._journal.append(site_id, batch, contents.gaps):
             for lane in self._lanes:
                 lane.notify(site_id)
         return Accepted()
 
     def _site_id(self, site: str, created: float | None = None) -> int:
-        found = self._site_ids.get(site)
+        found = self._site_ids.get(site)  # spares a transaction for each batch
         if found is None:
             assert self._journal is not None
             found = self._site_ids[site] = self._journal.add_site(site, created or time.time())
         return found
 
     def continue_site(self, site: str, position: int) -> None:
-        """Let the positions of a site that is new here start at ``position``: another journal holds what comes before.
+        """Number the records of a new site from ``position`` on, because another journal holds those before.
 
-        Call it before the site's first request. Has no effect on a site that this journal knows already.
+        A replay needs it. Call it before the site's first request. It changes nothing for a site that this journal
+        knows already.
         """
         assert self._journal is not None
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
-    def wait_for_byes(self, sites: Iterable[str], gate_s: float | None = None) -> set[str]:
-        """Wait until each site said that it is done, or fell silent, or the cap passed.
+    def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
+        """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
+
+        Call it at the end of the job, before ``finish``.
 
         Args:
-            gate_s: the cap; by default ``limits.gate_s``.
+            sites: their names.
+            timeout_s: the longest wait, in seconds; by default ``limits.gate_s``.
 
         Returns:
-            The sites that did not say so.
+            The sites whose final message has not come. What they did not send is in their spools.
         """
-        waiting = set(sites)
-        start = time.monotonic()
-        deadline = start + (self._limits.gate_s if gate_s is None else gate_s)
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                missing = waiting - self._byes.keys()
-                silent_at = {s: self._last_seen.get(s, start) + self._limits.silence_s for s in missing}
-                alive = {s: at for s, at in silent_at.items() if at > now}
-                if not alive or now >= deadline:
-                    return missing
-                self._changed.wait(min(deadline, *alive.values()) - now)
+        return self._sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s)
 
     def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
-        """Take no more requests, deliver what is journaled, close everything, and report.
+        """Take no more batches, deliver what the journal has, end the runs, close everything, and report.
 
-        Blocks up to the deadline (by default ``limits.deadline_s``), plus a second for each backend that hangs.
+        Blocks up to the deadline, and a second more for each backend that hangs. What is then not delivered stays in
+        the journal, for ``trackhub replay``.
 
         Args:
-            status: how the job ended. A site that did not finish its delivery, or said that it failed, ends as FAILED.
+            status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
+                or when its final message did not come.
+            deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
+
+        Raises:
+            JournalError: the receiver was not started, or the journal cannot be read.
         """
         if self._journal is None:
-            raise JournalError("the receiver was not started, so there is nothing to finish")
+            raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
         try:
             sites = [name for name, _ in self._journal.sites().values()]
         except JournalError as e:
+            # A disk that fails now must not keep the lanes from ending their runs at the backends.
             _log.warning("%s; its runs end as failed", e)
             sites, status = [], RunStatus.FAILED
         by_site = {name: self._site_status(name, status) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
 
     def _site_status(self, site: str, status: RunStatus) -> RunStatus:
-        if status is RunStatus.FINISHED and self._byes.get(site, True):
+        if status is RunStatus.FINISHED and not self._sites.has_finished(site):
             return RunStatus.FAILED
         return status
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
         assert self._journal is not None
+        # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         for lane in self._lanes:
@@ -314,10 +405,39 @@ class Receiver:
         try:
             report = self._journal.report([lane.name for lane in self._lanes])
         finally:
-            self._journal.close()
+            self._journal.close()  # in any case, or the next receiver finds it locked
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
             _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
         _log.info("%s", format_report(report))
         return report
+
+
+def _examine(batch: Batch) -> _Contents | Refused:
+    """Check every frame of a batch, and that the batch's own numbers agree with them."""
+    # All of it is checked before any of it is stored. The site still has what is damaged here; a lane that met the
+    # damage later could only count it as lost.
+    records, gaps, first = 0, Counter[str](), None
+    blobs: list[str] = []
+    try:
+        offset = 0
+        while frame := next(scan_frames(batch.frames, offset), None):
+            body = batch.frames[frame.body : frame.end]
+            first = first or decode_head(body)
+            passed, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
+            records += passed
+            records += frame.kind != Kind.GAP
+            payload = decode_body(body).payload if frame.kind in DECODED_IN_TRANSIT else None
+            if isinstance(payload, Gap):
+                gaps[payload.reason] += payload.count
+            elif isinstance(payload, Image | Artifact):
+                blobs.append(payload.blob.name)
+    except (CorruptFrameError, msgspec.DecodeError) as e:
+        return Refused("malformed", str(e))
+    # No number may be beyond what SQLite can store, or the batch would fail again and again.
+    if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
+        return Refused("malformed", f"the batch says records {batch.first_seq} to {batch.next_seq}, its frames do not")
+    if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():
+        return Refused("malformed", f"the batch says {batch.records} records, its frames hold {records}")
+    return _Contents(first.time, gaps, blobs)

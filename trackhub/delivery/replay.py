@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliver what a job left behind: continue from a receiver's journal, or from a site's spool, after the job has ended."""
+"""Delivers what a job left behind after it has ended: from a receiver's journal, or from a site's spool.
+
+``trackhub replay`` calls it. It opens a receiver on the journal, and for a spool a sender beside it, in this process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.counts import read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
@@ -18,20 +21,22 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
-from trackhub.run import RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import Ack, read_ack, read_spool_info, write_ack
 from trackhub.spool.reading import SpoolReader
 
-__all__ = ["AWAY", "FOREVER_S", "replay_journal", "replay_spool", "spool_journal", "spooled"]
-
-AWAY = "replay-server"
-"""The folder of the journal through which a site delivers what the server did not get."""
-
-_log = logging.getLogger(__name__)
+__all__ = ["FOREVER_S", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]
 
 Backends = Mapping[str, Mapping[str, Any]]
+"""The name of each backend, and its options."""
+
 FOREVER_S = 10 * 365 * 86400.0
-"""No limit: a replay may be interrupted at any time."""
+"""No time limit, in seconds. A replay may be interrupted at any time."""
+
+_STAND_IN = "replay-server"
+"""The folder, beside a site's spool, of the journal that stands in for the server's where that is not at hand."""
+
+_log = logging.getLogger(__name__)
 
 
 def replay_journal(
@@ -44,34 +49,31 @@ def replay_journal(
 ) -> DeliveryReport:
     """Deliver what is pending in a journal, and return the new report. Blocks until all is delivered or time is up.
 
-    Each lane goes on from its confirmed cursor. A backend that the job did not use gets the whole job. It may be
-    interrupted, by a signal or an exception too, and called again.
+    Each lane goes on from its confirmed cursor. A backend that the job did not use gets the whole job. A replay may be
+    interrupted, by a signal or an exception too, and called again. A damaged journal is repaired first.
 
     Args:
         journal: the receiver's ``trackhub.db``. The job must have ended.
-        backends: name to options; by default the ones of the job, with the options that the job gave. Options given
-            here for a backend of the job replace single ones of the job's.
+        backends: where to deliver; by default the backends of the job, with the options that the job gave. Options
+            given here for a backend of the job replace single ones of the job's.
         from_start: deliver everything again. A backend that recognises what it has stores nothing twice; for others,
             possible duplicates are counted.
-        timeout_s: the longest time to try.
+        timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
 
     Raises:
         JournalError: it is no journal, or in use by a running job or another replay.
         ConfigError: a backend or an option is wrong, or a backend cannot be used as configured.
-        PluginError: a backend's plugin cannot be used.
+        PluginError: the plugin of a backend cannot be used.
     """
     repair(journal)
     meta = read_journal_meta(journal)
     chosen = _choose(meta, backends)
     if not chosen:
-        raise ConfigError(f"{journal}: the job used no backend, so name the one to deliver to")
-    folder = journal.absolute().parent
-    receiver = Receiver(
-        folder, _workdir(folder), job=meta["job"], side=Side(meta["side"]), backends=chosen, limits=limits
-    )
+        raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
+    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits)
     receiver.start(from_start=from_start)
-    return receiver.finish(_ending(meta, RunStatus.FAILED), deadline_s=timeout_s)
+    return receiver.finish(_job_status(meta, RunStatus.FAILED), deadline_s=timeout_s)
 
 
 def replay_spool(
@@ -83,73 +85,59 @@ def replay_spool(
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
 ) -> DeliveryReport | None:
-    """Deliver what a site's spool still holds for one of its receivers.
+    """Deliver what a site's spool still holds for one of its receivers, through a journal.
 
-    What the site's own receiver should have had goes on through that receiver's journal. So does what the server should have
-    had where the server's journal is at hand. On the site's own machine, where it is not, it goes through a journal of
-    its own beside the spool, into the same run: job, site and positions go on where the server's journal ended.
+    The journal is that of the receiver where it is at hand. On a site's own machine the server's is not, and a journal
+    beside the spool stands in for it. The records then go into the same runs: job, site and positions go on where the
+    server's journal ended.
 
     Args:
-        spool: the folder. The job must have ended.
-        cursor: whose records: ``server``, ``client`` or ``local``.
-        journal: what they go through; `spool_journal` says which.
-        backends: name to options. By default those that the journal knows; where the server's is not at hand they must
-            be given, since a site does not know the server's.
+        spool: the spool's folder. The job must have ended.
+        cursor: which of the site's receivers should have had the records: ``server``, ``client`` or ``local``.
+        journal: the journal that `journal_for_spool` names.
+        backends: where to deliver; by default the backends that the journal knows. They must be given where the
+            server's journal is not at hand, since a site does not know the server's backends.
+        timeout_s: the longest time to try, in seconds.
+        limits: how much and how often.
 
     Returns:
         The report, or None if nothing is left for this receiver.
 
     Raises:
-        SpoolError: it is no spool, or no receiver of this name reads it.
-        ConfigError, PluginError, JournalError: as `replay_journal`.
+        SpoolError: it is no spool, no receiver of this name reads it, or the site's own receiver left no journal.
+        JournalError: the journal cannot be used, or is in use by a running job or another replay.
+        ConfigError: a backend or an option is wrong, or the backends must be given.
+        PluginError: the plugin of a backend cannot be used.
     """
     info = read_spool_info(spool)
-    away = journal.parent.name == AWAY
+    stands_in = journal.parent.name == _STAND_IN
     if journal.exists():
         repair(journal)
-        if not away:
-            _send_again(spool, cursor, info.site, journal)
+        if not stands_in:
+            _rewind_lost_streams(spool, cursor, info.site, journal)
     counts = SpoolReader(spool, cursor).counts()
     if not any(count.spooled for count in counts.values()):
         return None
     if not journal.exists():
-        if not away:
+        if not stands_in:
             raise SpoolError(f"{spool}: the journal of the site's own receiver, {journal}, is not there")
         if backends is None:
-            raise ConfigError(f"{spool}: the server's backends are not known at the site; name one to deliver to")
+            raise ConfigError(
+                f"{spool}: a site does not know the server's backends; name one to deliver to with --backend"
+            )
     meta = read_journal_meta(journal) if journal.exists() else {}
-    folder = journal.absolute().parent
-    chosen = _choose(meta, backends)
-    receiver = Receiver(folder, _workdir(folder), job=info.job, side=Side(cursor), backends=chosen, limits=limits)
+    receiver = _receiver(journal, _job({"job": info.job, **meta}), Side(cursor), _choose(meta, backends), limits)
     receiver.start()
-    if away:
-        # So that positions, by which backends recognise a record, go on where the server's own journal ended.
+    if stands_in:
+        # Backends recognise a record by its position, so positions must go on where the server's own journal ended.
         receiver.continue_site(info.site, sum(count.acked for count in counts.values()))
-    sender = Sender(
-        spool, lambda request, _: receiver.handle(info.site, request), site=info.site, cursor=cursor, limits=limits
-    )
+    sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits)
     sender.start()
     sender.close(timeout_s)
-    return receiver.finish(_ending(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+    return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
 
 
-def _send_again(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Have the streams sent from their beginning of which the receiver has lost what it had acknowledged.
-
-    That may be what its file system lost with the power. The receiver recognises what it does have.
-    """
-    known = read_stream_positions(journal, site)
-    for stream in SpoolReader(spool, cursor).counts():
-        ack = read_ack(spool, stream, cursor)
-        if ack.next_seq > known.get(stream, 0):
-            _log.warning(
-                "%s does not have the last %d records that it acknowledged of stream %s; what %s still has of them is "
-                "sent again", journal, ack.next_seq - known.get(stream, 0), stream, spool,
-            )  # fmt: skip
-            write_ack(spool, stream, cursor, Ack())
-
-
-def spooled(spool: Path, cursor: str) -> int:
+def count_spooled(spool: Path, cursor: str) -> int:
     """Return how many records a spool still holds for one of its receivers.
 
     Raises:
@@ -158,8 +146,14 @@ def spooled(spool: Path, cursor: str) -> int:
     return sum(count.spooled for count in SpoolReader(spool, cursor).counts().values())
 
 
-def spool_journal(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
-    """Return the journal through which the rest of a spool goes: the server's if it is among these, or one beside it.
+def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
+    """Return the journal through which the rest of a spool goes.
+
+    Args:
+        spool: the spool's folder.
+        cursor: which of the site's receivers should have had the records.
+        journals: the journals at hand. The server's is used if it is among them. Otherwise one beside the spool stands
+            in for it, which need not exist yet.
 
     Raises:
         SpoolError: it is no spool.
@@ -169,20 +163,45 @@ def spool_journal(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
         return beside / JOURNAL_NAME
     job = read_spool_info(spool).job
     for journal in journals:
-        if journal.absolute().parent.name == AWAY:
+        if journal.absolute().parent.name == _STAND_IN:
             continue
         try:
             meta = read_journal_meta(journal)
         except JournalError:
-            continue  # whoever asked meets it again where it is to be read
+            continue  # the caller reads it later for itself, and reports the error then
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
             return journal.absolute()
-    return beside / AWAY / JOURNAL_NAME
+    return beside / _STAND_IN / JOURNAL_NAME
 
 
-def _workdir(state: Path) -> Path:
-    """Return the folder in which the backends of a receiver have theirs, by the one with the receiver's journal."""
-    return state.parent.parent if state.name == AWAY else state.parent
+def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
+    """Have every stream sent again from its beginning of which the journal lacks acknowledged records.
+
+    A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
+    """
+    known = read_stream_positions(journal, site)
+    for stream in SpoolReader(spool, cursor).counts():
+        ack = read_ack(spool, stream, cursor)
+        lost = ack.next_seq - known.get(stream, 0)
+        if lost > 0:
+            _log.warning(
+                "%s lacks the last %d records that it had acknowledged of stream %s; those that are still in %s are "
+                "sent again", journal, lost, stream, spool,
+            )  # fmt: skip
+            write_ack(spool, stream, cursor, Ack())
+
+
+def _receiver(
+    journal: Path, job: JobInfo, side: Side, backends: dict[str, dict[str, Any]], limits: Limits | None
+) -> Receiver:
+    state_dir = journal.absolute().parent
+    # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
+    run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
+    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits)
+
+
+def _job(meta: Mapping[str, str]) -> JobInfo:
+    return msgspec.json.decode(meta["job_info"], type=JobInfo) if "job_info" in meta else JobInfo(meta["job"])
 
 
 def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dict[str, Any]]:
@@ -191,6 +210,6 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
     return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
 
 
-def _ending(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended. A receiver that was killed did not get to say."""
+def _job_status(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
+    """Return how the job ended, or ``otherwise`` where the receiver was killed before it could store that."""
     return RunStatus(meta.get("status", otherwise))

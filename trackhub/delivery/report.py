@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delivery report: what became of every record, by site, lane and reason, and whether the sums add up."""
+"""The delivery report: what became of every record, by site, backend and reason, and whether the sums add up.
+
+`trackhub.delivery.journal.counts` makes it from a journal. The receiver stores it as ``delivery.json`` and logs it as a
+table; ``trackhub status`` shows the same counts.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +11,61 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.wire import SiteLedger
+from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 
-__all__ = ["DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report", "write_report"]
+__all__ = ["REPORT_NAME", "DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report", "write_report"]
+
+REPORT_NAME = "delivery.json"
+"""The file beside the journal in which a receiver leaves its report."""
+
+_MAX_ERROR_CHARS = 120
 
 
 class SiteReport(msgspec.Struct, kw_only=True):
-    """One site's records: what the site counted (`wire.SiteLedger`), and what the receiver counted.
+    """One site's records, as the site counted them and as the receiver did.
 
     Attributes:
-        site: the site's own count, as of its last message; None if it never sent one.
-        received: records that arrived, the repeated ones included.
-        duplicates: of these, the ones that the journal had already.
+        at_site: the site's own counts, as of its last message; None if no message with counts came.
+        received: records that arrived, those included that arrived again.
+        duplicates: of these, records that the journal had already.
         journaled: records in the journal.
-        missing: records that a stream skipped without giving a reason; 0 unless something is wrong.
+        missing: records that a stream skipped without a reason; 0 unless something is wrong.
         explained: records that a stream said it does not have, by reason.
-        said_bye: whether the site finished its delivery.
+        final: whether the site's final message has come.
     """
 
-    site: SiteLedger | None = None
+    at_site: SiteCounts | None = None
     received: int = 0
     duplicates: int = 0
     journaled: int = 0
     missing: int = 0
     explained: dict[str, int] = {}
-    said_bye: bool = False
+    final: bool = False
 
     def is_balanced(self) -> bool:
         """Return whether the counts of this site add up."""
-        return self.received == self.duplicates + self.journaled and (self.site is None or self.site.is_balanced())
+        balanced_there = self.at_site is None or self.at_site.is_balanced()
+        return balanced_there and self.received == self.duplicates + self.journaled
 
 
 class RunReport(msgspec.Struct, kw_only=True):
-    """One site's records in one lane; journaled records are confirmed, rejected or pending.
+    """One site's records at one backend. Each journaled record is confirmed, rejected or pending.
 
     Attributes:
-        confirmed: durable at the backend.
-        rejected: never to be stored, by reason.
-        pending: in the journal, for ``trackhub replay``.
-        altered: confirmed, but not as logged, by reason (``nonfinite_removed``, ``key_shortened``, ...).
-        possible_duplicates: confirmed, but perhaps stored twice, since the backend cannot tell.
-        state: ``open``, ``finished``, ``unfinished`` (the deadline passed) or ``stopped`` (it cannot be opened).
-        last_error: the last error that the backend raised, empty if none.
+        confirmed: records that are durable at the backend.
+        client_confirmed: the part of ``confirmed`` that only the SDK vouches for; the store could not be asked.
+        rejected: records that the backend can never store, by reason.
+        pending: records that are only in the journal yet; ``trackhub replay`` delivers them.
+        altered: confirmed records that are not stored as logged, by reason (``nonfinite_removed``, ...).
+        possible_duplicates: confirmed records that the backend may hold twice, since it does not recognise them.
+        state: ``open``, ``finished``, ``unfinished`` (the deadline passed) or ``stopped`` (the run cannot be opened).
+        last_error: the last error that the backend raised; empty if none.
         results: how to look at the run.
     """
 
     confirmed: int = 0
+    client_confirmed: int = 0
     rejected: dict[str, int] = {}
     pending: int = 0
     altered: dict[str, int] = {}
@@ -67,11 +79,12 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     """What became of a job's records at one receiver.
 
     Attributes:
-        job, side: as in `trackhub.run`.
-        status: how the job ended: ``finished``, ``failed``, ``aborted``, or ``running``.
-        balanced: whether all counts add up; False means a defect, in trackhub or on the disk.
-        sites: by site.
-        lanes: by backend, then by site.
+        job: the job.
+        side: where the receiver was, as in `trackhub.run.Side`.
+        status: how the job ended: ``finished``, ``failed`` or ``aborted``; ``running`` if nobody has said yet.
+        balanced: whether all counts add up. False means a defect of trackhub or a damaged disk.
+        sites: what each site and the receiver counted, by site.
+        lanes: what each lane counted, by backend and then by site.
     """
 
     job: str
@@ -82,20 +95,19 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     lanes: dict[str, dict[str, RunReport]]
 
     def undelivered(self) -> int:
-        """Return how many records are anywhere on their way: spooled at a site, or pending in a lane."""
-        return self.pending() + sum(s.site.spooled for s in self.sites.values() if s.site is not None)
+        """Return how many records are still on their way: in a site's spool, or pending at a backend."""
+        return self.pending() + sum(site.at_site.spooled for site in self.sites.values() if site.at_site is not None)
 
     def pending(self) -> int:
-        """Return how many records are in the journal and have no outcome yet, those of all lanes together."""
+        """Return how many records are pending, at all backends together."""
         return sum(run.pending for lane in self.lanes.values() for run in lane.values())
 
     def lost(self) -> int:
-        """Return how many records have an outcome other than delivery: dropped, refused, rejected or missing."""
-        at_sites = sum(
-            sum(s.site.dropped.values()) + sum(s.site.refused.values()) for s in self.sites.values() if s.site
-        )
+        """Return how many records will not be delivered: dropped, refused, rejected or missing."""
+        counted = [site.at_site for site in self.sites.values() if site.at_site is not None]
+        at_sites = sum(sum(counts.dropped.values()) + sum(counts.refused.values()) for counts in counted)
         rejected = sum(sum(run.rejected.values()) for lane in self.lanes.values() for run in lane.values())
-        return at_sites + rejected + sum(s.missing for s in self.sites.values())
+        return at_sites + rejected + sum(site.missing for site in self.sites.values())
 
 
 def write_report(path: Path, report: DeliveryReport) -> None:
@@ -104,58 +116,66 @@ def write_report(path: Path, report: DeliveryReport) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    # A rename puts it in place, so that neither a crash nor a full disk leaves half a report.
     partial = path.with_suffix(".new")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     partial.replace(path)
 
 
 def read_report(path: Path) -> DeliveryReport:
-    """Return the report in this file.
+    """Return the report in this file, such as the ``delivery.json`` that a receiver leaves in its folder.
 
     Raises:
         OSError: it cannot be read.
-        msgspec.DecodeError: it is no delivery report.
+        msgspec.DecodeError: it holds no delivery report.
     """
     return msgspec.json.decode(path.read_bytes(), type=DeliveryReport)
 
 
 def format_report(report: DeliveryReport) -> str:
-    """Return the report as a table for the end of the log."""
+    """Return the report as a table, for a log or a terminal: one row for each site and backend."""
     rows: list[tuple[str, ...]] = [
         ("site", "backend", "logged", "journaled", "confirmed", "rejected", "pending", "not delivered, and why")
     ]
     for name, site in sorted(report.sites.items()):
-        logged = str(site.site.logged) if site.site else "?"
-        at_site = _reasons(site)
-        lanes = [(lane, runs[name]) for lane, runs in sorted(report.lanes.items()) if name in runs]
-        for lane, run in lanes:
-            why = [*at_site, *(f"{lane} {reason}: {n}" for reason, n in run.rejected.items())]
-            if run.last_error and (run.pending or run.state in ("stopped", "unfinished")):
-                why.append(run.last_error.splitlines()[0][:120])
+        logged = str(site.at_site.logged) if site.at_site else "?"
+        remarks = _site_remarks(site)
+        runs = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
+        for lane, run in runs:
             counts = (run.confirmed, sum(run.rejected.values()), run.pending)
-            rows.append((name, lane, logged, str(site.journaled), *map(str, counts), "; ".join(why) or "-"))
-        if not lanes:
-            rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(at_site) or "-"))
+            remark = "; ".join([*remarks, *_run_remarks(lane, run)]) or "-"
+            rows.append((name, lane, logged, str(site.journaled), *map(str, counts), remark))
+        if not runs:
+            rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths[:-1]) + "  " + "-" * 22)
+    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
     head = f"trackhub delivery report: job {report.job}, {report.side} side, {report.status}"
     if not report.balanced:
-        head += "; THE COUNTS DO NOT ADD UP, please report this"
+        head += ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
     return "\n".join([head, *lines])
 
 
-def _reasons(site: SiteReport) -> list[str]:
-    parts = []
-    if site.site is not None:
-        parts += [f"dropped at the site, {reason}: {n}" for reason, n in site.site.dropped.items()]
-        parts += [f"refused by the receiver, {reason}: {n}" for reason, n in site.site.refused.items()]
-        if site.site.withheld:
-            parts.append(f"withheld by policy: {site.site.withheld}")
-        if site.site.spooled:
-            parts.append(f"still spooled at the site: {site.site.spooled}")
+def _site_remarks(site: SiteReport) -> list[str]:
+    """Return what a reader should know of a site's records, whatever the backend."""
+    remarks = []
+    if (counts := site.at_site) is not None:
+        remarks += [f"dropped at the site ({reason}): {n}" for reason, n in counts.dropped.items()]
+        remarks += [f"refused by the receiver ({reason}): {n}" for reason, n in counts.refused.items()]
+        if counts.withheld:
+            remarks.append(f"withheld by the site's policy: {counts.withheld}")
+        if counts.spooled:
+            remarks.append(f"still in the site's spool: {counts.spooled}")
     if site.missing:
-        parts.append(f"missing in the stream: {site.missing}")
-    if not site.said_bye:
-        parts.append("the site did not finish its delivery")
-    return parts
+        remarks.append(f"missing without a reason: {site.missing}")
+    if not site.final:
+        remarks.append("the site's final message did not come")
+    return remarks
+
+
+def _run_remarks(lane: str, run: RunReport) -> list[str]:
+    """Return why records of this run are not delivered."""
+    remarks = [f"rejected by {lane} ({reason}): {n}" for reason, n in run.rejected.items()]
+    if run.last_error and (run.pending or run.state in ("stopped", "unfinished")):
+        remarks.append(run.last_error.splitlines()[0][:_MAX_ERROR_CHARS])
+    return remarks

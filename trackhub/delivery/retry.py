@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long to wait before trying again."""
+"""How long to wait before the next attempt: of a sender between requests, of a lane between calls of its backend."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import random
 __all__ = ["Backoff"]
 
 _JITTER = random.Random()
-"""Ours alone: a draw from the generator that training uses would change the model whenever a receiver is slow to answer."""
+"""Of trackhub alone. Drawing from the shared generator would change what training draws from it, and so the model."""
 
 
 class Backoff:
-    """Exponential waits with jitter: each at most twice the last, at random between half of that and all of it.
+    """Waits that double with each failure up to a limit. Each is shortened at random, to half at most.
 
-    Jitter keeps a thousand sites from returning to a restarted server in one moment.
+    Without the random part, a thousand sites would return to a restarted server at the same moment.
     """
 
     def __init__(self, first_s: float = 0.2, max_s: float = 15.0) -> None:
-        """Start with waits of about ``first_s``, growing to about ``max_s``."""
+        """Start with waits of up to ``first_s`` seconds, which grow to up to ``max_s`` seconds."""
         self._first_s = first_s
         self._max_s = max_s
         self._next_s = first_s
         self.failures = 0
 
     def next_wait_s(self, at_least_s: float | None = None) -> float:
-        """Count a failure and return how long to wait, in seconds; never less than the peer asked for."""
+        """Count a failure, and return how many seconds to wait: never less than ``at_least_s``."""
         self.failures += 1
         wait_s = self._next_s * _JITTER.uniform(0.5, 1.0)
         self._next_s = min(self._next_s * 2, self._max_s)
         return max(wait_s, at_least_s or 0.0)
 
     def reset(self) -> None:
-        """Forget the failures: it worked."""
+        """Start again with the first wait, after a success."""
         self._next_s = self._first_s
         self.failures = 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site's core: follow the spool, send one batch at a time, and keep sending it until the receiver has answered.
+"""The sender: follows a site's spool, and sends what appears in it to one receiver, batch by batch.
 
-It knows nothing of FLARE: a *channel* carries one request to the receiver and brings the reply.
+Whoever runs the site creates it: the FLARE widget, `trackhub.local_tracking`, or another system's transport. It reads
+with `trackhub.spool.reading`, asks through a `Channel`, and marks in the spool what the receiver has accepted.
 """
 
 from __future__ import annotations
@@ -13,219 +14,236 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import msgspec
-
-from trackhub.delivery.channel import Channel, ChannelError
-from trackhub.delivery.retry import Backoff
-from trackhub.delivery.wire import (
-    Accepted,
-    Batch,
-    Busy,
-    Bye,
-    Chunk,
-    Hello,
-    NeedBlob,
-    Refused,
-    Reply,
-    Report,
-    Request,
-    SiteLedger,
-    decode_reply,
-    encode,
-)
+from trackhub.delivery.blobs import BlobSender
+from trackhub.delivery.channel import Channel
+from trackhub.delivery.exchange import Exchange
+from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
-from trackhub.records import Blob
-from trackhub.spool.layout import RoundFile, blob_file, close_spool
-from trackhub.spool.reading import SpoolBatch, SpoolReader
+from trackhub.spool.batch import SpoolBatch
+from trackhub.spool.layout import RoundFile, close_spool
+from trackhub.spool.reading import SpoolReader
 
 __all__ = ["Sender"]
 
-_CLOSING_WAIT_S = 0.5
-_ASKED_AGAIN_S = 0.1
-_WORTH_A_MESSAGE = 64 << 10  # bytes: what a thousand records of one metric take
+_BLOB_RETRY_S = 0.1
+_ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take: a request need not carry more
+_JOIN_MARGIN_S = 1.0  # for what the thread does after its last request
 _log = logging.getLogger(__name__)
 
 
-class Sender:
-    """Delivers one spool to one receiver, from a thread of its own. The other methods may be called from any thread."""
+class _Passes:
+    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended.
 
-    def __init__(
-        self, spool_dir: Path, channel: Channel, *, site: str, cursor: str = "server", limits: Limits | None = None
-    ) -> None:
+    Attributes:
+        changed: the lock around the other attributes. It notifies when a pass has ended, or the sender has.
+        done: passes that sent all that they found.
+        running: a pass has begun and has not sent all that it found.
+        waiting: calls of ``flush`` that wait.
+        gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.done = 0
+        self.running = False
+        self.waiting = 0
+        self.gave_up_at: int | None = None
+
+
+class Sender:
+    """Sends one spool to one receiver, from a thread of its own. Its methods may be called from any thread.
+
+    One request is on its way at a time, and it is repeated until the receiver accepts or refuses it. Nothing raises
+    into training: what cannot be sent stays in the spool, and the log says so.
+
+    Attributes:
+        site: the site that the spool belongs to.
+        folder: the spool's folder.
+    """
+
+    def __init__(self, spool: Path, channel: Channel, *, cursor: str = "server", limits: Limits | None = None) -> None:
         """Prepare a sender; ``start`` starts it.
 
         Args:
-            spool_dir: an existing spool that names ``cursor`` among its readers.
-            cursor: which of the site's receivers this is.
+            spool: the folder of a spool that `create_spool` made, with ``cursor`` among its cursors.
+            channel: carries the requests to the receiver. Called from the sender's thread alone.
+            cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
+            limits: how much, how often and how long.
 
         Raises:
-            SpoolError: it is not such a spool.
+            SpoolError: the folder holds no spool, or the spool has no such cursor.
         """
-        self.site = site
-        self._reader = SpoolReader(spool_dir, cursor)
-        self.folder = spool_dir
-        self._round = RoundFile(spool_dir)
-        self._channel = channel
+        self.folder = spool
         self._limits = limits or Limits()
-        # One lost answer must not make the site look dead: while it waits for one, it says nothing else.
-        self._request_s = min(self._limits.request_s, self._limits.silence_s / 2)
-        self._lock = threading.Condition()
+        self._reader = SpoolReader(spool, cursor)
+        self.site = self._reader.info.site
+        self._round = RoundFile(spool)
+        # At most half the silence that the receiver tolerates. The sender says nothing while it waits for a reply, so
+        # that one lost reply would otherwise make the site look dead.
+        request_s = min(self._limits.request_s, self._limits.silence_s / 2)
+        self._exchange = Exchange(channel, site=self.site, timeout_s=request_s)
+        self._blobs = BlobSender(self._reader, self._exchange, self._limits.batch_bytes)
+        self._passes = _Passes()
         self._wake = threading.Event()
-        self._passes = 0
-        self._in_pass = False
-        self._flushes = 0
         self._sent_at = -math.inf
-        self._silent = False
-        self._refused_for_good: Refused | None = None
-        self._welcome = False
-        self._warned = ""
+        self._greeted = False
+        self._refused: Refused | None = None
         self._failed = False
-        self._closing = threading.Event()
-        self._never = threading.Event()
-        self._deadline: float | None = None
+        self._counts = SiteCounts()
         self._thread = threading.Thread(target=self._main, name=f"trackhub-sender-{cursor}", daemon=True)
-        self._ledger = SiteLedger()
 
     def start(self) -> None:
-        """Start sending."""
+        """Start sending. Call it once."""
         self._thread.start()
 
     def set_round(self, value: int | None) -> None:
-        """Set the federated round that writers of this site stamp on their records from now on."""
+        """Set the federated round that the site's writers put on their records from now on; None outside rounds."""
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was spooled before this call.
+        """Wait until the receiver has all that was logged before this call.
 
-        Does not wait for a receiver that has not answered since the last time it was waited for in vain.
+        Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
+        is away costs one timeout, not one per round. Also False at once if the receiver refused the site.
 
         Args:
-            timeout_s: the longest wait; by default ``limits.barrier_s``.
+            timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
 
         Returns:
             Whether the receiver has it.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         ends = self._reader.ends()
-        with self._lock:
-            if self._silent or self._refused_for_good is not None or not self._thread.is_alive():
+        passes = self._passes
+        with passes.changed:
+            if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
                 return False
-            # A pass that began before this call may have looked at the spool too early; the next one has not.
-            target = self._passes + (2 if self._in_pass else 1)
-            self._flushes += 1
+            # A pass that is running may have looked at the spool before this call; the pass after it has not.
+            target = passes.done + (2 if passes.running else 1)
+            passes.waiting += 1
             try:
-                while self._passes < target and not self._reader.is_past(ends):
-                    self._wake.set()
+                while passes.done < target and not self._reader.is_past(ends):
+                    self._wake.set()  # each time, since the sender clears it when it wakes
                     left_s = deadline - time.monotonic()
                     if left_s <= 0 or not self._thread.is_alive():
-                        self._silent = True
+                        passes.gave_up_at = self._exchange.replies
                         _log.warning(
-                            "the receiver did not acknowledge the records of site %s in time; training goes on without "
-                            "waiting again until it answers; the records stay in %s", self.site, self.folder,
+                            "the receiver did not acknowledge the records of site %s in time; training goes on, and "
+                            "does not wait again until the receiver replies; the records stay in %s",
+                            self.site, self.folder,
                         )  # fmt: skip
                         return False
-                    self._lock.wait(min(left_s, self._limits.poll_s))
+                    # Not longer than a poll: the reader gets past the ends in the middle of a pass, without a notice.
+                    passes.changed.wait(min(left_s, self._limits.poll_s))
                 return True
             finally:
-                self._flushes -= 1
+                passes.waiting -= 1
 
-    def close(self, timeout_s: float, *, failed: bool = False) -> SiteLedger:
-        """Send what is left, say good-bye, and stop. No writer may be alive any more.
+    def close(self, timeout_s: float, *, failed: bool = False) -> SiteCounts:
+        """Send the final message and stop. Close all of the site's writers first.
+
+        Blocks up to ``timeout_s`` plus the time for one request. Marks the spool as closed, so that no writer opens it
+        any more. Does not raise. Idempotent.
 
         Args:
-            timeout_s: the longest time to try. What is then not acknowledged stays in the spool.
+            timeout_s: the longest time to try, in seconds. What is then not acknowledged stays in the spool.
             failed: the site's training ended with an error.
 
         Returns:
             What became of every record of the site.
         """
         self._failed = failed
-        self._deadline = time.monotonic() + timeout_s
-        self._closing.set()
+        self._exchange.close_by(time.monotonic() + timeout_s)
         self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s + self._request_s + 1.0)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(timeout_s + self._exchange.timeout_s + _JOIN_MARGIN_S)
         try:
             close_spool(self.folder)
         except SpoolError as e:
             _log.warning("site %s cannot mark its spool as closed: %s", self.site, e)
         self._count()
-        if self._ledger.spooled:
+        if self._counts.spooled:
             _log.warning(
-                "site %s: %d records were not acknowledged; they stay in %s, for `trackhub replay`",
-                self.site, self._ledger.spooled, self.folder,
+                "site %s: the receiver did not acknowledge %d records; they stay in %s. Deliver them with "
+                "`trackhub replay %s`", self.site, self._counts.spooled, self.folder, self.folder,
             )  # fmt: skip
-        return self._ledger
+        return self._counts
 
-    def ledger(self) -> SiteLedger:
-        """Return the site's count as of the last sign of life."""
-        return self._ledger
+    def counts(self) -> SiteCounts:
+        """Return what became of the site's records, as of the last keep-alive or ``close``."""
+        return self._counts
 
     def _main(self) -> None:
         try:
             self._run()
         except Exception:
-            # A defect of trackhub's own, or the spool's folder is gone; training must go on.
+            # A defect of trackhub, or somebody removed the spool's folder. Training must go on.
             _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self.folder)
         finally:
-            with self._lock:
-                self._lock.notify_all()
+            with self._passes.changed:
+                self._passes.changed.notify_all()
 
     def _run(self) -> None:
-        next_report = time.monotonic()
-        while not self._closing.is_set():
+        next_keepalive = time.monotonic()
+        while not self._exchange.is_closing():
             pause_s = self._limits.poll_s
-            if self._refused_for_good is not None:
-                pause_s = self._limits.keepalive_s
+            if self._refused is not None:
+                pause_s = self._limits.keepalive_s  # nothing to do but to wait for ``close``
             else:
                 if self._is_time_to_send():
                     self._pass(final=False)
-                if time.monotonic() >= next_report:
-                    next_report = time.monotonic() + self._limits.keepalive_s
+                if time.monotonic() >= next_keepalive:
+                    next_keepalive = time.monotonic() + self._limits.keepalive_s
                     self._count()
-                    self._ask_once(Report(self._ledger))
+                    self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
             self._wake.wait(pause_s)
             self._wake.clear()
+        # All writers are closed, so this pass finds everything, and its counts are the last.
         self._pass(final=True)
         self._count()
-        if self._refused_for_good is None:
-            self._ask(Bye(self._ledger, self._failed))
+        if self._refused is None:
+            self._exchange.ask(Final(self._counts, self._failed))
 
     def _is_time_to_send(self) -> bool:
-        """Return whether somebody waits, the last message was long ago, or there is enough for a good one."""
+        """Return whether a flush waits, the last batch was ``linger_s`` ago, or there are enough bytes for a batch."""
         lingered = time.monotonic() >= self._sent_at + self._limits.linger_s
-        return lingered or self._flushes > 0 or self._reader.has_bytes(_WORTH_A_MESSAGE)
+        return lingered or self._passes.waiting > 0 or self._reader.has_bytes(_ENOUGH_BYTES)
 
     def _pass(self, *, final: bool) -> None:
-        """Send all that is in the spool now, unless the receiver refuses it or the deadline passes."""
-        with self._lock:
-            self._in_pass = True
-        if self._hello() and self._drain(final):
-            with self._lock:
-                self._passes += 1
-                self._in_pass = False
-                self._lock.notify_all()
+        """Send all that is in the spool now, unless the receiver refuses the site or the deadline passes."""
+        passes = self._passes
+        with passes.changed:
+            passes.running = True
+        if self._greet() and self._drain(final):
+            with passes.changed:
+                passes.done += 1
+                passes.running = False
+                passes.changed.notify_all()
 
-    def _hello(self) -> bool:
-        """Introduce the sender once; False if the receiver refuses it, or did not answer before the deadline."""
-        if self._welcome:
+    def _greet(self) -> bool:
+        """Say hello, once. Return False if the receiver refuses the site, or does not reply before the deadline."""
+        if self._greeted:
             return True
-        if self._refused_for_good is not None:
+        if self._refused is not None:
             return False
-        reply = self._ask(Hello())
+        reply = self._exchange.ask(Hello())
         if isinstance(reply, Refused):
-            self._refused_for_good = reply
+            self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
                        reply.detail, self.folder)  # fmt: skip
             return False
-        self._welcome = reply is not None
-        return self._welcome
+        self._greeted = reply is not None
+        return self._greeted
 
     def _drain(self, final: bool) -> bool:
-        """Send what the spool has now; False if the deadline passed first.
+        """Send what the spool has now. Return False if the deadline passes first.
 
-        What is logged meanwhile waits for the next pass: a message for each record would follow the last at once.
+        What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
+        right behind the one before it.
+
+        Args:
+            final: no writer is alive any more, so send to the very end.
         """
         ends: dict[str, tuple[int, int]] | None = None
         while final or ends is None or not self._reader.is_past(ends):
@@ -233,10 +251,10 @@ class Sender:
                 batch = self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes, final=final)
             except OSError as e:
                 _log.warning("site %s cannot read its spool: %s; trying again", self.site, e)
-                return not final
+                return not final  # the next pass tries again, and the last one has no next
             if batch is None:
                 return True
-            if ends is not None and self._is_late():
+            if ends is not None and self._exchange.is_late():
                 return False
             ends = ends or self._reader.ends()
             if not self._deliver(batch):
@@ -244,17 +262,17 @@ class Sender:
         return True
 
     def _deliver(self, batch: SpoolBatch) -> bool:
-        if not all(self._send_blob(blob) for blob in batch.blobs):
-            return not self._is_late()  # a blob is lost: read the batch again, without it
-        request = Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames)
-        reply = self._ask(request)
+        """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
+        if not all(self._blobs.send(blob) for blob in batch.blobs):
+            return not self._exchange.is_late()  # a blob is lost: the next batch is this one without its record
+        reply = self._exchange.ask(Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames))
         if reply is None:
             return False
         if isinstance(reply, NeedBlob):
             if any(blob.name == reply.name for blob in batch.blobs):
-                # The receiver has lost it since: the batch comes again, after its blobs.
-                self._pause(_ASKED_AGAIN_S)
-                return not self._is_late()
+                # The receiver has lost the blob since it acknowledged it. Send both again.
+                self._exchange.pause(_BLOB_RETRY_S)
+                return not self._exchange.is_late()
             reply = Refused("blob_unknown", reply.name)
         refused = reply.reason if isinstance(reply, Refused) else None
         if isinstance(reply, Refused):
@@ -264,98 +282,34 @@ class Sender:
         return True
 
     def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
+        """Mark a batch in the spool as accepted, or as refused for this reason."""
         self._sent_at = time.monotonic()
         try:
             self._reader.settle(batch, refused)
         except OSError as e:
             _log.warning("site %s cannot store how far it got: %s; after a restart it sends again", self.site, e)
 
-    def _send_blob(self, blob: Blob) -> bool:
-        offset = 0
-        while True:
-            try:
-                with blob_file(self.folder, blob.name).open("rb") as file:
-                    file.seek(offset)
-                    data = file.read(self._limits.batch_bytes)
-                problem = f"they end after {offset} of {blob.size}"
-            except OSError as e:
-                # The receiver may have them: a record is sent once more when the receiver has lost it, or the site its cursor.
-                data, problem = b"", str(e)
-            reply = self._ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
-            if reply is None:
-                return False
-            if not isinstance(reply, Accepted):
-                self._reader.give_up_blob(blob.name)
-                return False
-            if reply.next >= blob.size:
-                return True
-            if not data:
-                _log.warning("site %s cannot read the bytes of %s: %s", self.site, blob.name, problem)
-                self._reader.give_up_blob(blob.name)
-                return False
-            offset = reply.next
-
-    def _ask(self, request: Request) -> Reply | None:
-        """Send a request until the receiver answers it; None if the deadline passed first."""
-        backoff = Backoff(first_s=0.1, max_s=5.0)
-        data = encode(request)
-        while True:
-            reply = self._ask_once(request, data)
-            if reply is not None and not isinstance(reply, Busy):
-                return reply
-            if self._is_late():
-                return None
-            self._pause(backoff.next_wait_s())
-
-    def _pause(self, wait_s: float) -> None:
-        """Wait, until the end of the job at most; at the end, not for long."""
-        if self._closing.is_set():
-            self._never.wait(min(wait_s, _CLOSING_WAIT_S))
-        else:
-            self._closing.wait(wait_s)
-
-    def _ask_once(self, request: Request, data: bytes | None = None) -> Reply | None:
-        timeout_s = self._request_s
-        if self._deadline is not None:
-            timeout_s = max(0.1, min(timeout_s, self._deadline - time.monotonic()))
-        try:
-            reply = decode_reply(self._channel(data or encode(request), timeout_s))
-        except ChannelError as e:
-            _log.debug("site %s: no answer from the receiver: %s", self.site, e)
-            return None
-        except msgspec.DecodeError as e:
-            _log.warning("site %s: the receiver's answer cannot be understood: %s", self.site, e)
-            return None
-        except Exception as e:
-            # A defect of the channel's; with the next attempt it may be over, and the records must not stay for it.
-            self._warn_once(f"the channel to the receiver failed: {type(e).__name__}: {e}")
-            return None
-        if not isinstance(reply, Busy):
-            self._silent = False
-        return reply
-
-    def _warn_once(self, message: str) -> None:
-        if message != self._warned:
-            self._warned = message
-            _log.warning("site %s: %s; trying again", self.site, message)
-
-    def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
-
     def _count(self) -> None:
-        total = SiteLedger()
-        dropped, refused = Counter[str](), Counter[str]()
         try:
-            streams = self._reader.counts().values()
+            self._counts = _site_counts(self._reader)
         except OSError as e:
             _log.warning("site %s cannot count its spool: %s", self.site, e)
-            return
-        for stream in streams:
-            total.logged += stream.logged
-            total.withheld += stream.withheld
-            total.acked += stream.acked
-            total.spooled += stream.spooled
-            dropped.update(stream.dropped)
-            refused.update(stream.refused)
-        total.dropped, total.refused = dict(dropped), dict(refused)
-        self._ledger = total
+
+
+def _site_counts(reader: SpoolReader) -> SiteCounts:
+    """Return the counts of all of a site's streams together.
+
+    Raises:
+        OSError: the spool cannot be read.
+    """
+    total = SiteCounts()
+    dropped, refused = Counter[str](), Counter[str]()
+    for stream in reader.counts().values():
+        total.logged += stream.logged
+        total.withheld += stream.withheld
+        total.acked += stream.acked
+        total.spooled += stream.spooled
+        dropped.update(stream.dropped)
+        refused.update(stream.refused)
+    total.dropped, total.refused = dict(dropped), dict(refused)
+    return total

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages between a sender and a receiver: one request, one reply, whatever carries them.
+"""The wire format: the requests that a sender makes, and the replies that a receiver gives.
 
-Over FLARE's channel they travel as one bytes value; a receiver in the same process gets the same bytes by a call. Every
-request may be sent again after a lost reply: the receiver recognises what it has.
+The sender encodes a request to bytes, a channel carries it, and `Receiver.handle` decodes it and returns an encoded
+reply. A sender may make every request again after a lost reply: the receiver recognises what it has already.
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ import msgspec
 from trackhub.framing import FORMAT_VERSION
 
 __all__ = [
+    "MAX_REQUEST_BYTES",
     "Accepted",
     "Batch",
     "Busy",
-    "Bye",
     "Chunk",
+    "Final",
     "Hello",
+    "KeepAlive",
     "NeedBlob",
     "Refused",
     "Reply",
-    "Report",
     "Request",
-    "SiteLedger",
+    "SiteCounts",
     "decode_reply",
     "decode_request",
     "encode",
     "is_compatible",
+    "refusal",
 ]
 
+MAX_REQUEST_BYTES = (8 << 20) + (64 << 10)
+"""No sender makes a larger request: the largest ``Limits.batch_bytes`` of frames, and what stands around them.
 
-class SiteLedger(msgspec.Struct, kw_only=True):
-    """What became of a site's records, counted at the site; ``logged`` is the sum of all others.
+A server may answer a larger body with an error before it reads it.
+"""
+
+
+class SiteCounts(msgspec.Struct, kw_only=True):
+    """What became of a site's records, counted at the site. ``logged`` is the sum of all others.
 
     Attributes:
         logged: log calls that returned, in all processes of the site.
-        withheld: kept back by the site's policy.
-        dropped: lost at the site, by reason (``spool_full``, ``disk_full``, ``io_error``, ``damaged``, ...).
-        refused: not accepted by the receiver, by reason.
-        acked: accepted by the receiver.
-        spooled: still in the spool.
+        withheld: records that the site's policy kept back.
+        dropped: records lost at the site, by reason (``spool_full``, ``disk_full``, ``io_error``, ``damaged``, ...).
+        refused: records that the receiver did not accept, by reason.
+        acked: records that the receiver accepted.
+        spooled: records that are still in the spool.
     """
 
     logged: int = 0
@@ -56,14 +64,17 @@ class SiteLedger(msgspec.Struct, kw_only=True):
         return self.logged == gone + self.acked + self.spooled
 
 
+# Messages are arrays with a number in front. A newer minor version adds fields at the end, which an older one ignores.
+
+
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message of a sender: which format it speaks."""
+    """The first request of a sender. It says which version of the format the sender uses."""
 
     version: tuple[int, int] = FORMAT_VERSION
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Consecutive frames of one stream, exactly as they stand in the spool.
+    """Consecutive frames of one stream, byte for byte as they stand in the spool.
 
     Attributes:
         stream: the writing process.
@@ -80,11 +91,12 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """A piece of a blob; pieces of one blob arrive in order of their offset.
+    """A piece of a blob. The pieces of one blob are sent in the order of their offsets.
 
     Attributes:
-        name, sha256, size: as in the blob that a later record refers to; size of the whole blob.
+        name, sha256, size: as in the blob that a later record refers to. The size is of the whole blob, in bytes.
         offset: where ``data`` starts, in bytes.
+        data: the bytes of this piece.
     """
 
     name: str
@@ -94,29 +106,30 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3):
     data: bytes
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Keep-alive: the site still runs, and this is its count."""
+class KeepAlive(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Says that the site still runs, and what it has counted so far."""
 
-    ledger: SiteLedger
+    counts: SiteCounts
 
 
-class Bye(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Last message of a sender: nothing will follow, and this is its final count.
+class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """The final message of a sender: nothing follows, and these counts are the last.
 
     Attributes:
+        counts: what became of the site's records.
         failed: the site's training ended with an error.
     """
 
-    ledger: SiteLedger
+    counts: SiteCounts
     failed: bool = False
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The request is done: a batch is in the journal, a chunk on the disk.
+    """The receiver has done what was asked: a batch is in the journal, a chunk on the disk.
 
     Attributes:
-        next: for a chunk, the offset that the receiver expects next, in bytes; else 0.
-        job: in reply to Hello, the job that the receiver records for.
+        next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
+        job: in reply to Hello, the job whose records the receiver stores.
     """
 
     next: int = 0
@@ -124,25 +137,30 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """The receiver will never accept this request; do not send it again."""
+    """The receiver will never accept this request; do not send it again.
+
+    Attributes:
+        reason: a word under which the delivery report counts the refused records.
+        detail: what was wrong, for people.
+    """
 
     reason: str
     detail: str = ""
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The receiver cannot accept the request now (its disk is full, it is starting or closing); send it again later."""
+    """The receiver cannot accept the request now: it starts or closes, or its disk is full. Send it again later."""
 
     detail: str
 
 
 class NeedBlob(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The batch refers to a blob that the receiver does not have whole; send that first."""
+    """The batch refers to a blob of this name that the receiver does not have whole. Send the blob first."""
 
     name: str
 
 
-Request = Hello | Batch | Chunk | Report | Bye
+Request = Hello | Batch | Chunk | KeepAlive | Final
 Reply = Accepted | Refused | Busy | NeedBlob
 
 encode = msgspec.msgpack.Encoder().encode
@@ -154,7 +172,7 @@ def decode_request(data: bytes) -> Request:
     """Return the request in these bytes.
 
     Raises:
-        msgspec.DecodeError: they are no request of a version that is known here.
+        msgspec.DecodeError: they hold no request of a version that is known here.
     """
     return _requests.decode(data)
 
@@ -163,9 +181,23 @@ def decode_reply(data: bytes) -> Reply:
     """Return the reply in these bytes.
 
     Raises:
-        msgspec.DecodeError: they are no reply of a version that is known here.
+        msgspec.DecodeError: they hold no reply of a version that is known here.
     """
     return _replies.decode(data)
+
+
+def refusal(reason: str, detail: str) -> bytes:
+    """Return the reply by which a transport refuses a request in place of a receiver.
+
+    Use it where no receiver will ever answer, for example because none was configured for this site. A sender whose
+    first request is refused stops asking and keeps its records in the spool. A batch that is refused later is counted
+    as refused and not sent again, so raise `ChannelError` instead for everything that may pass.
+
+    Args:
+        reason: one word, under which the delivery report counts what was refused.
+        detail: what was wrong and what to do about it, for the sender's log.
+    """
+    return encode(Refused(reason, detail))
 
 
 def is_compatible(theirs: tuple[int, int]) -> bool:

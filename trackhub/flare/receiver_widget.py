@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FLARE component of a receiver: receives records, on the server or within a client, and delivers them to backends."""
+"""The FLARE component of a receiver: takes records in, on the server or at a client, and delivers them to backends."""
 
 from __future__ import annotations
 
 import gc
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,23 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.widgets.widget import Widget
 
-from trackhub.delivery.channel import ChannelError
-from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.sender import Sender
+from trackhub.delivery import (
+    SERVER,
+    Channel,
+    ChannelError,
+    JobInfo,
+    Limits,
+    Receiver,
+    RunStatus,
+    Sender,
+    Side,
+    SpoolInfo,
+    create_spool,
+    set_process_spool,
+)
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
-from trackhub.limits import Limits
-from trackhub.run import SERVER, RunStatus, Side
-from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.spool.writing import set_process_spool
 
 __all__ = ["TrackhubReceiver"]
 
@@ -51,7 +57,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         Args:
             backends: name of each backend, and its options. Whether they exist here is checked when the job starts.
             take_over: on the server, receive what FLARE's own writers log there.
-            limits: values for `trackhub.config.Limits` that differ from the defaults.
+            limits: values for `trackhub.limits.Limits` that differ from the defaults.
             state_dir: folder for journal and spool, at this site; by default in the job's run folder.
 
         Raises:
@@ -121,7 +127,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         assert self._core is not None
         spool = self._folder(fl_ctx) / "spool"
         create_spool(spool, SpoolInfo(SERVER, compat.job_id(fl_ctx), ("server",), self._limits.spool_bytes))
-        self._own_sender = Sender(spool, self._own_link(spool), site=SERVER, cursor="server", limits=self._limits)
+        self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
         self._stock.open(spool)
         set_process_spool(spool)
@@ -144,9 +150,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """
         self._opened = True
         core = Receiver(
-            self._folder(fl_ctx),
             compat.run_dir(fl_ctx),
-            job=compat.job_id(fl_ctx),
+            state_dir=self._folder(fl_ctx),
+            job=JobInfo(compat.job_id(fl_ctx)),
             side=Side.SERVER if compat.is_server(fl_ctx) else Side.CLIENT,
             backends=self.backends,
             limits=self._limits,
@@ -154,7 +160,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         core.start()
         self._core = core
 
-    def channel(self, site: str) -> Callable[[bytes, float], bytes]:
+    def channel(self, site: str) -> Channel:
         """Return the channel by which a sender in this same process reaches the receiver."""
 
         def send(request: bytes, timeout_s: float) -> bytes:
@@ -164,7 +170,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
         return send
 
-    def _own_link(self, spool: Path) -> Callable[[bytes, float], bytes]:
+    def _own_channel(self, spool: Path) -> Channel:
         """The channel for what the server itself logs. Most servers log nothing, and then have no run either."""
         send = self.channel(SERVER)
 
@@ -189,10 +195,11 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             return
         self._gate_end = time.monotonic() + self._limits.gate_s
         sites = set(compat.participants(fl_ctx.get_engine()))
-        if silent := self._core.wait_for_byes(sites, self._limits.gate_s):
+        if silent := self._core.wait_for_sites(sites, self._limits.gate_s):
             self.log_warning(
                 fl_ctx,
-                f"tracking: no goodbye from {', '.join(sorted(silent))}; what they did not send is in their spools",
+                f"tracking: no final message from {', '.join(sorted(silent))}; what they did not send is in their "
+                "spools",
                 fire_event=False,
             )
 

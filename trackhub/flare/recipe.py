@@ -7,15 +7,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import compat
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.limits import Limits
-from trackhub.secrets import refuse_literal_secrets
 
 __all__ = ["add_tracking", "tracking_components"]
 
@@ -56,7 +53,7 @@ def add_tracking(
             site that tracks on neither side, ``Writer()`` records nothing and warns once.
         take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing; turn it off to use them
             beside trackhub.
-        limits: values of `trackhub.config.Limits` that differ from the defaults, for all sites.
+        limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: folder for spools and journals, on every site; by default in the job's run folder.
 
     Raises:
@@ -154,20 +151,12 @@ def _checked(backends: Backends | None, where: str) -> dict[str, dict[str, Any]]
             raise ConfigError(
                 f"add_tracking: {where}: expected {{backend: {{option: value}}}}, got {name!r}: {options!r}"
             )
-        refuse_literal_secrets(name, options)
         try:
-            plain = msgspec.json.decode(msgspec.json.encode(dict(options)))
-        except (TypeError, ValueError) as e:
-            raise ConfigError(
-                f"add_tracking: {where}: the options of {name!r} must be what JSON can hold, since they travel in the "
-                f"job: {e}"
-            ) from e
-        try:
-            registry.build_options(name, registry.load(name), plain)
+            checked[name] = registry.check_options(name, options)
         except (UnknownBackendError, PluginError) as e:
             # The site that runs it may well have it, and checks it before training.
             warnings.warn(f"trackhub: backend {name!r} cannot be checked here: {e}", UserWarning, stacklevel=3)
-        checked[name] = plain
+            checked[name] = dict(options)
     return checked
 
 

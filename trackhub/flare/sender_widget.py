@@ -7,7 +7,6 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,23 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.widgets.widget import Widget
 
-from trackhub.delivery.channel import ChannelError
-from trackhub.delivery.sender import Sender
-from trackhub.delivery.wire import Refused, encode
+from trackhub.delivery import (
+    SPOOL_ENV,
+    Channel,
+    ChannelError,
+    Limits,
+    RunStatus,
+    Sender,
+    SpoolInfo,
+    close_spool,
+    create_spool,
+    refusal,
+    spool_env,
+)
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
-from trackhub.limits import Limits
-from trackhub.run import RunStatus
-from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
-from trackhub.spool.writing import SPOOL_ENV, spool_env
 
 __all__ = ["TrackhubSender"]
 
@@ -53,7 +58,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             server_receiver: component id of the `TrackhubReceiver` on the server; None sends nothing to the server.
             client_receiver: component id of the `TrackhubReceiver` of this client; None if it has none.
             take_over: receive what FLARE's own writers log, which FLARE then does not send to the server.
-            limits: values for `trackhub.config.Limits` that differ from the defaults.
+            limits: values for `trackhub.limits.Limits` that differ from the defaults.
             state_dir: folder for the spool, at this site; by default in the job's run folder.
 
         Raises:
@@ -123,18 +128,16 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         compat.add_tail_handler(engine, _Tail(self))
         spool = self._create_spool(fl_ctx, site)
         if self.server_receiver is not None:
-            send = self._server_link(engine, self.server_receiver)
-            self._senders["server"] = Sender(spool, send, site=site, cursor="server", limits=self._limits)
+            send = self._server_channel(engine, self.server_receiver)
+            self._senders["server"] = Sender(spool, send, cursor="server", limits=self._limits)
         if self.client_receiver is not None:
             receiver = self._open_receiver(fl_ctx)
-            self._senders["client"] = Sender(
-                spool, receiver.channel(site), site=site, cursor="client", limits=self._limits
-            )
+            self._senders["client"] = Sender(spool, receiver.channel(site), cursor="client", limits=self._limits)
         for sender in self._senders.values():
             sender.start()
         self._stock.open(spool)
 
-    def _server_link(self, engine: Any, receiver: str) -> Callable[[bytes, float], bytes]:
+    def _server_channel(self, engine: Any, receiver: str) -> Channel:
         """Return what carries a request to the server's receiver and its reply back. A test may put faults into it."""
         channel = compat.Channel(engine, receiver)
 
@@ -142,7 +145,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             try:
                 return channel.request(request, timeout_s)
             except compat.NoReceiverError as e:
-                return encode(Refused("no_receiver", str(e)))
+                return refusal("no_receiver", str(e))
             except ConnectionError as e:
                 raise ChannelError(str(e)) from e
 
@@ -188,7 +191,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             wait.join()
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Drain the spool, say goodbye to the receivers, and end this client's own. Called when the trainer has ended."""
+        """Drain the spool, send the final message, and end this client's receiver. Called after the trainer ended."""
         if os.environ.get(SPOOL_ENV) == self._announced:
             del os.environ[SPOOL_ENV]
         self._stock.close()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a spool folder, and what is in them.
+"""The files of a spool folder, and how each is read and written. Both ends of the spool use it.
 
 ::
 
-    spool.json                  site, job, limits, and who reads: written by the sender before trainers start
-    round                       the current federated round (int64, -1 for none), mapped by every writer
-    <stream>-<segment>.spool    frames (see trackhub.records) after an 8-byte header; a new segment every few MiB
-    <stream>.ledger             what the writer counted: calls, and drops by reason; mapped, so that counting works
-                                even on a full disk
-    <n>.spare                   a block of the disk, to become a ledger or a cursor when the disk is full
-    <stream>-<seq>.blob         the bytes of an image or artifact; a ``.part`` until they are all there
-    <stream>.<cursor>.ack       how far one reader got: written by the reader
+    spool.json                  site, job, limit and readers; written by the sender before trainers start
+    round                       the current federated round (int64, -1 for none); mapped by every writer
+    <stream>-<segment>.spool    an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
+    <stream>.ledger             the writer's counts: log calls, and drops by reason; mapped
+    <n>.spare                   a reserved block of the disk, which becomes a ledger or cursor when the disk is full
+    <stream>-<seq>.blob         the bytes of an image or artifact
+    <random>.part               a blob that is being written
+    <stream>.<cursor>.ack       how far one reader got in a stream; written by the reader
     <cursor>.turn               the stream whose records this reader handed out last
 """
 
@@ -39,6 +39,7 @@ __all__ = [
     "blob_file",
     "close_spool",
     "create_spool",
+    "ledger_file",
     "read_ack",
     "read_spool_info",
     "segment_name",
@@ -46,22 +47,24 @@ __all__ = [
 ]
 
 DEFAULT_SPOOL_BYTES = 1 << 30
-_SPARES = 16  # two for each of the ranks that train on one machine
+_SPARES = 16  # a ledger and a cursor for each of eight ranks on one machine
 
 SEGMENT_HEADER = struct.pack("<4sHH", b"THSP", *FORMAT_VERSION)
 DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
-"""Why a writer drops a record: its own limit, no space left on the device, any other error of the file system, or a
-record of FLARE's own writers that no record can hold."""
+"""Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
+otherwise, or what another library logged cannot be converted into a record."""
 
 
 class SpoolInfo(msgspec.Struct, frozen=True):
     """What ``spool.json`` says.
 
     Attributes:
-        site, job: whose records lie here.
-        cursors: the names of the readers; a segment is deleted when all of them have had it acknowledged.
-        max_bytes: bound of all files together.
+        site: the site that logs here.
+        job: the job that it logs for.
+        cursors: the names of the readers. A segment is deleted when all of them have had it acknowledged.
+        max_bytes: limit of all files together.
         open: False once the job has ended; no new writer may start then.
+        format: version of the frames.
     """
 
     site: str
@@ -73,7 +76,11 @@ class SpoolInfo(msgspec.Struct, frozen=True):
 
 
 def create_spool(folder: Path, info: SpoolInfo) -> None:
-    """Create the spool folder, or take over an existing one of the same site and job after a restart.
+    """Create the spool folder. After a restart, use the existing one of the same site and job.
+
+    Args:
+        folder: where to create it.
+        info: what its ``spool.json`` is to say.
 
     Raises:
         SpoolError: the folder cannot be written, or belongs to another site or job.
@@ -88,13 +95,13 @@ def create_spool(folder: Path, info: SpoolInfo) -> None:
                     f"job {info.job!r}; give each its own folder"
                 )
             if old == info:
-                return  # after a restart; the disk may be full by now
-        partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may end at the same time
+                return  # write nothing: the disk may be full by now
+        partial = folder / f"spool.json.{threading.get_ident()}"  # a site's two senders may write at the same time
         partial.write_bytes(msgspec.json.encode(info))
         partial.replace(folder / "spool.json")
     except OSError as e:
         raise SpoolError(f"cannot create the spool in {folder}: {e}; check its permissions and free space") from e
-    with contextlib.suppress(OSError):  # it is full already: nothing is lost without them either
+    with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
         for i in range(_SPARES):
             (folder / f"{i}.spare").write_bytes(bytes(1))
 
@@ -103,7 +110,7 @@ def read_spool_info(folder: Path) -> SpoolInfo:
     """Return what ``spool.json`` in this folder says.
 
     Raises:
-        SpoolError: there is none, or it cannot be read.
+        SpoolError: there is no such file, or it cannot be read.
     """
     try:
         return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
@@ -112,10 +119,10 @@ def read_spool_info(folder: Path) -> SpoolInfo:
 
 
 def close_spool(folder: Path) -> None:
-    """Mark the spool's job as ended, so that a leftover environment variable leads no new writer to it.
+    """Mark the spool's job as ended, so that no new writer starts because of a leftover environment variable.
 
     Raises:
-        SpoolError: it cannot be written.
+        SpoolError: the folder is not a spool, or cannot be written.
     """
     info = read_spool_info(folder)
     create_spool(folder, msgspec.structs.replace(info, open=False))
@@ -126,37 +133,47 @@ def segment_name(stream: str, segment: int) -> str:
     return f"{stream}-{segment:06d}.spool"
 
 
+def ledger_file(folder: Path, stream: str) -> Path:
+    """Return the file that holds what a stream's writer counted."""
+    return folder / f"{stream}.ledger"
+
+
 def blob_file(folder: Path, name: str) -> Path:
     """Return the file that holds a blob's bytes until they are acknowledged."""
     return folder / f"{name}.blob"
 
 
 class RoundFile:
-    """The current federated round, shared by the sender (which sets it) and all writers of a site (which read it).
+    """The current federated round. The sender sets it, and all writers of the site read it.
 
-    Safe between processes: it is one aligned 8-byte value.
+    It is safe between processes, since it is one aligned 8-byte value.
     """
 
     _FORMAT = struct.Struct("=q")
 
     def __init__(self, folder: Path) -> None:
+        """Map the file, and create it if need be.
+
+        Raises:
+            OSError: it cannot be opened or created.
+        """
         path = folder / "round"
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if os.fstat(fd).st_size != self._FORMAT.size:
                 os.pwrite(fd, self._FORMAT.pack(-1), 0)
-            # A view of the mapped integer: every log call reads it, and this is thrice as quick as to unpack bytes.
+            # Every log call reads the round. A view of the mapped integer takes a third of the time of unpacking bytes.
             self._value = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("q")
         finally:
             os.close(fd)
 
     def get(self) -> int | None:
-        """Return the current round, None outside rounds."""
+        """Return the current round; None outside rounds."""
         value: int = self._value[0]
         return value if value >= 0 else None
 
     def set(self, value: int | None) -> None:
-        """Set the round that writers stamp from now on."""
+        """Set the round that writers put into their records from now on. None ends the round."""
         self._value[0] = -1 if value is None else value
 
     def close(self) -> None:
@@ -165,13 +182,25 @@ class RoundFile:
 
 
 class Ledger:
-    """A stream's counters in a mapped file: calls that returned, and drops by reason."""
+    """A stream's counts in a mapped file: log calls that returned, and drops by reason.
+
+    Counting goes on while the disk is full, since the file is mapped and has its block.
+    """
 
     _FORMAT = struct.Struct(f"={1 + len(DROP_REASONS)}Q")
     EMPTY = bytes(_FORMAT.size)
 
     def __init__(self, path: Path, *, create: bool) -> None:
-        # Written, not only sized: a hole would need a block later, on a disk that may be full by then.
+        """Map the file.
+
+        Args:
+            path: the file.
+            create: create it with zeros.
+
+        Raises:
+            OSError: it cannot be opened or created.
+        """
+        # The zeros are written, since a file that is only given a size gets its block later, when the disk may be full.
         fd = _write_start(path, self.EMPTY) if create else os.open(path, os.O_RDWR)
         try:
             self._counts = memoryview(mmap.mmap(fd, self._FORMAT.size)).cast("Q")
@@ -180,7 +209,7 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> tuple[int, dict[str, int]]:
-        """Return (calls that returned, drops by reason) from a ledger file; zeros if it is missing or short."""
+        """Return how many calls a ledger file counts, and its drops by reason. A missing or short file counts zero."""
         try:
             data = path.read_bytes()
         except OSError:
@@ -189,11 +218,11 @@ class Ledger:
         return logged, {reason: n for reason, n in zip(DROP_REASONS, dropped, strict=True) if n}
 
     def set(self, logged: int, dropped: list[int]) -> None:
-        """Store the counters."""
+        """Store how many calls there were, and the drops in the order of ``DROP_REASONS``."""
         self._FORMAT.pack_into(self._counts, 0, logged, *dropped)
 
     def set_logged(self, logged: int) -> None:
-        """Store the number of calls alone."""
+        """Store how many calls there were. The drops stay as they are."""
         self._counts[0] = logged
 
     def close(self) -> None:
@@ -205,7 +234,8 @@ class Ack(msgspec.Struct, array_like=True):
     """How far one reader got in one stream.
 
     Attributes:
-        segment, offset: where the next unacknowledged frame starts.
+        segment: the segment of the next unacknowledged frame.
+        offset: where that frame starts in the segment.
         next_seq: the ``seq`` of the next record to be acknowledged.
         acked: records that the receiver acknowledged.
         refused: records that the receiver refused, by reason.
@@ -228,9 +258,14 @@ def _ack_path(folder: Path, stream: str, cursor: str) -> Path:
 
 
 def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
-    """Return how far this reader got; the stream's beginning if it never got anywhere or the file is damaged.
+    """Return how far this reader got. Return the stream's beginning if the file is missing or damaged.
 
-    Beginning anew is safe: the receiver recognises what it has.
+    To begin anew is safe: the receiver recognises records that it has.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
     """
     try:
         data = _ack_path(folder, stream, cursor).read_bytes()
@@ -244,7 +279,13 @@ def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
 
 
 def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
-    """Store how far this reader got, in one ``pwrite``, so that a killed reader leaves the old or the new state.
+    """Store how far this reader got. One ``pwrite`` does it, so that a killed reader leaves the old or the new state.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
+        ack: how far it got.
 
     Raises:
         OSError: the file cannot be written.
@@ -254,12 +295,12 @@ def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:
 
 
 def _write_start(path: Path, data: bytes) -> int:
-    """Write a little at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
+    """Write a few bytes at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
 
-    Counting and freeing what is acknowledged must go on there, and both need a file for each stream.
+    Counting and deleting what is acknowledged must go on when the disk is full, and each needs a file per stream.
 
     Raises:
-        OSError: it cannot be written, and there is no spare.
+        OSError: the file cannot be written, and there is no spare.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -268,7 +309,7 @@ def _write_start(path: Path, data: bytes) -> int:
     except OSError:
         os.close(fd)
         for spare in path.parent.glob("*.spare"):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process took it
                 spare.replace(path)
                 return _write_start(path, data)
         raise

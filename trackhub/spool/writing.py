@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writer's end of the spool: an append-only file per writing process, at the site.
+"""The writer's end of the spool: append this process's records to files of its own.
 
-A log call becomes one ``write(2)`` to a file, and returns. What was written survives the death of the process; the
-sender (`trackhub.spool.reading`) tails the files and deletes what the receiver has acknowledged. `trackhub.spool.layout`
-describes the files.
+A log call becomes one ``write(2)`` and returns. What was written survives the death of the process. The sender reads
+the files through `trackhub.spool.reading`. `trackhub.spool.layout` describes them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import logging
 import os
 import threading
@@ -21,79 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from trackhub.errors import ConfigError, SpoolError
+from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
-from trackhub.records import Gap, Payload, Record
-from trackhub.spool.layout import (
-    DROP_REASONS,
-    SEGMENT_HEADER,
-    Ledger,
-    RoundFile,
-    blob_file,
-    read_ack,
-    read_spool_info,
-    segment_name,
-)
+from trackhub.records import Payload, Record
+from trackhub.spool.drops import NEVER, Drops, reason_of
+from trackhub.spool.layout import RoundFile, blob_file, ledger_file, read_ack, read_spool_info
+from trackhub.spool.room import Room
+from trackhub.spool.segments import SegmentFile
 
-__all__ = ["SPOOL_ENV", "NewBlob", "Spool", "find_spool", "set_process_spool", "spool_env"]
-
-SPOOL_ENV = "TRACKHUB_SPOOL"
-"""Environment variable by which a trainer finds its spool; its value is made by ``spool_env``."""
+__all__ = ["NewBlob", "SpoolWriter"]
 
 SEGMENT_BYTES = 8 << 20
-"""A segment is closed at this size, so that acknowledged bytes can be given back while training goes on."""
+"""A writer closes a segment at this size, so that acknowledged bytes can be deleted while training goes on."""
 
-_RESCAN_S = 0.5
-_WARN_EVERY_S = 60.0
+_CLOSED = "the writer is closed; records logged after close() cannot be delivered"
 _log = logging.getLogger(__name__)
-
-
-def spool_env(folder: Path, site: str, job: str) -> str:
-    """Return the value of ``SPOOL_ENV`` that leads a trainer of this site and job to the spool."""
-    return msgspec.json.encode({"dir": str(folder), "site": site, "job": job}).decode()
-
-
-_process_spool: Path | None = None
-
-
-def set_process_spool(folder: Path | None) -> None:
-    """Register the spool for writers in this very process, but not in its children.
-
-    The server uses it for its own run: an environment variable would leak into the simulator's clients, which inherit
-    the server's environment, and they would write as the server.
-    """
-    global _process_spool  # the one per-process fact: whose process this is
-    _process_spool = folder
-
-
-def find_spool() -> Path:
-    """Return the folder of the spool that belongs to this process.
-
-    Raises:
-        ConfigError: there is none: this is not a trainer of a FLARE job with tracking, or that job has ended.
-    """
-    if _process_spool is not None:
-        return _process_spool
-    value = os.environ.get(SPOOL_ENV)
-    if not value:
-        raise ConfigError(f"this process has no tracking (the environment variable {SPOOL_ENV} is not set)")
-    try:
-        claim = msgspec.json.decode(value)
-        folder, site, job = Path(claim["dir"]), claim["site"], claim["job"]
-    except (ValueError, TypeError, KeyError, msgspec.DecodeError) as e:
-        raise ConfigError(f"{SPOOL_ENV} is not what a FLARE client with tracking sets: {value!r}") from e
-    try:
-        info = read_spool_info(folder)
-    except SpoolError as e:
-        raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
-    if (info.site, info.job) != (site, job) or not info.open:
-        raise ConfigError(
-            f"{SPOOL_ENV} names the spool of site {site!r}, job {job!r}, but {folder} belongs to site {info.site!r}, "
-            f"job {info.job!r}{'' if info.open else ', which has ended'}"
-        )
-    return folder
 
 
 class NewBlob(NamedTuple):
@@ -103,7 +42,7 @@ class NewBlob(NamedTuple):
         key: the record's key, for messages.
         size: how many bytes to make room for.
         write: writes the bytes to a path.
-        payload: called after ``write`` with the blob's name; returns the record's payload.
+        payload: returns the record's payload, given the blob's name. Called after ``write``.
     """
 
     key: str
@@ -112,15 +51,33 @@ class NewBlob(NamedTuple):
     payload: Callable[[str], Payload]
 
 
-class Spool:
-    """Appends this process's records to its stream. Thread-safe; after a fork, the child writes a stream of its own.
+class SpoolWriter:
+    """Appends this process's records to a stream. Thread-safe. After a fork, the child writes a stream of its own.
 
-    Never raises for a full or failing disk, since training must go on: the record is dropped and counted, its ``seq``
-    is used up, and the gap is written into the stream once there is room again.
+    It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
+    its ``seq``. Once there is room again, it writes the gap into the stream.
+
+    Attributes:
+        folder: the spool's folder.
+        info: what ``spool.json`` said when the stream was opened.
+        stream: the id of this process's stream.
     """
 
+    # Whose turn it is. The lock is re-entrant, since a signal handler that logs may interrupt a call of its own thread.
+    #
+    #   idle     _busy is False: nobody appends.
+    #   busy     A call took the lock and set _busy. It appends, and then does what was deferred meanwhile.
+    #   deferred A call takes the lock and finds _busy set: it runs in a signal handler that interrupted the busy call
+    #            below it on the same stack. It puts its work into _deferred and returns.
+    #
+    # So no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
+
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Open a new stream in this folder. Touches the disk with the first ``append`` only.
+        """Open a new stream in this folder. Files are made with the first record.
+
+        Args:
+            folder: the spool's folder.
+            clock: seconds that only grow.
 
         Raises:
             SpoolError: the folder is not a spool.
@@ -128,57 +85,54 @@ class Spool:
         self.info = read_spool_info(folder)
         self.folder = folder
         self._clock = clock
-        self._segment_limit = min(SEGMENT_BYTES, max(self.info.max_bytes // 8, 1))
         try:
             self._round = RoundFile(folder)
         except (OSError, ValueError) as e:
             raise SpoolError(f"the file with the round in {folder} cannot be used: {e}") from e
-        self._warned_at = -_WARN_EVERY_S
         self._closed = False
-        self._start_stream()
-        _spools.add(self)
+        self._start_stream(NEVER)
+        _open_writers.add(self)
 
-    def _start_stream(self) -> None:
-        self._lock = threading.RLock()  # a signal handler that logs must not wait for the call that it interrupted
+    def _start_stream(self, warned_at: float) -> None:
+        self._lock = threading.RLock()
         self._busy = False
         self._deferred: list[Callable[[], object]] = []
         self.stream = uuid.uuid4().hex
         self._next_seq = 0
-        self._segment = -1
-        self._fd = -1
-        self._offset = self._segment_limit  # as of a full segment, so that the first record opens one
-        self._budget = 0
-        self._full_until = 0.0
-        self._dropped = [0] * len(DROP_REASONS)
-        self._gaps: list[tuple[int, Gap]] = []
-        self._warning: tuple[object, ...] | None = None
-        self._ledger: Ledger | None = None
+        segment_bytes = min(SEGMENT_BYTES, max(self.info.max_bytes // 8, 1))
+        self._segment = SegmentFile(self.folder, self.stream, segment_bytes)
+        self._room = Room(self.folder, self.info.max_bytes, segment_bytes, self._clock)
+        self._drops = Drops(ledger_file(self.folder, self.stream), self._clock, warned_at)
 
     def _after_fork(self) -> None:
         # The lock may be held by a thread that does not exist here, and the stream belongs to the parent.
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._start_stream()
+        self._segment.close()
+        self._start_stream(self._drops.warned_at)
 
     @property
     def next_seq(self) -> int:
-        """The number of records logged to this stream so far, the dropped ones included."""
+        """How many records were logged to this stream so far, with the dropped ones."""
         return self._next_seq
 
     @property
     def last_written(self) -> int:
-        """The ``seq`` up to which readers can get: where records were dropped last, the gap is not written yet."""
+        """The ``seq`` up to which readers can get. It stays behind ``next_seq`` while a gap is not written yet."""
         with self._lock:
-            return self._gaps[0][0] if self._gaps else self._next_seq
+            return self._drops.gaps[0][0] if self._drops.gaps else self._next_seq
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
 
-        One ``write(2)``: measured 2 us at the median. From a signal handler that interrupted another append of its
-        own thread, the record is appended right after that one.
+        It takes one ``write(2)``, measured at 2 us in the median. A call from a signal handler that interrupted another
+        call of its thread returns before its record is written; the interrupted call writes it.
+
+        Args:
+            payload: what was logged.
+            step: 0 to ``MAX_STEP``, or None.
+            log_time: unix seconds.
 
         Raises:
-            ValueError: the record is larger than a frame may be (``MAX_BODY_BYTES``); nothing was logged.
+            ValueError: the record is larger than ``MAX_BODY_BYTES``; nothing was logged.
             OverflowError: an integer in it does not fit into 64 bits; nothing was logged.
             SpoolError: the spool is closed.
         """
@@ -194,18 +148,16 @@ class Spool:
             finally:
                 self._busy = False
                 if self._deferred:
-                    self._catch_up()
-        if self._warning is not None:
+                    self._do_deferred()
+        if self._drops.warning is not None:
             self._warn()
 
     def append_blob(self, blob: NewBlob, step: int | None, log_time: float) -> None:
-        """Append a record whose bytes go to a file of their own.
-
-        Other threads do not wait while the bytes are written.
+        """Append a record whose bytes go to a file of their own. Other threads do not wait while they are written.
 
         Args:
             blob: what to store.
-            step: the step, already checked.
+            step: 0 to ``MAX_STEP``, or None.
             log_time: unix seconds.
 
         Raises:
@@ -218,52 +170,47 @@ class Spool:
             blob.write(partial)
         except OSError as e:
             partial.unlink(missing_ok=True)
-            error = e
-            self._in_turn(lambda: self._drop_for(error))
+            self._drop_in_turn(reason_of(e), str(e))
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         else:
-            self._in_turn(lambda: self._append_with(partial, blob.payload, step, log_time))
+            self._in_turn(lambda: self._append_stored(partial, blob, step, log_time))
 
-    def _reserve(self, size: int) -> bool:
-        error: OSError | None = None
-        with self._lock:
-            if self._closed:
-                raise SpoolError("the writer is closed; records logged after close() cannot be delivered")
-            try:
-                if self._has_room(size):
-                    self._budget -= size
-                    return True
-            except OSError as e:
-                error = e
-        self._in_turn(lambda: self._drop_for(error) if error else self._drop("spool_full", f"{size} bytes do not fit"))
-        return False
+    def drop(self, reason: str, detail: str) -> None:
+        """Count a record that was logged but cannot be stored. Never raises.
 
-    def _append_with(self, partial: Path, make: Callable[[str], Payload], step: int | None, at: float) -> None:
-        name = f"{self.stream}-{self._next_seq}"
-        path = blob_file(self.folder, name)
-        stored = False
-        try:
-            partial.replace(path)
-            stored = self._append(make(name), step, at)
-        except OSError as e:
-            self._drop_for(e)
-        finally:
-            if not stored:
-                partial.unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+        Args:
+            reason: one of ``DROP_REASONS``.
+            detail: what happened, for the log.
+        """
+        self._drop_in_turn(reason, detail)
+
+    def acked(self) -> int:
+        """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
+        return min((read_ack(self.folder, self.stream, c).next_seq for c in self.info.cursors), default=self._next_seq)
+
+    def close(self) -> None:
+        """Close the files. The sender delivers what was appended. Idempotent."""
+        self._in_turn(self._close)
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._segment.close()
+            self._round.close()
+            self._drops.close()
 
     def _in_turn(self, action: Callable[[], object]) -> None:
-        """Act under the lock; if a signal handler of this thread interrupted another action, right after that one."""
+        """Act under the lock. In a signal handler that interrupted another action, the interrupted call acts later."""
         with self._lock:
             self._deferred.append(action)
             if not self._busy:
-                self._catch_up()
-        if self._warning is not None:
+                self._do_deferred()
+        if self._drops.warning is not None:
             self._warn()
 
-    def _catch_up(self) -> None:
+    def _do_deferred(self) -> None:
         while self._deferred:
             self._busy = True
             try:
@@ -273,172 +220,109 @@ class Spool:
                 del self._deferred[0]
 
     def _append(self, payload: Payload, step: int | None, log_time: float) -> bool:
+        """Append one record, or drop it. Return whether it is in the stream."""
         if self._closed:
-            raise SpoolError("the writer is closed; records logged after close() cannot be delivered")
+            raise SpoolError(_CLOSED)
+        segment, room, drops = self._segment, self._room, self._drops
         seq = self._next_seq
-        now_round = self._round.get()
-        frame = encode_frame(Record(seq, log_time, step, now_round, payload))
-        if self._gaps:
-            gaps = b"".join(encode_frame(Record(at, log_time, None, now_round, gap)) for at, gap in self._gaps)
-            frame = gaps + frame
+        current_round = self._round.get()
+        frame = encode_frame(Record(seq, log_time, step, current_round, payload))
+        if drops.gaps:
+            frame = drops.gap_frames(log_time, current_round) + frame
         size = len(frame)
         try:
-            if size > self._budget and not self._has_room(size):
+            if size > room.left and not room.has(size):
                 self._drop("spool_full", f"its limit is {self.info.max_bytes} bytes")
                 return False
-            if self._offset + size > self._segment_limit:
-                self._next_segment()
-            written = os.write(self._fd, frame)
+            if segment.offset + size > segment.limit:
+                drops.open_ledger()
+                segment.open_next()
+            written = os.write(segment.fd, frame)
         except BaseException as e:
             if isinstance(e, OSError) and e.errno is not None:
-                self._drop_for(e)
+                self._drop(reason_of(e), str(e))
                 return False
-            # Else a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
-            if self._has_grown_by(size):
+            # Otherwise a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
+            if segment.has_grown_by(size):
                 self._next_seq = seq + 1
-                self._offset += size
-                self._gaps = []
+                segment.offset += size
+                drops.gaps = []
             raise
         if written != size:
-            self._cut_torn_frame()
+            segment.cut_torn_frame()
             self._drop("disk_full", f"{written} of {size} bytes could be written")
             return False
-        # No call in between: signal handlers, which may raise, run only at calls, and this must never be half done.
+        # No call stands between these lines: a signal handler, which may raise, runs only at a call, and they must all
+        # be done or none.
         self._next_seq = seq + 1
-        self._offset += size
-        self._budget -= size
-        self._gaps = []
-        if self._ledger is not None:
-            self._ledger.set_logged(seq + 1)
+        segment.offset += size
+        room.left -= size
+        drops.gaps = []
+        if drops.ledger is not None:
+            drops.ledger.set_logged(seq + 1)
         return True
 
-    def _has_grown_by(self, size: int) -> bool:
+    def _append_stored(self, partial: Path, blob: NewBlob, step: int | None, log_time: float) -> None:
+        """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
+        name = f"{self.stream}-{self._next_seq}"
+        path = blob_file(self.folder, name)
+        is_appended = False
         try:
-            return self._fd >= 0 and os.fstat(self._fd).st_size == self._offset + size
-        except OSError:
-            return False
+            partial.replace(path)
+            is_appended = self._append(blob.payload(name), step, log_time)
+        except OSError as e:
+            self._drop(reason_of(e), str(e))
+        finally:
+            if not is_appended:
+                partial.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
-    def _next_segment(self) -> None:
-        """Open the next segment. The old one keeps its descriptor until the new one exists."""
-        self._open_ledger()
-        while True:
-            path = self.folder / segment_name(self.stream, self._segment + 1)
+    def _reserve(self, size: int) -> bool:
+        """Make room for a blob. Without room, drop its record and return False."""
+        reason, detail = "spool_full", f"{size} bytes do not fit"
+        with self._lock:
+            if self._closed:
+                raise SpoolError(_CLOSED)
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-                break
-            except FileExistsError:
-                self._segment += 1  # left by an attempt that a signal handler broke off
-        try:
-            if os.write(fd, SEGMENT_HEADER) != len(SEGMENT_HEADER):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            raise
-        old, self._fd = self._fd, fd
-        self._segment += 1
-        self._offset = len(SEGMENT_HEADER)
-        if old >= 0:
-            with contextlib.suppress(OSError):  # of writes long since accepted; the new segment is in use already
-                os.close(old)
-
-    def _open_ledger(self) -> None:
-        if self._ledger is None:
-            self._ledger = Ledger(self.folder / f"{self.stream}.ledger", create=True)
-
-    def _cut_torn_frame(self) -> None:
-        """Restore the frame boundary after a short write; failing that, go on in a new segment."""
-        try:
-            os.ftruncate(self._fd, self._offset)
-        except OSError:
-            self._offset = self._segment_limit
-
-    def _has_room(self, size: int) -> bool:
-        if size <= self._budget:
-            return True
-        now = self._clock()
-        if now < self._full_until:
-            return False
-        used = 0
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # the sender deletes acknowledged segments meanwhile
-                    used += entry.stat().st_size
-        left = max(0, self.info.max_bytes - used)
-        # Other processes may write here as well: take a part of what is left, or what is asked for, then look again.
-        self._budget = min(left, max(self._segment_limit, left // 4, size))
-        if size <= self._budget:
-            return True
-        self._full_until = now + _RESCAN_S
+                if self._room.has(size):
+                    self._room.left -= size
+                    return True
+            except OSError as e:
+                reason, detail = reason_of(e), str(e)
+        self._drop_in_turn(reason, detail)
         return False
-
-    def drop(self, reason: str, detail: str) -> None:
-        """Count a record that was logged but cannot be stored, for one of ``DROP_REASONS``. Never raises."""
-        self._in_turn(lambda: self._drop(reason, detail))
-
-    def _drop_for(self, error: OSError) -> None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        self._drop("disk_full" if full else "io_error", str(error))
 
     def _drop(self, reason: str, detail: str) -> None:
         seq = self._next_seq
         self._next_seq = seq + 1
-        self._dropped[DROP_REASONS.index(reason)] += 1
-        if self._gaps and self._gaps[-1][1].reason == reason:
-            first, gap = self._gaps[-1]
-            self._gaps[-1] = (first, Gap(gap.count + 1, reason))
-        else:
-            self._gaps.append((seq, Gap(1, reason)))
-        with contextlib.suppress(OSError):  # on a full disk; the gap in the stream will tell
-            self._open_ledger()
-        if self._ledger is not None:
-            self._ledger.set(self._next_seq, self._dropped)
-        now = self._clock()
-        if now - self._warned_at >= _WARN_EVERY_S:
-            self._warned_at = now
-            self._warning = reason, detail, self.folder, sum(self._dropped)
+        self._drops.add(seq, reason, detail)
+
+    def _drop_in_turn(self, reason: str, detail: str) -> None:
+        self._in_turn(lambda: self._drop(reason, detail))
 
     def _warn(self) -> None:
-        """Say that a record was dropped: without the lock, since a log handler may log to the run itself.
+        """Say that a record was dropped, without the lock held: a log handler may itself log to the run.
 
-        Else the handler's lock and this one would be taken in one order here, and in the other by whoever logs a line.
+        With the lock held, this thread would take the lock and then the handler's lock; a thread that logs a line takes
+        them in the other order, and the two would wait for each other.
         """
         if self._busy:
-            return  # in a signal handler: the call that it interrupted has the lock, and comes here after it
-        warning, self._warning = self._warning, None
+            return  # in a signal handler: the call that it interrupted holds the lock, and warns afterwards
+        warning, self._drops.warning = self._drops.warning, None
         if warning is not None:
+            reason, detail, total = warning
             _log.warning(
-                "tracking dropped a record (%s: %s) in %s; %d dropped by this process so far; training goes on",
-                *warning,
-            )
-
-    def acked(self) -> int:
-        """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
-        return min((read_ack(self.folder, self.stream, c).next_seq for c in self.info.cursors), default=self._next_seq)
-
-    def close(self) -> None:
-        """Close the files. What was appended stays for the sender. Idempotent."""
-        self._in_turn(self._close)
-
-    def _close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._round.close()
-        if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
+                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on",
+                reason, detail, self.folder, total,
+            )  # fmt: skip
 
 
-_spools: weakref.WeakSet[Spool] = weakref.WeakSet()
+_open_writers: weakref.WeakSet[SpoolWriter] = weakref.WeakSet()
 
 
-def _renew_spools_after_fork() -> None:
-    for spool in list(_spools):
-        spool._after_fork()
+def _start_streams_after_fork() -> None:
+    for writer in list(_open_writers):
+        writer._after_fork()
 
 
-os.register_at_fork(after_in_child=_renew_spools_after_fork)
+os.register_at_fork(after_in_child=_start_streams_after_fork)

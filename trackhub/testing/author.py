@@ -50,7 +50,7 @@ class ContractHooks:
         patience_s: seconds within which every call must return, whatever the peer does.
     """
 
-    backend: ClassVar[type[Backend]]
+    backend: ClassVar[type[Backend[Any]]]
     name: ClassVar[str] = "backend"
     cannot_tell: ClassVar[Mapping[str, str]] = {}
     secret_env: ClassVar[Sequence[str]] = ()

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
-from trackhub.delivery.lane.adaptation import key_fitter
-from trackhub.records import Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.delivery.lane.keys import key_fitter
+from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spi import Capabilities
 from trackhub.testing.author import ContractHooks
 from trackhub.testing.log_calls import Call
@@ -18,17 +18,6 @@ from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Po
 __all__ = ["Expected", "expect", "kind_of"]
 
 _T = TypeVar("_T")
-
-_KINDS: dict[type, Kind] = {
-    Metrics: Kind.METRICS,
-    Params: Kind.PARAMS,
-    Tags: Kind.TAGS,
-    Text: Kind.TEXT,
-    Image: Kind.IMAGE,
-    Histogram: Kind.HISTOGRAM,
-    Table: Kind.TABLE,
-    Artifact: Kind.ARTIFACT,
-}
 
 
 class Expected(NamedTuple):
@@ -41,7 +30,7 @@ class Expected(NamedTuple):
 
 def kind_of(payload: Payload) -> Kind:
     """Return the kind of a payload."""
-    return _KINDS[type(payload)]
+    return KIND_OF[type(payload)]
 
 
 def expect(
@@ -77,7 +66,7 @@ class _Core:
 
     def __init__(self, can: Capabilities) -> None:
         self.can = can
-        self.fit = key_fitter(can)
+        self.fit = {kind: key_fitter(can.key_rules.get(kind, can.key_rule)) for kind in Kind}
         self.ordinals: dict[tuple[str, str], int] = {}
         self.highest: dict[str, int] = {}
         self.params: dict[str, object] = {}
@@ -115,7 +104,7 @@ def _add(
     step = None if step is None else hooks.canonical_step(step)
 
     def name(key: str) -> str:
-        return hooks.canonical_key(kind_of(payload), core.fit(key))
+        return hooks.canonical_key(kind_of(payload), core.fit[kind_of(payload)](key))
 
     match payload:
         case Metrics(values):

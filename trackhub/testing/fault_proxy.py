@@ -7,11 +7,24 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
 from trackhub.errors import PermanentError
-from trackhub.spi import Backend, BackendContext, BackendRun, Entry, Rejection, Results, RunInfo, RunStatus, WriteReport
+from trackhub.spi import (
+    Backend,
+    BackendContext,
+    BackendRun,
+    Confirmation,
+    ConfirmedBy,
+    Entry,
+    Rejection,
+    Results,
+    RunInfo,
+    RunStatus,
+    WriteReport,
+)
 
 __all__ = ["KillPoint", "Watch", "watched"]
 
@@ -87,10 +100,10 @@ class Watch:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watched(cls: type[Backend], watch: Watch) -> type[Backend]:
+def watched(cls: type[Backend[Any]], watch: Watch) -> type[Backend[Any]]:
     """Return a backend class that does what ``cls`` does, under this watch."""
 
-    class Watched(Backend):
+    class Watched(Backend[Any]):
         spi = cls.spi
         Options = cls.Options
         contract = cls.contract
@@ -116,7 +129,7 @@ def watched(cls: type[Backend], watch: Watch) -> type[Backend]:
             with watch.noting():
                 run = self._inner.open_run(info)
             watch.runs.append(run)
-            buffers = type(run).flush is not BackendRun.flush
+            buffers = self.capabilities.confirmed_by is ConfirmedBy.FLUSH
             return (_BufferingRun if buffers else _Run)(run, info.run_id, watch)
 
         def results(self, info: RunInfo) -> Results | None:
@@ -172,7 +185,8 @@ class _BufferingRun(_Run):
 
     confirms_by_write = False
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         with self._watch.noting():
-            self.inner.flush()
+            confirmation = self.inner.flush()
         self._watch.reached("confirmed", self._last)
+        return confirmation

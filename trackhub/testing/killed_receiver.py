@@ -17,11 +17,12 @@ import time
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.limits import Limits
-from trackhub.spi import Backend
+from trackhub.spi import Backend, JobInfo
 from trackhub.testing.fault_proxy import Watch, watched
 from trackhub.testing.receiver_rig import Child, KitReceiver, read_child
 
@@ -39,7 +40,7 @@ def main() -> int:
         watched(_load(child), watch),
         Path(child.folder),
         Path(child.workdir),
-        job=child.job,
+        job=JobInfo(child.job),
         side=child.side,
         backends={child.name: child.options},
         limits=Limits(flush_s=0.05, preflight_s=_PATIENCE_S),
@@ -61,7 +62,7 @@ def _is_delivered(child: Child) -> bool:
     return bool(lane) and all(run.pending == 0 for run in lane.values())
 
 
-def _load(child: Child) -> type[Backend]:
+def _load(child: Child) -> type[Backend[Any]]:
     """Import the backend's class, by its module's name or else from its file, as for a module of tests."""
     module: ModuleType
     try:

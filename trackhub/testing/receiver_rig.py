@@ -21,10 +21,10 @@ from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
-from trackhub.delivery.wire import Accepted, Bye, Request, SiteLedger, decode_reply, encode
+from trackhub.delivery.wire import Accepted, Final, Request, SiteCounts, decode_reply, encode
 from trackhub.limits import Limits
-from trackhub.run import RunInfo, RunKey, RunStatus, Side
-from trackhub.spi import Backend, BackendContext, Capabilities
+from trackhub.run import RunInfo, RunStatus, Side
+from trackhub.spi import Backend, BackendContext, Capabilities, JobInfo
 from trackhub.testing.author import ContractHooks, StoreContext
 from trackhub.testing.fault_proxy import KillPoint, Watch, watched
 from trackhub.testing.log_calls import BASE_TIME, Call, Stream
@@ -65,15 +65,15 @@ class Child(msgspec.Struct, frozen=True):
 class KitReceiver(Receiver):
     """A receiver whose one backend is a given class, installed or not."""
 
-    def __init__(self, cls: type[Backend], folder: Path, workdir: Path, **rest: Any) -> None:
-        super().__init__(folder, workdir, **rest)
+    def __init__(self, cls: type[Backend[Any]], folder: Path, workdir: Path, **rest: Any) -> None:
+        super().__init__(workdir, state_dir=folder, **rest)
         self._cls = cls
-        self.backend: Backend | None = None
+        self.backend: Backend[Any] | None = None
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend:
-        context = BackendContext(self._workdir / name, self.job, self._side)
+    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
+        context = BackendContext(self._run_dir / name, self.job, self._side)
         context.workdir.mkdir(parents=True, exist_ok=True)
-        self.backend = self._cls(registry.build_options(name, self._cls, options, resolve=True), context)
+        self.backend = self._cls(registry.build_options(name, self._cls, options), context)
         return self.backend
 
 
@@ -111,12 +111,12 @@ class KitRig:
         self._hooks = hooks
         self._options = {**options, **hooks.extra_options}
         self._folder = root / "trackhub"
-        self.context = StoreContext(root / hooks.name, job, side, options=self._options)
+        self.context = StoreContext(root / hooks.name, JobInfo(job), side, options=self._options)
         self._receiver = KitReceiver(
             watched(hooks.backend, self.watch),
             self._folder,
             root,
-            job=job,
+            job=JobInfo(job),
             side=side,
             backends={hooks.name: self._options} if deliver else {},
             limits=Limits(flush_s=0.05, preflight_s=hooks.deadline_s),
@@ -198,9 +198,9 @@ class KitRig:
         failed: Sequence[str] = (),
         deadline_s: float | None = None,
     ) -> DeliveryReport:
-        """End the job: every site says good-bye, those in ``failed`` with an error. Check that the counts add up."""
+        """End the job: every site sends its final message, those in ``failed`` with an error. Check that the counts add up."""
         for site, calls in self.logged.items():
-            self._send(site, Bye(SiteLedger(logged=len(calls), acked=len(calls)), failed=site in failed))
+            self._send(site, Final(SiteCounts(logged=len(calls), acked=len(calls)), failed=site in failed))
         self.report = self._receiver.finish(
             status, deadline_s=self._hooks.deadline_s if deadline_s is None else deadline_s
         )
@@ -215,7 +215,7 @@ class KitRig:
     def info(self, site: str) -> RunInfo:
         """Return what identifies a site's run."""
         created = next((call.time for _, call in self.logged.get(site, ()) if call.time is not None), BASE_TIME)
-        return RunInfo(RunKey(self.job, site), self.side, created, 0, BlobStore(self._folder / "blobs").folder(site))
+        return RunInfo(JobInfo(self.job), site, self.side, created, 0, BlobStore(self._folder / "blobs").folder(site))
 
     def read(self, site: str) -> ReadBack:
         """Return what the store holds of this site's run, by the author's own door.

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from trackhub.errors import ConfigError, SpoolError
-from trackhub.spool.writing import Spool, find_spool
+from trackhub.spool.announcement import find_spool
+from trackhub.spool.writing import SpoolWriter
 
 __all__ = ["MODE_ENV", "open_spool"]
 
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 _has_warned = False
 
 
-def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> Spool | None:
+def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> SpoolWriter | None:
     """Open the spool of a new writer. Return None if the writer is to record nothing.
 
     Args:
@@ -42,11 +43,11 @@ def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> Spo
         SpoolError: ``spool_dir`` was given and is not a spool.
     """
     if spool_dir is not None:
-        return Spool(Path(spool_dir))
+        return SpoolWriter(Path(spool_dir))
     if _is_disabled():
         return None
     try:
-        return Spool(find_spool())
+        return SpoolWriter(find_spool())
     except (ConfigError, SpoolError) as e:
         if strict:
             raise ConfigError(f"Writer(strict=True) found no spool to record into: {e}. {_HOW}") from e

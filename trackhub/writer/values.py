@@ -2,8 +2,8 @@
 """Read what training code hands to `Writer`: which values are accepted, and what plain values they become.
 
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
-an argument that it does not accept; the message names the key, the value and what was expected. Helpers take the first
-words of that message as ``what`` and ``key``. Images and files are read in `trackhub.writer.images` and
+an argument that it does not accept. The message names the key, the value and what was expected. A ``what`` parameter
+is the first word of that message. Images and files are read in `trackhub.writer.images` and
 `trackhub.writer.artifacts`.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_KEY_CHARS, MAX_STEP, Histogram, Params, Table, Tags, Text
+from trackhub.records import MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
 
 __all__ = [
     "param_or_text",
@@ -148,17 +148,14 @@ def read_key(key: Any) -> str:
     """Return a key as a plain str.
 
     Raises:
-        RecordError: it is not a str, or not a key as `trackhub.records` defines it.
+        RecordError: it is not a str, or ``trackhub.records.key_problem`` finds a problem.
     """
     if not isinstance(key, str):
         raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
-    if not key:
-        raise RecordError("a key is empty; expected a name such as 'train/loss'")
-    if len(key) > MAX_KEY_CHARS:
-        raise RecordError(f"key {key[:40]!r}... has {len(key)} characters; expected at most {MAX_KEY_CHARS}")
-    if not key.isprintable():
-        raise RecordError(f"key {key!r:.200} contains control or unprintable characters; expected printable text")
-    return str.__str__(key)
+    plain = str.__str__(key)  # the encoder takes no subclass of str
+    if problem := key_problem(plain):
+        raise RecordError(f"key {shown(plain)} {problem}")
+    return plain
 
 
 def read_step(step: Any) -> int | None:
@@ -217,7 +214,8 @@ def plain_text(what: str, key: Any, text: str) -> str:
 def shown(value: Any) -> str:
     """Return the beginning of a value's ``repr`` for a message. Never raises."""
     try:
-        return repr(value)[:_SHOWN_CHARS]
+        text = repr(value)
+        return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
     except Exception as e:  # noqa: BLE001  # a foreign class may raise anything; an int of 5000 digits raises ValueError
         return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
 
@@ -246,7 +244,7 @@ def _read_number(what: str, key: Any, value: Any) -> float:
         try:
             return float(plain)
         except OverflowError as e:
-            raise RecordError(f"{what} {key!r}: {shown(plain)}... is too large for a float64") from e
+            raise RecordError(f"{what} {key!r}: {shown(plain)} is too large for a float64") from e
     raise RecordError(
         f"{what} {key!r}: {shown(value)} is a {type(value).__name__}; expected a number (bool, int, float, or a numpy "
         "or torch value with one element)"
@@ -302,7 +300,7 @@ def _read_tag(key: Any, value: Any) -> str:
     value = _unwrap("tag", key, value)
     if _is_plain(value):
         return plain_text("tag", key, value if isinstance(value, str) else str(value))
-    raise RecordError(f"tag {key!r}: {shown(value)} is a {type(value).__name__}; expected a str")
+    raise RecordError(f"tag {key!r}: {shown(value)} is a {type(value).__name__}; expected a str; use str()")
 
 
 def _read_cell(what: str, key: Any, value: Any) -> Any:

@@ -39,35 +39,37 @@ _Arguments = ParamSpec("_Arguments")
 class Writer:
     """Logs metrics, params, images and more from a training script, whatever the backend.
 
-    ::
+    Use it as a context manager, or call ``close``::
 
         with trackhub.Writer() as writer:
             writer.log_params({"lr": 0.1})
             for step, batch in enumerate(batches):
                 writer.log({"train/loss": train(batch)}, step)
 
-    **Where records go.** In a FLARE job with tracking, the writer finds the spool of its site by itself. Elsewhere,
-    ``Writer()`` records nothing, so that the same script also runs without tracking: every call returns at once and
-    ``flush`` returns True. One warning per process names the ways to turn tracking on. Set the environment variable
-    ``TRACKHUB_MODE=disabled`` to record nothing without a warning, also in a job with tracking. Pass ``strict=True``
-    where a script must not run untracked.
+    In a FLARE job with tracking, ``Writer()`` finds the spool of its site by itself. While a ``trackhub.local`` is open
+    in the same process, it records into that run. Everywhere else it records nothing, so that the same script also runs
+    without tracking. Then every call returns at once and does not look at its arguments, and ``flush`` returns True.
 
-    **What a call promises.** When a log call returns, its record survives the death of this process. A call with a bad
-    argument raises `RecordError` and records nothing. A full disk raises nothing: the record is dropped and counted,
-    and training goes on. No log call waits for a network or a backend.
+    A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. Pass
+    ``strict=True`` to get an error instead. Set the environment variable ``TRACKHUB_MODE=disabled`` to record nothing
+    without a warning, also where there is tracking.
 
-    **Threads and processes.** All methods may be called from any thread, and from signal handlers. A forked child may
-    go on with its parent's writer. Close the writer, or use it as a context manager; a writer that is never closed
-    loses nothing.
+    When a log call returns, its record survives the death of this process. No log call waits for a network or a
+    backend. A bad argument raises `RecordError`, and nothing is recorded. A full disk or a full spool raises nothing:
+    the record is dropped and counted, and training goes on.
+
+    All methods may be called from any thread and from signal handlers. A forked child may go on with the writer of its
+    parent. A writer that is never closed loses nothing.
     """
 
     def __init__(self, spool_dir: str | os.PathLike[str] | None = None, *, strict: bool = False) -> None:
         """Open the spool for this process's records.
 
         Args:
-            spool_dir: the spool's folder. None takes the one that was announced to this process: a trainer in a FLARE
-                job with tracking has one. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
-            strict: raise where there is no spool to record into, instead of recording nothing with a warning.
+            spool_dir: the spool's folder. None takes the spool that was announced to this process, as described
+                above. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
+            strict: raise where there is no spool, instead of recording nothing with a warning. It has no effect under
+                ``TRACKHUB_MODE=disabled``: whoever runs the script has decided.
 
         Raises:
             ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` is neither ``enabled``

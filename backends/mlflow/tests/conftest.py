@@ -13,7 +13,7 @@ from trackhub_mlflow.run import MLflowRun
 from trackhub_mlflow.sqlite import SqliteStore
 
 from tests.support.mlflow_server import JOB, Database, Server
-from trackhub.spi import BackendContext, Blob, Entry, Payload, RunInfo, RunKey, Side
+from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Payload, RunInfo, Side
 
 T0 = 1_700_000_000.0
 
@@ -27,14 +27,14 @@ class Rig:
         for folder in (self.workdir, self.blob_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self.job, self.side = job, side
-        self.backend = MLflowBackend(MLflowOptions(**options), BackendContext(self.workdir, job, side))
+        self.backend = MLflowBackend(MLflowOptions(**options), BackendContext(self.workdir, JobInfo(job), side))
 
     @property
     def database(self) -> Database:
         return Database(self.workdir / "mlflow.db")
 
     def info(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> RunInfo:
-        return RunInfo(RunKey(self.job, site), self.side, created, resume_from, self.blob_dir)
+        return RunInfo(JobInfo(self.job), site, self.side, created, resume_from, self.blob_dir)
 
     def open(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> MLflowRun:
         return self.backend.open_run(self.info(site, resume_from=resume_from, created=created))

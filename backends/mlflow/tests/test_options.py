@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 
-from trackhub.spi import BackendContext, Side
+from trackhub.spi import BackendContext, JobInfo, Side
 
 
 def test_the_backend_is_found_by_its_name() -> None:
@@ -57,7 +57,7 @@ def test_a_uri_that_cannot_work_is_refused_with_what_to_give_instead(uri: str, s
 
 def test_a_login_in_the_uri_is_never_shown(tmp_path: Path) -> None:
     options = MLflowOptions(tracking_uri="https://me:hidden@host/mlflow/")
-    backend = MLflowBackend(options, BackendContext(tmp_path, "job", Side.SERVER))
+    backend = MLflowBackend(options, BackendContext(tmp_path, JobInfo("job"), Side.SERVER))
 
     with pytest.raises(ValueError, match="ftp") as caught:
         MLflowOptions(tracking_uri="ftp://me:hidden@host")
@@ -66,9 +66,10 @@ def test_a_login_in_the_uri_is_never_shown(tmp_path: Path) -> None:
 
 def test_a_relative_store_lies_in_the_run_folder(tmp_path: Path) -> None:
     backend = MLflowBackend(
-        MLflowOptions(tracking_uri="sqlite:///shared/all.db"), BackendContext(tmp_path / "mlflow", "job", Side.CLIENT)
+        MLflowOptions(tracking_uri="sqlite:///shared/all.db"),
+        BackendContext(tmp_path / "mlflow", JobInfo("job"), Side.CLIENT),
     )
 
     assert backend._file == tmp_path / "shared" / "all.db"
     absolute = MLflowOptions(tracking_uri=f"sqlite:///{tmp_path}/x.db")
-    assert MLflowBackend(absolute, BackendContext(tmp_path, "job", Side.CLIENT))._file == tmp_path / "x.db"
+    assert MLflowBackend(absolute, BackendContext(tmp_path, JobInfo("job"), Side.CLIENT))._file == tmp_path / "x.db"

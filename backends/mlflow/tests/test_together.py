@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 SINK = """
 import sys
 from pathlib import Path
-from trackhub.spi import Entry, Metrics, RunInfo, RunKey, RunStatus, Side, BackendContext
+from trackhub.spi import JobInfo, Entry, Metrics, RunInfo, RunKey, RunStatus, Side, BackendContext
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 workdir, uri, experiment, job, site, skew = sys.argv[1:]
 options = MLflowOptions(tracking_uri=uri, experiment_name=experiment)
-backend = MLflowBackend(options, BackendContext(Path(workdir), job, Side.CLIENT))
+backend = MLflowBackend(options, BackendContext(Path(workdir), JobInfo(job), Side.CLIENT))
 print("ready", flush=True)
 sys.stdin.readline()
-run = backend.open_run(RunInfo(RunKey(job, site), Side.CLIENT, 1_700_000_000.0 + float(skew), 0, Path(workdir)))
+run = backend.open_run(RunInfo(JobInfo(job), site, Side.CLIENT, 1_700_000_000.0 + float(skew), 0, Path(workdir)))
 print("open", flush=True)
 sys.stdin.readline()
 run.write([Entry(0, 1_700_000_000.0, 0, None, Metrics({"x": float(skew)}), "s", 0)])
@@ -38,7 +38,7 @@ run.finish(RunStatus.FINISHED)
 """
 
 
-def run_rigs(workdir: Path, uri: str, job: str, *, rigs: int) -> None:
+def run_receivers(workdir: Path, uri: str, job: str, *, receivers: int) -> None:
     """Let all of them open their runs at once, and end once all are open."""
     started = [
         subprocess.Popen(
@@ -47,30 +47,30 @@ def run_rigs(workdir: Path, uri: str, job: str, *, rigs: int) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for n in range(rigs)
+        for n in range(receivers)
     ]
     try:
         for word in ("ready", "open"):
-            for rig in started:
-                assert rig.stdout is not None
-                assert rig.stdout.readline().strip() == word
-            for rig in started:
-                assert rig.stdin is not None
-                rig.stdin.write("go\n")
-                rig.stdin.flush()
-        for rig in started:
-            rig.communicate(timeout=60)
-            assert rig.returncode == 0
+            for receiver in started:
+                assert receiver.stdout is not None
+                assert receiver.stdout.readline().strip() == word
+            for receiver in started:
+                assert receiver.stdin is not None
+                receiver.stdin.write("go\n")
+                receiver.stdin.flush()
+        for receiver in started:
+            receiver.communicate(timeout=60)
+            assert receiver.returncode == 0
     finally:
-        for rig in started:
-            rig.kill()
-            rig.communicate()
+        for receiver in started:
+            receiver.kill()
+            receiver.communicate()
 
 
-def check(database: Database, job: str, *, rigs: int) -> None:
+def check(database: Database, job: str, *, receivers: int) -> None:
     (parent,) = database.parents(job)
     assert parent.status == "FINISHED"
-    for n in range(rigs):
+    for n in range(receivers):
         run = database.site_run(f"site-{n}", job)
         assert run.status == "FINISHED"
         assert run.experiment == f"experiment of {job}"
@@ -80,20 +80,20 @@ def check(database: Database, job: str, *, rigs: int) -> None:
 
 def test_receivers_that_start_at_once_on_a_server_share_experiment_and_parent(server: Server, tmp_path: Path) -> None:
     for attempt in range(2):
-        run_rigs(tmp_path, server.url, f"together-{attempt}", rigs=4)
-        check(server.database, f"together-{attempt}", rigs=4)
+        run_receivers(tmp_path, server.url, f"together-{attempt}", receivers=4)
+        check(server.database, f"together-{attempt}", receivers=4)
 
 
 def test_receivers_that_start_at_once_on_one_file_share_experiment_and_parent(
     make_rig: Callable[..., Rig], tmp_path: Path
 ) -> None:
     """Also when the file is still to be made."""
-    rig = make_rig(empty=True)
+    receiver = make_rig(empty=True)
 
-    run_rigs(rig.workdir, f"sqlite:///{rig.workdir}/mlflow.db", "job", rigs=2)
+    run_receivers(receiver.workdir, f"sqlite:///{receiver.workdir}/mlflow.db", "job", receivers=2)
 
-    check(rig.database, "job", rigs=2)
-    assert [file.name for file in rig.workdir.iterdir()] == ["mlflow.db"]
+    check(receiver.database, "job", receivers=2)
+    assert [file.name for file in receiver.workdir.iterdir()] == ["mlflow.db"]
 
 
 class SlowStore:
@@ -133,21 +133,21 @@ class SlowStore:
 
 
 @pytest.mark.parametrize("receivers", [2, 8])
-def test_all_who_create_a_run_at_once_agree_on_one(rigs: int) -> None:
-    store = SlowStore(threading.Barrier(rigs))
+def test_all_who_create_a_run_at_once_agree_on_one(receivers: int) -> None:
+    store = SlowStore(threading.Barrier(receivers))
     chosen: list[str] = []
 
     def ask(start_ms: int) -> None:
         run = find_or_create(store, "1", "tag", "identity", store.create(start_ms), patience_s=10)  # type: ignore[arg-type]
         chosen.append(run.id)
 
-    threads = [threading.Thread(target=ask, args=(n % 3,)) for n in range(rigs)]
+    threads = [threading.Thread(target=ask, args=(n % 3,)) for n in range(receivers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
 
-    assert len(chosen) == rigs
+    assert len(chosen) == receivers
     assert len(set(chosen)) == 1
     assert sorted({*store.deleted, *chosen}) == sorted(store.runs)
     assert [run_id for run_id, tags in store.runs.items() if "tag" in tags and PENDING_TAG not in tags] == [chosen[0]]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 from trackhub_tensorboard.backend import TensorBoardRun
 
-from trackhub.spi import BackendContext, Blob, Entry, Params, Payload, RunInfo, RunKey, Side, Tags
+from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Params, Payload, RunInfo, Side, Tags
 
 JOB = "job-1"
 
@@ -25,10 +25,10 @@ class Rig:
         self.workdir.mkdir(parents=True)
         self.blob_dir.mkdir()
         self.side = side
-        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), BackendContext(self.workdir, JOB, side))
+        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), BackendContext(self.workdir, JobInfo(JOB), side))
 
     def info(self, site: str = "site-1", job: str = JOB) -> RunInfo:
-        return RunInfo(RunKey(job, site), self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
+        return RunInfo(JobInfo(job), site, self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
 
     def open(self, site: str = "site-1", job: str = JOB) -> TensorBoardRun:
         return self.backend.open_run(self.info(site, job))

@@ -29,8 +29,8 @@ from trackhub.spi import Entry, Metrics, RunInfo, RunKey, Side, BackendContext
 from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 
 root = Path(sys.argv[1])
-backend = TensorBoardBackend(TensorBoardOptions(), BackendContext(root, "job-1", Side.SERVER))
-run = backend.open_run(RunInfo(RunKey("job-1", "site-1"), Side.SERVER, 1000.0, 0, root))
+backend = TensorBoardBackend(TensorBoardOptions(), BackendContext(root, JobInfo("job-1"), Side.SERVER))
+run = backend.open_run(RunInfo(JobInfo("job-1"), "site-1", Side.SERVER, 1000.0, 0, root))
 position = run.next_position()
 while True:
     run.write([Entry(p, 1000.0, p, None, Metrics({"x": float(p)}), "s", p) for p in range(position, position + 200)])

@@ -13,7 +13,7 @@ from trackhub_wandb import WandBBackend, WandBOptions
 from trackhub_wandb.sdk import abandon_runs, import_sdk
 
 from tests.support.wandb_emulator import Emulator
-from trackhub.spi import BackendContext, Blob, Entry, Metrics, Payload, RunInfo, RunKey, Side
+from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Metrics, Payload, RunInfo, Side
 
 JOB = "job-1"
 T0 = 1_700_000_000.5
@@ -56,13 +56,13 @@ class Rig:
 
     def backend(self, **options: Any) -> WandBBackend:
         """Return a backend in this folder."""
-        backend = WandBBackend(WandBOptions(**options), BackendContext(self.wandb_dir, JOB, Side.SERVER))
+        backend = WandBBackend(WandBOptions(**options), BackendContext(self.wandb_dir, JobInfo(JOB), Side.SERVER))
         self.backends.append(backend)
         return backend
 
     def info(self, site: str = "site-1", resume_from: int = 0) -> RunInfo:
         """Return what identifies a site's run."""
-        return RunInfo(RunKey(JOB, site), Side.SERVER, T0, resume_from, self.blobs)
+        return RunInfo(JobInfo(JOB), site, Side.SERVER, T0, resume_from, self.blobs)
 
     def blob(self, content: bytes, media_type: str) -> Blob:
         """Store a blob, as the core does before it hands over the record."""

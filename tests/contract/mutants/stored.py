@@ -36,7 +36,6 @@ from trackhub.spi import (
     Params,
     PermanentError,
     RunInfo,
-    RunKey,
     Table,
     Tags,
     Text,
@@ -197,8 +196,8 @@ class MergesTwoParams(Bad):
 @caught_by("test_site_with_a_difficult_name", also=ANYTHING)
 class ReplacesTheSitesName(Bad):
     def open_run(self, info: RunInfo) -> Any:
-        site = re.sub(r"[^\w-]", "_", info.key.site)
-        return super().open_run(msgspec.structs.replace(info, key=RunKey(info.key.job, site)))
+        site = re.sub(r"[^\w-]", "_", info.site)
+        return super().open_run(msgspec.structs.replace(info, site=site))
 
 
 class _Reversed(Tampered):

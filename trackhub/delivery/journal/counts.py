@@ -1,146 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a journal: what became of every record, while the job runs or long after it."""
+"""Makes the delivery report of a journal: counts its records by site, by backend and by outcome.
+
+The receiver asks for it when it finishes, ``trackhub status`` and ``trackhub replay`` at any time.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from trackhub.delivery.journal.read_only import open_read_only
+from trackhub.delivery.journal.rows import Progress
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
-from trackhub.delivery.wire import SiteLedger
-from trackhub.errors import JournalError
-from trackhub.spi import Results
+from trackhub.delivery.wire import SiteCounts
 
-__all__ = ["Progress", "build_report", "read_journal_meta", "read_journal_report", "read_stream_positions"]
-
-
-class Progress(msgspec.Struct, kw_only=True):
-    """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
-
-    Attributes:
-        confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
-        memory: the shaper's state at the confirmed cursor.
-        stored_to: the position after the last record that was confirmed.
-    """
-
-    confirmed: int = 0
-    rejected: dict[str, int] = {}
-    altered: dict[str, int] = {}
-    possible_duplicates: int = 0
-    state: str = "open"
-    last_error: str = ""
-    results: Results | None = None
-    memory: bytes = b""
-    stored_to: int = 0
-
-
-@contextmanager
-def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?{_reading_mode(path)}", uri=True, timeout=10.0)
-        try:
-            yield db
-        finally:
-            db.close()
-    except sqlite3.Error as e:
-        damaged = type(e) is sqlite3.DatabaseError  # its subclasses are for what may pass
-        what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
-        raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
+__all__ = ["build_report", "read_journal_report"]
 
 
 def read_journal_report(path: Path) -> DeliveryReport:
-    """Return what a journal says, without writing to it; the job may be running.
+    """Return the report of a journal, without writing to it. The job may be running.
 
     Raises:
         JournalError: it is no journal, or cannot be read.
     """
-    with _read_only(path) as db:
-        return build_report(db, [])
+    with open_read_only(path) as db:
+        return build_report(db)
 
 
-def read_journal_meta(path: Path) -> dict[str, str]:
-    """Return the facts that a journal holds about its job: ``job``, ``side``, ``status``, ``backends``, ``format``.
-
-    Raises:
-        JournalError: it is no journal, or cannot be read.
-    """
-    with _read_only(path) as db:
-        return dict(db.execute("SELECT key, value FROM meta"))
-
-
-def read_stream_positions(path: Path, site: str) -> dict[str, int]:
-    """Return the number of the next record that a journal expects of each stream of a site.
-
-    Raises:
-        JournalError: it is no journal, or cannot be read.
-    """
-    query = "SELECT streams.name, next_seq FROM streams JOIN sites ON sites.id = streams.site WHERE sites.name = ?"
-    with _read_only(path) as db:
-        return dict(db.execute(query, (site,)))
-
-
-def _reading_mode(path: Path) -> str:
-    """Return how to open a journal that must not be changed, not even by new files beside it."""
-    try:
-        with path.open("rb") as file:
-            write_ahead = file.read(20)[18:] == b"\x02\x02"  # https://www.sqlite.org/fileformat.html, 1.3.3
-    except OSError:
-        write_ahead = False
-    # A closed one has no log beside it. Opened in the ordinary way, SQLite would create log and index, and fail where
-    # the folder cannot be written.
-    closed = write_ahead and not path.with_name(f"{path.name}-wal").exists()
-    return "mode=ro&immutable=1" if closed else "mode=ro"
-
-
-def build_report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
-    """Return the report that the journal on this connection holds.
+def build_report(db: sqlite3.Connection, lanes: Sequence[str] = ()) -> DeliveryReport:
+    """Return the report of the journal on this connection.
 
     Args:
-        lanes: lanes to include even if nothing was delivered by them yet.
+        db: the connection.
+        lanes: lanes to include even if they have delivered nothing yet.
 
     Raises:
-        sqlite3.Error: it cannot be read.
+        sqlite3.Error: the journal cannot be read.
     """
-    meta = dict(db.execute("SELECT key, value FROM meta"))
-    sites: dict[str, SiteReport] = {}
-    names: dict[int, str] = {}
-    query = (
-        "SELECT id, name, next_position - first_position, received, duplicates, missing, explained, ledger, bye"
-        " FROM sites"
-    )
-    for i, name, journaled, received, duplicates, missing, explained, ledger, bye in db.execute(query):
-        names[i] = name
-        site = msgspec.msgpack.decode(ledger, type=SiteLedger) if ledger else None
-        # The site counts what this receiver refused, and has gone on behind it.
-        missing = max(0, missing - sum(site.refused.values())) if site else missing
-        sites[name] = SiteReport(
-            site=site,
-            received=received,
-            duplicates=duplicates,
-            journaled=journaled,
-            missing=missing,
-            explained=msgspec.msgpack.decode(explained, type=dict[str, int]) if explained else {},
-            said_bye=bool(bye),
-        )
-    runs: dict[str, dict[str, RunReport]] = {
-        lane: {name: RunReport(pending=site.journaled) for name, site in sites.items()} for lane in lanes
-    }
-    for lane, i, blob in db.execute("SELECT lane, site, progress FROM runs"):
-        p = msgspec.msgpack.decode(blob, type=Progress)
-        runs.setdefault(lane, {})[names[i]] = RunReport(
-            confirmed=p.confirmed,
-            rejected=p.rejected,
-            pending=sites[names[i]].journaled - p.confirmed - sum(p.rejected.values()),
-            altered=p.altered,
-            possible_duplicates=p.possible_duplicates,
-            state=p.state,
-            last_error=p.last_error,
-            results=p.results,
-        )
+    # In one transaction: a lane that confirms between two queries would otherwise have more outcomes than records.
+    db.execute("BEGIN")
+    try:
+        meta = dict(db.execute("SELECT key, value FROM meta"))
+        sites = _sites(db)
+        runs = _runs(db, sites, lanes)
+    finally:
+        db.execute("COMMIT")
     balanced = all(site.is_balanced() for site in sites.values()) and all(
         run.pending >= 0 for lane in runs.values() for run in lane.values()
     )
@@ -152,3 +59,49 @@ def build_report(db: sqlite3.Connection, lanes: list[str]) -> DeliveryReport:
         sites=sites,
         lanes=runs,
     )
+
+
+def _sites(db: sqlite3.Connection) -> dict[str, SiteReport]:
+    sites = {}
+    query = (
+        "SELECT name, next_position - first_position, received, duplicates, missing, explained, counts, final"
+        " FROM sites"
+    )
+    for name, journaled, received, duplicates, missing, explained, counts, final in db.execute(query):
+        at_site = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else None
+        # Refused records leave a hole in the journal's numbers. The site counts them, so they are not missing.
+        refused = sum(at_site.refused.values()) if at_site else 0
+        sites[name] = SiteReport(
+            at_site=at_site,
+            received=received,
+            duplicates=duplicates,
+            journaled=journaled,
+            missing=max(0, missing - refused),
+            explained=msgspec.msgpack.decode(explained, type=dict[str, int]) if explained else {},
+            final=bool(final),
+        )
+    return sites
+
+
+def _runs(
+    db: sqlite3.Connection, sites: dict[str, SiteReport], lanes: Sequence[str]
+) -> dict[str, dict[str, RunReport]]:
+    runs: dict[str, dict[str, RunReport]] = {
+        lane: {name: RunReport(pending=site.journaled) for name, site in sites.items()} for lane in lanes
+    }
+    query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
+    for lane, name, blob in db.execute(query):
+        progress = msgspec.msgpack.decode(blob, type=Progress)
+        # What has no outcome yet is pending. A negative number means that a lane counted a record twice.
+        runs.setdefault(lane, {})[name] = RunReport(
+            confirmed=progress.confirmed,
+            client_confirmed=progress.client_confirmed,
+            rejected=progress.rejected,
+            pending=sites[name].journaled - progress.confirmed - sum(progress.rejected.values()),
+            altered=progress.altered,
+            possible_duplicates=progress.possible_duplicates,
+            state=progress.state,
+            last_error=progress.last_error,
+            results=progress.results,
+        )
+    return runs

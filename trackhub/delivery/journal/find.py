@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the journals and spools that a job left behind."""
+"""Finds the journals and spools that a job left on a disk, for ``trackhub status`` and ``trackhub replay``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from trackhub.errors import ConfigError
 
 __all__ = ["Found", "find"]
 
-SPOOL_MARK = "spool.json"
+_SPOOL_MARK = "spool.json"
 """The file that makes a folder a spool."""
 
 
 class Found(NamedTuple):
-    """What lies at or under a path: journal files and spool folders, each sorted."""
+    """The journal files and spool folders at or under a path, each sorted."""
 
     journals: list[Path]
     spools: list[Path]
 
 
 def find(path: Path) -> Found:
-    """Return the journals and spools at this path: the file or folder itself, else all below it.
+    """Return the journals and spools at this path: the file or folder itself, or all below it.
 
     Args:
         path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
@@ -40,11 +40,11 @@ def find(path: Path) -> Found:
     for folder, _, names in os.walk(path):
         if JOURNAL_NAME in names:
             journals.append(Path(folder, JOURNAL_NAME))
-        if SPOOL_MARK in names:
+        if _SPOOL_MARK in names:
             spools.append(Path(folder))
     if not journals and not spools:
         raise ConfigError(
-            f"no journal ({JOURNAL_NAME}) and no spool ({SPOOL_MARK}) at or under {path}. FLARE archives a finished "
-            f"job's folder: download the job first, and give the folder that it was downloaded to"
+            f"there is no journal ({JOURNAL_NAME}) and no spool ({_SPOOL_MARK}) at or under {path}. FLARE archives the "
+            f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
         )
     return Found(sorted(journals), sorted(spools))

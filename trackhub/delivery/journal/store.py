@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The receiver's journal: the job's complete local record, in one SQLite file.
+"""The journal as its receiver uses it: stores what arrives, hands it to the lanes, and keeps how far each lane got.
 
 A row is a batch, stored as it arrived. One transaction stores the batch and the stream's next ``seq``, so that a batch
-sent again after a lost acknowledgement is recognised. Lanes read the rows and store here how far each run got.
+that is sent again after a lost acknowledgement is recognised. The receiver's threads and the lanes call it.
 """
 
 from __future__ import annotations
@@ -13,69 +13,71 @@ import os
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.counts import Progress, build_report
-from trackhub.delivery.journal.rows import Row
+from trackhub.delivery.journal.counts import build_report
+from trackhub.delivery.journal.rows import SCHEMA, Progress, Row, RunState
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteLedger
+from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
 from trackhub.records import Gap, Kind
 
-__all__ = ["JOURNAL_NAME", "SCHEMA", "Journal", "Progress", "Row", "RunState"]
+__all__ = ["JOURNAL_NAME", "Journal", "lock_journal", "unlock_journal"]
 
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
-_BYE_FAILED = 2
+_ENDED, _ENDED_FAILED = 1, 2  # values of sites.final
 _CONTINUES = "continues"
+_BUSY_S = 10.0
 _log = logging.getLogger(__name__)
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sites (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    first_position INTEGER NOT NULL, next_position INTEGER NOT NULL, received INTEGER NOT NULL DEFAULT 0,
-    duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
-    explained BLOB, ledger BLOB, bye INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS streams (
-    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, next_seq INTEGER NOT NULL,
-    UNIQUE (site, name));
-CREATE TABLE IF NOT EXISTS batches (
-    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, stream INTEGER NOT NULL,
-    first_position INTEGER NOT NULL, records INTEGER NOT NULL, frames BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS batches_of_site ON batches (site, id);
-CREATE TABLE IF NOT EXISTS runs (
-    lane TEXT NOT NULL, site INTEGER NOT NULL, written INTEGER NOT NULL DEFAULT 0,
-    confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
-"""
+
+def lock_journal(path: Path) -> int:
+    """Lock a journal for this process, and return the lock for `unlock_journal`. A killed process leaves no lock.
+
+    Raises:
+        JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
+    """
+    # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
+    try:
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as e:
+        raise JournalError(
+            f"cannot open the journal {path}: {e}; its folder must be writable and have free space"
+        ) from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(lock)
+        raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
+    return lock
 
 
-class RunState(NamedTuple):
-    """A run's two cursors (ids of batches) and its progress."""
-
-    written: int
-    confirmed: int
-    progress: Progress
+def unlock_journal(lock: int) -> None:
+    """Give a lock back. A forked child may still have its file open, so closing alone would not unlock."""
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 class Journal:
-    """One receiver's journal. Thread-safe; one process at a time may have it open for writing.
+    """One receiver's journal. Thread-safe. One process at a time may have it open for writing.
 
-    Writing blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``.
+    A write blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``. All methods raise
+    JournalError when the file cannot be read or written, and when the journal is closed.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock_fd: int, *, readers_block: bool) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int, *, readers_block: bool) -> None:
         """Use ``Journal.open``."""
         self.path = path
         self._db = connection
-        self._lock = threading.RLock()
-        self._lock_fd = lock_fd
+        self._lock = threading.RLock()  # taken again within a transaction, where readers share its connection
+        self._process_lock: int | None = lock
         self._readers_block = readers_block
         self._readers = threading.local()
         self._open_readers: list[sqlite3.Connection] = []
@@ -85,37 +87,36 @@ class Journal:
         """Open or create a journal for writing.
 
         Args:
-            durability: ``normal`` survives a killed process, ``full`` also a power loss (an fsync for each batch).
+            path: the file. Its folder is created.
+            job: the job whose records it holds.
+            side: where its receiver is, as in `trackhub.run.Side`.
+            durability: ``normal`` survives a killed process, ``full`` also a loss of power (an fsync for each batch).
 
         Raises:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
         """
-        try:
+        with suppress(OSError):  # then the lock's file cannot be opened either, and that error names the journal
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock_fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as e:
-            raise JournalError(f"cannot create the journal {path}: {e}; check the folder and the free space") from e
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            os.close(lock_fd)
-            raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
+        lock = lock_journal(path)
         db: sqlite3.Connection | None = None
         try:
-            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
             mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
+            # Without a write-ahead log, a loss of power under NORMAL could damage the file itself:
+            # https://www.sqlite.org/pragma.html#pragma_synchronous
             db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
             db.executescript(SCHEMA)
-            journal = cls(path, db, lock_fd, readers_block=mode != "wal")
+            journal = cls(path, db, lock, readers_block=mode != "wal")
             journal._claim({"format": _FORMAT, "job": job, "side": side})
-        except sqlite3.Error as e:
-            _close(db, lock_fd)
+        except (sqlite3.Error, JournalError) as e:
+            if db is not None:
+                db.close()
+            unlock_journal(lock)
+            if isinstance(e, JournalError):
+                raise
             raise JournalError(f"cannot use the journal {path}: {e}") from e
-        except JournalError:
-            _close(db, lock_fd)
-            raise
         return journal
 
     def _claim(self, expected: dict[str, str]) -> None:
@@ -123,7 +124,10 @@ class Journal:
             found = dict(db.execute("SELECT key, value FROM meta"))
             for key, value in expected.items():
                 if found.get(key, value) != value:
-                    raise JournalError(f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}")
+                    raise JournalError(
+                        f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}; give each job and side "
+                        "a folder of its own"
+                    )
             db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", expected.items())
 
     @contextmanager
@@ -131,22 +135,63 @@ class Journal:
         with self._lock:
             self._check_open()
             try:
+                # Takes the write lock now. Taken later, within the transaction, SQLite would fail instead of waiting.
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException as e:
                 if self._db.in_transaction:
-                    with suppress(sqlite3.Error):  # of a disk that is gone; the first error says more
+                    with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
                         self._db.execute("ROLLBACK")
                 if isinstance(e, sqlite3.Error):
                     raise JournalError(f"cannot write the journal {self.path}: {e}") from e
                 raise
 
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection to read with. Each thread has one of its own, so that readers do not wait for the writer.
+
+        That needs a write-ahead log. Without one, readers would shut the writer out for good, so all take turns with
+        the writer's connection.
+        """
+        try:
+            if self._readers_block:
+                with self._lock:
+                    self._check_open()
+                    yield self._db
+            else:
+                yield self._reader()
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+
+    def _reader(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
+        if db is None:
+            with self._lock:
+                # A lane that comes back after the end must not make new files: FLARE is archiving the folder then.
+                self._check_open()
+                db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
+                self._open_readers.append(db)
+            db.execute("PRAGMA query_only=1")
+            self._readers.db = db
+        return db
+
+    def _fetch(self, query: str, *values: object) -> list[Any]:
+        with self._reading() as db:
+            return db.execute(query, values).fetchall()
+
+    def _check_open(self) -> None:
+        if self._process_lock is None:
+            raise JournalError(f"the journal {self.path} is closed")
+
     def add_site(self, site: str, created: float, first_position: int = 0) -> int:
-        """Return the id of this site, registering it if it is new; ``created`` is then its run's start time.
+        """Return the id of a site, and register it if it is new.
 
         Args:
-            first_position: the position of its first record, where another journal holds what comes before.
+            site: its name.
+            created: when its run began, in unix seconds; kept if the site is new.
+            first_position: the position of its first record, where another journal holds those before; kept if the
+                site is new.
         """
         with self._transaction() as db:
             db.execute(
@@ -157,36 +202,33 @@ class Journal:
             return int(row[0])
 
     def continue_site(self, site: str, created: float, first_position: int) -> int:
-        """Return the id of a site of which another journal holds what comes before ``first_position``."""
+        """Return the id of a site whose records before ``first_position`` are in another journal; see ``add_site``."""
         self.set_meta(_CONTINUES, "another journal")
         return self.add_site(site, created, first_position)
 
     def _continues(self) -> bool:
-        # Not to be told from a position: the other journal may hold a batch whose reply was lost, and that reply alone.
+        # A site's first position does not tell. If the other journal holds one batch alone, and its reply was lost,
+        # this one begins at 0, too.
         return bool(self._fetch("SELECT 1 FROM meta WHERE key = ?", _CONTINUES))
 
     def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
-        """Store a batch and return how many of its records are new. It is durable when this returns.
+        """Store a batch, and return how many of its records are new. The batch is durable when this returns.
 
         Args:
-            explained: the records that the batch's gaps stand for, by reason.
+            site: its id.
+            batch: what the site sent.
+            explained: the number of records that the batch's gaps stand for, by reason.
 
         Raises:
-            JournalError: it cannot be written, for example since the disk is full; nothing was stored.
+            JournalError: it cannot be written, for example because the disk is full. Nothing was stored.
         """
         with self._transaction() as db:
-            # A stream may begin late only where another journal holds its beginning.
-            db.execute(
-                "INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, ?)",
-                (site, batch.stream, batch.first_seq if self._continues() else 0),
-            )
-            query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
-            stream, known = db.execute(query, (site, batch.stream)).fetchone()
+            stream, known = self._stream(db, site, batch)
             new, frames = batch.records, batch.frames
             if batch.next_seq <= known:
                 new = 0
             elif batch.first_seq < known:
-                new, frames, explained = _after(frames, known)
+                new, frames, explained = _cut_known(frames, known)
             if batch.next_seq > known:
                 db.execute("UPDATE streams SET next_seq = ? WHERE id = ?", (batch.next_seq, stream))
                 if explained:
@@ -197,6 +239,7 @@ class Journal:
                     " SELECT id, ?, next_position, ?, ? FROM sites WHERE id = ?",
                     (stream, new, frames, site),
                 )
+            # Duplicates count as received: the report's sums include what arrived again.
             db.execute(
                 "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = missing + ?,"
                 " next_position = next_position + ? WHERE id = ?",
@@ -204,111 +247,92 @@ class Journal:
             )
             return new
 
+    def _stream(self, db: sqlite3.Connection, site: int, batch: Batch) -> tuple[int, int]:
+        """Return the id of the batch's stream, and the ``seq`` that is expected next of it."""
+        # A stream that is new here begins at 0, except where another journal may hold its beginning.
+        db.execute(
+            "INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, ?)",
+            (site, batch.stream, batch.first_seq if self._continues() else 0),
+        )
+        query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
+        stream, known = db.execute(query, (site, batch.stream)).fetchone()
+        return stream, known
+
     def _explain(self, db: sqlite3.Connection, site: int, gaps: Mapping[str, int]) -> None:
         stored = db.execute("SELECT explained FROM sites WHERE id = ?", (site,)).fetchone()[0]
         total = Counter(msgspec.msgpack.decode(stored, type=dict[str, int]) if stored else {})
         total.update(gaps)
         db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
 
-    def note_site(self, site: int, ledger: SiteLedger, *, bye: bool, failed: bool = False) -> None:
-        """Store a site's own count, whether it has finished, and whether its training ended with an error.
+    def note_site(self, site: int, counts: SiteCounts, *, final: bool, failed: bool = False) -> None:
+        """Store a site's own counts, and whether they came with its final message.
 
-        A report that was long on its way may arrive after the good-bye. It changes nothing then: the site's last count
-        would be an old one for good.
+        A keep-alive may be held up and arrive after the final message. It changes nothing then, since older counts
+        would otherwise stay as the site's last.
+
+        Args:
+            site: its id.
+            counts: what the site counted.
+            final: they came with the final message.
+            failed: the site's training ended with an error.
         """
         with self._transaction() as db:
-            said_bye, known = db.execute("SELECT bye, ledger FROM sites WHERE id = ?", (site,)).fetchone()
-            if said_bye and not bye and known is not None:
-                last = msgspec.msgpack.decode(known, type=SiteLedger)
-                if (ledger.logged, -ledger.spooled) < (last.logged, -last.spooled):
+            ended, known = db.execute("SELECT final, counts FROM sites WHERE id = ?", (site,)).fetchone()
+            if ended and not final and known is not None:
+                last = msgspec.msgpack.decode(known, type=SiteCounts)
+                if (counts.logged, -counts.spooled) < (last.logged, -last.spooled):
                     return
+            value = (_ENDED_FAILED if failed else _ENDED) if final else 0
             db.execute(
-                "UPDATE sites SET ledger = ?, bye = max(bye, ?) WHERE id = ?",
-                (msgspec.msgpack.encode(ledger), _BYE_FAILED if bye and failed else int(bye), site),
+                "UPDATE sites SET counts = ?, final = max(final, ?) WHERE id = ?",
+                (msgspec.msgpack.encode(counts), value, site),
             )
 
-    def byes(self) -> dict[str, bool]:
-        """Return the sites that have finished, and whether their training ended with an error."""
-        rows = self._fetch("SELECT name, bye FROM sites WHERE bye > 0")
-        return {name: bye == _BYE_FAILED for name, bye in rows}
+    def final(self) -> dict[str, bool]:
+        """Return the sites whose final message has come, each with whether its training failed."""
+        rows = self._fetch("SELECT name, final FROM sites WHERE final > 0")
+        return {name: final == _ENDED_FAILED for name, final in rows}
 
     def set_meta(self, key: str, value: str) -> None:
-        """Store a fact about the job: ``status``, how it ended; ``backends``, their names and options as JSON."""
+        """Store a fact about the job: ``status``, how it ended, or ``backends``, their names and options as JSON."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def meta(self) -> dict[str, str]:
-        """Return the facts about the job that are stored here."""
+        """Return the facts about the job."""
         return dict(self._fetch("SELECT key, value FROM meta"))
 
-    def _fetch(self, query: str, *values: object) -> list[Any]:
-        try:
-            with self._reading() as db:
-                return db.execute(query, values).fetchall()
-        except sqlite3.Error as e:
-            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection to read with: this thread's own, since readers do not wait for the writer under WAL.
-
-        Without WAL, readers shut the writer out, and a site would starve: all share the writer's connection in turn.
-        """
-        if self._readers_block:
-            with self._lock:
-                self._check_open()
-                yield self._db
-        else:
-            yield self._reader()
-
-    def _reader(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
-        if db is None:
-            with self._lock:
-                # A lane that hung beyond the end would make new files, in a folder that FLARE is archiving.
-                self._check_open()
-                db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=10.0)
-                self._open_readers.append(db)
-            db.execute("PRAGMA query_only=1")
-            self._readers.db = db
-        return db
-
-    def _check_open(self) -> None:
-        if self._lock_fd < 0:
-            raise JournalError(f"the journal {self.path} is closed")
-
     def sites(self) -> dict[int, tuple[str, float]]:
-        """Return name and run start time of each site, by id. This and the following raise JournalError, too."""
+        """Return the name of each site, and when its run began in unix seconds, by its id."""
         return {i: (name, created) for i, name, created in self._fetch("SELECT id, name, created FROM sites")}
 
     def site(self, site: int) -> tuple[str, float]:
-        """Return one site's name and run start time; what asks about each site must not read all of them each time."""
+        """Return one site's name, and when its run began in unix seconds. With many sites quicker than ``sites``."""
         ((name, created),) = self._fetch("SELECT name, created FROM sites WHERE id = ?", site)
         return name, created
 
     def read(self, site: int, after: int, max_bytes: int) -> list[Row]:
-        """Return this site's rows after the row ``after``, at least one if there is one, up to ``max_bytes``.
+        """Return rows of a site in order.
 
-        Raises:
-            JournalError: the file cannot be read.
+        Args:
+            site: its id.
+            after: the id of the last row to leave out; 0 starts with the first.
+            max_bytes: stop once the frames take as many bytes. The first row is returned in any case.
         """
         rows, size = [], 0
-        try:
-            with self._reading() as db:
-                cursor = db.execute(
-                    "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
-                    " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
-                    (site, after),
-                )
-                for fields in cursor:
-                    row = Row(*fields)
-                    rows.append(row)
-                    size += len(row.frames)
-                    if size >= max_bytes:
-                        break
-                cursor.close()
-        except sqlite3.Error as e:
-            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+        with self._reading() as db:
+            cursor = db.execute(
+                "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
+                " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
+                (site, after),
+            )
+            for fields in cursor:
+                row = Row(*fields)
+                rows.append(row)
+                size += len(row.frames)
+                if size >= max_bytes:
+                    break
+            cursor.close()  # an open one would hold its snapshot, and the write-ahead log could not be folded in
         return rows
 
     def records_between(self, site: int, after: int, upto: int) -> int:
@@ -317,15 +341,15 @@ class Journal:
         return int(self._fetch(query, site, after, upto)[0][0])
 
     def position_after(self, site: int, row: int) -> int:
-        """Return the position after the last record of this row; of the site's first record for a row before all."""
+        """Return the position after the last record of a row; for a row before the first, that of the first record."""
         query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"
         found = self._fetch(query, site, row) or self._fetch("SELECT first_position FROM sites WHERE id = ?", site)
         return int(found[0][0])
 
     def overlap(self, site: int) -> int:
-        """Return how many of this site's first records another journal may hold as well; 0 if this is its only one.
+        """Return how many of this site's first records another journal may hold as well; 0 if there is no other.
 
-        The site's last batch is sent anew to this journal if the reply of the other one's receiver was lost.
+        The site sends its last batch again, to this journal, if the reply of the other one's receiver was lost.
         """
         if not self._continues():
             return 0
@@ -347,8 +371,15 @@ class Journal:
     def save_run(self, lane: str, site: int, written: int, confirmed: int, progress: Progress) -> None:
         """Store how far a lane got with a site's run.
 
+        Args:
+            lane: its name.
+            site: the site's id.
+            written: the id of the last row that was handed to the backend.
+            confirmed: the id of the last row that is durable there.
+            progress: the counts up to ``confirmed``.
+
         Raises:
-            JournalError: it cannot be written; after a crash the lane then starts from an earlier place.
+            JournalError: it cannot be written. After a crash the lane then starts from an earlier row.
         """
         with self._transaction() as db:
             db.execute(
@@ -357,30 +388,20 @@ class Journal:
             )
 
     def rewind(self, lane: str) -> None:
-        """Set a lane's confirmed cursors back to the start; what it had written stays known."""
+        """Set a lane's confirmed cursors back to the start. Its written cursors stay."""
         empty = msgspec.msgpack.encode(Progress())
         with self._transaction() as db:
             db.execute("UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ?", (empty, lane))
 
-    def report(self, lanes: list[str] | None = None) -> DeliveryReport:
-        """Return what became of every record so far.
-
-        Args:
-            lanes: lanes to include even if nothing was delivered by them yet.
-
-        Raises:
-            JournalError: the file cannot be read.
-        """
-        try:
-            with self._reading() as db:
-                return build_report(db, lanes or [])
-        except sqlite3.Error as e:
-            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+    def report(self, lanes: Sequence[str] = ()) -> DeliveryReport:
+        """Return what has become of every record so far, including these lanes if they have delivered nothing yet."""
+        with self._reading() as db:
+            return build_report(db, lanes)
 
     def close(self) -> None:
-        """Write everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
+        """Fold everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
         with self._lock:
-            if self._lock_fd < 0:
+            if self._process_lock is None:
                 return
             for reader in self._open_readers:
                 reader.close()
@@ -388,22 +409,16 @@ class Journal:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.Error as e:
                 _log.warning("%s: its write-ahead log could not be folded in (%s): keep the -wal file", self.path, e)
-            _close(self._db, self._lock_fd)
-            self._lock_fd = -1
+            self._db.close()
+            unlock_journal(self._process_lock)
+            self._process_lock = None
 
 
-def _close(db: sqlite3.Connection | None, lock_fd: int) -> None:
-    if db is not None:
-        db.close()
-    fcntl.flock(lock_fd, fcntl.LOCK_UN)  # closing alone does not unlock while a forked child has the file open
-    os.close(lock_fd)
-
-
-def _after(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
-    """Cut off what lies before ``seq`` ``known``: a sender that lost its cursor batches anew.
+def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
+    """Cut off the records before ``seq`` ``known``. A sender that lost its cursor makes other batches than before.
 
     Returns:
-        The number of records, the frames, and the gaps that are left.
+        The number of records left, their frames, and the gaps left by reason.
     """
     records, start, gaps = 0, len(frames), Counter[str]()
     for frame in scan_frames(frames):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lane: one thread that moves records from the journal into one backend.
+"""A lane: the thread that moves records from the journal into one backend.
 
-For each run it keeps two cursors into the journal: *written*, up to which records were handed to the backend, and
-*confirmed*, up to which they are durable there. Only confirmed records count as delivered, and after a crash the lane
-goes on from *confirmed*. Lanes know nothing of each other: a dead backend delays no other.
+A receiver starts one lane for each backend, and notifies it of new rows in the journal. The lane has a `RunDelivery`
+for each site and calls them in turn, so that a run that has to wait delays no other. Lanes know nothing of each other.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.store import Journal
-from trackhub.delivery.lane.run_delivery import RunLane
+from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
-from trackhub.run import RunStatus
+from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]
@@ -27,16 +28,23 @@ _JOURNAL_RETRY_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+class _Ending(NamedTuple):
+    """How the runs end: ``statuses`` by site, ``otherwise`` for the sites that are not in it."""
+
+    statuses: Mapping[str, RunStatus]
+    otherwise: RunStatus
+
+
 class Lane:
-    """Delivers all runs of a receiver to one backend. All calls into the backend are made by the lane's own thread."""
+    """Delivers all runs of a receiver to one backend. The lane's own thread makes all calls into the backend."""
 
     def __init__(
         self,
         name: str,
-        backend: Backend,
+        backend: Backend[Any],
         journal: Journal,
         *,
-        job: str,
+        job: JobInfo,
         side: Side,
         blob_dir: Callable[[str], Path],
         flush_s: float,
@@ -44,24 +52,26 @@ class Lane:
         """Prepare a lane; ``start`` starts it.
 
         Args:
+            name: the backend's name, which is the lane's.
+            backend: where to deliver.
+            journal: where the records are, and where the lane stores how far it got.
+            job: the job that all runs belong to.
+            side: where the receiver is.
             blob_dir: gives the folder of a site's blobs.
             flush_s: longest time from handing records to a backend that buffers to asking it to confirm them.
         """
         self.name = name
         self._backend = backend
         self._journal = journal
-        self._job = job
-        self._side = side
-        self._blob_dir = blob_dir
+        self._run_info = partial(_run_info, job=job, side=side, blob_dir=blob_dir)
         self._flush_s = flush_s
-        self._runs: dict[int, RunLane] = {}
+        self._runs: dict[int, RunDelivery] = {}
         self._news: set[int] = set()
         self._news_lock = threading.Lock()
         self._wake = threading.Event()
         self._preflight_done = threading.Event()
         self._preflight_error: ConfigError | None = None
-        self._final: Mapping[str, RunStatus] | None = None
-        self._otherwise = RunStatus.FAILED
+        self._ending: _Ending | None = None
         self._stop = threading.Event()
         self._busy_since: float | None = None
         self._defect = ""
@@ -72,37 +82,37 @@ class Lane:
         self._thread.start()
 
     def wait_for_preflight(self, timeout_s: float) -> None:
-        """Wait until the backend's own check is done. One that takes longer counts as "not now", which is no error.
+        """Wait until the backend's own check is done. A check that takes longer is logged, and the job goes on.
 
         Raises:
             ConfigError: the backend says that it cannot be used as configured.
         """
         if not self._preflight_done.wait(timeout_s):
             _log.warning(
-                "backend %s did not finish its check within %g s; records wait in the journal", self.name, timeout_s
-            )
+                "backend %s did not finish its check within %g s; the job goes on, and records wait in the journal",
+                self.name, timeout_s,
+            )  # fmt: skip
         if self._preflight_error is not None:
             raise self._preflight_error
 
     def notify(self, site: int) -> None:
-        """Say that the journal has new rows of this site. Does not block."""
+        """Tell the lane that the journal has new rows of this site. Thread-safe; does not block."""
         with self._news_lock:
             self._news.add(site)
         self._wake.set()
 
     def begin_finish(self, status: Mapping[str, RunStatus], otherwise: RunStatus) -> None:
-        """Deliver what is left without further waiting for new rows, then finish each run with its status.
+        """Have the lane deliver what is left, finish each run with its status, and end. Does not block.
 
         Args:
             status: by site.
             otherwise: that of the sites that are not in it.
         """
-        self._otherwise = otherwise
-        self._final = status
+        self._ending = _Ending(status, otherwise)
         self._wake.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the lane to end; after ``timeout_s`` make it stop between two calls of the backend.
+        """Wait for the lane to end. After ``timeout_s`` stop it between two calls of the backend.
 
         Returns:
             True if it has ended. False if the backend does not return from a call: its thread is left behind.
@@ -151,87 +161,91 @@ class Lane:
             self._preflight_error = e
         except TransientError as e:
             _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, e)
-        except BaseException as e:  # also SystemExit, which an SDK may raise: nothing of a plugin's ends the lane
+        except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
             _log.warning("the check of backend %s failed: %s: %s", self.name, type(e).__name__, e, exc_info=True)
         self._busy_since = None
         self._preflight_done.set()
 
     def _deliver(self) -> None:
-        active = set(self._journal.sites())
+        """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
+        active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():
-            # Which phase this round is in must be read before the news: rows that come before `begin_finish` are seen.
-            finishing = self._final is not None
+            # Read before the news: whoever calls `begin_finish` has notified of all rows, and none may be left out.
+            ending = self._ending
             with self._news_lock:
                 active |= self._news
                 self._news.clear()
             self._wake.clear()
-            progressed, due = False, time.monotonic() + _IDLE_S
-            for site in list(active):
-                now = time.monotonic()
-                try:
-                    run = self._run(site)
-                except JournalError as e:
-                    _log.warning("lane %s cannot take up a run: %s; trying again", self.name, e)
-                    due = min(due, now + _JOURNAL_RETRY_S)
-                    continue
-                if now < run.not_before and not (finishing and run.hurry()):
-                    due = min(due, run.not_before)
-                    continue
-                self._busy_since = now
-                moved = run.advance(flush_now=finishing)
-                self._busy_since = None
-                progressed |= moved
-                if self._stop.is_set():
-                    return
-                if moved:
-                    continue
-                if run.is_idle():
-                    active.discard(site)
-                else:
-                    due = min(due, run.due())
-            if progressed:
+            progressed, due = self._advance_runs(active, finishing=ending is not None)
+            if progressed or self._stop.is_set():
                 continue
-            if finishing:
-                finish_due = self._finish_idle_runs(active)
+            if ending is not None:
+                finish_due = self._finish_idle_runs(active, ending)
                 if finish_due is None and not active:
                     return
                 due = min(due, finish_due or due)
             self._wake.wait(max(0.0, due - time.monotonic()))
 
-    def _finish_idle_runs(self, active: set[int]) -> float | None:
+    def _advance_runs(self, active: set[int], *, finishing: bool) -> tuple[bool, float]:
+        """Do one piece of work for each run, and take those out of ``active`` that have nothing left to deliver.
+
+        Returns:
+            Whether something was done, and otherwise when there will be something to do, on the monotonic clock.
+        """
+        progressed, due = False, time.monotonic() + _IDLE_S
+        for site in list(active):
+            now = time.monotonic()
+            try:
+                run = self._run(site)
+            except JournalError as e:
+                _log.warning("lane %s cannot read how far a run got: %s; it tries again", self.name, e)
+                due = min(due, now + _JOURNAL_RETRY_S)
+                continue
+            if now < run.timer.not_before and not (finishing and run.timer.hurry()):
+                due = min(due, run.timer.not_before)
+                continue
+            self._busy_since = now
+            moved = run.advance(flush_now=finishing)
+            self._busy_since = None
+            if self._stop.is_set():
+                break
+            if moved:
+                progressed = True
+            elif run.is_idle():
+                active.discard(site)
+            else:
+                due = min(due, run.due())
+        return progressed, due
+
+    def _finish_idle_runs(self, active: set[int], ending: _Ending) -> float | None:
         """Finish the runs that have nothing left to deliver.
 
         Returns:
             When to come back for those that ask for another attempt, None if there are none.
         """
-        assert self._final is not None
         due: float | None = None
         for run in self._runs.values():
             if run.site_id in active or run.is_over() or self._stop.is_set():
                 continue
-            if time.monotonic() >= run.not_before:
+            if time.monotonic() >= run.timer.not_before:
                 self._busy_since = time.monotonic()
-                run.finish(self._final.get(run.site, self._otherwise))
+                run.finish(ending.statuses.get(run.site, ending.otherwise))
                 self._busy_since = None
             if not run.is_over():
-                due = min(run.not_before, due or run.not_before)
+                due = min(run.timer.not_before, due or run.timer.not_before)
         return due
 
-    def _run(self, site: int) -> RunLane:
+    def _run(self, site: int) -> RunDelivery:
         run = self._runs.get(site)
         if run is None:
-            name, created = self._journal.site(site)
-            run = self._runs[site] = RunLane(
-                self.name,
-                self._backend,
-                self._journal,
-                site_id=site,
-                site=name,
-                job=self._job,
-                side=self._side,
-                created=created,
-                blob_dir=self._blob_dir(name),
-                flush_s=self._flush_s,
-                stop=self._stop,
+            info = self._run_info(*self._journal.site(site))
+            run = self._runs[site] = RunDelivery(
+                self.name, self._backend, self._journal, site, info, flush_s=self._flush_s, stop=self._stop
             )
         return run
+
+
+def _run_info(site: str, created: float, *, job: JobInfo, side: Side, blob_dir: Callable[[str], Path]) -> RunInfo:
+    """Return what the backend is told of a run. `RunDelivery` fills in where the run resumes when it opens it."""
+    parent = None if site == FEDERATION else RunKey(job.id, FEDERATION)
+    return RunInfo(job, site, side, created, resume_from=0, blob_dir=blob_dir(site), parent=parent)

@@ -14,8 +14,8 @@ import pytest
 from trackhub import registry
 from trackhub.delivery.wire import Chunk
 from trackhub.records import Artifact, Image, Payload
-from trackhub.run import RunInfo, RunKey, RunStatus, Side
-from trackhub.spi import Backend, BackendRun, Capabilities, Entry
+from trackhub.run import RunInfo, RunStatus, Side
+from trackhub.spi import Backend, BackendRun, Capabilities, Entry, JobInfo
 from trackhub.testing.author import ContractHooks, StoreContext
 from trackhub.testing.fault_proxy import Watch
 from trackhub.testing.log_calls import Call, Stream
@@ -101,14 +101,14 @@ class Kit:
         finally:
             backend.close()
 
-    def _backend(self) -> tuple[Backend, StoreContext]:
+    def _backend(self) -> tuple[Backend[Any], StoreContext]:
         root = self._folder / f"direct-{uuid4().hex[:8]}"
         options = {**self.hooks.options(self.store), **self.hooks.extra_options}
-        context = StoreContext(root / self.hooks.name, f"job-{uuid4().hex[:8]}", Side.SERVER, options=options)
+        context = StoreContext(root / self.hooks.name, JobInfo(f"job-{uuid4().hex[:8]}"), Side.SERVER, options=options)
         context.workdir.mkdir(parents=True)
         self.hooks.prepare(context)
         cls = self.hooks.backend
-        return cls(registry.build_options(self.hooks.name, cls, options, resolve=True), context), context
+        return cls(registry.build_options(self.hooks.name, cls, options), context), context
 
     def without_core(self, batches: Sequence[Sequence[Call]], site: str = "site-1") -> ReadBack:
         """Hand calls to the backend as they are, past the core that would have refused or fitted them.
@@ -117,8 +117,8 @@ class Kit:
             Exception: whatever the backend raises on them.
         """
         backend, context = self._backend()
-        info = RunInfo(RunKey(context.job, site), Side.SERVER, 0.0, 0, context.workdir.parent / "blobs")
-        stream = Stream(context.job)
+        info = RunInfo(context.job, site, Side.SERVER, 0.0, 0, context.workdir.parent / "blobs")
+        stream = Stream(context.job.id)
         try:
             backend.preflight()
             run = backend.open_run(info)

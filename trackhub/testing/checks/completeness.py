@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from trackhub.spi import Backend, BackendRun
 from trackhub.testing.author import ContractHooks
@@ -51,7 +52,7 @@ def contract_problems(cls: type, contract: type) -> Iterator[str]:
             yield f"{name} is no hook of the contract{hint}"
 
 
-def misspelt_methods(classes: Iterable[type], base: type[Backend] | type[BackendRun]) -> Iterator[str]:
+def misspelt_methods(classes: Iterable[type], base: type[Backend[Any]] | type[BackendRun]) -> Iterator[str]:
     """Yield public methods that are almost those of the SPI: nobody would ever call them.
 
     Args:

@@ -15,7 +15,7 @@ from trackhub import registry
 from trackhub.delivery.sender import Sender
 from trackhub.records import Kind, Params
 from trackhub.run import RunStatus, Side
-from trackhub.spi import SPI_VERSION, Backend, BackendContext, Capabilities
+from trackhub.spi import SPI_VERSION, Backend, BackendContext, Capabilities, JobInfo
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.testing.checks.base import ContractBase, Kit
 from trackhub.testing.comparison import differences
@@ -55,9 +55,9 @@ class LifeCycle(ContractBase):
         store = tmp_path / "store"
         workdir.mkdir(parents=True)
         store.mkdir()
-        options = registry.build_options(self.name, self.backend, dict(self.options(store)), resolve=True)
+        options = registry.build_options(self.name, self.backend, dict(self.options(store)))
         before = sorted(tmp_path.rglob("*"))
-        backend = self.backend(options, BackendContext(workdir, "job", Side.SERVER))
+        backend = self.backend(options, BackendContext(workdir, JobInfo("job"), Side.SERVER))
         after = sorted(tmp_path.rglob("*"))
         backend.close()
         assert after == before, f"making the backend made files: {sorted(set(after) - set(before))}"
@@ -97,7 +97,8 @@ class LifeCycle(ContractBase):
         results = rig.run("site-1").results
         if results is not None:
             assert results.url or results.path or results.command, "it has results, but none of url, path and command"
-            assert results.path is None or Path(results.path).exists(), f"there is no {results.path}"
+            path = results.resolved(rig.root).path
+            assert path is None or Path(path).exists(), f"there is no {path}"
 
     def test_run_opened_again_is_the_same_run(self, kit: Kit) -> None:
         """A run that was finished goes on when more is delivered: nothing is lost, nothing is twice."""
@@ -119,7 +120,7 @@ class LifeCycle(ContractBase):
         with Writer(spool) as writer:
             for step, (key, (value, _)) in enumerate(values.items()):
                 writer.log({f"type {key}": value}, step=step)
-        sender = Sender(spool, lambda request, _: rig.request("site-1", request), site="site-1")
+        sender = Sender(spool, lambda request, _: rig.request("site-1", request))
         sender.start()
         sender.close(self.deadline_s)
         rig.finish()

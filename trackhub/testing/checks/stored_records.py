@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from trackhub.records import Kind, Metrics, Params, Tags
-from trackhub.spi import Capabilities
+from trackhub.spi import ANY_KEY, Capabilities
 from trackhub.testing.checks.base import ContractBase, Kit
 from trackhub.testing.comparison import counted, differences
 from trackhub.testing.expectation import expect, kind_of
@@ -342,8 +342,7 @@ def _must_not_be_able(
         late_steps=True,
         optional_step=True,
         changing_params=True,
-        max_key_chars=None,
-        key_chars="",
+        key_rule=ANY_KEY,
     )
     usable = [call for call in calls if kind is not None or kind_of(call.payload) in can.kinds]
     wanted = expect([("main", call) for call in usable], strong, hooks).held

@@ -13,6 +13,8 @@ from trackhub.spi import (
     BackendContext,
     Capabilities,
     ConfigError,
+    ConfirmedBy,
+    KeyRule,
     Kind,
     Redelivery,
     Results,
@@ -31,7 +33,7 @@ __all__ = ["MLflowBackend"]
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class MLflowBackend(Backend):
+class MLflowBackend(Backend[MLflowOptions]):
     """Writes one MLflow run per site below one parent run per job, into a store of the job's own or on a server.
 
     Canonical form, beyond what ``capabilities`` say: times are whole milliseconds, and a point that agrees with an
@@ -41,15 +43,14 @@ class MLflowBackend(Backend):
     """
 
     spi = 1
-    Options = MLflowOptions
     contract = 1
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},
         redelivery=Redelivery.IDEMPOTENT,
         nonfinite=True,
         late_steps=True,
-        max_key_chars=MAX_NAME_CHARS,
-        key_chars=KEY_CHARS,
+        confirmed_by=ConfirmedBy.WRITE,
+        key_rule=KeyRule(max_chars=MAX_NAME_CHARS, chars=KEY_CHARS),
     )
 
     def __init__(self, options: MLflowOptions, context: BackendContext) -> None:

@@ -94,7 +94,7 @@ class Group:
         self._open.discard(run.id)
 
     def _open_parent(self, experiment: Experiment, info: RunInfo) -> StoredRun:
-        job = info.key.job
+        job = info.job.id
         identity = digest(job, 32)
         start_ms = int(info.created * 1000)
 
@@ -118,11 +118,11 @@ class Group:
             own = [
                 Pair(RUN_TAG, info.run_id),
                 Pair(NESTING_TAG, parent.id),
-                Pair("job", info.key.job),
-                Pair("site", info.key.site),
+                Pair("job", info.job.id),
+                Pair("site", info.site),
                 Pair("side", info.side.value),
             ]
-            name = info.key.site[:_MAX_NAME_CHARS]
+            name = info.site[:_MAX_NAME_CHARS]
             run = store.create_run(experiment.id, name, int(info.created * 1000), [*own, *_MADE, *self._tags])
         if not _is_settled(run):
             store.delete_tag(run.id, PENDING_TAG)
@@ -139,7 +139,7 @@ class Group:
         _log.warning(
             "MLflow has no run of site %s of job %s any more; a new one begins at record %d. "
             "`trackhub replay --from-start` writes the whole run anew",
-            info.key.site, info.key.job, info.resume_from,
+            info.site, info.job.id, info.resume_from,
         )  # fmt: skip
 
     def _close_parent(self, experiment_id: str, job: str) -> None:

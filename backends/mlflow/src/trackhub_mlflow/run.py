@@ -85,7 +85,7 @@ class MLflowRun(BackendRun):
 
     def finish(self, status: RunStatus) -> None:
         """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
-        self._group.close_run(self._run, self._info.key.job, status, self._last_ms or self._run.end_ms or None)
+        self._group.close_run(self._run, self._info.job.id, status, self._last_ms or self._run.end_ms or None)
 
     def _add_points(self, entry: Entry, payload: Metrics, time_ms: int, items: list[Item]) -> None:
         step, position, names = entry.step or 0, entry.position, self._names

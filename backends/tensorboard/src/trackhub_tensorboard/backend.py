@@ -8,28 +8,30 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from trackhub.spi import (
+    ANY_KEY,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
     ConfigError,
+    ConfirmedBy,
     Entry,
     Image,
     Kind,
+    OptionMark,
     Params,
     Redelivery,
     Rejection,
     Results,
     RunInfo,
     RunStatus,
-    Side,
     TransientError,
     WriteReport,
-    path_component,
 )
 
 __all__ = ["TensorBoardBackend", "TensorBoardOptions"]
@@ -47,17 +49,16 @@ class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             client writes goes to ``<logdir>/<job>@client/<site>/``.
     """
 
-    logdir: str | None = None
+    logdir: Annotated[str | None, OptionMark.PATH] = None
 
 
-class TensorBoardBackend(Backend):
+class TensorBoardBackend(Backend[TensorBoardOptions]):
     """Writes each run to a folder of event files, ``<logdir>/<job>/<site>/``.
 
     Metric values are kept as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38.
     """
 
     spi = 1
-    Options = TensorBoardOptions
     contract = 1
     capabilities = Capabilities(
         kinds=frozenset({Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE}),
@@ -66,18 +67,14 @@ class TensorBoardBackend(Backend):
         late_steps=True,
         optional_step=False,
         changing_params=True,
-        max_key_chars=None,
-        key_chars="",
+        confirmed_by=ConfirmedBy.WRITE,
+        key_rule=ANY_KEY,
     )
 
     def __init__(self, options: TensorBoardOptions, context: BackendContext) -> None:
         """Work out the folder; nothing is created yet."""
         super().__init__(options, context)
-        run_folder = context.workdir.parent
-        logdir = context.workdir if options.logdir is None else Path(options.logdir).expanduser()
-        self._logdir = Path(os.path.normpath(run_folder / logdir))
-        shared = context.side is Side.CLIENT and not self._logdir.is_relative_to(os.path.normpath(run_folder))
-        self._suffix = "@client" if shared else ""
+        self._logdir = context.folder(options.logdir)
 
     def preflight(self) -> None:
         """Make the log folder.
@@ -108,11 +105,13 @@ class TensorBoardBackend(Backend):
 
     def results(self, info: RunInfo) -> Results:
         """Return the run's folder, and the command that shows it beside the others."""
-        return Results(path=str(self._folder(info)), command=f"tensorboard --logdir {shlex.quote(str(self._logdir))}")
+        shown = self.context.shown
+        return Results(
+            path=shown(self._folder(info)), command=f"tensorboard --logdir {shlex.quote(shown(self._logdir))}"
+        )
 
     def _folder(self, info: RunInfo) -> Path:
-        job, site = (path_component(name) for name in info.key)
-        return self._logdir / (job + self._suffix) / site
+        return self.context.run_path(self._logdir, info)
 
 
 class TensorBoardRun(BackendRun):

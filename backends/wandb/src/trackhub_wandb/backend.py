@@ -16,6 +16,7 @@ from trackhub.spi import (
     BackendRun,
     Capabilities,
     InvalidOptionError,
+    KeyRule,
     Kind,
     Redelivery,
     Results,
@@ -55,13 +56,12 @@ _OFFLINE = Capabilities(
     late_steps=True,
     changing_params=True,
     # Source: W&B's documentation, "Experiments limits and performance", asks for metric names below 300 characters.
-    max_key_chars=299,
-    key_chars="",
+    key_rule=KeyRule(max_chars=299, chars=""),
 )
 _ONLINE = msgspec.structs.replace(_OFFLINE, redelivery=Redelivery.IDEMPOTENT)
 
 
-class WandBBackend(Backend):
+class WandBBackend(Backend[WandBOptions]):
     """One W&B run per site, named after it, in a group named after the job.
 
     ``capabilities`` are those of the offline mode; an instance that writes online replaces them, at the latest in
@@ -70,13 +70,10 @@ class WandBBackend(Backend):
 
     spi = 1
     contract = 1
-    Options = WandBOptions
     capabilities = _OFFLINE
 
-    def __init__(self, options: msgspec.Struct, context: BackendContext) -> None:
+    def __init__(self, options: WandBOptions, context: BackendContext) -> None:
         super().__init__(options, context)
-        if not isinstance(options, WandBOptions):
-            raise InvalidOptionError(f"backend wandb: options must be WandBOptions, got {type(options).__name__}")
         if options.step_metric == options.round_metric:
             raise InvalidOptionError("wandb.round_metric: must differ from step_metric")
         self._options = options
@@ -170,7 +167,7 @@ class WandBBackend(Backend):
         chosen: dict[str, Any] = {
             "project": options.project or options.settings.get("project") or found.project or _DEFAULT_PROJECT,
             "entity": options.entity or options.settings.get("entity") or found.entity,
-            "run_group": options.group or options.settings.get("run_group") or found.run_group or info.key.job,
+            "run_group": options.group or options.settings.get("run_group") or found.run_group or info.job.id,
             "run_job_type": options.job_type,
             "run_notes": options.notes,
             "run_tags": tuple(options.tags) or None,
@@ -180,7 +177,7 @@ class WandBBackend(Backend):
             **options.settings,
             **{name: value for name, value in chosen.items() if value is not None},
             "run_id": info.run_id,
-            "run_name": info.key.site,
+            "run_name": info.site,
             "reinit": "create_new",
             "root_dir": str(self._root),
         }

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackhub.spi import BackendRun, RunStatus, TransientError, WriteReport
+from trackhub.spi import BackendRun, Confirmation, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk import abandon_runs, open_sdk_run, stop_service
 from trackhub_wandb.session import Session, first_config, link_or_copy
@@ -54,7 +54,7 @@ class OfflineRun(BackendRun):
         """
         if info.resume_from == 0:
             for folder in offline_folders(wandb_dir, info.run_id):
-                _log.info("W&B run of %s is written anew: removing %s", info.key.site, folder)
+                _log.info("W&B run of %s is written anew: removing %s", info.site, folder)
                 shutil.rmtree(folder, ignore_errors=True)
         self._flush_timeout_s = options.flush_timeout_s
         self._finish_timeout_s = options.finish_timeout_s
@@ -63,7 +63,7 @@ class OfflineRun(BackendRun):
         try:
             run = open_sdk_run({**settings, **offline}, config=first_config(info))
         except Exception as error:
-            raise TransientError(f"W&B run of {info.key.site} cannot be opened: {error}") from error
+            raise TransientError(f"W&B run of {info.site} cannot be opened: {error}") from error
         self._session = Session(run, info, options, self._keep_files)
         self._ended = False
         self._tail = LogTail(Path(run.settings.sync_file))
@@ -77,11 +77,11 @@ class OfflineRun(BackendRun):
             raise TransientError(f"the W&B SDK failed: {error}") from error
         return WriteReport(rejected) if rejected else None
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         """Wait until the last of them is in the run's file."""
         last = self._session.last
         if last == self._on_disk:
-            return
+            return Confirmation.STORE
         deadline = time.monotonic() + self._flush_timeout_s
         wait = threading.Event().wait
         while not self._is_in_file(last):
@@ -91,6 +91,7 @@ class OfflineRun(BackendRun):
         self._on_disk = last
         self._session.artifacts.clear()
         self._session.files.clear()
+        return Confirmation.STORE
 
     def _is_in_file(self, last: tuple[str, int]) -> bool:
         try:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trackhub.spi import BackendRun, PermanentError, RunStatus, TransientError, WriteReport
+from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk import abandon_runs, open_sdk_run, service_is_lost, stop_service
 from trackhub_wandb.session import Session, first_config
@@ -79,7 +79,7 @@ class OnlineRun(BackendRun):
         self._unconfirmed.extend(entry for entry in batch if entry.position > last)
         return WriteReport(rejected) if rejected else None
 
-    def flush(self) -> None:
+    def flush(self) -> Confirmation:
         """Wait until the server has everything that was written, or ``flush_timeout_s``."""
         session = self._opened()
         deadline = time.monotonic() + self._options.flush_timeout_s
@@ -94,6 +94,7 @@ class OnlineRun(BackendRun):
             pause = min(2 * pause, _POLL_MAX_S)
         self._unconfirmed.clear()
         self._stalled = (0, 0)
+        return Confirmation.STORE
 
     def finish(self, status: RunStatus) -> None:
         """End the run at the server, as finished or failed; wait at most ``finish_timeout_s``."""
@@ -124,7 +125,7 @@ class OnlineRun(BackendRun):
     def _open(self) -> Session:
         import wandb
 
-        site = self._info.key.site
+        site = self._info.site
         # Asked first, since the SDK takes far longer to find out that a server is down.
         state = self._server.state(self._path)
         settings = {
@@ -178,7 +179,7 @@ class OnlineRun(BackendRun):
         self._stalled = (missing.rows, times + 1 if missing.rows == rows else 1)
         if self._stalled[1] < _STALLED_FLUSHES:
             return
-        _log.warning("W&B run of %s: the upload makes no progress, opening the run again", self._info.key.site)
+        _log.warning("W&B run of %s: the upload makes no progress, opening the run again", self._info.site)
         self._stalled = (0, 0)
         self._session = None
         with contextlib.suppress(Exception):

@@ -245,15 +245,15 @@ class Session:
 
         metadata = {
             "key": payload.key,
-            "job": self._info.key.job,
-            "site": self._info.key.site,
+            "job": self._info.job.id,
+            "site": self._info.site,
             "time": entry.time,
             **({} if entry.step is None else {"step": entry.step}),
             **({} if entry.round is None else {"round": entry.round}),
         }
         try:
             artifact = wandb.Artifact(
-                artifact_name(payload.key, self._info.key.site), type=payload.artifact_type, metadata=metadata
+                artifact_name(payload.key, self._info.site), type=payload.artifact_type, metadata=metadata
             )
             # The blob is never changed, so no copy of it is needed, neither while it is uploaded nor afterwards.
             artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
@@ -269,7 +269,7 @@ class Session:
 
 def first_config(info: RunInfo) -> dict[str, Any]:
     """Return the config that a new run starts with."""
-    return {CONFIG_ENTRY: {"job": info.key.job, "site": info.key.site, "side": str(info.side), "through": -1}}
+    return {CONFIG_ENTRY: {"job": info.job.id, "site": info.site, "side": str(info.side), "through": -1}}
 
 
 class _Unstorable(Exception):

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delivery of one run alone, without a lane's thread: its states, and what leads from one to the next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.unit.helpers import MemoryBackend
+from tests.unit.rigs import SITE, Bench, failing
+from trackhub.delivery.journal.rows import Progress
+from trackhub.delivery.lane.run_delivery import RunDelivery
+from trackhub.errors import JournalError, PermanentError, TransientError
+from trackhub.records import Metrics
+from trackhub.run import JobInfo, RunInfo, RunStatus, Side
+from trackhub.spi import Entry, Redelivery
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
+
+
+def delivery_on(bench: Bench, backend: MemoryBackend, *, flush_s: float = 3600.0) -> RunDelivery:
+    site = bench.journal.add_site(SITE, 1000.0)
+    info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
+    return RunDelivery("memory", backend, bench.journal, site, info, flush_s=flush_s, stop=threading.Event())
+
+
+def progress(bench: Bench) -> Progress:
+    return bench.journal.run_state("memory", 1).progress
+
+
+def test_a_run_without_records_is_finished_without_being_opened(bench: Bench) -> None:
+    backend = MemoryBackend()
+    delivery = delivery_on(bench, backend)
+
+    moved = delivery.advance(flush_now=True)
+    delivery.finish(RunStatus.FINISHED)
+
+    assert not moved
+    assert delivery.is_over()
+    assert (progress(bench).state, backend.calls["open"], backend.calls["finish"]) == ("finished", 0, 0)
+
+
+def test_a_run_is_opened_then_written_then_finished(bench: Bench) -> None:
+    backend = MemoryBackend()
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    opened = (delivery.advance(flush_now=False), backend.calls["open"], backend.calls["write"])
+    written = (delivery.advance(flush_now=False), backend.positions(), delivery.is_idle())
+    nothing = delivery.advance(flush_now=False)
+    delivery.finish(RunStatus.FAILED)
+
+    assert opened == (True, 1, 0)
+    assert written == (True, [0, 1, 2, 3, 4], True)
+    assert not nothing
+    assert backend.statuses == {SITE: RunStatus.FAILED}
+    assert (progress(bench).state, progress(bench).confirmed, delivery.is_over()) == ("finished", 5, True)
+
+
+def test_a_run_that_cannot_be_opened_now_stays_closed(bench: Bench) -> None:
+    backend = MemoryBackend(failing(1, lambda: TransientError("down"), "open"))
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    first = (delivery.advance(flush_now=False), delivery.is_over(), delivery.is_idle())
+    second = delivery.advance(flush_now=False)
+
+    assert first == (False, False, False)
+    assert delivery.due() == delivery.timer.not_before > 0
+    assert (second, backend.calls["open"]) == (True, 2)
+
+
+def test_a_run_that_can_never_be_opened_is_stopped(bench: Bench) -> None:
+    backend = MemoryBackend(failing(99, lambda: PermanentError("no such project"), "open"))
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    delivery.advance(flush_now=False)
+
+    assert (delivery.is_over(), delivery.is_idle(), delivery.advance(flush_now=True)) == (True, True, False)
+    assert (progress(bench).state, progress(bench).confirmed) == ("stopped", 0)
+    assert backend.calls["open"] == 1
+
+
+def test_a_run_that_another_journal_wrote_is_stopped(bench: Bench) -> None:
+    held = [Entry(98, 1000.0, 98, None, Metrics({"a": 1.0}), "stream", 98)]
+    backend = MemoryBackend(redelivery=Redelivery.RESUMABLE, stored={SITE: held})
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    delivery.advance(flush_now=False)
+
+    assert (delivery.is_over(), progress(bench).state, backend.calls["write"]) == (True, "stopped", 0)
+    assert "holds 99 records" in progress(bench).last_error
+
+
+def test_a_buffering_run_is_confirmed_by_its_flush_when_that_is_due(bench: Bench) -> None:
+    backend = MemoryBackend(buffering=True)
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    delivery.advance(flush_now=False)
+
+    delivery.advance(flush_now=False)
+    written = (backend.positions(), progress(bench).confirmed, delivery.is_idle(), delivery.advance(flush_now=False))
+    due_in_s = delivery.due() - time.monotonic()
+    confirmed = (delivery.advance(flush_now=True), progress(bench).confirmed, delivery.is_idle())
+
+    assert written == ([0, 1, 2, 3, 4], 0, False, False)
+    assert 3500 < due_in_s <= 3600
+    assert confirmed == (True, 5, True)
+    assert backend.calls["flush"] == 1
+
+
+def test_a_flush_that_fails_is_repeated_and_nothing_is_written_twice(bench: Bench) -> None:
+    backend = MemoryBackend(failing(2, lambda: TransientError("down"), "flush"), buffering=True)
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    moved = [delivery.advance(flush_now=True) for _ in range(5)]
+
+    assert moved == [True, True, False, False, True]
+    assert (backend.calls["write"], backend.calls["flush"], progress(bench).confirmed) == (1, 3, 5)
+
+
+def test_a_run_whose_finish_fails_for_now_stays_open(bench: Bench) -> None:
+    backend = MemoryBackend(failing(1, lambda: TransientError("down"), "finish"))
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    while delivery.advance(flush_now=True):
+        pass
+
+    delivery.finish(RunStatus.FINISHED)
+    before = (delivery.is_over(), progress(bench).state)
+    delivery.finish(RunStatus.FINISHED)
+
+    assert before == (False, "open")
+    assert (delivery.is_over(), progress(bench).state) == (True, "finished")
+
+
+def test_a_run_whose_finish_breaks_is_unfinished(bench: Bench) -> None:
+    backend = MemoryBackend(failing(1, lambda: RuntimeError("bug"), "finish"))
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    while delivery.advance(flush_now=True):
+        pass
+
+    delivery.finish(RunStatus.FINISHED)
+
+    assert (delivery.is_over(), progress(bench).state, progress(bench).last_error) == (
+        True,
+        "unfinished",
+        "RuntimeError: bug",
+    )
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_run_that_is_given_up_is_unfinished_with_the_reason(bench: Bench, opened: bool) -> None:
+    bench.log(5)
+    delivery = delivery_on(bench, MemoryBackend())
+    if opened:
+        delivery.advance(flush_now=False)
+
+    delivery.give_up("the backend has not returned")
+
+    assert (delivery.is_over(), progress(bench).state) == (True, "unfinished")
+    assert progress(bench).last_error == "the backend has not returned"
+
+
+@pytest.mark.parametrize("end", [lambda d: d.give_up("late"), lambda d: d.finish(RunStatus.FAILED)], ids=["up", "end"])
+def test_a_run_that_an_earlier_receiver_finished_stays_finished(
+    bench: Bench, end: Callable[[RunDelivery], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.log(5)
+    first = delivery_on(bench, MemoryBackend())
+    while first.advance(flush_now=True):
+        pass
+    first.finish(RunStatus.FINISHED)
+    later = delivery_on(bench, MemoryBackend())
+    monkeypatch.setattr(bench.journal, "save_run", no_writing)
+
+    end(later)
+
+    assert (later.is_over(), progress(bench).state, progress(bench).last_error) == (True, "finished", "")
+
+
+def no_writing(*args: Any) -> None:
+    raise AssertionError("there is nothing to store")
+
+
+def test_entries_that_cannot_be_announced_are_not_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*args: Any) -> None:
+        raise JournalError("the disk is full")
+
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE)
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    delivery.advance(flush_now=False)
+    monkeypatch.setattr(bench.journal, "save_run", full_disk)
+
+    refused = (delivery.advance(flush_now=False), backend.calls["write"])
+    monkeypatch.undo()
+    again = (delivery.advance(flush_now=False), backend.positions())
+
+    assert refused == (False, 0)
+    assert again == (True, [0, 1, 2, 3, 4])
+
+
+def test_nothing_more_is_written_once_the_lane_is_stopped(bench: Bench) -> None:
+    backend = MemoryBackend(max_batch=2)
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    backend.behave = lambda method, argument: delivery._stop.set() if method == "write" else None
+    delivery.advance(flush_now=False)
+
+    moved = delivery.advance(flush_now=False)
+
+    assert (moved, backend.positions(), progress(bench).confirmed) == (False, [0, 1], 0)

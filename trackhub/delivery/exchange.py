@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
+
+`Sender` and `BlobSender` ask through it. It knows when the sender is closing, and gives up at that deadline only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import msgspec
+
+from trackhub.delivery.channel import Channel, ChannelError
+from trackhub.delivery.retry import Backoff
+from trackhub.delivery.wire import Busy, Reply, Request, decode_reply, encode
+
+__all__ = ["Exchange"]
+
+_CLOSING_PAUSE_S = 0.5  # a grown backoff of seconds could use up all the time that is left
+_MIN_TIMEOUT_S = 0.1
+_log = logging.getLogger(__name__)
+
+
+class Exchange:
+    """Asks one receiver, one request at a time. Used by the sender's thread, except where a method says otherwise.
+
+    Attributes:
+        replies: how many replies have come, without those that say `Busy`.
+        timeout_s: the longest wait for one reply, in seconds.
+    """
+
+    def __init__(self, channel: Channel, *, site: str, timeout_s: float) -> None:
+        """Prepare to ask.
+
+        Args:
+            channel: carries the requests.
+            site: whose requests they are, for log messages.
+            timeout_s: the longest wait for one reply, in seconds.
+        """
+        self.replies = 0
+        self.timeout_s = timeout_s
+        self._channel = channel
+        self._site = site
+        self._closing = threading.Event()
+        self._deadline: float | None = None
+        self._never = threading.Event()
+        self._last_warning = ""
+
+    def close_by(self, deadline: float) -> None:
+        """Give up at this moment of the monotonic clock, and wait only briefly until then. From any thread."""
+        self._deadline = deadline
+        self._closing.set()
+
+    def is_closing(self) -> bool:
+        """Return whether ``close_by`` was called."""
+        return self._closing.is_set()
+
+    def is_late(self) -> bool:
+        """Return whether the deadline has passed."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def ask(self, request: Request) -> Reply | None:
+        """Make a request until the receiver replies. Return None if the deadline passes first."""
+        # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.
+        backoff = Backoff(first_s=0.1, max_s=5.0)
+        data = encode(request)
+        while True:
+            reply = self._send(data)
+            if reply is not None and not isinstance(reply, Busy):
+                return reply
+            if self.is_late():
+                return None
+            self.pause(backoff.next_wait_s())
+
+    def ask_once(self, request: Request) -> Reply | None:
+        """Make a request. Return None if no reply came to this one attempt."""
+        return self._send(encode(request))
+
+    def pause(self, wait_s: float) -> None:
+        """Wait before the next attempt. ``close_by`` ends the wait; afterwards a wait takes at most half a second."""
+        if self._closing.is_set():
+            self._never.wait(min(wait_s, _CLOSING_PAUSE_S))
+        else:
+            self._closing.wait(wait_s)
+
+    def _send(self, data: bytes) -> Reply | None:
+        timeout_s = self.timeout_s
+        if self._deadline is not None:
+            timeout_s = max(_MIN_TIMEOUT_S, min(timeout_s, self._deadline - time.monotonic()))
+        try:
+            reply = decode_reply(self._channel(data, timeout_s))
+        except ChannelError as e:
+            _log.debug("site %s: no reply from the receiver: %s", self._site, e)
+            return None
+        except msgspec.DecodeError as e:
+            _log.warning("site %s: the receiver's reply cannot be decoded: %s; trying again", self._site, e)
+            return None
+        except Exception as e:
+            # A defect of the channel must not end the sender: the next attempt may work, and the records are waiting.
+            self._warn_once(f"the channel to the receiver failed: {type(e).__name__}: {e}")
+            return None
+        if not isinstance(reply, Busy):
+            self.replies += 1
+        return reply
+
+    def _warn_once(self, message: str) -> None:
+        if message != self._last_warning:
+            self._last_warning = message
+            _log.warning("site %s: %s; trying again", self._site, message)

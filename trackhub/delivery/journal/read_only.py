@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a journal without changing it, while its receiver runs or long after.
+
+``trackhub status`` and ``trackhub replay`` look into a journal this way. Only its receiver writes to it, through
+`trackhub.delivery.journal.store`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trackhub.errors import JournalError
+
+__all__ = ["open_read_only", "read_journal_meta", "read_stream_positions"]
+
+
+@contextmanager
+def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a journal for reading, and close it at the end of the ``with`` block.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read; also for SQLite's errors within the block.
+    """
+    try:
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?{_mode(path)}", uri=True, timeout=10.0)
+        try:
+            yield db
+        finally:
+            db.close()
+    except sqlite3.Error as e:
+        damaged = type(e) is sqlite3.DatabaseError  # its subclasses are for errors that may pass
+        what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
+        raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
+
+
+def _mode(path: Path) -> str:
+    """Return the parameters with which SQLite neither changes the journal nor makes files beside it."""
+    try:
+        with path.open("rb") as file:
+            write_ahead = file.read(20)[18:] == b"\x02\x02"  # https://www.sqlite.org/fileformat.html, 1.3.3
+    except OSError:
+        write_ahead = False
+    # A closed journal has no log beside it. Without "immutable" SQLite would make a log and an index there, and fail
+    # in a folder that it cannot write to.
+    closed = write_ahead and not path.with_name(f"{path.name}-wal").exists()
+    return "mode=ro&immutable=1" if closed else "mode=ro"
+
+
+def read_journal_meta(path: Path) -> dict[str, str]:
+    """Return what a journal says about its job: ``job``, ``side``, ``status``, ``backends`` and ``format``.
+
+    ``status`` is missing until the receiver has finished.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    with open_read_only(path) as db:
+        return dict(db.execute("SELECT key, value FROM meta"))
+
+
+def read_stream_positions(path: Path, site: str) -> dict[str, int]:
+    """Return the ``seq`` of the next record that a journal expects, for each stream of a site.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    query = "SELECT streams.name, next_seq FROM streams JOIN sites ON sites.id = streams.site WHERE sites.name = ?"
+    with open_read_only(path) as db:
+        return dict(db.execute(query, (site,)))

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a lane got with one run: the written and the confirmed cursor, and the counts that belong to them.
+
+`RunDelivery` and `EntryReader` tell the cursor what became of each record. The cursor keeps its state in the journal,
+so that a later lane goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from trackhub.delivery.journal.rows import Progress
+from trackhub.delivery.journal.store import Journal
+from trackhub.errors import JournalError, PermanentError
+from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
+
+__all__ = ["Cursor"]
+
+_ANNOUNCED = frozenset({Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE})
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What became of the records that were read since the last confirmation."""
+
+    stored: int = 0
+    doubtful: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    altered: Counter[str] = field(default_factory=Counter)
+
+
+class Cursor:
+    """The two cursors of one run in one lane, its doubts and its counts. Used by one thread at a time.
+
+    A cursor is the id of a journal row: all rows up to it count, and 0 stands before the first row.
+
+    The journal keeps both cursors and ``progress``. They are stored together, on four occasions:
+
+    - `announce`: before rows are handed over, where a later lane must know which records the backend may have.
+    - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``, so that
+      records which are handed over again after a crash are counted once.
+    - `start_over`: the run is written again from its first record.
+    - `end`: nothing more is delivered to the run.
+
+    Attributes:
+        lane, site_id, site: the lane and the site whose run this is.
+        written: the rows up to here were handed over by this lane.
+        confirmed: the rows up to here are durable at the backend. A later lane goes on from here.
+        progress: the counts up to ``confirmed``, the run's state, its last error.
+        must_rebuild: the run was written in part, and its backend can only write it again from its first record.
+    """
+
+    def __init__(self, journal: Journal, lane: str, site_id: int, site: str, redelivery: Redelivery) -> None:
+        """Take the state from the journal.
+
+        Args:
+            journal: where the state is kept.
+            lane: the lane's name.
+            site_id: the site's id in the journal.
+            site: the site's name, for messages.
+            redelivery: what writing a record a second time does to the backend.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        self.lane = lane
+        self.site_id = site_id
+        self.site = site
+        self._journal = journal
+        self._redelivery = redelivery
+        written, self.confirmed, self.progress = journal.run_state(lane, site_id)
+        self.must_rebuild = redelivery is Redelivery.REBUILD and self.confirmed > 0
+        if self.must_rebuild and self.progress.state != "finished":
+            # Reset at once, not when the run is opened: the lane may be ended before, while it opens another run. What
+            # it then stores must not say that the records of a half-written run are delivered.
+            self.confirmed, self.progress = 0, Progress(last_error=self.progress.last_error)
+        self.written = self.confirmed
+        self._ever_written = max(written, self.confirmed)  # by this lane or an earlier one
+        self._announced = self.confirmed
+        self._doubted_to = 0  # the backend may have the records before this position already
+        self._stored_to = self.progress.stored_to
+        self._since = _Counts()
+
+    def resume_from(self) -> int:
+        """Return the position of the first record that is not confirmed. Raises JournalError."""
+        return self._journal.position_after(self.site_id, self.confirmed)
+
+    def has_unconfirmed_rows(self) -> bool:
+        """Return whether the journal has rows that are not confirmed. Raises JournalError."""
+        return self._journal.has_rows_after(self.site_id, self.confirmed)
+
+    def announce(self, row: int) -> None:
+        """Store that the rows up to this one are handed over next: after a crash the backend may have their records.
+
+        Does nothing where a later lane need not know: the backend recognises records, or the run is written again.
+
+        Raises:
+            JournalError: the journal cannot be written. Hand over nothing then.
+        """
+        if self._announced < row and self._redelivery in _ANNOUNCED:
+            self._store(row)
+            self._announced = row
+            self._ever_written = max(self._ever_written, row)
+
+    def count_stored(self, entries: Sequence[Entry]) -> None:
+        """Count entries that the backend stored. They are confirmed later, by `confirm`."""
+        if not entries:
+            return
+        self._since.stored += len(entries)
+        self._stored_to = entries[-1].position + 1
+        if entries[0].position < self._doubted_to:
+            self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
+
+    def count_held(self, position: int) -> None:
+        """Count a record that the opened run holds already: it was written, but not confirmed, before a crash."""
+        self._since.stored += 1
+        self._stored_to = position + 1
+
+    def count_altered(self, names: Iterable[str]) -> None:
+        """Count the alterations that a record needed."""
+        self._since.altered.update(names)
+
+    def count_rejected(self, reason: str, records: int) -> None:
+        """Count records that are never delivered, without a message of its own."""
+        self._since.rejected[reason] += records
+
+    def reject(self, rejection: Rejection) -> None:
+        """Count a record that is never delivered. The first one of each reason is logged."""
+        reason = rejection.reason
+        if not self._since.rejected[reason] and reason not in self.progress.rejected:
+            _log.warning(
+                "backend %s, run %s: record %d is rejected (%s: %s); the delivery report counts the further records "
+                "that are rejected for this reason",
+                self.lane, self.site, rejection.position, reason, rejection.detail,
+            )  # fmt: skip
+        self.count_rejected(reason, 1)
+
+    def doubt(self, batch: Sequence[Entry]) -> None:
+        """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
+        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+            self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
+
+    def doubt_earlier_lanes(self) -> None:
+        """Remember that the backend may have what earlier lanes handed over. Raises JournalError."""
+        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+            self._doubted_to = self._handed_over_to()
+
+    def check_held(self, position: int) -> None:
+        """Check that the records before ``position``, which a resumable run says it holds, are of this journal.
+
+        Raises:
+            PermanentError: another journal wrote some of them, so that delivery would skip or lose others.
+            JournalError: the journal cannot be read.
+        """
+        first = self._journal.position_after(self.site_id, 0)
+        if 0 < position < first:
+            # The journal of the server has the records between the two. To go on here would count them as delivered.
+            raise PermanentError(
+                f"the run holds {position} records, and those before {first} are in the journal of the server's own "
+                "receiver: replay that one first"
+            )
+        limit = self._handed_over_to()
+        if position > limit:
+            # Delivery would skip as many new records, silently.
+            raise PermanentError(
+                f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
+                "Was the receiver's state folder lost? Move the backend's run away, and replay the journal"
+            )
+
+    def is_missing_confirmed(self, position: int) -> bool:
+        """Return whether a run that holds the records before ``position`` lacks some that it had confirmed."""
+        if position >= self.progress.stored_to:
+            return False
+        _log.warning(
+            "backend %s, run %s: it holds the records before %d, but had confirmed those before %d. Was the run moved "
+            "away or deleted? The lane delivers the missing records again",
+            self.lane, self.site, position, self.progress.stored_to,
+        )  # fmt: skip
+        return True
+
+    def _handed_over_to(self) -> int:
+        """Return the position before which the backend may have records, from this journal or another one."""
+        position = self._journal.position_after(self.site_id, self._ever_written)
+        # The last batch that the other journal took may be in both journals, if the site did not get the reply.
+        return position if self._ever_written else position + self._journal.overlap(self.site_id)
+
+    def start_over(self) -> None:
+        """Forget what was confirmed: the run is written again from its first record.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        self.confirmed = self.written = self._announced = self._stored_to = 0
+        self.progress = Progress(last_error=self.progress.last_error)
+        self._store(self._ever_written)
+        self.must_rebuild = False
+
+    def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE) -> None:
+        """Move the confirmed cursor up to the written one, add the counts that belong to it, and store both.
+
+        Args:
+            memory: what the adaptation must remember to go on from the written cursor.
+            by: whose word the confirmation is. What the client alone confirms is also counted apart.
+        """
+        progress, since = self.progress, self._since
+        progress.confirmed += since.stored
+        if by is Confirmation.CLIENT:
+            progress.client_confirmed += since.stored
+        progress.rejected = dict(Counter(progress.rejected) + since.rejected)
+        progress.altered = dict(Counter(progress.altered) + since.altered)
+        progress.possible_duplicates += since.doubtful
+        progress.stored_to = self._stored_to
+        progress.memory = memory
+        self._since = _Counts()
+        self.confirmed = self.written
+        self._save()
+
+    def note_error(self, error: BaseException) -> None:
+        """Keep this error as the run's last one. It is stored with the next occasion."""
+        self.progress.last_error = f"{type(error).__name__}: {error}"
+
+    def end(self, state: str) -> None:
+        """Store how delivery to the run ended; ``state`` is as in `report.RunReport`."""
+        self.progress.state = state
+        self._save()
+
+    def _save(self) -> None:
+        """Store cursors and progress, or log that it failed: that costs a repeated delivery after a crash, no record."""
+        try:
+            self._store(self.written)
+        except JournalError as e:
+            _log.warning("lane %s cannot store how far run %s got: %s", self.lane, self.site, e)
+
+    def _store(self, written: int) -> None:
+        # Never less than an earlier lane announced, or its records would no longer count as possible duplicates.
+        written = max(written, self._ever_written)
+        self._journal.save_run(self.lane, self.site_id, written, self.confirmed, self.progress)

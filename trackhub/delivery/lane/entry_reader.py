@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a run's records from the journal and making them entries that can be handed to one backend.
+
+`RunDelivery` asks for the next entries. The reader decodes and adapts each record, and tells the run's `Cursor` about
+each one that does not become an entry.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import msgspec
+
+from trackhub.delivery.journal.rows import Row, stored_records
+from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.lane.adaptation import Adaptation
+from trackhub.delivery.lane.cursor import Cursor
+from trackhub.framing import decode_body
+from trackhub.records import Kind
+from trackhub.spi import Capabilities, Entry, Rejection
+
+__all__ = ["EntryReader"]
+
+_READ_BYTES = 4 << 20
+_KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
+_log = logging.getLogger(__name__)
+
+
+class EntryReader:
+    """Reads one run's rows in their order. Used by one thread.
+
+    Attributes:
+        upto: the last row of which the records were read. A row is read as a whole, so that the adaptation's memory
+            always belongs to a place between two rows.
+        skip_before: the opened run holds the records before this position already.
+    """
+
+    def __init__(self, journal: Journal, cursor: Cursor, capabilities: Capabilities) -> None:
+        """Start after the last confirmed row.
+
+        Args:
+            journal: where the records are.
+            cursor: the run's cursor, for its place and for what becomes of the records.
+            capabilities: what the backend can store.
+        """
+        self.upto = cursor.confirmed
+        self.skip_before = 0
+        self._journal = journal
+        self._cursor = cursor
+        self._can = capabilities
+        self._adaptation = Adaptation(capabilities, cursor.progress.memory)
+        self._rows: deque[Row] = deque()
+
+    def start_over(self) -> None:
+        """Start before the run's first row, with nothing remembered. Only before the first `read`."""
+        self.upto = 0
+        self._adaptation = Adaptation(self._can)
+
+    def memory(self) -> bytes:
+        """Return what the adaptation must remember to go on after the row ``upto``."""
+        return self._adaptation.memory()
+
+    def has_more(self) -> bool:
+        """Return whether there are rows to read. Raises JournalError."""
+        return self._journal.has_rows_after(self._cursor.site_id, self.upto)
+
+    def read(self) -> list[Entry] | None:
+        """Return the entries of the next rows, enough for one write; None if there are no more rows.
+
+        The list is empty if no record of these rows becomes an entry. It is longer than one write if the last row is:
+        what was written of a row counts only with the rest of it.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        if not self._rows:
+            self._rows.extend(self._journal.read(self._cursor.site_id, self.upto, _READ_BYTES))
+            if not self._rows:
+                return None
+        entries: list[Entry] = []
+        while self._rows and len(entries) < self._can.max_batch:
+            row = self._rows.popleft()
+            self.upto = row.id
+            found = 0
+            for position, kind, body in stored_records(row):
+                self._adapt(row.stream, position, kind, body, entries)
+                found += 1
+            if found < row.records:
+                self._reject_damaged(row, row.records - found)
+        return entries
+
+    def _adapt(self, stream: str, position: int, kind: int, body: bytes, entries: list[Entry]) -> None:
+        """Append the entry that a record becomes, or count why it becomes none."""
+        if kind not in _KNOWN_KINDS:
+            detail = f"a newer trackhub at the site logged it, with kind {kind}; update the receiver's trackhub"
+            self._cursor.reject(Rejection(position, "unknown_kind", detail))
+            return
+        try:
+            record = decode_body(body)
+        except msgspec.DecodeError as e:
+            self._cursor.reject(Rejection(position, "undecodable", str(e)))
+            return
+        adapted, altered = self._adaptation.adapt(stream, record, position)
+        if isinstance(adapted, Rejection):
+            self._cursor.reject(adapted)
+            return
+        if altered:
+            self._cursor.count_altered(altered)
+        if position < self.skip_before:
+            self._cursor.count_held(position)
+        else:
+            entries.append(adapted)
+
+    def _reject_damaged(self, row: Row, count: int) -> None:
+        last = row.first_position + row.records - 1
+        _log.warning(
+            "%s: row %d is damaged: %d of the records %d to %d of run %s cannot be read; backend %s does not get them",
+            self._journal.path, row.id, count, row.first_position, last, self._cursor.site, self._cursor.lane,
+        )  # fmt: skip
+        self._cursor.count_rejected("damaged", count)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a key that a site logged becomes a key that a backend can store, so that two keys never become one.
+
+`adaptation` calls it for every new key of a run. A backend declares what it can store by `trackhub.spi.KeyRule`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+
+from trackhub.spi import KeyRule
+
+__all__ = ["escape_key", "key_fitter", "unescape_key"]
+
+_LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
+_ESCAPE = re.compile(r"_x([0-9A-F]{4,6})_")
+_HASH_CHARS = 16
+_LOOKS_CUT = re.compile(rf"_[0-9a-f]{{{_HASH_CHARS}}}$")
+
+
+def key_fitter(rule: KeyRule) -> Callable[[str], str]:
+    """Return the function that makes a key acceptable under this rule.
+
+    The function leaves an acceptable key as it is. It changes any other key reversibly, except that it cuts a key which
+    is too long and ends it in a hash. Different keys give different results.
+    """
+    allowed = re.compile(f"[{rule.chars}]") if rule.chars else None
+    edge = re.compile(f"[{rule.edge_chars}]") if rule.edge_chars else None
+    escapes = allowed is not None or edge is not None or rule.is_path or (_reserves(rule) and not rule.reserved_as)
+
+    def fit(key: str) -> str:
+        fitted = key
+        if escapes:
+            # A key that looks escaped already must not meet the key that is escaped to it.
+            fitted = _LOOKS_ESCAPED.sub("_x005F_", key)
+        if allowed is not None:
+            fitted = "".join(c if allowed.fullmatch(c) else _escape(c) for c in fitted)
+        if rule.is_path:
+            fitted = _without_path_rules(fitted)
+        if edge is not None:
+            fitted = _with_fitted_edges(fitted, edge)
+        return _within(_apart_from_reserved(fitted, rule), key, rule.max_chars)
+
+    return fit
+
+
+def escape_key(key: str, allowed: re.Pattern[str]) -> str:
+    """Write each character that ``allowed`` does not match as ``_xHHHH_``, reversibly and without merging two keys.
+
+    Source: the convention of ECMA-376 (Office Open XML), part 1, 22.4.2.4, for characters that a name cannot hold.
+    """
+    literal = _LOOKS_ESCAPED.sub("_x005F_", key)
+    return "".join(c if allowed.fullmatch(c) else _escape(c) for c in literal)
+
+
+def unescape_key(key: str) -> str:
+    """Return the key that ``escape_key`` was given."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), key)
+
+
+def _escape(char: str) -> str:
+    return f"_x{ord(char):04X}_"
+
+
+def _reserves(rule: KeyRule) -> bool:
+    return bool(rule.reserved_keys or rule.reserved_prefixes)
+
+
+def _apart_from_reserved(key: str, rule: KeyRule) -> str:
+    if not _reserves(rule):
+        return key
+    bare = key
+    while rule.reserved_as and bare.startswith(rule.reserved_as):
+        bare = bare[len(rule.reserved_as) :]  # a key that looks like the result gets the prefix once more
+    if bare not in rule.reserved_keys and not bare.startswith(rule.reserved_prefixes):
+        return key
+    return rule.reserved_as + key if rule.reserved_as else _escape(key[0]) + key[1:]
+
+
+def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
+    """Escape what may not come first or last: all of it at both ends, since an SDK may strip repeatedly."""
+    start, end = 0, len(key)
+    while start < end and not edge.fullmatch(key[start]):
+        start += 1
+    while end > start and not edge.fullmatch(key[end - 1]):
+        end -= 1
+    return "".join(map(_escape, key[:start])) + key[start:end] + "".join(map(_escape, key[end:]))
+
+
+def _without_path_rules(key: str) -> str:
+    """Escape what would make the key, read as a path, mean another one: ``a//b``, ``/a``, ``a/``, ``.``, ``..``."""
+    out: list[str] = []
+    named = False  # whether the part at hand has a character yet
+    last = len(key) - 1
+    for index, char in enumerate(key):
+        escaped = char == "/" and (index == last or not named)
+        out.append(_escape(char) if escaped else char)
+        named = escaped or char != "/"
+    parts = "".join(out).split("/")
+    parts = [_escape(".") + part[1:] if part in (".", "..") else part for part in parts]
+    if parts[0].startswith(".."):
+        parts[0] = _escape(".") + parts[0][1:]
+    return "/".join(parts)
+
+
+def _within(fitted: str, key: str, max_chars: int | None) -> str:
+    if max_chars is None:
+        return fitted
+    if len(fitted) < max_chars or (len(fitted) == max_chars and not _LOOKS_CUT.search(fitted)):
+        return fitted
+    # A cut key ends in a hash of all of it, so that two long keys with one beginning stay two.
+    digest = hashlib.sha256(key.encode()).hexdigest()[:_HASH_CHARS]
+    return f"{fitted[: max_chars - _HASH_CHARS - 1]}_{digest}"

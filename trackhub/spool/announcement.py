@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Announce a spool to the writers of a site, and find the announced one.
+
+Whoever runs the sender announces. ``spool_env`` makes the value of an environment variable that trainers inherit;
+``set_process_spool`` tells this process alone. `trackhub.writer.mode` finds the spool for a new writer.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from trackhub.errors import ConfigError, SpoolError
+from trackhub.spool.layout import read_spool_info
+
+__all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env", "withdraw_process_spool"]
+
+SPOOL_ENV = "TRACKHUB_SPOOL"
+"""Environment variable by which a trainer finds its spool. ``spool_env`` makes its value."""
+
+_process_spool: Path | None = None
+
+
+def spool_env(folder: Path, site: str, job: str) -> str:
+    """Return the value of ``SPOOL_ENV`` that leads a trainer of this site and job to the spool.
+
+    Args:
+        folder: the spool's folder.
+        site: the site that the spool belongs to.
+        job: the job that the spool belongs to.
+    """
+    return msgspec.json.encode({"dir": str(folder), "site": site, "job": job}).decode()
+
+
+def set_process_spool(folder: Path | None) -> None:
+    """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
+
+    The FLARE server and ``trackhub.local`` announce their spools so. The simulator's clients inherit the server's
+    environment: with an environment variable, they would write as the server.
+    """
+    global _process_spool  # there is one per process by its nature: it says whose process this is
+    _process_spool = folder
+
+
+def withdraw_process_spool(folder: Path) -> None:
+    """Withdraw the announcement of this spool in this process. Has no effect if another one was announced since."""
+    if _process_spool == folder:
+        set_process_spool(None)
+
+
+def find_spool() -> Path:
+    """Return the folder of the spool that was announced to this process.
+
+    Raises:
+        ConfigError: there is none, or it belongs to another site or job, or its job has ended.
+    """
+    if _process_spool is not None:
+        return _process_spool
+    value = os.environ.get(SPOOL_ENV)
+    if not value:
+        raise ConfigError(f"this process has no tracking (the environment variable {SPOOL_ENV} is not set)")
+    try:
+        claim = msgspec.json.decode(value)
+        folder, site, job = Path(claim["dir"]), claim["site"], claim["job"]
+    except (ValueError, TypeError, KeyError, msgspec.DecodeError) as e:
+        raise ConfigError(f"{SPOOL_ENV} is {value!r}, which is not what a FLARE client with tracking sets") from e
+    try:
+        info = read_spool_info(folder)
+    except SpoolError as e:
+        raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
+    if (info.site, info.job) != (site, job) or not info.open:
+        raise ConfigError(
+            f"{SPOOL_ENV} names the spool of site {site!r}, job {job!r}, but {folder} belongs to site {info.site!r}, "
+            f"job {info.job!r}{'' if info.open else ', which has ended'}"
+        )
+    return folder

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Account for the records that a writer cannot store: count them, keep the gaps for the stream, and prepare a warning.
+
+The writer's end of the spool calls it under its lock. It writes to the stream's ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+from trackhub.framing import encode_frame
+from trackhub.records import Gap, Record
+from trackhub.spool.layout import DROP_REASONS, Ledger
+
+__all__ = ["NEVER", "Drops", "reason_of"]
+
+NEVER = float("-inf")
+_WARN_EVERY_S = 60.0
+
+
+class Drops:
+    """What one stream has dropped so far.
+
+    Attributes:
+        gaps: each gap that is not in the stream yet, with its ``seq``. The next record that fits takes them along.
+        ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
+        warning: what to say about the last drop: reason, detail and number of drops so far. None if a warning is not
+            due.
+        warned_at: when the last warning was prepared.
+    """
+
+    def __init__(self, ledger: Path, clock: Callable[[], float], warned_at: float = NEVER) -> None:
+        """Start with no drops.
+
+        Args:
+            ledger: the path of the stream's ledger.
+            clock: seconds that only grow.
+            warned_at: when this process last warned; it warns once a minute.
+        """
+        self.gaps: list[tuple[int, Gap]] = []
+        self.ledger: Ledger | None = None
+        self.warning: tuple[str, str, int] | None = None
+        self.warned_at = warned_at
+        self._path = ledger
+        self._clock = clock
+        self._counts = [0] * len(DROP_REASONS)
+
+    @property
+    def total(self) -> int:
+        """How many records were dropped."""
+        return sum(self._counts)
+
+    def add(self, seq: int, reason: str, detail: str) -> None:
+        """Count the record with this ``seq`` as dropped. Never raises.
+
+        Args:
+            seq: the number that the record would have had.
+            reason: one of ``DROP_REASONS``.
+            detail: what happened, for the warning.
+        """
+        self._counts[DROP_REASONS.index(reason)] += 1
+        if self.gaps and self.gaps[-1][1].reason == reason:
+            first, gap = self.gaps[-1]
+            self.gaps[-1] = (first, Gap(gap.count + 1, reason))
+        else:
+            self.gaps.append((seq, Gap(1, reason)))
+        with contextlib.suppress(OSError):  # the disk is full; the gap in the stream will tell
+            self.open_ledger()
+        if self.ledger is not None:
+            self.ledger.set(seq + 1, self._counts)
+        now = self._clock()
+        if now - self.warned_at >= _WARN_EVERY_S:
+            self.warned_at = now
+            self.warning = reason, detail, self.total
+
+    def open_ledger(self) -> None:
+        """Open the stream's ledger unless it is open.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.ledger is None:
+            self.ledger = Ledger(self._path, create=True)
+
+    def gap_frames(self, log_time: float, federated_round: int | None) -> bytes:
+        """Return a frame for each gap that is not in the stream yet."""
+        return b"".join(encode_frame(Record(seq, log_time, None, federated_round, gap)) for seq, gap in self.gaps)
+
+    def close(self) -> None:
+        """Close the ledger. Idempotent."""
+        if self.ledger is not None:
+            self.ledger.close()
+            self.ledger = None
+
+
+def reason_of(error: OSError) -> str:
+    """Return the reason for a drop that this error caused."""
+    return "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io_error"
