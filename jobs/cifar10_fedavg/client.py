@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains at one site: in a FLARE job, tracked or not, or alone with ``python client.py --standalone``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -12,13 +10,12 @@ from pathlib import Path
 
 import data
 import torch
+from evaluation import DEVICE, evaluate, prediction_grid
 from flags import spelled, training_parser
 from model import SmallCNN
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import TensorDataset
-from torchvision.utils import make_grid
 
 import trackhub
 
@@ -26,7 +23,6 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 WARMUP = 0.1  # part of all steps in which the learning rate rises; then it falls along a cosine
 # Without a limit, the first steps on a few hundred images go so far astray that five rounds do not mend it.
 MAX_GRADIENT_NORM = 2.0
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Site:
@@ -103,31 +99,7 @@ class Site:
 def schedule(step: int, total_steps: int) -> float:
     """Return the factor, 0 to 1, of the highest learning rate at this step, counted from 0."""
     progress = (step + 1) / total_steps
-    if progress < WARMUP:
-        return progress / WARMUP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: TensorDataset) -> tuple[float, float, Tensor]:
-    """Return mean loss, accuracy (0 to 1) and the predicted classes, int64 [N]."""
-    model.eval()
-    scores = torch.cat([model(data.normalise(pixels).to(DEVICE)).cpu() for pixels, _ in data.batches(images, 500)])
-    labels, predictions = images.tensors[1], scores.argmax(1)
-    return functional.cross_entropy(scores, labels).item(), (predictions == labels).float().mean().item(), predictions
-
-
-def prediction_grid(images: TensorDataset, predictions: Tensor) -> tuple[Tensor, str]:
-    """Return 4 x 4 images, framed green where the prediction is right, else red, as uint8 [3, H, W]; and a caption."""
-    picked = torch.linspace(0, len(images) - 1, 16).long()  # evenly spread, since they may be sorted by class
-    pixels, labels = images[picked]
-    right = (predictions[picked] == labels).view(-1, 1)
-    frames = torch.where(right, torch.tensor([0, 160, 0]), torch.tensor([200, 0, 0])).to(torch.uint8)
-    tiles = frames.view(-1, 3, 1, 1).repeat(1, 1, 36, 36)
-    tiles[:, :, 2:-2, 2:-2] = pixels
-    names = [data.CLASSES[prediction] for prediction in predictions[picked].tolist()]
-    caption = "predicted, by row: " + "; ".join(", ".join(names[row : row + 4]) for row in range(0, 16, 4))
-    return make_grid(tiles, nrow=4, padding=0), caption
+    return min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
 def train_in_flare(args: argparse.Namespace) -> None:

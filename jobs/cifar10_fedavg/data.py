@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images for the CIFAR-10 job: where they come from, which of them a site gets, and batches of them."""
 
-from __future__ import annotations
-
 import argparse
 import glob
 import hashlib
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.io import decode_image
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -38,10 +36,9 @@ class DataError(Exception):
 
 
 def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
-    """Return the name, the training and the test images of the data set that the flags ask for.
+    """Return the name of the data set, its training and its test images. ``auto`` says so where it finds no CIFAR-10.
 
-    Pixels are uint8 [N, 3, 32, 32]; labels are int64 [N], indices into ``CLASSES``. Where ``auto`` finds no CIFAR-10, it
-    says so in one line, and makes synthetic images.
+    Pixels are uint8 [N, 3, 32, 32], and labels int64 [N], indices into ``CLASSES``.
 
     Raises:
         DataError: there is no CIFAR-10 and it cannot be downloaded, or a file of it cannot be read.
@@ -54,7 +51,7 @@ def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
                 raise
             print(f"Using synthetic images: no CIFAR-10 ({error})", flush=True)
         else:
-            return "cifar10", *decoded(root)
+            return "cifar10", *_decoded(root)
     return "synthetic", *synthetic(args.seed)
 
 
@@ -64,13 +61,13 @@ def prepare(data_root: Path | None) -> Path:
     Raises:
         DataError: it cannot be downloaded.
     """
-    root = Path(data_root or os.environ.get(DATA_ROOT_ENV) or cache() / "cifar10").expanduser().resolve()
+    root = Path(data_root or os.environ.get(DATA_ROOT_ENV) or _cache() / "cifar10").expanduser().resolve()
     if root.name == CIFAR10.base_folder:
         root = root.parent
     if (root / "train").is_dir() and (root / "test").is_dir():
         return root
     try:
-        with FileLock(cache() / "cifar10.lock"):
+        with FileLock(_cache() / "cifar10.lock"):
             if not (root / CIFAR10.base_folder).is_dir():
                 # torchvision would wait without limit, so ask first whether the server answers.
                 urllib.request.urlopen(CIFAR10.url, timeout=NETWORK_TIMEOUT_S).close()
@@ -85,55 +82,52 @@ def prepare(data_root: Path | None) -> Path:
     return root
 
 
-def decoded(root: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Return the training and the test images, from a file that the first site on this machine writes.
-
-    Raises:
-        DataError: an image cannot be read, or the file cannot be written.
-    """
-    # Any change to the images changes the name of the file.
-    names = glob.glob(f"{CIFAR10.base_folder}/*", root_dir=root) or glob.glob("t*/*/*", root_dir=root)
-    stats = [(name, os.stat(root / name)) for name in sorted(names)]
-    found = repr([root, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
-    path = cache() / f"cifar10-{hashlib.sha256(found.encode()).hexdigest()[:16]}.pt"
+def _decoded(root: Path) -> tuple[TensorDataset, TensorDataset]:
+    """Return the training and the test images, from a file that the first site on this machine writes."""
     try:
-        with FileLock(cache() / "cifar10.lock"):
+        # Any change to the images changes the name of the file.
+        names = glob.glob(f"{CIFAR10.base_folder}/*", root_dir=root) or glob.glob("t*/*/*", root_dir=root)
+        stats = [(name, os.stat(root / name)) for name in sorted(names)]
+        found = repr([root, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
+        path = _cache() / f"cifar10-{hashlib.sha256(found.encode()).hexdigest()[:16]}.pt"
+        with FileLock(_cache() / "cifar10.lock"):
             if not path.is_file():
                 print(f"Decoding CIFAR-10 from {root}, once", flush=True)
-                torch.save([read(root, split) for split in ("train", "test")], path.with_suffix(".new"))
+                torch.save([_read(root, split) for split in ("train", "test")], path.with_suffix(".new"))
                 path.with_suffix(".new").replace(path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the images in {root} cannot be kept in {path.parent}: {error}") from error
+        raise DataError(f"{root} cannot be decoded: {error}") from error
     train, test = torch.load(path, mmap=True)  # all sites share the memory
     return TensorDataset(*train), TensorDataset(*test)
 
 
-def read(root: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return pixels and labels of the split ``train`` or ``test``."""
+def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
     if (root / CIFAR10.base_folder).is_dir():
         stored = CIFAR10(root, train=split == "train")
         return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)
-    folder = ImageFolder(root / split, loader=read_image)
+    folder = ImageFolder(root / split, loader=_read_image)
     if tuple(folder.classes) != CLASSES:
         raise DataError(f"{root / split} has the classes {folder.classes}, expected {list(CLASSES)}")
     return torch.stack([pixels for pixels, _ in folder]), torch.tensor(folder.targets)
 
 
-def read_image(path: str) -> Tensor:
-    """Return the pixels of an image file, uint8 [3, 32, 32]."""
+def _read_image(path: str) -> Tensor:
     try:
-        pixels: Tensor = decode_image(path, mode="RGB")
-    except RuntimeError as error:
+        image = default_loader(path)
+    except OSError as error:
         raise DataError(f"{path} cannot be decoded: {error}") from error
-    if pixels.shape != (3, 32, 32):
-        raise DataError(f"{path} is {pixels.shape[2]} x {pixels.shape[1]} pixels, expected 32 x 32")
+    if image.size != (32, 32):
+        raise DataError(f"{path} is {image.width} x {image.height} pixels, expected 32 x 32")
+    pixels: Tensor = v2.functional.pil_to_tensor(image)
     return pixels
 
 
-def cache() -> Path:
-    """Return the folder for what all jobs on this machine share."""
+def _cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "trackhub")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"images cannot be kept: {error}; name another folder in XDG_CACHE_HOME") from error
     return folder
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training flags, which job.py takes and hands on to each site's client.py."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated averaging on CIFAR-10 in FLARE's simulator, tracked by any backend at the server, the clients, or both."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import client
 import data
 import results
 import torch
+from evaluation import DEVICE, evaluate
 from flags import spelled, training_args, training_parser
 from model import SmallCNN
 
 from trackhub import registry
 from trackhub.config import TrackingConfig
 from trackhub.errors import ConfigError, PluginError
-
-if TYPE_CHECKING:
-    from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 
 NAME, SUMMARIES = "cifar10_fedavg", "sites"
 HERE = Path(__file__).resolve().parent
@@ -56,7 +51,7 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
 
     Raises:
         ConfigError: they contradict each other, or an option is wrong.
-        PluginError: a backend cannot be used. Backends and options are checked only where the job also runs.
+        PluginError: a backend cannot be used.
     """
     if args.client_backend and not args.streamed_to_clients:
         raise ConfigError("--client_backend: nothing runs at the clients; add --streamed_to_clients")
@@ -67,13 +62,13 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         streamed_to_server=args.streamed_to_server,
         streamed_to_clients=args.streamed_to_clients,
     )
-    if args.export is None:
+    if args.export is None:  # an exported job may name backends that are installed only where it runs
         for name, options in {**(config.server or {}), **(config.clients or {})}.items():
-            registry.build_options(name, registry.load(name), options)
+            registry.check_options(name, options)
     return config
 
 
-def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> FedAvgRecipe:
+def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
     """Return FLARE's FedAvg recipe for this job, with tracking added.
 
     Raises:
@@ -146,9 +141,9 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     results.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if not failure and checkpoint.is_file():
-        model = SmallCNN().to(client.DEVICE)
+        model = SmallCNN().to(DEVICE)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
-        loss, accuracy, _ = client.evaluate(model, test_images)
+        loss, accuracy, _ = evaluate(model, test_images)
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
     delivered = results.print_delivery(run_folders)
     print(f"\nFiles of the job: {result}")

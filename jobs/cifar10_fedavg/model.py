@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network of the CIFAR-10 job: small enough for a CPU."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

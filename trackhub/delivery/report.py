@@ -7,6 +7,7 @@ table; ``trackhub status`` shows the same counts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,16 @@ import msgspec
 from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 
-__all__ = ["REPORT_NAME", "DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "DeliveryReport",
+    "RunReport",
+    "SiteReport",
+    "format_report",
+    "format_results",
+    "read_report",
+    "write_report",
+]
 
 REPORT_NAME = "delivery.json"
 """The file beside the journal in which a receiver leaves its report."""
@@ -94,6 +104,10 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     sites: dict[str, SiteReport]
     lanes: dict[str, dict[str, RunReport]]
 
+    def is_complete(self) -> bool:
+        """Return whether every record that was logged is stored in every backend."""
+        return self.balanced and not self.undelivered() and not self.lost()
+
     def undelivered(self) -> int:
         """Return how many records are still on their way: in a site's spool, or pending at a backend."""
         return self.pending() + sum(site.at_site.spooled for site in self.sites.values() if site.at_site is not None)
@@ -147,13 +161,49 @@ def format_report(report: DeliveryReport) -> str:
             rows.append((name, lane, logged, str(site.journaled), *map(str, counts), remark))
         if not runs:
             rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
     head = f"trackhub delivery report: job {report.job}, {report.side} side, {report.status}"
     if not report.balanced:
         head += ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
-    return "\n".join([head, *lines])
+    return "\n".join([head, *_table(rows)])
+
+
+def format_results(reports: Mapping[str, DeliveryReport], run_folders: Mapping[str, Path]) -> str:
+    """Return what each backend stored of a job, and how to look at it, for the end of the script that ran the job.
+
+    Args:
+        reports: the report of each receiver, by the name of its site, or ``server``.
+        run_folders: the run folder of each receiver, by the same names.
+    """
+    rows = [("site", "receiver", "backend", "confirmed", "remarks")]
+    openings: dict[str, str] = {}
+    for receiver, report in reports.items():
+        for backend, runs in sorted(report.lanes.items()):
+            for site, run in sorted(runs.items()):
+                counts = report.sites[site].at_site if site in report.sites else None
+                missing = [*run.rejected.items()]
+                if counts is not None:
+                    missing += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
+                remarks = [f"{reason}: {n}" for reason, n in [*missing, ("pending", run.pending)] if n]
+                remarks += run.last_error.splitlines()[:1] if run.pending else []
+                confirmed = f"{run.confirmed:,} of " + ("?" if counts is None else f"{counts.logged:,}")
+                rows.append((site, receiver, backend, confirmed, "; ".join(remarks)))
+                if run.results is not None:
+                    found = run.results.resolved(run_folders[receiver])
+                    openings.setdefault(found.command or found.url or found.path or "", backend)
+    lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []
+    # One command may open the runs of several sites, and is then shown once.
+    opened = [f"  {backend}: {opening}" for opening, backend in openings.items() if opening]
+    if opened:
+        lines += ["", "Open the results", *opened]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
+    return lines
 
 
 def _site_remarks(site: SiteReport) -> list[str]:
