@@ -42,7 +42,8 @@ class Site:
         dataset, images, self.test_images = data.load(args)
         self.train_images = data.share(images, name, args)
         self.batches = data.batches(self.train_images, args.batch_size, shuffle=True)
-        self.model = SmallCNN(args.seed).to(DEVICE)
+        # Channels last is almost twice as fast on a CPU.
+        self.model = SmallCNN(args.seed).to(DEVICE, memory_format=torch.channels_last)
 
         flags = ("partition", "n_clients", "num_rounds", "local_epochs", "batch_size", "lr", "seed")
         writer.log_params(
@@ -121,7 +122,7 @@ def train_in_flare(args: argparse.Namespace) -> None:
             if args.summary_dir is not None:
                 args.summary_dir.mkdir(parents=True, exist_ok=True)
                 (args.summary_dir / f"{site.name}.json").write_text(json.dumps(validated | trained))
-            weights = {name: tensor.cpu() for name, tensor in site.model.state_dict().items()}
+            weights = {name: tensor.cpu().contiguous() for name, tensor in site.model.state_dict().items()}
             # FLARE sends the metrics to the server, where it picks the best model by them.
             metrics = {"accuracy": validated["val/accuracy"]} if args.send_metrics else None
             steps = args.local_epochs * len(site.batches)

@@ -87,7 +87,7 @@ def _decoded(root: Path) -> tuple[TensorDataset, TensorDataset]:
     try:
         # Any change to the images changes the name of the file.
         names = glob.glob(f"{CIFAR10.base_folder}/*", root_dir=root) or glob.glob("t*/*/*", root_dir=root)
-        stats = [(name, os.stat(root / name)) for name in sorted(names)]
+        stats = [(name, os.stat(f"{root}/{name}")) for name in sorted(names)]
         found = repr([root, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)])
         path = _cache() / f"cifar10-{hashlib.sha256(found.encode()).hexdigest()[:16]}.pt"
         with FileLock(_cache() / "cifar10.lock"):

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def evaluate(model: nn.Module, images: TensorDataset) -> tuple[float, float, Tensor]:
     """Return mean loss, accuracy (0 to 1) and the predicted classes, int64 [N]."""
     model.eval()
-    scores = torch.cat([model(data.normalise(pixels).to(DEVICE)).cpu() for pixels, _ in data.batches(images, 500)])
+    scores = torch.cat([model(data.normalise(pixels).to(DEVICE)).cpu() for pixels, _ in data.batches(images, 100)])
     labels, predictions = images.tensors[1], scores.argmax(1)
     return functional.cross_entropy(scores, labels).item(), (predictions == labels).float().mean().item(), predictions
 

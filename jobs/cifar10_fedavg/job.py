@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     results.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if not failure and checkpoint.is_file():
-        model = SmallCNN().to(DEVICE)
+        model = SmallCNN().to(DEVICE, memory_format=torch.channels_last)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         loss, accuracy, _ = evaluate(model, test_images)
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
