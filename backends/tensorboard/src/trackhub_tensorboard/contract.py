@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``tensorboard``, whose event files are read back as TensorBoard itself reads them."""
+"""The contract of ``tensorboard``: it reads the event files back with TensorBoard's own reader.
+
+``trackhub check tensorboard`` and this package's tests run it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
+from trackhub.spi import path_component
 from trackhub.testing import (
     BackendContract,
     HistogramItem,
@@ -50,30 +53,30 @@ class TensorBoardContract(BackendContract):
         return {"logdir": str(tmp_path / "logdir")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        """Return what the event files hold, by TensorBoard's own reader."""
-        job, site = (quote(name, safe="") for name in run.key)
+        """Return what TensorBoard's own reader finds in the event files."""
+        job, site = path_component(run.job.unique_name), path_component(run.site)
         folder = Path(context.options.get("logdir", context.workdir))
         if "logdir" in context.options and run.side == "client":
             job += "@client"
         return read_folder(folder / job / site)
 
     def canonical_value(self, value: float) -> float:
-        """TensorBoard keeps float32; what is beyond its range becomes infinite."""
+        """TensorBoard keeps float32. A value beyond its range becomes infinite."""
         try:
             return float(struct.unpack("f", struct.pack("f", value))[0])
         except OverflowError:
             return math.copysign(math.inf, value)
 
     def canonical_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The HPARAMS tab has bools, doubles and strings."""
+        """The HPARAMS tab holds bools, doubles and strings. Every other value is a string of JSON."""
         return {name: _param(value) for name, value in params.items()}
 
     def canonical_cell(self, value: Any) -> str:
-        """A table is text."""
+        """A table is Markdown text, so its cells are text."""
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     def canonical_status(self, status: RunStatus) -> str:
-        """The HPARAMS tab tells success from failure."""
+        """The HPARAMS tab knows success and failure only."""
         return "success" if status is RunStatus.FINISHED else "failure"
 
 
@@ -111,7 +114,7 @@ def read_folder(folder: Path) -> ReadBack:
 
 
 class _Tensors:
-    """What is not a scalar."""
+    """The values in one run's event files that are no scalars, by kind."""
 
     def __init__(self, accumulator: EventAccumulator, tags: list[str]) -> None:
         self.tags: dict[str, str] = {}
@@ -121,7 +124,7 @@ class _Tensors:
         self.tables: list[TableItem] = []
         self._captions: dict[tuple[str, int], str] = {}
         self._keys = {_SUFFIX.sub("", tag) for tag in tags}
-        # Captions before the images that they belong to.
+        # Captions come before the images that they belong to.
         for tag in sorted(tags, key=lambda tag: not tag.endswith("/caption")):
             plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
             for event in accumulator.Tensors(tag):
@@ -151,7 +154,7 @@ class _Tensors:
 
 
 def _table(text: str) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a Markdown table, or nothing."""
+    """Return the columns and rows of a Markdown table, or two empty lists if the text is no table."""
     lines = text.split("\n")
     if len(lines) < 2 or not re.fullmatch(r"\|( --- \|)+", lines[1]):
         return [], []
