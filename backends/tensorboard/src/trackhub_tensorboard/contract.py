@@ -88,7 +88,11 @@ def _param(value: Any) -> bool | float | str:
 
 
 def read_folder(folder: Path) -> ReadBack:
-    """Return what the event files in one folder hold."""
+    """Return what the event files in one folder hold.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}")
     accumulator = EventAccumulator(str(folder), size_guidance=_EVERYTHING)

@@ -68,6 +68,7 @@ class Encoder:
 
         Raises:
             OSError: an image's file cannot be read.
+            TypeError: the entry's kind is not among the backend's.
         """
         # Params and tags have no step. Their position is one that never repeats: TensorBoard's fast loader shows only
         # the last value of a repeated step.
