@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
@@ -37,7 +38,7 @@ from trackhub_tensorboard.backend import TensorBoardBackend
 __all__ = ["TensorBoardContract", "read_folder"]
 
 _EVERYTHING = dict.fromkeys(("scalars", "tensors", "images", "histograms", "compressedHistograms", "audio"), 0)
-_SUFFIX = re.compile(r"( \((?:text|image|histogram|table|metrics|params|tags|caption)\))+$")
+_MARK = "trackhub/1 "
 _START, _END = "_hparams_/session_start_info", "_hparams_/session_end_info"
 _ENTITIES = (("<br>", "\n"), ("&lt;", "<"), ("&amp;", "&"))
 
@@ -98,12 +99,14 @@ def read_folder(folder: Path) -> ReadBack:
     accumulator = EventAccumulator(str(folder), size_guidance=_EVERYTHING)
     accumulator.Reload()
     kinds: dict[str, list[str]] = accumulator.Tags()
+    names = _names(folder)
     points = [
-        Point(_SUFFIX.sub("", tag), event.step, event.value, event.wall_time)
+        Point(names[tag][1], event.step, event.value, event.wall_time)
         for tag in kinds["scalars"]
+        if tag in names
         for event in accumulator.Scalars(tag)
     ]
-    read = _Tensors(accumulator, kinds["tensors"])
+    read = _Tensors(accumulator, {tag: names[tag] for tag in kinds["tensors"] if tag in names})
     params, status = _session(accumulator, kinds["tensors"])
     return ReadBack(
         points=points,
@@ -117,52 +120,58 @@ def read_folder(folder: Path) -> ReadBack:
     )
 
 
+def _names(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the kind and the key that each tag stands for, which the marks in the files say.
+
+    A tag that no mark names was first used by a batch that is not whole.
+    """
+    names = {}
+    for path in folder.glob("*.trackhub"):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.msg.startswith(_MARK):
+                mark = json.loads(event.session_log.msg.removeprefix(_MARK))
+                names.update({tag: (kind, key) for kind, key, tag in mark.get("tags", ())})
+    return names
+
+
 class _Tensors:
     """The values in one run's event files that are no scalars, by kind."""
 
-    def __init__(self, accumulator: EventAccumulator, tags: list[str]) -> None:
+    def __init__(self, accumulator: EventAccumulator, names: Mapping[str, tuple[str, str]]) -> None:
+        """Read the tensors of these tags, each given with its kind and key."""
         self.tags: dict[str, str] = {}
         self.texts: list[TextItem] = []
         self.images: list[ImageItem] = []
         self.histograms: list[HistogramItem] = []
         self.tables: list[TableItem] = []
         self._captions: dict[tuple[str, int], str] = {}
-        self._keys = {_SUFFIX.sub("", tag) for tag in tags}
         # Captions come before the images that they belong to.
-        for tag in sorted(tags, key=lambda tag: not tag.endswith("/caption")):
-            plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
+        for tag in sorted(names, key=lambda tag: names[tag][0] != "caption"):
             for event in accumulator.Tensors(tag):
-                self._add(plugin, tag, event)
+                self._add(*names[tag], make_ndarray(event.tensor_proto), event.step, event.wall_time)
 
-    def _add(self, plugin: str, tag: str, event: Any) -> None:
-        key, step, time = _SUFFIX.sub("", tag), event.step, event.wall_time
-        content = make_ndarray(event.tensor_proto)
-        if plugin == "histograms":
-            edges = [float(row[0]) for row in content] + [float(content[-1][1])]
-            self.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
-        elif plugin == "images":
-            self.images.append(ImageItem(key, step, content[2], self._captions.get((key, step), ""), time))
-        elif plugin == "text":
-            self._add_text(tag, key, content.item().decode(), step, time)
-
-    def _add_text(self, tag: str, key: str, text: str, step: int, time: float) -> None:
-        columns, rows = _table(text)
-        if tag == "tags":
-            self.tags.update({row[0]: row[1] for row in rows})
-        elif tag.endswith("/caption") and tag.removesuffix("/caption") in self._keys:
-            self._captions[tag.removesuffix("/caption"), step] = text
-        elif columns and tag != "params":
-            self.tables.append(TableItem(key, step, columns, list(rows), time))
-        elif tag != "params":
-            self.texts.append(TextItem(key, step, text, time))
+    def _add(self, kind: str, key: str, content: Any, step: int, time: float) -> None:
+        match kind:
+            case "histogram":
+                edges = [float(row[0]) for row in content] + [float(content[-1][1])]
+                self.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
+            case "image":
+                self.images.append(ImageItem(key, step, content[2], self._captions.get((key, step), ""), time))
+            case "caption":
+                self._captions[key.removesuffix("/caption"), step] = content.item().decode()
+            case "table":
+                columns, rows = _table(content.item().decode())
+                self.tables.append(TableItem(key, step, columns, rows, time))
+            case "tags":
+                _, rows = _table(content.item().decode())
+                self.tags.update({row[0]: row[1] for row in rows})
+            case "text":
+                self.texts.append(TextItem(key, step, content.item().decode(), time))
 
 
 def _table(text: str) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a Markdown table, or two empty lists if the text is no table."""
-    lines = text.split("\n")
-    if len(lines) < 2 or not re.fullmatch(r"\|( --- \|)+", lines[1]):
-        return [], []
-    cells = [[_cell(cell) for cell in re.split(r" (?<!\\)\| ", line[2:-2])] for line in lines]
+    """Return the columns and rows of a Markdown table."""
+    cells = [[_cell(cell) for cell in re.split(r" (?<!\\)\| ", line[2:-2])] for line in text.split("\n")]
     return cells[0], cells[2:]
 
 
