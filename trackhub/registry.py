@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed backends: list them without importing any, load one by name, and check its options.
 
-A backend is found by its entry point in the group ``trackhub.backends``; the entry point's name is the backend's
-name. First-party backends are found the same way as anybody's.
+A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. First-party
+backends are found in the same way as anybody's. The receiver, `trackhub.flare.recipe` and the commands call this.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class BackendEntry(msgspec.Struct, frozen=True):
         name: the backend's name.
         distribution, version: which distribution provides it.
         value: what the entry point names: ``module:Class``.
-        state: ``conflict`` when another distribution provides the same name; ``broken`` when it is plain without an
-            import that it cannot be loaded; else ``ok``, which ``load`` may still find untrue.
+        state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded, which shows
+            without importing it. Else ``ok``; an import may still fail.
         problem: why it is not ``ok``; empty if it is.
     """
 
@@ -89,14 +89,14 @@ def available() -> list[BackendEntry]:
 
 
 def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[Any]]:
-    """Import the backend of this name and check that it can be used. Imports the plugin's module, no other plugin's.
+    """Import the backend of this name, and no other plugin, and check that it can be used.
 
     Args:
         name: the name of its entry point.
         allowed: the backends that the operator of this site allows; None for all.
 
     Raises:
-        UnknownBackendError: no installed distribution provides it; says which there are and what to install.
+        UnknownBackendError: no installed distribution provides it. The message names those that there are.
         ConfigError: it is installed, but not allowed at this site.
         BackendConflictError: several distributions provide it.
         BackendLoadError: it does not import, or is not a usable backend class.
@@ -266,7 +266,7 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     if near:
         message += f" Did you mean {near[0]!r}?"
     if _NAME.fullmatch(str(name)) and name not in RESERVED:
-        message += f" If it is a plugin, install it where it runs: pip install flare-trackhub-{name}"
+        message += " If it is a plugin, install its distribution where the backend runs"
     return message
 
 
@@ -312,8 +312,8 @@ def _checked(loaded: Any, origin: str) -> type[Backend[Any]]:
         raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
     if not hasattr(loaded, "spi"):
         raise IncompatibleBackendError(
-            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` into "
-            "the class"
+            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` "
+            "into the class"
         )
     if loaded.spi != SPI_VERSION:
         raise IncompatibleBackendError(

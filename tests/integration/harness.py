@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs real FLARE jobs for tests, in a process of their own, and reads back what they left.
+"""Runs real FLARE jobs for tests, each in a process of its own, and reads what they left.
 
-A test gives the trainer as text. Around it stands a minimal FedAvg job over numpy arrays, so that a job costs what
-FLARE costs (some 12 s, almost all of it waiting) and nothing else. The trainer notes what it logs, and when, in a file
-beside the job: the test's own truth, which no part of trackhub has touched.
+A test gives the training code as text. `Job` puts it into a minimal FedAvg job over numpy arrays. Such a job takes
+some 12 s, and almost all of it is FLARE's own waiting. The trainer notes what it logs, and when, in a file that no
+part of trackhub touches. Tests compare this file with what the backends hold.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _facts = open(os.path.join(OUT, SITE + ".facts"), "a", buffering=1)
 
 
 def fact(call, values, step=None):
-    """Make a log call, and note what it logged between which readings of the clock."""
+    """Make a log call, and note what it logged and the clock before and after it."""
     before = time.time()
     call()
     after = time.time()
@@ -55,7 +55,7 @@ def fact(call, values, step=None):
 
 
 def rounds(train):
-    """Train as the server asks."""
+    """Train in each round that the server starts."""
     while flare.is_running():
         model = flare.receive()
         if model is None:
@@ -64,7 +64,7 @@ def rounds(train):
         params = {name: array + 1 for name, array in model.params.items()}
         flare.send(flare.FLModel(params=params, params_type="FULL"))
 '''
-"""Precedes every trainer: ``fact`` and ``rounds``."""
+"""The beginning of every training script. It defines ``fact`` and ``rounds``."""
 
 _JOB = """
 import json, sys
@@ -98,7 +98,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Fact:
-    """One log call as the trainer noted it: what, and the readings of the clock around the call."""
+    """One log call as the trainer noted it, with the clock before and after the call."""
 
     key: str
     value: Any
@@ -109,7 +109,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Point:
-    """One scalar as an independent reader finds it in a backend's files."""
+    """One scalar as a reader without code of trackhub finds it in a backend's files."""
 
     key: str
     value: float
@@ -123,14 +123,16 @@ class Job:
     """A FedAvg job in FLARE's simulator.
 
     Attributes:
-        folder: where it is written and run; must not be used for another job.
-        trainer: source of what follows ``TRAINER`` in the training script.
-        tracking: arguments of ``add_tracking``; None for none.
-        more: source that runs before the job starts, with ``recipe`` and ``job`` at hand.
-        modules: further modules beside the job, by name.
+        folder: where the job is written and run. Each job needs a folder of its own.
+        trainer: the source that follows ``TRAINER`` in the training script.
+        tracking: arguments of ``add_tracking``; None for a job without tracking.
+        external: whether the trainers are processes of their own.
+        n_clients, rounds: how many clients and rounds.
+        more: source that runs before the job starts. It can use ``recipe`` and ``job``.
+        modules: further modules beside the job, name to source.
         env: further environment variables.
-        threads: the simulator's threads; by default one per client.
-        own_apps: give every client an app of its own.
+        threads: the simulator's threads; by default one for each client.
+        own_apps: whether every client has an app of its own.
         model: the first global model, a nested list.
     """
 
@@ -148,13 +150,13 @@ class Job:
     model: list[Any] = field(default_factory=lambda: [[0.0, 0.0], [0.0, 0.0]])
 
     def run(self, timeout_s: float = 240) -> JobResult:
-        """Run the job to its end in the simulator."""
+        """Run the job in the simulator, and wait for its end."""
         out = self.folder / "out"
         rc, log = self._run_script([], out, timeout_s)
         return JobResult(rc, log, self.folder / "workspace" / "job", out)
 
     def export(self) -> Path:
-        """Write the job as a folder that can be submitted."""
+        """Write the job as a folder that FLARE accepts, and return the folder."""
         rc, log = self._run_script(["write"], self.folder / "out", 60)
         assert rc == 0, log
         return self.folder / "export" / "job"
@@ -175,7 +177,14 @@ class Job:
 
 
 def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240) -> JobResult:
-    """Run a job that ``Job.export`` wrote in the simulator, as often as need be, each time in a new folder."""
+    """Run a job that ``Job.export`` wrote in the simulator. It can run again, each time in a new folder.
+
+    Args:
+        job: the exported job.
+        folder: where it runs.
+        n_clients: how many clients.
+        timeout_s: kill the job and fail after this time.
+    """
     out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
     module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
     command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]
@@ -184,7 +193,7 @@ def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240)
 
 
 def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_s: float) -> tuple[int, str]:
-    """Run Python in this folder to its end, and return its exit status and what it printed."""
+    """Run Python in this folder and wait for its end. Return its exit status and what it printed."""
     out.mkdir(parents=True)
     log = folder / "log.txt"
     with log.open("wb") as stream:
@@ -196,7 +205,7 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
             rc = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            # FLARE gives clients and trainers groups of their own.
+            # Clients and trainers are in process groups of their own: killing the group does not reach them.
             for pid in processes_with(f"TRACKHUB_TEST_OUT={out}\0".encode()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -207,22 +216,22 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
 
 
 def processes_with(mark: bytes) -> Iterator[int]:
-    """Yield the processes that have this in their environment, as all of a job's have its folder."""
+    """Yield the processes with this text in their environment. All processes of a job have its folder there."""
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if mark in Path("/proc", name, "environ").read_bytes():
                 yield int(name)
 
 
 def flare_environment() -> dict[str, str]:
-    """This process's environment, with the interpreter of the tests as ``python3``, which FLARE starts by that name."""
+    """Return the environment in which ``python3``, as FLARE starts it, is the interpreter of the tests."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job left: exit status, log, workspace, and what the trainers noted."""
+    """What a job left: its exit status, its log, its workspace, and the trainers' notes."""
 
     rc: int
     log: str
@@ -230,30 +239,30 @@ class JobResult:
     out: Path
 
     def run_dir(self, site: str) -> Path:
-        """The job's run folder at this site."""
+        """Return the job's run folder at this site."""
         return self.workspace / site / "simulate_job"
 
     @property
     def job(self) -> str:
-        """The job id that trackhub used."""
+        """The job's id in trackhub."""
         return (self.workspace / ".trackhub" / "execution").read_text()
 
     def report(self, receiver: str) -> dict[str, Any]:
-        """The delivery report of the receiver at this site."""
+        """Return the delivery report of the receiver at this site."""
         report: dict[str, Any] = json.loads((self.run_dir(receiver) / "trackhub" / "delivery.json").read_text())
         return report
 
     def facts(self, site: str) -> list[Fact]:
-        """What the trainer of this site noted, in order."""
+        """Return what the trainer of this site noted, in order."""
         return [Fact(*json.loads(line)) for line in (self.out / f"{site}.facts").read_text().splitlines()]
 
     def jsonl(self, receiver: str, site: str) -> list[dict[str, Any]]:
-        """The records of this site in the receiver's ``jsonl`` files, without the line that ends the run."""
+        """Return this site's records in the receiver's ``jsonl`` files, without the line that ends the run."""
         lines = read_jsonl(self.run_dir(receiver) / "jsonl" / self.job / f"{site}.jsonl")
         return [line for line in lines if line["kind"] != "end"]
 
     def jsonl_points(self, receiver: str, site: str) -> list[Point]:
-        """The scalars of this site in the receiver's ``jsonl`` files, in order."""
+        """Return this site's scalars in the receiver's ``jsonl`` files, in order."""
         return [
             Point(key, value, line.get("step"), line["time"], line.get("round"))
             for line in self.jsonl(receiver, site)
@@ -262,17 +271,17 @@ class JobResult:
         ]
 
     def tensorboard_points(self, receiver: str, site: str) -> list[Point]:
-        """The scalars of this site in the receiver's event files, in order within a key."""
+        """Return this site's scalars in the receiver's event files. The scalars of one key keep their order."""
         return read_tensorboard(self.run_dir(receiver) / "tensorboard" / self.job / site)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines."""
+    """Return the lines of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_tensorboard(folder: Path) -> list[Point]:
-    """Read a run's scalars with TensorBoard's own reader, without its sampling."""
+    """Return a run's scalars, read with TensorBoard's own reader and without its sampling."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     reader.Reload()
     return [
@@ -283,7 +292,17 @@ def read_tensorboard(folder: Path) -> list[Point]:
 
 
 def install_plugin(site: Path, distribution: str, points: dict[str, str], modules: dict[str, str]) -> dict[str, str]:
-    """Lay out a distribution as pip would leave it; return the environment variable that makes it visible."""
+    """Write a distribution with backends as pip would install it.
+
+    Args:
+        site: the folder that takes the place of ``site-packages``.
+        distribution: its name.
+        points: backend to ``module:class``.
+        modules: module to source.
+
+    Returns:
+        The environment variable that makes Python find it.
+    """
     info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -295,7 +314,7 @@ def install_plugin(site: Path, distribution: str, points: dict[str, str], module
 
 
 def files_with(folder: Path, *needles: bytes) -> Iterator[Path]:
-    """Yield the files below the folder that contain any of these bytes."""
+    """Yield the files below a folder that contain any of these bytes."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             content = path.read_bytes()

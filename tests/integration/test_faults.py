@@ -31,7 +31,7 @@ rounds(train)
 
 FAULTY = """
 import threading
-from trackhub.spi import NoOptions, Backend, BackendRun, ConfigError, PermanentError
+from trackhub.spi import Backend, BackendRun, Capabilities, ConfigError, ConfirmedBy, PermanentError
 
 
 class Run(BackendRun):
@@ -42,7 +42,10 @@ class Run(BackendRun):
         pass
 
 
-class NoOpen(Backend[NoOptions]):
+class NoOpen(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         raise PermanentError("this run cannot be opened")
 
@@ -52,7 +55,10 @@ class NoWriteRun(Run):
         raise ZeroDivisionError("a defect in the plugin")
 
 
-class NoWrite(Backend[NoOptions]):
+class NoWrite(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         return NoWriteRun()
 
@@ -62,12 +68,18 @@ class HangsRun(Run):
         threading.Event().wait()
 
 
-class Hangs(Backend[NoOptions]):
+class Hangs(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         return HangsRun()
 
 
-class Refuses(Backend[NoOptions]):
+class Refuses(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def preflight(self):
         raise ConfigError("the project 'x' does not exist; create it first")
 

@@ -14,7 +14,7 @@ At a site::
 
 At the receiver::
 
-    receiver = Receiver(run_dir, job=JobInfo("job-1"), side=Side.SERVER, backends={"tensorboard": {}})
+    receiver = Receiver(run_dir, job="job-1", side=Side.SERVER, backends={"tensorboard": {}})
     receiver.start()
     reply = receiver.handle(site, request)      # for each request; the transport has verified the site
     receiver.wait_for_sites(["site-1", "site-2"])
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trackhub.limits import Limits
     from trackhub.run import SERVER, JobInfo, RunStatus, Side
     from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env, withdraw_process_spool
-    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
+    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool, has_streams
 
 __all__ = [
     "MAX_REQUEST_BYTES",
@@ -57,6 +57,7 @@ __all__ = [
     "close_spool",
     "create_spool",
     "format_report",
+    "has_streams",
     "read_report",
     "refusal",
     "set_process_spool",
@@ -72,7 +73,7 @@ _MODULES = {
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),
     "trackhub.run": ("SERVER", "JobInfo", "RunStatus", "Side"),
-    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool"),
+    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool", "has_streams"),
     "trackhub.spool.announcement": ("SPOOL_ENV", "set_process_spool", "spool_env", "withdraw_process_spool"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

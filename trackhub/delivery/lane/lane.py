@@ -120,12 +120,12 @@ class Lane:
         self._thread.join(max(timeout_s, 0.0))
         self._stop.set()
         self._wake.set()
-        self._thread.join(1.0)
+        self._thread.join(1.0)  # between two calls it ends at once
         ended = not self._thread.is_alive()
         busy_s = time.monotonic() - (self._busy_since or time.monotonic())
         reason = self._defect if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
         try:
-            for run in list(self._runs.values()):
+            for run in list(self._runs.values()):  # a copy: a thread that is left behind may add a run
                 run.give_up(reason)
             if reason:  # also for the runs that the lane never came to
                 for site in self._journal.sites().keys() - self._runs.keys():
