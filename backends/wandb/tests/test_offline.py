@@ -97,25 +97,28 @@ def test_two_jobs_of_one_name_are_two_groups(tmp_path: Path) -> None:
 
 
 def test_notes_and_tags_of_the_job_are_those_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They win over the receiver's environment. A tag that W&B would refuse is shortened."""
+    """The notes win over the receiver's environment. A tag that W&B would refuse is shortened."""
     monkeypatch.setenv("WANDB_NOTES", "n")
-    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    monkeypatch.setenv("WANDB_TAGS", "a")
     rig = Rig(tmp_path / "job", JobInfo("3f2a", "fedavg", "# What for", ("pilot", "t" * 100, "pilot")))
     run = rig.backend(mode="offline").open_run(rig.info())
     run.write([entry(0, Tags({"stage": "one"}))])
     run.finish(RunStatus.FINISHED)
     logged = only_run(rig)
     assert logged.settings["notes"] == "# What for"
-    assert [tag[:8] for tag in logged.tags] == ["pilot", "t" * 8, "stage:on"]
+    assert [tag[:8] for tag in logged.tags] == ["pilot", "t" * 8, "a", "stage:on"]
     assert max(map(len, logged.tags)) == 64
 
 
-def test_notes_and_tags_of_the_options_win_over_those_of_the_job(tmp_path: Path) -> None:
-    """An empty list of tags means none."""
+def test_notes_of_the_options_replace_those_of_the_job_and_tags_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options win over the environment in both."""
+    monkeypatch.setenv("WANDB_NOTES", "n")
+    monkeypatch.setenv("WANDB_TAGS", "a")
     for name, options, expected in (
-        ("given", {"notes": "mine", "tags": ["own"]}, ("mine", ["own"])),
-        ("none", {"tags": []}, ("job's", [])),
-        ("settings", {"settings": {"run_notes": "other", "run_tags": ["more"]}}, ("other", ["more"])),
+        ("given", {"notes": "mine", "tags": ["own", "pilot"]}, ("mine", ["pilot", "own"])),
+        ("settings", {"settings": {"run_notes": "other", "run_tags": ["more"]}}, ("other", ["pilot", "more"])),
     ):
         rig = Rig(tmp_path / name, JobInfo("3f2a", "fedavg", "job's", ("pilot",)))
         rig.backend(mode="offline", **options).open_run(rig.info()).finish(RunStatus.FINISHED)

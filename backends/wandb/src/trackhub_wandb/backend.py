@@ -199,7 +199,6 @@ class WandBBackend(Backend[WandBOptions]):
         }
 
     def _tags(self, job: JobInfo, found: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the tags of every run: those of the options, else of the job, else of the environment."""
-        given = self.options.tags if self.options.tags is not None else self.options.settings.get("run_tags")
-        tags = given if given is not None else job.tags or found or ()
-        return tuple(dict.fromkeys(tag_text(tag) for tag in tags if tag))
+        """Return the tags of every run: those of the job, and those of the options or else of the environment."""
+        more = self.options.tags or self.options.settings.get("run_tags") or found or ()
+        return tuple(dict.fromkeys(tag_text(tag) for tag in (*job.tags, *more) if tag))

@@ -26,7 +26,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         group: the W&B group of all sites' runs. Left out: ``WANDB_RUN_GROUP``, else the job's unique name.
         job_type: the W&B job type of the runs. Left out: ``WANDB_JOB_TYPE``, else none.
         notes: a description in Markdown, shown on each run's page. Left out: the job's notes, else ``WANDB_NOTES``.
-        tags: tags that every run gets beside those that are logged. Left out: the job's tags, else ``WANDB_TAGS``.
+        tags: tags that every run gets beside the job's and those that are logged. Left out: ``WANDB_TAGS``.
         base_url: the W&B server. Left out: ``WANDB_BASE_URL``, else https://api.wandb.ai.
         api_key: a reference such as ``${secret:WANDB_KEY_HOSPITAL}``. Left out: ``WANDB_API_KEY``, else the netrc file.
         step_metric: the column that holds the step of a log call. It is the default x axis of all charts.
@@ -45,7 +45,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     group: str | None = None
     job_type: str | None = None
     notes: str | None = None
-    tags: list[str] | None = None
+    tags: list[str] = []
     base_url: Annotated[str | None, OptionMark.HOST] = None
     api_key: Annotated[str | None, OptionMark.SECRET] = None
     step_metric: str = "step"
