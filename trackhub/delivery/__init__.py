@@ -14,7 +14,7 @@ At a site::
 
 At the receiver::
 
-    receiver = Receiver(run_dir, job=JobInfo("job-1"), side=Side.SERVER, backends={"tensorboard": {}})
+    receiver = Receiver(run_dir, job="job-1", side=Side.SERVER, backends={"tensorboard": {}})
     receiver.start()
     reply = receiver.handle(site, request)      # for each request; the transport has verified the site
     receiver.wait_for_sites(["site-1", "site-2"])

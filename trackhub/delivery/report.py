@@ -68,7 +68,7 @@ class RunReport(msgspec.Struct, kw_only=True):
 
     Attributes:
         confirmed: records that are durable at the backend.
-        client_confirmed: the part of ``confirmed`` that only the SDK vouches for; the store could not be asked.
+        client_confirmed: those of ``confirmed`` that only the SDK calls durable, because the store cannot be asked.
         rejected: records that the backend can never store, by reason.
         pending: records that are only in the journal yet; ``trackhub replay`` delivers them.
         altered: confirmed records that are not stored as logged, by reason (``nonfinite_removed``, ...).
