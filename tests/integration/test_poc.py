@@ -155,13 +155,18 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
     kits = root / "ws" / "example_project" / "prod_00"
     for name in ("server", *SITES):
         _configure(kits / name / "local", root / "storage")
-    services = [_start(kits / name, root / f"{name}.log", env) for name in ("server", *SITES)]
-    console = Console(kits / ADMIN, env)
+    services = [_start(kits / "server", root / "server.log", env)]
     try:
-        _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
-        yield Poc(root / "ws", out, console)
+        # A client that asks a server that is still starting fails its login, and ends.
+        _wait_until(lambda: "Server started" in (root / "server.log").read_text(errors="replace"), 60)
+        services += [_start(kits / site, root / f"{site}.log", env) for site in SITES]
+        console = Console(kits / ADMIN, env)
+        try:
+            _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
+            yield Poc(root / "ws", out, console)
+        finally:
+            console.close()
     finally:
-        console.close()
         for service in services:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(service.pid, signal.SIGKILL)
