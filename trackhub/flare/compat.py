@@ -436,8 +436,8 @@ def reference_package(job: Any, package: str) -> None:
         job.set_app_packages([*known, package])
 
 
-def raise_shutdown_timeout(job: Any, seconds: float) -> int:
-    """Let external trainers end by themselves within this time where the job says 0. Return how many that changed."""
+def raise_shutdown_timeout(job: Any, timeout_s: float) -> int:
+    """Give external trainers this time to end by themselves where the job gives none. Return how many got it."""
     raised = 0
     for app in job._deploy_map.values():
         for definition in getattr(app.app_config, "executors", []):
@@ -447,6 +447,6 @@ def raise_shutdown_timeout(job: Any, seconds: float) -> int:
                 and executor.execution_mode == ExecutionMode.EXTERNAL_PROCESS
                 and executor._shutdown_timeout == 0
             ):
-                executor._shutdown_timeout = seconds
+                executor._shutdown_timeout = timeout_s
                 raised += 1
     return raised

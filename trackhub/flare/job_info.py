@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people read of a FLARE job in every backend: its name, notes and tags.
 
-Sender and receiver take them as arguments and make the same `JobInfo` of them, on every site. What the job does not
-give comes from FLARE, through `trackhub.flare.compat`.
+Both widgets take them as arguments and make the same `JobInfo` of them, on the server and at every site. A name that
+the job does not give comes from FLARE, through `trackhub.flare.compat`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from nvflare.apis.fl_context import FLContext
 
-from trackhub.delivery import JobInfo
+from trackhub.delivery import JobInfo, SpoolInfo
 from trackhub.errors import ConfigError
 from trackhub.flare import compat
 from trackhub.records import key_problem
 
-__all__ = ["check_job_info", "job_info"]
+__all__ = ["check_job_info", "job_info", "spool_info"]
 
 
 def check_job_info(name: str | None, notes: str, tags: Sequence[str]) -> None:
@@ -50,6 +50,18 @@ def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str
         tags: labels for every run of the job.
     """
     return JobInfo(compat.job_id(fl_ctx), name or compat.job_name(fl_ctx), notes, tuple(tags))
+
+
+def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) -> SpoolInfo:
+    """Return what a spool of this job says of itself.
+
+    Args:
+        job: the job.
+        site: the site that logs into the spool.
+        cursors: the names of its readers.
+        max_bytes: the limit of all its files together.
+    """
+    return SpoolInfo(site, job.id, tuple(cursors), max_bytes, name=job.name, notes=job.notes, tags=job.tags)
 
 
 def _check_text(where: str, value: object) -> None:

@@ -27,7 +27,6 @@ from trackhub.delivery import (
     RunStatus,
     Sender,
     Side,
-    SpoolInfo,
     create_spool,
     has_streams,
     set_process_spool,
@@ -35,7 +34,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
-from trackhub.flare.job_info import check_job_info, job_info
+from trackhub.flare.job_info import check_job_info, job_info, spool_info
 
 __all__ = ["TrackhubReceiver"]
 
@@ -144,7 +143,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             raise
         assert self._core is not None
         spool = self._core.folder / "spool"
-        create_spool(spool, SpoolInfo(SERVER, self._core.job.id, ("server",), self._limits.spool_bytes))
+        create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
         self._stock.open(spool)
@@ -185,9 +184,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """Return a channel for a sender of this site in the receiver's own process."""
 
         def send(request: bytes, timeout_s: float) -> bytes:
-            if self._core is None:
-                raise ChannelError("this site's receiver could not start; the log says why")
-            return self._core.handle(site, request)
+            core = self._core
+            if core is None:
+                raise ChannelError("this site's receiver does not run; the log says why")
+            return core.handle(site, request)
 
         return send
 

@@ -26,7 +26,6 @@ from trackhub.delivery import (
     Limits,
     RunStatus,
     Sender,
-    SpoolInfo,
     close_spool,
     create_spool,
     refusal,
@@ -35,7 +34,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
-from trackhub.flare.job_info import check_job_info, job_info
+from trackhub.flare.job_info import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 
 __all__ = ["TrackhubSender"]
@@ -171,9 +170,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _create_spool(self, fl_ctx: FLContext, site: str) -> Path:
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
-        info = SpoolInfo(
-            site, job.id, tuple(cursors), self._limits.spool_bytes, name=job.name, notes=job.notes, tags=job.tags
-        )
+        info = spool_info(job, site, cursors, self._limits.spool_bytes)
         spool = compat.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
         try:
             create_spool(spool, info)
