@@ -15,7 +15,7 @@ from trackhub import registry
 from trackhub.delivery.wire import Chunk
 from trackhub.records import Artifact, Image, Payload
 from trackhub.run import RunInfo, RunStatus, Side
-from trackhub.spi import Backend, BackendRun, Capabilities, Entry, JobInfo
+from trackhub.spi import Backend, Capabilities, ConfirmedBy, Entry, JobInfo
 from trackhub.testing.author import ContractHooks, StoreContext
 from trackhub.testing.fault_proxy import Watch
 from trackhub.testing.log_calls import Call, Stream
@@ -125,7 +125,7 @@ class Kit:
             try:
                 for calls in batches:
                     run.write(_entries(stream, calls, info))
-                if type(run).flush is not BackendRun.flush:
+                if backend.capabilities.confirmed_by is ConfirmedBy.FLUSH:
                     run.flush()
             finally:
                 run.finish(RunStatus.FINISHED)
