@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
     from trackhub.delivery.receiver import Receiver
-    from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, format_report, read_report
+    from trackhub.delivery.report import (
+        DeliveryReport,
+        RunReport,
+        SiteReport,
+        format_report,
+        format_results,
+        read_report,
+    )
     from trackhub.delivery.sender import Sender
     from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
     from trackhub.limits import Limits
@@ -57,6 +64,7 @@ __all__ = [
     "close_spool",
     "create_spool",
     "format_report",
+    "format_results",
     "has_streams",
     "read_report",
     "refusal",
@@ -68,7 +76,14 @@ __all__ = [
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
     "trackhub.delivery.receiver": ("Receiver",),
-    "trackhub.delivery.report": ("DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report"),
+    "trackhub.delivery.report": (
+        "DeliveryReport",
+        "RunReport",
+        "SiteReport",
+        "format_report",
+        "format_results",
+        "read_report",
+    ),
     "trackhub.delivery.sender": ("Sender",),
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),

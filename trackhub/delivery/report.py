@@ -8,7 +8,7 @@ table; ``trackhub status`` shows the same counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ __all__ = [
     "format_job",
     "format_openings",
     "format_report",
+    "format_results",
     "read_report",
     "resolve_results",
     "write_report",
@@ -112,6 +113,10 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     sites: dict[str, SiteReport]
     lanes: dict[str, dict[str, RunReport]]
     run_dir: str = os.pardir
+
+    def is_complete(self) -> bool:
+        """Return whether every record that was logged is stored in every backend."""
+        return self.balanced and not self.undelivered() and not self.lost()
 
     def undelivered(self) -> int:
         """Return how many records are still on their way: in a site's spool, or pending at a backend."""
@@ -216,17 +221,47 @@ def format_report(report: DeliveryReport) -> str:
             rows.append((name, lane, logged, str(site.journaled), *counts, remark))
         if not runs:
             rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
     openings = format_openings((lane, run) for lane, runs in sorted(report.lanes.items()) for run in runs.values())
-    if openings:
-        lines += ["Open the results", *openings]
+    footer = ["Open the results", *openings] if openings else []
     job = format_job(report.job, report.job_name)
     head = f"trackhub delivery report: job {job}, {report.side} side, {report.status}"
     if not report.balanced:
         head += ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
-    return "\n".join([head, *lines])
+    return "\n".join([head, *_table(rows), *footer])
+
+
+def format_results(reports: Mapping[str, DeliveryReport]) -> str:
+    """Return what each backend stored of a job, and how to look at it, for the end of the script that ran the job.
+
+    Args:
+        reports: the report of each receiver, by the name of its site, or ``server``.
+    """
+    rows = [("site", "receiver", "backend", "confirmed", "remarks")]
+    runs_shown: list[tuple[str, RunReport]] = []
+    for receiver, report in reports.items():
+        for backend, runs in sorted(report.lanes.items()):
+            for site, run in sorted(runs.items()):
+                counts = report.sites[site].at_site if site in report.sites else None
+                missing = [*run.rejected.items()]
+                if counts is not None:
+                    missing += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
+                remarks = [f"{reason}: {n}" for reason, n in [*missing, ("pending", run.pending)] if n]
+                remarks += run.last_error.splitlines()[:1] if run.pending else []
+                confirmed = f"{run.confirmed:,} of " + ("?" if counts is None else f"{counts.logged:,}")
+                rows.append((site, receiver, backend, confirmed, "; ".join(remarks)))
+                runs_shown.append((backend, run))
+    lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []
+    if openings := format_openings(runs_shown):
+        lines += ["", "Open the results", *openings]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
+    return lines
 
 
 def _site_remarks(site: SiteReport) -> list[str]:
