@@ -140,7 +140,7 @@ def train_alone(args: argparse.Namespace) -> None:
             site.train(round_number)
         site.validate(args.num_rounds)
     if writer.report is not None:
-        print(format_results({"site-1": writer.report}, {"site-1": writer.folder}))
+        print(format_results({"site-1": writer.report}))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

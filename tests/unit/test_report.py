@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trackhub.delivery import DeliveryReport, RunReport, SiteCounts, SiteReport, format_results
+from trackhub.delivery.report import resolve_results
 from trackhub.spi import Results
 
 
@@ -25,7 +26,7 @@ def test_each_site_and_backend_of_each_receiver_has_a_row() -> None:
         "site-1": report({"jsonl": {"site-1": RunReport(confirmed=3)}}, {"site-1": logged(3)}),
     }
 
-    lines = format_results(reports, {}).splitlines()
+    lines = format_results(reports).splitlines()
 
     assert [line.split() for line in lines[3:]] == [
         ["site-1", "server", "acme", "3", "of", "?"],
@@ -37,7 +38,8 @@ def test_each_site_and_backend_of_each_receiver_has_a_row() -> None:
 def test_a_command_that_opens_several_runs_is_shown_once_and_can_be_typed_anywhere(tmp_path: Path) -> None:
     run = RunReport(results=Results(path="acme", command="acme open ."))
 
-    screen = format_results({"server": report({"acme": {"site-1": run, "site-2": run}})}, {"server": tmp_path})
+    found = resolve_results(report({"acme": {"site-1": run, "site-2": run}}), tmp_path / "trackhub")
+    screen = format_results({"server": found})
 
     assert screen.endswith(f"\n\nOpen the results\n  acme: cd {tmp_path} && acme open .")
 
@@ -49,7 +51,7 @@ def test_without_a_command_the_page_or_else_the_absolute_path_is_shown(tmp_path:
         "site-3": RunReport(results=Results()),
     }
 
-    screen = format_results({"server": report({"acme": runs})}, {"server": tmp_path})
+    screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
 
     assert screen.endswith(f"\n  acme: http://acme/1\n  acme: {tmp_path / 'acme' / '2'}")
 
@@ -58,13 +60,13 @@ def test_what_several_places_count_for_the_same_reason_is_not_merged() -> None:
     at_site = SiteCounts(logged=10, dropped={"too_large": 1}, refused={"too_large": 2}, acked=7)
     run = RunReport(confirmed=4, rejected={"too_large": 3})
 
-    screen = format_results({"server": report({"acme": {"site-1": run}}, {"site-1": SiteReport(at_site=at_site)})}, {})
+    screen = format_results({"server": report({"acme": {"site-1": run}}, {"site-1": SiteReport(at_site=at_site)})})
 
     assert "4 of 10    too_large: 3; too_large: 1; too_large: 2" in screen
 
 
 def test_nothing_tracked_is_an_empty_text() -> None:
-    assert format_results({}, {}) == ""
+    assert format_results({}) == ""
 
 
 def test_a_report_is_complete_when_nothing_is_pending_lost_or_unbalanced() -> None:
