@@ -136,8 +136,8 @@ def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were
     for site in SITES:
         check_receiver(result, "server", site, emulator)
         check_receiver(result, site, site)
-    assert [held.fields["groupName"] for held in emulator.state.runs.values()] == [result.job.id] * 2
-    assert sorted(held.fields["displayName"] for held in emulator.state.runs.values()) == sorted(SITES)
+    assert [held.fields["groupName"] for held in emulator.state.runs.values()] == [result.job.unique_name] * 2
+    assert sorted(held.fields["displayName"] for held in emulator.state.runs.values()) == ["job/site-1", "job/site-2"]
 
 
 @pytest.mark.long
