@@ -1,79 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a script that ran a job: what each backend stored, and how to look at it."""
+"""The delivery report as text, and what becomes of its results when it is read where the job's folder lies now."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from trackhub.delivery import DeliveryReport, RunReport, SiteCounts, SiteReport, format_results
-from trackhub.delivery.report import resolve_results
+import msgspec
+import pytest
+
+from trackhub.delivery.report import (
+    DeliveryReport,
+    RunReport,
+    SiteReport,
+    format_report,
+    format_results,
+    read_report,
+    write_report,
+)
+from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 
 
-def report(lanes: dict[str, dict[str, RunReport]], sites: dict[str, SiteReport] | None = None) -> DeliveryReport:
-    """Return the report of a receiver whose counts add up."""
-    return DeliveryReport(job="j", side="server", status="finished", balanced=True, sites=sites or {}, lanes=lanes)
+@pytest.fixture
+def report() -> DeliveryReport:
+    """One site that logged 10 records, in one backend, which confirmed 4 of them by the client's word alone."""
+    counts = SiteCounts(logged=10, acked=10)
+    results = Results(url="https://acme/run", path="acme/run", command="acme show acme")
+    return DeliveryReport(
+        job="sim-1", job_name="cifar10", side="server", status="finished", balanced=True,
+        sites={"site-1": SiteReport(at_site=counts, received=10, journaled=10, final=True)},
+        lanes={"acme": {"site-1": RunReport(confirmed=10, client_confirmed=4, results=results)}},
+    )  # fmt: skip
 
 
-def logged(n: int) -> SiteReport:
-    """Return the counts of a site that has sent its final message."""
-    return SiteReport(at_site=SiteCounts(logged=n, acked=n), received=n, journaled=n, final=True)
+def test_the_text_names_the_job_and_what_the_client_alone_confirmed(report: DeliveryReport) -> None:
+    text = format_report(report)
+
+    assert text.startswith("trackhub delivery report: job cifar10 (sim-1), server side, finished\n")
+    assert "10 (4 by the client's word)" in text
+    assert text.endswith("Open the results\n  acme: acme show acme")
+    assert "by the client's word: 4" in format_results({"server": report})
 
 
-def test_each_site_and_backend_of_each_receiver_has_a_row() -> None:
-    reports = {
-        "server": report({"acme": {"site-1": RunReport(confirmed=3), "site-2": RunReport(confirmed=4)}}),
-        "site-1": report({"jsonl": {"site-1": RunReport(confirmed=3)}}, {"site-1": logged(3)}),
-    }
+def test_a_job_without_a_name_is_called_by_its_id(report: DeliveryReport) -> None:
+    for name in ("", "sim-1"):
+        text = format_report(msgspec.structs.replace(report, job_name=name))
 
-    lines = format_results(reports).splitlines()
-
-    assert [line.split() for line in lines[3:]] == [
-        ["site-1", "server", "acme", "3", "of", "?"],
-        ["site-2", "server", "acme", "4", "of", "?"],
-        ["site-1", "site-1", "jsonl", "3", "of", "3"],
-    ]
+        assert text.startswith("trackhub delivery report: job sim-1, server side")
 
 
-def test_a_command_that_opens_several_runs_is_shown_once_and_can_be_typed_anywhere(tmp_path: Path) -> None:
-    run = RunReport(results=Results(path="acme", command="acme open ."))
+def test_a_command_that_opens_several_runs_is_shown_once(report: DeliveryReport) -> None:
+    (run,) = report.lanes["acme"].values()
+    of_both = msgspec.structs.replace(report, lanes={"acme": {"site-1": run, "site-2": run}})
 
-    found = resolve_results(report({"acme": {"site-1": run, "site-2": run}}), tmp_path / "trackhub")
-    screen = format_results({"server": found})
-
-    assert screen.endswith(f"\n\nOpen the results\n  acme: cd {tmp_path} && acme open .")
+    assert format_report(of_both).count("acme show acme") == 1
 
 
-def test_without_a_command_the_page_or_else_the_absolute_path_is_shown(tmp_path: Path) -> None:
-    runs = {
-        "site-1": RunReport(results=Results(url="http://acme/1", path="acme/1")),
-        "site-2": RunReport(results=Results(path="acme/2")),
-        "site-3": RunReport(results=Results()),
-    }
+@pytest.mark.parametrize("run_dir", ["..", "../.."])
+def test_results_are_those_of_the_run_folder_beside_the_report(
+    report: DeliveryReport, tmp_path: Path, run_dir: str
+) -> None:
+    folder = tmp_path / "a job" / "trackhub" / "site-1"
+    folder.mkdir(parents=True)
+    run_folder = (folder / run_dir).resolve()
+    write_report(folder / "delivery.json", msgspec.structs.replace(report, run_dir=run_dir))
 
-    screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
+    read = read_report(folder / "delivery.json")
 
-    assert screen.endswith(f"\n  acme: http://acme/1\n  acme: {tmp_path / 'acme' / '2'}")
-
-
-def test_what_several_places_count_for_the_same_reason_is_not_merged() -> None:
-    at_site = SiteCounts(logged=10, dropped={"too_large": 1}, refused={"too_large": 2}, acked=7)
-    run = RunReport(confirmed=4, rejected={"too_large": 3})
-
-    screen = format_results({"server": report({"acme": {"site-1": run}}, {"site-1": SiteReport(at_site=at_site)})})
-
-    assert "4 of 10    too_large: 3; too_large: 1; too_large: 2" in screen
+    assert read.run_dir == str(run_folder)
+    assert read.lanes["acme"]["site-1"].results == Results(
+        url="https://acme/run", path=str(run_folder / "acme" / "run"), command=f"cd '{run_folder}' && acme show acme"
+    )
 
 
-def test_nothing_tracked_is_an_empty_text() -> None:
-    assert format_results({}) == ""
+def test_results_of_a_run_folder_elsewhere_stay_there(report: DeliveryReport, tmp_path: Path) -> None:
+    """So it is with a receiver whose own files are not in the run folder."""
+    write_report(tmp_path / "delivery.json", msgspec.structs.replace(report, run_dir="/jobs/1"))
 
+    results = read_report(tmp_path / "delivery.json").lanes["acme"]["site-1"].results
 
-def test_a_report_is_complete_when_nothing_is_pending_lost_or_unbalanced() -> None:
-    complete = report({"acme": {"site-1": RunReport(confirmed=3)}}, {"site-1": logged(3)})
-
-    assert complete.is_complete()
-    assert not report({"acme": {"site-1": RunReport(confirmed=2, pending=1)}}, {"site-1": logged(3)}).is_complete()
-    assert not report({"acme": {"site-1": RunReport(rejected={"too_large": 1})}}).is_complete()
-    complete.balanced = False
-    assert not complete.is_complete()
+    assert results is not None
+    assert (results.path, results.command) == ("/jobs/1/acme/run", "cd /jobs/1 && acme show acme")
