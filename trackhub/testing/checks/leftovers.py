@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's groups on what a backend leaves behind, in files and in the process that it runs in; and on volume."""
+"""Checks that a backend leaves nothing behind, in files or in its process: secrets, threads, open files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from trackhub.records import Kind, Params
-from trackhub.testing.author import SECRET_ENV
-from trackhub.testing.checks.base import ContractBase, Kit
-from trackhub.testing.log_calls import Call, metric, series
-from trackhub.testing.scenarios import check_run
+from trackhub.testing.checks.fixtures import ContractFixtures, Kit, one_param
+from trackhub.testing.hooks import SECRET_ENV
+from trackhub.testing.sample_calls import series
 
-__all__ = ["Hygiene", "Volume"]
+__all__ = ["LeftoverChecks"]
 
 
-class Hygiene(ContractBase):
-    """Nothing is left that should not be."""
+class LeftoverChecks(ContractFixtures):
+    """A backend leaves no secret, thread, open file or process behind, and moves no global random generator."""
 
     def test_secrets_are_nowhere(
         self,
@@ -38,14 +36,13 @@ class Hygiene(ContractBase):
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
-        """A token in the environment or in an option is in no file that the receiver leaves, no log record, no output."""
+        """A token in the environment or in an option is in no file, no log record and no output."""
         token = secrets.token_hex(20)
         for name in (SECRET_ENV, *self.secret_env):
             monkeypatch.setenv(name, token)
         with _everything_logged() as log:
             rig = kit.rig(options=dict(self.secret_options)).start()
-            params = [Call(Params({"lr": 0.5}))] if Kind.PARAMS in rig.can.kinds else []
-            rig.log("site-1", [*series("loss", range(5)), *params])
+            rig.log("site-1", [*series("loss", range(5)), *one_param(rig.can)])
             rig.finish()
         printed = "".join(capfd.readouterr())
         assert token not in log.getvalue(), "the token is in a log record"
@@ -55,42 +52,28 @@ class Hygiene(ContractBase):
         assert rig.run("site-1").pending == 0, f"nothing was delivered, so nothing is proved: {rig.run('site-1')}"
 
     def test_no_thread_is_left(self, kit: Kit) -> None:
-        """After its receiver has ended, a backend has no thread more than before; the first receiver may make some to keep."""
+        """A receiver that has ended leaves no thread. The first receiver of a process may start some that stay."""
         left = _growth(self, kit, lambda: {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()})
         assert not left, f"threads are left: {', '.join(sorted(left))}"
 
     def test_no_file_is_left_open(self, kit: Kit) -> None:
-        """After its receiver has ended, a backend has no file or socket open more than before."""
+        """A receiver that has ended leaves no file or socket open. The first of a process may open some that stay."""
         left = _growth(self, kit, _open_files)
         assert not left, f"files are left open: {', '.join(sorted(left))}"
 
     def test_no_process_is_left(self, kit: Kit) -> None:
-        """After its receiver has ended, a backend has left no process."""
+        """A receiver that has ended leaves no process."""
         before = _children()
         _use(kit, 1)
         left = _remains(self, _children, before)
         assert not left, f"processes are left: {', '.join(sorted(left))}"
 
     def test_random_generators_are_left_alone(self, kit: Kit) -> None:
-        """No draw from the global generators of Python and NumPy: at a client, training draws from the same ones."""
+        """The backend does not draw from the global generators of Python and NumPy, from which training draws."""
         before = _generators()
         _use(kit, 1)
         moved = [name for name, state in _generators().items() if state != before[name]]
-        assert not moved, f"{' and '.join(moved)} moved; draw from a generator of the backend's own"
-
-
-class Volume(ContractBase):
-    """Much."""
-
-    def test_volume(self, kit: Kit) -> None:
-        """Ten thousand points of several metrics arrive, each once."""
-        total = 1000 if kit.quick else 10_000
-        rig = kit.rig().start()
-        keys = [f"metric-{number}" for number in range(5)]
-        for start in range(0, total, 500):
-            rig.log("site-1", [metric(keys[n % 5], n / 8, n // 5) for n in range(start, start + 500)])
-        rig.finish(deadline_s=4 * self.deadline_s)
-        check_run(rig, self, ["site-1"], f"{total} points")
+        assert not moved, f"the global generator moved: {', '.join(moved)}. Draw from a generator of the backend's own"
 
 
 def _use(kit: Kit, rigs: int) -> None:
@@ -101,16 +84,28 @@ def _use(kit: Kit, rigs: int) -> None:
         rig.finish()
 
 
-def _growth(hooks: ContractBase, kit: Kit, look: Callable[[], set[str]]) -> set[str]:
-    """Return what two more receivers leave that one receiver has not left before."""
+def _growth(hooks: ContractFixtures, kit: Kit, look: Callable[[], set[str]]) -> set[str]:
+    """Return what two more receivers leave that the first has not left.
+
+    Args:
+        hooks: the contract class.
+        kit: makes the receivers.
+        look: returns what is there now.
+    """
     _use(kit, 1)
     before = look()
     _use(kit, 2)
     return _remains(hooks, look, before)
 
 
-def _remains(hooks: ContractBase, look: Callable[[], set[str]], before: set[str]) -> set[str]:
-    """Return what is still there after a while of grace, in which threads and processes may end."""
+def _remains(hooks: ContractFixtures, look: Callable[[], set[str]], before: set[str]) -> set[str]:
+    """Return what is still there after ``patience_s``, in which threads and processes may end.
+
+    Args:
+        hooks: the contract class.
+        look: returns what is there now.
+        before: what was there before.
+    """
     deadline = time.monotonic() + hooks.patience_s
     pause = threading.Event()
     while (left := look() - before) and time.monotonic() < deadline:
@@ -119,9 +114,9 @@ def _remains(hooks: ContractBase, look: Callable[[], set[str]], before: set[str]
 
 
 def _generators() -> dict[str, bytes]:
-    """Return the state of the global random generators."""
+    """Return the states of the global random generators."""
     states = {"random": pickle.dumps(random.getstate())}
-    if importlib.util.find_spec("numpy"):  # where it is not installed, no backend draws from it
+    if importlib.util.find_spec("numpy"):  # a backend cannot draw from what is not installed
         import numpy
 
         states["numpy.random"] = pickle.dumps(numpy.random.get_state())
@@ -135,7 +130,7 @@ def _open_files() -> set[str]:
         try:
             found.add(f"{name} -> {os.readlink(folder / name)}")
         except OSError:
-            continue  # the folder's own descriptor, closed by now
+            continue  # the descriptor of the listing itself, closed by now
     return found
 
 
@@ -152,7 +147,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _everything_logged() -> Iterator[io.StringIO]:
-    """Collect what any logger says, at any level, tracebacks included."""
+    """Collect the records of all loggers at all levels, tracebacks included."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     root = logging.getLogger()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a contract class whole, and a misspelt method from doing nothing."""
+"""Detect removed checks and misspelt methods, which would otherwise do nothing and look like a pass.
+
+The checks of `trackhub.testing.contract` call it with the contract class and with the classes of the plugin.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.author import ContractHooks
+from trackhub.testing.hooks import ContractHooks
 
 __all__ = ["contract_problems", "misspelt_methods"]
 
 _HOOKS = frozenset(name for name in (*vars(ContractHooks), *ContractHooks.__annotations__) if name[0] != "_")
 _FIXTURE_TYPES = frozenset({"FixtureFunctionDefinition"})
-_NEAR = 0.75
+_SIMILARITY = 0.75
 
 
 def contract_problems(cls: type, contract: type) -> Iterator[str]:
-    """Yield what an author's class must not do to the contract: remove, replace or misname a part of it.
+    """Yield what is wrong with a contract class: checks that it removes or replaces, names that are no hook.
 
     Args:
         cls: the author's class.
-        contract: the kit's class, from which it is derived.
+        contract: the kit's class, from which it derives.
     """
     for name in sorted(set(dir(contract)) - _HOOKS):
         if name.startswith("__") or name == "pytestmark":
@@ -33,30 +36,38 @@ def contract_problems(cls: type, contract: type) -> Iterator[str]:
         if theirs is ours:
             continue
         if not callable(theirs):
-            yield f"{name} is removed; mark it with @pytest.mark.xfail(reason=…) if the backend cannot pass it"
+            yield f"{name} is removed. If the backend cannot pass it, mark it with @pytest.mark.xfail(reason=...)"
         elif not name.startswith("test_"):
-            yield f"{name} belongs to the kit and is replaced; call yours something else"
+            yield f"{name} belongs to the kit and is replaced. Give yours another name"
         elif not _says_why(theirs):
-            yield f"{name} is overridden without @pytest.mark.xfail(reason=…), which says why the backend cannot pass"
+            yield (
+                f"{name} is overridden without @pytest.mark.xfail(reason=...). Say why the backend cannot pass it, or "
+                "remove the override"
+            )
+    yield from _unknown_names(cls, contract)
+
+
+def _unknown_names(cls: type, contract: type) -> Iterator[str]:
     known = _HOOKS | set(dir(contract))
     for base in cls.__mro__:
         if base is contract or issubclass(contract, base):
             continue
         for name, value in vars(base).items():
-            if name[0] == "_" or name in known or name.startswith("test_") or name in ("pytestmark",):
+            if name[0] == "_" or name in known or name.startswith("test_") or name == "pytestmark":
                 continue
             if type(value).__name__ in _FIXTURE_TYPES:
                 continue
             near = difflib.get_close_matches(name, _HOOKS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; begin a helper's name with an underscore"
-            yield f"{name} is no hook of the contract{hint}"
+            hint = f"Did you mean {near[0]}?" if near else "Begin a helper's name with an underscore"
+            yield f"{name} is no hook of the contract. {hint}"
 
 
 def misspelt_methods(classes: Iterable[type], base: type[Backend[Any]] | type[BackendRun]) -> Iterator[str]:
-    """Yield public methods that are almost those of the SPI: nobody would ever call them.
+    """Yield public methods whose names are nearly those of the SPI. Nothing would ever call them.
 
     Args:
-        classes: of the plugin, each derived from ``base``.
+        classes: classes of the plugin.
+        base: the class of the SPI that they derive from.
     """
     known = {name for name in dir(base) if name[0] != "_"}
     for cls in classes:
@@ -66,9 +77,9 @@ def misspelt_methods(classes: Iterable[type], base: type[Backend[Any]] | type[Ba
             for name, value in vars(owner).items():
                 if name in known or not callable(value):
                     continue
-                near = difflib.get_close_matches(name.strip("_"), known, n=1, cutoff=_NEAR)
+                near = difflib.get_close_matches(name.strip("_"), known, n=1, cutoff=_SIMILARITY)
                 if near and name[:2] != "__":
-                    yield f"{owner.__name__}.{name} is not called by anything; did you mean {near[0]}?"
+                    yield f"nothing calls {owner.__name__}.{name}. Did you mean {near[0]}?"
 
 
 def _says_why(test: object) -> bool:

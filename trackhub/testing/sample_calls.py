@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a site logs in a contract test: calls, and the frames that they become."""
+"""Sample jobs, and the log calls that the kit makes in place of a site, with the requests that a sender would send.
+
+Checks and scenarios make `Call` objects with the functions here. A `ReceiverRig` has one `Stream` for each writing
+process, and sends the requests to its receiver.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,62 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
+from uuid import uuid4
 
 import msgspec
 
 from trackhub.delivery.wire import Batch, Chunk
 from trackhub.framing import encode_frame
-from trackhub.records import Artifact, Blob, Histogram, Image, Metrics, Payload, Record, Table, Text
+from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Payload, Record, Table, Text
+from trackhub.run import JobInfo
 
-__all__ = ["BASE_TIME", "Call", "Stream", "artifact", "histogram", "image", "metric", "png", "series", "table", "text"]
+__all__ = [
+    "BASE_TIME",
+    "LOGGED_KINDS",
+    "Call",
+    "FuturePayload",
+    "Stream",
+    "artifact",
+    "histogram",
+    "image",
+    "metric",
+    "new_job",
+    "png",
+    "series",
+    "table",
+    "text",
+]
 
 BASE_TIME = 1_700_000_000.0
-"""Calls are logged from here on, a minute apart: every store can tell such times apart, and keeps them exactly."""
+"""The time of a stream's first call. The others follow a minute apart, and every store keeps such times exactly."""
+
+LOGGED_KINDS = tuple(kind for kind in Kind if kind is not Kind.GAP)
+"""The kinds that a backend may claim. It never gets a gap."""
 
 _NO_BLOB = Blob("", 0, "", "")
 _CHUNK_BYTES = 1 << 20
+
+
+class FuturePayload(msgspec.Struct, frozen=True, array_like=True, tag=max(Kind) + 1):
+    """A payload of a kind that this trackhub does not know, such as a newer one may send."""
+
+    key: str
+    content: str
 
 
 class Call(msgspec.Struct, frozen=True):
     """One log call.
 
     Attributes:
-        payload: what is logged; for an image or artifact without its blob.
-        step, round: as in `trackhub.records.Record`.
+        payload: what is logged; an image or artifact without its blob.
+        step: as in `trackhub.records.Record`.
         time: unix seconds (UTC); None for a minute after the call before.
+        round: as in `trackhub.records.Record`.
         content: the bytes of an image or artifact.
-        media_type: of the content.
+        media_type: MIME type of the content.
     """
 
-    payload: Payload
+    payload: Payload | FuturePayload
     step: int | None = None
     time: float | None = None
     round: int | None = None
@@ -42,13 +74,31 @@ class Call(msgspec.Struct, frozen=True):
     media_type: str = "application/octet-stream"
 
 
+def new_job(name: str = "contract-kit") -> JobInfo:
+    """Return a job with an id of its own, and a name that other jobs may have, too."""
+    return JobInfo(f"job-{uuid4().hex[:8]}", name, "Made by trackhub's *contract kit*.", ("contract-kit",))
+
+
 def metric(key: str, value: float, step: int | None = None, time: float | None = None) -> Call:
-    """Return a call that logs one scalar."""
+    """Return a call that logs one scalar.
+
+    Args:
+        key: its key.
+        value: its value.
+        step: its step, if it has one.
+        time: unix seconds (UTC) of the call; None for a minute after the call before.
+    """
     return Call(Metrics({key: value}), step, time)
 
 
 def series(key: str, steps: Iterable[int | None], scale: float = 0.125) -> list[Call]:
-    """Return calls that log a scalar at each of these steps, with values that differ and float32 holds exactly."""
+    """Return calls that log a scalar at each of these steps.
+
+    Args:
+        key: the scalar's key.
+        steps: a step for each call.
+        scale: the values are 0, 1, 2, ... times this. Multiples of 1/8 are exact in float32, too.
+    """
     return [metric(key, number * scale, step) for number, step in enumerate(steps)]
 
 
@@ -58,29 +108,43 @@ def text(key: str, content: str, step: int | None = None) -> Call:
 
 
 def image(key: str, step: int | None = None, *, shade: int = 0, caption: str = "") -> Call:
-    """Return a call that logs a small PNG, another one for each shade."""
+    """Return a call that logs a small PNG.
+
+    Args:
+        key: the image's key.
+        step: its step, if it has one.
+        shade: 0 to 255; each shade gives other bytes.
+        caption: its caption.
+    """
     size = 8
     return Call(Image(key, _NO_BLOB, size, size, caption), step, content=png(size, shade), media_type="image/png")
 
 
 def histogram(key: str, step: int | None = None, *, counts: Sequence[float] = (1.0, 4.0, 2.0)) -> Call:
-    """Return a call that logs a histogram over [-1, ...), in bins of width 0.5."""
+    """Return a call that logs a histogram, whose bins begin at -1 and are 0.5 wide."""
     return Call(Histogram(key, [-1.0 + 0.5 * i for i in range(len(counts) + 1)], list(counts)), step)
 
 
-def table(key: str, step: int | None = None) -> Call:
-    """Return a call that logs a table with a cell of each type."""
-    rows = [[None, True, 7, 0.5, "cat"], [None, False, -1, 2.25, "a|b `c` <d> & e_f"]]
+def table(key: str, step: int | None = None, *, count: int = 7) -> Call:
+    """Return a call that logs a table with a cell of each type; ``count`` is one of the cells."""
+    rows = [[None, True, count, 0.5, "cat"], [None, False, -1, 2.25, "a|b `c` <d> & e_f"]]
     return Call(Table(key, ["nothing", "flag", "count", "score", "name"], rows), step)
 
 
 def artifact(key: str, content: bytes, *, filename: str = "weights.bin", artifact_type: str = "file") -> Call:
-    """Return a call that logs a file."""
+    """Return a call that logs a file.
+
+    Args:
+        key: the artifact's key.
+        content: the file's bytes.
+        filename: the last part of the path that it was logged from.
+        artifact_type: what it is: ``file``, ``model``, ...
+    """
     return Call(Artifact(key, _NO_BLOB, filename, artifact_type), content=content)
 
 
 def png(size: int, shade: int) -> bytes:
-    """Return a square grey PNG file with a gradient that starts at ``shade``."""
+    """Return a square grey PNG file with a gradient that starts at ``shade``; ``size`` is its width in pixels."""
     rows = b"".join(b"\0" + bytes((shade + 3 * (x + y)) % 256 for x in range(size)) for y in range(size))
     head = struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0)
     parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
@@ -89,10 +153,10 @@ def png(size: int, shade: int) -> bytes:
 
 
 class Stream:
-    """One writing process: numbers the calls and turns them into the requests that a sender would send."""
+    """One writing process of a site: numbers its calls, and turns them into the requests of a sender."""
 
     def __init__(self, name: str) -> None:
-        """Start at seq 0. ``name`` is any word; the stream's id is made from it."""
+        """Start at seq 0. The stream's id is made from the name."""
         self.id = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
         self.calls: list[Call] = []
 
@@ -110,7 +174,10 @@ class Stream:
                 payload = self.with_blob(seq, timed)
                 chunks += _chunks(payload.blob, call.content or b"")
             self.calls.append(timed)
-            frames += encode_frame(Record(seq, when, timed.step, timed.round, payload))
+            if isinstance(payload, FuturePayload):
+                frames += _future_frame(seq, when, payload)
+            else:
+                frames += encode_frame(Record(seq, when, timed.step, timed.round, payload))
         batch = Batch(self.id, first, len(self.calls), len(calls), bytes(frames))
         return self.calls[first:], chunks, batch
 
@@ -125,3 +192,10 @@ class Stream:
 def _chunks(blob: Blob, content: bytes) -> list[Chunk]:
     offsets = range(0, max(len(content), 1), _CHUNK_BYTES)
     return [Chunk(blob.name, blob.size, blob.sha256, at, content[at : at + _CHUNK_BYTES]) for at in offsets]
+
+
+def _future_frame(seq: int, time: float, payload: FuturePayload) -> bytes:
+    """Return a frame of a kind that `trackhub.framing` refuses to encode; the layout is described there."""
+    body = msgspec.msgpack.encode([seq, time, None, None, payload])
+    checked = struct.pack("<IB", len(body), FuturePayload.__struct_config__.tag) + body
+    return struct.pack("<I", zlib.crc32(checked)) + checked
