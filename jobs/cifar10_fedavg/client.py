@@ -43,7 +43,7 @@ class Site:
         self.train_images = data.share(images, name, args)
         self.batches = data.batches(self.train_images, args.batch_size, shuffle=True)
         # Channels last is almost twice as fast on a CPU.
-        self.model = SmallCNN(args.seed).to(DEVICE, memory_format=torch.channels_last)
+        self.model = SmallCNN(args.seed).to(memory_format=torch.channels_last).to(DEVICE)
 
         flags = ("partition", "n_clients", "num_rounds", "local_epochs", "batch_size", "lr", "seed")
         writer.log_params(
@@ -131,7 +131,7 @@ def train_in_flare(args: argparse.Namespace) -> None:
 
 def train_alone(args: argparse.Namespace) -> None:
     """Train for as many epochs as in the job, without FLARE and without anybody to average with."""
-    from results import print_delivery  # only here: a site of a job does not deliver
+    from trackhub.delivery import format_results  # only here: a site of a job does not deliver
 
     with trackhub.local(args.backend or ["tensorboard"], site="site-1") as writer:
         site = Site(args, "site-1", writer)
@@ -139,7 +139,8 @@ def train_alone(args: argparse.Namespace) -> None:
             site.validate(round_number)
             site.train(round_number)
         site.validate(args.num_rounds)
-    print_delivery({"site-1": writer.folder})
+    if writer.report is not None:
+        print(format_results({"site-1": writer.report}))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -23,8 +23,6 @@ from trackhub.errors import ConfigError, PluginError
 NAME, SUMMARIES = "cifar10_fedavg", "sites"
 HERE = Path(__file__).resolve().parent
 EXIT_JOB_FAILED, EXIT_BAD_FLAGS, EXIT_UNDELIVERED = 1, 2, 3
-# FLARE stops an external trainer this long after the last round, so that its last lines can run.
-SHUTDOWN_TIMEOUT_S = 30.0
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -100,7 +98,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
         launch_external_process=args.launch_external_process,
         # The simulator's sites run on this machine, with this interpreter's packages; others have their own python3.
         command="python3 -u" if args.export else f"{sys.executable} -u",
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        shutdown_timeout=30.0,  # for the last lines of an external trainer; then FLARE stops it
     )
     if config.server or config.clients:
         add_tracking(recipe, server=config.server, clients=config.clients)
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     """
     from nvflare.recipe import SimEnv
 
-    # Once for all sites: with "auto" they must not decide each for itself.
+    # Here, for all sites: with "auto" they must not decide each for itself.
     args.dataset, _, test_images = data.load(args)
     if args.data_root is not None:
         os.environ[data.DATA_ROOT_ENV] = str(args.data_root.resolve())  # which the simulator's sites inherit
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     sites = [f"site-{number}" for number in range(1, args.n_clients + 1)]
     receivers = (["server"] if config.server else []) + (sites if config.clients else [])
     run_folders = {receiver: result / receiver / "simulate_job" for receiver in receivers}
-    failure = ""
+    failure: RuntimeError | None = None
     with contextlib.chdir(HERE):
         recipe = build_recipe(args, config)
         print(f"Running {NAME} on {args.dataset} images; workspace {args.workspace}", flush=True)
@@ -136,18 +134,18 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
         try:
             recipe.run(environment)
         except RuntimeError as error:
-            failure = str(error)
+            failure = error
 
     results.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
-    if not failure and checkpoint.is_file():
-        model = SmallCNN().to(DEVICE, memory_format=torch.channels_last)
+    if failure is None and checkpoint.is_file():
+        model = SmallCNN().to(memory_format=torch.channels_last).to(DEVICE)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         loss, accuracy, _ = evaluate(model, test_images)
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
     delivered = results.print_delivery(run_folders)
     print(f"\nFiles of the job: {result}")
-    if failure:
+    if failure is not None:
         print(f"\nThe job failed: {failure}")
         return EXIT_JOB_FAILED
     return EXIT_UNDELIVERED if args.strict and not delivered else 0

@@ -11,8 +11,8 @@ bring lie beside it, in ``<site>.files/``::
     {"position":1,…,"kind":"image","file":"site-1.files/1.png",…,"key":"samples","width":32,"height":32,"caption":""}
     {"position":1,"time":1764000009.5,"kind":"end","status":"finished"}
 
-``kind`` is the record's kind. The fields of its payload follow. The end of a run is a line of kind ``end``, which is not
-a record. JSON has no NaN and no infinities:
+``kind`` is the record's kind. The fields of its payload follow. A line of kind ``end`` is the end of a run and not a
+record. JSON has no NaN and no infinities:
 
 - In metrics and histograms, where only numbers can stand, they are the strings ``"NaN"``, ``"Infinity"`` and
   ``"-Infinity"``.

@@ -242,10 +242,11 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
         for backend, runs in sorted(report.lanes.items()):
             for site, run in sorted(runs.items()):
                 counts = report.sites[site].at_site if site in report.sites else None
-                missing = [*run.rejected.items()]
+                outcomes = [*run.rejected.items()]
                 if counts is not None:
-                    missing += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
-                remarks = [f"{reason}: {n}" for reason, n in [*missing, ("pending", run.pending)] if n]
+                    outcomes += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
+                outcomes += [("pending", run.pending), ("by the client's word", run.client_confirmed)]
+                remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
                 remarks += run.last_error.splitlines()[:1] if run.pending else []
                 confirmed = f"{run.confirmed:,} of " + ("?" if counts is None else f"{counts.logged:,}")
                 rows.append((site, receiver, backend, confirmed, "; ".join(remarks)))

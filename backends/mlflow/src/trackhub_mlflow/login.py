@@ -79,8 +79,8 @@ def _log_in_by_plugins(session: requests.Session) -> None:
             session.auth = fetch_auth(name)
             if session.auth is None:
                 raise SetupError(
-                    f"MLFLOW_TRACKING_AUTH names {name!r}, but no MLflow plugin of that name is installed. Install it in "
-                    "the environment of the receiver"
+                    f"MLFLOW_TRACKING_AUTH names {name!r}, but no MLflow plugin of that name is installed; install it "
+                    "in the receiver's environment"
                 )
     except ImportError as error:
         raise SetupError(f"the MLflow login needs a package that is not installed: {error}; install it") from error
