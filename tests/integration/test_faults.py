@@ -158,7 +158,7 @@ def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
     assert "the project 'x' does not exist; create it first (this site will train nothing" in result.log
 
 
-def test_without_any_folder_for_the_receiver_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
+def test_without_a_folder_for_the_receiver_training_goes_on_and_records_wait(tmp_path: Path) -> None:
     nowhere = tmp_path / "a-file"
     nowhere.write_text("not a folder")
     tracking = {"server": ["jsonl"], "state_dir": str(nowhere / "x")}

@@ -201,7 +201,7 @@ def test_a_literal_secret_is_refused_and_not_shown(script: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_an_unknown_option_of_an_installed_backend_is_an_error_where_the_job_is_written(script: str) -> None:
+def test_an_unknown_option_of_an_installed_backend_is_an_error_in_the_job_script(script: str) -> None:
     with pytest.raises(InvalidOptionError, match="jsonl"):
         add_tracking(_recipe(script), server={"jsonl": {"pth": "x"}})
 
