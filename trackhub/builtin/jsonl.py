@@ -7,12 +7,12 @@ training, runs that store entries so that returning from ``write`` is a promise,
 A run's file is ``<job>/<site>.jsonl``, where ``<job>`` is the job's unique name. The files that images and artifacts
 bring lie beside it, in ``<site>.files/``::
 
-    {"position":0,"time":1764000000.25,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
+    {"position":0,"time":1764000000.2,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
     {"position":1,…,"kind":"image","file":"site-1.files/1.png",…,"key":"samples","width":32,"height":32,"caption":""}
     {"position":1,"time":1764000009.5,"kind":"end","status":"finished"}
 
-``kind`` is the record's kind. The fields of its payload follow. A line of kind ``end`` is the end of a run and not a
-record. JSON has no NaN and no infinities:
+``kind`` is the record's kind, and the fields of its payload follow. The end of a run is a line of kind ``end``, which
+is not a record. JSON has no NaN and no infinities:
 
 - In metrics and histograms, where only numbers can stand, they are the strings ``"NaN"``, ``"Infinity"`` and
   ``"-Infinity"``.
