@@ -35,6 +35,9 @@ def local(
     *,
     folder: str | Path = "runs",
     job: str | None = None,
+    name: str = "",
+    notes: str = "",
+    tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
 ) -> LocalWriter:
@@ -42,9 +45,12 @@ def local(
 
     Args:
         backends: names of installed backends, or names with their options.
-        folder: where the run's folder ``<folder>/<job>/`` is made.
-        job: the group that the run belongs to; by default the time and a few random characters.
-        site: the run's name.
+        folder: where the run's folder is made. It is called like the job: its name and its id.
+        job: the job's id; by default the time and a few random characters. Two jobs never share it.
+        name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
+        notes: a description of the job, in Markdown.
+        tags: labels of the job.
+        site: the site's name, the second half of the run's name.
         limits: how much, how often and how long.
 
     Raises:
@@ -54,4 +60,4 @@ def local(
     """
     from trackhub.local_tracking import open_local  # lazy: a trainer in a FLARE job needs none of the delivery
 
-    return open_local(backends, folder=folder, job=job, site=site, limits=limits)
+    return open_local(backends, folder=folder, job=job, name=name, notes=notes, tags=tags, site=site, limits=limits)

@@ -12,7 +12,8 @@ The same configuration can come from flags, from a TOML file, or from a plain ma
     [limits]
     deadline_s = 60
 
-Nothing here imports a plugin: whether a backend exists and takes an option is for ``trackhub.registry`` to say.
+`jobs/cifar10_fedavg` makes it from flags. Nothing here imports a plugin: `trackhub.registry` knows whether a backend
+exists and which options it takes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limits: how much, how often and how long.
 
     Raises:
-        ConfigError: the parts do not fit together, or an option holds a literal secret.
+        ConfigError: the parts do not fit together.
     """
 
     backends: tuple[str, ...] = ("tensorboard",)

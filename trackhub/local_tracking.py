@@ -28,6 +28,7 @@ from trackhub.delivery import (
     withdraw_process_spool,
 )
 from trackhub.errors import SpoolError
+from trackhub.run import path_component
 from trackhub.writer.writer import Writer
 
 __all__ = ["LocalWriter", "open_local"]
@@ -95,16 +96,16 @@ def open_local(
     *,
     folder: str | Path = "runs",
     job: str | None = None,
+    name: str = "",
+    notes: str = "",
+    tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
 ) -> LocalWriter:
     """Start a receiver in this process, and return a writer that delivers to it.
 
     Args:
-        backends: names of installed backends, or names with their options.
-        folder: where the run's folder ``<folder>/<job>/`` is made.
-        job: the group that the run belongs to; by default the time and a few random characters.
-        site: the run's name.
+        backends, folder, job, name, notes, tags, site: as for `trackhub.local`.
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
@@ -116,14 +117,14 @@ def open_local(
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
     limits = limits or Limits.from_mapping({}, environ=os.environ)
-    job = job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    run_dir = Path(folder).absolute() / job
+    job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
+    run_dir = Path(folder).absolute() / path_component(job_info.unique_name)
     # The receiver comes first: with a wrong configuration no spool is made.
-    receiver = Receiver(run_dir, job=JobInfo(job), side=Side.LOCAL, backends=options, limits=limits)
+    receiver = Receiver(run_dir, job=job_info, side=Side.LOCAL, backends=options, limits=limits)
     receiver.start()
     spool = receiver.folder / "spool"
     try:
-        create_spool(spool, SpoolInfo(site, job, (_CURSOR,), limits.spool_bytes))
+        create_spool(spool, SpoolInfo(site, job_info.id, (_CURSOR,), limits.spool_bytes))
         sender = Sender(spool, receiver.channel(site), cursor=_CURSOR, limits=limits)
     except SpoolError:
         receiver.finish(RunStatus.FAILED, deadline_s=0.0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed backends: list them without importing any, load one by name, and check its options.
 
-A backend is found by its entry point in the group ``trackhub.backends``; the entry point's name is the backend's
-name. First-party backends are found the same way as anybody's.
+A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. First-party
+backends are found in the same way as anybody's. The receiver, `trackhub.flare.recipe` and the commands call this.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "BackendEntry",
     "available",
     "build_options",
+    "check_class",
     "check_options",
     "load",
     "load_entry",
@@ -61,8 +62,8 @@ class BackendEntry(msgspec.Struct, frozen=True):
         name: the backend's name.
         distribution, version: which distribution provides it.
         value: what the entry point names: ``module:Class``.
-        state: ``conflict`` when another distribution provides the same name; ``broken`` when it is plain without an
-            import that it cannot be loaded; else ``ok``, which ``load`` may still find untrue.
+        state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded, which shows
+            without importing it. Else ``ok``; an import may still fail.
         problem: why it is not ``ok``; empty if it is.
     """
 
@@ -89,14 +90,14 @@ def available() -> list[BackendEntry]:
 
 
 def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[Any]]:
-    """Import the backend of this name and check that it can be used. Imports the plugin's module, no other plugin's.
+    """Import the backend of this name, and no other plugin, and check that it can be used.
 
     Args:
         name: the name of its entry point.
         allowed: the backends that the operator of this site allows; None for all.
 
     Raises:
-        UnknownBackendError: no installed distribution provides it; says which there are and what to install.
+        UnknownBackendError: no installed distribution provides it. The message names those that there are.
         ConfigError: it is installed, but not allowed at this site.
         BackendConflictError: several distributions provide it.
         BackendLoadError: it does not import, or is not a usable backend class.
@@ -129,7 +130,45 @@ def load_entry(
             f"{origin} cannot be imported: {type(error).__name__}: {error}. "
             f"Install what it is missing, or reinstall {entry.distribution}"
         ) from error
-    return _checked(loaded, origin)
+    return check_class(loaded, origin)
+
+
+def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
+    """Return an object that a plugin provides as a backend class, if it is a usable one.
+
+    Args:
+        loaded: the object.
+        origin: what it is and where it comes from; messages begin with it.
+
+    Raises:
+        BackendLoadError: it is not a usable backend class. The message says what it lacks.
+        IncompatibleBackendError: it was written for another version of the SPI.
+    """
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
+    if not hasattr(loaded, "spi"):
+        raise IncompatibleBackendError(
+            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` "
+            "into the class"
+        )
+    if loaded.spi != SPI_VERSION:
+        raise IncompatibleBackendError(
+            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
+            f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
+        )
+    if loaded.open_run is Backend.open_run:
+        raise BackendLoadError(f"{origin} does not implement open_run(info)")
+    if not isinstance(loaded.capabilities, Capabilities):
+        raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
+    if problem := _capability_problem(loaded.capabilities):
+        raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
+    options = loaded.Options
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
+    if not options.__struct_config__.forbid_unknown_fields:
+        # Otherwise a misspelt option would be dropped without a word.
+        raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
+    return loaded
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +305,7 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     if near:
         message += f" Did you mean {near[0]!r}?"
     if _NAME.fullmatch(str(name)) and name not in RESERVED:
-        message += f" If it is a plugin, install it where it runs: pip install flare-trackhub-{name}"
+        message += " If it is a plugin, install its distribution where the backend runs"
     return message
 
 
@@ -304,35 +343,6 @@ def _decode(expected: type, value: Any) -> Any:
     if isinstance(expected, type) and issubclass(expected, Path) and isinstance(value, str):
         return expected(value)
     raise NotImplementedError(f"an option of type {expected} is not supported")
-
-
-def _checked(loaded: Any, origin: str) -> type[Backend[Any]]:
-    """Return the loaded object as a backend class, or say what it lacks."""
-    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
-        raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
-    if not hasattr(loaded, "spi"):
-        raise IncompatibleBackendError(
-            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` into "
-            "the class"
-        )
-    if loaded.spi != SPI_VERSION:
-        raise IncompatibleBackendError(
-            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
-            f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
-        )
-    if loaded.open_run is Backend.open_run:
-        raise BackendLoadError(f"{origin} does not implement open_run(info)")
-    if not isinstance(loaded.capabilities, Capabilities):
-        raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
-    if problem := _capability_problem(loaded.capabilities):
-        raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
-    options = loaded.Options
-    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
-        raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
-    if not options.__struct_config__.forbid_unknown_fields:
-        # Otherwise a misspelt option would be dropped without a word.
-        raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
-    return loaded
 
 
 def _capability_problem(capabilities: Capabilities) -> str:

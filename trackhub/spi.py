@@ -376,9 +376,10 @@ class Backend(Generic[OptionsT_co]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in getattr(cls, "__orig_bases__", ()):
+        # Only the class's own brackets: those of a base must not undo the `Options` that a subclass writes out.
+        for base in cls.__dict__.get("__orig_bases__", ()):
             if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
-                (options,) = get_args(base)
+                options = get_args(base)[0]
                 if options is not Any and isinstance(options, type):
                     cls.Options = options
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure trackhub against its real alternatives: ``make bench``, ``make bench-quick``."""
+"""The command ``python -m tests.bench``: measures trackhub against its alternatives, prints a table and writes JSON.
+
+``make bench``, ``make bench-quick`` and ``make bench-curves`` call it. A *group* is a set of experiments that
+``--only`` can name.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,43 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench.curves import draw_all, measure_all
-from tests.bench.document import describe_machine, document, last_line, machine_line, table
-from tests.bench.figures import Experiment, Outcome, run_experiment
+from tests.bench.figures import (
+    Experiment,
+    Outcome,
+    describe_machine,
+    document,
+    last_line,
+    machine_line,
+    run_experiment,
+    table,
+)
+from tests.bench.growth import draw_curves, measure_curves
 
-GROUPS = ("writer", "backends", "journal", "floor", "scale", "memory", "startup", "flare", "cifar")
-QUICK_GROUPS = GROUPS[:-1]
-"""What ``--quick`` runs: the CIFAR-10 job takes half a minute each time, however little it trains."""
+_EXPERIMENTS = {
+    "writer": "process_costs:log_calls",
+    "backends": "backend_rates:experiments",
+    "journal": "journal_costs:size_and_status",
+    "floor": "journal_costs:against_the_floor",
+    "scale": "growth:many_sites",
+    "memory": "process_costs:memory",
+    "startup": "process_costs:startup",
+    "flare": "job_costs:flare_jobs",
+    "cifar": "job_costs:cifar10_job",
+    "training": "job_costs:training_under_faults",
+}
+"""Group to the function that returns its experiments."""
+
 BY_NAME = ("training",)
-"""What runs only if it is asked for: some ten minutes of jobs under faults."""
+"""Groups that run only where ``--only`` names them: some ten minutes of jobs under faults."""
+GROUPS = tuple(group for group in _EXPERIMENTS if group not in BY_NAME)
+QUICK_GROUPS = tuple(group for group in GROUPS if group != "cifar")
+"""What ``--quick`` runs. The CIFAR-10 job takes half a minute each time, however little it trains."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the groups that are asked for, print the table, write the JSON document; 1 if a figure is void."""
+    """Run the chosen groups, print the table and write the JSON document. Return 1 if a figure is void."""
     args = _parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and folders go as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit also removes servers and folders
     if args.curves:
         return _curves(args)
     begin, machine = time.monotonic(), describe_machine()
@@ -48,37 +74,38 @@ def main(argv: list[str]) -> int:
 def _curves(args: argparse.Namespace) -> int:
     """Measure how cost grows, and draw it."""
     machine = describe_machine()
-    curves = measure_all(args.quick, _tell)
-    draw_all(curves, args.curves)
+    curves = measure_curves(args.quick, _tell)
+    draw_curves(curves, args.curves)
     _print([machine_line(machine), f"drawn into {args.curves}"])
     return 0
 
 
 def _experiments(args: argparse.Namespace) -> list[Experiment]:
     found: list[Experiment] = []
-    for name in args.only or (QUICK_GROUPS if args.quick else GROUPS):
-        found += experiments_of(name, args.quick)
+    for group in args.only or (QUICK_GROUPS if args.quick else GROUPS):
+        found += experiments_of(group, args.quick)
     if args.repeat:
         found = [replace(e, repeat=min(e.repeat, args.repeat)) for e in found]
     return found
 
 
 def experiments_of(group: str, quick: bool) -> list[Experiment]:
-    """Return a group's experiments; nothing runs yet."""
-    found: list[Experiment] = importlib.import_module(f"tests.bench.{group}").experiments(quick)
+    """Return the experiments of a group. It does not run them."""
+    module, _, name = _EXPERIMENTS[group].partition(":")
+    found: list[Experiment] = getattr(importlib.import_module(f"tests.bench.{module}"), name)(quick)
     return found
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer runs of less work, and most of the figures")
+    parser.add_argument("--quick", action="store_true", help="most of the figures, from fewer and shorter runs")
     parser.add_argument(
-        "--only", action="append", choices=(*GROUPS, *BY_NAME), metavar="GROUP", help=", ".join((*GROUPS, *BY_NAME))
+        "--only", action="append", choices=tuple(_EXPERIMENTS), metavar="GROUP", help=", ".join(_EXPERIMENTS)
     )
-    parser.add_argument("--repeat", type=int, help="at most so many rounds of each experiment")
+    parser.add_argument("--repeat", type=int, help="run at most this many rounds of each experiment")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"), help="default: %(default)s")
     parser.add_argument("--curves", type=Path, metavar="DIR", help="measure growth instead, and draw it into DIR")
-    parser.add_argument("--verbose", action="store_true", help="print each experiment's figures at once")
+    parser.add_argument("--verbose", action="store_true", help="print the figures of each experiment when it ends")
     return parser.parse_args(argv)
 
 

@@ -1,41 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark has in common: experiments whose arms run in turn, figures, and verdicts.
+"""What every benchmark shares: experiments, figures, verdicts, and the table and JSON document that show them.
 
-An *experiment* has arms, ways of doing the same work, of which one is trackhub's. The arms run in turn, as often as
-asked, so that whatever else the machine does falls on all of them. Each run counts what it stored, and gives named
-values. A *figure* is the ratio of one value between two arms, or one arm's value against a bound, with what it should
-reach. A figure whose trackhub run lost a record is void. What the alternative lost is shown; it voids nothing, since
-the loss is the alternative's own.
+An *experiment* has arms: ways of doing the same work, one of them with trackhub. `run_experiment` runs the arms in
+turn, round after round, so that other load on the machine falls on all of them. Each run returns named values, and
+counts the records that it logged and that it then found in the store.
+
+A *figure* compares one value of two arms, or one arm's value with a bound, and has a mark that it should reach.
+`judge` makes a figure void if a trackhub run lost a record. Records that the alternative lost are shown, and void
+nothing.
+
+The JSON document has these keys. New keys may come without a new ``version``::
+
+    version    1
+    machine    {"cpu", "cores", "memory_gb", "system", "python", "packages": {name: version}, "load": before the run}
+    settings   {"quick", "repeat", "only"}
+    seconds    how long everything took
+    figures    [{"experiment", "what", "alternative", "value", "unit", "kind", "reach",
+                 "score":   the ratio of the medians, or the median under "at most"; null if void or infinite
+                 "spread":  [lowest, highest] score of a single round; null if void
+                 "ours", "theirs": every run's value,
+                 "lost", "lost_theirs": records that were logged and not stored, in all runs
+                 "verdict": "reaches", "falls short" or "void",
+                 "reason":  why it is void, or falls short}]
+    summary    {"reach": n, "fall_short": n, "void": n}
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shutil
 import statistics
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Arm", "Experiment", "Figure", "Outcome", "Run", "Verdict", "judge", "run_experiment"]
+__all__ = [
+    "VERSION",
+    "Arm",
+    "Experiment",
+    "Figure",
+    "Outcome",
+    "Run",
+    "Verdict",
+    "describe_machine",
+    "document",
+    "judge",
+    "last_line",
+    "machine_line",
+    "run_experiment",
+    "table",
+]
 
 Verdict = Literal["reaches", "falls short", "void"]
 Kind = Literal["times less", "times more", "at most"]
+VERSION = 1
+"""Version of the JSON document."""
+
+_PACKAGES = ("nvflare", "tensorboard", "torch", "mlflow", "wandb", "msgspec")
 _NO_NAME = re.compile(r"[^0-9A-Za-z]+")  # FLARE's simulator cannot have a space in its path
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of one arm gave.
+    """The result of one run of one arm.
 
     Attributes:
         values: name to number, in the unit that the figure states.
         logged: records that were logged.
-        stored: of these, the ones found in the store afterwards, each counted once.
+        stored: how many of these are in the store afterwards, each counted once.
     """
 
     values: Mapping[str, float]
@@ -49,7 +89,7 @@ class Run:
 
 
 Arm = Callable[[Path], Run]
-"""Does the work once, in an empty folder that is removed afterwards."""
+"""Does the work once. Its argument is an empty folder, which `run_experiment` removes afterwards."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +98,14 @@ class Figure:
 
     Attributes:
         what, alternative: what is measured, and against what, in a few words.
-        value: the name of the value.
-        arm, against: the arms; ``against`` may be empty under ``at most``, and is then not measured.
-        unit: of the two values, such as ``us`` or ``records/s``.
+        value: which value of a `Run` is compared.
+        arm, against: the two arms. ``against`` may be empty under ``at most``: then nothing is compared.
+        unit: the unit of both values, such as ``us`` or ``records/s``.
         kind: ``times less``: score = against / arm. ``times more``: score = arm / against. ``at most``: score = arm.
-        reach: what the score should be: at least this, or under ``at most`` no more than this.
-        allowance: what may come on top of the arm's value, such as seconds at a job's end: taken off for the verdict,
-            not for the score.
-        explain: if it falls short, why: what the profile says. Shown below the table.
+        reach: the mark: the least good score, or under ``at most`` the largest.
+        allowance: how much the arm's value may be above that of ``against``, such as seconds at a job's end. The
+            verdict takes it off, the score does not.
+        explain: why the figure falls short, if it does, as a profile shows. Printed below the table.
     """
 
     what: str
@@ -82,12 +122,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that are compared, and the figures that come of it.
+    """Arms that are compared, and the figures that this gives.
 
     Attributes:
-        repeat: rounds; in each, every arm runs once. One is enough where the value is a count that does not vary.
-        warm_up: rounds before, which are not counted.
-        once: arms that run in the first round only, since they take minutes and their value is a count.
+        repeat: how many rounds. In each round every arm runs once. One round is enough for a count that does not vary.
+        warm_up: how many rounds run before these without being counted.
+        once: arms that run in the first round only: they take long, and their value does not vary.
     """
 
     name: str
@@ -100,14 +140,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A figure as it was measured.
+    """A figure with its measured values.
 
     Attributes:
-        ours, theirs: every run's value; ``theirs`` is empty where there is no alternative to measure.
-        score: of the medians.
-        spread: lowest and highest score of a single round.
-        lost: records that the arm lost in all its runs; voids the figure.
-        lost_theirs: the same of the alternative.
+        ours, theirs: every run's value. ``theirs`` is empty where no alternative is measured.
+        score: the score of the medians.
+        spread: the lowest and the highest score of a single round.
+        lost: records that the arm lost in all its runs. Any loss makes the figure void.
+        lost_theirs: records that the alternative lost in all its runs.
     """
 
     experiment: str
@@ -123,7 +163,15 @@ class Outcome:
 
 
 def run_experiment(experiment: Experiment, tell: Callable[[str], None]) -> tuple[list[Outcome], dict[str, list[Run]]]:
-    """Run all arms in turn, and judge the figures. An arm that fails voids the figures that need it, and no other."""
+    """Run all arms in turn and judge the figures. An arm that fails makes only the figures void that need it.
+
+    Args:
+        experiment: what to run.
+        tell: takes one line about each run.
+
+    Returns:
+        The figures, and each arm's counted runs.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in experiment.arms}
     failures: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="trackhub-bench-") as root:
@@ -136,7 +184,7 @@ def run_experiment(experiment: Experiment, tell: Callable[[str], None]) -> tuple
                 begin = time.monotonic()
                 try:
                     run = arm(folder)
-                except Exception as error:  # noqa: BLE001 - an alternative may fail in its own way; the others go on
+                except Exception as error:  # noqa: BLE001 - one failing SDK must not end the whole bench
                     failures[name] = f"{name}: {type(error).__name__}: {error}"
                     tell(traceback.format_exc())
                     continue
@@ -155,7 +203,14 @@ def _loss(run: Run) -> str:
 def judge(
     experiment: str, figure: Figure, runs: Mapping[str, Sequence[Run]], failures: Mapping[str, str] | None = None
 ) -> Outcome:
-    """Return the figure that these runs give."""
+    """Return the outcome of a figure.
+
+    Args:
+        experiment: the experiment's name.
+        figure: what to compare.
+        runs: arm to its runs.
+        failures: arm to why it failed.
+    """
     ours = list(runs.get(figure.arm, ()))
     theirs = list(runs.get(figure.against, ())) if figure.against else []
     reason = _why_void(figure, ours, theirs, failures or {})
@@ -187,7 +242,7 @@ def _why_void(figure: Figure, ours: Sequence[Run], theirs: Sequence[Run], failur
 
 
 def _pairs(a: Sequence[float], b: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Pair the runs of a round; an alternative that ran once stands in every round."""
+    """Pair the values of each round. An alternative that ran once is paired with every round."""
     for i, value in enumerate(a):
         yield value, b[min(i, len(b) - 1)] if b else 0.0
 
@@ -203,8 +258,8 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else 0.0
 
 
-def to_json(outcome: Outcome) -> dict[str, Any]:
-    """Return the figure as in the JSON document; ``tests.bench.document`` says what each key means."""
+def _to_json(outcome: Outcome) -> dict[str, Any]:
+    """Return the figure as the JSON document has it; the module's docstring says what each key means."""
     figure = outcome.figure
     finite = outcome.score is not None and abs(outcome.score) != float("inf")
     return {
@@ -224,3 +279,112 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "verdict": outcome.verdict,
         "reason": outcome.reason or (figure.explain if outcome.verdict == "falls short" else ""),
     }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what the figures depend on besides the code."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Return the machine in one line."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, "
+        f"Python {machine['python']}; {packages}; load before: {machine['load']}"
+    )
+
+
+def document(
+    outcomes: Sequence[Outcome], machine: dict[str, Any], settings: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Return the JSON document.
+
+    Args:
+        outcomes: the figures.
+        machine: from `describe_machine`.
+        settings: the command's flags.
+        seconds: how long everything took.
+    """
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    return {
+        "version": VERSION,
+        "machine": machine,
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        "figures": [_to_json(outcome) for outcome in outcomes],
+        "summary": {"reach": counts["reaches"], "fall_short": counts["falls short"], "void": counts["void"]},
+    }
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the lines of the table, and below them why figures are void or fall short."""
+    head = ["what", "trackhub", "alternative", "", "score", "spread", "reach", "verdict"]
+    rows = [head, *(_row(outcome) for outcome in outcomes)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for outcome in outcomes:
+        reason = outcome.reason or (outcome.figure.explain if outcome.verdict == "falls short" else "")
+        if reason:
+            lines.append(f"{outcome.verdict}: {outcome.figure.what}: {reason}")
+        if outcome.lost_theirs:
+            lines.append(f"lost in all runs of {outcome.figure.alternative}: {outcome.lost_theirs:,} records")
+    return list(dict.fromkeys(lines))
+
+
+def last_line(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """Return in one line how many figures reach their mark, fall short or are void."""
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    return (
+        f"{counts['reaches']} of {len(outcomes)} figures reach, {counts['falls short']} fall short, "
+        f"{counts['void']} are void ({seconds:.0f} s)"
+    )
+
+
+def _row(outcome: Outcome) -> list[str]:
+    figure = outcome.figure
+    mark = "x" if figure.kind != "at most" else f" {figure.unit}"
+    least = "<=" if figure.kind == "at most" else ">="
+    return [
+        figure.what,
+        _values(outcome.ours, figure.unit),
+        _values(outcome.theirs, figure.unit),
+        figure.alternative,
+        "-" if outcome.score is None else f"{_short(outcome.score)}{mark}",
+        "-" if outcome.spread is None else f"{_short(outcome.spread[0])} to {_short(outcome.spread[1])}",
+        f"{least} {_short(figure.reach)}{mark}",
+        outcome.verdict,
+    ]
+
+
+def _values(values: Sequence[float], unit: str) -> str:
+    return f"{_short(statistics.median(values))} {unit}" if values else "-"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load generator: requests as a site's sender makes them, over the real frame format, without the site."""
+"""Load for benchmarks: filled spools and journals, a sender's requests, and receivers that take them.
+
+The experiments call it. It makes requests as a sender does, with trackhub's own frame format, but without a trainer
+and a spool.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,22 @@ from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 
-__all__ = ["BATCH", "confirmed", "deliver", "feed", "fill_journal", "fill_spool", "open_receiver", "requests"]
+__all__ = ["BATCH", "deliver", "feed", "fill_journal", "fill_spool", "open_receiver", "requests"]
 
 BATCH = 1000
-"""Records in a request: the default of ``Limits.batch_records``."""
+"""Records in one request: the default of ``Limits.batch_records``."""
 
 _EPOCH = 1_750_000_000.0
 
 
 def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[bytes]:
-    """Yield one site's requests, from the first to the final message: ``records`` records of so many metrics, one step each."""
+    """Yield one site's requests, from ``Hello`` to ``Final``.
+
+    Args:
+        records: how many records, with the steps 0, 1, 2, ...
+        keys: metrics in each record.
+        batch: records in each request.
+    """
     stream = uuid.uuid4().hex
     names = ["train/loss"] if keys == 1 else [f"train/metric_{i}" for i in range(keys)]
     yield encode(Hello())
@@ -50,9 +60,15 @@ def requests(records: int, *, keys: int = 1, batch: int = BATCH) -> Iterator[byt
 def open_receiver(
     folder: Path, backends: Mapping[str, Mapping[str, Any]], limits: Limits | None = None, job: str = "job"
 ) -> Receiver:
-    """Return a started receiver whose deadline is long enough for any load here.
+    """Return a started receiver.
 
-    What is imported by then is taken out of garbage collection, as FLARE's server has it (docs/adr/0006).
+    Everything that is imported by then is taken out of garbage collection, as in FLARE's server (docs/adr/0006).
+
+    Args:
+        folder: the job's run folder.
+        backends: name to options.
+        limits: by default with a deadline that is long enough for any load here.
+        job: the job's id.
     """
     receiver = Receiver(
         folder, job=JobInfo(job), side=Side.SERVER, backends=backends,
@@ -65,10 +81,15 @@ def open_receiver(
 
 
 def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int = 8) -> None:
-    """Hand every site's requests to the receiver, from so many threads: sites in turn, each site's one after the other.
+    """Hand every site's requests to the receiver. The sites take turns; each site's requests keep their order.
+
+    Args:
+        receiver: an open receiver.
+        load: site to its requests.
+        threads: how many threads call the receiver.
 
     Raises:
-        RuntimeError: a request was not accepted.
+        RuntimeError: the receiver did not accept a request.
     """
     waiting: queue.SimpleQueue[tuple[str, Iterator[bytes]]] = queue.SimpleQueue()
     for site, messages in load.items():
@@ -79,7 +100,7 @@ def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int =
         while not failures:
             try:
                 site, rest = waiting.get_nowait()
-            except queue.Empty:  # other threads have the last sites
+            except queue.Empty:  # other threads work on the last sites
                 return
             if (request := next(rest, None)) is None:
                 continue
@@ -94,20 +115,34 @@ def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int =
     for worker in workers:
         worker.join()
     if failures:
-        raise RuntimeError(f"the receiver did not accept a request: {failures[0]}")
+        raise RuntimeError(f"the receiver did not accept a request of site {failures[0]}")
 
 
 def fill_journal(folder: Path, sites: int, records: int, *, keys: int = 1, job: str = "job") -> None:
-    """Leave a journal with so many records from each site, and nothing delivered."""
+    """Make a journal of which nothing is delivered.
+
+    Args:
+        folder: the job's run folder.
+        sites: how many sites.
+        records: records from each site.
+        keys: metrics in each record.
+        job: the job's id.
+    """
     receiver = open_receiver(folder, {}, job=job)
     feed(receiver, {f"site-{i + 1}": list(requests(records, keys=keys)) for i in range(sites)})
     receiver.finish(RunStatus.FINISHED, deadline_s=0)
 
 
 def deliver(folder: Path, backends: Mapping[str, Mapping[str, Any]], job: str = "job") -> tuple[float, DeliveryReport]:
-    """Deliver a filled journal, and return how long that took: from the end of the backends' checks to the runs' end.
+    """Deliver a filled journal. Return the seconds that this took, and the report.
 
-    A check makes the store, where there is none; bare arms are handed one that is there.
+    The time runs from the end of the backends' preflight to the end of the runs. A preflight makes the store if there
+    is none; the bare SDKs also start with a store that exists.
+
+    Args:
+        folder: the job's run folder.
+        backends: name to options.
+        job: the job's id.
     """
     receiver = open_receiver(folder, backends, job=job)
     begin = time.perf_counter()
@@ -115,13 +150,8 @@ def deliver(folder: Path, backends: Mapping[str, Mapping[str, Any]], job: str = 
     return time.perf_counter() - begin, report
 
 
-def confirmed(report: DeliveryReport, backend: str) -> int:
-    """Return how many records a backend confirmed."""
-    return sum(run.confirmed for run in report.lanes[backend].values())
-
-
 def fill_spool(folder: Path, site: str, records: int) -> None:
-    """Leave a site's spool with so many records, as a trainer does."""
+    """Make a site's spool with this many records, as a trainer does."""
     create_spool(folder, SpoolInfo(site, "job", ("server",), max_bytes=1 << 34))
     with Writer(folder) as writer:
         for step in range(records):

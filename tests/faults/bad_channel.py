@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client's sender on a channel that fails as told, for jobs in FLARE."""
+"""A FLARE client's sender with a failing channel. `tests.faults.training` puts it into its jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BadChannelSender"]
 
 
 class BadChannelSender(TrackhubSender):
-    """Loses a share of the acknowledgements, or is cut off for a while after so many requests."""
+    """A sender that loses a share of the replies, or is cut off for a while after some requests."""
 
     def __init__(
         self, ack_loss: float = 0.0, silent_from: int = -1, silent_s: float = 0.0, limits: dict[str, Any] | None = None

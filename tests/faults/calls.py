@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer of the fault suite logs: call ``i`` of a writer is a function of the writer's name and ``i`` alone.
+"""What a trainer of the fault suite logs, and the notes that it takes of it.
 
-So the truth of a scenario is a number for each writer: how many of its calls returned. The trainer notes it, with the
-clock before and after each call, in a mapped file that no part of trackhub touches, and that survives SIGKILL.
+Call ``i`` of a writer depends on the writer's name and on ``i`` alone. So one number for each writer says everything
+that was logged: how many of its calls returned. The trainer notes this number, and the clock before and after each
+call, in a mapped file. The file survives SIGKILL, and no part of trackhub touches it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _TIMES = struct.Struct("<dd")
 
 
 class Seen(NamedTuple):
-    """One record, as logged or as read back; ``value`` is a number, a text, or the digest of a file's bytes."""
+    """One record, as logged or as read back. ``value`` is a number, a text, or the digest of a file's bytes."""
 
     key: str
     step: int | None
@@ -30,10 +31,10 @@ class Seen(NamedTuple):
 
 
 class Notes:
-    """How many calls of a writer returned, and when each was made."""
+    """How many calls of one writer returned, and when it made each."""
 
     def __init__(self, path: Path, capacity: int = 0) -> None:
-        """Create the file for so many calls, or open it for reading."""
+        """Create the file for ``capacity`` calls, or open an existing one if that is 0."""
         if capacity:
             path.write_bytes(bytes(_COUNT.size + capacity * _TIMES.size))
         with path.open("r+b") as file:
@@ -49,18 +50,18 @@ class Notes:
         return int(_COUNT.unpack_from(self._map)[0])
 
     def times(self, i: int) -> tuple[float, float]:
-        """Return what the clock said before and after call ``i``."""
+        """Return the clock's readings before and after call ``i``."""
         before, after = _TIMES.unpack_from(self._map, _COUNT.size + i * _TIMES.size)
         return before, after
 
 
 def content(name: str, i: int) -> bytes:
-    """Return the bytes of the file that call ``i`` logs: more than one piece on the wire."""
+    """Return the bytes of the file that call ``i`` logs. They take more than one message."""
     return hashlib.sha256(f"{name} {i}".encode()).digest() * 1000
 
 
 def expected(name: str, i: int, *, files: bool) -> Seen:
-    """Return what call ``i`` of this writer logs."""
+    """Return the record that call ``i`` of this writer logs."""
     if files and i % 100 == 60:
         return Seen(f"{name}/file-{i}", None, hashlib.sha256(content(name, i)).hexdigest())
     if i % 25 == 10:
@@ -69,7 +70,15 @@ def expected(name: str, i: int, *, files: bool) -> Seen:
 
 
 def call(writer: Writer, name: str, i: int, folder: Path, *, files: bool) -> None:
-    """Make call ``i``. Files are written to ``folder`` first."""
+    """Make call ``i`` of a writer.
+
+    Args:
+        writer: what to log to.
+        name: the writer's name.
+        i: the call's number.
+        folder: where the file of an artifact is made; it is removed after the call.
+        files: whether some of the calls log artifacts.
+    """
     record = expected(name, i, files=files)
     if isinstance(record.value, float):
         writer.log({record.key: record.value}, record.step)

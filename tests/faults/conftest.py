@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the fault suite."""
+"""Fixtures of the fault suite, `make_job` and `make_disk`, and the figures that it prints at its end."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from typing import Any
 
 import pytest
 
-from tests.faults.harness import LIMITS, World, wait_for
+from tests.faults.job_processes import LIMITS, JobProcesses
+from tests.faults.process import wait_for
 
-MakeWorld = Callable[..., World]
+MakeJob = Callable[..., JobProcesses]
 TOTALS: Counter[str] = Counter()
 PASSED = pytest.StashKey[bool]()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With tests side by side, hand this process's part of the figures to the one that prints them."""
+    """Hand this worker's part of the figures to the process that prints them, if pytest-xdist runs the tests."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["faults"] = dict(TOTALS)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Take over a process's part of the figures. One that crashed has none, and has failed its tests."""
+    """Add a worker's part of the figures. A worker that crashed has none; its tests have failed anyway."""
     TOTALS.update(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the suite's figures: of the tests that passed, since each checks that no record is lost without a count."""
+    """Print the figures of the passed tests: each of these has checked that no record is lost without a count."""
     if TOTALS:
         figures = "{jobs} jobs without FLARE, {killed} processes killed, {records} records logged".format_map(TOTALS)
         failed = len(terminalreporter.stats.get("failed", [])) + len(terminalreporter.stats.get("error", []))
-        none = f"in those of {failed} failed tests it is not known" if failed else "0 without"
+        none = f"unknown without, since {failed} tests failed" if failed else "0 without"
         terminalreporter.write_line(f"faults: {figures}; {TOTALS['counted']} lost with a count, {none}")
 
 
@@ -44,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keep whether the test passed, for the figures."""
+    """Remember whether the test passed, for the figures."""
     report = yield
     if report.when == "call":
         item.stash[PASSED] = report.passed
@@ -52,7 +53,7 @@ def pytest_runtest_makereport(
 
 
 class Disk:
-    """A file system of its own, in memory."""
+    """A small file system in memory, mounted on a folder."""
 
     def __init__(self, folder: Path, kib: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,16 +61,16 @@ class Disk:
         self._mount("-t", "tmpfs", "-o", f"size={kib}k", "none")
 
     def resize(self, kib: int) -> None:
-        """Give it another size."""
+        """Change its size."""
         self._mount("-o", f"remount,size={kib}k")
 
     def set_read_only(self, read_only: bool) -> None:
-        """Make it read-only, as soon as no file on it is open for writing, or writable again."""
+        """Make it read-only, or writable again. Waits until no file on it is open for writing."""
         option = f"remount,{'ro' if read_only else 'rw'}"
         wait_for(lambda: subprocess.run(["mount", "-o", option, self.folder], check=False).returncode == 0, option)
 
     def fill(self) -> Path:
-        """Use up all space that is left; return the file to delete."""
+        """Use up the space that is left. Return the file whose removal frees it."""
         path = self.folder / "filler"
         with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
@@ -84,15 +85,15 @@ class Disk:
 
 
 @pytest.fixture
-def make_disk(make_world: MakeWorld) -> Iterator[Callable[[Path, int], Disk]]:
-    """Make small disks. Only root can mount them."""
+def make_disk(make_job: MakeJob) -> Iterator[Callable[[Path, int], Disk]]:
+    """Make small disks. Only root can mount them; without root, the test is skipped."""
     disks: list[Disk] = []
 
     def make(folder: Path, kib: int) -> Disk:
         try:
             disk = Disk(folder, kib)
         except (OSError, subprocess.CalledProcessError) as e:
-            pytest.skip(f"a disk that can be filled is made by mounting a tmpfs, which is not permitted here: {e}")
+            pytest.skip(f"the test mounts a tmpfs as a small disk, and that is not permitted here: {e}")
         disks.append(disk)
         return disk
 
@@ -102,23 +103,25 @@ def make_disk(make_world: MakeWorld) -> Iterator[Callable[[Path, int], Disk]]:
 
 
 @pytest.fixture
-def make_world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
-    """Make jobs; when the test ends, none of their processes may be left."""
-    worlds: list[World] = []
+def make_job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeJob]:
+    """Make jobs. When the test ends, none of their processes may be left."""
+    jobs: list[JobProcesses] = []
 
-    def make(backends: dict[str, dict[str, Any]] | None = None, *, files: bool = False, **limits: float | str) -> World:
+    def make(
+        backends: dict[str, dict[str, Any]] | None = None, *, files: bool = False, **limits: float | str
+    ) -> JobProcesses:
         chosen = {"jsonl": {}} if backends is None else backends
-        world = World(tmp_path / f"job-{len(worlds)}", chosen, {**LIMITS, **limits}, files=files)
-        worlds.append(world)
-        return world
+        job = JobProcesses(tmp_path / f"job-{len(jobs)}", chosen, {**LIMITS, **limits}, files=files)
+        jobs.append(job)
+        return job
 
     try:
         yield make
-        for world in worlds:
-            figures = world.totals()
-            world.check_nothing_stays()
+        for job in jobs:
+            figures = job.totals()
+            job.check_nothing_stays()
             if request.node.stash.get(PASSED, False):
                 TOTALS.update(figures)
     finally:
-        for world in worlds:
-            world.close()
+        for job in jobs:
+            job.close()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Independent counts: readers of spools, journals and stores that share no code with trackhub.
+"""Readers of spools, journals and stores that share no code with trackhub.
 
-They follow the descriptions of the formats (the docstrings of trackhub.records, spool_layout and journal), so that a
-defect in trackhub's own readers cannot hide one in its writers.
+The tests compare their counts with those that trackhub reports. They follow the descriptions of the formats in
+``trackhub.framing``, ``trackhub.spool.layout`` and ``trackhub.delivery.journal``: a defect in trackhub's own readers
+then cannot hide a defect in its writers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _GAP = 9
 
 
 class Frame(NamedTuple):
-    """One sound frame: its record's number, and how many records it stands for if it is a gap."""
+    """One intact frame: its record's number, and for a gap how many records are missing, and why."""
 
     seq: int
     gap: int
@@ -48,7 +49,7 @@ class Frame(NamedTuple):
 
 @dataclass
 class SiteCount:
-    """What a site's spool says; ``logged`` is what its ledgers say, or its frames if these know more."""
+    """The counts of a site's spool. ``logged`` comes from its ledgers, or from its frames if these hold more."""
 
     logged: int = 0
     streams: int = 0
@@ -61,7 +62,7 @@ class SiteCount:
 
 @dataclass
 class LaneCount:
-    """What a journal says of one run in one lane."""
+    """The journal's counts of one run in one lane."""
 
     confirmed: int
     rejected: dict[str, int]
@@ -70,7 +71,7 @@ class LaneCount:
 
 @dataclass
 class ReceiverCount:
-    """What a journal says of one site; ``journaled`` is counted from the frames that are in it."""
+    """The journal's counts of one site. ``journaled`` is counted from the frames in it."""
 
     received: int
     duplicates: int
@@ -80,7 +81,7 @@ class ReceiverCount:
 
 
 def frames(data: bytes) -> Iterator[Frame]:
-    """Yield the sound frames from the beginning up to the first that is not."""
+    """Yield the frames from the beginning up to the first damaged one."""
     at = 0
     while len(data) - at >= 9:
         crc, size, kind = struct.unpack_from("<IIB", data, at)
@@ -93,7 +94,7 @@ def frames(data: bytes) -> Iterator[Frame]:
 
 
 def count_site(folder: Path, cursor: str = "server") -> SiteCount:
-    """Count a spool in which nothing is damaged."""
+    """Count the records of a spool without damage, as the reader with this cursor left it."""
     total = SiteCount()
     streams = {m[1] for p in folder.iterdir() if (m := re.fullmatch(r"([0-9a-f]{32})[-.].*", p.name))}
     total.streams = len(streams)
@@ -128,9 +129,9 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
 
 
 def count_receiver(journal: Path) -> dict[str, ReceiverCount]:
-    """Count a journal by site."""
+    """Return the counts of a journal by site."""
     found = {}
-    closed = not journal.with_name(f"{journal.name}-wal").exists()  # then the folder may be read-only
+    closed = not journal.with_name(f"{journal.name}-wal").exists()  # only then may the folder be read-only
     db = sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro{'&immutable=1' * closed}", uri=True)
     try:
         for site, name, received, duplicates, missing in db.execute(
@@ -149,10 +150,10 @@ def count_receiver(journal: Path) -> dict[str, ReceiverCount]:
 
 
 def read_store(path: Path) -> list[Seen]:
-    """Read a file of JSON lines, as the backends of the suite, the peer and ``jsonl`` write them, in its order."""
+    """Return the records of a file of JSON lines, in order: of ``jsonl``, a faulty backend, or the failing server."""
     seen = []
     content = path.read_text() if path.exists() else ""
-    for line in content[: content.rfind("\n") + 1].splitlines():  # the last line may be about to be written
+    for line in content[: content.rfind("\n") + 1].splitlines():  # somebody may be writing the last line
         record = json.loads(line)
         kind = record.get("kind")
         if kind == "end":
@@ -170,7 +171,7 @@ def read_store(path: Path) -> list[Seen]:
 
 
 def read_times(path: Path) -> dict[tuple[str, int], float]:
-    """Read the times in a file of JSON lines, by key and step."""
+    """Return the times in a file of ``jsonl``, by key and step."""
     found = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)
@@ -181,7 +182,7 @@ def read_times(path: Path) -> dict[tuple[str, int], float]:
 
 
 def read_tensorboard(folder: Path) -> list[Seen]:
-    """Read a run's scalars and texts with TensorBoard's own reader: those of one key in their order."""
+    """Return a run's scalars and texts, read with TensorBoard's own reader. The records of one key keep their order."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     reader.Reload()
     tags = reader.Tags()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that are full or read-only, and one without a write-ahead log: at the site, at the receiver, under a backend."""
+"""Disks that are full, read-only or without a write-ahead log: at the site, at the receiver and under a backend."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Disk, MakeWorld
-from tests.faults.harness import wait_for
+from tests.faults.conftest import Disk, MakeJob
+from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver, count_site
 
 MakeDisk = Callable[[Path, int], Disk]
@@ -18,24 +18,24 @@ MANY = 8_000
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "spool_full"])
-def test_a_full_site_drops_the_newest_counts_them_and_goes_on_when_there_is_room(
-    make_world: MakeWorld, make_disk: MakeDisk, reason: str
+def test_a_full_site_drops_and_counts_the_newest_records_until_there_is_room(
+    make_job: MakeJob, make_disk: MakeDisk, reason: str
 ) -> None:
-    world = make_world({"jsonl": {}})
-    world.spool_bytes = 200_000 if reason == "spool_full" else 800_000
+    job = make_job({"jsonl": {}})
+    job.spool_bytes = 200_000 if reason == "spool_full" else 800_000
     if reason == "disk_full":
-        make_disk(world.spool(), 320)
-    trainer = world.trainer(calls=MANY, pause_s=0, wait_at=MANY - 1000)
-    wait_for(lambda: world.count() == MANY - 1000, "the training up to its pause")
-    assert count_site(world.spool()).dropped[reason] > 100
-    receiver, sender = world.receiver(), world.sender()
+        make_disk(job.spool(), 320)
+    trainer = job.trainer(calls=MANY, pause_s=0, wait_at=MANY - 1000)
+    wait_for(lambda: job.count() == MANY - 1000, "the training up to its pause")
+    assert count_site(job.spool()).dropped[reason] > 100
+    receiver, sender = job.receiver(), job.sender()
     assert sender.ask("flush 30") is True
     looked = time.monotonic()
     wait_for(lambda: time.monotonic() > looked + 0.6, "the time after which a writer looks for room again")
-    (world.folder / "a.go").touch()
+    (job.folder / "a.go").touch()
     assert trainer.wait() == 0, trainer.log
 
-    answer = world.end(sender, receiver)
+    answer = job.end(sender, receiver)
 
     site = answer["report"]["sites"]["site-1"]
     dropped = site["at_site"]["dropped"]
@@ -43,136 +43,136 @@ def test_a_full_site_drops_the_newest_counts_them_and_goes_on_when_there_is_room
     assert site["explained"] == dropped
     assert site["journaled"] == MANY - dropped[reason]
     assert trainer.log.count("tracking dropped a record") == 1
-    world.check_all_delivered(lost={"jsonl": {"a": dropped[reason]}})
-    assert len([seen for seen in world.held("jsonl") if (seen.step or 0) >= MANY - 1000]) == 1000
+    job.check_all_delivered(lost={"jsonl": {"a": dropped[reason]}})
+    assert len([seen for seen in job.held("jsonl") if (seen.step or 0) >= MANY - 1000]) == 1000
 
 
 def test_a_site_whose_disk_is_full_before_training_starts_counts_every_record(
-    make_world: MakeWorld, make_disk: MakeDisk
+    make_job: MakeJob, make_disk: MakeDisk
 ) -> None:
-    world = make_world({"jsonl": {}})
-    disk = make_disk(world.spool(), 512)
-    receiver, sender = world.receiver(), world.sender()
+    job = make_job({"jsonl": {}})
+    disk = make_disk(job.spool(), 512)
+    receiver, sender = job.receiver(), job.sender()
     disk.fill()
-    trainer = world.trainer(calls=500)
+    trainer = job.trainer(calls=500)
     assert trainer.wait() == 0, trainer.log
 
-    answer = world.end(sender, receiver)
+    answer = job.end(sender, receiver)
 
     assert answer["report"]["sites"]["site-1"]["at_site"] == {
         "logged": 500, "dropped": {"disk_full": 500}, "refused": {}, "withheld": 0, "acked": 0, "spooled": 0,
     }  # fmt: skip
-    world.check_equations()
+    job.check_equations()
 
 
-def test_a_receiver_whose_disk_is_full_takes_no_record_and_loses_none(
-    make_world: MakeWorld, make_disk: MakeDisk
-) -> None:
-    world = make_world({"jsonl": {}, "at_least_once": {}}, gate_s=2, deadline_s=2)
-    disk = make_disk(world.journal.parent, 2048)
-    trainer = world.trainer(calls=3000)
-    receiver, sender = world.receiver(), world.sender()
-    wait_for(lambda: world.count() > 500, "500 calls")
+def test_a_receiver_whose_disk_is_full_accepts_no_record_and_loses_none(make_job: MakeJob, make_disk: MakeDisk) -> None:
+    job = make_job({"jsonl": {}, "at_least_once": {}}, gate_s=2, deadline_s=2)
+    disk = make_disk(job.journal.parent, 2048)
+    trainer = job.trainer(calls=3000)
+    receiver, sender = job.receiver(), job.sender()
+    wait_for(lambda: job.count() > 500, "500 calls")
     filler = disk.fill()
     assert trainer.wait() == 0, trainer.log
 
-    world.end(sender, receiver, gate_s=1)
+    job.end(sender, receiver, gate_s=1)
 
-    world.check_equations()
-    assert count_site(world.spool()).spooled > 0
-    disk.resize(16384)  # the log alone may take 4 MB before SQLite folds it in
+    job.check_equations()
+    assert count_site(job.spool()).spooled > 0
+    disk.resize(16384)  # the write-ahead log alone may take 4 MB before a checkpoint
     filler.unlink()
-    world.replay_all()
+    job.replay_all()
 
 
-def test_a_receiver_whose_disk_has_room_again_goes_on(make_world: MakeWorld, make_disk: MakeDisk) -> None:
-    world = make_world({"jsonl": {}, "at_least_once": {}, "resumable": {}}, files=True)
-    disk = make_disk(world.journal.parent, 4096)
-    trainer = world.trainer(calls=3000)
-    receiver, sender = world.receiver(), world.sender()
-    wait_for(lambda: world.count() > 500, "500 calls")
+def test_a_receiver_whose_disk_has_room_again_goes_on(make_job: MakeJob, make_disk: MakeDisk) -> None:
+    job = make_job({"jsonl": {}, "at_least_once": {}, "resumable": {}}, files=True)
+    disk = make_disk(job.journal.parent, 4096)
+    trainer = job.trainer(calls=3000)
+    receiver, sender = job.receiver(), job.sender()
+    wait_for(lambda: job.count() > 500, "500 calls")
     filler = disk.fill()
     assert trainer.wait() == 0, trainer.log
     assert sender.ask("flush") is False
 
     disk.resize(16384)
     filler.unlink()
-    world.end(sender, receiver)
+    job.end(sender, receiver)
 
-    world.check_all_delivered()
+    job.check_all_delivered()
 
 
 @pytest.mark.parametrize("fault", ["full", "read_only"])
-def test_a_backend_on_a_failing_disk_waits_and_goes_on(make_world: MakeWorld, make_disk: MakeDisk, fault: str) -> None:
-    world = make_world({})
-    disk = make_disk(world.folder / "disk", 1024)
-    world.backends = {"jsonl": {"path": str(disk.folder / "jsonl")}, "tensorboard": {}, "idempotent": {}}
-    trainer = world.trainer(calls=3000)
-    receiver, sender = world.receiver(), world.sender()
-    wait_for(lambda: world.held("jsonl"), "the first records")
+def test_a_backend_on_a_failing_disk_waits_and_goes_on(make_job: MakeJob, make_disk: MakeDisk, fault: str) -> None:
+    job = make_job({})
+    disk = make_disk(job.folder / "disk", 1024)
+    job.backends = {"jsonl": {"path": str(disk.folder / "jsonl")}, "tensorboard": {}, "idempotent": {}}
+    trainer = job.trainer(calls=3000)
+    receiver, sender = job.receiver(), job.sender()
+    wait_for(lambda: job.held("jsonl"), "the first records")
     if fault == "full":
         disk.fill()
     else:
         disk.set_read_only(True)
     assert trainer.wait() == 0, trainer.log
-    wait_for(lambda: len(world.held("idempotent")) == 3000, "the delivery to the other backend")
-    assert len(world.held("jsonl")) < 3000
+    wait_for(lambda: len(job.held("idempotent")) == 3000, "the delivery to the other backend")
+    assert len(job.held("jsonl")) < 3000
 
     if fault == "full":
         disk.resize(8192)
     else:
         disk.set_read_only(False)
-    world.end(sender, receiver)
+    job.end(sender, receiver)
 
-    world.check_all_delivered()
+    job.check_all_delivered()
 
 
-def test_a_receiver_that_cannot_write_its_folder_says_so_and_the_records_stay_at_the_site(
-    make_world: MakeWorld, make_disk: MakeDisk
+def test_records_stay_at_the_site_if_the_receiver_cannot_write_its_folder(
+    make_job: MakeJob, make_disk: MakeDisk
 ) -> None:
-    world = make_world({"jsonl": {}})
-    disk = make_disk(world.journal.parent, 1024)
+    job = make_job({"jsonl": {}})
+    disk = make_disk(job.journal.parent, 1024)
     disk.set_read_only(True)
-    trainer = world.trainer(calls=500)
-    sender = world.sender()
+    trainer = job.trainer(calls=500)
+    sender = job.sender()
     with pytest.raises(AssertionError, match=r"JournalError: cannot create the journal .* Read-only file system"):
-        world.receiver()
+        job.receiver()
     assert trainer.wait() == 0, trainer.log
 
-    world.end(sender, gate_s=0.5)
+    job.end(sender, gate_s=0.5)
 
-    world.check_equations()
+    job.check_equations()
     disk.set_read_only(False)
-    world.end(world.sender(), world.receiver())
-    world.check_all_delivered()
+    job.end(job.sender(), job.receiver())
+    job.check_all_delivered()
 
 
-def test_what_is_left_on_a_read_only_disk_can_be_looked_at(make_world: MakeWorld, make_disk: MakeDisk) -> None:
-    world = make_world({})
-    disk = make_disk(world.journal.parent, 1024)
-    assert world.trainer(calls=500).wait() == 0
-    world.end(receiver=world.receiver(), sender=world.sender())
+def test_status_reads_a_read_only_disk_and_a_replay_says_that_it_cannot_write(
+    make_job: MakeJob, make_disk: MakeDisk
+) -> None:
+    job = make_job({})
+    disk = make_disk(job.journal.parent, 1024)
+    assert job.trainer(calls=500).wait() == 0
+    job.end(receiver=job.receiver(), sender=job.sender())
     disk.set_read_only(True)
 
-    assert world.check_status()["journals"][0]["sites"]["site-1"]["journaled"] == 500
-    replay = world.replay("--backend", "jsonl")
+    assert job.check_status()["journals"][0]["sites"]["site-1"]["journaled"] == 500
+    replay = job.replay("--backend", "jsonl")
     assert replay.wait() == 1
     assert "Read-only file system" in replay.log
 
     disk.set_read_only(False)
-    world.backends = {"jsonl": {}}
-    world.replay_all("--backend", "jsonl")
+    job.backends = {"jsonl": {}}
+    job.replay_all("--backend", "jsonl")
 
 
-def test_a_file_system_without_a_write_ahead_log_is_used_and_named(make_world: MakeWorld) -> None:
-    """SQLite's own layer ``unix-dotfile`` has no shared memory, which is what a network file system lacks as well."""
-    world = make_world({"jsonl": {}, "at_least_once": {}}, files=True)
-    trainer = world.trainer(calls=400)
-    receiver, sender = world.receiver(vfs="unix-dotfile"), world.sender(ack_loss=0.2)
+def test_a_file_system_without_a_write_ahead_log_is_used_and_named(make_job: MakeJob) -> None:
+    """SQLite's own layer ``unix-dotfile`` has no shared memory, as a network file system has none."""
+    job = make_job({"jsonl": {}, "at_least_once": {}}, files=True)
+    trainer = job.trainer(calls=400)
+    receiver, sender = job.receiver(vfs="unix-dotfile"), job.sender(ack_loss=0.2)
     assert trainer.wait() == 0, trainer.log
 
-    world.end(sender, receiver)
+    job.end(sender, receiver)
 
     assert "this file system has no write-ahead log; SQLite uses 'delete', which is slower" in receiver.log
-    world.check_all_delivered()
-    assert count_receiver(world.journal)["site-1"].journaled == 400
+    job.check_all_delivered()
+    assert count_receiver(job.journal)["site-1"].journaled == 400

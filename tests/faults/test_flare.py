@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults in a federation of real FLARE processes: a provisioned one on this machine, and the simulator."""
+"""Faults in a federation of real FLARE processes: a provisioned one on this machine, and one in the simulator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import wait_for
+from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver, count_site
 from tests.integration.harness import Job, read_jsonl
 from tests.integration.test_poc import SITES, Poc, PocResult, poc
@@ -44,7 +44,7 @@ LIMITS = {"gate_s": 6, "deadline_s": 10, "silence_s": 4, "keepalive_s": 1, "requ
 
 
 def job_processes(job: str, kind: str) -> list[int]:
-    """Return the processes of a job: ``server`` or a site's job process, or ``client.py`` for its external trainers."""
+    """Return the processes of a job whose command line contains ``kind``, such as ``site-1`` or ``client.py``."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -63,12 +63,12 @@ def facts(result_out: Path, job: str, site: str) -> list[tuple[str, int, float]]
     content = path.read_text() if path.exists() else ""
     lines = content[
         : content.rfind("\n") + 1
-    ].splitlines()  # its writer may be in the middle of one, or have died there
+    ].splitlines()  # the trainer may be writing the last line, or died while it did
     return [(key, step, value) for key, value, step, *_ in map(json.loads, lines)]
 
 
 def points(folder: Path, job: str, site: str) -> list[tuple[str, int, float]]:
-    records = [r for r in read_jsonl(folder / "jsonl" / job / f"{site}.jsonl") if r["kind"] == "metrics"]
+    records = [r for r in read_jsonl(folder / "jsonl" / f"job-{job[:8]}" / f"{site}.jsonl") if r["kind"] == "metrics"]
     return [(key, r["step"], value) for r in records for key, value in r["values"].items()]
 
 
@@ -85,7 +85,7 @@ def kill_in_mid_job(poc: Poc, job: str, kind: str, seed: int) -> None:
 
 
 def check_after_replay(poc: Poc, result: PocResult, server: Path, tmp_path: Path, in_doubt: int) -> None:
-    """Bring the server's part and the sites' together, deliver what is left, and compare with what was noted."""
+    """Copy the server's and the sites' folders into one, deliver what is left, and compare with what was noted."""
     wait_for(lambda: job_processes(result.job, "") == [], "the end of all processes of the job")
     folder = tmp_path / "together"
     shutil.copytree(server, folder / "server")
@@ -138,7 +138,7 @@ def test_a_killed_server_job_process_loses_nothing(poc: Poc, tmp_path: Path, see
 
 
 def test_a_simulator_with_fewer_threads_than_clients_delivers_every_record(tmp_path: Path) -> None:
-    """The simulator may even train a client's round twice, in two processes at once: both are the same site's."""
+    """The simulator may even train a client's round twice, in two processes at once. Both belong to the same site."""
     tracking = {"server": ["jsonl"], "limits": LIMITS}
     trainer = re.sub("400", "50", TRAINER)
 

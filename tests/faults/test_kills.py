@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL at random moments. In the bounded form of the suite a few seeds of each, in the full form fifty."""
+"""SIGKILL at random moments. `make test` runs a few seeds of each test, `make faults` runs fifty."""
 
 from __future__ import annotations
 
@@ -8,185 +8,186 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import MakeWorld
-from tests.faults.harness import World, wait_for
+from tests.faults.conftest import MakeJob
+from tests.faults.job_processes import JobProcesses
+from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver
 
 SEEDS = [pytest.param(seed, marks=[] if seed < 2 else pytest.mark.long) for seed in range(50)]
 EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")
 CALLS = 1000
 WAITS_AT = 900
-"""Where a trainer waits that must not end before the kill: see `World.go`."""
+"""The call before which a trainer waits that must not end before the kill; see `JobProcesses.go`."""
 ENDLESS = 50_000
-"""Calls of a trainer that does not live to make them all."""
+"""Calls of a trainer that is killed before it can make them all."""
 
 
 def some_backends(seed: int) -> dict[str, dict[str, object]]:
-    """A backend of each redelivery kind in turn, and tensorboard in every seventh seed."""
+    """Return ``jsonl`` and one backend of another kind, which changes with the seed."""
     return {"jsonl": {}, EVERY_KIND[seed % len(EVERY_KIND)]: {}}
 
 
-def reach(world: World, chance: random.Random, name: str = "a", least: int = 1, most: int = WAITS_AT) -> None:
-    """Wait for a random moment of the training, when the receiver has a part of what was logged."""
+def reach(job: JobProcesses, chance: random.Random, name: str = "a", least: int = 1, most: int = WAITS_AT) -> None:
+    """Wait for a random moment of the training at which the receiver has a part of the records."""
     target = chance.randrange(least, most)
-    wait_for(lambda: world.count(name) >= target, f"{target} calls")
-    wait_for(lambda: world.journal.exists() and count_receiver(world.journal), "the first records to be journaled")
+    wait_for(lambda: job.count(name) >= target, f"{target} calls")
+    wait_for(lambda: job.journal.exists() and count_receiver(job.journal), "the first records to be journaled")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_trainer_loses_no_call_that_had_returned(make_world: MakeWorld, seed: int) -> None:
+def test_a_killed_trainer_loses_no_call_that_had_returned(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
-    world = make_world(some_backends(seed), files=seed % 2 == 0)
-    receiver, sender = world.receiver(), world.sender()
-    trainer = world.trainer("a", calls=ENDLESS)
+    job = make_job(some_backends(seed), files=seed % 2 == 0)
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer("a", calls=ENDLESS)
 
-    reach(world, chance)
+    reach(job, chance)
     trainer.kill()
     assert trainer.wait() == -9
-    world.in_doubt = 1
-    if seed % 2:  # started again, as FLARE's launcher or its user does
-        assert world.trainer("b", calls=200).wait() == 0
-    world.end(sender, receiver)
+    job.in_doubt = 1
+    if seed % 2:  # a user, or FLARE's launcher, starts it again
+        assert job.trainer("b", calls=200).wait() == 0
+    job.end(sender, receiver)
 
-    world.check_all_delivered()
+    job.check_all_delivered()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_sender_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_killed_sender_loses_nothing(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
-    world = make_world(some_backends(seed), files=seed % 2 == 0)
-    receiver, sender = world.receiver(), world.sender(ack_loss=0.2, seed=seed)
-    trainers = [world.trainer(name, calls=CALLS, wait_at=WAITS_AT) for name in "ab"]
+    job = make_job(some_backends(seed), files=seed % 2 == 0)
+    receiver, sender = job.receiver(), job.sender(ack_loss=0.2, seed=seed)
+    trainers = [job.trainer(name, calls=CALLS, wait_at=WAITS_AT) for name in "ab"]
 
-    reach(world, chance)
+    reach(job, chance)
     sender.kill()
     assert sender.wait() == -9
-    assert world.count("a") < CALLS
-    world.go("a", "b")
+    assert job.count("a") < CALLS
+    job.go("a", "b")
     if seed % 2:
-        sender = world.sender()
+        sender = job.sender()
     for trainer in trainers:
         assert trainer.wait() == 0, trainer.log
-    world.end(sender if seed % 2 else None, receiver)
+    job.end(sender if seed % 2 else None, receiver)
 
-    world.check_equations()
-    world.replay_all()
+    job.check_equations()
+    job.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_killed_receiver_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_killed_receiver_loses_nothing(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
-    world = make_world(some_backends(seed), files=seed % 2 == 0)
-    receiver, sender = world.receiver(), world.sender()
-    trainer = world.trainer("a", calls=CALLS, wait_at=WAITS_AT)
+    job = make_job(some_backends(seed), files=seed % 2 == 0)
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer("a", calls=CALLS, wait_at=WAITS_AT)
 
-    reach(world, chance)
+    reach(job, chance)
     receiver.kill()
     assert receiver.wait() == -9
-    assert world.count("a") < CALLS
-    world.go("a")
+    assert job.count("a") < CALLS
+    job.go("a")
     if seed % 2:
-        receiver = world.receiver()
+        receiver = job.receiver()
     assert trainer.wait() == 0, trainer.log
-    world.end(sender, receiver if seed % 2 else None, gate_s=5 if seed % 2 else 0.5)
+    job.end(sender, receiver if seed % 2 else None, gate_s=5 if seed % 2 else 0.5)
 
-    world.check_equations()
-    world.replay_all()
+    job.check_equations()
+    job.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_receiver_that_dies_in_mid_commit_loses_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_receiver_that_dies_during_a_commit_loses_nothing(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
-    world = make_world(some_backends(seed), durability="full" if seed % 5 == 0 else "normal")
-    trainer = world.trainer("a", calls=CALLS)
-    receiver = world.receiver(kill_at_commit=chance.randrange(4, 40), kill_after_us=chance.uniform(0, 300))
-    sender = world.sender()
+    job = make_job(some_backends(seed), durability="full" if seed % 5 == 0 else "normal")
+    trainer = job.trainer("a", calls=CALLS)
+    receiver = job.receiver(kill_at_commit=chance.randrange(4, 40), kill_after_us=chance.uniform(0, 300))
+    sender = job.sender()
 
     assert receiver.wait() == -9, receiver.log
     assert trainer.wait() == 0, trainer.log
-    world.check_equations()
-    receiver = world.receiver()
-    world.end(sender, receiver)
+    job.check_equations()
+    receiver = job.receiver()
+    job.end(sender, receiver)
 
-    world.check_all_delivered()
+    job.check_all_delivered()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_lane_that_dies_between_write_and_confirm_loses_and_doubles_nothing(make_world: MakeWorld, seed: int) -> None:
+def test_a_lane_that_dies_between_write_and_confirm_loses_and_repeats_nothing(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
     kind = EVERY_KIND[seed % len(EVERY_KIND)]
-    world = make_world({kind: {}}, files=kind != "tensorboard")
+    job = make_job({kind: {}}, files=kind != "tensorboard")
     method = chance.choice(["write", "flush"]) if kind in ("rebuild", "buffered") else "write"
-    trainer = world.trainer("a", calls=600)
-    # The stores of the suite take 100 records in a write, the others perhaps all that there are.
+    trainer = job.trainer("a", calls=600)
+    # The suite's stores take 100 records in a write. The others may take all records in one.
     number = chance.randrange(1, 5) if kind not in ("jsonl", "tensorboard") and method == "write" else 1
-    receiver = world.receiver(kill_at_write=(kind, method, number))
-    sender = world.sender()
+    receiver = job.receiver(kill_at_write=(kind, method, number))
+    sender = job.sender()
 
     assert receiver.wait() == -9, receiver.log
     assert trainer.wait() == 0, trainer.log
-    world.check_equations()
+    job.check_equations()
     if seed % 2:
-        world.end(sender, world.receiver())
+        job.end(sender, job.receiver())
     else:
-        world.end(sender, gate_s=0.5)
+        job.end(sender, gate_s=0.5)
 
-    world.check_equations()
-    world.replay_all()
+    job.check_equations()
+    job.replay_all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_world: MakeWorld, seed: int) -> None:
+def test_a_replay_that_is_killed_again_and_again_delivers_everything_once(make_job: MakeJob, seed: int) -> None:
     chance = random.Random(seed)
     kind = EVERY_KIND[seed % len(EVERY_KIND)]
-    world = make_world({})
-    assert world.trainer("a", calls=1000).wait() == 0
-    receiver, sender = world.receiver(), world.sender()
-    world.end(sender, receiver)
+    job = make_job({})
+    assert job.trainer("a", calls=1000).wait() == 0
+    receiver, sender = job.receiver(), job.sender()
+    job.end(sender, receiver)
     options = {} if kind in ("jsonl", "tensorboard") else {"pause_s": 0.001}
-    world.backends = {kind: options}
+    job.backends = {kind: options}
     flags = ["--backend", kind, *(f for k, v in options.items() for f in ("--option", f"{kind}.{k}={v}"))]
 
     killed = 0
     for _ in range(3):
-        replay = world.replay(*flags)
-        held = len(world.held(kind))
+        replay = job.replay(*flags)
+        held = len(job.held(kind))
         target = chance.randrange(held, held + (1000 - held) // 2 + 1)
-        wait_for(lambda: len(world.held(kind)) > target or not replay.is_alive(), f"{target} records")  # noqa: B023
+        wait_for(lambda: len(job.held(kind)) > target or not replay.is_alive(), f"{target} records")  # noqa: B023
         replay.kill()
         killed += replay.wait() == -9
-        world.check_equations()
+        job.check_equations()
 
-    assert killed or not options  # without a pause it may be done before anybody looks
-    world.replay_all(*flags)
+    assert killed or not options  # without a pause, the replay may end before the test looks
+    job.replay_all(*flags)
 
 
 @pytest.mark.parametrize("seed", [pytest.param(0), *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 50))])
-def test_everything_at_once_loses_nothing(make_world: MakeWorld, seed: int) -> None:
-    """Lost requests and acks, late repetitions, two ranks, and each process killed and started again."""
+def test_all_faults_at_once_lose_nothing(make_job: MakeJob, seed: int) -> None:
+    """Requests and replies are lost, requests come again late, two ranks train, and each process is killed."""
     chance = random.Random(seed)
-    world = make_world(some_backends(seed), files=True)
+    job = make_job(some_backends(seed), files=True)
     channel: dict[str, Any] = {"ack_loss": 0.3, "request_loss": 0.1, "again": 0.2, "delay_s": 0.005, "seed": seed}
-    receiver, sender = world.receiver(), world.sender(**channel)
-    doomed = world.trainer("a", calls=ENDLESS, pause_s=0.02)
-    trainer = world.trainer("b", calls=CALLS, wait_at=WAITS_AT)
+    receiver, sender = job.receiver(), job.sender(**channel)
+    doomed = job.trainer("a", calls=ENDLESS, pause_s=0.02)
+    trainer = job.trainer("b", calls=CALLS, wait_at=WAITS_AT)
 
     for victim in chance.sample(["receiver", "sender", "a", "receiver", "sender"], 5):
-        least = min(world.count("b"), WAITS_AT - 1)
-        reach(world, chance, "b", least, min(WAITS_AT, least + 300))
+        least = min(job.count("b"), WAITS_AT - 1)
+        reach(job, chance, "b", least, min(WAITS_AT, least + 300))
         if victim == "receiver":
             receiver.kill()
-            receiver = world.receiver()
+            receiver = job.receiver()
         elif victim == "sender":
             sender.kill()
-            sender = world.sender(**channel)
+            sender = job.sender(**channel)
         else:
             doomed.kill()
             assert doomed.wait() == -9
-            world.in_doubt = 1
-    world.go("b")
+            job.in_doubt = 1
+    job.go("b")
     assert trainer.wait() == 0
-    world.end(sender, receiver)
+    job.end(sender, receiver)
 
-    world.check_equations()
-    world.replay_all()
+    job.check_equations()
+    job.replay_all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever goes wrong with a backend or a receiver, training gives the same model, bit by bit, and the job succeeds."""
+"""Under any fault of a backend or a receiver, training gives the same model, bit by bit, and the job succeeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.conftest import Disk
 from tests.faults.readers import count_site
-from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, SINK_FAULTS, Fault, model, train
+from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, RECEIVER_FAULTS, Fault, model, train
 from tests.integration.harness import JobResult
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:trackhub. backend")]
@@ -21,7 +21,7 @@ SITES = ("site-1", "site-2")
 
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The model that the job gives without tracking."""
+    """Return the model that the job gives without tracking."""
     result = train(tmp_path_factory.mktemp("untracked"), NONE)
     assert result.rc == 0, result.log[-4000:]
     return model(result)
@@ -39,7 +39,7 @@ def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, un
     assert_same_model(result, untracked)
     report = result.report("server")
     assert report["balanced"]
-    assert set(report["lanes"]) == {"jsonl", *fault.backends, *fault.peers}
+    assert set(report["lanes"]) == {"jsonl", *fault.backends, *fault.servers}
     for site in SITES:
         assert [point.step for point in result.jsonl_points("server", site)] == list(range(LOGGED))
     for name, lane in report["lanes"].items():
@@ -50,7 +50,7 @@ def test_under_a_backends_fault_training_gives_the_same_model(tmp_path: Path, un
                 assert run["confirmed"] == LOGGED
 
 
-@pytest.mark.parametrize("fault", SINK_FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", RECEIVER_FAULTS, ids=lambda fault: fault.name)
 def test_under_a_receivers_fault_training_gives_the_same_model(tmp_path: Path, untracked: bytes, fault: Fault) -> None:
     result = train(tmp_path, fault)
 

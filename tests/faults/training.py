@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A federated job of real gradient steps in FLARE's simulator, under faults of backends or of the receiver.
+"""A federated job with real gradient steps in FLARE's simulator, under faults of backends or of the receiver.
 
-What can be compared with the same job without tracking: the model that it gives, and what each step took. Training
-draws from the global generators of Python and NumPy, as training does, so that tracking that touched them would show.
+The fault suite compares its model with that of the same job without tracking; the benchmark compares the time of its
+steps. The training draws from the global random generators of Python and NumPy: if tracking used these, the model
+would change.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = [
     "HEALTHY",
     "LOGGED",
     "NONE",
+    "RECEIVER_FAULTS",
     "ROUNDS",
-    "SINK_FAULTS",
     "Fault",
     "all_at_once",
     "model",
@@ -90,7 +91,7 @@ with open(os.path.join(OUT, SITE + ".steps"), "wb") as file:
     durations.tofile(file)
 """
 
-_SINK = """
+_RECEIVER = """
 from trackhub.flare.compat import reference_package
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
@@ -106,20 +107,22 @@ _LIMITS = {"deadline_s": 2, "gate_s": 4, "barrier_s": 1, "request_s": 1, "silenc
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in a job.
+    """A fault of a job.
 
     Attributes:
-        name: in a few words.
-        backends: on the server, beside ``jsonl``, which is healthy; with ``{outage}`` for a file that is there from the
-            first third of the first round to that of the second.
-        peers: backends that talk to a server, with the mode of tests.faults.peer; None for a server that is not there.
+        name: the fault in a few words.
+        backends: faulty backends on the server, with their options. A healthy ``jsonl`` always runs beside them. The
+            text ``{outage}`` stands for a file that exists during an outage: from a third of the first round to a third
+            of the second.
+        servers: backends that talk to a server, with the mode of `tests.faults.failing_server`. None for a server that
+            does not run.
         sender: source of the sender that clients get in place of trackhub's own.
         receiver_folder: where the receiver keeps its journal.
     """
 
     name: str
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    peers: Mapping[str, str | None] = field(default_factory=dict)
+    servers: Mapping[str, str | None] = field(default_factory=dict)
     sender: str = ""
     receiver_folder: str | None = None
 
@@ -127,18 +130,18 @@ class Fault:
 NONE = Fault("no tracking")
 HEALTHY = Fault("no fault")
 BACKEND_FAULTS = [
-    Fault("down at the start and later", peers={"http_late": None}),
+    Fault("down at the start and later", servers={"http_late": None}),
     Fault("down in the middle", {"idempotent": {"down_while": "{outage}"}}),
-    Fault("429 with Retry-After", peers={"http_busy": "busy 2"}),
-    Fault("500 after applying", peers={"http_fails": "fail 2"}),
-    Fault("calls that hang", peers={"http_hangs": "hang 3"}),
+    Fault("429 with Retry-After", servers={"http_busy": "busy 2"}),
+    Fault("500 after applying", servers={"http_fails": "fail 2"}),
+    Fault("calls that hang", servers={"http_hangs": "hang 3"}),
     Fault("hangs for good", {"hangs": {"hang_while": "/"}}),
     Fault("one record a second", {"slow": {"pause_s": 1, "max_batch": 1}}),
-    Fault("rejects every seventh record", peers={"http_rejects": "reject 7"}),
+    Fault("rejects every seventh record", servers={"http_rejects": "reject 7"}),
     Fault("dies for good", {"dies": {"dies_at": 2}}),
     Fault("refuses everything from the second write on", {"gone": {"dies_at": 2, "permanent": True}}),
 ]
-SINK_FAULTS = [
+RECEIVER_FAULTS = [
     Fault("never answers", sender="BadChannelSender(silent_from=1, silent_s=3600, limits=limits)"),
     Fault("30 % of the acknowledgements lost", sender="BadChannelSender(ack_loss=0.3, limits=limits)"),
     Fault("silent for 4 s", sender="BadChannelSender(silent_from=4, silent_s=4, limits=limits)"),
@@ -147,20 +150,22 @@ SINK_FAULTS = [
 
 
 def all_at_once(faults: list[Fault]) -> Fault:
-    """Return one fault that has the backends of them all."""
+    """Return one fault with the backends of all these faults."""
     backends = {name: options for fault in faults for name, options in fault.backends.items()}
-    return Fault("all at once", backends, {name: mode for fault in faults for name, mode in fault.peers.items()})
+    return Fault("all at once", backends, {name: mode for fault in faults for name, mode in fault.servers.items()})
 
 
 def train(folder: Path, fault: Fault, steps: int = STEPS) -> JobResult:
-    """Run the job under a fault, ``NONE`` for no tracking at all, and return what it left.
+    """Run the job under a fault and return what it left. Blocks until the job ends.
 
     Args:
-        steps: of each site in each round.
+        folder: where the job is written and run.
+        fault: what goes wrong; ``NONE`` runs the job without tracking.
+        steps: training steps of each site in each round.
     """
     folder.mkdir(parents=True, exist_ok=True)
     backends = {name: {k: _filled(v, folder) for k, v in given.items()} for name, given in fault.backends.items()}
-    with _peers(folder, fault.peers) as urls:
+    with _servers(folder, fault.servers) as urls:
         server = {"jsonl": {}, **backends, **{name: {"url": url} for name, url in urls.items()}}
         tracking: dict[str, Any] | None = {"server": server, "limits": _LIMITS}
         more = ""
@@ -169,7 +174,7 @@ def train(folder: Path, fault: Fault, steps: int = STEPS) -> JobResult:
         elif fault.sender or fault.receiver_folder:
             tracking = None
             sender = fault.sender or "TrackhubSender(limits=limits)"
-            more = _SINK.format(limits=_LIMITS, state_dir=fault.receiver_folder, sender=sender)
+            more = _RECEIVER.format(limits=_LIMITS, state_dir=fault.receiver_folder, sender=sender)
         env = _environment(folder) | {
             "TRACKHUB_TEST_OUTAGE": str(folder / "outage"),
             "TRACKHUB_TEST_STEPS": str(steps),
@@ -189,7 +194,7 @@ def model(result: JobResult) -> bytes:
 
 
 def steps_s(result: JobResult) -> list[float]:
-    """Return what each training step took, its log call included, of all sites and rounds."""
+    """Return the seconds that each training step of all sites and rounds took, its log call included."""
     steps = array.array("d")
     for path in sorted(result.out.glob("*.steps")):
         steps.frombytes(path.read_bytes())
@@ -201,35 +206,36 @@ def _filled(value: Any, folder: Path) -> Any:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    from tests.faults.harness import BACKENDS, ROOT
+    from tests.faults.job_processes import BACKENDS
+    from tests.faults.process import ROOT
 
-    points = {name: f"tests.faults.backends:{cls}" for name, cls in BACKENDS.items()}
+    points = {name: f"tests.faults.faulty_backends:{cls}" for name, cls in BACKENDS.items()}
     path = install_plugin(folder / "plugins", "trackhub-faults", points, {})["PYTHONPATH"]
     return {
         "PYTHONPATH": os.pathsep.join([path, str(ROOT)]),
-        # Two sites train on two cores: threads of their own would fight for these, and steps would vary by the fight.
+        # Two sites train on two cores. With more threads they would compete for the cores, and the steps would vary.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
 
 
 @contextlib.contextmanager
-def _peers(folder: Path, peers: Mapping[str, str | None]) -> Iterator[dict[str, str]]:
-    """Run the servers that faulty backends talk to; yield their addresses."""
+def _servers(folder: Path, servers: Mapping[str, str | None]) -> Iterator[dict[str, str]]:
+    """Run the servers that faulty backends talk to, and yield their addresses."""
     with contextlib.ExitStack() as stack:
         urls = {}
-        for name, mode in peers.items():
+        for name, mode in servers.items():
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
             urls[name] = f"http://127.0.0.1:{port}"
             if mode is None:
                 continue
-            home = folder / f"peer-{name}"
+            home = folder / f"tracking-server-{name}"
             home.mkdir()
             (home / "mode").write_text(mode)
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.peer", str(port), str(home)], stdout=subprocess.PIPE
+                [sys.executable, "-m", "tests.faults.failing_server", str(port), str(home)], stdout=subprocess.PIPE
             )
             stack.callback(process.wait)
             stack.callback(process.kill)

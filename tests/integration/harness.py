@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs real FLARE jobs for tests, in a process of their own, and reads back what they left.
+"""Runs real FLARE jobs for tests, each in a process of its own, and reads what they left.
 
-A test gives the trainer as text. Around it stands a minimal FedAvg job over numpy arrays, so that a job costs what
-FLARE costs (some 12 s, almost all of it waiting) and nothing else. The trainer notes what it logs, and when, in a file
-beside the job: the test's own truth, which no part of trackhub has touched.
+A test gives the training code as text. `Job` puts it into a minimal FedAvg job over numpy arrays. Such a job takes
+some 12 s, and almost all of it is FLARE's own waiting. The trainer notes what it logs, and when, in a file that no
+part of trackhub touches. Tests compare this file with what the backends hold.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trackhub.run import JobInfo
 
 __all__ = [
     "TRAINER",
@@ -47,7 +49,7 @@ _facts = open(os.path.join(OUT, SITE + ".facts"), "a", buffering=1)
 
 
 def fact(call, values, step=None):
-    """Make a log call, and note what it logged between which readings of the clock."""
+    """Make a log call, and note what it logged and the clock before and after it."""
     before = time.time()
     call()
     after = time.time()
@@ -55,7 +57,7 @@ def fact(call, values, step=None):
 
 
 def rounds(train):
-    """Train as the server asks."""
+    """Train in each round that the server starts."""
     while flare.is_running():
         model = flare.receive()
         if model is None:
@@ -64,7 +66,7 @@ def rounds(train):
         params = {name: array + 1 for name, array in model.params.items()}
         flare.send(flare.FLModel(params=params, params_type="FULL"))
 '''
-"""Precedes every trainer: ``fact`` and ``rounds``."""
+"""The beginning of every training script. It defines ``fact`` and ``rounds``."""
 
 _JOB = """
 import json, sys
@@ -74,9 +76,32 @@ from nvflare.recipe import SimEnv
 from nvflare.recipe.utils import set_per_site_config
 from trackhub.flare.recipe import add_tracking
 
+
+def run_fed_job(here, config):
+    # The same training as a FedJob that no recipe has made.
+    from nvflare.app_common.np.np_model_persistor import NPModelPersistor
+    from nvflare.app_common.workflows.fedavg import FedAvg
+    from nvflare.client.config import ExchangeFormat
+    from nvflare.job_config.api import FedJob
+    from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
+
+    job = FedJob(name="job", min_clients=config["n_clients"])
+    job.to_server(NPModelPersistor(model=config["model"]), id="persistor")
+    job.to_server(FedAvg(num_clients=config["n_clients"], num_rounds=config["rounds"], persistor_id="persistor"))
+    script = str(here / "client.py")
+    job.to_clients(
+        ScriptRunner(script, launch_external_process=config["external"], framework=FrameworkType.NUMPY)
+    )
+    add_tracking(job, **config["tracking"])
+    job.simulator_run(str(here / "workspace" / "job"), n_clients=config["n_clients"], threads=config["threads"])
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
     config = json.loads((here / "config.json").read_text())
+    if config["way"] == "fed_job":
+        run_fed_job(here, config)
+        sys.exit()
     sites = [f"site-{i + 1}" for i in range(config["n_clients"])]
     recipe = NumpyFedAvgRecipe(
         name="job", model=config["model"], min_clients=config["n_clients"], num_rounds=config["rounds"],
@@ -84,7 +109,7 @@ if __name__ == "__main__":
     )
     if config["own_apps"]:
         set_per_site_config(recipe, {site: {} for site in sites})
-    if config["tracking"] is not None:
+    if config["tracking"] is not None and config["way"] == "recipe":
         add_tracking(recipe, **config["tracking"])
     job = recipe._job
 @@more@@
@@ -98,7 +123,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Fact:
-    """One log call as the trainer noted it: what, and the readings of the clock around the call."""
+    """One log call as the trainer noted it, with the clock before and after the call."""
 
     key: str
     value: Any
@@ -109,7 +134,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Point:
-    """One scalar as an independent reader finds it in a backend's files."""
+    """One scalar as a reader without code of trackhub finds it in a backend's files."""
 
     key: str
     value: float
@@ -123,20 +148,25 @@ class Job:
     """A FedAvg job in FLARE's simulator.
 
     Attributes:
-        folder: where it is written and run; must not be used for another job.
-        trainer: source of what follows ``TRAINER`` in the training script.
-        tracking: arguments of ``add_tracking``; None for none.
-        more: source that runs before the job starts, with ``recipe`` and ``job`` at hand.
-        modules: further modules beside the job, by name.
+        folder: where the job is written and run. Each job needs a folder of its own.
+        trainer: the source that follows ``TRAINER`` in the training script.
+        tracking: arguments of ``add_tracking``; None for a job without tracking.
+        way: how the job is made: as a ``recipe``; as a ``fed_job`` without a recipe, which takes no ``more``; or as
+            ``json``, to which tracking is added by hand.
+        external: whether the trainers are processes of their own.
+        n_clients, rounds: how many clients and rounds.
+        more: source that runs before the job starts. It can use ``recipe`` and ``job``.
+        modules: further modules beside the job, name to source.
         env: further environment variables.
-        threads: the simulator's threads; by default one per client.
-        own_apps: give every client an app of its own.
+        threads: the simulator's threads; by default one for each client.
+        own_apps: whether every client has an app of its own.
         model: the first global model, a nested list.
     """
 
     folder: Path
     trainer: str
     tracking: dict[str, Any] | None = None
+    way: Literal["recipe", "fed_job", "json"] = "recipe"
     external: bool = False
     n_clients: int = 2
     rounds: int = 2
@@ -148,21 +178,41 @@ class Job:
     model: list[Any] = field(default_factory=lambda: [[0.0, 0.0], [0.0, 0.0]])
 
     def run(self, timeout_s: float = 240) -> JobResult:
-        """Run the job to its end in the simulator."""
+        """Run the job in the simulator, and wait for its end."""
+        if self.way == "json":
+            job = self.export()
+            self._add_tracking_by_hand(job / "app" / "config")
+            return simulate(
+                job, self.folder / "run", n_clients=self.n_clients, name=self._name(), env=self.env, timeout_s=timeout_s
+            )
         out = self.folder / "out"
         rc, log = self._run_script([], out, timeout_s)
-        return JobResult(rc, log, self.folder / "workspace" / "job", out)
+        return JobResult(rc, log, self.folder / "workspace" / "job", out, self._name())
 
     def export(self) -> Path:
-        """Write the job as a folder that can be submitted."""
+        """Write the job as a folder that FLARE accepts, and return the folder."""
         rc, log = self._run_script(["write"], self.folder / "out", 60)
         assert rc == 0, log
         return self.folder / "export" / "job"
 
+    def _name(self) -> str:
+        return (self.tracking or {}).get("name") or "job"
+
+    def _add_tracking_by_hand(self, config: Path) -> None:
+        """Put tracking into a job's JSON files, as `tracking_components` tells a person to do."""
+        from trackhub.flare.recipe import tracking_components
+
+        for file, components in tracking_components(**(self.tracking or {})).items():
+            content = json.loads((config / file).read_text())
+            content["components"] += components
+            for executor in content.get("executors", []):
+                executor["executor"]["args"]["shutdown_timeout"] = 30.0
+            (config / file).write_text(json.dumps(content))
+
     def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
                   "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps,
-                  "model": self.model}  # fmt: skip
+                  "model": self.model, "way": self.way}  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config))
         (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
@@ -174,17 +224,34 @@ class Job:
         return _run(["job.py", *args], self.folder, out, self.env, timeout_s)
 
 
-def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240) -> JobResult:
-    """Run a job that ``Job.export`` wrote in the simulator, as often as need be, each time in a new folder."""
+def simulate(
+    job: Path,
+    folder: Path,
+    *,
+    n_clients: int,
+    name: str = "job",
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 240,
+) -> JobResult:
+    """Run a job that ``Job.export`` wrote in the simulator. It can run again, each time in a new folder.
+
+    Args:
+        job: the exported job.
+        folder: where it runs.
+        n_clients: how many clients.
+        name: the job's name in trackhub.
+        env: further environment variables.
+        timeout_s: kill the job and fail after this time.
+    """
     out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
     module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
     command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]
-    rc, log = _run(command, folder, out, {}, timeout_s)
-    return JobResult(rc, log, workspace, out)
+    rc, log = _run(command, folder, out, env or {}, timeout_s)
+    return JobResult(rc, log, workspace, out, name)
 
 
-def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_s: float) -> tuple[int, str]:
-    """Run Python in this folder to its end, and return its exit status and what it printed."""
+def _run(args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+    """Run Python in this folder and wait for its end. Return its exit status and what it printed."""
     out.mkdir(parents=True)
     log = folder / "log.txt"
     with log.open("wb") as stream:
@@ -196,7 +263,7 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
             rc = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            # FLARE gives clients and trainers groups of their own.
+            # Clients and trainers are in process groups of their own: killing the group does not reach them.
             for pid in processes_with(f"TRACKHUB_TEST_OUT={out}\0".encode()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -207,53 +274,57 @@ def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_
 
 
 def processes_with(mark: bytes) -> Iterator[int]:
-    """Yield the processes that have this in their environment, as all of a job's have its folder."""
+    """Yield the processes with this text in their environment. All processes of a job have its folder there."""
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             if mark in Path("/proc", name, "environ").read_bytes():
                 yield int(name)
 
 
 def flare_environment() -> dict[str, str]:
-    """This process's environment, with the interpreter of the tests as ``python3``, which FLARE starts by that name."""
+    """Return the environment in which ``python3``, as FLARE starts it, is the interpreter of the tests."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job left: exit status, log, workspace, and what the trainers noted."""
+    """What a job left: its exit status, its log, its workspace, the trainers' notes, and its name in trackhub."""
 
     rc: int
     log: str
     workspace: Path
     out: Path
+    name: str = "job"
 
     def run_dir(self, site: str) -> Path:
-        """The job's run folder at this site."""
+        """Return the job's run folder at this site."""
         return self.workspace / site / "simulate_job"
 
     @property
-    def job(self) -> str:
-        """The job id that trackhub used."""
-        return (self.workspace / ".trackhub" / "execution").read_text()
+    def job(self) -> JobInfo:
+        """The job as backends know it: its id in trackhub, and its name."""
+        return JobInfo((self.workspace / ".trackhub" / "execution").read_text(), self.name)
 
     def report(self, receiver: str) -> dict[str, Any]:
-        """The delivery report of the receiver at this site."""
+        """Return the delivery report of the receiver at this site."""
         report: dict[str, Any] = json.loads((self.run_dir(receiver) / "trackhub" / "delivery.json").read_text())
         return report
 
     def facts(self, site: str) -> list[Fact]:
-        """What the trainer of this site noted, in order."""
+        """Return what the trainer of this site noted, in order."""
         return [Fact(*json.loads(line)) for line in (self.out / f"{site}.facts").read_text().splitlines()]
 
     def jsonl(self, receiver: str, site: str) -> list[dict[str, Any]]:
-        """The records of this site in the receiver's ``jsonl`` files, without the line that ends the run."""
-        lines = read_jsonl(self.run_dir(receiver) / "jsonl" / self.job / f"{site}.jsonl")
-        return [line for line in lines if line["kind"] != "end"]
+        """Return this site's records in the receiver's ``jsonl`` files, without the line that ends the run."""
+        return [line for line in read_jsonl(self.jsonl_file(receiver, site)) if line["kind"] != "end"]
+
+    def jsonl_file(self, receiver: str, site: str) -> Path:
+        """Return the receiver's ``jsonl`` file of this site."""
+        return self.run_dir(receiver) / "jsonl" / f"{self.name}-{self.job.id}" / f"{site}.jsonl"
 
     def jsonl_points(self, receiver: str, site: str) -> list[Point]:
-        """The scalars of this site in the receiver's ``jsonl`` files, in order."""
+        """Return this site's scalars in the receiver's ``jsonl`` files, in order."""
         return [
             Point(key, value, line.get("step"), line["time"], line.get("round"))
             for line in self.jsonl(receiver, site)
@@ -262,17 +333,17 @@ class JobResult:
         ]
 
     def tensorboard_points(self, receiver: str, site: str) -> list[Point]:
-        """The scalars of this site in the receiver's event files, in order within a key."""
-        return read_tensorboard(self.run_dir(receiver) / "tensorboard" / self.job / site)
+        """Return this site's scalars in the receiver's event files. The scalars of one key keep their order."""
+        return read_tensorboard(self.run_dir(receiver) / "tensorboard" / f"{self.name}-{self.job.id}" / site)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines."""
+    """Return the lines of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_tensorboard(folder: Path) -> list[Point]:
-    """Read a run's scalars with TensorBoard's own reader, without its sampling."""
+    """Return a run's scalars, read with TensorBoard's own reader and without its sampling."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     reader.Reload()
     return [
@@ -283,7 +354,17 @@ def read_tensorboard(folder: Path) -> list[Point]:
 
 
 def install_plugin(site: Path, distribution: str, points: dict[str, str], modules: dict[str, str]) -> dict[str, str]:
-    """Lay out a distribution as pip would leave it; return the environment variable that makes it visible."""
+    """Write a distribution with backends as pip would install it.
+
+    Args:
+        site: the folder that takes the place of ``site-packages``.
+        distribution: its name.
+        points: backend to ``module:class``.
+        modules: module to source.
+
+    Returns:
+        The environment variable that makes Python find it.
+    """
     info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
@@ -295,7 +376,7 @@ def install_plugin(site: Path, distribution: str, points: dict[str, str], module
 
 
 def files_with(folder: Path, *needles: bytes) -> Iterator[Path]:
-    """Yield the files below the folder that contain any of these bytes."""
+    """Yield the files below a folder that contain any of these bytes."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             content = path.read_bytes()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.harness import Job, JobResult, install_plugin
+from tests.integration.harness import Job, JobResult, install_plugin, read_jsonl
 
 SITES = ("site-1", "site-2")
 
@@ -31,7 +31,7 @@ rounds(train)
 
 FAULTY = """
 import threading
-from trackhub.spi import NoOptions, Backend, BackendRun, ConfigError, PermanentError
+from trackhub.spi import Backend, BackendRun, Capabilities, ConfigError, ConfirmedBy, PermanentError
 
 
 class Run(BackendRun):
@@ -42,7 +42,10 @@ class Run(BackendRun):
         pass
 
 
-class NoOpen(Backend[NoOptions]):
+class NoOpen(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         raise PermanentError("this run cannot be opened")
 
@@ -52,7 +55,10 @@ class NoWriteRun(Run):
         raise ZeroDivisionError("a defect in the plugin")
 
 
-class NoWrite(Backend[NoOptions]):
+class NoWrite(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         return NoWriteRun()
 
@@ -62,12 +68,18 @@ class HangsRun(Run):
         threading.Event().wait()
 
 
-class Hangs(Backend[NoOptions]):
+class Hangs(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def open_run(self, info):
         return HangsRun()
 
 
-class Refuses(Backend[NoOptions]):
+class Refuses(Backend):
+    spi = 1
+    capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+
     def preflight(self):
         raise ConfigError("the project 'x' does not exist; create it first")
 
@@ -103,12 +115,13 @@ def _assert_all_in_jsonl(result: JobResult, receiver: str, site: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. backend")
-def test_backends_that_raise_or_hang_change_neither_the_model_nor_the_exit_status(
+def test_backends_that_raise_or_hang_change_neither_model_nor_exit_status(
     tmp_path: Path, faulty: dict[str, str]
 ) -> None:
+    """The job is a FedJob without a recipe."""
     tracking = {"server": ["jsonl", "no_open", "no_write", "hangs"], "limits": {"deadline_s": 3}}
 
-    result = Job(tmp_path / "job", TRAINER, tracking, env=faulty).run()
+    result = Job(tmp_path / "job", TRAINER, tracking, way="fed_job", env=faulty).run()
 
     assert result.rc == 0, result.log[-6000:]
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
@@ -216,8 +229,6 @@ def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_p
 
 
 def _end(result: JobResult, site: str) -> str:
-    from tests.integration.harness import read_jsonl
-
-    last = read_jsonl(result.run_dir("server") / "jsonl" / result.job / f"{site}.jsonl")[-1]
+    last = read_jsonl(result.jsonl_file("server", site))[-1]
     assert last["kind"] == "end"
     return str(last["status"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ``mlflow server``, and an independent reader of its database."""
+"""A real ``mlflow server`` for tests and benchmarks, and a reader of its database that shares no code with trackhub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STANDARD_COMMAND = ("server", "--backend-store-uri", "sqlite:///mlflow.db", "--a
 
 
 class RunRow(NamedTuple):
-    """A run as it stands in the database."""
+    """A run in the database."""
 
     id: str
     name: str
@@ -37,7 +37,7 @@ class RunRow(NamedTuple):
 
 
 class Database:
-    """Reads an MLflow database by plain SQL."""
+    """Reads an MLflow database with plain SQL."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -106,13 +106,15 @@ class Server:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2):
                 return
             time.sleep(0.1)
-        raise AssertionError(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+        raise AssertionError(
+            f"mlflow server did not start within 60 s; its log ends: {(self.folder / 'server.log').read_text()[-2000:]}"
+        )
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as a crash would."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -120,7 +122,7 @@ class Server:
             self._process = None
 
     def call(self, path: str, body: Any = None) -> Any:
-        """Ask the REST API, by nothing but the standard library."""
+        """Send a request to the REST API, with the standard library only."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"{self.url}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's own arithmetic: alternation, medians, verdicts, and figures that are void."""
+"""How the benchmark runs arms in turn, compares medians, and judges figures: reached, short or void."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import document
-from tests.bench.figures import Experiment, Figure, Kind, Run, judge, run_experiment
+from tests.bench.__main__ import BY_NAME, GROUPS, experiments_of
+from tests.bench.figures import (
+    VERSION,
+    Experiment,
+    Figure,
+    Kind,
+    Run,
+    document,
+    judge,
+    last_line,
+    run_experiment,
+    table,
+)
 
 MACHINE = {"cpu": "x", "cores": 2, "memory_gb": 8, "system": "s", "python": "3", "packages": {}, "load": 0.0}
 
@@ -29,7 +40,7 @@ def runs(
     }
 
 
-def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_rounds() -> None:
+def test_a_score_compares_the_medians_and_its_spread_compares_single_rounds() -> None:
     outcome = judge("e", figure(), runs([1, 2, 9], [10, 8, 9]))
 
     assert (outcome.score, outcome.spread, outcome.verdict) == (4.5, (1.0, 10.0), "reaches")
@@ -46,7 +57,7 @@ def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_rounds() -> N
         ("at most", [2.5], [], 2.5, "falls short"),
     ],
 )
-def test_each_kind_of_figure_knows_which_way_is_better(
+def test_each_kind_of_figure_says_which_score_is_better(
     kind: Kind, ours: list[float], theirs: list[float], score: float, verdict: str
 ) -> None:
     outcome = judge("e", figure(kind), runs(ours, theirs))
@@ -62,11 +73,11 @@ def test_a_figure_of_a_run_that_lost_a_record_is_void() -> None:
     assert outcome.reason == "3 records were lost"
 
 
-def test_records_stored_twice_void_a_figure_too() -> None:
+def test_a_figure_of_a_run_that_stored_records_twice_is_void() -> None:
     assert judge("e", figure(), runs([1], [100], stored=11)).verdict == "void"
 
 
-def test_what_the_alternative_lost_is_counted_and_voids_nothing() -> None:
+def test_records_that_the_alternative_lost_are_counted_and_void_nothing() -> None:
     lossy = {**runs([1], []), "theirs": [Run({"us": 100.0}, 10, 4)]}
 
     outcome = judge("e", figure(), lossy)
@@ -74,7 +85,7 @@ def test_what_the_alternative_lost_is_counted_and_voids_nothing() -> None:
     assert (outcome.verdict, outcome.lost_theirs) == ("reaches", 6)
 
 
-def test_an_allowance_is_in_the_verdict_and_not_in_the_score() -> None:
+def test_an_allowance_changes_the_verdict_and_not_the_score() -> None:
     allowed = judge("e", figure(reach=1.0, allowance=2.0), runs([12], [10]))
     too_much = judge("e", figure(reach=1.0, allowance=2.0), runs([13], [10]))
 
@@ -83,7 +94,7 @@ def test_an_allowance_is_in_the_verdict_and_not_in_the_score() -> None:
     assert too_much.verdict == "falls short"
 
 
-def test_arms_run_in_turn_each_in_an_empty_folder_that_is_removed() -> None:
+def test_arms_run_in_turn_each_in_an_empty_folder_that_is_removed_afterwards() -> None:
     order: list[str] = []
     folders: list[Path] = []
 
@@ -110,7 +121,7 @@ def test_arms_run_in_turn_each_in_an_empty_folder_that_is_removed() -> None:
     assert [outcome.verdict for outcome in outcomes] == ["reaches"]
 
 
-def test_an_arm_that_fails_voids_its_figures_and_no_others() -> None:
+def test_an_arm_that_fails_makes_only_its_own_figures_void() -> None:
     def fails(folder: Path) -> Run:
         raise RuntimeError("no such server")
 
@@ -126,38 +137,36 @@ def test_an_arm_that_fails_voids_its_figures_and_no_others() -> None:
     assert "no such server" in outcomes[0].reason
 
 
-def test_the_table_shows_what_falls_short_with_its_reason_and_the_last_line_counts() -> None:
+def test_the_table_says_why_a_figure_falls_short_and_the_last_line_counts() -> None:
     outcomes = [
         judge("e", figure(), runs([1], [10])),
         judge("e", figure(reach=20, explain="the lock"), runs([1], [10])),
         judge("e", figure(), runs([1], [10], stored=9)),
     ]
 
-    lines = document.table(outcomes)
+    lines = table(outcomes)
 
     assert [line.split()[-1] for line in lines[2:5]] == ["reaches", "short", "void"]
     assert "falls short: a call: the lock" in lines
     assert "void: a call: 1 records were lost" in lines
-    assert document.last_line(outcomes, 12.0) == "1 of 3 figures reach, 1 fall short, 1 are void (12 s)"
+    assert last_line(outcomes, 12.0) == "1 of 3 figures reach, 1 fall short, 1 are void (12 s)"
 
 
 def test_the_document_is_strict_json_also_where_a_ratio_is_infinite() -> None:
     outcomes = [judge("e", figure(), runs([0], [10])), judge("e", figure("at most"), runs([1]))]
 
-    whole = document.document(outcomes, MACHINE, {"quick": True}, 3.21)
+    whole = document(outcomes, MACHINE, {"quick": True}, 3.21)
     read = json.loads(json.dumps(whole, allow_nan=False))
 
     assert read["summary"] == {"reach": 2, "fall_short": 0, "void": 0}
     assert [f["score"] for f in read["figures"]] == [None, 1.0]
     assert read["figures"][1]["ours"] == [1.0]
-    assert read["version"] == document.VERSION
+    assert read["version"] == VERSION
 
 
 def test_every_group_lists_its_experiments_without_running_them() -> None:
-    from tests.bench.__main__ import GROUPS, experiments_of
-
     for quick in (False, True):
-        for group in GROUPS:
+        for group in (*GROUPS, *BY_NAME):
             for experiment in experiments_of(group, quick):
                 assert all(f.arm in experiment.arms for f in experiment.figures)
                 assert all(f.against in experiment.arms for f in experiment.figures if f.against)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/delivery.md says of tests and limits is so."""
+"""docs/delivery.md names only tests that exist, all tests of the fault suite, and every limit with its default."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ def test_the_page_lists_every_limit_with_its_default() -> None:
     assert listed == shown
 
 
-def test_every_scenario_of_the_fault_suite_is_on_the_page() -> None:
+def test_every_test_of_the_fault_suite_is_on_the_page() -> None:
     for path in sorted((ROOT / "tests" / "faults").glob("test_*.py")):
         for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE):
             assert f"`{path.name}::{name}`" in PAGE
+
+
+def test_the_page_gives_the_promises_before_the_tests() -> None:
+    promises, _, tests = PAGE.partition("\n## The tests\n")
+
+    assert [n for n in range(1, 6) if f"\n### {n}. " not in promises] == []
+    assert "::test_" not in promises
+    assert "::test_" in tests

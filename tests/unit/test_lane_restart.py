@@ -222,3 +222,29 @@ def test_what_a_backend_stored_before_it_refused_a_record_counts_as_possible_dup
     assert twice > 0
     assert run.possible_duplicates >= twice
     assert (run.confirmed, run.rejected) == (9, {"permanent_error": 1})
+
+
+def test_after_two_crashes_all_that_the_first_life_handed_over_is_doubtful(tmp_path: Path) -> None:
+    """The second life dies sooner: it has announced one row, of the three that the backend has."""
+    can: dict[str, Any] = {"buffering": True, "redelivery": Redelivery.AT_LEAST_ONCE, "max_batch": 10}
+    first = Bench(tmp_path / "receiver")
+    backend = MemoryBackend(failing(10**6, lambda: TransientError("not durable"), "flush"), **can)
+    first.log(10, rows=3)
+    first.lane(backend)
+    assert run_of(first.finish(0.3)).pending == 30
+    second = Bench(tmp_path / "receiver")
+    second.counts = {SITE: 30}
+    dying = MemoryBackend(stored=dict(backend.stored), **can)
+    crash = Crash(second, dying, "write", 1, after=False)
+    second.lane(dying)
+    second.finish()
+    assert crash.snapshot is not None
+
+    third = Bench(crash.folder)
+    third.counts = {SITE: 30}
+    backend = MemoryBackend(stored=crash.snapshot, **can)
+    third.lane(backend)
+    run = run_of(third.finish())
+
+    assert len(backend.positions()) == 60
+    assert (run.confirmed, run.possible_duplicates) == (30, 30)

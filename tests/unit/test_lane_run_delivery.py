@@ -219,3 +219,52 @@ def test_nothing_more_is_written_once_the_lane_is_stopped(bench: Bench) -> None:
     moved = delivery.advance(flush_now=False)
 
     assert (moved, backend.positions(), progress(bench).confirmed) == (False, [0, 1], 0)
+
+
+def test_a_run_that_lost_what_it_had_confirmed_is_written_again_from_the_start(bench: Bench) -> None:
+    backend = MemoryBackend(redelivery=Redelivery.RESUMABLE)
+    bench.log(5)
+    first = delivery_on(bench, backend)
+    while first.advance(flush_now=True):
+        pass
+    backend.stored.clear()
+    bench.log(5)
+    later = delivery_on(bench, backend)
+
+    while later.advance(flush_now=True):
+        pass
+
+    assert backend.positions() == list(range(10))
+    assert progress(bench).confirmed == 10
+
+
+def test_a_halved_batch_does_not_wait_longer_for_the_failures_of_the_whole(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first failure in a row is logged: there is one for the whole batch, and one for its first half."""
+    backend = MemoryBackend(failing(4, lambda: RuntimeError("bug")))
+    bench.log(2)
+    delivery = delivery_on(bench, backend)
+    delivery.advance(flush_now=False)
+
+    moved = [delivery.advance(flush_now=False) for _ in range(5)]
+
+    assert moved == [False, False, False, False, True]
+    assert backend.positions() == [0, 1]
+    assert caplog.text.count("RuntimeError: bug; the records stay in the journal, and the lane tries again") == 2
+
+
+def test_a_wait_may_be_cut_short_again_after_a_confirmation(bench: Bench) -> None:
+    backend = MemoryBackend(failing(1, lambda: TransientError("down")))
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+    delivery.advance(flush_now=True)
+    first = (delivery.advance(flush_now=True), delivery.timer.hurry(), delivery.timer.hurry())
+    confirmed = (delivery.advance(flush_now=True), progress(bench).confirmed)
+
+    backend.behave = failing(1, lambda: TransientError("down"))
+    bench.log(5)
+    second = (delivery.advance(flush_now=True), delivery.timer.hurry(), delivery.timer.hurry())
+
+    assert confirmed == (True, 5)
+    assert first == second == (False, True, False)

@@ -13,12 +13,14 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
 from tests.unit.helpers import assert_balanced, json_lines
+from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
@@ -264,3 +266,21 @@ def test_limits_come_from_the_environment_unless_they_are_given(
         writer.log({"a": 1.0})
 
     assert read_spool_info(writer.folder / "trackhub" / "spool").max_bytes == 2 << 20
+
+
+def test_two_jobs_of_one_name_are_two_folders_and_two_runs(tmp_path: Path) -> None:
+    writers = [
+        trackhub.local(["jsonl"], folder=tmp_path, name="lr 0.1", notes="why", tags=["a", "b"], limits=FAST)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.log({"loss": 1.0})
+        writer.close()
+
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert len(folders) == 2
+    assert all(name.startswith("lr%200.1-") for name in folders)
+    for writer in writers:
+        told = msgspec.json.decode(read_journal_meta(writer.folder / "trackhub" / "trackhub.db")["job_info"])
+        assert (told["name"], told["notes"], told["tags"]) == ("lr 0.1", "why", ["a", "b"])
+        assert [line["values"] for line in lines(writer)] == [{"loss": 1.0}]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every file of the repository."""
+"""What every file of the repository keeps to: licence line, length, no machine's name, requirements, packaging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LINES = 500
 
 
 def files() -> Iterator[Path]:
-    """Every text file that belongs to the project, whether or not it is known to git yet."""
+    """Yield every text file that belongs to the project, also those that git does not know yet."""
     for path in [*ROOT.iterdir(), *(found for folder in FOLDERS for found in (ROOT / folder).rglob("*"))]:
         parts = path.relative_to(ROOT).parts
         generated = any(
@@ -76,7 +76,7 @@ def test_nothing_names_a_machine_or_a_package_index() -> None:
 
 
 @pytest.mark.parametrize("folder", [ROOT, *backend_folders()], ids=lambda folder: folder.name)
-def test_requirements_have_neither_exact_pins_nor_the_name_of_the_genome_browser_package(folder: Path) -> None:
+def test_requirements_have_no_exact_pin_and_do_not_name_the_genome_browser_package(folder: Path) -> None:
     project = pyproject(folder)["project"]
     extras = project.get("optional-dependencies", {}).values()
 
@@ -85,8 +85,17 @@ def test_requirements_have_neither_exact_pins_nor_the_name_of_the_genome_browser
         assert re.match(r"trackhub\b", requirement) is None  # ours is flare-trackhub
 
 
+def test_the_source_distribution_has_the_tests_but_not_the_benchmark() -> None:
+    """A renamed folder would come back into it: so each excluded path must exist."""
+    sdist = pyproject(ROOT)["tool"]["hatch"]["build"]["targets"]["sdist"]
+
+    assert "/tests" in sdist["include"]
+    assert "/tests/bench" in sdist["exclude"]
+    assert [path for path in sdist["exclude"] if not (ROOT / path.lstrip("/")).exists()] == []
+
+
 @pytest.mark.parametrize("folder", backend_folders(), ids=lambda folder: folder.name)
-def test_a_backend_is_a_plugin_like_anybodys_and_is_covered_by_the_checks(folder: Path) -> None:
+def test_a_backend_is_an_ordinary_plugin_and_is_covered_by_all_checks(folder: Path) -> None:
     name, root, own = folder.name, pyproject(ROOT), pyproject(folder)
 
     assert own["project"]["name"] == f"flare-trackhub-{name}"

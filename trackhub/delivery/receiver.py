@@ -24,7 +24,7 @@ from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, write_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -135,7 +135,7 @@ class Receiver:
         self,
         run_dir: Path,
         *,
-        job: JobInfo,
+        job: JobInfo | str,
         side: Side,
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
@@ -145,14 +145,15 @@ class Receiver:
 
         Args:
             run_dir: the job's folder. Each backend has the folder of its name in it.
-            job: the group that all runs of this receiver belong to. A journal belongs to one job.
+            job: the group that all runs of this receiver belong to; a string is the job's id. A journal belongs to one
+                job.
             side: where the receiver is. Receivers of one job on two sides write to different runs.
             backends: the name of each backend, and its options. Secrets are best given as ``${secret:NAME}``, which is
                 resolved here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
         """
-        self.job = job
+        self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
         self._run_dir = run_dir.absolute()
         self._side = side
@@ -410,6 +411,7 @@ class Receiver:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
             _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
+        report = resolve_results(report, self.folder)
         _log.info("%s", format_report(report))
         return report
 

@@ -165,8 +165,8 @@ class Sender:
         self._count()
         if self._counts.spooled:
             _log.warning(
-                "site %s: the receiver did not acknowledge %d records; they stay in %s. Deliver them with "
-                "`trackhub replay %s`", self.site, self._counts.spooled, self.folder, self.folder,
+                "site %s: %d records were not acknowledged; they stay in %s. Deliver them with `trackhub replay %s`",
+                self.site, self._counts.spooled, self.folder, self.folder,
             )  # fmt: skip
         return self._counts
 

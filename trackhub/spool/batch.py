@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a batch of the frames that stand in a row in a segment. The sender's end of the spool calls it.
 
-Frames are passed on as they are. A body is decoded only where something must be known of it: the ``seq`` of the first
-record, the size of a gap, or the blob of an image or artifact.
+Frames are passed on as they are. Only three things are decoded: the ``seq`` of the first record, gaps, and records
+that refer to a blob.
 """
 
 from __future__ import annotations

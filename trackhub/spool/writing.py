@@ -301,10 +301,10 @@ class SpoolWriter:
         self._in_turn(lambda: self._drop(reason, detail))
 
     def _warn(self) -> None:
-        """Say that a record was dropped, without the lock held: a log handler may itself log to the run.
+        """Say that a record was dropped. The lock is not held, since a log handler may itself log to the run.
 
-        With the lock held, this thread would take the lock and then the handler's lock; a thread that logs a line takes
-        them in the other order, and the two would wait for each other.
+        With the lock held, this thread would take this lock and then the handler's. Another thread that logs a line
+        takes them in the other order, and the two would wait for each other for ever.
         """
         if self._busy:
             return  # in a signal handler: the call that it interrupted holds the lock, and warns afterwards

@@ -17,7 +17,7 @@ import pytest
 
 from trackhub import registry
 from trackhub.errors import BackendLoadError, PluginError
-from trackhub.testing.checks.base import QUICK_ENV
+from trackhub.testing.checks.fixtures import QUICK_ENV
 from trackhub.testing.contract import BackendContract
 from trackhub.testing.version import KIT_VERSION
 

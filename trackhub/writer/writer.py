@@ -154,9 +154,9 @@ class Writer:
 
         Args:
             key: the image's key.
-            image: one of these: a numpy array or torch tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with 1, 3 or
-                4 channels, uint8 in 0..255 or float in 0..1; a PIL image; the bytes or the path of an image file. The
-                bytes of a PNG or JPEG file are kept as they are.
+            image: an array, a PIL image, or the bytes or path of an image file. An array is numpy's or torch's, with
+                the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` and 1, 3 or 4 channels. Its values are uint8 in
+                0..255 or float in 0..1. PNG and JPEG files are stored as they are.
             step: as for ``log``.
             caption: a line of text below the image.
 

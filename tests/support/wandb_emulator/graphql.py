@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Enough of GraphQL to answer the W&B client strictly: one operation, fragments, arguments, variables, ``@include``.
+"""A small GraphQL engine for the emulator: one operation, fragments, arguments, variables, ``@include``.
 
-Types are plain dicts from field name to value; a field with arguments is a ``Call``. Asking for a field that its
-dict does not have, or giving an argument that its ``Call`` does not take, is a ``GraphQLError``: the emulator then
-fails the test, instead of answering something that a real server might not.
+A type is a plain dict from field name to value; a field with arguments is a `Call`. A field that the dict does not
+have, and an argument that the `Call` does not take, raise `GraphQLError`. The emulator then fails the test; it does not
+guess what a real server would answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r'[\s,]+|#[^\n]*|(\.\.\.|[!$():=@\[\]{}|]|[A-Za-z_]\w*|-?\d+
 
 
 class GraphQLError(Exception):
-    """The document is not understood, or asks for something that the schema does not have."""
+    """The document cannot be parsed, or asks for something that the schema does not have."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Call:
     """A field that takes arguments.
 
     Attributes:
-        run: called with the arguments that were given.
-        takes: the arguments that the field has.
+        run: returns the field's value; called with the arguments of the document.
+        takes: the names of all arguments that the field has.
     """
 
     run: Callable[[dict[str, Any]], Any]
@@ -73,7 +73,7 @@ class Operation:
         """Return the ``data`` of the answer.
 
         Raises:
-            GraphQLError: a field, argument or variable is not known.
+            GraphQLError: a field, an argument or a variable is unknown.
         """
         if unknown := set(variables) - set(self._defaults):
             raise GraphQLError(f"{self.name}: variables {sorted(unknown)} are not declared")
@@ -128,10 +128,10 @@ def _resolve(value: Any, variables: Mapping[str, Any]) -> Any:
 
 
 def parse(document: str) -> Operation:
-    """Return the one operation of this document.
+    """Parse a document and return its operation.
 
     Raises:
-        GraphQLError: it is malformed, or holds none or several operations.
+        GraphQLError: the document is malformed, or has no operation or more than one.
     """
     parser = _Parser(document)
     operations: list[Operation] = []

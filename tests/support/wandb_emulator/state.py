@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the emulated server holds, and what the client did that a server would not accept."""
+"""What the emulated server holds, and which of the client's requests a real server would not accept.
+
+`tests.support.wandb_emulator.http_server` calls it for each request.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.support.wandb_emulator.graphql import Call, GraphQLError
 __all__ = ["ENTITY", "OPERATIONS", "Artifact", "Run", "State"]
 
 ENTITY = "emulated-team"
-"""The default entity of the one account."""
+"""The default entity of the server's only account."""
 
 HISTORY = "wandb-history.jsonl"
 EVENTS = "wandb-events.jsonl"
@@ -47,7 +50,7 @@ _UPSERT = frozenset(
     """
     id name groupName modelName entityName description displayName notes config commit host debug jobProgram jobRepo
     jobType state sweep tags summaryMetrics
-    """.split()  # noqa: SIM905  # a list of one per line says no more
+    """.split()  # noqa: SIM905  # a list with one name a line would be longer and no clearer
 )
 _CREATE_ARTIFACT = frozenset(
     """
@@ -60,14 +63,14 @@ _CREATE_ARTIFACT = frozenset(
 
 @dataclass
 class Run:
-    """One run as the server holds it.
+    """A run on the server.
 
     Attributes:
-        rows: the history's lines, in order.
+        rows: the lines of the history, in order.
         config: the run's config as the client sent it: name to ``{"value": ...}``.
-        state: ``running``, ``finished`` or ``failed``.
+        state: ``running``, ``finished``, ``crashed`` or ``failed``.
         files: uploaded files by name.
-        resent: how many history lines were sent again after they had been stored.
+        resent: how many lines of the history came again after they had been stored.
     """
 
     storage_id: str
@@ -92,7 +95,7 @@ class Run:
         return [json.loads(row) for row in self.rows]
 
     def params(self) -> dict[str, Any]:
-        """Return the config's values, without what the SDK keeps for itself."""
+        """Return the values of the config, without the SDK's own entry."""
         return {name: item["value"] for name, item in self.config.items() if name != "_wandb"}
 
 
@@ -111,7 +114,7 @@ class Artifact:
 
 
 class State:
-    """Everything the server holds. Its methods are called with ``lock`` held."""
+    """Everything that the server holds. The caller of a method holds ``lock``."""
 
     def __init__(self, api_key: str) -> None:
         self.api_key = api_key
@@ -125,7 +128,7 @@ class State:
         self._ids = itertools.count(1)
 
     def run(self, name: str) -> Run:
-        """Return the run of this id."""
+        """Return the run with this id."""
         with self.lock:
             return self.runs[name]
 
@@ -134,16 +137,14 @@ class State:
         return run if run is not None and (run.entity, run.project) == (entity, project) else None
 
     def violation(self, text: str) -> None:
-        """Note that the client did what a server would not accept, or this emulator does not know."""
+        """Note a request that a real server would not accept, or that this emulator does not know."""
         self.violations.append(text)
 
     def _id(self, kind: str) -> str:
         return base64.b64encode(f"{kind}:{next(self._ids)}".encode()).decode()
 
-    # -- GraphQL ---------------------------------------------------------------------------------------------------
-
     def root(self) -> dict[str, Any]:
-        """Return the root of the schema, queries and mutations in one."""
+        """Return the root of the GraphQL schema, with queries and mutations together."""
         scope = frozenset({"name", "entityName"})
         return {
             "viewer": self._viewer(),
@@ -230,10 +231,12 @@ class State:
         inserted = run is None
         if run is None:
             if name in self.runs:
-                self.violation(f"upsertBucket: run {name} is there in another project; this emulator has unique ids")
+                self.violation(
+                    f"upsertBucket: run {name} exists in another project; run ids are unique in this emulator"
+                )
             run = self.runs[name] = Run(self._id("Run"), entity, given["modelName"], name)
         if given.get("id") not in (None, run.storage_id):
-            self.violation(f"upsertBucket: id {given['id']} is not that of run {name}")
+            self.violation(f"upsertBucket: id {given['id']} belongs to another run than {name}")
         if run.state != "running":
             run.state, run.exit_code = "running", None
         run.opened += 1
@@ -243,7 +246,7 @@ class State:
         if any(not 1 <= len(tag) <= 64 for tag in run.tags):
             self.violation(f"upsertBucket: a tag of {name} is empty or longer than 64 characters")
         if given.get("config") is not None:
-            # A server takes strict JSON only.
+            # A real server accepts strict JSON only.
             run.config = json.loads(given["config"], parse_constant=lambda text: self.violation(f"config: {text}"))
         return {"bucket": self._bucket(run), "inserted": inserted}
 
@@ -254,8 +257,6 @@ class State:
             raise GraphQLError(f"createRunFiles: no run {given['runName']}")
         files = [{"name": name, "uploadUrl": self._upload_url(run.files, name)} for name in given["files"]]
         return {"runID": run.storage_id, "uploadHeaders": [], "files": files}
-
-    # -- artifacts -------------------------------------------------------------------------------------------------
 
     def _create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
         _check("createArtifact", given, _CREATE_ARTIFACT)
@@ -301,15 +302,13 @@ class State:
     def _artifact(self, artifact_id: str) -> Artifact:
         return next(one for one in self.artifacts if one.artifact_id == artifact_id)
 
-    # -- files -----------------------------------------------------------------------------------------------------
-
     def _upload_url(self, target: dict[str, bytes], name: str) -> str:
         token = hashlib.sha256(f"{next(self._ids)}:{name}".encode()).hexdigest()[:24]
         self._uploads[token] = (target, name)
         return f"{self.url}/upload/{token}"
 
     def upload(self, token: str, data: bytes) -> bool:
-        """Store an uploaded file; return whether there was a URL for it."""
+        """Store an uploaded file. Return False if the server gave no URL with this token."""
         if token not in self._uploads:
             return False
         target, name = self._uploads[token]
@@ -317,7 +316,7 @@ class State:
         return True
 
     def file_stream(self, entity: str, project: str, name: str, body: dict[str, Any]) -> dict[str, Any] | None:
-        """Apply one ``file_stream`` request; return the answer, or None if there is no such run."""
+        """Apply a ``file_stream`` request. Return the reply, or None if there is no such run."""
         run = self._find(entity, project, name)
         if run is None:
             self.violation(f"file_stream: no run {name}")
@@ -325,7 +324,7 @@ class State:
         if extra := set(body) - {"files", "uploaded", "preempting", "complete", "exitcode"}:
             self.violation(f"file_stream: fields {sorted(extra)} are not known")
         if run.state != "running":
-            self.violation(f"file_stream: run {name} has ended and was not resumed")
+            self.violation(f"file_stream: run {name} has ended, and the client did not resume it")
         for file, chunk in (body.get("files") or {}).items():
             offset, content = chunk["offset"], chunk["content"]
             if file == HISTORY:
@@ -341,16 +340,20 @@ class State:
                 self.violation(f"file_stream: file {file} is not known")
         if body.get("complete"):
             run.exit_code = body.get("exitcode", 0)
-            run.state = "finished" if run.exit_code == 0 else "failed"
+            run.state = {0: "finished", 254: "crashed"}.get(run.exit_code, "failed")
         return {"exitcode": None, "limits": {}}
 
     def _append(self, run: Run, what: str, lines: list[str], offset: int, content: list[str]) -> None:
         if offset > len(lines):
-            self.violation(f"file_stream: {what} of {run.name} has {len(lines)} lines, and {offset} is written next")
+            self.violation(
+                f"file_stream: {what} of {run.name} has {len(lines)} lines; the client writes at line {offset}"
+            )
             return
         held = lines[offset : offset + len(content)]
         if held != content[: len(held)]:
-            self.violation(f"file_stream: {what} of {run.name} from line {offset} is written over with other content")
+            self.violation(
+                f"file_stream: the client overwrites {what} of {run.name} from line {offset} with other content"
+            )
         if what == "history":
             run.resent += len(held)
         lines[offset : offset + len(content)] = content
@@ -358,7 +361,7 @@ class State:
     def _check_rows(self, run: Run) -> None:
         steps = [int(row["_step"]) for row in run.history() if isinstance(row.get("_step"), int)]
         if len(steps) < len(run.rows) or any(later <= step for step, later in itertools.pairwise(steps)):
-            self.violation(f"file_stream: _step of {run.name} does not rise")
+            self.violation(f"file_stream: _step of {run.name} does not rise in every row")
 
 
 def _files(run: Run, given: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Progress(msgspec.Struct, kw_only=True):
     """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
 
     Attributes:
-        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in `report.RunReport`.
+        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in
+            `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position after the last record that was confirmed.
     """

@@ -48,8 +48,9 @@ def lock_journal(path: Path) -> int:
     try:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
+        what = "open" if path.exists() else "create"
         raise JournalError(
-            f"cannot open the journal {path}: {e}; its folder must be writable and have free space"
+            f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
         ) from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,11 +335,6 @@ class Journal:
                     break
             cursor.close()  # an open one would hold its snapshot, and the write-ahead log could not be folded in
         return rows
-
-    def records_between(self, site: int, after: int, upto: int) -> int:
-        """Return the number of records in this site's rows after ``after`` up to ``upto``."""
-        query = "SELECT total(records) FROM batches WHERE site = ? AND id > ? AND id <= ?"
-        return int(self._fetch(query, site, after, upto)[0][0])
 
     def position_after(self, site: int, row: int) -> int:
         """Return the position after the last record of a row; for a row before the first, that of the first record."""

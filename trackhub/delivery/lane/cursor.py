@@ -25,7 +25,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Counts:
-    """What became of the records that were read since the last confirmation."""
+    """What became of the records that were read since the last confirmation.
+
+    Attributes:
+        stored: the backend has them.
+        doubtful: of the stored ones, those that the backend may have had before: possible duplicates.
+        rejected: by reason.
+        altered: by alteration.
+    """
 
     stored: int = 0
     doubtful: int = 0
@@ -86,11 +93,19 @@ class Cursor:
         self._since = _Counts()
 
     def resume_from(self) -> int:
-        """Return the position of the first record that is not confirmed. Raises JournalError."""
+        """Return the position of the first record that is not confirmed.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
         return self._journal.position_after(self.site_id, self.confirmed)
 
     def has_unconfirmed_rows(self) -> bool:
-        """Return whether the journal has rows that are not confirmed. Raises JournalError."""
+        """Return whether the journal has rows that are not confirmed.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
         return self._journal.has_rows_after(self.site_id, self.confirmed)
 
     def announce(self, row: int) -> None:
@@ -145,7 +160,11 @@ class Cursor:
             self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
     def doubt_earlier_lanes(self) -> None:
-        """Remember that the backend may have what earlier lanes handed over. Raises JournalError."""
+        """Remember that the backend may have what earlier lanes handed over.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
         if self._redelivery is Redelivery.AT_LEAST_ONCE:
             self._doubted_to = self._handed_over_to()
 
@@ -229,7 +248,7 @@ class Cursor:
         self._save()
 
     def _save(self) -> None:
-        """Store cursors and progress, or log that it failed: that costs a repeated delivery after a crash, no record."""
+        """Store cursors and progress. A failure is logged: after a crash it costs a repeated delivery, not a record."""
         try:
             self._store(self.written)
         except JournalError as e:

@@ -22,7 +22,7 @@ from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["EntryReader"]
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 4 << 20  # a query for each row would take longer than its records; all rows would not fit in memory
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,11 @@ class EntryReader:
         return self._adaptation.memory()
 
     def has_more(self) -> bool:
-        """Return whether there are rows to read. Raises JournalError."""
+        """Return whether there are rows to read.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
         return self._journal.has_rows_after(self._cursor.site_id, self.upto)
 
     def read(self) -> list[Entry] | None:
@@ -107,6 +111,7 @@ class EntryReader:
             return
         if altered:
             self._cursor.count_altered(altered)
+        # Adapted also if the run holds it: the adaptation must remember it, to treat later records as before the crash.
         if position < self.skip_before:
             self._cursor.count_held(position)
         else:

@@ -120,12 +120,12 @@ class Lane:
         self._thread.join(max(timeout_s, 0.0))
         self._stop.set()
         self._wake.set()
-        self._thread.join(1.0)
+        self._thread.join(1.0)  # between two calls it ends at once
         ended = not self._thread.is_alive()
         busy_s = time.monotonic() - (self._busy_since or time.monotonic())
         reason = self._defect if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
         try:
-            for run in list(self._runs.values()):
+            for run in list(self._runs.values()):  # a copy: a thread that is left behind may add a run
                 run.give_up(reason)
             if reason:  # also for the runs that the lane never came to
                 for site in self._journal.sites().keys() - self._runs.keys():
@@ -170,12 +170,14 @@ class Lane:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
         active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():
+            # Cleared before anything is read: what comes later sets it again. Otherwise the lane could sleep through
+            # `begin_finish`, and the job would end at its deadline.
+            self._wake.clear()
             # Read before the news: whoever calls `begin_finish` has notified of all rows, and none may be left out.
             ending = self._ending
             with self._news_lock:
                 active |= self._news
                 self._news.clear()
-            self._wake.clear()
             progressed, due = self._advance_runs(active, finishing=ending is not None)
             if progressed or self._stop.is_set():
                 continue

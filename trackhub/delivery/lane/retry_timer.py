@@ -34,6 +34,7 @@ class RetryTimer:
 
         A wait that the error names as ``retry_after_s`` is kept, whatever type a plugin gave it.
         """
+        # Of any error: open_run and flush may let one of the SDK's through that names a wait.
         asked = getattr(error, "retry_after_s", None)
         self._backend_asked = asked is not None
         self.not_before = time.monotonic() + self._backoff.next_wait_s(checked_wait_s(asked))
