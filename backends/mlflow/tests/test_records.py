@@ -225,7 +225,7 @@ def test_a_site_cannot_pass_for_another_by_its_tags(rig: Rig, entry: MakeEntry) 
     after = rig.database.tags(rig.database.site_run().id)
     assert after.items() >= before.items()
     assert not {key.lower() for key in after.keys() - before.keys()} & {key.lower() for key in before}
-    assert rig.database.site_run().name == "job-1/site-1"
+    assert rig.database.site_run().name == "site-1 · job-1"
 
 
 def test_text_histograms_and_tables_become_artifacts_to_look_at(rig: Rig, entry: MakeEntry) -> None:

@@ -30,7 +30,12 @@ def test_each_site_has_a_run_below_the_jobs_parent_run(rig: Rig) -> None:
 
     database = rig.database
     (parent,) = database.parents()
-    assert sorted(run.name for run in database.runs()) == ["job-1", "job-1/server", "job-1/site-1", "job-1/site-2"]
+    assert sorted(run.name for run in database.runs()) == [
+        "job-1",
+        "server · job-1",
+        "site-1 · job-1",
+        "site-2 · job-1",
+    ]
     for site in ("site-1", "site-2", "server"):
         run = database.site_run(site)
         tags = database.tags(run.id)
@@ -66,7 +71,7 @@ def test_a_person_reads_the_jobs_name_notes_and_tags(make_rig: Callable[..., Rig
 
     database = rig.database
     (parent,), run = database.parents(JOB_A.id), database.site_run("site-1", JOB_A.id)
-    assert (parent.name, run.name) == ("fedavg", "fedavg/site-1")
+    assert (parent.name, run.name) == ("fedavg", "site-1 · fedavg-3f2a9c1e")
     for tags in (database.tags(parent.id), database.tags(run.id)):
         assert (tags["job"], tags["job_name"]) == (JOB_A.id, "fedavg")
         assert tags["mlflow.note.content"] == "**first** try"
@@ -75,18 +80,16 @@ def test_a_person_reads_the_jobs_name_notes_and_tags(make_rig: Callable[..., Rig
 
 
 def test_two_jobs_of_one_name_are_two_and_show_their_ids(make_rig: Callable[..., Rig]) -> None:
-    """The run table shows a run's source beside its name."""
+    """The run table shows a run's source beside its name. The charts show the names of the sites' runs."""
     for job in (JOB_A, JOB_B):
         make_rig(job_info=job).open()
 
     database = make_rig().database
     parents = [database.parents(job.id)[0] for job in (JOB_A, JOB_B)]
     assert [parent.name for parent in parents] == ["fedavg", "fedavg"]
-    assert [database.tags(parent.id)["mlflow.source.name"] for parent in parents] == [
-        "fedavg-3f2a9c1e",
-        "fedavg-b07d55aa",
-    ]
-    assert len(database.runs()) == 4
+    assert [database.tags(parent.id)["mlflow.source.name"] for parent in parents] == ["3f2a9c1e", "b07d55aa"]
+    children = [run.name for run in database.runs() if run.name != "fedavg"]
+    assert sorted(children) == ["site-1 · fedavg-3f2a9c1e", "site-1 · fedavg-b07d55aa"]
 
 
 def test_the_option_note_wins_over_the_jobs_notes(make_rig: Callable[..., Rig]) -> None:
@@ -113,7 +116,7 @@ def test_names_and_notes_too_long_for_mlflow_are_cut(make_rig: Callable[..., Rig
     database = rig.database
     (parent,), run = database.parents("id"), database.site_run("site-1", "id")
     assert len(parent.name) == len(run.name) == 250
-    assert run.name.endswith("…/site-1")
+    assert run.name.startswith("site-1 · nnn")
     assert len(database.tags(run.id)["mlflow.note.content"]) == 8000
 
 
@@ -198,7 +201,7 @@ def test_jobs_sites_and_sides_in_one_store_are_kept_apart(make_rig: Callable[...
         rig.open().write([entry(0, Metrics({"x": float(value)}))])
 
     database = type(rigs[0].database)(rigs[0].workdir.parent / "shared.db")
-    runs = [run for run in database.runs() if run.name.endswith("/site-1")]
+    runs = [run for run in database.runs() if run.name.startswith("site-1 ")]
     assert sorted(database.points(run.id)[0][2] for run in runs) == [0.0, 1.0, 2.0, 3.0]
     assert len(database.parents("job-1")) == len(database.parents("job's 2")) == 1
 

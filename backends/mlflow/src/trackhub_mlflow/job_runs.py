@@ -154,7 +154,9 @@ class JobRuns:
             if info.resume_from > 0:
                 self._require_not_deleted(experiment, info, RUN_TAG, info.run_id)
             own = {RUN_TAG: info.run_id, NESTING_TAG: parent.id, "site": info.site, "side": info.side.value}
-            run = self._create(experiment, info, _site_run_name(info), own)
+            # The site comes first because MLflow's run table cuts long names. The charts show nothing but the name, so
+            # it holds the job's id as well: two jobs of one name stay two.
+            run = self._create(experiment, info, f"{info.site} · {info.job.unique_name}", own)
         settle(store, run)
         if run.status != "RUNNING":
             store.update_run(run.id, "RUNNING", None)
@@ -163,7 +165,7 @@ class JobRuns:
         return run
 
     def _create(self, experiment: Experiment, info: RunInfo, name: str, own_tags: Mapping[str, str]) -> StoredRun:
-        """Create a run that is pending. Its source, a column of the run table, tells jobs of one name apart."""
+        """Create a run that is pending. The run table shows its source, the job's id, so jobs of one name differ."""
         job = info.job
         tags = {
             **self._common_tags,
@@ -171,7 +173,7 @@ class JobRuns:
             PENDING_TAG: "true",
             "job": job.id,
             "job_name": job.name,
-            "mlflow.source.name": job.unique_name,
+            "mlflow.source.name": job.unique_name.removeprefix(f"{job.name}-"),  # the id, of a UUID its first digits
             "mlflow.source.type": "JOB",
         }
         pairs = [Pair(key, _within(value, MAX_TAG_CHARS)) for key, value in tags.items()]
@@ -213,15 +215,6 @@ class JobRuns:
         status = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
         store.update_run(parent.id, status, max((end.end_ms for end in ends), default=0) or None)
         withdraw_unsettled(store, parents, PARENT_TAG)
-
-
-def _site_run_name(info: RunInfo) -> str:
-    """Return the name of a site's run. The site stays readable if a long job name has to be cut."""
-    name = info.display_name
-    if len(name) <= _MAX_NAME_CHARS:
-        return name
-    room = max(0, _MAX_NAME_CHARS - len(info.site) - 1)
-    return f"{_within(info.job.name, room)}/{info.site}"
 
 
 def _within(text: str, max_chars: int) -> str:
