@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunStatus, Table, Tags, Text
+from trackhub.spi import Artifact, Entry, Histogram, Image, Metrics, Params, RunStatus, Table, Tags, Text
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -154,6 +154,17 @@ def test_an_image_whose_file_is_gone_is_rejected_alone(rig: Rig, entry: MakeEntr
     assert [(rejection.position, rejection.reason) for rejection in report.rejected] == [(1, "blob_missing")]
     assert [step for step, _, _ in points(read(rig.folder()), "x")] == [0, 2]
     assert run.next_position() == 3
+
+
+def test_a_payload_of_an_unknown_kind_is_rejected_alone(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    """A newer trackhub may have more kinds."""
+    artifact = Artifact("model", rig.blob("stream-2", b"x"), "model.pt")
+
+    report = rig.open().write([entry(0, artifact), entry(1, Metrics({"x": 1.0}))])
+
+    assert report is not None
+    assert [(rejection.position, rejection.reason) for rejection in report.rejected] == [(0, "unsupported_kind")]
+    assert [step for step, _, _ in points(read(rig.folder()), "x")] == [1]
 
 
 def test_a_histogram_keeps_edges_and_counts_exactly(rig: Rig, entry: MakeEntry, read: Read) -> None:

@@ -25,8 +25,10 @@ from trackhub.spi import (
     ConfigError,
     ConfirmedBy,
     Entry,
+    Histogram,
     Image,
     Kind,
+    Metrics,
     OptionMark,
     Params,
     Redelivery,
@@ -34,6 +36,9 @@ from trackhub.spi import (
     Results,
     RunInfo,
     RunStatus,
+    Table,
+    Tags,
+    Text,
     TransientError,
     WriteReport,
 )
@@ -184,8 +189,8 @@ class TensorBoardRun(BackendRun):
         size = 0
         for entry in batch:
             payload = entry.payload
-            if isinstance(payload, Image) and not self._info.blob_path(payload.blob).is_file():
-                rejected.append(Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}"))
+            if not isinstance(payload, Metrics) and (rejection := self._rejection(entry)):
+                rejected.append(rejection)
                 continue
             if entry.position < done:
                 continue
@@ -199,6 +204,15 @@ class TensorBoardRun(BackendRun):
         if events:
             self._commit(events, batch[-1])
         return rejected
+
+    def _rejection(self, entry: Entry) -> Rejection | None:
+        """Return why this entry, which holds no metrics, can never be stored; None if it can."""
+        payload = entry.payload
+        if not isinstance(payload, Params | Tags | Text | Image | Histogram | Table):
+            return Rejection(entry.position, "unsupported_kind", f"{type(payload).__name__} cannot be stored")
+        if isinstance(payload, Image) and not self._info.blob_path(payload.blob).is_file():
+            return Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}")
+        return None
 
     def _commit(self, events: list[bytes], last: Entry) -> None:
         self._files.append(events, last.position + 1, self._encoder.new_tags, last.time)

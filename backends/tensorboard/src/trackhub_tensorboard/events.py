@@ -68,7 +68,7 @@ class Encoder:
 
         Raises:
             OSError: an image's file cannot be read.
-            TypeError: the entry's kind is not among the backend's.
+            TypeError: the entry holds a payload that TensorBoard cannot show. The caller rejects such entries.
         """
         # Params and tags have no step. Their position is one that never repeats: TensorBoard's fast loader shows only
         # the last value of a repeated step.
