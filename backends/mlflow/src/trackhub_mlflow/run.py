@@ -150,6 +150,8 @@ class MLflowRun(BackendRun):
                 yield Item(entry.position, "tag", _HAS_IMAGES)
         elif isinstance(payload, Artifact):
             self._put(self._artifact_paths.path(entry, payload), self._blob(payload.blob))
+        else:
+            raise _RejectedError("unsupported_kind", f"MLflow cannot store a {type(payload).__name__}")
 
     def _table_tag(self, path: str) -> Pair | None:
         """Return the tag that lists the run's tables; None once it is full. The UI then shows further ones as JSON."""
