@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 
 import msgspec
 
-from trackhub.conversion import convert
 from trackhub.errors import ConfigError
+from trackhub.struct_conversion import convert
 
 __all__ = ["ENV_PREFIX", "Limits"]
 

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from trackhub.conversion import describe
 from trackhub.errors import (
     BackendConflictError,
     BackendLoadError,
@@ -29,6 +28,7 @@ from trackhub.errors import (
 )
 from trackhub.secrets import Secret, refuse_literal_secrets, require_reference, resolve_secrets
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind, OptionMark
+from trackhub.struct_conversion import describe
 
 __all__ = [
     "GROUP",

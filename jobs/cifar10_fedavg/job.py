@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-import results
+import last_screen
 import torch
 from evaluation import DEVICE, evaluate
 from flags import spelled, training_args, training_parser
@@ -130,20 +130,20 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     with contextlib.chdir(HERE):
         recipe = build_recipe(args, config)
         print(f"Running {NAME} on {args.dataset} images; workspace {args.workspace}", flush=True)
-        results.forget(run_folders, args.workspace / SUMMARIES)
+        last_screen.forget(run_folders, args.workspace / SUMMARIES)
         try:
             recipe.run(environment)
         except RuntimeError as error:
             failure = error
 
-    results.print_metrics(args.workspace / SUMMARIES)
+    last_screen.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if failure is None and checkpoint.is_file():
         model = SmallCNN().to(memory_format=torch.channels_last).to(DEVICE)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         loss, accuracy, _ = evaluate(model, test_images)
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
-    delivered = results.print_delivery(run_folders)
+    delivered = last_screen.print_delivery(run_folders)
     print(f"\nFiles of the job: {result}")
     if failure is not None:
         print(f"\nThe job failed: {failure}")

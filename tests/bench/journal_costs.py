@@ -27,7 +27,7 @@ import msgspec
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import feed, fill_spool, open_receiver, requests
 from tests.bench.subprocesses import ROOT, SocketChannel, in_child, kept_folder, say, serve, started
-from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.sender import Sender
 from trackhub.delivery.wire import Batch, decode_request
 from trackhub.framing import decode_body, scan_frames

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.stores import canonical, own_home, read_run, same_points, were_logged
 from tests.integration.harness import Job, JobResult
 from tests.support.mlflow_server import Server
-from trackhub.delivery.journal.counts import read_journal_report
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.replay import replay_journal
 from trackhub.run import JobInfo, Side
 from trackhub.testing import ReadBack

@@ -213,7 +213,7 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.widgets.widget import Widget
 
 from trackhub.delivery.wire import Batch, encode
-from trackhub.flare.compat import CellChannel
+from trackhub.flare.flare_internals import CellChannel
 from trackhub.framing import encode_frame
 from trackhub.records import Metrics, Record
 

@@ -17,7 +17,7 @@ from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
-from trackhub.flare.job_info import job_info
+from trackhub.flare.job_description import job_info
 from trackhub.flare.recipe import add_tracking, tracking_components
 from trackhub.limits import Limits
 from trackhub.run import JobInfo

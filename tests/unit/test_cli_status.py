@@ -14,8 +14,8 @@ import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from trackhub.delivery.journal.rows import Progress
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import Progress
 from trackhub.delivery.report import format_report, read_report
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.spool.layout import SpoolInfo, create_spool

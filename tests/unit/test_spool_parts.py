@@ -18,7 +18,7 @@ from trackhub.spool.damage import DamageLog, find_sound_frame
 from trackhub.spool.drops import Drops, reason_of
 from trackhub.spool.layout import SEGMENT_HEADER, Ack, Ledger
 from trackhub.spool.room import Room
-from trackhub.spool.segments import SegmentFile
+from trackhub.spool.segment_file import SegmentFile
 
 PLACE = Place(seq=0, segment=3, offset=100)
 

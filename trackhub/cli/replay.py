@@ -18,8 +18,8 @@ import click
 
 from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
-from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.replay import FOREVER_S, Backends, count_spooled, journal_for_spool, replay_journal, replay_spool
 from trackhub.delivery.report import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError

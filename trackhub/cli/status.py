@@ -15,8 +15,8 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
     DeliveryReport,
     RunReport,

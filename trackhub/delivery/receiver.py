@@ -22,7 +22,7 @@ import msgspec
 from trackhub import registry
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (

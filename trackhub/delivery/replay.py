@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
-from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender

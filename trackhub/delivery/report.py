@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delivery report: what became of every record, by site, backend and reason, and whether the sums add up.
 
-`trackhub.delivery.journal.counts` makes it from a journal. The receiver stores it as ``delivery.json`` and logs it as a
+`journal.report_builder` makes it from a journal. The receiver stores it as ``delivery.json`` and logs it as a
 table; ``trackhub status`` shows the same counts.
 """
 
@@ -161,7 +161,7 @@ def read_report(path: Path) -> DeliveryReport:
 def resolve_results(report: DeliveryReport, folder: Path) -> DeliveryReport:
     """Return the report with absolute paths, and with commands that work in any folder.
 
-    Everything that reads a report calls it: `read_report`, `trackhub.delivery.journal.counts.read_journal_report` and
+    Everything that reads a report calls it: `read_report`, `journal.report_builder.read_journal_report` and
     the receiver.
 
     Args:

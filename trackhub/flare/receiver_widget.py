@@ -32,9 +32,9 @@ from trackhub.delivery import (
     set_process_spool,
 )
 from trackhub.errors import ConfigError, PluginError
-from trackhub.flare import compat
-from trackhub.flare.events import StockRecords
-from trackhub.flare.job_info import check_job_info, job_info, spool_info
+from trackhub.flare import flare_internals
+from trackhub.flare.job_description import check_job_info, job_info, spool_info
+from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["TrackhubReceiver"]
 
@@ -99,7 +99,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
         try:
-            if compat.is_server(fl_ctx):
+            if flare_internals.is_server(fl_ctx):
                 self._on_server(event_type, fl_ctx)
             elif event_type == EventType.START_RUN and not self._opened:
                 raise ConfigError(
@@ -107,35 +107,35 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                     "trackhub.flare.recipe.add_tracking, or add such a sender"
                 )
         except (ConfigError, PluginError) as e:
-            compat.stop_job(self, fl_ctx, f"trackhub: {e}")
+            flare_internals.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
             self.log_exception(fl_ctx, f"tracking failed here, and the job goes on: {e}", fire_event=False)
 
     def _on_server(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type in compat.STOCK_EVENTS:
+        if event_type in flare_internals.STOCK_EVENTS:
             if self.take_over:
                 self._stock.take(fl_ctx)
         elif event_type == EventType.START_RUN:
             self._start_on_server(fl_ctx)
-        elif event_type == compat.ROUND_STARTED:
+        elif event_type == flare_internals.ROUND_STARTED:
             if self._own_sender is not None:
-                self._own_sender.set_round(compat.current_round(fl_ctx, on_server=True))
+                self._own_sender.set_round(flare_internals.current_round(fl_ctx, on_server=True))
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._failed = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
             # Later would be too late. In the simulator the abort signal triggers while the server waits for the sites.
             if self._failed:
                 self._status = RunStatus.FAILED
-            elif compat.was_aborted(fl_ctx):
+            elif flare_internals.was_aborted(fl_ctx):
                 self._status = RunStatus.ABORTED
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
 
     def _start_on_server(self, fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
-        channel = compat.CellChannel(engine, self._id(engine))
+        channel = flare_internals.CellChannel(engine, self._id(engine))
         channel.announce()
-        compat.add_tail_handler(engine, _Tail(self))
+        flare_internals.add_tail_handler(engine, _Tail(self))
         try:
             self.open(fl_ctx)
         except Exception as e:
@@ -156,7 +156,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _id(self, engine: Any) -> str:
         """Return this component's id in the job's configuration, which senders address."""
-        return next((name for name, component in compat.components(engine).items() if component is self), self.name)
+        return next(
+            (name for name, component in flare_internals.components(engine).items() if component is self), self.name
+        )
 
     def open(self, fl_ctx: FLContext) -> None:
         """Open the journal and start the backends. Blocks up to the limit ``preflight_s``.
@@ -170,10 +172,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._opened = True
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         core = Receiver(
-            compat.run_dir(fl_ctx),
-            state_dir=compat.state_folder(fl_ctx, self.state_dir, job.unique_name),
+            flare_internals.run_dir(fl_ctx),
+            state_dir=flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name),
             job=job,
-            side=Side.SERVER if compat.is_server(fl_ctx) else Side.CLIENT,
+            side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
             backends=self.backends,
             limits=self._limits,
         )
@@ -216,7 +218,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if self._core is None or self._wait_end is not None:  # FLARE asks again until all components are ready
             return
         self._wait_end = time.monotonic() + self._limits.gate_s
-        sites = set(compat.participants(fl_ctx.get_engine()))
+        sites = set(flare_internals.participants(fl_ctx.get_engine()))
         if missing := self._core.wait_for_sites(sites):
             self.log_warning(
                 fl_ctx,

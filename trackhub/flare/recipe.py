@@ -13,7 +13,7 @@ from typing import Any
 
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
-from trackhub.flare import compat
+from trackhub.flare import flare_internals
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.limits import Limits
@@ -79,10 +79,10 @@ def add_tracking(
     server_backends = _checked(server, "server")
     client_backends = _checked(clients, "clients")
     site_backends = {site: _checked(named, f"sites[{site!r}]") for site, named in (sites or {}).items()}
-    job = compat.job_of(recipe_or_job)
-    if compat.has_component(job, TrackhubSender):
+    job = flare_internals.job_of(recipe_or_job)
+    if flare_internals.has_component(job, TrackhubSender):
         raise ConfigError("add_tracking: this job has tracking already; give all backends in one call")
-    plan = list(_plan(compat.client_sites(recipe_or_job), client_backends, site_backends))
+    plan = list(_plan(flare_internals.client_sites(recipe_or_job), client_backends, site_backends))
     if not server_backends and not any(backends for _, backends in plan):
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
@@ -93,10 +93,10 @@ def add_tracking(
         if not server_backends and not backends:
             continue
         if backends:
-            compat.add_to_clients(recipe_or_job, TrackhubReceiver(backends, **common), names, RECEIVER_ID)
+            flare_internals.add_to_clients(recipe_or_job, TrackhubReceiver(backends, **common), names, RECEIVER_ID)
         sender = TrackhubSender(**_receivers(server_backends, backends), **common)
-        compat.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
-    compat.reference_package(job, "trackhub")
+        flare_internals.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
+    flare_internals.reference_package(job, "trackhub")
     _let_trainers_finish(job)
 
 
@@ -241,7 +241,7 @@ def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _let_trainers_finish(job: Any) -> None:
     """Raise a ``shutdown_timeout`` of 0, with a warning."""
-    raised = compat.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
+    raised = flare_internals.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
         warnings.warn(
             f"trackhub: shutdown_timeout of {raised} external trainer(s) was 0, so FLARE would kill a trainer before "

@@ -32,10 +32,10 @@ from trackhub.delivery import (
     spool_env,
 )
 from trackhub.errors import ConfigError, PluginError, SpoolError
-from trackhub.flare import compat
-from trackhub.flare.events import StockRecords
-from trackhub.flare.job_info import check_job_info, job_info, spool_info
+from trackhub.flare import flare_internals
+from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["TrackhubSender"]
 
@@ -109,12 +109,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         try:
             self._handle(event_type, fl_ctx)
         except (ConfigError, PluginError) as e:
-            compat.stop_job(self, fl_ctx, f"trackhub: {e}")
+            flare_internals.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
             self.log_exception(fl_ctx, f"tracking failed here, and training goes on: {e}", fire_event=False)
 
     def _handle(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type in compat.STOCK_EVENTS:
+        if event_type in flare_internals.STOCK_EVENTS:
             if self.take_over:
                 self._stock.take(fl_ctx)
         elif event_type == EventType.ABOUT_TO_START_RUN:
@@ -122,26 +122,26 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_TASK_EXECUTION:
             self._task = None
             for sender in self._senders.values():
-                sender.set_round(compat.current_round(fl_ctx, on_server=False))
+                sender.set_round(flare_internals.current_round(fl_ctx, on_server=False))
         elif event_type == EventType.AFTER_TASK_EXECUTION:
-            self._task = compat.task_status(fl_ctx)
+            self._task = flare_internals.task_status(fl_ctx)
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
             if self._task is None:  # no AFTER_TASK_EXECUTION came: the executor raised, or the task was stopped
-                self._task = RunStatus.ABORTED if compat.is_ending(fl_ctx) else RunStatus.FAILED
+                self._task = RunStatus.ABORTED if flare_internals.is_ending(fl_ctx) else RunStatus.FAILED
             self._barrier()
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._panicked = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
             if self._panicked:
                 self._status = RunStatus.FAILED
-            elif compat.was_aborted(fl_ctx):
+            elif flare_internals.was_aborted(fl_ctx):
                 self._status = RunStatus.ABORTED
             else:
                 self._status = self._task or RunStatus.ABORTED
 
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
-        compat.add_tail_handler(engine, _Tail(self))
+        flare_internals.add_tail_handler(engine, _Tail(self))
         spool = self._create_spool(fl_ctx, site)
         if self.server_receiver is not None:
             send = self._server_channel(engine, self.server_receiver)
@@ -155,12 +155,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _server_channel(self, engine: Any, receiver: str) -> Channel:
         """Return the channel to the server's receiver. Tests override this method to put faults into the channel."""
-        channel = compat.CellChannel(engine, receiver)
+        channel = flare_internals.CellChannel(engine, receiver)
 
         def send(request: bytes, timeout_s: float) -> bytes:
             try:
                 return channel.request(request, timeout_s)
-            except compat.NoReceiverError as e:
+            except flare_internals.NoReceiverError as e:
                 return refusal("no_receiver", str(e))
             except ConnectionError as e:
                 raise ChannelError(str(e)) from e
@@ -171,7 +171,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
         info = spool_info(job, site, cursors, self._limits.spool_bytes)
-        spool = compat.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
+        spool = flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
         try:
             create_spool(spool, info)
         except SpoolError as e:

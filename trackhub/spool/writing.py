@@ -24,7 +24,7 @@ from trackhub.records import Payload, Record
 from trackhub.spool.drops import NEVER, Drops, reason_of
 from trackhub.spool.layout import RoundFile, blob_file, ledger_file, read_ack, read_spool_info
 from trackhub.spool.room import Room
-from trackhub.spool.segments import SegmentFile
+from trackhub.spool.segment_file import SegmentFile
 
 __all__ = ["NewBlob", "SpoolWriter"]
 

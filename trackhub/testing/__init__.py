@@ -27,7 +27,7 @@ pytest.register_assert_rewrite(
 from trackhub.run import RunInfo, RunStatus  # noqa: E402
 from trackhub.spi import Kind  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
-from trackhub.testing.hooks import ContractHooks, StoreContext  # noqa: E402
+from trackhub.testing.contract_hooks import ContractHooks, StoreContext  # noqa: E402
 from trackhub.testing.outages import FolderOutage, Outage  # noqa: E402
 from trackhub.testing.readback import (  # noqa: E402
     ArtifactItem,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from trackhub.spi import Capabilities, Kind
-from trackhub.testing.hooks import ContractHooks
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ReadBack
 
 __all__ = ["check_held", "counted", "differences"]

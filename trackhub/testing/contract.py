@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.checks.contract_class import contract_problems, misspelt_methods
+from trackhub.testing.checks.contract_problems import contract_problems, misspelt_methods
 from trackhub.testing.checks.declarations import DeclarationChecks
 from trackhub.testing.checks.delivery import ConfirmationChecks, ErrorChecks, OutageChecks, VolumeChecks
 from trackhub.testing.checks.fixtures import Kit

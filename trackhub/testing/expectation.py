@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spi import Capabilities
-from trackhub.testing.hooks import ContractHooks
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
 from trackhub.testing.sample_calls import Call, FuturePayload
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, Side
 from trackhub.spi import Backend

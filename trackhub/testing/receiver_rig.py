@@ -14,16 +14,16 @@ from typing import Any
 
 from trackhub import registry
 from trackhub.delivery.blobs import BlobStore
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.wire import Accepted, Final, Request, SiteCounts, decode_reply, encode
 from trackhub.limits import Limits
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus, Side
 from trackhub.spi import Backend, BackendContext, Capabilities
+from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.fault_proxy import FaultProxy
-from trackhub.testing.hooks import ContractHooks, StoreContext
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.sample_calls import BASE_TIME, Call, Stream
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from trackhub.run import RunStatus
 from trackhub.spi import Capabilities
 from trackhub.testing.comparison import check_held
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.expectation import Expected, expect
-from trackhub.testing.hooks import ContractHooks
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
 from trackhub.testing.sample_calls import Call, new_job

@@ -19,7 +19,7 @@ from trackhub.records import MAX_STEP, Metrics, Params, Payload, Tags
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.artifacts import read_artifact
 from trackhub.writer.images import read_image
-from trackhub.writer.mode import open_spool
+from trackhub.writer.spool_choice import open_spool
 from trackhub.writer.values import (
     read_histogram,
     read_metrics,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from trackhub_mlflow import MLflowBackend, MLflowOptions
-from trackhub_mlflow.run import MLflowRun
+from trackhub_mlflow.mlflow_run import MLflowRun
 from trackhub_mlflow.sqlite_store import SqliteStore
 
 from tests.support.mlflow_server import JOB, Database, Server

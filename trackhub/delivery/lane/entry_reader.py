@@ -12,8 +12,8 @@ from collections import deque
 
 import msgspec
 
-from trackhub.delivery.journal.rows import Row, stored_records
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.framing import decode_body

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.store import Journal
-from trackhub.delivery.lane.answers import checked_confirmation, checked_report, checked_results
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.isolation import Isolation

@@ -20,9 +20,9 @@ from trackhub.records import Text
 from trackhub.spi import Redelivery
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.expectation import expect
 from trackhub.testing.fault_proxy import FaultProxy, KillPoint
-from trackhub.testing.hooks import ContractHooks
 from trackhub.testing.killed_receiver import deliver_until_killed
 from trackhub.testing.readback import Point
 from trackhub.testing.receiver_rig import ReceiverRig

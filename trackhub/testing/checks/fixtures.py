@@ -20,8 +20,8 @@ from trackhub.delivery.wire import Chunk
 from trackhub.records import Artifact, Image, Params
 from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, Capabilities, ConfirmedBy, Entry, Kind
+from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.fault_proxy import FaultProxy
-from trackhub.testing.hooks import ContractHooks, StoreContext
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
 from trackhub.testing.sample_calls import Call, FuturePayload, Stream, new_job

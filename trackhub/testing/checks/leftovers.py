@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit, one_param
-from trackhub.testing.hooks import SECRET_ENV
+from trackhub.testing.contract_hooks import SECRET_ENV
 from trackhub.testing.sample_calls import series
 
 __all__ = ["LeftoverChecks"]

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.sender import Sender
 from trackhub.run import RunStatus
 from trackhub.spool.layout import SpoolInfo, create_spool

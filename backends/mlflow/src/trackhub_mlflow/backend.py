@@ -24,10 +24,10 @@ from trackhub.spi import (
     RunInfo,
 )
 from trackhub_mlflow.job_runs import JobRuns
+from trackhub_mlflow.mlflow_run import MLflowRun
 from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, TAG_RULE, job_tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
 from trackhub_mlflow.rest_store import RestStore
-from trackhub_mlflow.run import MLflowRun
 from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore
 from trackhub_mlflow.store import Experiment, SetupError, Store, StoredRun
 

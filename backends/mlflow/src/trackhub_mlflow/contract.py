@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -99,9 +99,7 @@ class MLflowContract(BackendContract):
         return ReadBack(
             points=[Point(key, step, value, ms / 1000) for key, step, value, ms in found.points],
             params=dict(found.params),
-            tags={
-                k: v for k, v in found.tags.items() if k not in _OWN_TAGS and not k.startswith(("mlflow.", "trackhub."))
-            },
+            tags=_logged(found.tags, context.job.tags),
             texts=items["text"],
             images=items["image"],
             histograms=items["histograms"],
@@ -179,6 +177,16 @@ def _query(file: Path, run: RunInfo) -> Stored:
             dict(rows("SELECT key, value FROM tags WHERE run_uuid = ?", run_id)),
             _files(file.parent / "mlartifacts" / uri.removeprefix("mlflow-artifacts:/")),
         )
+
+
+def _logged(tags: Mapping[str, str], of_job: Sequence[str]) -> dict[str, str]:
+    """Return the tags that a site logged: not the backend's own, not MLflow's, and not those of the job."""
+    of_site = {key: value for key, value in tags.items() if value or key not in of_job}
+    return {
+        key: value
+        for key, value in of_site.items()
+        if key not in _OWN_TAGS and not key.startswith(("mlflow.", "trackhub."))
+    }
 
 
 def _identity_tags(run: RunInfo) -> dict[str, str]:

@@ -144,7 +144,7 @@ class TensorBoardRun(BackendRun):
         # Imported here, so that listing the installed backends does not import tensorboard.
         from trackhub_tensorboard.event_files import EventFiles
         from trackhub_tensorboard.events import Encoder
-        from trackhub_tensorboard.hparams import HParamsFile
+        from trackhub_tensorboard.hparams_file import HParamsFile
 
         self._files = EventFiles(folder)
         self._hparams = HParamsFile(folder, info)

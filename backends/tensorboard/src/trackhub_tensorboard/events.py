@@ -23,7 +23,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 
 from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunInfo, Table, Tags, Text
 from trackhub_tensorboard.event_files import NewTag
-from trackhub_tensorboard.hparams import SESSION_TAGS
+from trackhub_tensorboard.hparams_file import SESSION_TAGS
 from trackhub_tensorboard.tfrecord import frame
 
 __all__ = ["Encoder"]

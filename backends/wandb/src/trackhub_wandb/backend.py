@@ -33,7 +33,7 @@ from trackhub_wandb.offline import OfflineRun, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
 from trackhub_wandb.sdk import QUIET_SETTINGS, Login, import_sdk, stop_service
-from trackhub_wandb.server import Server
+from trackhub_wandb.server_state import Server
 
 __all__ = ["WandBBackend"]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from trackhub.spi import Entry, Rejection, RunInfo
     from trackhub_wandb.options import WandBOptions
-    from trackhub_wandb.server import RunPath, Server
+    from trackhub_wandb.server_state import RunPath, Server
 
 __all__ = ["OnlineRun"]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trackhub assumes of FLARE beyond its documented interface.
 
-A failure here means that FLARE has changed. Read FLARE's new code, and change ``trackhub/flare/compat.py``.
+A failure here means that FLARE has changed. Read FLARE's new code, and change ``trackhub/flare/flare_internals.py``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nvflare.private.fed.utils.fed_utils import create_job_processing_context_pr
 from nvflare.recipe.spec import Recipe
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
-from trackhub.flare import compat
+from trackhub.flare import flare_internals
 from trackhub.run import RunStatus
 
 
@@ -80,7 +80,7 @@ def test_setting_app_packages_replaces_the_earlier_ones() -> None:
 
     job.set_app_packages(["a"])
     job.set_app_packages(["b"])
-    compat.reference_package(job, "c")
+    flare_internals.reference_package(job, "c")
 
     assert job.job.app_packages == ["b", "c"]
 
@@ -88,8 +88,8 @@ def test_setting_app_packages_replaces_the_earlier_ones() -> None:
 def test_a_recipe_has_its_job_and_prepares_client_apps_on_demand() -> None:
     recipe = type("R", (Recipe,), {})(FedJob(name="x"))
 
-    assert isinstance(compat.job_of(recipe), FedJob)
-    assert compat.client_sites(recipe) == []
+    assert isinstance(flare_internals.job_of(recipe), FedJob)
+    assert flare_internals.client_sites(recipe) == []
     assert recipe._client_apps_prepared
 
 
@@ -97,7 +97,7 @@ def test_a_client_that_answers_unsafe_job_makes_the_server_panic() -> None:
     assert ReturnCode.UNSAFE_JOB in ServerRunner.ABORT_RETURN_CODES
     ctx = _manager().new_context()
 
-    compat.stop_job(FLComponent(), ctx, "wrong")
+    flare_internals.stop_job(FLComponent(), ctx, "wrong")
 
     assert ctx.is_job_unsafe()
     source = inspect.getsource(ClientRunner._do_process_task)
@@ -148,7 +148,10 @@ class _Taker(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self.taken: list[Shareable] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type in compat.STOCK_EVENTS and (event := compat.take_stock_event(fl_ctx)) is not None:
+        if (
+            event_type in flare_internals.STOCK_EVENTS
+            and (event := flare_internals.take_stock_event(fl_ctx)) is not None
+        ):
             self.taken.append(event)
 
 
@@ -193,7 +196,7 @@ def test_the_round_of_a_task_is_in_its_header() -> None:
     task.set_header(AppConstants.CURRENT_ROUND, 3)
     ctx.set_prop(FLContextKey.TASK_DATA, task, private=True, sticky=False)
 
-    assert compat.current_round(ctx, on_server=False) == 3
+    assert flare_internals.current_round(ctx, on_server=False) == 3
     assert AppConstants.CURRENT_ROUND == "current_round"
 
 
@@ -210,18 +213,18 @@ def test_the_status_of_a_task_is_in_its_result(code: str, status: RunStatus) -> 
     result.set_return_code(code)
     ctx.set_prop(FLContextKey.TASK_RESULT, result, private=True, sticky=False)
 
-    assert compat.task_status(ctx) is status
+    assert flare_internals.task_status(ctx) is status
 
 
 def test_a_site_is_known_by_the_cell_from_which_a_message_comes() -> None:
     clients = {"site-1": "site-1", "site-10": "site-10", "a": "a", "a.b": "a.b", "deep": "relay.deep"}
 
-    assert compat.site_of("site-1.simulate_job", clients) == "site-1"
-    assert compat.site_of("site-10.job.trainer", clients) == "site-10"
-    assert compat.site_of("a.b.job", clients) == "a.b"
-    assert compat.site_of("relay.deep.job", clients) == "deep"
-    assert compat.site_of("relay.other.job", clients) is None
-    assert compat.site_of("server", clients) is None
+    assert flare_internals.site_of("site-1.simulate_job", clients) == "site-1"
+    assert flare_internals.site_of("site-10.job.trainer", clients) == "site-10"
+    assert flare_internals.site_of("a.b.job", clients) == "a.b"
+    assert flare_internals.site_of("relay.deep.job", clients) == "deep"
+    assert flare_internals.site_of("relay.other.job", clients) is None
+    assert flare_internals.site_of("server", clients) is None
     assert Client("site-1", "").get_fqcn() == "site-1"
 
 
@@ -248,7 +251,7 @@ def test_every_process_of_a_job_has_the_job_meta_in_its_context(tmp_path: Path) 
 
     properties = create_job_processing_context_properties(Workspace(str(tmp_path)), "j")
 
-    assert compat.job_name(_manager(**properties).new_context()) == "cifar10"
+    assert flare_internals.job_name(_manager(**properties).new_context()) == "cifar10"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ def test_every_process_of_a_job_has_the_job_meta_in_its_context(tmp_path: Path) 
 def test_a_job_without_a_name_is_called_by_its_folder_or_id(meta: dict[str, Any] | None, name: str) -> None:
     context = _manager(**{FLContextKey.JOB_META: meta}).new_context()
 
-    assert compat.job_name(context) == name
+    assert flare_internals.job_name(context) == name
 
 
 def test_the_name_of_a_fed_job_is_in_the_meta_of_the_job(tmp_path: Path) -> None:
@@ -274,13 +277,13 @@ def test_the_name_of_a_fed_job_is_in_the_meta_of_the_job(tmp_path: Path) -> None
 
 
 def test_events_have_the_names_that_the_widgets_handle() -> None:
-    assert compat.STOCK_EVENTS == ("analytix_log_stats", "fed.analytix_log_stats")
-    assert compat.ROUND_STARTED == "_round_started"
+    assert flare_internals.STOCK_EVENTS == ("analytix_log_stats", "fed.analytix_log_stats")
+    assert flare_internals.ROUND_STARTED == "_round_started"
     assert {"ABOUT_TO_START_RUN", "START_RUN", "SWAP_OUT", "CHECK_END_RUN_READINESS"} <= set(vars(EventType))
 
 
 def test_the_simulator_empties_its_root_before_an_execution(tmp_path: Path) -> None:
-    compat.execution_id(tmp_path)
+    flare_internals.execution_id(tmp_path)
     runner = SimulatorRunner.__new__(SimulatorRunner)
     runner.simulator_root = str(tmp_path)
     runner.args = Namespace(workspace=str(tmp_path))
@@ -291,9 +294,9 @@ def test_the_simulator_empties_its_root_before_an_execution(tmp_path: Path) -> N
 
 
 def test_all_processes_of_an_execution_mint_one_id(tmp_path: Path) -> None:
-    code = "import sys, pathlib, trackhub.flare.compat as c; print(c.execution_id(pathlib.Path(sys.argv[1])))"
+    code = "import sys, pathlib, trackhub.flare.flare_internals as c; print(c.execution_id(pathlib.Path(sys.argv[1])))"
     with ThreadPoolExecutor(16) as pool:
-        ours = list(pool.map(compat.execution_id, [tmp_path] * 64))
+        ours = list(pool.map(flare_internals.execution_id, [tmp_path] * 64))
 
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
 

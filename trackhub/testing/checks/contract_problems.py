@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.hooks import ContractHooks
+from trackhub.testing.contract_hooks import ContractHooks
 
 __all__ = ["contract_problems", "misspelt_methods"]
 

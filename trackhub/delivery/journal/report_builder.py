@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.journal.read_only import open_read_only
-from trackhub.delivery.journal.rows import Progress
+from trackhub.delivery.journal.schema import Progress
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
 from trackhub.run import JobInfo

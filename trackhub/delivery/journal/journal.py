@@ -20,8 +20,8 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.counts import build_report
-from trackhub.delivery.journal.rows import SCHEMA, Progress, Row, RunState
+from trackhub.delivery.journal.report_builder import build_report
+from trackhub.delivery.journal.schema import SCHEMA, Progress, Row, RunState
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError

@@ -2,7 +2,7 @@
 """What people read of a FLARE job in every backend: its name, notes and tags.
 
 Both widgets take them as arguments and make the same `JobInfo` of them, on the server and at every site. A name that
-the job does not give comes from FLARE, through `trackhub.flare.compat`.
+the job does not give comes from FLARE, through `trackhub.flare.flare_internals`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nvflare.apis.fl_context import FLContext
 
 from trackhub.delivery import JobInfo, SpoolInfo
 from trackhub.errors import ConfigError
-from trackhub.flare import compat
+from trackhub.flare import flare_internals
 from trackhub.records import key_problem
 
 __all__ = ["check_job_info", "job_info", "spool_info"]
@@ -49,7 +49,7 @@ def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str
         notes: a description of the job.
         tags: labels for every run of the job.
     """
-    return JobInfo(compat.job_id(fl_ctx), name or compat.job_name(fl_ctx), notes, tuple(tags))
+    return JobInfo(flare_internals.job_id(fl_ctx), name or flare_internals.job_name(fl_ctx), notes, tuple(tags))
 
 
 def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) -> SpoolInfo:

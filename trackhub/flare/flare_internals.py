@@ -2,7 +2,7 @@
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
 The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. So this file and its test,
-``tests/integration/test_flare_compat.py``, show whether a new release of FLARE still fits.
+``tests/integration/test_flare_internals.py``, show whether a new release of FLARE still fits.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from trackhub.limits import Limits
 from trackhub.spool import announcement
 from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
-from trackhub.writer import mode
+from trackhub.writer import spool_choice
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
-from trackhub.writer.mode import MODE_ENV
+from trackhub.writer.spool_choice import MODE_ENV
 from trackhub.writer.writer import Writer
 
 
@@ -29,7 +29,7 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test as in a process without tracking that has not warned of that yet."""
     monkeypatch.delenv(SPOOL_ENV, raising=False)
     monkeypatch.delenv(MODE_ENV, raising=False)
-    monkeypatch.setattr(mode, "_has_warned", False)
+    monkeypatch.setattr(spool_choice, "_has_warned", False)
     monkeypatch.setattr(announcement, "_process_spool", None)
 
 

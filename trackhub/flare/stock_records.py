@@ -19,7 +19,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
 from trackhub.errors import RecordError, SpoolError
-from trackhub.flare import compat
+from trackhub.flare import flare_internals
 from trackhub.writer.values import param_or_text
 from trackhub.writer.writer import Writer
 
@@ -47,7 +47,7 @@ class StockRecords:
 
         A record that cannot be converted is counted as dropped. Each reason is logged once.
         """
-        if self._spool is None or (event := compat.take_stock_event(fl_ctx)) is None:
+        if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
             return
         with self._lock:
             if self._writer is None:
