@@ -77,7 +77,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     now": training starts, and the records wait in the journal."""
 
     keepalive_s: Annotated[float, _Range(0.1, 60)] = 2.0
-    """Seconds between two signs of life of a site that has nothing to send."""
+    """Seconds between two keep-alive messages of a site."""
 
     silence_s: Annotated[float, _Range(0.2, 3600)] = 7.0
     """Seconds without any message after which the receiver takes a site for gone. At least twice ``keepalive_s``, or

@@ -246,14 +246,14 @@ class Receiver:
         """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``; while the disk is very slow it can take ten seconds.
+        ``durability="normal"``. A slow disk makes it slower.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
             request: what a sender's channel was given.
 
         Returns:
-            The reply, for the sender's channel to return. It is less than 64 KiB.
+            The reply, for the sender's channel to return. It is small, usually less than 1 KiB.
         """
         try:
             message = decode_request(request)
@@ -288,7 +288,11 @@ class Receiver:
             case Chunk():
                 reached = self._blobs.add(site, request)
                 if reached is None:
-                    return Refused("blob_damaged", f"the bytes of blob {request.name!r} do not match its digest")
+                    return Refused(
+                        "blob_damaged",
+                        f"blob {request.name!r} has no name that a sender makes, or its bytes do not match its digest: "
+                        "the file was damaged at the site",
+                    )
                 return Accepted(reached)
             case Hello():
                 return self._welcome(site, request)
@@ -439,7 +443,16 @@ def _examine(batch: Batch) -> _Contents | Refused:
         return Refused("malformed", str(e))
     # No number may be beyond what SQLite can store, or the batch would fail again and again.
     if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
-        return Refused("malformed", f"the batch says records {batch.first_seq} to {batch.next_seq}, its frames do not")
+        found = "it has no frame" if first is None else f"its first frame has seq {first.seq}"
+        return Refused(
+            "malformed",
+            f"the batch declares seq {batch.first_seq} to {batch.next_seq}, but {found}. This is a defect of the "
+            "sender: report it",
+        )
     if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():
-        return Refused("malformed", f"the batch says {batch.records} records, its frames hold {records}")
+        return Refused(
+            "malformed",
+            f"the batch covers seq {batch.first_seq} to {batch.next_seq} and declares {batch.records} records; its "
+            f"frames hold {records} records and gaps of {gaps.total()}. This is a defect of the sender: report it",
+        )
     return _Contents(first.time, gaps, blobs)

@@ -176,7 +176,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Have every stream sent again from its beginning of which the journal lacks acknowledged records.
+    """Reset the cursor of each stream of which the journal lacks acknowledged records. It is sent from its beginning.
 
     A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
     """

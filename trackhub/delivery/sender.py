@@ -179,7 +179,10 @@ class Sender:
             self._run()
         except Exception:
             # A defect of trackhub, or somebody removed the spool's folder. Training must go on.
-            _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self.folder)
+            _log.exception(
+                "the sender of site %s ended unexpectedly; its records stay in %s, for `trackhub replay` after the job",
+                self.site, self.folder,
+            )  # fmt: skip
         finally:
             with self._passes.changed:
                 self._passes.changed.notify_all()

@@ -75,7 +75,7 @@ class SpoolReader:
     def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
         """Return the next unacknowledged frames of some stream, or None if there are none. Streams take turns.
 
-        It returns the same frames until ``settle`` is called.
+        Until ``settle`` is called for a stream, that stream's next batch starts with the same frame.
 
         Args:
             max_records: most records in the batch.

@@ -116,7 +116,7 @@ class SpoolWriter:
 
     @property
     def last_written(self) -> int:
-        """The ``seq`` up to which readers can get. It stays behind ``next_seq`` while a gap is not written yet."""
+        """The ``seq`` after the last record in the stream. It is lower than ``next_seq`` while a gap is not written."""
         with self._lock:
             return self._drops.gaps[0][0] if self._drops.gaps else self._next_seq
 
@@ -138,7 +138,9 @@ class SpoolWriter:
         """
         with self._lock:
             if self._busy:
-                encode_frame(Record(self._next_seq, log_time, step, None, payload))  # raises here what it would later
+                encode_frame(
+                    Record(self._next_seq, log_time, step, None, payload)
+                )  # so that a bad record raises in this call
                 kept = copy.deepcopy(payload)  # it may hold the caller's own dict
                 self._deferred.append(lambda: self._append(kept, step, log_time))
                 return
@@ -187,7 +189,7 @@ class SpoolWriter:
         self._drop_in_turn(reason, detail)
 
     def acked(self) -> int:
-        """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
+        """Return the ``seq`` up to which every receiver accepted or refused this stream's records, gaps included."""
         return min((read_ack(self.folder, self.stream, c).next_seq for c in self.info.cursors), default=self._next_seq)
 
     def close(self) -> None:
@@ -252,8 +254,7 @@ class SpoolWriter:
             segment.cut_torn_frame()
             self._drop("disk_full", f"{written} of {size} bytes could be written")
             return False
-        # No call stands between these lines: a signal handler, which may raise, runs only at a call, and they must all
-        # be done or none.
+        # These four assignments contain no call, so no signal handler, which may raise, can interrupt them.
         self._next_seq = seq + 1
         segment.offset += size
         room.left -= size

@@ -47,7 +47,7 @@ class BackendContract(
         assert not problems, "\n".join(problems)
 
     def test_no_method_is_misspelt(self, kit: Kit) -> None:
-        """No method of the backend or its run has nearly the name of one of the SPI's."""
+        """The backend and its runs have no misspelt SPI method: no name that is almost an SPI name."""
         rig = kit.rig().start()
         rig.log("site-1", series("loss", range(2)))
         rig.finish()

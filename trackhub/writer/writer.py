@@ -224,10 +224,10 @@ class Writer:
         self._append_blob(None, read_artifact, path, name, type)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the receiver has every record that this process logged before the call.
+        """Wait until every receiver has accepted or refused the records that this writer logged before the call.
 
         Records are safe without it: call it only where something else waits for their arrival. It does not wait for
-        records that were dropped, nor for a record behind which the disk is still full.
+        dropped records. If the disk is still full, it waits only up to the first gap.
 
         Args:
             timeout_s: the longest wait, in seconds.

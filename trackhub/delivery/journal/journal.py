@@ -54,9 +54,14 @@ def lock_journal(path: Path) -> int:
         ) from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise JournalError(
+            f"the journal {path} is in use by another process or receiver (a running job, or a replay); wait until it ends"
+        ) from e
     except OSError as e:
         os.close(lock)
-        raise JournalError(f"the journal {path} is in use by another process (a running job, or a replay)") from e
+        raise JournalError(f"cannot lock the journal {path}: {e}; use a folder whose file system supports flock") from e
     return lock
 
 
@@ -125,9 +130,11 @@ class Journal:
             found = dict(db.execute("SELECT key, value FROM meta"))
             for key, value in expected.items():
                 if found.get(key, value) != value:
+                    advice = "give each job and side a folder of its own"
+                    if key == "format":
+                        advice = "use the version of trackhub that wrote it"
                     raise JournalError(
-                        f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}; give each job and side "
-                        "a folder of its own"
+                        f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}; {advice}"
                     )
             db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", expected.items())
 
@@ -191,8 +198,8 @@ class Journal:
         Args:
             site: its name.
             created: when its run began, in unix seconds; kept if the site is new.
-            first_position: the position of its first record, where another journal holds those before; kept if the
-                site is new.
+            first_position: the position of the site's first record in this journal, above 0 if another journal holds
+                the earlier ones. Used only if the site is new.
         """
         with self._transaction() as db:
             db.execute(
@@ -208,12 +215,14 @@ class Journal:
         return self.add_site(site, created, first_position)
 
     def _continues(self) -> bool:
-        # A site's first position does not tell. If the other journal holds one batch alone, and its reply was lost,
-        # this one begins at 0, too.
+        # `first_position` does not show this. The other journal may hold only a batch whose reply was lost. Then this
+        # journal also begins at 0.
         return bool(self._fetch("SELECT 1 FROM meta WHERE key = ?", _CONTINUES))
 
     def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
-        """Store a batch, and return how many of its records are new. The batch is durable when this returns.
+        """Store a batch, and return how many of its records are new.
+
+        When this returns, the batch survives the death of the process, and a loss of power with ``durability="full"``.
 
         Args:
             site: its id.
@@ -268,8 +277,7 @@ class Journal:
     def note_site(self, site: int, counts: SiteCounts, *, final: bool, failed: bool = False) -> None:
         """Store a site's own counts, and whether they came with its final message.
 
-        A keep-alive may be held up and arrive after the final message. It changes nothing then, since older counts
-        would otherwise stay as the site's last.
+        A keep-alive may arrive after the final message. It is ignored if its counts are older.
 
         Args:
             site: its id.
@@ -295,7 +303,7 @@ class Journal:
         return {name: final == _ENDED_FAILED for name, final in rows}
 
     def set_meta(self, key: str, value: str) -> None:
-        """Store a fact about the job: ``status``, how it ended, or ``backends``, their names and options as JSON."""
+        """Store a fact about the job: ``status``, ``backends``, ``job_info``, ``run_dir`` or ``continues``."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
@@ -337,7 +345,7 @@ class Journal:
         return rows
 
     def position_after(self, site: int, row: int) -> int:
-        """Return the position after the last record of a row; for a row before the first, that of the first record."""
+        """Return the position after the last record of a row. Without such a row, return that of the first record."""
         query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"
         found = self._fetch(query, site, row) or self._fetch("SELECT first_position FROM sites WHERE id = ?", site)
         return int(found[0][0])

@@ -32,7 +32,7 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     def fit(key: str) -> str:
         fitted = key
         if escapes:
-            # A key that looks escaped already must not meet the key that is escaped to it.
+            # This pattern first. Otherwise the logged key `a_x003A_b` would equal the escaped form of `a:b`.
             fitted = _LOOKS_ESCAPED.sub("_x005F_", key)
         if allowed is not None:
             fitted = "".join(c if allowed.fullmatch(c) else _escape(c) for c in fitted)

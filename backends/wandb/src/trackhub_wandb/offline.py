@@ -114,7 +114,10 @@ class OfflineRun(BackendRun):
         wait = threading.Event().wait
         while not self._is_in_file(last):
             if time.monotonic() > deadline:
-                raise TransientError(f"W&B's service wrote nothing to disk for {self._flush_timeout_s:.0f} s")
+                raise TransientError(
+                    f"W&B's service did not write the last record to its file within {self._flush_timeout_s:.0f} s; "
+                    "check the free space there"
+                )
             wait(_POLL_S)
         self._on_disk = last
         self._run.artifacts.clear()
