@@ -114,8 +114,8 @@ class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     r"""Which keys a store can hold. The core escapes every other key, so that different keys stay different.
 
     Escaping is reversible. Only a key that is too long is cut, and ends in a hash. A character that is not allowed
-    becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names). So ``_``, ``x`` and hex digits must
-    be allowed. Every default is the weak answer: claim what the store can hold.
+    becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names). So ``_``, ``x`` and hex digits
+    must be allowed. Every default is the weak answer: claim what the store can hold.
 
     Attributes:
         max_chars: longest key; None for no limit. The core shortens a longer key and ends it in a hash of the whole.

@@ -57,7 +57,8 @@ def lock_journal(path: Path) -> int:
     except BlockingIOError as e:
         os.close(lock)
         raise JournalError(
-            f"the journal {path} is in use by another process or receiver (a running job, or a replay); wait until it ends"
+            f"the journal {path} is in use by another process or receiver (a running job, or a replay); wait until it "
+            "ends"
         ) from e
     except OSError as e:
         os.close(lock)
