@@ -203,7 +203,7 @@ def check_everything_is_there_once(result: JobResult, server: Server) -> None:
         assert [image.step for image in found.images or ()] == [0, 1]
     runs = {(run.name, run.status) for run in server.database.runs()}
     assert len(server.database.runs()) == len(runs)
-    names = [result.job.name, *(f"{result.job.name}/{site}" for site in SITES)]
+    names = [result.job.name, *(f"{site} · {result.job.unique_name}" for site in SITES)]
     assert runs == {(name, "FINISHED") for name in names}
 
 

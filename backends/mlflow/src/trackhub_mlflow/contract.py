@@ -47,6 +47,7 @@ __all__ = ["MLflowContract"]
 
 _FILE = re.compile(r"(?P<folder>text|histograms|tables)/(?P<key>[^/]+)/step-(?P<step>\d+)-p\d+\.(?P<suffix>\w+)")
 _IMAGE = re.compile(r"images/(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+(?P<ms>\d+)\+[0-9a-f-]{36}\.png")
+_POSITION = re.compile(r"\.p\d+(?P<suffix>(?:\.[^./]*)?)$")
 _OWN_TAGS = frozenset({"job", "job_name", "site", "side"})
 _STATUS = {
     RunStatus.FINISHED: "FINISHED",
@@ -241,7 +242,7 @@ def _add_file(items: dict[str, list[Any]], path: str, content: bytes, files: Map
     if path.startswith("images/"):
         return  # a thumbnail or a caption
     if (match := _FILE.fullmatch(path)) is None:
-        items["artifact"].append(ArtifactItem(path, content))
+        items["artifact"].append(ArtifactItem(_artifact_key(path), content))
         return
     key, step = match["key"], int(match["step"])
     if match["folder"] == "text":
@@ -252,6 +253,12 @@ def _add_file(items: dict[str, list[Any]], path: str, content: bytes, files: Map
             items["tables"].append(TableItem(key, step, data["columns"], data["data"]))
         else:
             items["histograms"].append(HistogramItem(key, step, data["edges"], data["counts"], data["time"]))
+
+
+def _artifact_key(path: str) -> str:
+    """Return the key of an artifact. The path holds the record's position where the key alone was another's path."""
+    key, had_position = _POSITION.subn(r"\g<suffix>", path)
+    return key.replace("~", "/") if had_position else key
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 """The backend class that the entry point names, and its runs.
 
 A lane calls both. A run encodes entries with `events`, appends them with `event_files`, and keeps params in the file of
-`hparams`.
+`hparams_file`.
 """
 
 from __future__ import annotations

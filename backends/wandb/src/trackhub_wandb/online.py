@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a W&B server. `backend` opens it in the mode online.
 
-It writes with `sdk_run` and confirms by what `server` says.
+It writes with `sdk_run` and confirms by what `server_state` says.
 """
 
 from __future__ import annotations
