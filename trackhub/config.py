@@ -27,9 +27,9 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from trackhub.conversion import convert
 from trackhub.errors import ConfigError
 from trackhub.limits import Limits
+from trackhub.struct_conversion import convert
 
 __all__ = ["TrackingConfig", "parse_option_flags"]
 

@@ -50,7 +50,7 @@ class TrackhubError(Exception):
 
 
 class ConfigError(TrackhubError, ValueError):
-    """The configuration is wrong. The only kind of error that may stop a job, and only before training."""
+    """The configuration is wrong. It stops a job before training starts. Of all errors only `PluginError` does, too."""
 
 
 class UnknownBackendError(ConfigError):

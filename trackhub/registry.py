@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from trackhub.conversion import describe
 from trackhub.errors import (
     BackendConflictError,
     BackendLoadError,
@@ -29,12 +28,14 @@ from trackhub.errors import (
 )
 from trackhub.secrets import Secret, refuse_literal_secrets, require_reference, resolve_secrets
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind, OptionMark
+from trackhub.struct_conversion import describe
 
 __all__ = [
     "GROUP",
     "BackendEntry",
     "available",
     "build_options",
+    "check_class",
     "check_options",
     "load",
     "load_entry",
@@ -129,7 +130,45 @@ def load_entry(
             f"{origin} cannot be imported: {type(error).__name__}: {error}. "
             f"Install what it is missing, or reinstall {entry.distribution}"
         ) from error
-    return _checked(loaded, origin)
+    return check_class(loaded, origin)
+
+
+def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
+    """Return an object that a plugin provides as a backend class, if it is a usable one.
+
+    Args:
+        loaded: the object.
+        origin: what it is and where it comes from; messages begin with it.
+
+    Raises:
+        BackendLoadError: it is not a usable backend class. The message says what it lacks.
+        IncompatibleBackendError: it was written for another version of the SPI.
+    """
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
+    if not hasattr(loaded, "spi"):
+        raise IncompatibleBackendError(
+            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` "
+            "into the class"
+        )
+    if loaded.spi != SPI_VERSION:
+        raise IncompatibleBackendError(
+            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
+            f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
+        )
+    if loaded.open_run is Backend.open_run:
+        raise BackendLoadError(f"{origin} does not implement open_run(info)")
+    if not isinstance(loaded.capabilities, Capabilities):
+        raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
+    if problem := _capability_problem(loaded.capabilities):
+        raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
+    options = loaded.Options
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
+    if not options.__struct_config__.forbid_unknown_fields:
+        # Otherwise a misspelt option would be dropped without a word.
+        raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
+    return loaded
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,35 +343,6 @@ def _decode(expected: type, value: Any) -> Any:
     if isinstance(expected, type) and issubclass(expected, Path) and isinstance(value, str):
         return expected(value)
     raise NotImplementedError(f"an option of type {expected} is not supported")
-
-
-def _checked(loaded: Any, origin: str) -> type[Backend[Any]]:
-    """Return the loaded object as a backend class, or say what it lacks."""
-    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
-        raise BackendLoadError(f"{origin} is not a subclass of trackhub.spi.Backend")
-    if not hasattr(loaded, "spi"):
-        raise IncompatibleBackendError(
-            f"{origin} does not say which version of trackhub's SPI it was written for. Write `spi = {SPI_VERSION}` "
-            "into the class"
-        )
-    if loaded.spi != SPI_VERSION:
-        raise IncompatibleBackendError(
-            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
-            f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
-        )
-    if loaded.open_run is Backend.open_run:
-        raise BackendLoadError(f"{origin} does not implement open_run(info)")
-    if not isinstance(loaded.capabilities, Capabilities):
-        raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
-    if problem := _capability_problem(loaded.capabilities):
-        raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
-    options = loaded.Options
-    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
-        raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
-    if not options.__struct_config__.forbid_unknown_fields:
-        # Otherwise a misspelt option would be dropped without a word.
-        raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
-    return loaded
 
 
 def _capability_problem(capabilities: Capabilities) -> str:

@@ -50,7 +50,7 @@ class RunStatus(StrEnum):
     ABORTED = "aborted"
     """Somebody stopped the job."""
     KILLED = "killed"
-    """All processes of the job died before they could say how it ended."""
+    """All processes of the job died before they could say how it ended. The core does not set it yet."""
 
 
 class RunKey(NamedTuple):
@@ -88,7 +88,7 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def unique_name(self) -> str:
         """The name and, where it differs, the id: readable, and another one for every job.
 
-        Of a UUID, as FLARE gives it to jobs, only the first eight digits are shown, as FLARE's users abbreviate it.
+        If the id is a UUID, as FLARE's are, only its first eight digits are shown.
         """
         if self.name == self.id:
             return self.id
@@ -125,7 +125,7 @@ class RunInfo(msgspec.Struct, frozen=True):
 
     @property
     def run_id(self) -> str:
-        """32 hex digits: the same whenever this run is opened, and others for every other run."""
+        """32 hex digits. Every run has its own, and it never changes."""
         return hashlib.sha256("\0".join((*self.key, self.side)).encode()).hexdigest()[:32]
 
     @property

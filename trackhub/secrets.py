@@ -20,7 +20,7 @@ from typing import Any
 
 from trackhub.errors import ConfigError, InvalidOptionError
 
-__all__ = ["Secret", "refuse_literal_secrets", "require_reference", "resolve_secrets"]
+__all__ = ["Secret", "is_secret_name", "refuse_literal_secrets", "require_reference", "resolve_secrets"]
 
 _REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
 _MARKER = "${secret:"
@@ -59,6 +59,11 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether an option, or the path to one, has a name by which it holds a secret: ``wandb.api_key``."""
+    return _SECRET_KEY.search(_key_of(name)) is not None
 
 
 def refuse_literal_secrets(path: str, value: Any) -> None:
@@ -144,7 +149,8 @@ def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str
 def _literal(path: str, found: str) -> str:
     return (
         f"{path}: {found} must not be written into a job or its command line. Set it in the environment of the process "
-        f"that runs the backend and refer to it as ${{secret:NAME}}, or as ${{secret:file:/path}} if it is in a file there"
+        f"that runs the backend and refer to it as ${{secret:NAME}}, or as ${{secret:file:/path}} if it is in a file "
+        f"there"
     )
 
 
@@ -166,15 +172,18 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def _key_of(path: str) -> str:
+    return _CAMEL_HUMP.sub("_", _INDEX.sub("", path)).lower()
+
+
 def _looks_secret(path: str, value: Any) -> str | None:
     """Return what kind of secret the value looks like, or None."""
     if value is None or isinstance(value, bool):
         return None
     text = _REFERENCE.sub("", str(value))
-    key = _CAMEL_HUMP.sub("_", _INDEX.sub("", path)).lower()
-    if _SECRET_KEY.search(key) and text.strip():
+    if is_secret_name(path) and text.strip():
         return "a secret"
-    if _HEX_KEY.fullmatch(text) and not _COMMIT_KEY.search(key):
+    if _HEX_KEY.fullmatch(text) and not _COMMIT_KEY.search(_key_of(path)):
         return "what looks like a W&B API key"
     for what, shape in _SECRET_SHAPES:
         if shape.search(text):

@@ -10,8 +10,8 @@ A backend is a class that an entry point in the group ``trackhub.backends`` name
         def open_run(self, info: RunInfo) -> BackendRun: ...
 
 The core does the rest, the same for every backend. It decodes and orders the records, keeps what is not yet delivered
-on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. One thread, the
-backend's lane, calls all methods of a backend and its runs. No training thread ever calls them.
+on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's thread
+calls all methods of a backend and its runs, except the constructor. No training thread ever calls them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Redelivery(StrEnum):
     RESUMABLE = "resumable"
     """The opened run says where it stands (``BackendRun.next_position``). The lane goes on from there."""
     REBUILD = "rebuild"
-    """A run that was not finished is written anew from its first record. ``open_run`` replaces what is there."""
+    """A run that was not finished is written anew from its first record. If ``RunInfo.resume_from`` is 0, ``open_run``
+    deletes what the store has of the run. Otherwise it continues the run."""
     AT_LEAST_ONCE = "at_least_once"
     """They are stored twice. The core counts them as possible duplicates."""
 
@@ -101,7 +102,7 @@ class ConfirmedBy(StrEnum):
 
 
 class Confirmation(StrEnum):
-    """Whose word a flush stands on."""
+    """Who confirmed the records: the store itself, or only the SDK."""
 
     STORE = "store"
     """The store said that it has the records."""
@@ -110,10 +111,11 @@ class Confirmation(StrEnum):
 
 
 class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    r"""Which keys a store can hold. The core changes every other key, reversibly, so that two keys never become one.
+    r"""Which keys a store can hold. The core escapes every other key, so that different keys stay different.
 
-    A character that is not allowed becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names).
-    So ``_``, ``x`` and hex digits must be allowed. Every default is the weak answer: claim what the store can hold.
+    Escaping is reversible. Only a key that is too long is cut, and ends in a hash. A character that is not allowed
+    becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names). So ``_``, ``x`` and hex digits
+    must be allowed. Every default is the weak answer: claim what the store can hold.
 
     Attributes:
         max_chars: longest key; None for no limit. The core shortens a longer key and ends it in a hash of the whole.
@@ -155,8 +157,8 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             and rejects a record of which nothing is left as ``nonfinite``.
         late_steps: whether a step lower than an earlier one of the same key can be stored. If not, the core rejects
             such records as ``late_step``.
-        optional_step: whether ``Entry.step`` may be None. If not, the core gives the ordinal of the record among that
-            key's records without a step in its stream (0, 1, 2, ...). Params and tags never have a step.
+        optional_step: whether ``Entry.step`` may be None. If not, the core numbers records without a step 0, 1, 2, ...
+            for each stream and key. Params and tags never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
         key_rule: which keys can be stored.
@@ -228,7 +230,7 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 class WriteReport(msgspec.Struct, frozen=True):
-    """What became of a batch of which not everything was stored. All entries that it does not name were stored."""
+    """The entries of a batch that will never be stored. All other entries of the batch were stored."""
 
     rejected: Sequence[Rejection] = ()
 
@@ -247,7 +249,7 @@ class Results(msgspec.Struct, frozen=True):
     command: str | None = None
 
     def resolved(self, run_folder: Path) -> Results:
-        """Return the same with the path absolute and the command as it can be run from anywhere.
+        """Return a copy with an absolute path and a command that works in any folder.
 
         Args:
             run_folder: where the job's run folder lies now.
@@ -290,8 +292,8 @@ class BackendContext(msgspec.Struct, frozen=True):
     def run_path(self, folder: Path, info: RunInfo) -> Path:
         """Return where a run's files belong in a folder that may hold many jobs: ``<folder>/<job>/<site>``.
 
-        The job's part is its unique name. Outside the run folder the server may write as well, so what a client writes
-        goes to ``<job>@client`` there.
+        The job's part is its unique name. If ``folder`` is outside the run folder, the server may use it, too. A client
+        then writes to ``<job>@client``.
         """
         inside = folder.is_relative_to(os.path.abspath(self.run_folder))
         suffix = "@client" if self.side is Side.CLIENT and not inside else ""
@@ -331,7 +333,7 @@ class BackendRun:
         Called only with ``ConfirmedBy.FLUSH``.
 
         Returns:
-            Whose word that is: the store's, or the client's alone.
+            Who confirmed the records: the store itself, or only the SDK.
 
         Raises:
             TransientError: the lane calls it again later.
@@ -342,10 +344,10 @@ class BackendRun:
         )
 
     def finish(self, status: RunStatus) -> None:
-        """End the run: mark how it ended and release its resources. Called once, after the last ``flush``.
+        """End the run: mark how it ended and release its resources. The lane calls it after the last ``flush``.
 
         Raises:
-            TransientError: the lane tries again, until the deadline at the end of the job.
+            TransientError: the lane calls it again, until the deadline at the end of the job.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement finish(status)")
 
@@ -376,9 +378,10 @@ class Backend(Generic[OptionsT_co]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in getattr(cls, "__orig_bases__", ()):
+        # Only the class's own brackets: those of a base must not undo the `Options` that a subclass writes out.
+        for base in cls.__dict__.get("__orig_bases__", ()):
             if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
-                (options,) = get_args(base)
+                options = get_args(base)[0]
                 if options is not Any and isinstance(options, type):
                     cls.Options = options
 
@@ -415,6 +418,6 @@ class Backend(Generic[OptionsT_co]):
     def close(self) -> None:
         """Release what all runs share: end the job's parent run, stop the SDK's service.
 
-        Called once, after the last call to any run, also when runs could not be finished. The core logs an error and
-        goes on.
+        Called once, after the last call to any run, also when runs could not be finished. If it raises, the core logs
+        the error and goes on.
         """

@@ -27,7 +27,7 @@ import msgspec
 from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import feed, fill_spool, open_receiver, requests
 from tests.bench.subprocesses import ROOT, SocketChannel, in_child, kept_folder, say, serve, started
-from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.sender import Sender
 from trackhub.delivery.wire import Batch, decode_request
 from trackhub.framing import decode_body, scan_frames
@@ -109,9 +109,9 @@ def trackhub_sites(folder: str, sites: int, port: int) -> dict[str, Any]:
         senders.append(Sender(Path(folder, f"spool-{i}"), SocketChannel(port, site)))
         senders[-1].start()
     for sender in senders:
-        ledger = sender.close(600)
-        if ledger.spooled:
-            raise RuntimeError(f"{ledger.spooled} records were not sent")
+        counts = sender.close(600)
+        if counts.spooled:
+            raise RuntimeError(f"{counts.spooled} records were not sent")
     return {"seconds": time.perf_counter() - begin}
 
 

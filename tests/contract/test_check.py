@@ -75,7 +75,7 @@ def test_a_right_backend_passes_with_the_options_that_are_given(site: Path) -> N
     assert (checked.status, checked.report["passed"], checked.report["contract"]) == (0, True, 1), checked
     assert {test["outcome"] for test in checked.report["tests"]} == {"passed"}
     assert all(test["rule"] for test in checked.report["tests"])
-    assert list(folder.glob("gallery/*.jsonl"))
+    assert list(folder.glob("*/*.jsonl"))
 
 
 def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(site: Path) -> None:
@@ -87,12 +87,12 @@ def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(si
         return value + 1.0
 
     @pytest.mark.xfail(reason="it is shown a minute late")
-    def test_times_are_those_of_the_log_calls(self, gallery):
-        super().test_times_are_those_of_the_log_calls(gallery)
+    def test_times_are_those_of_the_log_calls(self, scenarios):
+        super().test_times_are_those_of_the_log_calls(scenarios)
 
     @pytest.mark.xfail(reason="it has no texts")
-    def test_names_of_params_and_tags_stay_apart(self, gallery):
-        super().test_names_of_params_and_tags_stay_apart(gallery)
+    def test_keys_of_params_and_tags_stay_apart(self, scenarios):
+        super().test_keys_of_params_and_tags_stay_apart(scenarios)
 
     @pytest.mark.skip(reason="too slow")
     def test_volume(self, kit):
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_named_and_what_is_declared_or_skipped_is_told_apart(si
     assert outcome == "failed"
     assert "the store does not hold what it must" in detail
     assert checked.outcome("test_times_are_those_of_the_log_calls") == ("declared", "it is shown a minute late")
-    assert checked.outcome("test_names_of_params_and_tags_stay_apart")[0] == "failed"
+    assert checked.outcome("test_keys_of_params_and_tags_stay_apart")[0] == "failed"
     assert checked.outcome("test_volume")[0] == "skipped"
     assert "test_volume is overridden without" in checked.outcome("test_contract_is_whole")[1]
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trackhub.testing.checks.base import QUICK_ENV
+from trackhub.testing.checks.fixtures import QUICK_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "writing-a-backend.md"

@@ -16,7 +16,7 @@ import pytest
 from trackhub.cli.new_backend import CONTRACT, write_backend
 from trackhub.errors import ConfigError
 from trackhub.testing import KIT_VERSION
-from trackhub.testing.checks.base import QUICK_ENV
+from trackhub.testing.checks.fixtures import QUICK_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 

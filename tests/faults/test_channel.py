@@ -79,7 +79,7 @@ def test_a_receiver_that_never_answers_costs_one_wait_and_the_site_ends_in_time(
     began = time.monotonic()
     answers = [sender.ask("flush") for _ in range(20)]
     flushed_s = time.monotonic() - began
-    ledger = sender.ask("close 1")
+    counts = sender.ask("close 1")
     closed_s = time.monotonic() - began - flushed_s
     assert sender.wait() == 0
     mute.kill()
@@ -87,7 +87,7 @@ def test_a_receiver_that_never_answers_costs_one_wait_and_the_site_ends_in_time(
     assert answers == [False] * 20
     assert 0.5 <= flushed_s < 3.0
     assert closed_s < 1 + 0.5 + 1 + 2.0
-    assert (ledger["logged"], ledger["acked"], ledger["spooled"]) == (CALLS, 0, CALLS)
+    assert (counts["logged"], counts["acked"], counts["spooled"]) == (CALLS, 0, CALLS)
     job.check_equations()
     job.replay_all()
 

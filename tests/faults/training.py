@@ -92,7 +92,7 @@ with open(os.path.join(OUT, SITE + ".steps"), "wb") as file:
 """
 
 _RECEIVER = """
-from trackhub.flare.compat import reference_package
+from trackhub.flare.flare_internals import reference_package
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from tests.faults.bad_channel import BadChannelSender

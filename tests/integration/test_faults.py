@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.harness import Job, JobResult, install_plugin
+from tests.integration.harness import Job, JobResult, install_plugin, read_jsonl
 
 SITES = ("site-1", "site-2")
 
@@ -115,12 +115,13 @@ def _assert_all_in_jsonl(result: JobResult, receiver: str, site: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. backend")
-def test_backends_that_raise_or_hang_change_neither_the_model_nor_the_exit_status(
+def test_backends_that_raise_or_hang_change_neither_model_nor_exit_status(
     tmp_path: Path, faulty: dict[str, str]
 ) -> None:
+    """The job is a FedJob without a recipe."""
     tracking = {"server": ["jsonl", "no_open", "no_write", "hangs"], "limits": {"deadline_s": 3}}
 
-    result = Job(tmp_path / "job", TRAINER, tracking, env=faulty).run()
+    result = Job(tmp_path / "job", TRAINER, tracking, way="fed_job", env=faulty).run()
 
     assert result.rc == 0, result.log[-6000:]
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
@@ -157,7 +158,7 @@ def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
     assert "the project 'x' does not exist; create it first (this site will train nothing" in result.log
 
 
-def test_without_any_folder_for_the_receiver_training_goes_on_and_records_wait_in_a_spool(tmp_path: Path) -> None:
+def test_without_a_folder_for_the_receiver_training_goes_on_and_records_wait(tmp_path: Path) -> None:
     nowhere = tmp_path / "a-file"
     nowhere.write_text("not a folder")
     tracking = {"server": ["jsonl"], "state_dir": str(nowhere / "x")}
@@ -177,7 +178,7 @@ def test_a_receiver_that_never_answers_is_waited_for_once_and_not_in_every_round
     # The sender's receiver has another name than the one that the server has.
     more = """
     from trackhub.flare.sender_widget import TrackhubSender
-    from trackhub.flare.compat import reference_package
+    from trackhub.flare.flare_internals import reference_package
     limits = {"barrier_s": 1, "gate_s": 2}
     reference_package(job, "trackhub")
     recipe._add_to_client_apps(TrackhubSender("somebody_else", limits=limits), id="trackhub_sender")
@@ -228,8 +229,6 @@ def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_p
 
 
 def _end(result: JobResult, site: str) -> str:
-    from tests.integration.harness import read_jsonl
-
-    last = read_jsonl(result.run_dir("server") / "jsonl" / result.job / f"{site}.jsonl")[-1]
+    last = read_jsonl(result.jsonl_file("server", site))[-1]
     assert last["kind"] == "end"
     return str(last["status"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, json_lines, metric, new_spool
 from trackhub.delivery import wire
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport

@@ -315,3 +315,16 @@ def test_a_folder_that_cannot_be_is_found_before_training(tmp_path: Path) -> Non
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError, match="folder"):
         msgspec.convert({"folder": "x"}, JsonlOptions)
+
+
+def test_a_payload_of_a_class_that_it_does_not_know_can_never_be_stored(rig: Rig) -> None:
+    class Video(msgspec.Struct):
+        key: str
+
+    run = rig.open()
+    with pytest.raises(PermanentError, match="does not know payloads of the type Video"):
+        run.write([entry(0, Metrics({"loss": 0.5})), entry(1, Video("clip"))])  # type: ignore[arg-type]
+
+    assert not rig.path().exists()
+    run.write([entry(0, Metrics({"loss": 0.5}))])
+    assert [line["position"] for line in lines(rig.path())] == [0]

@@ -49,6 +49,25 @@ def test_all_records_are_delivered_in_order_from_one_thread_and_the_run_is_finis
     assert (info.key, info.side, info.created, info.resume_from) == (("job-1", SITE), Side.SERVER, 1000.0, 0)
 
 
+def test_a_finish_that_begins_while_the_lane_looks_for_work_is_not_missed(bench: Bench) -> None:
+    """It may come between any two steps of the lane's loop. The lane clears its wake-up once in each turn."""
+    lane = bench.lane(MemoryBackend())
+    clear, begun = lane._wake.clear, threading.Event()
+
+    def begin_and_clear() -> None:
+        if not begun.is_set():
+            begun.set()
+            lane.begin_finish({}, RunStatus.FINISHED)
+        clear()
+
+    lane._wake.clear = begin_and_clear  # type: ignore[method-assign]
+    lane._wake.set()  # a turn in which there is nothing to deliver
+
+    lane._thread.join(WAIT_S)
+    assert begun.is_set()
+    assert not lane._thread.is_alive()
+
+
 def test_no_write_is_larger_than_the_backend_can_take(bench: Bench) -> None:
     sizes: list[int] = []
     backend = MemoryBackend(lambda method, batch: sizes.append(len(batch)) if method == "write" else None, max_batch=7)

@@ -16,6 +16,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 TABLE = PAGE.partition("## Public import paths")[2]
 ROWS = re.findall(r"^\| `(trackhub[\w.]*)` \| ([^|]+) \| ([^|]+) \|$", TABLE, re.MULTILINE)
 PUBLIC = {module: re.findall(r"`(\w+)`", names) for module, _, names in ROWS}
+ABRIDGED = {module for module, _, names in ROWS if "…" in names}
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("backends/*/*.md"), *ROOT.glob("jobs/*/*.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -51,20 +52,21 @@ def test_the_table_has_the_paths_that_other_documents_promise() -> None:
 
 
 @modules
-def test_a_public_module_exports_each_name_of_the_table_and_all_that_it_announces(module: str) -> None:
-    loaded = importlib.import_module(module)
+def test_a_public_module_exports_the_names_of_the_table(module: str) -> None:
+    """Where the table ends in "…", the module exports more. Elsewhere a name that comes or goes is a decision."""
+    exported = importlib.import_module(module).__all__
 
     assert PUBLIC[module]
-    assert set(PUBLIC[module]) <= set(loaded.__all__)
+    assert set(PUBLIC[module]) <= set(exported)
+    assert module in ABRIDGED or set(PUBLIC[module]) == set(exported)
+
+
+@modules
+def test_a_public_module_has_each_name_that_it_announces_once(module: str) -> None:
+    loaded = importlib.import_module(module)
+
     assert len(loaded.__all__) == len(set(loaded.__all__))
     assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
-
-
-def test_the_table_names_everything_that_trackhub_itself_exports() -> None:
-    """Training code imports it, so a name that comes or goes here is a decision."""
-    import trackhub
-
-    assert sorted(PUBLIC["trackhub"]) == sorted(trackhub.__all__)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,16 +7,19 @@ import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trackhub.spi import (
     FEDERATION,
+    Backend,
     BackendContext,
     BackendRun,
     Capabilities,
     Confirmation,
     ConfirmedBy,
     JobInfo,
+    NoOptions,
     Results,
     RunInfo,
     RunKey,
@@ -115,3 +118,22 @@ def test_the_weak_answer_is_that_flush_confirms_and_must_be_implemented() -> Non
     with pytest.raises(NotImplementedError, match=r"must implement flush\(\).*confirmed_by=ConfirmedBy\.WRITE"):
         Run().flush()
     assert {Confirmation.STORE, Confirmation.CLIENT} == set(Confirmation)
+
+
+def test_options_come_from_the_brackets_and_a_subclass_may_replace_them() -> None:
+    class Options(msgspec.Struct, forbid_unknown_fields=True):
+        folder: str = ""
+
+    class MoreOptions(Options, forbid_unknown_fields=True):
+        token: str = ""
+
+    class Acme(Backend[Options]):
+        spi = 1
+
+    class Other(Acme):
+        Options = MoreOptions
+
+    class Plain(Backend):  # type: ignore[type-arg]  # the case under test: no brackets
+        spi = 1
+
+    assert (Acme.Options, Other.Options, Plain.Options) == (Options, MoreOptions, NoOptions)

@@ -20,7 +20,7 @@ from trackhub.spool.drops import Drops
 from trackhub.spool.layout import SEGMENT_HEADER, ledger_file
 from trackhub.spool.ledger import Ledger, read_ledger
 from trackhub.spool.room import Room, new_part
-from trackhub.spool.segments import SegmentFile
+from trackhub.spool.segment_file import SegmentFile
 from trackhub.spool.small_files import reason_of
 
 PLACE = Place(seq=0, segment=3, offset=100)

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The backend ``jsonl``: one text file per run, one line of JSON per record. It needs nothing but the core.
+r"""The backend ``jsonl``: one text file for each run, one line of JSON for each record. It needs nothing but the core.
 
-It is also the backend to read before writing one. All that a backend must do is here: take options, open a run, store
-entries so that returning from ``write`` is a promise, say where a reopened run stands, and end it.
+Read it before you write a backend of your own. It has all that a backend needs: options, capabilities, a check before
+training, runs that store entries so that returning from ``write`` is a promise, and the place of each run's results.
 
-A run's file is ``<job>/<site>.jsonl``; the files that images and artifacts bring lie beside it, in ``<site>.files/``::
+A run's file is ``<job>/<site>.jsonl``, where ``<job>`` is the job's unique name. The files that images and artifacts
+bring lie beside it, in ``<site>.files/``::
 
-    {"position":0,"time":1764000000.25,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
+    {"position":0,"time":1764000000.2,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
     {"position":1,…,"kind":"image","file":"site-1.files/1.png",…,"key":"samples","width":32,"height":32,"caption":""}
     {"position":1,"time":1764000009.5,"kind":"end","status":"finished"}
 
-``kind`` is that of the record, and what follows it are the payload's fields. When the run is ended there is one line
-that is not a record, of kind ``end``. JSON has no NaN and no infinities:
+``kind`` is the record's kind, and the fields of its payload follow. The end of a run is a line of kind ``end``, which
+is not a record. JSON has no NaN and no infinities:
 
-- where only numbers can stand (metrics, histograms), they are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``;
-- in params and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on, and a key in params
-  that begins with ``$`` has this doubled.
+- In metrics and histograms, where only numbers can stand, they are the strings ``"NaN"``, ``"Infinity"`` and
+  ``"-Infinity"``.
+- In params and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on. A key in params that
+  begins with ``$`` begins with ``$$``.
 """
 
 from __future__ import annotations
@@ -42,8 +44,10 @@ from trackhub.spi import (
     ConfigError,
     ConfirmedBy,
     Entry,
+    Histogram,
     Image,
     Kind,
+    Metrics,
     OptionMark,
     Params,
     PermanentError,
@@ -52,12 +56,24 @@ from trackhub.spi import (
     RunInfo,
     RunStatus,
     Table,
+    Tags,
+    Text,
     TransientError,
     path_component,
 )
 
-__all__ = ["JsonlBackend", "JsonlOptions"]
+__all__ = ["JsonlBackend", "JsonlOptions", "JsonlRun"]
 
+_KIND_NAMES: dict[type[msgspec.Struct], str] = {
+    Metrics: "metrics",
+    Params: "params",
+    Tags: "tags",
+    Text: "text",
+    Image: "image",
+    Histogram: "histogram",
+    Table: "table",
+    Artifact: "artifact",
+}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -66,8 +82,8 @@ class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         path: folder for the files of all jobs, absolute or relative to the job's run folder; by default ``jsonl`` in
-            the run folder. Outside the run folder, where the server may write as well, what a client writes goes to
-            ``<job>@client/``.
+            the run folder. Outside the run folder, what a client writes goes to ``<job>@client/``, since the server may
+            write there as well.
     """
 
     path: Annotated[str | None, OptionMark.PATH] = None
@@ -78,24 +94,41 @@ class JsonlBackend(Backend[JsonlOptions]):
 
     spi = 1
     contract = 1
+    # What is not claimed here, the core rejects or changes before it reaches this backend. The kinds are written out:
+    # a later trackhub may have more, which this code does not know.
     capabilities = Capabilities(
-        kinds=frozenset(Kind) - {Kind.GAP},
+        kinds=frozenset(
+            {
+                Kind.METRICS,
+                Kind.PARAMS,
+                Kind.TAGS,
+                Kind.TEXT,
+                Kind.IMAGE,
+                Kind.HISTOGRAM,
+                Kind.TABLE,
+                Kind.ARTIFACT,
+            }
+        ),
         redelivery=Redelivery.RESUMABLE,
+        confirmed_by=ConfirmedBy.WRITE,
         nonfinite=True,
         late_steps=True,
         optional_step=True,
         changing_params=True,
-        confirmed_by=ConfirmedBy.WRITE,
         key_rule=ANY_KEY,
     )
 
     def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
-        """Work out the folder; nothing is created yet."""
+        """Work out the folder, and create nothing yet."""
         super().__init__(options, context)
         self._folder = context.folder(options.path)
 
     def preflight(self) -> None:
-        """Make the folder. Raises ConfigError where that is impossible, so that it stops the job before training."""
+        """Make the folder before training starts.
+
+        Raises:
+            ConfigError: it cannot be made or written to.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self._folder, os.W_OK):
@@ -104,7 +137,12 @@ class JsonlBackend(Backend[JsonlOptions]):
             raise ConfigError(f"jsonl cannot use the folder {self._folder}: {error}; give another `path`") from error
 
     def open_run(self, info: RunInfo) -> JsonlRun:
-        """Open the run's file. Raises TransientError when the file system refuses."""
+        """Open the run's file.
+
+        Raises:
+            TransientError: the file system refuses.
+            PermanentError: the file's last line is not one that this backend wrote.
+        """
         return JsonlRun(self._file(info), info)
 
     def results(self, info: RunInfo) -> Results:
@@ -117,14 +155,22 @@ class JsonlBackend(Backend[JsonlOptions]):
 
 
 class JsonlRun(BackendRun):
-    """A file to which lines are appended. When ``write`` returns, they are in the operating system's hands."""
+    """A file to which lines are appended. When ``write`` returns, the operating system has them.
+
+    Then they survive the death of this process. No file stays open between two calls.
+    """
 
     def __init__(self, path: Path, info: RunInfo) -> None:
-        """See where the run stands. Nothing stays open that ``finish`` would have to close."""
+        """Find out where the run stands.
+
+        Raises:
+            TransientError: the file system refuses.
+            PermanentError: the file's last line is not one that this backend wrote.
+        """
         self._path = path
         self._info = info
         self._next = 0
-        self._torn = True
+        self._torn = True  # the file may end in a part of a line
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._recover()
@@ -136,22 +182,32 @@ class JsonlRun(BackendRun):
         return self._next
 
     def write(self, batch: Sequence[Entry]) -> None:
-        """Append one line per entry, all by one system call."""
+        """Append one line for each entry, all of them by one system call.
+
+        Raises:
+            TransientError: the file system refuses.
+            PermanentError: an entry can never be stored. Nothing of the batch is.
+        """
         try:
+            # Entries that the file holds already come again after a write that failed half-way.
             self._append(self._line(entry) for entry in batch if entry.position >= self._next)
         except OSError as error:
             raise TransientError(f"cannot write to {self._path}: {error}") from error
         self._next = batch[-1].position + 1
 
     def finish(self, status: RunStatus) -> None:
-        """Append the line that says how the run ended."""
+        """Append the line that says how the run ended.
+
+        Raises:
+            TransientError: the file system refuses.
+        """
         try:
             self._append([{"position": self._next - 1, "time": time.time(), "kind": "end", "status": status}])
         except OSError as error:
             raise TransientError(f"cannot finish {self._path}: {error}") from error
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append lines. They are not made before it is clear which of them an attempt that failed has left."""
+        """Append lines. They are made only once the file is whole, since that says which entries it holds already."""
         if self._torn:
             self._recover()
         content = b"".join(_encode(line) + b"\n" for line in lines)
@@ -163,28 +219,34 @@ class JsonlRun(BackendRun):
         self._torn = False
 
     def _recover(self) -> None:
-        """Cut off a last line that a crash or a full disk left unfinished, and see where the run stands."""
+        """Cut off a last line that a crash or a full disk left unfinished, and find out where the run stands."""
         if self._path.exists():
             end, self._next = _whole_lines(self._path)
             os.truncate(self._path, end)
         self._torn = False
 
     def _line(self, entry: Entry) -> dict[str, Any]:
-        """Return the entry as what JSON can hold, its blob copied."""
+        """Return the entry as JSON can hold it. Copies its blob.
+
+        Raises:
+            PermanentError: the payload is of a class that this backend does not know, or its blob is missing.
+        """
         payload = entry.payload
+        kind = _KIND_NAMES.get(type(payload))
+        if kind is None:
+            raise PermanentError(f"jsonl does not know payloads of the type {type(payload).__name__}")
         line: dict[str, Any] = {"position": entry.position, "time": entry.time, "step": entry.step}
-        line |= {"round": entry.round, "stream": entry.stream, "seq": entry.seq}
-        line["kind"] = type(payload).__name__.lower()
+        line |= {"round": entry.round, "stream": entry.stream, "seq": entry.seq, "kind": kind}
         fields = msgspec.structs.asdict(payload)
         if isinstance(payload, (Image, Artifact)):
             blob = fields.pop("blob")
-            line["file"] = self._copy(entry.position, payload)
+            line["file"] = self._copy_blob(entry.position, payload)
             line |= {"size": blob.size, "sha256": blob.sha256, "media_type": blob.media_type}
-        line.update(_strict(fields, tagged=isinstance(payload, (Params, Table))))
+        line.update(_plain(fields, tagged=isinstance(payload, (Params, Table))))
         return line
 
-    def _copy(self, position: int, payload: Image | Artifact) -> str:
-        """Copy the blob to a file named by the position, and return the path to it from the run's file."""
+    def _copy_blob(self, position: int, payload: Image | Artifact) -> str:
+        """Copy the blob to a file named by the position. Return the path to it from the run's file."""
         source = self._info.blob_path(payload.blob)
         if not source.is_file():
             raise PermanentError(f"the content of {payload.key!r} is missing: there is no file {source}")
@@ -196,12 +258,12 @@ class JsonlRun(BackendRun):
         return f"{target.parent.name}/{target.name}"
 
 
-def _strict(value: Any, *, tagged: bool) -> Any:
-    """Return the value with NaN and infinities spelled as strings, ``tagged`` where strings are possible, too."""
+def _plain(value: Any, *, tagged: bool) -> Any:
+    """Return the value with NaN and infinities as strings, or as tagged ones where a string may be just that."""
     if isinstance(value, dict):
-        return {"$" * (tagged and key[:1] == "$") + key: _strict(item, tagged=tagged) for key, item in value.items()}
+        return {"$" * (tagged and key[:1] == "$") + key: _plain(item, tagged=tagged) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(item, tagged=tagged) for item in value]
+        return [_plain(item, tagged=tagged) for item in value]
     if not isinstance(value, float) or math.isfinite(value):
         return value
     name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -209,9 +271,14 @@ def _strict(value: Any, *, tagged: bool) -> Any:
 
 
 def _whole_lines(path: Path) -> tuple[int, int]:
-    """Return the length of the file up to its last line feed, and the position after that of its last line."""
+    """Return the length of the file up to its last line feed, and the position after that of its last line.
+
+    Raises:
+        PermanentError: the last line is not one that this backend wrote.
+    """
     if path.stat().st_size == 0:
         return 0, 0
+    # Mapped, not read: a run's file may be larger than the memory.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         end = content.rfind(b"\n") + 1
         if end == 0:

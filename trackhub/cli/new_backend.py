@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub new-backend``: write a new backend's distribution, which works and passes the contract kit at once."""
+"""``trackhub new-backend``: write the distribution of a new backend, which works and passes the contract kit at once.
+
+The files come from the templates in ``templates/new_backend``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from trackhub.errors import ConfigError
 __all__ = ["new_backend", "write_backend"]
 
 CONTRACT = 1
-"""Version of the contract kit that the written backend passes."""
+"""Version of the contract kit that the new backend passes. The kit's own constant cannot be had without pytest."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 _FILES = {
@@ -37,9 +40,8 @@ _FILES = {
 def new_backend(name: str, folder: Path | None) -> None:
     """Write a new backend that passes the contract kit.
 
-    It is a complete distribution, which installs beside trackhub. NAME is what jobs will call it by, DIR where to write
-    it: by default flare-trackhub-NAME. It keeps its runs in files at first, which are then to be replaced by the real
-    store.
+    It is a complete distribution, which pip installs beside trackhub. NAME is what jobs call it by. DIR is where to
+    write it, by default flare-trackhub-NAME. It keeps its runs in files, until you replace them by your store.
     """
     target = Path(f"flare-trackhub-{name}") if folder is None else folder
     for path in write_backend(name, target):
@@ -47,7 +49,7 @@ def new_backend(name: str, folder: Path | None) -> None:
     print_lines(
         "",
         f"pip install -e '{target}[test]'   # installs it beside trackhub",
-        f"trackhub check {name} --quick     # it passes; keep it so while you replace the file by your store",
+        f"trackhub check {name} --quick     # it passes; run it again after each change",
     )
 
 
@@ -56,15 +58,15 @@ def write_backend(name: str, folder: Path) -> list[Path]:
 
     Args:
         name: the backend's name.
-        folder: where to; it must not exist, or be empty.
+        folder: where to write it. It must be empty, or not exist yet.
 
     Raises:
         ConfigError: the name cannot be a backend's, or the folder cannot be used.
     """
     if _NAME.fullmatch(name) is None or len(name) > 64 or name in registry.RESERVED:
         raise ConfigError(
-            f"{name!r} cannot be a backend's name; expected words of a-z and 0-9, joined by - or _, starting with a "
-            f"letter, and none of: {', '.join(sorted(registry.RESERVED))}"
+            f"{name!r} cannot be a backend's name; expected at most 64 characters, which are words of a-z and 0-9 "
+            f"joined by - or _, start with a letter, and are none of: {', '.join(sorted(registry.RESERVED))}"
         )
     words = re.split("[-_]", name)
     values = {
@@ -78,7 +80,7 @@ def write_backend(name: str, folder: Path) -> list[Path]:
     written = []
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty; give a folder that is, or that does not exist yet")
+            raise ConfigError(f"the folder {folder} is not empty; give one that is, or that does not exist yet")
         for path, template in _FILES.items():
             target = folder / path.format_map(values)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,5 +88,5 @@ def write_backend(name: str, folder: Path) -> list[Path]:
             target.write_text(Template(text).substitute(values), encoding="utf-8")
             written.append(target)
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error}") from error
+        raise ConfigError(f"cannot write to {folder}: {error}; give another folder") from error
     return written

@@ -22,9 +22,9 @@ import msgspec
 from trackhub import registry
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, write_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -135,7 +135,7 @@ class Receiver:
         self,
         run_dir: Path,
         *,
-        job: JobInfo,
+        job: JobInfo | str,
         side: Side,
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
@@ -145,14 +145,15 @@ class Receiver:
 
         Args:
             run_dir: the job's folder. Each backend has the folder of its name in it.
-            job: the group that all runs of this receiver belong to. A journal belongs to one job.
+            job: the group that all runs of this receiver belong to; a string is the job's id. A journal belongs to one
+                job.
             side: where the receiver is. Receivers of one job on two sides write to different runs.
             backends: the name of each backend, and its options. Secrets are best given as ``${secret:NAME}``, which is
                 resolved here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
         """
-        self.job = job
+        self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
         self._run_dir = run_dir.absolute()
         self._side = side
@@ -245,14 +246,14 @@ class Receiver:
         """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``; while the disk is very slow it can take ten seconds.
+        ``durability="normal"``. A slow disk makes it slower.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
             request: what a sender's channel was given.
 
         Returns:
-            The reply, for the sender's channel to return. It is less than 64 KiB.
+            The reply, for the sender's channel to return. It is small, usually less than 1 KiB.
         """
         try:
             message = decode_request(request)
@@ -287,7 +288,11 @@ class Receiver:
             case Chunk():
                 reached = self._blobs.add(site, request)
                 if reached is None:
-                    return Refused("blob_damaged", f"the bytes of blob {request.name!r} do not match its digest")
+                    return Refused(
+                        "blob_damaged",
+                        f"blob {request.name!r} has no name that a sender makes, or its bytes do not match its digest: "
+                        "the file was damaged at the site",
+                    )
                 return Accepted(reached)
             case Hello():
                 return self._welcome(site, request)
@@ -410,6 +415,7 @@ class Receiver:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
             _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
+        report = resolve_results(report, self.folder)
         _log.info("%s", format_report(report))
         return report
 
@@ -437,7 +443,16 @@ def _examine(batch: Batch) -> _Contents | Refused:
         return Refused("malformed", str(e))
     # No number may be beyond what SQLite can store, or the batch would fail again and again.
     if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
-        return Refused("malformed", f"the batch says records {batch.first_seq} to {batch.next_seq}, its frames do not")
+        found = "it has no frame" if first is None else f"its first frame has seq {first.seq}"
+        return Refused(
+            "malformed",
+            f"the batch declares seq {batch.first_seq} to {batch.next_seq}, but {found}. This is a defect of the "
+            "sender: report it",
+        )
     if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():
-        return Refused("malformed", f"the batch says {batch.records} records, its frames hold {records}")
+        return Refused(
+            "malformed",
+            f"the batch covers seq {batch.first_seq} to {batch.next_seq} and declares {batch.records} records; its "
+            f"frames hold {records} records and gaps of {gaps.total()}. This is a defect of the sender: report it",
+        )
     return _Contents(first.time, gaps, blobs)

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
-from trackhub.delivery.journal.store import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
@@ -121,7 +121,8 @@ def replay_spool(
             return None
         info = read_spool_info(spool)
         meta = _meta_for_spool(spool, journal, backends)
-        receiver = _receiver(journal, _job({"job": info.job, **meta}), Side(cursor), _choose(meta, backends), limits)
+        job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
+        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits)
         receiver.start()
         if _stands_in(journal):
             # Backends recognise a record by its position, so positions go on where the server's own journal ended.
@@ -209,7 +210,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Have every stream sent again from its beginning of which the journal lacks acknowledged records.
+    """Reset the cursor of each stream of which the journal lacks acknowledged records. It is sent from its beginning.
 
     A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
     """

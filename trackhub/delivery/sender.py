@@ -18,7 +18,7 @@ import msgspec
 
 from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.exchange import Exchange
+from trackhub.delivery.repeated_requests import Exchange
 from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
@@ -220,7 +220,10 @@ class Sender:
         except Exception:
             # A defect of trackhub. Training must go on.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
-            _log.exception("the sender of site %s ended unexpectedly; records stay in %s", self.site, self.folder)
+            _log.exception(
+                "the sender of site %s ended unexpectedly; its records stay in %s, for `trackhub replay` after the job",
+                self.site, self.folder,
+            )  # fmt: skip
         finally:
             self._end()
             with self._passes.changed:

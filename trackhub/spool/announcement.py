@@ -2,7 +2,7 @@
 """Announce a spool to the writers of a site, and find the announced one.
 
 Whoever runs the sender announces. ``spool_env`` makes the value of an environment variable that trainers inherit;
-``set_process_spool`` tells this process alone. `trackhub.writer.mode` finds the spool for a new writer.
+``set_process_spool`` tells this process alone. `trackhub.writer.spool_choice` finds the spool for a new writer.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ __all__ = [
     "create_spool_anywhere",
     "expect_spool",
     "expected_spool",
+    "has_streams",
     "ledger_file",
     "lock_cursor",
     "read_spool_info",
@@ -70,6 +71,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         max_bytes: limit of all files together.
         open: False once the job has ended; no new writer may start then.
         format: version of the frames.
+        name, notes, tags: what a person reads of the job, as in `trackhub.run.JobInfo`. A replay of this spool needs
+            them where the receiver's journal is not at hand, or it would write to runs of another name.
     """
 
     site: str
@@ -78,6 +81,9 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     max_bytes: int = DEFAULT_SPOOL_BYTES
     open: bool = True
     format: tuple[int, int] = FORMAT_VERSION
+    name: str = ""
+    notes: str = ""
+    tags: tuple[str, ...] = ()
 
 
 _known: dict[str, SpoolInfo] = {}
@@ -277,6 +283,11 @@ def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
         OSError: the file ``<cursor>.lock`` cannot be opened.
     """
     return ProcessLock.open(folder / f"{cursor}.lock")
+
+
+def has_streams(folder: Path) -> bool:
+    """Return whether any process has logged to this spool."""
+    return any(folder.glob("*.ledger")) or any(folder.glob("*.retired"))
 
 
 def segment_name(stream: str, segment: int) -> str:

@@ -101,7 +101,8 @@ class SpoolReader:
     def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
         """Return the next unacknowledged frames of some stream, or None if there are none. Streams take turns.
 
-        It returns the same frames until ``settle`` is called. Without ``begin_pass``, it hands out all that comes.
+        Until ``settle`` is called for a stream, that stream's next batch starts with the same frame. Without
+        ``begin_pass``, all that comes is handed out.
 
         Args:
             max_records: most records in the batch.

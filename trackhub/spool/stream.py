@@ -20,7 +20,7 @@ from trackhub.spool.drops import NEVER, Drops
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
-from trackhub.spool.segments import SegmentFile
+from trackhub.spool.segment_file import SegmentFile
 from trackhub.spool.small_files import reason_of
 
 __all__ = ["CLOSED", "Stream"]

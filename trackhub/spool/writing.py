@@ -110,7 +110,7 @@ class SpoolWriter:
 
     @property
     def last_written(self) -> int:
-        """The ``seq`` up to which readers can get. It stays behind ``next_seq`` while a gap is not written yet."""
+        """The ``seq`` after the last record in the stream. It is lower than ``next_seq`` while a gap is not written."""
         stream = self._stream
         with stream.lock:
             return stream.drops.gaps[0][0] if stream.drops.gaps else stream.next_seq
@@ -134,7 +134,8 @@ class SpoolWriter:
         stream = self._stream
         with stream.lock:
             if stream.busy:
-                encode_frame(Record(stream.next_seq, log_time, step, None, payload))  # raises here what it would later
+                # So that a bad record raises in this call.
+                encode_frame(Record(stream.next_seq, log_time, step, None, payload))
                 kept = copy.deepcopy(payload)  # it may hold the caller's own dict
                 stream.deferred.append(lambda: stream.append(kept, step, log_time))
                 return
@@ -188,7 +189,7 @@ class SpoolWriter:
         self._drop_in_turn(self._stream, reason, detail)
 
     def acked(self) -> int:
-        """Return how many of this stream's records every reader has had acknowledged, refused or explained."""
+        """Return the ``seq`` up to which every receiver accepted or refused this stream's records, gaps included."""
         stream = self._stream
         return min((self._acked(stream, cursor) for cursor in self.info.cursors), default=stream.next_seq)
 

@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract kit: tests that any backend can be put to, and that say whether it is right.
+"""The contract kit: the checks that every backend has to pass.
 
-::
+The author of a backend derives one class::
 
     class TestAcme(BackendContract):
         backend = AcmeBackend
 
         def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack: ...
 
-It needs pytest: ``pip install 'flare-trackhub[testing]'``. ``docs/writing-a-backend.md`` is the guide.
+pytest runs the class, and so does ``trackhub check``. The kit needs the extra ``testing``.
+``docs/writing-a-backend.md`` is the guide.
 """
 
 from __future__ import annotations
 
 import pytest
 
-# Before they are imported: a failing `assert` in the kit then shows its values, as it does in a test file.
+# Before these modules are imported: a failing `assert` in the kit then shows its values, as it does in a test file.
 pytest.register_assert_rewrite(
+    "trackhub.testing.checks",
     "trackhub.testing.contract",
+    "trackhub.testing.receiver_rig",
     "trackhub.testing.scenarios",
-    "trackhub.testing.checks.delivery",
-    "trackhub.testing.checks.hygiene",
-    "trackhub.testing.checks.lifecycle",
-    "trackhub.testing.checks.stored_records",
 )
 
 from trackhub.run import RunInfo, RunStatus  # noqa: E402
 from trackhub.spi import Kind  # noqa: E402
-from trackhub.testing.author import ContractHooks, StoreContext  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
-from trackhub.testing.outages import FolderPeer, Peer  # noqa: E402
+from trackhub.testing.contract_hooks import ContractHooks, StoreContext  # noqa: E402
+from trackhub.testing.outages import FolderOutage, Outage  # noqa: E402
 from trackhub.testing.readback import (  # noqa: E402
     ArtifactItem,
     HistogramItem,
@@ -46,11 +45,11 @@ __all__ = [
     "ArtifactItem",
     "BackendContract",
     "ContractHooks",
-    "FolderPeer",
+    "FolderOutage",
     "HistogramItem",
     "ImageItem",
     "Kind",
-    "Peer",
+    "Outage",
     "Point",
     "ReadBack",
     "RunInfo",

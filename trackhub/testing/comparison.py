@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a store holds what it must: nothing missing, nothing twice, nothing else."""
+"""Comparing what a store holds with what it must hold: nothing missing, nothing twice, nothing else.
+
+Scenarios and checks call it with an `expectation` and with what the contract class has read back.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 import msgspec
 
 from trackhub.spi import Capabilities, Kind
-from trackhub.testing.author import ContractHooks
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ReadBack
 
 __all__ = ["check_held", "counted", "differences"]
@@ -27,16 +30,21 @@ _FIELD_KINDS = {
     "artifacts": Kind.ARTIFACT,
 }
 _SHOWN = 5
+_TOLD = "{}: cannot_tell declares it, but read_back tells it. Remove the declaration"
 
 
 def check_held(expected: ReadBack, found: ReadBack, hooks: ContractHooks, can: Capabilities, what: str) -> None:
-    """Check that a store holds exactly what is expected, apart from the order.
+    """Check that a store holds exactly what is expected, in any order.
 
     Args:
+        expected: what it must hold.
+        found: what it holds.
+        hooks: the contract class, for what its store cannot tell.
+        can: what the backend claims.
         what: what was logged, for the message.
 
     Raises:
-        AssertionError: it does not; the message shows what is missing and what should not be there.
+        AssertionError: it does not. The message shows what is missing, and what must not be there.
     """
     problems = differences("points", expected, found, hooks)
     for field, kind in _FIELD_KINDS.items():
@@ -44,38 +52,46 @@ def check_held(expected: ReadBack, found: ReadBack, hooks: ContractHooks, can: C
             problems += differences(field, expected, found, hooks)
         elif field not in hooks.cannot_tell and kind in can.kinds:
             problems.append(
-                f"{field}: read_back gives None, though the backend claims {kind.name}; read it, or say in "
-                f"cannot_tell[{field!r}] why this store cannot tell"
+                f"{field}: read_back returns None, but the backend claims {kind.name}. Read it back, or say in "
+                f"cannot_tell[{field!r}] why this store cannot tell it"
             )
     if problems:
         raise AssertionError("\n  ".join([f"after {what}, the store does not hold what it must:", *problems]))
 
 
 def differences(field: str, expected: ReadBack, found: ReadBack, hooks: ContractHooks) -> list[str]:
-    """Return what is wrong with one field, in words."""
+    """Return what is wrong with one field, in words.
+
+    Args:
+        field: of `ReadBack`.
+        expected: what the store must hold.
+        found: what it holds.
+        hooks: the contract class, for what its store cannot tell.
+    """
     if field in hooks.cannot_tell:
-        return [f"{field}: declared in cannot_tell, but read_back tells it: remove the declaration"]
+        return [_TOLD.format(field)]
     want, have = getattr(expected, field), getattr(found, field)
     if isinstance(want, dict):
         want, have = _pairs(want), _pairs(have)
         return _multisets(field, Counter(want), Counter(have))
     hidden = {name for name in _attributes(want, have) if f"{field}.{name}" in hooks.cannot_tell}
-    told = [
-        f"{field}.{name}: declared in cannot_tell, but read_back tells it: remove the declaration"
-        for name in hidden
-        if _is_told(name, want, have)
-    ]
+    told = [_TOLD.format(f"{field}.{name}") for name in hidden if _is_told(name, want, have)]
     return told + _multisets(field, counted(want, hidden), counted(have, hidden))
 
 
 def counted(items: Iterable[Any], hidden: Iterable[str] = ()) -> Counter[str]:
-    """Return how often each item is there, spelled so that NaN equals NaN and contents are short."""
+    """Return how often each item is there. Items are spelled so that NaN equals NaN, and long contents are short.
+
+    Args:
+        items: such as the points of a `ReadBack`.
+        hidden: names of attributes that do not count.
+    """
     return Counter(_spell({k: v for k, v in _fields(item) if k not in hidden}) for item in items)
 
 
 def _multisets(field: str, want: Counter[str], have: Counter[str]) -> list[str]:
     lines = []
-    for title, extra in (("missing", want - have), ("there, but must not be", have - want)):
+    for title, extra in (("missing", want - have), ("must not be there", have - want)):
         if extra:
             total = extra.total()
             shown = [f"{item} ({n} times)" if n > 1 else item for item, n in list(extra.items())[:_SHOWN]]
@@ -90,14 +106,14 @@ def _attributes(*lists: list[Any]) -> tuple[str, ...]:
 
 
 def _is_told(name: str, want: list[Any], have: list[Any]) -> bool:
-    """Return whether an attribute agrees everywhere, where agreeing cannot be chance."""
+    """Return whether an attribute is the same everywhere, with values that differ, so that this is no chance."""
     wanted, had = (Counter(_spell(dict(_fields(item))[name]) for item in items) for items in (want, have))
     return len(wanted) > 1 and "None" not in wanted and wanted == had
 
 
 def _fields(item: Any) -> Iterable[tuple[str, Any]]:
     fields: dict[str, Any] = msgspec.structs.asdict(item)
-    # A step is an int, and True is no step; values and times are floats, however a reader spells them.
+    # Values and times are floats, whatever a reader makes of them. A step must be an int.
     return ((name, float(v) if name in ("value", "time") and v is not None else v) for name, v in fields.items())
 
 
@@ -106,7 +122,7 @@ def _pairs(values: Mapping[str, Any]) -> list[str]:
 
 
 def _spell(value: Any) -> str:
-    """Return a text that is the same for equal values, and tells 1, 1.0, True and "1" apart."""
+    """Return a text that is the same for equal values only: 1, 1.0, True and "1" have different texts."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_spell(value[key])}" for key in sorted(value, key=str)) + "}"
     if isinstance(value, list | tuple):

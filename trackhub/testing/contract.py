@@ -1,48 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract: all groups in one class."""
+"""The contract: all checks in one class, which the author of a backend derives from."""
 
 from __future__ import annotations
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.checks.base import ContractBase, Kit
-from trackhub.testing.checks.completeness import contract_problems, misspelt_methods
-from trackhub.testing.checks.delivery import Confirmation, Errors, Outages
-from trackhub.testing.checks.hygiene import Hygiene, Volume
-from trackhub.testing.checks.lifecycle import Identity, LifeCycle
-from trackhub.testing.checks.stored_records import Kinds, Names, Numbers, Steps
-from trackhub.testing.log_calls import series
+from trackhub.testing.checks.contract_problems import contract_problems, misspelt_methods
+from trackhub.testing.checks.declarations import DeclarationChecks
+from trackhub.testing.checks.delivery import ConfirmationChecks, ErrorChecks, OutageChecks, VolumeChecks
+from trackhub.testing.checks.fixtures import Kit
+from trackhub.testing.checks.identity import IdentityChecks
+from trackhub.testing.checks.key_rules import KeyChecks
+from trackhub.testing.checks.leftovers import LeftoverChecks
+from trackhub.testing.checks.lifecycle import LifecycleChecks
+from trackhub.testing.checks.stored_records import KindChecks, NumberChecks, StepChecks
+from trackhub.testing.sample_calls import series
 
 __all__ = ["BackendContract"]
 
 
-class Guard(ContractBase):
-    """The contract class itself."""
+class BackendContract(
+    DeclarationChecks,
+    LifecycleChecks,
+    KindChecks,
+    KeyChecks,
+    StepChecks,
+    NumberChecks,
+    IdentityChecks,
+    ConfirmationChecks,
+    ErrorChecks,
+    OutageChecks,
+    LeftoverChecks,
+    VolumeChecks,
+):
+    """What every backend must do. Derive a class named ``Test...``, and give it what `ContractHooks` asks for.
+
+    No check can be skipped. Override one that the backend cannot pass, and say why::
+
+        @pytest.mark.xfail(reason="the store keeps 32-bit steps")
+        def test_largest_step(self, scenarios):
+            super().test_largest_step(scenarios)
+    """
 
     def test_contract_is_whole(self) -> None:
-        """No test of the kit is removed or replaced, except by one that is xfail for a reason; no hook is misspelt."""
+        """The contract class removes no check, replaces one only by an xfail with a reason, and misspells no hook."""
         problems = list(contract_problems(type(self), BackendContract))
         assert not problems, "\n".join(problems)
 
     def test_no_method_is_misspelt(self, kit: Kit) -> None:
-        """No method of the backend or its run is almost one of the SPI's."""
+        """The backend and its runs have no misspelt SPI method: no name that is almost an SPI name."""
         rig = kit.rig().start()
         rig.log("site-1", series("loss", range(2)))
         rig.finish()
         problems = [
             *misspelt_methods([self.backend], Backend),
-            *misspelt_methods({type(run) for run in rig.watch.runs}, BackendRun),
+            *misspelt_methods({type(run) for run in rig.proxy.runs}, BackendRun),
         ]
         assert not problems, "\n".join(problems)
-
-
-class BackendContract(
-    Guard, LifeCycle, Kinds, Names, Steps, Numbers, Identity, Confirmation, Errors, Outages, Hygiene, Volume
-):
-    """What every backend must do. Derive a class named ``Test…`` and give it what `ContractHooks` asks for.
-
-    No test can be skipped. One that the backend cannot pass is overridden with a reason::
-
-        @pytest.mark.xfail(reason="the store keeps 32-bit steps")
-        def test_largest_step(self, gallery):
-            super().test_largest_step(gallery)
-    """

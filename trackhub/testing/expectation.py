@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a store must hold after these calls: the declared treatment by the core, then the declared canonical form."""
+"""What a store must hold after some log calls, worked out from them and from what the backend declares.
+
+First the core treats each call: it rejects what ``capabilities`` do not claim, and fits keys and steps. Then the
+contract class's ``canonical_*`` hooks say how the store keeps the rest. `scenarios` and the checks call `expect`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from typing import NamedTuple, TypeVar
 from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spi import Capabilities
-from trackhub.testing.author import ContractHooks
-from trackhub.testing.log_calls import Call
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
+from trackhub.testing.sample_calls import Call, FuturePayload
 
 __all__ = ["Expected", "expect", "kind_of"]
 
@@ -21,16 +25,22 @@ _T = TypeVar("_T")
 
 
 class Expected(NamedTuple):
-    """What must be in the store, and what the report must say of the rest."""
+    """What must become of the calls of one run.
+
+    Attributes:
+        held: what is in the store.
+        rejected: how many records the report rejects, by reason.
+        confirmed: how many records the report confirms.
+    """
 
     held: ReadBack
     rejected: Counter[str]
     confirmed: int
 
 
-def kind_of(payload: Payload) -> Kind:
-    """Return the kind of a payload."""
-    return KIND_OF[type(payload)]
+def kind_of(call: Call) -> Kind | None:
+    """Return the kind of what was logged, None for one that this trackhub does not know."""
+    return None if isinstance(call.payload, FuturePayload) else KIND_OF[type(call.payload)]
 
 
 def expect(
@@ -41,8 +51,8 @@ def expect(
     Args:
         logged: stream and call, times filled in, in the order in which they are in the journal.
         can: what the backend claims.
-        hooks: the declared canonical form.
-        timed: False if nobody knows the times of the calls; then they are None.
+        hooks: how the store keeps it.
+        timed: False if nobody knows the times of the calls. All times are None then.
     """
     held = ReadBack(
         points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[], status=None
@@ -62,7 +72,10 @@ def expect(
 
 
 class _Core:
-    """The core's promises for what a backend does not claim, spelled out a second time."""
+    """What the core promises to do with records that a backend cannot store, written a second time.
+
+    Only the fitting of keys is not: it is the core's own, which has tests elsewhere.
+    """
 
     def __init__(self, can: Capabilities) -> None:
         self.can = can
@@ -74,7 +87,9 @@ class _Core:
     def treat(self, stream: str, call: Call) -> tuple[str, Payload | None, int | None]:
         """Return why the call is rejected, or what is left of it and with which step."""
         payload, step = call.payload, call.step
-        if kind_of(payload) not in self.can.kinds:
+        if isinstance(payload, FuturePayload):
+            return "unknown_kind", None, None
+        if KIND_OF[type(payload)] not in self.can.kinds:
             return "unsupported_kind", None, None
         if isinstance(payload, Metrics) and not self.can.nonfinite:
             payload = Metrics({key: value for key, value in payload.values.items() if math.isfinite(value)})
@@ -99,12 +114,14 @@ class _Core:
 def _add(
     held: ReadBack, payload: Payload, step: int | None, call: Call, hooks: ContractHooks, core: _Core, *, timed: bool
 ) -> None:
+    """Add what the store keeps of one payload."""
     assert call.time is not None or not timed
     time = hooks.canonical_time(call.time or 0.0) if timed else None
     step = None if step is None else hooks.canonical_step(step)
+    kind = KIND_OF[type(payload)]
 
     def name(key: str) -> str:
-        return hooks.canonical_key(kind_of(payload), core.fit[kind_of(payload)](key))
+        return hooks.canonical_key(kind, core.fit[kind](key))
 
     match payload:
         case Metrics(values):

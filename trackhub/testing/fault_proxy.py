@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands between the lane and the backend under test: sees every call, and injects the faults that a test asks for."""
+"""A proxy between the lane and the backend under test, which notes every call and injects the faults of a check.
+
+A `ReceiverRig` puts one around its backend. The lane calls the proxy as it would call the backend.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,39 +28,37 @@ from trackhub.spi import (
     RunStatus,
     WriteReport,
 )
+from trackhub.testing.sample_calls import FuturePayload
 
-__all__ = ["KillPoint", "Watch", "watched"]
+__all__ = ["FaultProxy", "KillPoint"]
 
 
 class KillPoint(msgspec.Struct, frozen=True):
     """When this process kills itself by SIGKILL.
 
     Attributes:
-        when: ``written``: as soon as ``write`` has returned for the position; ``confirmed``: as soon as the backend
-            has confirmed it, by returning from ``flush``, or from ``write`` if it has no ``flush``.
+        when: ``written``: as soon as ``write`` has returned for the position. ``confirmed``: as soon as the backend has
+            confirmed it, by returning from ``flush`` or ``write``, whichever it declares.
         position: of the entry.
-        note: file that gets the number of confirmed entries before the end.
+        note: the file that gets the number of confirmed entries before the end.
     """
 
-    when: str
+    when: Literal["written", "confirmed"]
     position: int
     note: str
 
 
-class Watch:
-    """What one receiver's backend was asked to do, and the faults that it shall meet.
+class FaultProxy:
+    """The faults that one receiver's backend meets, and what the lane asked it to do.
+
+    The lane's thread uses it. Read the attributes when the receiver has finished.
 
     Attributes:
         runs: what ``open_run`` returned.
-        entries: run id to the positions of the entries that ``write`` took, in order, repeated ones included.
-        batches: sizes of the batches that ``write`` was called with.
-        attempts: number of calls of ``write``.
+        batches: the sizes of the batches that ``write`` was called with.
+        attempts: the number of calls of ``write``.
         failures: what the backend raised, apart from what was injected.
-        before: exceptions to raise, one a call, instead of writing.
-        after: exceptions to raise, one a call, once the batch was written.
-        poison: positions that no batch may contain: ``write`` raises PermanentError.
-        report: positions that ``write`` reports as rejected.
-        max_batch: most entries in one ``write``, if less than the backend takes.
+        broken_rules: what the backend does that no check can pass with, in words.
     """
 
     def __init__(
@@ -66,44 +67,123 @@ class Watch:
         before: Iterable[Exception] = (),
         after: Iterable[Exception] = (),
         poison: Iterable[int] = (),
-        report: Iterable[int] = (),
+        rejected: Iterable[int] = (),
+        future: Iterable[int] = (),
         max_batch: int | None = None,
         kill: KillPoint | None = None,
     ) -> None:
+        """Prepare the faults.
+
+        Args:
+            before: exceptions to raise, one a call, in place of ``write``.
+            after: exceptions to raise, one a call, once ``write`` has returned.
+            poison: positions that no batch may contain: ``write`` raises PermanentError.
+            rejected: positions that ``write`` reports as rejected.
+            future: positions whose payload is replaced by one of a kind that the backend does not know.
+            max_batch: most entries in one ``write``, if less than the backend takes.
+            kill: when this process kills itself.
+        """
         self.runs: list[BackendRun] = []
-        self.entries: dict[str, list[int]] = {}
         self.batches: list[int] = []
         self.attempts = 0
         self.failures: list[Exception] = []
-        self.before = list(before)
-        self.after = list(after)
-        self.poison = frozenset(poison)
-        self.report = frozenset(report)
-        self.max_batch = max_batch
-        self.kill = kill
+        self.broken_rules: list[str] = []
+        self._before = list(before)
+        self._after = list(after)
+        self._poison = frozenset(poison)
+        self._rejected = frozenset(rejected)
+        self._future = frozenset(future)
+        self._max_batch = max_batch
+        self._kill = kill
+
+    def around(self, cls: type[Backend[Any]]) -> type[Backend[Any]]:
+        """Return a backend class that does what ``cls`` does, through this proxy."""
+        return _proxy_class(cls, self)
+
+    def lowered(self, max_batch: int) -> int:
+        """Return the largest batch that may be written, for a backend that takes this many."""
+        return max_batch if self._max_batch is None else min(max_batch, self._max_batch)
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Note what a call of the backend raises."""
+        """Note what a call of the backend raises, and let it pass on.
+
+        A method that is not implemented is a broken rule, and its error ends here. The lane would call the method again
+        and again, and every check would take until its deadline.
+        """
         try:
             yield
+        except NotImplementedError as error:
+            self._note_broken_rule(str(error) or repr(error))
         except Exception as error:
             self.failures.append(error)
             raise
 
+    def write(self, run: BackendRun, batch: Sequence[Entry], *, confirms: bool) -> WriteReport | None:
+        """Write through the faults.
+
+        Args:
+            run: the backend's run.
+            batch: the entries.
+            confirms: whether returning from ``write`` confirms them.
+        """
+        self.attempts += 1
+        if self._before:
+            raise self._before.pop(0)
+        if self._poison.intersection(entry.position for entry in batch):
+            raise PermanentError("this batch holds an entry that can never be stored")
+        taken = [self._with_future(entry) for entry in batch if entry.position not in self._rejected]
+        report = None
+        with self.noting():
+            report = run.write(taken) if taken else None
+        self.batches.append(len(batch))
+        if self._after:
+            raise self._after.pop(0)
+        self.reached("written", batch[-1].position)
+        if confirms:
+            self.reached("confirmed", batch[-1].position)
+        mine = tuple(Rejection(entry.position, "reported") for entry in batch if entry.position in self._rejected)
+        return WriteReport((*(report.rejected if report else ()), *mine)) if mine else report
+
+    def _with_future(self, entry: Entry) -> Entry:
+        if entry.position not in self._future:
+            return entry
+        payload: Any = FuturePayload("loss", "of a newer trackhub")
+        return msgspec.structs.replace(entry, payload=payload)
+
+    def flush(self, run: BackendRun) -> Confirmation:
+        """Flush the backend's run. An answer of a wrong type is a broken rule, and counts as the store's word here."""
+        answer: object = Confirmation.STORE
+        with self.noting():
+            answer = run.flush()
+        if isinstance(answer, Confirmation):
+            return answer
+        self._note_broken_rule(
+            f"flush() returned {answer!r}; expected Confirmation.STORE if the store has the records, or "
+            "Confirmation.CLIENT if only the SDK says so"
+        )
+        return Confirmation.STORE
+
+    def _note_broken_rule(self, rule: str) -> None:
+        if rule not in self.broken_rules:
+            self.broken_rules.append(rule)
+
     def reached(self, when: str, position: int) -> None:
-        """Note that the entries up to this position are written or confirmed, and end this process if it is time."""
-        if self.kill is None or self.kill.when != when or position < self.kill.position:
+        """Kill this process if its kill point is reached.
+
+        Args:
+            when: what happened to the entries, as in `KillPoint`.
+            position: of the last one of them.
+        """
+        if self._kill is None or self._kill.when != when or position < self._kill.position:
             return
-        with open(self.kill.note, "w", encoding="utf-8") as note:
+        with open(self._kill.note, "w", encoding="utf-8") as note:
             note.write(str(position + 1))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watched(cls: type[Backend[Any]], watch: Watch) -> type[Backend[Any]]:
-    """Return a backend class that does what ``cls`` does, under this watch."""
-
-    class Watched(Backend[Any]):
+def _proxy_class(cls: type[Backend[Any]], proxy: FaultProxy) -> type[Backend[Any]]:
+    class Proxy(Backend[Any]):
         spi = cls.spi
         Options = cls.Options
         contract = cls.contract
@@ -112,25 +192,26 @@ def watched(cls: type[Backend[Any]], watch: Watch) -> type[Backend[Any]]:
         def __init__(self, options: msgspec.Struct, context: BackendContext) -> None:
             super().__init__(options, context)
             self._inner = cls(options, context)
-            self._adopt()
+            self._take_capabilities()
 
-        def _adopt(self) -> None:
+        def _take_capabilities(self) -> None:
             can = self._inner.capabilities
-            most = can.max_batch if watch.max_batch is None else min(can.max_batch, watch.max_batch)
-            self.capabilities = msgspec.structs.replace(can, max_batch=most)
+            self.capabilities = msgspec.structs.replace(can, max_batch=proxy.lowered(can.max_batch))
 
         def preflight(self) -> None:
             try:
                 self._inner.preflight()
             finally:
-                self._adopt()
+                self._take_capabilities()  # preflight may replace them
 
         def open_run(self, info: RunInfo) -> BackendRun:
-            with watch.noting():
+            try:
                 run = self._inner.open_run(info)
-            watch.runs.append(run)
-            buffers = self.capabilities.confirmed_by is ConfirmedBy.FLUSH
-            return (_BufferingRun if buffers else _Run)(run, info.run_id, watch)
+            except Exception as error:
+                proxy.failures.append(error)
+                raise
+            proxy.runs.append(run)
+            return _ProxyRun(run, proxy, write_confirms=self.capabilities.confirmed_by is ConfirmedBy.WRITE)
 
         def results(self, info: RunInfo) -> Results | None:
             return self._inner.results(info)
@@ -138,55 +219,28 @@ def watched(cls: type[Backend[Any]], watch: Watch) -> type[Backend[Any]]:
         def close(self) -> None:
             self._inner.close()
 
-    return Watched
+    return Proxy
 
 
-class _Run(BackendRun):
-    """A run whose ``write`` confirms."""
-
-    confirms_by_write = True
-
-    def __init__(self, inner: BackendRun, run_id: str, watch: Watch) -> None:
-        self.inner = inner
-        self._watch = watch
-        self._entries = watch.entries.setdefault(run_id, [])
-        self._last = -1
+class _ProxyRun(BackendRun):
+    def __init__(self, inner: BackendRun, proxy: FaultProxy, *, write_confirms: bool) -> None:
+        self._inner = inner
+        self._proxy = proxy
+        self._write_confirms = write_confirms
+        self._last_position = -1
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        watch = self._watch
-        watch.attempts += 1
-        if watch.before:
-            raise watch.before.pop(0)
-        if watch.poison.intersection(entry.position for entry in batch):
-            raise PermanentError("this batch holds an entry that can never be stored")
-        taken = [entry for entry in batch if entry.position not in watch.report]
-        with watch.noting():
-            report = self.inner.write(taken) if taken else None
-        watch.batches.append(len(batch))
-        self._entries += [entry.position for entry in taken]
-        self._last = batch[-1].position
-        if watch.after:
-            raise watch.after.pop(0)
-        watch.reached("written", self._last)
-        if self.confirms_by_write:
-            watch.reached("confirmed", self._last)
-        mine = tuple(Rejection(entry.position, "reported") for entry in batch if entry.position in watch.report)
-        return WriteReport((*(report.rejected if report else ()), *mine)) if mine else report
-
-    def finish(self, status: RunStatus) -> None:
-        self.inner.finish(status)
-
-    def next_position(self) -> int:
-        return self.inner.next_position()
-
-
-class _BufferingRun(_Run):
-    """A run whose ``flush`` confirms."""
-
-    confirms_by_write = False
+        report = self._proxy.write(self._inner, batch, confirms=self._write_confirms)
+        self._last_position = batch[-1].position
+        return report
 
     def flush(self) -> Confirmation:
-        with self._watch.noting():
-            confirmation = self.inner.flush()
-        self._watch.reached("confirmed", self._last)
+        confirmation = self._proxy.flush(self._inner)
+        self._proxy.reached("confirmed", self._last_position)
         return confirmation
+
+    def finish(self, status: RunStatus) -> None:
+        self._inner.finish(status)
+
+    def next_position(self) -> int:
+        return self._inner.next_position()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m trackhub.testing.killed_receiver PLAN``: a receiver in a process of its own, which dies by SIGKILL.
+"""A receiver in a process of its own, which delivers what a journal holds and dies by SIGKILL on the way.
 
-It delivers what a journal holds, and the plan says at which point of that it kills itself. It never ends in order.
+The checks of ``checks/delivery.py`` call `deliver_until_killed`, which starts the process. There `main` runs a receiver
+on the same journal and store. It never ends in order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import reduce
@@ -19,66 +22,150 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import JOURNAL_NAME
-from trackhub.limits import Limits
-from trackhub.spi import Backend, JobInfo
-from trackhub.testing.fault_proxy import Watch, watched
-from trackhub.testing.receiver_rig import Child, KitReceiver, read_child
+import msgspec
 
-__all__ = ["main"]
+from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.report_builder import read_journal_report
+from trackhub.limits import Limits
+from trackhub.run import JobInfo, Side
+from trackhub.spi import Backend
+from trackhub.testing.fault_proxy import FaultProxy, KillPoint
+from trackhub.testing.receiver_rig import ReceiverOfClass, ReceiverRig
+
+__all__ = ["deliver_until_killed", "main"]
 
 _PATIENCE_S = 60.0
+_PROCESS_S = 120.0
+_START = "import sys; from trackhub.testing.killed_receiver import main; sys.exit(main())"
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """What the process does.
+
+    Attributes:
+        module: the module of the backend's class.
+        qualname: the class's name in it.
+        source: the file of a module that cannot be imported by its name.
+        path: ``sys.path``.
+        name: the backend's name.
+        options: the backend's options.
+        folder: the receiver's folder, with the journal.
+        run_dir: the job's run folder.
+        job: the job.
+        side: where the receiver is.
+        kill: when to die; None to die when all is delivered and the journal knows it.
+        max_batch: most entries in one ``write``.
+    """
+
+    module: str
+    qualname: str
+    source: str
+    path: list[str]
+    name: str
+    options: dict[str, Any]
+    folder: str
+    run_dir: str
+    job: JobInfo
+    side: Side
+    kill: KillPoint | None
+    max_batch: int
+
+
+def deliver_until_killed(rig: ReceiverRig, kill: KillPoint | None, *, max_batch: int) -> int:
+    """Deliver what a finished receiver's journal holds, from a process that is killed on the way.
+
+    Args:
+        rig: the receiver.
+        kill: when the process dies; None for when all is delivered.
+        max_batch: most entries in one ``write``.
+
+    Returns:
+        How many entries were confirmed when it died; -1 without a kill point.
+
+    Raises:
+        AssertionError: the process ended in another way. The message shows what it wrote.
+    """
+    path = [os.path.abspath(part) for part in sys.path]
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder, "plan.json")
+        plan.write_bytes(msgspec.json.encode(_plan(rig, path, kill, max_batch)))
+        done = subprocess.run(
+            [sys.executable, "-c", _START, str(plan)],
+            capture_output=True,
+            text=True,
+            timeout=_PROCESS_S,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            check=False,
+        )
+    if done.returncode != -signal.SIGKILL:
+        raise AssertionError(
+            f"the process that was to be killed while it delivers ended by itself, with status {done.returncode}. "
+            f"It wrote:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
+    return int(Path(kill.note).read_text(encoding="utf-8")) if kill else -1
+
+
+def _plan(rig: ReceiverRig, path: list[str], kill: KillPoint | None, max_batch: int) -> _Plan:
+    cls = rig.hooks.backend
+    return _Plan(
+        module=cls.__module__,
+        qualname=cls.__qualname__,
+        source=getattr(sys.modules[cls.__module__], "__file__", None) or "",
+        path=path,
+        name=rig.hooks.name,
+        options=dict(rig.context.options),
+        folder=str(rig.folder),
+        run_dir=str(rig.root),
+        job=rig.job,
+        side=rig.context.side,
+        kill=kill,
+        max_batch=max_batch,
+    )
 
 
 def main() -> int:
-    """Deliver until killed. Returning at all, with a status above 0, is a failure."""
+    """Deliver until killed, as the plan in the file ``sys.argv[1]`` says. Return 1 if still alive after a minute."""
     logging.basicConfig(level=logging.INFO)
-    child = read_child(Path(sys.argv[1]))
-    watch = Watch(kill=child.kill, max_batch=child.max_batch)
-    receiver = KitReceiver(
-        watched(_load(child), watch),
-        Path(child.folder),
-        Path(child.workdir),
-        job=JobInfo(child.job),
-        side=child.side,
-        backends={child.name: child.options},
+    plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=_Plan)
+    receiver = ReceiverOfClass(
+        FaultProxy(kill=plan.kill, max_batch=plan.max_batch).around(_load(plan)),
+        Path(plan.run_dir),
+        state_dir=Path(plan.folder),
+        job=plan.job,
+        side=plan.side,
+        backends={plan.name: plan.options},
         limits=Limits(flush_s=0.05, preflight_s=_PATIENCE_S),
     )
     receiver.start()
     deadline = time.monotonic() + _PATIENCE_S
     pause = threading.Event()
     while time.monotonic() < deadline:
-        if child.kill is None and _is_delivered(child):
+        if plan.kill is None and _is_delivered(plan):
             os.kill(os.getpid(), signal.SIGKILL)
         pause.wait(0.02)
-    report = read_journal_report(Path(child.folder, JOURNAL_NAME))
+    report = read_journal_report(Path(plan.folder, JOURNAL_NAME))
     sys.stderr.write(f"still alive after {_PATIENCE_S:g} s: {report.lanes}\n")
     return 1
 
 
-def _is_delivered(child: Child) -> bool:
-    lane = read_journal_report(Path(child.folder, JOURNAL_NAME)).lanes.get(child.name, {})
+def _is_delivered(plan: _Plan) -> bool:
+    lane = read_journal_report(Path(plan.folder, JOURNAL_NAME)).lanes.get(plan.name, {})
     return bool(lane) and all(run.pending == 0 for run in lane.values())
 
 
-def _load(child: Child) -> type[Backend[Any]]:
+def _load(plan: _Plan) -> type[Backend[Any]]:
     """Import the backend's class, by its module's name or else from its file, as for a module of tests."""
     module: ModuleType
     try:
-        module = importlib.import_module(child.module)
+        module = importlib.import_module(plan.module)
     except ImportError:
-        spec = importlib.util.spec_from_file_location(child.module, child.source)
+        spec = importlib.util.spec_from_file_location(plan.module, plan.source)
         if spec is None or spec.loader is None:
             raise
         module = importlib.util.module_from_spec(spec)
-        sys.modules[child.module] = module
+        sys.modules[plan.module] = module
         spec.loader.exec_module(module)
-    cls = reduce(getattr, child.qualname.split("."), module)
+    cls = reduce(getattr, plan.qualname.split("."), module)
     assert isinstance(cls, type)
     assert issubclass(cls, Backend)
     return cls
-
-
-if __name__ == "__main__":
-    sys.exit(main())

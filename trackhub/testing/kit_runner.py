@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put an installed backend to the unmodified contract kit: what ``trackhub check`` does."""
+"""Run the unmodified contract kit on an installed backend, and report how each check ended.
+
+``trackhub check`` calls `run_check`, which runs pytest in this process.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ import pytest
 
 from trackhub import registry
 from trackhub.errors import BackendLoadError, PluginError
-from trackhub.testing.checks.base import QUICK_ENV
+from trackhub.testing.checks.fixtures import QUICK_ENV
 from trackhub.testing.contract import BackendContract
 from trackhub.testing.version import KIT_VERSION
 
-__all__ = ["GROUP", "CheckReport", "TestOutcome", "find_contract", "run_check"]
+__all__ = ["GROUP", "CheckOutcome", "CheckReport", "find_contract", "run_check"]
 
 GROUP = "trackhub.contracts"
 """The entry-point group in which plugins name their contract class, under the backend's name."""
@@ -35,18 +38,16 @@ class TestContract(find_contract({name!r})):
 """
 
 
-class TestOutcome(msgspec.Struct, frozen=True):
-    """How one test of the kit ended.
+class CheckOutcome(msgspec.Struct, frozen=True):
+    """How one check ended.
 
     Attributes:
-        name: of the test, parameters in brackets.
+        name: the check's name, parameters in brackets.
         rule: the sentence that says what it demands.
-        outcome: ``passed``, ``failed``, ``declared`` (it fails, and the contract class says why), ``skipped`` (which
-            no test of the kit does by itself) or ``missing``.
-        detail: why it failed, was expected to, or was skipped.
+        outcome: ``passed``, ``failed``, ``declared`` (it failed, and the contract class says why), ``skipped`` (which
+            no check does by itself) or ``missing``.
+        detail: why it failed, was expected to fail, or was skipped.
     """
-
-    __test__ = False
 
     name: str
     rule: str
@@ -55,15 +56,15 @@ class TestOutcome(msgspec.Struct, frozen=True):
 
 
 class CheckReport(msgspec.Struct, frozen=True):
-    """What a check found.
+    """What the kit found about a backend.
 
     Attributes:
-        backend: its name.
+        backend: the backend's name.
         contract: version of the kit.
         claimed: version of the kit that the backend says it passed.
-        passed: whether every test passed, or failed as declared.
-        cannot_tell: what the store cannot tell, and why, as its contract class declares.
-        tests: how each test ended.
+        passed: whether every check passed, or failed as declared.
+        cannot_tell: what the store cannot tell, and why, as the contract class declares.
+        tests: how each check ended.
     """
 
     backend: str
@@ -71,7 +72,7 @@ class CheckReport(msgspec.Struct, frozen=True):
     claimed: int
     passed: bool
     cannot_tell: dict[str, str]
-    tests: list[TestOutcome]
+    tests: list[CheckOutcome]
 
 
 def find_contract(name: str) -> type[BackendContract]:
@@ -79,7 +80,7 @@ def find_contract(name: str) -> type[BackendContract]:
 
     Raises:
         UnknownBackendError: there is no backend of this name.
-        PluginError: it cannot be loaded, or its distribution names no contract class, or not one of this backend.
+        PluginError: it cannot be loaded, or its distribution names no contract class of this backend.
     """
     cls = registry.load(name)
     points = [point for point in metadata.entry_points(group=GROUP) if point.name == name]
@@ -116,32 +117,26 @@ def run_check(
 
     Args:
         name: the backend's name.
-        options: options of the backend, over those of its contract class.
-        quick: with fewer points.
+        options: options of the backend, which win over those of its contract class.
+        quick: log fewer points.
         verbose: let pytest print what it does, with tracebacks.
 
     Raises:
         UnknownBackendError: there is no backend of this name.
         InvalidOptionError: an option is unknown or wrong.
-        PluginError: it, or its contract class, cannot be loaded.
+        PluginError: the backend or its contract class cannot be loaded.
     """
     contract = find_contract(name)
     registry.build_options(name, contract.backend, options or {})
     collector = _Collector()
-    with tempfile.TemporaryDirectory(prefix="trackhub-check-") as folder, _environment(quick):
-        root = Path(folder)
-        file = root / "test_contract.py"
+    with tempfile.TemporaryDirectory(prefix="trackhub-check-") as folder, _quick_set(quick):
+        file = Path(folder, "test_contract.py")
         file.write_text(_TEST_FILE.format(name=name, options=dict(options or {})), encoding="utf-8")
-        (root / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # nobody else's configuration
-        arguments = [str(file), "-c", str(root / "pytest.ini"), "--rootdir", str(root), "-p", "no:cacheprovider"]
-        arguments += ["-p", "no:randomly", "-p", "no:xdist", "-p", "no:cov", "-o", "xfail_strict=true"]
-        arguments += ["--basetemp", str(root / "tmp"), "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        arguments += ["-v"] if verbose else ["-p", "no:terminal"]
-        status = pytest.main(arguments, plugins=[collector])
+        status = pytest.main(_arguments(file, verbose=verbose), plugins=[collector])
     tests = collector.outcomes()
     if not tests:
         tests = [
-            TestOutcome("collection", "the contract class can be collected", "failed", f"pytest ended with {status!r}")
+            CheckOutcome("collection", "the contract class can be collected", "failed", f"pytest ended with {status!r}")
         ]
     return CheckReport(
         backend=name,
@@ -153,13 +148,25 @@ def run_check(
     )
 
 
+def _arguments(file: Path, *, verbose: bool) -> list[str]:
+    """Return pytest's arguments for this test file, with none of the configuration and plugins of the folder around."""
+    root = file.parent
+    (root / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    return [
+        *(str(file), "-c", str(root / "pytest.ini"), "--rootdir", str(root), "--basetemp", str(root / "tmp")),
+        *("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:xdist", "-p", "no:cov"),
+        *("-o", "xfail_strict=true", "-W", "ignore::pytest.PytestAssertRewriteWarning"),
+        *(["-v"] if verbose else ["-p", "no:terminal"]),
+    ]
+
+
 class _Collector:
-    """Keeps how every test ended; a pytest plugin."""
+    """A pytest plugin that keeps how every check ended."""
 
     def __init__(self) -> None:
         self._rules: dict[str, str] = {}
         self._ended: dict[str, tuple[str, str]] = {}
-        self._problems: list[TestOutcome] = []
+        self._problems: list[CheckOutcome] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -169,7 +176,7 @@ class _Collector:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._problems.append(TestOutcome("collection", "", "failed", _reason(report)))
+            self._problems.append(CheckOutcome("collection", "", "failed", _reason(report)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("::")[2]
@@ -182,14 +189,14 @@ class _Collector:
         else:
             self._ended.setdefault(name, ("passed", ""))
 
-    def outcomes(self) -> list[TestOutcome]:
-        """Return how each test ended, in order, and what of the kit was not there at all."""
-        found = [TestOutcome(name, self._rules.get(name, ""), *ended) for name, ended in self._ended.items()]
+    def outcomes(self) -> list[CheckOutcome]:
+        """Return how each check ended, in order, and which checks of the kit did not run."""
+        found = [CheckOutcome(name, self._rules.get(name, ""), *ended) for name, ended in self._ended.items()]
         ran = {name.partition("[")[0] for name in self._ended}
         missing = [name for name in dir(BackendContract) if name.startswith("test_") and name not in ran]
         if not found:
             return self._problems
-        return [*self._problems, *found, *(TestOutcome(name, "", "missing", "it did not run") for name in missing)]
+        return [*self._problems, *found, *(CheckOutcome(name, "", "missing", "it did not run") for name in missing)]
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -202,8 +209,8 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 @contextmanager
-def _environment(quick: bool) -> Iterator[None]:
-    """Let the kit be quick, or not, whatever the caller's environment says."""
+def _quick_set(quick: bool) -> Iterator[None]:
+    """Make the kit quick, or not, whatever the environment says; restore the environment at the end."""
     before = os.environ.get(QUICK_ENV)
     os.environ[QUICK_ENV] = "1" if quick else "0"
     try:

@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend writes to, made to fail and to heal."""
+"""How the kit makes the store of a backend unavailable, and available again.
+
+A contract class returns an `Outage` from its hook ``outage``. The checks in ``checks/delivery.py`` begin and end it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["FolderPeer", "Peer"]
+__all__ = ["FolderOutage", "Outage"]
 
 
-class Peer(Protocol):
-    """The real thing that a backend writes to: a server, a service, a folder."""
+class Outage(Protocol):
+    """An outage of the real store that a backend writes to: a server, a service, a folder."""
 
-    def fail(self) -> None:
-        """Make it unavailable: nothing that is written from now on is stored."""
+    def begin(self) -> None:
+        """Make the store unavailable: from now on it stores nothing. Block until that is so."""
 
-    def heal(self) -> None:
-        """Make it available again, at the same address and with the data that it had."""
+    def end(self) -> None:
+        """Make the store available again, at the same address and with the data that it had."""
 
 
-class FolderPeer:
-    """A folder that a backend keeps its files in. While it fails, a file stands in its place."""
+class FolderOutage:
+    """The outage of a folder that a backend keeps its files in. Meanwhile a file stands in the folder's place."""
 
     def __init__(self, folder: Path) -> None:
-        """Stand for this folder."""
+        """Prepare the outage of this folder, which must exist when it begins."""
         self._folder = folder
         self._away = folder.with_name(f"{folder.name}.away")
 
-    def fail(self) -> None:
+    def begin(self) -> None:
         """Move the folder away."""
         self._folder.rename(self._away)
         self._folder.write_bytes(b"")
 
-    def heal(self) -> None:
+    def end(self) -> None:
         """Move the folder back."""
         if self._away.exists():
             self._folder.unlink()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a store holds of one run, as the author of a contract class reads it back."""
+"""What a store holds of one run, in a form that does not depend on the backend.
+
+The hook ``read_back`` of a contract class makes a `ReadBack`, and the kit compares it with what was logged. Keys,
+steps, values and times are as stored; times are unix seconds (UTC).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,7 @@ __all__ = ["ArtifactItem", "HistogramItem", "ImageItem", "Point", "ReadBack", "T
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One value of one metric.
-
-    Attributes:
-        key, step, value: as stored.
-        time: unix seconds (UTC) as stored.
-    """
+    """One value of one metric."""
 
     key: str
     step: int | None
@@ -54,7 +53,7 @@ class HistogramItem(msgspec.Struct, frozen=True):
 
 
 class TableItem(msgspec.Struct, frozen=True):
-    """One table."""
+    """One table: column names, and one list of cells for each row."""
 
     key: str
     step: int | None
@@ -64,7 +63,7 @@ class TableItem(msgspec.Struct, frozen=True):
 
 
 class ArtifactItem(msgspec.Struct, frozen=True):
-    """One file."""
+    """One file; ``content`` is its bytes."""
 
     key: str
     content: bytes
@@ -77,14 +76,18 @@ class ArtifactItem(msgspec.Struct, frozen=True):
 class ReadBack(msgspec.Struct, kw_only=True):
     """What a store holds of one run.
 
-    A field is None if this store cannot tell it; the contract class then says so, and why, in ``cannot_tell``. A store
-    that holds nothing of a kind gives an empty list or dict.
+    A field is None if this store cannot tell it. The contract class then says so, and why, in ``cannot_tell``. For a
+    store that holds nothing of a kind, the field is an empty list or dict.
 
     Attributes:
-        points: of all metrics. Within a key in the order in which the store shows them.
+        points: of all metrics. Those of one key are in the order in which the store shows them.
         params: name to value.
         tags: name to value.
-        texts, images, histograms, tables, artifacts: one item for each record.
+        texts: one item for each record, as in the next four fields.
+        images: the images.
+        histograms: the histograms.
+        tables: the tables.
+        artifacts: the files that were logged.
         status: how the run ended, in the store's own word; None while it is open.
     """
 

@@ -1,72 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A receiver under test: trackhub's own receiver, journal and lane, with the backend of a contract class behind them."""
+"""A receiver under test: trackhub's own receiver, journal and lane, with the backend of a contract class behind them.
+
+Checks get a `ReceiverRig` from their `Kit`, let sites log, finish it, and read the store back.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from trackhub import registry
 from trackhub.delivery.blobs import BlobStore
-from trackhub.delivery.journal.counts import read_journal_report
-from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.wire import Accepted, Final, Request, SiteCounts, decode_reply, encode
 from trackhub.limits import Limits
-from trackhub.run import RunInfo, RunStatus, Side
-from trackhub.spi import Backend, BackendContext, Capabilities, JobInfo
-from trackhub.testing.author import ContractHooks, StoreContext
-from trackhub.testing.fault_proxy import KillPoint, Watch, watched
-from trackhub.testing.log_calls import BASE_TIME, Call, Stream
+from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus, Side
+from trackhub.spi import Backend, BackendContext, Capabilities
+from trackhub.testing.contract_hooks import ContractHooks, StoreContext
+from trackhub.testing.fault_proxy import FaultProxy
 from trackhub.testing.readback import ReadBack
+from trackhub.testing.sample_calls import BASE_TIME, Call, Stream
 
-__all__ = ["Child", "KitReceiver", "KitRig", "read_child"]
+__all__ = ["ReceiverOfClass", "ReceiverRig"]
 
 _POLL_S = 0.01
-_CHILD_S = 120.0
 
 
-class Child(msgspec.Struct, frozen=True):
-    """What the process of ``python -m trackhub.testing.killed_receiver`` is to do: deliver what a journal holds.
+class ReceiverOfClass(Receiver):
+    """A receiver with one backend, which is given as a class and need not be installed.
 
     Attributes:
-        module, qualname: where the backend's class is.
-        source: the file of a module that cannot be imported by its name.
-        path: ``sys.path``.
-        name, options, folder, workdir, job, side: of the receiver.
-        kill: when to die; None to die when all is delivered, and the journal knows it.
-        max_batch: most entries in one ``write``.
+        backend: the backend's object, once the receiver is started.
     """
 
-    module: str
-    qualname: str
-    source: str
-    path: list[str]
-    name: str
-    options: dict[str, Any]
-    folder: str
-    workdir: str
-    job: str
-    side: Side
-    kill: KillPoint | None
-    max_batch: int
+    def __init__(self, cls: type[Backend[Any]], run_dir: Path, **rest: Any) -> None:
+        """Prepare a receiver.
 
-
-class KitReceiver(Receiver):
-    """A receiver whose one backend is a given class, installed or not."""
-
-    def __init__(self, cls: type[Backend[Any]], folder: Path, workdir: Path, **rest: Any) -> None:
-        super().__init__(workdir, state_dir=folder, **rest)
+        Args:
+            cls: the backend's class.
+            run_dir: the job's run folder.
+            rest: the other arguments of `Receiver`.
+        """
+        super().__init__(run_dir, **rest)
         self._cls = cls
         self.backend: Backend[Any] | None = None
 
@@ -77,14 +58,16 @@ class KitReceiver(Receiver):
         return self.backend
 
 
-class KitRig:
-    """One receiver. Logging goes straight to the receiver, as if a site's sender had sent it.
+class ReceiverRig:
+    """One receiver. Calls go straight to it, as if a site's sender had sent them.
 
     Attributes:
+        hooks: the contract class.
         root: the job's run folder.
-        job, side: of all its runs.
-        watch: what the backend was asked to do, and what faults it meets.
-        logged: site to what it logged, in order: name of the stream, and the call with its time filled in.
+        folder: the receiver's own folder in it.
+        context: where the backend works, and with which options.
+        proxy: the faults that the backend meets, and what it was asked to do.
+        logged: site to what it logged, in order: the stream's name, and the call with its time filled in.
         report: the delivery report, once finished.
     """
 
@@ -94,44 +77,61 @@ class KitRig:
         root: Path,
         options: Mapping[str, Any],
         *,
-        job: str,
+        job: JobInfo,
         side: Side = Side.SERVER,
-        watch: Watch | None = None,
+        proxy: FaultProxy | None = None,
         deliver: bool = True,
     ) -> None:
+        """Prepare a receiver; ``start`` starts it.
+
+        Args:
+            hooks: the contract class.
+            root: the job's run folder, which exists.
+            options: the backend's options.
+            job: the job of all its runs.
+            side: where it is.
+            proxy: the faults that the backend meets; none by default.
+            deliver: False for a receiver that only fills its journal.
+        """
+        self.hooks = hooks
         self.root = root
-        self.job = job
-        self.side = side
-        self.watch = watch or Watch()
+        self.folder = root / "trackhub"
+        self.proxy = proxy or FaultProxy()
         self.logged: dict[str, list[tuple[str, Call]]] = {}
         self.report: DeliveryReport | None = None
+        self.context = StoreContext(root / hooks.name, job, side, options={**options, **hooks.extra_options})
         self._streams: dict[tuple[str, str], Stream] = {}
         self._threads: list[threading.Thread] = []
         self._started = False
-        self._hooks = hooks
-        self._options = {**options, **hooks.extra_options}
-        self._folder = root / "trackhub"
-        self.context = StoreContext(root / hooks.name, JobInfo(job), side, options=self._options)
-        self._receiver = KitReceiver(
-            watched(hooks.backend, self.watch),
-            self._folder,
+        self._receiver = ReceiverOfClass(
+            self.proxy.around(hooks.backend),
             root,
-            job=JobInfo(job),
+            state_dir=self.folder,
+            job=job,
             side=side,
-            backends={hooks.name: self._options} if deliver else {},
+            backends={hooks.name: self.context.options} if deliver else {},
             limits=Limits(flush_s=0.05, preflight_s=hooks.deadline_s),
         )
 
-    def start(self) -> KitRig:
-        """Start the receiver. Raises ConfigError if the backend says that it cannot be used as configured."""
+    def start(self) -> ReceiverRig:
+        """Start the receiver.
+
+        Raises:
+            ConfigError: the backend says that it cannot be used as configured.
+        """
         self.context.workdir.mkdir(parents=True, exist_ok=True)
-        self._hooks.prepare(self.context)
+        self.hooks.prepare(self.context)
         before = set(threading.enumerate())
         self._receiver.start()
         self._started = True
-        name = f"trackhub-lane-{self._hooks.name}"
+        name = f"trackhub-lane-{self.hooks.name}"
         self._threads = [thread for thread in threading.enumerate() if thread.name == name and thread not in before]
         return self
+
+    @property
+    def job(self) -> JobInfo:
+        """The job of all its runs."""
+        return self.context.job
 
     @property
     def can(self) -> Capabilities:
@@ -139,9 +139,10 @@ class KitRig:
         assert self._receiver.backend is not None
         return self._receiver.backend.capabilities
 
-    def again(self, *, watch: Watch | None = None) -> KitRig:
-        """Return another receiver on the same journal and store, as after a restart or for a replay; not started."""
-        rig = KitRig(self._hooks, self.root, self._options, job=self.job, side=self.side, watch=watch)
+    def again(self) -> ReceiverRig:
+        """Return another receiver on the same journal and store, as after a restart. It is not started."""
+        context = self.context
+        rig = ReceiverRig(self.hooks, self.root, context.options, job=context.job, side=context.side)
         rig.logged = self.logged
         rig._streams = self._streams
         return rig
@@ -154,7 +155,7 @@ class KitRig:
             calls: what it logs, in one batch.
             stream: the name of the writing process.
         """
-        source = self._streams.setdefault((site, stream), Stream(f"{self.job}/{site}/{stream}"))
+        source = self._streams.setdefault((site, stream), Stream(f"{self.job.id}/{self.context.side}/{site}/{stream}"))
         timed, chunks, batch = source.append(calls)
         self.logged.setdefault(site, []).extend((stream, call) for call in timed)
         requests: list[Request] = [*chunks, batch]
@@ -163,7 +164,7 @@ class KitRig:
         return timed
 
     def request(self, site: str, request: bytes) -> bytes:
-        """Hand over one request of a site; what a sender's channel does."""
+        """Answer one request of a site, for the channel of a sender."""
         return self._receiver.handle(site, request)
 
     def _send(self, site: str, request: Request) -> None:
@@ -172,20 +173,30 @@ class KitRig:
             message = f"the receiver did not accept a request of the contract kit: {reply}"
             raise AssertionError(message)  # noqa: TRY004 - it is no argument that has a wrong type
 
-    def settle(self, site: str, *, timeout_s: float | None = None) -> RunReport:
-        """Wait until the backend has confirmed or rejected all that this site logged, and return the counts."""
-        run = self.wait_for(site, lambda run: run.pending == 0, timeout_s)
-        if run.pending:
-            raise AssertionError(f"{run.pending} records are still pending: {run.last_error or 'no error was raised'}")
+    def settle(self, site: str) -> RunReport:
+        """Wait until the backend has confirmed or rejected all that this site logged, and return the counts.
+
+        Raises:
+            AssertionError: it did not within the contract class's ``deadline_s``, or the backend broke a rule.
+        """
+        run = self.wait_for(site, lambda run: run.pending == 0)
+        self._check_rules()
+        assert not run.pending, f"{run.pending} records are still pending: {run.last_error or 'no error was raised'}"
         return run
 
-    def wait_for(self, site: str, condition: Any, timeout_s: float | None = None) -> RunReport:
-        """Wait until the site's counts meet a condition, or the time is up; return them."""
-        deadline = time.monotonic() + (self._hooks.deadline_s if timeout_s is None else timeout_s)
+    def wait_for(self, site: str, condition: Callable[[RunReport], bool], timeout_s: float | None = None) -> RunReport:
+        """Wait until a site's counts meet a condition, or the time is up; return them.
+
+        Args:
+            site: whose run.
+            condition: returns True when there is nothing more to wait for.
+            timeout_s: the longest wait, in seconds; by default the contract class's ``deadline_s``.
+        """
+        deadline = time.monotonic() + (self.hooks.deadline_s if timeout_s is None else timeout_s)
         pause = threading.Event()
         while True:
-            report = read_journal_report(self._folder / JOURNAL_NAME)
-            run = report.lanes.get(self._hooks.name, {}).get(site)
+            report = read_journal_report(self.folder / JOURNAL_NAME)
+            run = report.lanes.get(self.hooks.name, {}).get(site)
             run = run or RunReport(pending=report.sites[site].journaled)
             if condition(run) or time.monotonic() > deadline:
                 return run
@@ -198,91 +209,61 @@ class KitRig:
         failed: Sequence[str] = (),
         deadline_s: float | None = None,
     ) -> DeliveryReport:
-        """End the job: every site sends its final message, those in ``failed`` with an error. Check that the counts add up."""
+        """End the job: every site sends its final message, and the receiver finishes.
+
+        Args:
+            status: how the job ended.
+            failed: the sites whose training failed.
+            deadline_s: the longest time, in seconds; by default the contract class's ``deadline_s``.
+
+        Raises:
+            AssertionError: the counts of the report do not add up, or the backend broke a rule.
+        """
         for site, calls in self.logged.items():
             self._send(site, Final(SiteCounts(logged=len(calls), acked=len(calls)), failed=site in failed))
         self.report = self._receiver.finish(
-            status, deadline_s=self._hooks.deadline_s if deadline_s is None else deadline_s
+            status, deadline_s=self.hooks.deadline_s if deadline_s is None else deadline_s
         )
-        assert self.report.balanced, f"the counts do not add up: {self.report}"
+        self._check_rules()
+        assert self.report.balanced, f"the counts of the delivery report do not add up: {self.report}"
         return self.report
 
+    def _check_rules(self) -> None:
+        assert not self.proxy.broken_rules, "\n".join(self.proxy.broken_rules)
+
     def run(self, site: str) -> RunReport:
-        """Return what the report says of this site."""
+        """Return what the delivery report says of this site's run."""
         assert self.report is not None
-        return self.report.lanes[self._hooks.name][site]
+        return self.report.lanes[self.hooks.name][site]
 
     def info(self, site: str) -> RunInfo:
         """Return what identifies a site's run."""
+        job, side = self.context.job, self.context.side
         created = next((call.time for _, call in self.logged.get(site, ()) if call.time is not None), BASE_TIME)
-        return RunInfo(JobInfo(self.job), site, self.side, created, 0, BlobStore(self._folder / "blobs").folder(site))
+        parent = None if site == FEDERATION else RunKey(job.id, FEDERATION)
+        return RunInfo(job, site, side, created, 0, BlobStore(self.folder / "blobs").folder(site), parent)
 
     def read(self, site: str) -> ReadBack:
-        """Return what the store holds of this site's run, by the author's own door.
+        """Return what the store holds of this site's run, as the contract class reads it.
 
         Raises:
             AssertionError: the run is not there, or cannot be read.
         """
         try:
-            return self._hooks.read_back(self.info(site), self.context)
+            return self.hooks.read_back(self.info(site), self.context)
         except Exception as error:
             raise AssertionError(
-                f"read_back finds no run of job {self.job!r}, site {site!r} that it can read: "
+                f"read_back cannot read the run of job {self.job.unique_name!r}, site {site!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
     def close(self) -> None:
-        """End a receiver that a failed test has left running."""
+        """End a receiver that a failed check has left running."""
         if self.report is None and self._started:
             self.report = self._receiver.finish(RunStatus.ABORTED, deadline_s=0.0)
 
     def is_hung(self) -> bool:
-        """Return whether the backend has not returned from a call; waits for it a little."""
+        """Return whether the backend has not returned from a call. Waits up to ``patience_s`` for it."""
         for thread in self._threads:
-            thread.join(self._hooks.patience_s)
+            thread.join(self.hooks.patience_s)
         return any(thread.is_alive() for thread in self._threads)
-
-    def run_child(self, kill: KillPoint | None, *, max_batch: int) -> int:
-        """Deliver what this finished receiver's journal holds from a process that is killed on the way.
-
-        Returns:
-            How many entries were confirmed when it died.
-        """
-        cls = self._hooks.backend
-        module = sys.modules[cls.__module__]
-        child = Child(
-            module=cls.__module__,
-            qualname=cls.__qualname__,
-            source=getattr(module, "__file__", None) or "",
-            path=[os.path.abspath(part) for part in sys.path],
-            name=self._hooks.name,
-            options=dict(self._options),
-            folder=str(self._folder),
-            workdir=str(self.root),
-            job=self.job,
-            side=self.side,
-            kill=kill,
-            max_batch=max_batch,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            plan = Path(folder, "child.json")
-            plan.write_bytes(msgspec.json.encode(child))
-            done = subprocess.run(
-                [sys.executable, "-m", "trackhub.testing.killed_receiver", str(plan)],
-                capture_output=True,
-                text=True,
-                timeout=_CHILD_S,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(child.path)},
-                check=False,
-            )
-        if done.returncode != -9:
-            raise AssertionError(
-                f"a process that should have been killed while it delivered ended by itself with status "
-                f"{done.returncode}. It wrote:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-        return int(Path(kill.note).read_text(encoding="utf-8")) if kill else -1
-
-
-def read_child(path: Path) -> Child:
-    """Return the plan in a file."""
-    return msgspec.json.decode(path.read_bytes(), type=Child)

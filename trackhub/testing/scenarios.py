@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job with many sites, each of which logs what one test looks at: a receiver is started once for all of them.
+"""Scenarios: what one site logs, so that a check can look at what became of it.
 
-Tests that only ask whether what was logged is in the store add a *scenario*; the gallery delivers all of them through
-one receiver, reads each run back, and a test then judges its own.
+One receiver delivers all scenarios in one job, one site for each, since starting a receiver takes long. A module of
+checks adds its scenarios with `scenario`. A check takes its own from the fixture ``scenarios``.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 from trackhub.run import RunStatus
 from trackhub.spi import Capabilities
-from trackhub.testing.author import ContractHooks
 from trackhub.testing.comparison import check_held
+from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.expectation import Expected, expect
-from trackhub.testing.log_calls import Call
 from trackhub.testing.readback import ReadBack
-from trackhub.testing.receiver_rig import KitRig
+from trackhub.testing.receiver_rig import ReceiverRig
+from trackhub.testing.sample_calls import Call, new_job
 
-__all__ = ["Gallery", "Shown", "check_run", "scenario"]
+__all__ = ["DeliveredScenario", "DeliveredScenarios", "check_run", "scenario"]
 
 Scenario = Callable[[], Sequence[Call]]
 _SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(name: str) -> Callable[[Scenario], Scenario]:
-    """Add a function that gives the calls of one site; ``name`` says what they show, and is the site's name."""
+    """Add a function that returns the calls of one site. The name says what they show; the site has the same name."""
 
     def add(function: Scenario) -> Scenario:
         _SCENARIOS[name] = function
@@ -35,17 +35,24 @@ def scenario(name: str) -> Callable[[Scenario], Scenario]:
     return add
 
 
-class Shown:
+class DeliveredScenario:
     """What became of one scenario.
 
     Attributes:
-        name: of the scenario.
+        name: the scenario's name.
+        can: what the backend claims.
         calls: what was logged, times filled in.
         expected: what must have become of it.
     """
 
-    def __init__(self, name: str, rig: KitRig, hooks: ContractHooks) -> None:
-        """Read the run back; an error in that is kept for the test that asks."""
+    def __init__(self, name: str, rig: ReceiverRig, hooks: ContractHooks) -> None:
+        """Read the run back. An error in that is kept for the check that asks.
+
+        Args:
+            name: the scenario's name.
+            rig: the finished receiver that delivered it.
+            hooks: the contract class.
+        """
         self.name = name
         self.can: Capabilities = rig.can
         self.calls = [call for _, call in rig.logged[name]]
@@ -60,13 +67,21 @@ class Shown:
 
     @property
     def found(self) -> ReadBack:
-        """What the store holds. Raises what reading it raised."""
+        """What the store holds.
+
+        Raises:
+            AssertionError: it could not be read.
+        """
         if isinstance(self._found, AssertionError):
             raise self._found
         return self._found
 
     def check(self) -> ReadBack:
-        """Check that the store holds exactly what it must, and that the report says so; return what it holds."""
+        """Check that the store holds exactly what it must, and that the report says so. Return what it holds.
+
+        Raises:
+            AssertionError: it does not hold. The message says what is wrong.
+        """
         run = self._rig.run(self.name)
         what = f"the calls of scenario {self.name!r}"
         rejected = dict(self.expected.rejected)
@@ -78,40 +93,50 @@ class Shown:
         return self.found
 
 
-class Gallery:
-    """All scenarios, delivered.
-
-    Attributes:
-        can: what the backend claims.
-    """
+class DeliveredScenarios:
+    """All scenarios, delivered and read back."""
 
     def __init__(self, hooks: ContractHooks, root: Path, store: Path) -> None:
-        """Deliver them, and read all of them back."""
-        rig = KitRig(hooks, root, hooks.options(store), job="gallery").start()
+        """Deliver them. Blocks for the seconds that this takes.
+
+        Args:
+            hooks: the contract class.
+            root: the job's run folder.
+            store: the folder for ``options``.
+
+        Raises:
+            AssertionError: the backend broke a rule that no check can pass with.
+        """
+        rig = ReceiverRig(hooks, root, hooks.options(store), job=new_job())
         try:
+            rig.start()
             for name, calls in _SCENARIOS.items():
                 rig.log(name, calls())
             rig.finish(RunStatus.FINISHED)
         finally:
             rig.close()
-        self.can = rig.can
-        self._shown = {name: Shown(name, rig, hooks) for name in _SCENARIOS}
+        self._delivered = {name: DeliveredScenario(name, rig, hooks) for name in _SCENARIOS}
 
-    def __getitem__(self, name: str) -> Shown:
-        return self._shown[name]
+    def __getitem__(self, name: str) -> DeliveredScenario:
+        return self._delivered[name]
 
 
-def check_run(rig: KitRig, hooks: ContractHooks, sites: Iterable[str], what: str) -> None:
+def check_run(rig: ReceiverRig, sites: Iterable[str], what: str) -> None:
     """Check that all that these sites logged is confirmed and in the store, once.
 
+    Args:
+        rig: the finished receiver.
+        sites: whose runs to check.
+        what: what happened, for the message.
+
     Raises:
-        AssertionError: it is not; the message says what is wrong.
+        AssertionError: it is not. The message says what is wrong.
     """
     for site in sites:
-        expected = expect(rig.logged[site], rig.can, hooks)
+        expected = expect(rig.logged[site], rig.can, rig.hooks)
         run = rig.run(site)
         counts = {"confirmed": run.confirmed, "rejected": run.rejected, "pending": run.pending}
         wanted = {"confirmed": expected.confirmed, "rejected": dict(expected.rejected), "pending": 0}
         error = f"; the last error was: {run.last_error}" if run.last_error else ""
         assert counts == wanted, f"after {what}, the report of {site} says {counts}, not {wanted}{error}"
-        check_held(expected.held, rig.read(site), hooks, rig.can, what)
+        check_held(expected.held, rig.read(site), rig.hooks, rig.can, what)

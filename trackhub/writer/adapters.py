@@ -3,7 +3,7 @@
 
 They have the methods and signatures of the writers in ``nvflare.client.tracking``::
 
-    from trackhub.writer.adapters import WandBWriter       # was: from nvflare.client.tracking import WandBWriter
+    from trackhub.writer import WandBWriter     # was: from nvflare.client.tracking import WandBWriter
 
     WandBWriter().log({"train_loss": loss}, step)
 

@@ -19,7 +19,7 @@ from trackhub.records import MAX_STEP, Metrics, Params, Payload, Tags
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.artifacts import read_artifact
 from trackhub.writer.images import read_image
-from trackhub.writer.mode import open_spool
+from trackhub.writer.spool_choice import open_spool
 from trackhub.writer.values import (
     read_histogram,
     read_metrics,
@@ -225,10 +225,10 @@ class Writer:
         self._append_blob(None, read_artifact, path, name, type)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the receiver has every record that this process logged before the call.
+        """Wait until every receiver has accepted or refused the records that this writer logged before the call.
 
         Records are safe without it: call it only where something else waits for their arrival. It does not wait for
-        records that were dropped, nor for a record behind which the disk is still full.
+        dropped records. If the disk is still full, it waits only up to the first gap.
 
         Args:
             timeout_s: the longest wait, in seconds.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from trackhub_mlflow.contract import MLflowContract
 
-from trackhub.testing import Peer, StoreContext
+from trackhub.testing import Outage, StoreContext
 
 if TYPE_CHECKING:
     from tests.support.mlflow_server import Server
@@ -30,7 +30,7 @@ class TestMLflowServer(MLflowContract):
         with_login = running_server.url.replace("://", "://me:${secret:TRACKHUB_CONTRACT_SECRET}@")
         cls.secret_options = {"tracking_uri": with_login}
         yield
-        _Killed(running_server).heal()  # for the tests of other files
+        _Killed(running_server).end()  # for the tests of other files
 
     def options(self, tmp_path: Path) -> Mapping[str, Any]:
         return {"tracking_uri": self._server.url}
@@ -38,19 +38,19 @@ class TestMLflowServer(MLflowContract):
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
         return self.options(tmp_path)
 
-    def peer(self, context: StoreContext) -> Peer:
+    def outage(self, context: StoreContext) -> Outage:
         return _Killed(self._server)
 
 
 class _Killed:
-    """The server, made to fail by SIGKILL."""
+    """An outage of the server by SIGKILL."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    def fail(self) -> None:
+    def begin(self) -> None:
         self._server.kill()
 
-    def heal(self) -> None:
+    def end(self) -> None:
         if not self._server.is_running():
             self._server.start()

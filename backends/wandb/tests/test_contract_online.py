@@ -31,17 +31,17 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "k" * 40)
 
 
-class ServerPeer:
+class ServerOutage:
     """The emulated server, taken away and brought back."""
 
     def __init__(self, server: Emulator) -> None:
         self._server = server
 
-    def fail(self) -> None:
+    def begin(self) -> None:
         """Take the server away."""
         self._server.stop()
 
-    def heal(self) -> None:
+    def end(self) -> None:
         """Bring it back."""
         self._server.start()
 
@@ -60,8 +60,8 @@ class TestWandBOnline(WandBContract):
             "upload_interval_s": 1.0,
         }
 
-    def peer(self, context: StoreContext) -> ServerPeer:
-        return ServerPeer(self._server)
+    def outage(self, context: StoreContext) -> ServerOutage:
+        return ServerOutage(self._server)
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         state = self._server.state

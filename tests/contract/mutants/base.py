@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
 from trackhub.spi import (
+    Backend,
     BackendRun,
     Entry,
     Metrics,
@@ -26,13 +27,13 @@ CAN = JsonlBackend.capabilities
 
 
 class Mutant(NamedTuple):
-    """One mutant's contract class, and the tests that must fail on it.
+    """One mutant's contract class, and the checks that must fail on it.
 
     Attributes:
         file: where the class is.
-        name: of the class.
-        caught_by: the tests that are meant for it.
-        also: other tests that cannot help failing on it, as regular expressions.
+        name: the class's name.
+        caught_by: the checks that are meant for it.
+        also: regular expressions of other checks that fail on it, too, since its defect touches them.
     """
 
     file: str
@@ -42,19 +43,18 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: list[Mutant] = []
+AnyBackend = TypeVar("AnyBackend", bound=type[Backend[Any]])
 
 
-def caught_by(
-    *tests: str, also: Sequence[str] = (), **hooks: Any
-) -> Callable[[type[JsonlBackend]], type[JsonlBackend]]:
-    """Make a contract class for a mutant; ``hooks`` replace those of the good one."""
+def caught_by(*checks: str, also: Sequence[str] = (), **hooks: Any) -> Callable[[AnyBackend], AnyBackend]:
+    """Make a contract class for a mutant. ``hooks`` replace those of the good one."""
 
-    def add(cls: type[JsonlBackend]) -> type[JsonlBackend]:
+    def add(cls: AnyBackend) -> AnyBackend:
         name = f"Test{cls.__name__}"
         module = sys.modules[cls.__module__]
         contract = type(name, (JsonlContract,), {"backend": cls, "__module__": cls.__module__, **hooks})
         setattr(module, name, contract)
-        MUTANTS.append(Mutant(str(module.__file__), name, tests, tuple(also)))
+        MUTANTS.append(Mutant(str(module.__file__), name, checks, tuple(also)))
         return cls
 
     return add
@@ -93,7 +93,7 @@ class Bad(JsonlBackend):
 
 
 ANYTHING = (".*",)
-"""For a defect that touches nearly every test."""
+"""For a defect that touches nearly every check."""
 
 HANGS: Any = {"deadline_s": 1.0, "patience_s": 1.0}
 

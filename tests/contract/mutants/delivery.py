@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -15,10 +15,12 @@ from tests.contract.mutants.base import (
     Bad,
     Tampered,
     caught_by,
+    payloads,
 )
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
 from trackhub.spi import (
     Entry,
+    Payload,
     PermanentError,
     Redelivery,
     RunInfo,
@@ -46,8 +48,8 @@ class _Buffered(Tampered):
 @caught_by(
     "test_confirmed_records_survive_sigkill",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
-        "test_missing_content_is_not_passed_over",
+        "test_end_is_bounded_in_an_outage",
+        "test_record_without_its_content_is_rejected",
         "test_redelivery_after_an_error_as_declared",
     ),
 )
@@ -69,7 +71,7 @@ class _Repeating(Tampered):
     "test_redelivery_after_sigkill_as_declared[confirmed]",
     "test_redelivery_after_an_error_as_declared",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
+        "test_end_is_bounded_in_an_outage",
         "test_run_opened_again_is_the_same_run",
         "test_run_resumes_in_a_new_process",
     ),
@@ -92,7 +94,7 @@ class ClaimsToBeIdempotent(Bad):
 @caught_by(
     "test_redelivery_after_sigkill_as_declared[written]",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
+        "test_end_is_bounded_in_an_outage",
         r"test_redelivery_after_sigkill_as_declared\[.*",
         "test_run_opened_again_is_the_same_run",
         "test_run_resumes_in_a_new_process",
@@ -108,8 +110,8 @@ class ResumesOneTooFar(Bad):
 @caught_by(
     "test_run_resumes_in_a_new_process",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
-        "test_missing_content_is_not_passed_over",
+        "test_end_is_bounded_in_an_outage",
+        "test_record_without_its_content_is_rejected",
         r"test_redelivery_after_sigkill_as_declared\[.*",
         "test_run_opened_again_is_the_same_run",
     ),
@@ -145,11 +147,30 @@ class _NoHoles(Tampered):
 
 @caught_by(
     "test_permanent_error_takes_only_its_records",
+    "test_records_of_a_newer_trackhub_are_rejected",
     "test_reported_rejections_are_counted",
-    also=("test_missing_content_is_not_passed_over",),
+    also=("test_record_without_its_content_is_rejected",),
 )
 class ExpectsPositionsWithoutHoles(Bad):
     run = _NoHoles
+
+
+class _Ignorant(Tampered):
+    def tamper(self, batch: Sequence[Entry]) -> list[Entry]:
+        for entry in batch:
+            if not isinstance(entry.payload, get_args(Payload)):
+                raise TypeError(f"what is {entry.payload}?")
+        return list(batch)
+
+
+@caught_by("test_payloads_that_write_does_not_know_are_rejected")
+class FailsOnUnknownPayloads(Bad):
+    run = _Ignorant
+
+
+@caught_by("test_payloads_that_write_does_not_know_are_rejected")
+class PassesOverUnknownPayloads(Bad):
+    run = payloads(lambda payload: payload if isinstance(payload, get_args(Payload)) else None)
 
 
 class _First100(Tampered):
@@ -176,7 +197,7 @@ class _Swallowing(Tampered):
             return None
 
 
-@caught_by("test_outage_loses_nothing", "test_finish_is_bounded_with_a_dead_peer")
+@caught_by("test_outage_loses_nothing", "test_end_is_bounded_in_an_outage")
 class SwallowsErrors(Bad):
     run = _Swallowing
 
@@ -189,7 +210,7 @@ class _Impatient(Tampered):
             raise PermanentError(str(error)) from error
 
 
-@caught_by("test_outage_loses_nothing", also=("test_finish_is_bounded_with_a_dead_peer",))
+@caught_by("test_outage_loses_nothing", also=("test_end_is_bounded_in_an_outage",))
 class TakesAnOutageForTheEnd(Bad):
     run = _Impatient
 
@@ -203,7 +224,7 @@ class _Stubborn(Tampered):
                 threading.Event().wait(0.05)
 
 
-@caught_by("test_finish_is_bounded_with_a_dead_peer", patience_s=1.0)
+@caught_by("test_end_is_bounded_in_an_outage", patience_s=1.0)
 class RetriesForEver(Bad):
     run = _Stubborn
 

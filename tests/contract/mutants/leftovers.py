@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy
@@ -25,6 +25,7 @@ from tests.contract.mutants.base import (
 from trackhub.builtin.jsonl import JsonlOptions
 from trackhub.spi import (
     Entry,
+    OptionMark,
     RunInfo,
 )
 
@@ -44,7 +45,7 @@ class LogsTheToken(Bad):
 
 
 class _TokenOptions(JsonlOptions, frozen=True, forbid_unknown_fields=True):
-    token: str = ""
+    token: Annotated[str, OptionMark.SECRET] = ""
 
 
 @caught_by("test_secrets_are_nowhere", secret_options={"token": "${secret:TRACKHUB_CONTRACT_SECRET}"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends whose class, runs or identities are wrong."""
+"""Backends whose runs end wrongly, or are taken for one another."""
 
 from __future__ import annotations
 
@@ -25,39 +25,14 @@ from trackhub.spi import (
     RunInfo,
     RunStatus,
     Side,
+    path_component,
 )
-
-
-@caught_by("test_class_can_be_loaded")
-class IsForAnotherSpi(Bad):
-    spi = 99
-
-
-class _OpenOptions(JsonlOptions, frozen=True, forbid_unknown_fields=False):
-    pass
-
-
-@caught_by("test_class_can_be_loaded")
-class LetsUnknownOptionsPass(Bad):
-    Options = _OpenOptions
-
-
-@caught_by("test_contract_version_is_one_that_exists")
-class PassedAContractThatIsNotWritten(Bad):
-    contract = 99
-
-
-@caught_by("test_making_a_backend_does_no_work")
-class WorksWhenItIsMade(Bad):
-    def __init__(self, options: JsonlOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
-        (context.workdir / "lock").write_text("mine")
 
 
 @caught_by(
     "test_job_without_records_ends",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
+        "test_end_is_bounded_in_an_outage",
         "test_finish_returns",
         "test_no_thread_is_left",
     ),
@@ -101,13 +76,32 @@ class EndsAllRunsAsTheFirst(Bad):
             super().finish(self.backend.first)
 
 
-@caught_by("test_results_can_be_looked_at")
+@caught_by("test_status_is_told[killed]")
+class TakesKilledForFinished(Bad):
+    class run(Tampered):
+        def finish(self, status: RunStatus) -> None:
+            super().finish(RunStatus.FINISHED if status is RunStatus.KILLED else status)
+
+
+@caught_by("test_results_move_with_the_run_folder")
 class NamesResultsThatAreNotThere(Bad):
     def results(self, info: RunInfo) -> Results:
-        return Results(path=str(self.context.workdir / "index.html"))
+        return Results(path="jsonl/index.html")
 
 
-@caught_by("test_run_opened_again_is_the_same_run", also=("test_finish_is_bounded_with_a_dead_peer",))
+@caught_by("test_results_move_with_the_run_folder")
+class NamesAnAbsolutePath(Bad):
+    def results(self, info: RunInfo) -> Results:
+        return Results(path=str(self._file(info)))
+
+
+@caught_by("test_results_move_with_the_run_folder")
+class NamesItsFolderInACommand(Bad):
+    def results(self, info: RunInfo) -> Results:
+        return Results(command=f"less {self._file(info)}")
+
+
+@caught_by("test_run_opened_again_is_the_same_run", also=("test_end_is_bounded_in_an_outage",))
 class KeepsTheEndOfAFinishedRun(Bad):
     def open_run(self, info: RunInfo) -> Any:
         path = self._file(info)
@@ -127,6 +121,21 @@ class MixesTwoSites(Bad):
 class KnowsARunByItsSite(Bad):
     def _file(self, info: RunInfo) -> Path:
         return self._folder / "job" / f"{info.site}.jsonl"
+
+
+@caught_by("test_two_jobs_of_one_name_do_not_mix")
+class TakesAJobForAnEarlierOneOfItsName(Bad):
+    def _file(self, info: RunInfo) -> Path:
+        own = super()._file(info)
+        earlier = sorted(self._folder.glob(f"{path_component(info.job.name)}-*"))
+        return (earlier[0] if earlier else own.parent) / own.name
+
+
+@caught_by("test_job_with_a_difficult_name")
+class TakesAJobsNameForAPath(Bad):
+    def _file(self, info: RunInfo) -> Path:
+        own = super()._file(info)
+        return own.parent.parent / own.parent.name.replace(path_component(info.job.name), info.job.name) / own.name
 
 
 @caught_by("test_two_sides_do_not_mix")
@@ -152,8 +161,8 @@ class _BySeq(Tampered):
 @caught_by(
     "test_two_processes_of_a_site_share_its_run",
     also=(
-        "test_finish_is_bounded_with_a_dead_peer",
-        "test_missing_content_is_not_passed_over",
+        "test_end_is_bounded_in_an_outage",
+        "test_record_without_its_content_is_rejected",
         "test_outage_loses_nothing",
     ),
 )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.errors import ConfigError
 
 __all__ = ["Found", "find"]

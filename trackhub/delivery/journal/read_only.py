@@ -2,7 +2,7 @@
 """Reads a journal without changing it, while its receiver runs or long after.
 
 ``trackhub status`` and ``trackhub replay`` look into a journal this way. Only its receiver writes to it, through
-`trackhub.delivery.journal.store`.
+`trackhub.delivery.journal.journal`.
 """
 
 from __future__ import annotations

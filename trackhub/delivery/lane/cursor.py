@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from trackhub.delivery.journal.rows import Progress
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import Progress
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 

@@ -12,8 +12,8 @@ from collections import deque
 
 import msgspec
 
-from trackhub.delivery.journal.rows import Row, stored_records
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.framing import decode_body
@@ -72,8 +72,8 @@ class EntryReader:
     def read(self) -> list[Entry] | None:
         """Return the entries of the next rows, enough for one write; None if there are no more rows.
 
-        The list is empty if no record of these rows becomes an entry. It is longer than one write if the last row is:
-        what was written of a row counts only with the rest of it.
+        The list is empty if no record of these rows becomes an entry. It can exceed one write,
+        because rows are read whole. A row is confirmed only as a whole.
 
         Raises:
             JournalError: the journal cannot be read.

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
@@ -170,12 +170,14 @@ class Lane:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
         active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():
+            # Cleared before anything is read: what comes later sets it again. Otherwise the lane could sleep through
+            # `begin_finish`, and the job would end at its deadline.
+            self._wake.clear()
             # Read before the news: whoever calls `begin_finish` has notified of all rows, and none may be left out.
             ending = self._ending
             with self._news_lock:
                 active |= self._news
                 self._news.clear()
-            self._wake.clear()
             progressed, due = self._advance_runs(active, finishing=ending is not None)
             if progressed or self._stop.is_set():
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from trackhub.delivery.lane.answers import checked_wait_s
+from trackhub.delivery.lane.checked_answers import checked_wait_s
 from trackhub.delivery.retry import Backoff
 
 __all__ = ["RetryTimer"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from trackhub.delivery.journal.store import Journal
-from trackhub.delivery.lane.answers import checked_confirmation, checked_report, checked_results
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.isolation import Isolation
@@ -152,7 +152,7 @@ class RunDelivery:
         return max(self.timer.not_before, self._flush_due or 0.0)
 
     def finish(self, status: RunStatus) -> None:
-        """End the run with this status. If it is not over then, call again at `due`."""
+        """End the run with this status. If `is_over` is still False, call it again at `due`."""
         if self._run is None:
             self._over = True
             if self._cursor.progress.state != "finished":  # by an earlier receiver
@@ -172,7 +172,9 @@ class RunDelivery:
         self._end(state)
 
     def give_up(self, reason: str) -> None:
-        """Mark the run as unfinished, if it is. Called by another thread, after the lane ended or while it hangs.
+        """Mark the run as unfinished, unless it is over already.
+
+        Called by another thread, after the lane ended or while it hangs.
 
         Args:
             reason: why; empty to keep the run's last error.
@@ -232,7 +234,7 @@ class RunDelivery:
         return True
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
-        """Write the first batch. Return whether to go on at once with what is first then."""
+        """Write the first batch. Return False if the lane must wait before it writes the next one."""
         try:
             # A copy, since a plugin may empty its list, and the counts are of this one.
             report = checked_report(run.write(list(batch)))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's groups on what is stored: kinds, names, steps, times, numbers."""
+"""Checks of what the store holds of a record: its kind and content, its step and time, its numbers.
+
+Each check judges a scenario, which is in this module, too. Keys are checked in `key_rules`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import pytest
 
 from trackhub.records import Kind, Metrics, Params, Tags
 from trackhub.spi import ANY_KEY, Capabilities
-from trackhub.testing.checks.base import ContractBase, Kit
+from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted, differences
 from trackhub.testing.expectation import expect, kind_of
-from trackhub.testing.log_calls import (
+from trackhub.testing.sample_calls import (
     BASE_TIME,
+    LOGGED_KINDS,
     Call,
     artifact,
     histogram,
@@ -24,11 +28,9 @@ from trackhub.testing.log_calls import (
     table,
     text,
 )
-from trackhub.testing.scenarios import Gallery, scenario
+from trackhub.testing.scenarios import DeliveredScenarios, scenario
 
-__all__ = ["Kinds", "Names", "Numbers", "Steps"]
-
-_KINDS = [kind for kind in Kind if kind is not Kind.GAP]
+__all__ = ["KindChecks", "NumberChecks", "StepChecks"]
 
 
 @scenario("kind metrics")
@@ -83,8 +85,7 @@ def _changing_params() -> Sequence[Call]:
     return [Call(Params({"lr": 0.5, "epochs": 3})), Call(Params({"lr": 0.25})), Call(Params({"lr": 0.125, "seed": 1}))]
 
 
-@scenario("content that is missing")
-def _missing() -> Sequence[Call]:
+def _with_content() -> Sequence[Call]:
     return [metric("loss", 1.0, 0), image("samples", 1, shade=5), artifact("file", b"abc"), metric("loss", 0.5, 2)]
 
 
@@ -93,49 +94,6 @@ def _one_key() -> Sequence[Call]:
     key = "loss"
     calls = [metric(key, 0.5, 1), text(key, "words", 1), image(key, 1, shade=7), histogram(key, 1), table(key, 1)]
     return [*calls, artifact(key, b"bytes"), Call(Params({key: "mse"})), Call(Tags({key: "t"})), metric(key, 0.25, 2)]
-
-
-@scenario("names with difficult characters")
-def _difficult() -> Sequence[Call]:
-    names = [
-        "a/b/c", "a b", "a.b", "a:b", "a=b", "a,b", "a\\b", "a'b", 'a"b', "a%b", "a%2Fb", "a#b", "a?b", "a&b", "a*b",
-        "a|b", "a<b>", "a{b}", "a[0]", "a(b)", "a`b", "a$b", "a@b", "a!b", "a~b", "a^b", "a+b", "a;b", "-a", ".a", "a.",
-        "..", "../a", "/a", "a/", "a//b", " a", "a ", "_", "__", "_step", "_timestamp", "_x002F_",
-        "CON", "nan", "0", "system/cpu", "epoch", "step", "time",
-    ]  # fmt: skip
-    return [metric(name, 0.5 + number, 1) for number, name in enumerate(names)]
-
-
-@scenario("names in many scripts")
-def _scripts() -> Sequence[Call]:
-    names = ["é", "e\u0301", "損失", "потеря", "خسارة", "🙂", "\U0001d6fd/\U0001d6fe", "ß", "ss", "İ", "K", "\u212a"]
-    return [metric(name, 0.5 + number, 1) for number, name in enumerate(names)]
-
-
-@scenario("names that are long")
-def _long() -> Sequence[Call]:
-    lengths = (100, 249, 250, 251, 255, 256, 500, 999, 1000)
-    names = [letter * n for n in lengths for letter in "ab"] + ["c" * 990 + end for end in ("1", "2", "/3")]
-    return [metric(name, 0.5 + number, 1) for number, name in enumerate(names)]
-
-
-_ALIKE = ["a/b", "a_b", "a.b", "a b", "a-b", "a:b", "A/b", "a/B", "a_x002F_b", "a%2Fb", "a/b_", "a/_b", "a__b", "ab"]
-
-
-@scenario("names that look alike")
-def _alike() -> Sequence[Call]:
-    return [metric(name, 0.5 + number, step) for step in (1, 2) for number, name in enumerate(_ALIKE)]
-
-
-@scenario("names of params and tags that look alike")
-def _alike_params() -> Sequence[Call]:
-    numbered = {name: number for number, name in enumerate(_ALIKE)}
-    return [Call(Params(dict(numbered))), Call(Tags({name: str(number) for name, number in numbered.items()}))]
-
-
-@scenario("a site: é/../ x%2F 損失")
-def _odd_site() -> Sequence[Call]:
-    return series("loss", range(3))
 
 
 @scenario("steps in order")
@@ -194,149 +152,122 @@ def _limits() -> Sequence[Call]:
     return [metric("loss", value, step) for step, value in enumerate(values)]
 
 
-class Kinds(ContractBase):
-    """What can be logged at all."""
+class KindChecks(ContractFixtures):
+    """Each kind of record is stored if it is claimed, and rejected if not."""
 
-    @pytest.mark.parametrize("kind", _KINDS, ids=lambda kind: kind.name.lower())
-    def test_kind_as_declared(self, gallery: Gallery, kit: Kit, kind: Kind) -> None:
-        """A claimed kind is stored with its key, step, time and content; another is rejected, and is not there."""
-        shown = gallery[f"kind {kind.name.lower()}"]
-        shown.check()
-        if kind not in shown.can.kinds:
-            calls = [call for call in shown.calls if kind_of(call.payload) is kind]
-            _must_not_be_able(self, kit, calls, shown.can, f"stores {kind.name} but does not claim it in kinds", kind)
+    @pytest.mark.parametrize("kind", LOGGED_KINDS, ids=lambda kind: kind.name.lower())
+    def test_kind_as_declared(self, scenarios: DeliveredScenarios, kit: Kit, kind: Kind) -> None:
+        """A claimed kind is stored with its key, step, time and content. Another one is rejected, and is not there."""
+        delivered = scenarios[f"kind {kind.name.lower()}"]
+        delivered.check()
+        if kind not in delivered.can.kinds:
+            calls = [call for call in delivered.calls if kind_of(call) is kind]
+            _must_not_be_able(self, kit, calls, delivered.can, f"stores {kind.name}. Claim it in kinds", kind)
 
-    def test_changing_params_as_declared(self, gallery: Gallery, kit: Kit) -> None:
-        """A param has its last value; where that is not claimed, its first, and the change is counted."""
-        shown = gallery["params that change"]
-        shown.check()
-        if not shown.can.changing_params and Kind.PARAMS in shown.can.kinds:
-            _must_not_be_able(self, kit, shown.calls, shown.can, "changes params but does not claim changing_params")
+    def test_changing_params_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
+        """A param has its last value. Where that is not claimed, it has its first, and the change is counted."""
+        delivered = scenarios["params that change"]
+        delivered.check()
+        if not delivered.can.changing_params and Kind.PARAMS in delivered.can.kinds:
+            _must_not_be_able(self, kit, delivered.calls, delivered.can, "changes params. Claim changing_params")
 
-    def test_one_key_serves_every_kind(self, gallery: Gallery) -> None:
-        """A metric, a text, an image and so on may have the same key; each of them is there."""
-        gallery["one key in every kind"].check()
+    def test_one_key_serves_every_kind(self, scenarios: DeliveredScenarios) -> None:
+        """A metric, a text, an image and so on may have the same key. Each of them is there."""
+        scenarios["one key in every kind"].check()
 
-    def test_missing_content_is_not_passed_over(self, kit: Kit) -> None:
-        """If the bytes of an image or artifact are gone, that record is rejected and its neighbours are stored."""
+    def test_record_without_its_content_is_rejected(self, kit: Kit) -> None:
+        """If the bytes of an image or artifact are gone, that record is rejected, and its neighbours are stored."""
         rig = kit.rig(deliver=False).start()
-        rig.log("site-1", _missing())
+        rig.log("site-1", _with_content())
         rig.finish()
         for path in sorted(rig.info("site-1").blob_dir.iterdir()):
             path.unlink()
-        again = kit.keep(rig.again()).start()
+        again = kit.again(rig)
         again.finish()
         claimed = len({Kind.IMAGE, Kind.ARTIFACT} & again.can.kinds)
         run = again.run("site-1")
         unsupported = run.rejected.pop("unsupported_kind", 0)
         assert unsupported == 2 - claimed
-        assert sum(run.rejected.values()) == claimed, f"its content is gone, yet the report says {run}"
+        assert sum(run.rejected.values()) == claimed, f"the content of a record is gone, but the report says {run}"
         assert run.pending == 0
         found = again.read("site-1")
         lost = [*(found.images or []), *(found.artifacts or [])]
-        assert not lost, f"something is stored in place of content that was gone: {lost}"
-        numbers = [(kind, call) for kind, call in again.logged["site-1"] if isinstance(call.payload, Metrics)]
+        assert not lost, f"the store holds something in place of content that was gone: {lost}"
+        numbers = [(stream, call) for stream, call in again.logged["site-1"] if isinstance(call.payload, Metrics)]
         problems = differences("points", expect(numbers, again.can, self).held, found, self)
-        assert not problems, f"records beside the one whose content was gone are not stored: {problems}"
+        assert not problems, f"neighbours of a record whose content was gone are not stored: {problems}"
 
 
-class Names(ContractBase):
-    """What a key may be called."""
+class StepChecks(ContractFixtures):
+    """Steps and times are stored as they were logged."""
 
-    def test_names_with_difficult_characters(self, gallery: Gallery) -> None:
-        """Separators, quotes, blanks, dots and reserved words in a key harm nothing."""
-        _stay_apart(gallery, "names with difficult characters")
-
-    def test_names_in_many_scripts(self, gallery: Gallery) -> None:
-        """Keys may be in any script, and two spellings that only look the same stay two."""
-        _stay_apart(gallery, "names in many scripts")
-
-    def test_long_names_stay_apart(self, gallery: Gallery) -> None:
-        """Keys of up to 1000 characters are stored, and those that differ only at their end stay two."""
-        _stay_apart(gallery, "names that are long")
-
-    def test_names_that_look_alike_stay_apart(self, gallery: Gallery) -> None:
-        """Two keys never become one by being cleaned."""
-        _stay_apart(gallery, "names that look alike")
-
-    def test_names_of_params_and_tags_stay_apart(self, gallery: Gallery) -> None:
-        """Nor do the names of params or tags."""
-        gallery["names of params and tags that look alike"].check()
-
-    def test_site_with_a_difficult_name(self, gallery: Gallery) -> None:
-        """A site's name may hold anything; the run is found by it, and lies where it should."""
-        gallery["a site: é/../ x%2F 損失"].check()
-
-
-class Steps(ContractBase):
-    """What a step and a time may be."""
-
-    def test_order_is_kept(self, gallery: Gallery) -> None:
-        """A metric's points are shown in the order in which they were logged."""
-        shown = gallery["steps in order"]
-        found = shown.check()
-        for key in {point.key for point in shown.expected.held.points}:
-            want = [point.value for point in shown.expected.held.points if point.key == key]
+    def test_order_is_kept(self, scenarios: DeliveredScenarios) -> None:
+        """The store shows a metric's points in the order in which they were logged."""
+        delivered = scenarios["steps in order"]
+        found = delivered.check()
+        for key in {point.key for point in delivered.expected.held.points}:
+            want = [point.value for point in delivered.expected.held.points if point.key == key]
             have = [point.value for point in found.points if point.key == key]
-            assert have == want, f"the points of {key!r} are not in the order of the log calls: {have[:12]}…"
+            assert have == want, f"the points of {key!r} are not in the order of the log calls: {have[:12]}..."
 
-    def test_equal_steps_are_all_kept(self, gallery: Gallery) -> None:
-        """Several values of one metric at one step are all stored."""
-        gallery["steps that are equal"].check()
+    def test_equal_steps_are_all_kept(self, scenarios: DeliveredScenarios) -> None:
+        """All values of one metric at one step are stored."""
+        scenarios["steps that are equal"].check()
 
-    def test_steps_with_gaps(self, gallery: Gallery) -> None:
+    def test_steps_with_gaps(self, scenarios: DeliveredScenarios) -> None:
         """Steps may start anywhere, leave any gap, and be beyond 32 and 53 bits."""
-        gallery["steps with gaps"].check()
+        scenarios["steps with gaps"].check()
 
-    def test_largest_step(self, gallery: Gallery) -> None:
+    def test_largest_step(self, scenarios: DeliveredScenarios) -> None:
         """The largest step is that of int64."""
-        gallery["the largest step"].check()
+        scenarios["the largest step"].check()
 
-    def test_late_steps_as_declared(self, gallery: Gallery, kit: Kit) -> None:
-        """A step lower than an earlier one is stored; where that is not claimed, it is rejected and counted."""
-        shown = gallery["steps that are late"]
-        shown.check()
-        if not shown.can.late_steps:
-            _must_not_be_able(self, kit, shown.calls, shown.can, "stores late steps but does not claim late_steps")
+    def test_late_steps_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
+        """A step lower than an earlier one is stored. Where that is not claimed, it is rejected and counted."""
+        delivered = scenarios["steps that are late"]
+        delivered.check()
+        if not delivered.can.late_steps:
+            _must_not_be_able(self, kit, delivered.calls, delivered.can, "stores late steps. Claim late_steps")
 
-    def test_optional_step_as_declared(self, gallery: Gallery) -> None:
-        """Without a step, a point has none; where that is not claimed, it has its ordinal. None collapse onto one."""
-        gallery["steps that are not given"].check()
+    def test_optional_step_as_declared(self, scenarios: DeliveredScenarios) -> None:
+        """A point that was logged without a step has none. Where that is not claimed, its step is its ordinal."""
+        scenarios["steps that are not given"].check()
 
-    def test_times_are_those_of_the_log_calls(self, gallery: Gallery) -> None:
-        """The stored time is that of the log call, not that of the delivery, and need not rise."""
-        gallery["times"].check()
+    def test_times_are_those_of_the_log_calls(self, scenarios: DeliveredScenarios) -> None:
+        """The stored time is that of the log call, not that of the delivery. Times need not rise."""
+        scenarios["times"].check()
 
 
-class Numbers(ContractBase):
-    """What a value may be."""
+class NumberChecks(ContractFixtures):
+    """Values are stored as the contract class declares."""
 
-    def test_nonfinite_as_declared(self, gallery: Gallery, kit: Kit) -> None:
-        """NaN and infinities are stored; where that is not claimed, they are taken out and counted."""
-        shown = gallery["numbers that are not finite"]
-        shown.check()
-        if not shown.can.nonfinite:
-            _must_not_be_able(self, kit, shown.calls, shown.can, "stores NaN and infinities but does not claim it")
+    def test_nonfinite_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
+        """NaN and infinities are stored. Where that is not claimed, they are taken out and counted."""
+        delivered = scenarios["numbers that are not finite"]
+        delivered.check()
+        if not delivered.can.nonfinite:
+            _must_not_be_able(self, kit, delivered.calls, delivered.can, "stores NaN and infinities. Claim nonfinite")
 
-    def test_extreme_numbers(self, gallery: Gallery) -> None:
+    def test_extreme_numbers(self, scenarios: DeliveredScenarios) -> None:
         """Numbers at the limits of float64 and int64 have their declared canonical form."""
-        gallery["numbers at the limits"].check()
-
-
-def _stay_apart(gallery: Gallery, name: str) -> None:
-    shown = gallery[name]
-    found = shown.check()
-    keys = {key for call in shown.calls if isinstance(call.payload, Metrics) for key in call.payload.values}
-    stored = {point.key for point in found.points}
-    assert len(stored) == len(keys), f"{len(keys)} names became {len(stored)}"
+        scenarios["numbers at the limits"].check()
 
 
 def _must_not_be_able(
-    hooks: ContractBase, kit: Kit, calls: Sequence[Call], can: Capabilities, problem: str, kind: Kind | None = None
+    hooks: ContractFixtures, kit: Kit, calls: Sequence[Call], can: Capabilities, problem: str, kind: Kind | None = None
 ) -> None:
-    """Check that what is not claimed is really not there: written past the core, it must fail or come out wrong."""
+    """Check that the backend really cannot do what it does not claim: without the core, it must fail or store it wrong.
+
+    Args:
+        hooks: the contract class.
+        kit: hands the calls to the backend.
+        calls: what to log.
+        can: what the backend claims.
+        problem: what it then does, and what to claim, for the message.
+        kind: the kind that is not claimed; None if it is another ability.
+    """
     strong = Capabilities(
-        kinds=frozenset(_KINDS),
+        kinds=frozenset(LOGGED_KINDS),
         redelivery=can.redelivery,
         nonfinite=True,
         late_steps=True,
@@ -344,17 +275,17 @@ def _must_not_be_able(
         changing_params=True,
         key_rule=ANY_KEY,
     )
-    usable = [call for call in calls if kind is not None or kind_of(call.payload) in can.kinds]
+    usable = [call for call in calls if kind is not None or kind_of(call) in can.kinds]
     wanted = expect([("main", call) for call in usable], strong, hooks).held
     try:
-        found = kit.without_core([usable])
+        found = kit.without_core(usable)
     except Exception:  # noqa: BLE001 - any refusal will do
         return
     fields = ["points", "params"] if kind is None else [_field(kind)]
     shows = any(
         getattr(wanted, field) and getattr(found, field) is not None and _same(field, wanted, found) for field in fields
     )
-    assert not shows, f"the backend {problem}: claim what it has"
+    assert not shows, f"the backend does more than it claims: it {problem}"
 
 
 def _field(kind: Kind) -> str:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contract classes of the backends that come with the core."""
+"""The contract classes of the backends that come with the core."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``jsonl``, whose files are read back by the standard library."""
+"""The contract of ``jsonl``: it reads the files back with the standard library.
+
+``trackhub check jsonl`` runs it, and so do the tests, also on backends that are wrong on purpose.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ class JsonlContract(BackendContract):
         return {"path": str(tmp_path / "all-jobs")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        """Return what the run's file holds, by Python's own JSON."""
-        job, site = (quote(name, safe="") for name in run.key)
+        """Return what the run's file holds, as Python's own JSON reads it."""
+        job, site = (quote(name, safe="") for name in (run.job.unique_name, run.site))
         folder = Path(context.options.get("path", context.workdir))
         if "path" in context.options and run.side == "client":
             job += "@client"

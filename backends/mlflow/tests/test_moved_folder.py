@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from trackhub.spi import Artifact, Entry, Metrics, RunStatus, Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from backends.mlflow.tests.conftest import Rig
+    from tests.support.mlflow_server import Server
+
+
+@pytest.mark.parametrize("moved", [".", "mlflow"])
+def test_a_moved_folder_opens_with_all_its_artifacts(
+    make_rig: Callable[..., Rig],
+    make_server: Callable[..., Server],
+    entry: Callable[..., Entry],
+    tmp_path: Path,
+    moved: str,
+) -> None:
+    """The whole run folder may be moved, or the store's folder alone: the command of ``results`` works in both."""
+    rig = make_rig("job")
+    run = rig.open()
+    artifact = Artifact("model/best.pt", rig.blob("b", b"weights"), "best.pt")
+    run.write([entry(0, Metrics({"x": 1.0})), entry(1, artifact, 0), entry(2, Text("note", "# hi"), 0)])
+    run.finish(RunStatus.FINISHED)
+    results = rig.backend.results(rig.info())
+    assert results is not None
+    change_folder, _, command = str(results.command).partition(" && ")
+    new = tmp_path / "downloaded"
+    shutil.move(rig.workdir.parent / moved, new)
+
+    assert change_folder == "cd mlflow"
+    server = make_server(new / "mlflow" if moved == "." else new, command.split()[1:])
+
+    run_id = server.database.site_run().id
+    assert server.artifact(run_id, "model/best.pt") == b"weights"
+    assert server.artifact(run_id, "text/note/step-00000000-p2.md") == b"# hi"
+    listed = server.call(f"artifacts/list?run_id={run_id}&path=model")["files"]
+    assert [file["path"] for file in listed] == ["model/best.pt"]
+    assert server.call(f"metrics/get-history?run_id={run_id}&metric_key=x")["metrics"][0]["value"] == 1.0

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One open W&B run: turns entries into calls of the SDK, each entry once, and remembers what must be confirmed.
+
+`offline` and `online` open the run with `sdk` and hand it over. They ask this module what was written last.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trackhub.spi import (
+    Artifact,
+    Entry,
+    Histogram,
+    Image,
+    Metrics,
+    Params,
+    Rejection,
+    RunInfo,
+    RunStatus,
+    Table,
+    Tags,
+    Text,
+)
+from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
+from trackhub_wandb.sdk import remove_from_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
+    from wandb.sdk.data_types.base_types.media import Media
+    from wandb.sdk.wandb_run import Run
+
+    from trackhub_wandb.options import WandBOptions
+
+__all__ = ["SdkRun", "first_config", "link_or_copy"]
+
+_IMAGE_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg"}
+_HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap">{}</pre>'
+
+# W&B shows 0 as finished, 254 as crashed and other codes as failed. Source: wandb/wandb pull request 12499.
+_EXIT_CODES = {RunStatus.FINISHED: 0, RunStatus.KILLED: 254}
+_FAILED = 1
+
+
+class SdkRun:
+    """One run of the SDK, from ``wandb.init`` to its end.
+
+    An entry becomes a row. The row's ``_step`` is the entry's position, and its ``_timestamp`` is the time of the log
+    call. The step of the log call and the round are columns. So W&B stores late and equal steps like any other, and a
+    row that is stored already is known by its position.
+
+    Attributes:
+        run: the SDK's run.
+        next_position: the position after the last entry that the SDK got.
+        first_row: rows before this position are stored already, in a resumed run. Their files are sent once more.
+        rows: how many rows the SDK got.
+        last: what the SDK got last, a row or the config, and its position.
+        files: the media files that the SDK got and that are not confirmed: path below the run's files to bytes.
+        artifacts: the artifacts that the SDK got and that are not confirmed.
+        config: this backend's entry in the run's config, as the SDK last got it.
+        config_changed: whether the config changed since the last confirmation.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        info: RunInfo,
+        options: WandBOptions,
+        fixed_tags: Sequence[str],
+        before_artifact: Callable[[SdkArtifact, Path], None],
+    ) -> None:
+        """Take over an open run.
+
+        Args:
+            run: what ``wandb.init`` returned.
+            info: which run it is.
+            options: the backend's options.
+            fixed_tags: the tags of the run beside those that are logged.
+            before_artifact: called with each artifact, and a folder for its files, before the SDK gets the artifact.
+        """
+        self.run = run
+        self.next_position = 0
+        self.first_row: int = run.starting_step
+        self.rows = 0
+        self.last: tuple[Literal["row", "config"], int] = ("config", -1)
+        self.files: dict[str, int] = {}
+        self.artifacts: list[SdkArtifact] = []
+        self._info = info
+        self._before_artifact = before_artifact
+        self._step_metric = options.step_metric
+        self._round_metric = options.round_metric
+        self._fixed_tags = tuple(fixed_tags)
+        config: Any = run.config
+        self.config: dict[str, Any] = dict(config.get(CONFIG_ENTRY) or first_config(info)[CONFIG_ENTRY])
+        self.config_changed = False
+        self._tags: dict[str, str] = dict(self.config.get("tags") or {})
+        for metric in (self._step_metric, self._round_metric):
+            run.define_metric(metric)
+        # With step_sync, the SDK would put the last step into rows that have none.
+        run.define_metric("*", step_metric=self._step_metric, step_sync=False)
+
+    def write(self, batch: Sequence[Entry]) -> list[Rejection]:
+        """Hand these entries to the SDK, except those that it has. Return which of them W&B cannot hold.
+
+        Raises:
+            Exception: the SDK failed. Its errors have no common base class.
+        """
+        rejected = []
+        for entry in batch:
+            if entry.position < self.next_position:
+                continue
+            try:
+                self._store(entry)
+            except _Unstorable as error:
+                rejected.append(Rejection(entry.position, error.reason, str(error)))
+            except (ValueError, TypeError) as error:
+                rejected.append(Rejection(entry.position, "invalid_value", str(error)))
+            self.next_position = entry.position + 1
+        return rejected
+
+    def send_again(self, path: str | None) -> None:
+        """Hand a media file to the SDK once more, or the config if ``path`` is None: the SDK drops what failed."""
+        if path is not None:
+            self.run._publish_file(path)
+        else:
+            self._set_config({}, int(self.config["through"]))
+
+    def finish(self, status: RunStatus) -> None:
+        """End the run in W&B.
+
+        Raises:
+            Exception: the SDK failed. Its errors have no common base class.
+        """
+        self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
+
+    def _store(self, entry: Entry) -> None:
+        payload = entry.payload
+        match payload:
+            case Metrics():
+                self._row(entry, payload.values)
+            case Params():
+                values = {key: config_value(value) for key, value in payload.values.items()}
+                self._set_config(values, entry.position)
+            case Tags():
+                self._set_tags(payload.values, entry.position)
+            case Text():
+                self._media(entry, payload.key, self._html(payload))
+            case Image():
+                self._image(entry, payload)
+            case Histogram():
+                self._histogram(entry, payload)
+            case Table():
+                self._table(entry, payload)
+            case Artifact():
+                self._artifact(entry, payload)
+            case _:
+                raise _Unstorable("unsupported_kind", f"{type(payload).__name__} is not among this backend's kinds")
+
+    def _row(self, entry: Entry, values: Mapping[str, Any]) -> None:
+        if entry.position < self.first_row:
+            return
+        row = {**values, "_timestamp": entry.time}
+        if entry.step is not None:
+            row[self._step_metric] = entry.step
+        if entry.round is not None:
+            row[self._round_metric] = entry.round
+        self.run.log(row, step=entry.position, commit=True)
+        self.rows += 1
+        self.last = ("row", entry.position)
+
+    def _set_config(self, params: dict[str, Any], position: int) -> None:
+        # The position may fall only while a resumed run gets entries again that it holds already.
+        self.config = {**self.config, "tags": dict(self._tags), "through": position}
+        config: Any = self.run.config
+        # Otherwise W&B would merge the new value of a nested param into the old one, leaf by leaf.
+        remove_from_config(self.run, [key for key in params if isinstance(config.get(key), dict)])
+        config.update({**params, CONFIG_ENTRY: self.config}, allow_val_change=True)
+        self.config_changed = True
+        self.last = ("config", position)
+
+    def _set_tags(self, values: dict[str, str], position: int) -> None:
+        self._tags.update({key: config_value(value) for key, value in values.items()})
+        shown = (tag_text(key, value) for key, value in self._tags.items())
+        self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
+        self._set_config({}, position)
+
+    def _html(self, payload: Text) -> Media:
+        import wandb
+
+        return wandb.Html(_HTML.format(html.escape(payload.text)), inject=False, data_is_not_path=True)
+
+    def _image(self, entry: Entry, payload: Image) -> None:
+        import wandb
+
+        suffix = _IMAGE_SUFFIXES.get(payload.blob.media_type)
+        if suffix is None:
+            raise _Unstorable("invalid_value", f"image {payload.key!r} is {payload.blob.media_type}, not PNG or JPEG")
+        source = self._content(payload)
+        with tempfile.TemporaryDirectory(prefix="trackhub-wandb-") as folder:
+            # The SDK tells the format by the suffix, and blobs have none.
+            named = Path(folder, f"image{suffix}")
+            link_or_copy(source, named)
+            try:
+                image = wandb.Image(str(named), caption=payload.caption or None)
+            except (ValueError, SyntaxError, OSError) as error:
+                raise _Unstorable("invalid_value", f"image {payload.key!r} cannot be read: {error}") from error
+            self._media(entry, payload.key, image)
+
+    def _content(self, payload: Image | Artifact) -> Path:
+        path = self._info.blob_path(payload.blob)
+        if not path.is_file():
+            raise _Unstorable("content_missing", f"the content of {payload.key!r} is not at {path}")
+        return path
+
+    def _histogram(self, entry: Entry, payload: Histogram) -> None:
+        import wandb
+
+        if len(payload.counts) > wandb.Histogram.MAX_LENGTH:
+            raise _Unstorable(
+                "too_many_bins",
+                f"histogram {payload.key!r} has {len(payload.counts)} bins, W&B holds {wandb.Histogram.MAX_LENGTH}",
+            )
+        # The SDK's type says arrays, but it takes lists as they are, and then needs no numpy.
+        bins: Any = (payload.counts, payload.edges)
+        self._row(entry, {payload.key: wandb.Histogram(np_histogram=bins)})
+
+    def _table(self, entry: Entry, payload: Table) -> None:
+        import wandb
+        from wandb.sdk.artifacts._internal_artifact import InternalArtifact
+
+        if len(payload.rows) > wandb.Table.MAX_ARTIFACT_ROWS:
+            raise _Unstorable(
+                "too_large",
+                f"table {payload.key!r} has {len(payload.rows)} rows, W&B holds {wandb.Table.MAX_ARTIFACT_ROWS}: "
+                "log it as an artifact",
+            )
+        table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
+        # W&B's pages read a table from an artifact of its run, and its API reads it from a file: `run.log` makes both,
+        # and so does this. But `run.log` leaves two copies in the home folder of whoever runs the receiver.
+        name = file_stem(payload.key)
+        artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
+        path = self._artifact_folder(entry) / f"{name}.table.json"
+        path.write_text(json.dumps(table.to_json(artifact), sort_keys=True), encoding="utf-8")
+        held = artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
+        table._set_artifact_target(artifact, held.path)
+        self._log_artifact(entry, artifact)
+        self._media(entry, payload.key, table)
+
+    def _artifact_folder(self, entry: Entry) -> Path:
+        folder = Path(self.run.settings.sync_dir, "artifacts", str(entry.position))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _media(self, entry: Entry, key: str, media: Media) -> None:
+        # `run.log` would bind the file too, but with the key in its name, which may be no safe file name. And a row
+        # that is stored already must not be written again, while its file may still be missing.
+        media.bind_to_run(self.run, file_stem(key), entry.position)
+        value = media.to_json(self.run)
+        self.files[str(value["path"])] = int(value["size"])
+        self._row(entry, {key: value})
+
+    def _artifact(self, entry: Entry, payload: Artifact) -> None:
+        import wandb
+
+        metadata = {
+            "key": payload.key,
+            "job_id": self._info.job.id,
+            "job_name": self._info.job.name,
+            "site": self._info.site,
+            "time": entry.time,
+            **({} if entry.step is None else {"step": entry.step}),
+            **({} if entry.round is None else {"round": entry.round}),
+        }
+        try:
+            artifact = wandb.Artifact(
+                artifact_name(payload.key, self._info.site), type=payload.artifact_type, metadata=metadata
+            )
+            # Nobody changes the blob, so the SDK needs no copy of it, during the upload or later.
+            artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
+            self._log_artifact(entry, artifact)
+        except ValueError as error:
+            raise _Unstorable("invalid_value", f"artifact {payload.key!r}: {error}") from error
+        self._set_config({}, entry.position)
+
+    def _log_artifact(self, entry: Entry, artifact: SdkArtifact) -> None:
+        self._before_artifact(artifact, self._artifact_folder(entry))
+        self.artifacts.append(self.run.log_artifact(artifact))
+
+
+def first_config(info: RunInfo) -> dict[str, Any]:
+    """Return the config that a new run starts with."""
+    about = {"job_id": info.job.id, "job_name": info.job.name, "site": info.site, "side": str(info.side)}
+    return {CONFIG_ENTRY: {**config_value(about), "through": -1}}
+
+
+class _Unstorable(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name. Copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

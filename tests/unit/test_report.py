@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delivery report as text, and what becomes of its results when it is read where the job's folder lies now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from trackhub.delivery.report import (
+    DeliveryReport,
+    RunReport,
+    SiteReport,
+    format_report,
+    format_results,
+    read_report,
+    write_report,
+)
+from trackhub.delivery.wire import SiteCounts
+from trackhub.spi import Results
+
+
+@pytest.fixture
+def report() -> DeliveryReport:
+    """One site that logged 10 records, in one backend, which confirmed 4 of them by the client's word alone."""
+    counts = SiteCounts(logged=10, acked=10)
+    results = Results(url="https://acme/run", path="acme/run", command="acme show acme")
+    return DeliveryReport(
+        job="sim-1", job_name="cifar10", side="server", status="finished", balanced=True,
+        sites={"site-1": SiteReport(at_site=counts, received=10, journaled=10, final=True)},
+        lanes={"acme": {"site-1": RunReport(confirmed=10, client_confirmed=4, results=results)}},
+    )  # fmt: skip
+
+
+def test_the_text_names_the_job_and_what_the_client_alone_confirmed(report: DeliveryReport) -> None:
+    text = format_report(report)
+
+    assert text.startswith("trackhub delivery report: job cifar10 (sim-1), server side, finished\n")
+    assert "10 (4 by the client's word)" in text
+    assert text.endswith("Open the results\n  acme: acme show acme")
+    assert "by the client's word: 4" in format_results({"server": report})
+
+
+def test_a_job_without_a_name_is_called_by_its_id(report: DeliveryReport) -> None:
+    for name in ("", "sim-1"):
+        text = format_report(msgspec.structs.replace(report, job_name=name))
+
+        assert text.startswith("trackhub delivery report: job sim-1, server side")
+
+
+def test_a_command_that_opens_several_runs_is_shown_once(report: DeliveryReport) -> None:
+    (run,) = report.lanes["acme"].values()
+    of_both = msgspec.structs.replace(report, lanes={"acme": {"site-1": run, "site-2": run}})
+
+    assert format_report(of_both).count("acme show acme") == 1
+
+
+@pytest.mark.parametrize("run_dir", ["..", "../.."])
+def test_results_are_those_of_the_run_folder_beside_the_report(
+    report: DeliveryReport, tmp_path: Path, run_dir: str
+) -> None:
+    folder = tmp_path / "a job" / "trackhub" / "site-1"
+    folder.mkdir(parents=True)
+    run_folder = (folder / run_dir).resolve()
+    write_report(folder / "delivery.json", msgspec.structs.replace(report, run_dir=run_dir))
+
+    read = read_report(folder / "delivery.json")
+
+    assert read.run_dir == str(run_folder)
+    assert read.lanes["acme"]["site-1"].results == Results(
+        url="https://acme/run", path=str(run_folder / "acme" / "run"), command=f"cd '{run_folder}' && acme show acme"
+    )
+
+
+def test_results_of_a_run_folder_elsewhere_stay_there(report: DeliveryReport, tmp_path: Path) -> None:
+    """So it is with a receiver whose own files are not in the run folder."""
+    write_report(tmp_path / "delivery.json", msgspec.structs.replace(report, run_dir="/jobs/1"))
+
+    results = read_report(tmp_path / "delivery.json").lanes["acme"]["site-1"].results
+
+    assert results is not None
+    assert (results.path, results.command) == ("/jobs/1/acme/run", "cd /jobs/1 && acme show acme")

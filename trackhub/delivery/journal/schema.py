@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the journal's tables hold: the schema, and the rows that a lane reads and stores.
+
+`Journal` fills the tables. A lane takes the records of a row with `stored_records`, which also copes with a row that
+the disk has damaged. It stores what it must remember as `Progress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
+
+from trackhub.framing import CorruptFrameError, Frame, scan_frames
+from trackhub.records import Kind
+from trackhub.spi import Results
+
+__all__ = ["SCHEMA", "Progress", "Row", "RunState", "Stored", "stored_records"]
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sites (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    first_position INTEGER NOT NULL, next_position INTEGER NOT NULL, received INTEGER NOT NULL DEFAULT 0,
+    duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
+    explained BLOB, counts BLOB, final INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS streams (
+    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, next_seq INTEGER NOT NULL,
+    UNIQUE (site, name));
+CREATE TABLE IF NOT EXISTS batches (
+    id INTEGER PRIMARY KEY, site INTEGER NOT NULL, stream INTEGER NOT NULL,
+    first_position INTEGER NOT NULL, records INTEGER NOT NULL, frames BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_of_site ON batches (site, id);
+CREATE TABLE IF NOT EXISTS runs (
+    lane TEXT NOT NULL, site INTEGER NOT NULL, written INTEGER NOT NULL DEFAULT 0,
+    confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
+"""
+"""``sites.final`` is 0 until the site's final message, then 1, or 2 if its training failed. ``runs.written`` and
+``runs.confirmed`` are ids of batches."""
+
+_GAP = int(Kind.GAP)
+
+
+class Row(NamedTuple):
+    """A batch as a lane reads it. Its records have the positions from ``first_position`` on."""
+
+    id: int
+    stream: str
+    first_position: int
+    records: int
+    frames: bytes
+
+
+class Progress(msgspec.Struct, kw_only=True):
+    """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
+
+    Attributes:
+        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in
+            `report.RunReport`.
+        memory: the adaptation's state at the confirmed cursor.
+        stored_to: the position after the last record that was confirmed.
+    """
+
+    confirmed: int = 0
+    client_confirmed: int = 0
+    rejected: dict[str, int] = {}
+    altered: dict[str, int] = {}
+    possible_duplicates: int = 0
+    state: str = "open"
+    last_error: str = ""
+    results: Results | None = None
+    memory: bytes = b""
+    stored_to: int = 0
+
+
+class RunState(NamedTuple):
+    """How far a lane got with a run: its two cursors, which are ids of batches, and its progress."""
+
+    written: int
+    confirmed: int
+    progress: Progress
+
+
+Stored = tuple[int, int, bytes]
+"""One record of a row, not decoded yet: position, kind, body. A plain tuple, since there is one for every record."""
+
+
+def stored_records(row: Row) -> Iterator[Stored]:
+    """Yield the records of a row that can be read, each with its position.
+
+    A damaged row yields fewer than ``row.records``. The records behind the damage are counted from the row's end, so
+    that each keeps the position under which a backend may know it already.
+    """
+    frames, position, end = row.frames, row.first_position, 0
+    with suppress(CorruptFrameError):
+        for kind, _, body, end in scan_frames(frames):
+            if kind != _GAP:
+                yield position, kind, frames[body:end]
+                position += 1
+    missing = row.first_position + row.records - position
+    if missing:
+        rest = [frame for frame in _behind_damage(frames, end) if frame.kind != _GAP]
+        position += missing - len(rest)
+        for i, frame in enumerate(rest):
+            yield position + i, frame.kind, frames[frame.body : frame.end]
+
+
+def _behind_damage(data: bytes, offset: int) -> Iterator[Frame]:
+    """Yield the sound frames at or after this offset. Nothing says where they start, so try every offset."""
+    view = memoryview(data)
+    while offset < len(view):
+        end = offset
+        with suppress(CorruptFrameError):
+            for frame in scan_frames(view, offset):
+                yield frame
+                end = frame.end
+        offset = max(end, offset + 1)
