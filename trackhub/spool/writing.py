@@ -21,7 +21,7 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
-from trackhub.spool.layout import SpoolInfo, blob_file, expect_spool, ledger_file, read_spool_info, spool_info
+from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.stream import CLOSED, Stream
@@ -70,17 +70,20 @@ class SpoolWriter:
     # Lock, busy and deferred belong to the stream, since a forked child gets a new stream, and with it a free lock. So
     # no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: Path, *, info: SpoolInfo | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Open a new stream in this folder. Files are made with the first record.
 
         Args:
             folder: the spool's folder.
+            info: what the spool is, where that is known.
             clock: seconds that only grow.
 
         Raises:
             SpoolError: there is no spool in the folder, and none is expected there.
         """
-        self.info = spool_info(folder)
+        self.info = info or spool_info(folder)
         self.folder = folder
         self._clock = clock
         self._round = RoundFile(folder)
@@ -297,9 +300,9 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
         if not (found := read_spool_info(path)).open or (found.site, found.job) != (info.site, info.job):
             _log.warning("a copied writer records nothing: the job %s of site %s has ended", info.job, info.site)
             return None
-    except SpoolError:
-        expect_spool(path, info, "io_error")  # what is logged is dropped and counted until the spool is there
-    writer = SpoolWriter(path)
+    except SpoolError as e:
+        _log.warning("a copied writer finds no spool, and drops what it is given until there is one: %s", e)
+    writer = SpoolWriter(path, info=info)
     writer._stream.is_closed = is_closed
     return writer
 
