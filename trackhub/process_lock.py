@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["ProcessLock"]
@@ -71,9 +72,15 @@ class ProcessLock:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
-    def __del__(self) -> None:
-        # Not ``release``: in a child that was forked a moment ago, unlocking would unlock for the parent as well.
-        self.abandon()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Not ``release``: in a child that was forked a moment ago, unlocking would unlock for the parent as well. And
+        # nothing global, which may be gone when the interpreter ends.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:  # noqa: SIM105
+                close(fd)
+            except OSError:
+                pass
 
 
 _locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()

@@ -214,6 +214,22 @@ def test_writers_that_are_never_closed_leave_no_descriptor_open(tmp_path: Path) 
     assert sorted(value for records in read_spool(tmp_path).values() for value in values(records)) == list(range(100))
 
 
+def test_a_script_that_ends_without_closing_its_writer_ends_quietly(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from trackhub.writer.writer import Writer
+        writer = Writer(sys.argv[1])
+        log = writer.log
+        for i in range(10):
+            log({"a": i})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(new_spool(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    (ledger,) = tmp_path.glob("*.ledger")
+    assert writer_state(ledger) is WriterState.ENDED
+
+
 def test_forked_children_of_a_local_run_end_it_neither_early_nor_for_the_next_one(tmp_path: Path) -> None:
     """A worker that outlives a killed script must not keep the journal locked."""
     read, write = os.pipe()

@@ -289,7 +289,7 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
             writer.log_text("t", "x" * size)
             logged += 1
         with pytest.raises(OSError, match="No space") as full:  # it is full indeed
-            (disk / "probe").write_bytes(b"x" * 4096)
+            (disk / "probe").write_bytes(b"x" * 16384)
         assert full.value.errno == errno.ENOSPC
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(disk)

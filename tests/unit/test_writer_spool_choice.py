@@ -209,6 +209,7 @@ def test_with_an_announced_spool_that_cannot_be_used_a_writer_records_nothing(
 def test_a_round_that_cannot_be_read_costs_the_records_their_round_and_nothing_else(tmp_path: Path) -> None:
     """Such as on a disk that had room for ``spool.json`` and for no further file."""
     spool = new_spool(tmp_path / "spool")
+    (spool / "round").unlink()
     (spool / "round").mkdir()
     with Writer(spool) as writer:
         writer.log({"a": 1.0})

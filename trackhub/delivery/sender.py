@@ -33,9 +33,9 @@ from trackhub.spool.round_file import RoundFile
 __all__ = ["Sender"]
 
 _BLOB_RETRY_S = 0.1
-_ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take: a request need not carry more
-_JOIN_MARGIN_S = 1.0  # for what the thread does after its last request
-_COUNT_S = 1.0  # for counting a spool that the receiver did not get; the rest is counted by the ledgers
+_ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take. A request need not carry more.
+_JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
+_COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
 _log = logging.getLogger(__name__)
 
 
@@ -264,9 +264,8 @@ class Sender:
     def _say_what_is_left(self) -> None:
         if self._counts.spooled or self._counts.unreadable:
             _log.warning(
-                "site %s: the receiver did not acknowledge %d records; they stay in %s. Deliver them with "
-                "`trackhub replay %s`", self.site, self._counts.spooled + self._counts.unreadable, self.folder,
-                self.folder,
+                "site %s: %d records were not acknowledged; they stay in %s. Deliver them with `trackhub replay %s`",
+                self.site, self._counts.spooled + self._counts.unreadable, self.folder, self.folder,
             )  # fmt: skip
 
     def _is_time_to_send(self) -> bool:
@@ -356,7 +355,7 @@ class Sender:
     def _count(self, until: float | None = None) -> None:
         """Count the site's records. Without a time until which to read, count by the ledgers, which takes little."""
         try:
-            counts = site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
+            counts = _site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
@@ -371,7 +370,7 @@ class Sender:
             _log.warning("%s", message)
 
 
-def site_counts(counts: Iterable[StreamCount]) -> SiteCounts:
+def _site_counts(counts: Iterable[StreamCount]) -> SiteCounts:
     """Return the counts of all of a site's streams together."""
     total = add_up(counts)
     return SiteCounts(

@@ -33,6 +33,7 @@ import msgspec
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.process_lock import ProcessLock
+from trackhub.spool.round_file import RoundFile
 from trackhub.spool.small_files import SPARES, make_spare, reason_of, write_start
 
 __all__ = [
@@ -96,8 +97,8 @@ _expected: dict[str, str] = {}
 def create_spool(folder: Path, info: SpoolInfo) -> bool:
     """Create the spool folder. After a restart, use the existing one of the same site and job.
 
-    If the disk is full, or the folder cannot be written, the spool is *expected*: training may start, its writers count
-    what they drop, and the sender creates the spool as soon as that is possible. The log says so.
+    If the disk is full, or the folder cannot be written, the spool is *expected*. Training may start, and its writers
+    count what they drop. Writers and sender create the spool as soon as that is possible. The log says so.
 
     Args:
         folder: where to create it.
@@ -166,6 +167,7 @@ def _create(folder: Path, info: SpoolInfo) -> None:
         _store(folder, info)
     _known[_key(folder)] = info
     _expected.pop(_key(folder), None)
+    RoundFile(folder, sets=True).close()
     with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
         for number in range(SPARES):
             make_spare(folder, number)

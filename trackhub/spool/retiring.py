@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retire streams: delete the files of those that have ended and were read, and keep their counts in one file.
 
-`SpoolReader` calls it. Without it, each process that has logged would leave files for the rest of the job, which take
-room from the spool and are looked at again and again.
+`SpoolReader` calls it. Without it, each process that has logged would leave files for the rest of the job. They would
+take room from the spool, and be looked at again and again.
 
 A stream goes through these states. Each reader of the spool takes it there by itself:
 

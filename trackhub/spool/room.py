@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep a spool within its limit, however many processes write to it. The writer's end of the spool asks.
 
-No process waits for another one. A writer first says in its ledger up to where it is going to write, or in the name of
-a file how large it is going to be. Then it measures the folder with all that was said there. If it is too much, the
-writer takes back what it said.
+No process waits for another one. A writer first says in its ledger up to where it is going to write. For a blob, the
+name of its file says how large it is going to be. Then the writer measures the folder with all that was said there. If
+it is too much, the writer takes back what it said.
 
 To measure means to look at every file. So a writer that measures leaves the result in the file ``usage``. While that is
 fresh and at most half of the spool is used, other writers take a small share without measuring.

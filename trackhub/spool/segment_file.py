@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
@@ -111,6 +112,12 @@ class SegmentFile:
         self._path = None
         self.close()
 
-    def __del__(self) -> None:
-        # A script may make a writer in each round and never close one.
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # A script may make a writer in each round and never close one. Nothing global is used here: it may be gone when
+        # the interpreter ends.
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            try:  # noqa: SIM105
+                close(fd)
+            except OSError:
+                pass
