@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from collections import Counter
@@ -21,7 +22,7 @@ import pytest
 from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, small_disk, spool_of, values
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
-from trackhub.spool.layout import SpoolInfo, create_spool, read_spool_info
+from trackhub.spool.layout import SpoolInfo, create_spool, create_spool_anywhere, read_spool_info
 from trackhub.spool.ledger import read_ledger
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.writing import NewBlob, SpoolWriter
@@ -49,6 +50,37 @@ def test_a_spool_that_cannot_be_created_is_an_error_that_names_the_folder(tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(SpoolError, match="file/spool"):
         create_spool(tmp_path / "file" / "spool", SpoolInfo("a", "j", ("server",)))
+
+
+def test_a_spool_that_has_no_room_is_created_on_another_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = SpoolInfo("site-1", "job-1", ("server",))
+    with small_disk(tmp_path / "disk", 64 << 10) as disk, small_disk(tmp_path / "temporary", 64 << 10) as temporary:
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        with pytest.raises(OSError, match="No space"):
+            (disk / "filler").write_bytes(bytes(1 << 20))
+
+        elsewhere = create_spool_anywhere(disk / "spool", info)
+
+        assert elsewhere.parent == temporary
+        assert read_spool_info(elsewhere) == info
+        assert f"is in {elsewhere} instead" in caplog.text
+        with pytest.raises(OSError, match="No space"):
+            (temporary / "filler").write_bytes(bytes(1 << 20))
+        assert create_spool_anywhere(disk / "spool", info) == disk / "spool"  # where it is expected now
+        assert SpoolWriter(disk / "spool").info == info
+
+
+def test_a_folder_of_another_job_is_never_used_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_spool(tmp_path / "spool")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    elsewhere = create_spool_anywhere(tmp_path / "spool", SpoolInfo("site-1", "job-2", ("server",)))
+    assert elsewhere.parent == tmp_path / "temporary"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(SpoolError, match="own folder"):
+        create_spool_anywhere(tmp_path / "spool", SpoolInfo("site-1", "job-2", ("server",)))
 
 
 def test_a_forked_child_writes_a_stream_of_its_own(tmp_path: Path) -> None:
