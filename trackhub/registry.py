@@ -175,7 +175,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Check a backend's options where a job is written, and return them as JSON can hold them.
 
     Literal secrets are refused in any case. The names and types of options can be checked only if the backend is
-    installed here: if it is not, this raises what `load` raises, after the rest has been checked.
+    installed here. If it is not, this raises what `load` raises, after the rest has been checked.
 
     Args:
         name: the backend's name.

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import trackhub
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-WARMUP = 0.1  # part of all steps in which the learning rate rises; then it falls along a cosine
+WARMUP = 0.1  # the part of all steps in which the learning rate rises. Then it falls along a cosine
+
 # Without a limit, the first steps on a few hundred images go so far astray that five rounds do not mend it.
 MAX_GRADIENT_NORM = 2.0
 
