@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
 from tests.unit.rigs import FAST, SITE, SenderRig, assert_all_arrived, log
-from trackhub.delivery import repeated_requests, wire
+from trackhub.delivery import request_retry, wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.retry import Backoff
@@ -29,7 +29,7 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated_requests, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
 from tests.unit.rigs import SITE, SenderRig
-from trackhub.delivery import repeated_requests, wire
+from trackhub.delivery import request_retry, wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.retry import Backoff
 from trackhub.spool.layout import blob_file
@@ -21,7 +21,7 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated_requests, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture

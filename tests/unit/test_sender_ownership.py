@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, small_disk
 from tests.unit.rigs import FAST, SITE, SenderRig, log
-from trackhub.delivery import repeated_requests, wire
+from trackhub.delivery import request_retry, wire
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.retry import Backoff
@@ -28,7 +28,7 @@ from trackhub.writer.writer import Writer
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated_requests, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
 
 
 @pytest.fixture

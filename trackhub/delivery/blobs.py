@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
-from trackhub.delivery.repeated_requests import Exchange
+from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.wire import Accepted, Chunk
 from trackhub.records import Blob
 from trackhub.spool.layout import blob_file

@@ -18,7 +18,7 @@ import msgspec
 
 from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.repeated_requests import Exchange
+from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits

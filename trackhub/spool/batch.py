@@ -25,7 +25,7 @@ from trackhub.framing import (
     scan_frames,
 )
 from trackhub.records import Artifact, Blob, Gap, Image, Payload
-from trackhub.spool.damage import DAMAGED, damage_gap
+from trackhub.spool.skip_damage import DAMAGED, damage_gap
 
 __all__ = ["Place", "SpoolBatch", "assemble"]
 

@@ -20,12 +20,12 @@ from trackhub.framing import MAX_BODY_BYTES
 from trackhub.spool.acks import Ack, read_ack, write_ack
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
-from trackhub.spool.damage import DAMAGED, DamageLog
 from trackhub.spool.following import End, FollowedStream, look, stream_ends
 from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
 from trackhub.spool.ledger import LedgerCounts, WriterState, read_ledger, writer_state
 from trackhub.spool.retiring import Retirement
 from trackhub.spool.segment_reader import Extent, SegmentReader
+from trackhub.spool.skip_damage import DAMAGED, DamageLog
 
 __all__ = ["RETIRED", "SpoolReader"]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
 from trackhub.spool.batch import Place, SpoolBatch, assemble
-from trackhub.spool.damage import DamageLog, find_sound_frame
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
+from trackhub.spool.skip_damage import DamageLog, find_sound_frame
 
 __all__ = ["Extent", "SegmentReader"]
 

@@ -28,7 +28,6 @@ from trackhub.run import RunInfo, RunStatus  # noqa: E402
 from trackhub.spi import Kind  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext  # noqa: E402
-from trackhub.testing.outages import FolderOutage, Outage  # noqa: E402
 from trackhub.testing.readback import (  # noqa: E402
     ArtifactItem,
     HistogramItem,
@@ -38,6 +37,7 @@ from trackhub.testing.readback import (  # noqa: E402
     TableItem,
     TextItem,
 )
+from trackhub.testing.store_outage import FolderOutage, Outage  # noqa: E402
 from trackhub.testing.version import KIT_VERSION  # noqa: E402
 
 __all__ = [

@@ -11,9 +11,9 @@ from trackhub.testing.checks.fixtures import Kit
 from trackhub.testing.checks.identity import IdentityChecks
 from trackhub.testing.checks.key_rules import KeyChecks
 from trackhub.testing.checks.leftovers import LeftoverChecks
-from trackhub.testing.checks.lifecycle import LifecycleChecks
 from trackhub.testing.checks.stored_records import KindChecks, NumberChecks, StepChecks
-from trackhub.testing.sample_calls import series
+from trackhub.testing.checks.whole_job import LifecycleChecks
+from trackhub.testing.simulated_site import series
 
 __all__ = ["BackendContract"]
 

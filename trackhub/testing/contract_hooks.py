@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from trackhub.run import RunInfo, RunStatus
 from trackhub.spi import Backend, BackendContext, Kind
-from trackhub.testing.outages import FolderOutage, Outage
 from trackhub.testing.readback import ReadBack
+from trackhub.testing.store_outage import FolderOutage, Outage
 
 __all__ = ["SECRET_ENV", "ContractHooks", "StoreContext"]
 

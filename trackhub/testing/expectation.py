@@ -17,7 +17,7 @@ from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics,
 from trackhub.spi import Capabilities
 from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
-from trackhub.testing.sample_calls import Call, FuturePayload
+from trackhub.testing.simulated_site import Call, FuturePayload
 
 __all__ = ["Expected", "expect", "kind_of"]
 

@@ -29,7 +29,7 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, Side
 from trackhub.spi import Backend
-from trackhub.testing.fault_proxy import FaultProxy, KillPoint
+from trackhub.testing.faulty_backend import FaultyBackend, KillPoint
 from trackhub.testing.receiver_rig import ReceiverOfClass, ReceiverRig
 
 __all__ = ["deliver_until_killed", "main"]
@@ -128,7 +128,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=_Plan)
     receiver = ReceiverOfClass(
-        FaultProxy(kill=plan.kill, max_batch=plan.max_batch).around(_load(plan)),
+        FaultyBackend(kill=plan.kill, max_batch=plan.max_batch).around(_load(plan)),
         Path(plan.run_dir),
         state_dir=Path(plan.folder),
         job=plan.job,

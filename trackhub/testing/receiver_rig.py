@@ -23,9 +23,9 @@ from trackhub.limits import Limits
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus, Side
 from trackhub.spi import Backend, BackendContext, Capabilities
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext
-from trackhub.testing.fault_proxy import FaultProxy
+from trackhub.testing.faulty_backend import FaultyBackend
 from trackhub.testing.readback import ReadBack
-from trackhub.testing.sample_calls import BASE_TIME, Call, Stream
+from trackhub.testing.simulated_site import BASE_TIME, Call, Stream
 
 __all__ = ["ReceiverOfClass", "ReceiverRig"]
 
@@ -79,7 +79,7 @@ class ReceiverRig:
         *,
         job: JobInfo,
         side: Side = Side.SERVER,
-        proxy: FaultProxy | None = None,
+        proxy: FaultyBackend | None = None,
         deliver: bool = True,
     ) -> None:
         """Prepare a receiver; ``start`` starts it.
@@ -96,7 +96,7 @@ class ReceiverRig:
         self.hooks = hooks
         self.root = root
         self.folder = root / "trackhub"
-        self.proxy = proxy or FaultProxy()
+        self.proxy = proxy or FaultyBackend()
         self.logged: dict[str, list[tuple[str, Call]]] = {}
         self.report: DeliveryReport | None = None
         self.context = StoreContext(root / hooks.name, job, side, options={**options, **hooks.extra_options})

@@ -22,12 +22,12 @@ from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted
 from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.expectation import expect
-from trackhub.testing.fault_proxy import FaultProxy, KillPoint
+from trackhub.testing.faulty_backend import FaultyBackend, KillPoint
 from trackhub.testing.killed_receiver import deliver_until_killed
 from trackhub.testing.readback import Point
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.sample_calls import Call, FuturePayload, metric, series
 from trackhub.testing.scenarios import check_run
+from trackhub.testing.simulated_site import Call, FuturePayload, metric, series
 
 __all__ = ["ConfirmationChecks", "ErrorChecks", "OutageChecks", "VolumeChecks"]
 
@@ -84,7 +84,7 @@ class ConfirmationChecks(ContractFixtures):
     def test_redelivery_after_an_error_as_declared(self, kit: Kit) -> None:
         """``write`` stores a batch and then fails, twice. The same batch is handed over again each time."""
         errors = [TransientError("the reply was lost"), TransientError("the reply was lost again")]
-        rig = kit.rig(proxy=FaultProxy(after=errors)).start()
+        rig = kit.rig(proxy=FaultyBackend(after=errors)).start()
         rig.log(_SITE, series("loss", range(_BATCH)))
         rig.finish()
         run = rig.run(_SITE)
@@ -123,7 +123,7 @@ class ErrorChecks(ContractFixtures):
         self._check_errors(kit, [RuntimeError("a defect"), OSError("no route to host")], "two unknown errors")
 
     def _check_errors(self, kit: Kit, errors: Sequence[Exception], what: str) -> None:
-        rig = kit.rig(proxy=FaultProxy(before=errors)).start()
+        rig = kit.rig(proxy=FaultyBackend(before=errors)).start()
         rig.log(_SITE, series("loss", range(25)))
         rig.finish()
         check_run(rig, [_SITE], what)
@@ -134,7 +134,7 @@ class ErrorChecks(ContractFixtures):
     def test_permanent_error_takes_only_its_records(self, kit: Kit) -> None:
         """Records that can never be stored are rejected by name. Their neighbours in the same batch are stored."""
         poison = [3, 4, 17]
-        rig = kit.rig(proxy=FaultProxy(poison=poison)).start()
+        rig = kit.rig(proxy=FaultyBackend(poison=poison)).start()
         rig.log(_SITE, series("loss", range(25)))
         rig.finish()
         self._check_without(rig, poison, {"permanent_error": len(poison)})
@@ -142,7 +142,7 @@ class ErrorChecks(ContractFixtures):
     def test_reported_rejections_are_counted(self, kit: Kit) -> None:
         """Records that ``write`` reports as rejected are counted under the reason that it gave."""
         rejected = [0, 9, 24]
-        rig = kit.rig(proxy=FaultProxy(rejected=rejected)).start()
+        rig = kit.rig(proxy=FaultyBackend(rejected=rejected)).start()
         rig.log(_SITE, series("loss", range(25)))
         rig.finish()
         self._check_without(rig, rejected, {"reported": len(rejected)})
@@ -165,7 +165,7 @@ class ErrorChecks(ContractFixtures):
         It gets one if the backend claims more kinds than it knows, such as all those of a newer trackhub.
         """
         unknown = [4, 11]
-        rig = kit.rig(proxy=FaultProxy(future=unknown)).start()
+        rig = kit.rig(proxy=FaultyBackend(future=unknown)).start()
         rig.log(_SITE, series("loss", range(25)))
         rig.finish()
         run = rig.run(_SITE)

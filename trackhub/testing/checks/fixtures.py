@@ -21,11 +21,11 @@ from trackhub.records import Artifact, Image, Params
 from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, Capabilities, ConfirmedBy, Entry, Kind
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext
-from trackhub.testing.fault_proxy import FaultProxy
+from trackhub.testing.faulty_backend import FaultyBackend
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.sample_calls import Call, FuturePayload, Stream, new_job
 from trackhub.testing.scenarios import DeliveredScenarios
+from trackhub.testing.simulated_site import Call, FuturePayload, Stream, new_job
 
 __all__ = ["QUICK_ENV", "ContractFixtures", "Kit", "one_param"]
 
@@ -58,7 +58,7 @@ class Kit:
         *,
         job: JobInfo | None = None,
         side: Side = Side.SERVER,
-        proxy: FaultProxy | None = None,
+        proxy: FaultyBackend | None = None,
         shared: bool = False,
         options: dict[str, Any] | None = None,
         deliver: bool = True,

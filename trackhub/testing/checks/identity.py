@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from trackhub.run import FEDERATION, SERVER, Side
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.sample_calls import Call, metric, new_job, series
 from trackhub.testing.scenarios import DeliveredScenarios, check_run, scenario
+from trackhub.testing.simulated_site import Call, metric, new_job, series
 
 __all__ = ["IdentityChecks"]
 

@@ -15,8 +15,8 @@ from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import Kind, Metrics, Params, Tags, key_problem
 from trackhub.spi import KeyRule
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
-from trackhub.testing.sample_calls import LOGGED_KINDS, Call, artifact, histogram, image, metric, table, text
 from trackhub.testing.scenarios import DeliveredScenarios, check_run, scenario
+from trackhub.testing.simulated_site import LOGGED_KINDS, Call, artifact, histogram, image, metric, table, text
 
 __all__ = ["KeyChecks"]
 

@@ -21,7 +21,7 @@ import pytest
 
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit, one_param
 from trackhub.testing.contract_hooks import SECRET_ENV
-from trackhub.testing.sample_calls import series
+from trackhub.testing.simulated_site import series
 
 __all__ = ["LeftoverChecks"]
 

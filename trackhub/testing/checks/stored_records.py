@@ -16,7 +16,8 @@ from trackhub.spi import ANY_KEY, Capabilities
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted, differences
 from trackhub.testing.expectation import expect, kind_of
-from trackhub.testing.sample_calls import (
+from trackhub.testing.scenarios import DeliveredScenarios, scenario
+from trackhub.testing.simulated_site import (
     BASE_TIME,
     LOGGED_KINDS,
     Call,
@@ -28,7 +29,6 @@ from trackhub.testing.sample_calls import (
     table,
     text,
 )
-from trackhub.testing.scenarios import DeliveredScenarios, scenario
 
 __all__ = ["KindChecks", "NumberChecks", "StepChecks"]
 

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from trackhub.spi import TransientError
-from trackhub_mlflow.artifact_repositories import put_by_client
+from trackhub_mlflow.artifact_upload_by_client import put_by_client
 from trackhub_mlflow.login import open_session
 from trackhub_mlflow.options import server_url
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun, root_cause

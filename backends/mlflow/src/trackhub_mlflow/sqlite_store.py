@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from trackhub.spi import TransientError
-from trackhub_mlflow.artifact_repositories import put_by_client
+from trackhub_mlflow.artifact_upload_by_client import put_by_client
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend class that the entry point names.
 
-It decides the mode with `login`, and opens runs of `offline` or `online` with the settings that the options ask for.
+It decides the mode with `mode_and_login`. It opens runs of `offline` or `online` with the settings that the options ask
+for.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from trackhub.spi import (
     Results,
     RunInfo,
 )
-from trackhub_wandb.login import Mode, chosen_mode, find_login, require_login, verify_login
+from trackhub_wandb.mode_and_login import Mode, chosen_mode, find_login, require_login, verify_login
 from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_text
 from trackhub_wandb.offline import OfflineRun, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
-from trackhub_wandb.sdk import QUIET_SETTINGS, Login, import_sdk, stop_service
+from trackhub_wandb.sdk_process import QUIET_SETTINGS, Login, import_sdk, stop_service
 from trackhub_wandb.server_state import Server
 
 __all__ = ["WandBBackend"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
-from trackhub_wandb.sdk import abandon_runs, open_sdk_run, service_is_lost, stop_service
+from trackhub_wandb.sdk_process import abandon_runs, open_sdk_run, service_is_lost, stop_service
 from trackhub_wandb.sdk_run import SdkRun, first_config
 
 if TYPE_CHECKING:

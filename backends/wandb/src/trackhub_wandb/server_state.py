@@ -10,13 +10,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from trackhub.spi import TransientError
-from trackhub_wandb.sdk import QUIET_SETTINGS, exclusive_sdk
+from trackhub_wandb.sdk_process import QUIET_SETTINGS, exclusive_sdk
 
 if TYPE_CHECKING:
     from wandb.apis.public.service_api import ServiceApi
 
     from trackhub_wandb.options import WandBOptions
-    from trackhub_wandb.sdk import Login
+    from trackhub_wandb.sdk_process import Login
 
 __all__ = ["RunPath", "Server"]
 

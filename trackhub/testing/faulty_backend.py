@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy between the lane and the backend under test, which notes every call and injects the faults of a check.
+"""A backend around the one under test, which notes every call of the lane and injects the faults of a check.
 
 A `ReceiverRig` puts one around its backend. The lane calls the proxy as it would call the backend.
 """
@@ -28,9 +28,9 @@ from trackhub.spi import (
     RunStatus,
     WriteReport,
 )
-from trackhub.testing.sample_calls import FuturePayload
+from trackhub.testing.simulated_site import FuturePayload
 
-__all__ = ["FaultProxy", "KillPoint"]
+__all__ = ["FaultyBackend", "KillPoint"]
 
 
 class KillPoint(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class KillPoint(msgspec.Struct, frozen=True):
     note: str
 
 
-class FaultProxy:
+class FaultyBackend:
     """The faults that one receiver's backend meets, and what the lane asked it to do.
 
     The lane's thread uses it. Read the attributes when the receiver has finished.
@@ -182,7 +182,7 @@ class FaultProxy:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _proxy_class(cls: type[Backend[Any]], proxy: FaultProxy) -> type[Backend[Any]]:
+def _proxy_class(cls: type[Backend[Any]], proxy: FaultyBackend) -> type[Backend[Any]]:
     class Proxy(Backend[Any]):
         spi = cls.spi
         Options = cls.Options
@@ -223,7 +223,7 @@ def _proxy_class(cls: type[Backend[Any]], proxy: FaultProxy) -> type[Backend[Any
 
 
 class _ProxyRun(BackendRun):
-    def __init__(self, inner: BackendRun, proxy: FaultProxy, *, write_confirms: bool) -> None:
+    def __init__(self, inner: BackendRun, proxy: FaultyBackend, *, write_confirms: bool) -> None:
         self._inner = inner
         self._proxy = proxy
         self._write_confirms = write_confirms
