@@ -150,6 +150,7 @@ def test_a_sender_waits_while_another_one_has_its_spool(make_job: MakeJob) -> No
     job = make_job({"jsonl": {}})
     assert job.trainer("a", calls=CALLS).wait() == 0
     receiver, first = job.receiver(), job.sender()
+    wait_for(lambda: first.ask("requests") > 0, "the first sender to own the spool")
     first.process.send_signal(signal.SIGSTOP)
     second = job.sender()
     assert second.ask("flush 1") is False

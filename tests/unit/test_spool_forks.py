@@ -264,3 +264,45 @@ def test_forked_children_of_a_local_run_end_it_neither_early_nor_for_the_next_on
 
 with contextlib.suppress(AttributeError):  # silence Python 3.12's warning of forks in a process with threads
     pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+@pytest.mark.parametrize("call", ["open", "write"])
+def test_a_fork_while_the_first_segment_is_made_leaves_it_to_the_parent(tmp_path: Path, call: str) -> None:
+    """A signal handler can fork right after each call of the operating system that makes the segment."""
+    code = """
+        import os, sys
+        import trackhub.spool.segment_file as segment_file
+        from trackhub.writer.writer import Writer
+
+        class ForkingOs:
+            forked = False
+
+            def __getattr__(self, name):
+                real = getattr(os, name)
+                if name != sys.argv[2]:
+                    return real
+
+                def call_and_fork(*args):
+                    result = real(*args)
+                    if not ForkingOs.forked:
+                        ForkingOs.forked = True
+                        pid = os.fork()
+                        if pid:
+                            os.waitpid(pid, 0)
+                    return result
+                return call_and_fork
+
+        segment_file.os = ForkingOs()
+        writer, parent = Writer(sys.argv[1]), os.getpid()
+        writer.log({"main": 0})
+        if os.getpid() != parent:
+            os._exit(0)
+        writer.log({"main": 1})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(new_spool(tmp_path)), call]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    (records,) = read_spool(tmp_path).values()
+    assert values(records) == [0, 1]
+    assert [record.seq for record in records] == [0, 1]

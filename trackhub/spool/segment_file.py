@@ -62,20 +62,29 @@ class SegmentFile:
         """
         while True:
             if self._path is None:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                raise _not_ours()
             path = self._path / segment_name(self._stream, self._number + 1)
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
                 break
             except FileExistsError:
                 self._number += 1  # left behind by an attempt that a signal handler interrupted
+        # A signal handler may have forked in each call here, and this may be the child. It must not write to the file.
+        # `abandon` could not close the descriptor, which nothing but this function has yet.
+        if self._path is None:
+            os.close(fd)
+            raise _not_ours()
         try:
             if os.write(fd, SEGMENT_HEADER) != len(SEGMENT_HEADER):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.close(fd)
-            path.unlink(missing_ok=True)
+            if self._path is not None:
+                path.unlink(missing_ok=True)
             raise
+        if self._path is None:
+            os.close(fd)
+            raise _not_ours()
         old, self.fd = self.fd, fd
         self._number += 1
         self.offset = self.limit = len(SEGMENT_HEADER)
@@ -121,3 +130,8 @@ class SegmentFile:
                 close(fd)
             except OSError:
                 pass
+
+
+def _not_ours() -> OSError:
+    """Return the error of a stream that belongs to the process that this one was forked from."""
+    return OSError(errno.EBADF, os.strerror(errno.EBADF))
