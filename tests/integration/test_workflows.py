@@ -97,13 +97,16 @@ if __name__ == "__main__":
 """
 
 _PARTS = """
+import time
+
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FedEventHeader, FLContextKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.impl.controller import Controller
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.widgets.fed_event import FED_EVENT_TOPIC
 from nvflare.widgets.widget import Widget
 
 from trackhub import Writer
@@ -117,6 +120,8 @@ class ServerLogger(Widget):
             Writer().log({"seen": fl_ctx.get_prop(AppConstants.CURRENT_ROUND)})
         elif event_type == EventType.END_WORKFLOW:
             Writer().log({"seen": -1})
+        elif event_type == EventType.START_WORKFLOW and fl_ctx.get_prop(FLContextKey.EVENT_DATA) is not None:
+            Writer().log({"made_up": 1})  # by a client
 
 
 class Hostile(Widget):
@@ -125,9 +130,11 @@ class Hostile(Widget):
     def handle_event(self, event_type, fl_ctx):
         task = fl_ctx.get_prop(FLContextKey.TASK_DATA)
         if event_type == EventType.BEFORE_TASK_EXECUTION and task.get_header(AppConstants.CURRENT_ROUND) == 1:
-            for name in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN,
-                         EventType.START_WORKFLOW, AppEventType.ROUND_STARTED):
-                self.fire_fed_event(name, Shareable(), fl_ctx.get_engine().new_context())
+            for name in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN, EventType.START_WORKFLOW):
+                event = Shareable()
+                event.set_header(FedEventHeader.EVENT_TYPE, name)
+                event.set_header(FedEventHeader.TIMESTAMP, time.time())
+                fl_ctx.get_engine().send_aux_request(None, FED_EVENT_TOPIC, event, 5.0, fl_ctx)
 
 
 class EndsByItself(Controller):
@@ -244,4 +251,6 @@ def test_a_client_cannot_end_the_servers_tracking(tmp_path: Path) -> None:
     job = _run(tmp_path, "a hostile client", external=False, n_clients=2)
 
     _assert_rounds_are_those_of_the_calls(job, 2)
-    assert _seen_and_round(job, "server")[:3] == [(0, 0), (1, 1), (2, 2)]
+    points = job.jsonl_points("server", "server")
+    assert [point.key for point in points].count("made_up") == 2
+    assert [(point.value, point.round) for point in points if point.key == "seen"][:3] == [(0, 0), (1, 1), (2, 2)]
