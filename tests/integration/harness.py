@@ -34,6 +34,7 @@ __all__ = [
     "processes_with",
     "read_jsonl",
     "read_tensorboard",
+    "run_script",
     "simulate",
 ]
 
@@ -221,7 +222,7 @@ class Job:
         )
         for name, source in self.modules.items():
             (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
-        return _run(["job.py", *args], self.folder, out, self.env, timeout_s)
+        return run_script(["job.py", *args], self.folder, out, self.env, timeout_s)
 
 
 def simulate(
@@ -246,11 +247,11 @@ def simulate(
     out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
     module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
     command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]
-    rc, log = _run(command, folder, out, env or {}, timeout_s)
+    rc, log = run_script(command, folder, out, env or {}, timeout_s)
     return JobResult(rc, log, workspace, out, name)
 
 
-def _run(args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+def run_script(args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
     """Run Python in this folder and wait for its end. Return its exit status and what it printed."""
     out.mkdir(parents=True)
     log = folder / "log.txt"

@@ -47,7 +47,7 @@ from trackhub.flare import flare_internals
 from trackhub.run import RunStatus
 
 
-def test_flare_is_a_release_that_compat_was_written_for() -> None:
+def test_flare_is_a_release_that_this_was_written_for() -> None:
     assert nvflare.__version__.startswith("2.9.")
 
 
@@ -68,7 +68,37 @@ def test_engines_have_the_methods_and_attributes_that_are_used() -> None:
     assert not hasattr(ServerEngine, "add_handler")
 
 
-def test_an_executor_keeps_its_shutdown_timeout_where_compat_raises_it() -> None:
+def test_an_engine_fires_events_at_the_list_of_handlers_that_it_has_then() -> None:
+    for cls in (ClientRunManager, RunManager):
+        assert "handlers=self.handlers" in inspect.getsource(cls.fire_event)
+    first, second = FLComponent(), FLComponent()
+    engine = _Engine([first])
+    engine.add_handler = engine.handlers.append  # type: ignore[attr-defined]
+    walked = engine.handlers
+
+    flare_internals.add_first_handler(engine, second)
+
+    assert engine.handlers == [second, first]
+    assert walked == [first]
+
+
+def test_a_runner_that_is_told_to_abort_says_so_by_its_status() -> None:
+    source = inspect.getsource(ServerRunner.run)
+    assert source.index('self.status = "started"') < source.index("self._execute_run()")
+    assert source.index("self._execute_run()") < source.index('self.status = "done"')
+    signal, runner = Signal(), Namespace(status="started")
+    ctx = _manager(**{FLContextKey.RUNNER: runner, FLContextKey.RUN_ABORT_SIGNAL: signal}).new_context()
+
+    signal.trigger(True)  # as a workflow does that is done
+    by_workflow = flare_internals.workflow_was_aborted(ctx)
+    runner.abort_signal, runner.log_info = signal, lambda *_: None
+    ServerRunner.abort(runner, ctx)
+
+    assert not by_workflow
+    assert flare_internals.workflow_was_aborted(ctx)
+
+
+def test_an_executor_keeps_its_shutdown_timeout_where_it_is_raised() -> None:
     executor = ClientAPIExecutor(execution_mode="external_process", command="python3 x.py", shutdown_timeout=0.0)
 
     assert executor._shutdown_timeout == 0
@@ -192,11 +222,11 @@ def test_without_take_over_the_same_event_is_sent() -> None:
 
 
 def test_the_round_of_a_task_is_in_its_header() -> None:
-    ctx, task = _manager().new_context(), Shareable()
+    task = Shareable()
     task.set_header(AppConstants.CURRENT_ROUND, 3)
-    ctx.set_prop(FLContextKey.TASK_DATA, task, private=True, sticky=False)
 
-    assert flare_internals.current_round(ctx, on_server=False) == 3
+    assert flare_internals.round_of_task(task) == 3
+    assert flare_internals.round_of_task(Shareable()) is None
     assert AppConstants.CURRENT_ROUND == "current_round"
 
 
@@ -209,11 +239,10 @@ def test_the_round_of_a_task_is_in_its_header() -> None:
     ],
 )
 def test_the_status_of_a_task_is_in_its_result(code: str, status: RunStatus) -> None:
-    ctx, result = _manager().new_context(), Shareable()
+    result = Shareable()
     result.set_return_code(code)
-    ctx.set_prop(FLContextKey.TASK_RESULT, result, private=True, sticky=False)
 
-    assert flare_internals.task_status(ctx) is status
+    assert flare_internals.task_status(result) is status
 
 
 def test_a_site_is_known_by_the_cell_from_which_a_message_comes() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+from nvflare.apis.executor import Executor
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import EventScope, FedEventHeader, FLContextKey, ProcessType, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -23,6 +24,8 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.ccwf.client_controller_executor import ClientControllerExecutor
+from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
@@ -40,14 +43,17 @@ __all__ = [
     "STOCK_EVENTS",
     "CellChannel",
     "NoReceiverError",
-    "add_tail_handler",
+    "add_first_handler",
+    "add_last_handler",
     "add_to_clients",
     "client_sites",
     "components",
-    "current_round",
+    "controls_workflow",
     "execution_id",
+    "executors",
     "has_component",
     "is_ending",
+    "is_from_another_process",
     "is_server",
     "job_id",
     "job_name",
@@ -55,6 +61,8 @@ __all__ = [
     "participants",
     "raise_shutdown_timeout",
     "reference_package",
+    "round_of_context",
+    "round_of_task",
     "run_dir",
     "site_of",
     "state_folder",
@@ -62,13 +70,14 @@ __all__ = [
     "take_stock_event",
     "task_status",
     "was_aborted",
+    "workflow_was_aborted",
 ]
 
 CHANNEL = "trackhub"
 """FLARE's Cell routes a request by channel and topic. The topic is the receiver's component id."""
 
 ROUND_STARTED: str = AppEventType.ROUND_STARTED
-"""The event that a workflow fires on the server when a round starts."""
+"""The event that a workflow fires when a round starts: on the server, and on the clients that control a workflow."""
 
 STOCK_EVENTS = (ANALYTIC_EVENT_TYPE, f"fed.{ANALYTIC_EVENT_TYPE}")
 """The events that carry what FLARE's own writers log: the local one in process, the federated one from an external
@@ -173,10 +182,25 @@ def site_of(origin: str, clients: Mapping[str, str]) -> str | None:
     return max(owners, key=lambda owner: len(owner[0]))[1] if owners else None
 
 
-def add_tail_handler(engine: Any, handler: FLComponent) -> None:
+def add_first_handler(engine: Any, handler: FLComponent) -> None:
+    """Add a handler that gets each event before all components, from the next event on."""
+    owner = engine if hasattr(engine, "add_handler") else engine.run_manager
+    # A new list, since FLARE may be walking through the old one. It would call the present component again.
+    owner.handlers = [handler, *owner.handlers]
+
+
+def add_last_handler(engine: Any, handler: FLComponent) -> None:
     """Add a handler that gets each event last: after all components, executors and server components included."""
     owner = engine if hasattr(engine, "add_handler") else engine.run_manager
     owner.add_handler(handler)
+
+
+def is_from_another_process(fl_ctx: FLContext) -> bool:
+    """Return whether the present event is a federated one, which another site may have made up.
+
+    Any component of any site can send an event of any type, such as the one that ends a run.
+    """
+    return bool(fl_ctx.get_prop(FLContextKey.EVENT_SCOPE) == EventScope.FEDERATION)
 
 
 def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
@@ -199,13 +223,11 @@ def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
 
 
 def was_aborted(fl_ctx: FLContext) -> bool:
-    """Return whether somebody stopped the job. Call it at ABOUT_TO_END_RUN.
+    """Return whether somebody stopped the job. Call it on a client, at ABOUT_TO_END_RUN.
 
     A client's abort signal also triggers when a job ends normally. FLARE sets a property for this event that tells the
     two apart.
     """
-    if is_server(fl_ctx):
-        return is_ending(fl_ctx)
     return bool(fl_ctx.get_prop(FLContextKey.RUN_ABORT_REQUESTED, False))
 
 
@@ -215,22 +237,49 @@ def is_ending(fl_ctx: FLContext) -> bool:
     return bool(signal is not None and signal.triggered)
 
 
-def task_status(fl_ctx: FLContext) -> RunStatus:
-    """Return how a client's task ended. Call it at AFTER_TASK_EXECUTION."""
-    result = fl_ctx.get_prop(FLContextKey.TASK_RESULT)
+def workflow_was_aborted(fl_ctx: FLContext) -> bool:
+    """Return whether somebody stopped the job during a workflow. Call it on the server, at END_WORKFLOW.
+
+    The abort signal alone does not say it: some workflows trigger it themselves when they are done
+    (``xgboost/histogram_based_v2/controller.py``, ``tie/controller.py``). FLARE's runner sets its own status to "done"
+    when it is told to abort. Otherwise it does so after the last workflow has ended.
+    """
+    return is_ending(fl_ctx) and fl_ctx.get_prop(FLContextKey.RUNNER).status != "started"
+
+
+def executors(engine: Any) -> list[Executor]:
+    """Return the executors of the job in this client's process."""
+    owner = engine if hasattr(engine, "add_handler") else engine.run_manager
+    return [handler for handler in owner.handlers if isinstance(handler, Executor)]
+
+
+def controls_workflow(executor: Executor) -> bool:
+    """Return whether this executor is the client's part of a workflow that the clients control, such as swarm."""
+    return isinstance(executor, ClientSideController | ClientControllerExecutor)
+
+
+def task_status(result: Any) -> RunStatus:
+    """Return how a client's task ended, from what its executor returned."""
     code = result.get_return_code(ReturnCode.OK) if isinstance(result, Shareable) else ReturnCode.OK
     if code == ReturnCode.OK:
         return RunStatus.FINISHED
     return RunStatus.ABORTED if code == ReturnCode.TASK_ABORTED else RunStatus.FAILED
 
 
-def current_round(fl_ctx: FLContext, *, on_server: bool) -> int | None:
-    """Return the federated round of a client's task, or of the server's workflow. None if it has none."""
-    if on_server:
-        value = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-    else:
-        task = fl_ctx.get_prop(FLContextKey.TASK_DATA)
-        value = task.get_header(AppConstants.CURRENT_ROUND) if isinstance(task, Shareable) else None
+def round_of_task(data: Any) -> int | None:
+    """Return the federated round that a task's data carries. None if it carries none."""
+    return _round(data.get_header(AppConstants.CURRENT_ROUND) if isinstance(data, Shareable) else None)
+
+
+def round_of_context(fl_ctx: FLContext) -> int | None:
+    """Return the federated round that a workflow put into its context. Call it at ROUND_STARTED only.
+
+    At other times the context of an event can hold the round of a workflow that has ended.
+    """
+    return _round(fl_ctx.get_prop(AppConstants.CURRENT_ROUND))
+
+
+def _round(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 

@@ -34,6 +34,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
+from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["TrackhubReceiver"]
@@ -94,10 +95,13 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock = StockRecords(self)
         self._wait_end: float | None = None
         self._failed = False
+        self._aborted = False
         self._status = RunStatus.FINISHED
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
+        if event_type not in flare_internals.STOCK_EVENTS and flare_internals.is_from_another_process(fl_ctx):
+            return
         try:
             if flare_internals.is_server(fl_ctx):
                 self._on_server(event_type, fl_ctx)
@@ -117,16 +121,17 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 self._stock.take(fl_ctx)
         elif event_type == EventType.START_RUN:
             self._start_on_server(fl_ctx)
-        elif event_type == flare_internals.ROUND_STARTED:
-            if self._own_sender is not None:
-                self._own_sender.set_round(flare_internals.current_round(fl_ctx, on_server=True))
+        elif event_type == EventType.START_WORKFLOW:
+            self._aborted = self._aborted or flare_internals.is_ending(fl_ctx)
+        elif event_type == EventType.END_WORKFLOW:
+            self._aborted = self._aborted or flare_internals.workflow_was_aborted(fl_ctx)
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._failed = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
             # Later would be too late. In the simulator the abort signal triggers while the server waits for the sites.
             if self._failed:
                 self._status = RunStatus.FAILED
-            elif flare_internals.was_aborted(fl_ctx):
+            elif self._aborted:
                 self._status = RunStatus.ABORTED
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
@@ -135,7 +140,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         engine = fl_ctx.get_engine()
         channel = flare_internals.CellChannel(engine, self._id(engine))
         channel.announce()
-        flare_internals.add_tail_handler(engine, _Tail(self))
+        flare_internals.add_last_handler(engine, _Tail(self))
         try:
             self.open(fl_ctx)
         except Exception as e:
@@ -146,6 +151,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
+        ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
         channel.serve(self._core.handle)
@@ -248,7 +254,7 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self._receiver = receiver
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.END_RUN:
+        if event_type == EventType.END_RUN and not flare_internals.is_from_another_process(fl_ctx):
             try:
                 self._receiver.finish(fl_ctx)
             except Exception as e:

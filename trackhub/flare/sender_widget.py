@@ -34,6 +34,7 @@ from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["TrackhubSender"]
@@ -100,11 +101,13 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._spool: Path | None = None
         self._announced = ""
         self._panicked = False
-        self._task: RunStatus | None = RunStatus.FINISHED
+        self._task = RunStatus.FINISHED
         self._status = RunStatus.FINISHED
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
+        if event_type not in flare_internals.STOCK_EVENTS and flare_internals.is_from_another_process(fl_ctx):
+            return
         try:
             self._handle(event_type, fl_ctx)
         except (ConfigError, PluginError) as e:
@@ -118,15 +121,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 self._stock.take(fl_ctx)
         elif event_type == EventType.ABOUT_TO_START_RUN:
             self._start(fl_ctx)
-        elif event_type == EventType.BEFORE_TASK_EXECUTION:
-            self._task = None
-            for sender in self._senders.values():
-                sender.set_round(flare_internals.current_round(fl_ctx, on_server=False))
-        elif event_type == EventType.AFTER_TASK_EXECUTION:
-            self._task = flare_internals.task_status(fl_ctx)
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
-            if self._task is None:  # no AFTER_TASK_EXECUTION came: the executor raised, or the task was stopped
-                self._task = RunStatus.ABORTED if flare_internals.is_ending(fl_ctx) else RunStatus.FAILED
             self._barrier()
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._panicked = True
@@ -136,11 +131,11 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             elif flare_internals.was_aborted(fl_ctx):
                 self._status = RunStatus.ABORTED
             else:
-                self._status = self._task or RunStatus.ABORTED
+                self._status = self._task
 
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
-        flare_internals.add_tail_handler(engine, _Tail(self))
+        flare_internals.add_last_handler(engine, _Tail(self))
         spool = self._create_spool(fl_ctx, site)
         if self.server_receiver is not None:
             send = self._server_channel(engine, self.server_receiver)
@@ -151,6 +146,14 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         for sender in self._senders.values():
             sender.start()
         self._stock.open(spool)
+        ClientRounds(engine, self._set_round, self._end_task)
+
+    def _set_round(self, current: int | None) -> None:
+        for sender in self._senders.values():
+            sender.set_round(current)
+
+    def _end_task(self, status: RunStatus) -> None:
+        self._task = status
 
     def _server_channel(self, engine: Any, receiver: str) -> Channel:
         """Return the channel to the server's receiver. Tests override this method to put faults into the channel."""
@@ -237,6 +240,8 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self._sender = sender
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if flare_internals.is_from_another_process(fl_ctx):
+            return
         try:
             if event_type == EventType.END_RUN:
                 self._sender.finish(fl_ctx)

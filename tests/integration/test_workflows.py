@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each workflow that FLARE ships: every record carries the round in which its call was made, and the status is true.
+
+The trainer logs the round that FLARE gave it with the task. A record is right if its ``round`` is that number. Where
+FLARE gave none, the trainer logs -1, and the record has no round.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.harness import TRAINER, JobResult, read_jsonl, run_script
+
+_JOB = """
+import sys
+from pathlib import Path
+
+import numpy as np
+from nvflare.apis.dxo import DataKind
+from nvflare.app_common.aggregators.intime_accumulate_model_aggregator import InTimeAccumulateWeightedAggregator
+from nvflare.app_common.ccwf import ccwf_job
+from nvflare.app_common.ccwf.comps.np_file_model_persistor import NPFileModelPersistor
+from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import SimpleModelShareableGenerator
+from nvflare.app_common.np.np_model_persistor import NPModelPersistor
+from nvflare.app_common.shareablegenerators.full_model_shareable_generator import FullModelShareableGenerator
+from nvflare.app_common.workflows.cyclic_ctl import CyclicController
+from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
+from nvflare.job_config.api import FedJob
+from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
+from parts import EndsByItself, Hostile, ServerLogger
+
+from trackhub.flare.recipe import add_tracking
+
+HERE = Path(__file__).parent
+MODEL = [[0.0, 0.0], [0.0, 0.0]]
+
+
+def runner(external):
+    return ScriptRunner(
+        str(HERE / "client.py"), launch_external_process=external, framework=FrameworkType.NUMPY, shutdown_timeout=20.0
+    )
+
+
+def client_controlled(workflow, external):
+    job = ccwf_job.CCWFJob(name="job", min_clients=N)
+    common = {"executor": runner(external), "persistor": NPFileModelPersistor(),
+              "shareable_generator": SimpleModelShareableGenerator()}
+    if workflow == "cyclic by clients":
+        job.add_cyclic(ccwf_job.CyclicServerConfig(num_rounds=3), ccwf_job.CyclicClientConfig(**common))
+    else:
+        job.add_swarm(
+            ccwf_job.SwarmServerConfig(num_rounds=3),
+            ccwf_job.SwarmClientConfig(
+                **common, aggregator=InTimeAccumulateWeightedAggregator(expected_data_kind=DataKind.WEIGHTS),
+                min_responses_required=N, wait_time_after_min_resps_received=1.0,
+            ),
+        )
+    if workflow == "swarm, then evaluation":
+        job.add_cross_site_eval(ccwf_job.CrossSiteEvalConfig(eval_task_timeout=60), persistor_id="persistor")
+    return job
+
+
+def server_controlled(workflow, external):
+    job = FedJob(name="job", min_clients=N)
+    persistor = job.to_server(NPModelPersistor(model=MODEL), id="persistor")
+    job.to_server(FullModelShareableGenerator(), id="generator")
+    if workflow == "cyclic":
+        job.to_server(CyclicController(
+            num_rounds=3, task_assignment_timeout=60, persistor_id="persistor", shareable_generator_id="generator"))
+    elif workflow == "scatter and gather":
+        job.to_server(InTimeAccumulateWeightedAggregator(expected_data_kind=DataKind.WEIGHTS), id="aggregator")
+        job.to_server(ScatterAndGather(
+            min_clients=N, num_rounds=3, start_round=0, wait_time_after_min_received=0, aggregator_id="aggregator",
+            persistor_id="persistor", shareable_generator_id="generator"))
+    else:
+        job.to_server(FedAvg(num_clients=N, num_rounds=3, persistor_id="persistor"))
+    if workflow == "a controller that ends by itself":
+        job.to_server(EndsByItself())
+    job.to_clients(runner(external))
+    if workflow == "a hostile client":
+        job.to_clients(Hostile())
+    return job
+
+
+if __name__ == "__main__":
+    workflow, external, N = sys.argv[1], sys.argv[2] == "external", int(sys.argv[3])
+    by_clients = workflow.startswith(("swarm", "cyclic by"))
+    job = (client_controlled if by_clients else server_controlled)(workflow, external)
+    job.to_server(ServerLogger(), id="before_the_receiver")
+    add_tracking(job, server={"jsonl": {}})
+    job.simulator_run(str(HERE / "workspace" / "job"), n_clients=N, threads=N)
+"""
+
+_PARTS = """
+import time
+
+from nvflare.apis.controller_spec import Task
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FedEventHeader, FLContextKey
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.impl.controller import Controller
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.widgets.fed_event import FED_EVENT_TOPIC
+from nvflare.widgets.widget import Widget
+
+from trackhub import Writer
+
+
+class ServerLogger(Widget):
+    '''Logs on the server when a round starts. The configuration names it before trackhub's receiver.'''
+
+    def handle_event(self, event_type, fl_ctx):
+        if event_type == AppEventType.ROUND_STARTED:
+            Writer().log({"seen": fl_ctx.get_prop(AppConstants.CURRENT_ROUND)})
+        elif event_type == EventType.END_WORKFLOW:
+            Writer().log({"seen": -1})
+        elif event_type == EventType.START_WORKFLOW and fl_ctx.get_prop(FLContextKey.EVENT_DATA) is not None:
+            Writer().log({"made_up": 1})  # by a client
+
+
+class Hostile(Widget):
+    '''Sends the server events that only FLARE itself fires there, made-up ones, when the second round begins.'''
+
+    def handle_event(self, event_type, fl_ctx):
+        task = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+        if event_type == EventType.BEFORE_TASK_EXECUTION and task.get_header(AppConstants.CURRENT_ROUND) == 1:
+            for name in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN, EventType.START_WORKFLOW):
+                event = Shareable()
+                event.set_header(FedEventHeader.EVENT_TYPE, name)
+                event.set_header(FedEventHeader.TIMESTAMP, time.time())
+                fl_ctx.get_engine().send_aux_request(None, FED_EVENT_TOPIC, event, 5.0, fl_ctx)
+
+
+class EndsByItself(Controller):
+    '''Triggers the abort signal when it is done, as FLARE's controllers for XGBoost and Flower do.'''
+
+    def start_controller(self, fl_ctx):
+        pass
+
+    def stop_controller(self, fl_ctx):
+        pass
+
+    def process_result_of_unknown_task(self, *args):
+        pass
+
+    def control_flow(self, abort_signal, fl_ctx):
+        abort_signal.trigger(True)
+"""
+
+_TRAINER = """
+import sys
+from trackhub import Writer
+
+writer = Writer()
+while flare.is_running():
+    model = flare.receive()
+    if model is None:
+        break
+    seen = -1 if model.current_round is None else model.current_round
+    fact(lambda: writer.log({"seen": seen}), {"seen": seen})
+    time.sleep(0.05 * int(SITE[-1]))  # sites of different speed
+    fact(lambda: writer.log({"seen": seen}), {"seen": seen})
+    if "fails" in os.environ.get("TRACKHUB_TEST_TRAINER", "") and seen == 1:
+        raise RuntimeError("this training script fails in round 1")
+    params = {name: array + 1 for name, array in (model.params or {}).items()}
+    flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}))
+"""
+
+
+def _run(folder: Path, workflow: str, external: bool, n_clients: int, env: dict[str, str] | None = None) -> JobResult:
+    (folder / "client.py").write_text(TRAINER + textwrap.dedent(_TRAINER))
+    (folder / "parts.py").write_text(_PARTS)
+    (folder / "job.py").write_text(_JOB)
+    args = ["job.py", workflow, "external" if external else "in process", str(n_clients)]
+    rc, log = run_script(args, folder, folder / "out", {"PYTHONPATH": str(folder), **(env or {})}, 300)
+    return JobResult(rc, log, folder / "workspace" / "job", folder / "out")
+
+
+def _seen_and_round(job: JobResult, site: str) -> list[tuple[int, int | None]]:
+    return [(int(point.value), point.round) for point in job.jsonl_points("server", site)]
+
+
+def _end(job: JobResult, site: str) -> str:
+    status: str = read_jsonl(job.jsonl_file("server", site))[-1]["status"]
+    return status
+
+
+def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> None:
+    assert job.rc == 0, job.log[-6000:]
+    for site in [f"site-{i + 1}" for i in range(n_clients)]:
+        points = _seen_and_round(job, site)
+        assert [seen for seen, _ in points] == [int(fact.value) for fact in job.facts(site)]
+        assert points
+        assert [(seen, number) for seen, number in points if seen != (-1 if number is None else number)] == []
+
+
+@pytest.mark.parametrize(
+    ("workflow", "external", "n_clients"),
+    [
+        ("swarm, then evaluation", False, 2),
+        ("cyclic by clients", False, 2),
+        pytest.param("swarm", True, 2, marks=pytest.mark.long),
+        pytest.param("swarm", False, 3, marks=pytest.mark.long),
+        pytest.param("cyclic by clients", True, 3, marks=pytest.mark.long),
+        pytest.param("cyclic", False, 2, marks=pytest.mark.long),
+        pytest.param("cyclic", True, 3, marks=pytest.mark.long),
+        pytest.param("scatter and gather", False, 3, marks=pytest.mark.long),
+        pytest.param("FedAvg", True, 3, marks=pytest.mark.long),
+    ],
+)
+def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, external: bool, n_clients: int) -> None:
+    job = _run(tmp_path, workflow, external, n_clients)
+
+    _assert_rounds_are_those_of_the_calls(job, n_clients)
+    report: dict[str, Any] = job.report("server")
+    assert {name: _end(job, name) for name in report["sites"]} == dict.fromkeys(report["sites"], "finished")
+
+
+def test_server_logs_have_the_workflow_round(tmp_path: Path) -> None:
+    """A component that FLARE calls before the receiver sees the new round. After a workflow there is none.
+
+    The last workflow triggers the abort signal when it is done. The job is finished, not aborted.
+    """
+    job = _run(tmp_path, "a controller that ends by itself", external=False, n_clients=2)
+
+    assert _seen_and_round(job, "server") == [(0, 0), (1, 1), (2, 2), (-1, None), (-1, None)]
+    assert {name: _end(job, name) for name in ("server", "site-1", "site-2")} == dict.fromkeys(
+        ("server", "site-1", "site-2"), "finished"
+    )
+
+
+@pytest.mark.long
+def test_a_learner_that_raised_is_failed_in_a_swarm_too(tmp_path: Path) -> None:
+    """FLARE ends the swarm job, and tells nobody but the server that it failed."""
+    job = _run(tmp_path, "swarm", external=False, n_clients=2, env={"TRACKHUB_TEST_TRAINER": "fails"})
+
+    assert {_end(job, site) for site in ("site-1", "site-2")} == {"failed"}
+
+
+def test_a_client_cannot_end_the_servers_tracking(tmp_path: Path) -> None:
+    """Any component of a client can send a federated event of any type. FLARE then fires it on the server.
+
+    FLARE's own runner does take a FATAL_SYSTEM_ERROR that a client made up, and aborts the job.
+    """
+    job = _run(tmp_path, "a hostile client", external=False, n_clients=2)
+
+    _assert_rounds_are_those_of_the_calls(job, 2)
+    points = job.jsonl_points("server", "server")
+    assert [point.key for point in points].count("made_up") == 2
+    assert [(point.value, point.round) for point in points if point.key == "seen"][:3] == [(0, 0), (1, 1), (2, 2)]

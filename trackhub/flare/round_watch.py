@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Knows in which federated round this process is, and tells it to whoever stamps records.
+
+Both widgets have one. It gets FLARE's events before all other components, so that what a component logs in an event
+already carries the right round. Where FLARE does not tell the round, there is none: never an old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.signal import Signal
+
+from trackhub.flare import flare_internals
+from trackhub.run import RunStatus
+
+__all__ = ["ClientRounds", "ServerRounds"]
+
+
+class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
+    """The round of a client: the one of the task that an executor has, or had last."""
+
+    def __init__(self, engine: Any, set_round: Callable[[int | None], None], end: Callable[[RunStatus], None]) -> None:
+        """Watch this client's executors and events from now on.
+
+        Args:
+            engine: FLARE's engine in this process.
+            set_round: called with the round whenever it may have changed. It must not raise.
+            end: called with how a task ended. It must not raise.
+        """
+        super().__init__()
+        self._set_round = set_round
+        self._end = end
+        self._controls_workflow = False
+        for executor in flare_internals.executors(engine):
+            if flare_internals.controls_workflow(executor):
+                self._controls_workflow = True
+            else:
+                executor.execute = self._watched(executor.execute)
+        flare_internals.add_first_handler(engine, self)
+
+    def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:
+        """Return an executor's ``execute`` with the round set before it.
+
+        All workflows hand over a task by this call. A client that controls its workflow makes it without an event.
+        """
+
+        def watched(task_name: str, shareable: Any, fl_ctx: FLContext, abort_signal: Signal) -> Any:
+            self._set_round(flare_internals.round_of_task(shareable))
+            status = RunStatus.FAILED
+            try:
+                result = execute(task_name, shareable, fl_ctx, abort_signal)
+                status = flare_internals.task_status(result)
+            finally:
+                # An executor that fails after the signal was stopped by it.
+                self._end(RunStatus.ABORTED if status is RunStatus.FAILED and abort_signal.triggered else status)
+            return result
+
+        return watched
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Handle one of FLARE's events."""
+        if flare_internals.is_from_another_process(fl_ctx):
+            return
+        if event_type == EventType.BEFORE_TASK_EXECUTION:
+            current = flare_internals.round_of_task(fl_ctx.get_prop(FLContextKey.TASK_DATA))
+            # The tasks that configure and start a workflow carry no round. A client that controls the workflow may get
+            # one while its own thread is in a round.
+            if current is not None or not self._controls_workflow:
+                self._set_round(current)
+        elif event_type == flare_internals.ROUND_STARTED:
+            self._set_round(flare_internals.round_of_context(fl_ctx))
+
+
+class ServerRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
+    """The round of the server: the one that its workflow is in."""
+
+    def __init__(self, engine: Any, set_round: Callable[[int | None], None]) -> None:
+        """Watch the server's events from now on.
+
+        Args:
+            engine: FLARE's engine in this process.
+            set_round: called with the round whenever it may have changed. It must not raise.
+        """
+        super().__init__()
+        self._set_round = set_round
+        self._workflow_tells = False
+        flare_internals.add_first_handler(engine, self)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Handle one of FLARE's events."""
+        if flare_internals.is_from_another_process(fl_ctx):
+            return
+        if event_type in (EventType.START_WORKFLOW, EventType.END_WORKFLOW):
+            self._workflow_tells = False
+            self._set_round(None)
+        elif event_type == flare_internals.ROUND_STARTED:
+            self._workflow_tells = True
+            self._set_round(flare_internals.round_of_context(fl_ctx))
+        elif event_type == EventType.BEFORE_TASK_DATA_FILTER and not self._workflow_tells:
+            # The cyclic workflow of the server fires no event for a round. Its tasks carry it.
+            self._set_round(flare_internals.round_of_task(fl_ctx.get_prop(FLContextKey.TASK_DATA)))
