@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import data
+import partition
 import torch
 from evaluation import DEVICE, evaluate, prediction_grid
 from flags import spelled, training_parser
@@ -41,7 +42,7 @@ class Site:
     def __init__(self, args: argparse.Namespace, name: str, writer: trackhub.Writer) -> None:
         self.args, self.name, self.writer = args, name, writer
         dataset, images, self.test_images = data.load(args)
-        self.train_images = data.share(images, name, args)
+        self.train_images = partition.share(images, name, args)
         self.batches = data.batches(self.train_images, args.batch_size, shuffle=True)
         # Channels last is almost twice as fast on a CPU.
         self.model = SmallCNN(args.seed).to(memory_format=torch.channels_last).to(DEVICE)

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images for the CIFAR-10 job: where they come from, which of them a site gets, and batches of them."""
+"""Images for the CIFAR-10 job: where they come from, and batches of them."""
 
 import argparse
 import glob
 import hashlib
 import os
-import re
 import tempfile
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock
+from synthetic import synthetic
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -128,56 +126,6 @@ def _cache() -> Path:
     except OSError as error:
         raise DataError(f"images cannot be kept: {error}; name another folder in XDG_CACHE_HOME") from error
     return folder
-
-
-def synthetic(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Make images that a small network learns, but not at once: patterns, moved and mixed, and noise."""
-    random = torch.Generator().manual_seed(seed)
-    patterns = functional.interpolate(torch.randn(10, 3, 6, 6, generator=random), size=(32, 32), mode="bicubic")
-    patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)
-
-    def draw(n: int) -> TensorDataset:
-        labels = torch.randperm(n, generator=random) % 10
-        others = (labels + torch.randint(1, 10, (n,), generator=random)) % 10
-        contrast = 10 + 30 * torch.rand(n, 1, 1, 1, generator=random)
-        mixed = contrast * (patterns[labels] + 0.7 * patterns[others])
-        shifts = torch.randint(-6, 7, (n, 2), generator=random).tolist()
-        moved = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(mixed, shifts, strict=True)])
-        pixels = 128 + moved + 40 * torch.randn(n, 3, 32, 32, generator=random)
-        return TensorDataset(pixels.clamp(0, 255).to(torch.uint8), labels)
-
-    return draw(8000), draw(2000)
-
-
-def share(images: TensorDataset, site: str, args: argparse.Namespace) -> TensorDataset:
-    """Return a site's part of the training images, in random order. All sites compute the same division.
-
-    Args:
-        images: all training images.
-        site: its name. Unless all sites have the same images, it ends in a number from 1 to ``args.n_clients``.
-        args: the flags.
-
-    Raises:
-        DataError: the name has no such number, or there are too few images.
-    """
-    number = 1 if args.partition == "same" else int((re.search(r"\d+$", site) or "0")[0])
-    if not 1 <= number <= args.n_clients:
-        wanted = f"must end in a number from 1 to {args.n_clients}, as site-1"
-        raise DataError(f"cannot tell the share of site {site!r}: with --partition {args.partition}, names {wanted}")
-    rng = np.random.default_rng(args.seed)
-    if args.partition != "dirichlet":
-        order = rng.permutation(len(images))
-        shares = [order] if args.partition == "same" else np.array_split(order, args.n_clients)
-    else:
-        classes = []
-        for label in range(len(CLASSES)):
-            members = rng.permutation(np.flatnonzero(images.tensors[1].numpy() == label))
-            cuts = np.cumsum(rng.dirichlet([args.alpha] * args.n_clients))[:-1] * len(members)
-            classes.append(np.split(members, cuts.astype(int)))
-        shares = [rng.permutation(np.concatenate(parts)) for parts in zip(*classes, strict=True)]
-    if not all(len(indices) for indices in shares):
-        raise DataError(f"{args.n_clients} sites and {len(images)} images leave a site without any")
-    return TensorDataset(*images[shares[number - 1][: args.samples_per_site]])
 
 
 def batches(images: TensorDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:

@@ -19,7 +19,9 @@ from pathlib import Path
 import client
 import data
 import numpy as np
+import partition
 import pytest
+import synthetic
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,7 +140,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_synthetic_images_are_the_same_for_the_same_seed_and_differ_for_another() -> None:
-    first, again, other = data.synthetic(3), data.synthetic(3), data.synthetic(4)
+    first, again, other = synthetic.synthetic(3), synthetic.synthetic(3), synthetic.synthetic(4)
 
     assert torch.equal(pixels(first[0]), pixels(again[0]))
     assert labels(first[1]) == labels(again[1])
@@ -146,7 +148,7 @@ def test_synthetic_images_are_the_same_for_the_same_seed_and_differ_for_another(
 
 
 def test_synthetic_images_have_the_shape_of_cifar_10_and_all_ten_classes_equally_often() -> None:
-    train, test = data.synthetic(0)
+    train, test = synthetic.synthetic(0)
 
     assert pixels(train).shape == (8000, 3, 32, 32)
     assert pixels(train).dtype == torch.uint8
@@ -155,7 +157,7 @@ def test_synthetic_images_have_the_shape_of_cifar_10_and_all_ten_classes_equally
 
 
 def test_synthetic_images_can_be_learned(monkeypatch: pytest.MonkeyPatch, one_torch_thread: None) -> None:
-    train, test = data.synthetic(0)
+    train, test = synthetic.synthetic(0)
     monkeypatch.setattr(data, "load", lambda _: ("synthetic", train, TensorDataset(*test[:200])))
     monkeypatch.setenv("TRACKHUB_MODE", "disabled")
     args = client.parse_args(["--num_rounds", "3", "--samples_per_site", "600"])
@@ -353,7 +355,7 @@ NUMBERED = TensorDataset(torch.arange(500), torch.arange(500) % 10)
 def shares(n_sites: int, scheme: str, *argv: str) -> list[TensorDataset]:
     """Return every site's share of the numbered images."""
     args = client.parse_args(["--n_clients", str(n_sites), "--partition", scheme, *argv])
-    return [data.share(NUMBERED, f"site-{number}", args) for number in range(1, n_sites + 1)]
+    return [partition.share(NUMBERED, f"site-{number}", args) for number in range(1, n_sites + 1)]
 
 
 def numbers(share: TensorDataset) -> list[int]:
@@ -421,7 +423,7 @@ def test_a_sites_share_follows_from_the_number_in_its_name() -> None:
     divided = shares(12, "iid")
 
     for name, index in (("site-1", 0), ("hospital_2", 1), ("s12", 11)):
-        assert numbers(data.share(NUMBERED, name, args)) == numbers(divided[index])
+        assert numbers(partition.share(NUMBERED, name, args)) == numbers(divided[index])
 
 
 @pytest.mark.parametrize("name", ["site-0", "site-3", "hospital", ""])
@@ -429,11 +431,11 @@ def test_a_site_name_without_a_usable_number_is_refused(name: str) -> None:
     args = client.parse_args(["--partition", "iid", "--n_clients", "2"])
 
     with pytest.raises(data.DataError, match=r"must end in a number from 1 to 2"):
-        data.share(NUMBERED, name, args)
+        partition.share(NUMBERED, name, args)
 
 
 def test_any_site_name_will_do_where_all_have_the_same_images() -> None:
-    assert len(data.share(NUMBERED, "hospital", client.parse_args([]))) == 500
+    assert len(partition.share(NUMBERED, "hospital", client.parse_args([]))) == 500
 
 
 def test_batches_hold_every_image_once_in_an_order_that_the_seed_decides() -> None:
@@ -451,7 +453,7 @@ def test_batches_hold_every_image_once_in_an_order_that_the_seed_decides() -> No
 
 def test_augmented_images_are_the_originals_moved_and_mirrored() -> None:
     torch.manual_seed(0)
-    images = pixels(data.synthetic(0)[0])
+    images = pixels(synthetic.synthetic(0)[0])
     pad, views = 2, set()
 
     for batch in images[:240].split(8):

@@ -14,6 +14,7 @@ import data
 import flags
 import job
 import pytest
+import synthetic
 from evaluation import prediction_grid
 from torch.utils.data import TensorDataset
 
@@ -230,7 +231,7 @@ def test_an_exported_job_is_whole_and_names_nothing_of_this_machine(here: Path) 
     assert "--partition iid" in executor["task_script_args"]
     assert "--summary_dir" not in executor["task_script_args"]
     shipped = {path.name for path in (here / "out" / job.NAME).rglob("custom/*.py")}
-    assert {"client.py", "data.py", "evaluation.py", "flags.py", "model.py"} <= shipped
+    assert {"client.py", "data.py", "evaluation.py", "flags.py", "model.py", "partition.py", "synthetic.py"} <= shipped
     assert not {"writer.py", "spool.py"} & shipped
     texts = [path.read_text() for path in (here / "out").rglob("*.json")]
     assert not any(str(Path(job.__file__).parent) in text or str(here) in text for text in texts)
@@ -274,7 +275,7 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_the_prediction_grid_frames_right_green_and_wrong_red() -> None:
-    images = TensorDataset(*data.synthetic(0)[1][:160])
+    images = TensorDataset(*synthetic.synthetic(0)[1][:160])
     pixels, labels = images.tensors
     predictions = labels.clone()
     predictions[0] = (predictions[0] + 1) % 10
