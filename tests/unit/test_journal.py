@@ -404,5 +404,5 @@ def test_a_report_is_balanced_though_a_lane_confirms_while_it_is_made(journal: J
 
 def test_full_durability_sets_sqlite_to_full_synchronisation(tmp_path: Path) -> None:
     journal = open_journal(tmp_path, durability="full")
-    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert journal._connections._db.execute("PRAGMA synchronous").fetchone() == (2,)
     journal.close()

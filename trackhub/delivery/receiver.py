@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from trackhub import registry
+from trackhub.delivery.admission import Admission
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
@@ -59,6 +60,15 @@ from trackhub.spi import Backend, BackendContext
 __all__ = ["Receiver"]
 
 _OPEN, _CLOSED = "open", "closed"
+_AT_ONCE = 16
+"""Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
+
+_WAIT_S = 0.25
+"""The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
+
+_END_S = 1.0
+"""What a receiver may need beyond its deadline, in seconds, to store how the job ended."""
+
 _WARN_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
 
@@ -163,6 +173,7 @@ class Receiver:
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
         self._state = "not started yet"
+        self._admission = Admission(_AT_ONCE)
         self._sites = _Sites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
@@ -246,7 +257,9 @@ class Receiver:
         """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``; while the disk is very slow it can take ten seconds.
+        ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. It is
+        `Busy` at once if a request of the same site is still being worked on, or if there are 16 of other sites. So a
+        disk that does not answer costs few threads, however often the sites ask.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
@@ -255,15 +268,13 @@ class Receiver:
         Returns:
             The reply, for the sender's channel to return. It is less than 64 KiB.
         """
-        try:
-            message = decode_request(request)
-        except msgspec.DecodeError as e:
-            return encode(Refused("malformed", f"not a request of format {FORMAT_VERSION}: {e}"))
         if self._state != _OPEN:
             return encode(Busy(f"the receiver is {self._state}"))
+        self._sites.note_heard(site)
+        if not self._admission.enter(site):
+            return encode(Busy("the receiver is still working on earlier requests"))
         try:
-            self._sites.note_heard(site)
-            return encode(self._answer(site, message))
+            return encode(self._answer(site, request))
         except (JournalError, OSError) as e:
             self._warn_of(site, e)
             return encode(Busy(str(e)))
@@ -271,6 +282,8 @@ class Receiver:
             # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
             _log.exception("a request of site %s failed", site)
             return encode(Busy(f"{type(e).__name__}: {e}"))
+        finally:
+            self._admission.leave(site)
 
     def _warn_of(self, site: str, error: Exception) -> None:
         """Warn that the receiver cannot store what a site sent. A site tries often, so warn once a minute."""
@@ -281,7 +294,11 @@ class Receiver:
                 "the receiver cannot store what site %s sent: %s; the site keeps it and tries again", site, error
             )
 
-    def _answer(self, site: str, request: Request) -> Reply:
+    def _answer(self, site: str, data: bytes) -> Reply:
+        try:
+            request: Request = decode_request(data)
+        except msgspec.DecodeError as e:
+            return Refused("malformed", f"not a request of format {FORMAT_VERSION}: {e}")
         match request:
             case Batch():
                 return self._accept(site, request)
@@ -311,7 +328,7 @@ class Receiver:
 
     def _note(self, site: str, message: KeepAlive | Final, *, final: bool, failed: bool = False) -> None:
         assert self._journal is not None
-        self._journal.note_site(self._site_id(site), message.counts, final=final, failed=failed)
+        self._journal.note_site(self._site_id(site), message.counts, final=final, failed=failed, wait_s=_WAIT_S)
 
     def _accept(self, site: str, batch: Batch) -> Reply:
         contents = _examine(batch)
@@ -324,7 +341,7 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
-        if self._journal.append(site_id, batch, contents.gaps):
+        if self._journal.append(site_id, batch, contents.gaps, began=contents.time, wait_s=_WAIT_S):
             for lane in self._lanes:
                 lane.notify(site_id)
         return Accepted()
@@ -333,7 +350,7 @@ class Receiver:
         found = self._site_ids.get(site)  # spares a transaction for each batch
         if found is None:
             assert self._journal is not None
-            found = self._site_ids[site] = self._journal.add_site(site, created or time.time())
+            found = self._site_ids[site] = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)
         return found
 
     def continue_site(self, site: str, position: int) -> None:
@@ -394,6 +411,8 @@ class Receiver:
         # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
+        # For all waits together, those of the lanes included: with many runs, a second for each would be minutes.
+        self._journal.limit_waits(deadline + _END_S)
         for lane in self._lanes:
             lane.begin_finish(by_site, status)
         for lane in self._lanes:

@@ -41,13 +41,16 @@ def build_report(db: sqlite3.Connection, lanes: Sequence[str] = ()) -> DeliveryR
         sqlite3.Error: the journal cannot be read.
     """
     # In one transaction: a lane that confirms between two queries would otherwise have more outcomes than records.
-    db.execute("BEGIN")
+    own = not db.in_transaction
+    if own:
+        db.execute("BEGIN")
     try:
         meta = dict(db.execute("SELECT key, value FROM meta"))
         sites = _sites(db)
         runs = _runs(db, sites, lanes)
     finally:
-        db.execute("COMMIT")
+        if own:
+            db.execute("COMMIT")
     balanced = all(site.is_balanced() for site in sites.values()) and all(
         run.pending >= 0 for lane in runs.values() for run in lane.values()
     )

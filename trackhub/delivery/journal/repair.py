@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trackhub.delivery.journal.lock import lock_journal, unlock_journal
 from trackhub.delivery.journal.rows import SCHEMA
-from trackhub.delivery.journal.store import lock_journal, unlock_journal
 from trackhub.errors import JournalError
 
 __all__ = ["repair"]
