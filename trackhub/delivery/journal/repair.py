@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trackhub.delivery.journal.lock import lock_journal, unlock_journal
+from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.rows import SCHEMA
 from trackhub.errors import JournalError
 
@@ -70,7 +70,7 @@ def repair(path: Path) -> bool:
     except (sqlite3.Error, OSError) as e:
         raise JournalError(f"the journal {path} is damaged, and nothing in it can be read: {e}") from e
     finally:
-        unlock_journal(lock)
+        lock.release()
 
 
 def _is_sound(path: Path) -> bool:

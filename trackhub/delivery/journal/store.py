@@ -18,12 +18,13 @@ import msgspec
 
 from trackhub.delivery.journal.connections import Connections
 from trackhub.delivery.journal.counts import build_report
-from trackhub.delivery.journal.lock import lock_journal, unlock_journal
+from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.rows import Progress, Row, RunState
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
+from trackhub.process_lock import ProcessLock
 from trackhub.records import Gap, Kind
 
 __all__ = ["JOURNAL_NAME", "WAIT_S", "Journal"]
@@ -45,11 +46,11 @@ class Journal:
     JournalError when the file cannot be read or written, and when the journal is closed.
     """
 
-    def __init__(self, path: Path, connections: Connections, lock: int) -> None:
+    def __init__(self, path: Path, connections: Connections, lock: ProcessLock) -> None:
         """Use ``Journal.open``."""
         self.path = path
         self._connections = connections
-        self._process_lock: int | None = lock
+        self._process_lock = lock
         self._continues = False
 
     @classmethod
@@ -76,7 +77,7 @@ class Journal:
         except (sqlite3.Error, JournalError) as e:
             if connections is not None:
                 connections.close()
-            unlock_journal(lock)
+            lock.release()
             if isinstance(e, JournalError):
                 raise
             raise JournalError(f"cannot use the journal {path}: {e}") from e
@@ -344,9 +345,7 @@ class Journal:
     def close(self) -> None:
         """Fold everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
         self._connections.close()
-        lock, self._process_lock = self._process_lock, None
-        if lock is not None:
-            unlock_journal(lock)
+        self._process_lock.release()
 
 
 def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lock a file for this process. The kernel gives the lock back when the process ends, however it ends.
+
+The journal, the sender's end of a spool and every stream's ledger hold such a lock. A forked child takes none of them
+over: otherwise a worker that outlives its parent would keep the parent's files locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import weakref
+from pathlib import Path
+
+__all__ = ["ProcessLock"]
+
+_HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+class ProcessLock:
+    """An exclusive ``flock`` on an open file. Another open of the same file conflicts with it, in this process as well.
+
+    Attributes:
+        is_locked: False on a file system that has no locks. The file is open all the same.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """Lock the file of this descriptor, and own the descriptor. It is closed if that fails.
+
+        Raises:
+            BlockingIOError: another process holds the lock, or this one does through another descriptor.
+        """
+        self._fd = fd
+        self.is_locked = False
+        _locks.add(self)  # first: from here on, a forked child closes it
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.is_locked = True
+        except OSError as e:
+            if e.errno in _HELD_BY_ANOTHER:
+                self.abandon()
+                raise BlockingIOError(e.errno, "another process holds the lock") from e
+            # Such as ENOLCK, EOPNOTSUPP or ENOSYS, on network and user-space file systems.
+
+    @classmethod
+    def open(cls, path: Path) -> ProcessLock:
+        """Open this file, create it if need be, and lock it.
+
+        Raises:
+            BlockingIOError: another process holds the lock, or this one does already.
+            OSError: the file cannot be opened.
+        """
+        return cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+    def release(self) -> None:
+        """Give the lock back and close the file. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                # A child that was forked a moment ago may still have the file open, so closing alone would not unlock.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def abandon(self) -> None:
+        """Close the file, and leave the lock to the process that it was forked from. Never raises. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def __del__(self) -> None:
+        # Not ``release``: in a child that was forked a moment ago, unlocking would unlock for the parent as well.
+        self.abandon()
+
+
+_locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for lock in list(_locks):
+        lock.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
