@@ -49,16 +49,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     linger_s: Annotated[float, _Range(0, 60)] = 1.0
     """Most seconds that the sender batches records before it sends the next message; 0 sends at once. A message through
-    FLARE takes some milliseconds of Python in the process that trains. One for each training step would slow down steps
-    that take as little. The sender does not wait at the end of a round, nor when it has 64 KiB of records."""
+    FLARE takes some milliseconds of Python in the process that trains. One for each training step would slow down short
+    steps. The sender does not wait at the end of a round, nor when it has 64 KiB of records."""
 
     spool_bytes: Annotated[int, _Range(1 << 20, 1 << 50)] = 1 << 30
-    """Most bytes of a site's spool on disk. When it is full, new records are dropped and counted. The default holds some
-    ten million scalars: hours without a receiver."""
+    """Most bytes of a site's spool on disk. When it is full, new records are dropped and counted. The default holds
+    some ten million scalars: hours without a receiver."""
 
     request_s: Annotated[float, _Range(0.1, 600)] = 10.0
-    """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again. Half
-    of ``silence_s`` where that is less, or one lost reply would make the site look dead."""
+    """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again.
+    Half of ``silence_s`` where that is less, or one lost reply would make the site look dead."""
 
     barrier_s: Annotated[float, _Range(0, 3600)] = 10.0
     """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
@@ -80,8 +80,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds between two signs of life of a site that has nothing to send."""
 
     silence_s: Annotated[float, _Range(0.2, 3600)] = 7.0
-    """Seconds without any message after which the receiver takes a site for gone. At least twice ``keepalive_s``, or one
-    late message would count as death. The default allows three missed signs of life."""
+    """Seconds without any message after which the receiver takes a site for gone. At least twice ``keepalive_s``, or
+    one late message would count as death. The default allows three missed signs of life."""
 
     durability: Literal["normal", "full"] = "normal"
     """What an acked record survives. ``normal``: the death of the receiver's process. ``full``: also the machine's loss

@@ -144,7 +144,8 @@ def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str
 def _literal(path: str, found: str) -> str:
     return (
         f"{path}: {found} must not be written into a job or its command line. Set it in the environment of the process "
-        f"that runs the backend and refer to it as ${{secret:NAME}}, or as ${{secret:file:/path}} if it is in a file there"
+        f"that runs the backend and refer to it as ${{secret:NAME}}, or as ${{secret:file:/path}} if it is in a file "
+        f"there"
     )
 
 

@@ -145,7 +145,7 @@ def trackhub_into(backend: str) -> Way:
     def read(result: JobResult, site: str, key: str) -> int:
         run_dir = result.run_dir("server")
         if backend == "tensorboard":
-            return count_event_points(run_dir / "tensorboard" / result.job / site, key)
+            return count_event_points(run_dir / "tensorboard" / result.job.unique_name / site, key)
         if backend == "mlflow":
             return count_mlflow(run_dir / "mlflow" / "mlflow.db", key) if site == "site-1" else 0
         return count_wandb(run_dir / "wandb", key) if site == "site-1" else 0

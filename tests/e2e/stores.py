@@ -20,8 +20,8 @@ from trackhub_wandb.offline_reader import parse_integer
 
 from tests.integration.harness import Fact
 from tests.support.wandb_emulator import Emulator
-from trackhub.run import RunInfo, RunKey, Side
-from trackhub.spi import JobInfo, Kind
+from trackhub.run import JobInfo, RunInfo, Side
+from trackhub.spi import Kind
 from trackhub.testing import ContractHooks, Point, ReadBack, StoreContext
 from trackhub.testing.contracts.jsonl import JsonlContract
 
@@ -49,22 +49,22 @@ _OPTIONAL_STEP = frozenset({"jsonl"})
 
 
 def read_run(
-    backend: str, run_dir: Path, key: RunKey, side: Side, options: Mapping[str, Any] | None = None
+    backend: str, run_dir: Path, job: JobInfo, site: str, side: Side, options: Mapping[str, Any] | None = None
 ) -> ReadBack:
     """Return what a backend that works in this run folder holds of a run."""
     context = StoreContext(
         workdir=run_dir / backend,
-        job=JobInfo(key.job),
+        job=job,
         side=side,
         options=BACKENDS[backend] if options is None else options,
     )
-    return _HOOKS[backend].read_back(_info(key, side), context)
+    return _HOOKS[backend].read_back(_info(job, site, side), context)
 
 
-def read_emulator(server: Emulator, key: RunKey, side: Side) -> ReadBack:
+def read_emulator(server: Emulator, job: JobInfo, site: str, side: Side) -> ReadBack:
     """Return what the W&B emulator holds of a run."""
     with server.state.lock:
-        held = server.state.runs[_info(key, side).run_id]
+        held = server.state.runs[_info(job, site, side).run_id]
         found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
         found.params = held.params()
         found.tags = found.params.pop("trackhub").get("tags", {})
@@ -74,8 +74,8 @@ def read_emulator(server: Emulator, key: RunKey, side: Side) -> ReadBack:
     return found
 
 
-def _info(key: RunKey, side: Side) -> RunInfo:
-    return RunInfo(JobInfo(key.job), key.site, side, 0.0, 0, Path())
+def _info(job: JobInfo, site: str, side: Side) -> RunInfo:
+    return RunInfo(job, site, side, 0.0, 0, Path())
 
 
 def were_logged(facts: Iterable[Fact], points: Iterable[Point]) -> None:

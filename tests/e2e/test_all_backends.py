@@ -14,7 +14,7 @@ from tests.e2e.stores import BACKENDS, canonical, own_home, read_emulator, read_
 from tests.e2e.test_cifar10_job import Finished, run_job
 from tests.integration.harness import Job, JobResult, files_with
 from tests.support.wandb_emulator import Emulator
-from trackhub.run import RunKey, Side
+from trackhub.run import JobInfo, Side
 from trackhub.testing import Point, ReadBack
 
 SITES = ("site-1", "site-2")
@@ -95,17 +95,16 @@ def run(folder: Path, *, external: bool = False, **tracking: Any) -> JobResult:
 def check_receiver(result: JobResult, receiver: str, site: str, emulator: Emulator | None = None) -> None:
     """All backends of this receiver hold exactly what the site's trainer noted."""
     side = Side.SERVER if receiver == "server" else Side.CLIENT
-    key = RunKey(result.job, site)
-    logged = read_run("jsonl", result.run_dir(receiver), key, side)
+    logged = read_run("jsonl", result.run_dir(receiver), result.job, site, side)
     facts = result.facts(site)
     assert len(facts) == 2 * (PACED + BURST) + 2 * (2 + 2 + 2 * 3 + 6) + 1
     were_logged(facts, logged.points)
     for backend in BACKENDS:
         if backend == "wandb" and emulator is not None:
-            found = read_emulator(emulator, key, side)
+            found = read_emulator(emulator, result.job, site, side)
             same_points(found.points, canonical(backend, logged.points, online=True))
         else:
-            found = read_run(backend, result.run_dir(receiver), key, side)
+            found = read_run(backend, result.run_dir(receiver), result.job, site, side)
             same_points(found.points, canonical(backend, logged.points))
         _check_other_kinds(found, site)
     report = result.report(receiver)
@@ -137,7 +136,7 @@ def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were
     for site in SITES:
         check_receiver(result, "server", site, emulator)
         check_receiver(result, site, site)
-    assert [held.fields["groupName"] for held in emulator.state.runs.values()] == [result.job] * 2
+    assert [held.fields["groupName"] for held in emulator.state.runs.values()] == [result.job.id] * 2
     assert sorted(held.fields["displayName"] for held in emulator.state.runs.values()) == sorted(SITES)
 
 
@@ -184,16 +183,16 @@ SIDES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def check_cifar(done: Finished, backends: Mapping[str, Any], receivers: tuple[str, ...]) -> None:
     """Each backend of each receiver has the points that jsonl has there."""
     assert done.status == 0, done.output
-    job = (done.result / ".trackhub" / "execution").read_text()
+    job = JobInfo((done.result / ".trackhub" / "execution").read_text(), "cifar10_fedavg")
     for receiver in receivers:
         side = Side.SERVER if receiver == "server" else Side.CLIENT
         for site in SITES if receiver == "server" else (receiver,):
-            key, run_dir = RunKey(job, site), done.result / receiver / "simulate_job"
-            logged = read_run("jsonl", run_dir, key, side).points
+            run_dir = done.result / receiver / "simulate_job"
+            logged = read_run("jsonl", run_dir, job, site, side).points
             # Validation of the second round comes after training steps that are higher than its step.
             assert [p.step for p in logged if p.key in ("train/loss", "val/loss")] == [0, *range(5), 1, *range(5, 10)]
             for backend in backends:
-                same_points(read_run(backend, run_dir, key, side).points, canonical(backend, logged))
+                same_points(read_run(backend, run_dir, job, site, side).points, canonical(backend, logged))
 
 
 def check_nothing_at_the_server(done: Finished) -> None:

@@ -118,10 +118,10 @@ def test_the_last_screen_has_each_sites_last_metrics_and_the_final_models_accura
 
 
 def test_the_command_that_opens_the_results_names_the_folder_with_every_run(both_sides: Finished) -> None:
-    command = re.search(r"^  tensorboard: tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
+    command = re.search(r"^  tensorboard: cd (\S+) && tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
 
     assert command is not None
-    assert {path.parent.name for path in Path(command[1]).rglob("events.*")} == set(SITES)
+    assert {path.parent.name for path in Path(command[1], command[2]).rglob("events.*")} == set(SITES)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -204,7 +204,7 @@ def test_a_job_whose_training_fails_ends_with_another_status_and_delivers_what_w
     broken = tmp_path / "job"
     shutil.copytree(JOB_DIR, broken, ignore=shutil.ignore_patterns("__pycache__"))
     source = (broken / "client.py").read_text()
-    line = "            steps = site.train(received.current_round)\n"
+    line = "            trained = site.train(received.current_round)\n"
     assert source.count(line) == 1
     (broken / "client.py").write_text(source.replace(line, line + "            raise RuntimeError('no more')\n"))
 

@@ -19,7 +19,7 @@ from trackhub import Writer
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunKey, RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 JOB = "job-1"
@@ -120,10 +120,9 @@ def test_16_sites_share_one_process_of_wandb_and_each_has_its_run(tmp_path: Path
     assert services(os.getpid()) == set()
     assert report.undelivered() == report.lost() == 0
     for site in SITES:
-        key = RunKey(JOB, site)
-        logged = read_run("jsonl", tmp_path, key, Side.SERVER).points
+        logged = read_run("jsonl", tmp_path, JobInfo(JOB), site, Side.SERVER).points
         assert [(p.step, p.value) for p in logged] == [(step, 1 / (step + 3)) for step in range(RECORDS)]
-        found = read_run("wandb", tmp_path, key, Side.SERVER)
+        found = read_run("wandb", tmp_path, JobInfo(JOB), site, Side.SERVER)
         same_points(found.points, canonical("wandb", logged))
         assert found.status == "finished"
 
@@ -139,9 +138,9 @@ def test_a_flare_job_of_16_sites_ends_with_one_process_of_wandb(tmp_path: Path) 
     assert set(counts) <= {0, 1}
     assert 1 in counts
     for site in SITES:
-        key, run_dir = RunKey(result.job, site), result.run_dir("server")
-        logged = read_run("jsonl", run_dir, key, Side.SERVER).points
+        run_dir = result.run_dir("server")
+        logged = read_run("jsonl", run_dir, result.job, site, Side.SERVER).points
         were_logged(result.facts(site), logged)
-        found = read_run("wandb", run_dir, key, Side.SERVER)
+        found = read_run("wandb", run_dir, result.job, site, Side.SERVER)
         same_points(found.points, canonical("wandb", logged))
         assert found.status == "finished"

@@ -20,7 +20,7 @@ from tests.integration.harness import Job, JobResult
 from tests.support.mlflow_server import Server
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.replay import replay_journal
-from trackhub.run import RunKey, Side
+from trackhub.run import JobInfo, Side
 from trackhub.testing import ReadBack
 
 SITES = ("site-1", "site-2")
@@ -184,19 +184,18 @@ def start_job(tmp_path: Path, server: Server) -> Iterator[Callable[..., Run]]:
         run.close()
 
 
-def read_server(server: Server, key: RunKey) -> ReadBack:
+def read_server(server: Server, job: JobInfo, site: str) -> ReadBack:
     """Return what the server's database and artifact folder hold of a run."""
     options = {"tracking_uri": f"sqlite:///{server.folder}/mlflow.db"}
-    return read_run("mlflow", server.folder, key, Side.SERVER, options)
+    return read_run("mlflow", server.folder, job, site, Side.SERVER, options)
 
 
 def check_everything_is_there_once(result: JobResult, server: Server) -> None:
     """The server holds each record of each site once, in one finished run per site below one of the job."""
     for site in SITES:
-        key = RunKey(result.job, site)
-        logged = read_run("jsonl", result.run_dir("server"), key, Side.SERVER).points
+        logged = read_run("jsonl", result.run_dir("server"), result.job, site, Side.SERVER).points
         were_logged(result.facts(site), logged)
-        found = read_server(server, key)
+        found = read_server(server, result.job, site)
         same_points(found.points, canonical("mlflow", logged))
         assert found.status == "FINISHED"
         assert (found.params, found.tags) == ({"lr": "0.1"}, {"stage": "test"})
@@ -204,7 +203,8 @@ def check_everything_is_there_once(result: JobResult, server: Server) -> None:
         assert [image.step for image in found.images or ()] == [0, 1]
     runs = {(run.name, run.status) for run in server.database.runs()}
     assert len(server.database.runs()) == len(runs)
-    assert runs == {(name, "FINISHED") for name in (result.job, *SITES)}
+    names = [result.job.name, *(f"{result.job.name}/{site}" for site in SITES)]
+    assert runs == {(name, "FINISHED") for name in names}
 
 
 def check_confirmed(report: dict[str, Any]) -> None:

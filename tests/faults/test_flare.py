@@ -68,7 +68,7 @@ def facts(result_out: Path, job: str, site: str) -> list[tuple[str, int, float]]
 
 
 def points(folder: Path, job: str, site: str) -> list[tuple[str, int, float]]:
-    records = [r for r in read_jsonl(folder / "jsonl" / job / f"{site}.jsonl") if r["kind"] == "metrics"]
+    records = [r for r in read_jsonl(folder / "jsonl" / f"job-{job[:8]}" / f"{site}.jsonl") if r["kind"] == "metrics"]
     return [(key, r["step"], value) for r in records for key, value in r["values"].items()]
 
 

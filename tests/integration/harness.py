@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trackhub.run import JobInfo
 
 __all__ = [
     "TRAINER",
@@ -74,9 +76,32 @@ from nvflare.recipe import SimEnv
 from nvflare.recipe.utils import set_per_site_config
 from trackhub.flare.recipe import add_tracking
 
+
+def run_fed_job(here, config):
+    # The same training as a FedJob that no recipe has made.
+    from nvflare.app_common.np.np_model_persistor import NPModelPersistor
+    from nvflare.app_common.workflows.fedavg import FedAvg
+    from nvflare.client.config import ExchangeFormat
+    from nvflare.job_config.api import FedJob
+    from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
+
+    job = FedJob(name="job", min_clients=config["n_clients"])
+    job.to_server(NPModelPersistor(model=config["model"]), id="persistor")
+    job.to_server(FedAvg(num_clients=config["n_clients"], num_rounds=config["rounds"], persistor_id="persistor"))
+    script = str(here / "client.py")
+    job.to_clients(
+        ScriptRunner(script, launch_external_process=config["external"], framework=FrameworkType.NUMPY)
+    )
+    add_tracking(job, **config["tracking"])
+    job.simulator_run(str(here / "workspace" / "job"), n_clients=config["n_clients"], threads=config["threads"])
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
     config = json.loads((here / "config.json").read_text())
+    if config["way"] == "fed_job":
+        run_fed_job(here, config)
+        sys.exit()
     sites = [f"site-{i + 1}" for i in range(config["n_clients"])]
     recipe = NumpyFedAvgRecipe(
         name="job", model=config["model"], min_clients=config["n_clients"], num_rounds=config["rounds"],
@@ -84,7 +109,7 @@ if __name__ == "__main__":
     )
     if config["own_apps"]:
         set_per_site_config(recipe, {site: {} for site in sites})
-    if config["tracking"] is not None:
+    if config["tracking"] is not None and config["way"] == "recipe":
         add_tracking(recipe, **config["tracking"])
     job = recipe._job
 @@more@@
@@ -126,6 +151,8 @@ class Job:
         folder: where the job is written and run. Each job needs a folder of its own.
         trainer: the source that follows ``TRAINER`` in the training script.
         tracking: arguments of ``add_tracking``; None for a job without tracking.
+        way: how the job is made: as a ``recipe``; as a ``fed_job`` without a recipe, which takes no ``more``; or as
+            ``json``, to which tracking is added by hand.
         external: whether the trainers are processes of their own.
         n_clients, rounds: how many clients and rounds.
         more: source that runs before the job starts. It can use ``recipe`` and ``job``.
@@ -139,6 +166,7 @@ class Job:
     folder: Path
     trainer: str
     tracking: dict[str, Any] | None = None
+    way: Literal["recipe", "fed_job", "json"] = "recipe"
     external: bool = False
     n_clients: int = 2
     rounds: int = 2
@@ -151,9 +179,15 @@ class Job:
 
     def run(self, timeout_s: float = 240) -> JobResult:
         """Run the job in the simulator, and wait for its end."""
+        if self.way == "json":
+            job = self.export()
+            self._add_tracking_by_hand(job / "app" / "config")
+            return simulate(
+                job, self.folder / "run", n_clients=self.n_clients, name=self._name(), env=self.env, timeout_s=timeout_s
+            )
         out = self.folder / "out"
         rc, log = self._run_script([], out, timeout_s)
-        return JobResult(rc, log, self.folder / "workspace" / "job", out)
+        return JobResult(rc, log, self.folder / "workspace" / "job", out, self._name())
 
     def export(self) -> Path:
         """Write the job as a folder that FLARE accepts, and return the folder."""
@@ -161,10 +195,24 @@ class Job:
         assert rc == 0, log
         return self.folder / "export" / "job"
 
+    def _name(self) -> str:
+        return (self.tracking or {}).get("name") or "job"
+
+    def _add_tracking_by_hand(self, config: Path) -> None:
+        """Put tracking into a job's JSON files, as `tracking_components` tells a person to do."""
+        from trackhub.flare.recipe import tracking_components
+
+        for file, components in tracking_components(**(self.tracking or {})).items():
+            content = json.loads((config / file).read_text())
+            content["components"] += components
+            for executor in content.get("executors", []):
+                executor["executor"]["args"]["shutdown_timeout"] = 30.0
+            (config / file).write_text(json.dumps(content))
+
     def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
                   "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps,
-                  "model": self.model}  # fmt: skip
+                  "model": self.model, "way": self.way}  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config))
         (self.folder / "client.py").write_text(TRAINER + textwrap.dedent(self.trainer))
@@ -176,23 +224,33 @@ class Job:
         return _run(["job.py", *args], self.folder, out, self.env, timeout_s)
 
 
-def simulate(job: Path, folder: Path, *, n_clients: int, timeout_s: float = 240) -> JobResult:
+def simulate(
+    job: Path,
+    folder: Path,
+    *,
+    n_clients: int,
+    name: str = "job",
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 240,
+) -> JobResult:
     """Run a job that ``Job.export`` wrote in the simulator. It can run again, each time in a new folder.
 
     Args:
         job: the exported job.
         folder: where it runs.
         n_clients: how many clients.
+        name: the job's name in trackhub.
+        env: further environment variables.
         timeout_s: kill the job and fail after this time.
     """
     out, workspace, number = folder / "out", folder / "workspace", str(n_clients)
     module = "nvflare.private.fed.app.simulator.simulator"  # as FedJob.simulator_run starts it
     command = ["-m", module, str(job), "-w", str(workspace), "-n", number, "-t", number]
-    rc, log = _run(command, folder, out, {}, timeout_s)
-    return JobResult(rc, log, workspace, out)
+    rc, log = _run(command, folder, out, env or {}, timeout_s)
+    return JobResult(rc, log, workspace, out, name)
 
 
-def _run(args: list[str], folder: Path, out: Path, env: dict[str, str], timeout_s: float) -> tuple[int, str]:
+def _run(args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
     """Run Python in this folder and wait for its end. Return its exit status and what it printed."""
     out.mkdir(parents=True)
     log = folder / "log.txt"
@@ -231,21 +289,22 @@ def flare_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job left: its exit status, its log, its workspace, and the trainers' notes."""
+    """What a job left: its exit status, its log, its workspace, the trainers' notes, and its name in trackhub."""
 
     rc: int
     log: str
     workspace: Path
     out: Path
+    name: str = "job"
 
     def run_dir(self, site: str) -> Path:
         """Return the job's run folder at this site."""
         return self.workspace / site / "simulate_job"
 
     @property
-    def job(self) -> str:
-        """The job's id in trackhub."""
-        return (self.workspace / ".trackhub" / "execution").read_text()
+    def job(self) -> JobInfo:
+        """The job as backends know it: its id in trackhub, and its name."""
+        return JobInfo((self.workspace / ".trackhub" / "execution").read_text(), self.name)
 
     def report(self, receiver: str) -> dict[str, Any]:
         """Return the delivery report of the receiver at this site."""
@@ -258,8 +317,11 @@ class JobResult:
 
     def jsonl(self, receiver: str, site: str) -> list[dict[str, Any]]:
         """Return this site's records in the receiver's ``jsonl`` files, without the line that ends the run."""
-        lines = read_jsonl(self.run_dir(receiver) / "jsonl" / self.job / f"{site}.jsonl")
-        return [line for line in lines if line["kind"] != "end"]
+        return [line for line in read_jsonl(self.jsonl_file(receiver, site)) if line["kind"] != "end"]
+
+    def jsonl_file(self, receiver: str, site: str) -> Path:
+        """Return the receiver's ``jsonl`` file of this site."""
+        return self.run_dir(receiver) / "jsonl" / f"{self.name}-{self.job.id}" / f"{site}.jsonl"
 
     def jsonl_points(self, receiver: str, site: str) -> list[Point]:
         """Return this site's scalars in the receiver's ``jsonl`` files, in order."""
@@ -272,7 +334,7 @@ class JobResult:
 
     def tensorboard_points(self, receiver: str, site: str) -> list[Point]:
         """Return this site's scalars in the receiver's event files. The scalars of one key keep their order."""
-        return read_tensorboard(self.run_dir(receiver) / "tensorboard" / self.job / site)
+        return read_tensorboard(self.run_dir(receiver) / "tensorboard" / f"{self.name}-{self.job.id}" / site)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.integration.harness import Job, JobResult, install_plugin
+from tests.integration.harness import Job, JobResult, install_plugin, read_jsonl
 
 SITES = ("site-1", "site-2")
 
@@ -115,12 +115,13 @@ def _assert_all_in_jsonl(result: JobResult, receiver: str, site: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. backend")
-def test_backends_that_raise_or_hang_change_neither_the_model_nor_the_exit_status(
+def test_backends_that_raise_or_hang_change_neither_model_nor_exit_status(
     tmp_path: Path, faulty: dict[str, str]
 ) -> None:
+    """The job is a FedJob without a recipe."""
     tracking = {"server": ["jsonl", "no_open", "no_write", "hangs"], "limits": {"deadline_s": 3}}
 
-    result = Job(tmp_path / "job", TRAINER, tracking, env=faulty).run()
+    result = Job(tmp_path / "job", TRAINER, tracking, way="fed_job", env=faulty).run()
 
     assert result.rc == 0, result.log[-6000:]
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
@@ -228,8 +229,6 @@ def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_p
 
 
 def _end(result: JobResult, site: str) -> str:
-    from tests.integration.harness import read_jsonl
-
-    last = read_jsonl(result.run_dir("server") / "jsonl" / result.job / f"{site}.jsonl")[-1]
+    last = read_jsonl(result.jsonl_file("server", site))[-1]
     assert last["kind"] == "end"
     return str(last["status"])

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trackhub assumes of FLARE beyond its documented interface.
 
-A failure here means: FLARE has changed; read it anew and mend ``trackhub/flare/compat.py``.
+A failure here means that FLARE has changed. Read FLARE's new code, and change ``trackhub/flare/compat.py``.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -25,6 +26,7 @@ from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
+from nvflare.apis.workspace import Workspace
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
@@ -37,6 +39,7 @@ from nvflare.private.fed.client.client_runner import ClientRunner
 from nvflare.private.fed.server.run_manager import RunManager
 from nvflare.private.fed.server.server_engine import ServerEngine
 from nvflare.private.fed.server.server_runner import ServerRunner
+from nvflare.private.fed.utils.fed_utils import create_job_processing_context_properties
 from nvflare.recipe.spec import Recipe
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
@@ -132,10 +135,10 @@ class _Engine:
         fire_event(event_type, self.handlers, fl_ctx)
 
 
-def _manager(engine: Any = None) -> FLContextManager:
+def _manager(engine: Any = None, **private: Any) -> FLContextManager:
     return FLContextManager(
         engine=engine, identity_name="site-1", job_id="j", public_stickers={},
-        private_stickers={FLContextKey.PROCESS_TYPE: "CJ"},
+        private_stickers={FLContextKey.PROCESS_TYPE: "CJ", **private},
     )  # fmt: skip
 
 
@@ -230,6 +233,44 @@ def test_a_private_property_can_hide_the_run_abort_signal() -> None:
     ctx.put(key=FLContextKey.RUN_ABORT_SIGNAL, value=Signal(), private=True, sticky=False)
 
     assert not ctx.get_run_abort_signal().triggered
+
+
+def test_every_process_of_a_job_has_the_job_meta_in_its_context(tmp_path: Path) -> None:
+    for cls in (ClientRunManager, RunManager):
+        source = inspect.getsource(cls.__init__)
+        assert "self.create_job_processing_context_properties(workspace, job_id)" in source
+        assert "private_stickers=job_ctx_props" in source
+    meta = {"name": "cifar10", "scope": ""}
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "local").mkdir()
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / "meta.json").write_text(json.dumps(meta))
+
+    properties = create_job_processing_context_properties(Workspace(str(tmp_path)), "j")
+
+    assert compat.job_name(_manager(**properties).new_context()) == "cifar10"
+
+
+@pytest.mark.parametrize(
+    ("meta", "name"),
+    [
+        ({"name": "cifar10", "job_folder_name": "folder"}, "cifar10"),
+        ({"name": "", "job_folder_name": "folder"}, "folder"),
+        ({"name": 7}, "j"),
+        ({}, "j"),
+        (None, "j"),
+    ],
+)
+def test_a_job_without_a_name_is_called_by_its_folder_or_id(meta: dict[str, Any] | None, name: str) -> None:
+    context = _manager(**{FLContextKey.JOB_META: meta}).new_context()
+
+    assert compat.job_name(context) == name
+
+
+def test_the_name_of_a_fed_job_is_in_the_meta_of_the_job(tmp_path: Path) -> None:
+    FedJob(name="cifar10").export_job(str(tmp_path))
+
+    assert json.loads((tmp_path / "cifar10" / "meta.json").read_text())["name"] == "cifar10"
 
 
 def test_events_have_the_names_that_the_widgets_handle() -> None:

@@ -7,12 +7,15 @@ import json
 import math
 import struct
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.harness import Fact, Job, JobResult, Point, files_with
+from trackhub.delivery.journal.read_only import read_journal_meta
+from trackhub.spool.layout import read_spool_info
 
 PLANTED_VALUE = 31337.424242
 SITES = ("site-1", "site-2")
@@ -127,10 +130,15 @@ def test_every_backend_at_every_receiver_has_exactly_what_was_logged(
     tmp_path: Path, sides: tuple[str, ...], external: bool
 ) -> None:
     tracking = {name: BACKENDS for side, name in (("server", "server"), ("client", "clients")) if side in sides}
+    named: dict[str, Any] = (
+        {} if sides == ("server",) else {"name": "lr-0.1", "notes": "a *note*", "tags": ["test", "matrix"]}
+    )
 
-    result = _run(tmp_path, tracking, external)
+    result = _run(tmp_path, {**tracking, **named}, external)
 
     assert result.rc == 0, result.log[-6000:]
+    for receiver in (*(["server"] if "server" in sides else []), *(SITES if "client" in sides else [])):
+        _assert_named(result, receiver, **named)
     counts = json.loads((result.out / "server-counts.json").read_text())
     if "server" in sides:
         for site in SITES:
@@ -149,6 +157,18 @@ def test_every_backend_at_every_receiver_has_exactly_what_was_logged(
             _assert_all_confirmed(result.report(site), {site})
         else:
             assert not (result.run_dir(site) / "jsonl").exists()
+
+
+def _assert_named(
+    result: JobResult, receiver: str, name: str = "job", notes: str = "", tags: Sequence[str] = ()
+) -> None:
+    """The receiver knows the job by its name, so its backends do. By default that is the recipe's name."""
+    assert result.report(receiver)["job_name"] == name
+    journal = read_journal_meta(result.run_dir(receiver) / "trackhub" / "trackhub.db")
+    assert json.loads(journal["job_info"]) == {"id": result.job.id, "name": name, "notes": notes, "tags": list(tags)}
+    for site in {*SITES} & ({*SITES} if receiver == "server" else {receiver}):
+        spool = read_spool_info(result.run_dir(site) / "trackhub" / "spool")
+        assert (spool.job, spool.name, spool.notes, spool.tags) == (result.job.id, name, notes, tuple(tags))
 
 
 def _assert_has_all(result: JobResult, receiver: str, site: str) -> None:

@@ -28,7 +28,7 @@ ADMIN = "admin@nvidia.com"
 SITES = ("site-1", "site-2")
 
 
-# In a process of its own: FLARE's client raises warnings, which are errors here, in its threads.
+# It runs in a process of its own, since FLARE's client raises warnings in its threads, and warnings are errors here.
 ADMIN_CONSOLE = """
 import json, sys
 from nvflare.fuel.flare_api.flare_api import new_secure_session
@@ -66,7 +66,7 @@ class Console:
         )  # fmt: skip
 
     def ask(self, what: str, arg: str = "") -> Any:
-        """Do one thing and return FLARE's answer."""
+        """Do one thing, and return FLARE's answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([what, arg]) + "\n")
@@ -112,16 +112,21 @@ class PocResult:
     out: Path
 
     def facts(self, site: str) -> list[list[Any]]:
-        """What the trainer of this site noted."""
+        """Return what the trainer of this site noted."""
         return [json.loads(line) for line in (self.out / self.job / f"{site}.facts").read_text().splitlines()]
 
     def client(self, site: str) -> Path:
-        """The job's run folder at a client, where it stays."""
+        """Return the job's run folder at a client, where it stays."""
         return self.startup / site / self.job
 
     def records(self, run_dir: Path, site: str) -> list[dict[str, Any]]:
-        """The jsonl records of a site's run, the line that ends it included."""
-        return read_jsonl(run_dir / "jsonl" / self.job / f"{site}.jsonl")
+        """Return the records in a site's ``jsonl`` file, and the line that ends the run."""
+        return read_jsonl(run_dir / "jsonl" / self.job_folder / f"{site}.jsonl")
+
+    @property
+    def job_folder(self) -> str:
+        """The name of the job's folder in a backend that has such folders: the job's name, and the start of its id."""
+        return f"job-{self.job[:8]}"
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +155,18 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
     kits = root / "ws" / "example_project" / "prod_00"
     for name in ("server", *SITES):
         _configure(kits / name / "local", root / "storage")
-    services = [_start(kits / name, root / f"{name}.log", env) for name in ("server", *SITES)]
-    console = Console(kits / ADMIN, env)
+    services = [_start(kits / "server", root / "server.log", env)]
     try:
-        _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
-        yield Poc(root / "ws", out, console)
+        # A client that asks a server that is still starting fails its login, and ends.
+        _wait_until(lambda: "Server started" in (root / "server.log").read_text(errors="replace"), 60)
+        services += [_start(kits / site, root / f"{site}.log", env) for site in SITES]
+        console = Console(kits / ADMIN, env)
+        try:
+            _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
+            yield Poc(root / "ws", out, console)
+        finally:
+            console.close()
     finally:
-        console.close()
         for service in services:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(service.pid, signal.SIGKILL)
@@ -164,10 +174,10 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
 
 
 def _configure(local: Path, storage: Path) -> None:
-    """Do what a site's operator does once, and give the server a store of its own.
+    """Do what a site's operator does once, and give the server a job store of its own.
 
-    trackhub's components are allowed also in jobs that bring no code of their own. Where a server keeps its jobs is
-    one folder for all federations on a machine: those that run at once take each other's jobs, and fail them.
+    The operator allows trackhub's components in jobs that bring no code. By default all federations on a machine share
+    one job store. Federations that run at once would take each other's jobs, and fail them.
     """
     default = (local / "resources.json.default").read_text()
     resources = json.loads(default.replace("/tmp/nvflare", str(storage)))
@@ -189,7 +199,7 @@ def _wait_until(true: Callable[[], bool], timeout_s: float) -> None:
         if true():
             return
         pause.wait(0.2)
-    raise AssertionError(f"not within {timeout_s} s")
+    raise AssertionError(f"it did not happen within {timeout_s} s")
 
 
 FORGER = """
@@ -203,7 +213,7 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.widgets.widget import Widget
 
 from trackhub.delivery.wire import Batch, encode
-from trackhub.flare.compat import Channel
+from trackhub.flare.compat import CellChannel
 from trackhub.framing import encode_frame
 from trackhub.records import Metrics, Record
 
@@ -219,7 +229,7 @@ class Forger(Widget):
         if event_type == EventType.BEFORE_SEND_TASK_RESULT:
             engine = fl_ctx.get_engine()
             fl_ctx.put(ReservedKey.IDENTITY_NAME, "site-2", private=False, sticky=False)
-            target = Channel(engine, "trackhub_receiver")._ask(10.0)
+            target = CellChannel(engine, "trackhub_receiver")._ask(10.0)
             cell, job = engine.get_cell(), fl_ctx.get_job_id()
             replies = {"plain": self.send(cell, target, {}, "forged/plain")}
             claim = {MessageHeaderKey.ORIGIN: "site-2." + job}
@@ -284,17 +294,17 @@ def test_a_site_writes_as_itself_whatever_it_claims(poc: Poc, tmp_path: Path, ex
     replies = json.loads((result.out / result.job / "forger.json").read_text())
     assert replies["plain"] == "ok"
     report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
-    assert report["job"] == result.job
+    assert (report["job"], report["job_name"]) == (result.job, "job")
     assert report["status"] == "finished"
     assert set(report["sites"]) == set(SITES)
     for site in SITES:
         noted = [(key, step, value) for key, value, step, *_ in result.facts(site)]
         assert _points(result, result.client(site), site) == noted
-        if site == "site-2" or not swap_cell:  # a forger's own messages may be lost while it pretends
+        if site == "site-2" or not swap_cell:  # while it pretends, a forger's own messages may be lost
             assert _points(result, result.server, site) == noted
         keys = {key for r in result.records(result.server, site) if r["kind"] == "metrics" for key in r["values"]}
         forged = {key for key in keys if key.startswith("forged/")}
-        # The claim in a header is not believed; what really came from another cell's name did not get through.
+        # Nobody believes the claim in a header. What came in the name of another cell did not get through.
         assert forged == ({"forged/plain", "forged/header"} if site == "site-1" else set())
 
 
@@ -308,7 +318,7 @@ def _points(result: PocResult, run_dir: Path, site: str) -> list[tuple[str, int 
     ]
 
 
-def test_an_aborted_job_keeps_what_was_logged_and_says_that_it_was_aborted(poc: Poc, tmp_path: Path) -> None:
+def test_an_aborted_job_keeps_what_was_logged_and_ends_as_aborted(poc: Poc, tmp_path: Path) -> None:
     trainer = """
     from trackhub import Writer
 
@@ -342,7 +352,7 @@ def test_an_aborted_job_keeps_what_was_logged_and_says_that_it_was_aborted(poc: 
         assert len(points) > 50
         run, known = report["lanes"]["jsonl"][site], report["sites"][site]
         assert (run["confirmed"], run["pending"], known["missing"]) == (len(points), 0, 0)
-        # Whatever the server did not get is still at the site.
+        # What the server did not get is still at the site.
         (spool,) = find(result.client(site)).spools
         left = spool_status(spool)["receivers"]["server"]
         assert left["logged"] == left["acked"] + left["spooled"] >= len(noted)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContextManager
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.job_config.api import FedJob
@@ -15,8 +17,10 @@ from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
+from trackhub.flare.job_info import job_info
 from trackhub.flare.recipe import add_tracking, tracking_components
 from trackhub.limits import Limits
+from trackhub.run import JobInfo
 
 SCRIPT = "import nvflare.client as flare\nfrom trackhub import Writer\n"
 
@@ -82,6 +86,9 @@ def test_the_helper_for_json_jobs_gives_what_a_recipe_exports(script: str, tmp_p
         "clients": {"jsonl": {"path": "x"}},
         "limits": {"deadline_s": 5.0},
         "state_dir": "/var/trackhub",
+        "name": "cifar10",
+        "notes": "with *momentum*",
+        "tags": ("sgd", "demo"),
     }
     recipe = _recipe(script)
     add_tracking(recipe, **given)
@@ -97,6 +104,40 @@ def test_the_helper_for_json_jobs_gives_what_a_recipe_exports(script: str, tmp_p
             # FLARE leaves out arguments that are as the constructor's defaults.
             assert exported[component["id"]]["args"].items() <= component["args"].items()
     assert json.loads(json.dumps(helped)) == helped
+
+
+def test_name_notes_and_tags_are_arguments_of_both_components(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+
+    add_tracking(recipe, server=["jsonl"], clients=["jsonl"], name="cifar10", notes="a *note*", tags=("a", "b"))
+
+    job = _export(recipe, tmp_path / "out")
+    server, client = (_components(job, "app", f"config_fed_{end}.json") for end in ("server", "client"))
+    for component in (server["trackhub_receiver"], client["trackhub_receiver"], client["trackhub_sender"]):
+        named = {key: value for key, value in component["args"].items() if key.startswith("job_")}
+        assert named == {"job_name": "cifar10", "job_notes": "a *note*", "job_tags": ["a", "b"]}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cifar10", "cifar10"), (None, "from meta"), ("", "from meta")])
+def test_a_job_has_the_given_name_or_the_one_that_flare_knows(name: str | None, expected: str) -> None:
+    context = FLContextManager(
+        identity_name="site-1", job_id="b6b7a1f4", public_stickers={},
+        private_stickers={FLContextKey.JOB_META: {"name": "from meta"}},
+    ).new_context()  # fmt: skip
+
+    info = job_info(context, name, "a note", ["a"])
+
+    assert info == JobInfo("b6b7a1f4", expected, "a note", ("a",))
+
+
+def test_each_backend_is_checked_once_and_kept_as_it_was_given(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("trackhub.registry.refuse_literal_secrets", lambda name, options: seen.append(options["path"]))
+    recipe = _recipe(script)
+
+    add_tracking(recipe, server={"jsonl": {"path": "on the server"}}, clients={"jsonl": {"path": "at a client"}})
+
+    assert seen == ["on the server", "at a client"]
 
 
 def test_sites_can_have_backends_of_their_own_or_none(script: str, tmp_path: Path) -> None:
@@ -205,6 +246,11 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
         ({"server": {"jsonl": "x"}}, "expected {backend: {option: value}}"),
         ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),
         ({"server": {"jsonl": {"path": object()}}}, "what JSON can hold"),
+        ({"server": ["jsonl"], "name": 7}, "name: expected a text that is not empty, got 7"),
+        ({"server": ["jsonl"], "name": "a\nb"}, "name: .* contains U.000A"),
+        ({"server": ["jsonl"], "notes": ["a"]}, "notes: expected a text"),
+        ({"server": ["jsonl"], "tags": "a"}, "tags: expected a list of texts, got 'a'"),
+        ({"server": ["jsonl"], "tags": ["a", ""]}, r"tags\[1\]: expected a text that is not empty"),
     ],
 )
 def test_a_wrong_configuration_is_an_error_before_anything_is_written(

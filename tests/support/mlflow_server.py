@@ -68,11 +68,17 @@ class Database:
         return sorted(self.rows(query, run_id), key=str)
 
     def parents(self, job: str = JOB) -> list[RunRow]:
-        return [run for run in self.runs() if run.name == job and "mlflow.parentRunId" not in self.tags(run.id)]
+        """Return the parent runs of the job with this id."""
+        return [run for run, tags in self._runs_of(job) if "mlflow.parentRunId" not in tags]
 
     def site_run(self, site: str = "site-1", job: str = JOB) -> RunRow:
-        (run,) = [run for run in self.runs() if run.name == site and self.tags(run.id)["job"] == job]
+        """Return the run of a site in the job with this id."""
+        (run,) = [run for run, tags in self._runs_of(job) if tags["site"] == site]
         return run
+
+    def _runs_of(self, job: str) -> list[tuple[RunRow, dict[str, str]]]:
+        tagged = [(run, self.tags(run.id)) for run in self.runs()]
+        return [(run, tags) for run, tags in tagged if tags["job"] == job]
 
 
 class Server:

@@ -24,9 +24,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10
 
-JOB_DIR = Path(data.__file__).parent
+import trackhub
+
+
+def load(dataset: str, data_root: Path | None = None) -> tuple[str, TensorDataset, TensorDataset]:
+    """Return the images that these flags ask for."""
+    return data.load(client.parse_args(["--dataset", dataset, *(["--data_root", str(data_root)] if data_root else [])]))
+
+
+def pixels(images: TensorDataset) -> Tensor:
+    """Return the pixels of all images."""
+    return images.tensors[0]
+
+
+def labels(images: TensorDataset) -> list[int]:
+    """Return the labels of all images."""
+    found: list[int] = images.tensors[1].tolist()
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -120,113 +138,133 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_synthetic_images_are_the_same_for_the_same_seed_and_differ_for_another() -> None:
-    first, again, other = data.synthetic(3, 40, 20), data.synthetic(3, 40, 20), data.synthetic(4, 40, 20)
+    first, again, other = data.synthetic(3), data.synthetic(3), data.synthetic(4)
 
-    assert torch.equal(first.train.pixels, again.train.pixels)
-    assert torch.equal(first.test.labels, again.test.labels)
-    assert not torch.equal(first.train.pixels, other.train.pixels)
+    assert torch.equal(pixels(first[0]), pixels(again[0]))
+    assert labels(first[1]) == labels(again[1])
+    assert not torch.equal(pixels(first[0]), pixels(other[0]))
 
 
 def test_synthetic_images_have_the_shape_of_cifar_10_and_all_ten_classes_equally_often() -> None:
-    made = data.synthetic(0, 200, 50)
+    train, test = data.synthetic(0)
 
-    assert made.train.pixels.shape == (200, 3, 32, 32)
-    assert made.train.pixels.dtype == torch.uint8
-    assert torch.bincount(made.train.labels).tolist() == [20] * 10
-    assert torch.bincount(made.test.labels).tolist() == [5] * 10
+    assert pixels(train).shape == (8000, 3, 32, 32)
+    assert pixels(train).dtype == torch.uint8
+    assert torch.bincount(train.tensors[1]).tolist() == [800] * 10
+    assert torch.bincount(test.tensors[1]).tolist() == [200] * 10
 
 
 def test_synthetic_images_can_be_learned(monkeypatch: pytest.MonkeyPatch, one_torch_thread: None) -> None:
-    few = data.synthetic(0, 600, 200)
-    monkeypatch.setattr(data, "load", lambda *_, **__: few)
-    args = client.parse_args(["--num_rounds", "3"])
-    site = client.Site(args, "site-1", client.NoTracking(), args.num_rounds)
+    train, test = data.synthetic(0)
+    monkeypatch.setattr(data, "load", lambda _: ("synthetic", train, TensorDataset(*test[:200])))
+    monkeypatch.setenv("TRACKHUB_MODE", "disabled")
+    args = client.parse_args(["--num_rounds", "3", "--samples_per_site", "600"])
+    site = client.Site(args, "site-1", trackhub.Writer())
 
     before = site.validate(0)
     for round_number in range(args.num_rounds):
         site.train(round_number)
     after = site.validate(args.num_rounds)
 
-    assert before < 0.25
-    assert after > 0.4
+    assert before["val/accuracy"] < 0.25
+    assert after["val/accuracy"] > 0.4
 
 
 def test_an_image_folder_is_read_pixel_by_pixel(image_folder: Path) -> None:
-    loaded = data.load("cifar10", image_folder)
+    name, train, test = load("cifar10", image_folder)
 
-    assert loaded.name == "cifar10"
-    assert loaded.train.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert name == "cifar10"
+    assert labels(train) == [label for label in range(10) for _ in range(2)]
     with Image.open(image_folder / "train" / "cat" / "0001.png") as expected:
-        assert np.array_equal(loaded.train.pixels[3 * 2 + 1].permute(1, 2, 0).numpy(), np.asarray(expected))
+        assert np.array_equal(pixels(train)[3 * 2 + 1].permute(1, 2, 0).numpy(), np.asarray(expected))
     with Image.open(image_folder / "test" / "truck" / "0000.png") as expected:
-        assert np.array_equal(loaded.test.pixels[9].permute(1, 2, 0).numpy(), np.asarray(expected))
+        assert np.array_equal(pixels(test)[9].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 def test_images_are_decoded_once_for_all_sites_that_start_at_the_same_time(
     image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(lambda _: data.load("cifar10", image_folder), range(4)))
+        loaded = list(pool.map(lambda _: load("cifar10", image_folder), range(4)))
 
     assert capsys.readouterr().out.count("Decoding") == 1
-    assert all(torch.equal(one.train.pixels, loaded[0].train.pixels) for one in loaded)
+    assert all(torch.equal(pixels(train), pixels(loaded[0][1])) for _, train, _ in loaded)
 
 
 def test_a_changed_image_is_decoded_anew(image_folder: Path) -> None:
-    data.load("cifar10", image_folder)
+    load("cifar10", image_folder)
     Image.new("RGB", (32, 32), (1, 2, 3)).save(image_folder / "train" / "airplane" / "0000.png")
 
-    loaded = data.load("cifar10", image_folder)
+    _, train, _ = load("cifar10", image_folder)
 
-    assert loaded.train.pixels[0, :, 5, 5].tolist() == [1, 2, 3]
+    assert pixels(train)[0, :, 5, 5].tolist() == [1, 2, 3]
 
 
 def test_images_changed_in_memory_do_not_change_for_others(image_folder: Path) -> None:
-    first = data.load("cifar10", image_folder)
-    original = first.train.pixels[0].clone()
+    _, train, _ = load("cifar10", image_folder)
+    original = pixels(train)[0].clone()
 
-    first.train.pixels[0] = 0
+    pixels(train)[0] = 0
 
-    assert torch.equal(data.load("cifar10", image_folder).train.pixels[0], original)
+    assert torch.equal(pixels(load("cifar10", image_folder)[1])[0], original)
 
 
 def test_the_environment_names_the_data_root(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(data.DATA_ROOT_ENV, str(image_folder))
 
-    assert len(data.load("auto").train.labels) == 20
+    assert len(load("auto")[1]) == 20
 
 
-def test_a_missing_class_is_named(image_folder: Path) -> None:
+def test_a_class_without_images_is_named(image_folder: Path) -> None:
     for path in (image_folder / "train" / "ship").iterdir():
         path.unlink()
 
-    with pytest.raises(data.DataError, match=r"train/ship has no images"):
-        data.load("cifar10", image_folder)
+    with pytest.raises(data.DataError, match=r"images cannot be decoded: .* classes ship"):
+        load("cifar10", image_folder)
+
+
+def test_a_missing_class_is_an_error_and_shifts_no_label(image_folder: Path) -> None:
+    for path in (image_folder / "test" / "ship").iterdir():
+        path.unlink()
+    (image_folder / "test" / "ship").rmdir()
+
+    with pytest.raises(data.DataError, match=r"images/test has the classes .*'horse', 'truck'\], expected .*'ship'"):
+        load("cifar10", image_folder)
 
 
 def test_an_image_of_another_size_is_named(image_folder: Path, cache: Path) -> None:
     Image.new("RGB", (48, 16)).save(image_folder / "test" / "frog" / "0000.png")
 
     with pytest.raises(data.DataError, match=r"test/frog/0000.png is 48 x 16 pixels, expected 32 x 32"):
-        data.load("cifar10", image_folder)
-    assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
+        load("cifar10", image_folder)
+    assert list(cache.glob("*.pt")) == []
 
 
 def test_a_damaged_image_is_named(image_folder: Path) -> None:
     (image_folder / "train" / "dog" / "0001.png").write_bytes(b"not an image")
 
     with pytest.raises(data.DataError, match=r"train/dog/0001.png cannot be decoded"):
-        data.load("cifar10", image_folder)
+        load("cifar10", image_folder)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+
+    with pytest.raises(data.DataError, match="name another folder in XDG_CACHE_HOME"):
+        load("cifar10", image_folder)
 
 
 @pytest.mark.usefixtures("no_network")
 def test_auto_says_in_one_line_that_it_uses_synthetic_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loaded = data.load("auto", tmp_path / "nothing")
+    name, _, _ = load("auto", tmp_path / "nothing")
 
     lines = capsys.readouterr().out.splitlines()
-    assert loaded.name == "synthetic"
+    assert name == "synthetic"
     assert len(lines) == 1
     assert lines[0].startswith("Using synthetic images: no CIFAR-10 (there is none in ")
     assert not (tmp_path / "nothing").exists()
@@ -235,11 +273,11 @@ def test_auto_says_in_one_line_that_it_uses_synthetic_images(
 @pytest.mark.usefixtures("no_network")
 def test_cifar10_that_cannot_be_had_is_an_error_and_not_synthetic(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match=r"none in .*nothing, and it cannot be downloaded: .*refused"):
-        data.load("cifar10", tmp_path / "nothing")
+        load("cifar10", tmp_path / "nothing")
 
 
 def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_NETWORK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(data, "NETWORK_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/{CIFAR10.filename}")
 
@@ -247,68 +285,85 @@ def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: 
             data.prepare(tmp_path)
 
 
-def test_several_processes_that_start_at_once_download_once(mirror: _Server, tmp_path: Path) -> None:
+def test_several_processes_that_start_at_once_download_once(
+    mirror: _Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "new" / "root"
 
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: data.prepare(root), range(4)))
 
     assert found == {root}
-    assert mirror.requests == 1
+    assert capsys.readouterr().out.count("Downloading") == 1
     assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_torchvisions_layout_is_read_as_torchvision_reads_it(mirror: _Server, tmp_path: Path) -> None:
-    loaded = data.load("cifar10", tmp_path)
+    _, train, test = load("cifar10", tmp_path)
 
     expected = CIFAR10(str(tmp_path), train=True)
-    assert np.array_equal(loaded.train.pixels.permute(0, 2, 3, 1).numpy(), expected.data)
-    assert loaded.train.labels.tolist() == expected.targets
-    assert len(loaded.test.labels) == 10
+    assert np.array_equal(pixels(train).permute(0, 2, 3, 1).numpy(), expected.data)
+    assert labels(train) == expected.targets
+    assert len(test) == 10
 
 
 def test_the_batches_folder_itself_may_be_named(mirror: _Server, tmp_path: Path) -> None:
     root = data.prepare(tmp_path)
+    requests = mirror.requests
 
     assert data.prepare(root / "cifar-10-batches-py") == root
-    assert mirror.requests == 1
+    assert mirror.requests == requests
 
 
 def test_a_download_that_fails_its_checksum_leaves_nothing(mirror: _Server, tmp_path: Path) -> None:
     mirror.body += b"torn"
 
-    with pytest.raises(data.DataError, match="fails its checksum"):
+    with pytest.raises(data.DataError, match=r"cannot be downloaded: .*corrupted"):
         data.prepare(tmp_path / "root")
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_a_killed_holder_releases_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lock"
+def test_a_killed_site_does_not_hold_up_the_others(image_folder: Path, cache: Path) -> None:
+    cache.mkdir(parents=True)
     script = (
-        f"import pathlib, data\nwith data._locked(pathlib.Path({str(path)!r})):\n    print('held', flush=True); input()"
+        f"from filelock import FileLock\n"
+        f"with FileLock({str(cache / 'cifar10.lock')!r}):\n    print('held', flush=True); input()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=JOB_DIR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder,
+    ):
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(data, "_LOCK_TIMEOUT_S", 0.1)
-        with pytest.raises(OSError, match="cannot lock"), data._locked(path):
-            pass
+        loading = pool.submit(load, "cifar10", image_folder)
+        with pytest.raises(TimeoutError):
+            loading.result(0.2)
         holder.kill()
         holder.wait()
 
-    with data._locked(path):
-        pass
+        assert len(loading.result(60)[1]) == 20
 
 
-LABELS = data.synthetic(0, 500, 10).train.labels
+# In place of pixels, an image's number.
+NUMBERED = TensorDataset(torch.arange(500), torch.arange(500) % 10)
+
+
+def shares(n_sites: int, scheme: str, *argv: str) -> list[TensorDataset]:
+    """Return every site's share of the numbered images."""
+    args = client.parse_args(["--n_clients", str(n_sites), "--partition", scheme, *argv])
+    return [data.share(NUMBERED, f"site-{number}", args) for number in range(1, n_sites + 1)]
+
+
+def numbers(share: TensorDataset) -> list[int]:
+    """Return which images these are."""
+    found: list[int] = share.tensors[0].tolist()
+    return found
 
 
 def test_same_gives_every_site_all_images() -> None:
-    shares = data.partition(LABELS, 3, "same")
-
-    assert all(sorted(share.tolist()) == list(range(500)) for share in shares)
+    assert all(sorted(numbers(share)) == list(range(500)) for share in shares(3, "same"))
 
 
 @settings(max_examples=50, deadline=None)
@@ -321,93 +376,100 @@ def test_same_gives_every_site_all_images() -> None:
 def test_iid_and_dirichlet_give_each_image_to_exactly_one_site(
     scheme: str, n_sites: int, alpha: float, seed: int
 ) -> None:
-    shares = data.partition(LABELS, n_sites, scheme, alpha=alpha, seed=seed)
+    divided = shares(n_sites, scheme, "--alpha", str(alpha), "--seed", str(seed))
 
-    assert len(shares) == n_sites
-    assert sorted(torch.cat(shares).tolist()) == list(range(500))
+    assert sorted(number for share in divided for number in numbers(share)) == list(range(500))
 
 
 def test_iid_shares_are_of_equal_size_and_alike() -> None:
-    first, second = data.partition(LABELS, 2, "iid")
+    first, second = shares(2, "iid")
 
     assert len(first) == len(second) == 250
-    assert torch.bincount(LABELS[first]).min() > 10
+    assert torch.bincount(first.tensors[1]).min() > 10
 
 
 def test_a_small_alpha_makes_sites_differ_and_a_large_one_makes_them_alike() -> None:
     def spread(alpha: float) -> float:
-        shares = data.partition(LABELS, 2, "dirichlet", alpha=alpha)
-        counts = torch.stack([torch.bincount(LABELS[share], minlength=10) for share in shares]).float()
+        divided = shares(2, "dirichlet", "--alpha", str(alpha))
+        counts = torch.stack([torch.bincount(share.tensors[1], minlength=10) for share in divided]).float()
         return float((counts[0] - counts[1]).abs().mean())
 
     assert spread(0.1) > 25 > 5 > spread(10_000)
 
 
 def test_every_site_computes_the_same_division() -> None:
-    for scheme in data.PARTITIONS:
-        once, again = (data.partition(LABELS, 2, scheme, seed=7) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    for scheme in ("same", "iid", "dirichlet"):
+        once, again = (shares(2, scheme, "--seed", "7") for _ in range(2))
+        assert [numbers(share) for share in once] == [numbers(share) for share in again]
 
 
 def test_a_limit_bounds_each_share_to_a_random_choice_of_it() -> None:
-    whole = data.partition(LABELS, 2, "iid")
-    limited = data.partition(LABELS, 2, "iid", limit=30)
+    whole = shares(2, "iid")
+    limited = shares(2, "iid", "--samples_per_site", "30")
 
     assert [len(share) for share in limited] == [30, 30]
-    assert all(set(few.tolist()) <= set(all_.tolist()) for few, all_ in zip(limited, whole, strict=True))
+    assert all(set(numbers(few)) <= set(numbers(all_)) for few, all_ in zip(limited, whole, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("n_sites", "scheme", "alpha", "message"),
-    [
-        (501, "iid", 0.5, "leaves a site without any"),
-        (2, "dirichlet", 0.0, "alpha is 0.0"),
-        (2, "random", 0.5, "unknown partition 'random'; it is one of same, iid, dirichlet"),
-    ],
-)
-def test_an_impossible_division_is_refused(n_sites: int, scheme: str, alpha: float, message: str) -> None:
-    with pytest.raises(data.DataError, match=message):
-        data.partition(LABELS, n_sites, scheme, alpha=alpha)
+def test_an_impossible_division_is_refused() -> None:
+    with pytest.raises(data.DataError, match="leave a site without any"):
+        shares(501, "iid")
 
 
 def test_a_sites_share_follows_from_the_number_in_its_name() -> None:
-    assert [data.site_index(name, 12) for name in ("site-1", "hospital_2", "s12")] == [0, 1, 11]
+    args = client.parse_args(["--partition", "iid", "--n_clients", "12"])
+    divided = shares(12, "iid")
+
+    for name, index in (("site-1", 0), ("hospital_2", 1), ("s12", 11)):
+        assert numbers(data.share(NUMBERED, name, args)) == numbers(divided[index])
 
 
 @pytest.mark.parametrize("name", ["site-0", "site-3", "hospital", ""])
 def test_a_site_name_without_a_usable_number_is_refused(name: str) -> None:
+    args = client.parse_args(["--partition", "iid", "--n_clients", "2"])
+
     with pytest.raises(data.DataError, match=r"must end in a number from 1 to 2"):
-        data.site_index(name, 2)
+        data.share(NUMBERED, name, args)
 
 
-def test_batches_hold_every_image_once_in_an_order_that_the_generator_decides() -> None:
-    images = data.Images(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32), torch.arange(10))
+def test_any_site_name_will_do_where_all_have_the_same_images() -> None:
+    assert len(data.share(NUMBERED, "hospital", client.parse_args([]))) == 500
+
+
+def test_batches_hold_every_image_once_in_an_order_that_the_seed_decides() -> None:
+    images = TensorDataset(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10))
 
     def order(seed: int) -> list[list[int]]:
-        return [batch.labels.tolist() for batch in data.batches(images, 4, torch.Generator().manual_seed(seed))]
+        torch.manual_seed(seed)
+        return [found.tolist() for _, found in data.batches(images, 4, shuffle=True)]
 
     assert [len(batch) for batch in order(0)] == [4, 4, 2]
     assert sorted(label for batch in order(0) for label in batch) == list(range(10))
     assert order(0) == order(0) != order(1)
+    assert [found.tolist() for _, found in data.batches(images, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_augmented_images_are_the_originals_moved_and_mirrored() -> None:
-    pixels = data.synthetic(0, 30, 10).train.pixels
-    pad = 2
+    torch.manual_seed(0)
+    images = pixels(data.synthetic(0)[0])
+    pad, views = 2, set()
 
-    augmented = data.augment(pixels, torch.Generator().manual_seed(0), pad)
+    for batch in images[:240].split(8):
+        augmented = data.augment(batch)
+        assert augmented.shape == batch.shape
+        assert augmented.dtype == torch.uint8
+        padded = np.pad(batch.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
+        (view,) = [
+            (y, x, mirrored)
+            for y in range(2 * pad + 1)
+            for x in range(2 * pad + 1)
+            for mirrored in (1, -1)
+            if np.array_equal(padded[:, :, y : y + 32, x : x + 32][:, :, :, ::mirrored], augmented.numpy())
+        ]
+        views.add(view)
 
-    assert augmented.shape == pixels.shape
-    assert augmented.dtype == torch.uint8
-    mirrored = 0
-    for original, image in zip(pixels.numpy(), augmented.numpy(), strict=True):
-        padded = np.pad(original, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
-        views = [padded[:, y : y + 32, x : x + 32] for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
-        plain = any(np.array_equal(view, image) for view in views)
-        flipped = any(np.array_equal(view[:, :, ::-1], image) for view in views)
-        assert plain or flipped
-        mirrored += flipped
-    assert 5 < mirrored < 25
+    assert len(views) > 15
+    assert {mirrored for _, _, mirrored in views} == {1, -1}
 
 
 def test_normalised_cifar_colours_are_centred() -> None:

@@ -14,6 +14,8 @@ import data
 import flags
 import job
 import pytest
+from evaluation import prediction_grid
+from torch.utils.data import TensorDataset
 
 from trackhub.config import TrackingConfig
 from trackhub.errors import ConfigError, InvalidOptionError, UnknownBackendError
@@ -228,7 +230,7 @@ def test_an_exported_job_is_whole_and_names_nothing_of_this_machine(here: Path) 
     assert "--partition iid" in executor["task_script_args"]
     assert "--summary_dir" not in executor["task_script_args"]
     shipped = {path.name for path in (here / "out" / job.NAME).rglob("custom/*.py")}
-    assert {"client.py", "data.py", "flags.py", "model.py"} <= shipped
+    assert {"client.py", "data.py", "evaluation.py", "flags.py", "model.py"} <= shipped
     assert not {"writer.py", "spool.py"} & shipped
     texts = [path.read_text() for path in (here / "out").rglob("*.json")]
     assert not any(str(Path(job.__file__).parent) in text or str(here) in text for text in texts)
@@ -246,7 +248,6 @@ def test_a_job_without_tracking_has_no_part_of_trackhub(here: Path) -> None:
     server, clients = exported(here / "out", "--backend", "none")
 
     assert not any(path.startswith("trackhub") for path in component_paths(server) | component_paths(clients))
-    assert "--no_tracking" in clients["executors"][0]["executor"]["args"]["task_script_args"]
 
 
 def test_external_trainers_get_time_to_finish_and_the_sites_own_python(here: Path) -> None:
@@ -273,14 +274,15 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_the_prediction_grid_frames_right_green_and_wrong_red() -> None:
-    images = data.synthetic(0, 10, 160).test
-    predictions = images.labels.clone()
+    images = TensorDataset(*data.synthetic(0)[1][:160])
+    pixels, labels = images.tensors
+    predictions = labels.clone()
     predictions[0] = (predictions[0] + 1) % 10
 
-    grid, caption = client.prediction_grid(images, predictions)
+    grid, caption = prediction_grid(images, predictions)
 
-    assert grid.shape == (144, 144, 3)
-    assert grid[0, 0].tolist() == [200, 0, 0]
-    assert grid[0, 36].tolist() == [0, 160, 0]
-    assert (grid[2:34, 2:34].transpose(2, 0, 1) == images.pixels[0].numpy()).all()
+    assert grid.shape == (3, 144, 144)
+    assert grid[:, 0, 0].tolist() == [200, 0, 0]
+    assert grid[:, 0, 36].tolist() == [0, 160, 0]
+    assert (grid[:, 2:34, 2:34] == pixels[0]).all()
     assert caption.startswith(f"predicted, by row: {data.CLASSES[int(predictions[0])]}, ")

@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from results import Outcome, forget_outcome, print_outcome, read_outcome
+from results import REPORT, forget, print_delivery, print_metrics
 
-from trackhub.config import TrackingConfig
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, write_report
 from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
@@ -46,15 +45,20 @@ def report(*, pending: int = 0, rejected: int = 0, dropped: int = 0) -> Delivery
     )
 
 
-def test_a_complete_delivery_is_one_row_and_one_command(capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = Outcome(Path("folder"), None, {"server": report()})
+def keep(folder: Path, made: DeliveryReport) -> Path:
+    """Leave a report where the receiver with this run folder does."""
+    (folder / REPORT).parent.mkdir(parents=True)
+    write_report(folder / REPORT, made)
+    return folder
 
-    print_outcome(outcome)
+
+def test_a_complete_delivery_is_one_row_and_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complete = print_delivery({"server": keep(tmp_path, report())})
 
     screen = capsys.readouterr().out
-    assert not outcome.undelivered
-    assert "  site-1  server  acme     1,234 of 1,234\n" in screen
-    assert "  acme: acme open run\n" in screen
+    assert complete
+    assert "  site-1  server    acme     1,234 of 1,234\n" in screen
+    assert f"  acme: cd {tmp_path} && acme open run\n" in screen
 
 
 @pytest.mark.parametrize(
@@ -66,55 +70,44 @@ def test_a_complete_delivery_is_one_row_and_one_command(capsys: pytest.CaptureFi
     ],
 )
 def test_what_is_missing_is_counted_with_its_reason(
-    made: DeliveryReport, row: str, capsys: pytest.CaptureFixture[str]
+    made: DeliveryReport, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = Outcome(Path("folder"), None, {"server": made})
+    complete = print_delivery({"server": keep(tmp_path, made)})
 
-    print_outcome(outcome)
-
-    assert outcome.undelivered
+    assert not complete
     assert row in capsys.readouterr().out
 
 
 def test_a_missing_report_counts_as_undelivered_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrackingConfig(backends=("acme",), sides=("server", "client"))
-    reported = tmp_path / "server" / "simulate_job" / "trackhub"
-    reported.mkdir(parents=True)
-    write_report(reported / "delivery.json", report())
+    run_folders = {"server": keep(tmp_path / "server", report()), "site-1": tmp_path / "site-1"}
 
-    outcome = read_outcome(tmp_path, tmp_path / "sites", config, n_clients=1, failure=None)
-    print_outcome(outcome)
+    complete = print_delivery(run_folders)
 
-    assert set(outcome.reports) == {"server"}
-    assert outcome.undelivered
-    assert "Delivery unknown: no delivery report of site-1: " in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert not complete
+    assert "1,234 of 1,234" in screen
+    assert "Delivery unknown: no delivery report of site-1: " in screen
 
 
 def test_metrics_that_only_some_sites_have_leave_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "site-1.json").write_text('{"val/accuracy": 0.5}')
     (tmp_path / "site-2.json").write_text('{"val/accuracy": 0.25, "val/loss": 2}')
 
-    outcome = read_outcome(tmp_path, tmp_path, TrackingConfig(backends=()), n_clients=2, failure="boom")
-    print_outcome(outcome)
+    print_metrics(tmp_path)
 
-    screen = capsys.readouterr().out
-    assert "  site-1  0.5000        -\n  site-2  0.2500        2.0000\n" in screen
-    assert "The job failed: boom" in screen
+    assert "  site-1  0.5000        -\n  site-2  0.2500        2.0000\n" in capsys.readouterr().out
 
 
-def test_an_earlier_job_in_the_same_workspace_is_forgotten(tmp_path: Path) -> None:
-    stale = tmp_path / "site-1" / "simulate_job" / "trackhub" / "delivery.json"
-    stale.parent.mkdir(parents=True)
-    write_report(stale, report())
+def test_an_earlier_job_in_the_same_workspace_is_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folders = {"site-1": keep(tmp_path / "site-1", report())}
     (tmp_path / "sites").mkdir()
-    (tmp_path / "sites" / "site-1.json").write_text("{}")
+    (tmp_path / "sites" / "site-1.json").write_text('{"val/loss": 2}')
 
-    forget_outcome(tmp_path, tmp_path / "sites")
+    forget(run_folders, tmp_path / "sites")
 
-    outcome = read_outcome(
-        tmp_path, tmp_path / "sites", TrackingConfig(backends=("acme",), sides=("client",)), n_clients=1, failure=None
-    )
-    assert not outcome.reports
-    assert not outcome.metrics
+    print_metrics(tmp_path / "sites")
+    assert not print_delivery(run_folders)
+    assert "1,234" not in (screen := capsys.readouterr().out)
+    assert "val/loss" not in screen

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub backends`` lists what is installed, whatever state it is in."""
+"""``trackhub backends`` lists what is installed, whatever its state, and says what a backend can store."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,28 @@ if TYPE_CHECKING:
     from tests.conftest import MakePlugin
 
 GOOD = """
-    from trackhub.spi import Backend, BackendRun, RunInfo
+    from typing import Annotated
+
+    import msgspec
+
+    from trackhub.spi import Backend, BackendRun, Capabilities, ConfirmedBy, KeyRule, Kind, OptionMark, RunInfo
+
     print("a plugin that talks")
 
-    class Acme(Backend):
+    class AcmeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        url: Annotated[str, OptionMark.HOST] = "http://localhost"
+        api_key: Annotated[str | None, OptionMark.SECRET] = None
+        cache: Annotated[str, OptionMark.PATH, OptionMark.HOST] = ""
+        level: int = 1
+
+    class Acme(Backend[AcmeOptions]):
+        spi = 1
+        capabilities = Capabilities(
+            confirmed_by=ConfirmedBy.WRITE,
+            key_rule=KeyRule(max_chars=1000, chars="a-z", edge_chars="a-y", reserved_keys=frozenset({"b", "a"})),
+            key_rules={Kind.PARAMS: KeyRule(max_chars=None, chars="", reserved_prefixes=("_",), is_path=True)},
+        )
+
         def open_run(self, info: RunInfo) -> BackendRun:
             raise NotImplementedError
 """
@@ -48,7 +67,8 @@ def test_a_working_backend_is_listed_with_its_capabilities() -> None:
     assert "metrics" in jsonl["capabilities"]["kinds"]
 
 
-def test_broken_and_conflicting_backends_are_listed_with_the_reason_and_fail_nothing(make_plugin: MakePlugin) -> None:
+def test_a_backend_that_cannot_be_used_is_listed_with_the_reason(make_plugin: MakePlugin) -> None:
+    """It is no error of the command, and hides no other backend."""
     path = [
         make_plugin("acme-good", {"good": "acme_good:Acme"}, {"acme_good": GOOD}),
         make_plugin("acme-broken", {"bad": "acme_bad:Acme"}, {"acme_bad": "import module_that_is_not_there"}),
@@ -66,6 +86,72 @@ def test_broken_and_conflicting_backends_are_listed_with_the_reason_and_fail_not
     assert found["bad"]["capabilities"] is None
     for part in ("acme-broken", "broken", "module_that_is_not_there", "acme-one 1.0", "acme-two 1.0"):
         assert part in as_table.stdout
+
+
+@pytest.fixture
+def good(make_plugin: MakePlugin) -> list[Path]:
+    return [make_plugin("acme-good", {"good": "acme_good:Acme"}, {"acme_good": GOOD})]
+
+
+def test_json_has_the_marks_of_options_and_the_key_rules_by_kind(good: list[Path]) -> None:
+    done = trackhub("backends", "good", "--json", path=good)
+
+    assert done.returncode == 0
+    assert list(listed(done.stdout)) == ["good"]
+    backend = listed(done.stdout)["good"]
+    assert backend["options"] == ["url", "api_key", "cache", "level"]
+    assert backend["option_marks"] == {"url": ["host"], "api_key": ["secret"], "cache": ["host", "path"], "level": []}
+    capabilities = backend["capabilities"]
+    assert (capabilities["confirmed_by"], capabilities["redelivery"]) == ("write", "at_least_once")
+    assert capabilities["key_rule"] == {
+        "max_chars": 1000, "chars": "a-z", "edge_chars": "a-y", "reserved_keys": ["a", "b"], "reserved_prefixes": [],
+        "reserved_as": "", "is_path": False,
+    }  # fmt: skip
+    assert list(capabilities["key_rules"]) == ["params"]
+    assert capabilities["key_rules"]["params"]["reserved_prefixes"] == ["_"]
+
+
+def test_a_backend_that_is_named_is_shown_with_its_options_and_key_rules(good: list[Path]) -> None:
+    done = trackhub("backends", "good", path=good)
+
+    assert done.returncode == 0
+    shown = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert done.stdout.startswith("good: acme-good 1.0, ok\n")
+    assert (shown["option api_key"], shown["option cache"], shown["option level"]) == ("secret", "host, path", "-")
+    assert shown["confirmed by"] == "write"
+    assert shown["keys"] == "at most 1,000 characters, of [a-z], first and last of [a-y], none of a b"
+    assert shown["keys of params"] == "a relative path, none of _..."
+
+
+def test_a_named_backend_that_cannot_be_used_is_shown_with_the_reason(make_plugin: MakePlugin) -> None:
+    path = [make_plugin("acme-broken", {"bad": "acme_bad:Acme"}, {"acme_bad": "import module_that_is_not_there"})]
+
+    done = trackhub("backends", "bad", path=path)
+
+    assert done.returncode == 0
+    assert done.stdout.startswith("bad: acme-broken 1.0, broken\n")
+    assert "module_that_is_not_there" in done.stdout
+
+
+def test_types_of_options_that_cannot_be_read_make_a_backend_broken(make_plugin: MakePlugin) -> None:
+    source = GOOD.replace("level: int", "level: 'Nowhere'")
+    path = [make_plugin("acme-odd", {"odd": "acme_odd:Acme"}, {"acme_odd": source})]
+
+    done = trackhub("backends", "--json", path=path)
+
+    assert done.returncode == 0
+    assert listed(done.stdout)["odd"]["state"] == "broken"
+    assert "Nowhere" in listed(done.stdout)["odd"]["problem"]
+    assert listed(done.stdout)["jsonl"]["state"] == "ok"
+
+
+def test_a_name_that_is_not_installed_is_an_error_that_names_what_there_is() -> None:
+    done = trackhub("backends", "jsnol")
+
+    assert done.returncode == 1
+    assert "there is no backend 'jsnol' here" in done.stderr
+    assert "jsonl" in done.stderr
+    assert done.stdout == ""
 
 
 def test_listing_imports_no_tracking_sdk_and_no_flare() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+import trackhub
+from tests.conftest import MakePlugin
 from trackhub.delivery.journal.rows import Progress
 from trackhub.delivery.journal.store import Journal
+from trackhub.delivery.report import format_report, read_report
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
@@ -33,7 +37,7 @@ def document(*args: str | Path) -> dict[str, Any]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A site that logged 10 records, of which the receiver has 6, of which its one lane delivered 4 and rejected 1."""
+    """A site that logged 10 records. The receiver has 6 of them. Its one lane delivered 4 and rejected 1."""
     spool = tmp_path / "site-1" / "spool"
     create_spool(spool, SpoolInfo("site-1", "job-1", ("server",)))
     with Writer(spool) as writer:
@@ -97,6 +101,106 @@ def test_the_table_shows_counts_with_their_reasons_and_the_last_error(job: Path)
     assert row.split()[0] == "site-1"
     for part in ("12", "2 (spool_full 2)", "1 (nonfinite 1)", "no route to host"):
         assert part in row
+
+
+def test_a_job_is_shown_by_its_name_beside_its_id(tmp_path: Path) -> None:
+    create_spool(tmp_path / "spool", SpoolInfo("site-1", "job-1", ("server",), name="cifar10"))
+    journal = Journal.open(tmp_path / "trackhub.db", job="job-1", side="server")
+    journal.set_meta("job_info", '{"id": "job-1", "name": "cifar10"}')
+    journal.close()
+
+    found, shown = document(tmp_path), status(tmp_path).stdout
+
+    assert [(part["job"], part["job_name"]) for part in (*found["journals"], *found["spools"])] == [
+        ("job-1", "cifar10")
+    ] * 2
+    assert f"{tmp_path / 'trackhub.db'}: job cifar10 (job-1), server side" in shown
+    assert f"{tmp_path / 'spool'}: spool of site site-1, job cifar10 (job-1), open" in shown
+
+
+def test_what_the_client_alone_confirmed_is_shown_as_a_part_of_confirmed(job: Path) -> None:
+    journal = Journal.open(job / "server" / "trackhub" / "trackhub.db", job="job-1", side="server")
+    journal.save_run("acme", 1, 1, 1, Progress(confirmed=4, client_confirmed=3))
+    journal.close()
+
+    run = document(job)["journals"][0]["lanes"]["acme"]["site-1"]
+
+    assert (run["confirmed"], run["client_confirmed"]) == (4, 3)
+    assert "4 (3 by the client's word)" in status(job).stdout
+
+
+OPENER = """
+    import shlex
+
+    from trackhub.spi import Backend, BackendRun, Capabilities, ConfirmedBy, Results
+
+    class Run(BackendRun):
+        def write(self, batch):
+            pass
+        def finish(self, status):
+            pass
+
+    class Opener(Backend):
+        spi = 1
+        capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE)
+        def open_run(self, info):
+            return Run()
+        def results(self, info):
+            return Results(command="acme show " + shlex.quote(self.context.shown(self.context.workdir)))
+"""
+
+
+@pytest.fixture
+def moved(tmp_path: Path, make_plugin: MakePlugin) -> tuple[Path, str]:
+    """The folder of a finished job, which was moved after the job, and the job's name in files."""
+    make_plugin("acme-opener", {"opener": "acme_opener:Opener"}, {"acme_opener": OPENER})
+    with trackhub.local(["jsonl", "opener"], folder=tmp_path / "runs", job="job-1", name="cifar10") as writer:
+        writer.log({"loss": 1.0}, 0)
+    (tmp_path / "elsewhere").mkdir()
+    return Path(shutil.move(writer.folder, tmp_path / "elsewhere" / "my job")), writer.folder.name
+
+
+def openings(folder: Path, name: str) -> list[str]:
+    """Return how to open the results of the job in this folder."""
+    return [
+        f"  jsonl: {folder / 'jsonl' / name / 'local.jsonl'}",
+        f"  opener: cd '{folder}' && acme show opener",
+    ]
+
+
+def test_status_opens_results_where_the_job_folder_lies_now(moved: tuple[Path, str]) -> None:
+    folder, name = moved
+
+    lanes, shown = document(folder)["journals"][0]["lanes"], status(folder).stdout
+
+    assert lanes["jsonl"]["local"]["results"]["path"] == str(folder / "jsonl" / name / "local.jsonl")
+    assert Path(lanes["jsonl"]["local"]["results"]["path"]).is_file()
+    assert lanes["opener"]["local"]["results"]["command"] == f"cd '{folder}' && acme show opener"
+    assert shown.partition("Open the results\n")[2].splitlines()[:2] == openings(*moved)
+
+
+def test_replay_and_the_report_open_results_where_the_folder_lies_now(moved: tuple[Path, str]) -> None:
+    folder, _ = moved
+    read = format_report(read_report(folder / "trackhub" / "delivery.json"))
+
+    command = [sys.executable, "-m", "trackhub.cli", "replay", str(folder), "--backend", "jsonl"]
+    replayed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert replayed.returncode == 0, replayed.stderr
+    for text in (read, replayed.stdout):
+        assert "job cifar10 (job-1), local side, finished" in text
+        assert text.partition("Open the results\n")[2].splitlines() == openings(*moved)
+
+
+def test_the_report_in_the_job_folder_names_no_other_folder(moved: tuple[Path, str], tmp_path: Path) -> None:
+    """So it stays true when the folder is moved."""
+    folder, name = moved
+
+    stored = json.loads((folder / "trackhub" / "delivery.json").read_text())
+
+    assert stored["run_dir"] == ".."
+    assert stored["lanes"]["jsonl"]["local"]["results"]["path"] == f"jsonl/{name}/local.jsonl"
+    assert str(tmp_path) not in json.dumps(stored)
 
 
 def test_reading_changes_nothing(job: Path) -> None:

@@ -34,6 +34,8 @@ GOOD = """
             raise NotImplementedError
 """
 
+USABLE = "class Acme(Backend):\n    spi = 1\n    open_run = print\n"
+
 
 def entry(name: str) -> registry.BackendEntry:
     return next(found for found in registry.available() if found.name == name)
@@ -164,27 +166,16 @@ def test_a_plugin_that_does_not_import_is_a_load_error_with_its_cause(
         ("Acme = object()", "not a subclass"),
         ("class Acme: ...", "not a subclass"),
         ("class Acme(Backend):\n    spi = 1", "does not implement open_run"),
-        ("class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = {}", "`capabilities` must be"),
-        (
-            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(kinds=frozenset({Kind.GAP}))",
-            "without GAP",
-        ),
-        (
-            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(max_batch=0)",
-            "max_batch",
-        ),
-        (
-            "class Acme(Backend):\n    spi = 1\n    open_run = print\n    capabilities = Capabilities(key_rule=KeyRule(chars='z-a'))",
-            "KeyRule.chars",
-        ),
-        (
-            "class Loose(msgspec.Struct): ...\nclass Acme(Backend):\n    spi = 1\n    open_run = print\n    Options = Loose",
-            "forbid_unknown_fields",
-        ),
+        (f"{USABLE}    capabilities = {{}}", "`capabilities` must be"),
+        (f"{USABLE}    capabilities = Capabilities(kinds=frozenset({{Kind.GAP}}))", "without GAP"),
+        (f"{USABLE}    capabilities = Capabilities(max_batch=0)", "max_batch"),
+        (f"{USABLE}    capabilities = Capabilities(key_rule=KeyRule(chars='z-a'))", "KeyRule.chars"),
+        (f"class Loose(msgspec.Struct): ...\n{USABLE}    Options = Loose", "forbid_unknown_fields"),
     ],
 )
 def test_a_class_that_is_no_usable_backend_is_a_load_error(make_plugin: MakePlugin, body: str, expected: str) -> None:
-    source = f"import msgspec\nfrom trackhub.records import Kind\nfrom trackhub.spi import Backend, Capabilities, KeyRule\n{body}\n"
+    imports = "import msgspec\nfrom trackhub.spi import Backend, Capabilities, KeyRule, Kind\n"
+    source = f"{imports}{body}\n"
     make_plugin("acme-tracking", {"acme": "acme_plugin:Acme"}, {"acme_plugin": source})
 
     with pytest.raises(BackendLoadError, match=expected):

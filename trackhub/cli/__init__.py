@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``trackhub``."""
+"""The command ``trackhub``. The installed script calls ``main``, which hands over to `trackhub.cli.app`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command in ``sys.argv`` and exit.
 
-    The status is 0 when all is well, 1 when not, 2 for a wrong command, 130 for one that was interrupted.
+    The exit status is 0 if all is well, 1 if not, 2 for a wrong command, and 130 for one that was interrupted.
     """
     try:
         from trackhub.cli.app import run

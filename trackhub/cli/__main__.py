@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets ``python -m trackhub.cli`` do what the command ``trackhub`` does."""
+"""Makes ``python -m trackhub.cli`` the same as the command ``trackhub``."""
 
 from __future__ import annotations
 

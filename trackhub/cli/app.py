@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands, put together. Each is a function in a module of its own, which has the command's name."""
+"""Finds the command that was called, and runs it. Each command is a function in a module of the same name.
+
+`trackhub.cli.main` calls it, once it knows that the libraries for commands are installed.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from trackhub.errors import TrackhubError
 __all__ = ["run"]
 
 _COMMANDS = ("backends", "check", "new-backend", "status", "replay")
-_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 plus the number of SIGINT, as shells do it
 
 
 class _Commands(click.Group):
-    """Imports a command when it is called, or its help is asked for: the libraries of all of them take a while."""
+    """Imports a command when it is called or its help is shown, since the libraries of all commands load slowly."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            # click's own status for it is 1, with which `replay` says that records are left.
+            # click would exit with 1, which for `replay` means that records are left.
             print_error("interrupted")
             ctx.exit(_INTERRUPTED)
 
@@ -42,11 +45,11 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def _trackhub() -> None:
-    """Look at what trackhub has installed and at what it delivered."""
+    """See which backends are installed and what became of a job's records, and deliver what is left."""
 
 
 def run() -> None:
-    """Run the command in ``sys.argv`` and exit; an error of trackhub's own is one line and exit status 1."""
+    """Run the command in ``sys.argv`` and exit. An error of trackhub's own is one line on stderr, with status 1."""
     try:
         _trackhub(prog_name="trackhub")
     except TrackhubError as error:

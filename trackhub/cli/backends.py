@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub backends``: what is installed, whether it can be used, and what it can store."""
+"""``trackhub backends``: what is installed, whether it can be used, and what it can store.
+
+It asks `trackhub.registry`, and imports plugins but no tracking SDK.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -13,66 +17,70 @@ import msgspec
 from trackhub import registry
 from trackhub.cli.output import print_json, print_lines, print_table
 from trackhub.errors import PluginError
-from trackhub.spi import SPI_VERSION, Backend, Capabilities
+from trackhub.spi import SPI_VERSION, Backend, Capabilities, KeyRule, OptionMark
 
 __all__ = ["backends", "describe"]
 
 JSON_VERSION = 1
-"""Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
+"""Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
 
 @click.command()
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
-def backends(as_json: bool) -> None:
+def backends(name: str | None, as_json: bool) -> None:
     """List the installed backends and what each can store.
 
-    A backend that cannot be used is listed with the reason. Plugins are imported for it, tracking SDKs are not.
+    With NAME, say more about that one: its options, what confirms a record, and which keys it can store. A backend that
+    cannot be used is listed with the reason. The command imports plugins, but no tracking SDK.
 
     The JSON document is {"version": 1, "spi": N, "backends": [...]}. Each backend has name, distribution,
-    distribution_version, entry_point, state ("ok", "broken" or "conflict"), problem (empty if ok), and where it is ok:
-    spi, contract (version of the contract kit that it passed, 0 for none), options (their names) and capabilities;
-    else these are null.
+    distribution_version, entry_point, state ("ok", "broken" or "conflict") and problem, which is empty if the state is
+    ok. The other keys are null unless the state is ok: spi, contract, options, option_marks and capabilities. contract
+    is the version of the contract kit that the backend passed, 0 for none. options are their names. option_marks has
+    the marks of each option: "secret", "host", "path". capabilities are those of trackhub.spi.Capabilities; kinds are
+    names, also in key_rules.
     """
-    found = describe()
+    found = describe(name)
     if as_json:
         print_json({"version": JSON_VERSION, "spi": SPI_VERSION, "backends": found})
-        return
-    if not found:
+    elif name is not None:
+        print_lines(*(line for backend in found for line in _details(backend)))
+    elif found:
+        _show_table(found)
+    else:
         print_lines("No backend is installed.")
-        return
-    print_table(
-        ["name", "distribution", "version", "state", "stores", "redelivery", "contract"],
-        [
-            [
-                backend["name"],
-                backend["distribution"],
-                backend["distribution_version"],
-                backend["state"],
-                " ".join(backend["capabilities"]["kinds"]) if backend["capabilities"] else "-",
-                backend["capabilities"]["redelivery"] if backend["capabilities"] else "-",
-                "-" if backend["contract"] is None else str(backend["contract"] or "none"),
-            ]
-            for backend in found
-        ],
-    )
-    print_lines(*(f"{backend['name']}: {backend['problem']}" for backend in found if backend["problem"]))
 
 
-def describe() -> list[dict[str, Any]]:
-    """Return what is known of each installed backend, by name, importing those that look usable."""
+def describe(name: str | None = None) -> list[dict[str, Any]]:
+    """Return what is known of each installed backend, sorted by name. Import the plugins that look usable.
+
+    Args:
+        name: describe only this backend.
+
+    Raises:
+        UnknownBackendError: no backend of this name is installed.
+    """
     entries = registry.available()
-    return [_describe(entry, entries) for entry in entries]
+    if name is not None and not any(entry.name == name for entry in entries):
+        registry.load_entry(name, entries)  # raises the error that names the installed backends
+    return [_describe(entry, entries) for entry in entries if name in (None, entry.name)]
 
 
 def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]) -> dict[str, Any]:
     state, problem = str(entry.state), entry.problem
     cls: type[Backend[Any]] | None = None
+    marks: dict[str, frozenset[OptionMark]] = {}
     if entry.state == "ok":
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints while imported is not ours
+            with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints must not become part of our JSON
                 cls = registry.load_entry(entry.name, entries)
+            marks = registry.option_marks(cls)
         except PluginError as error:
             state, problem = "broken", str(error)
+        except Exception as error:  # noqa: BLE001 - type hints run a plugin's code, and one plugin must not hide the others
+            cls, state = None, "broken"
+            problem = f"the types of its options cannot be read: {type(error).__name__}: {error}"
     return {
         "name": entry.name,
         "distribution": entry.distribution,
@@ -82,13 +90,90 @@ def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]
         "problem": problem,
         "spi": cls.spi if cls else None,
         "contract": cls.contract if cls else None,
-        "options": [field.encode_name for field in msgspec.structs.fields(cls.Options)] if cls else None,
+        "options": list(marks) if cls else None,
+        "option_marks": {option: sorted(marked) for option, marked in marks.items()} if cls else None,
         "capabilities": _plain(cls.capabilities) if cls else None,
     }
 
 
 def _plain(capabilities: Capabilities) -> dict[str, Any]:
     plain = msgspec.structs.asdict(capabilities)
-    plain["kinds"] = [kind.name.lower() for kind in sorted(capabilities.kinds)]
-    plain["redelivery"] = capabilities.redelivery.value
-    return plain
+    return {
+        **plain,
+        "kinds": [kind.name.lower() for kind in sorted(capabilities.kinds)],
+        "redelivery": capabilities.redelivery.value,
+        "confirmed_by": capabilities.confirmed_by.value,
+        "key_rule": _plain_rule(capabilities.key_rule),
+        "key_rules": {kind.name.lower(): _plain_rule(rule) for kind, rule in sorted(capabilities.key_rules.items())},
+    }
+
+
+def _plain_rule(rule: KeyRule) -> dict[str, Any]:
+    plain = msgspec.structs.asdict(rule)
+    return {**plain, "reserved_keys": sorted(rule.reserved_keys), "reserved_prefixes": list(rule.reserved_prefixes)}
+
+
+def _show_table(found: Sequence[Mapping[str, Any]]) -> None:
+    print_table(
+        ["name", "distribution", "version", "state", "stores", "redelivery", "confirmed by", "contract"],
+        [
+            [
+                backend["name"],
+                backend["distribution"],
+                backend["distribution_version"],
+                backend["state"],
+                " ".join(backend["capabilities"]["kinds"]) if backend["capabilities"] else "-",
+                backend["capabilities"]["redelivery"] if backend["capabilities"] else "-",
+                backend["capabilities"]["confirmed_by"] if backend["capabilities"] else "-",
+                "-" if backend["contract"] is None else str(backend["contract"] or "none"),
+            ]
+            for backend in found
+        ],
+    )
+    print_lines(*(f"{backend['name']}: {backend['problem']}" for backend in found if backend["problem"]))
+
+
+def _details(backend: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a person reads of one backend."""
+    yield f"{backend['name']}: {backend['distribution']} {backend['distribution_version']}, {backend['state']}"
+    capabilities = backend["capabilities"]
+    if capabilities is None:
+        yield backend["problem"]
+        return
+    rows = {
+        "stores": " ".join(capabilities["kinds"]),
+        "redelivery": capabilities["redelivery"],
+        "confirmed by": capabilities["confirmed_by"],
+        "metrics may be": "NaN and infinite" if capabilities["nonfinite"] else "finite only",
+        "steps may be": ", ".join(
+            [
+                "lower than earlier ones" if capabilities["late_steps"] else "not lower than earlier ones",
+                "left out" if capabilities["optional_step"] else "counted where left out",
+            ]
+        ),
+        "params": "may change" if capabilities["changing_params"] else "keep their first value",
+        "batches": f"at most {capabilities['max_batch']:,} records",
+        "contract kit": f"version {backend['contract']}" if backend["contract"] else "none",
+        "keys": _rule_text(capabilities["key_rule"]),
+        **{f"keys of {kind}": _rule_text(rule) for kind, rule in capabilities["key_rules"].items()},
+        **{f"option {option}": ", ".join(marks) if marks else "-" for option, marks in backend["option_marks"].items()},
+    }
+    width = max(map(len, rows))
+    for label, text in rows.items():
+        yield f"  {label.ljust(width)}  {text}"
+
+
+def _rule_text(rule: Mapping[str, Any]) -> str:
+    """Return a key rule in words; trackhub changes every other key."""
+    parts = []
+    if rule["max_chars"] is not None:
+        parts.append(f"at most {rule['max_chars']:,} characters")
+    if rule["chars"]:
+        parts.append(f"of [{rule['chars']}]")
+    if rule["edge_chars"]:
+        parts.append(f"first and last of [{rule['edge_chars']}]")
+    if rule["is_path"]:
+        parts.append("a relative path")
+    if reserved := [*rule["reserved_keys"], *(f"{prefix}..." for prefix in rule["reserved_prefixes"])]:
+        parts.append(f"none of {' '.join(reserved)}")
+    return ", ".join(parts) or "any"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub check``: put an installed backend to the contract kit."""
+"""``trackhub check``: run the contract kit on an installed backend. `trackhub.testing.kit_runner` does the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 JSON_VERSION = 1
-"""Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
+"""Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "declared": "declared", "skipped": "SKIPPED", "missing": "MISSING"}
 
@@ -28,17 +28,17 @@ _MARKS = {"passed": "ok", "failed": "FAILED", "declared": "declared", "skipped":
 @click.command()
 @click.argument("name")
 @click.option("--option", "-o", multiple=True, metavar="KEY=VALUE", help="An option of the backend; repeatable.")
-@click.option("--quick", is_flag=True, help="With fewer points.")
+@click.option("--quick", is_flag=True, help="Log fewer points.")
 @click.option("--verbose", "-v", is_flag=True, help="Show what pytest prints, with tracebacks.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
 def check(name: str, option: Sequence[str], quick: bool, verbose: bool, as_json: bool) -> None:
     """Run the contract kit on an installed backend.
 
-    NAME is the backend's, as `trackhub backends` lists it. The tests are those that its contract class fills in,
-    unmodified.
+    NAME is the backend's name, as `trackhub backends` lists it. The kit runs its tests with what the backend's contract
+    class says.
 
-    Exits with 0 if all pass, or fail as the contract class declares with a reason. The kit makes jobs of its own; it
-    touches nothing else that is in a store.
+    The exit status is 0 if every test passes, or fails as the contract class declares with a reason. The kit makes jobs
+    of its own, and touches nothing else in a store.
 
     The JSON document is {"version": 1, "backend", "contract", "claimed", "passed", "cannot_tell", "tests": [...]}. Each
     test has name, rule, outcome ("passed", "failed", "declared", "skipped", "missing") and detail.
@@ -49,8 +49,8 @@ def check(name: str, option: Sequence[str], quick: bool, verbose: bool, as_json:
         if error.name != "pytest":
             raise
         print_error(
-            "the contract kit needs pytest; install the extra `testing`: pip install 'flare-trackhub[testing]' "
-            "(in a clone: pip install -e '.[testing]')"
+            "the contract kit needs pytest, which is not installed here. Install the extra `testing`: "
+            "pip install 'flare-trackhub[testing]' (in a clone: pip install -e '.[testing]')"
         )
         sys.exit(2)
     options = parse_option_flags(f"{name}.{flag}" for flag in option).get(name, {})
@@ -70,7 +70,7 @@ def _show(report: CheckReport) -> None:
         if test.outcome != "passed":
             print_lines(*_indented(f"rule: {test.rule}" if test.rule else "", test.detail))
     for what, why in report.cannot_tell.items():
-        print_lines(f"not checked, since this store cannot tell: {what} ({why})")
+        print_lines(f"not checked, since this store cannot show it: {what} ({why})")
     counts = {mark: sum(test.outcome == mark for test in report.tests) for mark in _MARKS}
     told = ", ".join(f"{count} {mark}" for mark, count in counts.items() if count)
     verdict = "passes" if report.passed else "does NOT pass"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub replay``: deliver what a job left in its journals and spools, or a whole job into another backend."""
+"""``trackhub replay``: deliver what a job left in its journals and spools, or a whole job into another backend.
+
+`trackhub.delivery.replay` does the work, for one journal or spool at a time.
+"""
 
 from __future__ import annotations
 
@@ -44,74 +47,124 @@ _REFRESH_S = 0.5
 def replay(
     path: Path, backend: Sequence[str], option: Sequence[str], from_start: bool, timeout_s: float | None
 ) -> None:
-    """Deliver what a finished job left behind. Can be interrupted and called again; then it goes on.
+    """Deliver what a finished job left behind. You can interrupt it; called again, it goes on.
 
     PATH is a journal, a spool folder, or a folder above, such as a job's.
 
-    What a journal holds is brought into its backends. What is left in a site's spool goes on from there, through the
-    journal of the receiver that should have had it. On the machine of a site, where the server's journal is not at hand,
-    it goes straight into the backends that --backend names. Limits can be set by environment variables, such as
-    TRACKHUB_FLUSH_S. The exit status is 1 when something is still not delivered.
+    What a journal holds goes into its backends. What a site's spool still holds goes through the journal of the
+    receiver that should have had it. On a site's own machine, where the server's journal is not at hand, it goes
+    straight into the backends that --backend names. Environment variables set limits, such as TRACKHUB_FLUSH_S. The
+    exit status is 1 if something is still not delivered.
     """
     backends = _backends(backend, option)
     found = find(path)
-    limit_s = FOREVER_S if timeout_s is None else timeout_s
-    limits = Limits.from_mapping({}, environ=os.environ)
-    journals = [journal.absolute() for journal in found.journals]
-    # A journal is worked on for each site, and by itself. What its lanes lack is what they lack in the end.
-    pending: dict[Path, int] = {}
-    in_spools = 0
-    errors: list[TrackhubError] = []
-    for spool, cursor in _cursors(found.spools, errors):
-        try:
-            journal = journal_for_spool(spool, cursor, found.journals)
-            rest = partial(
-                replay_spool, spool, cursor=cursor, journal=journal, backends=backends, timeout_s=limit_s, limits=limits
-            )
-            brought = _with_progress(journal, rest)
-            in_spools += count_spooled(spool, cursor)
-        except TrackhubError as e:
-            errors.append(e)
-            continue
-        if brought is not None:
-            print_lines(f"{spool}: what the {cursor} side did not get", format_report(brought))
-            pending[journal] = brought.pending()
-        if journal not in journals and journal.exists() and (brought is None or from_start):
-            journals.append(journal)  # the spool is named alone: an earlier replay of it got this far
-    if from_start and not journals and not errors:
+    work = _Work(found.journals, backends, from_start, FOREVER_S if timeout_s is None else timeout_s)
+    for spool, cursor in work.receivers(found.spools):
+        work.deliver_spool(spool, cursor)
+    if from_start and not work.journals and not work.errors:
         raise ConfigError(
-            f"{path}: --from-start needs the journal of a receiver. A spool holds only what no receiver has acknowledged; give "
-            "the folder of the receiver's job, or leave --from-start out"
+            f"{path}: --from-start needs the journal of a receiver. A spool holds only what no receiver has "
+            "acknowledged. Give the folder of the receiver's job, or leave --from-start out"
         )
-    for journal in journals:
-        try:
-            work = partial(
-                replay_journal, journal, backends=backends, from_start=from_start, timeout_s=limit_s, limits=limits
-            )
-            report = _with_progress(journal, work)
-        except TrackhubError as e:
-            errors.append(e)
-            continue
-        print_lines(f"{journal}:", format_report(report))
-        pending[journal] = report.pending()
-    left = in_spools + sum(pending.values())
-    for error in errors:
+    for journal in work.journals:
+        work.deliver_journal(journal)
+    for error in work.errors:
         print_error(str(error))
-    if left:
+    if left := work.left():
         print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
-    if left or errors:
+    if left or work.errors:
         sys.exit(1)
 
 
-def _cursors(spools: list[Path], errors: list[TrackhubError]) -> Iterator[tuple[Path, str]]:
-    """Yield each spool with each of its receivers; one that is none costs an error, and not the others."""
-    for spool in spools:
+class _Work:
+    """Delivers spools and journals one after the other, and prints the report of each.
+
+    An error costs the spool or the journal that it is about, and not the others.
+
+    Attributes:
+        journals: the journals to deliver after the spools.
+        errors: what went wrong.
+    """
+
+    def __init__(self, journals: Sequence[Path], backends: Backends | None, from_start: bool, timeout_s: float) -> None:
+        """Prepare the work.
+
+        Args:
+            journals: the journals at hand.
+            backends: where to deliver; None for the backends of each job.
+            from_start: deliver again what was delivered already.
+            timeout_s: the longest time for each spool and journal, in seconds.
+        """
+        self.journals = [journal.absolute() for journal in journals]
+        self.errors: list[TrackhubError] = []
+        self._at_hand = tuple(self.journals)
+        self._backends = backends
+        self._from_start = from_start
+        self._timeout_s = timeout_s
+        self._limits = Limits.from_mapping({}, environ=os.environ)
+        # By journal, since the rest of several spools may go through one. Its last report counts.
+        self._pending: dict[Path, int] = {}
+        self._in_spools = 0
+
+    def receivers(self, spools: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+        """Yield each spool with each of its receivers."""
+        for spool in spools:
+            try:
+                cursors = read_spool_info(spool).cursors
+            except TrackhubError as error:
+                self.errors.append(error)
+            else:
+                yield from ((spool, cursor) for cursor in cursors)
+
+    def deliver_spool(self, spool: Path, cursor: str) -> None:
+        """Deliver what a spool still holds for one of its receivers."""
         try:
-            info = read_spool_info(spool)
-        except TrackhubError as e:
-            errors.append(e)
-        else:
-            yield from ((spool, cursor) for cursor in info.cursors)
+            journal = journal_for_spool(spool, cursor, self._at_hand)
+            report = _with_progress(
+                journal,
+                partial(
+                    replay_spool,
+                    spool,
+                    cursor=cursor,
+                    journal=journal,
+                    backends=self._backends,
+                    timeout_s=self._timeout_s,
+                    limits=self._limits,
+                ),
+            )
+            self._in_spools += count_spooled(spool, cursor)
+        except TrackhubError as error:
+            self.errors.append(error)
+            return
+        if report is not None:
+            print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
+            self._pending[journal] = report.pending()
+        if journal not in self.journals and journal.exists() and (report is None or self._from_start):
+            self.journals.append(journal)  # an earlier replay of this spool has made it, and may have left records
+
+    def deliver_journal(self, journal: Path) -> None:
+        """Deliver what is pending in a journal."""
+        try:
+            report = _with_progress(
+                journal,
+                partial(
+                    replay_journal,
+                    journal,
+                    backends=self._backends,
+                    from_start=self._from_start,
+                    timeout_s=self._timeout_s,
+                    limits=self._limits,
+                ),
+            )
+        except TrackhubError as error:
+            self.errors.append(error)
+            return
+        print_lines(f"{journal}:", format_report(report))
+        self._pending[journal] = report.pending()
+
+    def left(self) -> int:
+        """Return how many records are still not delivered."""
+        return self._in_spools + sum(self._pending.values())
 
 
 def _backends(names: Sequence[str], options: Sequence[str]) -> Backends | None:
@@ -127,7 +180,12 @@ def _backends(names: Sequence[str], options: Sequence[str]) -> Backends | None:
 
 
 def _with_progress(journal: Path, work: Callable[[], T]) -> T:
-    """Show how far the delivery got while ``work`` runs: on a terminal only."""
+    """Run ``work`` and return its result. On a terminal, show how far the delivery is meanwhile.
+
+    Args:
+        journal: the journal that the records go through.
+        work: what delivers them.
+    """
     if not sys.stderr.isatty():
         return work()
     from rich.console import Console
@@ -143,7 +201,7 @@ def _with_progress(journal: Path, work: Callable[[], T]) -> T:
                 try:
                     report = read_journal_report(journal)
                 except JournalError:
-                    continue  # it is not there yet, or being closed
+                    continue  # the journal does not exist yet, or is being closed
                 for lane, runs in report.lanes.items():
                     total = sum(site.journaled for site in report.sites.values())
                     settled = sum(run.confirmed + sum(run.rejected.values()) for run in runs.values())

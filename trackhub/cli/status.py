@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub status``: what became of a job's records, read from its journals and spools."""
+"""``trackhub status``: what became of a job's records.
+
+It finds the job's journals and spools with `trackhub.delivery.journal.find`, and reads them without changing them.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,14 @@ import msgspec
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
 from trackhub.delivery.journal.counts import read_journal_report
 from trackhub.delivery.journal.find import find
-from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.delivery.report import (
+    DeliveryReport,
+    RunReport,
+    SiteReport,
+    format_confirmed,
+    format_job,
+    format_openings,
+)
 from trackhub.errors import DeliveryError
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import SpoolReader
@@ -22,7 +32,7 @@ from trackhub.spool.reading import SpoolReader
 __all__ = ["journal_status", "spool_status", "status"]
 
 JSON_VERSION = 1
-"""Version of the JSON document. Keys are added without raising it; none is removed or changes its meaning."""
+"""Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
 
 @click.command()
@@ -31,15 +41,22 @@ JSON_VERSION = 1
 def status(path: Path, as_json: bool) -> None:
     """Show what became of a job's records, by site and backend. The job may be running.
 
-    PATH is a journal, a spool folder, or a folder above, such as a job's.
+    PATH is a journal, a spool folder, or a folder above, such as a job's. The last lines say how to open the results
+    where the job's folder lies now.
 
-    The JSON document is {"version": 1, "journals": [...], "spools": [...]}. A journal has path, job, side, status,
-    balanced, undelivered, sites (by name: logged, withheld, dropped, refused, acked, spooled, as the site last said,
-    null if it never did; received, duplicates, journaled, missing, explained, final) and lanes (by backend, then
-    site: confirmed, rejected, pending, altered, possible_duplicates, state, last_error, results). A spool has path,
-    site, job, open and receivers (by name: streams, logged, withheld, dropped, refused, acked, spooled). Dropped, refused,
-    rejected, altered and explained are counts by reason. What cannot be read has path and error alone, and the exit
-    status is 1.
+    The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
+
+    A journal has path, job, job_name, side, status, balanced, undelivered, sites and lanes. sites has for each name
+    logged, withheld, dropped, refused, acked, spooled, received, duplicates, journaled, missing, explained and final.
+    The first six are what the site last said, null if it said nothing yet. lanes has for each backend and site
+    confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
+    client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
+
+    A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
+    dropped, refused, acked and spooled.
+
+    dropped, refused, rejected, altered and explained are counts by reason. What cannot be read has only path and error.
+    The exit status is then 1.
     """
     found = find(path)
     journals = [_or_error(journal, journal_status) for journal in found.journals]
@@ -59,7 +76,7 @@ def status(path: Path, as_json: bool) -> None:
 
 
 def journal_status(path: Path) -> dict[str, Any]:
-    """Return what one journal says, as plain values.
+    """Return what a journal says, as plain values.
 
     Raises:
         JournalError: it cannot be read.
@@ -70,6 +87,7 @@ def journal_status(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "job": report.job,
+        "job_name": report.job_name,
         "side": report.side,
         "status": report.status,
         "balanced": report.balanced,
@@ -80,7 +98,7 @@ def journal_status(path: Path) -> dict[str, Any]:
 
 
 def spool_status(folder: Path) -> dict[str, Any]:
-    """Return what one spool holds, as plain values; counts what is not acknowledged by reading it.
+    """Return what a spool holds, as plain values. Reads all records that are not acknowledged, to count them.
 
     Raises:
         SpoolError: it cannot be read.
@@ -98,17 +116,23 @@ def spool_status(folder: Path) -> dict[str, Any]:
             "acked": sum(count.acked for count in counts),
             "spooled": sum(count.spooled for count in counts),
         }
-    return {"path": str(folder), "site": info.site, "job": info.job, "open": info.open, "receivers": receivers}
+    return {
+        "path": str(folder),
+        "site": info.site,
+        "job": info.job,
+        "job_name": info.name,
+        "open": info.open,
+        "receivers": receivers,
+    }
 
 
-def _or_error(path: Path, read: Any) -> dict[str, Any]:
+def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = read(path)
+        return read(path)
     except DeliveryError as error:
         return {"path": str(path), "error": str(error)}
     except (OSError, msgspec.DecodeError) as error:
         return {"path": str(path), "error": f"cannot read {path}: {error}"}
-    return result
 
 
 def _plain_site(site: SiteReport) -> dict[str, Any]:
@@ -118,12 +142,12 @@ def _plain_site(site: SiteReport) -> dict[str, Any]:
 
 
 def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
-    """Return a lane's runs by site; a site whose run was never opened has all its records pending."""
+    """Return a lane's runs by site. A site without a run has all its records pending."""
     runs = report.lanes[lane]
     return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in sorted(report.sites.items())}
 
 
-def _total(counts: Any) -> dict[str, int]:
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for count in counts:
         for reason, number in count.items():
@@ -134,9 +158,11 @@ def _total(counts: Any) -> dict[str, int]:
 def _show_journal(journal: Mapping[str, Any]) -> None:
     if "error" in journal:
         return
-    print_lines(f"{journal['path']}: job {journal['job']}, {journal['side']} side, {journal['status']}")
+    job = format_job(journal["job"], journal["job_name"])
+    print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {journal['status']}")
     if not journal["balanced"]:
-        print_lines("THE COUNTS DO NOT ADD UP: a defect of trackhub or of the disk")
+        print_lines("THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it")
+    lanes = {lane: msgspec.convert(runs, dict[str, RunReport]) for lane, runs in journal["lanes"].items()}
     rows = []
     for name, site in journal["sites"].items():
         at_site = [
@@ -145,29 +171,31 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
             str(site["received"]),
             _reasons({**(site["dropped"] or {}), **({"missing": site["missing"]} if site["missing"] else {})}),
         ]
-        lanes = [(lane, runs[name]) for lane, runs in journal["lanes"].items()]
-        rows += [
-            [
-                *at_site,
-                lane,
-                str(run["confirmed"]),
-                _reasons(run["rejected"]),
-                str(run["pending"]),
-                run["state"],
-                _first_line(run["last_error"]),
-            ]
-            for lane, run in lanes
-        ] or [[*at_site, *"------"]]
+        rows += [[*at_site, lane, *_run_cells(runs[name])] for lane, runs in lanes.items()] or [[*at_site, *"------"]]
     print_table(
         ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "last error"],
         rows,
     )
+    openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
+    if openings:
+        print_lines("Open the results", *openings)
+
+
+def _run_cells(run: RunReport) -> list[str]:
+    return [
+        format_confirmed(run),
+        _reasons(run.rejected),
+        str(run.pending),
+        run.state,
+        _first_line(run.last_error),
+    ]
 
 
 def _show_spool(spool: Mapping[str, Any]) -> None:
     if "error" in spool:
         return
-    print_lines(f"{spool['path']}: spool of site {spool['site']}, job {spool['job']}{', open' * spool['open']}")
+    job = format_job(spool["job"], spool["job_name"])
+    print_lines(f"{spool['path']}: spool of site {spool['site']}, job {job}{', open' * spool['open']}")
     print_table(
         ["receiver", "logged", "acked", "refused", "dropped", "withheld", "pending"],
         [

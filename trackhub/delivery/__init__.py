@@ -29,13 +29,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
     from trackhub.delivery.receiver import Receiver
-    from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, format_report, read_report
+    from trackhub.delivery.report import (
+        DeliveryReport,
+        RunReport,
+        SiteReport,
+        format_report,
+        format_results,
+        read_report,
+    )
     from trackhub.delivery.sender import Sender
     from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
     from trackhub.limits import Limits
     from trackhub.run import SERVER, JobInfo, RunStatus, Side
     from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env, withdraw_process_spool
-    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
+    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool, has_streams
 
 __all__ = [
     "MAX_REQUEST_BYTES",
@@ -57,6 +64,8 @@ __all__ = [
     "close_spool",
     "create_spool",
     "format_report",
+    "format_results",
+    "has_streams",
     "read_report",
     "refusal",
     "set_process_spool",
@@ -67,12 +76,19 @@ __all__ = [
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
     "trackhub.delivery.receiver": ("Receiver",),
-    "trackhub.delivery.report": ("DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report"),
+    "trackhub.delivery.report": (
+        "DeliveryReport",
+        "RunReport",
+        "SiteReport",
+        "format_report",
+        "format_results",
+        "read_report",
+    ),
     "trackhub.delivery.sender": ("Sender",),
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),
     "trackhub.run": ("SERVER", "JobInfo", "RunStatus", "Side"),
-    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool"),
+    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool", "has_streams"),
     "trackhub.spool.announcement": ("SPOOL_ENV", "set_process_spool", "spool_env", "withdraw_process_spool"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

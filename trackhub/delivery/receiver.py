@@ -25,7 +25,7 @@ from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.journal.store import JOURNAL_NAME, Journal
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, write_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -430,6 +430,7 @@ class Receiver:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
             _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
+        report = resolve_results(report, self.folder)
         _log.info("%s", format_report(report))
         return report
 

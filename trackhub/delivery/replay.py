@@ -126,7 +126,8 @@ def replay_spool(
                 f"{spool}: a site does not know the server's backends; name one to deliver to with --backend"
             )
     meta = read_journal_meta(journal) if journal.exists() else {}
-    receiver = _receiver(journal, _job({"job": info.job, **meta}), Side(cursor), _choose(meta, backends), limits)
+    job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
+    receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits)
     receiver.start()
     if stands_in:
         # Backends recognise a record by its position, so positions must go on where the server's own journal ended.

@@ -7,6 +7,8 @@ table; ``trackhub status`` shows the same counts.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,20 @@ import msgspec
 from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 
-__all__ = ["REPORT_NAME", "DeliveryReport", "RunReport", "SiteReport", "format_report", "read_report", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "DeliveryReport",
+    "RunReport",
+    "SiteReport",
+    "format_confirmed",
+    "format_job",
+    "format_openings",
+    "format_report",
+    "format_results",
+    "read_report",
+    "resolve_results",
+    "write_report",
+]
 
 REPORT_NAME = "delivery.json"
 """The file beside the journal in which a receiver leaves its report."""
@@ -79,20 +94,29 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     """What became of a job's records at one receiver.
 
     Attributes:
-        job: the job.
+        job: the job's id.
+        job_name: what a person calls the job.
         side: where the receiver was, as in `trackhub.run.Side`.
         status: how the job ended: ``finished``, ``failed`` or ``aborted``; ``running`` if nobody has said yet.
         balanced: whether all counts add up. False means a defect of trackhub or a damaged disk.
         sites: what each site and the receiver counted, by site.
         lanes: what each lane counted, by backend and then by site.
+        run_dir: the job's run folder. In ``delivery.json`` it is relative to the file's folder where possible, and the
+            results in ``lanes`` are relative to the run folder. `read_report` makes all of them absolute.
     """
 
     job: str
+    job_name: str = ""
     side: str
     status: str
     balanced: bool
     sites: dict[str, SiteReport]
     lanes: dict[str, dict[str, RunReport]]
+    run_dir: str = os.pardir
+
+    def is_complete(self) -> bool:
+        """Return whether every record that was logged is stored in every backend."""
+        return self.balanced and not self.undelivered() and not self.lost()
 
     def undelivered(self) -> int:
         """Return how many records are still on their way: in a site's spool, or pending at a backend."""
@@ -125,15 +149,65 @@ def write_report(path: Path, report: DeliveryReport) -> None:
 def read_report(path: Path) -> DeliveryReport:
     """Return the report in this file, such as the ``delivery.json`` that a receiver leaves in its folder.
 
+    Its results can be used as they are, also after the job's folder was moved.
+
     Raises:
         OSError: it cannot be read.
         msgspec.DecodeError: it holds no delivery report.
     """
-    return msgspec.json.decode(path.read_bytes(), type=DeliveryReport)
+    return resolve_results(msgspec.json.decode(path.read_bytes(), type=DeliveryReport), path.parent)
+
+
+def resolve_results(report: DeliveryReport, folder: Path) -> DeliveryReport:
+    """Return the report with absolute paths, and with commands that work in any folder.
+
+    Everything that reads a report calls it: `read_report`, `trackhub.delivery.journal.counts.read_journal_report` and
+    the receiver.
+
+    Args:
+        report: a report as a file has it.
+        folder: where the folder of that file lies now: of the journal, or of ``delivery.json``.
+    """
+    run_folder = Path(os.path.abspath(folder / report.run_dir))
+
+    def resolved(run: RunReport) -> RunReport:
+        return msgspec.structs.replace(run, results=run.results and run.results.resolved(run_folder))
+
+    lanes = {lane: {site: resolved(run) for site, run in runs.items()} for lane, runs in report.lanes.items()}
+    return msgspec.structs.replace(report, lanes=lanes, run_dir=str(run_folder))
+
+
+def format_job(job: str, job_name: str) -> str:
+    """Return how a job is called in a line of text: its name with its id, or its id alone where it has no name.
+
+    Args:
+        job: the job's id.
+        job_name: the job's name.
+    """
+    return job if job_name in ("", job) else f"{job_name} ({job})"
+
+
+def format_confirmed(run: RunReport) -> str:
+    """Return how many records of a run are confirmed, and how many of them by the client's word alone."""
+    client = f" ({run.client_confirmed} by the client's word)" if run.client_confirmed else ""
+    return f"{run.confirmed}{client}"
+
+
+def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
+    """Return how to look at what the backends stored: lines with a command, a URL or a path each.
+
+    Args:
+        runs: the runs, each with the name of its backend. What opens several runs is shown once.
+    """
+    backend_of: dict[str, str] = {}
+    for backend, run in runs:
+        if run.results and (opening := run.results.command or run.results.url or run.results.path):
+            backend_of.setdefault(opening, backend)
+    return [f"  {backend}: {opening}" for opening, backend in backend_of.items()]
 
 
 def format_report(report: DeliveryReport) -> str:
-    """Return the report as a table, for a log or a terminal: one row for each site and backend."""
+    """Return the report as text: a row for each site and backend, and how to open the results."""
     rows: list[tuple[str, ...]] = [
         ("site", "backend", "logged", "journaled", "confirmed", "rejected", "pending", "not delivered, and why")
     ]
@@ -142,18 +216,52 @@ def format_report(report: DeliveryReport) -> str:
         remarks = _site_remarks(site)
         runs = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
         for lane, run in runs:
-            counts = (run.confirmed, sum(run.rejected.values()), run.pending)
+            counts = (format_confirmed(run), str(sum(run.rejected.values())), str(run.pending))
             remark = "; ".join([*remarks, *_run_remarks(lane, run)]) or "-"
-            rows.append((name, lane, logged, str(site.journaled), *map(str, counts), remark))
+            rows.append((name, lane, logged, str(site.journaled), *counts, remark))
         if not runs:
             rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
-    head = f"trackhub delivery report: job {report.job}, {report.side} side, {report.status}"
+    openings = format_openings((lane, run) for lane, runs in sorted(report.lanes.items()) for run in runs.values())
+    footer = ["Open the results", *openings] if openings else []
+    job = format_job(report.job, report.job_name)
+    head = f"trackhub delivery report: job {job}, {report.side} side, {report.status}"
     if not report.balanced:
         head += ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
-    return "\n".join([head, *lines])
+    return "\n".join([head, *_table(rows), *footer])
+
+
+def format_results(reports: Mapping[str, DeliveryReport]) -> str:
+    """Return what each backend stored of a job, and how to look at it, for the end of the script that ran the job.
+
+    Args:
+        reports: the report of each receiver, by the name of its site, or ``server``.
+    """
+    rows = [("site", "receiver", "backend", "confirmed", "remarks")]
+    runs_shown: list[tuple[str, RunReport]] = []
+    for receiver, report in reports.items():
+        for backend, runs in sorted(report.lanes.items()):
+            for site, run in sorted(runs.items()):
+                counts = report.sites[site].at_site if site in report.sites else None
+                missing = [*run.rejected.items()]
+                if counts is not None:
+                    missing += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
+                remarks = [f"{reason}: {n}" for reason, n in [*missing, ("pending", run.pending)] if n]
+                remarks += run.last_error.splitlines()[:1] if run.pending else []
+                confirmed = f"{run.confirmed:,} of " + ("?" if counts is None else f"{counts.logged:,}")
+                rows.append((site, receiver, backend, confirmed, "; ".join(remarks)))
+                runs_shown.append((backend, run))
+    lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []
+    if openings := format_openings(runs_shown):
+        lines += ["", "Open the results", *openings]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
+    return lines
 
 
 def _site_remarks(site: SiteReport) -> list[str]:

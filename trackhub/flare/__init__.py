@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FLARE side of trackhub, and the only place that imports nvflare.
+"""Tracking in a FLARE job. This is the only package of trackhub that imports nvflare.
 
-`recipe` adds tracking to a job; `sender` and `receiver` are the components that it adds; `stock` takes over what
-FLARE's own writers log; `compat` holds all that is not FLARE's documented interface.
+A job's script calls `trackhub.flare.recipe`. That adds the two components, in ``sender_widget`` and
+``receiver_widget``, which FLARE then runs on the server and at the sites. They stand on `trackhub.delivery`.
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take-over: what FLARE's own writers log becomes records, unchanged and once.
+"""Turns what FLARE's own writers log into records of trackhub, unchanged and once. Both widgets call it.
 
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
-and Flower all end in one event with an analytics DXO. It holds no time of the log call; in process the event is fired
-within that call, from an external trainer when its message arrives at the client's job process, and then the order of
-records is FLARE's, which does not keep it.
+and Flower all end in one FLARE event with an analytics DXO. The event has no time of the log call. In process FLARE
+fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not keep
+the order.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "write_stock_record"]
 
-_MAX_WARNINGS = 20
+_MAX_WARNINGS = 20  # different messages; a message may hold a key, and there may be many keys
 
 
 class StockRecords:
-    """Takes the stock records that are logged in one process into its spool. Thread-safe."""
+    """Writes the stock records that are logged in this process into a spool. Thread-safe."""
 
     def __init__(self, component: FLComponent) -> None:
         self._component = component
@@ -39,13 +39,13 @@ class StockRecords:
         self._warned: set[str] = set()
 
     def open(self, spool: Path) -> None:
-        """Take records from now on."""
+        """Take records from now on, into this spool."""
         self._spool = spool
 
     def take(self, fl_ctx: FLContext) -> None:
-        """Take the record in this event, if it is a new one of this process.
+        """Take the record in this event, if it is a new record of this process.
 
-        What cannot be converted is counted as dropped, and each reason logged once.
+        A record that cannot be converted is counted as dropped. Each reason is logged once.
         """
         if self._spool is None or (event := compat.take_stock_event(fl_ctx)) is None:
             return
@@ -56,10 +56,10 @@ class StockRecords:
         try:
             write_stock_record(writer, event)
         except RecordError as e:
-            writer.count_unconvertible(str(e))  # the stream that it would have stood in
+            writer.count_unconvertible(str(e))
             self._warn(fl_ctx, f"a stock record was dropped: {e}")
         except SpoolError as e:
-            self._warn(fl_ctx, f"a stock record came too late: {e}")
+            self._warn(fl_ctx, f"a stock record came after the end of tracking: {e}")
 
     def _warn(self, fl_ctx: FLContext, message: str) -> None:
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
@@ -67,7 +67,7 @@ class StockRecords:
             self._component.log_warning(fl_ctx, message, fire_event=False)
 
     def close(self) -> None:
-        """Take no more."""
+        """Take no more records."""
         with self._lock:
             if self._writer is not None:
                 self._writer.close()
@@ -76,24 +76,29 @@ class StockRecords:
 def write_stock_record(writer: Writer, event: Shareable) -> None:
     """Write the record in a stock analytics event.
 
-    ``add_scalars(tag, {name: value})`` becomes metrics ``tag/name``, as TensorBoard shows them. MLflow's
+    ``add_scalars(tag, {name: value})`` becomes metrics named ``tag/name``, as TensorBoard shows them. MLflow's
     ``log_text(text, path)`` becomes a text with the path as its key.
 
+    Args:
+        writer: where to write it.
+        event: the event's data.
+
     Raises:
-        RecordError: it is of a kind that no backend could show (a model, a Python log record), or malformed.
+        RecordError: the event is malformed, or of a kind that no backend can show: a model, a Python log record.
+        SpoolError: the writer is closed.
     """
     try:
         dxo = from_shareable(event)
         data = dxo.data
         if dxo.data_kind != DataKind.ANALYTIC:
-            raise RecordError(f"a stock event of kind {dxo.data_kind!r} is no analytics record")
+            raise RecordError(f"a stock event holds data of kind {dxo.data_kind!r}, expected {DataKind.ANALYTIC!r}")
         key, value = data[TrackConst.TRACK_KEY], data[TrackConst.TRACK_VALUE]
         step = data.get(TrackConst.GLOBAL_STEP_KEY)
         data_type = AnalyticsDataType(dxo.get_meta_prop(TrackConst.DATA_TYPE_KEY))
     except RecordError:
         raise
     except Exception as e:
-        raise RecordError(f"a stock event cannot be understood: {type(e).__name__}: {e}") from e
+        raise RecordError(f"a stock event cannot be read: {type(e).__name__}: {e}") from e
 
     match data_type:
         case AnalyticsDataType.SCALAR | AnalyticsDataType.METRIC:
@@ -115,4 +120,4 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
         case AnalyticsDataType.IMAGE:
             writer.log_image(key, value, step)
         case _:
-            raise RecordError(f"{key!r}: a stock record of type {data_type.value} has no counterpart here")
+            raise RecordError(f"{key!r}: trackhub has no kind of record for FLARE's type {data_type.value}")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FLARE component of a receiver: takes records in, on the server or at a client, and delivers them to backends."""
+"""The FLARE component that runs a receiver, on the server or at a client.
+
+A job's configuration names it; `trackhub.flare.recipe` puts it there. It turns FLARE's events into calls of
+`trackhub.delivery.Receiver`.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +22,33 @@ from trackhub.delivery import (
     SERVER,
     Channel,
     ChannelError,
-    JobInfo,
     Limits,
     Receiver,
     RunStatus,
     Sender,
     Side,
-    SpoolInfo,
     create_spool,
+    has_streams,
     set_process_spool,
 )
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
+from trackhub.flare.job_info import check_job_info, job_info, spool_info
 
 __all__ = ["TrackhubReceiver"]
 
-_OWN_GATE_S = 1.0  # of the gate for the records of the server itself, where the sites have used it up
+_MIN_OWN_CLOSE_S = 1.0
+"""The server's own records get this much time at the end of the job, in seconds, even when waiting for the sites took
+all of ``gate_s``."""
 
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
-    """Keeps what arrives in a journal, and delivers it to the backends that the job names.
+    """Stores the records that arrive in a journal, and delivers them to the job's backends.
 
-    On the server it receives from all clients, and from code of the server itself, whose run is called ``server``. On
-    a client it receives from that client's `TrackhubSender`, without any network. Nothing that goes wrong in it fails
-    the job, except a wrong configuration.
+    On the server it receives records from all clients. It also receives what the server itself logs, as the run
+    ``server``. On a client it receives the records of that client's `TrackhubSender`, without any network. A wrong
+    configuration stops the job before it trains. No other error in here does.
     """
 
     def __init__(
@@ -51,48 +57,59 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         take_over: bool = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
+        job_name: str | None = None,
+        job_notes: str = "",
+        job_tags: list[str] | None = None,
     ) -> None:
-        """Check the arguments, all of which stand in the job's configuration.
+        """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
         Args:
-            backends: name of each backend, and its options. Whether they exist here is checked when the job starts.
+            backends: the name of each backend, and its options. The receiver checks them when the job starts.
             take_over: on the server, receive what FLARE's own writers log there.
-            limits: values for `trackhub.limits.Limits` that differ from the defaults.
-            state_dir: folder for journal and spool, at this site; by default in the job's run folder.
+            limits: values of `trackhub.limits.Limits` that differ from the defaults.
+            state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
+            job_name: what a person calls the job; by default the name that FLARE knows.
+            job_notes: a description of the job, in Markdown.
+            job_tags: labels for every run of the job.
 
         Raises:
-            ConfigError: ``backends`` is no mapping of names to options, or a limit is wrong.
+            ConfigError: ``backends`` is not a mapping of names to options, or another argument is wrong.
         """
         super().__init__()
         if not isinstance(backends, dict) or not all(isinstance(o, dict) for o in backends.values()):
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
+        check_job_info(job_name, job_notes, job_tags or ())
+        # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
         self.limits = limits
         self.state_dir = state_dir
+        self.job_name = job_name
+        self.job_notes = job_notes
+        self.job_tags = job_tags
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._opened = False
         self._core: Receiver | None = None
         self._own_sender: Sender | None = None
         self._stock = StockRecords(self)
-        self._gate_end: float | None = None
+        self._wait_end: float | None = None
         self._failed = False
         self._status = RunStatus.FINISHED
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """React to FLARE's events. Never raises."""
+        """Handle one of FLARE's events. Never raises."""
         try:
             if compat.is_server(fl_ctx):
                 self._on_server(event_type, fl_ctx)
             elif event_type == EventType.START_RUN and not self._opened:
                 raise ConfigError(
-                    "a client has a TrackhubReceiver but no TrackhubSender whose client_receiver names it; use "
-                    "trackhub.flare.recipe.add_tracking, or add the sender"
+                    "this client has a TrackhubReceiver, but no TrackhubSender names it as its client_receiver. Use "
+                    "trackhub.flare.recipe.add_tracking, or add such a sender"
                 )
         except (ConfigError, PluginError) as e:
             compat.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking met an error, the job goes on: {e}", fire_event=False)
+            self.log_exception(fl_ctx, f"tracking failed here, and the job goes on: {e}", fire_event=False)
 
     def _on_server(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in compat.STOCK_EVENTS:
@@ -106,7 +123,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._failed = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            # Not later: in the simulator the abort signal is triggered while the server waits for the last records.
+            # Later would be too late. In the simulator the abort signal triggers while the server waits for the sites.
             if self._failed:
                 self._status = RunStatus.FAILED
             elif compat.was_aborted(fl_ctx):
@@ -116,43 +133,46 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _start_on_server(self, fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
-        channel = compat.Channel(engine, self._id(engine))
+        channel = compat.CellChannel(engine, self._id(engine))
         channel.announce()
         compat.add_tail_handler(engine, _Tail(self))
         try:
             self.open(fl_ctx)
         except Exception as e:
-            channel.refuse(f"{type(e).__name__}; the server's log says more")
+            channel.refuse(f"it could not start: {type(e).__name__}. The server's log says more")
             raise
         assert self._core is not None
-        spool = self._folder(fl_ctx) / "spool"
-        create_spool(spool, SpoolInfo(SERVER, compat.job_id(fl_ctx), ("server",), self._limits.spool_bytes))
+        spool = self._core.folder / "spool"
+        create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
         self._stock.open(spool)
         set_process_spool(spool)
         channel.serve(self._core.handle)
-        # What is imported by now stays. The collector need not walk it again and again while lanes make small objects:
-        # a fifth of an MLflow lane's time (docs/adr/0006).
+        # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
+        # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
 
     def _id(self, engine: Any) -> str:
-        """The id under which the job's configuration names this component: what senders address."""
+        """Return this component's id in the job's configuration, which senders address."""
         return next((name for name, component in compat.components(engine).items() if component is self), self.name)
 
     def open(self, fl_ctx: FLContext) -> None:
-        """Open the journal and start the backends.
+        """Open the journal and start the backends. Blocks up to the limit ``preflight_s``.
 
         Raises:
-            ConfigError, PluginError: a backend, an option or a backend's check is wrong; this must stop the job.
-            JournalError: the journal cannot be opened; training goes on without this receiver.
+            ConfigError: a backend or an option is wrong, or a backend cannot be used as configured. The caller must
+                stop the job.
+            PluginError: the plugin of a backend cannot be used. The caller must stop the job.
+            JournalError: the journal cannot be opened. Training goes on without this receiver.
         """
         self._opened = True
+        job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         core = Receiver(
             compat.run_dir(fl_ctx),
-            state_dir=self._folder(fl_ctx),
-            job=JobInfo(compat.job_id(fl_ctx)),
+            state_dir=compat.state_folder(fl_ctx, self.state_dir, job.unique_name),
+            job=job,
             side=Side.SERVER if compat.is_server(fl_ctx) else Side.CLIENT,
             backends=self.backends,
             limits=self._limits,
@@ -161,17 +181,18 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._core = core
 
     def channel(self, site: str) -> Channel:
-        """Return the channel by which a sender in this same process reaches the receiver."""
+        """Return a channel for a sender of this site in the receiver's own process."""
 
         def send(request: bytes, timeout_s: float) -> bytes:
-            if self._core is None:
-                raise ChannelError("this site's receiver could not be started")
-            return self._core.handle(site, request)
+            core = self._core
+            if core is None:
+                raise ChannelError("this site's receiver does not run; the log says why")
+            return core.handle(site, request)
 
         return send
 
     def _own_channel(self, spool: Path) -> Channel:
-        """The channel for what the server itself logs. Most servers log nothing, and then have no run either."""
+        """Return the channel for what the server itself logs. A server that logs nothing gets no run."""
         send = self.channel(SERVER)
 
         def send_if_logged(request: bytes, timeout_s: float) -> bytes:
@@ -182,46 +203,43 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         return send_if_logged
 
     def close(self, status: RunStatus) -> None:
-        """Deliver what can be delivered until the deadline, write the report, and close the journal."""
+        """Deliver until the deadline, write the report, and close the journal. Blocks up to the limit ``deadline_s``.
+
+        Args:
+            status: how the job ended.
+        """
         core, self._core = self._core, None
         if core is not None:
             core.finish(status)
 
-    def _folder(self, fl_ctx: FLContext) -> Path:
-        return compat.state_folder(fl_ctx, self.state_dir)
-
     def _wait_for_sites(self, fl_ctx: FLContext) -> None:
-        if self._core is None or self._gate_end is not None:  # FLARE asks again until all components are ready
+        if self._core is None or self._wait_end is not None:  # FLARE asks again until all components are ready
             return
-        self._gate_end = time.monotonic() + self._limits.gate_s
+        self._wait_end = time.monotonic() + self._limits.gate_s
         sites = set(compat.participants(fl_ctx.get_engine()))
-        if silent := self._core.wait_for_sites(sites, self._limits.gate_s):
+        if missing := self._core.wait_for_sites(sites):
             self.log_warning(
                 fl_ctx,
-                f"tracking: no final message from {', '.join(sorted(silent))}; what they did not send is in their "
-                "spools",
+                f"tracking: the final message of {', '.join(sorted(missing))} did not come. What these sites did not "
+                "send is in their spools; `trackhub replay` delivers it",
                 fire_event=False,
             )
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Deliver the server's own last records and end. Called on the server, after all other components ended."""
+        """Deliver the server's own last records, and end. Called on the server, after all other components ended."""
         set_process_spool(None)
         self._stock.close()
         if self._own_sender is not None:
-            gate_s = self._limits.gate_s
-            if self._gate_end is not None:  # what the sites have left of it
-                gate_s = max(self._gate_end - time.monotonic(), min(gate_s, _OWN_GATE_S))
-            self._own_sender.close(gate_s if has_streams(self._folder(fl_ctx) / "spool") else 0.0)
+            left_s = self._limits.gate_s
+            if self._wait_end is not None:  # the time that the wait for the sites has left
+                left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
+            assert self._core is not None
+            self._own_sender.close(left_s if has_streams(self._core.folder / "spool") else 0.0)
         self.close(self._status)
 
 
-def has_streams(spool: Path) -> bool:
-    """Return whether any process has logged to this spool."""
-    return any(spool.glob("*.ledger"))
-
-
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """Ends the receiver after every other handler of END_RUN, so that what they log is received as well."""
+    """Ends the receiver after every other handler of END_RUN, so that it receives what they log."""
 
     def __init__(self, receiver: TrackhubReceiver) -> None:
         super().__init__()
@@ -232,4 +250,4 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
             try:
                 self._receiver.finish(fl_ctx)
             except Exception as e:
-                self.log_exception(fl_ctx, f"tracking could not end in order: {e}", fire_event=False)
+                self.log_exception(fl_ctx, f"tracking could not end properly: {e}", fire_event=False)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adds tracking to a FLARE job: to a recipe, to a FedJob, or as components for a job written in JSON."""
+"""Adds tracking to a FLARE job: to a recipe, to a FedJob, or to a job that is written in JSON.
+
+The script that makes the job calls it. It checks the backends' options through `trackhub.registry`, and puts a
+`TrackhubReceiver` and a `TrackhubSender` into the job.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trackhub import registry
@@ -19,10 +23,12 @@ __all__ = ["add_tracking", "tracking_components"]
 RECEIVER_ID = "trackhub_receiver"
 SENDER_ID = "trackhub_sender"
 MIN_SHUTDOWN_TIMEOUT_S = 30.0
-"""FLARE stops an external trainer this long after the last round. Its recipes say 0: at once, in mid-sentence."""
+"""FLARE stops an external trainer so many seconds after the last round. FLARE's recipes say 0, which means at once."""
 
 Backends = Mapping[str, Mapping[str, Any]] | Sequence[str]
 """Backend names and their options; a plain list of names for backends without options."""
+
+_Checked = dict[str, dict[str, Any]]
 
 
 def add_tracking(
@@ -31,35 +37,44 @@ def add_tracking(
     clients: Backends | None = None,
     sites: Mapping[str, Backends] | None = None,
     *,
+    name: str | None = None,
+    notes: str = "",
+    tags: Sequence[str] = (),
     take_over: bool = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
 ) -> None:
-    """Deliver what the job's training code logs to tracking backends, on the server, at the clients, or both.
+    """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
     ::
 
         recipe = FedAvgRecipe(...)
         add_tracking(recipe, server={"tensorboard": {}})
 
-    The training script uses `trackhub.Writer`; what it logs with FLARE's own writers is received as well.
+    The training script uses `trackhub.Writer`. The backends also receive what it logs with FLARE's own writers.
 
     Args:
         recipe_or_job: a FLARE recipe or FedJob, complete with its executors.
-        server: backends that receive the records of all sites on the FLARE server; None sends nothing to the server.
-        clients: backends that receive a client's records within that client; None for none.
+        server: backends on the FLARE server, which receive the records of all sites. With None, no record is sent to
+            the server.
+        clients: backends at each client, which receive that client's records; None for none.
         sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
-            client app for each site: call FLARE's ``set_per_site_config`` right after constructing the recipe. At a
-            site that tracks on neither side, ``Writer()`` records nothing and warns once.
-        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing; turn it off to use them
-            beside trackhub.
+            client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
+            recipe. At a site that tracks on neither side, ``Writer()`` records nothing and warns once.
+        name: what a person reads as the job's name in every backend; by default the name of the recipe or FedJob. Two
+            jobs may have one name: the job's id stays beside it.
+        notes: a description of the job, in Markdown.
+        tags: labels for every run of the job.
+        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. Turn it off to use
+            them beside trackhub.
         limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
-        state_dir: folder for spools and journals, on every site; by default in the job's run folder.
+        state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
 
     Raises:
-        ConfigError: there is no side to track on, only the client side but no take-over, an option is wrong or holds
-            a literal secret. A backend that is not installed here is left for the sites to check.
-        ValueError: FLARE finds that the job has no client app for a site.
+        ConfigError: there is nothing to track with, or tracking is on the client side only and ``take_over`` is off.
+            Or an option, a limit, the name, the notes or the tags are wrong, or an option holds a literal secret. A
+            backend that is not installed here gives a warning, and its sites check its options.
+        ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
     client_backends = _checked(clients, "clients")
@@ -67,36 +82,31 @@ def add_tracking(
     job = compat.job_of(recipe_or_job)
     if compat.has_component(job, TrackhubSender):
         raise ConfigError("add_tracking: this job has tracking already; give all backends in one call")
-    others = [site for site in compat.client_sites(recipe_or_job) if site not in site_backends]
-    plan: list[tuple[list[str] | None, dict[str, dict[str, Any]]]] = [([s], b) for s, b in site_backends.items()]
-    if not site_backends:
-        plan.append((None, client_backends))
-    elif others:
-        plan.append((others, client_backends))
+    plan = list(_plan(compat.client_sites(recipe_or_job), client_backends, site_backends))
     if not server_backends and not any(backends for _, backends in plan):
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
-    values = _limits(limits)
+    common = _common(take_over, limits, state_dir, name, notes, tags)
     if server_backends:
-        job.to_server(TrackhubReceiver(server_backends, take_over, values, state_dir), id=RECEIVER_ID)
+        job.to_server(TrackhubReceiver(server_backends, **common), id=RECEIVER_ID)
     for names, backends in plan:
         if not server_backends and not backends:
             continue
         if backends:
-            receiver = TrackhubReceiver(backends, take_over, values, state_dir)
-            compat.add_to_clients(recipe_or_job, receiver, names, RECEIVER_ID)
-        sender = TrackhubSender(
-            RECEIVER_ID if server_backends else None, RECEIVER_ID if backends else None, take_over, values, state_dir
-        )
+            compat.add_to_clients(recipe_or_job, TrackhubReceiver(backends, **common), names, RECEIVER_ID)
+        sender = TrackhubSender(**_receivers(server_backends, backends), **common)
         compat.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
     compat.reference_package(job, "trackhub")
-    _let_trainers_finish(recipe_or_job)
+    _let_trainers_finish(job)
 
 
 def tracking_components(
     server: Backends | None = None,
     clients: Backends | None = None,
     *,
+    name: str | None = None,
+    notes: str = "",
+    tags: Sequence[str] = (),
     take_over: bool = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
@@ -104,12 +114,13 @@ def tracking_components(
     """Return what to put into the ``components`` of a job that is written in JSON.
 
     Args:
-        server, clients, take_over, limits, state_dir: as for `add_tracking`.
+        server, clients, notes, tags, take_over, limits, state_dir: as for `add_tracking`.
+        name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
         ``{"config_fed_server.json": [component, ...], "config_fed_client.json": [component, ...]}``. An executor that
-        launches an external process also needs ``"shutdown_timeout": 30`` or more, or FLARE kills the trainer before
-        its last lines.
+        launches an external process also needs ``"shutdown_timeout": 30`` or more. With less, FLARE may kill the
+        trainer before its last lines run.
 
     Raises:
         ConfigError: as for `add_tracking`.
@@ -117,53 +128,106 @@ def tracking_components(
     server_backends, client_backends = _checked(server, "server"), _checked(clients, "clients")
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
-    common = {"take_over": take_over, "limits": _limits(limits), "state_dir": state_dir}
+    common = _common(take_over, limits, state_dir, name, notes, tags)
+    sender = _component(SENDER_ID, TrackhubSender, {**_receivers(server_backends, client_backends), **common})
 
-    def receiver(backends: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return _component(RECEIVER_ID, TrackhubReceiver(backends, **common), {"backends": backends, **common})  # type: ignore[arg-type]
+    def receiver(backends: _Checked) -> list[dict[str, Any]]:
+        args = {"backends": backends, **common}
+        return [_component(RECEIVER_ID, TrackhubReceiver, args)] if backends else []
 
-    ends = {
+    return {
+        "config_fed_server.json": receiver(server_backends),
+        "config_fed_client.json": [*receiver(client_backends), sender],
+    }
+
+
+def _plan(
+    own_apps: list[str], client_backends: _Checked, site_backends: Mapping[str, _Checked]
+) -> Iterator[tuple[list[str] | None, _Checked]]:
+    """Yield clients, None for all of them, and the backends that these clients get.
+
+    Args:
+        own_apps: the sites that have a client app of their own.
+        client_backends: the backends of all sites that ``site_backends`` does not name.
+        site_backends: the backends of single sites.
+    """
+    for site, backends in site_backends.items():
+        yield [site], backends
+    if not site_backends:
+        yield None, client_backends
+    elif others := [site for site in own_apps if site not in site_backends]:
+        yield others, client_backends
+
+
+def _common(
+    take_over: bool,
+    limits: Limits | Mapping[str, Any] | None,
+    state_dir: str | None,
+    name: str | None,
+    notes: str,
+    tags: Sequence[str],
+) -> dict[str, Any]:
+    """Return the arguments that both components take, as JSON values. The components check them."""
+    return {
+        "take_over": take_over,
+        "limits": _limits(limits),
+        "state_dir": state_dir,
+        "job_name": name,
+        "job_notes": notes,
+        "job_tags": list(tags) or None if isinstance(tags, list | tuple) else tags,
+    }
+
+
+def _receivers(server_backends: _Checked, client_backends: _Checked) -> dict[str, Any]:
+    """Return the arguments that tell a sender which receivers there are."""
+    return {
         "server_receiver": RECEIVER_ID if server_backends else None,
         "client_receiver": RECEIVER_ID if client_backends else None,
     }
-    sender = _component(SENDER_ID, TrackhubSender(**ends, **common), {**ends, **common})  # type: ignore[arg-type]
-    return {
-        "config_fed_server.json": [receiver(server_backends)] if server_backends else [],
-        "config_fed_client.json": [*([receiver(client_backends)] if client_backends else []), sender],
-    }
 
 
-def _component(component_id: str, component: Any, args: dict[str, Any]) -> dict[str, Any]:
-    cls = type(component)
+def _component(component_id: str, cls: type, args: dict[str, Any]) -> dict[str, Any]:
+    """Return a component as JSON configures it. Making one here checks its arguments.
+
+    Raises:
+        ConfigError: an argument is wrong.
+    """
+    cls(**args)
     return {"id": component_id, "path": f"{cls.__module__}.{cls.__name__}", "args": args}
 
 
-def _checked(backends: Backends | None, where: str) -> dict[str, dict[str, Any]]:
-    """Return plain options, checked as far as it can be done here."""
+def _checked(backends: Backends | None, where: str) -> _Checked:
+    """Return the options of each backend as JSON values. They are checked here, and then only at the receiver.
+
+    Args:
+        backends: what the caller of this module gave.
+        where: the argument in which it was given, for messages.
+
+    Raises:
+        ConfigError: an option is wrong or holds a literal secret, or ``backends`` has another form.
+    """
     if backends is None:
         return {}
     if isinstance(backends, str) or not isinstance(backends, Mapping | Sequence):
-        raise ConfigError(f"add_tracking: {where}: expected {{backend: options}} or a list of names, got {backends!r}")
+        raise ConfigError(f"tracking: {where}: expected {{backend: options}} or a list of names, got {backends!r}")
     named = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
-    checked: dict[str, dict[str, Any]] = {}
+    checked: _Checked = {}
     for name, options in named.items():
         if not isinstance(name, str) or not isinstance(options, Mapping):
-            raise ConfigError(
-                f"add_tracking: {where}: expected {{backend: {{option: value}}}}, got {name!r}: {options!r}"
-            )
+            raise ConfigError(f"tracking: {where}: expected {{backend: {{option: value}}}}, got {name!r}: {options!r}")
         try:
             checked[name] = registry.check_options(name, options)
         except (UnknownBackendError, PluginError) as e:
-            # The site that runs it may well have it, and checks it before training.
+            # The site that runs the backend may well have it, and checks it before training.
             warnings.warn(f"trackhub: backend {name!r} cannot be checked here: {e}", UserWarning, stacklevel=3)
             checked[name] = dict(options)
     return checked
 
 
 def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the job's configuration holds: the given values, of ``Limits`` those that differ from the defaults.
+    """Return the limits that the job's configuration holds. A site's environment may set the others.
 
-    What it does not hold, a site's environment may set.
+    Of a mapping, these are all limits that it names. Of `Limits`, these are the values that differ from the defaults.
     """
     if limits is None:
         return None
@@ -175,12 +239,13 @@ def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
     return changed or None
 
 
-def _let_trainers_finish(recipe_or_job: Any) -> None:
-    raised = compat.raise_shutdown_timeout(compat.job_of(recipe_or_job), MIN_SHUTDOWN_TIMEOUT_S)
+def _let_trainers_finish(job: Any) -> None:
+    """Raise a ``shutdown_timeout`` of 0, with a warning."""
+    raised = compat.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
         warnings.warn(
             f"trackhub: shutdown_timeout of {raised} external trainer(s) was 0, so FLARE would kill a trainer before "
-            f"its last lines run; it is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s. Set shutdown_timeout to choose another",
+            f"its last lines run. It is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s. Set shutdown_timeout to choose another one",
             UserWarning,
             stacklevel=3,
         )

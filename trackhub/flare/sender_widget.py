@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FLARE component of a client: brings what is logged there to the server, to the client's own receiver, or both."""
+"""The FLARE component that runs a client's senders: to the server's receiver, to the client's own receiver, or to both.
+
+A job's configuration names it; `trackhub.flare.recipe` puts it there. It turns FLARE's events into calls of
+`trackhub.delivery.Sender`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,6 @@ from trackhub.delivery import (
     Limits,
     RunStatus,
     Sender,
-    SpoolInfo,
     close_spool,
     create_spool,
     refusal,
@@ -31,17 +34,19 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import compat
 from trackhub.flare.events import StockRecords
+from trackhub.flare.job_info import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 
 __all__ = ["TrackhubSender"]
 
 
 class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
-    """Delivers a client's records.
+    """Sends a client's records to the job's receivers.
 
     Add it to every client, with `trackhub.flare.recipe.add_tracking` or as a component in ``config_fed_client.json``.
-    It prepares the site's spool before the trainer starts, announces it to the trainer, and sends what appears in it
-    until the receiver has acknowledged it. Nothing that goes wrong in it fails the job, except a wrong configuration.
+    It creates the site's spool before the trainer starts, and announces it to the trainer. Then it sends what appears
+    in the spool until the receiver has acknowledged it. A wrong configuration stops the job before it trains. No other
+    error in here does.
     """
 
     def __init__(
@@ -51,33 +56,44 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         take_over: bool = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
+        job_name: str | None = None,
+        job_notes: str = "",
+        job_tags: list[str] | None = None,
     ) -> None:
-        """Check the arguments, all of which stand in the job's configuration.
+        """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
         Args:
             server_receiver: component id of the `TrackhubReceiver` on the server; None sends nothing to the server.
             client_receiver: component id of the `TrackhubReceiver` of this client; None if it has none.
-            take_over: receive what FLARE's own writers log, which FLARE then does not send to the server.
-            limits: values for `trackhub.limits.Limits` that differ from the defaults.
-            state_dir: folder for the spool, at this site; by default in the job's run folder.
+            take_over: receive what FLARE's own writers log. FLARE then does not send it to the server.
+            limits: values of `trackhub.limits.Limits` that differ from the defaults.
+            state_dir: the folder for the spool at this site; by default in the job's run folder.
+            job_name: what a person calls the job; by default the name that FLARE knows.
+            job_notes: a description of the job, in Markdown.
+            job_tags: labels for every run of the job.
 
         Raises:
-            ConfigError: no receiver is named, a limit is wrong, or stock records would go to the server although
-                nothing is to be sent there.
+            ConfigError: no receiver is named, or another argument is wrong. Or tracking is on the client side only, and
+                FLARE would send what its own writers log to the server.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
-            raise ConfigError("TrackhubSender: expected server_receiver, client_receiver or both; both are None")
+            raise ConfigError("TrackhubSender: server_receiver and client_receiver are both None; give one of them")
         if server_receiver is None and not take_over:
             raise ConfigError(
-                "TrackhubSender: tracking is on the client side only, but take_over is off, so what FLARE's own "
-                "writers log would go to the server; leave take_over on, or track on the server as well"
+                "TrackhubSender: tracking is on the client side only, but take_over is off. So FLARE would send what "
+                "its own writers log to the server. Leave take_over on, or track on the server as well"
             )
+        check_job_info(job_name, job_notes, job_tags or ())
+        # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
         self.take_over = take_over
         self.limits = limits
         self.state_dir = state_dir
+        self.job_name = job_name
+        self.job_notes = job_notes
+        self.job_tags = job_tags
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._senders: dict[str, Sender] = {}
         self._receiver: TrackhubReceiver | None = None
@@ -89,13 +105,13 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._status = RunStatus.FINISHED
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """React to FLARE's events. Never raises."""
+        """Handle one of FLARE's events. Never raises."""
         try:
             self._handle(event_type, fl_ctx)
         except (ConfigError, PluginError) as e:
             compat.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking met an error, training goes on: {e}", fire_event=False)
+            self.log_exception(fl_ctx, f"tracking failed here, and training goes on: {e}", fire_event=False)
 
     def _handle(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in compat.STOCK_EVENTS:
@@ -110,7 +126,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.AFTER_TASK_EXECUTION:
             self._task = compat.task_status(fl_ctx)
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
-            if self._task is None:  # the executor raised, or the task was cut short
+            if self._task is None:  # no AFTER_TASK_EXECUTION came: the executor raised, or the task was stopped
                 self._task = RunStatus.ABORTED if compat.is_ending(fl_ctx) else RunStatus.FAILED
             self._barrier()
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
@@ -138,8 +154,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock.open(spool)
 
     def _server_channel(self, engine: Any, receiver: str) -> Channel:
-        """Return what carries a request to the server's receiver and its reply back. A test may put faults into it."""
-        channel = compat.Channel(engine, receiver)
+        """Return the channel to the server's receiver. Tests override this method to put faults into the channel."""
+        channel = compat.CellChannel(engine, receiver)
 
         def send(request: bytes, timeout_s: float) -> bytes:
             try:
@@ -152,19 +168,19 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         return send
 
     def _create_spool(self, fl_ctx: FLContext, site: str) -> Path:
-        job = compat.job_id(fl_ctx)
+        job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
-        info = SpoolInfo(site, job, tuple(cursors), self._limits.spool_bytes)
-        spool = compat.state_folder(fl_ctx, self.state_dir) / "spool"
+        info = spool_info(job, site, cursors, self._limits.spool_bytes)
+        spool = compat.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
         try:
             create_spool(spool, info)
         except SpoolError as e:
             spool = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
-            self.log_error(fl_ctx, f"{e}. Tracking uses {spool} instead", fire_event=False)
+            self.log_error(fl_ctx, f"{e}. This site's spool is in {spool} instead", fire_event=False)
             create_spool(spool, info)
-        # Trainers inherit it (external) or read it here (in process). They start at START_RUN, which comes later.
+        # An external trainer inherits the variable, and one in process reads it here. Both start later, at START_RUN.
         self._spool = spool
-        self._announced = spool_env(spool, site, job)
+        self._announced = spool_env(spool, site, job.id)
         os.environ[SPOOL_ENV] = self._announced
         return spool
 
@@ -172,7 +188,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         receiver = fl_ctx.get_engine().get_component(self.client_receiver)
         if not isinstance(receiver, TrackhubReceiver):
             raise ConfigError(
-                f"TrackhubSender: client_receiver={self.client_receiver!r} names no TrackhubReceiver of this client"
+                f"TrackhubSender: client_receiver={self.client_receiver!r} is not the id of a TrackhubReceiver in this "
+                "client's configuration"
             )
         self._receiver = receiver
         try:
@@ -180,7 +197,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         except (ConfigError, PluginError):
             raise
         except Exception as e:
-            self.log_exception(fl_ctx, f"this site's receiver cannot start, its records wait in the spool: {e}")
+            self.log_exception(fl_ctx, f"this site's receiver cannot start, and its records wait in the spool: {e}")
         return receiver
 
     def _barrier(self) -> None:
@@ -191,14 +208,14 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             wait.join()
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Drain the spool, send the final message, and end this client's receiver. Called after the trainer ended."""
+        """Send what is left and the final message, and end this client's receiver. Called after the trainer ended."""
         if os.environ.get(SPOOL_ENV) == self._announced:
             del os.environ[SPOOL_ENV]
         self._stock.close()
         if self._spool is not None:
-            with contextlib.suppress(SpoolError):  # no loss: a writer that came now would only come too late
+            with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
                 close_spool(self._spool)
-        # The server waits for this site: a local backend that takes long to finish must not hold that up.
+        # In a thread of its own. The server waits for this site's final message, and a local backend may take long.
         remote = threading.Thread(target=self._close, args=("server",))
         remote.start()
         try:
@@ -213,13 +230,13 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.close(self._limits.gate_s, failed=self._status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
-        """Bring away what a moment allows: the simulator is about to replace this process by another."""
+        """Send for a second what is there, since the simulator is about to replace this process by another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
 
 
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """Ends the sender after every other handler of END_RUN, above all after the executor has ended the trainer."""
+    """Ends the sender after every other handler of END_RUN. By then the executor has ended the trainer."""
 
     def __init__(self, sender: TrackhubSender) -> None:
         super().__init__()
@@ -232,4 +249,4 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
             elif event_type == EventType.SWAP_OUT:
                 self._sender.pause(fl_ctx)
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking could not end in order: {e}", fire_event=False)
+            self.log_exception(fl_ctx, f"tracking could not end properly: {e}", fire_event=False)

@@ -39,6 +39,7 @@ __all__ = [
     "blob_file",
     "close_spool",
     "create_spool",
+    "has_streams",
     "ledger_file",
     "read_ack",
     "read_spool_info",
@@ -65,6 +66,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         max_bytes: limit of all files together.
         open: False once the job has ended; no new writer may start then.
         format: version of the frames.
+        name, notes, tags: what a person reads of the job, as in `trackhub.run.JobInfo`. A replay of this spool needs
+            them where the receiver's journal is not at hand, or it would write to runs of another name.
     """
 
     site: str
@@ -73,6 +76,9 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     max_bytes: int = DEFAULT_SPOOL_BYTES
     open: bool = True
     format: tuple[int, int] = FORMAT_VERSION
+    name: str = ""
+    notes: str = ""
+    tags: tuple[str, ...] = ()
 
 
 def create_spool(folder: Path, info: SpoolInfo) -> None:
@@ -126,6 +132,11 @@ def close_spool(folder: Path) -> None:
     """
     info = read_spool_info(folder)
     create_spool(folder, msgspec.structs.replace(info, open=False))
+
+
+def has_streams(folder: Path) -> bool:
+    """Return whether any process has logged to this spool."""
+    return any(folder.glob("*.ledger"))
 
 
 def segment_name(stream: str, segment: int) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 from trackhub_mlflow.run import MLflowRun
-from trackhub_mlflow.sqlite import SqliteStore
+from trackhub_mlflow.sqlite_store import SqliteStore
 
 from tests.support.mlflow_server import JOB, Database, Server
-from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Payload, RunInfo, Side
+from trackhub.spi import FEDERATION, BackendContext, Blob, Entry, JobInfo, Payload, RunInfo, RunKey, Side
 
 T0 = 1_700_000_000.0
 
@@ -21,20 +21,24 @@ T0 = 1_700_000_000.0
 class Rig:
     """One receiver's backend, its runs and their store, without a lane."""
 
-    def __init__(self, root: Path, *, job: str = JOB, side: Side = Side.SERVER, **options: Any) -> None:
+    def __init__(
+        self, root: Path, *, job: str = JOB, job_info: JobInfo | None = None, side: Side = Side.SERVER, **options: Any
+    ) -> None:
         self.workdir = root / "mlflow"
         self.blob_dir = root / "blobs"
         for folder in (self.workdir, self.blob_dir):
             folder.mkdir(parents=True, exist_ok=True)
-        self.job, self.side = job, side
-        self.backend = MLflowBackend(MLflowOptions(**options), BackendContext(self.workdir, JobInfo(job), side))
+        self.job_info = job_info or JobInfo(job)
+        self.job, self.side = self.job_info.id, side
+        self.backend = MLflowBackend(MLflowOptions(**options), BackendContext(self.workdir, self.job_info, side))
 
     @property
     def database(self) -> Database:
         return Database(self.workdir / "mlflow.db")
 
     def info(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> RunInfo:
-        return RunInfo(JobInfo(self.job), site, self.side, created, resume_from, self.blob_dir)
+        parent = None if site == FEDERATION else RunKey(self.job, FEDERATION)
+        return RunInfo(self.job_info, site, self.side, created, resume_from, self.blob_dir, parent)
 
     def open(self, site: str = "site-1", *, resume_from: int = 0, created: float = T0) -> MLflowRun:
         return self.backend.open_run(self.info(site, resume_from=resume_from, created=created))
@@ -45,9 +49,8 @@ class Rig:
 
     def artifacts(self, site: str = "site-1") -> dict[str, bytes]:
         """Return path and content of what lies in the run's artifact folder."""
-        root = (
-            self.workdir / "mlartifacts" / self.database.site_run(site).artifact_uri.removeprefix("mlflow-artifacts:/")
-        )
+        uri = self.database.site_run(site, self.job).artifact_uri
+        root = self.workdir / "mlartifacts" / uri.removeprefix("mlflow-artifacts:/")
         return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
@@ -63,7 +66,7 @@ def entry() -> Callable[..., Entry]:
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store to copy, since making one takes a second."""
+    """An empty MLflow store to copy, because creating one takes a second."""
     file = tmp_path_factory.mktemp("template") / "mlflow.db"
     store = SqliteStore(file)
     store.experiment("Default")
@@ -100,7 +103,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory, template: Path) -> 
 
 @pytest.fixture
 def server(running_server: Server) -> Iterator[Server]:
-    """The one server of this session, running; a test that kills it need not start it again."""
+    """The one server of this session, running. A test that kills it need not start it again."""
     yield running_server
     if not running_server.is_running():
         running_server.start()
@@ -108,7 +111,7 @@ def server(running_server: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def make_server() -> Iterator[Callable[[Path, Sequence[str]], Server]]:
-    """Starts further servers, by a command of MLflow's, in a folder with a store."""
+    """Starts further servers by a command of MLflow's, in a folder with a store."""
     servers: list[Server] = []
 
     def make(folder: Path, command: Sequence[str]) -> Server:

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 
-from trackhub.spi import BackendContext, JobInfo, Side
+from trackhub.registry import option_marks
+from trackhub.spi import BackendContext, JobInfo, OptionMark, Side
 
 
 def test_the_backend_is_found_by_its_name() -> None:
@@ -22,10 +23,11 @@ def test_the_backend_is_found_by_its_name() -> None:
 def test_making_a_backend_loads_neither_mlflow_nor_requests(tmp_path: Path) -> None:
     code = f"""
 import pathlib, sys
-from trackhub.spi import Side, BackendContext
+from trackhub.spi import Side, BackendContext, JobInfo
 from trackhub_mlflow import MLflowBackend, MLflowOptions
 for uri in ("", "http://127.0.0.1:9"):
-    MLflowBackend(MLflowOptions(tracking_uri=uri), BackendContext(pathlib.Path({str(tmp_path)!r}), "job", Side.SERVER))
+    context = BackendContext(pathlib.Path({str(tmp_path)!r}), JobInfo("job"), Side.SERVER)
+    MLflowBackend(MLflowOptions(tracking_uri=uri), context)
 sys.exit(bool({{"mlflow", "requests", "sqlalchemy", "PIL"}} & set(sys.modules)))
 """
 
@@ -62,6 +64,14 @@ def test_a_login_in_the_uri_is_never_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ftp") as caught:
         MLflowOptions(tracking_uri="ftp://me:hidden@host")
     assert "hidden" not in f"{options!r} {caught.value} {vars(backend)}".replace("_login", "")
+
+
+def test_the_core_knows_which_option_names_a_host_or_a_file() -> None:
+    marks = option_marks(MLflowBackend)
+
+    assert {name: found for name, found in marks.items() if found} == {
+        "tracking_uri": {OptionMark.HOST, OptionMark.PATH}
+    }
 
 
 def test_a_relative_store_lies_in_the_run_folder(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image as Pillow
 
+from trackhub.delivery.lane.keys import key_fitter
 from trackhub.spi import (
     Artifact,
     Blob,
     Entry,
     Histogram,
     Image,
+    Kind,
     Metrics,
     Params,
     Payload,
@@ -110,8 +112,9 @@ def test_a_record_of_many_metrics_is_stored_whole(rig: Rig, entry: MakeEntry) ->
 
 def test_keys_that_mlflow_takes_for_one_path_stay_apart(rig: Rig, entry: MakeEntry) -> None:
     keys = ["a/b", "a//b", "/a/b", "a/b/", "./a/b", "a/./b", "a/c/../b", "..", "../a/b"]
+    fit = key_fitter(rig.backend.capabilities.key_rule)
 
-    report = rig.open().write([entry(0, Metrics({key: float(n) for n, key in enumerate(keys)}))])
+    report = rig.open().write([entry(0, Metrics({fit(key): float(n) for n, key in enumerate(keys)}))])
 
     assert report is None
     points = rig.database.points(rig.database.site_run().id)
@@ -132,6 +135,33 @@ def test_params_are_flat_text(rig: Rig, entry: MakeEntry) -> None:
         "empty": "{}",
         "on": "True",
     }
+
+
+def test_nested_keys_that_mlflow_takes_for_one_path_stay_apart(rig: Rig, entry: MakeEntry) -> None:
+    keys = [
+        "b",
+        "/b",
+        "b/",
+        "./b",
+        "..",
+        ".",
+        "",
+        "x//y",
+        "x/y",
+        "x/../y",
+        "B",
+        "b ",
+        "--b",
+        "mlflow.runName",
+        "k" * 300,
+    ]
+
+    report = rig.open().write([entry(0, Params({"a": {key: n for n, key in enumerate(keys)}}))])
+
+    assert report is None
+    stored = rig.database.params(rig.database.site_run().id)
+    assert sorted(stored.values(), key=int) == [str(n) for n in range(len(keys))]
+    assert (stored["a.b"], stored["a.x/y"], stored["a.--b"]) == ("0", "8", "12")
 
 
 def test_params_that_flatten_to_one_name_stay_two(rig: Rig, entry: MakeEntry) -> None:
@@ -187,10 +217,15 @@ def test_a_site_cannot_pass_for_another_by_its_tags(rig: Rig, entry: MakeEntry) 
     run = rig.open()
     before = rig.database.tags(rig.database.site_run().id)
 
-    run.write([entry(0, Tags(dict.fromkeys(before, "forged")))])
+    forged = [*before, *map(str.upper, before)]
+    fit = key_fitter(rig.backend.capabilities.key_rules[Kind.TAGS])
 
-    assert rig.database.tags(rig.database.site_run().id).items() >= before.items()
-    assert rig.database.site_run().name == "site-1"
+    run.write([entry(0, Tags({fit(key): "forged" for key in forged}))])
+
+    after = rig.database.tags(rig.database.site_run().id)
+    assert after.items() >= before.items()
+    assert not {key.lower() for key in after.keys() - before.keys()} & {key.lower() for key in before}
+    assert rig.database.site_run().name == "job-1/site-1"
 
 
 def test_text_histograms_and_tables_become_artifacts_to_look_at(rig: Rig, entry: MakeEntry) -> None:
@@ -255,7 +290,7 @@ def test_images_are_where_mlflows_charts_look_for_them(rig: Rig, entry: MakeEntr
 def test_a_huge_image_is_stored_as_it_is(
     rig: Rig, entry: MakeEntry, monkeypatch: pytest.MonkeyPatch, form: str, suffix: str
 ) -> None:
-    monkeypatch.setattr("trackhub_mlflow.files._MAX_DECODED_PIXELS", 100)
+    monkeypatch.setattr("trackhub_mlflow.ui_files._MAX_DECODED_PIXELS", 100)
     content = encoded(form)
 
     assert rig.open().write([entry(0, Image("x", rig.blob("blob", content), 300, 20))]) is None
@@ -301,7 +336,7 @@ def test_artifacts_lie_under_their_keys(rig: Rig, entry: MakeEntry) -> None:
 
 
 def test_no_artifact_takes_anothers_place(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
-    """Equal keys, names that differ in case alone, and a file where a folder is needed; again after a restart."""
+    """Keys may be equal or differ in case alone, or need a folder where a file is; a restart changes nothing."""
     keys = ["m.pt", "m.pt", "M.pt", "m.pt/part", "sub/x", "sub", "m.pt", "Sub/y"]
     contents = [b"a", b"b", b"c", b"d", b"e", b"f", b"a", b"g"]
 

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from trackhub_mlflow.group import NESTING_TAG, PARENT_TAG, PENDING_TAG, RUN_TAG
-from trackhub_mlflow.sqlite import SqliteStore
+from trackhub_mlflow.find_or_create import PENDING_TAG
+from trackhub_mlflow.job_runs import NESTING_TAG, PARENT_TAG, RUN_TAG
+from trackhub_mlflow.sqlite_store import SqliteStore
 from trackhub_mlflow.store import Pair
 
-from trackhub.spi import ConfigError, Entry, Metrics, RunStatus, Side, TransientError
+from trackhub.spi import ConfigError, Entry, JobInfo, Metrics, Params, RunStatus, Side, Tags, TransientError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from backends.mlflow.tests.conftest import Rig
 
 MakeEntry = Callable[..., Entry]
@@ -27,7 +30,7 @@ def test_each_site_has_a_run_below_the_jobs_parent_run(rig: Rig) -> None:
 
     database = rig.database
     (parent,) = database.parents()
-    assert sorted(run.name for run in database.runs()) == ["job-1", "server", "site-1", "site-2"]
+    assert sorted(run.name for run in database.runs()) == ["job-1", "job-1/server", "job-1/site-1", "job-1/site-2"]
     for site in ("site-1", "site-2", "server"):
         run = database.site_run(site)
         tags = database.tags(run.id)
@@ -53,6 +56,125 @@ def test_options_name_the_experiment_and_describe_the_runs(make_rig: Callable[..
     assert database.tags(database.site_run().id)["site"] == "site-1"
 
 
+JOB_A = JobInfo("3f2a9c1e-5b1d-4c3e-8f00-000000000001", "fedavg", "**first** try", ("baseline", "team/blue", "site"))
+JOB_B = JobInfo("b07d55aa-5b1d-4c3e-8f00-000000000002", "fedavg")
+
+
+def test_a_person_reads_the_jobs_name_notes_and_tags(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(job_info=JOB_A)
+    rig.open()
+
+    database = rig.database
+    (parent,), run = database.parents(JOB_A.id), database.site_run("site-1", JOB_A.id)
+    assert (parent.name, run.name) == ("fedavg", "fedavg/site-1")
+    for tags in (database.tags(parent.id), database.tags(run.id)):
+        assert (tags["job"], tags["job_name"]) == (JOB_A.id, "fedavg")
+        assert tags["mlflow.note.content"] == "**first** try"
+        assert (tags["baseline"], tags["team/blue"], tags["_x0073_ite"]) == ("", "", "")
+    assert database.tags(run.id)["site"] == "site-1"
+
+
+def test_two_jobs_of_one_name_are_two_and_show_their_ids(make_rig: Callable[..., Rig]) -> None:
+    """The run table shows a run's source beside its name."""
+    for job in (JOB_A, JOB_B):
+        make_rig(job_info=job).open()
+
+    database = make_rig().database
+    parents = [database.parents(job.id)[0] for job in (JOB_A, JOB_B)]
+    assert [parent.name for parent in parents] == ["fedavg", "fedavg"]
+    assert [database.tags(parent.id)["mlflow.source.name"] for parent in parents] == [
+        "fedavg-3f2a9c1e",
+        "fedavg-b07d55aa",
+    ]
+    assert len(database.runs()) == 4
+
+
+def test_the_option_note_wins_over_the_jobs_notes(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(job_info=JOB_A, note="of the option", run_tags={"baseline": "yes"})
+    rig.open()
+
+    tags = rig.database.tags(rig.database.site_run("site-1", JOB_A.id).id)
+    assert (tags["mlflow.note.content"], tags["baseline"]) == ("of the option", "yes")
+
+
+def test_a_site_may_describe_its_own_run(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
+    rig = make_rig(job_info=JOB_A)
+
+    rig.open().write([entry(0, Tags({"_x006D_lflow.note.content": "of the site"}))])  # as the core escapes it
+
+    tags = rig.database.tags(rig.database.site_run("site-1", JOB_A.id).id)
+    assert tags["mlflow.note.content"] == "of the site"
+
+
+def test_names_and_notes_too_long_for_mlflow_are_cut(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(job_info=JobInfo("id", "n" * 400, "x" * 9000, ("t" * 400,)))
+    rig.open()
+
+    database = rig.database
+    (parent,), run = database.parents("id"), database.site_run("site-1", "id")
+    assert len(parent.name) == len(run.name) == 250
+    assert run.name.endswith("…/site-1")
+    assert len(database.tags(run.id)["mlflow.note.content"]) == 8000
+
+
+def test_the_federation_run_is_the_parent_run(rig: Rig, entry: MakeEntry) -> None:
+    site = rig.open("site-1")
+    federation = rig.open("federation")
+    federation.write([entry(0, Metrics({"mean/loss": 0.5})), entry(1, Params({"sites": 2}))])
+
+    federation.finish(RunStatus.FINISHED)
+    (parent,) = rig.database.parents()
+    assert parent.status == "RUNNING"
+    site.finish(RunStatus.FINISHED)
+
+    (parent,) = rig.database.parents()
+    assert (parent.name, parent.status, parent.end) == ("job-1", "FINISHED", 1_700_000_000_125)
+    assert [key for key, *_ in rig.database.points(parent.id)] == ["mean/loss"]
+    assert rig.database.params(parent.id) == {"sites": "2"}
+    assert rig.database.tags(parent.id)["site"] == "federation"
+    assert len(rig.database.runs()) == 2
+
+
+def test_the_parent_run_ends_with_the_federation_run_if_that_is_last(rig: Rig, entry: MakeEntry) -> None:
+    federation, site = rig.open("federation"), rig.open("site-1")
+    federation.write([entry(8, Metrics({"mean/loss": 0.5}))])
+
+    site.finish(RunStatus.FINISHED)
+    assert rig.database.parents()[0].status == "RUNNING"
+    federation.finish(RunStatus.FAILED)
+
+    (parent,) = rig.database.parents()
+    assert (parent.status, parent.end) == ("FAILED", 1_700_000_001_000)
+    assert rig.database.site_run().status == "FINISHED"
+
+
+def test_a_federation_run_goes_on_in_its_parent_run(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
+    first = make_rig()
+    first.open("federation").write([entry(0, Params({"a.b": 1}))])
+
+    again = make_rig()
+    run = again.open("federation", resume_from=1)
+    run.write([entry(1, Params({"a": {"b": 2}}))])
+    run.finish(RunStatus.FINISHED)
+
+    (parent,) = again.database.parents()
+    assert again.database.runs() == [parent]
+    assert sorted(again.database.params(parent.id).values()) == ["1", "2"]
+
+
+def test_a_deleted_federation_run_is_not_begun_anew_in_its_middle(
+    make_rig: Callable[..., Rig], entry: MakeEntry
+) -> None:
+    rig = make_rig()
+    rig.open("federation").write([entry(0, Metrics({"x": 0.0}))])
+    (parent,) = rig.database.parents()
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE runs SET lifecycle_stage = 'deleted'")
+
+    with pytest.raises(TransientError, match=f"mlflow runs restore --run-id {parent.id}"):
+        make_rig().open("federation", resume_from=1)
+
+
 def test_the_same_run_is_found_again_by_another_process(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
     first = make_rig()
     first.open().write([entry(0, Metrics({"x": 0.0}))])
@@ -76,14 +198,19 @@ def test_jobs_sites_and_sides_in_one_store_are_kept_apart(make_rig: Callable[...
         rig.open().write([entry(0, Metrics({"x": float(value)}))])
 
     database = type(rigs[0].database)(rigs[0].workdir.parent / "shared.db")
-    runs = [run for run in database.runs() if run.name == "site-1"]
+    runs = [run for run in database.runs() if run.name.endswith("/site-1")]
     assert sorted(database.points(run.id)[0][2] for run in runs) == [0.0, 1.0, 2.0, 3.0]
     assert len(database.parents("job-1")) == len(database.parents("job's 2")) == 1
 
 
 @pytest.mark.parametrize(
     ("status", "stored"),
-    [(RunStatus.FINISHED, "FINISHED"), (RunStatus.FAILED, "FAILED"), (RunStatus.ABORTED, "KILLED")],
+    [
+        (RunStatus.FINISHED, "FINISHED"),
+        (RunStatus.FAILED, "FAILED"),
+        (RunStatus.ABORTED, "KILLED"),
+        (RunStatus.KILLED, "KILLED"),
+    ],
 )
 def test_a_run_ends_as_it_ended_at_the_time_of_its_last_record(
     rig: Rig, entry: MakeEntry, status: RunStatus, stored: str
@@ -100,7 +227,7 @@ def test_a_run_ends_as_it_ended_at_the_time_of_its_last_record(
 
 
 def test_the_parent_run_ends_with_the_last_of_its_runs(make_rig: Callable[..., Rig]) -> None:
-    """Whichever receiver that is, and failed if one of them failed."""
+    """Any receiver can be the last one. The parent run failed if one of its runs failed."""
     one, two = make_rig(), make_rig()
     first, second = one.open("site-1"), two.open("site-2")
 
@@ -128,7 +255,7 @@ def test_a_run_that_was_created_though_its_reply_was_lost_is_withdrawn_at_the_en
 
 
 def test_receivers_with_different_parent_runs_end_with_one(make_rig: Callable[..., Rig]) -> None:
-    """As they have if they create one at once, and one waits in vain for the other's to settle."""
+    """This happens if they create one at once, and one waits in vain for the other to settle its own."""
     one, two = make_rig(), make_rig()
     first = one.open("site-1")
     with contextlib.closing(sqlite3.connect(one.workdir / "mlflow.db")) as connection, connection:
@@ -247,7 +374,20 @@ def test_the_results_name_the_store_and_the_command_that_shows_it(make_rig: Call
 
     assert results is not None
     assert results.url is None
-    assert results.path == str(rig.workdir / "mlflow.db")
-    folder, _, command = str(results.command).partition(" && ")
-    assert folder == f"cd '{rig.workdir}'"
-    assert command == "mlflow ui --backend-store-uri sqlite:///mlflow.db --artifacts-destination ./mlartifacts"
+    assert results.path == "mlflow/mlflow.db"
+    assert results.command == (
+        "cd mlflow && mlflow ui --backend-store-uri sqlite:///mlflow.db --artifacts-destination ./mlartifacts"
+    )
+
+
+def test_the_results_of_a_store_elsewhere_name_its_folder(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
+    beside, away = make_rig(tracking_uri="sqlite:///all.db"), make_rig(tracking_uri=f"sqlite:///{tmp_path}/a b/x.db")
+
+    in_run_folder, outside = beside.backend.results(beside.info()), away.backend.results(away.info())
+
+    assert in_run_folder is not None
+    assert outside is not None
+    assert in_run_folder.path == "all.db"
+    assert str(in_run_folder.command).startswith("mlflow ui --backend-store-uri sqlite:///all.db ")
+    assert outside.path == f"{tmp_path}/a b/x.db"
+    assert str(outside.command).startswith(f"cd '{tmp_path}/a b' && mlflow ui --backend-store-uri sqlite:///x.db ")

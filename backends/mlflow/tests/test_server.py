@@ -90,7 +90,7 @@ def test_a_server_stores_every_kind(remote: Callable[..., Rig], server: Server, 
     assert [value for _, value, _ in history(server, stored, "odd")] == ["NaN", 1.7976931348623157e308]
     assert params["opt.lr"] == "0.1"
     assert (tags["phase"], tags["site"], tags["mlflow.note.content"]) == ("one", "site-1", "a note")
-    assert (stored["info"]["run_name"], stored["info"]["status"]) == ("site-1", "FINISHED")
+    assert (stored["info"]["run_name"], stored["info"]["status"]) == (f"{rig.job}/site-1", "FINISHED")
     step = f"step-{2**60 + 5:08d}"
     assert server.artifact(run_id, f"text/val~größe_x003A_ a/{step}-p5.md") == b"# hello"
     assert server.artifact(run_id, f"models_x003A_ é/best 1.step-{2**60 + 9}.pt") == b"content"

@@ -13,7 +13,11 @@ from trackhub_tensorboard.backend import TensorBoardRun
 
 from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Params, Payload, RunInfo, Side, Tags
 
-JOB = "job-1"
+JOB = JobInfo("6f2c8a10-0000-4000-8000-000000000001", "fedavg lr=0.1")
+"""A job whose name differs from its id. A person finds it as `JOB.unique_name`."""
+
+JOB_FOLDER = "fedavg%20lr%3D0.1-6f2c8a10"
+"""The folder of `JOB`."""
 
 
 class Rig:
@@ -25,16 +29,16 @@ class Rig:
         self.workdir.mkdir(parents=True)
         self.blob_dir.mkdir()
         self.side = side
-        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), BackendContext(self.workdir, JobInfo(JOB), side))
+        self.backend = TensorBoardBackend(TensorBoardOptions(logdir), BackendContext(self.workdir, JOB, side))
 
-    def info(self, site: str = "site-1", job: str = JOB) -> RunInfo:
-        return RunInfo(JobInfo(job), site, self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
+    def info(self, site: str = "site-1", job: JobInfo = JOB) -> RunInfo:
+        return RunInfo(job, site, self.side, created=1000.0, resume_from=0, blob_dir=self.blob_dir)
 
-    def open(self, site: str = "site-1", job: str = JOB) -> TensorBoardRun:
+    def open(self, site: str = "site-1", job: JobInfo = JOB) -> TensorBoardRun:
         return self.backend.open_run(self.info(site, job))
 
-    def folder(self, site: str = "site-1", job: str = JOB) -> Path:
-        return self.workdir / job / site
+    def folder(self, site: str = "site-1") -> Path:
+        return self.workdir / JOB_FOLDER / site
 
     def blob(self, name: str, content: bytes) -> Blob:
         (self.blob_dir / name).write_bytes(content)

@@ -13,7 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 
-from trackhub.spi import ConfigError, Entry, Metrics, Side, TransientError
+from backends.tensorboard.tests.conftest import JOB_FOLDER
+from trackhub.registry import option_marks
+from trackhub.spi import ConfigError, Entry, JobInfo, Metrics, OptionMark, Side, TransientError
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -43,22 +45,37 @@ def test_an_unknown_option_is_refused() -> None:
         msgspec.convert({"log_dir": "x"}, TensorBoardOptions)
 
 
+def test_the_log_folder_is_marked_as_a_path() -> None:
+    assert option_marks(TensorBoardBackend) == {"logdir": {OptionMark.PATH}}
+
+
 def test_each_run_has_a_folder_of_its_own(rig: Rig, entry: MakeEntry, read: Read) -> None:
-    for value, (site, job) in enumerate([("site-1", "job-1"), ("site-2", "job-1"), ("site-1", "job-2")]):
+    """Two jobs of one name are two folders, and a person finds each by the name."""
+    first, second = JobInfo("3f2a", "fedavg"), JobInfo("9c1b", "fedavg")
+
+    for value, (site, job) in enumerate([("site-1", first), ("site-2", first), ("site-1", second)]):
         rig.open(site, job).write([entry(0, Metrics({"loss": float(value)}))])
 
-    assert folders_with_events(rig.workdir) == {"job-1/site-1", "job-1/site-2", "job-2/site-1"}
-    assert read(rig.workdir / "job-2" / "site-1").Scalars("loss")[0].value == 2.0
+    assert folders_with_events(rig.workdir) == {"fedavg-3f2a/site-1", "fedavg-3f2a/site-2", "fedavg-9c1b/site-1"}
+    assert read(rig.workdir / "fedavg-9c1b" / "site-1").Scalars("loss")[0].value == 2.0
 
 
-@pytest.mark.parametrize("site", ["../x", "..", "/etc", "a/b", "a%2Fb", ".", "", "s" * 400, "Zürich"])
-def test_no_site_name_leads_out_of_the_jobs_folder(rig: Rig, entry: MakeEntry, site: str) -> None:
-    rig.open(site).write([entry(0, Metrics({"x": 0.0}))])
+def test_a_uuid_is_shown_by_its_first_digits(rig: Rig, entry: MakeEntry) -> None:
+    rig.open().write([entry(0, Metrics({"loss": 0.0}))])
+
+    assert folders_with_events(rig.workdir) == {f"{JOB_FOLDER}/site-1"}
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/etc", "a/b", "a%2Fb", ".", "", "s" * 400, "Zürich"])
+def test_no_site_or_job_name_leads_out_of_its_folder(rig: Rig, entry: MakeEntry, name: str) -> None:
+    rig.open(name).write([entry(0, Metrics({"x": 0.0}))])
     rig.open("a_b").write([entry(0, Metrics({"x": 0.0}))])
+    rig.open(job=JobInfo("0", name)).write([entry(0, Metrics({"x": 0.0}))])
 
     jobs = {path.parent.parent for path in rig.workdir.parent.rglob("*tfevents*")}
-    assert jobs == {rig.workdir / "job-1"}
-    assert len(folders_with_events(rig.workdir)) == 2
+    assert {path.parent for path in jobs} == {rig.workdir}
+    assert len(jobs) == 2
+    assert len(folders_with_events(rig.workdir)) == 3
 
 
 def test_a_relative_logdir_lies_in_the_run_folder(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
@@ -66,7 +83,7 @@ def test_a_relative_logdir_lies_in_the_run_folder(make_rig: Callable[..., Rig], 
 
     rig.open().write([entry(0, Metrics({"x": 0.0}))])
 
-    assert folders_with_events(rig.workdir.parent) == {"curves/job-1/site-1"}
+    assert folders_with_events(rig.workdir.parent) == {f"curves/{JOB_FOLDER}/site-1"}
 
 
 def test_server_and_client_with_one_log_folder_do_not_meet(
@@ -76,15 +93,22 @@ def test_server_and_client_with_one_log_folder_do_not_meet(
     for name, side in (("server", Side.SERVER), ("client", Side.CLIENT)):
         make_rig(name, side=side, logdir=str(shared)).open().write([entry(0, Metrics({"x": 0.0}))])
 
-    assert folders_with_events(shared) == {"job-1/site-1", "job-1@client/site-1"}
+    assert folders_with_events(shared) == {f"{JOB_FOLDER}/site-1", f"{JOB_FOLDER}@client/site-1"}
 
 
-def test_results_name_the_folder_and_the_command(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
+def test_results_are_relative_to_the_run_folder(rig: Rig) -> None:
+    results = rig.backend.results(rig.info())
+
+    assert results.path == f"tensorboard/{JOB_FOLDER}/site-1"
+    assert results.command == "tensorboard --logdir tensorboard"
+
+
+def test_results_outside_the_run_folder_are_absolute(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
     rig = make_rig("run", logdir=str(tmp_path / "all curves"))
 
     results = rig.backend.results(rig.info())
 
-    assert results.path == str(tmp_path / "all curves" / "job-1" / "site-1")
+    assert results.path == str(tmp_path / "all curves" / JOB_FOLDER / "site-1")
     assert results.command == f"tensorboard --logdir '{tmp_path}/all curves'"
 
 

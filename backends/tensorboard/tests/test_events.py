@@ -52,9 +52,9 @@ def test_values_are_rounded_to_float32(rig: Rig, entry: MakeEntry, read: Read) -
 
 
 def test_sets_of_keys_that_take_turns_keep_their_own_values(rig: Rig, entry: MakeEntry, read: Read) -> None:
-    """Events are filled in again, by their keys: nothing of an earlier one may be left in a later one."""
+    """The encoder fills in the last event with the same keys again, and must leave nothing of the old values in it."""
     sets: list[dict[str, float]] = [{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}, {"b": 5.0, "a": 6.0}, {}, {"a": 7.0}]
-    many = [{f"k{i}": float(i)} for i in range(200)]  # more than an encoder keeps
+    many = [{f"k{i}": float(i)} for i in range(200)]  # more sets than an encoder keeps
 
     logged = [*sets, *many, *sets]
 
@@ -143,9 +143,7 @@ def test_an_image_keeps_its_bytes_and_its_caption(rig: Rig, entry: MakeEntry, re
     assert texts(accumulator, "samples/caption") == [(9, "cat, dog")]
 
 
-def test_an_image_whose_file_is_gone_is_rejected_and_its_neighbours_are_stored(
-    rig: Rig, entry: MakeEntry, read: Read
-) -> None:
+def test_an_image_whose_file_is_gone_is_rejected_alone(rig: Rig, entry: MakeEntry, read: Read) -> None:
     blob = rig.blob("stream-1", b"x")
     (rig.blob_dir / blob.name).unlink()
     run = rig.open()
@@ -169,9 +167,8 @@ def test_a_histogram_keeps_edges_and_counts_exactly(rig: Rig, entry: MakeEntry, 
     assert accumulator.SummaryMetadata("h").plugin_data.plugin_name == "histograms"
 
 
-def test_one_key_for_records_of_two_kinds_gives_two_tags_also_after_reopening(
-    rig: Rig, entry: MakeEntry, read: Read
-) -> None:
+def test_one_key_for_records_of_two_kinds_gives_two_tags(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    """Each kind keeps its tag after the run was reopened."""
     run = rig.open()
     run.write([entry(0, Metrics({"x": 0.0})), entry(1, Text("x", "one")), entry(2, Text("x (text)", "other"))])
     run.finish(RunStatus.FINISHED)

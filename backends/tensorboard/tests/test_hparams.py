@@ -14,7 +14,8 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
 from tensorboard.plugins.hparams.backend_context import Context
 
-from trackhub.spi import Entry, Metrics, Params, RunStatus
+from backends.tensorboard.tests.conftest import JOB_FOLDER
+from trackhub.spi import Entry, Metrics, Params, RunStatus, Side
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -23,7 +24,7 @@ MakeEntry = Callable[..., Entry]
 
 
 def hparams_tab(logdir: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Return what TensorBoard's plugin sends to the HPARAMS tab: its columns, and each row by the name of its run."""
+    """Return what TensorBoard's plugin sends to the HPARAMS tab: its columns, and each row by its run's name."""
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
     multiplexer.Reload()
     context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(logdir)), logdir=str(logdir)))
@@ -59,9 +60,9 @@ def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(rig: 
     columns, rows = hparams_tab(rig.workdir)
 
     assert {"lr", "batch", "flag", "name", "none", "sizes", "big", "nan", "huge", "loss"} == set(columns)
-    assert set(rows) == {"job-1/site-1", "job-1/site-2"}
-    assert rows["job-1/site-2"] == {
-        "trial": "site-2 (job-1)",
+    assert set(rows) == {f"{JOB_FOLDER}/site-1", f"{JOB_FOLDER}/site-2"}
+    assert rows[f"{JOB_FOLDER}/site-2"] == {
+        "trial": "site-2 (fedavg lr=0.1-6f2c8a10)",
         "params": {
             "lr": 0.2,
             "batch": 32.0,
@@ -79,9 +80,8 @@ def test_the_hparams_tab_shows_a_row_per_site_with_params_and_last_metrics(rig: 
     }
 
 
-def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reopening(
-    rig: Rig, entry: MakeEntry
-) -> None:
+def test_params_of_several_calls_are_one_row_with_the_last_values(rig: Rig, entry: MakeEntry) -> None:
+    """Also if the run is reopened between two of these calls."""
     run = rig.open()
     run.write([entry(0, Params({"a": 1, "b": "x"})), entry(1, Metrics({"loss": 1.0}))])
     run.write([entry(2, Params({"c": True}))])
@@ -90,7 +90,7 @@ def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reop
     rig.open().write([entry(3, Params({"a": "one"}))])
 
     _, rows = hparams_tab(rig.workdir)
-    assert rows["job-1/site-1"]["params"] == {"a": "one", "b": "x", "c": True}
+    assert rows[f"{JOB_FOLDER}/site-1"]["params"] == {"a": "one", "b": "x", "c": True}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,7 @@ def test_params_of_several_calls_are_united_the_last_value_holds_also_after_reop
         (RunStatus.FINISHED, "STATUS_SUCCESS"),
         (RunStatus.FAILED, "STATUS_FAILURE"),
         (RunStatus.ABORTED, "STATUS_FAILURE"),
+        (RunStatus.KILLED, "STATUS_FAILURE"),
         (None, "STATUS_UNKNOWN"),
     ],
 )
@@ -112,7 +113,30 @@ def test_the_hparams_tab_shows_how_a_run_ended(
 
     _, rows = hparams_tab(rig.workdir)
 
-    assert rows["job-1/site-1"]["status"] == shown
+    assert rows[f"{JOB_FOLDER}/site-1"]["status"] == shown
+
+
+def test_server_and_client_runs_of_one_site_are_two_rows(make_rig: Callable[..., Rig], entry: MakeEntry) -> None:
+    """TensorBoard makes one row of all sessions that share a trial's name."""
+    trials = []
+    for side in (Side.SERVER, Side.CLIENT):
+        rig = make_rig(side.value, side=side)
+        rig.open().write([entry(0, Params({"lr": 0.1}))])
+        _, rows = hparams_tab(rig.workdir)
+        trials.append(rows[f"{JOB_FOLDER}/site-1"]["trial"])
+
+    assert trials == ["site-1 (fedavg lr=0.1-6f2c8a10)", "site-1 (fedavg lr=0.1-6f2c8a10 at the client)"]
+
+
+def test_keys_of_the_hparams_tab_itself_hide_neither_params_nor_metrics(rig: Rig, entry: MakeEntry) -> None:
+    key = "_hparams_/session_start_info"
+    run = rig.open()
+    run.write([entry(0, Metrics({key: 1.0})), entry(1, Params({"lr": 0.1, key: 2}))])
+
+    _, rows = hparams_tab(rig.workdir)
+
+    assert rows[f"{JOB_FOLDER}/site-1"]["params"] == {"lr": 0.1, key: 2.0}
+    assert rows[f"{JOB_FOLDER}/site-1"]["metrics"] == {f"{key} (metrics)": 1.0}
 
 
 def test_a_run_without_params_has_no_row(rig: Rig, entry: MakeEntry) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from backends.tensorboard.tests.conftest import JOB
 from trackhub.spi import Entry, Image, Metrics, Params, RunStatus, Text, TransientError
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ MakeEntry = Callable[..., Entry]
 WRITE_UNTIL_KILLED = """
 import sys
 from pathlib import Path
-from trackhub.spi import Entry, Metrics, RunInfo, RunKey, Side, BackendContext
+from trackhub.spi import BackendContext, Entry, JobInfo, Metrics, RunInfo, Side
 from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 
-root = Path(sys.argv[1])
-backend = TensorBoardBackend(TensorBoardOptions(), BackendContext(root, JobInfo("job-1"), Side.SERVER))
-run = backend.open_run(RunInfo(JobInfo("job-1"), "site-1", Side.SERVER, 1000.0, 0, root))
+root, job = Path(sys.argv[1]), JobInfo(*sys.argv[2:])
+backend = TensorBoardBackend(TensorBoardOptions(), BackendContext(root, job, Side.SERVER))
+run = backend.open_run(RunInfo(job, "site-1", Side.SERVER, 1000.0, 0, root))
 position = run.next_position()
 while True:
     run.write([Entry(p, 1000.0, p, None, Metrics({"x": float(p)}), "s", p) for p in range(position, position + 200)])
@@ -49,7 +50,7 @@ def event_files(rig: Rig) -> list[Path]:
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """The kernel then does what it does on a full disk: it writes what fits, and fails when nothing does."""
+    """Make the kernel act as on a full disk: it writes what fits, and fails if nothing does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -77,7 +78,7 @@ def test_a_reopened_run_goes_on_after_its_last_record(rig: Rig, entry: MakeEntry
     assert steps(read(rig.folder())) == [0, 7, 8]
 
 
-def test_wherever_a_crash_cut_the_file_every_record_ends_up_in_it_once(
+def test_wherever_a_crash_cuts_the_file_every_record_is_in_it_once_in_the_end(
     make_rig: Callable[..., Rig], entry: MakeEntry, read: Read
 ) -> None:
     source = make_rig("source")
@@ -121,7 +122,7 @@ def test_a_tail_of_garbage_is_cut_off(rig: Rig, entry: MakeEntry, read: Read, ta
 def test_a_killed_process_loses_nothing_that_was_confirmed(rig: Rig, entry: MakeEntry, read: Read) -> None:
     confirmed = 0
     for attempt in range(3):
-        command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(rig.workdir)]
+        command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(rig.workdir), JOB.id, JOB.name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -139,9 +140,8 @@ def test_a_killed_process_loses_nothing_that_was_confirmed(rig: Rig, entry: Make
     assert steps(read(rig.folder())) == list(range(stands))
 
 
-def test_a_full_disk_leaves_the_file_at_its_last_batch_and_the_batch_can_be_written_again(
-    rig: Rig, entry: MakeEntry, read: Read
-) -> None:
+def test_after_a_full_disk_the_batch_can_be_written_again(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    """The file ends with its last whole batch until then."""
     run = rig.open()
     run.write([entry(0, Metrics({"x": 0.0}))])
     (path,) = event_files(rig)
@@ -171,9 +171,7 @@ def test_a_disk_that_was_full_from_the_start_leaves_no_empty_file(rig: Rig, entr
     assert steps(read(rig.folder())) == [0]
 
 
-def test_large_images_are_appended_in_pieces_that_are_not_repeated_after_a_failure(
-    rig: Rig, entry: MakeEntry, read: Read
-) -> None:
+def test_a_failure_between_pieces_of_large_images_repeats_no_piece(rig: Rig, entry: MakeEntry, read: Read) -> None:
     large = rig.blob("large", bytes(5 << 20))
     batch = [entry(p, Image("i", large, 1, 1)) for p in range(5)]
     run = rig.open()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+from backends.tensorboard.tests.conftest import JOB_FOLDER
 from trackhub.spi import Entry, Image, Metrics, Params, RunStatus, Text
 
 if TYPE_CHECKING:
@@ -62,12 +63,12 @@ def test_the_real_server_shows_what_was_logged_across_a_crash(rig: Rig, entry: C
 
     with tensorboard(rig.workdir) as get:
         runs = get("runs")
-        scalars = get("plugin/scalars/scalars", run="job-1/site-2", tag="loss")
-        texts = get("plugin/text/text", run="job-1/site-1", tag="note")
-        ((shown,),) = [get("plugin/images/images", run="job-1/site-1", tag="i", sample="0")]
+        scalars = get("plugin/scalars/scalars", run=f"{JOB_FOLDER}/site-2", tag="loss")
+        texts = get("plugin/text/text", run=f"{JOB_FOLDER}/site-1", tag="note")
+        ((shown,),) = [get("plugin/images/images", run=f"{JOB_FOLDER}/site-1", tag="i", sample="0")]
         content = get("plugin/images/individualImage?" + shown["query"])
 
-    assert runs == ["job-1/site-1", "job-1/site-2"]
+    assert runs == [f"{JOB_FOLDER}/site-1", f"{JOB_FOLDER}/site-2"]
     assert scalars == [[1000.25, 2, 2.0], [1000.375, 3, "NaN"]]
     assert [(text["step"], text["text"]) for text in texts] == [(1, "<p><strong>hi</strong></p>")]
     assert (shown["step"], content) == (4, image)

@@ -15,13 +15,15 @@ from trackhub_wandb.sdk import abandon_runs, import_sdk
 from tests.support.wandb_emulator import Emulator
 from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Metrics, Payload, RunInfo, Side
 
-JOB = "job-1"
+JOB = JobInfo("6f2c8a10-0000-4000-8000-000000000001", "fedavg lr=0.1")
+"""A job whose name differs from its id. A person finds it as `JOB.unique_name`."""
+
 T0 = 1_700_000_000.5
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test sees, or leaves anything in, the home folder or the W&B settings of whoever runs it."""
+    """Keep every test away from the home folder and the W&B settings of whoever runs it."""
     home = tmp_path / "home"
     home.mkdir()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -37,7 +39,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def emulator() -> Iterator[Emulator]:
-    """A W&B server. The test fails if the client did what a server would not accept."""
+    """A W&B server. The test fails if the client did anything that a server would not accept."""
     with Emulator() as server:
         yield server
     assert server.violations == []
@@ -46,8 +48,9 @@ def emulator() -> Iterator[Emulator]:
 class Rig:
     """One receiver's folder, and what backends in it need."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, job: JobInfo = JOB) -> None:
         self.folder = folder
+        self.job = job
         self.wandb_dir = folder / "wandb"
         self.blobs = folder / "trackhub" / "blobs"
         self.wandb_dir.mkdir(parents=True)
@@ -56,13 +59,13 @@ class Rig:
 
     def backend(self, **options: Any) -> WandBBackend:
         """Return a backend in this folder."""
-        backend = WandBBackend(WandBOptions(**options), BackendContext(self.wandb_dir, JobInfo(JOB), Side.SERVER))
+        backend = WandBBackend(WandBOptions(**options), BackendContext(self.wandb_dir, self.job, Side.SERVER))
         self.backends.append(backend)
         return backend
 
     def info(self, site: str = "site-1", resume_from: int = 0) -> RunInfo:
         """Return what identifies a site's run."""
-        return RunInfo(JobInfo(JOB), site, Side.SERVER, T0, resume_from, self.blobs)
+        return RunInfo(self.job, site, Side.SERVER, T0, resume_from, self.blobs)
 
     def blob(self, content: bytes, media_type: str) -> Blob:
         """Store a blob, as the core does before it hands over the record."""

@@ -32,7 +32,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class ServerPeer:
-    """The emulated server, taken away and brought back."""
+    """The emulated server, which a check takes away and brings back."""
 
     def __init__(self, server: Emulator) -> None:
         self._server = server
@@ -47,7 +47,7 @@ class ServerPeer:
 
 
 class TestWandBOnline(WandBContract):
-    """The same contract, with the unmodified client and a strict emulator of the server's protocol."""
+    """The same contract, with the unmodified W&B client and a strict emulator of the server's protocol."""
 
     _server: ClassVar[Emulator]
     secret_options: ClassVar[Mapping[str, str]] = {"api_key": "${secret:TRACKHUB_CONTRACT_SECRET}"}
@@ -85,11 +85,11 @@ class TestWandBOnline(WandBContract):
         return found
 
     def canonical_value(self, value: float) -> float:
-        """On its way to the server, W&B writes -0.0 as ``0``."""
+        """The W&B client sends -0.0 as ``0``."""
         return value + 0.0
 
     def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """W&B writes 2.0 as ``2``."""
+        """The W&B client sends 2.0 as ``2``."""
         found: Mapping[str, Any] = json.loads(json.dumps(super().canonical_params(params)), parse_float=_number)
         return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator itself is strict: what a server would refuse is noted, so that the tests that use it can trust it."""
+"""The emulator is strict: it notes whatever a server would refuse, so the tests that use it can trust it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_the_schema_does_not_have_is_a_violation(server: Emulator, query: s
 
 
 def test_offsets_of_the_history_are_enforced(server: Emulator) -> None:
-    """Sent again is fine, and counted; a gap, other content, or a step that does not rise is not."""
+    """Rows may be sent again, which is counted. A gap, other content, or a step that does not rise is a violation."""
     upsert(server)
     stream(server, 0, [{"_step": 0}, {"_step": 1}])
     stream(server, 1, [{"_step": 1}, {"_step": 2}])
@@ -96,6 +96,14 @@ def test_offsets_of_the_history_are_enforced(server: Emulator) -> None:
     stream(server, 2, [{"_step": 3}])
     stream(server, 3, [{"_step": 3}])
     assert [text.split(":")[0] for text in server.violations] == ["file_stream"] * 3
+
+
+@pytest.mark.parametrize(("exit_code", "state"), [(0, "finished"), (3, "failed"), (254, "crashed")])
+def test_exit_code_decides_the_state_of_an_ended_run(server: Emulator, exit_code: int, state: str) -> None:
+    """Source: wandb/wandb pull request 12499."""
+    upsert(server)
+    stream(server, 0, [], complete=True, exitcode=exit_code)
+    assert server.state.run("r").state == state
 
 
 def test_run_that_has_ended_takes_no_rows_before_it_is_resumed(server: Emulator) -> None:

@@ -55,7 +55,7 @@ def steps(emulator: Emulator, rig: Rig) -> list[int]:
 def test_fault_of_the_server_costs_no_row_and_doubles_none(
     online: Online, rig: Rig, emulator: Emulator, fault: Fault
 ) -> None:
-    """Offsets make a request that is sent again harmless."""
+    """The history's offsets make it harmless to send a request again."""
     run = online(flush_timeout_s=20.0).open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
@@ -73,7 +73,7 @@ def test_fault_of_the_server_costs_no_row_and_doubles_none(
 
 @pytest.mark.long
 def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """A request that is refused for good ends the SDK's upload, with a printed line only; the run is opened again."""
+    """A request that is refused for good ends the SDK's upload, with a printed line only. The run is opened again."""
     run = online(flush_timeout_s=2.5).open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
@@ -88,7 +88,7 @@ def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, rig: Rig, 
 
 @pytest.mark.long
 def test_file_and_config_that_were_refused_are_sent_again(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """The SDK drops a file or a config that it could not upload; flush sees that it is missing."""
+    """The SDK drops a file or a config that it could not upload. Flush notices that it is missing."""
     run = online(flush_timeout_s=8.0).open_run(rig.info())
     emulator.fail(Fault("upload", status=403))
     emulator.fail(Fault("graphql", operation="UpsertBucket", status=400))
@@ -101,7 +101,7 @@ def test_file_and_config_that_were_refused_are_sent_again(online: Online, rig: R
 
 
 def test_outage_costs_no_row(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """The server goes away and comes back; meanwhile nothing blocks, and nothing is confirmed."""
+    """The server goes away and comes back. Meanwhile nothing blocks, and nothing is confirmed."""
     run = online().open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)
@@ -117,7 +117,7 @@ def test_outage_costs_no_row(online: Online, rig: Rig, emulator: Emulator) -> No
 
 @pytest.mark.long
 def test_run_is_opened_when_the_server_comes_back(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """A server that is down, or refuses, when a run is opened: later attempts with the same id succeed."""
+    """The first attempts fail, since the server is down or refuses. Later ones with the same id succeed."""
     backend = online(init_timeout_s=2.0)
     emulator.stop()
     with pytest.raises(TransientError):
@@ -133,7 +133,7 @@ def test_run_is_opened_when_the_server_comes_back(online: Online, rig: Rig, emul
 
 
 def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """Every call returns in bounded time, close at once, and no process or thread is left."""
+    """Every call returns in bounded time, and ``close`` at once. No process or thread is left."""
     backend = online(flush_timeout_s=3.0, finish_timeout_s=1.0)
     runs = [backend.open_run(rig.info(f"site-{number}")) for number in range(4)]
     for run in runs:
@@ -148,7 +148,7 @@ def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator
             run.flush()
         with pytest.raises(TransientError):
             run.write([entry(50, Artifact("m", blob, "m"))])
-    # The first run waits for the server; the others know by then.
+    # Only the first run waits for the server. The others know by then.
     assert time.monotonic() - started < 15
     for run in runs[:2]:
         with pytest.raises(TransientError):
@@ -161,7 +161,7 @@ def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator
 
 
 def test_service_that_was_killed_is_replaced(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """The SDK's service may run out of memory: what was not confirmed is handed to a new one."""
+    """The SDK's service may run out of memory. A new one gets what was not confirmed."""
     run = online().open_run(rig.info())
     run.write(losses(range(10)))
     persist(run.flush)

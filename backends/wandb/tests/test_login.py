@@ -13,7 +13,8 @@ from trackhub_wandb import WandBBackend, WandBOptions
 
 from backends.wandb.tests.conftest import Rig, services
 from tests.support.wandb_emulator import Emulator
-from trackhub.spi import ConfigError, InvalidOptionError, Redelivery, TransientError
+from trackhub.registry import check_options, option_marks
+from trackhub.spi import ConfigError, InvalidOptionError, OptionMark, Redelivery, TransientError
 
 
 def test_without_a_login_the_default_is_offline_and_says_so_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -31,7 +32,7 @@ def test_without_a_login_the_default_is_offline_and_says_so_once(rig: Rig, caplo
 
 
 def test_offline_by_choice_says_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """Who chose offline knows it."""
+    """Whoever chose offline knows it."""
     with caplog.at_level(logging.INFO, logger="trackhub_wandb"):
         rig.backend(mode="offline").preflight()
     assert not [record for record in caplog.records if record.name.startswith("trackhub_wandb")]
@@ -41,7 +42,7 @@ def test_offline_by_choice_says_nothing(rig: Rig, caplog: pytest.LogCaptureFixtu
 def test_login_that_is_found_makes_the_default_online(
     rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    """A key from the options, the environment or the netrc file is a login; the server is asked whether it is good."""
+    """A key from the options, the environment or the netrc file is a login. The server is asked whether it is good."""
     key = emulator.state.api_key
     if source == "environment":
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -72,8 +73,8 @@ def test_environment_that_asks_for_online_needs_a_login_too(rig: Rig, monkeypatc
         rig.backend().preflight()
 
 
-def test_environment_that_asks_for_offline_is_honoured(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``WANDB_MODE=offline`` wins over a login that is there."""
+def test_environment_that_asks_for_offline_wins_over_a_login(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``WANDB_MODE=offline`` is a choice."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     backend = rig.backend()
@@ -89,7 +90,7 @@ def test_mode_in_which_nothing_would_be_recorded_is_refused(rig: Rig, monkeypatc
 
 
 def test_key_that_the_server_rejects_stops_the_job(online: Callable[..., WandBBackend]) -> None:
-    """A wrong key is found before training, and is not in the message."""
+    """The backend finds a wrong key before training, and the message does not hold the key."""
     key = "wrong" * 8
     with pytest.raises(ConfigError, match="rejects the login") as caught:
         online(api_key=key).preflight()
@@ -103,7 +104,7 @@ def test_key_that_cannot_be_one_stops_the_job(online: Callable[..., WandBBackend
 
 
 def test_server_that_is_away_does_not_stop_the_job(online: Callable[..., WandBBackend], emulator: Emulator) -> None:
-    """The records wait."""
+    """The records wait on disk."""
     emulator.stop()
     with pytest.raises(TransientError, match="cannot be reached"):
         online().preflight()
@@ -117,10 +118,39 @@ def test_settings_are_checked_before_training(rig: Rig) -> None:
         rig.backend(mode="offline", settings={"run_id": "mine"}).preflight()
 
 
+def test_base_url_among_the_settings_is_refused(rig: Rig) -> None:
+    """It would do nothing there: the login belongs to the option of that name."""
+    with pytest.raises(InvalidOptionError, match="base_url"):
+        rig.backend(mode="offline", settings={"base_url": "http://127.0.0.1:1"}).preflight()
+
+
 def test_equal_names_for_step_and_round_are_refused(rig: Rig) -> None:
     """One would overwrite the other."""
     with pytest.raises(InvalidOptionError, match="round_metric"):
         rig.backend(step_metric="x", round_metric="x")
+
+
+@pytest.mark.parametrize("column", ["", "_step", "user/step", "step*"])
+def test_column_that_would_meet_another_key_is_refused_where_the_job_is_written(column: str) -> None:
+    """W&B has keys that begin with _, and user/ is where taken keys go."""
+    with pytest.raises(InvalidOptionError, match=r"wandb: step_metric .* cannot be a column; choose"):
+        check_options("wandb", {"step_metric": column})
+
+
+def test_marked_options_are_the_key_the_host_and_what_may_hold_hosts_and_paths() -> None:
+    """The core knows no backend by name, and must know these."""
+    marks = {name: found for name, found in option_marks(WandBBackend).items() if found}
+    assert marks == {
+        "api_key": {OptionMark.SECRET},
+        "base_url": {OptionMark.HOST},
+        "settings": {OptionMark.HOST, OptionMark.PATH},
+    }
+
+
+def test_key_that_is_no_reference_is_refused_where_the_job_is_written() -> None:
+    """Also a short one, which does not look like a secret."""
+    with pytest.raises(InvalidOptionError, match=r"wandb\.api_key"):
+        check_options("wandb", {"api_key": "abc"})
 
 
 def test_options_do_not_show_the_key() -> None:
@@ -131,6 +161,6 @@ def test_options_do_not_show_the_key() -> None:
 
 
 def test_loading_the_plugin_imports_no_wandb() -> None:
-    """Listing or loading backends must not cost the import of an SDK."""
+    """Whoever lists or loads backends must not wait for an SDK."""
     code = "import sys, trackhub_wandb; assert 'wandb' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from trackhub.spi import (
     Artifact,
     Histogram,
     Image,
+    JobInfo,
     Metrics,
     Params,
     Redelivery,
@@ -49,8 +49,8 @@ def png(width: int = 8, height: int = 6) -> bytes:
     return file.getvalue()
 
 
-def test_run_is_named_by_site_and_grouped_by_job(rig: Rig) -> None:
-    """The run of a site is found under the site's name, in the group of the job, with a fixed id."""
+def test_run_is_named_by_job_and_site_and_grouped_by_job(rig: Rig) -> None:
+    """A person finds it by the job's name. Its group is the job's unique name, and its id never changes."""
     run = rig.backend(mode="offline", project="demo", notes="a note", job_type="train", tags=["pilot"]).open_run(
         rig.info()
     )
@@ -60,9 +60,9 @@ def test_run_is_named_by_site_and_grouped_by_job(rig: Rig) -> None:
         "run_id": rig.info().run_id,
         "entity": "",
         "project": "demo",
-        "run_group": JOB,
+        "run_group": "fedavg lr=0.1-6f2c8a10",
         "job_type": "train",
-        "display_name": "site-1",
+        "display_name": "fedavg lr=0.1/site-1",
         "notes": "a note",
         "host": "",
     }
@@ -78,6 +78,52 @@ def test_environment_fills_what_the_options_leave_out(rig: Rig, monkeypatch: pyt
     found = {name: logged.settings[name] for name in ("project", "run_group", "notes", "entity")}
     assert found == {"project": "env", "run_group": "group", "notes": "mine", "entity": "team"}
     assert logged.tags == ["a", "b"]
+
+
+def test_two_jobs_of_one_name_are_two_groups(tmp_path: Path) -> None:
+    """Their runs have one name, and other ids."""
+    found = []
+    for job_id in ("3f2a", "9c1b"):
+        rig = Rig(tmp_path / job_id, JobInfo(job_id, "fedavg"))
+        backend = rig.backend(mode="offline")
+        backend.open_run(rig.info()).finish(RunStatus.FINISHED)
+        backend.close()
+        found.append(only_run(rig).settings)
+    assert [(one["display_name"], one["run_group"]) for one in found] == [
+        ("fedavg/site-1", "fedavg-3f2a"),
+        ("fedavg/site-1", "fedavg-9c1b"),
+    ]
+    assert found[0]["run_id"] != found[1]["run_id"]
+
+
+def test_notes_and_tags_of_the_job_are_those_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notes win over the receiver's environment. A tag that W&B would refuse is shortened."""
+    monkeypatch.setenv("WANDB_NOTES", "n")
+    monkeypatch.setenv("WANDB_TAGS", "a")
+    rig = Rig(tmp_path / "job", JobInfo("3f2a", "fedavg", "# What for", ("pilot", "t" * 100, "pilot")))
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write([entry(0, Tags({"stage": "one"}))])
+    run.finish(RunStatus.FINISHED)
+    logged = only_run(rig)
+    assert logged.settings["notes"] == "# What for"
+    assert [tag[:8] for tag in logged.tags] == ["pilot", "t" * 8, "a", "stage:on"]
+    assert max(map(len, logged.tags)) == 64
+
+
+def test_notes_of_the_options_replace_those_of_the_job_and_tags_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options win over the environment in both."""
+    monkeypatch.setenv("WANDB_NOTES", "n")
+    monkeypatch.setenv("WANDB_TAGS", "a")
+    for name, options, expected in (
+        ("given", {"notes": "mine", "tags": ["own", "pilot"]}, ("mine", ["pilot", "own"])),
+        ("settings", {"settings": {"run_notes": "other", "run_tags": ["more"]}}, ("other", ["pilot", "more"])),
+    ):
+        rig = Rig(tmp_path / name, JobInfo("3f2a", "fedavg", "job's", ("pilot",)))
+        rig.backend(mode="offline", **options).open_run(rig.info()).finish(RunStatus.FINISHED)
+        logged = only_run(rig)
+        assert (logged.settings["notes"], logged.tags) == expected
 
 
 def test_late_and_equal_steps_are_rows_of_their_own(rig: Rig) -> None:
@@ -104,7 +150,7 @@ def test_step_and_round_can_be_the_x_axis(rig: Rig) -> None:
 
 
 def test_record_without_a_round_has_none(rig: Rig) -> None:
-    """W&B does not fill in the last step or round."""
+    """W&B does not repeat the last step or round."""
     run = rig.backend(mode="offline").open_run(rig.info())
     run.write([entry(0, Metrics({"a": 1.0}), round=3), entry(1, Metrics({"a": 2.0}))])
     run.finish(RunStatus.FINISHED)
@@ -140,7 +186,8 @@ def test_kinds_become_wandb_types(rig: Rig) -> None:
     logged = only_run(rig)
     assert (logged.config["lr"], logged.config["net"]) == (0.2, {"layers": [1, 2]})
     assert logged.config["trackhub"] == {
-        "job": JOB,
+        "job_id": JOB.id,
+        "job_name": "fedavg lr=0.1",
         "site": "site-1",
         "side": "server",
         "tags": {"stage": "pilot", "long": "v" * 100},
@@ -193,9 +240,39 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
     assert [row["_step"] for row in only_run(rig).rows] == [0, 4]
 
 
-@pytest.mark.parametrize(("status", "exit_code"), [("finished", 0), ("failed", 1), ("aborted", 1)])
+def test_new_value_of_a_nested_param_replaces_the_old_one(rig: Rig) -> None:
+    """The last value holds, though W&B by itself merges dicts leaf by leaf."""
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write(
+        [entry(0, Params({"net": {"layers": 2, "width": 8}, "lr": 0.1})), entry(1, Params({"net": {"layers": 3}}))]
+    )
+    run.flush()
+    run.finish(RunStatus.FINISHED)
+    logged = only_run(rig)
+    assert (logged.config["net"], logged.config["lr"]) == ({"layers": 3}, 0.1)
+
+
+def test_param_that_refers_to_an_artifact_is_text(rig: Rig) -> None:
+    """The SDK would look it up, with the receiver's login and at a host that the site chose."""
+    run = rig.backend(mode="offline").open_run(rig.info())
+    report = run.write(
+        [
+            entry(0, Params({"a": "wandb-artifact://evil.example/x", "b": {"c": "wandb-artifact://y"}})),
+            entry(1, Params({"d": {"_type": "artifactVersion", "id": "QXJ0"}})),
+            entry(2, Tags({"from": "wandb-artifact://z"})),
+        ]
+    )
+    run.finish(RunStatus.FINISHED)
+    assert report is None
+    config = only_run(rig).config
+    assert (config["a"], config["b"]) == ('"wandb-artifact://evil.example/x"', {"c": '"wandb-artifact://y"'})
+    assert json.loads(config["d"]) == {"_type": "artifactVersion", "id": "QXJ0"}
+    assert config["trackhub"]["tags"] == {"from": '"wandb-artifact://z"'}
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [("finished", 0), ("failed", 1), ("aborted", 1), ("killed", 254)])
 def test_run_ends_as_what_it_was(rig: Rig, status: str, exit_code: int) -> None:
-    """W&B shows a run with an exit code as failed."""
+    """W&B shows exit code 254 as crashed, and other codes as failed."""
     rig.backend(mode="offline").open_run(rig.info()).finish(RunStatus(status))
     assert only_run(rig).exit_code == exit_code
 
@@ -210,7 +287,7 @@ def test_batch_that_is_handed_over_twice_is_stored_once(rig: Rig) -> None:
 
 
 def test_flushed_records_survive_the_service_and_the_process(rig: Rig) -> None:
-    """When flush has returned, everything is in the file, though the run is open."""
+    """When flush has returned, everything is in the file, although the run is open."""
     run = rig.backend(mode="offline").open_run(rig.info())
     run.write(losses(range(300)))
     run.flush()
@@ -221,7 +298,7 @@ def test_flushed_records_survive_the_service_and_the_process(rig: Rig) -> None:
 
 
 def test_flush_says_so_when_the_file_is_gone(rig: Rig) -> None:
-    """A folder that was taken away is not taken for a success."""
+    """A folder that somebody took away is no success."""
     run = rig.backend(mode="offline", flush_timeout_s=0.5).open_run(rig.info())
     run.write(losses(range(3)))
     rig.wandb_dir.rename(rig.folder / "away")
@@ -232,9 +309,10 @@ def test_flush_says_so_when_the_file_is_gone(rig: Rig) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from backends.wandb.tests.conftest import Rig, losses
+from backends.wandb.tests.conftest import JOB, Rig, losses
 rig = Rig.__new__(Rig)
-rig.folder = Path(sys.argv[1]); rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
+rig.folder = Path(sys.argv[1]); rig.job = JOB
+rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
 run = rig.backend(mode="offline").open_run(rig.info())
 run.write(losses(range(100)))
 run.flush()
@@ -268,7 +346,7 @@ def test_killed_run_is_rebuilt_with_exact_rows(rig: Rig) -> None:
 
 
 def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulator: Emulator) -> None:
-    """The command works, also when the job's folder was moved and its blobs are gone, artifacts included."""
+    """The command also uploads artifacts after somebody moved the run folder and deleted its blobs."""
     backend = rig.backend(mode="offline", project="demo")
     run = backend.open_run(rig.info())
     blob = rig.blob(b"weights", "application/octet-stream")
@@ -279,10 +357,13 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
     assert results is not None
     assert results.command is not None
     assert results.path is not None
+    folder = only_run(rig).folder.name
+    assert (results.path, results.command) == (f"wandb/{folder}", f"wandb sync wandb/{folder}")
     moved = rig.folder.with_name("moved to")
     shutil.rmtree(rig.blobs)
     rig.folder.rename(moved)
-    command = results.command.replace(shlex.quote(str(rig.folder)), shlex.quote(str(moved)))
+    command = results.resolved(moved).command
+    assert command is not None
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -292,7 +373,11 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
     done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     uploaded = emulator.state.run(rig.info().run_id)
-    assert (uploaded.project, uploaded.fields["displayName"], uploaded.state) == ("demo", "site-1", "failed")
+    assert (uploaded.project, uploaded.fields["displayName"], uploaded.state) == (
+        "demo",
+        "fedavg lr=0.1/site-1",
+        "failed",
+    )
     assert [row["loss"] for row in uploaded.history()[:20]] == [n / 2 for n in range(20)]
     assert {one.collection: one.state for one in emulator.state.artifacts if one.artifact_type == "model"} == {
         "model--site-1": "COMMITTED"
@@ -300,7 +385,7 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
 
 
 def test_close_ends_what_was_not_ended(rig: Rig) -> None:
-    """A run that the lane gave up leaves no process; what was flushed is on disk."""
+    """A run that the lane gave up leaves no process, and what was flushed is on disk."""
     backend = rig.backend(mode="offline")
     run = backend.open_run(rig.info())
     run.write(losses(range(10)))
@@ -311,7 +396,7 @@ def test_close_ends_what_was_not_ended(rig: Rig) -> None:
 
 
 def test_nothing_is_left_outside_the_folder_of_the_receiver(rig: Rig, tmp_path: Path) -> None:
-    """Neither staged artifacts nor settings in the home folder, but the log of the SDK's service; and no process."""
+    """No staged artifact, no settings and no process. The SDK's service leaves its log in the home folder."""
     run = rig.backend(mode="offline").open_run(rig.info())
     run.write([entry(0, Table("t", ["a"], [[1]])), entry(1, Artifact("m", rig.blob(b"x", "a/b"), "m"))])
     run.finish(RunStatus.FINISHED)

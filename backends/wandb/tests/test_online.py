@@ -15,7 +15,7 @@ import pytest
 from PIL import Image as PilImage
 from trackhub_wandb import WandBBackend
 
-from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
+from backends.wandb.tests.conftest import T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import ENTITY, Emulator
 from trackhub.spi import (
     Artifact,
@@ -35,7 +35,7 @@ Online = Callable[..., WandBBackend]
 
 
 def test_run_arrives_with_name_group_steps_and_times(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """What flush confirmed is at the server before the run ends: rows by position, step and round as columns."""
+    """The server has what flush confirmed before the run ends: rows by position, step and round as columns."""
     backend = online(project="demo", job_type="train", notes="a note", tags=["pilot"])
     run = backend.open_run(rig.info())
     steps = [10, 5, 5, 0]
@@ -48,7 +48,12 @@ def test_run_arrives_with_name_group_steps_and_times(online: Online, rig: Rig, e
     run.finish(RunStatus.FINISHED)
     assert (held.state, held.exit_code, held.entity, held.project) == ("finished", 0, ENTITY, "demo")
     fields = {name: held.fields[name] for name in ("displayName", "groupName", "jobType", "notes")}
-    assert fields == {"displayName": "site-1", "groupName": JOB, "jobType": "train", "notes": "a note"}
+    assert fields == {
+        "displayName": "fedavg lr=0.1/site-1",
+        "groupName": "fedavg lr=0.1-6f2c8a10",
+        "jobType": "train",
+        "notes": "a note",
+    }
     assert held.tags == ["pilot"]
     results = backend.results(rig.info())
     assert results is not None
@@ -57,7 +62,7 @@ def test_run_arrives_with_name_group_steps_and_times(online: Online, rig: Rig, e
 
 
 def test_every_kind_is_at_the_server_when_flush_returns(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """Config, tags, media files and artifacts too, not only rows."""
+    """Not only rows, but also config, tags, media files and artifacts."""
     picture = io.BytesIO()
     PilImage.new("RGB", (8, 6)).save(picture, "PNG")
     run = online().open_run(rig.info())
@@ -87,21 +92,54 @@ def test_every_kind_is_at_the_server_when_flush_returns(online: Online, rig: Rig
     run.finish(RunStatus.FINISHED)
 
 
-@pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.ABORTED])
-def test_site_that_did_not_finish_ends_as_failed(
-    online: Online, rig: Rig, emulator: Emulator, status: RunStatus
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        (RunStatus.FAILED, ("failed", 1)),
+        (RunStatus.ABORTED, ("failed", 1)),
+        (RunStatus.KILLED, ("crashed", 254)),
+    ],
+)
+def test_site_that_did_not_finish_ends_as_failed_or_crashed(
+    online: Online, rig: Rig, emulator: Emulator, status: RunStatus, shown: tuple[str, int]
 ) -> None:
-    """W&B shows it as failed, not as running or finished."""
+    """W&B shows it neither as running nor as finished."""
     run = online().open_run(rig.info())
     run.finish(status)
     held = emulator.state.run(rig.info().run_id)
-    assert (held.state, held.exit_code) == ("failed", 1)
+    assert (held.state, held.exit_code) == shown
+
+
+def test_new_value_of_a_nested_param_replaces_the_old_one_at_the_server(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    """Also after the run was opened again. W&B by itself merges dicts leaf by leaf."""
+    for number, net in enumerate(({"layers": 2, "width": 8}, {"layers": 3}, {"depth": {"a": 1}}, "none", {"x": 1})):
+        backend = online()
+        run = backend.open_run(rig.info(resume_from=number))
+        run.write([entry(number, Params({"net": net, "lr": 0.1}))])
+        run.flush()
+        assert emulator.state.run(rig.info().run_id).params()["net"] == net
+        backend.close()
+    assert emulator.state.run(rig.info().run_id).params()["lr"] == 0.1
+
+
+def test_param_that_refers_to_an_artifact_asks_no_server_for_it(online: Online, rig: Rig, emulator: Emulator) -> None:
+    """Neither when it is written nor when the run is opened again. The site must not use the receiver's login."""
+    for number in range(2):
+        backend = online()
+        run = backend.open_run(rig.info(resume_from=number))
+        run.write([entry(number, Params({f"a{number}": "wandb-artifact://x", "b": {"c": "wandb-artifact://y"}}))])
+        run.flush()
+        backend.close()
+    params = emulator.state.run(rig.info().run_id).params()
+    assert (params["a0"], params["a1"], params["b"]) == (*['"wandb-artifact://x"'] * 2, {"c": '"wandb-artifact://y"'})
 
 
 def test_entity_of_the_environment_is_the_runs(
     online: Online, rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the server has of a run is asked under the same name under which it is written, also when it is resumed."""
+    """The backend asks for a run by the name that it writes under, also when it resumes the run."""
     monkeypatch.setenv("WANDB_ENTITY", "hospital")
     for number in range(2):
         backend = online()
@@ -114,7 +152,7 @@ def test_entity_of_the_environment_is_the_runs(
 
 
 def test_run_that_is_opened_again_goes_on(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """A second receiver hands over again what may not have been confirmed; every row is there once, and tags stay."""
+    """A second receiver hands over some records again. Every row is there once, and the tags stay."""
     first = online(tags=["fixed"])
     assert first.capabilities.redelivery is Redelivery.IDEMPOTENT
     run = first.open_run(rig.info())
@@ -137,9 +175,10 @@ def test_run_that_is_opened_again_goes_on(online: Online, rig: Rig, emulator: Em
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from backends.wandb.tests.conftest import Rig, losses
+from backends.wandb.tests.conftest import JOB, Rig, losses
 rig = Rig.__new__(Rig)
-rig.folder = Path(sys.argv[1]); rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
+rig.folder = Path(sys.argv[1]); rig.job = JOB
+rig.wandb_dir = rig.folder / "wandb"; rig.blobs = rig.folder; rig.backends = []
 run = rig.backend(mode="online", upload_interval_s=1.0).open_run(rig.info())
 run.write(losses(range(100)))
 run.flush()
@@ -151,7 +190,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_killed_run_is_resumed_with_exact_rows(
     online: Online, rig: Rig, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What flush confirmed survives SIGKILL; the rest is handed over again, and nothing is there twice."""
+    """What flush confirmed survives SIGKILL. The rest is handed over again, and nothing is there twice."""
     monkeypatch.setenv("WANDB_API_KEY", emulator.state.api_key)
     monkeypatch.setenv("WANDB_BASE_URL", emulator.url)
     done = subprocess.run(
@@ -174,7 +213,7 @@ def test_killed_run_is_resumed_with_exact_rows(
 
 
 def test_sixteen_sites_share_one_process(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """However many sites there are, W&B costs one process; it is gone after the last of them."""
+    """W&B costs one process for any number of sites, and the process ends with the last run."""
     backend = online()
     sites = [f"site-{number}" for number in range(1, 17)]
     runs = {site: backend.open_run(rig.info(site)) for site in sites}
@@ -221,7 +260,7 @@ def test_each_site_may_have_its_own_server_and_key(tmp_path: Path, emulator: Emu
 def test_key_is_in_no_file_and_no_command_line(
     rig: Rig, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither what the run leaves in the receiver, nor the home folder, nor the output, nor the server's data holds it."""
+    """Nor in the home folder, the output, or the data at the server."""
     key = emulator.state.api_key = "5ec7e7" * 7
     monkeypatch.setenv("WANDB_API_KEY", key)
     backend = rig.backend(mode="online", base_url=emulator.url, upload_interval_s=1.0)
@@ -241,7 +280,7 @@ def test_key_is_in_no_file_and_no_command_line(
 
 
 def test_run_of_the_users_own_is_left_alone(online: Online, rig: Rig, emulator: Emulator, tmp_path: Path) -> None:
-    """The training code of an in-process client may use W&B itself; its run goes on when ours has ended."""
+    """The training code of an in-process client may use W&B itself. Its run goes on when ours has ended."""
     import wandb
 
     own = wandb.init(project="mine", mode="offline", dir=tmp_path, reinit="create_new", settings={"silent": True})

@@ -68,7 +68,7 @@ class Run:
     Attributes:
         rows: the lines of the history, in order.
         config: the run's config as the client sent it: name to ``{"value": ...}``.
-        state: ``running``, ``finished`` or ``failed``.
+        state: ``running``, ``finished``, ``crashed`` or ``failed``.
         files: uploaded files by name.
         resent: how many lines of the history came again after they had been stored.
     """
@@ -340,7 +340,7 @@ class State:
                 self.violation(f"file_stream: file {file} is not known")
         if body.get("complete"):
             run.exit_code = body.get("exitcode", 0)
-            run.state = "finished" if run.exit_code == 0 else "failed"
+            run.state = {0: "finished", 254: "crashed"}.get(run.exit_code, "failed")
         return {"exitcode": None, "limits": {}}
 
     def _append(self, run: Run, what: str, lines: list[str], offset: int, content: list[str]) -> None:

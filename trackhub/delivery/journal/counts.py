@@ -6,6 +6,7 @@ The receiver asks for it when it finishes, ``trackhub status`` and ``trackhub re
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import msgspec
 
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.rows import Progress
-from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
+from trackhub.run import JobInfo
 
 __all__ = ["build_report", "read_journal_report"]
 
@@ -23,15 +25,17 @@ __all__ = ["build_report", "read_journal_report"]
 def read_journal_report(path: Path) -> DeliveryReport:
     """Return the report of a journal, without writing to it. The job may be running.
 
+    Its results can be used as they are, also after the job's folder was moved.
+
     Raises:
         JournalError: it is no journal, or cannot be read.
     """
     with open_read_only(path) as db:
-        return build_report(db)
+        return resolve_results(build_report(db), path.parent)
 
 
 def build_report(db: sqlite3.Connection, lanes: Sequence[str] = ()) -> DeliveryReport:
-    """Return the report of the journal on this connection.
+    """Return the report of the journal on this connection, as ``delivery.json`` is to hold it.
 
     Args:
         db: the connection.
@@ -54,13 +58,16 @@ def build_report(db: sqlite3.Connection, lanes: Sequence[str] = ()) -> DeliveryR
     balanced = all(site.is_balanced() for site in sites.values()) and all(
         run.pending >= 0 for lane in runs.values() for run in lane.values()
     )
+    job = msgspec.json.decode(meta["job_info"], type=JobInfo) if "job_info" in meta else None
     return DeliveryReport(
         job=meta.get("job", ""),
+        job_name=job.name if job else "",
         side=meta.get("side", ""),
         status=meta.get("status", "running"),
         balanced=balanced,
         sites=sites,
         lanes=runs,
+        run_dir=meta.get("run_dir", os.pardir),
     )
 
 

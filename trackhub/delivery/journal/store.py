@@ -268,11 +268,6 @@ class Journal:
             cursor.close()  # an open one would hold its snapshot, and the write-ahead log could not be folded in
         return rows
 
-    def records_between(self, site: int, after: int, upto: int) -> int:
-        """Return the number of records in this site's rows after ``after`` up to ``upto``."""
-        query = "SELECT total(records) FROM batches WHERE site = ? AND id > ? AND id <= ?"
-        return int(self._fetch(query, site, after, upto)[0][0])
-
     def position_after(self, site: int, row: int) -> int:
         """Return the position after the last record of a row; for a row before the first, that of the first record."""
         query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"

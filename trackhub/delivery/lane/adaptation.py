@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend needs done to records, done once: reject what it cannot store; fit keys, steps and numbers.
 
-The lane calls it between the journal and the backend. One adaptation belongs to one run in one lane. It sees the records
-in journal order and remembers what it needs. The lane stores that memory with its confirmed cursor, so that after a
-restart the same records become the same entries.
+`entry_reader` calls it for each record of a run, in journal order. An adaptation remembers what it needs of earlier
+records. The lane stores that memory with its confirmed cursor, so that after a restart the same records become the same
+entries.
 """
 
 from __future__ import annotations

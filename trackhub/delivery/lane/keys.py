@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 from trackhub.spi import KeyRule
 
-__all__ = ["escape_key", "key_fitter", "unescape_key"]
+__all__ = ["key_fitter"]
 
 _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
-_ESCAPE = re.compile(r"_x([0-9A-F]{4,6})_")
 _HASH_CHARS = 16
 _LOOKS_CUT = re.compile(rf"_[0-9a-f]{{{_HASH_CHARS}}}$")
 
@@ -46,21 +45,11 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     return fit
 
 
-def escape_key(key: str, allowed: re.Pattern[str]) -> str:
-    """Write each character that ``allowed`` does not match as ``_xHHHH_``, reversibly and without merging two keys.
-
-    Source: the convention of ECMA-376 (Office Open XML), part 1, 22.4.2.4, for characters that a name cannot hold.
-    """
-    literal = _LOOKS_ESCAPED.sub("_x005F_", key)
-    return "".join(c if allowed.fullmatch(c) else _escape(c) for c in literal)
-
-
-def unescape_key(key: str) -> str:
-    """Return the key that ``escape_key`` was given."""
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), key)
-
-
 def _escape(char: str) -> str:
+    """Spell a character that a name cannot hold.
+
+    Source: the convention of ECMA-376 (Office Open XML), part 1, 22.4.2.4.
+    """
     return f"_x{ord(char):04X}_"
 
 

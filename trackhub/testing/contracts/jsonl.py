@@ -42,7 +42,7 @@ class JsonlContract(BackendContract):
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         """Return what the run's file holds, by Python's own JSON."""
-        job, site = (quote(name, safe="") for name in run.key)
+        job, site = (quote(name, safe="") for name in (run.job.unique_name, run.site))
         folder = Path(context.options.get("path", context.workdir))
         if "path" in context.options and run.side == "client":
             job += "@client"

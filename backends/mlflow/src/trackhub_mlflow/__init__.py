@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MLflow as a trackhub backend: one MLflow run per site, all sites of a job under one parent run."""
+"""MLflow as a trackhub backend: one MLflow run per site, and all sites of a job below one parent run."""
 
 from __future__ import annotations
 

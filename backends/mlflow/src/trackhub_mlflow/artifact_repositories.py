@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Artifacts that lie neither on the server nor beside the SQLite file: a shared folder, S3, and so on."""
+"""Storing artifacts through MLflow's own artifact repositories: the clients for a shared folder, S3 and other places.
+
+Both stores call it for a run whose artifacts lie neither on the MLflow server nor beside the SQLite file.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trackhub.spi import TransientError
+from trackhub_mlflow.store import root_cause
 
-__all__ = ["put_by_client", "root_cause"]
+__all__ = ["put_by_client"]
 
 
 def put_by_client(artifact_uri: str, path: str, content: bytes | Path) -> None:
-    """Store an artifact by MLflow's own client for this kind of place: a folder, S3, and so on.
+    """Store an artifact with MLflow's own client for this kind of place. Blocks until that client returns.
+
+    Args:
+        artifact_uri: where the run's artifacts lie.
+        path: the artifact's path below it.
+        content: the bytes, or the file that holds them.
 
     Raises:
-        TransientError: it did not work, whatever the reason: the clients have no errors in common.
+        TransientError: the client failed. Every failure is taken for a temporary one, because these clients have no
+            errors in common.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     folder, _, name = path.rpartition("/")
     try:
         repository = get_artifact_repository(artifact_uri)
-        with _named_file(content, name) as file:
+        with _file_with_name(content, name) as file:
             repository.log_artifact(str(file), folder or None)
     except Exception as error:
         raise TransientError(f"artifact {path} cannot be stored below {artifact_uri}: {root_cause(error)}") from error
 
 
 @contextmanager
-def _named_file(content: bytes | Path, name: str) -> Iterator[Path]:
-    """Give a file of this name, which is how MLflow's client names an artifact."""
+def _file_with_name(content: bytes | Path, name: str) -> Iterator[Path]:
+    """Give a file of this name: MLflow's clients name an artifact after the file."""
     with tempfile.TemporaryDirectory(prefix="trackhub-mlflow-") as folder:
         file = Path(folder, name)
         if isinstance(content, Path):
@@ -40,14 +50,3 @@ def _named_file(content: bytes | Path, name: str) -> Iterator[Path]:
         else:
             file.write_bytes(content)
         yield file
-
-
-def root_cause(error: BaseException) -> str:
-    """Return what lies at the bottom of an error: requests and urllib3 wrap it several times."""
-    seen: list[BaseException] = [error]
-    while len(seen) < 10:
-        inner = seen[-1].__cause__ or seen[-1].__context__ or getattr(seen[-1], "reason", None)
-        if not isinstance(inner, BaseException) or inner in seen:
-            break
-        seen.append(inner)
-    return f"{type(seen[-1]).__name__}: {seen[-1]}"[:300]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend: which store is used, whether it can be, and how its runs are opened and shown."""
+"""The backend class: it chooses the store, checks it before training, opens runs, and says where they can be seen.
+
+The lane calls it. It gives the runs to `JobRuns` and the writing to `MLflowRun`.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from trackhub.spi import (
     Capabilities,
     ConfigError,
     ConfirmedBy,
-    KeyRule,
+    JobInfo,
     Kind,
     Redelivery,
     Results,
     RunInfo,
 )
-from trackhub_mlflow.group import Group
-from trackhub_mlflow.naming import KEY_CHARS, MAX_NAME_CHARS, NOTE_TAG, tag_name
+from trackhub_mlflow.job_runs import JobRuns
+from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, TAG_RULE, job_tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
-from trackhub_mlflow.rest import RestStore
+from trackhub_mlflow.rest_store import RestStore
 from trackhub_mlflow.run import MLflowRun
-from trackhub_mlflow.sqlite import ARTIFACTS, SqliteStore
-from trackhub_mlflow.store import Experiment, Pair, SetupError, Store, StoredRun
+from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore
+from trackhub_mlflow.store import Experiment, SetupError, Store, StoredRun
 
 __all__ = ["MLflowBackend"]
 
@@ -36,10 +39,13 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 class MLflowBackend(Backend[MLflowOptions]):
     """Writes one MLflow run per site below one parent run per job, into a store of the job's own or on a server.
 
-    Canonical form, beyond what ``capabilities`` say: times are whole milliseconds, and a point that agrees with an
-    earlier one of its run in key, step, value and millisecond is stored a millisecond later. Infinities become the
-    largest finite floats, and SQLite has no negative zero. Params are text, nested ones joined by dots. The federated
-    round is not stored.
+    MLflow changes some values. This is their canonical form, beyond what ``capabilities`` say:
+
+    - Times are whole milliseconds. A point that agrees with an earlier one of its run in key, step, value and
+      millisecond is stored a millisecond later.
+    - Infinities become the largest finite floats. SQLite has no negative zero.
+    - Params are text, and nested ones are joined by dots.
+    - The federated round is not stored.
     """
 
     spi = 1
@@ -50,32 +56,24 @@ class MLflowBackend(Backend[MLflowOptions]):
         nonfinite=True,
         late_steps=True,
         confirmed_by=ConfirmedBy.WRITE,
-        key_rule=KeyRule(max_chars=MAX_NAME_CHARS, chars=KEY_CHARS),
+        key_rule=KEY_RULE,
+        key_rules={Kind.TAGS: TAG_RULE},
     )
 
     def __init__(self, options: MLflowOptions, context: BackendContext) -> None:
-        """Choose the store; nothing is opened or sent yet."""
+        """Choose the store. Nothing is opened or sent yet."""
         super().__init__(options, context)
-        self._options = options
-        self._file: Path | None = None
+        self._file = _store_file(options, context)
         self._store: Store
-        if options.tracking_uri.startswith(("http://", "https://")):
+        if self._file is None:
             self._store = RestStore(options.tracking_uri, timeout_s=options.timeout_s)
         else:
-            self._file = (
-                sqlite_path(options.tracking_uri, context.workdir.parent)
-                if options.tracking_uri
-                else context.workdir / "mlflow.db"
-            ).absolute()
             self._store = SqliteStore(self._file)
-        self._seen: dict[str, StoredRun] = {}
-        tags = [Pair(tag_name(key), value) for key, value in options.run_tags.items()]
-        if options.note:
-            tags.append(Pair(NOTE_TAG, options.note))
-        self._group = Group(self._store, self._experiment, tags)
+        self._stored_runs: dict[str, StoredRun] = {}
+        self._job_runs = JobRuns(self._store, self._experiment, _common_tags(options, context.job))
 
     def preflight(self) -> None:
-        """Check that the store can be used, creating it if it is a file, and the experiment if there is none.
+        """Check that the store can be used. Create an SQLite store, and the experiment, if they are not there.
 
         Raises:
             ConfigError: the login, the server or the experiment is wrong.
@@ -87,31 +85,38 @@ class MLflowBackend(Backend[MLflowOptions]):
             raise ConfigError(f"mlflow: {error}") from error
 
     def open_run(self, info: RunInfo) -> MLflowRun:
-        """Open the site's run and, if this is the job's first, its parent run."""
-        run = self._group.open_run(info)
-        self._seen[info.run_id] = run
-        return MLflowRun(self._store, run, info, self._group)
+        """Open a site's run, and the job's parent run with the first of them. The federation run is the parent run.
+
+        Raises:
+            TransientError: the store cannot be used now, or somebody deleted the run.
+        """
+        run = self._job_runs.open_run(info)
+        self._stored_runs[info.run_id] = run
+        return MLflowRun(self._store, run, info, self._job_runs)
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return the run's page on the server, or the command that starts MLflow's UI on the job's store.
+        """Return the run's page on the server, or the command that starts MLflow's UI on the SQLite store.
 
-        The command is the one to use in the folder, wherever that is moved.
+        MLflow's UI looks for the artifacts in the folder where it is started, so the command changes to the store's
+        folder. The run folder may be moved as a whole, and the store's folder alone as well.
         """
         if self._file is None:
-            run = self._seen.get(info.run_id)
-            base, _ = server_url(self._options.tracking_uri)
+            run = self._stored_runs.get(info.run_id)
+            base, _ = server_url(self.options.tracking_uri)
             return Results(url=base if run is None else self._store.run_url(run))
-        folder = self._file.parent
+        folder = self.context.shown(self._file.parent)
         store = shlex.quote(f"sqlite:///{self._file.name}")
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
-        return Results(path=str(self._file), command=f"cd {shlex.quote(str(folder))} && {command}")
+        if folder != ".":
+            command = f"cd {shlex.quote(folder)} && {command}"
+        return Results(path=self.context.shown(self._file), command=command)
 
     def close(self) -> None:
-        """Close connections and files. The parent run has ended with the last of its runs."""
+        """Close connections and files. The parent run has ended already, with the last of its runs."""
         self._store.close()
 
     def _experiment(self) -> Experiment:
-        name = self._options.experiment_name
+        name = self.options.experiment_name
         experiment = self._store.experiment(name)
         if not experiment.active:
             raise SetupError(
@@ -121,13 +126,33 @@ class MLflowBackend(Backend[MLflowOptions]):
         return experiment
 
     def _check_artifact_root(self, experiment: Experiment) -> None:
-        """Find a server that would have its clients store artifacts in a folder that is only there on its machine."""
+        """Raise SetupError if the server sends its clients to an artifact folder that only its own machine has."""
         root = urlsplit(experiment.artifact_root)
         if self._file is not None or root.scheme not in ("", "file"):
             return
-        if urlsplit(self._options.tracking_uri).hostname not in _LOOPBACK and not os.path.isdir(root.path):
+        if urlsplit(self.options.tracking_uri).hostname not in _LOOPBACK and not os.path.isdir(root.path):
             raise SetupError(
-                f"the experiment {self._options.experiment_name!r} stores artifacts in {experiment.artifact_root}, a "
+                f"the experiment {self.options.experiment_name!r} stores artifacts in {experiment.artifact_root}, a "
                 "folder that this machine does not have. Start the server with --serve-artifacts, use another "
                 "experiment, or mount the folder"
             )
+
+
+def _store_file(options: MLflowOptions, context: BackendContext) -> Path | None:
+    """Return the absolute path of the SQLite store; None for a server."""
+    uri = options.tracking_uri
+    if uri.startswith(("http://", "https://")):
+        return None
+    file = sqlite_path(uri, context.run_folder) if uri else context.workdir / "mlflow.db"
+    return file.absolute()
+
+
+def _common_tags(options: MLflowOptions, job: JobInfo) -> dict[str, str]:
+    """Return the tags that every run gets: the job's tags and description, and what the options say instead."""
+    tags = {job_tag_name(tag): "" for tag in job.tags if tag}  # the UI shows a tag without a value as its name alone
+    if job.notes:
+        tags[NOTE_TAG] = job.notes
+    tags |= {job_tag_name(key): value for key, value in options.run_tags.items()}
+    if options.note:
+        tags[NOTE_TAG] = options.note
+    return tags

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics, params and tags in as few requests as MLflow's limits allow, with whatever it refuses narrowed down."""
+"""Sending metrics, params and tags in as few requests as MLflow's limits allow.
+
+`MLflowRun` calls ``send`` with what a batch of records became. If MLflow refuses a request, ``send`` halves it until it
+has found the item that MLflow refuses, and stores the rest.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,17 @@ __all__ = ["Item", "send"]
 _MAX_ITEMS = 1000
 _MAX_PARAMS = 100
 _MAX_TAGS = 100
-_MAX_BYTES = 900_000  # of 10**6, since this is an estimate
+_MAX_BYTES = 900_000  # MLflow allows 10**6, but the size is only estimated here
 _ITEM_BYTES = 100
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
-    """One metric value, param or tag, and the record that it is of.
+    """One metric value, param or tag, and the record that it comes from.
 
     Attributes:
+        position: the record's position in its run.
         kind: ``metric``, ``param`` or ``tag``.
+        what: what is stored.
     """
 
     position: int
@@ -33,10 +39,15 @@ class Item(msgspec.Struct, frozen=True, gc=False):
 
 
 def send(store: Store, run_id: str, items: Sequence[Item]) -> list[Rejection]:
-    """Store these items, in this order within each kind; return those that MLflow refuses for good.
+    """Store these items, in this order within each kind. Return the rejections of those that MLflow never stores.
+
+    Args:
+        store: where the run is.
+        run_id: MLflow's id of the run.
+        items: what to store.
 
     Raises:
-        TransientError: they were not stored, or not all.
+        TransientError: at least one item is not stored. Send all of them again; MLflow recognizes those that it has.
     """
     rejections: list[Rejection] = []
     for batch in _batches(items):
@@ -58,14 +69,14 @@ def _send(store: Store, run_id: str, batch: Sequence[Item], rejections: list[Rej
             item = batch[0]
             rejections.append(Rejection(item.position, "refused_by_mlflow", f"{item.kind} {item.what.key!r}: {error}"))
             return
-        # MLflow checks a whole batch before it stores any of it, and knows again what it has stored.
+        # Sending parts again is safe: MLflow checks a request before it stores any of it, and recognizes what it has.
         middle = len(batch) // 2
         _send(store, run_id, batch[:middle], rejections)
         _send(store, run_id, batch[middle:], rejections)
 
 
 def _require_active(store: Store, run_id: str) -> None:
-    """Tell a run that was deleted, to which MLflow refuses everything, from a record that it refuses."""
+    """Raise TransientError if the run was deleted: then MLflow refuses every record, and none of them is bad."""
     run = store.run(run_id)
     if run is None:
         raise TransientError(f"MLflow has no run {run_id} any more; its records wait for the store to be restored")
@@ -86,7 +97,7 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
             length += len(item.what.value.encode())
             if item.kind == "param":
                 if key in seen:
-                    continue  # the same value again; MLflow refuses a request that has a param twice
+                    continue  # the same value again, and MLflow refuses a request that holds a param twice
                 seen.add(key)
                 full = full or params == _MAX_PARAMS
                 params += 1

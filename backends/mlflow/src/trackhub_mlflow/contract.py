@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``mlflow``. An SQLite store is read back by plain SQL, a server by MLflow's own client."""
+"""The contract kit's hooks for this backend: how to read a store back, and the canonical form of what it holds.
+
+The tests and ``trackhub check mlflow`` use `MLflowContract`. It reads an SQLite store by plain SQL, and a server by
+MLflow's own client.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+from trackhub.spi import FEDERATION
 from trackhub.testing import (
     ArtifactItem,
     BackendContract,
@@ -34,20 +39,25 @@ from trackhub.testing import (
     TextItem,
 )
 from trackhub_mlflow.backend import MLflowBackend
-from trackhub_mlflow.naming import artifact_path, entity_name, file_part, tag_name
+from trackhub_mlflow.naming import artifact_path, cut_name, escape_name, file_part, logged_tag_name
 from trackhub_mlflow.options import sqlite_path
-from trackhub_mlflow.sqlite import SqliteStore
+from trackhub_mlflow.sqlite_store import SqliteStore
 
 __all__ = ["MLflowContract"]
 
 _FILE = re.compile(r"(?P<folder>text|histograms|tables)/(?P<key>[^/]+)/step-(?P<step>\d+)-p\d+\.(?P<suffix>\w+)")
 _IMAGE = re.compile(r"images/(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+(?P<ms>\d+)\+[0-9a-f-]{36}\.png")
-_OWN_TAGS = frozenset({"job", "site", "side"})
-_STATUS = {RunStatus.FINISHED: "FINISHED", RunStatus.FAILED: "FAILED", RunStatus.ABORTED: "KILLED"}
+_OWN_TAGS = frozenset({"job", "job_name", "site", "side"})
+_STATUS = {
+    RunStatus.FINISHED: "FINISHED",
+    RunStatus.FAILED: "FAILED",
+    RunStatus.ABORTED: "KILLED",
+    RunStatus.KILLED: "KILLED",
+}
 
 
 class Stored(NamedTuple):
-    """A run as MLflow has it: points are (key, step, value, milliseconds), files are path to content."""
+    """A run as MLflow has it. Points are (key, step, value, milliseconds); files are path to content."""
 
     status: str
     points: list[tuple[str, int, float, int]]
@@ -57,7 +67,7 @@ class Stored(NamedTuple):
 
 
 class MLflowContract(BackendContract):
-    """What `MLflowBackend` passes, with a store of the job's own or one that several jobs share."""
+    """What the kit must know of `MLflowBackend`, with a store of the job's own or one that several jobs share."""
 
     backend = MLflowBackend
     name = "mlflow"
@@ -71,16 +81,16 @@ class MLflowContract(BackendContract):
     }
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return options with which all receivers write to one SQLite store."""
+        """Return options with which receivers write to one SQLite store."""
         return {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
 
     def prepare(self, context: StoreContext) -> None:
-        """Put an empty store in place."""
+        """Copy an empty store to its place, because creating one takes a second."""
         if (file := _database(context)) is not None and not file.exists():
             shutil.copyfile(_template(), file)
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        """By SQL and files, or by REST."""
+        """Return what the store holds of this run, read by SQL and from files, or by MLflow's client."""
         file = _database(context)
         found = _ask(str(context.options["tracking_uri"]), run) if file is None else _query(file, run)
         items: dict[str, list[Any]] = defaultdict(list)
@@ -101,33 +111,33 @@ class MLflowContract(BackendContract):
         )
 
     def canonical_value(self, value: float) -> float:
-        """Infinities become the largest finite numbers, and SQLite has one zero."""
+        """Return the value as MLflow keeps it: infinity as the largest finite number, and no negative zero."""
         return math.copysign(sys.float_info.max, value) if math.isinf(value) else value + 0.0
 
     def canonical_time(self, time: float) -> float:
-        """Times are whole milliseconds, rounded down."""
+        """Return the time in whole milliseconds, rounded down."""
         return int(time * 1000 + 0.0005) / 1000
 
     def canonical_key(self, kind: Kind, key: str) -> str:
-        """Names that MLflow takes for paths are escaped further; what becomes a file has a file's name."""
+        """Return the key as MLflow has it: as it is for a metric or param, as a path for what becomes a file."""
         if kind is Kind.ARTIFACT:
             return artifact_path(key)
         if kind is Kind.TAGS:
-            return tag_name(key)
-        return entity_name(key) if kind in (Kind.METRICS, Kind.PARAMS) else file_part(key)
+            return logged_tag_name(key)
+        return key if kind in (Kind.METRICS, Kind.PARAMS) else file_part(key)
 
     def canonical_params(self, params: Mapping[str, Any]) -> dict[str, str]:
-        """Params are text, nested ones joined by dots."""
+        """Return the params as text, nested ones joined by dots."""
         return dict(_flatten(params, ""))
 
     def canonical_status(self, status: RunStatus) -> str:
-        """MLflow's own words."""
+        """Return MLflow's word for a status."""
         return _STATUS[status]
 
 
 @cache
 def _template() -> Path:
-    """Return an empty store to copy, since making one takes a second."""
+    """Return an empty store to copy."""
     file = Path(tempfile.mkdtemp(prefix="trackhub-mlflow-")) / "mlflow.db"
     store = SqliteStore(file)
     store.experiment("Default")
@@ -149,7 +159,7 @@ def _query(file: Path, run: RunInfo) -> Stored:
         def rows(query: str, *values: Any) -> list[Any]:
             return database.execute(query, values).fetchall()
 
-        wanted = {"job": run.key.job, "site": run.key.site, "side": run.side.value}
+        wanted = _identity_tags(run)
         ids = set.intersection(
             *(
                 {i for (i,) in rows("SELECT run_uuid FROM tags WHERE key = ? AND value = ?", *item)}
@@ -171,6 +181,12 @@ def _query(file: Path, run: RunInfo) -> Stored:
         )
 
 
+def _identity_tags(run: RunInfo) -> dict[str, str]:
+    """Return the tags by which a run is found. The federation run is the parent run, which both sides share."""
+    tags = {"job": run.key.job, "site": run.key.site}
+    return tags if run.site == FEDERATION else tags | {"side": run.side.value}
+
+
 def _files(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
@@ -180,10 +196,9 @@ def _ask(uri: str, run: RunInfo) -> Stored:
 
     client = MlflowClient(tracking_uri=uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    quoted = {name: value.replace("'", "\\'") for name, value in (("job", run.key.job), ("side", run.side.value))}
-    query = " and ".join(f"tags.{name} = '{value}'" for name, value in quoted.items())
-    runs = client.search_runs(experiments, query)
-    (found,) = [one for one in runs if one.data.tags.get("site") == run.key.site]
+    job = run.key.job.replace("'", "\\'")
+    runs = client.search_runs(experiments, f"tags.job = '{job}'")
+    (found,) = [one for one in runs if one.data.tags.items() >= _identity_tags(run).items()]
     run_id = found.info.run_id
     points = [
         (metric.key, metric.step, metric.value, metric.timestamp)
@@ -232,8 +247,9 @@ def _add_file(items: dict[str, list[Any]], path: str, content: bytes, files: Map
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
+    for key, value in values.items():
+        name = prefix + (escape_name(key) if prefix else key)  # the core has fitted only the outer keys
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{name}.")
         else:
-            yield prefix + name, json.dumps(value) if isinstance(value, list | Mapping) else str(value)
+            yield cut_name(name), json.dumps(value) if isinstance(value, list | Mapping) else str(value)

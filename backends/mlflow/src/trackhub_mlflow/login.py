@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The login of an MLflow server: the settings that MLflow's own client reads, from the receiver's environment.
+"""The login to an MLflow server: an HTTP session with the settings that MLflow's own client would use.
 
-They are read here, since importing mlflow takes seconds and a few hundred megabytes, for nothing else that a receiver
-with a server needs. Only a login by a plugin of MLflow's, or by AWS's signatures, imports it.
+`RestStore` calls ``open_session``, which reads the receiver's environment and ``~/.mlflow/credentials``. It does so
+without importing mlflow, because that takes seconds and a few hundred megabytes. Only an MLflow plugin for logins or
+request headers makes the import necessary.
 
 Source: ``mlflow.utils.credentials`` and ``mlflow.utils.rest_utils.http_request``, mlflow 3.17.
 """
@@ -27,10 +28,10 @@ def open_session(login: tuple[str, str] | None) -> requests.Session:
     """Return a session that logs in as MLflow's client would.
 
     Args:
-        login: user and password that stood in the server's URI; they go before the environment's.
+        login: user and password from the server's URI. They win over those of the environment.
 
     Raises:
-        SetupError: the settings contradict each other, or ask for a plugin that is not there.
+        SetupError: the settings contradict each other, or need a package that is not installed.
     """
     import requests
 
@@ -46,7 +47,7 @@ def open_session(login: tuple[str, str] | None) -> requests.Session:
     bundle = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
     insecure = _is_on("MLFLOW_TRACKING_INSECURE_TLS")
     if insecure and bundle:
-        raise SetupError("set one of MLFLOW_TRACKING_INSECURE_TLS and MLFLOW_TRACKING_SERVER_CERT_PATH, not both")
+        raise SetupError("both MLFLOW_TRACKING_INSECURE_TLS and MLFLOW_TRACKING_SERVER_CERT_PATH are set; set only one")
     session.verify = bundle or not insecure
     session.cert = os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH") or None
     _log_in_by_plugins(session)
@@ -77,9 +78,12 @@ def _log_in_by_plugins(session: requests.Session) -> None:
 
             session.auth = fetch_auth(name)
             if session.auth is None:
-                raise SetupError(f"MLFLOW_TRACKING_AUTH names {name!r}, but no such MLflow plugin is installed")
+                raise SetupError(
+                    f"MLFLOW_TRACKING_AUTH names {name!r}, but no MLflow plugin of that name is installed; install it "
+                    "in the receiver's environment"
+                )
     except ImportError as error:
-        raise SetupError(f"the login to MLflow needs a package that is not installed: {error}") from error
+        raise SetupError(f"the MLflow login needs a package that is not installed: {error}; install it") from error
 
 
 def _is_on(name: str) -> bool:
@@ -87,7 +91,7 @@ def _is_on(name: str) -> bool:
 
 
 class _Bearer:
-    """Sends a token. A header of the session would give way to a login in the user's ``.netrc``."""
+    """Sends a token. As a header of the session, it would lose against a login in the user's ``.netrc``."""
 
     def __init__(self, token: str) -> None:
         self._token = token

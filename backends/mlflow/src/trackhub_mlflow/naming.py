@@ -1,83 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How trackhub's keys are spelt in MLflow and in the paths of its artifacts, so that two keys never become one.
+"""How keys, tags and files are named in MLflow, so that two keys never become one.
 
-The core has escaped the characters that MLflow refuses, as ``_xHHHH_``. What is left are rules about whole names:
-MLflow takes them for paths, and refuses one that ``posixpath.normpath`` would change or that leads upwards. The
-characters that make a name such a path are escaped in the same way.
-
-Source: ``mlflow.utils.validation.path_not_unique`` and ``mlflow.utils.uri.validate_path_is_safe``, mlflow 3.17.
+The core fits every logged key to `KEY_RULE` or `TAG_RULE` before this backend sees it. The functions here name what the
+core cannot know of: the parts of nested params, the tags of a job or an option, and the files among a run's artifacts.
+They escape a character in the way of the core, as ``_xHHHH_``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import re
+import unicodedata
 from collections.abc import Callable
 
+import msgspec
+
+from trackhub.spi import KeyRule
+
 __all__ = [
-    "KEY_CHARS",
-    "MAX_NAME_CHARS",
+    "KEY_RULE",
+    "NOTE_TAG",
+    "TAG_RULE",
     "artifact_path",
-    "component",
+    "cut_name",
     "digest",
-    "entity_name",
+    "escape_name",
     "file_part",
-    "tag_name",
+    "job_tag_name",
+    "logged_tag_name",
     "versioned_path",
 ]
 
-KEY_CHARS = r"\w./ :\-"
-"""What names of metrics, params and tags may consist of. Source: ``mlflow.utils.validation``, mlflow 3.17."""
-
-MAX_NAME_CHARS = 250
-"""Longest name of a metric, param or tag. Source: ``MAX_ENTITY_KEY_LENGTH`` there."""
-
 NOTE_TAG = "mlflow.note.content"
-"""The tag that MLflow shows as a run's description: the only one of its own that a site may set."""
+"""The tag that MLflow shows as a run's description. It is the only tag of MLflow's own that a site may set."""
 
-_RESERVED_TAGS = frozenset({"job", "site", "side"})
-_RESERVED_PREFIXES = ("mlflow.", "trackhub.")
-_RESERVED_FOLDERS = frozenset({"images", "text", "histograms", "tables", "params", "tags"})
+_MAX_NAME_CHARS = 250
+_NAME_CHARS = r"\w./ :\-"
+_OWN_TAGS = frozenset({"job", "job_name", "site", "side"})
+_OWN_PREFIXES = ("mlflow.", "trackhub.")
+_OWN_FOLDERS = frozenset({"images", "text", "histograms", "tables", "params", "tags"})
 _MLFLOW_TEMPORARY = ".artifact.uploading."
-_MAX_PART_BYTES = 120  # a file name has at most 255 bytes, and images add up to 90 to a key
+_MAX_PART_BYTES = 120  # a file name has at most 255 bytes, and the name of an image adds up to 90 to its key
 _DIGEST_CHARS = 16
 
-_ILLEGAL = re.compile(f"[^{KEY_CHARS}]")
+KEY_RULE = KeyRule(
+    max_chars=_MAX_NAME_CHARS,
+    chars=_NAME_CHARS,
+    edge_chars=_NAME_CHARS.replace(" ", ""),
+    is_path=True,
+)
+"""Which keys MLflow can hold. It refuses a name that ``posixpath.normpath`` would change or that leads upwards.
+
+Spaces at the ends are escaped because MariaDB, SQL Server and older MySQL ignore those at the end of a name.
+
+Source: ``validate_param_and_metric_name``, ``path_not_unique`` and ``MAX_ENTITY_KEY_LENGTH`` of
+``mlflow.utils.validation``, mlflow 3.17.
+"""
+
+TAG_RULE = msgspec.structs.replace(KEY_RULE, reserved_keys=_OWN_TAGS, reserved_prefixes=_OWN_PREFIXES)
+"""The same for tags. A site that could set ``mlflow.parentRunId`` or ``site`` could pass for another."""
+
+_ILLEGAL = re.compile(f"[^{_NAME_CHARS}]")
 _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
 
 
-def component(text: str) -> str:
-    """Return a piece of a name that the core has not seen, escaped as the core escapes keys."""
-    return _ILLEGAL.sub(lambda match: _escape(match[0]), _LOOKS_ESCAPED.sub("_x005F_", text))
+def escape_name(text: str) -> str:
+    """Return a name, or a part of one, that the core has not seen, as MLflow accepts it; an empty one stays empty."""
+    name = _ILLEGAL.sub(lambda match: _escape(match[0]), _LOOKS_ESCAPED.sub("_x005F_", text))
+    if name.startswith(("/", "..")) or name == "." or posixpath.normpath(name) != name:
+        name = name.replace("/", _escape("/"))
+        if name.startswith("."):
+            name = _escape(".") + name[1:]
+    if name.endswith(" "):
+        name = name[:-1] + _escape(" ")
+    return name
 
 
-def entity_name(key: str) -> str:
-    """Return the name of a metric, param or tag for this key."""
-    return _fit(_without_path_rules(key), MAX_NAME_CHARS, len)
+def cut_name(name: str) -> str:
+    """Return a name of a param or tag as long as MLflow allows; one that is cut ends in a hash of the whole."""
+    return _cut(name, _MAX_NAME_CHARS, len)
 
 
-def tag_name(key: str) -> str:
-    """Return the name of a tag that was logged, kept apart from those that say what the run is.
+def logged_tag_name(key: str) -> str:
+    """Return the name of a tag that was logged, given its key as the core fitted it.
 
-    A site that could set ``mlflow.parentRunId`` or ``site`` could pass for another.
+    The core has escaped the reserved names. Some databases take ``Site`` and ``site`` for one name, or ``síte`` and
+    ``site``, so names that differ in case or accents alone are escaped, too.
     """
-    if key in _RESERVED_TAGS or (key.startswith(_RESERVED_PREFIXES) and key != NOTE_TAG):
-        key = _escape(key[0]) + key[1:]
-    return entity_name(key)
+    if key == _FITTED_NOTE:
+        return NOTE_TAG
+    return _escape_first(key) if _is_own_tag(key) else key
+
+
+def job_tag_name(text: str) -> str:
+    """Return the name of a tag that the job or an option gives to every run."""
+    if text == NOTE_TAG:
+        return text
+    name = escape_name(text)
+    return cut_name(_escape_first(name) if _is_own_tag(name) else name)
 
 
 def file_part(key: str) -> str:
     """Return one path component for a key: ``/`` becomes ``~``, as MLflow itself names logged images."""
-    return _file_name(_without_path_rules(key).replace("/", "~"))
+    return _file_name(key.replace("/", "~"))
 
 
 def artifact_path(key: str) -> str:
     """Return the path of an artifact that was logged under this key: the key itself wherever that is possible."""
-    parts = [_file_name(part) for part in _without_path_rules(key).split("/")]
-    if parts[0].casefold() in _RESERVED_FOLDERS:
-        parts[0] = _escape(parts[0][0]) + parts[0][1:]
+    parts = [_file_name(part) for part in key.split("/")]
+    if parts[0].casefold() in _OWN_FOLDERS:
+        parts[0] = _escape_first(parts[0])
     if parts[-1].startswith(_MLFLOW_TEMPORARY):
-        parts[-1] = _escape(".") + parts[-1][1:]
+        parts[-1] = _escape_first(parts[-1])
     return "/".join(parts)
 
 
@@ -95,46 +130,43 @@ def digest(text: str, chars: int = _DIGEST_CHARS) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:chars]
 
 
-def _without_path_rules(key: str) -> str:
-    """Escape what would make the key, read as a path, mean another one: ``a//b``, ``/a``, ``a/``, ``.``, ``..``."""
-    out: list[str] = []
-    named = False  # whether the path component at hand has a character yet
-    last = len(key) - 1
-    for index, char in enumerate(key):
-        escaped = char == "/" and (index == last or not named)
-        out.append(_escape(char) if escaped else char)
-        named = escaped or char != "/"
-    names = "".join(out).split("/")
-    names = [_escape(".") + name[1:] if name in (".", "..") else name for name in names]
-    if names[0].startswith(".."):
-        names[0] = _escape(".") + names[0][1:]
-    return "/".join(names)
+def _is_own_tag(name: str) -> bool:
+    letters = (char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    folded = "".join(letters).casefold()
+    return folded in _OWN_TAGS or folded.startswith(_OWN_PREFIXES)
 
 
 def _file_name(text: str) -> str:
-    """Escape what no file name may have everywhere, and what MLflow strips from a path: spaces at its ends."""
+    """Escape what a file name cannot have everywhere, and what MLflow strips from a path: spaces at its ends."""
     text = text.replace(":", _escape(":"))
     if text[0] == " ":
-        text = _escape(" ") + text[1:]
+        text = _escape_first(text)
     if text[-1] in " .":
         text = text[:-1] + _escape(text[-1])
-    return _fit(text, _MAX_PART_BYTES, _bytes)
+    return _cut(text, _MAX_PART_BYTES, _bytes)
 
 
-def _fit(text: str, limit: int, size: Callable[[str], int]) -> str:
-    """Shorten a text that is too long to one that ends in a hash of the whole."""
+def _cut(text: str, limit: int, size: Callable[[str], int]) -> str:
     if size(text) <= limit:
         return text
     suffix = "_" + digest(text)
-    cut = text[: limit - len(suffix)]
-    while size(cut) + len(suffix) > limit:
-        cut = cut[:-1]
-    return cut + suffix
+    kept = text[: limit - len(suffix)]
+    while size(kept) + len(suffix) > limit:
+        kept = kept[:-1]
+    return kept + suffix
 
 
 def _bytes(text: str) -> int:
     return len(text.encode())
 
 
+def _escape_first(text: str) -> str:
+    return _escape(text[0]) + text[1:]
+
+
 def _escape(char: str) -> str:
     return f"_x{ord(char):04X}_"
+
+
+_FITTED_NOTE = _escape_first(NOTE_TAG)
+"""What the core makes of `NOTE_TAG`, which begins like a reserved name."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the MLflow backend, and what a tracking URI means."""
+"""The options of the MLflow backend, and what a tracking URI means.
+
+The core builds `MLflowOptions` where a job is written and again at the receiver. The backend and its stores read it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Annotated
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import msgspec
+
+from trackhub.spi import OptionMark
 
 __all__ = ["MLflowOptions", "server_url", "shown_uri", "sqlite_path"]
 
@@ -23,30 +28,34 @@ _TagValue = Annotated[str, msgspec.Meta(max_length=8000)]
 
 
 class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how runs are written. The login of a server is read from the receiver's ``MLFLOW_TRACKING_*`` environment.
+    """Where and how runs are written. The receiver's ``MLFLOW_TRACKING_*`` variables hold the login of a server.
 
     Attributes:
         tracking_uri: a server, ``http(s)://HOST:PORT``, or an SQLite store, ``sqlite:///FILE``, whose artifacts lie in
             the folder ``mlartifacts`` beside it. Left out: the store ``mlflow.db`` in the job's ``mlflow`` folder.
-        experiment_name: the MLflow experiment that holds the runs; created where there is none.
+        experiment_name: the MLflow experiment that holds the runs. It is created if there is none.
         run_tags: tags that every run gets, beside those that are logged.
-        note: a description in Markdown, shown on the page of every run.
-        timeout_s: longest time that one request waits for the server; then it is tried again later.
+        note: a description in Markdown, shown on the page of every run. Left out: the job's notes.
+        timeout_s: longest time in seconds that one request waits for the server. The lane tries again later.
     """
 
-    tracking_uri: str = ""
+    tracking_uri: Annotated[str, OptionMark.HOST, OptionMark.PATH] = ""
     experiment_name: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] = "trackhub"
     run_tags: dict[Annotated[str, msgspec.Meta(min_length=1, max_length=250)], _TagValue] = {}
     note: _TagValue = ""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse a tracking URI that can never work."""
+        """Check the tracking URI.
+
+        Raises:
+            ValueError: it can never work.
+        """
         if not self.tracking_uri:
             return
         try:
             parts = urlsplit(self.tracking_uri)
-            usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
         except ValueError as error:
             raise ValueError(f"tracking_uri is not a URI: {error}; {_ANSWER}") from None
         scheme = parts.scheme.partition("+")[0]
@@ -60,20 +69,20 @@ class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"has the scheme {scheme!r}; to use a database other than SQLite, run "
                 f"`mlflow server --backend-store-uri …` in front of it; {_ANSWER}",
             )
-        elif not usable:
+        elif not has_host:
             problem = f"names no host; {_ANSWER}"
         if problem:
             raise ValueError(f"tracking_uri {shown_uri(self.tracking_uri)!r} {problem}")
 
     def __repr__(self) -> str:
-        """Show what is set, without a login in the URI: a traceback or log line must not hold it."""
+        """Show the options that are set, the URI without its login: a traceback or log line must not hold that."""
         fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
         shown = (f"{n}={shown_uri(v) if n == 'tracking_uri' else v!r}" for n, v in fields if v)
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def shown_uri(uri: str) -> str:
-    """Return the URI without a user and password that may stand in it."""
+    """Return the URI without a user and password, so that it can be shown."""
     try:
         parts = urlsplit(uri)
     except ValueError:
@@ -91,7 +100,7 @@ def server_url(uri: str) -> tuple[str, tuple[str, str] | None]:
 def sqlite_path(uri: str, base: Path) -> Path:
     """Return the file of an ``sqlite:`` URI; a relative one is relative to ``base``.
 
-    Source: SQLAlchemy's form: three slashes before a relative path, four before an absolute one.
+    Source: SQLAlchemy's form, with three slashes before a relative path and four before an absolute one.
     """
     _, _, rest = uri.partition("://")
     path = unquote(rest.partition("?")[0])

@@ -1,68 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Params and tags as MLflow has them: flat, strings, of limited length."""
+"""Params and tags as MLflow holds them: flat, as text, with values of limited length.
+
+`MLflowRun` flattens every param with ``flatten`` and asks its `ParamNames` for the name of each leaf.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trackhub_mlflow.naming import component, digest, entity_name
+from trackhub_mlflow.naming import cut_name, digest, escape_name
 
 __all__ = ["MAX_PARAM_CHARS", "MAX_TAG_CHARS", "ParamNames", "flatten", "pointer"]
 
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
-"""Longest values; MLflow cuts longer ones off. Source: ``mlflow.utils.validation``, mlflow 3.17."""
+"""The longest values. MLflow would cut off longer ones. Source: ``mlflow.utils.validation``, mlflow 3.17."""
 
 _SHOWN_CHARS = 200
 
-Path = tuple[str, ...]
+LeafPath = tuple[str, ...]
 
 
-def flatten(key: str, value: Any) -> Iterator[tuple[Path, str]]:
-    """Yield each leaf of a param's value with its path, as text. A dict branches, unless it is empty.
+def flatten(key: str, value: Any) -> Iterator[tuple[LeafPath, str]]:
+    """Yield each leaf of a param's value: its path, and its text as ``mlflow.log_param`` would store it.
 
-    The text is what ``mlflow.log_param`` stores: ``str`` of the value.
+    A dict branches; an empty dict is a leaf.
+
+    Args:
+        key: the param's key, or an inner key as `escape_name` returns it.
+        value: the param's value.
     """
     if not isinstance(value, dict) or not value:
         yield (key,), str(value)
         return
     for name, inner in value.items():
-        for path, text in flatten(component(str(name)), inner):
+        for path, text in flatten(escape_name(str(name)), inner):
             yield (key, *path), text
 
 
 def pointer(text: str, path: str) -> str:
-    """Return what stands in place of a value that is too long, which lies in an artifact."""
+    """Return what stands in place of a value that is too long: its beginning, and the artifact that holds all of it."""
     return f"{text[:_SHOWN_CHARS]}… ({len(text)} characters, whole in artifact {path})"
 
 
 class ParamNames:
-    """Gives each leaf its name: the parts of its path, joined with dots.
+    """Names the leaves of one run's params: the parts of a leaf's path, joined by dots.
 
-    ``{"a.b": 1, "a": {"b": 2}}`` has two leaves that would be named ``a.b``. The one that comes second in its run gets
-    a name of its own.
+    ``{"a.b": 1, "a": {"b": 2}}`` has two leaves that would both be named ``a.b``. The second one in its run gets a name
+    that ends in a hash.
     """
 
     def __init__(self, stored: Mapping[str, str]) -> None:
-        """Begin with the params that the run has; whose they are is not known any more."""
-        self._stored = dict(stored)
-        self._owners: dict[str, Path] = {}
+        """Begin with the params that the run has already.
 
-    def place(self, path: Path, value_under: Callable[[str], str]) -> tuple[str, str]:
+        Args:
+            stored: name to value. Which paths they belong to is not known; a leaf of equal value is taken for theirs.
+        """
+        self._stored = dict(stored)
+        self._owners: dict[str, LeafPath] = {}
+
+    def place(self, path: LeafPath, value_under: Callable[[str], str]) -> tuple[str, str]:
         """Return the name and the value under which this leaf is stored.
 
         Args:
-            value_under: the value to store, given the name: a long value is a reference that holds it.
+            path: the leaf's path.
+            value_under: returns the value to store for a name. A long value is a pointer, which holds the name.
         """
-        plain = entity_name(".".join(path))
+        plain = cut_name(".".join(path))
         value = value_under(plain)
         if self._belongs(plain, path, value):
             return plain, value
-        own = entity_name(f"{plain}_{digest(chr(0).join(path))}")
+        own = cut_name(f"{plain}_{digest(chr(0).join(path))}")
         return own, value_under(own)
 
-    def _belongs(self, name: str, path: Path, value: str) -> bool:
+    def _belongs(self, name: str, path: LeafPath, value: str) -> bool:
         owner = self._owners.get(name)
         if owner is None and self._stored.get(name, value) == value:
             owner = self._owners[name] = path

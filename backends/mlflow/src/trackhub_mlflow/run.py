@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One site's MLflow run, being written."""
+"""One MLflow run being written: how each kind of record becomes points, params, tags and artifacts.
+
+The lane calls `MLflowRun`. What becomes a metric, param or tag goes to the store in batches, everything else as files.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from trackhub.spi import (
     Text,
     WriteReport,
 )
-from trackhub_mlflow import files
-from trackhub_mlflow.artifacts import ArtifactPaths
+from trackhub_mlflow import ui_files
+from trackhub_mlflow.artifact_paths import ArtifactPaths
 from trackhub_mlflow.batching import Item, send
-from trackhub_mlflow.group import Group
-from trackhub_mlflow.naming import digest, entity_name, file_part, tag_name
+from trackhub_mlflow.job_runs import JobRuns
+from trackhub_mlflow.naming import digest, file_part, logged_tag_name
 from trackhub_mlflow.params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer
 from trackhub_mlflow.points import PointMaker, milliseconds
 from trackhub_mlflow.store import Pair, RefusedError, Store, StoredRun
@@ -41,24 +44,34 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 
 
 class MLflowRun(BackendRun):
-    """Writes one run. ``write`` returns when the store has everything, so that nothing needs a flush."""
+    """Writes one run. When ``write`` returns, the store has everything, so no flush is needed."""
 
-    def __init__(self, store: Store, run: StoredRun, info: RunInfo, group: Group) -> None:
-        """Go on with a run that is in the store, and that the group has opened."""
-        self._group = group
+    def __init__(self, store: Store, run: StoredRun, info: RunInfo, job_runs: JobRuns) -> None:
+        """Continue a run of the store.
+
+        Args:
+            store: where the run is.
+            run: what ``job_runs`` opened.
+            info: what the lane said of the run.
+            job_runs: ends the run.
+        """
+        self._job_runs = job_runs
         self._store = store
         self._run = run
         self._info = info
         self._points = PointMaker()
-        self._names: dict[str, str] = {}
         self._params = ParamNames(run.params)
-        self._artifacts = ArtifactPaths(store, run, is_new=info.resume_from == 0)
+        self._artifact_paths = ArtifactPaths(store, run, is_new=info.resume_from == 0)
         self._tables: list[dict[str, str]] = _tables_in(run.tags.get(_TABLES_TAG, "[]"))
         self._has_images = _HAS_IMAGES.key in run.tags
         self._last_ms = 0
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Store these entries; whatever MLflow refuses is named and costs no other record."""
+        """Store these entries. A record that MLflow refuses is rejected by name and costs no other record.
+
+        Raises:
+            TransientError: the store cannot take them now, or somebody deleted the run.
+        """
         self._points.forget_old()
         rejections: dict[int, Rejection] = {}
         items: list[Item] = []
@@ -76,7 +89,7 @@ class MLflowRun(BackendRun):
                 elif isinstance(payload, Tags):
                     items += self._tag_items(entry, payload)
                 else:
-                    items += self._file_items(entry)
+                    items += self._store_files(entry)
             except _RejectedError as error:
                 rejections[entry.position] = Rejection(entry.position, error.reason, str(error))
         for rejection in send(self._store, self._run.id, items):
@@ -84,61 +97,62 @@ class MLflowRun(BackendRun):
         return WriteReport([rejections[position] for position in sorted(rejections)]) if rejections else None
 
     def finish(self, status: RunStatus) -> None:
-        """End the run, at the time of its last record, and the parent run if no other of its runs is running."""
-        self._group.close_run(self._run, self._info.job.id, status, self._last_ms or self._run.end_ms or None)
+        """End the run at the time of its last record, and the parent run if no other of its runs is running.
+
+        Raises:
+            TransientError: the store cannot be used now.
+        """
+        self._job_runs.close_run(self._run, status, self._last_ms or self._run.end_ms or None)
 
     def _add_points(self, entry: Entry, payload: Metrics, time_ms: int, items: list[Item]) -> None:
-        step, position, names = entry.step or 0, entry.position, self._names
+        step, position = entry.step or 0, entry.position
         for key, value in payload.values.items():
-            name = names.get(key)
-            if name is None:
-                name = names[key] = entity_name(key)
-            items.append(Item(position, "metric", self._points.point(position, name, value, time_ms, step)))
+            items.append(Item(position, "metric", self._points.point(position, key, value, time_ms, step)))
 
     def _param_items(self, entry: Entry, payload: Params) -> Iterator[Item]:
         for key, value in payload.values.items():
             for path, text in flatten(key, value):
                 name, shown = self._params.place(path, partial(_shown, "params", text, MAX_PARAM_CHARS))
                 if shown != text:
-                    self._put(_whole_path("params", name, text), text.encode())
+                    self._put(_path_of_whole("params", name, text), text.encode())
                 yield Item(entry.position, "param", Pair(name, shown))
 
     def _tag_items(self, entry: Entry, payload: Tags) -> Iterator[Item]:
         for key, text in payload.values.items():
-            name = tag_name(key)
+            name = logged_tag_name(key)
             shown = _shown("tags", text, MAX_TAG_CHARS, name)
             if shown != text:
-                self._put(_whole_path("tags", name, text), text.encode())
+                self._put(_path_of_whole("tags", name, text), text.encode())
             yield Item(entry.position, "tag", Pair(name, shown))
 
-    def _file_items(self, entry: Entry) -> Iterator[Item]:
-        """Store what becomes an artifact; yield the tag by which the UI knows of it, where there is one."""
+    def _store_files(self, entry: Entry) -> Iterator[Item]:
+        """Store a record that becomes artifacts. Yield the tag by which the UI knows of them, where there is one."""
         payload = entry.payload
         if isinstance(payload, Text):
-            self._put(*files.text_file(entry, payload))
+            self._put(*ui_files.text_file(entry, payload))
         elif isinstance(payload, Histogram):
-            for path, content in files.histogram_files(entry, payload):
+            for path, content in ui_files.histogram_files(entry, payload):
                 self._put(path, content)
         elif isinstance(payload, Table):
-            path = files.table_path(entry, payload)
-            self._put(path, files.table_file(payload))
+            path = ui_files.table_path(entry, payload)
+            self._put(path, ui_files.table_file(payload))
             if (tag := self._table_tag(path)) is not None:
                 yield Item(entry.position, "tag", tag)
         elif isinstance(payload, Image):
             blob = self._blob(payload.blob)
             try:
-                for path, content in files.image_files(entry, payload, blob, self._info.run_id):
+                for path, content in ui_files.image_files(entry, payload, blob, self._info.run_id):
                     self._put(path, content)
-            except files.UnreadableImageError as error:
+            except ui_files.UnreadableImageError as error:
                 raise _RejectedError("invalid_image", f"{payload.key!r}: {error}") from error
             if not self._has_images:
                 self._has_images = True
                 yield Item(entry.position, "tag", _HAS_IMAGES)
         elif isinstance(payload, Artifact):
-            self._put(self._artifacts.path(entry, payload), self._blob(payload.blob))
+            self._put(self._artifact_paths.path(entry, payload), self._blob(payload.blob))
 
     def _table_tag(self, path: str) -> Pair | None:
-        """Return the tag that lists the run's tables; None once it is full, and then the UI shows the plain JSON."""
+        """Return the tag that lists the run's tables; None once it is full. The UI then shows further ones as JSON."""
         listed = [*self._tables, {"path": path, "type": "table"}]
         value = json.dumps(listed)
         if any(table.get("path") == path for table in self._tables):
@@ -152,7 +166,7 @@ class MLflowRun(BackendRun):
     def _blob(self, blob: Blob) -> Path:
         path = self._info.blob_path(blob)
         if not path.exists():
-            raise _RejectedError("blob_missing", f"{path} is not there any more")
+            raise _RejectedError("blob_missing", f"its content is missing: there is no file {path}")
         return path
 
     def _put(self, path: str, content: bytes | Path) -> None:
@@ -171,16 +185,16 @@ class _RejectedError(Exception):
 
 
 def _shown(folder: str, text: str, limit: int, name: str) -> str:
-    return text if len(text) <= limit else pointer(text, _whole_path(folder, name, text))
+    return text if len(text) <= limit else pointer(text, _path_of_whole(folder, name, text))
 
 
-def _whole_path(folder: str, name: str, text: str) -> str:
-    """Return where a value lies that is too long; by its content, since a value may be logged more than once."""
+def _path_of_whole(folder: str, name: str, text: str) -> str:
+    """Return the path of the artifact for a value that is too long. It names the content, since values may change."""
     return f"{folder}/{file_part(name)}-{digest(text, 8)}.txt"
 
 
 def _tables_in(tag: str) -> list[dict[str, str]]:
-    """Return the tables that the tag lists; none if somebody made something else of it."""
+    """Return the tables that the tag lists; none if somebody changed it to something else."""
     try:
         listed = json.loads(tag)
     except ValueError:

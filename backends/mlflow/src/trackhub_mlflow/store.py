@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this backend needs of an MLflow store, whether a server or a file, and what it takes for failure there."""
+"""The interface of an MLflow store: what the rest of this backend asks of it, and the errors that it raises.
+
+`RestStore` implements it for a server and `SqliteStore` for a file.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,58 @@ import msgspec
 
 from trackhub.spi import TransientError
 
-__all__ = ["Experiment", "Pair", "Point", "RefusedError", "SetupError", "Store", "StoredRun", "deleted_error"]
+__all__ = [
+    "Experiment",
+    "Pair",
+    "Point",
+    "RefusedError",
+    "SetupError",
+    "Store",
+    "StoredRun",
+    "deleted_error",
+    "root_cause",
+]
 
 
 class SetupError(TransientError):
-    """The store can be reached, but not be used like this: login, certificate, schema, a server of another kind.
+    """The store answers, but cannot be used as configured: login, certificate, schema, a server of another kind.
 
-    Once training has begun, somebody may still mend it while the records wait. Before, it is a wrong configuration.
+    During preflight the backend turns it into a ConfigError. Later it is temporary: somebody may still repair the
+    store, and the records wait.
     """
-
-
-def deleted_error(run_id: str) -> TransientError:
-    """Return the error for a run that somebody deleted in MLflow, which may be undone."""
-    return TransientError(
-        f"MLflow run {run_id} was deleted; its records wait. Restore it in the UI, or by "
-        f"`mlflow runs restore --run-id {run_id}`"
-    )
 
 
 class RefusedError(Exception):
     """MLflow says that it will never store what this request holds."""
 
 
+def deleted_error(run_id: str) -> TransientError:
+    """Return the error for a run that somebody deleted in MLflow. The deletion can be undone."""
+    return TransientError(
+        f"MLflow run {run_id} was deleted, so its records wait. Restore it in the UI, or by "
+        f"`mlflow runs restore --run-id {run_id}`"
+    )
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost error as text: requests and urllib3 wrap an error several times."""
+    seen: list[BaseException] = [error]
+    while len(seen) < 10:
+        inner = seen[-1].__cause__ or seen[-1].__context__ or getattr(seen[-1], "reason", None)
+        if not isinstance(inner, BaseException) or inner in seen:
+            break
+        seen.append(inner)
+    return f"{type(seen[-1]).__name__}: {seen[-1]}"[:300]
+
+
 class Point(msgspec.Struct, frozen=True, gc=False):
-    """One metric value. The fields are named as in MLflow's REST API, so that it encodes as such.
+    """One metric value. Its fields are named as in MLflow's REST API, so that it is encoded as that API expects.
 
     Attributes:
+        key: the metric's name.
+        value: a number; it may be NaN, but not infinite.
         timestamp: milliseconds since 1970, UTC.
+        step: the step, >= 0.
     """
 
     key: str
@@ -59,7 +87,8 @@ class Experiment:
     """An MLflow experiment.
 
     Attributes:
-        active: False once somebody deleted it, which keeps its name taken.
+        id: MLflow's own id.
+        active: False once somebody deleted it. A deleted experiment keeps its name taken.
         artifact_root: the URI below which the artifacts of its runs lie.
     """
 
@@ -73,9 +102,15 @@ class StoredRun:
     """An MLflow run as the store has it.
 
     Attributes:
+        id: MLflow's own id, which is not ``RunInfo.run_id``.
+        experiment_id: the experiment that holds it.
         status: ``RUNNING``, ``FINISHED``, ``FAILED``, ``KILLED`` or ``SCHEDULED``.
-        start_ms, end_ms: milliseconds since 1970, UTC; end_ms is 0 while there is none.
+        start_ms: milliseconds since 1970, UTC.
+        end_ms: the same; 0 while the run has no end.
+        artifact_uri: where its artifacts lie.
         active: False once somebody deleted it.
+        tags: name to value.
+        params: name to value.
     """
 
     id: str
@@ -90,49 +125,82 @@ class StoredRun:
 
 
 class Store(Protocol):
-    """An MLflow store. Every method may wait for it, and raises TransientError, SetupError or RefusedError.
+    """An MLflow store. One thread uses it. Every method but ``run_url`` and ``close`` may block on the store.
 
-    Used from one thread. ``close`` releases what it holds; the next call opens it again.
+    Raises:
+        TransientError: by every method: the store cannot do it now.
+        SetupError: by every method: the store cannot be used as configured.
+        RefusedError: by every method: MLflow will never accept the request.
     """
 
     def experiment(self, name: str) -> Experiment:
-        """Return the experiment of this name, created if there is none."""
+        """Return the experiment of this name. Create it if there is none."""
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
-        """Create a run, whatever runs there are."""
+        """Create a run and return it. MLflow chooses its id, so calling this twice creates two runs.
+
+        Args:
+            experiment_id: the experiment that holds it.
+            name: what the UI calls it.
+            start_ms: milliseconds since 1970, UTC.
+            tags: its first tags.
+        """
 
     def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted, or those that somebody did.
+        """Return all runs that have this tag.
 
-        The value must not hold a quote.
+        Args:
+            experiment_id: the experiment to search.
+            tag: the tag's name.
+            value: its value, which must not hold a quote.
+            deleted: return the runs that somebody deleted instead of the active ones.
         """
 
     def run(self, run_id: str) -> StoredRun | None:
         """Return the run, or None if the store has none of this id."""
 
     def update_run(self, run_id: str, status: str, end_ms: int | None) -> None:
-        """Set how the run stands; ``end_ms`` None leaves the time of its end as it is."""
+        """Set a run's status and the time of its end.
+
+        Args:
+            run_id: which run.
+            status: one of those of `StoredRun`.
+            end_ms: milliseconds since 1970, UTC; None leaves the time of the end as it is.
+        """
 
     def log_batch(self, run_id: str, points: Sequence[Point], params: Sequence[Pair], tags: Sequence[Pair]) -> None:
-        """Store all this, within MLflow's limits for one batch."""
+        """Store points, params and tags of a run. They must keep MLflow's limits for one batch.
+
+        Args:
+            run_id: which run.
+            points: metric values.
+            params: each name at most once.
+            tags: a later value of a name wins.
+        """
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag, if the run has it."""
+        """Remove a tag. Do nothing if the run does not have it."""
 
     def delete_run(self, run_id: str) -> None:
         """Mark a run as deleted, as MLflow's UI does."""
 
     def put_artifact(self, run: StoredRun, path: str, content: bytes | Path) -> None:
-        """Store one artifact of a run, in place of what may be there."""
+        """Store one artifact of a run. An artifact that has this path already is replaced.
+
+        Args:
+            run: which run.
+            path: the artifact's path within the run.
+            content: the bytes, or the file that holds them.
+        """
 
     def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
-        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
+        """Return the names in a folder of a run's artifacts with their sizes in bytes; a folder has the size -1."""
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
         """Return the SHA-256 of an artifact's content, in hex."""
 
     def run_url(self, run: StoredRun) -> str | None:
-        """Return where the run's page is, if a server shows it."""
+        """Return the address of the run's page; None if no server shows it."""
 
     def close(self) -> None:
-        """Release connections and files."""
+        """Release connections and files. The next call opens them again."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend ``tensorboard``: one folder of event files per run, written without torch or TensorFlow."""
+"""The backend ``tensorboard``: it writes one folder of event files per run, without torch or TensorFlow."""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend and its runs."""
+"""The backend class that the entry point names, and its runs.
+
+A lane calls both. A run encodes entries with `events`, appends them with `event_files`, and keeps params in the file of
+`hparams`.
+"""
 
 from __future__ import annotations
 
@@ -37,25 +41,25 @@ from trackhub.spi import (
 __all__ = ["TensorBoardBackend", "TensorBoardOptions"]
 
 _WRITE_BYTES = 8 << 20
-"""A batch with large images is appended in pieces of about this size, so that memory stays bounded."""
+"""A run appends a batch with large images in pieces of about this size, so that it needs little memory."""
 
 
 class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options of ``tensorboard``.
 
     Attributes:
-        logdir: folder for the event files of all jobs, absolute or relative to the job's run folder; by default
-            ``tensorboard`` in the run folder. Outside the run folder, where the server may write as well, what a
-            client writes goes to ``<logdir>/<job>@client/<site>/``.
+        logdir: the folder for the event files of all jobs, absolute or relative to the job's run folder. By default it
+            is ``tensorboard`` in the run folder. A folder elsewhere may be shared: there, a client writes to
+            ``<logdir>/<job>@client/<site>/``, since the server may write the same site's records.
     """
 
     logdir: Annotated[str | None, OptionMark.PATH] = None
 
 
 class TensorBoardBackend(Backend[TensorBoardOptions]):
-    """Writes each run to a folder of event files, ``<logdir>/<job>/<site>/``.
+    """Writes each run to a folder of event files, ``<logdir>/<job>/<site>/``, where ``<job>`` is the job's unique name.
 
-    Metric values are kept as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38.
+    It keeps metric values as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38.
     """
 
     spi = 1
@@ -72,7 +76,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
     )
 
     def __init__(self, options: TensorBoardOptions, context: BackendContext) -> None:
-        """Work out the folder; nothing is created yet."""
+        """Work out where the log folder is. Nothing is created yet."""
         super().__init__(options, context)
         self._logdir = context.folder(options.logdir)
 
@@ -80,7 +84,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
         """Make the log folder.
 
         Raises:
-            ConfigError: that is impossible, or nothing can be written there.
+            ConfigError: the folder cannot be made, or this process may not write there.
         """
         try:
             self._logdir.mkdir(parents=True, exist_ok=True)
@@ -88,11 +92,12 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
                 raise PermissionError("no permission to write there")
         except OSError as error:
             raise ConfigError(
-                f"tensorboard cannot use the log folder {self._logdir}: {error}; give another `logdir`"
+                f"tensorboard.logdir: cannot use the folder {self._logdir}: {error}. Give a folder that the receiver "
+                "may write to"
             ) from error
 
     def open_run(self, info: RunInfo) -> TensorBoardRun:
-        """Open the run's folder, and cut off what a crash left unfinished.
+        """Open the run's folder, and cut off a batch that a crash left unfinished.
 
         Raises:
             TransientError: the file system refuses.
@@ -101,10 +106,12 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
         try:
             return TensorBoardRun(folder, info)
         except OSError as error:
-            raise TransientError(f"cannot open {folder}: {error}; give write access and free space") from error
+            raise TransientError(
+                f"cannot open the run's folder {folder}: {error}. It needs write access and free space"
+            ) from error
 
     def results(self, info: RunInfo) -> Results:
-        """Return the run's folder, and the command that shows it beside the others."""
+        """Return the run's folder, and the command that shows it beside all other runs of the log folder."""
         shown = self.context.shown
         return Results(
             path=shown(self._folder(info)), command=f"tensorboard --logdir {shlex.quote(shown(self._logdir))}"
@@ -115,51 +122,63 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
 
 
 class TensorBoardRun(BackendRun):
-    """A folder of event files. When ``write`` returns, the records are in the operating system's hands."""
+    """A folder of event files. When ``write`` returns, the operating system holds the records: SIGKILL loses none."""
 
     def __init__(self, folder: Path, info: RunInfo) -> None:
-        """Open the folder. Raises OSError."""
+        """Open the folder.
+
+        Args:
+            folder: the run's folder; it need not exist.
+            info: the run.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         self._folder = folder
         self._info = info
-        # Here and not above, so that listing the installed backends does not import tensorboard.
-        from trackhub_tensorboard.eventlog import EventLog
+        # Imported here, so that listing the installed backends does not import tensorboard.
+        from trackhub_tensorboard.event_files import EventFiles
         from trackhub_tensorboard.events import Encoder
-        from trackhub_tensorboard.hparams import Session
+        from trackhub_tensorboard.hparams import HParamsFile
 
-        self._log = EventLog(folder)
-        self._session = Session(folder, info.created)
-        self._encoder = Encoder(info, self._log.tags)
+        self._files = EventFiles(folder)
+        self._hparams = HParamsFile(folder, info)
+        self._encoder = Encoder(info, self._files.tags)
 
     def next_position(self) -> int:
-        """Return the position after that of the last record of the last whole batch."""
-        return self._log.next_position
+        """Return the position after the last record of the last whole batch."""
+        return self._files.next_position
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         """Append the entries' events, by one system call unless they are large.
 
         Raises:
-            TransientError: the file system refuses; what was left of the attempt has been taken back.
+            TransientError: the file system refuses. An incomplete write has been cut off again.
         """
         try:
             rejected = self._append(batch)
         except OSError as error:
-            raise TransientError(f"cannot write to {self._folder}: {error}") from error
+            raise TransientError(
+                f"cannot write to {self._folder}: {error}. It needs write access and free space"
+            ) from error
         return WriteReport(rejected) if rejected else None
 
     def finish(self, status: RunStatus) -> None:
-        """Mark how the run ended, where it has params, and see that all is on the disk.
+        """Store how the run ended, if it has params, and sync its files to the disk.
 
         Raises:
             TransientError: the file system refuses.
         """
         try:
-            self._session.finish(status, time.time())
-            self._log.sync()
+            self._hparams.finish(status, time.time())
+            self._files.sync()
         except OSError as error:
-            raise TransientError(f"cannot finish {self._folder}: {error}") from error
+            raise TransientError(
+                f"cannot finish {self._folder}: {error}. It needs write access and free space"
+            ) from error
 
     def _append(self, batch: Sequence[Entry]) -> list[Rejection]:
-        done = self._log.next_position  # an attempt that failed may have stored the first pieces
+        done = self._files.next_position  # a failed attempt may have stored the first pieces
         rejected = []
         events: list[bytes] = []
         size = 0
@@ -171,7 +190,7 @@ class TensorBoardRun(BackendRun):
             if entry.position < done:
                 continue
             if isinstance(payload, Params):
-                self._session.update(payload.values)
+                self._hparams.update(payload.values)
             events.append(self._encoder.encode(entry))
             size += len(events[-1])
             if size >= _WRITE_BYTES:
@@ -182,5 +201,5 @@ class TensorBoardRun(BackendRun):
         return rejected
 
     def _commit(self, events: list[bytes], last: Entry) -> None:
-        self._log.append(events, last.position + 1, self._encoder.new_tags, last.time)
+        self._files.append(events, last.position + 1, self._encoder.new_tags, last.time)
         self._encoder.new_tags = []

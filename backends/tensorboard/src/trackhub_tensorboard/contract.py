@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``tensorboard``, whose event files are read back as TensorBoard itself reads them."""
+"""The contract of ``tensorboard``: it reads the event files back with TensorBoard's own reader.
+
+``trackhub check tensorboard`` and this package's tests run it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
+from trackhub.spi import path_component
 from trackhub.testing import (
     BackendContract,
     HistogramItem,
@@ -34,7 +38,7 @@ from trackhub_tensorboard.backend import TensorBoardBackend
 __all__ = ["TensorBoardContract", "read_folder"]
 
 _EVERYTHING = dict.fromkeys(("scalars", "tensors", "images", "histograms", "compressedHistograms", "audio"), 0)
-_SUFFIX = re.compile(r"( \((?:text|image|histogram|table|metrics|params|tags|caption)\))+$")
+_MARK = "trackhub/1 "
 _START, _END = "_hparams_/session_start_info", "_hparams_/session_end_info"
 _ENTITIES = (("<br>", "\n"), ("&lt;", "<"), ("&amp;", "&"))
 
@@ -50,30 +54,30 @@ class TensorBoardContract(BackendContract):
         return {"logdir": str(tmp_path / "logdir")}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        """Return what the event files hold, by TensorBoard's own reader."""
-        job, site = (quote(name, safe="") for name in run.key)
+        """Return what TensorBoard's own reader finds in the event files."""
+        job, site = path_component(run.job.unique_name), path_component(run.site)
         folder = Path(context.options.get("logdir", context.workdir))
         if "logdir" in context.options and run.side == "client":
             job += "@client"
         return read_folder(folder / job / site)
 
     def canonical_value(self, value: float) -> float:
-        """TensorBoard keeps float32; what is beyond its range becomes infinite."""
+        """TensorBoard keeps float32. A value beyond its range becomes infinite."""
         try:
             return float(struct.unpack("f", struct.pack("f", value))[0])
         except OverflowError:
             return math.copysign(math.inf, value)
 
     def canonical_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The HPARAMS tab has bools, doubles and strings."""
+        """The HPARAMS tab holds bools, doubles and strings. Every other value is a string of JSON."""
         return {name: _param(value) for name, value in params.items()}
 
     def canonical_cell(self, value: Any) -> str:
-        """A table is text."""
+        """A table is Markdown text, so its cells are text."""
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     def canonical_status(self, status: RunStatus) -> str:
-        """The HPARAMS tab tells success from failure."""
+        """The HPARAMS tab knows success and failure only."""
         return "success" if status is RunStatus.FINISHED else "failure"
 
 
@@ -85,18 +89,24 @@ def _param(value: Any) -> bool | float | str:
 
 
 def read_folder(folder: Path) -> ReadBack:
-    """Return what the event files in one folder hold."""
+    """Return what the event files in one folder hold.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}")
     accumulator = EventAccumulator(str(folder), size_guidance=_EVERYTHING)
     accumulator.Reload()
     kinds: dict[str, list[str]] = accumulator.Tags()
+    names = _names(folder)
     points = [
-        Point(_SUFFIX.sub("", tag), event.step, event.value, event.wall_time)
+        Point(names[tag][1], event.step, event.value, event.wall_time)
         for tag in kinds["scalars"]
+        if tag in names
         for event in accumulator.Scalars(tag)
     ]
-    read = _Tensors(accumulator, kinds["tensors"])
+    read = _Tensors(accumulator, {tag: names[tag] for tag in kinds["tensors"] if tag in names})
     params, status = _session(accumulator, kinds["tensors"])
     return ReadBack(
         points=points,
@@ -110,52 +120,58 @@ def read_folder(folder: Path) -> ReadBack:
     )
 
 
-class _Tensors:
-    """What is not a scalar."""
+def _names(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the kind and the key that each tag stands for, which the marks in the files say.
 
-    def __init__(self, accumulator: EventAccumulator, tags: list[str]) -> None:
+    A tag that no mark names was first used by a batch that is not whole.
+    """
+    names = {}
+    for path in folder.glob("*.trackhub"):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.msg.startswith(_MARK):
+                mark = json.loads(event.session_log.msg.removeprefix(_MARK))
+                names.update({tag: (kind, key) for kind, key, tag in mark.get("tags", ())})
+    return names
+
+
+class _Tensors:
+    """The values in one run's event files that are no scalars, by kind."""
+
+    def __init__(self, accumulator: EventAccumulator, names: Mapping[str, tuple[str, str]]) -> None:
+        """Read the tensors of these tags, each given with its kind and key."""
         self.tags: dict[str, str] = {}
         self.texts: list[TextItem] = []
         self.images: list[ImageItem] = []
         self.histograms: list[HistogramItem] = []
         self.tables: list[TableItem] = []
         self._captions: dict[tuple[str, int], str] = {}
-        self._keys = {_SUFFIX.sub("", tag) for tag in tags}
-        # Captions before the images that they belong to.
-        for tag in sorted(tags, key=lambda tag: not tag.endswith("/caption")):
-            plugin = accumulator.SummaryMetadata(tag).plugin_data.plugin_name
+        # Captions come before the images that they belong to.
+        for tag in sorted(names, key=lambda tag: names[tag][0] != "caption"):
             for event in accumulator.Tensors(tag):
-                self._add(plugin, tag, event)
+                self._add(*names[tag], make_ndarray(event.tensor_proto), event.step, event.wall_time)
 
-    def _add(self, plugin: str, tag: str, event: Any) -> None:
-        key, step, time = _SUFFIX.sub("", tag), event.step, event.wall_time
-        content = make_ndarray(event.tensor_proto)
-        if plugin == "histograms":
-            edges = [float(row[0]) for row in content] + [float(content[-1][1])]
-            self.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
-        elif plugin == "images":
-            self.images.append(ImageItem(key, step, content[2], self._captions.get((key, step), ""), time))
-        elif plugin == "text":
-            self._add_text(tag, key, content.item().decode(), step, time)
-
-    def _add_text(self, tag: str, key: str, text: str, step: int, time: float) -> None:
-        columns, rows = _table(text)
-        if tag == "tags":
-            self.tags.update({row[0]: row[1] for row in rows})
-        elif tag.endswith("/caption") and tag.removesuffix("/caption") in self._keys:
-            self._captions[tag.removesuffix("/caption"), step] = text
-        elif columns and tag != "params":
-            self.tables.append(TableItem(key, step, columns, list(rows), time))
-        elif tag != "params":
-            self.texts.append(TextItem(key, step, text, time))
+    def _add(self, kind: str, key: str, content: Any, step: int, time: float) -> None:
+        match kind:
+            case "histogram":
+                edges = [float(row[0]) for row in content] + [float(content[-1][1])]
+                self.histograms.append(HistogramItem(key, step, edges, [float(row[2]) for row in content], time))
+            case "image":
+                self.images.append(ImageItem(key, step, content[2], self._captions.get((key, step), ""), time))
+            case "caption":
+                self._captions[key.removesuffix("/caption"), step] = content.item().decode()
+            case "table":
+                columns, rows = _table(content.item().decode())
+                self.tables.append(TableItem(key, step, columns, rows, time))
+            case "tags":
+                _, rows = _table(content.item().decode())
+                self.tags.update({row[0]: row[1] for row in rows})
+            case "text":
+                self.texts.append(TextItem(key, step, content.item().decode(), time))
 
 
 def _table(text: str) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a Markdown table, or nothing."""
-    lines = text.split("\n")
-    if len(lines) < 2 or not re.fullmatch(r"\|( --- \|)+", lines[1]):
-        return [], []
-    cells = [[_cell(cell) for cell in re.split(r" (?<!\\)\| ", line[2:-2])] for line in lines]
+    """Return the columns and rows of a Markdown table."""
+    cells = [[_cell(cell) for cell in re.split(r" (?<!\\)\| ", line[2:-2])] for line in text.split("\n")]
     return cells[0], cells[2:]
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record looks like to TensorBoard: one event, with the values that its dashboards read."""
+"""Turns a record into one TensorBoard event, with the values that the dashboards read.
+
+`backend` encodes each entry here and appends the frames with `event_files`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 
 from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunInfo, Table, Tags, Text
-from trackhub_tensorboard.eventlog import NewTag
-from trackhub_tensorboard.frames import frame
+from trackhub_tensorboard.event_files import NewTag
+from trackhub_tensorboard.hparams import SESSION_TAGS
+from trackhub_tensorboard.tfrecord import frame
 
 __all__ = ["Encoder"]
 
@@ -28,25 +32,31 @@ _TEXT = text_metadata.create_summary_metadata(display_name="", description="")
 _IMAGE = image_metadata.create_summary_metadata(display_name="", description="")
 _HISTOGRAM = histogram_metadata.create_summary_metadata(display_name="", description="")
 
-_MAX_SCALAR_EVENTS = 64  # sets of keys; training code has a few, and one that makes them up must not fill the memory
+_MAX_SCALAR_EVENTS = 64  # training code logs a few sets of keys; code that invents keys must not fill the memory
 
 _MARKDOWN = re.compile(r"[\\`*_\[\]|#]")
 
 
 class Encoder:
-    """Makes events of one run's records.
+    """Encodes one run's records as events.
 
-    In TensorBoard a tag belongs to one dashboard, the one of its first value; a text under a scalar's tag would break
-    the scalar. So where records of two kinds have the same key, the later one's tag is ``key (kind)``.
+    In TensorBoard a tag belongs to one dashboard, that of its first value: a text with a scalar's tag would break the
+    scalar. So where records of two kinds have the same key, the later kind's tag is ``key (kind)``.
 
     Attributes:
-        new_tags: tags that were given since this list was emptied.
+        new_tags: the tags that were given since the caller last emptied this list.
     """
 
     def __init__(self, info: RunInfo, tags: Sequence[NewTag]) -> None:
-        """Go on with these tags."""
+        """Continue with the tags that the run's files hold already.
+
+        Args:
+            info: the run.
+            tags: its tags, in the order of their first use.
+        """
         self._info = info
-        self._taken = {new.tag for new in tags}
+        # A metric with a tag of the HPARAMS tab would vanish: TensorBoard keeps the tag for that tab.
+        self._taken = {*SESSION_TAGS, *(new.tag for new in tags)}
         self._tags: dict[str, dict[str, str]] = {}
         for new in tags:
             self._tags.setdefault(new.kind, {})[new.key] = new.tag
@@ -58,8 +68,10 @@ class Encoder:
 
         Raises:
             OSError: an image's file cannot be read.
+            TypeError: the entry's kind is not among the backend's.
         """
-        # Params and tags come without a step. TensorBoard's fast loader shows only the last value of a repeated one.
+        # Params and tags have no step. Their position is one that never repeats: TensorBoard's fast loader shows only
+        # the last value of a repeated step.
         step = entry.position if entry.step is None else entry.step
         payload = entry.payload
         if isinstance(payload, Metrics):
@@ -80,13 +92,13 @@ class Encoder:
             case Histogram() as histogram:
                 self._add_histogram(summary, histogram)
             case _:
-                raise TypeError(f"{type(payload).__name__} is not among the capabilities of this backend")
+                raise TypeError(f"{type(payload).__name__} is not among the kinds of this backend's capabilities")
         return frame(event.SerializeToString())
 
     def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
         """Return the frame of an event of scalars.
 
-        The last event with these keys is filled in again, which takes a third of making one anew.
+        It fills in the last event with these keys again, which takes a third of the time of a new event.
         """
         keys = tuple(values)
         event, slots = self._scalar_events.get(keys) or self._scalar_event(keys)
@@ -113,7 +125,7 @@ class Encoder:
         parts = [str(image.width).encode(), str(image.height).encode(), content]
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(len(parts)), string_val=parts)
         summary.value.add(tag=self._tag("image", image.key), tensor=tensor, metadata=_IMAGE)
-        if image.caption:  # the image dashboard has no place for it that changes with the step
+        if image.caption:  # the image dashboard has no place for a caption that changes with the step
             self._add_text(summary, "caption", f"{image.key}/caption", image.caption)
 
     def _add_histogram(self, summary: Summary, histogram: Histogram) -> None:
@@ -146,7 +158,7 @@ def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> st
 
 
 def _cell(value: object) -> str:
-    """Return a string so that it is read as it is, or another value as JSON."""
+    """Return a string escaped so that Markdown shows it as it is, or another value as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = _MARKDOWN.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
     return text.replace("\r\n", "<br>").replace("\n", "<br>")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's row in the HPARAMS tab: its params, and how it ended.
+"""The file with a run's row in the HPARAMS tab: its params, and how the run ended.
 
-TensorBoard takes the params from the first event of their tag and ignores later ones. So that params can be logged in
-several calls, and change, they are kept in an event file of their own that is replaced as a whole. A TensorBoard that
-has read it already shows the new content when it is started again.
+TensorBoard reads the params from the first event of their tag and ignores later ones. But a site may log params in
+several calls, and change them. So `backend` keeps them in an event file of their own, which this module replaces as a
+whole. A TensorBoard that has read the file already shows new params after it is started again.
 """
 
 from __future__ import annotations
@@ -21,30 +21,40 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from trackhub.spi import RunStatus
-from trackhub_tensorboard.eventlog import first_event
-from trackhub_tensorboard.frames import frame, frames
+from trackhub.spi import RunInfo, RunStatus, Side
+from trackhub_tensorboard.event_files import first_event
+from trackhub_tensorboard.tfrecord import frame, frames
 
-__all__ = ["Session"]
+__all__ = ["SESSION_TAGS", "HParamsFile"]
 
-# Before the other event files in order: TensorBoard's own reader goes through them once, and never looks back.
+# The name sorts before the other event files: TensorBoard's own reader goes through the files once and never back.
 _NAME = "events.out.tfevents.000000000000.hparams"
 _PLUGIN = "hparams"
 _START_TAG = "_hparams_/session_start_info"
 _END_TAG = "_hparams_/session_end_info"
+SESSION_TAGS = frozenset({_START_TAG, _END_TAG, "_hparams_/experiment"})
+"""The tags that the HPARAMS tab reads. Source: ``tensorboard/plugins/hparams/metadata.py`` 2.21."""
+
 _EXACT = 2**53
 _EMPTY = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
 
 
-class Session:
-    """The file with a run's params. Its methods raise OSError."""
+class HParamsFile:
+    """The file with a run's params. TensorBoard calls what it holds a session. Its methods raise OSError."""
 
-    def __init__(self, folder: Path, created: float) -> None:
-        """Read what the file in this folder holds, if there is one."""
+    def __init__(self, folder: Path, info: RunInfo) -> None:
+        """Read the params that the file holds already, if there is one.
+
+        Args:
+            folder: the run's folder.
+            info: the run.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         self._path = folder / _NAME
-        self._created = created
-        # The group is the trial's name in the tab's first column, which shows only its first fifteen characters or so.
-        self._start = SessionStartInfo(start_time_secs=created, group_name=f"{folder.name} ({folder.parent.name})")
+        self._created = info.created
+        self._start = SessionStartInfo(start_time_secs=info.created, group_name=_trial_name(info))
         if self._path.exists():
             content = self._path.read_bytes()
             for start, end in frames(content):
@@ -54,7 +64,11 @@ class Session:
                         self._start = data.session_start_info
 
     def update(self, params: dict[str, Any]) -> None:
-        """Add params, or change them."""
+        """Add params, or change them.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         for name, value in params.items():
             slot = self._start.hparams[name]
             if isinstance(value, bool):
@@ -66,7 +80,11 @@ class Session:
         self._replace(self._start_event())
 
     def finish(self, status: RunStatus, time: float) -> None:
-        """Say how the run ended, unless it has no params and so no place in the HPARAMS tab."""
+        """Store how the run ended. A run without params has no row in the HPARAMS tab, so nothing is stored for it.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         if self._start.hparams:
             end = SessionEndInfo(
                 status=STATUS_SUCCESS if status is RunStatus.FINISHED else STATUS_FAILURE, end_time_secs=time
@@ -77,7 +95,7 @@ class Session:
         return _event(_START_TAG, HParamsPluginData(session_start_info=self._start), self._created)
 
     def _replace(self, events: bytes) -> None:
-        part = self._path.with_name(".hparams.part")  # a name that TensorBoard does not take for an event file
+        part = self._path.with_name(".hparams.part")  # TensorBoard does not take this name for an event file
         try:
             part.write_bytes(first_event(self._created) + events)
             part.replace(self._path)
@@ -85,8 +103,17 @@ class Session:
             part.unlink(missing_ok=True)
 
 
+def _trial_name(info: RunInfo) -> str:
+    """Return the name in the tab's first column, which shows about fifteen characters: so the site comes first.
+
+    TensorBoard makes one row of all sessions with one name, so the name must differ for every run.
+    """
+    job = info.job.unique_name + (" at the client" if info.side is Side.CLIENT else "")
+    return f"{info.site} ({job})"
+
+
 def _is_number(value: object) -> bool:
-    """Whether a float64 holds this value exactly, and TensorBoard can send it to a browser as JSON."""
+    """Return whether a float64 holds this value exactly, and TensorBoard can send it to a browser as JSON."""
     if isinstance(value, int):
         return abs(value) <= _EXACT
     return isinstance(value, float) and math.isfinite(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights & Biases as a trackhub backend: one W&B run per site, all sites of a job in one group."""
+"""The backend ``wandb``: it writes one Weights & Biases run per site, and groups the sites of a job."""
 
 from __future__ import annotations
 

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend that the entry point names."""
+"""The backend class that the entry point names.
+
+It decides the mode with `login`, and opens runs of `offline` or `online` with the settings that the options ask for.
+"""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import socket
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from trackhub.spi import (
+    ANY_KEY,
     Backend,
     BackendContext,
     BackendRun,
     Capabilities,
+    ConfirmedBy,
     InvalidOptionError,
-    KeyRule,
+    JobInfo,
     Kind,
     Redelivery,
     Results,
     RunInfo,
 )
 from trackhub_wandb.login import Mode, chosen_mode, find_login, require_login, verify_login
+from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_text
 from trackhub_wandb.offline import OfflineRun, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
@@ -38,146 +44,161 @@ _DEFAULT_PROJECT = "trackhub"
 _PREFLIGHT_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 0.5
 
-_OFFLINE = Capabilities(
-    kinds=frozenset(
-        {
-            Kind.METRICS,
-            Kind.PARAMS,
-            Kind.TAGS,
-            Kind.TEXT,
-            Kind.IMAGE,
-            Kind.HISTOGRAM,
-            Kind.TABLE,
-            Kind.ARTIFACT,
-        }
-    ),
-    redelivery=Redelivery.REBUILD,
-    nonfinite=True,
-    late_steps=True,
-    changing_params=True,
-    # Source: W&B's documentation, "Experiments limits and performance", asks for metric names below 300 characters.
-    key_rule=KeyRule(max_chars=299, chars=""),
+_DECIDED = (QUIET_SETTINGS.keys() - {"silent"}) | {
+    *("mode", "api_key", "base_url", "run_id", "run_name", "resume", "reinit", "root_dir")
+}
+"""Fields of ``wandb.Settings`` that the backend decides itself."""
+
+_KINDS = frozenset(
+    {Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE, Kind.ARTIFACT}
 )
-_ONLINE = msgspec.structs.replace(_OFFLINE, redelivery=Redelivery.IDEMPOTENT)
+
+
+def _capabilities(options: WandBOptions, mode: Mode) -> Capabilities:
+    """Return what the backend can store in this mode, with these columns for step and round."""
+    return Capabilities(
+        kinds=_KINDS,
+        redelivery=Redelivery.IDEMPOTENT if mode == "online" else Redelivery.REBUILD,
+        confirmed_by=ConfirmedBy.FLUSH,
+        nonfinite=True,
+        late_steps=True,
+        changing_params=True,
+        key_rule=row_rule(options.step_metric, options.round_metric),
+        # An artifact's key is a value in its metadata; `naming.artifact_name` makes its name.
+        key_rules={Kind.PARAMS: PARAM_RULE, Kind.TAGS: TAG_RULE, Kind.ARTIFACT: ANY_KEY},
+    )
 
 
 class WandBBackend(Backend[WandBOptions]):
-    """One W&B run per site, named after it, in a group named after the job.
+    """One W&B run per site. Its name is that of the job and the site, and all runs of a job are one group.
 
-    ``capabilities`` are those of the offline mode; an instance that writes online replaces them, at the latest in
-    ``preflight``, where the mode is decided if the options leave it open.
+    The class declares the capabilities of the offline mode with the default options. An instance declares its own. If
+    the options leave the mode open, ``preflight`` decides it.
     """
 
     spi = 1
     contract = 1
-    capabilities = _OFFLINE
+    capabilities = _capabilities(WandBOptions(), "offline")
 
     def __init__(self, options: WandBOptions, context: BackendContext) -> None:
+        """Work out the folder, and the mode if the options say it. Nothing is imported or opened yet."""
         super().__init__(options, context)
-        if options.step_metric == options.round_metric:
-            raise InvalidOptionError("wandb.round_metric: must differ from step_metric")
-        self._options = options
-        self._mode: Mode | None = None
+        self.capabilities = _capabilities(options, options.mode or "offline")
+        self._mode: Mode | None = options.mode
         self._login: Login | None = None
         self._server: Server | None = None
         self._runs: list[OfflineRun | OnlineRun] = []
-        self._results: dict[str, Results] = {}
-        # W&B puts its files into <root>/wandb, and the receiver calls this backend's folder that.
-        folder = context.workdir.absolute()
-        self._root = folder.parent if folder.name == _FOLDER else folder
-        if options.mode is not None:
-            self._set_mode(options.mode)
+        self._urls: dict[str, str] = {}
+        # W&B writes to <root>/wandb, which is this backend's folder, unless its entry point has another name.
+        self._root = context.run_folder if context.workdir.name == _FOLDER else context.workdir
 
     def preflight(self) -> None:
-        """Decide the mode, and check that it can be used here."""
+        """Decide the mode, and check that it can be used here.
+
+        Raises:
+            ConfigError: there is no login for the mode online, the server rejects it, or a setting is wrong.
+            TransientError: the server cannot be asked now.
+        """
         mode = self._decide()
         self._check_settings()
         if mode == "online":
-            self._login = require_login(self._options)
-            verify_login(self._options, self._login, _PREFLIGHT_TIMEOUT_S)
+            self._login = require_login(self.options)
+            verify_login(self.options, self._login, _PREFLIGHT_TIMEOUT_S)
 
     def open_run(self, info: RunInfo) -> BackendRun:
-        """Open the W&B run of this site."""
+        """Open the W&B run of this site.
+
+        Raises:
+            TransientError: the SDK failed, or the server cannot be reached.
+            PermanentError: the server will not have this run.
+        """
         settings = self._run_settings(info)
         if self._decide() == "offline":
-            offline = OfflineRun(info, self._options, settings, self._root / _FOLDER)
+            run_folder = self.context.run_folder.absolute()
+            offline = OfflineRun(info, self.options, settings, self._wandb_dir, run_folder)
             self._runs.append(offline)
             return offline
         if self._server is None:
-            self._server = Server(self._options, self._login or require_login(self._options))
-        online = OnlineRun(info, self._options, settings, self._server)
+            self._server = Server(self.options, self._login or require_login(self.options))
+        online = OnlineRun(info, self.options, settings, self._server)
         self._runs.append(online)
         if online.url:
-            self._results[info.run_id] = Results(url=online.url)
+            self._urls[info.run_id] = online.url
         return online
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return the URL of an online run; the folder of an offline one, and the command that uploads it."""
-        if info.run_id in self._results:
-            return self._results[info.run_id]
-        folders = offline_folders(self._root / _FOLDER, info.run_id)
+        """Return the URL of an online run, or the folder of an offline run and the command that uploads it."""
+        if info.run_id in self._urls:
+            return Results(url=self._urls[info.run_id])
+        folders = [self.context.shown(folder) for folder in offline_folders(self._wandb_dir, info.run_id)]
         if not folders:
             return None
-        # From there, since the paths of an artifact's files are relative to it.
-        paths = " ".join(shlex.quote(str(folder.relative_to(self._root))) for folder in folders)
-        return Results(path=str(folders[-1]), command=f"cd {shlex.quote(str(self._root))} && wandb sync {paths}")
+        return Results(path=folders[-1], command=f"wandb sync {' '.join(map(shlex.quote, folders))}")
 
     def close(self) -> None:
-        """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no peer."""
+        """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no server."""
         for run in self._runs:
             run.abandon()
         stop_service(_CLOSE_TIMEOUT_S)
 
-    def _set_mode(self, mode: Mode) -> None:
-        self._mode = mode
-        self.capabilities = _ONLINE if mode == "online" else _OFFLINE
+    @property
+    def _wandb_dir(self) -> Path:
+        return self._root.absolute() / _FOLDER
 
     def _decide(self) -> Mode:
         if self._mode is None:
-            mode = chosen_mode(self._options)
+            mode = chosen_mode(self.options)
             if mode is None:
-                self._login = find_login(self._options)
+                self._login = find_login(self.options)
                 mode = "online" if self._login is not None else "offline"
                 if mode == "offline":
                     _log.warning(
                         "W&B: no login was found on %s, so runs are recorded OFFLINE in %s. To record online, run "
-                        "`wandb login` there, or set WANDB_API_KEY for this process.",
+                        "`wandb login` there, or set WANDB_API_KEY for this process. To record offline without this "
+                        "warning, give the option mode='offline'",
                         socket.gethostname(),
-                        self._root / _FOLDER,
+                        self._wandb_dir,
                     )
-            self._set_mode(mode)
-        assert self._mode is not None
+            self._mode = mode
+            self.capabilities = _capabilities(self.options, mode)
         return self._mode
 
     def _check_settings(self) -> None:
         wandb = import_sdk()
-        ours = {*QUIET_SETTINGS, "mode", "run_id", "run_name", "resume", "reinit", "root_dir", "api_key"} - {"silent"}
-        if taken := sorted(ours & set(self._options.settings)):
-            raise InvalidOptionError(f"wandb.settings: {', '.join(taken)} cannot be set here")
+        if taken := sorted(_DECIDED & self.options.settings.keys()):
+            raise InvalidOptionError(
+                f"wandb.settings: the backend decides {', '.join(taken)} itself; leave them out, or use the option of "
+                "the same name, if there is one"
+            )
         try:
-            wandb.Settings(**self._options.settings)
+            wandb.Settings(**self.options.settings)
         except (ValueError, TypeError, wandb.errors.UsageError) as error:
-            raise InvalidOptionError(f"wandb.settings: {error}") from error
+            raise InvalidOptionError(f"wandb.settings: {error}. Give fields of wandb.Settings") from error
 
     def _run_settings(self, info: RunInfo) -> dict[str, Any]:
-        options = self._options
-        # From the environment and W&B's own settings files. The server is asked for a run under its full name before
-        # the SDK opens it, so entity and project must be known, not left to the SDK.
+        options, extra = self.options, self.options.settings
+        # What the environment and W&B's own settings files say. `online` asks the server for a run by its full name
+        # before the SDK opens it, so entity and project must be known here.
         found = import_sdk().sdk.wandb_setup.singleton().settings
         chosen: dict[str, Any] = {
-            "project": options.project or options.settings.get("project") or found.project or _DEFAULT_PROJECT,
-            "entity": options.entity or options.settings.get("entity") or found.entity,
-            "run_group": options.group or options.settings.get("run_group") or found.run_group or info.job.id,
+            "project": options.project or extra.get("project") or found.project or _DEFAULT_PROJECT,
+            "entity": options.entity or extra.get("entity") or found.entity,
+            "run_group": options.group or extra.get("run_group") or found.run_group or run_name(info.job.unique_name),
             "run_job_type": options.job_type,
-            "run_notes": options.notes,
-            "run_tags": tuple(options.tags) or None,
+            "run_notes": options.notes or extra.get("run_notes") or info.job.notes or None,
+            "run_tags": self._tags(info.job, found.run_tags),
         }
         return {
             **QUIET_SETTINGS,
-            **options.settings,
+            **extra,
             **{name: value for name, value in chosen.items() if value is not None},
             "run_id": info.run_id,
-            "run_name": info.site,
+            "run_name": run_name(info.display_name),
             "reinit": "create_new",
-            "root_dir": str(self._root),
+            "root_dir": str(self._root.absolute()),
         }
+
+    def _tags(self, job: JobInfo, found: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the tags of every run: those of the job, and those of the options or else of the environment."""
+        more = self.options.tags or self.options.settings.get("run_tags") or found or ()
+        return tuple(dict.fromkeys(tag_text(tag) for tag in (*job.tags, *more) if tag))

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``wandb`` offline; online, W&B is a server that no test may use (see the tests of this package)."""
+"""The contract of ``wandb`` in the mode offline: it reads the ``.wandb`` files with `offline_reader`.
+
+``trackhub check wandb`` and this package's tests run it. Online, W&B is a server that no check may use, so the tests
+run the same contract against an emulator of it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,6 @@ from trackhub.testing import (
     BackendContract,
     HistogramItem,
     ImageItem,
-    Kind,
     Point,
     ReadBack,
     RunInfo,
@@ -42,11 +45,11 @@ class WandBContract(BackendContract):
     secret_env = ("WANDB_API_KEY",)
 
     def options(self, tmp_path: Path) -> Mapping[str, Any]:
-        """Return the options of an offline receiver."""
+        """Return the options of a receiver in the mode offline."""
         return {"mode": "offline"}
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
-        """Read the run's folder. There must be one, and not more."""
+        """Read the run's folder. There must be exactly one."""
         (path,) = context.workdir.glob(f"offline-run-*-{run.run_id}/run-{run.run_id}.wandb")
         log = read_log(path)
         found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
@@ -62,37 +65,39 @@ class WandBContract(BackendContract):
                     *(found.artifacts or ()),
                     ArtifactItem(about["key"], content, filename, artifact.kind, about.get("step"), about["time"]),
                 ]
-        found.status = None if log.exit_code is None else "finished" if log.exit_code == 0 else "failed"
+        if log.exit_code is not None:
+            found.status = {0: "finished", 254: "crashed"}.get(log.exit_code, "failed")
         return found
 
-    def canonical_key(self, kind: Kind, key: str) -> str:
-        """W&B has keys of its own, and so has the plugin; a logged one of that name is kept apart."""
-        if kind in (Kind.TAGS, Kind.ARTIFACT):
-            return key
-        bare = key
-        while bare.startswith("user/"):
-            bare = bare.removeprefix("user/")
-        taken = {"trackhub"} if kind is Kind.PARAMS else _OWN
-        return f"user/{key}" if bare.startswith("_") or bare in taken else key
-
     def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The config is plain JSON, kept as a tree of its leaves."""
+        """A config is plain JSON, kept as a tree of its leaves. A value that refers to an artifact is its JSON text."""
         return {key: self._param(value) for key, value in params.items()}
 
     def _param(self, value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             return str(value).replace("inf", "Infinity").replace("nan", "NaN")
+        if isinstance(value, str) and value.startswith("wandb-artifact://"):
+            return json.dumps(value)
         if isinstance(value, dict):
             return {key: self._param(item) for key, item in value.items()} or "{}"
         return [self._param(item) for item in value] if isinstance(value, list) else value
 
     def canonical_status(self, status: RunStatus) -> str:
-        """A run has an exit code."""
-        return "finished" if status is RunStatus.FINISHED else "failed"
+        """W&B tells a run's state by its exit code: 0 is finished, 254 crashed, and others are failed."""
+        return {RunStatus.FINISHED: "finished", RunStatus.KILLED: "crashed"}.get(status, "failed")
 
 
 def add_row(found: ReadBack, row: dict[str, Any], file: Callable[[str], bytes]) -> None:
-    """Add what one row of a history holds; ``file`` gives the bytes of a file of the run."""
+    """Add what one row of a history holds.
+
+    Args:
+        found: where to add it.
+        row: key to value, media as dicts.
+        file: returns the bytes of a file of the run.
+
+    Raises:
+        ValueError: the row holds media of a kind that this backend does not write.
+    """
     step, time = row.get("step"), row["_timestamp"]
     for key, value in row.items():
         if key.startswith("_") or key in _OWN:
@@ -114,4 +119,6 @@ def add_row(found: ReadBack, row: dict[str, Any], file: Callable[[str], bytes]) 
             table = json.loads(file(value["path"]))
             found.tables = [*(found.tables or ()), TableItem(key, step, table["columns"], table["data"], time)]
         else:
-            raise ValueError(f"a row holds a {kind}: {value}")
+            raise ValueError(
+                f"the row of step {step} holds a {kind!r} under {key!r}, which this backend does not write"
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is W&B to be used online here, and with which login."""
+"""Decides whether the receiver uses W&B online, and with which login. `backend` calls it before training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MODES: dict[str, Mode] = {"online": "online", "run": "online", "offline": "offl
 
 
 def chosen_mode(options: WandBOptions) -> Mode | None:
-    """Return the mode that the options or ``WANDB_MODE`` ask for; None when neither does.
+    """Return the mode that the options or ``WANDB_MODE`` ask for, or None if neither does.
 
     Raises:
-        ConfigError: ``WANDB_MODE`` is one in which nothing could be recorded truthfully.
+        ConfigError: ``WANDB_MODE`` is another one, such as ``disabled``, in which every record would be lost.
     """
     if options.mode is not None:
         return options.mode
@@ -38,15 +38,15 @@ def chosen_mode(options: WandBOptions) -> Mode | None:
     if value not in _MODES:
         raise ConfigError(
             f"backend wandb: WANDB_MODE={value} in the environment of the receiver on {socket.gethostname()}; expected "
-            "online or offline. Unset it, set the backend's option mode, or take the backend out of the job."
+            "online or offline. Unset it, set the backend's option mode, or take the backend out of the job"
         )
     return _MODES[value]
 
 
 def find_login(options: WandBOptions) -> Login | None:
-    """Return the login that is to be used on this machine; None when there is none.
+    """Return the login to use on this machine, or None if there is none.
 
-    Reads the option, the environment, the netrc file and W&B's own settings files; asks no server.
+    This reads the option, the environment, the netrc file and W&B's own settings files. It asks no server.
 
     Raises:
         ConfigError: what was found cannot be a login, or the server's address is malformed.
@@ -69,10 +69,10 @@ def find_login(options: WandBOptions) -> Login | None:
 
 
 def require_login(options: WandBOptions) -> Login:
-    """Return the login to use, of which there must be one.
+    """Return the login to use on this machine.
 
     Raises:
-        ConfigError: no login was found on this machine.
+        ConfigError: there is no login.
     """
     found = find_login(options)
     if found is None:
@@ -84,7 +84,12 @@ def require_login(options: WandBOptions) -> Login:
 
 
 def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
-    """Ask the server whose login this is; return the entity that its runs go to by default.
+    """Ask the server whose login this is. Return the entity that its runs go to by default.
+
+    Args:
+        options: the backend's options.
+        login: the login to verify.
+        timeout_s: longest wait for the server.
 
     Raises:
         ConfigError: the server rejects the login.
@@ -104,7 +109,7 @@ def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
             status = error.response.http_status if error.response is not None else 0
             if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
                 raise ConfigError(
-                    f"backend wandb: {login.base_url} rejects the login found on {socket.gethostname()} "
+                    f"backend wandb: {login.base_url} rejects the login that was found on {socket.gethostname()} "
                     f"(HTTP {status}). {_how_to_log_in(options)}"
                 ) from error
             raise TransientError(f"W&B at {login.base_url} cannot be reached now: {error}") from error
@@ -113,7 +118,7 @@ def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
 def _how_to_log_in(options: WandBOptions) -> str:
     host = f" --host {options.base_url}" if options.base_url else ""
     return (
-        f"Log in on that machine, as the user who runs the receiver, with `wandb login{host}`; or set WANDB_API_KEY in "
-        "its environment; or give the option api_key='${secret:NAME}' with NAME set there. To record without a login, "
-        "choose mode='offline' and upload later with `wandb sync`."
+        f"Log in on that machine, as the user who runs the receiver, with `wandb login{host}`. Or set WANDB_API_KEY in "
+        "its environment. Or give the option api_key='${secret:NAME}', with NAME set in its environment. To record "
+        "without a login, choose mode='offline' and upload later with `wandb sync`"
     )

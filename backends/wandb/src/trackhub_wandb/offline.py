@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run without a server: a folder that ``wandb sync`` uploads later."""
+"""A run without a server: a folder that ``wandb sync`` uploads later. `backend` opens it in the mode offline."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from trackhub.spi import BackendRun, Confirmation, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk import abandon_runs, open_sdk_run, stop_service
-from trackhub_wandb.session import Session, first_config, link_or_copy
-from trackhub_wandb.txlog import LogTail
+from trackhub_wandb.sdk_run import SdkRun, first_config, link_or_copy
+from trackhub_wandb.transaction_log import TransactionLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,52 +34,80 @@ _POLL_S = 0.02
 
 
 def offline_folders(wandb_dir: Path, run_id: str) -> list[Path]:
-    """Return the folders that hold this run, oldest first. More than one, if it was opened again without a rebuild."""
+    """Return the folders that hold this run, oldest first.
+
+    There are several if the run was opened again without a rebuild.
+
+    Args:
+        wandb_dir: the folder ``wandb`` that the SDK writes to.
+        run_id: the run's id.
+    """
     return sorted(wandb_dir.glob(f"offline-run-*-{run_id}*"))
 
 
 class OfflineRun(BackendRun):
     """Writes one folder per run.
 
-    The SDK cannot append to a folder: a run that is opened again gets a second one, of which ``wandb sync`` would
-    take only one. So a run is always written from its first record, and what an interrupted process left is removed
-    before (``Redelivery.REBUILD``).
+    The SDK cannot append to a folder. It gives a second folder to a run that is opened again, and ``wandb sync`` takes
+    only one of them. So this class removes what an interrupted process left, and writes every run from its first record
+    (``Redelivery.REBUILD``).
     """
 
-    def __init__(self, info: RunInfo, options: WandBOptions, settings: dict[str, Any], wandb_dir: Path) -> None:
+    def __init__(
+        self, info: RunInfo, options: WandBOptions, settings: dict[str, Any], wandb_dir: Path, run_folder: Path
+    ) -> None:
         """Open the run.
 
+        Args:
+            info: which run.
+            options: the backend's options.
+            settings: fields of ``wandb.Settings``.
+            wandb_dir: the folder ``wandb`` that the SDK writes to.
+            run_folder: the job's run folder, in which a person runs ``wandb sync``.
+
         Raises:
-            TransientError: the SDK's service cannot be started or the folder not be written.
+            TransientError: the SDK's service cannot be started, or the folder cannot be written.
         """
         if info.resume_from == 0:
             for folder in offline_folders(wandb_dir, info.run_id):
-                _log.info("W&B run of %s is written anew: removing %s", info.site, folder)
+                _log.info(
+                    "The W&B run of %s is written anew, so its unfinished folder %s is removed", info.site, folder
+                )
                 shutil.rmtree(folder, ignore_errors=True)
         self._flush_timeout_s = options.flush_timeout_s
         self._finish_timeout_s = options.finish_timeout_s
+        self._run_folder = run_folder
         offline = {"mode": "offline", "x_transaction_log_flush_interval": _DISK_INTERVAL_S}
-        self._root = wandb_dir.parent
         try:
             run = open_sdk_run({**settings, **offline}, config=first_config(info))
         except Exception as error:
-            raise TransientError(f"W&B run of {info.site} cannot be opened: {error}") from error
-        self._session = Session(run, info, options, self._keep_files)
+            raise TransientError(
+                f"the offline W&B run of {info.site} cannot be opened in {wandb_dir}: {error}"
+            ) from error
+        self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
         self._ended = False
-        self._tail = LogTail(Path(run.settings.sync_file))
-        self._on_disk: tuple[str, int] = self._session.last
+        self._log = TransactionLog(Path(run.settings.sync_file))
+        self._on_disk: tuple[str, int] = self._run.last
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Hand entries to the SDK."""
+        """Hand entries to the SDK.
+
+        Raises:
+            TransientError: the SDK failed.
+        """
         try:
-            rejected = self._session.write(batch)
+            rejected = self._run.write(batch)
         except Exception as error:
-            raise TransientError(f"the W&B SDK failed: {error}") from error
+            raise TransientError(f"the W&B SDK failed: {type(error).__name__}: {error}") from error
         return WriteReport(rejected) if rejected else None
 
     def flush(self) -> Confirmation:
-        """Wait until the last of them is in the run's file."""
-        last = self._session.last
+        """Wait until the last entry is in the run's file, at most ``flush_timeout_s``.
+
+        Raises:
+            TransientError: it is not there in time, or the file cannot be read.
+        """
+        last = self._run.last
         if last == self._on_disk:
             return Confirmation.STORE
         deadline = time.monotonic() + self._flush_timeout_s
@@ -89,34 +117,38 @@ class OfflineRun(BackendRun):
                 raise TransientError(f"W&B's service wrote nothing to disk for {self._flush_timeout_s:.0f} s")
             wait(_POLL_S)
         self._on_disk = last
-        self._session.artifacts.clear()
-        self._session.files.clear()
+        self._run.artifacts.clear()
+        self._run.files.clear()
         return Confirmation.STORE
 
     def _is_in_file(self, last: tuple[str, int]) -> bool:
         try:
-            return self._tail.contains(lambda record: _position(record) == last)
+            return self._log.contains(lambda record: _position(record) == last)
         except OSError as error:
             raise TransientError(f"the W&B run's file cannot be read: {error}") from error
 
     def finish(self, status: RunStatus) -> None:
-        """End the run, as finished or failed, and the SDK's service with the last run."""
+        """End the run with this status. With the last run, end the SDK's service.
+
+        Raises:
+            TransientError: the SDK failed.
+        """
         try:
-            self._session.run.finish(exit_code=0 if status is RunStatus.FINISHED else 1)
+            self._run.finish(status)
         except Exception as error:
-            raise TransientError(f"the W&B run could not be ended: {error}") from error
+            raise TransientError(f"the W&B run could not be ended: {type(error).__name__}: {error}") from error
         self._ended = True
         stop_service(self._finish_timeout_s)
 
     def abandon(self) -> None:
-        """Let go of the run without ending it; what was flushed is in its file."""
+        """Let go of the run without ending it. What was flushed is in its file."""
         if not self._ended:
-            abandon_runs([self._session.run])
+            abandon_runs([self._run.run])
 
     def _keep_files(self, artifact: SdkArtifact, folder: Path) -> None:
-        """Put an artifact's files into the run's folder, under paths relative to the folder that holds ``wandb``.
+        """Put an artifact's files into the run's folder, under paths relative to the job's run folder.
 
-        So a job's folder can be moved or downloaded, and uploaded from where it lies then.
+        So ``wandb sync`` also finds them after somebody moved or downloaded the run folder.
         """
         for entry in artifact.manifest.entries.values():
             if entry.local_path is None:
@@ -125,7 +157,7 @@ class OfflineRun(BackendRun):
             if Path(entry.local_path) != target:
                 target.unlink(missing_ok=True)
                 link_or_copy(Path(entry.local_path), target)
-            entry.local_path = str(target.relative_to(self._root))
+            entry.local_path = str(target.relative_to(self._run_folder))
 
 
 def _position(record: Any) -> tuple[str, int] | None:

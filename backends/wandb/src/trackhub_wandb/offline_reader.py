@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an offline run's folder, for tests: a reader of its own that shares no code with the plugin.
+"""Reads the folder of an offline run, for the contract and the tests. It shares no code with the plugin.
 
-The ``.wandb`` file is W&B's transaction log: the bytes ``:W&B``, a two-byte magic and a version, then records framed as
-in LevelDB's log format, with the CRC-32 of zlib over the fragment's type and data. A record is a protobuf message.
+A ``.wandb`` file is W&B's transaction log. It begins with the bytes ``:W&B``, a two-byte magic and a version. Its
+records are framed as in LevelDB's log format, with zlib's CRC-32 of each fragment's type and data. A record is a
+protobuf message.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ _BLOCK = 1 << 15
 
 
 class LoggedArtifact(msgspec.Struct):
-    """One artifact record; ``files`` maps the name within the artifact to the path that the record gives."""
+    """One artifact record.
+
+    Attributes:
+        name: the artifact's name.
+        kind: the artifact's type.
+        metadata: what the backend wrote about it.
+        files: name within the artifact to the path that the record gives, relative to the run folder.
+    """
 
     name: str
     kind: str
@@ -37,10 +45,12 @@ class LoggedRun(msgspec.Struct):
     Attributes:
         folder: the run's folder.
         rows: the history, one dict for each row, media as dicts.
-        config: the last value of each entry, without W&B's own.
-        settings: project, group, name and such, as of the last run record.
-        metrics: the metric definitions: name or glob to the step metric, if any.
-        uploads: the files of the run that are to be uploaded.
+        config: the last value of each entry, without W&B's own entry.
+        settings: project, group, name and so on, from the last run record.
+        tags: the tags, from the last run record.
+        metrics: the metric definitions: name or glob to the step metric, empty for none.
+        uploads: the files of the run that ``wandb sync`` uploads.
+        artifacts: the artifacts, in the order of their records.
         exit_code: None while the run is open.
     """
 
@@ -56,12 +66,16 @@ class LoggedRun(msgspec.Struct):
 
 
 def find_runs(wandb_dir: Path) -> list[LoggedRun]:
-    """Return all offline runs below a ``wandb`` folder."""
+    """Return all offline runs in a ``wandb`` folder."""
     return [read_log(path) for path in sorted(wandb_dir.glob("offline-run-*/run-*.wandb"))]
 
 
 def read_log(path: Path) -> LoggedRun:
-    """Return what one ``.wandb`` file holds. It may be open, or torn by a crash."""
+    """Return what one ``.wandb`` file holds. The file may be open, or a crash may have torn it.
+
+    Raises:
+        ValueError: the file is no such log, or a checksum is wrong.
+    """
     run = LoggedRun(path.parent)
     for record in read_records(path):
         _apply(run, record)
@@ -70,7 +84,7 @@ def read_log(path: Path) -> LoggedRun:
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Yield the records of a log, up to the first that is not whole.
+    """Yield the records of a log, and stop before a record that is not whole.
 
     Raises:
         ValueError: the file is no such log, or a checksum is wrong.
@@ -80,7 +94,7 @@ def read_records(path: Path) -> Iterator[Any]:
     parse = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]  # made at import time
     data = path.read_bytes()
     if data[:4] != _MAGIC:
-        raise ValueError(f"{path} does not begin with {_MAGIC!r}")
+        raise ValueError(f"{path} is no transaction log of W&B: it does not begin with {_MAGIC!r}")
     parts: list[bytes] = []
     for kind, body in _fragments(data):
         if kind in (1, 2):
@@ -104,7 +118,7 @@ def _fragments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if kind == 0 or len(body) < length:
             return
         if zlib.crc32(bytes([kind]) + body) != checksum:
-            raise ValueError(f"wrong checksum at byte {at}")
+            raise ValueError(f"the fragment at byte {at} has a wrong checksum; the file is damaged")
         yield kind, body
         at += 7 + length
 
@@ -114,6 +128,8 @@ def _apply(run: LoggedRun, record: Any) -> None:
         case "history":
             run.rows.append(_row(record.history))
         case "config":
+            for item in record.config.remove:
+                run.config.pop(item.key, None)
             run.config.update({item.key: json.loads(item.value_json) for item in record.config.update})
         case "run":
             run.config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
@@ -147,5 +163,5 @@ def _row(history: Any) -> dict[str, Any]:
 
 
 def parse_integer(text: str) -> int | float:
-    """Return what a JSON integer stands for: W&B writes 2.0 as ``2``, and -0.0 as ``-0``."""
+    """Return the number that a JSON integer stands for. W&B writes the floats 2.0 and -0.0 as ``2`` and ``-0``."""
     return -0.0 if text == "-0" else int(text)

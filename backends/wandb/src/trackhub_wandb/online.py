@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run on a W&B server."""
+"""A run on a W&B server. `backend` opens it in the mode online.
+
+It writes with `sdk_run` and confirms by what `server` says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk import abandon_runs, open_sdk_run, service_is_lost, stop_service
-from trackhub_wandb.session import Session, first_config
+from trackhub_wandb.sdk_run import SdkRun, first_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,18 +40,29 @@ _STALLED_FLUSHES = 3
 
 
 class OnlineRun(BackendRun):
-    """Writes to a server through the SDK, and confirms what the server says it has.
+    """Writes to a server through the SDK, and confirms what the server says that it has.
 
     ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
-    did. Artifacts are acknowledged by the SDK itself.
+    arrived. For an artifact, the SDK passes on the server's own acknowledgement.
 
-    Rows have their position as ``_step``. A run that is opened again is resumed; the server then says what the next
-    ``_step`` is, and rows before it are not sent again (``Redelivery.IDEMPOTENT``). What is not confirmed is kept in
-    memory, so that the run can be opened again under the lane, if the SDK's service dies or its upload gives up.
+    The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``
+    is. Rows before that are not sent again (``Redelivery.IDEMPOTENT``).
+
+    The class keeps unconfirmed entries in memory. So it can open the run again under the lane, if the SDK's service
+    died or gave up an upload.
+
+    Attributes:
+        url: the run's page, or None before the SDK opened the run.
     """
 
     def __init__(self, info: RunInfo, options: WandBOptions, settings: dict[str, Any], server: Server) -> None:
         """Open the run.
+
+        Args:
+            info: which run.
+            options: the backend's options.
+            settings: fields of ``wandb.Settings``.
+            server: the server that is asked what it has.
 
         Raises:
             TransientError: the server cannot be reached, or refuses now.
@@ -68,10 +82,14 @@ class OnlineRun(BackendRun):
         self._stalled = (0, 0)
         self._ended = False
         self.url: str | None = None
-        self._session: Session | None = self._open()
+        self._run: SdkRun | None = self._open()
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Hand entries to the SDK; when too many are unconfirmed, confirm them first."""
+        """Hand entries to the SDK. If too many are unconfirmed, confirm those first.
+
+        Raises:
+            TransientError: the SDK failed, or the server did not confirm in time.
+        """
         if len(self._unconfirmed) >= _MAX_UNCONFIRMED:
             self.flush()
         rejected = self._hand_over(self._opened(), batch)
@@ -80,16 +98,22 @@ class OnlineRun(BackendRun):
         return WriteReport(rejected) if rejected else None
 
     def flush(self) -> Confirmation:
-        """Wait until the server has everything that was written, or ``flush_timeout_s``."""
-        session = self._opened()
+        """Wait until the server has everything that was written, at most ``flush_timeout_s``.
+
+        Raises:
+            TransientError: the server did not confirm in time, or cannot be asked.
+        """
+        run = self._opened()
         deadline = time.monotonic() + self._options.flush_timeout_s
-        self._await_artifacts(session, deadline)
+        self._await_artifacts(run, deadline)
         wait = threading.Event().wait
         pause = _POLL_S
-        while missing := self._missing(session):
+        while missing := self._missing(run):
             if time.monotonic() + pause > deadline:
-                self._help_along(session, missing)
-                raise TransientError(f"W&B did not confirm within {self._options.flush_timeout_s:.0f} s: {missing}")
+                self._help_along(run, missing)
+                raise TransientError(
+                    f"W&B did not confirm within {self._options.flush_timeout_s:.0f} s. It still lacks {missing}"
+                )
             wait(pause)
             pause = min(2 * pause, _POLL_MAX_S)
         self._unconfirmed.clear()
@@ -97,36 +121,40 @@ class OnlineRun(BackendRun):
         return Confirmation.STORE
 
     def finish(self, status: RunStatus) -> None:
-        """End the run at the server, as finished or failed; wait at most ``finish_timeout_s``."""
+        """End the run at the server with this status. Waits at most ``finish_timeout_s``.
+
+        Raises:
+            TransientError: the SDK failed, or the server did not answer in time.
+        """
         if self._ended:
             return
-        session, self._session = self._opened(), None
+        run, self._run = self._opened(), None
         try:
-            session.run.finish(exit_code=0 if status is RunStatus.FINISHED else 1)
+            run.finish(status)
         except Exception as error:
-            self._let_go(session)
-            raise TransientError(f"the W&B run could not be ended: {error}") from error
+            self._let_go(run)
+            raise TransientError(f"the W&B run could not be ended: {type(error).__name__}: {error}") from error
         self._ended = True
         stop_service(self._options.finish_timeout_s)
 
     def abandon(self) -> None:
-        """Let go of the run without ending it. Waits for no peer."""
-        if self._session is not None:
-            self._let_go(self._session)
+        """Let go of the run without ending it. Waits for no server."""
+        if self._run is not None:
+            self._let_go(self._run)
 
-    def _opened(self) -> Session:
-        """Return the open session; open the run again if it was lost, and hand over what was not confirmed."""
-        if self._session is None:
-            session = self._open()
-            self._hand_over(session, self._unconfirmed)
-            self._session = session
-        return self._session
+    def _opened(self) -> SdkRun:
+        """Return the open run. If it was lost, open it again and hand over the unconfirmed entries."""
+        if self._run is None:
+            run = self._open()
+            self._hand_over(run, self._unconfirmed)
+            self._run = run
+        return self._run
 
-    def _open(self) -> Session:
+    def _open(self) -> SdkRun:
         import wandb
 
         site = self._info.site
-        # Asked first, since the SDK takes far longer to find out that a server is down.
+        # This question comes first, since the SDK takes far longer to notice that a server is down.
         state = self._server.state(self._path)
         settings = {
             **self._settings,
@@ -138,100 +166,108 @@ class OnlineRun(BackendRun):
             "x_file_stream_transmit_interval": self._options.upload_interval_s,
         }
         try:
-            run = open_sdk_run(settings, self._server.login, None if state else first_config(self._info))
+            opened = open_sdk_run(settings, self._server.login, None if state else first_config(self._info))
         except wandb.errors.UsageError as error:
             raise PermanentError(f"W&B refuses the run of {site}: {error}") from error
         except Exception as error:
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
-        self.url = run.url
-        self._path = {"entity": run.entity, "project": run.project, "name": run.id}
+        self.url = opened.url
+        self._path = {"entity": opened.entity, "project": opened.project, "name": opened.id}
         self._rows_before = int((state or {}).get("historyLineCount") or 0)
         try:
-            return Session(run, self._info, self._options, self._before_artifact)
+            return SdkRun(
+                opened, self._info, self._options, self._settings.get("run_tags") or (), self._before_artifact
+            )
         except Exception as error:
-            abandon_runs([run])
+            abandon_runs([opened])
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
 
     def _before_artifact(self, artifact: SdkArtifact, folder: Path) -> None:
-        # The SDK asks the server whether it may log an artifact, and waits 19 s for a dead one (wandb 0.31).
+        # Fails at once if the server is down. The SDK itself would wait 19 s for its answer here (wandb 0.31).
         self._server.state(self._path)
 
-    def _hand_over(self, session: Session, batch: Sequence[Entry]) -> list[Rejection]:
+    def _hand_over(self, run: SdkRun, batch: Sequence[Entry]) -> list[Rejection]:
         try:
-            return session.write(batch)
+            return run.write(batch)
         except Exception as error:
-            raise self._failed(session, error) from error
+            raise self._failed(run, error) from error
 
-    def _let_go(self, session: Session) -> None:
-        self._session = None
-        abandon_runs([session.run])
+    def _let_go(self, run: SdkRun) -> None:
+        self._run = None
+        abandon_runs([run.run])
 
-    def _help_along(self, session: Session, missing: _Missing) -> None:
-        """Do something about what the server still lacks: send it again, or open the run again.
+    def _help_along(self, run: SdkRun, missing: _Missing) -> None:
+        """Make the missing part arrive: send a file or the config again, or open the run again for rows.
 
-        The SDK gives up uploading rows for good when the server refuses a request for another reason than being
-        busy, and then only prints a line.
+        If the server refuses rows for another reason than being busy, the SDK stops the upload for good and only prints
+        a line. Opening the run again starts a new upload.
         """
         if missing.rows == 0:
-            session.send_again(missing.file)
+            run.send_again(missing.file)
             return
         rows, times = self._stalled
         self._stalled = (missing.rows, times + 1 if missing.rows == rows else 1)
         if self._stalled[1] < _STALLED_FLUSHES:
             return
-        _log.warning("W&B run of %s: the upload makes no progress, opening the run again", self._info.site)
+        _log.warning(
+            "The upload of the W&B run of %s makes no progress. The run is opened again, and its unconfirmed records "
+            "are sent again",
+            self._info.site,
+        )
         self._stalled = (0, 0)
-        self._session = None
+        self._run = None
         with contextlib.suppress(Exception):
-            session.run.finish(exit_code=1)
+            run.run.finish(exit_code=1)
             return
-        abandon_runs([session.run])
+        abandon_runs([run.run])
 
-    def _await_artifacts(self, session: Session, deadline: float) -> None:
-        while session.artifacts:
-            handle = session.artifacts[0]._save_handle
+    def _await_artifacts(self, run: SdkRun, deadline: float) -> None:
+        while run.artifacts:
+            handle = run.artifacts[0]._save_handle
             if handle is not None:
                 try:
                     result = handle.wait_or(timeout=max(0.0, deadline - time.monotonic()))
                 except TimeoutError:
-                    raise TransientError("W&B did not confirm an artifact in time") from None
+                    raise TransientError(
+                        f"W&B did not confirm an artifact within {self._options.flush_timeout_s:.0f} s"
+                    ) from None
                 except Exception as error:
-                    raise self._failed(session, error) from error
+                    raise self._failed(run, error) from error
                 if message := result.response.log_artifact_response.error_message:
-                    raise TransientError(f"W&B did not take an artifact: {message}")
-            session.artifacts.pop(0)
+                    raise TransientError(f"W&B refused an artifact: {message}")
+            run.artifacts.pop(0)
 
-    def _failed(self, session: Session, error: Exception) -> TransientError:
+    def _failed(self, run: SdkRun, error: Exception) -> TransientError:
         if service_is_lost():
-            self._let_go(session)
+            self._let_go(run)
         if isinstance(error, TransientError):
             return error
         return TransientError(f"the W&B SDK failed: {type(error).__name__}: {error}")
 
-    def _missing(self, session: Session) -> _Missing | None:
-        """Return what the server lacks of what was handed to the SDK; None when it has everything."""
+    def _missing(self, run: SdkRun) -> _Missing | None:
+        """Return the first part of what the SDK got that the server lacks, or None if it has everything."""
         state = self._server.state(self._path) or {}
         arrived = int(state.get("historyLineCount") or 0) - self._rows_before
-        if arrived < session.rows:
-            return _Missing(session.rows - arrived)
-        if session.config_changed:
+        if arrived < run.rows:
+            return _Missing(run.rows - arrived)
+        if run.config_changed:
             config = json.loads(state.get("config") or "{}")
             held = (config.get(CONFIG_ENTRY) or {}).get("value") or {}
-            if held.get("through") != session.config["through"]:
+            if held.get("through") != run.config["through"]:
                 return _Missing(0)
-            session.config_changed = False
-        while session.files:
-            names = list(session.files)[:_FILES_AT_ONCE]
+            run.config_changed = False
+        while run.files:
+            names = list(run.files)[:_FILES_AT_ONCE]
             sizes = self._server.file_sizes(self._path, names)
             for name in names:
-                if sizes.get(name) != session.files[name]:
+                if sizes.get(name) != run.files[name]:
                     return _Missing(0, name)
-                del session.files[name]
+                del run.files[name]
         return None
 
 
 class _Missing(NamedTuple):
-    """The first thing that the server lacks: rows; else a file; else the config."""
+    """A part that the server lacks: rows; if no rows, a file; if no file, the config."""
 
     rows: int
     file: str | None = None

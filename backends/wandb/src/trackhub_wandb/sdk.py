@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W&B SDK and its service process: imported late, started once per process, and ended in bounded time."""
+"""The W&B SDK and its service process: imported late, started once per process, and ended in bounded time.
+
+All other modules of this backend reach the SDK's process-wide state through this one.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,14 @@ __all__ = [
     "exclusive_sdk",
     "import_sdk",
     "open_sdk_run",
+    "remove_from_config",
     "service_is_lost",
     "stop_service",
 ]
 
 _log = logging.getLogger(__name__)
 
-# The SDK's service is one per process, whoever uses it: starting and stopping it must not interleave.
+# A process has one service of the SDK. Without the lock, one backend would stop it while another starts it.
 _lock = threading.RLock()
 
 _SERVICE_VARIABLE = "WANDB_SERVICE"
@@ -43,7 +47,7 @@ _HTTP_TIMEOUT_S = 30.0
 _KILLED_WITHIN_S = 0.5
 
 QUIET_SETTINGS: dict[str, Any] = {
-    # The machine, the console and the code are the receiver's, not the site's: they would be wrong in the site's run.
+    # Machine, console and code would be the receiver's, which is wrong in a site's run.
     "console": "off",
     "disable_code": True,
     "disable_git": True,
@@ -55,13 +59,13 @@ QUIET_SETTINGS: dict[str, Any] = {
     "x_disable_meta": True,
     "x_disable_stats": True,
     "x_save_requirements": False,
-    # A job's folder is archived and moved: links with absolute targets would break.
+    # Links have absolute targets, which break when a job's folder is archived and moved.
     "symlink": False,
     "use_dot_wandb": False,
     "silent": True,
-    # The Stop button of the W&B page would interrupt the process of the receiver.
+    # Without this, the Stop button of the W&B page interrupts the receiver's process.
     "stop_fn": lambda: None,
-    # Upload again soon after an outage: the default waits up to 60 s, longer than a job waits for its lanes.
+    # By default the SDK waits up to 60 s after an outage, longer than a job waits for its lanes.
     "x_file_stream_retry_wait_max_seconds": _RETRY_WAIT_MAX_S,
     "x_file_stream_timeout_seconds": _HTTP_TIMEOUT_S,
     "x_file_transfer_retry_wait_max_seconds": _RETRY_WAIT_MAX_S,
@@ -78,7 +82,7 @@ class Login:
 
     Attributes:
         base_url: the server.
-        auth: the SDK's ``Auth``; its ``repr`` shows no secret.
+        auth: the SDK's ``Auth``. Its ``repr`` shows no secret.
     """
 
     base_url: str
@@ -86,20 +90,20 @@ class Login:
 
     @property
     def api_key(self) -> str | None:
-        """The API key; None for a login by identity token."""
+        """The API key, or None for a login by identity token."""
         return getattr(self.auth, "api_key", None)
 
     @property
     def token_path(self) -> Path | None:
-        """The identity token's file; None for a login by API key."""
+        """The identity token's file, or None for a login by API key."""
         return getattr(self.auth, "path", None)
 
 
 def import_sdk() -> ModuleType:
-    """Return the ``wandb`` module, imported on the first call (0.5 s).
+    """Return the ``wandb`` module. The first call imports it, which takes 0.5 s.
 
-    The SDK's own crash reports and usage statistics go to the W&B server, and cost two threads: off, unless
-    ``WANDB_ERROR_REPORTING`` is set. The variable is read when wandb is imported and when its service starts.
+    The SDK sends crash reports and usage statistics to W&B, and needs two threads for it. This switches both off unless
+    ``WANDB_ERROR_REPORTING`` is set. The SDK reads that variable when it is imported and when its service starts.
     """
     os.environ.setdefault(_ERROR_REPORTING_VARIABLE, "false")
     import wandb
@@ -114,8 +118,8 @@ def exclusive_sdk() -> Iterator[ModuleType]:
         wandb = import_sdk()
         singleton = wandb.sdk.wandb_setup.singleton()
         if singleton._connection is None:
-            # A service inherited from the parent process would be ended by the parent, under our runs; and a trainer
-            # started by this process would use ours.
+            # The SDK would use a service that the parent process announced, and the parent could end it under our runs.
+            # A trainer that this process starts would use ours in the same way.
             os.environ.pop(_SERVICE_VARIABLE, None)
             singleton.ensure_service()
             os.environ.pop(_SERVICE_VARIABLE, None)
@@ -127,11 +131,11 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
 
     Args:
         settings: fields of ``wandb.Settings``.
-        login: the server and the login; None for an offline run.
+        login: the server and the login, or None for an offline run.
         config: the first entries of a new run's config.
 
     Raises:
-        wandb.errors.Error: as ``wandb.init`` does.
+        Exception: ``wandb.init`` failed, mostly with a ``wandb.errors.Error``.
     """
     with exclusive_sdk() as wandb:
         if login is not None:
@@ -145,17 +149,27 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
         return run
 
 
+def remove_from_config(run: Run, keys: Sequence[str]) -> None:
+    """Remove entries from a run's config. The SDK's protocol can do that, but its ``run.config`` has no call for it."""
+    if not keys:
+        return
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    items = [pb.ConfigItem(key=key) for key in keys]  # type: ignore[attr-defined]  # made at import time
+    run._interface._publish_config(pb.ConfigRecord(remove=items))  # type: ignore[attr-defined, union-attr]
+
+
 def service_is_lost() -> bool:
-    """Return whether the SDK's service has ended without being told to: killed, or out of memory."""
+    """Return whether the SDK's service ended unasked: somebody killed it, or it ran out of memory."""
     with _lock:
         process = _service_process(import_sdk().sdk.wandb_setup.singleton())
         return process is not None and process.poll() is not None
 
 
 def stop_service(timeout_s: float) -> None:
-    """End the SDK's service process if no run of this process is open any more; kill it after ``timeout_s``.
+    """End the SDK's service process if this process has no open run. Kill it if it takes longer than ``timeout_s``.
 
-    Runs that the user's own code opened in this process keep it alive.
+    A run that the user's own code opened in this process keeps the service alive.
     """
     with _lock:
         singleton = _own_singleton()
@@ -164,7 +178,7 @@ def stop_service(timeout_s: float) -> None:
 
 
 def abandon_runs(runs: Iterable[Run]) -> None:
-    """Let go of runs that could not be ended, and of the service that still tries; waits for no peer."""
+    """Let go of runs that could not be ended, and of the service that still tries. Waits for no server."""
     with _lock:
         singleton = _own_singleton()
         if singleton is None:
@@ -184,25 +198,25 @@ def abandon_runs(runs: Iterable[Run]) -> None:
 
 
 def _use_login(wandb: ModuleType, login: Login) -> None:
-    """Make this the login of the SDK's session, unless it is: an ``api_key`` given to each run would warn each time."""
+    """Make this the login of the SDK's session. An ``api_key`` in the settings of each run would warn each time."""
     wbauth = wandb.sdk.lib.wbauth
     held = wbauth.session_credentials(host=login.base_url)
     same = Login(login.base_url, held)
     if held is not None and (same.api_key, same.token_path) == (login.api_key, login.token_path):
-        # The session outlives the settings, which are made anew with each service.
+        # The session outlives the settings, which the SDK makes anew with each service.
         wbauth.set_auth_settings(wandb.sdk.wandb_setup.singleton().settings, held)
         return
     wbauth.use_explicit_auth(login.auth, source="trackhub")
 
 
 def _forget_unopened(wandb: ModuleType, run_id: str) -> None:
-    """Take a run that could not be opened out of the service, which would refuse its id the next time (wandb 0.31)."""
+    """Take an unopened run out of the service, which would refuse its id the next time (wandb 0.31)."""
     from wandb.sdk.interface.interface_sock import InterfaceSock
 
     singleton = wandb.sdk.wandb_setup.singleton()
     connection = singleton._connection
     with contextlib.suppress(Exception):
-        # Without an exit record, the service would wait for one before it closes the run, and answer nothing else.
+        # Without an exit record, the service waits for one before it closes the run, and answers nothing else.
         interface = InterfaceSock(singleton.asyncer, connection._client, stream_id=run_id)
         interface.deliver_exit(1).wait_or(timeout=_HTTP_TIMEOUT_S)
         connection.inform_finish(run_id=run_id)
@@ -226,7 +240,11 @@ def _end_service(singleton: Any, timeout_s: float, checkers: Sequence[Any] = ())
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive() and process is not None:
-        _log.warning("The W&B service did not end within %.1f s and is killed.", timeout_s)
+        _log.warning(
+            "The W&B service did not end within %.1f s and is killed. What it had not uploaded stays pending; "
+            "`trackhub replay` delivers it",
+            timeout_s,
+        )
         process.kill()
         thread.join(timeout_s)
 
@@ -234,13 +252,13 @@ def _end_service(singleton: Any, timeout_s: float, checkers: Sequence[Any] = ())
 def _teardown(singleton: Any, checkers: Sequence[Any]) -> None:
     process = _service_process(singleton)
     for checker in checkers:
-        # Its thread would find out that the service is gone by an error that nobody catches.
+        # Otherwise its thread notices that the service is gone by an error that nobody catches.
         with contextlib.suppress(Exception):
             checker.join()
-    # SystemExit: the SDK passes on its service's exit code that way, and it is no concern of this process.
+    # The SDK passes on its service's exit code as SystemExit, which must not end this thread with an error.
     with contextlib.suppress(Exception, SystemExit):
         import_sdk().teardown()
-    # Both were done, unless the service was dead before.
+    # If the service was dead, teardown failed before these two steps.
     with contextlib.suppress(Exception):
         singleton.asyncer.join()
     if process is not None:

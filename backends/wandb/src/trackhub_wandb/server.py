@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a W&B server what it has of a run: the SDK uploads in the background and tells nobody what arrived."""
+"""Asks a W&B server what it has of a run, since the SDK uploads in the background and tells nobody what arrived.
+
+`online` calls it before it opens a run and whenever it confirms.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["RunPath", "Server"]
 
 RunPath = dict[str, str | None]
-"""The variables ``entity`` (None for the login's default), ``project`` and ``name`` that name a run."""
+"""The names of a run in a query: ``entity`` (None for the login's default), ``project`` and ``name``."""
 
 _TIMEOUT_S = 5.0
 _DOWN_S = 3.0
 
-# Only fields that the SDK itself asks for when it resumes a run or lists its files, so that every server has them.
+# The SDK asks for the same fields when it resumes a run or lists its files, so every server has them.
 _STATE = """query TrackhubRunState($project: String, $entity: String, $name: String!) {
     model(name: $project, entityName: $entity) {
         bucket(name: $name, missingOk: true) { historyLineCount config }
@@ -38,12 +41,17 @@ query TrackhubRunFiles($project: String!, $entity: String!, $name: String!, $nam
 
 
 class Server:
-    """The server of one backend. After it did not answer, it counts as down for a moment, for all runs.
+    """The server of one backend.
 
-    Without that, each of many runs would wait its full time for the same dead server.
+    If the server does not answer, all runs take it for down for 3 seconds. Otherwise each of many runs would wait its
+    full time for the same dead server.
+
+    Attributes:
+        login: the server's address, and the login for it.
     """
 
     def __init__(self, options: WandBOptions, login: Login) -> None:
+        """Connect with the first question, not here."""
         self.login = login
         self._options = options
         self._api: ServiceApi | None = None
@@ -51,19 +59,19 @@ class Server:
         self._down_until = 0.0
 
     def state(self, path: RunPath) -> dict[str, Any] | None:
-        """Return ``historyLineCount`` and ``config`` (JSON) of a run; None if there is no such run.
+        """Return ``historyLineCount`` and ``config`` (JSON) of a run, or None if there is no such run.
 
         Raises:
-            TransientError: the server does not say.
+            TransientError: the server does not answer.
         """
         bucket = (self._ask(_STATE, path).get("model") or {}).get("bucket")
         return dict(bucket) if bucket is not None else None
 
     def file_sizes(self, path: RunPath, names: list[str]) -> dict[str, int]:
-        """Return the sizes of those of the run's files that the server has.
+        """Return name and size in bytes of those of these files of the run that the server has.
 
         Raises:
-            TransientError: the server does not say.
+            TransientError: the server does not answer.
         """
         data = self._ask(_FILES, {**path, "names": names, "count": len(names)})
         run = (data.get("project") or {}).get("run") or {}
@@ -72,14 +80,14 @@ class Server:
 
     def _ask(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         if time.monotonic() < self._down_until:
-            raise TransientError(f"W&B at {self.login.base_url} did not answer a moment ago")
+            raise TransientError(f"W&B at {self.login.base_url} did not answer a moment ago; it is asked again soon")
         try:
             answer: dict[str, Any] = self._connected().execute_graphql(query, variables)
         except Exception as error:
-            # The handle may be of a service that has ended.
+            # The handle may belong to a service that has ended.
             self._api = None
             self._down_until = time.monotonic() + _DOWN_S
-            raise TransientError(f"W&B at {self.login.base_url} does not say what it has: {error}") from error
+            raise TransientError(f"W&B at {self.login.base_url} does not answer what it has: {error}") from error
         return answer
 
     def _connected(self) -> ServiceApi:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One open W&B run: turns entries into the SDK's calls, each entry once, and remembers what must be confirmed."""
+"""One open W&B run: turns entries into calls of the SDK, each entry once, and remembers what must be confirmed.
+
+`offline` and `online` open the run with `sdk` and hand it over. They ask this module what was written last.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,16 @@ from trackhub.spi import (
     Params,
     Rejection,
     RunInfo,
+    RunStatus,
     Table,
     Tags,
     Text,
 )
-from trackhub_wandb.naming import CONFIG_ENTRY, Names, artifact_name, config_value, file_stem, tag_text
+from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
+from trackhub_wandb.sdk import remove_from_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
     from wandb.sdk.data_types.base_types.media import Media
@@ -35,41 +40,51 @@ if TYPE_CHECKING:
 
     from trackhub_wandb.options import WandBOptions
 
-__all__ = ["Session", "first_config", "link_or_copy"]
+__all__ = ["SdkRun", "first_config", "link_or_copy"]
 
 _IMAGE_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg"}
 _HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap">{}</pre>'
 
+# W&B shows 0 as finished, 254 as crashed and other codes as failed. Source: wandb/wandb pull request 12499.
+_EXIT_CODES = {RunStatus.FINISHED: 0, RunStatus.KILLED: 254}
+_FAILED = 1
 
-class Session:
+
+class SdkRun:
     """One run of the SDK, from ``wandb.init`` to its end.
 
-    An entry becomes a row whose ``_step`` is the entry's position and whose ``_timestamp`` is the time of the log
-    call; the step of the log call and the round are columns. So late and equal steps are stored like any other, and
-    rows that were already stored are told by their position.
+    An entry becomes a row. The row's ``_step`` is the entry's position, and its ``_timestamp`` is the time of the log
+    call. The step of the log call and the round are columns. So W&B stores late and equal steps like any other, and a
+    row that is stored already is known by its position.
 
     Attributes:
         run: the SDK's run.
-        next_position: the position after the last entry that was handed to the SDK.
-        first_row: rows before this position are stored already (a resumed run); their files are sent once more.
-        rows: how many rows were handed to the SDK.
-        last: what was handed over last: a row or the config, and its position.
-        files: media files handed to the SDK and not confirmed: path below the run's files to size in bytes.
-        artifacts: artifacts handed to the SDK and not confirmed.
-        config: the run's config entry of this backend, as last handed to the SDK.
-        config_changed: whether that was since the last confirmation.
+        next_position: the position after the last entry that the SDK got.
+        first_row: rows before this position are stored already, in a resumed run. Their files are sent once more.
+        rows: how many rows the SDK got.
+        last: what the SDK got last, a row or the config, and its position.
+        files: the media files that the SDK got and that are not confirmed: path below the run's files to bytes.
+        artifacts: the artifacts that the SDK got and that are not confirmed.
+        config: this backend's entry in the run's config, as the SDK last got it.
+        config_changed: whether the config changed since the last confirmation.
     """
 
     def __init__(
-        self, run: Run, info: RunInfo, options: WandBOptions, before_artifact: Callable[[SdkArtifact, Path], None]
+        self,
+        run: Run,
+        info: RunInfo,
+        options: WandBOptions,
+        fixed_tags: Sequence[str],
+        before_artifact: Callable[[SdkArtifact, Path], None],
     ) -> None:
         """Take over an open run.
 
         Args:
-            run: as ``wandb.init`` returned it.
-            info: the run that it is.
+            run: what ``wandb.init`` returned.
+            info: which run it is.
             options: the backend's options.
-            before_artifact: called with each artifact before the SDK gets it, and with a folder for its files.
+            fixed_tags: the tags of the run beside those that are logged.
+            before_artifact: called with each artifact, and a folder for its files, before the SDK gets the artifact.
         """
         self.run = run
         self.next_position = 0
@@ -80,21 +95,24 @@ class Session:
         self.artifacts: list[SdkArtifact] = []
         self._info = info
         self._before_artifact = before_artifact
-        self._names = Names(options.step_metric, options.round_metric)
         self._step_metric = options.step_metric
         self._round_metric = options.round_metric
-        self._fixed_tags = tuple(run.tags or ()) if not run.resumed else tuple(options.tags)
+        self._fixed_tags = tuple(fixed_tags)
         config: Any = run.config
         self.config: dict[str, Any] = dict(config.get(CONFIG_ENTRY) or first_config(info)[CONFIG_ENTRY])
         self.config_changed = False
         self._tags: dict[str, str] = dict(self.config.get("tags") or {})
         for metric in (self._step_metric, self._round_metric):
             run.define_metric(metric)
-        # step_sync would put the last step into rows that have none.
+        # With step_sync, the SDK would put the last step into rows that have none.
         run.define_metric("*", step_metric=self._step_metric, step_sync=False)
 
     def write(self, batch: Sequence[Entry]) -> list[Rejection]:
-        """Hand these entries to the SDK, except those that it has; return which W&B cannot hold."""
+        """Hand these entries to the SDK, except those that it has. Return which of them W&B cannot hold.
+
+        Raises:
+            Exception: the SDK failed. Its errors have no common base class.
+        """
         rejected = []
         for entry in batch:
             if entry.position < self.next_position:
@@ -115,13 +133,21 @@ class Session:
         else:
             self._set_config({}, int(self.config["through"]))
 
+    def finish(self, status: RunStatus) -> None:
+        """End the run in W&B.
+
+        Raises:
+            Exception: the SDK failed. Its errors have no common base class.
+        """
+        self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
+
     def _store(self, entry: Entry) -> None:
         payload = entry.payload
         match payload:
             case Metrics():
-                self._row(entry, {self._names.row(key): value for key, value in payload.values.items()})
+                self._row(entry, payload.values)
             case Params():
-                values = {self._names.config(key): config_value(value) for key, value in payload.values.items()}
+                values = {key: config_value(value) for key, value in payload.values.items()}
                 self._set_config(values, entry.position)
             case Tags():
                 self._set_tags(payload.values, entry.position)
@@ -136,9 +162,9 @@ class Session:
             case Artifact():
                 self._artifact(entry, payload)
             case _:
-                raise _Unstorable("unsupported_kind", f"W&B backend got {type(payload).__name__}")
+                raise _Unstorable("unsupported_kind", f"{type(payload).__name__} is not among this backend's kinds")
 
-    def _row(self, entry: Entry, values: dict[str, Any]) -> None:
+    def _row(self, entry: Entry, values: Mapping[str, Any]) -> None:
         if entry.position < self.first_row:
             return
         row = {**values, "_timestamp": entry.time}
@@ -150,16 +176,18 @@ class Session:
         self.rows += 1
         self.last = ("row", entry.position)
 
-    def _set_config(self, values: dict[str, Any], position: int) -> None:
-        # What was handed over last has the highest position, except while a resumed run takes in what it holds already.
+    def _set_config(self, params: dict[str, Any], position: int) -> None:
+        # The position may fall only while a resumed run gets entries again that it holds already.
         self.config = {**self.config, "tags": dict(self._tags), "through": position}
         config: Any = self.run.config
-        config.update({**values, CONFIG_ENTRY: self.config}, allow_val_change=True)
+        # Otherwise W&B would merge the new value of a nested param into the old one, leaf by leaf.
+        remove_from_config(self.run, [key for key in params if isinstance(config.get(key), dict)])
+        config.update({**params, CONFIG_ENTRY: self.config}, allow_val_change=True)
         self.config_changed = True
         self.last = ("config", position)
 
     def _set_tags(self, values: dict[str, str], position: int) -> None:
-        self._tags.update(values)
+        self._tags.update({key: config_value(value) for key, value in values.items()})
         shown = (tag_text(key, value) for key, value in self._tags.items())
         self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
         self._set_config({}, position)
@@ -200,10 +228,9 @@ class Session:
                 "too_many_bins",
                 f"histogram {payload.key!r} has {len(payload.counts)} bins, W&B holds {wandb.Histogram.MAX_LENGTH}",
             )
-        # Typed as arrays, but lists are taken as they are, and numpy is not needed.
+        # The SDK's type says arrays, but it takes lists as they are, and then needs no numpy.
         bins: Any = (payload.counts, payload.edges)
-        histogram = wandb.Histogram(np_histogram=bins)
-        self._row(entry, {self._names.row(payload.key): histogram})
+        self._row(entry, {payload.key: wandb.Histogram(np_histogram=bins)})
 
     def _table(self, entry: Entry, payload: Table) -> None:
         import wandb
@@ -216,8 +243,8 @@ class Session:
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
-        # As `run.log` does for tables: W&B's pages read a table from an artifact of its run, its API from a file. The
-        # SDK's own way leaves two copies in the home folder of whoever runs this.
+        # W&B's pages read a table from an artifact of its run, and its API reads it from a file: `run.log` makes both,
+        # and so does this. But `run.log` leaves two copies in the home folder of whoever runs the receiver.
         name = file_stem(payload.key)
         artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
         path = self._artifact_folder(entry) / f"{name}.table.json"
@@ -233,19 +260,20 @@ class Session:
         return folder
 
     def _media(self, entry: Entry, key: str, media: Media) -> None:
-        # Bound here, not by run.log: the key may not be a safe file name, and a row that is stored already must not
-        # be written again while its file still may be missing.
+        # `run.log` would bind the file too, but with the key in its name, which may be no safe file name. And a row
+        # that is stored already must not be written again, while its file may still be missing.
         media.bind_to_run(self.run, file_stem(key), entry.position)
         value = media.to_json(self.run)
         self.files[str(value["path"])] = int(value["size"])
-        self._row(entry, {self._names.row(key): value})
+        self._row(entry, {key: value})
 
     def _artifact(self, entry: Entry, payload: Artifact) -> None:
         import wandb
 
         metadata = {
             "key": payload.key,
-            "job": self._info.job.id,
+            "job_id": self._info.job.id,
+            "job_name": self._info.job.name,
             "site": self._info.site,
             "time": entry.time,
             **({} if entry.step is None else {"step": entry.step}),
@@ -255,7 +283,7 @@ class Session:
             artifact = wandb.Artifact(
                 artifact_name(payload.key, self._info.site), type=payload.artifact_type, metadata=metadata
             )
-            # The blob is never changed, so no copy of it is needed, neither while it is uploaded nor afterwards.
+            # Nobody changes the blob, so the SDK needs no copy of it, during the upload or later.
             artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
             self._log_artifact(entry, artifact)
         except ValueError as error:
@@ -269,7 +297,8 @@ class Session:
 
 def first_config(info: RunInfo) -> dict[str, Any]:
     """Return the config that a new run starts with."""
-    return {CONFIG_ENTRY: {"job": info.job.id, "site": info.site, "side": str(info.side), "through": -1}}
+    about = {"job_id": info.job.id, "job_name": info.job.name, "site": info.site, "side": str(info.side)}
+    return {CONFIG_ENTRY: {**config_value(about), "through": -1}}
 
 
 class _Unstorable(Exception):
@@ -279,7 +308,7 @@ class _Unstorable(Exception):
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no such links."""
+    """Give a file a second name. Copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The artifacts that stand for text, images, histograms and tables, in the forms that MLflow's UI shows."""
+"""Text, images, histograms and tables as files in the forms that MLflow's UI shows.
+
+`MLflowRun` calls these functions and stores what they return among the run's artifacts.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,33 @@ from trackhub_mlflow.points import milliseconds
 __all__ = ["UnreadableImageError", "histogram_files", "image_files", "table_file", "table_path", "text_file"]
 
 _THUMBNAIL_PIXELS = 256
-_MAX_DECODED_PIXELS = 50_000_000  # 200 MB
+_MAX_DECODED_PIXELS = 50_000_000  # 200 MB of memory; a larger image is stored without being decoded
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 40
 
 
 class UnreadableImageError(Exception):
-    """The bytes are not an image."""
+    """The content cannot be decoded as an image."""
 
 
 def text_file(entry: Entry, text: Text) -> tuple[str, bytes]:
-    """Return path and content of a piece of text."""
+    """Return path and content of a text, which the UI shows as Markdown."""
     return f"text/{_name(entry, text.key)}.md", text.text.encode()
 
 
 def image_files(entry: Entry, image: Image, blob: Path, run_id: str) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of an image, its thumbnail and its caption, if it has one.
+    """Yield path and content of an image, of its thumbnail, and of its caption if it has one.
 
-    Named as by ``MlflowClient.log_image(key=…, step=…)``, which makes them appear in the UI's charts with a slider for
-    the step. The charts know PNG alone, so a JPEG is converted, pixel by pixel.
+    The paths are those of ``MlflowClient.log_image(key=…, step=…)``, by which the UI's charts find an image and show a
+    slider for the step. The charts show only PNG, so a JPEG is converted without loss.
+
+    Args:
+        entry: the record, for its position, step and time.
+        image: its payload.
+        blob: the file that holds the image, PNG or JPEG.
+        run_id: ``RunInfo.run_id``. With the position it gives the same path on every delivery.
 
     Raises:
-        UnreadableImageError: the bytes are not an image.
+        UnreadableImageError: the content cannot be decoded.
     """
     unique = uuid.uuid5(uuid.UUID(run_id), str(entry.position))
     stem = f"images/{file_part(image.key)}+step+{entry.step or 0}+timestamp+{milliseconds(entry.time)}+{unique}"
@@ -63,15 +72,15 @@ def table_path(entry: Entry, table: Table) -> str:
 
 
 def table_file(table: Table) -> bytes:
-    """Return a table's content, in the form of ``MlflowClient.log_table``, which the UI shows as a table.
+    """Return a table's content in the form of ``MlflowClient.log_table``, which the UI shows as a table.
 
-    JSON has no NaN and no infinity; such a cell holds their name.
+    JSON has no NaN and no infinity, so such a cell holds the name of its value.
     """
     return _json({"columns": table.columns, "data": [[_cell(cell) for cell in row] for row in table.rows]})
 
 
 def _name(entry: Entry, key: str) -> str:
-    # The position keeps two records apart that have key and step in common, and is the same on every delivery.
+    # The position keeps records of the same key and step apart, and is the same on every delivery.
     return f"{file_part(key)}/step-{entry.step or 0:08d}-p{entry.position}"
 
 
@@ -86,7 +95,7 @@ def _cell(cell: Any) -> Any:
 
 
 def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield suffix and content of an image as PNG and of its thumbnail; of a huge one, only what was logged."""
+    """Yield suffix and content of the image as PNG and of its thumbnail; of a huge image, only the logged content."""
     from PIL import Image as Pillow
 
     try:
@@ -100,7 +109,7 @@ def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
         small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
         yield "+compressed.webp", _encoded(small, "WEBP")
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise UnreadableImageError(f"the image cannot be decoded: {error}") from error
+        raise UnreadableImageError(f"the content cannot be decoded as PNG or JPEG: {error}") from error
 
 
 def _encoded(image: Any, form: str) -> bytes:
@@ -110,7 +119,7 @@ def _encoded(image: Any, form: str) -> bytes:
 
 
 def _bars(histogram: Histogram, title: str) -> str:
-    """Return the histogram as an SVG picture, bars as wide as their bins."""
+    """Return the histogram as an SVG picture, with bars as wide as their bins."""
     edges, counts = histogram.edges, histogram.counts
     low, span = edges[0], (edges[-1] - edges[0]) or 1.0
     top = max(counts, default=0.0) or 1.0

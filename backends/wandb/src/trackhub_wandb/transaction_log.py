@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follows the ``.wandb`` file of an open run, to learn what the SDK's service has put on disk.
+"""Follows the ``.wandb`` file of an open run, to learn what the SDK's service has written to disk.
 
-The file is a 7-byte header and LevelDB log records (https://github.com/google/leveldb/blob/main/doc/log_format.md):
-blocks of 32 KiB of fragments, each of checksum, length, type and data. A fragment is ``FULL``, or the ``FIRST``,
-``MIDDLE`` or ``LAST`` of a record that spans blocks. A record's data is a protobuf ``wandb_internal.Record``.
+`offline` calls it to confirm records. The file is W&B's transaction log: a 7-byte header, then LevelDB log records
+(https://github.com/google/leveldb/blob/main/doc/log_format.md). These are blocks of 32 KiB, made of fragments of
+checksum, length, type and data. A fragment is ``FULL``, or the ``FIRST``, ``MIDDLE`` or ``LAST`` of a record that spans
+blocks. A record's data is a protobuf ``wandb_internal.Record``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["LogTail"]
+__all__ = ["TransactionLog"]
 
 _FILE_HEADER_BYTES = 7
 _BLOCK_BYTES = 32768
@@ -23,10 +24,11 @@ _FRAGMENT = struct.Struct("<IHB")
 _FULL, _FIRST, _LAST = 1, 2, 4
 
 
-class LogTail:
+class TransactionLog:
     """Reads what was appended to the file since the last call."""
 
     def __init__(self, path: Path) -> None:
+        """Start at the first record. The file need not exist yet."""
         self._path = path
         self._offset = _FILE_HEADER_BYTES
         self._begun = b""
@@ -40,7 +42,7 @@ class LogTail:
         from wandb.proto import wandb_internal_pb2
 
         parse = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]  # made at import time
-        # The newest first: what a caller waits for is what it wrote last.
+        # The newest come first: a caller waits for what it wrote last.
         return any(wanted(parse(data)) for data in reversed(self._new_records()))
 
     def _new_records(self) -> list[bytes]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The event files of one run: appended to by one ``write(2)`` per batch, and continued after any kind of end.
+"""The event files of one run: one ``write(2)`` per batch, and a clean continuation after a crash.
 
-Each batch ends in a *mark*, an event that TensorBoard ignores, with the position after the batch's last record. A batch
-without its mark was torn (by SIGKILL, or a full disk): whoever opens the run next cuts it off, and it is written again.
+`backend` appends batches here. Each batch ends in a *mark*: an event that TensorBoard ignores, with the position after
+the batch's last record. SIGKILL or a full disk can leave a batch without its mark. The next process that opens the run
+cuts such a batch off, and the lane writes it again.
 
-A continued run gets another file, so that a TensorBoard that has read a part of what was cut off, and goes on reading
-where it stopped, never finds itself in the middle of an event. Files are named by the position at which they begin,
-which is the order in which TensorBoard reads them.
+A continued run gets another file. A running TensorBoard goes on reading where it stopped. If the old file grew again
+after a cut, TensorBoard would start in the middle of an event. The position at which a file begins is in its name, so
+TensorBoard reads the files in the right order.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from pathlib import Path
 import msgspec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from trackhub_tensorboard.frames import FOOTER, HEADER, frame, frames
+from trackhub_tensorboard.tfrecord import FOOTER, HEADER, frame, frames
 
-__all__ = ["EventLog", "NewTag", "first_event"]
+__all__ = ["EventFiles", "NewTag", "first_event"]
 
 _PATTERN = "events.out.tfevents.*.trackhub"
 _PREFIX = "trackhub/1 "
 _MARK_FIELD_AT = 9
-_MARK_FIELD = 0x3A  # what protobuf writes before an Event's session_log, after the 9 bytes of its wall_time
+_MARK_FIELD = 0x3A  # the byte that protobuf writes before an Event's session_log, after the 9 bytes of its wall_time
 
 
 class NewTag(msgspec.Struct, frozen=True, array_like=True):
-    """The first use of a tag.
+    """The first use of a TensorBoard tag.
 
     Attributes:
-        kind: of the records that use it.
-        key: what they call it.
-        tag: what TensorBoard calls it.
+        kind: the kind of the records that use it.
+        key: the key of these records.
+        tag: the name that TensorBoard shows.
     """
 
     kind: str
@@ -45,22 +46,26 @@ class NewTag(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Mark(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a mark says: the position after the batch's last record, and which tags it was the first to use."""
+    """What a mark says: the position after the batch's last record, and which tags the batch was the first to use."""
 
     next_position: int
     tags: Sequence[NewTag] = ()
 
 
-class EventLog:
-    """A run's event files. All methods raise OSError; no file stays open between calls.
+class EventFiles:
+    """A run's event files. Its methods raise OSError. No file stays open between calls.
 
     Attributes:
-        next_position: position after that of the last record in the files.
-        tags: those in the files when they were opened.
+        next_position: the position after the last record in the files.
+        tags: the tags that were in the files when this object opened them.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the files in this folder, which is made if need be."""
+        """Make the folder if it is missing, and read where its files stand.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         self._folder = folder
         self._path: Path | None = None
         self._torn = False
@@ -70,13 +75,16 @@ class EventLog:
         self._recover()
 
     def append(self, events: list[bytes], next_position: int, tags: Sequence[NewTag], time: float) -> None:
-        """Append frames and their mark: all of it, or nothing when it raises.
+        """Append frames and their mark. Either all of it is stored, or this raises and nothing is.
 
         Args:
-            events: the frames.
-            next_position: position after that of their last record.
-            tags: those that these events are the first to use.
-            time: of the last record.
+            events: the frames of the events.
+            next_position: the position after their last record.
+            tags: the tags that these events are the first to use.
+            time: unix seconds of the last record.
+
+        Raises:
+            OSError: the file system refuses.
         """
         if self._torn:
             self._recover()
@@ -90,21 +98,25 @@ class EventLog:
             else:
                 _append(self._path, content)
         except OSError:
-            self._path = None  # the next write begins another file: see the module's docstring for why
+            self._path = None  # the next write begins another file: the module's docstring says why
             self._torn = True
-            with contextlib.suppress(OSError):  # then it is tried again before the next write
+            with contextlib.suppress(OSError):  # the next write tries again
                 self._recover()
             raise
         self.next_position = next_position
 
     def sync(self) -> None:
-        """Return when what was appended survives a power cut, too."""
+        """Return when the appended events also survive a power cut.
+
+        Raises:
+            OSError: the file system refuses.
+        """
         if self._path is not None:
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _recover(self) -> None:
-        """Cut off what follows the last mark of each file, and learn from the marks where the run stands."""
+        """Cut off what follows the last mark of each file. Learn from the marks where the run stands."""
         self.tags = []
         for path in sorted(self._folder.glob(_PATTERN)):
             end = 0
@@ -126,13 +138,17 @@ def _append(path: Path, content: bytes, flags: int = 0) -> None:
     finally:
         os.close(file)
     if written != len(content):
-        raise OSError(f"only {written} of {len(content)} bytes could be written to {path}")
+        raise OSError(f"only {written} of {len(content)} bytes could be written to {path}; free space on its disk")
 
 
 def first_event(time: float) -> bytes:
     """Return the frame that a file starts with.
 
-    By its version, TensorBoard keeps late steps: in older ones it takes them for a restart and purges what they pass.
+    Its version makes TensorBoard keep late steps. With an older version, TensorBoard takes a late step for a restart
+    and purges the later steps before it.
+
+    Args:
+        time: unix seconds of the file's first record.
     """
     return frame(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
 
@@ -140,11 +156,11 @@ def first_event(time: float) -> bytes:
 def _mark(mark: _Mark, time: float) -> bytes:
     message = _PREFIX + msgspec.json.encode(mark).decode()
     log = SessionLog(status=SessionLog.CHECKPOINT, msg=message)
-    return frame(Event(wall_time=time or 1.0, session_log=log).SerializeToString())  # a time of 0 would not be written
+    return frame(Event(wall_time=time or 1.0, session_log=log).SerializeToString())  # protobuf leaves out a time of 0
 
 
 def _marks(path: Path) -> Iterator[tuple[int, _Mark]]:
-    """Yield each mark in a file with the end of its frame. Quick: other events are passed over undecoded."""
+    """Yield each mark in a file with the end of its frame. It is quick, since it decodes no other event."""
     if path.stat().st_size == 0:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

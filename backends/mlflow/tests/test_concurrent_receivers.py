@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several receivers, each a process of its own, on one store."""
+"""Several receivers, each in a process of its own, share one store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from trackhub_mlflow.group import PENDING_TAG, find_or_create
+from trackhub_mlflow.find_or_create import PENDING_TAG, find_or_create
 from trackhub_mlflow.store import StoredRun
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from backends.mlflow.tests.conftest import Rig
     from tests.support.mlflow_server import Database, Server
 
-# Ready, wait for the word, open, write, finish.
-SINK = """
+# Say "ready", wait, open, say "open", wait, write, finish.
+RECEIVER = """
 import sys
 from pathlib import Path
 from trackhub.spi import JobInfo, Entry, Metrics, RunInfo, RunKey, RunStatus, Side, BackendContext
@@ -39,10 +39,10 @@ run.finish(RunStatus.FINISHED)
 
 
 def run_receivers(workdir: Path, uri: str, job: str, *, receivers: int) -> None:
-    """Let all of them open their runs at once, and end once all are open."""
+    """Have all receivers open their runs at the same moment, and finish when all are open."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", SINK, str(workdir), uri, f"experiment of {job}", job, f"site-{n}", str(-n)],
+            [sys.executable, "-c", RECEIVER, str(workdir), uri, f"experiment of {job}", job, f"site-{n}", str(-n)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,7 +87,7 @@ def test_receivers_that_start_at_once_on_a_server_share_experiment_and_parent(se
 def test_receivers_that_start_at_once_on_one_file_share_experiment_and_parent(
     make_rig: Callable[..., Rig], tmp_path: Path
 ) -> None:
-    """Also when the file is still to be made."""
+    """The file does not exist before."""
     receiver = make_rig(empty=True)
 
     run_receivers(receiver.workdir, f"sqlite:///{receiver.workdir}/mlflow.db", "job", receivers=2)
@@ -97,7 +97,7 @@ def test_receivers_that_start_at_once_on_one_file_share_experiment_and_parent(
 
 
 class SlowStore:
-    """A store in memory in which each receiver's calls are interleaved with the others' as badly as can be."""
+    """A store in memory that lets all receivers search before any of them creates a run."""
 
     def __init__(self, barrier: threading.Barrier | None = None) -> None:
         self.runs: dict[str, dict[str, str]] = {}
@@ -109,7 +109,7 @@ class SlowStore:
     def create(self, start_ms: int) -> Callable[[], StoredRun]:
         def create() -> StoredRun:
             if self._barrier is not None:
-                self._barrier.wait(10)  # so that all have searched before any creates
+                self._barrier.wait(10)
             with self._lock:
                 run_id = f"run-{len(self.starts)}"
                 self.runs[run_id], self.starts[run_id] = {"tag": "identity", PENDING_TAG: "true"}, start_ms

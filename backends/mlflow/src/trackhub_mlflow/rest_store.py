@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An MLflow server, over its public REST API.
+"""The MLflow store behind a server, reached over MLflow's public REST API.
 
-MLflow's own client retries a request 7 times with growing pauses and waits 120 s for each; its settings are
-environment variables of the whole process, which are not ours to change. So the requests are made here, once each,
-with the login that MLflow's client would use, and the lane retries.
+The backend uses it where ``tracking_uri`` names a server. It makes each request once, with the login that MLflow's own
+client would use, and the lane retries. MLflow's own client would retry a request 7 times with growing pauses, and wait
+120 s for each. Only environment variables change that, and they belong to the whole process (docs/adr/0003).
 
 Source: https://mlflow.org/docs/latest/api_reference/rest-api.html, and ``mlflow.utils.rest_utils``, mlflow 3.17.
 """
@@ -23,10 +23,10 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from trackhub.spi import TransientError
-from trackhub_mlflow.artifact_repositories import put_by_client, root_cause
+from trackhub_mlflow.artifact_repositories import put_by_client
 from trackhub_mlflow.login import open_session
 from trackhub_mlflow.options import server_url
-from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun
+from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun, root_cause
 
 if TYPE_CHECKING:
     import requests
@@ -39,27 +39,32 @@ _CONNECT_S = 3.0
 _PAGE = 1000
 _SLOWEST_UPLOAD = 1 << 20  # bytes per second; a large artifact may take longer than timeout_s
 
-# What the store, not some proxy on the way, says of a request that it will never accept.
+# Error codes of the store itself, not of a proxy on the way, for a request that it will never accept.
 _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"})
 _TOO_LARGE = frozenset({413, 414, 431})
 _LOGIN = frozenset({401, 403, 407})
 
 
 class _NotFoundError(TransientError):
-    """The server has no such thing, which may have been deleted, or not been restored yet."""
+    """The server does not have it. Somebody may have deleted it, or has yet to restore it."""
 
 
 class RestStore:
-    """The store behind an MLflow server."""
+    """The store behind an MLflow server. It implements `Store`, whose docstrings say what each method does."""
 
     def __init__(self, uri: str, *, timeout_s: float) -> None:
-        """Keep the address; nothing is sent yet."""
+        """Keep the address. Nothing is sent yet.
+
+        Args:
+            uri: the server's URI, with a user and password in it or without.
+            timeout_s: longest time in seconds that one request waits; the upload of a large artifact may take longer.
+        """
         self._url, self._login = server_url(uri)
         self._timeout_s = timeout_s
         self._session: requests.Session | None = None
 
     def experiment(self, name: str) -> Experiment:
-        """Return the experiment of this name, created if there is none."""
+        """Return the experiment of this name. Create it if there is none."""
         for _ in range(2):
             try:
                 found = self._get("/experiments/get-by-name", {"experiment_name": name})["experiment"]
@@ -68,15 +73,15 @@ class RestStore:
             else:
                 active = found.get("lifecycle_stage", "active") == "active"
                 return Experiment(found["experiment_id"], active, found.get("artifact_location", ""))
-        raise TransientError(f"MLflow server {self._url} created experiment {name!r} but does not find it")
+        raise TransientError(f"MLflow server {self._url} created the experiment {name!r} but does not find it")
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
-        """Create a run, whatever runs there are."""
+        """Create a run and return it."""
         body = {"experiment_id": experiment_id, "run_name": name, "start_time": start_ms, "tags": tags}
         return _run(self._post("/runs/create", body)["run"])
 
     def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted, or those that somebody did."""
+        """Return all runs that have this tag: the active ones, or those that somebody deleted."""
         body: dict[str, Any] = {
             "experiment_ids": [experiment_id],
             "filter": f"tags.`{tag}` = '{value}'",
@@ -99,20 +104,20 @@ class RestStore:
             return None
 
     def update_run(self, run_id: str, status: str, end_ms: int | None) -> None:
-        """Set how the run stands."""
+        """Set a run's status and the time of its end."""
         body: dict[str, Any] = {"run_id": run_id, "status": status}
         self._post("/runs/update", body if end_ms is None else body | {"end_time": end_ms})
 
     def log_batch(self, run_id: str, points: Sequence[Point], params: Sequence[Pair], tags: Sequence[Pair]) -> None:
-        """Store all this, within MLflow's limits for one batch."""
+        """Store points, params and tags of a run. They must keep MLflow's limits for one batch."""
         metrics: list[Any] = list(points)
         for index, point in enumerate(points):
-            if math.isnan(point.value):  # JSON has no NaN; protobuf's JSON form spells it as a string
+            if math.isnan(point.value):  # JSON has no NaN; protobuf's JSON form has a string for it
                 metrics[index] = msgspec.structs.asdict(point) | {"value": "NaN"}
         self._post("/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params, "tags": tags})
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag, if the run has it."""
+        """Remove a tag. Do nothing if the run does not have it."""
         with contextlib.suppress(_NotFoundError):
             self._post("/runs/delete-tag", {"run_id": run_id, "key": key})
 
@@ -121,7 +126,7 @@ class RestStore:
         self._post("/runs/delete", {"run_id": run_id})
 
     def put_artifact(self, run: StoredRun, path: str, content: bytes | Path) -> None:
-        """Store one artifact: through the server if it serves artifacts, else where the run says, by MLflow itself."""
+        """Store one artifact through the server, or by MLflow's own client if the server serves no artifacts."""
         root = urlsplit(run.artifact_uri)
         if root.scheme == "mlflow-artifacts":
             here = urlsplit(self._url)
@@ -143,7 +148,7 @@ class RestStore:
             self._request("PUT", url, timeout_s=timeout_s, data=content, headers=headers)
 
     def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
-        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
+        """Return the names in a folder of a run's artifacts with their sizes in bytes; a folder has the size -1."""
         query = {"run_id": run.id} | ({"path": folder} if folder else {})
         sizes: dict[str, int] = {}
         while True:
@@ -156,7 +161,7 @@ class RestStore:
             query["page_token"] = page["next_page_token"]
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
-        """Return the SHA-256 of an artifact's content, read as the UI reads it."""
+        """Return the SHA-256 of an artifact's content, in hex, read by the same request as the UI's."""
         from requests.exceptions import RequestException
 
         query = {"run_uuid": run.id, "path": path}
@@ -170,11 +175,11 @@ class RestStore:
         return sha256.hexdigest()
 
     def run_url(self, run: StoredRun) -> str | None:
-        """Return where the run's page is, in the UI's mode for training."""
+        """Return the address of the run's page, in the UI's mode for training."""
         return f"{self._url}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. The next call opens them again."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -184,7 +189,7 @@ class RestStore:
         try:
             self._post("/experiments/create", {"name": name, "tags": tags})
         except RefusedError as error:
-            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # another receiver was quicker
+            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # else another receiver was quicker
                 raise SetupError(f"MLflow refuses the experiment {name!r}: {error}") from error
 
     def _get(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
@@ -225,7 +230,7 @@ class RestStore:
         raise self._failure(response)
 
     def _failure(self, response: requests.Response) -> Exception:
-        """Return what a reply that is not 2xx means."""
+        """Return the error that a reply other than 2xx stands for."""
         status = response.status_code
         try:
             reply = response.json()
@@ -236,7 +241,7 @@ class RestStore:
         if status in _TOO_LARGE or (400 <= status < 500 and code in _NEVER | {"RESOURCE_ALREADY_EXISTS"}):
             return RefusedError(said)
         if status in _LOGIN:
-            self.close()  # so that the next attempt reads the login anew
+            self.close()  # the next attempt reads the login again, which somebody may have set by then
             return SetupError(
                 f"MLflow server {self._url} refuses access (HTTP {status}: {said}). Set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of the receiver"
@@ -265,7 +270,7 @@ def _run(reply: Mapping[str, Any]) -> StoredRun:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, in either of its forms."""
+    """Parse a Retry-After header, a number of seconds or a date. Return None if there is none or it is neither."""
     if not header:
         return None
     try:

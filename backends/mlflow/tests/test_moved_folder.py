@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import pytest
+
 from trackhub.spi import Artifact, Entry, Metrics, RunStatus, Text
 
 if TYPE_CHECKING:
@@ -14,10 +16,15 @@ if TYPE_CHECKING:
     from tests.support.mlflow_server import Server
 
 
-def test_a_moved_job_folder_opens_with_all_its_artifacts(
-    make_rig: Callable[..., Rig], make_server: Callable[..., Server], entry: Callable[..., Entry], tmp_path: Path
+@pytest.mark.parametrize("moved", [".", "mlflow"])
+def test_a_moved_folder_opens_with_all_its_artifacts(
+    make_rig: Callable[..., Rig],
+    make_server: Callable[..., Server],
+    entry: Callable[..., Entry],
+    tmp_path: Path,
+    moved: str,
 ) -> None:
-    """By the command that results() gives, run in the new folder."""
+    """The whole run folder may be moved, or the store's folder alone: the command of ``results`` works in both."""
     rig = make_rig("job")
     run = rig.open()
     artifact = Artifact("model/best.pt", rig.blob("b", b"weights"), "best.pt")
@@ -25,12 +32,12 @@ def test_a_moved_job_folder_opens_with_all_its_artifacts(
     run.finish(RunStatus.FINISHED)
     results = rig.backend.results(rig.info())
     assert results is not None
-    _, _, command = str(results.command).partition(" && ")
-    moved = tmp_path / "downloaded" / "mlflow"
-    moved.parent.mkdir()
-    shutil.move(rig.workdir, moved)
+    change_folder, _, command = str(results.command).partition(" && ")
+    new = tmp_path / "downloaded"
+    shutil.move(rig.workdir.parent / moved, new)
 
-    server = make_server(moved, command.split()[1:])
+    assert change_folder == "cd mlflow"
+    server = make_server(new / "mlflow" if moved == "." else new, command.split()[1:])
 
     run_id = server.database.site_run().id
     assert server.artifact(run_id, "model/best.pt") == b"weights"

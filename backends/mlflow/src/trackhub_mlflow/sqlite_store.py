@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An MLflow store in an SQLite file, without a server, that ``mlflow ui`` opens wherever the folder is moved.
+"""The MLflow store in an SQLite file, written without a server by MLflow's own classes.
 
-The artifacts lie in the folder ``mlartifacts`` beside the file. The runs say ``mlflow-artifacts:/…`` of them, as they
-would on a server, because MLflow would make any path absolute. A server that is started in the folder looks them up
-in ``./mlartifacts`` by default.
+The backend uses it where no server is configured. The artifacts lie in the folder ``mlartifacts`` beside the file, and
+``mlflow ui`` shows both wherever the folder is moved. For that, runs name their artifacts ``mlflow-artifacts:/…``, as
+on a server. MLflow would make a path absolute. A server that is started in the folder looks in ``./mlartifacts``.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST"})
 
 
 class SqliteStore:
-    """The store in one SQLite file, which is created when it is first used."""
+    """The store in one SQLite file, created when it is first used.
+
+    It implements `Store`, whose docstrings say what each method does.
+    """
 
     def __init__(self, file: Path) -> None:
-        """Keep the path; nothing is opened yet."""
+        """Keep the path. Nothing is opened yet."""
         self._file = file
         self._open_store: SqlAlchemyStore | None = None
 
     def experiment(self, name: str) -> Experiment:
-        """Return the experiment of this name, created if there is none."""
+        """Return the experiment of this name. Create it if there is none."""
         from mlflow.entities import ExperimentTag
         from mlflow.exceptions import MlflowException
 
@@ -58,20 +61,20 @@ class SqliteStore:
                 try:
                     store.create_experiment(name, tags=tags)
                 except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another receiver was quicker
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another receiver was quicker
                         raise
                 found = store.get_experiment_by_name(name)
             return Experiment(found.experiment_id, found.lifecycle_stage == "active", found.artifact_location)
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
-        """Create a run, whatever runs there are."""
+        """Create a run and return it."""
         from mlflow.entities import RunTag
 
         with self._store() as store:
             return _run(store.create_run(experiment_id, "", start_ms, [RunTag(t.key, t.value) for t in tags], name))
 
     def find_runs(self, experiment_id: str, tag: str, value: str, *, deleted: bool = False) -> list[StoredRun]:
-        """Return all runs with this tag that nobody deleted, or those that somebody did."""
+        """Return all runs that have this tag: the active ones, or those that somebody deleted."""
         from mlflow.entities import ViewType
 
         view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
@@ -99,14 +102,14 @@ class SqliteStore:
                 raise
 
     def update_run(self, run_id: str, status: str, end_ms: int | None) -> None:
-        """Set how the run stands."""
+        """Set a run's status and the time of its end."""
         from mlflow.entities import RunStatus
 
         with self._store() as store:
             store.update_run_info(run_id, RunStatus.from_string(status), end_ms, None)
 
     def log_batch(self, run_id: str, points: Sequence[Point], params: Sequence[Pair], tags: Sequence[Pair]) -> None:
-        """Store all this, within MLflow's limits for one batch."""
+        """Store points, params and tags of a run. They must keep MLflow's limits for one batch."""
         from mlflow.entities import Metric, Param, RunTag
 
         with self._store() as store:
@@ -118,7 +121,7 @@ class SqliteStore:
             )
 
     def delete_tag(self, run_id: str, key: str) -> None:
-        """Remove a tag, if the run has it."""
+        """Remove a tag. Do nothing if the run does not have it."""
         from mlflow.exceptions import MlflowException
 
         with self._store() as store:
@@ -134,12 +137,12 @@ class SqliteStore:
             store.delete_run(run_id)
 
     def put_artifact(self, run: StoredRun, path: str, content: bytes | Path) -> None:
-        """Store one artifact of a run, in place of what may be there."""
+        """Store one artifact of a run. An artifact that has this path already is replaced."""
         target = self._local(run, path)
         if target is None:
             put_by_client(run.artifact_uri, path, content)
             return
-        # Written beside and renamed, so that a killed process leaves no half of it under the name.
+        # Written beside and renamed: a process that is killed here leaves no half of it under its name.
         part = target.with_name(f".{uuid.uuid4().hex}.part")
         with _disk_errors(f"artifact {path}"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ class SqliteStore:
                 part.unlink(missing_ok=True)
 
     def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
-        """Return the names in a folder of a run's artifacts and their sizes in bytes, -1 for a folder."""
+        """Return the names in a folder of a run's artifacts with their sizes in bytes; a folder has the size -1."""
         path = self._local(run, folder)
         if path is None or not path.is_dir():
             return {}
@@ -169,17 +172,17 @@ class SqliteStore:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
     def run_url(self, run: StoredRun) -> str | None:
-        """Return None: no server shows it."""
+        """Return None: no server shows the run."""
         return None
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. The next call opens it again."""
         if self._open_store is not None:
             self._open_store.engine.dispose()
             self._open_store = None
 
     def _local(self, run: StoredRun, path: str) -> Path | None:
-        """Return the file of an artifact; None where somebody gave the experiment another place for them."""
+        """Return the file of an artifact; None if somebody gave the experiment another place for its artifacts."""
         root = urlsplit(run.artifact_uri)
         if root.scheme != "mlflow-artifacts":
             return None
@@ -187,7 +190,7 @@ class SqliteStore:
 
     @contextmanager
     def _store(self) -> Iterator[SqlAlchemyStore]:
-        """Give MLflow's store, opened if need be, and say what its errors mean."""
+        """Give MLflow's store, open it if necessary, and translate its errors to those of `Store`."""
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -217,11 +220,11 @@ class SqliteStore:
             return SqlAlchemyStore(f"sqlite:///{self._file}", "mlflow-artifacts:/")
         except MlflowException as error:
             if "schema" in str(error):
-                raise SetupError(f"MLflow store {self._file} belongs to another MLflow: {error.message}") from error
+                raise SetupError(f"another MLflow made the store {self._file}: {error.message}") from error
             raise
 
     def _check(self) -> None:
-        """Find out that the file is no SQLite file: MLflow would try again for 100 s."""
+        """Raise SetupError if the file is not an SQLite file. MLflow would try to open it for 100 s."""
         try:
             with contextlib.closing(
                 sqlite3.connect(f"{self._file.absolute().as_uri()}?mode=rw", uri=True)
@@ -230,16 +233,18 @@ class SqliteStore:
         except sqlite3.OperationalError as error:
             raise TransientError(f"MLflow store {self._file} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise SetupError(f"{self._file} is not an SQLite file: {error}. Move it away, or name another") from error
+            raise SetupError(
+                f"{self._file} is not an SQLite file: {error}. Move it away, or name another file in tracking_uri"
+            ) from error
 
 
 def _create(file: Path) -> None:
-    """Create an empty MLflow store in one piece, in under a second.
+    """Create an empty MLflow store, whole or not at all, in about a second.
 
-    MLflow builds the tables by some fifty migrations; with SQLite's usual waits for the disk they take 5 s and more.
-    They are made in a file that nobody sees, without these waits, which is then put in place.
+    MLflow builds the tables by some fifty migrations. They take 5 s and more, because SQLite waits for the disk each
+    time. Here they run without these waits on a temporary file, which then gets its name.
     """
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - makes the tables known
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - it registers the tables
     import sqlalchemy
     from mlflow.store.db.utils import _initialize_tables
 
@@ -258,10 +263,10 @@ def _create(file: Path) -> None:
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         try:
-            os.link(part, file)  # unlike a rename, this does not replace a store that another process put there
+            os.link(part, file)  # a rename would replace a store that another process has just put there
         except FileExistsError:
             pass
-        except OSError:  # a file system without links
+        except OSError:  # this file system has no links
             part.replace(file)
     finally:
         engine.dispose()
@@ -270,7 +275,7 @@ def _create(file: Path) -> None:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Keep loggers from telling of each of fifty migrations."""
+    """Silence these loggers, which would report each of some fifty migrations."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in a run's artifacts each logged file is put, so that no two of them take the same place."""
+"""Where each logged artifact lies among a run's artifacts, so that no two of them take the same place.
+
+`MLflowRun` has one `ArtifactPaths`, which asks the store for what lies there from an earlier process.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,18 @@ __all__ = ["ArtifactPaths"]
 class ArtifactPaths:
     """Gives each artifact record of one run its path.
 
-    The path is the artifact's key, with the step before the extension unless that is 0. Where another content has
-    that path, or would be in its way (a file where a folder is needed, names that differ in case alone), the record's
-    position is added. A record that is handed over again gets its path again.
+    The path is the artifact's key, with the step before the extension unless the step is 0. The record's position is
+    added if that path is taken: by another content, by a name that differs in case alone, or by a file where a folder
+    is needed. A record that is handed over again gets the same path again.
     """
 
     def __init__(self, store: Store, run: StoredRun, *, is_new: bool) -> None:
         """Begin with a run.
 
         Args:
-            is_new: whether the run's first record is still to come; else the store is asked what is there.
+            store: where the run is.
+            run: which run.
+            is_new: whether the run has no record yet. If not, the store is asked what lies there.
         """
         self._store = store
         self._run = run
@@ -34,7 +39,11 @@ class ArtifactPaths:
         self._stored: dict[str, dict[str, int]] = {}
 
     def path(self, entry: Entry, artifact: Artifact) -> str:
-        """Return the path for this record."""
+        """Return the path for this record. Blocks on the store where a run goes on.
+
+        Raises:
+            TransientError: the store cannot say what lies there.
+        """
         plain = artifact_path(artifact.key)
         if entry.step:
             plain = versioned_path(plain, f"step-{entry.step}")
@@ -45,7 +54,7 @@ class ArtifactPaths:
         return path
 
     def _is_mine(self, path: str, blob: Blob) -> bool:
-        """Return whether the path is free, or holds what this record holds."""
+        """Return whether the path is free, or holds the content of this record."""
         folded = path.casefold()
         if folded in self._files:
             return self._files[folded] == (path, blob.sha256)
@@ -61,7 +70,7 @@ class ArtifactPaths:
         return there[path] == blob.size and self._store.artifact_sha256(self._run, path) == blob.sha256
 
     def _sizes_of(self, path: str) -> dict[str, int]:
-        """Return what the store had, when the run was opened, of this name, however it is capitalised."""
+        """Return what the store had of this name when the run was opened, in any capitalization, with its size."""
         folder, slash, name = path.rpartition("/")
         if folder not in self._stored:
             self._stored[folder] = self._store.artifact_sizes(self._run, folder)

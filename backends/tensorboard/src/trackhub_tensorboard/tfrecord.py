@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The format of the files that hold events: TFRecord, one frame per event.
+"""The TFRecord format of TensorBoard's event files: one frame per event.
 
 ::
 
     frame = size (uint64) · crc of size (uint32) · payload (size bytes) · crc of payload (uint32)     little-endian
 
-Both checksums are CRC-32C, rotated and offset ("masked"), so that they stay useful for data that holds checksums.
+Both checksums are CRC-32C, rotated and offset ("masked"), so that a checksum of data that holds checksums stays useful.
+`event_files`, `events` and `hparams` call this module.
 
 Source: TensorFlow, ``core/lib/io/record_writer.h``; the same in ``tensorboard/summary/writer/record_writer.py`` 2.21.
 """
@@ -25,7 +26,7 @@ HEADER = 12
 """Bytes before a frame's payload."""
 
 FOOTER = 4
-"""Bytes after it."""
+"""Bytes after a frame's payload."""
 
 _pack_size = struct.Struct("<Q").pack
 _size_at = struct.Struct("<Q").unpack_from
@@ -38,10 +39,10 @@ def frame(payload: bytes) -> bytes:
 
 
 def frames(buffer: bytes | mmap) -> Iterator[tuple[int, int]]:
-    """Yield where each whole frame's payload starts and ends; stop before one that is cut short.
+    """Yield where the payload of each whole frame starts and ends. Stop before a frame that is cut short.
 
-    Only sizes are read, so a payload may still be damaged: compare it with ``frame(payload)``. A size of zero ends the
-    walk as well: no event is empty, but the end of a file may be zeros after a power cut.
+    This reads only sizes, so a payload may still be damaged: compare the frame with ``frame(payload)``. A size of zero
+    also ends the walk. No event is empty, but a power cut may leave zeros at the end of a file.
     """
     length = len(buffer)
     start = HEADER
@@ -54,7 +55,7 @@ def frames(buffer: bytes | mmap) -> Iterator[tuple[int, int]]:
         start = end + FOOTER + HEADER
 
 
-@lru_cache(1024)  # a run's events have few sizes, and this is a third of what a frame takes
+@lru_cache(1024)  # the events of a run have few sizes, and a header takes a third of the time of a frame
 def _header(length: int) -> bytes:
     size = _pack_size(length)
     return size + _masked_crc(size)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people read of a FLARE job in every backend: its name, notes and tags.
+
+Both widgets take them as arguments and make the same `JobInfo` of them, on the server and at every site. A name that
+the job does not give comes from FLARE, through `trackhub.flare.compat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nvflare.apis.fl_context import FLContext
+
+from trackhub.delivery import JobInfo, SpoolInfo
+from trackhub.errors import ConfigError
+from trackhub.flare import compat
+from trackhub.records import key_problem
+
+__all__ = ["check_job_info", "job_info", "spool_info"]
+
+
+def check_job_info(name: str | None, notes: str, tags: Sequence[str]) -> None:
+    """Check a job's name, notes and tags where the job is written.
+
+    Args:
+        name: what a person calls the job; None or empty for the name that FLARE knows.
+        notes: a description of the job; may be empty.
+        tags: labels for every run of the job.
+
+    Raises:
+        ConfigError: one of them is not a usable text. The message says which, and why.
+    """
+    if name not in (None, ""):
+        _check_text("name", name)
+    if not isinstance(notes, str):
+        raise ConfigError(f"tracking: notes: expected a text, got {notes!r}")
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise ConfigError(f"tracking: tags: expected a list of texts, got {tags!r}")
+    for i, tag in enumerate(tags):
+        _check_text(f"tags[{i}]", tag)
+
+
+def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str]) -> JobInfo:
+    """Return the job that this process belongs to.
+
+    Args:
+        fl_ctx: FLARE's context.
+        name: what a person calls the job; None or empty for the name that FLARE knows.
+        notes: a description of the job.
+        tags: labels for every run of the job.
+    """
+    return JobInfo(compat.job_id(fl_ctx), name or compat.job_name(fl_ctx), notes, tuple(tags))
+
+
+def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) -> SpoolInfo:
+    """Return what a spool of this job says of itself.
+
+    Args:
+        job: the job.
+        site: the site that logs into the spool.
+        cursors: the names of its readers.
+        max_bytes: the limit of all its files together.
+    """
+    return SpoolInfo(site, job.id, tuple(cursors), max_bytes, name=job.name, notes=job.notes, tags=job.tags)
+
+
+def _check_text(where: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"tracking: {where}: expected a text that is not empty, got {value!r}")
+    if problem := key_problem(value):
+        raise ConfigError(f"tracking: {where}: {value!r} {problem}")
