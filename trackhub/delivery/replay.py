@@ -71,9 +71,10 @@ def replay_journal(
     chosen = _choose(meta, backends)
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
-    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits)
+    status = _job_status(meta)
+    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status)
     receiver.start(from_start=from_start)
-    return receiver.finish(_job_status(meta, RunStatus.FAILED), deadline_s=timeout_s)
+    return receiver.finish(status, deadline_s=timeout_s)
 
 
 def replay_spool(
@@ -127,15 +128,18 @@ def replay_spool(
             )
     meta = read_journal_meta(journal) if journal.exists() else {}
     job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
-    receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits)
+    status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
+    receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status)
     receiver.start()
+    if not info.open:
+        receiver.assume_ended(info.site)
     if stands_in:
         # Backends recognise a record by its position, so positions must go on where the server's own journal ended.
         receiver.continue_site(info.site, sum(count.acked for count in counts.values()))
     sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits)
     sender.start()
     sender.close(timeout_s)
-    return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+    return receiver.finish(status, deadline_s=timeout_s)
 
 
 def count_spooled(spool: Path, cursor: str) -> int:
@@ -193,12 +197,17 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
 
 
 def _receiver(
-    journal: Path, job: JobInfo, side: Side, backends: dict[str, dict[str, Any]], limits: Limits | None
+    journal: Path,
+    job: JobInfo,
+    side: Side,
+    backends: dict[str, dict[str, Any]],
+    limits: Limits | None,
+    status: RunStatus,
 ) -> Receiver:
     state_dir = journal.absolute().parent
     # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
     run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
-    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits)
+    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits, ended=status)
 
 
 def _job(meta: Mapping[str, str]) -> JobInfo:
@@ -211,6 +220,6 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
     return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
 
 
-def _job_status(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended, or ``otherwise`` where the receiver was killed before it could store that."""
-    return RunStatus(meta.get("status", otherwise))
+def _job_status(meta: Mapping[str, str]) -> RunStatus:
+    """Return how the job ended. It was killed if nobody could store that."""
+    return RunStatus(meta.get("status") or RunStatus.KILLED)

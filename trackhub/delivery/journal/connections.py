@@ -159,8 +159,8 @@ class Connections:
         return min(deadline, self._waits_end) - time.monotonic()
 
     def _roll_back(self) -> None:
-        if self._db.in_transaction:
-            with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
+        with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
+            if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
 
     def _borrow(self) -> sqlite3.Connection:

@@ -8,8 +8,9 @@ that is sent again after a lost acknowledgement is recognised. The receiver's th
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trackhub.delivery.journal.counts import build_report
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.rows import Progress, Row, RunState
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteCounts
+from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
 from trackhub.process_lock import ProcessLock
@@ -30,8 +31,8 @@ from trackhub.records import Gap, Kind
 __all__ = ["JOURNAL_NAME", "WAIT_S", "Journal"]
 
 JOURNAL_NAME = "trackhub.db"
-_FORMAT = "1"
-_ENDED, _ENDED_FAILED = 1, 2  # values of sites.final
+_FORMAT = "2"
+_ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
 
 WAIT_S = 10.0
@@ -194,50 +195,83 @@ class Journal:
         total.update(gaps)
         db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
 
-    def note_site(
-        self, site: int, counts: SiteCounts, *, final: bool, failed: bool = False, wait_s: float = WAIT_S
+    def note_counts(
+        self, site: int, message: KeepAlive | Final, *, keep_end: bool = False, wait_s: float = WAIT_S
     ) -> None:
-        """Store a site's own counts, and whether they came with its final message.
+        """Store what a site counted itself, unless newer counts are here already.
 
-        A keep-alive may be held up and arrive after the final message. It changes nothing then, since older counts
-        would otherwise stay as the site's last.
+        A message may be held up and arrive after one that was sent later. It changes nothing then.
 
         Args:
             site: its id.
-            counts: what the site counted.
-            final: they came with the final message.
-            failed: the site's training ended with an error.
+            message: what the site sent.
+            keep_end: the message says nothing of how the site's training ended, since a replay sends it.
             wait_s: as for ``append``.
         """
+        final = isinstance(message, Final)
         with self._connections.transaction(wait_s) as db:
-            ended, known = db.execute("SELECT final, counts FROM sites WHERE id = ?", (site,)).fetchone()
-            if ended and not final and known is not None:
-                last = msgspec.msgpack.decode(known, type=SiteCounts)
-                if (counts.logged, -counts.spooled) < (last.logged, -last.spooled):
-                    return
-            value = (_ENDED_FAILED if failed else _ENDED) if final else 0
+            query = "SELECT counts, session, number, last, ended FROM sites WHERE id = ?"
+            counts, session, number, last, ended = db.execute(query, (site,)).fetchone()
+            same_sender = message.session != "" and message.session == session
+            if same_sender and message.number <= number:
+                return
+            if last and not final and not same_sender:
+                known = msgspec.msgpack.decode(counts, type=SiteCounts)
+                if (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled):
+                    return  # of a sender before the one that sent the final message
+            if not keep_end:
+                # A sign of life after the end: the site has begun again.
+                ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
             db.execute(
-                "UPDATE sites SET counts = ?, final = max(final, ?) WHERE id = ?",
-                (msgspec.msgpack.encode(counts), value, site),
+                "UPDATE sites SET counts = ?, counted_at = ?, session = ?, number = ?, last = ?, ended = ? WHERE id = ?",
+                (
+                    msgspec.msgpack.encode(message.counts),
+                    time.time(),
+                    message.session,
+                    message.number,
+                    final,
+                    ended,
+                    site,
+                ),
             )
 
-    def final(self) -> dict[str, bool]:
-        """Return the sites whose final message has come, each with whether its training failed."""
-        rows = self._fetch("SELECT name, final FROM sites WHERE final > 0")
-        return {name: final == _ENDED_FAILED for name, final in rows}
+    def ended(self) -> dict[str, bool]:
+        """Return the sites that have said how their training ended, each with whether it failed."""
+        rows = self._fetch("SELECT name, ended FROM sites WHERE ended > 0")
+        return {name: ended == _ENDED_FAILED for name, ended in rows}
+
+    def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
+        """Return what the journal has of these streams, from their first record on.
+
+        Streams of which it has nothing are left out. So are those whose beginning is in another journal.
+        """
+        query = "SELECT s.id, s.name, s.next_seq FROM streams s JOIN sites ON sites.id = s.site WHERE sites.name = ?"
+        found = {row[0]: row[1:] for row in self._fetch(query, site) if row[1] in streams}
+        if not found or self._continues:
+            return {}
+        query = (
+            "SELECT stream, total(records) FROM batches JOIN sites ON sites.id = site WHERE name = ? GROUP BY stream"
+        )
+        records = dict(self._fetch(query, site))
+        return {name: StreamState(next_seq, int(records.get(i, 0))) for i, (name, next_seq) in found.items()}
 
     def set_meta(self, key: str, value: str) -> None:
-        """Store a fact about the job: ``status``, how it ended, or ``backends``, their names and options as JSON."""
+        """Store a fact about the job; see ``set_facts``."""
+        self.set_facts({key: value})
+
+    def set_facts(self, facts: Mapping[str, str]) -> None:
+        """Store facts about the job: ``status``, how it ended (empty while it runs), or ``backends``, as JSON."""
         with self._connections.transaction(WAIT_S) as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
 
     def meta(self) -> dict[str, str]:
         """Return the facts about the job."""
         return dict(self._fetch("SELECT key, value FROM meta"))
 
     def sites(self) -> dict[int, tuple[str, float]]:
-        """Return the name of each site, and when its run began in unix seconds, by its id."""
-        return {i: (name, created) for i, name, created in self._fetch("SELECT id, name, created FROM sites")}
+        """Return the name of each site that has records, and when its run began in unix seconds, by its id."""
+        query = "SELECT id, name, created FROM sites WHERE next_position > first_position"
+        return {i: (name, created) for i, name, created in self._fetch(query)}
 
     def site(self, site: int) -> tuple[str, float]:
         """Return one site's name, and when its run began in unix seconds. With many sites quicker than ``sites``."""
@@ -332,10 +366,15 @@ class Journal:
         with self._connections.transaction(WAIT_S) as db:
             db.execute("UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ?", (empty, lane))
 
-    def report(self, lanes: Sequence[str] = ()) -> DeliveryReport:
-        """Return what has become of every record so far, including these lanes if they have delivered nothing yet."""
+    def report(self, lanes: Sequence[str] = (), facts: Mapping[str, str] | None = None) -> DeliveryReport:
+        """Return what has become of every record so far.
+
+        Args:
+            lanes: lanes to include even if they have delivered nothing yet.
+            facts: as for ``set_facts``, where they could perhaps not be stored.
+        """
         with self._connections.reading() as db:
-            return build_report(db, lanes)
+            return build_report(db, lanes, facts=facts)
 
     def close(self) -> None:
         """Fold everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
