@@ -116,7 +116,7 @@ def test_a_site_that_was_expected_and_not_heard_is_in_the_report_with_unknown_co
     for screen in screens:
         (line,) = (line for line in screen.splitlines() if line.strip().startswith("site-2"))
         assert "?" in line
-        assert "nothing was heard of this site" in line
+        assert "nothing arrived from this site" in line
     assert site_status(rig.journal, "site-2")["logged"] is None
 
 

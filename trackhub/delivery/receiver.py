@@ -76,7 +76,12 @@ class _Sites:
         self._heard_at: dict[str, float] = {}
         self._failed: dict[str, bool] = {}
         self._sessions: defaultdict[str, set[str]] = defaultdict(set)
-        self.expected: set[str] = set()
+        self._expected: set[str] = set()
+
+    def known(self) -> set[str]:
+        """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
+        with self._changed:
+            return self._expected | self._heard_at.keys()
 
     def restore(self, failed: Mapping[str, bool]) -> None:
         """Take over what the journal knows: for each site that has ended, whether its training failed."""
@@ -112,10 +117,10 @@ class _Sites:
     def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
         """Wait until each site has ended or is silent, and return those that have not ended."""
         waiting = set(sites)
-        self.expected |= waiting
         start = time.monotonic()
         deadline = start + timeout_s
         with self._changed:
+            self._expected |= waiting
             while True:
                 now = time.monotonic()
                 # A site that was never heard may still be starting, so its silence begins with this wait.
@@ -447,8 +452,8 @@ class Receiver:
     def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
         """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""
         facts: dict[str, str] = {"status": status}
-        if self._sites.expected:
-            facts[EXPECTED_SITES] = msgspec.json.encode(sorted(self._sites.expected)).decode()
+        if known := self._sites.known():
+            facts[EXPECTED_SITES] = msgspec.json.encode(sorted(known)).decode()
         try:
             journal.set_facts(facts)
         except JournalError as e:

@@ -352,7 +352,7 @@ def format_counted(site: SiteReport) -> list[str]:
         case Counted.UNKNOWN if site.received or site.earlier:
             remarks.append("the site sent no counts")
         case Counted.UNKNOWN:
-            remarks.append("nothing was heard of this site")
+            remarks.append("nothing arrived from this site")
         case Counted.INCOMPLETE:
             remarks.append("the site or the receiver could not count everything: there may be more")
     return remarks
