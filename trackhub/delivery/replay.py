@@ -16,6 +16,7 @@ import msgspec
 from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.store import JOURNAL_NAME
+from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
@@ -112,7 +113,7 @@ def replay_spool(
     """
     info = read_spool_info(spool)
     stands_in = journal.parent.name == _STAND_IN
-    if journal.exists():
+    if is_journal_left(journal):
         repair(journal)
         if not stands_in:
             _rewind_lost_streams(spool, cursor, info.site, journal)
@@ -171,12 +172,21 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         if journal.absolute().parent.name == _STAND_IN:
             continue
         try:
-            meta = read_journal_meta(journal)
+            meta = _meta_of_damaged(journal)
         except JournalError:
             continue  # the caller reads it later for itself, and reports the error then
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
             return journal.absolute()
     return beside / _STAND_IN / JOURNAL_NAME
+
+
+def _meta_of_damaged(journal: Path) -> dict[str, str]:
+    """Return what a journal says about its job. It is repaired if it cannot say that."""
+    try:
+        return read_journal_meta(journal)
+    except JournalError:
+        repair(journal)
+        return read_journal_meta(journal)
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trackhub.delivery.journal.swap import current_file
 from trackhub.errors import JournalError
 
 __all__ = ["open_read_only", "read_journal_meta", "read_stream_positions"]
@@ -25,7 +26,8 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
         JournalError: it is no journal, or cannot be read; also for SQLite's errors within the block.
     """
     try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?{_mode(path)}", uri=True, timeout=10.0)
+        file = current_file(path)
+        db = sqlite3.connect(f"{file.absolute().as_uri()}?{_mode(file)}", uri=True, timeout=10.0)
         try:
             yield db
         finally:

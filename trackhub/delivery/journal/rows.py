@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
+from trackhub.run import JobInfo
 from trackhub.spi import Results
 
 __all__ = [
     "EXPECTED_SITES",
+    "JSON_FACTS",
     "REPAIRED_SITES",
     "SCHEMA",
     "SILENCE_S",
@@ -65,6 +67,14 @@ REPAIRED_SITES = "repaired_sites"
 
 SILENCE_S = "silence_s"
 """The key in ``meta`` of ``limits.silence_s``: the counts of a site that was silent for longer are old."""
+
+JSON_FACTS: dict[str, Any] = {
+    "job_info": JobInfo,
+    "backends": dict[str, dict[str, Any]],
+    EXPECTED_SITES: list[str],
+    REPAIRED_SITES: list[str],
+}
+"""The facts in ``meta`` that are JSON, and the type of each."""
 
 _GAP = int(Kind.GAP)
 

@@ -21,6 +21,7 @@ from trackhub.delivery.journal.connections import Connections
 from trackhub.delivery.journal.counts import build_report
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.rows import Progress, Row, RunState
+from trackhub.delivery.journal.swap import finish_swap
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
@@ -72,10 +73,11 @@ class Journal:
         lock = lock_journal(path)
         connections: Connections | None = None
         try:
+            finish_swap(path)
             connections = Connections(path, durability=durability)
             journal = cls(path, connections, lock)
             journal._claim({"format": _FORMAT, "job": job, "side": side})
-        except (sqlite3.Error, JournalError) as e:
+        except (sqlite3.Error, OSError, JournalError) as e:
             if connections is not None:
                 connections.close()
             lock.release()
