@@ -32,8 +32,9 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
             yield db
         finally:
             db.close()
-    except sqlite3.Error as e:
-        damaged = type(e) is sqlite3.DatabaseError  # its subclasses are for errors that may pass
+    except (sqlite3.Error, UnicodeDecodeError) as e:
+        # The subclasses of DatabaseError are for errors that may pass.
+        damaged = type(e) is sqlite3.DatabaseError or isinstance(e, UnicodeDecodeError)
         what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
         raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from bisect import bisect_right
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +91,14 @@ class _Run:
 
 @dataclass
 class _Found:
-    """What can be read of a journal. ``doubted`` are the sites of which the receiver's counts are lost."""
+    """What can be read of a journal.
+
+    Attributes:
+        meta, sites, streams, runs, batches: the rows of the tables, by their keys.
+        doubted: the sites of which the receiver's counts are lost.
+        names: how often each name with this id is in an index.
+        copied_meta, copied_sites, copied_streams: what the indexes hold of the tables.
+    """
 
     meta: dict[str, str] = field(default_factory=dict)
     sites: dict[int, _Site] = field(default_factory=dict)
@@ -98,6 +106,7 @@ class _Found:
     runs: dict[tuple[str, int], _Run] = field(default_factory=dict)
     batches: dict[int, _Batch] = field(default_factory=dict)
     doubted: set[int] = field(default_factory=set)
+    names: Counter[tuple[str, int]] = field(default_factory=Counter)
     copied_meta: dict[str, str] = field(default_factory=dict)
     copied_sites: dict[int, _Site] = field(default_factory=dict)
     copied_streams: dict[int, tuple[int, str]] = field(default_factory=dict)
@@ -121,7 +130,7 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
     with PageReader(path) as reader:
         found = _collect(reader)
         _complete_facts(found, path)
-        by_site = _group(found)
+        by_site = _group(found, reader)
         _complete_streams(found, reader, by_site)
         _complete_sites(found, reader, by_site)
         _complete_runs(found, runs_are_whole=runs_are_whole)
@@ -180,10 +189,8 @@ def _site(values: list[Value]) -> _Site | None:
         site = msgspec.convert(dict(zip(_Site.__dataclass_fields__, values, strict=True)), _Site)
     except msgspec.ValidationError:
         return None
-    if not 0 <= site.first_position <= site.next_position < _MAX_POSITION:
+    if not 0 <= site.first_position < _MAX_POSITION:
         return None
-    if site.counts is not None and not _decodes(site.counts, SiteCounts):
-        site.counts, site.last = None, 0
     if site.explained is not None and not _decodes(site.explained, dict[str, int]):
         site.explained = None
     return site
@@ -194,11 +201,13 @@ def _take_entry(found: _Found, cell: Cell) -> None:
     match cell.values:
         case [str(key), str(value), int()]:
             found.copied_meta[key] = value
+        case [str(name), int(i)]:
+            found.names[name, i] += 1
         case [int(site), str(name), int(i)]:
             found.copied_streams[i] = (site, name)
         case [str(name), bytes() | None as counts, int(last), int(ended), int(i)]:
-            if counts is None or _decodes(counts, SiteCounts):
-                found.copied_sites[i] = _Site(name, counts=counts, last=last, ended=ended)
+            found.names[name, i] += 1
+            found.copied_sites[i] = _Site(name, counts=counts, last=last, ended=ended)
         case [str(lane), int(site), int(written), int(confirmed), bytes(progress)]:
             if not _decodes(progress, Progress):
                 confirmed, progress = 0, msgspec.msgpack.encode(Progress())
@@ -215,6 +224,14 @@ def _decodes(data: bytes, kind: type) -> bool:
     except msgspec.DecodeError:
         return False
     return True
+
+
+def _adds_up(counts: bytes | None) -> bool:
+    """Return whether these can be the counts of a site, or it has sent none."""
+    try:
+        return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
+    except msgspec.DecodeError:
+        return False
 
 
 def _is_fact(key: str, value: str | None) -> bool:
@@ -242,7 +259,7 @@ def _complete_facts(found: _Found, path: Path) -> None:
         )
 
 
-def _group(found: _Found) -> dict[int, list[_Batch]]:
+def _group(found: _Found, reader: PageReader) -> dict[int, list[_Batch]]:
     """Return the batches of each site in order, without those whose numbers contradict the others'."""
     by_site: dict[int, list[_Batch]] = defaultdict(list)
     for i in sorted(found.batches):
@@ -250,30 +267,42 @@ def _group(found: _Found) -> dict[int, list[_Batch]]:
         site = found.sites.get(batch.site)
         if site is None or site.first_position <= batch.first_position:
             by_site[batch.site].append(batch)
-    return {site: _longest_chain(batches) for site, batches in by_site.items()}
+    for site_id, batches in by_site.items():
+        if not all(a.end == b.first_position for a, b in pairwise(batches)):
+            chain = _longest_chain(batches)
+            by_site[site_id] = [_fit(reader, *pair) for pair in zip_longest(chain, chain[1:])]
+    return by_site
 
 
 def _longest_chain(batches: list[_Batch]) -> list[_Batch]:
-    """Return as many batches as possible of which none begins before the one in front of it ends."""
-    if all(a.end <= b.first_position for a, b in zip(batches, batches[1:], strict=False)):
-        return batches
-    ends: list[int] = []  # of the chain of each length that ends first
-    last: list[int] = []  # the batch that it ends with
+    """Return as many batches as possible of which each begins behind the one before it."""
+    starts: list[int] = []  # of the last batch of each chain: of all chains of a length, the one that begins first
+    last: list[int] = []  # the number of that batch
     before: list[int] = []
     for i, batch in enumerate(batches):
-        length = bisect_right(ends, batch.first_position)
+        length = bisect_left(starts, batch.first_position)
         before.append(last[length - 1] if length else -1)
-        if length == len(ends):
-            ends.append(batch.end)
-            last.append(i)
-        elif batch.end < ends[length]:
-            ends[length], last[length] = batch.end, i
+        starts[length : length + 1] = [batch.first_position]
+        last[length : length + 1] = [i]
     chain = []
     i = last[-1]
     while i >= 0:
         chain.append(batches[i])
         i = before[i]
     return chain[::-1]
+
+
+def _fit(reader: PageReader, batch: _Batch, following: _Batch | None) -> _Batch:
+    """Return a batch with as many records as its frames hold, and no more than fit in front of the next batch."""
+    frames, records, end = _frames(reader, batch), 0, 0
+    with suppress(CorruptFrameError):
+        for frame in scan_frames(frames):
+            records += frame.kind != Kind.GAP
+            end = frame.end
+    room = following.first_position - batch.first_position if following else max(records, batch.records)
+    if end < len(frames) or not records:  # some frames are damaged, and hold an unknown number of records
+        records = batch.records if records <= batch.records else room
+    return batch._replace(records=min(records, room))
 
 
 def _complete_streams(found: _Found, reader: PageReader, by_site: dict[int, list[_Batch]]) -> None:
@@ -309,7 +338,7 @@ def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_
     confirmed: dict[int, int] = defaultdict(int)
     for (_, i), run in found.runs.items():
         confirmed[i] = max(confirmed[i], msgspec.msgpack.decode(run.progress, type=Progress).stored_to)
-    ids = {*by_site, *found.copied_sites, *(site for site, _, _ in found.streams.values())}
+    ids = {*by_site, *found.sites, *found.copied_sites, *(site for site, _, _ in found.streams.values())}
     for i in sorted(ids):
         batches = by_site.get(i, [])
         end = max(batches[-1].end if batches else 0, confirmed[i])
@@ -323,9 +352,20 @@ def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_
                 site.first_position = batches[0].first_position
             site.next_position = site.first_position
         site = found.sites[i]
-        if end > site.next_position:  # of a batch that was stored after the site's row that can be read
-            site.received += end - site.next_position
-            site.next_position = end
+        copied = found.copied_sites.get(i, site)
+        if (site.counts, site.last) != (copied.counts, copied.last) or not _adds_up(site.counts):
+            good = next((row for row in (site, copied) if _adds_up(row.counts)), _Site(""))
+            site.counts, site.last = good.counts, good.last
+            found.doubted.add(i)
+        if found.names[site.name, i] == 0:  # both indexes have another one: a bit of this one has changed
+            others = [name for name, j in found.names if j == i and found.names[name, j] > 1]
+            site.name = others[0] if len(others) == 1 else site.name
+        contradicts = site.next_position - site.first_position != site.received - site.duplicates
+        if contradicts or end > site.next_position:
+            # A changed bit; or the row is older than the last batch, since a newer version of its page is lost.
+            site.next_position, site.received = end, site.duplicates + end - site.first_position
+            if contradicts:
+                found.doubted.add(i)
 
 
 def _begin(reader: PageReader, batch: _Batch) -> float:

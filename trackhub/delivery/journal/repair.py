@@ -23,6 +23,17 @@ __all__ = ["repair"]
 
 _BUSY_S = 10.0
 _PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+_CONTRADICTIONS = (
+    "SELECT 1 FROM batches WHERE typeof(site) || typeof(stream) || typeof(first_position) || typeof(records) ||"
+    " typeof(frames) != 'integerintegerintegerintegerblob' LIMIT 1",
+    "SELECT 1 FROM sites LEFT JOIN"
+    " (SELECT site, sum(records) AS records, max(first_position + records) AS next FROM batches GROUP BY site)"
+    " ON site = id WHERE next_position - first_position != received - duplicates OR"
+    " next_position - first_position != ifnull(records, 0) OR next_position != ifnull(next, first_position) LIMIT 1",
+    "SELECT 1 FROM batches LEFT JOIN streams ON streams.id = stream WHERE streams.site IS NOT batches.site LIMIT 1",
+)
+"""Each gives a row if a bit has changed in a number that no index repeats."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -69,12 +80,13 @@ def _is_sound(path: Path) -> bool:
     try:
         db = _open(path)
         try:
-            if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            # Also compares the tables with their indexes, which shows a changed bit that leaves the pages in order.
+            if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
                 return False
-            return _is_understood(db)
+            return _is_understood(db) and not any(db.execute(query).fetchone() for query in _CONTRADICTIONS)
         finally:
             db.close()
-    except sqlite3.DatabaseError as e:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # SQLite's own message may hold damaged text
         if getattr(e, "sqlite_errorcode", 0) & 0xFF in _PASSING:  # errors of Python's own module have none
             raise JournalError(f"cannot check the journal {path}: {e}") from e
         return False
@@ -102,7 +114,7 @@ def _can_read_runs(path: Path) -> bool:
             db.execute("SELECT total(length(progress)) FROM runs").fetchone()
         finally:
             db.close()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):
         return False
     return True
 
