@@ -129,7 +129,8 @@ def pages_of(kind: str) -> list[object]:
     """Return every page for the default run's kind of damage, and a few seeds of the others."""
     few = {"zeros": 100, "garbage": 100, "half": 200, "bits": 1000}
     return [
-        pytest.param(kind, n, marks=[] if kind == "zeros" or n % 10 == 0 else pytest.mark.long) for n in range(few[kind])
+        pytest.param(kind, n, marks=[] if kind == "zeros" or n % 10 == 0 else pytest.mark.long)
+        for n in range(few[kind])
     ]
 
 

@@ -31,9 +31,7 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.receiver = Receiver(
-            folder, job=JobInfo("job-1"), side=Side.SERVER, backends={"jsonl": {}}, limits=LIMITS
-        )
+        self.receiver = Receiver(folder, job=JobInfo("job-1"), side=Side.SERVER, backends={"jsonl": {}}, limits=LIMITS)
         self.receiver.start()
 
     def ask(self, request: wire.Request, site: str = SITE) -> wire.Reply:
@@ -194,7 +192,9 @@ def test_a_job_whose_processes_died_is_killed_and_a_replay_keeps_that(tmp_path: 
     assert (before.status, after.status) == ("killed", "killed")
     assert before.sites[SITE].counted is Counted.UNKNOWN
     assert "killed" in status(rig.journal)
-    ends = {site: (tmp_path / "jsonl" / "job-1" / f"{site}.jsonl").read_text().splitlines()[-1] for site in (SITE, "site-2")}
+    ends = {
+        site: (tmp_path / "jsonl" / "job-1" / f"{site}.jsonl").read_text().splitlines()[-1] for site in (SITE, "site-2")
+    }
     assert '"status":"killed"' in ends[SITE]
     assert '"status":"finished"' in ends["site-2"], "this site said how its training ended"
 
@@ -273,7 +273,10 @@ def test_a_hello_asks_what_the_receiver_has_of_a_stream(rig: Rig) -> None:
     reply = rig.ask(wire.Hello(session="s", streams=(STREAM, other)))
 
     assert reply == wire.Accepted(job="job-1", streams={STREAM: wire.StreamState(5, 5)})
-    assert len(wire.encode(wire.Accepted(streams={f"{i:032x}": wire.StreamState(2**40, 2**40) for i in range(500)}))) < 2**15
+    assert (
+        len(wire.encode(wire.Accepted(streams={f"{i:032x}": wire.StreamState(2**40, 2**40) for i in range(500)})))
+        < 2**15
+    )
 
 
 def test_the_report_of_a_journal_that_cannot_be_read_says_so(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def status(path: Path, as_json: bool) -> None:
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
 
-    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true if
-    all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
+    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true
+    if all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
     unreadable, complete, counted, received, duplicates, journaled, earlier, missing, explained, final and doubts. The
     first eight are what the site last said, null if it said nothing yet. counted says how much is known of what it
     logged: final, open, stale, incomplete or unknown. doubts says it in words. lanes has for each backend and site
@@ -149,7 +149,7 @@ def _plain_site(site: SiteReport) -> dict[str, Any]:
 
 
 def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
-    """Return a lane's runs by site. A site without a run has all its records pending; one that was not heard has none."""
+    """Return a lane's runs by site. A site without a run has all its records pending. A site without news has none."""
     runs = report.lanes[lane]
     heard = {name: site for name, site in sorted(report.sites.items()) if site.at_site or site.received}
     return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in heard.items()}

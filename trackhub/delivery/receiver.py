@@ -464,5 +464,12 @@ class Receiver:
             _log.warning("there are no counts of the job: %s", e)
             job, side = self.job, self._side
             return DeliveryReport(
-                job=job.id, job_name=job.name, side=side, status=status, balanced=False, sites={}, lanes={}, error=str(e)
+                job=job.id,
+                job_name=job.name,
+                side=side,
+                status=status,
+                balanced=False,
+                sites={},
+                lanes={},
+                error=str(e),
             )

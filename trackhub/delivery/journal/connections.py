@@ -217,4 +217,7 @@ class Connections:
 
 def _is_busy(error: BaseException) -> bool:
     """Return whether another connection has the file locked: any of SQLite's codes for that."""
-    return isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return (
+        isinstance(error, sqlite3.OperationalError)
+        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )

@@ -180,7 +180,9 @@ def _committed_pages(log: bytes, page_bytes: int) -> dict[int, bytes]:
     checksum = _checksum(log[:24], order, (0, 0))
     pages: dict[int, bytes] = {}
     pending: dict[int, bytes] = {}
-    for at in range(_LOG_HEADER_BYTES, len(log) - _FRAME_HEADER_BYTES - page_bytes + 1, _FRAME_HEADER_BYTES + page_bytes):
+    for at in range(
+        _LOG_HEADER_BYTES, len(log) - _FRAME_HEADER_BYTES - page_bytes + 1, _FRAME_HEADER_BYTES + page_bytes
+    ):
         number, pages_after_commit, *rest = struct.unpack_from(">6I", log, at)
         page = log[at + _FRAME_HEADER_BYTES : at + _FRAME_HEADER_BYTES + page_bytes]
         checksum = _checksum(page, order, _checksum(log[at : at + 8], order, checksum))
@@ -229,12 +231,12 @@ def _values(payload: bytes, size: int) -> list[Value]:
         if kind in _INT_BYTES:
             end += _INT_BYTES[kind]
             value = int.from_bytes(payload[start:end], signed=True)
-        elif kind == 7:  # noqa: PLR2004 - a float; 8 and 9 are the numbers 0 and 1
+        elif kind == 7:
             end += 8
             (value,) = struct.unpack(">d", payload[start:end])
         elif kind in (0, 8, 9):
             value = None if kind == 0 else kind - 8
-        elif kind >= 12:  # noqa: PLR2004 - bytes if even, text if odd
+        elif kind >= 12:
             end += (kind - 12) // 2
             value = payload[start:end] if kind % 2 == 0 else payload[start:end].decode()
         else:

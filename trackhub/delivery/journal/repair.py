@@ -60,7 +60,9 @@ def repair(path: Path) -> bool:
             partial_file(path).unlink(missing_ok=True)
             raise
         damaged = swap(path)
-        _log.warning("%s was damaged; what could be read is in its place, the damaged file is kept as %s", path, damaged)
+        _log.warning(
+            "%s was damaged; what could be read is in its place, the damaged file is kept as %s", path, damaged
+        )
         return True
     except (sqlite3.Error, OSError) as e:
         raise JournalError(

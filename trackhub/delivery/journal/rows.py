@@ -53,8 +53,8 @@ CREATE TABLE IF NOT EXISTS runs (
     confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
 """
 """``sites.counts`` are the site's own counts, and ``last`` is 1 if they came with its final message. ``session`` and
-``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then 1,
-or 2 if it failed. ``runs.written`` and ``runs.confirmed`` are ids of batches.
+``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then
+1, or 2 if it failed. ``runs.written`` and ``runs.confirmed`` are ids of batches.
 
 The indexes ``meta_copy`` and ``sites_copy`` hold on other pages of the file what nothing else could restore: `repair`
 reads them where the page of a table is damaged. No column that changes with every batch is in them."""

@@ -225,7 +225,8 @@ class Journal:
                 # A sign of life after the end: the site has begun again.
                 ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
             db.execute(
-                "UPDATE sites SET counts = ?, counted_at = ?, session = ?, number = ?, last = ?, ended = ? WHERE id = ?",
+                "UPDATE sites SET counts = ?, counted_at = ?, session = ?, number = ?, last = ?, ended = ?"
+                " WHERE id = ?",
                 (
                     msgspec.msgpack.encode(message.counts),
                     time.time(),
