@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def sql(path: Path, query: str) -> list[list[Any]]:
 
 
 @pytest.fixture(params=[(2, 3, 5), (3, 4, 400), (150, 6, 20)], ids=["small", "large rows", "many sites"])
-def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
+def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journal]:
     """A journal that is open: a part of it is in the write-ahead log alone."""
     sites, rows, records = request.param
     journal = Journal.open(tmp_path / "trackhub.db", job="job-1", side="server")
@@ -53,8 +54,8 @@ def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
             journal.append(site, batch, {"damaged": 3} if row == 0 else {})
         journal.note_counts(site, KeepAlive(SiteCounts(logged=rows * records, dropped={"x": number})))
         journal.save_run("jsonl", site, row, row, Progress(confirmed=7, last_error="e" * (number * 10)))
-    request.addfinalizer(journal.close)
-    return journal
+    yield journal
+    journal.close()
 
 
 @pytest.mark.parametrize("closed", [False, True])
