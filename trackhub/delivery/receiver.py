@@ -346,7 +346,10 @@ class Receiver:
             self._sites.note_hello(site, hello.session)
         assert self._journal is not None
         asked = hello.streams[:MAX_STREAMS]
-        return Accepted(job=self.job.id, streams=self._journal.stream_states(site, asked) if asked else {})
+        return Accepted(
+            job="" if self._journal.continues else self.job.id,
+            streams=self._journal.stream_states(site, asked) if asked else {},
+        )
 
     def _note_counts(self, site: str, message: KeepAlive | Final) -> None:
         assert self._journal is not None

@@ -7,10 +7,12 @@ with `trackhub.spool.reading`, asks through a `Channel`, and marks in the spool 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +21,18 @@ import msgspec
 from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
+from trackhub.delivery.wire import (
+    MAX_STREAMS,
+    Accepted,
+    Batch,
+    Final,
+    Hello,
+    KeepAlive,
+    NeedBlob,
+    Refused,
+    SiteCounts,
+    StreamState,
+)
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
 from trackhub.process_lock import ProcessLock
@@ -121,7 +134,10 @@ class Sender:
         self._passes = _Passes()
         self._wake = threading.Event()
         self._sent_at = -math.inf
+        self._session = uuid.uuid4().hex
+        self._numbers = itertools.count(1)
         self._greeted = False
+        self._receiver_knows = True
         self._refused: Refused | None = None
         self._failed = False
         self._warned_of = ""
@@ -241,7 +257,8 @@ class Sender:
                 if time.monotonic() >= next_keepalive:
                     next_keepalive = time.monotonic() + self._limits.keepalive_s
                     self._count()
-                    self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
+                    # Once: the next one carries newer counts.
+                    self._exchange.ask_once(KeepAlive(self._counts, self._session, next(self._numbers)))
             self._wake.wait(pause_s)
             self._wake.clear()
         is_owner = self._hold.take(at_once=True)
@@ -250,7 +267,7 @@ class Sender:
             self._pass(final=True)
         self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
         if self._refused is None and is_owner:
-            self._exchange.ask(Final(self._counts, self._failed))
+            self._exchange.ask(Final(self._counts, self._failed, self._session, next(self._numbers)))
 
     def _end(self) -> None:
         """Mark the spool as closed, and give up its ownership."""
@@ -291,7 +308,7 @@ class Sender:
             return True
         if self._refused is not None:
             return False
-        reply = self._exchange.ask(Hello())
+        reply = self._exchange.ask(Hello(session=self._session))
         if isinstance(reply, Refused):
             self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
@@ -312,6 +329,8 @@ class Sender:
         is_first = True
         try:
             self._reader.begin_pass(final=final)
+            if not self._place_streams():
+                return None
             while batch := self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes):
                 if not is_first and self._exchange.is_late():
                     return None
@@ -323,6 +342,26 @@ class Sender:
             return False
         self._warned_of = ""
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
+
+    def _place_streams(self) -> bool:
+        """Ask the receiver what it has of the streams whose cursor file is lost. Return False if it does not reply.
+
+        Without this, what the receiver has and the spool has deleted would count as lost, and the rest be sent again.
+        """
+        unplaced = self._reader.unplaced_streams() if self._receiver_knows else []
+        for i in range(0, len(unplaced), MAX_STREAMS):
+            names = tuple(unplaced[i : i + MAX_STREAMS])
+            reply = self._exchange.ask(Hello(session=self._session, streams=names))
+            if reply is None:
+                return False
+            # A receiver of another job, or one whose journal begins in the middle of this one, cannot say it.
+            self._receiver_knows = isinstance(reply, Accepted) and reply.job == self._reader.info.job
+            if not isinstance(reply, Accepted) or not self._receiver_knows:
+                return True
+            for name in names:
+                state = reply.streams.get(name, StreamState(0, 0))
+                self._reader.place(name, state.next_seq, state.records)
+        return True
 
     def _deliver(self, batch: SpoolBatch) -> bool:
         """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
@@ -359,7 +398,7 @@ class Sender:
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
-        if self._hold.is_waiting_for_room():
+        if self._hold.is_waiting_for_room() or not self._receiver_knows:
             counts.complete = False
         self._counts = counts
 

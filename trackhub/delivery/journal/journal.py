@@ -55,6 +55,11 @@ class Journal:
         self._process_lock = lock
         self._continues = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether another journal holds the first records of its sites."""
+        return self._continues
+
     @classmethod
     def open(cls, path: Path, *, job: str, side: str, durability: str = "normal") -> Journal:
         """Open or create a journal for writing. Blocks up to 10 s while another program has the file locked.
