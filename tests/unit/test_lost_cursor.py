@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sender whose cursor file is lost asks the receiver what it has: delivered records are neither lost nor sent again."""
+"""A sender whose cursor file is lost asks its receiver. Delivered records are neither lost nor sent again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import json_lines, new_spool
-from tests.unit.rigs import FAST, SITE, SenderRig, log
+from tests.unit.rigs import FAST, SITE, SenderRig
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver

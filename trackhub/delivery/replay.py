@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
-from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.read_only import has_last_counts, read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.receiver import Receiver
@@ -23,7 +23,7 @@ from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
-from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.hold import hold_ended_spool
 from trackhub.spool.layout import read_spool_info
@@ -106,7 +106,7 @@ def replay_spool(
         limits: how much and how often.
 
     Returns:
-        The report, or None if nothing is left for this receiver.
+        The report. None if nothing is left for this receiver, and its journal has the site's last counts.
 
     Raises:
         SpoolError: it is no spool, no receiver of this name reads it, it cannot be read, the site's own receiver left
@@ -143,16 +143,20 @@ def replay_spool(
 
 
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
-    """Return how many records of the spool the receiver has had. None if nothing is left that can be read.
+    """Return how many records of the spool the receiver has had. None if nothing is left to tell the receiver.
 
-    What the receiver's disk has lost since then is left again.
+    What the receiver's disk has lost since then is left again. So are the last counts of a site that died.
     """
+    lacks_counts = False
     if is_journal_left(journal):
         repair(journal)
         if not _stands_in(journal):
-            _rewind_lost_streams(spool, cursor, read_spool_info(spool).site, journal)
+            site = read_spool_info(spool).site
+            _rewind_lost_streams(spool, cursor, site, journal)
+            lacks_counts = not has_last_counts(journal, site)
     counts = _counts(spool, cursor)
-    return sum(count.acked for count in counts) if any(count.spooled for count in counts) else None
+    is_left = lacks_counts or any(count.spooled for count in counts)
+    return sum(count.acked for count in counts) if is_left else None
 
 
 def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
@@ -224,9 +228,9 @@ def _meta_of_damaged(journal: Path) -> dict[str, str]:
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Reset the cursor of each stream of which the journal lacks acknowledged records. It is sent from its beginning.
+    """Forget how far each stream got of which the journal lacks acknowledged records. The sender asks the receiver.
 
-    A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
+    A loss of power can take them from the receiver's disk.
     """
     known = read_stream_positions(journal, site)
     for stream in SpoolReader(spool, cursor).streams():
@@ -237,7 +241,7 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
                 "%s lacks the last %d records that it had acknowledged of stream %s; those that are still in %s are "
                 "sent again", journal, lost, stream, spool,
             )  # fmt: skip
-            write_ack(spool, stream, cursor, Ack())
+            ack_file(spool, stream, cursor).unlink(missing_ok=True)
 
 
 def _receiver(

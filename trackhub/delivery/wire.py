@@ -174,8 +174,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     Attributes:
         next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
-        job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the first ones, so
-            that this receiver does not know what the site's streams were.
+        job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the first ones,
+            so that this receiver does not know how the streams began.
         streams: in reply to Hello, what the receiver has of the streams that were asked for, from their first record
             on. A stream of which it has nothing is left out.
     """

@@ -52,7 +52,7 @@ def find_place(folder: Path, stream: str, segments: Iterable[int], seq: int) -> 
     place = Place(seq, 0, len(SEGMENT_HEADER))
     for segment in segments:
         data, end = _read(folder / segment_name(stream, segment), 0, _SEGMENT_MAX_BYTES), len(SEGMENT_HEADER)
-        with contextlib.suppress(CorruptFrameError, msgspec.DecodeError):  # the reader comes to the damage, and names it
+        with contextlib.suppress(CorruptFrameError, msgspec.DecodeError):  # the reader names the damage later
             for frame in scan_frames(data, end):
                 if decode_head(data[frame.body : frame.end]).seq >= seq:
                     return Place(seq, segment, end)

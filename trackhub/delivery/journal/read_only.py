@@ -15,7 +15,7 @@ from pathlib import Path
 from trackhub.delivery.journal.swap import current_file
 from trackhub.errors import JournalError
 
-__all__ = ["open_read_only", "read_journal_meta", "read_stream_positions"]
+__all__ = ["has_last_counts", "open_read_only", "read_journal_meta", "read_stream_positions"]
 
 
 @contextmanager
@@ -62,6 +62,16 @@ def read_journal_meta(path: Path) -> dict[str, str]:
     """
     with open_read_only(path) as db:
         return dict(db.execute("SELECT key, value FROM meta"))
+
+
+def has_last_counts(path: Path, site: str) -> bool:
+    """Return whether a journal has the counts that a site sent with its final message.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    with open_read_only(path) as db:
+        return db.execute("SELECT 1 FROM sites WHERE name = ? AND last", (site,)).fetchone() is not None
 
 
 def read_stream_positions(path: Path, site: str) -> dict[str, int]:
