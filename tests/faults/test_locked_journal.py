@@ -21,8 +21,9 @@ import pytest
 
 from tests.faults.process import wait_for
 from tests.faults.readers import read_store
-from trackhub import Writer
+from trackhub import Writer, registry
 from trackhub.delivery.channel import Channel, ChannelError
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.limits import Limits
@@ -141,8 +142,14 @@ def connect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return sqlite3.connect
 
 
+@pytest.fixture(autouse=True)
+def every_backend_is_jsonl(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = registry.load
+    monkeypatch.setattr(registry, "load", lambda name: load("jsonl"))
+
+
 def lock_journal_of(job: Job, connect: Connect) -> sqlite3.Connection:
-    other = connect(job.receiver.folder / "trackhub.db", isolation_level=None, timeout=20)
+    other = connect(job.receiver.folder / "trackhub.db", isolation_level=None, timeout=20, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     return other
 
@@ -175,8 +182,11 @@ def test_a_locked_journal_blocks_neither_the_receivers_threads_nor_training(tmp_
     assert report.lost() == report.undelivered() == 0
 
 
-def test_a_job_ends_at_its_deadline_though_its_journal_is_locked(tmp_path: Path, connect: Connect) -> None:
-    job = Job(tmp_path)
+def test_a_job_ends_at_its_deadline_though_its_journal_is_locked(
+    tmp_path: Path, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With several sites and backends: no run and no lane waits for the lock behind another one."""
+    job = Job(tmp_path, ("jsonl", "second", "third"))
     job.log()
     wait_for(lambda: len(job.stored(SITES[-1])) == 20, "the first records")
     other = lock_journal_of(job, connect)
@@ -193,3 +203,23 @@ def test_a_job_ends_at_its_deadline_though_its_journal_is_locked(tmp_path: Path,
     assert took_s < 4.5
     assert not report.balanced, "the sites' last counts are not known"
     assert max(job.pool.took_s) < HANDLE_MAX_S
+    assert "hangs" not in caplog.text, "the journal is locked, and no backend is to blame"
+
+
+def test_runs_that_ended_while_the_journal_was_locked_are_stored_when_it_is_free(tmp_path: Path) -> None:
+    job = Job(tmp_path, ("jsonl", "second"))
+    job.log()
+    wait_for(lambda: len(job.stored(SITES[-1])) == 20, "the first records")
+    job.close_senders(20)
+    other = lock_journal_of(job, sqlite3.connect)
+    free = threading.Timer(1.2, other.execute, ("ROLLBACK",))  # after the lanes' deadline
+    free.start()
+
+    report = job.receiver.finish(RunStatus.FINISHED, deadline_s=0.5)
+    job.pool.close()
+    free.join()
+    other.close()
+
+    assert {run.state for runs in report.lanes.values() for run in runs.values()} == {"finished"}
+    assert report.balanced
+    assert read_journal_report(job.receiver.folder / "trackhub.db").lanes == report.lanes

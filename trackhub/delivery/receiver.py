@@ -61,7 +61,7 @@ _WAIT_S = 0.25
 """The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
 
 _END_S = 1.0
-"""What a receiver may need beyond its deadline, in seconds, to store how the job ended."""
+"""How long a receiver waits for a locked journal, in seconds, to store how the job and its runs ended."""
 
 _WARN_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
@@ -439,13 +439,16 @@ class Receiver:
         # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
-        # For all waits together, those of the lanes included: with many runs, a second for each would be minutes.
-        self._journal.limit_waits(deadline + _END_S)
+        # Sooner than `join` gives a lane up: one that waits for a locked journal is not one whose backend hangs.
+        self._journal.limit_waits(deadline + _END_S / 2)
         for lane in self._lanes:
             lane.begin_finish(by_site, self._sites.status("", status))  # of other sites nothing is known
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
+        # All that follows waits a second altogether. A second for each run would be minutes with many runs.
+        self._journal.limit_waits(time.monotonic() + _END_S)
+        self._store_ends(self._journal)
         report = self._report(self._journal, status)
         self._journal.close()
         try:
@@ -455,6 +458,16 @@ class Receiver:
         report = resolve_results(report, self.folder)
         _log.info("%s", format_report(report))
         return report
+
+    def _store_ends(self, journal: Journal) -> None:
+        """Store how the runs of all lanes ended, in one transaction."""
+        ends = {key: end for lane in self._lanes for key, end in lane.unstored_ends().items()}
+        if not ends:
+            return
+        try:
+            journal.save_runs(ends)
+        except JournalError as e:
+            _log.warning("the journal does not say how %d runs ended, nor why records are pending: %s", len(ends), e)
 
     def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
         """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""

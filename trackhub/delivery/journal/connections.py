@@ -23,7 +23,7 @@ __all__ = ["Connections"]
 
 _OPEN_S = 10.0
 _READ_S = 0.5
-_FOLD_S = 1.0
+_FOLD_S, _MIN_FOLD_S = 1.0, 0.1
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.001, 0.02
 _log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Connections:
             raise JournalError(f"the journal {self.path} is closed")
 
     def close(self) -> None:
-        """Fold everything into the one file and close it, within about a second. Idempotent."""
+        """Fold everything into the one file and close it, within a second, or what `limit_waits` leaves. Idempotent."""
         with self._pool_lock:
             if self._closed:
                 return
@@ -201,11 +201,12 @@ class Connections:
                 db.close()
             self._idle.clear()
         keep = "keep the -wal file beside it"
-        if not self._turn.acquire(timeout=_FOLD_S):
+        wait_s = max(self._left_s(time.monotonic() + _FOLD_S), _MIN_FOLD_S)
+        if not self._turn.acquire(timeout=wait_s):
             _log.warning("%s: a thread is still writing to it; %s", self.path, keep)
             return
         try:
-            self._db.execute(f"PRAGMA busy_timeout={int(_FOLD_S * 1000)}")
+            self._db.execute(f"PRAGMA busy_timeout={int(wait_s * 1000)}")
             if self._has_log and self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 _log.warning("%s: its write-ahead log is in use and cannot be folded in; %s", self.path, keep)
         except sqlite3.Error as e:
