@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,3 +157,49 @@ def test_one_bad_page_costs_at_most_the_records_on_it(job: Job, tmp_path: Path, 
         assert site.counted in (Counted.FINAL, Counted.INCOMPLETE)
         assert report.balanced == all(site.counted is Counted.FINAL for site in report.sites.values())
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("first_lost", [1, 8, 11, 15, 20])
+def test_a_lane_goes_on_right_behind_rows_that_are_lost(tmp_path: Path, first_lost: int) -> None:
+    """The backend has ten rows of twenty, all rows from one on are lost, and two more arrive after the repair."""
+
+    def send(first_row: int, row_count: int, backends: Sequence[str] = ("jsonl",)) -> None:
+        receiver = Receiver(
+            tmp_path, job=JobInfo("job-1"), side=Side.SERVER, backends={name: {} for name in backends}, limits=LIMITS
+        )
+        receiver.start()
+        for row in range(first_row, first_row + row_count):
+            batch = batch_of([metric(row * SMALL + i, key=KEY) for i in range(SMALL)])
+            assert receiver.handle(SITES[0], wire.encode(batch)) == wire.encode(wire.Accepted())
+        receiver.finish(RunStatus.FINISHED, deadline_s=30)
+
+    send(0, 10)
+    send(10, 10, [])
+    journal = tmp_path / "trackhub" / "trackhub.db"
+    lose_rows(journal, first_lost)
+
+    replayed = replay_journal(journal, limits=LIMITS, timeout_s=30)
+    send(20, 2)
+    report = read_journal_report(journal)
+
+    lines = [json.loads(line) for line in (tmp_path / "jsonl" / "job-1" / f"{SITES[0]}.jsonl").read_text().splitlines()]
+    held = [int(line["values"][KEY]) for line in lines if line["kind"] != "end"]
+    assert held == sorted(set(held)), "order, or a record twice"
+    assert {*range(10 * SMALL), *range(20 * SMALL, 22 * SMALL)} <= set(held)
+    before, after = (each.lanes["jsonl"][SITES[0]] for each in (replayed, report))
+    assert before.rejected["damaged"] == 22 * SMALL - len(held)
+    assert (before.pending, before.confirmed + before.rejected["damaged"]) == (0, 20 * SMALL)
+    assert (after.pending, after.confirmed) == (0, len(held))
+
+
+def lose_rows(journal: Path, first: int) -> None:
+    """Overwrite every page that holds a part of the rows from this one on, and perhaps of others."""
+    with sqlite3.connect(journal) as db:
+        rows = [frames for (frames,) in db.execute("SELECT frames FROM batches WHERE id >= ?", (first,))]
+    db.close()
+    data = bytearray(journal.read_bytes())
+    for frames in rows:
+        for at in range(0, len(frames) - 64, 64):
+            if (found := data.find(frames[at : at + 64])) >= 0:
+                zeros(data, found // PAGE * PAGE, random.Random(0))
+    journal.write_bytes(data)

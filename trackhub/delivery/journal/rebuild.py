@@ -140,6 +140,7 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
             db.execute("BEGIN")
             _write_tables(db, found)
             _write_batches(db, found, reader, by_site, path)
+            _write_runs(db, found)
             db.execute("COMMIT")
         finally:
             db.close()
@@ -392,10 +393,15 @@ def _complete_runs(found: _Found, *, runs_are_whole: bool) -> None:
     if runs_are_whole:
         return
     backends = msgspec.json.decode(found.meta.get("backends", "{}"), type=dict[str, object])
-    last = max(found.batches, default=0)
     for lane in {*backends, *(lane for lane, _ in found.runs)}:
         for site in found.sites:
-            found.runs.setdefault((lane, site), _Run(last, 0, msgspec.msgpack.encode(Progress())))
+            found.runs.setdefault((lane, site), _Run(_AFTER_ALL, 0, msgspec.msgpack.encode(Progress())))
+
+
+def _settled_to(found: _Found, site: int, run: _Run) -> int:
+    """Return the position up to which a lane has confirmed or rejected each record of a site."""
+    progress = msgspec.msgpack.decode(run.progress, type=Progress)
+    return found.sites[site].first_position + progress.confirmed + sum(progress.rejected.values())
 
 
 def _write_tables(db: sqlite3.Connection, found: _Found) -> None:
@@ -412,8 +418,20 @@ def _write_tables(db: sqlite3.Connection, found: _Found) -> None:
     )
     streams = [(i, *stream) for i, stream in found.streams.items()]
     db.executemany("INSERT OR IGNORE INTO streams (id, site, name, next_seq) VALUES (?, ?, ?, ?)", streams)
-    runs = [(lane, i, run.written, run.confirmed, run.progress) for (lane, i), run in found.runs.items()]
-    db.executemany("INSERT INTO runs (lane, site, written, confirmed, progress) VALUES (?, ?, ?, ?, ?)", runs)
+
+
+def _write_runs(db: sqlite3.Connection, found: _Found) -> None:
+    """Write the lanes' cursors. They are ids of rows, and the rows that they named may be lost.
+
+    A cursor behind the last row would count rows as delivered that arrive later and get these ids.
+    """
+    last = db.execute("SELECT ifnull(max(id), 0) FROM batches").fetchone()[0]
+    query = "SELECT ifnull(max(id), 0) FROM batches WHERE site = ? AND first_position + records <= ?"
+    for (lane, i), run in found.runs.items():
+        if i in found.sites:
+            confirmed = db.execute(query, (i, _settled_to(found, i, run))).fetchone()[0]
+            row = (lane, i, min(run.written, last), confirmed, run.progress)
+            db.execute("INSERT INTO runs (lane, site, written, confirmed, progress) VALUES (?, ?, ?, ?, ?)", row)
 
 
 def _write_batches(
@@ -425,7 +443,7 @@ def _write_batches(
     for batch in kept:
         db.execute(insert, (*batch[:5], _frames(reader, batch)))
     taken = {batch.id for batch in kept}
-    for lost, i in _with_ids(_lost(found.sites, by_site), taken):
+    for lost, i in _with_ids(_lost(found, by_site), taken):
         stream = min((s for s, (site, _, _) in found.streams.items() if site == lost.site), default=0)
         if not stream:
             query = "INSERT INTO streams (site, name, next_seq) VALUES (?, ?, 0)"
@@ -438,21 +456,32 @@ def _write_batches(
         )  # fmt: skip
 
 
-def _lost(sites: dict[int, _Site], by_site: dict[int, list[_Batch]]) -> Iterator[_Lost]:
-    """Yield the ranges of positions that no readable row has."""
-    for i, site in sites.items():
+def _lost(found: _Found, by_site: dict[int, list[_Batch]]) -> Iterator[_Lost]:
+    """Yield the ranges of positions that no readable row has. A lane has settled all of such a range, or nothing."""
+    settled = defaultdict(set)
+    for (_, i), run in found.runs.items():
+        if i in found.sites:
+            settled[i].add(_settled_to(found, i, run))
+    for i, site in found.sites.items():
         position, last = site.first_position, 0
         for batch in by_site.get(i, []):
-            if batch.first_position > position:
-                yield _Lost(i, position, batch.first_position - position, last, batch.id)
+            yield from _split(_Lost(i, position, batch.first_position - position, last, batch.id), settled[i])
             position, last = batch.end, batch.id
-        if position < site.next_position:
-            yield _Lost(i, position, site.next_position - position, last, _AFTER_ALL)
+        yield from _split(_Lost(i, position, site.next_position - position, last, _AFTER_ALL), settled[i])
+
+
+def _split(lost: _Lost, settled: set[int]) -> Iterator[_Lost]:
+    """Yield the parts of a range between the positions up to which lanes have settled it. None if it is empty."""
+    end = lost.first_position + lost.records
+    bounds = [lost.first_position, *sorted(at for at in settled if lost.first_position < at < end), end]
+    for start, stop in pairwise(bounds):
+        if start < stop:
+            yield lost._replace(first_position=start, records=stop - start)
 
 
 def _with_ids(ranges: Iterator[_Lost], taken: set[int]) -> Iterator[tuple[_Lost, int]]:
     """Give each lost range the id of a row that was lost between its neighbours, so that rows stay in order."""
-    for lost in sorted(ranges, key=lambda lost: (lost.before, lost.after)):
+    for lost in sorted(ranges, key=lambda lost: (lost.before, lost.after, lost.first_position)):
         i = lost.after + 1
         while i in taken:
             i += 1
