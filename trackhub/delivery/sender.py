@@ -84,6 +84,33 @@ class _Passes:
             self.changed.notify_all()
 
 
+class _Session:
+    """What a sender says of itself to its receiver, and what the receiver has said. Used by the sender's thread.
+
+    Attributes:
+        name: names the sender, for the receiver.
+        is_greeted: the receiver has replied to a hello.
+        may_ask: the receiver can say what it has of a stream, as far as is known.
+        is_unsure: it could not say it, and the first records of a stream are not in the spool: delivered, or lost.
+    """
+
+    def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
+        self.is_greeted = False
+        self.may_ask = True
+        self.is_unsure = False
+        self._numbers = itertools.count(1)
+
+    def hello(self, streams: tuple[str, ...] = ()) -> Hello:
+        return Hello(session=self.name, streams=streams)
+
+    def keep_alive(self, counts: SiteCounts) -> KeepAlive:
+        return KeepAlive(counts, self.name, next(self._numbers))
+
+    def final(self, counts: SiteCounts, *, failed: bool) -> Final:
+        return Final(counts, failed, self.name, next(self._numbers))
+
+
 class Sender:
     """Sends one spool to one receiver, from a thread of its own. Its methods may be called from any thread.
 
@@ -134,10 +161,7 @@ class Sender:
         self._passes = _Passes()
         self._wake = threading.Event()
         self._sent_at = -math.inf
-        self._session = uuid.uuid4().hex
-        self._numbers = itertools.count(1)
-        self._greeted = False
-        self._receiver_knows = True
+        self._session = _Session()
         self._refused: Refused | None = None
         self._failed = False
         self._warned_of = ""
@@ -258,7 +282,7 @@ class Sender:
                     next_keepalive = time.monotonic() + self._limits.keepalive_s
                     self._count()
                     # Once: the next one carries newer counts.
-                    self._exchange.ask_once(KeepAlive(self._counts, self._session, next(self._numbers)))
+                    self._exchange.ask_once(self._session.keep_alive(self._counts))
             self._wake.wait(pause_s)
             self._wake.clear()
         is_owner = self._hold.take(at_once=True)
@@ -267,7 +291,7 @@ class Sender:
             self._pass(final=True)
         self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
         if self._refused is None and is_owner:
-            self._exchange.ask(Final(self._counts, self._failed, self._session, next(self._numbers)))
+            self._exchange.ask(self._session.final(self._counts, failed=self._failed))
 
     def _end(self) -> None:
         """Mark the spool as closed, and give up its ownership."""
@@ -304,18 +328,18 @@ class Sender:
 
     def _greet(self) -> bool:
         """Say hello, once. Return False if the receiver refuses the site, or does not reply before the deadline."""
-        if self._greeted:
+        if self._session.is_greeted:
             return True
         if self._refused is not None:
             return False
-        reply = self._exchange.ask(Hello(session=self._session))
+        reply = self._exchange.ask(self._session.hello())
         if isinstance(reply, Refused):
             self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
                        reply.detail, self.folder)  # fmt: skip
             return False
-        self._greeted = reply is not None
-        return self._greeted
+        self._session.is_greeted = reply is not None
+        return self._session.is_greeted
 
     def _drain(self, final: bool) -> bool | None:
         """Send what the spool has now.
@@ -348,15 +372,16 @@ class Sender:
 
         Without this, what the receiver has and the spool has deleted would count as lost, and the rest be sent again.
         """
-        unplaced = self._reader.unplaced_streams() if self._receiver_knows else []
+        unplaced = self._reader.unplaced_streams() if self._session.may_ask else []
         for i in range(0, len(unplaced), MAX_STREAMS):
             names = tuple(unplaced[i : i + MAX_STREAMS])
-            reply = self._exchange.ask(Hello(session=self._session, streams=names))
+            reply = self._exchange.ask(self._session.hello(names))
             if reply is None:
                 return False
-            # A receiver of another job, or one whose journal begins in the middle of this one, cannot say it.
-            self._receiver_knows = isinstance(reply, Accepted) and reply.job == self._reader.info.job
-            if not isinstance(reply, Accepted) or not self._receiver_knows:
+            if not isinstance(reply, Accepted) or reply.job != self._reader.info.job:
+                # It has another job, or its journal begins in the middle of this one. All that is there is sent.
+                self._session.may_ask = False
+                self._session.is_unsure = self._reader.has_lost_beginning()
                 return True
             for name in names:
                 state = reply.streams.get(name, StreamState(0, 0))
@@ -398,7 +423,7 @@ class Sender:
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
-        if self._hold.is_waiting_for_room() or not self._receiver_knows:
+        if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
         self._counts = counts
 

@@ -140,6 +140,10 @@ class SpoolReader:
         """
         return [stream.name for stream in self._streams.values() if not stream.is_placed]
 
+    def has_lost_beginning(self) -> bool:
+        """Return whether the first records of an unplaced stream are not in the spool: delivered, or lost."""
+        return any(stream.first_segment > 0 for stream in self._streams.values() if not stream.is_placed)
+
     def place(self, name: str, next_seq: int, acked: int) -> None:
         """Go on in an unplaced stream behind the records that its receiver has.
 
