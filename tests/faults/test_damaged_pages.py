@@ -159,6 +159,30 @@ def test_one_bad_page_costs_at_most_the_records_on_it(job: Job, tmp_path: Path, 
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.parametrize("table", ["sites", "streams"])
+def test_a_changed_bit_in_an_id_costs_no_record(job: Job, tmp_path: Path, table: str) -> None:
+    """The indexes have the name with the right id. Two rows with one name would not fit into the new journal."""
+    content = bytearray(job.content)
+    name = SITES[0] if table == "sites" else f"{0:032x}"
+    with sqlite3.connect(job.folder / "trackhub" / "trackhub.db") as db:
+        (i,) = db.execute(f"SELECT id FROM {table} WHERE name = ?", (name,)).fetchone()
+        (page,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+    db.close()
+    start = (page - 1) * PAGE
+    (at,) = [
+        cell + 1
+        for n in range(int.from_bytes(content[start + 3 : start + 5]))
+        for cell in [start + int.from_bytes(content[start + 8 + 2 * n : start + 10 + 2 * n])]
+        if content[cell + 1] == i
+    ]  # https://www.sqlite.org/fileformat.html, 1.6: a cell begins with its size, here one byte, and the row's id
+    content[at] ^= 64
+
+    held, damaged = replayed(job, tmp_path, bytes(content))
+
+    assert held == {(site, position) for site, positions, _ in job.rows for position in positions}
+    assert not any(damaged.values())
+
+
 @pytest.mark.parametrize("first_lost", [1, 8, 11, 15, 20])
 def test_a_lane_goes_on_right_behind_rows_that_are_lost(tmp_path: Path, first_lost: int) -> None:
     """The backend has ten rows of twenty, all rows from one on are lost, and two more arrive after the repair."""

@@ -11,17 +11,17 @@ from __future__ import annotations
 import logging
 import sqlite3
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from trackhub.delivery.journal.pages import Cell, PageReader, Value
+from trackhub.delivery.journal.found_rows import Batch, Found, Run, Site, collect
+from trackhub.delivery.journal.pages import PageReader
 from trackhub.delivery.journal.schema import JSON_FACTS, REPAIRED_SITES, SCHEMA, Progress
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import JournalError
@@ -31,23 +31,7 @@ from trackhub.records import Gap, Kind
 __all__ = ["rebuild"]
 
 _AFTER_ALL = 1 << 62
-_MAX_POSITION = 1 << 53
 _log = logging.getLogger(__name__)
-
-
-class _Batch(NamedTuple):
-    """A row of ``batches`` without its frames. ``place`` is where `PageReader` finds it."""
-
-    id: int
-    site: int
-    stream: int
-    first_position: int
-    records: int
-    place: tuple[int, int]
-
-    @property
-    def end(self) -> int:
-        return self.first_position + self.records
 
 
 class _Lost(NamedTuple):
@@ -58,58 +42,6 @@ class _Lost(NamedTuple):
     records: int
     after: int
     before: int
-
-
-@dataclass
-class _Site:
-    """A row of ``sites``."""
-
-    name: str
-    created: float = 0.0
-    first_position: int = 0
-    next_position: int = 0
-    received: int = 0
-    duplicates: int = 0
-    missing: int = 0
-    explained: bytes | None = None
-    counts: bytes | None = None
-    counted_at: float | None = None
-    session: str = ""
-    number: int = 0
-    last: int = 0
-    ended: int = 0
-
-
-@dataclass
-class _Run:
-    """A row of ``runs``."""
-
-    written: int
-    confirmed: int
-    progress: bytes
-
-
-@dataclass
-class _Found:
-    """What can be read of a journal.
-
-    Attributes:
-        meta, sites, streams, runs, batches: the rows of the tables, by their keys.
-        doubted: the sites of which the receiver's counts are lost.
-        names: how often each name with this id is in an index.
-        copied_meta, copied_sites, copied_streams: what the indexes hold of the tables.
-    """
-
-    meta: dict[str, str] = field(default_factory=dict)
-    sites: dict[int, _Site] = field(default_factory=dict)
-    streams: dict[int, tuple[int, str, int]] = field(default_factory=dict)
-    runs: dict[tuple[str, int], _Run] = field(default_factory=dict)
-    batches: dict[int, _Batch] = field(default_factory=dict)
-    doubted: set[int] = field(default_factory=set)
-    names: Counter[tuple[str, int]] = field(default_factory=Counter)
-    copied_meta: dict[str, str] = field(default_factory=dict)
-    copied_sites: dict[int, _Site] = field(default_factory=dict)
-    copied_streams: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
 def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
@@ -128,12 +60,14 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
     """
     new_path.unlink(missing_ok=True)
     with PageReader(path) as reader:
-        found = _collect(reader)
+        found = collect(reader)
         _complete_facts(found, path)
+        _correct_ids(found)
         by_site = _group(found, reader)
         _complete_streams(found, reader, by_site)
         _complete_sites(found, reader, by_site)
         _complete_runs(found, runs_are_whole=runs_are_whole)
+        _make_unique(found)
         db = sqlite3.connect(new_path, isolation_level=None)
         try:
             db.executescript(SCHEMA)
@@ -144,87 +78,6 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
             db.execute("COMMIT")
         finally:
             db.close()
-
-
-def _collect(reader: PageReader) -> _Found:
-    """Read all cells, and sort them by what they look like."""
-    found = _Found()
-    for place in reader.places():
-        cell = reader.read(*place, first_bytes=True)
-        if cell is not None and not _take_batch(found, cell, place):
-            whole = reader.read(*place)
-            if whole is not None:
-                (_take_entry if whole.rowid is None else _take_row)(found, whole)
-    return found
-
-
-def _take_batch(found: _Found, cell: Cell, place: tuple[int, int]) -> bool:
-    match cell.values:
-        case [None, int(site), int(stream), int(position), int(records), bytes()] if cell.rowid is not None:
-            if site > 0 and stream > 0 and records > 0 and 0 <= position < _MAX_POSITION and cell.rowid > 0:
-                found.batches[cell.rowid] = _Batch(cell.rowid, site, stream, position, records, place)
-            return True
-    return False
-
-
-def _take_row(found: _Found, cell: Cell) -> None:
-    """Take a row of a table with ids. Where an old copy of a page gives a second version, the later one stays."""
-    assert cell.rowid is not None
-    match cell.values:
-        case [str(key), str(value)]:
-            found.meta[key] = value
-        case [None, int(site), str(name), int(next_seq)]:
-            known = found.streams.get(cell.rowid)
-            if known is None or known[2] < next_seq:
-                found.streams[cell.rowid] = (site, name, next_seq)
-        case [None, str(), *_] if len(cell.values) == len(_Site.__dataclass_fields__) + 1:
-            if (site_row := _site(cell.values[1:])) is not None:
-                known_site = found.sites.get(cell.rowid)
-                if known_site is None or known_site.next_position <= site_row.next_position:
-                    found.sites[cell.rowid] = site_row
-
-
-def _site(values: list[Value]) -> _Site | None:
-    """Return a row of ``sites``, without the counts that make no sense. None if it is none."""
-    try:
-        site = msgspec.convert(dict(zip(_Site.__dataclass_fields__, values, strict=True)), _Site)
-    except msgspec.ValidationError:
-        return None
-    if not 0 <= site.first_position < _MAX_POSITION:
-        return None
-    if site.explained is not None and not _decodes(site.explained, dict[str, int]):
-        site.explained = None
-    return site
-
-
-def _take_entry(found: _Found, cell: Cell) -> None:
-    """Take an entry of an index, or a row of a table without ids."""
-    match cell.values:
-        case [str(key), str(value), int()]:
-            found.copied_meta[key] = value
-        case [str(name), int(i)]:
-            found.names[name, i] += 1
-        case [int(site), str(name), int(i)]:
-            found.copied_streams[i] = (site, name)
-        case [str(name), bytes() | None as counts, int(last), int(ended), int(i)]:
-            found.names[name, i] += 1
-            found.copied_sites[i] = _Site(name, counts=counts, last=last, ended=ended)
-        case [str(lane), int(site), int(written), int(confirmed), bytes(progress)]:
-            if not _decodes(progress, Progress):
-                confirmed, progress = 0, msgspec.msgpack.encode(Progress())
-            run = _Run(written, confirmed, progress)
-            known = found.runs.setdefault((lane, site), run)
-            if run.confirmed < known.confirmed:  # of an old copy of a page: rather deliver twice than not at all
-                known.confirmed, known.progress = run.confirmed, run.progress
-            known.written = max(known.written, run.written)
-
-
-def _decodes(data: bytes, kind: type) -> bool:
-    try:
-        msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError:
-        return False
-    return True
 
 
 def _adds_up(counts: bytes | None) -> bool:
@@ -246,7 +99,7 @@ def _is_fact(key: str, value: str | None) -> bool:
     return True
 
 
-def _complete_facts(found: _Found, path: Path) -> None:
+def _complete_facts(found: Found, path: Path) -> None:
     for key, value in found.copied_meta.items():
         if not _is_fact(key, found.meta.get(key)):
             found.meta[key] = value
@@ -260,9 +113,23 @@ def _complete_facts(found: _Found, path: Path) -> None:
         )
 
 
-def _group(found: _Found, reader: PageReader) -> dict[int, list[_Batch]]:
+def _correct_ids(found: Found) -> None:
+    """Give a site or a stream back its id, if a bit of it has changed: the indexes have the name with another one."""
+    for i, site in list(found.sites.items()):
+        others = {j for (name, j), n in found.names.items() if n and name == site.name and j not in found.sites}
+        if not found.names[site.name, i] and len(others) == 1:
+            found.sites[others.pop()] = found.sites.pop(i)
+    ids = {copied: i for i, copied in found.copied_streams.items()}
+    for i, (site_id, stream, next_seq) in list(found.streams.items()):
+        other = ids.get((site_id, stream), i)
+        if i not in found.copied_streams and other not in found.streams:
+            del found.streams[i]
+            found.streams[other] = (site_id, stream, next_seq)
+
+
+def _group(found: Found, reader: PageReader) -> dict[int, list[Batch]]:
     """Return the batches of each site in order, without those whose numbers contradict the others'."""
-    by_site: dict[int, list[_Batch]] = defaultdict(list)
+    by_site: dict[int, list[Batch]] = defaultdict(list)
     for i in sorted(found.batches):
         batch = found.batches[i]
         site = found.sites.get(batch.site)
@@ -275,7 +142,7 @@ def _group(found: _Found, reader: PageReader) -> dict[int, list[_Batch]]:
     return by_site
 
 
-def _longest_chain(batches: list[_Batch]) -> list[_Batch]:
+def _longest_chain(batches: list[Batch]) -> list[Batch]:
     """Return as many batches as possible of which each begins behind the one before it."""
     starts: list[int] = []  # of the last batch of each chain: of all chains of a length, the one that begins first
     last: list[int] = []  # the number of that batch
@@ -293,7 +160,7 @@ def _longest_chain(batches: list[_Batch]) -> list[_Batch]:
     return chain[::-1]
 
 
-def _fit(reader: PageReader, batch: _Batch, following: _Batch | None) -> _Batch:
+def _fit(reader: PageReader, batch: Batch, following: Batch | None) -> Batch:
     """Return a batch with as many records as its frames hold, and no more than fit in front of the next batch."""
     frames, records, end = _frames(reader, batch), 0, 0
     with suppress(CorruptFrameError):
@@ -306,9 +173,9 @@ def _fit(reader: PageReader, batch: _Batch, following: _Batch | None) -> _Batch:
     return batch._replace(records=min(records, room))
 
 
-def _complete_streams(found: _Found, reader: PageReader, by_site: dict[int, list[_Batch]]) -> None:
+def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
     """Find the streams whose rows are lost by the index of their names, and where they ended by their last batch."""
-    last: dict[int, _Batch] = {}
+    last: dict[int, Batch] = {}
     for batches in by_site.values():
         last.update((batch.stream, batch) for batch in batches)
     for i, batch in last.items():
@@ -322,7 +189,7 @@ def _complete_streams(found: _Found, reader: PageReader, by_site: dict[int, list
         found.streams.setdefault(i, (site, name, 0))  # it had gaps alone
 
 
-def _next_seq(reader: PageReader, batch: _Batch) -> int:
+def _next_seq(reader: PageReader, batch: Batch) -> int:
     """Return the number of the record after the last one that can be read in a batch."""
     frames, end = _frames(reader, batch), 0
     with suppress(CorruptFrameError, msgspec.DecodeError):
@@ -334,7 +201,7 @@ def _next_seq(reader: PageReader, batch: _Batch) -> int:
     return end
 
 
-def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_Batch]]) -> None:
+def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
     """Find the sites whose rows are lost by the copy in an index, and count their records by their batches."""
     confirmed: dict[int, int] = defaultdict(int)
     for (_, i), run in found.runs.items():
@@ -345,7 +212,7 @@ def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_
         end = max(batches[-1].end if batches else 0, confirmed[i])
         if i not in found.sites:
             found.doubted.add(i)
-            site = found.sites[i] = found.copied_sites.get(i) or _Site(f"unknown-{i}")
+            site = found.sites[i] = found.copied_sites.get(i) or Site(f"unknown-{i}")
             if i not in found.copied_sites:
                 _log.warning("the name of site %d is lost; it is called %s", i, site.name)
             site.created = _begin(reader, batches[0]) if batches else 0.0
@@ -355,7 +222,7 @@ def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_
         site = found.sites[i]
         copied = found.copied_sites.get(i, site)
         if (site.counts, site.last) != (copied.counts, copied.last) or not _adds_up(site.counts):
-            good = next((row for row in (site, copied) if _adds_up(row.counts)), _Site(""))
+            good = next((row for row in (site, copied) if _adds_up(row.counts)), Site(""))
             site.counts, site.last = good.counts, good.last
             found.doubted.add(i)
         if found.names[site.name, i] == 0:  # both indexes have another one: a bit of this one has changed
@@ -369,7 +236,7 @@ def _complete_sites(found: _Found, reader: PageReader, by_site: dict[int, list[_
                 found.doubted.add(i)
 
 
-def _begin(reader: PageReader, batch: _Batch) -> float:
+def _begin(reader: PageReader, batch: Batch) -> float:
     """Return the time of the first record of a batch."""
     frames = _frames(reader, batch)
     with suppress(CorruptFrameError, msgspec.DecodeError):
@@ -378,14 +245,14 @@ def _begin(reader: PageReader, batch: _Batch) -> float:
     return 0.0
 
 
-def _frames(reader: PageReader, batch: _Batch) -> bytes:
+def _frames(reader: PageReader, batch: Batch) -> bytes:
     """Return as much of a batch's frames as can be read."""
     cell = reader.read(*batch.place)
     frames = cell.values[-1] if cell is not None else b""
     return frames if isinstance(frames, bytes) else b""
 
 
-def _complete_runs(found: _Found, *, runs_are_whole: bool) -> None:
+def _complete_runs(found: Found, *, runs_are_whole: bool) -> None:
     """Take it that a lane whose cursor is lost has handed over everything, and that nothing of it is confirmed.
 
     It then delivers everything again, and counts possible duplicates where the backend does not recognise records.
@@ -395,32 +262,48 @@ def _complete_runs(found: _Found, *, runs_are_whole: bool) -> None:
     backends = msgspec.json.decode(found.meta.get("backends", "{}"), type=dict[str, object])
     for lane in {*backends, *(lane for lane, _ in found.runs)}:
         for site in found.sites:
-            found.runs.setdefault((lane, site), _Run(_AFTER_ALL, 0, msgspec.msgpack.encode(Progress())))
+            found.runs.setdefault((lane, site), Run(_AFTER_ALL, 0, msgspec.msgpack.encode(Progress())))
 
 
-def _settled_to(found: _Found, site: int, run: _Run) -> int:
+def _settled_to(found: Found, site: int, run: Run) -> int:
     """Return the position up to which a lane has confirmed or rejected each record of a site."""
     progress = msgspec.msgpack.decode(run.progress, type=Progress)
     return found.sites[site].first_position + progress.confirmed + sum(progress.rejected.values())
 
 
-def _write_tables(db: sqlite3.Connection, found: _Found) -> None:
+def _write_tables(db: sqlite3.Connection, found: Found) -> None:
     doubted = {found.sites[i].name for i in found.doubted}
     doubted |= set(msgspec.json.decode(found.meta.get(REPAIRED_SITES, "[]"), type=list[str]))
     if doubted:
         found.meta[REPAIRED_SITES] = msgspec.json.encode(sorted(doubted)).decode()
     db.executemany("INSERT INTO meta VALUES (?, ?)", found.meta.items())
-    columns = ", ".join(_Site.__dataclass_fields__)
-    marks = ", ".join("?" * (1 + len(_Site.__dataclass_fields__)))
+    columns = ", ".join(Site.__dataclass_fields__)
+    marks = ", ".join("?" * (1 + len(Site.__dataclass_fields__)))
     db.executemany(
         f"INSERT INTO sites (id, {columns}) VALUES ({marks})",
         [(i, *vars(site).values()) for i, site in found.sites.items()],
     )
     streams = [(i, *stream) for i, stream in found.streams.items()]
-    db.executemany("INSERT OR IGNORE INTO streams (id, site, name, next_seq) VALUES (?, ?, ?, ?)", streams)
+    db.executemany("INSERT INTO streams (id, site, name, next_seq) VALUES (?, ?, ?, ?)", streams)
 
 
-def _write_runs(db: sqlite3.Connection, found: _Found) -> None:
+def _make_unique(found: Found) -> None:
+    """Give each site and each stream a name of its own. Of two with one name, the one with batches keeps it."""
+    sites, streams = {batch.site for batch in found.batches.values()}, {b.stream for b in found.batches.values()}
+    taken: set[object] = set()
+    for i in sorted(found.sites, key=lambda i: i not in sites):
+        if found.sites[i].name in taken:
+            found.sites[i].name = f"unknown-{i}"
+        taken.add(found.sites[i].name)
+    for i in sorted(found.streams, key=lambda i: i not in streams):
+        site, name, next_seq = found.streams[i]
+        if (site, name) in taken:
+            name = f"unknown-{i}"
+        taken.add((site, name))
+        found.streams[i] = (site, name, next_seq)
+
+
+def _write_runs(db: sqlite3.Connection, found: Found) -> None:
     """Write the lanes' cursors. They are ids of rows, and the rows that they named may be lost.
 
     A cursor behind the last row would count rows as delivered that arrive later and get these ids.
@@ -435,7 +318,7 @@ def _write_runs(db: sqlite3.Connection, found: _Found) -> None:
 
 
 def _write_batches(
-    db: sqlite3.Connection, found: _Found, reader: PageReader, by_site: dict[int, list[_Batch]], path: Path
+    db: sqlite3.Connection, found: Found, reader: PageReader, by_site: dict[int, list[Batch]], path: Path
 ) -> None:
     """Write the readable rows, and placeholder rows where others were."""
     insert = "INSERT INTO batches (id, site, stream, first_position, records, frames) VALUES (?, ?, ?, ?, ?, ?)"
@@ -456,7 +339,7 @@ def _write_batches(
         )  # fmt: skip
 
 
-def _lost(found: _Found, by_site: dict[int, list[_Batch]]) -> Iterator[_Lost]:
+def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
     """Yield the ranges of positions that no readable row has. A lane has settled all of such a range, or nothing."""
     settled = defaultdict(set)
     for (_, i), run in found.runs.items():
