@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SQLite connections of an open journal: one that writes, and some that read. No wait for them is without a limit.
 
-`Journal` uses it for every query. A file that another program has locked, or a disk that does not answer, must cost the
-threads of a receiver a moment each, and not ten seconds: they are the threads of FLARE's pool, which the rounds need.
+`Journal` uses it for every query. Another program may have the file locked, or its disk may not answer. That must cost
+each thread of a receiver a moment, and not ten seconds. They are the threads of FLARE's pool, which the rounds need.
 """
 
 from __future__ import annotations
