@@ -129,10 +129,10 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
 
 
 def _read_checked(path: Path) -> list[Any] | None:
-    """Return the fields in a file that begins with size and checksum; None if there is no such file."""
-    if not path.exists():
+    """Return the fields in a file that begins with size and checksum; None if nothing was ever written to it."""
+    data = path.read_bytes() if path.exists() else b""
+    if not data:  # its process may have died after it had made the file
         return None
-    data = path.read_bytes()
     size, crc = struct.unpack_from("<II", data)
     assert zlib.crc32(data[8 : 8 + size]) == crc, path
     fields: list[Any] = msgspec.msgpack.decode(data[8 : 8 + size])

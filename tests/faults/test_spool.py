@@ -13,6 +13,8 @@ from tests.faults.conftest import MakeJob
 from tests.faults.job_processes import JobProcesses
 from tests.faults.process import wait_for
 from tests.faults.readers import count_site
+from trackhub.delivery.journal.report_builder import read_journal_report
+from trackhub.delivery.report import Counted
 
 CALLS = 400
 MANY = 200
@@ -162,3 +164,33 @@ def test_a_sender_waits_while_another_one_has_its_spool(make_job: MakeJob) -> No
     job.end(second, receiver)
 
     job.check_all_delivered()
+
+
+@pytest.mark.parametrize("way", ["restart", "replay"])
+def test_a_cursor_that_is_lost_turns_no_delivered_record_into_a_lost_one(make_job: MakeJob, way: str) -> None:
+    """The receiver has the records, and the spool has deleted them. Only the receiver knows that they are delivered."""
+    job = make_job({"jsonl": {}})
+    job.spool_bytes = 1 << 20
+    job.create_spool()
+    receiver, sender = job.receiver(), job.sender()
+    trainer = job.trainer("a", calls=6000, pause_s=0.0003)
+    wait_for(
+        lambda: job.count("a") > 0 and not list(job.spool().glob("*-000000.spool")), "the first records to be deleted"
+    )
+    sender.kill()
+    for path in job.spool().glob("*.ack"):
+        path.unlink()
+    assert trainer.wait() == 0
+
+    if way == "restart":
+        job.end(job.sender(), receiver)
+        job.check_all_delivered()
+    else:
+        job.end(receiver=receiver)
+        job.replay_all()
+
+    site = read_journal_report(job.journal).sites["site-1"]
+    assert site.counted is Counted.FINAL
+    assert site.at_site is not None
+    assert (site.at_site.logged, site.at_site.acked, site.at_site.dropped) == (6000, 6000, {})
+    assert site.duplicates <= job.limits["batch_records"], "the batch of which the sender did not get the reply"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +67,44 @@ def test_with_a_receiver_whose_disk_is_full_training_gives_the_same_model(
     disk.fill()
 
     result = train(tmp_path / "full", replace(HEALTHY, receiver_folder=str(disk.folder / "receiver")))
+
+    assert_same_model(result, untracked)
+    assert_every_record_is_counted(result)
+
+
+LOCKER = """
+import sqlite3, sys, time
+from pathlib import Path
+folder, held_s = Path(sys.argv[1]), float(sys.argv[2])
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline:
+    try:
+        journal = next(folder.rglob("trackhub.db"), folder)
+        db = sqlite3.connect(f"{journal.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=5)
+        if db.execute("SELECT count(*) FROM batches").fetchone()[0]:
+            break
+    except sqlite3.Error:
+        pass
+    time.sleep(0.02)
+db.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+time.sleep(held_s)
+"""
+
+
+@pytest.mark.parametrize("held_s", [4, 600], ids=["for a while", "to the end"])
+def test_with_a_journal_that_is_locked_training_gives_the_same_model(
+    tmp_path: Path, untracked: bytes, held_s: float
+) -> None:
+    folder = tmp_path / "receiver"
+    command = [sys.executable, "-c", LOCKER, str(folder), str(held_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as locker:
+        try:
+            result = train(tmp_path / "locked", replace(HEALTHY, receiver_folder=str(folder)))
+        finally:
+            locker.kill()
+        assert locker.stdout is not None
+        assert locker.stdout.read() == "locked\n"
 
     assert_same_model(result, untracked)
     assert_every_record_is_counted(result)

@@ -60,6 +60,7 @@ class Bench:
         deadline = time.monotonic() + timeout_s
         for lane in self.lanes.values():
             lane.join(deadline - time.monotonic())
+            self.journal.save_runs(lane.unstored_ends())
         report = self.journal.report(list(self.lanes))
         self.lanes.clear()
         self.journal.close()

@@ -28,6 +28,15 @@ def delivery_on(bench: Bench, backend: MemoryBackend, *, flush_s: float = 3600.0
     return RunDelivery("memory", backend, bench.journal, site, info, flush_s=flush_s, stop=threading.Event())
 
 
+def store_end(bench: Bench, delivery: RunDelivery) -> None:
+    """Store how a run ended, as its lane does. There must be something to store."""
+    end = delivery.unstored_end()
+    assert end is not None
+    bench.journal.save_runs({("memory", delivery.site_id): end})
+    delivery.note_end_stored()
+    assert delivery.unstored_end() is None
+
+
 def progress(bench: Bench) -> Progress:
     return bench.journal.run_state("memory", 1).progress
 
@@ -38,6 +47,7 @@ def test_a_run_without_records_is_finished_without_being_opened(bench: Bench) ->
 
     moved = delivery.advance(flush_now=True)
     delivery.finish(RunStatus.FINISHED)
+    store_end(bench, delivery)
 
     assert not moved
     assert delivery.is_over()
@@ -53,6 +63,7 @@ def test_a_run_is_opened_then_written_then_finished(bench: Bench) -> None:
     written = (delivery.advance(flush_now=False), backend.positions(), delivery.is_idle())
     nothing = delivery.advance(flush_now=False)
     delivery.finish(RunStatus.FAILED)
+    store_end(bench, delivery)
 
     assert opened == (True, 1, 0)
     assert written == (True, [0, 1, 2, 3, 4], True)
@@ -134,10 +145,11 @@ def test_a_run_whose_finish_fails_for_now_stays_open(bench: Bench) -> None:
         pass
 
     delivery.finish(RunStatus.FINISHED)
-    before = (delivery.is_over(), progress(bench).state)
+    before = (delivery.is_over(), progress(bench).state, delivery.unstored_end())
     delivery.finish(RunStatus.FINISHED)
+    store_end(bench, delivery)
 
-    assert before == (False, "open")
+    assert before == (False, "open", None)
     assert (delivery.is_over(), progress(bench).state) == (True, "finished")
 
 
@@ -149,6 +161,7 @@ def test_a_run_whose_finish_breaks_is_unfinished(bench: Bench) -> None:
         pass
 
     delivery.finish(RunStatus.FINISHED)
+    store_end(bench, delivery)
 
     assert (delivery.is_over(), progress(bench).state, progress(bench).last_error) == (
         True,
@@ -165,6 +178,7 @@ def test_a_run_that_is_given_up_is_unfinished_with_the_reason(bench: Bench, open
         delivery.advance(flush_now=False)
 
     delivery.give_up("the backend has not returned")
+    store_end(bench, delivery)
 
     assert (delivery.is_over(), progress(bench).state) == (True, "unfinished")
     assert progress(bench).last_error == "the backend has not returned"
@@ -179,11 +193,13 @@ def test_a_run_that_an_earlier_receiver_finished_stays_finished(
     while first.advance(flush_now=True):
         pass
     first.finish(RunStatus.FINISHED)
+    store_end(bench, first)
     later = delivery_on(bench, MemoryBackend())
     monkeypatch.setattr(bench.journal, "save_run", no_writing)
 
     end(later)
 
+    assert later.unstored_end() is None
     assert (later.is_over(), progress(bench).state, progress(bench).last_error) == (True, "finished", "")
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import msgspec
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
-from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.read_only import has_last_counts, read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
+from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
-from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.hold import hold_ended_spool
 from trackhub.spool.layout import read_spool_info
@@ -74,9 +75,10 @@ def replay_journal(
     chosen = _choose(meta, backends)
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
-    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits)
+    status = _job_status(meta)
+    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status)
     receiver.start(from_start=from_start)
-    return receiver.finish(_job_status(meta, RunStatus.FAILED), deadline_s=timeout_s)
+    return receiver.finish(status, deadline_s=timeout_s)
 
 
 def replay_spool(
@@ -104,7 +106,7 @@ def replay_spool(
         limits: how much and how often.
 
     Returns:
-        The report, or None if nothing is left for this receiver.
+        The report. None if nothing is left for this receiver, and its journal has the site's last counts.
 
     Raises:
         SpoolError: it is no spool, no receiver of this name reads it, it cannot be read, the site's own receiver left
@@ -122,15 +124,18 @@ def replay_spool(
         info = read_spool_info(spool)
         meta = _meta_for_spool(spool, journal, backends)
         job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
-        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits)
+        status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
+        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status)
         receiver.start()
+        if not info.open:
+            receiver.assume_ended(info.site)
         if _stands_in(journal):
             # Backends recognise a record by its position, so positions go on where the server's own journal ended.
             receiver.continue_site(info.site, acked)
         sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits, lock=lock)
         sender.start()
         sender.close(timeout_s)
-        return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+        return receiver.finish(status, deadline_s=timeout_s)
     except OSError as e:
         raise SpoolError(f"cannot read or write the spool {spool}: {e}") from e
     finally:
@@ -138,16 +143,20 @@ def replay_spool(
 
 
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
-    """Return how many records of the spool the receiver has had. None if nothing is left that can be read.
+    """Return how many records of the spool the receiver has had. None if nothing is left to tell the receiver.
 
-    What the receiver's disk has lost since then is left again.
+    What the receiver's disk has lost since then is left again. So are the last counts of a site that died.
     """
-    if journal.exists():
+    lacks_counts = False
+    if is_journal_left(journal):
         repair(journal)
         if not _stands_in(journal):
-            _rewind_lost_streams(spool, cursor, read_spool_info(spool).site, journal)
+            site = read_spool_info(spool).site
+            _rewind_lost_streams(spool, cursor, site, journal)
+            lacks_counts = not has_last_counts(journal, site)
     counts = _counts(spool, cursor)
-    return sum(count.acked for count in counts) if any(count.spooled for count in counts) else None
+    is_left = lacks_counts or any(count.spooled for count in counts)
+    return sum(count.acked for count in counts) if is_left else None
 
 
 def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
@@ -201,7 +210,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         if _stands_in(journal.absolute()):
             continue
         try:
-            meta = read_journal_meta(journal)
+            meta = _meta_of_damaged(journal)
         except JournalError:
             continue  # the caller reads it later for itself, and reports the error then
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
@@ -209,10 +218,19 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
     return beside / _STAND_IN / JOURNAL_NAME
 
 
-def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Reset the cursor of each stream of which the journal lacks acknowledged records. It is sent from its beginning.
+def _meta_of_damaged(journal: Path) -> dict[str, str]:
+    """Return what a journal says about its job. It is repaired if it cannot say that."""
+    try:
+        return read_journal_meta(journal)
+    except JournalError:
+        repair(journal)
+        return read_journal_meta(journal)
 
-    A loss of power can take them from the receiver's disk. The receiver recognises those that it still has.
+
+def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
+    """Forget how far each stream got of which the journal lacks acknowledged records. The sender asks the receiver.
+
+    A loss of power can take them from the receiver's disk.
     """
     known = read_stream_positions(journal, site)
     for stream in SpoolReader(spool, cursor).streams():
@@ -223,16 +241,21 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
                 "%s lacks the last %d records that it had acknowledged of stream %s; those that are still in %s are "
                 "sent again", journal, lost, stream, spool,
             )  # fmt: skip
-            write_ack(spool, stream, cursor, Ack())
+            ack_file(spool, stream, cursor).unlink(missing_ok=True)
 
 
 def _receiver(
-    journal: Path, job: JobInfo, side: Side, backends: dict[str, dict[str, Any]], limits: Limits | None
+    journal: Path,
+    job: JobInfo,
+    side: Side,
+    backends: dict[str, dict[str, Any]],
+    limits: Limits | None,
+    status: RunStatus,
 ) -> Receiver:
     state_dir = journal.absolute().parent
     # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
     run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
-    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits)
+    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits, ended=status)
 
 
 def _job(meta: Mapping[str, str]) -> JobInfo:
@@ -245,6 +268,6 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
     return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
 
 
-def _job_status(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended, or ``otherwise`` where the receiver was killed before it could store that."""
-    return RunStatus(meta.get("status", otherwise))
+def _job_status(meta: Mapping[str, str]) -> RunStatus:
+    """Return how the job ended. It was killed if nobody could store that."""
+    return RunStatus(meta.get("status") or RunStatus.KILLED)

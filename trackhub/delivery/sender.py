@@ -7,10 +7,12 @@ with `trackhub.spool.reading`, asks through a `Channel`, and marks in the spool 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +21,18 @@ import msgspec
 from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.wire import Batch, Final, Hello, KeepAlive, NeedBlob, Refused, SiteCounts
+from trackhub.delivery.wire import (
+    MAX_STREAMS,
+    Accepted,
+    Batch,
+    Final,
+    Hello,
+    KeepAlive,
+    NeedBlob,
+    Refused,
+    SiteCounts,
+    StreamState,
+)
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
 from trackhub.process_lock import ProcessLock
@@ -69,6 +82,33 @@ class _Passes:
             self.was_complete = complete
             self.running = False
             self.changed.notify_all()
+
+
+class _Session:
+    """What a sender says of itself to its receiver, and what the receiver has said. Used by the sender's thread.
+
+    Attributes:
+        name: names the sender, for the receiver.
+        is_greeted: the receiver has replied to a hello.
+        may_ask: the receiver can say what it has of a stream, as far as is known.
+        is_unsure: it could not say it, and the first records of a stream are not in the spool: delivered, or lost.
+    """
+
+    def __init__(self) -> None:
+        self.name = uuid.uuid4().hex
+        self.is_greeted = False
+        self.may_ask = True
+        self.is_unsure = False
+        self._numbers = itertools.count(1)
+
+    def hello(self, streams: tuple[str, ...] = ()) -> Hello:
+        return Hello(session=self.name, streams=streams)
+
+    def keep_alive(self, counts: SiteCounts) -> KeepAlive:
+        return KeepAlive(counts, self.name, next(self._numbers))
+
+    def final(self, counts: SiteCounts, *, failed: bool) -> Final:
+        return Final(counts, failed, self.name, next(self._numbers))
 
 
 class Sender:
@@ -121,7 +161,7 @@ class Sender:
         self._passes = _Passes()
         self._wake = threading.Event()
         self._sent_at = -math.inf
-        self._greeted = False
+        self._session = _Session()
         self._refused: Refused | None = None
         self._failed = False
         self._warned_of = ""
@@ -241,7 +281,8 @@ class Sender:
                 if time.monotonic() >= next_keepalive:
                     next_keepalive = time.monotonic() + self._limits.keepalive_s
                     self._count()
-                    self._exchange.ask_once(KeepAlive(self._counts))  # once: the next one carries newer counts
+                    # Once: the next one carries newer counts.
+                    self._exchange.ask_once(self._session.keep_alive(self._counts))
             self._wake.wait(pause_s)
             self._wake.clear()
         is_owner = self._hold.take(at_once=True)
@@ -250,7 +291,7 @@ class Sender:
             self._pass(final=True)
         self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
         if self._refused is None and is_owner:
-            self._exchange.ask(Final(self._counts, self._failed))
+            self._exchange.ask(self._session.final(self._counts, failed=self._failed))
 
     def _end(self) -> None:
         """Mark the spool as closed, and give up its ownership."""
@@ -287,18 +328,18 @@ class Sender:
 
     def _greet(self) -> bool:
         """Say hello, once. Return False if the receiver refuses the site, or does not reply before the deadline."""
-        if self._greeted:
+        if self._session.is_greeted:
             return True
         if self._refused is not None:
             return False
-        reply = self._exchange.ask(Hello())
+        reply = self._exchange.ask(self._session.hello())
         if isinstance(reply, Refused):
             self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
                        reply.detail, self.folder)  # fmt: skip
             return False
-        self._greeted = reply is not None
-        return self._greeted
+        self._session.is_greeted = reply is not None
+        return self._session.is_greeted
 
     def _drain(self, final: bool) -> bool | None:
         """Send what the spool has now.
@@ -312,6 +353,8 @@ class Sender:
         is_first = True
         try:
             self._reader.begin_pass(final=final)
+            if not self._place_streams():
+                return None
             while batch := self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes):
                 if not is_first and self._exchange.is_late():
                     return None
@@ -323,6 +366,27 @@ class Sender:
             return False
         self._warned_of = ""
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
+
+    def _place_streams(self) -> bool:
+        """Ask the receiver what it has of the streams whose cursor file is lost. Return False if it does not reply.
+
+        Without this, what the receiver has and the spool has deleted would count as lost, and the rest be sent again.
+        """
+        unplaced = self._reader.unplaced_streams() if self._session.may_ask else []
+        for i in range(0, len(unplaced), MAX_STREAMS):
+            names = tuple(unplaced[i : i + MAX_STREAMS])
+            reply = self._exchange.ask(self._session.hello(names))
+            if reply is None:
+                return False
+            if not isinstance(reply, Accepted) or reply.job != self._reader.info.job:
+                # It has another job, or its journal begins in the middle of this one. All that is there is sent.
+                self._session.may_ask = False
+                self._session.is_unsure = self._reader.has_lost_beginning()
+                return True
+            for name in names:
+                state = reply.streams.get(name, StreamState(0, 0))
+                self._reader.place(name, state.next_seq, state.records)
+        return True
 
     def _deliver(self, batch: SpoolBatch) -> bool:
         """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
@@ -359,7 +423,7 @@ class Sender:
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
-        if self._hold.is_waiting_for_room():
+        if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
         self._counts = counts
 

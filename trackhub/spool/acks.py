@@ -16,7 +16,7 @@ import msgspec
 from trackhub.spool.layout import SEGMENT_HEADER
 from trackhub.spool.small_files import write_start
 
-__all__ = ["Ack", "Retired", "ack_file", "read_ack", "read_retired", "write_ack", "write_retired"]
+__all__ = ["Ack", "Retired", "ack_file", "find_ack", "read_ack", "read_retired", "write_ack", "write_retired"]
 
 _HEADER = struct.Struct("<II")  # size and checksum of the body
 
@@ -65,6 +65,21 @@ def ack_file(folder: Path, stream: str, cursor: str) -> Path:
     return folder / f"{stream}.{cursor}.ack"
 
 
+def find_ack(folder: Path, stream: str, cursor: str) -> Ack | None:
+    """Return how far this reader got. None if the file is missing or damaged, so that nobody knows.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
+    """
+    body = _read(ack_file(folder, stream, cursor))
+    try:
+        return None if body is None else msgspec.msgpack.decode(body, type=Ack)
+    except msgspec.DecodeError:
+        return None
+
+
 def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
     """Return how far this reader got. Return the stream's beginning if the file is missing or damaged.
 
@@ -75,11 +90,7 @@ def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
         stream: the stream's id.
         cursor: the reader's name.
     """
-    body = _read(ack_file(folder, stream, cursor))
-    try:
-        return Ack() if body is None else msgspec.msgpack.decode(body, type=Ack)
-    except msgspec.DecodeError:
-        return Ack()
+    return find_ack(folder, stream, cursor) or Ack()
 
 
 def write_ack(folder: Path, stream: str, cursor: str, ack: Ack) -> None:

@@ -31,7 +31,8 @@ class FollowedStream:
     Attributes:
         name: the stream's id.
         ack: how far the reader got. Other threads may read it.
-        last_segment: the last segment that was there at the last look; -1 if there was none.
+        is_placed: False if the reader's file does not say how far it got, though an earlier reader may have got far.
+        first_segment, last_segment: the segments that were there at the last look; -1 if there were none.
         end: where the stream ended then.
         size: how many bytes its segments have: then, or when it was done.
         files: its blobs, and parts of blobs, that were there then.
@@ -40,12 +41,25 @@ class FollowedStream:
         is_done: its writer has ended, and all that can be read was acknowledged.
     """
 
-    __slots__ = ("ack", "end", "files", "is_done", "last_segment", "name", "problem", "size", "state")
+    __slots__ = (
+        "ack",
+        "end",
+        "files",
+        "first_segment",
+        "is_done",
+        "is_placed",
+        "last_segment",
+        "name",
+        "problem",
+        "size",
+        "state",
+    )
 
     def __init__(self, name: str, ack: Ack) -> None:
         self.name = name
         self.ack = ack
-        self.last_segment = _NO_SEGMENT
+        self.is_placed = True
+        self.first_segment = self.last_segment = _NO_SEGMENT
         self.end: End = (_NO_SEGMENT, 0)
         self.size = 0
         self.files: list[str] = []
@@ -59,7 +73,7 @@ class FollowedStream:
 
     def forget_files(self) -> None:
         """Prepare for a look at the folder."""
-        self.last_segment = _NO_SEGMENT
+        self.first_segment = self.last_segment = _NO_SEGMENT
         self.end = (_NO_SEGMENT, 0)
         self.files = []
         self.problem = ""
@@ -110,6 +124,7 @@ def _note(stream: FollowedStream, entry: os.DirEntry[str], segment: int | None) 
         except OSError as e:
             stream.problem = f"{entry.path}: {e.strerror}"
     stream.size += size
+    stream.first_segment = segment if stream.first_segment == _NO_SEGMENT else min(segment, stream.first_segment)
     stream.last_segment = max(segment, stream.last_segment)
     stream.end = max(stream.end, (segment, size))
 

@@ -17,14 +17,14 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import MAX_BODY_BYTES
-from trackhub.spool.acks import Ack, read_ack, write_ack
+from trackhub.spool.acks import Ack, find_ack, read_ack, write_ack
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
 from trackhub.spool.following import End, FollowedStream, look, stream_ends
 from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
 from trackhub.spool.ledger import LedgerCounts, WriterState, read_ledger, writer_state
 from trackhub.spool.retiring import Retirement
-from trackhub.spool.segment_reader import Extent, SegmentReader
+from trackhub.spool.segment_reader import Extent, SegmentReader, find_place
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
 
 __all__ = ["RETIRED", "SpoolReader"]
@@ -75,6 +75,7 @@ class SpoolReader:
         self._pass_is_explicit = False
         self._is_final = False
         self._ask_at = 0.0
+        self._has_looked = False
         self._retirement: Retirement | None = None
         self._turn_file = folder / f"{cursor}.turn"
         self._last_stream = ""
@@ -132,6 +133,41 @@ class SpoolReader:
         """Return whether a stream could not be read in this pass."""
         return any(stream.problem for stream in self._streams.values())
 
+    def unplaced_streams(self) -> list[str]:
+        """Return the streams of which the files do not say how far this cursor got. `place` takes what a receiver says.
+
+        They were there at this reader's first look. A later one is new: only this reader hands it out.
+        """
+        return [stream.name for stream in self._streams.values() if not stream.is_placed]
+
+    def has_lost_beginning(self) -> bool:
+        """Return whether the first records of an unplaced stream are not in the spool: delivered, or lost."""
+        return any(stream.first_segment > 0 for stream in self._streams.values() if not stream.is_placed)
+
+    def place(self, name: str, next_seq: int, acked: int) -> None:
+        """Go on in an unplaced stream behind the records that its receiver has.
+
+        If a segment cannot be read, the stream stays unplaced, and is passed over until the next look at the folder.
+
+        Args:
+            name: the stream.
+            next_seq: the number of the record that the receiver expects next; 0 if it has nothing of the stream.
+            acked: how many records of the stream it has.
+        """
+        stream = self._streams[name]
+        if next_seq > 0:
+            segments = range(max(0, stream.first_segment), stream.last_segment + 1)
+            stream.ack = Ack(segments.start, next_seq=next_seq, acked=acked)  # enough to count
+            try:
+                place = find_place(self.folder, name, segments, next_seq)
+            except OSError as e:
+                self._set_aside(stream, e)
+                return
+            stream.ack = Ack(place.segment, place.offset, next_seq, acked)
+            with contextlib.suppress(OSError):  # a full disk; it is stored with the next batch
+                write_ack(self.folder, name, self.cursor, stream.ack)
+        stream.is_placed = True
+
     def settle(self, batch: SpoolBatch, refused: str | None = None) -> None:
         """Store that the receiver accepted the batch, or refused it for this reason. Delete what no reader needs.
 
@@ -162,6 +198,7 @@ class SpoolReader:
         finally:
             # Not earlier: a thread that waits for this may then ask a writer, which looks at the file.
             stream.ack = ack
+        stream.is_placed = True
         self._delete_settled(batch, old)
 
     def give_up_blob(self, name: str) -> None:
@@ -271,6 +308,7 @@ class SpoolReader:
         look(self.folder, self._streams, self._new_stream)
         if is_first and self._streams:
             self._begin_turns()
+        self._has_looked = True
         for name in self._streams:
             self._turn.setdefault(name)
         self._is_final = final
@@ -293,7 +331,9 @@ class SpoolReader:
         assert self._retirement is not None
         if self._retirement.has(name):
             return None
-        stream = FollowedStream(name, read_ack(self.folder, name, self.cursor))
+        ack = find_ack(self.folder, name, self.cursor)
+        stream = FollowedStream(name, ack or Ack())
+        stream.is_placed = ack is not None or self._has_looked
         # The look has begun, and may miss what its writer does now. So that it has ended counts from the next look on.
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
@@ -434,4 +474,6 @@ class SpoolReader:
         count = count_stream(ack, logged=logged, dropped=ledger.dropped, spooled=spooled, explained=explained)
         if (tail := count.dropped.get(DAMAGED, 0) - explained[DAMAGED]) > 0:
             self._damage.missing_tail(self.folder, stream.name, tail, logged)
-        return msgspec.structs.replace(count, is_complete=ledger.is_counted or place.seq > 0)
+        # What is missing at the beginning of an unplaced stream was delivered, or is lost. Only the receiver knows.
+        knows_begin = stream.is_placed or stream.first_segment == 0 or count.logged == 0
+        return msgspec.structs.replace(count, is_complete=knows_begin and (ledger.is_counted or place.seq > 0))

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from trackhub.framing import MAX_BODY_BYTES
+import msgspec
+
+from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, decode_head, scan_frames
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 from trackhub.spool.skip_damage import DamageLog, find_sound_frame
 
-__all__ = ["Extent", "SegmentReader"]
+__all__ = ["Extent", "SegmentReader", "find_place"]
 
 _READ_MARGIN = MAX_BODY_BYTES + 64  # so that one read always holds at least one whole frame
 _FEW_BYTES = 128 << 10
@@ -31,6 +35,32 @@ class Extent(NamedTuple):
     stream: str
     last_segment: int
     has_ended: bool
+
+
+def find_place(folder: Path, stream: str, segments: Iterable[int], seq: int) -> Place:
+    """Return where the record with this ``seq`` is, or the first record behind it. Frames before it are passed over.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        segments: its segments that are there, in order.
+        seq: the number of the record.
+
+    Raises:
+        OSError: a segment is there and cannot be read.
+    """
+    place = Place(seq, 0, len(SEGMENT_HEADER))
+    for segment in segments:
+        data, end = _read(folder / segment_name(stream, segment), 0, _SEGMENT_MAX_BYTES), len(SEGMENT_HEADER)
+        with contextlib.suppress(CorruptFrameError, msgspec.DecodeError):  # the reader names the damage later
+            for frame in scan_frames(data, end):
+                if decode_head(data[frame.body : frame.end]).seq >= seq:
+                    return Place(seq, segment, end)
+                end = frame.end
+        place = Place(seq, segment, end)
+        if end < len(data):
+            return place
+    return place
 
 
 class SegmentReader:

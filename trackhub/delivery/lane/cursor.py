@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import Progress
+from trackhub.delivery.journal.schema import Progress, RunState
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
@@ -51,7 +51,8 @@ class Cursor:
     - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``, so that
       records which are handed over again after a crash are counted once.
     - `start_over`: the run is written again from its first record.
-    - `end`: nothing more is delivered to the run.
+    - `end`: nothing more is delivered to the run. At the end of the job, the lane takes `state` instead, and the states
+      of all runs are stored together.
 
     Attributes:
         lane, site_id, site: the lane and the site whose run this is.
@@ -247,6 +248,10 @@ class Cursor:
         self.progress.state = state
         self._save()
 
+    def state(self) -> RunState:
+        """Return what the journal is to hold of this run."""
+        return self._state(self.written)
+
     def _save(self) -> None:
         """Store cursors and progress. A failure is logged: after a crash it costs a repeated delivery, not a record."""
         try:
@@ -255,6 +260,8 @@ class Cursor:
             _log.warning("lane %s cannot store how far run %s got: %s", self.lane, self.site, e)
 
     def _store(self, written: int) -> None:
+        self._journal.save_run(self.lane, self.site_id, *self._state(written))
+
+    def _state(self, written: int) -> RunState:
         # Never less than an earlier lane announced, or its records would no longer count as possible duplicates.
-        written = max(written, self._ever_written)
-        self._journal.save_run(self.lane, self.site_id, written, self.confirmed, self.progress)
+        return RunState(max(written, self._ever_written), self.confirmed, self.progress)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import RunState
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
@@ -25,6 +26,7 @@ __all__ = ["Lane"]
 
 _IDLE_S = 3600.0
 _JOURNAL_RETRY_S = 1.0
+_END_WAIT_S = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -114,6 +116,8 @@ class Lane:
     def join(self, timeout_s: float) -> bool:
         """Wait for the lane to end. After ``timeout_s`` stop it between two calls of the backend.
 
+        Call `unstored_ends` then, and store what it returns.
+
         Returns:
             True if it has ended. False if the backend does not return from a call: its thread is left behind.
         """
@@ -131,8 +135,23 @@ class Lane:
                 for site in self._journal.sites().keys() - self._runs.keys():
                     self._run(site).give_up(reason)
         except JournalError as e:
-            _log.warning("lane %s cannot store why it did not deliver: %s", self.name, e)
+            _log.warning("lane %s cannot read which runs it did not come to: %s", self.name, e)
         return ended
+
+    def unstored_ends(self) -> dict[tuple[str, int], RunState]:
+        """Return how the runs ended, as `Journal.save_runs` takes it, without those that the journal has already."""
+        ends = {(self.name, run.site_id): run.unstored_end() for run in list(self._runs.values())}
+        return {key: end for key, end in ends.items() if end is not None}
+
+    def _store_ends(self) -> None:
+        """Store how the runs ended, in one transaction. If the journal is locked, the receiver tries that again."""
+        try:
+            self._journal.save_runs(self.unstored_ends(), wait_s=_END_WAIT_S)
+        except JournalError as e:
+            _log.debug("lane %s cannot store how its runs ended: %s", self.name, e)
+            return
+        for run in self._runs.values():
+            run.note_end_stored()
 
     def _main(self) -> None:
         try:
@@ -184,6 +203,7 @@ class Lane:
             if ending is not None:
                 finish_due = self._finish_idle_runs(active, ending)
                 if finish_due is None and not active:
+                    self._store_ends()
                     return
                 due = min(due, finish_due or due)
             self._wake.wait(max(0.0, due - time.monotonic()))

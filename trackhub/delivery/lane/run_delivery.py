@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.schema import RunState
 from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
@@ -88,6 +89,7 @@ class RunDelivery:
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
         self._over = False
+        self._end_is_stored = True
 
     def advance(self, *, flush_now: bool) -> bool:
         """Do one piece of work: open the run, write what was read, or have it confirmed.
@@ -152,11 +154,14 @@ class RunDelivery:
         return max(self.timer.not_before, self._flush_due or 0.0)
 
     def finish(self, status: RunStatus) -> None:
-        """End the run with this status. If `is_over` is still False, call it again at `due`."""
+        """End the run with this status. If `is_over` is still False, call it again at `due`.
+
+        How it ended is not stored yet: see `unstored_end`.
+        """
         if self._run is None:
             self._over = True
             if self._cursor.progress.state != "finished":  # by an earlier receiver
-                self._cursor.end("finished")
+                self._end("finished")
             return
         state = "finished"
         try:
@@ -174,7 +179,7 @@ class RunDelivery:
     def give_up(self, reason: str) -> None:
         """Mark the run as unfinished, unless it is over already.
 
-        Called by another thread, after the lane ended or while it hangs.
+        Called by another thread, after the lane ended or while it hangs. That is not stored yet: see `unstored_end`.
 
         Args:
             reason: why; empty to keep the run's last error.
@@ -188,9 +193,21 @@ class RunDelivery:
             self._cursor.progress.last_error = reason or self._cursor.progress.last_error
             self._end("unfinished")
 
+    def unstored_end(self) -> RunState | None:
+        """Return how the run ended, if the journal does not have that yet. The caller stores it, for all runs at once.
+
+        A transaction for each run would have to wait for each, if another program has the journal locked.
+        """
+        return None if self._end_is_stored else self._cursor.state()
+
+    def note_end_stored(self) -> None:
+        """Say that the journal has what `unstored_end` returned."""
+        self._end_is_stored = True
+
     def _end(self, state: str) -> None:
         self._over = True
-        self._cursor.end(state)
+        self._end_is_stored = False
+        self._cursor.progress.state = state
 
     def _open(self) -> bool:
         """Open the run at the backend, and find out which records it may hold. Return whether it is open."""
@@ -205,7 +222,8 @@ class RunDelivery:
         except PermanentError as e:
             self._cursor.note_error(e)
             _log.warning("backend %s cannot open run %s: %s; its records stay in the journal", self._lane, self.site, e)
-            self._end("stopped")
+            self._over = True
+            self._cursor.end("stopped")  # at once, since the job may go on for long
             return False
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
             self._failed(e)

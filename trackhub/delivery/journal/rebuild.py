@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a sound journal of what can still be read of a damaged one, table by table. `repair` calls it.
+
+A range of records that cannot be read becomes a placeholder row without frames. So all other records keep their
+positions, by which backends recognise them, and every lane counts the lost records as ``damaged``. What else is lost is
+worked out from the other tables where that is possible; otherwise the report says that it is not known.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from trackhub.delivery.journal.found_rows import Batch, Found, Run, Site, collect
+from trackhub.delivery.journal.pages import PageReader
+from trackhub.delivery.journal.schema import JSON_FACTS, REPAIRED_SITES, SCHEMA, Progress
+from trackhub.delivery.wire import SiteCounts
+from trackhub.errors import JournalError
+from trackhub.framing import CorruptFrameError, decode_body, decode_head, scan_frames
+from trackhub.records import Gap, Kind
+
+__all__ = ["rebuild"]
+
+_AFTER_ALL = 1 << 62
+_log = logging.getLogger(__name__)
+
+
+class _Lost(NamedTuple):
+    """Positions of a site that no readable row has, and the ids of the rows between which they were."""
+
+    site: int
+    first_position: int
+    records: int
+    after: int
+    before: int
+
+
+def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
+    """Write a new journal with what can be read of a damaged one. Reads every page of it once or twice.
+
+    Args:
+        path: the damaged journal.
+        new_path: the file to write; what is there is replaced.
+        runs_are_whole: SQLite can read the table ``runs``. If not, a missing row may have been there, and its lane may
+            have delivered.
+
+    Raises:
+        JournalError: nothing in it can be read, or not which job it belongs to.
+        OSError: the damaged file cannot be opened, or the old ``new_path`` not removed.
+        sqlite3.Error: the new file cannot be written.
+    """
+    new_path.unlink(missing_ok=True)
+    with PageReader(path) as reader:
+        found = collect(reader)
+        _complete_facts(found, path)
+        _correct_ids(found)
+        by_site = _group(found, reader)
+        _complete_streams(found, reader, by_site)
+        _complete_sites(found, reader, by_site)
+        _complete_runs(found, runs_are_whole=runs_are_whole)
+        _make_unique(found)
+        db = sqlite3.connect(new_path, isolation_level=None)
+        try:
+            db.executescript(SCHEMA)
+            db.execute("BEGIN")
+            _write_tables(db, found)
+            _write_batches(db, found, reader, by_site, path)
+            _write_runs(db, found)
+            db.execute("COMMIT")
+        finally:
+            db.close()
+
+
+def _adds_up(counts: bytes | None) -> bool:
+    """Return whether these can be the counts of a site, or it has sent none."""
+    try:
+        return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
+    except msgspec.DecodeError:
+        return False
+
+
+def _is_fact(key: str, value: str | None) -> bool:
+    """Return whether this can be what ``meta`` says of the job."""
+    if value is None or key not in JSON_FACTS:
+        return value is not None
+    try:
+        msgspec.json.decode(value, type=JSON_FACTS[key])
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def _complete_facts(found: Found, path: Path) -> None:
+    for key, value in found.copied_meta.items():
+        if not _is_fact(key, found.meta.get(key)):
+            found.meta[key] = value
+    found.meta = {key: value for key, value in found.meta.items() if _is_fact(key, value)}
+    if not any((found.meta, found.sites, found.streams, found.batches)):
+        raise JournalError(f"the journal {path} is damaged, and nothing in it can be read")
+    if missing := [key for key in ("job", "side") if key not in found.meta]:
+        raise JournalError(
+            f"the journal {path} is damaged, and its {' and '.join(missing)} cannot be read; nobody can say which runs "
+            f"its {sum(batch.records for batch in found.batches.values())} readable records belong to"
+        )
+
+
+def _correct_ids(found: Found) -> None:
+    """Give a site or a stream back its id, if a bit of it has changed: the indexes have the name with another one."""
+    for i, site in list(found.sites.items()):
+        others = {j for (name, j), n in found.names.items() if n and name == site.name and j not in found.sites}
+        if not found.names[site.name, i] and len(others) == 1:
+            found.sites[others.pop()] = found.sites.pop(i)
+    ids = {copied: i for i, copied in found.copied_streams.items()}
+    for i, (site_id, stream, next_seq) in list(found.streams.items()):
+        other = ids.get((site_id, stream), i)
+        if i not in found.copied_streams and other not in found.streams:
+            del found.streams[i]
+            found.streams[other] = (site_id, stream, next_seq)
+
+
+def _group(found: Found, reader: PageReader) -> dict[int, list[Batch]]:
+    """Return the batches of each site in order, without those whose numbers contradict the others'."""
+    by_site: dict[int, list[Batch]] = defaultdict(list)
+    for i in sorted(found.batches):
+        batch = found.batches[i]
+        site = found.sites.get(batch.site)
+        if site is None or site.first_position <= batch.first_position:
+            by_site[batch.site].append(batch)
+    for site_id, batches in by_site.items():
+        if not all(a.end == b.first_position for a, b in pairwise(batches)):
+            chain = _longest_chain(batches)
+            by_site[site_id] = [_fit(reader, *pair) for pair in zip_longest(chain, chain[1:])]
+    return by_site
+
+
+def _longest_chain(batches: list[Batch]) -> list[Batch]:
+    """Return as many batches as possible of which each begins behind the one before it."""
+    starts: list[int] = []  # of the last batch of each chain: of all chains of a length, the one that begins first
+    last: list[int] = []  # the number of that batch
+    before: list[int] = []
+    for i, batch in enumerate(batches):
+        length = bisect_left(starts, batch.first_position)
+        before.append(last[length - 1] if length else -1)
+        starts[length : length + 1] = [batch.first_position]
+        last[length : length + 1] = [i]
+    chain = []
+    i = last[-1]
+    while i >= 0:
+        chain.append(batches[i])
+        i = before[i]
+    return chain[::-1]
+
+
+def _fit(reader: PageReader, batch: Batch, following: Batch | None) -> Batch:
+    """Return a batch with as many records as its frames hold, and no more than fit in front of the next batch."""
+    frames, records, end = _frames(reader, batch), 0, 0
+    with suppress(CorruptFrameError):
+        for frame in scan_frames(frames):
+            records += frame.kind != Kind.GAP
+            end = frame.end
+    room = following.first_position - batch.first_position if following else max(records, batch.records)
+    if end < len(frames) or not records:  # some frames are damaged, and hold an unknown number of records
+        records = batch.records if records <= batch.records else room
+    return batch._replace(records=min(records, room))
+
+
+def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
+    """Find the streams whose rows are lost by the index of their names, and where they ended by their last batch."""
+    last: dict[int, Batch] = {}
+    for batches in by_site.values():
+        last.update((batch.stream, batch) for batch in batches)
+    for i, batch in last.items():
+        if i not in found.streams:
+            _, name = found.copied_streams.get(i, (0, ""))
+            if not name:
+                name = f"unknown-{i}"
+                _log.warning("the name of stream %d of site %d is lost; it is called %s", i, batch.site, name)
+            found.streams[i] = (batch.site, name, _next_seq(reader, batch))
+    for i, (site, name) in found.copied_streams.items():
+        found.streams.setdefault(i, (site, name, 0))  # it had gaps alone
+
+
+def _next_seq(reader: PageReader, batch: Batch) -> int:
+    """Return the number of the record after the last one that can be read in a batch."""
+    frames, end = _frames(reader, batch), 0
+    with suppress(CorruptFrameError, msgspec.DecodeError):
+        for frame in scan_frames(frames):
+            body = frames[frame.body : frame.end]
+            end = decode_head(body).seq + 1
+            if frame.kind == Kind.GAP and isinstance(gap := decode_body(body).payload, Gap):
+                end += gap.count - 1
+    return end
+
+
+def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
+    """Find the sites whose rows are lost by the copy in an index, and count their records by their batches."""
+    confirmed: dict[int, int] = defaultdict(int)
+    for (_, i), run in found.runs.items():
+        confirmed[i] = max(confirmed[i], msgspec.msgpack.decode(run.progress, type=Progress).stored_to)
+    ids = {*by_site, *found.sites, *found.copied_sites, *(site for site, _, _ in found.streams.values())}
+    for i in sorted(ids):
+        batches = by_site.get(i, [])
+        end = max(batches[-1].end if batches else 0, confirmed[i])
+        if i not in found.sites:
+            found.doubted.add(i)
+            site = found.sites[i] = found.copied_sites.get(i) or Site(f"unknown-{i}")
+            if i not in found.copied_sites:
+                _log.warning("the name of site %d is lost; it is called %s", i, site.name)
+            site.created = _begin(reader, batches[0]) if batches else 0.0
+            if batches and "continues" in found.meta:
+                site.first_position = batches[0].first_position
+            site.next_position = site.first_position
+        site = found.sites[i]
+        copied = found.copied_sites.get(i, site)
+        if (site.counts, site.last) != (copied.counts, copied.last) or not _adds_up(site.counts):
+            good = next((row for row in (site, copied) if _adds_up(row.counts)), Site(""))
+            site.counts, site.last = good.counts, good.last
+            found.doubted.add(i)
+        if found.names[site.name, i] == 0:  # both indexes have another one: a bit of this one has changed
+            others = [name for name, j in found.names if j == i and found.names[name, j] > 1]
+            site.name = others[0] if len(others) == 1 else site.name
+        contradicts = site.next_position - site.first_position != site.received - site.duplicates
+        if contradicts or end > site.next_position:
+            # A changed bit; or the row is older than the last batch, since a newer version of its page is lost.
+            site.next_position, site.received = end, site.duplicates + end - site.first_position
+            if contradicts:
+                found.doubted.add(i)
+
+
+def _begin(reader: PageReader, batch: Batch) -> float:
+    """Return the time of the first record of a batch."""
+    frames = _frames(reader, batch)
+    with suppress(CorruptFrameError, msgspec.DecodeError):
+        for frame in scan_frames(frames):
+            return decode_head(frames[frame.body : frame.end]).time
+    return 0.0
+
+
+def _frames(reader: PageReader, batch: Batch) -> bytes:
+    """Return as much of a batch's frames as can be read."""
+    cell = reader.read(*batch.place)
+    frames = cell.values[-1] if cell is not None else b""
+    return frames if isinstance(frames, bytes) else b""
+
+
+def _complete_runs(found: Found, *, runs_are_whole: bool) -> None:
+    """Take it that a lane whose cursor is lost has handed over everything, and that nothing of it is confirmed.
+
+    It then delivers everything again, and counts possible duplicates where the backend does not recognise records.
+    """
+    if runs_are_whole:
+        return
+    backends = msgspec.json.decode(found.meta.get("backends", "{}"), type=dict[str, object])
+    for lane in {*backends, *(lane for lane, _ in found.runs)}:
+        for site in found.sites:
+            found.runs.setdefault((lane, site), Run(_AFTER_ALL, 0, msgspec.msgpack.encode(Progress())))
+
+
+def _settled_to(found: Found, site: int, run: Run) -> int:
+    """Return the position up to which a lane has confirmed or rejected each record of a site."""
+    progress = msgspec.msgpack.decode(run.progress, type=Progress)
+    return found.sites[site].first_position + progress.confirmed + sum(progress.rejected.values())
+
+
+def _write_tables(db: sqlite3.Connection, found: Found) -> None:
+    doubted = {found.sites[i].name for i in found.doubted}
+    doubted |= set(msgspec.json.decode(found.meta.get(REPAIRED_SITES, "[]"), type=list[str]))
+    if doubted:
+        found.meta[REPAIRED_SITES] = msgspec.json.encode(sorted(doubted)).decode()
+    db.executemany("INSERT INTO meta VALUES (?, ?)", found.meta.items())
+    columns = ", ".join(Site.__dataclass_fields__)
+    marks = ", ".join("?" * (1 + len(Site.__dataclass_fields__)))
+    db.executemany(
+        f"INSERT INTO sites (id, {columns}) VALUES ({marks})",
+        [(i, *vars(site).values()) for i, site in found.sites.items()],
+    )
+    streams = [(i, *stream) for i, stream in found.streams.items()]
+    db.executemany("INSERT INTO streams (id, site, name, next_seq) VALUES (?, ?, ?, ?)", streams)
+
+
+def _make_unique(found: Found) -> None:
+    """Give each site and each stream a name of its own. Of two with one name, the one with batches keeps it."""
+    sites, streams = {batch.site for batch in found.batches.values()}, {b.stream for b in found.batches.values()}
+    taken: set[object] = set()
+    for i in sorted(found.sites, key=lambda i: i not in sites):
+        if found.sites[i].name in taken:
+            found.sites[i].name = f"unknown-{i}"
+        taken.add(found.sites[i].name)
+    for i in sorted(found.streams, key=lambda i: i not in streams):
+        site, name, next_seq = found.streams[i]
+        if (site, name) in taken:
+            name = f"unknown-{i}"
+        taken.add((site, name))
+        found.streams[i] = (site, name, next_seq)
+
+
+def _write_runs(db: sqlite3.Connection, found: Found) -> None:
+    """Write the lanes' cursors. They are ids of rows, and the rows that they named may be lost.
+
+    A cursor behind the last row would count rows as delivered that arrive later and get these ids.
+    """
+    last = db.execute("SELECT ifnull(max(id), 0) FROM batches").fetchone()[0]
+    query = "SELECT ifnull(max(id), 0) FROM batches WHERE site = ? AND first_position + records <= ?"
+    for (lane, i), run in found.runs.items():
+        if i in found.sites:
+            confirmed = db.execute(query, (i, _settled_to(found, i, run))).fetchone()[0]
+            row = (lane, i, min(run.written, last), confirmed, run.progress)
+            db.execute("INSERT INTO runs (lane, site, written, confirmed, progress) VALUES (?, ?, ?, ?, ?)", row)
+
+
+def _write_batches(
+    db: sqlite3.Connection, found: Found, reader: PageReader, by_site: dict[int, list[Batch]], path: Path
+) -> None:
+    """Write the readable rows, and placeholder rows where others were."""
+    insert = "INSERT INTO batches (id, site, stream, first_position, records, frames) VALUES (?, ?, ?, ?, ?, ?)"
+    kept = sorted(batch for batches in by_site.values() for batch in batches)
+    for batch in kept:
+        db.execute(insert, (*batch[:5], _frames(reader, batch)))
+    taken = {batch.id for batch in kept}
+    for lost, i in _with_ids(_lost(found, by_site), taken):
+        stream = min((s for s, (site, _, _) in found.streams.items() if site == lost.site), default=0)
+        if not stream:
+            query = "INSERT INTO streams (site, name, next_seq) VALUES (?, ?, 0)"
+            stream = db.execute(query, (lost.site, f"unknown-{lost.site}")).lastrowid or 0
+            found.streams[stream] = (lost.site, f"unknown-{lost.site}", 0)
+        db.execute(insert, (i, lost.site, stream, lost.first_position, lost.records, b""))
+        _log.warning(
+            "%s: records %d to %d of site %s cannot be read (after row %d); they are counted as damaged",
+            path, lost.first_position, lost.first_position + lost.records - 1, found.sites[lost.site].name, lost.after,
+        )  # fmt: skip
+
+
+def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
+    """Yield the ranges of positions that no readable row has. A lane has settled all of such a range, or nothing."""
+    settled = defaultdict(set)
+    for (_, i), run in found.runs.items():
+        if i in found.sites:
+            settled[i].add(_settled_to(found, i, run))
+    for i, site in found.sites.items():
+        position, last = site.first_position, 0
+        for batch in by_site.get(i, []):
+            yield from _split(_Lost(i, position, batch.first_position - position, last, batch.id), settled[i])
+            position, last = batch.end, batch.id
+        yield from _split(_Lost(i, position, site.next_position - position, last, _AFTER_ALL), settled[i])
+
+
+def _split(lost: _Lost, settled: set[int]) -> Iterator[_Lost]:
+    """Yield the parts of a range between the positions up to which lanes have settled it. None if it is empty."""
+    end = lost.first_position + lost.records
+    bounds = [lost.first_position, *sorted(at for at in settled if lost.first_position < at < end), end]
+    for start, stop in pairwise(bounds):
+        if start < stop:
+            yield lost._replace(first_position=start, records=stop - start)
+
+
+def _with_ids(ranges: Iterator[_Lost], taken: set[int]) -> Iterator[tuple[_Lost, int]]:
+    """Give each lost range the id of a row that was lost between its neighbours, so that rows stay in order."""
+    for lost in sorted(ranges, key=lambda lost: (lost.before, lost.after, lost.first_position)):
+        i = lost.after + 1
+        while i in taken:
+            i += 1
+        taken.add(i)
+        yield lost, i
