@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find import find, is_interrupted
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
     DeliveryReport,
@@ -27,6 +27,7 @@ from trackhub.delivery.report import (
 )
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import DeliveryError
+from trackhub.run import RUNNING
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import RETIRED, SpoolReader
@@ -174,6 +175,9 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "last error"],
         rows,
     )
+    if journal["status"] == RUNNING and is_interrupted(Path(journal["path"])):
+        folder = Path(journal["path"]).parent
+        print_lines(f"Its process was killed. Deliver what is left, and end its runs, with `trackhub replay {folder}`")
     openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
     if openings:
         print_lines("Open the results", *openings)

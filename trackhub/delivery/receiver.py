@@ -8,6 +8,7 @@ identity that the transport has verified.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -53,7 +54,7 @@ from trackhub.framing import (
 )
 from trackhub.limits import Limits
 from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.run import RUNNING, JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["Receiver"]
@@ -348,6 +349,21 @@ class Receiver:
         """
         assert self._journal is not None
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
+
+    def note_status(self, status: RunStatus | None) -> None:
+        """Store in the journal how the job ends, before ``finish`` does. Or None: it runs, and has no report yet.
+
+        If this process then dies, a replay ends the runs with the status that was stored last.
+
+        Raises:
+            JournalError: the receiver was not started, or the journal cannot be written.
+        """
+        if self._journal is None:
+            raise JournalError("the receiver was not started; call start() first")
+        self._journal.set_meta("status", status or RUNNING)
+        if status is None:
+            with contextlib.suppress(OSError):  # it is an earlier receiver's; without it, a dead process is recognised
+                (self.folder / REPORT_NAME).unlink(missing_ok=True)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.

@@ -21,7 +21,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.run import RUNNING, JobInfo, RunStatus, Side
 from trackhub.spool.acks import Ack, read_ack, write_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.hold import hold_ended_spool
@@ -246,5 +246,10 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
 
 
 def _job_status(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended, or ``otherwise`` where the receiver was killed before it could store that."""
-    return RunStatus(meta.get("status", otherwise))
+    """Return how the job ended. If the receiver was killed before it could store that, return ``otherwise``.
+
+    A local run has one process. So if it could not store how it ended, it was killed.
+    """
+    if (stored := meta.get("status", RUNNING)) != RUNNING:
+        return RunStatus(stored)
+    return RunStatus.KILLED if meta.get("side") == Side.LOCAL else otherwise

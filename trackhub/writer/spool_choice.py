@@ -15,11 +15,11 @@ from trackhub.errors import ConfigError, SpoolError
 from trackhub.spool.announcement import find_spool
 from trackhub.spool.writing import SpoolWriter
 
-__all__ = ["MODE_ENV", "open_spool"]
+__all__ = ["MODE_ENV", "is_disabled", "open_spool"]
 
 MODE_ENV = "TRACKHUB_MODE"
-"""Environment variable that turns tracking off for ``Writer()``: ``disabled`` records nothing and does not warn.
-``enabled`` is the same as unset."""
+"""Environment variable that turns tracking off for ``Writer()`` and ``trackhub.local``: ``disabled`` records nothing and
+does not warn. ``enabled`` is the same as unset."""
 
 _MODES = ("enabled", "disabled")
 _HOW = (
@@ -44,7 +44,7 @@ def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> Spo
     """
     if spool_dir is not None:
         return SpoolWriter(Path(spool_dir))
-    if _is_disabled():
+    if is_disabled():
         return None
     try:
         return SpoolWriter(find_spool())
@@ -55,7 +55,12 @@ def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> Spo
         return None
 
 
-def _is_disabled() -> bool:
+def is_disabled() -> bool:
+    """Return whether the environment variable ``TRACKHUB_MODE`` turns tracking off.
+
+    Raises:
+        ConfigError: it has an unknown value.
+    """
     mode = os.environ.get(MODE_ENV) or "enabled"
     if mode not in _MODES:
         raise ConfigError(f"the environment variable {MODE_ENV} is {mode!r}; expected {' or '.join(_MODES)}, or unset")
