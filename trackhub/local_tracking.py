@@ -30,6 +30,7 @@ from trackhub.delivery import (
     Sender,
     Side,
     SpoolInfo,
+    close_spool,
     create_spool,
     find_interrupted,
     format_results,
@@ -37,7 +38,7 @@ from trackhub.delivery import (
     set_process_spool,
     withdraw_process_spool,
 )
-from trackhub.errors import ConfigError, JournalError, PluginError, TrackhubError
+from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
 from trackhub.run import path_component
 from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled
@@ -78,7 +79,6 @@ class _LateReceiver:
         receiver = self._make()
         try:
             receiver.start()
-            receiver.note_status(None)
         except BaseException as e:
             with contextlib.suppress(Exception):  # the first error says more
                 if not isinstance(e, ConfigError | PluginError):  # after which it has closed what it had opened
@@ -171,7 +171,11 @@ class _Delivery:
             JournalError: the journal cannot be read, or there never was room for it.
         """
         withdraw_process_spool(self.spool)
-        self._receiver.note_status(status)  # first: from here on, the process may be killed
+        # First, since the process may be killed from here on.
+        self._receiver.note_status(status)
+        if (self.spool / "spool.json").exists():
+            with contextlib.suppress(SpoolError):  # the sender tries it again
+                close_spool(self.spool)
         deadline_s = None
         try:
             self.sender.close(self._close_s, failed=status is RunStatus.FAILED)
@@ -191,7 +195,7 @@ class LocalWriter(Writer):
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``, and after it if the journal cannot be read.
+        report: the delivery report; None until ``close``, and after it if there never was room for the journal.
     """
 
     report: DeliveryReport | None
@@ -237,19 +241,23 @@ class LocalWriter(Writer):
         try:
             self.report = self._delivery.end(RunStatus.FAILED if failed else RunStatus.FINISHED)
         except Exception as e:  # noqa: BLE001  # a damaged journal or a full disk; training has ended well
-            _log.warning(
-                "tracking could not end in order: %s: %s. What was logged is in %s; deliver it with `trackhub replay "
-                "%s`",
-                type(e).__name__, e, self.folder, self.folder,
-            )  # fmt: skip
+            self._warn_of_end(f"{type(e).__name__}: {e}")
         else:
-            if left := self.report.undelivered():
+            if self.report.error:
+                self._warn_of_end(self.report.error)
+            elif left := self.report.undelivered():
                 _log.warning(
                     "%d records of the run in %s are not delivered yet; `trackhub replay %s` goes on with them",
                     left, self.folder, self.folder,
                 )  # fmt: skip
         finally:
             unregister(self)
+
+    def _warn_of_end(self, reason: str) -> None:
+        _log.warning(
+            "tracking could not end in order: %s. What was logged is in %s; deliver it with `trackhub replay %s`",
+            reason, self.folder, self.folder,
+        )  # fmt: skip
 
     def end_with_script(self, *, failed: bool) -> None:
         """Close, and say on stderr what was delivered and where it is. Never raises.
@@ -274,7 +282,8 @@ class LocalWriter(Writer):
 
 def _say(message: str) -> None:
     with contextlib.suppress(Exception):  # stderr may be closed, or busy where a signal came in
-        print(f"trackhub: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"trackhub: {message}\n")
+        sys.stderr.flush()
 
 
 def open_local(

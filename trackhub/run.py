@@ -17,16 +17,13 @@ import msgspec
 
 from trackhub.records import Blob
 
-__all__ = ["FEDERATION", "RUNNING", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
+__all__ = ["FEDERATION", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
 
 SERVER = "server"
 """The site name of the run that holds what the server itself logs."""
 
 FEDERATION = "federation"
 """The site name of the federation run, which holds statistics across sites."""
-
-RUNNING = "running"
-"""What a journal says of a job that has not ended, in place of a `RunStatus`. Missing means the same."""
 
 _MAX_COMPONENT_CHARS = 150
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -53,7 +50,7 @@ class RunStatus(StrEnum):
     ABORTED = "aborted"
     """Somebody stopped the job."""
     KILLED = "killed"
-    """All processes of the job died before they could say how it ended. A replay of a local run ends it so."""
+    """All processes of the job died before they could say how it ended. A replay ends the runs so."""
 
 
 class RunKey(NamedTuple):

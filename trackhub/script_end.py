@@ -51,7 +51,7 @@ class _State:
         self.handled: set[signal.Signals] = set()
         self.error_before: BaseException | None = None
         self.exit_failed = False
-        self.python_exit: Callable[[Any], NoReturn] | None = None
+        self.python_exit: Callable[..., NoReturn] | None = None
         self.is_registered = False
 
 
@@ -86,8 +86,8 @@ def is_failure(error: BaseException | None) -> bool:
 def _watch_exit() -> None:
     if not _state.is_registered:
         _state.is_registered = True
-        # Before ``atexit``: its functions are called last in, first out, and those of a backend's SDK come in later than
-        # this one. They would end the SDK before its backend has delivered. Executors end in the same way as this does.
+        # Earlier than ``atexit``, whose functions are called last in, first out. Those of a backend's SDK come in later
+        # than this one, and would end the SDK before its backend has delivered. Executors end where this does.
         import concurrent.futures.thread  # noqa: F401
 
         getattr(threading, "_register_atexit", atexit.register)(_at_exit)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import json_lines
+from tests.unit.helpers import json_lines, settle_all
 from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
 
 
@@ -47,6 +48,17 @@ def test_a_spool_that_was_replayed_can_be_replayed_into_one_more_backend(spool: 
 
     assert done.returncode == 0, done.stderr
     assert list((spool.parent.parent / "tensorboard" / "cifar10-job-1" / "site-1").glob("events*"))
+
+
+def test_a_replay_that_finds_nothing_to_do_says_so_and_where_it_looked(spool: Path, tmp_path: Path) -> None:
+    reader = SpoolReader(spool, "server")
+    settle_all(reader, final=True)
+
+    done = replay(tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing to deliver" in done.stdout
+    assert f"{spool}: the server side has had all of it" in done.stdout
 
 
 def test_what_cannot_be_delivered_is_an_error_beside_what_can(spool: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.conftest import MakePlugin
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.schema import Progress
 from trackhub.delivery.report import format_report, read_report
-from trackhub.delivery.wire import Batch, SiteCounts
+from trackhub.delivery.wire import Batch, Final, SiteCounts
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
@@ -50,7 +50,7 @@ def job(tmp_path: Path) -> Path:
     site = journal.add_site("site-1", 0.0)
     journal.add_site("site-2", 0.0)
     journal.append(site, Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames), {})
-    journal.note_site(site, SiteCounts(logged=12, dropped={"spool_full": 2}, acked=6, spooled=4), final=False)
+    journal.note_counts(site, Final(SiteCounts(logged=12, dropped={"spool_full": 2}, acked=6, spooled=4)))
     progress = Progress(confirmed=4, rejected={"nonfinite": 1}, last_error="no route to host\nand more")
     journal.save_run("acme", site, 1, 1, progress)
     reader.settle(batch)
@@ -63,12 +63,13 @@ def test_the_journals_and_spools_under_a_folder_are_found_and_read(job: Path) ->
 
     (journal,), (spool,) = found["journals"], found["spools"]
     assert found["version"] == 1
-    assert (journal["job"], journal["side"], journal["balanced"], journal["undelivered"]) == (
+    assert (journal["job"], journal["side"], journal["adds_up"], journal["undelivered"]) == (
         "job-1",
         "server",
         True,
         5,
     )
+    assert (journal["status"], journal["balanced"]) == ("killed", False)
     site = journal["sites"]["site-1"]
     assert (site["logged"], site["dropped"], site["received"], site["journaled"]) == (12, {"spool_full": 2}, 6, 6)
     run = journal["lanes"]["acme"]["site-1"]

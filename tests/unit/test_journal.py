@@ -26,7 +26,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.report_builder import build_report, read_journal_report
 from trackhub.delivery.journal.schema import Progress
-from trackhub.delivery.wire import Batch, SiteCounts
+from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Gap, Kind, Record
@@ -341,7 +341,7 @@ def test_the_cursors_and_counts_of_a_lane_survive_a_restart(tmp_path: Path) -> N
     journal = open_journal(tmp_path)
     site = journal.add_site("a", 0.0)
     journal.append(site, batch_of([metric(i) for i in range(10)]), {})
-    journal.note_site(site, SiteCounts(logged=10, acked=10), final=True)
+    journal.note_counts(site, Final(SiteCounts(logged=10, acked=10)))
     progress = Progress(confirmed=7, rejected={"late_step": 2}, altered={"x": 1}, memory=b"m", last_error="e")
     journal.save_run("lane", site, 5, 3, progress)
     journal.close()
@@ -362,11 +362,11 @@ def test_the_cursors_and_counts_of_a_lane_survive_a_restart(tmp_path: Path) -> N
 def test_a_keep_alive_after_the_final_message_does_not_replace_the_last_counts(journal: Journal) -> None:
     site = journal.add_site("a", 0.0)
     last, begun_anew = SiteCounts(logged=5, acked=5), SiteCounts(logged=7, acked=5, spooled=2)
-    journal.note_site(site, last, final=True)
+    journal.note_counts(site, Final(last))
 
-    journal.note_site(site, SiteCounts(logged=5, acked=2, spooled=3), final=False)
+    journal.note_counts(site, KeepAlive(SiteCounts(logged=5, acked=2, spooled=3)))
     after_late = journal.report([]).sites["a"].at_site
-    journal.note_site(site, begun_anew, final=False)
+    journal.note_counts(site, KeepAlive(begun_anew))
 
     assert after_late == last
     assert journal.report([]).sites["a"].at_site == begun_anew
@@ -403,5 +403,5 @@ def test_a_report_is_balanced_though_a_lane_confirms_while_it_is_made(journal: J
 
 def test_full_durability_sets_sqlite_to_full_synchronisation(tmp_path: Path) -> None:
     journal = open_journal(tmp_path, durability="full")
-    assert journal._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert journal._connections._db.execute("PRAGMA synchronous").fetchone() == (2,)
     journal.close()

@@ -127,7 +127,7 @@ def test_damaged_records_are_counted_and_the_others_keep_their_positions(
 ) -> None:
     bench.log(5)
     bench.log(5)
-    with bench.journal._transaction() as db:
+    with bench.journal._connections.transaction(1.0) as db:
         ((frames,),) = db.execute("SELECT frames FROM batches WHERE id = 1").fetchall()
         broken = bytearray(frames)
         broken[len(frames) // 2] ^= 0xFF  # in the third of five records

@@ -68,6 +68,8 @@ def replay(
         )
     for journal in work.journals:
         work.deliver_journal(journal)
+    if looked := work.nothing_to_do():
+        print_lines("There is nothing to deliver. Looked at", *looked)
     for error in work.errors:
         print_error(str(error))
     if left := work.left():
@@ -105,6 +107,7 @@ class _Work:
         # By journal, since the rest of several spools may go through one. Its last report counts.
         self._pending: dict[Path, int] = {}
         self._in_spools = 0
+        self._done: list[str] = []
 
     def receivers(self, spools: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         """Yield each spool with each of its receivers."""
@@ -139,6 +142,8 @@ class _Work:
         if report is not None:
             print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
             self._pending[journal] = report.pending()
+        else:
+            self._done.append(f"  {spool}: the {cursor} side has had all of it")
         if journal not in self.journals and journal.exists() and (report is None or self._from_start):
             self.journals.append(journal)  # an earlier replay of this spool has made it, and may have left records
 
@@ -161,6 +166,10 @@ class _Work:
             return
         print_lines(f"{journal}:", format_report(report))
         self._pending[journal] = report.pending()
+
+    def nothing_to_do(self) -> list[str]:
+        """Return where there was nothing to deliver, if that was so everywhere."""
+        return [] if self._pending or self.errors else self._done
 
     def left(self) -> int:
         """Return how many records are still not delivered."""

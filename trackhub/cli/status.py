@@ -18,16 +18,17 @@ from trackhub.cli.output import print_error, print_json, print_lines, print_tabl
 from trackhub.delivery.journal.find import find, is_interrupted
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
+    Counted,
     DeliveryReport,
     RunReport,
     SiteReport,
     format_confirmed,
+    format_counted,
     format_job,
     format_openings,
 )
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import DeliveryError
-from trackhub.run import RUNNING
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import RETIRED, SpoolReader
@@ -49,11 +50,13 @@ def status(path: Path, as_json: bool) -> None:
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
 
-    A journal has path, job, job_name, side, status, balanced, undelivered, sites and lanes. sites has for each name
-    logged, withheld, dropped, refused, acked, spooled, unreadable, complete, received, duplicates, journaled, missing,
-    explained and final. The first eight are what the site last said, null if it said nothing yet. lanes has for each
-    backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and
-    results. client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
+    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true
+    if all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
+    unreadable, complete, counted, received, duplicates, journaled, earlier, missing, explained, final and doubts. The
+    first eight are what the site last said, null if it said nothing yet. counted says how much is known of what it
+    logged: final, open, stale, incomplete or unknown. doubts says it in words. lanes has for each backend and site
+    confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
+    client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
     dropped, refused, acked, spooled, unreadable and complete.
@@ -86,7 +89,8 @@ def journal_status(path: Path) -> dict[str, Any]:
     """
     report = read_journal_report(path)
     lanes = {lane: _all_runs(report, lane) for lane in sorted(report.lanes)}
-    spooled = sum(s.at_site.spooled + s.at_site.unreadable for s in report.sites.values() if s.at_site)
+    at_sites = [site.at_site for site in report.sites.values() if site.at_site]
+    spooled = sum(counts.spooled + counts.unreadable for counts in at_sites)
     return {
         "path": str(path),
         "job": report.job,
@@ -94,6 +98,7 @@ def journal_status(path: Path) -> dict[str, Any]:
         "side": report.side,
         "status": report.status,
         "balanced": report.balanced,
+        "adds_up": report.adds_up,
         "undelivered": spooled + sum(run.pending for runs in lanes.values() for run in runs.values()),
         "sites": {name: _plain_site(site) for name, site in sorted(report.sites.items())},
         "lanes": {lane: {site: msgspec.to_builtins(run) for site, run in runs.items()} for lane, runs in lanes.items()},
@@ -145,13 +150,14 @@ def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, A
 def _plain_site(site: SiteReport) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(site)
     counts = plain.pop("at_site") or dict.fromkeys(SiteCounts.__struct_fields__)
-    return {**counts, **plain}
+    return {**counts, **plain, "doubts": format_counted(site)}
 
 
 def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
-    """Return a lane's runs by site. A site without a run has all its records pending."""
+    """Return a lane's runs by site. A site without a run has all its records pending. A site without news has none."""
     runs = report.lanes[lane]
-    return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in sorted(report.sites.items())}
+    heard = {name: site for name, site in sorted(report.sites.items()) if site.at_site or site.received}
+    return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in heard.items()}
 
 
 def _show_journal(journal: Mapping[str, Any]) -> None:
@@ -159,23 +165,27 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         return
     job = format_job(journal["job"], journal["job_name"])
     print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {journal['status']}")
-    if not journal["balanced"]:
+    if not journal["adds_up"]:
         print_lines("THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it")
+    elif not journal["balanced"]:
+        print_lines("NOT ALL COUNTS ARE KNOWN: the table says of which sites")
     lanes = {lane: msgspec.convert(runs, dict[str, RunReport]) for lane, runs in journal["lanes"].items()}
     rows = []
     for name, site in journal["sites"].items():
         at_site = [
             name,
-            _number(site["logged"]),
+            _logged(site),
             str(site["received"]),
             _reasons({**(site["dropped"] or {}), **({"missing": site["missing"]} if site["missing"] else {})}),
         ]
-        rows += [[*at_site, lane, *_run_cells(runs[name])] for lane, runs in lanes.items()] or [[*at_site, *"------"]]
+        doubts = "; ".join(site["doubts"])
+        found = [(lane, runs[name]) for lane, runs in lanes.items() if name in runs]
+        rows += [[*at_site, lane, *_run_cells(run, doubts)] for lane, run in found] or [[*at_site, *"-----", doubts]]
     print_table(
-        ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "last error"],
+        ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "remarks"],
         rows,
     )
-    if journal["status"] == RUNNING and is_interrupted(Path(journal["path"])):
+    if is_interrupted(Path(journal["path"])):
         folder = Path(journal["path"]).parent
         print_lines(f"Its process was killed. Deliver what is left, and end its runs, with `trackhub replay {folder}`")
     openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
@@ -183,13 +193,13 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         print_lines("Open the results", *openings)
 
 
-def _run_cells(run: RunReport) -> list[str]:
+def _run_cells(run: RunReport, doubts: str) -> list[str]:
     return [
         format_confirmed(run),
         _reasons(run.rejected),
         str(run.pending),
         run.state,
-        _first_line(run.last_error),
+        "; ".join(filter(None, [doubts, _first_line(run.last_error)])),
     ]
 
 
@@ -215,8 +225,10 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
     )
 
 
-def _number(value: int | None) -> str:
-    return "?" if value is None else str(value)
+def _logged(site: Mapping[str, Any]) -> str:
+    if site["logged"] is None:
+        return "?"
+    return f"{site['logged']}{'+' * (site['counted'] in (Counted.STALE, Counted.INCOMPLETE))}"
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

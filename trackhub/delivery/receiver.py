@@ -13,20 +13,24 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from trackhub import registry
+from trackhub.delivery.admission import Admission
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
+from trackhub.delivery.gate import examine
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.schema import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (
+    MAX_STREAMS,
     Accepted,
     Batch,
     Busy,
@@ -43,39 +47,25 @@ from trackhub.delivery.wire import (
     is_compatible,
 )
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
-from trackhub.framing import (
-    DECODED_IN_TRANSIT,
-    FORMAT_VERSION,
-    CorruptFrameError,
-    decode_body,
-    decode_head,
-    pass_metrics,
-    scan_frames,
-)
+from trackhub.framing import FORMAT_VERSION
 from trackhub.limits import Limits
-from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
-from trackhub.run import RUNNING, JobInfo, RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["Receiver"]
 
 _OPEN, _CLOSED = "open", "closed"
+_AT_ONCE = 16
+"""Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
+
+_WAIT_S = 0.25
+"""The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
+
+_END_S = 1.0
+"""What a receiver may need beyond its deadline, in seconds, to store how the job ended."""
+
 _WARN_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
-
-
-class _Contents(NamedTuple):
-    """What the receiver must know of a batch before it stores it.
-
-    Attributes:
-        time: of the first record or gap, in unix seconds.
-        gaps: the number of records that the site says it does not have, by reason.
-        blobs: the names of the blobs that the records refer to.
-    """
-
-    time: float
-    gaps: Counter[str]
-    blobs: list[str]
 
 
 class _Sites:
@@ -86,6 +76,13 @@ class _Sites:
         self._changed = threading.Condition()
         self._heard_at: dict[str, float] = {}
         self._failed: dict[str, bool] = {}
+        self._sessions: defaultdict[str, set[str]] = defaultdict(set)
+        self._expected: set[str] = set()
+
+    def known(self) -> set[str]:
+        """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
+        with self._changed:
+            return self._expected | self._heard_at.keys()
 
     def restore(self, failed: Mapping[str, bool]) -> None:
         """Take over what the journal knows: for each site that has ended, whether its training failed."""
@@ -95,14 +92,28 @@ class _Sites:
         with self._changed:
             self._heard_at[site] = time.monotonic()
 
+    def note_hello(self, site: str, session: str) -> None:
+        """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
+        with self._changed:
+            if session and session not in self._sessions[site]:
+                self._sessions[site].add(session)
+                self._failed.pop(site, None)
+
     def note_final(self, site: str, *, failed: bool) -> None:
         with self._changed:
             self._failed[site] = failed
             self._changed.notify_all()
 
-    def has_finished(self, site: str) -> bool:
-        """Return whether the site has sent its final message, and its training did not fail."""
-        return not self._failed.get(site, True)
+    def assume_ended(self, site: str) -> None:
+        self._failed.setdefault(site, False)
+
+    def status(self, site: str, job: RunStatus) -> RunStatus:
+        """Return how the run of a site ended, for a job that ended so."""
+        if job is RunStatus.KILLED and site in self._failed:  # it could say how it ended
+            return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
+        if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
+            return RunStatus.FAILED
+        return job
 
     def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
         """Wait until each site has ended or is silent, and return those that have not ended."""
@@ -110,6 +121,7 @@ class _Sites:
         start = time.monotonic()
         deadline = start + timeout_s
         with self._changed:
+            self._expected |= waiting
             while True:
                 now = time.monotonic()
                 # A site that was never heard may still be starting, so its silence begins with this wait.
@@ -141,6 +153,7 @@ class Receiver:
         backends: Mapping[str, Mapping[str, Any]],
         limits: Limits | None = None,
         state_dir: Path | None = None,
+        ended: RunStatus | None = None,
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
 
@@ -153,6 +166,8 @@ class Receiver:
                 resolved here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
+            ended: for a replay, how the job ended. What the sites send then says nothing of how their training ended,
+                since a replay sends it. None for a job that runs.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -160,10 +175,12 @@ class Receiver:
         self._side = side
         self._backends = backends
         self._limits = limits or Limits()
+        self._ended = ended
         self._blobs = BlobStore(self.folder / "blobs", sync=self._limits.durability == "full")
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
         self._state = "not started yet"
+        self._admission = Admission(_AT_ONCE)
         self._sites = _Sites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
@@ -186,7 +203,10 @@ class Receiver:
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
         self._store_facts(self._journal)
-        self._sites.restore(self._journal.final())
+        if self._ended is None:
+            with contextlib.suppress(OSError):  # an earlier receiver's. Without it, a killed receiver is recognised.
+                (self.folder / REPORT_NAME).unlink(missing_ok=True)
+        self._sites.restore(self._journal.ended())
         if from_start:
             for name in backends:
                 self._journal.rewind(name)  # before the lanes read their cursors
@@ -217,13 +237,20 @@ class Receiver:
 
     def _store_facts(self, journal: Journal) -> None:
         """Store in the journal what a later replay or report must know of the job, the run folder and the backends."""
-        journal.set_meta("job_info", msgspec.json.encode(self.job).decode())
         # Relative where possible, so that a folder that was moved still leads to its results.
         inside = self.folder.is_relative_to(self._run_dir)
-        journal.set_meta("run_dir", os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir))
-        # As they were given: a replay resolves their secrets anew.
         known = msgspec.json.decode(journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
-        journal.set_meta("backends", msgspec.json.encode({**known, **self._backends}).decode())
+        journal.set_facts(
+            {
+                "job_info": msgspec.json.encode(self.job).decode(),
+                "run_dir": os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir),
+                # As they were given: a replay resolves their secrets anew.
+                "backends": msgspec.json.encode({**known, **self._backends}).decode(),
+                # A job that goes on after its end has none again. If it is killed, that must show.
+                "status": self._ended or "",
+                SILENCE_S: str(self._limits.silence_s),
+            }
+        )
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
@@ -247,7 +274,9 @@ class Receiver:
         """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``. A slow disk makes it slower.
+        ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. It is
+        `Busy` at once if a request of the same site is still being worked on, or if there are 16 of other sites. So a
+        disk that does not answer costs few threads, however often the sites ask.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
@@ -256,15 +285,13 @@ class Receiver:
         Returns:
             The reply, for the sender's channel to return. It is small, usually less than 1 KiB.
         """
-        try:
-            message = decode_request(request)
-        except msgspec.DecodeError as e:
-            return encode(Refused("malformed", f"not a request of format {FORMAT_VERSION}: {e}"))
         if self._state != _OPEN:
             return encode(Busy(f"the receiver is {self._state}"))
+        self._sites.note_heard(site)
+        if not self._admission.enter(site):
+            return encode(Busy("the receiver is still working on earlier requests"))
         try:
-            self._sites.note_heard(site)
-            return encode(self._answer(site, message))
+            return encode(self._answer(site, request))
         except (JournalError, OSError) as e:
             self._warn_of(site, e)
             return encode(Busy(str(e)))
@@ -272,6 +299,8 @@ class Receiver:
             # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
             _log.exception("a request of site %s failed", site)
             return encode(Busy(f"{type(e).__name__}: {e}"))
+        finally:
+            self._admission.leave(site)
 
     def _warn_of(self, site: str, error: Exception) -> None:
         """Warn that the receiver cannot store what a site sent. A site tries often, so warn once a minute."""
@@ -282,7 +311,11 @@ class Receiver:
                 "the receiver cannot store what site %s sent: %s; the site keeps it and tries again", site, error
             )
 
-    def _answer(self, site: str, request: Request) -> Reply:
+    def _answer(self, site: str, data: bytes) -> Reply:
+        try:
+            request: Request = decode_request(data)
+        except msgspec.DecodeError as e:
+            return Refused("malformed", f"not a request of format {FORMAT_VERSION}: {e}")
         match request:
             case Batch():
                 return self._accept(site, request)
@@ -298,28 +331,34 @@ class Receiver:
             case Hello():
                 return self._welcome(site, request)
             case KeepAlive():
-                self._note(site, request, final=False)
+                self._note_counts(site, request)
                 return Accepted()
             case Final():
-                self._note(site, request, final=True, failed=request.failed)
-                self._sites.note_final(site, failed=request.failed)
+                self._note_counts(site, request)
+                if self._ended is None:
+                    self._sites.note_final(site, failed=request.failed)
                 return Accepted()
 
     def _welcome(self, site: str, hello: Hello) -> Reply:
-        if is_compatible(hello.version):
-            return Accepted(job=self.job.id)
-        return Refused(
-            "version",
-            f"site {site} uses version {hello.version} of trackhub's format, this receiver {FORMAT_VERSION}. They may "
-            "be one minor version apart: install the same flare-trackhub on both",
-        )
-
-    def _note(self, site: str, message: KeepAlive | Final, *, final: bool, failed: bool = False) -> None:
+        if not is_compatible(hello.version):
+            return Refused(
+                "version",
+                f"site {site} uses version {hello.version} of trackhub's format, this receiver {FORMAT_VERSION}. They "
+                "may be one minor version apart: install the same flare-trackhub on both",
+            )
+        if self._ended is None:
+            self._sites.note_hello(site, hello.session)
         assert self._journal is not None
-        self._journal.note_site(self._site_id(site), message.counts, final=final, failed=failed)
+        asked = hello.streams[:MAX_STREAMS]
+        return Accepted(job=self.job.id, streams=self._journal.stream_states(site, asked) if asked else {})
+
+    def _note_counts(self, site: str, message: KeepAlive | Final) -> None:
+        assert self._journal is not None
+        site_id, is_replay = self._site_id(site), self._ended is not None
+        self._journal.note_counts(site_id, message, keep_end=is_replay, wait_s=_WAIT_S)
 
     def _accept(self, site: str, batch: Batch) -> Reply:
-        contents = _examine(batch)
+        contents = examine(batch)
         if isinstance(contents, Refused):
             return contents
         # A backend needs the bytes together with the record, so no record is stored before its blobs.
@@ -329,7 +368,7 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
-        if self._journal.append(site_id, batch, contents.gaps):
+        if self._journal.append(site_id, batch, contents.gaps, began=contents.time, wait_s=_WAIT_S):
             for lane in self._lanes:
                 lane.notify(site_id)
         return Accepted()
@@ -338,7 +377,7 @@ class Receiver:
         found = self._site_ids.get(site)  # spares a transaction for each batch
         if found is None:
             assert self._journal is not None
-            found = self._site_ids[site] = self._journal.add_site(site, created or time.time())
+            found = self._site_ids[site] = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)
         return found
 
     def continue_site(self, site: str, position: int) -> None:
@@ -350,20 +389,22 @@ class Receiver:
         assert self._journal is not None
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
-    def note_status(self, status: RunStatus | None) -> None:
-        """Store in the journal how the job ends, before ``finish`` does. Or None: it runs, and has no report yet.
-
-        If this process then dies, a replay ends the runs with the status that was stored last.
+    def note_status(self, status: RunStatus) -> None:
+        """Store in the journal how the job ends, before ``finish`` does. If this process then dies, a replay knows it.
 
         Raises:
             JournalError: the receiver was not started, or the journal cannot be written.
         """
         if self._journal is None:
             raise JournalError("the receiver was not started; call start() first")
-        self._journal.set_meta("status", status or RUNNING)
-        if status is None:
-            with contextlib.suppress(OSError):  # it is an earlier receiver's; without it, a dead process is recognised
-                (self.folder / REPORT_NAME).unlink(missing_ok=True)
+        self._journal.set_facts({"status": status})
+
+    def assume_ended(self, site: str) -> None:
+        """Take it that the training of this site ended well, unless the site has said otherwise.
+
+        A replay needs it for a site that ended in order, and whose final message no receiver got.
+        """
+        self._sites.assume_ended(site)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
@@ -391,42 +432,33 @@ class Receiver:
             deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
 
         Raises:
-            JournalError: the receiver was not started, or the journal cannot be read.
+            JournalError: the receiver was not started.
         """
         if self._journal is None:
             raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
+        sites = set(self._site_ids)
         try:
-            sites = [name for name, _ in self._journal.sites().values()]
+            sites |= {name for name, _ in self._journal.sites().values()}
         except JournalError as e:
             # A disk that fails now must not keep the lanes from ending their runs at the backends.
-            _log.warning("%s; its runs end as failed", e)
-            sites, status = [], RunStatus.FAILED
-        by_site = {name: self._site_status(name, status) for name in sites}
+            _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
+        by_site = {name: self._sites.status(name, status) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
-
-    def _site_status(self, site: str, status: RunStatus) -> RunStatus:
-        if status is RunStatus.FINISHED and not self._sites.has_finished(site):
-            return RunStatus.FAILED
-        return status
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
         assert self._journal is not None
         # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
+        # For all waits together, those of the lanes included: with many runs, a second for each would be minutes.
+        self._journal.limit_waits(deadline + _END_S)
         for lane in self._lanes:
-            lane.begin_finish(by_site, status)
+            lane.begin_finish(by_site, self._sites.status("", status))  # of other sites nothing is known
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
-        try:
-            self._journal.set_meta("status", status)
-        except JournalError as e:
-            _log.warning("the journal does not say how the job ended (%s): %s", status, e)
-        try:
-            report = self._journal.report([lane.name for lane in self._lanes])
-        finally:
-            self._journal.close()  # in any case, or the next receiver finds it locked
+        report = self._report(self._journal, status)
+        self._journal.close()
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
@@ -435,40 +467,27 @@ class Receiver:
         _log.info("%s", format_report(report))
         return report
 
-
-def _examine(batch: Batch) -> _Contents | Refused:
-    """Check every frame of a batch, and that the batch's own numbers agree with them."""
-    # All of it is checked before any of it is stored. The site still has what is damaged here; a lane that met the
-    # damage later could only count it as lost.
-    records, gaps, first = 0, Counter[str](), None
-    blobs: list[str] = []
-    try:
-        offset = 0
-        while frame := next(scan_frames(batch.frames, offset), None):
-            body = batch.frames[frame.body : frame.end]
-            first = first or decode_head(body)
-            passed, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
-            records += passed
-            records += frame.kind != Kind.GAP
-            payload = decode_body(body).payload if frame.kind in DECODED_IN_TRANSIT else None
-            if isinstance(payload, Gap):
-                gaps[payload.reason] += payload.count
-            elif isinstance(payload, Image | Artifact):
-                blobs.append(payload.blob.name)
-    except (CorruptFrameError, msgspec.DecodeError) as e:
-        return Refused("malformed", str(e))
-    # No number may be beyond what SQLite can store, or the batch would fail again and again.
-    if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
-        found = "it has no frame" if first is None else f"its first frame has seq {first.seq}"
-        return Refused(
-            "malformed",
-            f"the batch declares seq {batch.first_seq} to {batch.next_seq}, but {found}. This is a defect of the "
-            "sender: report it",
-        )
-    if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():
-        return Refused(
-            "malformed",
-            f"the batch covers seq {batch.first_seq} to {batch.next_seq} and declares {batch.records} records; its "
-            f"frames hold {records} records and gaps of {gaps.total()}. This is a defect of the sender: report it",
-        )
-    return _Contents(first.time, gaps, blobs)
+    def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
+        """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""
+        facts: dict[str, str] = {"status": status}
+        if known := self._sites.known():
+            facts[EXPECTED_SITES] = msgspec.json.encode(sorted(known)).decode()
+        try:
+            journal.set_facts(facts)
+        except JournalError as e:
+            _log.warning("the journal does not say how the job ended (%s): %s", status, e)
+        try:
+            return journal.report([lane.name for lane in self._lanes], facts)
+        except JournalError as e:
+            _log.warning("there are no counts of the job: %s", e)
+            job, side = self.job, self._side
+            return DeliveryReport(
+                job=job.id,
+                job_name=job.name,
+                side=side,
+                status=status,
+                balanced=False,
+                sites={},
+                lanes={},
+                error=str(e),
+            )

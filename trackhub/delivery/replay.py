@@ -16,12 +16,13 @@ import msgspec
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.read_only import read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
+from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
-from trackhub.run import RUNNING, JobInfo, RunStatus, Side
+from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import Ack, read_ack, write_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.hold import hold_ended_spool
@@ -74,9 +75,10 @@ def replay_journal(
     chosen = _choose(meta, backends)
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
-    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits)
+    status = _job_status(meta)
+    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status)
     receiver.start(from_start=from_start)
-    return receiver.finish(_job_status(meta, RunStatus.FAILED), deadline_s=timeout_s)
+    return receiver.finish(status, deadline_s=timeout_s)
 
 
 def replay_spool(
@@ -122,15 +124,18 @@ def replay_spool(
         info = read_spool_info(spool)
         meta = _meta_for_spool(spool, journal, backends)
         job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
-        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits)
+        status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
+        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status)
         receiver.start()
+        if not info.open:
+            receiver.assume_ended(info.site)
         if _stands_in(journal):
             # Backends recognise a record by its position, so positions go on where the server's own journal ended.
             receiver.continue_site(info.site, acked)
         sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits, lock=lock)
         sender.start()
         sender.close(timeout_s)
-        return receiver.finish(_job_status(meta, RunStatus.FINISHED), deadline_s=timeout_s)
+        return receiver.finish(status, deadline_s=timeout_s)
     except OSError as e:
         raise SpoolError(f"cannot read or write the spool {spool}: {e}") from e
     finally:
@@ -142,7 +147,7 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
 
     What the receiver's disk has lost since then is left again.
     """
-    if journal.exists():
+    if is_journal_left(journal):
         repair(journal)
         if not _stands_in(journal):
             _rewind_lost_streams(spool, cursor, read_spool_info(spool).site, journal)
@@ -201,12 +206,21 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         if _stands_in(journal.absolute()):
             continue
         try:
-            meta = read_journal_meta(journal)
+            meta = _meta_of_damaged(journal)
         except JournalError:
             continue  # the caller reads it later for itself, and reports the error then
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
             return journal.absolute()
     return beside / _STAND_IN / JOURNAL_NAME
+
+
+def _meta_of_damaged(journal: Path) -> dict[str, str]:
+    """Return what a journal says about its job. It is repaired if it cannot say that."""
+    try:
+        return read_journal_meta(journal)
+    except JournalError:
+        repair(journal)
+        return read_journal_meta(journal)
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
@@ -227,12 +241,17 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
 
 
 def _receiver(
-    journal: Path, job: JobInfo, side: Side, backends: dict[str, dict[str, Any]], limits: Limits | None
+    journal: Path,
+    job: JobInfo,
+    side: Side,
+    backends: dict[str, dict[str, Any]],
+    limits: Limits | None,
+    status: RunStatus,
 ) -> Receiver:
     state_dir = journal.absolute().parent
     # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
     run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
-    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits)
+    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits, ended=status)
 
 
 def _job(meta: Mapping[str, str]) -> JobInfo:
@@ -245,11 +264,6 @@ def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dic
     return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
 
 
-def _job_status(meta: Mapping[str, str], otherwise: RunStatus) -> RunStatus:
-    """Return how the job ended. If the receiver was killed before it could store that, return ``otherwise``.
-
-    A local run has one process. So if it could not store how it ended, it was killed.
-    """
-    if (stored := meta.get("status", RUNNING)) != RUNNING:
-        return RunStatus(stored)
-    return RunStatus.KILLED if meta.get("side") == Side.LOCAL else otherwise
+def _job_status(meta: Mapping[str, str]) -> RunStatus:
+    """Return how the job ended. It was killed if nobody could store that."""
+    return RunStatus(meta.get("status") or RunStatus.KILLED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -18,11 +19,15 @@ from trackhub.spi import Results
 
 __all__ = [
     "REPORT_NAME",
+    "Counted",
     "DeliveryReport",
     "RunReport",
     "SiteReport",
     "format_confirmed",
+    "format_counted",
+    "format_doubts",
     "format_job",
+    "format_logged",
     "format_openings",
     "format_report",
     "format_results",
@@ -37,31 +42,58 @@ REPORT_NAME = "delivery.json"
 _MAX_ERROR_CHARS = 120
 
 
+class Counted(StrEnum):
+    """How much is known of what a site logged."""
+
+    FINAL = "final"
+    """The site's counts came with its final message."""
+    OPEN = "open"
+    """The job runs, and so does the site. It may log more, or has sent no counts yet."""
+    STALE = "stale"
+    """The counts are old: the site fell silent, or its process or the receiver's died. It may have logged more."""
+    INCOMPLETE = "incomplete"
+    """The site or the receiver could not count everything, or the receiver has more records than the site counted."""
+    UNKNOWN = "unknown"
+    """The site sent no counts, and perhaps nothing at all."""
+
+
 class SiteReport(msgspec.Struct, kw_only=True):
     """One site's records, as the site counted them and as the receiver did.
 
     Attributes:
         at_site: the site's own counts, as of its last message; None if no message with counts came.
+        counted: how much is known of what the site logged.
         received: records that arrived, those included that arrived again.
         duplicates: of these, records that the journal had already.
         journaled: records in the journal.
+        earlier: records of the site before these, which another journal holds.
         missing: records that a stream skipped without a reason; 0 unless something is wrong.
         explained: records that a stream said it does not have, by reason.
         final: whether the site's final message has come.
     """
 
     at_site: SiteCounts | None = None
+    counted: Counted = Counted.OPEN
     received: int = 0
     duplicates: int = 0
     journaled: int = 0
+    earlier: int = 0
     missing: int = 0
     explained: dict[str, int] = {}
     final: bool = False
 
     def is_balanced(self) -> bool:
-        """Return whether the counts of this site add up."""
-        balanced_there = self.at_site is None or self.at_site.is_balanced()
-        return balanced_there and self.received == self.duplicates + self.journaled
+        """Return whether all counts of this site are known, and add up."""
+        return self.counted in (Counted.FINAL, Counted.OPEN) and self.adds_up()
+
+    def adds_up(self) -> bool:
+        """Return whether no count of this site contradicts another, be it the site's own or the receiver's."""
+        adds_up_there = self.at_site is None or self.at_site.adds_up()
+        return adds_up_there and self.received == self.duplicates + self.journaled and not self.lacking()
+
+    def lacking(self) -> int:
+        """Return how many records the site has as acknowledged that no journal has."""
+        return max(0, self.at_site.acked - self.earlier - self.journaled) if self.at_site else 0
 
 
 class RunReport(msgspec.Struct, kw_only=True):
@@ -97,12 +129,14 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         job: the job's id.
         job_name: what a person calls the job.
         side: where the receiver was, as in `trackhub.run.Side`.
-        status: how the job ended: ``finished``, ``failed`` or ``aborted``; ``running`` if nobody has said yet.
-        balanced: whether all counts add up. False means a defect of trackhub or a damaged disk.
+        status: how the job ended, as in `trackhub.run.RunStatus`; ``running`` if it has not.
+        balanced: whether all counts are known, and add up.
+        adds_up: whether no count contradicts another. False means a defect of trackhub or a damaged disk.
         sites: what each site and the receiver counted, by site.
         lanes: what each lane counted, by backend and then by site.
         run_dir: the job's run folder. In ``delivery.json`` it is relative to the file's folder where possible, and the
             results in ``lanes`` are relative to the run folder. `read_report` makes all of them absolute.
+        error: why the journal could not be read. There are no counts then. Empty if it could.
     """
 
     job: str
@@ -110,9 +144,11 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     side: str
     status: str
     balanced: bool
+    adds_up: bool = True
     sites: dict[str, SiteReport]
     lanes: dict[str, dict[str, RunReport]]
     run_dir: str = os.pardir
+    error: str = ""
 
     def is_complete(self) -> bool:
         """Return whether every record that was logged is stored in every backend."""
@@ -194,6 +230,22 @@ def format_confirmed(run: RunReport) -> str:
     return f"{run.confirmed}{client}"
 
 
+def format_logged(site: SiteReport) -> str:
+    """Return how many records a site logged: ``1,300``, ``1,300+`` if they may be more, ``?`` if nobody knows."""
+    if site.at_site is None:
+        return "?"
+    return f"{site.at_site.logged:,}{'+' * (site.counted in (Counted.STALE, Counted.INCOMPLETE))}"
+
+
+def format_doubts(report: DeliveryReport) -> str:
+    """Return what to add to the first line of a report whose counts are not balanced; empty if they are."""
+    if report.error:
+        return f". NOTHING IS KNOWN OF ITS RECORDS: {report.error}"
+    if not report.adds_up:
+        return ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
+    return "" if report.balanced else ". NOT ALL COUNTS ARE KNOWN: the table says of which sites"
+
+
 def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     """Return how to look at what the backends stored: lines with a command, a URL or a path each.
 
@@ -213,7 +265,7 @@ def format_report(report: DeliveryReport) -> str:
         ("site", "backend", "logged", "journaled", "confirmed", "rejected", "pending", "not delivered, and why")
     ]
     for name, site in sorted(report.sites.items()):
-        logged = str(site.at_site.logged) if site.at_site else "?"
+        logged = format_logged(site)
         remarks = _site_remarks(site)
         runs = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
         for lane, run in runs:
@@ -226,9 +278,7 @@ def format_report(report: DeliveryReport) -> str:
     footer = ["Open the results", *openings] if openings else []
     job = format_job(report.job, report.job_name)
     head = f"trackhub delivery report: job {job}, {report.side} side, {report.status}"
-    if not report.balanced:
-        head += ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
-    return "\n".join([head, *_table(rows), *footer])
+    return "\n".join([head + format_doubts(report), *_table(rows), *footer])
 
 
 def format_results(reports: Mapping[str, DeliveryReport]) -> str:
@@ -241,21 +291,29 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
     runs_shown: list[tuple[str, RunReport]] = []
     for receiver, report in reports.items():
         for backend, runs in sorted(report.lanes.items()):
-            for site, run in sorted(runs.items()):
-                counts = report.sites[site].at_site if site in report.sites else None
-                outcomes = [*run.rejected.items()]
-                if counts is not None:
-                    outcomes += [*counts.dropped.items(), *counts.refused.items(), ("in the spool", counts.spooled)]
-                outcomes += [("pending", run.pending), ("by the client's word", run.client_confirmed)]
-                remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
-                remarks += run.last_error.splitlines()[:1] if run.pending else []
-                confirmed = f"{run.confirmed:,} of " + ("?" if counts is None else f"{counts.logged:,}")
-                rows.append((site, receiver, backend, confirmed, "; ".join(remarks)))
+            for name, run in sorted(runs.items()):
+                rows.append((name, receiver, backend, *_result_cells(run, report.sites.get(name))))
                 runs_shown.append((backend, run))
+        without_run = report.sites.keys() - {name for runs in report.lanes.values() for name in runs}
+        rows += [(name, receiver, "-", *_result_cells(None, report.sites[name])) for name in sorted(without_run)]
     lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []
     if openings := format_openings(runs_shown):
         lines += ["", "Open the results", *openings]
     return "\n".join(lines)
+
+
+def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, str]:
+    """Return how much of a run is confirmed, and why not all of it is."""
+    outcomes = [*run.rejected.items()] if run else []
+    if site is not None and (counts := site.at_site) is not None:
+        outcomes += [*counts.dropped.items(), *counts.refused.items()]
+        outcomes += [("in the spool", counts.spooled), ("unreadable at the site", counts.unreadable)]
+    outcomes += [("pending", run.pending), ("by the client's word", run.client_confirmed)] if run else []
+    remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
+    remarks += run.last_error.splitlines()[:1] if run and run.pending else []
+    remarks += format_counted(site) if site else []
+    confirmed = f"{run.confirmed if run else 0:,} of {format_logged(site) if site else '?'}"
+    return confirmed, "; ".join(remarks)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -277,13 +335,26 @@ def _site_remarks(site: SiteReport) -> list[str]:
         if counts.spooled:
             remarks.append(f"still in the site's spool: {counts.spooled}")
         if counts.unreadable:
-            remarks.append(f"in the site's spool, where the sender cannot read them: {counts.unreadable}")
-        if not counts.complete:
-            remarks.append("the site may have logged more than it could count")
+            remarks.append(f"cannot be read at the site: {counts.unreadable}")
     if site.missing:
         remarks.append(f"missing without a reason: {site.missing}")
-    if not site.final:
-        remarks.append("the site's final message did not come")
+    return [*remarks, *format_counted(site)]
+
+
+def format_counted(site: SiteReport) -> list[str]:
+    """Return what is not known of a site's counts, and what contradicts them."""
+    remarks = []
+    if lacking := site.lacking():
+        remarks.append(f"the receiver lacks {lacking} records that it had acknowledged")
+    match site.counted:
+        case Counted.STALE:
+            remarks.append("the site's final message did not come: it may have logged more")
+        case Counted.UNKNOWN if site.received or site.earlier:
+            remarks.append("the site sent no counts")
+        case Counted.UNKNOWN:
+            remarks.append("nothing arrived from this site")
+        case Counted.INCOMPLETE:
+            remarks.append("the site or the receiver could not count everything: there may be more")
     return remarks
 
 

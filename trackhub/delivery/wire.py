@@ -13,6 +13,7 @@ from trackhub.framing import FORMAT_VERSION
 
 __all__ = [
     "MAX_REQUEST_BYTES",
+    "MAX_STREAMS",
     "Accepted",
     "Batch",
     "Busy",
@@ -25,6 +26,7 @@ __all__ = [
     "Reply",
     "Request",
     "SiteCounts",
+    "StreamState",
     "decode_reply",
     "decode_request",
     "encode",
@@ -37,6 +39,10 @@ MAX_REQUEST_BYTES = (8 << 20) + (64 << 10)
 
 A server may answer a larger body with an error before it reads it.
 """
+
+
+MAX_STREAMS = 500
+"""How many streams one `Hello` may ask for. The reply is then less than 32 KiB."""
 
 
 class SiteCounts(msgspec.Struct, kw_only=True):
@@ -64,17 +70,29 @@ class SiteCounts(msgspec.Struct, kw_only=True):
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""
+        return self.complete and self.adds_up()
+
+    def adds_up(self) -> bool:
+        """Return whether every record that was counted has exactly one outcome."""
         gone = self.withheld + sum(self.dropped.values()) + sum(self.refused.values())
-        return self.complete and self.logged == gone + self.acked + self.spooled + self.unreadable
+        return self.logged == gone + self.acked + self.spooled + self.unreadable
 
 
 # Messages are arrays with a number in front. A newer minor version adds fields at the end, which an older one ignores.
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The first request of a sender. It says which version of the format the sender uses."""
+    """The first request of a sender. It says which version of the format the sender uses.
+
+    Attributes:
+        version: the sender's version of the format.
+        session: names the sender; each has another. Empty if the sender does not say.
+        streams: the streams of which the sender does not know how far the receiver has them. `MAX_STREAMS` at most.
+    """
 
     version: tuple[int, int] = FORMAT_VERSION
+    session: str = ""
+    streams: tuple[str, ...] = ()
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -111,9 +129,17 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class KeepAlive(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Says that the site still runs, and what it has counted so far."""
+    """Says that the site still runs, and what it has counted so far.
+
+    Attributes:
+        counts: what became of the site's records.
+        session: as in `Hello`.
+        number: is larger in each message with counts of a session. So a receiver knows which of two is older.
+    """
 
     counts: SiteCounts
+    session: str = ""
+    number: int = 0
 
 
 class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -122,10 +148,25 @@ class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
     Attributes:
         counts: what became of the site's records.
         failed: the site's training ended with an error.
+        session, number: as in `KeepAlive`.
     """
 
     counts: SiteCounts
     failed: bool = False
+    session: str = ""
+    number: int = 0
+
+
+class StreamState(msgspec.Struct, frozen=True, array_like=True):
+    """What a receiver has of one stream.
+
+    Attributes:
+        next_seq: the number of the record that the receiver expects next.
+        records: how many records of this stream are in its journal.
+    """
+
+    next_seq: int
+    records: int
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -134,10 +175,13 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
     Attributes:
         next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
         job: in reply to Hello, the job whose records the receiver stores.
+        streams: in reply to Hello, what the receiver has of the streams that were asked for, from their first record
+            on. A stream of which it has nothing is left out.
     """
 
     next: int = 0
     job: str = ""
+    streams: dict[str, StreamState] = {}
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):

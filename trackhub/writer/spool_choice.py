@@ -18,8 +18,8 @@ from trackhub.spool.writing import SpoolWriter
 __all__ = ["MODE_ENV", "is_disabled", "open_spool"]
 
 MODE_ENV = "TRACKHUB_MODE"
-"""Environment variable that turns tracking off for ``Writer()`` and ``trackhub.local``: ``disabled`` records nothing and
-does not warn. ``enabled`` is the same as unset."""
+"""Environment variable that turns tracking off for ``Writer()`` and ``trackhub.local``: ``disabled`` records nothing,
+without a warning. ``enabled`` is the same as unset."""
 
 _MODES = ("enabled", "disabled")
 _HOW = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
+from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.report import REPORT_NAME
 from trackhub.errors import ConfigError
 from trackhub.process_lock import is_free
@@ -31,19 +32,21 @@ class Found(NamedTuple):
 def find(path: Path) -> Found:
     """Return the journals and spools at this path: the file or folder itself, or all below it.
 
+    What an interrupted repair left of a journal is found as that journal.
+
     Args:
         path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
 
     Raises:
         ConfigError: there is nothing at this path, or no journal and no spool at or under it.
     """
-    if path.is_file():
+    if path.is_file() or (path.name == JOURNAL_NAME and is_journal_left(path)):
         return Found([path], [])
     if not path.is_dir():
         raise ConfigError(f"there is no {path}; expected a job's folder, a {JOURNAL_NAME} or a spool folder")
     journals, spools = [], []
     for folder, _, names in os.walk(path):
-        if JOURNAL_NAME in names:
+        if any(name.startswith(JOURNAL_NAME) for name in names) and is_journal_left(Path(folder, JOURNAL_NAME)):
             journals.append(Path(folder, JOURNAL_NAME))
         if _SPOOL_MARK in names:
             spools.append(Path(folder))

@@ -7,77 +7,57 @@ that is sent again after a lost acknowledgement is recognised. The receiver's th
 
 from __future__ import annotations
 
-import logging
 import sqlite3
-import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from trackhub.delivery.journal.connections import Connections
+from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.report_builder import build_report
-from trackhub.delivery.journal.schema import SCHEMA, Progress, Row, RunState
+from trackhub.delivery.journal.schema import Progress, Row, RunState
+from trackhub.delivery.journal.swap import finish_swap
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, SiteCounts
+from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Gap, Kind
 
-__all__ = ["JOURNAL_NAME", "Journal", "lock_journal"]
+__all__ = ["JOURNAL_NAME", "WAIT_S", "Journal"]
 
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
-_ENDED, _ENDED_FAILED = 1, 2  # values of sites.final
+_ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
-_BUSY_S = 10.0
-_log = logging.getLogger(__name__)
 
-
-def lock_journal(path: Path) -> ProcessLock:
-    """Lock a journal for this process, and return the lock to release. A killed process leaves no lock.
-
-    Raises:
-        JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
-    """
-    # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
-    try:
-        return ProcessLock.open(path.with_suffix(".lock"))
-    except BlockingIOError as e:
-        raise JournalError(
-            f"the journal {path} is in use by another process or receiver (a running job, or a replay); wait until it "
-            "ends"
-        ) from e
-    except OSError as e:
-        what = "open" if path.exists() else "create"
-        raise JournalError(
-            f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
-        ) from e
+WAIT_S = 10.0
+"""How long a lane waits, in seconds, for a journal that another program has locked. A receiver's threads wait less."""
 
 
 class Journal:
     """One receiver's journal. Thread-safe. One process at a time may have it open for writing.
 
-    A write blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``. All methods raise
+    A write blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``. While another program has
+    the file locked, it blocks for ``wait_s`` at most, and no other thread waits behind it. All methods raise
     JournalError when the file cannot be read or written, and when the journal is closed.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: ProcessLock, *, readers_block: bool) -> None:
+    def __init__(self, path: Path, connections: Connections, lock: ProcessLock) -> None:
         """Use ``Journal.open``."""
         self.path = path
-        self._db = connection
-        self._lock = threading.RLock()  # taken again within a transaction, where readers share its connection
-        self._process_lock: ProcessLock | None = lock
-        self._readers_block = readers_block
-        self._readers = threading.local()
-        self._open_readers: list[sqlite3.Connection] = []
+        self._connections = connections
+        self._process_lock = lock
+        self._continues = False
 
     @classmethod
     def open(cls, path: Path, *, job: str, side: str, durability: str = "normal") -> Journal:
-        """Open or create a journal for writing.
+        """Open or create a journal for writing. Blocks up to 10 s while another program has the file locked.
 
         Args:
             path: the file. Its folder is created.
@@ -91,21 +71,15 @@ class Journal:
         with suppress(OSError):  # then the lock's file cannot be opened either, and that error names the journal
             path.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_journal(path)
-        db: sqlite3.Connection | None = None
+        connections: Connections | None = None
         try:
-            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
-            mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            if mode != "wal":
-                _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
-            # Without a write-ahead log, a loss of power under NORMAL could damage the file itself:
-            # https://www.sqlite.org/pragma.html#pragma_synchronous
-            db.execute(f"PRAGMA synchronous={'FULL' if durability == 'full' or mode != 'wal' else 'NORMAL'}")
-            db.executescript(SCHEMA)
-            journal = cls(path, db, lock, readers_block=mode != "wal")
+            finish_swap(path)
+            connections = Connections(path, durability=durability)
+            journal = cls(path, connections, lock)
             journal._claim({"format": _FORMAT, "job": job, "side": side})
-        except (sqlite3.Error, JournalError) as e:
-            if db is not None:
-                db.close()
+        except (sqlite3.Error, OSError, JournalError) as e:
+            if connections is not None:
+                connections.close()
             lock.release()
             if isinstance(e, JournalError):
                 raise
@@ -113,8 +87,9 @@ class Journal:
         return journal
 
     def _claim(self, expected: dict[str, str]) -> None:
-        with self._transaction() as db:
+        with self._connections.transaction(WAIT_S) as db:
             found = dict(db.execute("SELECT key, value FROM meta"))
+            self._continues = _CONTINUES in found
             for key, value in expected.items():
                 if found.get(key, value) != value:
                     advice = "give each job and side a folder of its own"
@@ -123,72 +98,27 @@ class Journal:
                     raise JournalError(
                         f"the journal {self.path} has {key} {found[key]!r}, expected {value!r}; {advice}"
                     )
-            db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", expected.items())
+                db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._check_open()
-            try:
-                # Takes the write lock now. Taken later, within the transaction, SQLite would fail instead of waiting.
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException as e:
-                if self._db.in_transaction:
-                    with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
-                        self._db.execute("ROLLBACK")
-                if isinstance(e, sqlite3.Error):
-                    raise JournalError(f"cannot write the journal {self.path}: {e}") from e
-                raise
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection to read with. Each thread has one of its own, so that readers do not wait for the writer.
-
-        That needs a write-ahead log. Without one, readers would shut the writer out for good, so all take turns with
-        the writer's connection.
-        """
-        try:
-            if self._readers_block:
-                with self._lock:
-                    self._check_open()
-                    yield self._db
-            else:
-                yield self._reader()
-        except sqlite3.Error as e:
-            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
-
-    def _reader(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
-        if db is None:
-            with self._lock:
-                # A lane that comes back after the end must not make new files: FLARE is archiving the folder then.
-                self._check_open()
-                db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
-                self._open_readers.append(db)
-            db.execute("PRAGMA query_only=1")
-            self._readers.db = db
-        return db
+    def limit_waits(self, until: float) -> None:
+        """End every wait for the file at this moment of the monotonic clock at the latest. From any thread."""
+        self._connections.limit_waits(until)
 
     def _fetch(self, query: str, *values: object) -> list[Any]:
-        with self._reading() as db:
+        with self._connections.reading() as db:
             return db.execute(query, values).fetchall()
 
-    def _check_open(self) -> None:
-        if self._process_lock is None:
-            raise JournalError(f"the journal {self.path} is closed")
-
-    def add_site(self, site: str, created: float, first_position: int = 0) -> int:
+    def add_site(self, site: str, created: float, first_position: int = 0, *, wait_s: float = WAIT_S) -> int:
         """Return the id of a site, and register it if it is new.
 
         Args:
             site: its name.
-            created: when its run began, in unix seconds; kept if the site is new.
+            created: when it was first heard, in unix seconds; kept if the site is new, until its first record.
             first_position: the position of the site's first record in this journal, above 0 if another journal holds
                 the earlier ones. Used only if the site is new.
+            wait_s: as for ``append``.
         """
-        with self._transaction() as db:
+        with self._connections.transaction(wait_s) as db:
             db.execute(
                 "INSERT OR IGNORE INTO sites (name, created, first_position, next_position) VALUES (?, ?, ?, ?)",
                 (site, created, first_position, first_position),
@@ -198,15 +128,21 @@ class Journal:
 
     def continue_site(self, site: str, created: float, first_position: int) -> int:
         """Return the id of a site whose records before ``first_position`` are in another journal; see ``add_site``."""
-        self.set_meta(_CONTINUES, "another journal")
-        return self.add_site(site, created, first_position)
-
-    def _continues(self) -> bool:
         # `first_position` does not show this. The other journal may hold only a batch whose reply was lost. Then this
         # journal also begins at 0.
-        return bool(self._fetch("SELECT 1 FROM meta WHERE key = ?", _CONTINUES))
+        self.set_meta(_CONTINUES, "another journal")
+        self._continues = True
+        return self.add_site(site, created, first_position)
 
-    def append(self, site: int, batch: Batch, explained: Mapping[str, int]) -> int:
+    def append(
+        self,
+        site: int,
+        batch: Batch,
+        explained: Mapping[str, int],
+        *,
+        began: float | None = None,
+        wait_s: float = WAIT_S,
+    ) -> int:
         """Store a batch, and return how many of its records are new.
 
         When this returns, the batch survives the death of the process, and a loss of power with ``durability="full"``.
@@ -215,11 +151,14 @@ class Journal:
             site: its id.
             batch: what the site sent.
             explained: the number of records that the batch's gaps stand for, by reason.
+            began: the time of the batch's first record, in unix seconds. The site's run began then, if it has no record
+                yet.
+            wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
             JournalError: it cannot be written, for example because the disk is full. Nothing was stored.
         """
-        with self._transaction() as db:
+        with self._connections.transaction(wait_s) as db:
             stream, known = self._stream(db, site, batch)
             new, frames = batch.records, batch.frames
             if batch.next_seq <= known:
@@ -239,8 +178,9 @@ class Journal:
             # Duplicates count as received: the report's sums include what arrived again.
             db.execute(
                 "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = missing + ?,"
+                " created = iif(next_position = first_position, coalesce(?, created), created),"
                 " next_position = next_position + ? WHERE id = ?",
-                (batch.records, batch.records - new, max(0, batch.first_seq - known), new, site),
+                (batch.records, batch.records - new, max(0, batch.first_seq - known), began, new, site),
             )
             return new
 
@@ -249,7 +189,7 @@ class Journal:
         # A stream that is new here begins at 0, except where another journal may hold its beginning.
         db.execute(
             "INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, ?)",
-            (site, batch.stream, batch.first_seq if self._continues() else 0),
+            (site, batch.stream, batch.first_seq if self._continues else 0),
         )
         query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
         stream, known = db.execute(query, (site, batch.stream)).fetchone()
@@ -261,46 +201,84 @@ class Journal:
         total.update(gaps)
         db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
 
-    def note_site(self, site: int, counts: SiteCounts, *, final: bool, failed: bool = False) -> None:
-        """Store a site's own counts, and whether they came with its final message.
+    def note_counts(
+        self, site: int, message: KeepAlive | Final, *, keep_end: bool = False, wait_s: float = WAIT_S
+    ) -> None:
+        """Store what a site counted itself, unless newer counts are here already.
 
-        A keep-alive may arrive after the final message. It is ignored if its counts are older.
+        A message may arrive after one that was sent later. It is ignored then.
 
         Args:
             site: its id.
-            counts: what the site counted.
-            final: they came with the final message.
-            failed: the site's training ended with an error.
+            message: what the site sent.
+            keep_end: the message says nothing of how the site's training ended, since a replay sends it.
+            wait_s: as for ``append``.
         """
-        with self._transaction() as db:
-            ended, known = db.execute("SELECT final, counts FROM sites WHERE id = ?", (site,)).fetchone()
-            if ended and not final and known is not None:
-                last = msgspec.msgpack.decode(known, type=SiteCounts)
-                if (counts.logged, -counts.spooled) < (last.logged, -last.spooled):
-                    return
-            value = (_ENDED_FAILED if failed else _ENDED) if final else 0
+        final = isinstance(message, Final)
+        with self._connections.transaction(wait_s) as db:
+            query = "SELECT counts, session, number, last, ended FROM sites WHERE id = ?"
+            counts, session, number, last, ended = db.execute(query, (site,)).fetchone()
+            same_sender = message.session != "" and message.session == session
+            if same_sender and message.number <= number:
+                return
+            if last and not final and not same_sender:
+                known = msgspec.msgpack.decode(counts, type=SiteCounts)
+                if (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled):
+                    return  # of a sender before the one that sent the final message
+            if not keep_end:
+                # A sign of life after the end: the site has begun again.
+                ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
             db.execute(
-                "UPDATE sites SET counts = ?, final = max(final, ?) WHERE id = ?",
-                (msgspec.msgpack.encode(counts), value, site),
+                "UPDATE sites SET counts = ?, counted_at = ?, session = ?, number = ?, last = ?, ended = ?"
+                " WHERE id = ?",
+                (
+                    msgspec.msgpack.encode(message.counts),
+                    time.time(),
+                    message.session,
+                    message.number,
+                    final,
+                    ended,
+                    site,
+                ),
             )
 
-    def final(self) -> dict[str, bool]:
-        """Return the sites whose final message has come, each with whether its training failed."""
-        rows = self._fetch("SELECT name, final FROM sites WHERE final > 0")
-        return {name: final == _ENDED_FAILED for name, final in rows}
+    def ended(self) -> dict[str, bool]:
+        """Return the sites that have said how their training ended, each with whether it failed."""
+        rows = self._fetch("SELECT name, ended FROM sites WHERE ended > 0")
+        return {name: ended == _ENDED_FAILED for name, ended in rows}
+
+    def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
+        """Return what the journal has of these streams, from their first record on.
+
+        Streams of which it has nothing are left out. So are those whose beginning is in another journal.
+        """
+        query = "SELECT s.id, s.name, s.next_seq FROM streams s JOIN sites ON sites.id = s.site WHERE sites.name = ?"
+        found = {row[0]: row[1:] for row in self._fetch(query, site) if row[1] in streams}
+        if not found or self._continues:
+            return {}
+        query = (
+            "SELECT stream, total(records) FROM batches JOIN sites ON sites.id = site WHERE name = ? GROUP BY stream"
+        )
+        records = dict(self._fetch(query, site))
+        return {name: StreamState(next_seq, int(records.get(i, 0))) for i, (name, next_seq) in found.items()}
 
     def set_meta(self, key: str, value: str) -> None:
-        """Store a fact about the job: ``status``, ``backends``, ``job_info``, ``run_dir`` or ``continues``."""
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        """Store a fact about the job; see ``set_facts``."""
+        self.set_facts({key: value})
+
+    def set_facts(self, facts: Mapping[str, str]) -> None:
+        """Store facts about the job, such as ``status``: how it ended, or empty while it runs."""
+        with self._connections.transaction(WAIT_S) as db:
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
 
     def meta(self) -> dict[str, str]:
         """Return the facts about the job."""
         return dict(self._fetch("SELECT key, value FROM meta"))
 
     def sites(self) -> dict[int, tuple[str, float]]:
-        """Return the name of each site, and when its run began in unix seconds, by its id."""
-        return {i: (name, created) for i, name, created in self._fetch("SELECT id, name, created FROM sites")}
+        """Return the name of each site that has records, and when its run began in unix seconds, by its id."""
+        query = "SELECT id, name, created FROM sites WHERE next_position > first_position"
+        return {i: (name, created) for i, name, created in self._fetch(query)}
 
     def site(self, site: int) -> tuple[str, float]:
         """Return one site's name, and when its run began in unix seconds. With many sites quicker than ``sites``."""
@@ -316,7 +294,7 @@ class Journal:
             max_bytes: stop once the frames take as many bytes. The first row is returned in any case.
         """
         rows, size = [], 0
-        with self._reading() as db:
+        with self._connections.reading() as db:
             cursor = db.execute(
                 "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
                 " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
@@ -342,7 +320,7 @@ class Journal:
 
         The site sends its last batch again, to this journal, if the reply of the other one's receiver was lost.
         """
-        if not self._continues():
+        if not self._continues:
             return 0
         found = self._fetch("SELECT records FROM batches WHERE site = ? ORDER BY id LIMIT 1", site)
         return int(found[0][0]) if found else 0
@@ -372,37 +350,43 @@ class Journal:
         Raises:
             JournalError: it cannot be written. After a crash the lane then starts from an earlier row.
         """
-        with self._transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)",
-                (lane, site, written, confirmed, msgspec.msgpack.encode(progress)),
-            )
+        self.save_runs({(lane, site): RunState(written, confirmed, progress)})
+
+    def save_runs(self, runs: Mapping[tuple[str, int], RunState], *, wait_s: float = WAIT_S) -> None:
+        """Store how far lanes got with several runs, in one transaction: all of it or nothing.
+
+        Args:
+            runs: the state of each run, by the lane's name and the site's id.
+            wait_s: the longest wait for other threads and other programs, in seconds, for all runs together.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        encode = msgspec.msgpack.encode
+        rows = [(lane, site, s.written, s.confirmed, encode(s.progress)) for (lane, site), s in runs.items()]
+        with self._connections.transaction(wait_s) as db:
+            db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)", rows)
 
     def rewind(self, lane: str) -> None:
         """Set a lane's confirmed cursors back to the start. Its written cursors stay."""
         empty = msgspec.msgpack.encode(Progress())
-        with self._transaction() as db:
+        with self._connections.transaction(WAIT_S) as db:
             db.execute("UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ?", (empty, lane))
 
-    def report(self, lanes: Sequence[str] = ()) -> DeliveryReport:
-        """Return what has become of every record so far, including these lanes if they have delivered nothing yet."""
-        with self._reading() as db:
-            return build_report(db, lanes)
+    def report(self, lanes: Sequence[str] = (), facts: Mapping[str, str] | None = None) -> DeliveryReport:
+        """Return what has become of every record so far.
+
+        Args:
+            lanes: lanes to include even if they have delivered nothing yet.
+            facts: as for ``set_facts``, where they could perhaps not be stored.
+        """
+        with self._connections.reading() as db:
+            return build_report(db, lanes, facts=facts)
 
     def close(self) -> None:
         """Fold everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
-        with self._lock:
-            if self._process_lock is None:
-                return
-            for reader in self._open_readers:
-                reader.close()
-            try:
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error as e:
-                _log.warning("%s: its write-ahead log could not be folded in (%s): keep the -wal file", self.path, e)
-            self._db.close()
-            self._process_lock.release()
-            self._process_lock = None
+        self._connections.close()
+        self._process_lock.release()
 
 
 def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:

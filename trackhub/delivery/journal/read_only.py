@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trackhub.delivery.journal.swap import current_file
 from trackhub.errors import JournalError
 
 __all__ = ["open_read_only", "read_journal_meta", "read_stream_positions"]
@@ -25,13 +26,15 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
         JournalError: it is no journal, or cannot be read; also for SQLite's errors within the block.
     """
     try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?{_mode(path)}", uri=True, timeout=10.0)
+        file = current_file(path)
+        db = sqlite3.connect(f"{file.absolute().as_uri()}?{_mode(file)}", uri=True, timeout=10.0)
         try:
             yield db
         finally:
             db.close()
-    except sqlite3.Error as e:
-        damaged = type(e) is sqlite3.DatabaseError  # its subclasses are for errors that may pass
+    except (sqlite3.Error, UnicodeDecodeError) as e:
+        # The subclasses of DatabaseError are for errors that may pass.
+        damaged = type(e) is sqlite3.DatabaseError or isinstance(e, UnicodeDecodeError)
         what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
         raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
 

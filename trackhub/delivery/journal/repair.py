@@ -1,161 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rebuilds a damaged journal from what can still be read of it. ``trackhub replay`` calls it before it opens a journal.
+"""Finds out whether a journal is damaged, and rebuilds it then. ``trackhub replay`` calls it before it opens a journal.
 
-A range of records that cannot be read becomes a placeholder row without frames. So all other records keep their
-positions, by which backends recognise them, and every lane counts the lost records as ``damaged``.
+`rebuild` makes the new journal, and `swap` puts it into the place of the damaged one, which is kept.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from trackhub.delivery.journal.journal import lock_journal
-from trackhub.delivery.journal.schema import SCHEMA
+import msgspec
+
+from trackhub.delivery.journal.lock import lock_journal
+from trackhub.delivery.journal.rebuild import rebuild
+from trackhub.delivery.journal.schema import JSON_FACTS, Progress
+from trackhub.delivery.journal.swap import finish_swap, is_journal_left, partial_file, swap
+from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import JournalError
 
 __all__ = ["repair"]
 
-_SMALL_TABLES = ("meta", "sites", "streams", "runs")
-_INSERT = "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)"
 _BUSY_S = 10.0
-_AFTER_ALL = 1 << 62
+_PASSING = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+_CONTRADICTIONS = (
+    "SELECT 1 FROM batches WHERE typeof(site) || typeof(stream) || typeof(first_position) || typeof(records) ||"
+    " typeof(frames) != 'integerintegerintegerintegerblob' LIMIT 1",
+    "SELECT 1 FROM sites LEFT JOIN"
+    " (SELECT site, sum(records) AS records, max(first_position + records) AS next FROM batches GROUP BY site)"
+    " ON site = id WHERE next_position - first_position != received - duplicates OR"
+    " next_position - first_position != ifnull(records, 0) OR next_position != ifnull(next, first_position) LIMIT 1",
+    "SELECT 1 FROM batches LEFT JOIN streams ON streams.id = stream WHERE streams.site IS NOT batches.site LIMIT 1",
+)
+"""Each gives a row if a bit has changed in a number that no index repeats."""
+
 _log = logging.getLogger(__name__)
 
 
-class _Site(NamedTuple):
-    name: str
-    first_position: int
-    next_position: int
-
-
-class _Batch(NamedTuple):
-    """A row of the table ``batches``."""
-
-    id: int
-    site: int
-    stream: int
-    first_position: int
-    records: int
-    frames: bytes
-
-
-class _Lost(NamedTuple):
-    """Positions of a site that no readable row has, and the ids of the rows between which they were."""
-
-    site: int
-    first_position: int
-    records: int
-    after: int
-    before: int
-
-
 def repair(path: Path) -> bool:
-    """Rebuild a journal that SQLite finds damaged, and return whether that was needed. Reads all of it once.
+    """Rebuild a journal that is damaged, and return whether that was needed. Reads all of it once.
 
-    The damaged file stays beside the new one, as ``trackhub.db.damaged``.
+    It may be killed at any moment, and called again. The damaged file stays beside the new one, as
+    ``trackhub.db.damaged``.
 
     Raises:
-        JournalError: another process uses the journal, or nothing in it can be read.
+        JournalError: there is none, another process uses it, or nothing in it can be read; or the repaired one cannot
+            be written.
     """
+    if not is_journal_left(path):
+        raise JournalError(f"there is no journal {path}")
     lock = lock_journal(path)
     try:
+        finish_swap(path)
         if _is_sound(path):
             return False
-        _rebuild(path)
+        try:
+            rebuild(path, partial_file(path), runs_are_whole=_can_read_runs(path))
+        except BaseException:
+            partial_file(path).unlink(missing_ok=True)
+            raise
+        damaged = swap(path)
+        _log.warning(
+            "%s was damaged; what could be read is in its place, the damaged file is kept as %s", path, damaged
+        )
         return True
     except (sqlite3.Error, OSError) as e:
-        raise JournalError(f"the journal {path} is damaged, and nothing in it can be read: {e}") from e
+        raise JournalError(
+            f"the journal {path} is damaged, and the repaired one cannot be written beside it: {e}; it needs as much "
+            "space as the damaged one, and a folder that can be written to"
+        ) from e
     finally:
         lock.release()
 
 
 def _is_sound(path: Path) -> bool:
-    db = sqlite3.connect(path, timeout=_BUSY_S)
+    """Return whether SQLite finds no damage, and trackhub can decode what is in the small tables.
+
+    Raises:
+        JournalError: it cannot be said, for a reason that may pass: another program has the file locked.
+    """
     try:
-        return bool(db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok")
-    except sqlite3.DatabaseError:
-        return False
-    finally:
-        db.close()
-
-
-def _rebuild(path: Path) -> None:
-    partial = path.with_name(f"{path.name}.new")
-    partial.unlink(missing_ok=True)
-    old, new = sqlite3.connect(path, timeout=_BUSY_S), sqlite3.connect(partial, isolation_level=None)
-    try:
-        # Without this, SQLite reads nothing of a file that is shorter than its header says.
-        old.execute("PRAGMA writable_schema=ON")
-        new.executescript(SCHEMA)
-        new.execute("BEGIN")
-        _copy(old, new, path)
-        new.execute("COMMIT")
-    finally:
-        old.close()
-        new.close()
-    damaged = path.with_name(f"{path.name}.damaged")
-    # What they held was read with the damaged file. Left beside the new one, SQLite would apply them to it.
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    path.replace(damaged)
-    partial.replace(path)
-    _log.warning("%s was damaged; what could be read is in its place, the damaged file is kept as %s", path, damaged)
-
-
-def _copy(old: sqlite3.Connection, new: sqlite3.Connection, path: Path) -> None:
-    """Copy the readable rows, and put placeholder rows where others were."""
-    for table in _SMALL_TABLES:
-        for row in old.execute(f"SELECT * FROM {table}"):
-            new.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-    query = "SELECT id, name, first_position, next_position FROM sites"
-    sites = {i: _Site(*fields) for i, *fields in new.execute(query)}
-    readable: list[_Batch] = []
-    for batch in _readable(old, sum(site.next_position - site.first_position for site in sites.values())):
-        new.execute(_INSERT, batch)
-        readable.append(batch._replace(frames=b""))
-    for lost, i in _with_ids(_lost(sites, readable), {batch.id for batch in readable}):
-        stream = new.execute("SELECT min(id) FROM streams WHERE site = ?", (lost.site,)).fetchone()[0]
-        new.execute(_INSERT, _Batch(i, lost.site, stream, lost.first_position, lost.records, b""))
-        _log.warning(
-            "%s: records %d to %d of site %s cannot be read (after row %d); they are counted as damaged",
-            path, lost.first_position, lost.first_position + lost.records - 1, sites[lost.site].name, lost.after,
-        )  # fmt: skip
-
-
-def _readable(db: sqlite3.Connection, most: int) -> Iterator[_Batch]:
-    """Yield the rows that can be read. There are at most ``most``, since every row has at least one record."""
-    for i in range(1, most + 1):
+        db = _open(path)
         try:
-            row: tuple[Any, ...] | None = db.execute(
-                "SELECT id, site, stream, first_position, records, frames FROM batches WHERE id = ?", (i,)
-            ).fetchone()
-        except sqlite3.DatabaseError:
-            continue
-        if row is not None:
-            yield _Batch(*row)
+            # Also compares the tables with their indexes, which shows a changed bit that leaves the pages in order.
+            if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+                return False
+            return _is_understood(db) and not any(db.execute(query).fetchone() for query in _CONTRADICTIONS)
+        finally:
+            db.close()
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # SQLite's own message may hold damaged text
+        if getattr(e, "sqlite_errorcode", 0) & 0xFF in _PASSING:  # errors of Python's own module have none
+            raise JournalError(f"cannot check the journal {path}: {e}") from e
+        return False
 
 
-def _lost(sites: dict[int, _Site], readable: list[_Batch]) -> Iterator[_Lost]:
-    """Yield the ranges of positions that no readable row has."""
-    for i, site in sites.items():
-        position, last = site.first_position, 0
-        for batch in (batch for batch in readable if batch.site == i):
-            if batch.first_position > position:
-                yield _Lost(i, position, batch.first_position - position, last, batch.id)
-            position, last = batch.first_position + batch.records, batch.id
-        if position < site.next_position:
-            yield _Lost(i, position, site.next_position - position, last, _AFTER_ALL)
+def _is_understood(db: sqlite3.Connection) -> bool:
+    try:
+        meta = dict(db.execute("SELECT key, value FROM meta"))
+        for key in JSON_FACTS.keys() & meta.keys():
+            msgspec.json.decode(meta[key], type=JSON_FACTS[key])
+        for counts, explained in db.execute("SELECT counts, explained FROM sites"):
+            msgspec.msgpack.decode(counts or msgspec.msgpack.encode(SiteCounts()), type=SiteCounts)
+            msgspec.msgpack.decode(explained or b"\x80", type=dict[str, int])
+        for (progress,) in db.execute("SELECT progress FROM runs"):
+            msgspec.msgpack.decode(progress, type=Progress)
+    except msgspec.DecodeError:
+        return False
+    return "job" in meta and "side" in meta
 
 
-def _with_ids(ranges: Iterator[_Lost], taken: set[int]) -> Iterator[tuple[_Lost, int]]:
-    """Give each lost range the id of a row that was lost between its neighbours, so that rows stay in order."""
-    for lost in sorted(ranges, key=lambda lost: (lost.before, lost.after)):
-        i = lost.after + 1
-        while i in taken:
-            i += 1
-        taken.add(i)
-        yield lost, i
+def _can_read_runs(path: Path) -> bool:
+    try:
+        db = _open(path)
+        try:
+            db.execute("SELECT total(length(progress)) FROM runs").fetchone()
+        finally:
+            db.close()
+    except (sqlite3.Error, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)

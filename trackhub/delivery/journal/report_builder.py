@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from trackhub.delivery.journal.lock import is_journal_locked
 from trackhub.delivery.journal.read_only import open_read_only
-from trackhub.delivery.journal.schema import Progress
-from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, resolve_results
+from trackhub.delivery.journal.schema import EXPECTED_SITES, REPAIRED_SITES, SILENCE_S, Progress
+from trackhub.delivery.report import Counted, DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
-from trackhub.run import JobInfo
+from trackhub.run import JobInfo, RunStatus
 
 __all__ = ["build_report", "read_journal_report"]
 
@@ -30,72 +32,114 @@ def read_journal_report(path: Path) -> DeliveryReport:
     Raises:
         JournalError: it is no journal, or cannot be read.
     """
+    # Asked first: a job that ends in between has then stored how it ended, and is not called killed.
+    runs = is_journal_locked(path)
     with open_read_only(path) as db:
-        return resolve_results(build_report(db), path.parent)
+        return resolve_results(build_report(db, runs=runs), path.parent)
 
 
-def build_report(db: sqlite3.Connection, lanes: Sequence[str] = ()) -> DeliveryReport:
+def build_report(
+    db: sqlite3.Connection, lanes: Sequence[str] = (), *, facts: Mapping[str, str] | None = None, runs: bool = True
+) -> DeliveryReport:
     """Return the report of the journal on this connection, as ``delivery.json`` is to hold it.
 
     Args:
         db: the connection.
         lanes: lanes to include even if they have delivered nothing yet.
+        facts: facts about the job that the journal should have, but perhaps could not store.
+        runs: whether the receiver's process runs. A job that has not ended is killed if it does not.
 
     Raises:
         sqlite3.Error: the journal cannot be read.
     """
     # In one transaction: a lane that confirms between two queries would otherwise have more outcomes than records.
-    db.execute("BEGIN")
+    own = not db.in_transaction
+    if own:
+        db.execute("BEGIN")
     try:
-        meta = dict(db.execute("SELECT key, value FROM meta"))
-        sites = _sites(db)
-        runs = _runs(db, sites, lanes)
+        meta = {**dict(db.execute("SELECT key, value FROM meta")), **(facts or {})}
+        status = meta.get("status") or ("running" if runs else RunStatus.KILLED)
+        is_running = status == "running"
+        sites = _sites(db, meta, is_running=is_running)
+        by_lane = _runs(db, sites, lanes, is_running=is_running)
     finally:
-        db.execute("COMMIT")
-    balanced = all(site.is_balanced() for site in sites.values()) and all(
-        run.pending >= 0 for lane in runs.values() for run in lane.values()
+        if own:
+            db.execute("COMMIT")
+    for name in msgspec.json.decode(meta.get(EXPECTED_SITES, "[]"), type=list[str]):
+        sites.setdefault(name, SiteReport(counted=Counted.OPEN if is_running else Counted.UNKNOWN))
+    adds_up = all(site.adds_up() for site in sites.values()) and all(
+        run.pending >= 0 for lane in by_lane.values() for run in lane.values()
     )
     job = msgspec.json.decode(meta["job_info"], type=JobInfo) if "job_info" in meta else None
     return DeliveryReport(
         job=meta.get("job", ""),
         job_name=job.name if job else "",
         side=meta.get("side", ""),
-        status=meta.get("status", "running"),
-        balanced=balanced,
+        status=status,
+        balanced=adds_up and all(site.is_balanced() for site in sites.values()),
+        adds_up=adds_up,
         sites=sites,
-        lanes=runs,
+        lanes=by_lane,
         run_dir=meta.get("run_dir", os.pardir),
     )
 
 
-def _sites(db: sqlite3.Connection) -> dict[str, SiteReport]:
+def _sites(db: sqlite3.Connection, meta: Mapping[str, str], *, is_running: bool) -> dict[str, SiteReport]:
     sites = {}
+    doubted = msgspec.json.decode(meta.get(REPAIRED_SITES, "[]"), type=list[str])
+    silent_before = time.time() - float(meta.get(SILENCE_S, "inf"))
     query = (
-        "SELECT name, next_position - first_position, received, duplicates, missing, explained, counts, final"
-        " FROM sites"
+        "SELECT name, next_position - first_position, first_position, received, duplicates, missing, explained, counts,"
+        " counted_at, last FROM sites"
     )
-    for name, journaled, received, duplicates, missing, explained, counts, final in db.execute(query):
+    rows = db.execute(query)
+    for name, journaled, earlier, received, duplicates, missing, explained, counts, counted_at, last in rows:
         at_site = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else None
         # Refused records leave a hole in the journal's numbers. The site counts them, so they are not missing.
         refused = sum(at_site.refused.values()) if at_site else 0
-        sites[name] = SiteReport(
+        site = sites[name] = SiteReport(
             at_site=at_site,
             received=received,
             duplicates=duplicates,
             journaled=journaled,
+            earlier=earlier,
             missing=max(0, missing - refused),
             explained=msgspec.msgpack.decode(explained, type=dict[str, int]) if explained else {},
-            final=bool(final),
+            final=bool(last),
         )
+        is_fresh = is_running and (counted_at is None or counted_at >= silent_before)
+        site.counted = _counted(site, is_fresh=is_fresh, is_doubted=name in doubted)
     return sites
 
 
+def _counted(site: SiteReport, *, is_fresh: bool, is_doubted: bool) -> Counted:
+    """Return how much is known of what a site logged.
+
+    Args:
+        site: its counts.
+        is_fresh: the job runs, and the site's last message is not too old.
+        is_doubted: a repair of the journal could not read what the receiver had counted.
+    """
+    if site.at_site is None:
+        return Counted.OPEN if is_fresh and not is_doubted else Counted.UNKNOWN
+    if not site.final and not is_fresh:
+        return Counted.STALE
+    here = site.earlier + site.journaled
+    more_here = site.final and here > site.at_site.acked + site.at_site.spooled + site.at_site.unreadable
+    if is_doubted or more_here or not site.at_site.complete:
+        return Counted.INCOMPLETE
+    return Counted.FINAL if site.final else Counted.OPEN
+
+
 def _runs(
-    db: sqlite3.Connection, sites: dict[str, SiteReport], lanes: Sequence[str]
+    db: sqlite3.Connection, sites: dict[str, SiteReport], lanes: Sequence[str], *, is_running: bool
 ) -> dict[str, dict[str, RunReport]]:
-    runs: dict[str, dict[str, RunReport]] = {
-        lane: {name: RunReport(pending=site.journaled) for name, site in sites.items()} for lane in lanes
-    }
+    def not_begun(site: SiteReport) -> RunReport:
+        # A site without records has no run at any backend, so there is nothing to open or to finish.
+        state = "open" if is_running or site.journaled else "finished"
+        return RunReport(pending=site.journaled, state=state)
+
+    runs = {lane: {name: not_begun(site) for name, site in sites.items()} for lane in lanes}
     query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
     for lane, name, blob in db.execute(query):
         progress = msgspec.msgpack.decode(blob, type=Progress)

@@ -9,23 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
+from trackhub.run import JobInfo
 from trackhub.spi import Results
 
-__all__ = ["SCHEMA", "Progress", "Row", "RunState", "Stored", "stored_records"]
+__all__ = [
+    "EXPECTED_SITES",
+    "JSON_FACTS",
+    "REPAIRED_SITES",
+    "SCHEMA",
+    "SILENCE_S",
+    "Progress",
+    "Row",
+    "RunState",
+    "Stored",
+    "stored_records",
+]
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS meta_copy ON meta (key, value);
 CREATE TABLE IF NOT EXISTS sites (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, created REAL NOT NULL,
     first_position INTEGER NOT NULL, next_position INTEGER NOT NULL, received INTEGER NOT NULL DEFAULT 0,
     duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
-    explained BLOB, counts BLOB, final INTEGER NOT NULL DEFAULT 0);
+    explained BLOB, counts BLOB, counted_at REAL, session TEXT NOT NULL DEFAULT '', number INTEGER NOT NULL DEFAULT 0,
+    last INTEGER NOT NULL DEFAULT 0, ended INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS sites_copy ON sites (name, counts, last, ended);
 CREATE TABLE IF NOT EXISTS streams (
     id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, next_seq INTEGER NOT NULL,
     UNIQUE (site, name));
@@ -37,8 +52,29 @@ CREATE TABLE IF NOT EXISTS runs (
     lane TEXT NOT NULL, site INTEGER NOT NULL, written INTEGER NOT NULL DEFAULT 0,
     confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
 """
-"""``sites.final`` is 0 until the site's final message, then 1, or 2 if its training failed. ``runs.written`` and
-``runs.confirmed`` are ids of batches."""
+"""``sites.counts`` are the site's own counts, and ``last`` is 1 if they came with its final message. ``session`` and
+``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then
+1, or 2 if it failed. ``runs.written`` and ``runs.confirmed`` are ids of batches.
+
+The indexes ``meta_copy`` and ``sites_copy`` hold on other pages of the file what nothing else could restore: `repair`
+reads them where the page of a table is damaged. No column that changes with every batch is in them."""
+
+EXPECTED_SITES = "expected_sites"
+"""The key in ``meta`` of the sites that should send something: a JSON list of names."""
+
+REPAIRED_SITES = "repaired_sites"
+"""The key in ``meta`` of the sites whose counts a repair could not read: a JSON list of names."""
+
+SILENCE_S = "silence_s"
+"""The key in ``meta`` of ``limits.silence_s``: the counts of a site that was silent for longer are old."""
+
+JSON_FACTS: dict[str, Any] = {
+    "job_info": JobInfo,
+    "backends": dict[str, dict[str, Any]],
+    EXPECTED_SITES: list[str],
+    REPAIRED_SITES: list[str],
+}
+"""The facts in ``meta`` that are JSON, and the type of each."""
 
 _GAP = int(Kind.GAP)
 

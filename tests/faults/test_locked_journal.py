@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another process locks the journal, or its disk stalls: the receiver says so at once, and training does not notice.
+
+FLARE calls `Receiver.handle` in a pool of 64 threads that serves the whole job. Threads that wait for a journal there
+stop the rounds of every site.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NoReplyError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.process import wait_for
+from tests.faults.readers import read_store
+from trackhub import Writer
+from trackhub.delivery.channel import Channel, ChannelError
+from trackhub.delivery.receiver import Receiver
+from trackhub.delivery.sender import Sender
+from trackhub.limits import Limits
+from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.spool.layout import SpoolInfo, create_spool
+
+SITES = [f"site-{i}" for i in range(8)]
+POOL_THREADS = 64
+LIMITS = Limits(
+    batch_records=50, poll_s=0.01, linger_s=0, keepalive_s=0.2, silence_s=2, request_s=1, flush_s=0.05, gate_s=20
+)
+HANDLE_MAX_S = 1.5
+"""The longest that one call may take. The receiver waits 0.25 s at most; the rest is for a machine with other load."""
+
+Connect = Callable[..., sqlite3.Connection]
+
+
+class Pool:
+    """Calls `Receiver.handle` as FLARE does: in threads of one pool, and the site waits for the reply in its own.
+
+    Attributes:
+        took_s: how long each call took.
+        most: the most threads that were in a call at one time.
+    """
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._threads = ThreadPoolExecutor(POOL_THREADS)
+        self._lock = threading.Lock()
+        self._inside = 0
+        self.took_s: list[float] = []
+        self.most = 0
+
+    def channel(self, site: str) -> Channel:
+        def send(request: bytes, timeout_s: float) -> bytes:
+            reply: Future[bytes] = self._threads.submit(self._handle, site, request)
+            try:
+                return reply.result(timeout_s)
+            except NoReplyError:
+                raise ChannelError("no reply in time") from None
+
+        return send
+
+    def _handle(self, site: str, request: bytes) -> bytes:
+        with self._lock:
+            self._inside += 1
+            self.most = max(self.most, self._inside)
+        start = time.monotonic()
+        try:
+            return self._receiver.handle(site, request)
+        finally:
+            with self._lock:
+                self._inside -= 1
+                self.took_s.append(time.monotonic() - start)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+class Job:
+    """A receiver and eight sites with a sender and a writer each, in one process."""
+
+    def __init__(self, folder: Path, backends: tuple[str, ...] = ("jsonl",)) -> None:
+        self.folder = folder
+        self.receiver = Receiver(
+            folder / "server", job=JobInfo("job-1"), side=Side.SERVER, backends={name: {} for name in backends},
+            limits=LIMITS,
+        )  # fmt: skip
+        self.receiver.start()
+        self.pool = Pool(self.receiver)
+        self.logged: Counter[str] = Counter()
+        self.slowest_s = 0.0
+        self.senders: dict[str, Sender] = {}
+        self.writers: dict[str, Writer] = {}
+        for site in SITES:
+            spool = folder / site / "spool"
+            create_spool(spool, SpoolInfo(site, "job-1", ("server",)))
+            self.senders[site] = Sender(spool, self.pool.channel(site), limits=LIMITS)
+            self.senders[site].start()
+            self.writers[site] = Writer(spool)
+
+    def log(self, n: int = 20) -> None:
+        """Log some steps at each site, and note how long the slowest call took."""
+        for site, writer in self.writers.items():
+            for _ in range(n):
+                start = time.monotonic()
+                writer.log({"loss": float(self.logged[site])}, self.logged[site])
+                self.slowest_s = max(self.slowest_s, time.monotonic() - start)
+                self.logged[site] += 1
+
+    def close_senders(self, timeout_s: float) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        ends = [threading.Thread(target=s.close, args=(timeout_s,)) for s in self.senders.values()]
+        for end in ends:
+            end.start()
+        for end in ends:
+            end.join()
+
+    def stored(self, site: str) -> list[int | None]:
+        return [seen.step for seen in read_store(self.folder / "server" / "jsonl" / "job-1" / f"{site}.jsonl")]
+
+
+@pytest.fixture(params=["wal", "delete"])
+def connect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Open a journal as another program does, on a file system with or without a write-ahead log."""
+    plain: Connect = sqlite3.connect
+
+    def without_shared_memory(path: Any, **options: Any) -> sqlite3.Connection:
+        if options.pop("uri", False):
+            return plain(f"{path}&vfs=unix-dotfile", uri=True, **options)
+        return plain(f"{Path(path).absolute().as_uri()}?vfs=unix-dotfile", uri=True, **options)
+
+    if request.param == "delete":
+        monkeypatch.setattr(sqlite3, "connect", without_shared_memory)
+    return sqlite3.connect
+
+
+def lock_journal_of(job: Job, connect: Connect) -> sqlite3.Connection:
+    other = connect(job.receiver.folder / "trackhub.db", isolation_level=None, timeout=20)
+    other.execute("BEGIN EXCLUSIVE")
+    return other
+
+
+def test_a_locked_journal_blocks_neither_the_receivers_threads_nor_training(tmp_path: Path, connect: Connect) -> None:
+    job = Job(tmp_path)
+    job.log()
+    wait_for(lambda: len(job.stored(SITES[-1])) == 20, "the first records")
+    other = lock_journal_of(job, connect)
+    locked_at = time.monotonic()
+    while time.monotonic() < locked_at + 5.0:
+        job.log(5)
+        threading.Event().wait(0.02)
+    other.execute("ROLLBACK")
+    other.close()
+    job.log()
+
+    job.close_senders(20)
+    silent = job.receiver.wait_for_sites(SITES)
+    report = job.receiver.finish(RunStatus.FINISHED, deadline_s=20)
+    job.pool.close()
+
+    assert max(job.pool.took_s) < HANDLE_MAX_S
+    assert job.pool.most <= len(SITES) + 2, "requests pile up"
+    assert job.slowest_s < 1.0
+    assert silent == set()
+    for site in SITES:
+        assert job.stored(site) == list(range(job.logged[site]))
+    assert report.balanced
+    assert report.lost() == report.undelivered() == 0
+
+
+def test_a_job_ends_at_its_deadline_though_its_journal_is_locked(tmp_path: Path, connect: Connect) -> None:
+    job = Job(tmp_path)
+    job.log()
+    wait_for(lambda: len(job.stored(SITES[-1])) == 20, "the first records")
+    other = lock_journal_of(job, connect)
+    job.log()
+    job.close_senders(0.5)
+
+    start = time.monotonic()
+    report = job.receiver.finish(RunStatus.FINISHED, deadline_s=2)
+    took_s = time.monotonic() - start
+    job.pool.close()
+    other.execute("ROLLBACK")
+    other.close()
+
+    assert took_s < 4.5
+    assert not report.balanced, "the sites' last counts are not known"
+    assert max(job.pool.took_s) < HANDLE_MAX_S

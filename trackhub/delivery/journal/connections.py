@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SQLite connections of an open journal: one that writes, and some that read. No wait for them is without a limit.
+
+`Journal` uses it for every query. A file that another program has locked, or a disk that does not answer, must cost the
+threads of a receiver a moment each, and not ten seconds: they are the threads of FLARE's pool, which the rounds need.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trackhub.delivery.journal.schema import SCHEMA
+from trackhub.errors import JournalError
+
+__all__ = ["Connections"]
+
+_OPEN_S = 10.0
+_READ_S = 0.5
+_FOLD_S = 1.0
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.001, 0.02
+_log = logging.getLogger(__name__)
+
+
+class Connections:
+    """The connections of one journal file. Thread-safe. All methods raise JournalError once they are closed.
+
+    Threads write in turns. A thread whose turn it is tries once to lock the file. If another program has the file
+    locked, the thread gives its turn back before it waits, so that nobody waits behind it.
+    """
+
+    def __init__(self, path: Path, *, durability: str) -> None:
+        """Open the file, and create it and its tables if need be. Blocks up to 10 s while the file is locked.
+
+        Raises:
+            sqlite3.Error: it cannot be opened, or is no journal.
+        """
+        self.path = path
+        self._turn = threading.Lock()
+        self._pool_lock = threading.Lock()
+        self._idle: list[sqlite3.Connection] = []
+        self._borrowed: set[sqlite3.Connection] = set()
+        self._closed = False
+        self._waits_end = math.inf
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_OPEN_S)
+        try:
+            mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            self._has_log = mode == "wal"
+            if not self._has_log:
+                _log.warning("%s: this file system has no write-ahead log; SQLite uses %r, which is slower", path, mode)
+            # Without a write-ahead log, a loss of power under NORMAL could damage the file itself:
+            # https://www.sqlite.org/pragma.html#pragma_synchronous
+            full = durability == "full" or not self._has_log
+            self._db.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+            self._db.executescript(SCHEMA)
+            self._db.execute("PRAGMA busy_timeout=0")  # from here on, `_begin` waits
+        except BaseException:
+            self._db.close()
+            raise
+
+    def limit_waits(self, until: float) -> None:
+        """End every wait at this moment of the monotonic clock at the latest, also those that have begun."""
+        self._waits_end = until
+
+    @contextmanager
+    def transaction(self, wait_s: float) -> Iterator[sqlite3.Connection]:
+        """Write in one transaction: all of it is stored when the ``with`` block ends, or nothing if it raises.
+
+        Args:
+            wait_s: the longest wait for other threads and other programs, in seconds.
+
+        Raises:
+            JournalError: the journal is closed, locked for too long, or cannot be written.
+        """
+        try:
+            # All waiting is done here. A transaction that starts as a reader fails instead of waiting; one that is not
+            # exclusive waits for readers at its end, where there is no write-ahead log.
+            self._begin("BEGIN IMMEDIATE" if self._has_log else "BEGIN EXCLUSIVE", wait_s)
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot write the journal {self.path}: {e}") from e
+        try:
+            yield self._db
+            self._db.execute("COMMIT")
+        except BaseException as e:
+            self._roll_back()
+            if isinstance(e, sqlite3.Error):
+                raise JournalError(f"cannot write the journal {self.path}: {e}") from e
+            raise
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def reading(self, wait_s: float = _READ_S) -> Iterator[sqlite3.Connection]:
+        """Give a connection to read with.
+
+        With a write-ahead log, readers have connections of their own and do not wait for the writer. Without one, they
+        would shut the writer out for good, so all take turns with its connection.
+
+        Args:
+            wait_s: the longest wait for other threads and other programs, in seconds.
+
+        Raises:
+            JournalError: the journal is closed, locked for too long, or cannot be read.
+        """
+        try:
+            if self._has_log:
+                db = self._borrow()
+                try:
+                    yield db
+                finally:
+                    self._give_back(db)
+            else:
+                self._begin("BEGIN", wait_s)
+                try:
+                    yield self._db
+                finally:
+                    self._roll_back()
+                    self._turn.release()
+        except sqlite3.Error as e:
+            raise JournalError(f"cannot read the journal {self.path}: {e}") from e
+
+    def _begin(self, statement: str, wait_s: float) -> None:
+        """Begin a transaction on the writer's connection. The caller has the turn then, and gives it back."""
+        deadline, pause_s = time.monotonic() + wait_s, _FIRST_PAUSE_S
+        while True:
+            self._take_turn(deadline)
+            try:
+                self._check_open()
+                self._db.execute(statement)
+                if statement == "BEGIN":
+                    self._db.execute("SELECT 1 FROM meta LIMIT 1").fetchone()  # only now it locks the file
+                return
+            except BaseException as e:
+                self._roll_back()
+                self._turn.release()
+                left_s = self._left_s(deadline)
+                if not _is_busy(e) or left_s <= 0:
+                    raise
+            # Without the turn: a wait here must not become a wait of all other threads.
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+    def _take_turn(self, deadline: float) -> None:
+        # Tried at once first, which needs no clock: nobody has the turn in nearly all cases.
+        while not self._turn.acquire(blocking=False):
+            left_s = self._left_s(deadline)
+            if left_s <= 0:
+                raise JournalError(f"cannot use the journal {self.path}: another thread has been using it for too long")
+            if self._turn.acquire(timeout=min(left_s, 0.1)):  # in parts, since `limit_waits` may be called meanwhile
+                return
+
+    def _left_s(self, deadline: float) -> float:
+        return min(deadline, self._waits_end) - time.monotonic()
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def _borrow(self) -> sqlite3.Connection:
+        with self._pool_lock:
+            self._check_open()
+            db = self._idle.pop() if self._idle else None
+            if db is not None:
+                self._borrowed.add(db)
+                return db
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_READ_S)
+        db.execute("PRAGMA query_only=1")
+        with self._pool_lock:
+            # A lane that comes back after the end must not make new files: FLARE is archiving the folder then. The file
+            # is opened by the first query, which the lane does not come to.
+            if self._closed:
+                db.close()
+            self._check_open()
+            self._borrowed.add(db)
+            return db
+
+    def _give_back(self, db: sqlite3.Connection) -> None:
+        with self._pool_lock:
+            self._borrowed.discard(db)
+            if not self._closed:
+                self._idle.append(db)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise JournalError(f"the journal {self.path} is closed")
+
+    def close(self) -> None:
+        """Fold everything into the one file and close it, within about a second. Idempotent."""
+        with self._pool_lock:
+            if self._closed:
+                return
+            self._closed = True
+            for db in (*self._idle, *self._borrowed):
+                db.close()
+            self._idle.clear()
+        keep = "keep the -wal file beside it"
+        if not self._turn.acquire(timeout=_FOLD_S):
+            _log.warning("%s: a thread is still writing to it; %s", self.path, keep)
+            return
+        try:
+            self._db.execute(f"PRAGMA busy_timeout={int(_FOLD_S * 1000)}")
+            if self._has_log and self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                _log.warning("%s: its write-ahead log is in use and cannot be folded in; %s", self.path, keep)
+        except sqlite3.Error as e:
+            _log.warning("%s: its write-ahead log could not be folded in (%s); %s", self.path, e, keep)
+        finally:
+            self._db.close()
+            self._turn.release()
+
+
+def _is_busy(error: BaseException) -> bool:
+    """Return whether another connection has the file locked: any of SQLite's codes for that."""
+    return (
+        isinstance(error, sqlite3.OperationalError)
+        and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )

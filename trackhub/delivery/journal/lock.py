@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lock that one process holds while it may write to a journal. It ends with the process, however that dies.
+
+`Journal` and `repair` take it. ``trackhub status`` asks whether somebody holds it: a job without an end and without the
+lock was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from trackhub.errors import JournalError
+from trackhub.process_lock import ProcessLock
+
+__all__ = ["is_journal_locked", "lock_journal"]
+
+_PROBE_S = 0.2  # how long `lock_journal` tries: another process may be asking whether the lock is held
+
+
+def lock_journal(path: Path) -> ProcessLock:
+    """Lock a journal for this process, and return the lock to release. A killed process leaves no lock.
+
+    Raises:
+        JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
+    """
+    # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
+    deadline = time.monotonic() + _PROBE_S
+    while True:
+        try:
+            return ProcessLock.open(_lock_file(path))
+        except BlockingIOError as e:
+            if time.monotonic() >= deadline:
+                raise JournalError(
+                    f"the journal {path} is in use by another process or receiver (a running job, or a replay); wait "
+                    "until it ends"
+                ) from e
+        except OSError as e:
+            what = "open" if path.exists() else "create"
+            raise JournalError(
+                f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
+            ) from e
+        time.sleep(0.01)
+
+
+def is_journal_locked(path: Path) -> bool:
+    """Return whether a process has this journal open for writing. Changes nothing on the disk.
+
+    On a file system without locks nobody can tell, and it returns True: a job that runs must not be called dead.
+    """
+    try:
+        fd = os.open(_lock_file(path), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two processes that ask at the same time do not take each other for the owner.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_suffix(".lock")
