@@ -190,8 +190,8 @@ class _Delivery:
 class LocalWriter(Writer):
     """A `trackhub.Writer` that delivers by itself. Close it, or use it as a context manager, to deliver everything.
 
-    A writer that is still open when the script ends is closed then: at the interpreter's exit, also after an exception,
-    and on SIGTERM and SIGHUP where the script does not handle them. It says on stderr what it delivered.
+    A writer that is still open when the script ends is closed then, and says on stderr what it delivered. An exception
+    ends a script, and so do SIGTERM and SIGHUP where the script does not handle them.
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.

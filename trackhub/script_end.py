@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """End open runs when the script ends: when the interpreter exits, and on SIGTERM and SIGHUP.
 
-`trackhub.local_tracking` registers each run that it opens. This module changes the process as little as it can: it
-takes a signal only where nobody handles it, and gives it back when the last run is closed.
+`trackhub.local_tracking` registers each run that it opens. A signal is handled only where nobody else handles it, and
+only while a run is open.
 """
 
 from __future__ import annotations
