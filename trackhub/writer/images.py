@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ __all__ = ["read_image"]
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _CHANNELS = (1, 3, 4)
+_pillow_lock = threading.Lock()
 
 
 class _EncodedImage(NamedTuple):
@@ -71,13 +73,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
     Raises:
         RecordError: it is none of what is described there, or Pillow is not installed.
     """
-    try:
-        from PIL import Image as pil  # lazy: only who logs images needs Pillow
-    except ImportError as e:
-        raise RecordError(
-            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
-            "(in a clone: pip install -e '.[images]')"
-        ) from e
+    pil = _load_pillow(key)
     if isinstance(image, bytes | bytearray | str | os.PathLike):
         return _read_file(key, pil, image)
     if not isinstance(image, pil.Image):
@@ -90,6 +86,23 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
     except Exception as e:  # Pillow's errors share no base class: a closed image, one cut off, a mode it cannot convert
         raise RecordError(f"log_image({key!r}): the image cannot be encoded: {type(e).__name__}: {e}") from e
     return _EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
+
+
+def _load_pillow(key: str) -> Any:
+    """Return the module ``PIL.Image``. The first call imports it, and all of Pillow's formats."""
+    try:
+        with _pillow_lock:
+            from PIL import Image as pil  # lazy: only who logs images needs Pillow
+
+            # Otherwise Pillow loads its formats with the first image. If two threads open one at the same time, it tells
+            # one of them that a good image cannot be identified (Pillow 13.0).
+            pil.init()
+    except ImportError as e:
+        raise RecordError(
+            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
+            "(in a clone: pip install -e '.[images]')"
+        ) from e
+    return pil
 
 
 def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
