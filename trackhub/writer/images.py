@@ -94,8 +94,8 @@ def _load_pillow(key: str) -> Any:
         with _pillow_lock:
             from PIL import Image as pil  # lazy: only who logs images needs Pillow
 
-            # Otherwise Pillow loads its formats with the first image. If two threads open one at the same time, it tells
-            # one of them that a good image cannot be identified (Pillow 13.0).
+            # Otherwise Pillow loads its formats with the first image. If two threads open one at the same time, it says
+            # to one of them that it cannot identify a good image (Pillow 13.0).
             pil.init()
     except ImportError as e:
         raise RecordError(

@@ -113,8 +113,8 @@ def import_sdk() -> ModuleType:
         with contextlib.suppress(ImportError):  # then W&B rejects images, and says what to install
             from PIL import Image
 
-            # Pillow loads its formats with the first image. If two lanes open one at the same time, it tells one of them
-            # that a good image cannot be identified (Pillow 13.0).
+            # Pillow loads its formats with the first image. If two lanes open one at the same time, it says to one of
+            # them that it cannot identify a good image (Pillow 13.0).
             Image.init()
     return wandb
 
