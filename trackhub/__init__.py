@@ -41,6 +41,7 @@ def local(
     tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
+    strict: bool = False,
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
 
@@ -61,6 +62,7 @@ def local(
         tags: labels of the job.
         site: the site's name, the second half of the run's name.
         limits: how much, how often and how long.
+        strict: raise for what cannot be stored, as for `Writer`.
 
     Raises:
         ConfigError: a backend or an option is unknown, a backend cannot be used as configured, the run is there already
@@ -80,4 +82,5 @@ def local(
         tags=tags,
         site=site,
         limits=limits,
+        strict=strict,
     )

@@ -41,7 +41,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
 from trackhub.run import path_component
 from trackhub.script_end import end_with_script, is_failure, unregister
-from trackhub.writer.spool_choice import is_disabled
+from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer
 
 __all__ = ["LocalWriter", "open_local"]
@@ -200,14 +200,15 @@ class LocalWriter(Writer):
 
     report: DeliveryReport | None
 
-    def __init__(self, folder: Path, delivery: _Delivery | None) -> None:
+    def __init__(self, folder: Path, delivery: _Delivery | None, *, strict: bool = False) -> None:
         """Use `trackhub.local`, which calls this.
 
         Args:
             folder: the run's folder.
             delivery: what delivers the run; None records nothing.
+            strict: as for `Writer`.
         """
-        super().__init__(None if delivery is None else delivery.spool)
+        super().__init__(None if delivery is None else delivery.spool, strict=strict)
         self.folder = folder
         self.report = None
         self._delivery = delivery
@@ -297,11 +298,12 @@ def open_local(
     tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
+    strict: bool = False,
 ) -> LocalWriter:
     """Start a receiver in this process, and return a writer that delivers to it.
 
     Args:
-        backends, folder, job, resume, name, notes, tags, site: as for `trackhub.local`.
+        backends, folder, job, resume, name, notes, tags, site, strict: as for `trackhub.local`.
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
@@ -316,6 +318,7 @@ def open_local(
     job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
     runs_dir = Path(folder).absolute()
     run_dir = runs_dir / path_component(job_info.unique_name)
+    is_strict()  # a wrong value is an error before anything is made
     if is_disabled():
         return LocalWriter(run_dir, None)
     limits = limits or Limits.from_mapping({}, environ=os.environ)
@@ -327,7 +330,7 @@ def open_local(
         )
     _name_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits)
-    writer = LocalWriter(run_dir, delivery)
+    writer = LocalWriter(run_dir, delivery, strict=strict)
     end_with_script(writer)
     return writer
 

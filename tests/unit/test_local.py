@@ -25,7 +25,7 @@ from tests.unit.helpers import assert_balanced, json_lines, small_disk
 from trackhub import local_tracking
 from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.report import DeliveryReport, read_report
+from trackhub.delivery.report import DeliveryReport, format_report, read_report
 from trackhub.errors import ConfigError, JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
@@ -107,8 +107,8 @@ def test_close_may_be_called_again_and_nothing_can_be_logged_afterwards(tmp_path
     first = writer.report
     writer.close()
     assert writer.report is first
-    with pytest.raises(SpoolError, match="closed"):
-        writer.log({"a": 1.0})
+    writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1
 
 
 def test_a_script_that_fails_ends_its_run_as_failed_and_its_error_is_kept(tmp_path: Path) -> None:
@@ -120,13 +120,28 @@ def test_a_script_that_fails_ends_its_run_as_failed_and_its_error_is_kept(tmp_pa
     assert report_of(writer).lanes["jsonl"]["local"].confirmed == 1
 
 
-def test_a_bad_call_is_an_error_and_the_rest_is_delivered(tmp_path: Path) -> None:
+def test_a_bad_value_is_counted_and_the_rest_is_delivered(tmp_path: Path) -> None:
     with open_local(tmp_path) as writer:
-        writer.log({"a": 1.0})
-        with pytest.raises(RecordError):
-            writer.log({"": 1.0})
-        writer.log({"a": 2.0})
-    assert [line["seq"] for line in lines(writer)] == [0, 1]
+        writer.log({"note": None, "loss": 0.1}, 0)
+        writer.log({"": 1.0}, 1)
+        writer.log("nonsense", -1)  # type: ignore[arg-type]
+        writer.log({"loss": 0.2}, 2)
+    assert [(line["seq"], line["values"]) for line in lines(writer)] == [(0, {"loss": 0.1}), (3, {"loss": 0.2})]
+    report = report_of(writer)
+    at_site = report.sites["local"].at_site
+    assert at_site is not None
+    assert report.balanced
+    assert (at_site.logged, at_site.acked, at_site.altered) == (4, 2, {"invalid_value": 1})
+    assert at_site.dropped == {"invalid_value": 1, "invalid_call": 1}
+    assert "values left out at the site (invalid_value): 1" in format_report(report)
+
+
+def test_a_strict_run_raises_for_a_bad_value(tmp_path: Path) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, limits=FAST, strict=True) as writer:
+        with pytest.raises(RecordError, match="'note'"):
+            writer.log({"note": None, "loss": 0.1})
+        writer.log({"loss": 0.2})
+    assert len(lines(writer)) == 1
 
 
 def test_a_single_backend_may_be_named_by_a_plain_string(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class StreamCount(msgspec.Struct, frozen=True):
         refused: what the receiver refused, by reason.
         spooled: what is in the spool and not acknowledged yet.
         unreadable: as ``spooled``, but the file system does not let the reader read it.
+        altered: values that the writer left out of records that go on, by reason. They are no records.
         is_complete: False if the stream may have records that are not counted here.
     """
 
@@ -40,6 +41,7 @@ class StreamCount(msgspec.Struct, frozen=True):
     refused: dict[str, int]
     spooled: int
     unreadable: int = 0
+    altered: dict[str, int] = {}
     is_complete: bool = True
 
 
@@ -89,13 +91,15 @@ def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True)
         refused=ack.refused,
         spooled=rest if is_readable else 0,
         unreadable=0 if is_readable else rest,
+        altered=ledger.left_out,
         is_complete=ledger.is_counted or (is_readable and ack.next_seq > 0),
     )
 
 
 def count_retired(retired: Retired) -> StreamCount:
     """Return the count of all retired streams together."""
-    return StreamCount(retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused, 0)
+    counts = retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused
+    return StreamCount(*counts, spooled=0, altered=retired.altered)
 
 
 def add_up(counts: Iterable[StreamCount]) -> StreamCount:
@@ -109,6 +113,7 @@ def add_up(counts: Iterable[StreamCount]) -> StreamCount:
         refused=_by_reason(count.refused for count in counts),
         spooled=sum(count.spooled for count in counts),
         unreadable=sum(count.unreadable for count in counts),
+        altered=_by_reason(count.altered for count in counts),
         is_complete=all(count.is_complete for count in counts),
     )
 

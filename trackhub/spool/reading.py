@@ -406,7 +406,7 @@ class SpoolReader:
             ledger = read_ledger(ledger_file(self.folder, stream.name))
         except OSError as e:
             self._name_problem(stream, f"{e.filename}: {e.strerror}")
-            count = self._count_with(LedgerCounts(0, {}, 0, is_counted=False), stream, until, by_ledger)
+            count = self._count_with(LedgerCounts(0, {}, {}, 0, is_counted=False), stream, until, by_ledger)
             return msgspec.structs.replace(count, is_complete=False)
         return self._count_with(ledger, stream, until, by_ledger)
 
@@ -434,4 +434,5 @@ class SpoolReader:
         count = count_stream(ack, logged=logged, dropped=ledger.dropped, spooled=spooled, explained=explained)
         if (tail := count.dropped.get(DAMAGED, 0) - explained[DAMAGED]) > 0:
             self._damage.missing_tail(self.folder, stream.name, tail, logged)
-        return msgspec.structs.replace(count, is_complete=ledger.is_counted or place.seq > 0)
+        is_complete = ledger.is_counted or place.seq > 0
+        return msgspec.structs.replace(count, altered=ledger.left_out, is_complete=is_complete)

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 from trackhub.errors import RecordError
 from trackhub.records import Blob, Image
 from trackhub.spool.writing import NewBlob
-from trackhub.writer.values import plain_text, read_key, shown
+from trackhub.writer.plain_values import plain_text, shown
+from trackhub.writer.values import read_key
 
 __all__ = ["read_image"]
 
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _CHANNELS = (1, 3, 4)
+_ROUNDING = 0.001  # of floats in 0..1; less than a step of a pixel's 256
 _pillow_lock = threading.Lock()
 
 
@@ -140,11 +142,11 @@ def _to_uint8(key: str, image: Any) -> Any:
     if not np.issubdtype(array.dtype, np.floating):
         raise RecordError(f"log_image({key!r}): dtype {array.dtype} is not supported; expected uint8, or float in 0..1")
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):
+    if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):
         raise RecordError(
             f"log_image({key!r}): expected floats in 0..1, got {low:g}..{high:g}; scale them, or pass uint8"
         )
-    return (array * 255.0 + 0.5).astype(np.uint8)
+    return (np.clip(array, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def _with_channels_last(key: str, array: Any) -> Any:
