@@ -32,6 +32,7 @@ from trackhub.writer.plain_values import (
 __all__ = [
     "BadValues",
     "WrongCallError",
+    "known_numbers",
     "read_histogram",
     "read_key",
     "read_metrics",
@@ -86,6 +87,26 @@ class BadValues:
         if self._strict:
             raise error
         self.found.append((shown(key), error))
+
+
+def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
+    """Return scalars as key to float if all are Python's numbers under known keys. Otherwise `read_metrics` must look.
+
+    Args:
+        metrics: a mapping of key to number.
+        known_keys: keys that were accepted before.
+    """
+    found = {}
+    if type(metrics) is not dict:
+        return None
+    for key, value in metrics.items():
+        if type(key) is not str or key not in known_keys or not isinstance(value, float | int):
+            return None
+        try:
+            found[key] = float(value)
+        except OverflowError:
+            return None
+    return found
 
 
 def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str, float]:

@@ -25,6 +25,7 @@ from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
     BadValues,
     WrongCallError,
+    known_numbers,
     read_histogram,
     read_metrics,
     read_params,
@@ -340,6 +341,8 @@ class Writer:
             self._refuse(method, e, *args[:1])
 
     def _read_metrics(self, metrics: Any) -> dict[str, float]:
+        if (known := known_numbers(metrics, self._known_keys)) is not None:
+            return known
         bad = BadValues(strict=self._strict)
         values = read_metrics(metrics, self._known_keys, bad)
         self._note_left_out(bad, has_rest=bool(values))
