@@ -400,7 +400,7 @@ class Receiver:
         self._journal.set_facts({"status": status})
 
     def assume_ended(self, site: str) -> None:
-        """Take it that the training of this site ended well, unless the site has said otherwise.
+        """Assume that the training of this site ended well, unless the site has said otherwise.
 
         A replay needs it for a site that ended in order, and whose final message no receiver got.
         """

@@ -54,8 +54,8 @@ def count_stream(
         ack: how far the reader got.
         logged: log calls that the writer counted or that are in the spool, whichever are more.
         dropped: what the writer's ledger counts as dropped, by reason.
-        spooled: records that can be read in the spool behind ``ack``.
-        explained: records that gaps account for, before and behind ``ack``, by reason.
+        spooled: readable records in the spool after ``ack``.
+        explained: records that gaps account for, before and after ``ack``, by reason.
     """
     withheld = explained.get(_WITHHELD, 0)
     # The writer's ledger counts its drops even if their gap never got into the stream.
@@ -69,18 +69,18 @@ def count_stream(
 
 
 def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True) -> StreamCount:
-    """Return the count of a stream without reading what is behind ``ack``. Damage there is not seen yet.
+    """Return the count of a stream without reading what comes after ``ack``. Damage there is not seen yet.
 
     Args:
         ack: how far the reader got.
         ledger: what the writer counted.
-        is_readable: whether what is behind ``ack`` can be read.
+        is_readable: whether what comes after ``ack`` can be read.
     """
     explained = ack.explained
     drops = {reason: max(n, explained.get(reason, 0)) for reason, n in ledger.dropped.items()}
     drops.update({reason: n for reason, n in explained.items() if reason not in drops and reason != _WITHHELD})
     passed = sum(n for reason, n in explained.items() if reason != _WITHHELD)
-    # Up to ``ack``, every record is accounted for. Behind it are the drops whose gap was not read yet, and the rest.
+    # Up to ``ack``, every record is accounted for. After it come the drops whose gap was not read yet, and the rest.
     rest = max(0, ledger.logged - ack.next_seq - (sum(drops.values()) - passed))
     gone = explained.get(_WITHHELD, 0) + sum(drops.values()) + ack.acked + sum(ack.refused.values())
     return StreamCount(

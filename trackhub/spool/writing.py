@@ -28,6 +28,11 @@ from trackhub.spool.stream import CLOSED, Stream
 
 __all__ = ["NewBlob", "SpoolWriter"]
 
+_NEXT_STEPS = {
+    "disk_full": ". Free space on this disk: what is logged from then on is recorded",
+    "spool_full": ". Raise the limit spool_bytes, or see why the receiver does not accept what is in the spool",
+    "io_error": ". See whether this process may write to the folder, and whether its disk is sound",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -296,8 +301,8 @@ class SpoolWriter:
         if warning is not None:
             reason, detail, total = warning
             _log.warning(
-                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on",
-                reason, detail, self.folder, total,
+                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on%s",
+                reason, detail, self.folder, total, _NEXT_STEPS.get(reason, ""),
             )  # fmt: skip
 
 
@@ -327,7 +332,10 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
     path = Path(folder)
     try:
         if not (found := read_spool_info(path)).open or (found.site, found.job) != (info.site, info.job):
-            _log.warning("a copied writer records nothing: the job %s of site %s has ended", info.job, info.site)
+            _log.warning(
+                "a copied writer records nothing: the job %s of site %s has ended; copy the writer while the job runs",
+                info.job, info.site,
+            )  # fmt: skip
             return None
     except SpoolError as e:
         _log.warning("a copied writer finds no spool, and drops what it is given until there is one: %s", e)

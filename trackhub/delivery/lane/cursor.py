@@ -252,7 +252,12 @@ class Cursor:
         try:
             self._store(self.written)
         except JournalError as e:
-            _log.warning("lane %s cannot store how far run %s got: %s", self.lane, self.site, e)
+            _log.warning(
+                "lane %s cannot store how far run %s got: %s. After a crash it delivers these records again",
+                self.lane,
+                self.site,
+                e,
+            )
 
     def _store(self, written: int) -> None:
         # Never less than an earlier lane announced, or its records would no longer count as possible duplicates.
