@@ -35,29 +35,52 @@ def local(
     *,
     folder: str | Path = "runs",
     job: str | None = None,
+    resume: bool = False,
     name: str = "",
     notes: str = "",
     tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
+    strict: bool = False,
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
+
+    Close it, or use it as a context manager, and everything is delivered when that returns. A run that is still open
+    when the script ends is closed then, and says on stderr what it delivered. It ends as failed after an exception,
+    ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed, what it logged stays in the
+    run's folder. The next run in ``folder`` names it, and ``trackhub replay`` delivers it.
+
+    The environment variable ``TRACKHUB_MODE=disabled`` turns it off: nothing is recorded, and no folder is made.
 
     Args:
         backends: names of installed backends, or names with their options.
         folder: where the run's folder is made. It is called like the job: its name and its id.
         job: the job's id; by default the time and a few random characters. Two jobs never share it.
+        resume: go on in the run of this ``job`` in this ``folder``, if it is there. Without it, such a run is an error.
         name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
         notes: a description of the job, in Markdown.
         tags: labels of the job.
         site: the site's name, the second half of the run's name.
         limits: how much, how often and how long.
+        strict: raise for what cannot be stored, as for `Writer`.
 
     Raises:
-        ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
+        ConfigError: a backend or an option is unknown, a backend cannot be used as configured, the run is there already
+            and ``resume`` is not set, or ``TRACKHUB_MODE`` has an unknown value.
         PluginError: a backend's plugin cannot be used.
         DeliveryError: the folder cannot be used.
     """
     from trackhub.local_tracking import open_local  # lazy: a trainer in a FLARE job needs none of the delivery
 
-    return open_local(backends, folder=folder, job=job, name=name, notes=notes, tags=tags, site=site, limits=limits)
+    return open_local(
+        backends,
+        folder=folder,
+        job=job,
+        resume=resume,
+        name=name,
+        notes=notes,
+        tags=tags,
+        site=site,
+        limits=limits,
+        strict=strict,
+    )

@@ -11,7 +11,7 @@
     │   ├─ BackendLoadError           its entry point cannot be imported
     │   ├─ BackendConflictError       two distributions claim one backend name
     │   └─ IncompatibleBackendError   it was written for another version of the SPI
-    ├─ RecordError(ValueError)      raised to training code: a log call is wrong, and nothing of it was recorded
+    ├─ RecordError(ValueError)      raised to training code by a strict writer alone: a log call is wrong
     ├─ BackendError                 raised by plugins
     │   ├─ TransientError             try again later, with the same records
     │   └─ PermanentError             trying again cannot help
@@ -78,7 +78,7 @@ class IncompatibleBackendError(PluginError):
 
 
 class RecordError(TrackhubError, ValueError):
-    """A log call is wrong, and nothing of it was recorded. Training code may catch it and go on."""
+    """A log call, or a value in it, cannot be recorded. Only a strict writer raises it; others count it and go on."""
 
 
 class BackendError(TrackhubError):

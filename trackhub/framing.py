@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from trackhub.errors import RecordError
 from trackhub.records import KIND_OF, Kind, Record
 
 __all__ = [
@@ -95,13 +96,16 @@ def encode_frame(record: Record) -> bytes:
     """Return the frame that carries this record.
 
     Raises:
-        ValueError: the encoded record is larger than ``MAX_BODY_BYTES``.
-        OverflowError: an integer in it does not fit into 64 bits.
+        RecordError: the encoded record is larger than ``MAX_BODY_BYTES``.
     """
     body = _encode(record)
     size = len(body)
     if size > MAX_BODY_BYTES:
-        raise ValueError(f"the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}")
+        what = f"{type(record.payload).__name__} {str(getattr(record.payload, 'key', ''))[:80]!r}"
+        raise RecordError(
+            f"{what}: the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}; log a larger value with "
+            "log_artifact"
+        )
     checked = _pack_checked(size, KIND_OF[type(record.payload)]) + body
     return _pack_crc(zlib.crc32(checked)) + checked
 

@@ -80,7 +80,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds between two keep-alive messages of a site."""
 
     silence_s: Annotated[float, _Range(0.2, 3600)] = 7.0
-    """Seconds without any message after which the receiver takes a site for gone. At least twice ``keepalive_s``, or
+    """Seconds without any message after which the receiver regards a site as gone. At least twice ``keepalive_s``, or
     one late message would count as death. The default allows three missed signs of life."""
 
     durability: Literal["normal", "full"] = "normal"
@@ -99,7 +99,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.silence_s < 2 * self.keepalive_s:
             raise ConfigError(
                 f"limits.silence_s: {self.silence_s} must be at least twice limits.keepalive_s ({self.keepalive_s}), "
-                f"or a site whose one message is late is taken for gone"
+                f"or a site with one late message is regarded as gone"
             )
 
     @classmethod

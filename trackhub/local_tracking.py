@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A writer with a receiver of its own in the same process, so that a training script runs outside FLARE as well.
 
-`trackhub.local` calls `open_local`. It is a transport like any other, the shortest one: a plain call.
+`trackhub.local` calls `open_local`. It is a transport like any other, the shortest one: a plain call. A run that the
+script does not close is ended by `trackhub.script_end`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import logging
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -28,18 +30,25 @@ from trackhub.delivery import (
     Sender,
     Side,
     SpoolInfo,
+    close_spool,
     create_spool,
+    find_interrupted,
+    format_results,
+    has_streams,
     set_process_spool,
     withdraw_process_spool,
 )
-from trackhub.errors import ConfigError, JournalError, PluginError, TrackhubError
+from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
 from trackhub.run import path_component
+from trackhub.script_end import end_with_script, is_failure, unregister
+from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer
 
 __all__ = ["LocalWriter", "open_local"]
 
 _CURSOR = "local"
 _TRY_EVERY_S = 2.0
+_MAX_NAMED = 3
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +108,12 @@ class _LateReceiver:
             raise ChannelError("the disk has no room for the journal")
         return self._receiver.handle(self._site, request)
 
+    def note_status(self, status: RunStatus) -> None:
+        """Store how the run ends, so that a replay knows even if this process dies before ``finish`` returns."""
+        if self._receiver is not None:
+            with contextlib.suppress(JournalError):  # ``finish`` tries it again, and says so
+                self._receiver.note_status(status)
+
     def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
         """End the run, as ``Receiver.finish`` does.
 
@@ -127,35 +142,78 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+class _Delivery:
+    """Moves what a run logs from its spool to the backends, and ends the run. Made by `open_local`.
+
+    Attributes:
+        spool: the spool's folder.
+        sender: the started sender, which sends the spool to the receiver.
+    """
+
+    def __init__(self, spool: Path, receiver: _LateReceiver, sender: Sender, close_s: float) -> None:
+        """Take over what was started.
+
+        Args:
+            spool: the spool's folder.
+            receiver: the receiver, which was started.
+            sender: the started sender, which sends the spool to the receiver.
+            close_s: the longest time in seconds to try to bring the spool to the receiver.
+        """
+        self.spool = spool
+        self.sender = sender
+        self._receiver = receiver
+        self._close_s = close_s
+
+    def end(self, status: RunStatus) -> DeliveryReport:
+        """Deliver what is left, end the run and close everything. Ctrl-C skips the waits.
+
+        Raises:
+            JournalError: the journal cannot be read, or there never was room for it.
+        """
+        withdraw_process_spool(self.spool)
+        # First, since the process may be killed from here on.
+        self._receiver.note_status(status)
+        if (self.spool / "spool.json").exists():
+            with contextlib.suppress(SpoolError):  # the sender tries it again
+                close_spool(self.spool)
+        deadline_s = None
+        try:
+            self.sender.close(self._close_s, failed=status is RunStatus.FAILED)
+        except BaseException:
+            deadline_s = 0.0
+            raise
+        finally:
+            report = self._receiver.finish(status, deadline_s=deadline_s)
+        return report
+
+
 class LocalWriter(Writer):
     """A `trackhub.Writer` that delivers by itself. Close it, or use it as a context manager, to deliver everything.
 
+    A writer that is still open when the script ends is closed then, and says on stderr what it delivered. An exception
+    ends a script, and so do SIGTERM and SIGHUP where the script does not handle them.
+
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``, and after it if the journal cannot be read.
+        report: the delivery report; None until ``close``, and after it if there never was room for the journal.
     """
 
     report: DeliveryReport | None
 
-    def __init__(self, folder: Path, spool: Path, receiver: _LateReceiver, sender: Sender, *, close_s: float) -> None:
+    def __init__(self, folder: Path, delivery: _Delivery | None, *, strict: bool = False) -> None:
         """Use `trackhub.local`, which calls this.
 
         Args:
             folder: the run's folder.
-            spool: the spool's folder.
-            receiver: the receiver, which was started.
-            sender: the started sender, which sends the spool to the receiver.
-            close_s: the longest time in seconds that ``close`` tries to bring the spool to the receiver.
+            delivery: what delivers the run; None records nothing.
+            strict: as for `Writer`.
         """
-        super().__init__(spool)
+        super().__init__(None if delivery is None else delivery.spool, strict=strict)
         self.folder = folder
         self.report = None
-        self._spool_dir = spool
-        self._receiver = receiver
-        self._sender = sender
-        self._close_s = close_s
+        self._delivery = delivery
         self._pid = os.getpid()
-        self._has_ended = False
+        self._has_ended = delivery is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy logs into the same run, as a forked child does. It can end neither the run nor what it does not have.
@@ -163,12 +221,14 @@ class LocalWriter(Writer):
 
     def set_round(self, value: int | None) -> None:
         """Set the round that is put on the records logged from now on; None for no round."""
-        self._sender.set_round(value)
+        if self._delivery is not None:
+            self._delivery.sender.set_round(value)
 
     def close(self, *, failed: bool = False) -> None:
         """Deliver what was logged, end the run, and make the report. Blocks up to the limits' deadline. Idempotent.
 
-        Never raises. If the journal is damaged, or its disk is full, the log says so and there is no report.
+        Never raises, except for what interrupts it, such as Ctrl-C. If the journal is damaged, or its disk is full, the
+        log says so and there is no report.
 
         In a forked child it ends only what the child logs. The parent delivers that.
 
@@ -176,24 +236,55 @@ class LocalWriter(Writer):
             failed: end the run as failed.
         """
         super().close()
-        if os.getpid() != self._pid or self._has_ended:
+        if self._delivery is None or self._has_ended or os.getpid() != self._pid:
             return  # in a forked child, the sender and the receiver live in the parent
         self._has_ended = True
-        withdraw_process_spool(self._spool_dir)
-        self._sender.close(self._close_s, failed=failed)
         try:
-            self.report = self._receiver.finish(RunStatus.FAILED if failed else RunStatus.FINISHED)
+            self.report = self._delivery.end(RunStatus.FAILED if failed else RunStatus.FINISHED)
         except Exception as e:  # noqa: BLE001  # a damaged journal or a full disk; training has ended well
-            _log.warning(
-                "tracking could not end in order: %s: %s. What was logged is in %s; deliver it with `trackhub replay "
-                "%s`",
-                type(e).__name__, e, self.folder, self.folder,
-            )  # fmt: skip
+            self._warn_of_end(f"{type(e).__name__}: {e}")
+        else:
+            if self.report.error:
+                self._warn_of_end(self.report.error)
+            elif left := self.report.undelivered():
+                _log.warning(
+                    "%d records of the run in %s are not delivered yet; `trackhub replay %s` goes on with them",
+                    left, self.folder, self.folder,
+                )  # fmt: skip
+        finally:
+            unregister(self)
+
+    def _warn_of_end(self, reason: str) -> None:
+        _log.warning(
+            "tracking could not end in order: %s. What was logged is in %s; deliver it with `trackhub replay %s`",
+            reason, self.folder, self.folder,
+        )  # fmt: skip
+
+    def end_with_script(self, *, failed: bool) -> None:
+        """Close, and say on stderr what was delivered and where it is. Never raises.
+
+        Args:
+            failed: end the run as failed.
+        """
+        try:
+            self.close(failed=failed)
+        except KeyboardInterrupt:
+            _say(f"interrupted; `trackhub replay {self.folder}` delivers what is left")
+        if self.report is not None:
+            how = "failed" if failed else "finished"
+            results = format_results({self.report.side: self.report})
+            _say(f"the run was still open when the script ended, and is closed now as {how}\n{results}")
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(failed=exc_type is not None)
+        self.close(failed=is_failure(exc))
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(Exception):  # stderr may be closed, or busy where a signal came in
+        sys.stderr.write(f"trackhub: {message}\n")
+        sys.stderr.flush()
 
 
 def open_local(
@@ -201,36 +292,64 @@ def open_local(
     *,
     folder: str | Path = "runs",
     job: str | None = None,
+    resume: bool = False,
     name: str = "",
     notes: str = "",
     tags: Iterable[str] = (),
     site: str = "local",
     limits: Limits | None = None,
+    strict: bool = False,
 ) -> LocalWriter:
     """Start a receiver in this process, and return a writer that delivers to it.
 
     Args:
-        backends, folder, job, name, notes, tags, site: as for `trackhub.local`.
+        backends, folder, job, resume, name, notes, tags, site, strict: as for `trackhub.local`.
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
-        ConfigError: a backend, an option or a limit is wrong, or a backend cannot be used as configured.
+        ConfigError: a backend, an option or a limit is wrong, a backend cannot be used as configured, or the run is
+            there already and ``resume`` is not set.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk is no error: tracking begins once there is room.
     """
     if isinstance(backends, str):
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
-    limits = limits or Limits.from_mapping({}, environ=os.environ)
     job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
-    run_dir = Path(folder).absolute() / path_component(job_info.unique_name)
+    runs_dir = Path(folder).absolute()
+    run_dir = runs_dir / path_component(job_info.unique_name)
+    is_strict()  # a wrong value is an error before anything is made
+    if is_disabled():
+        return LocalWriter(run_dir, None)
+    limits = limits or Limits.from_mapping({}, environ=os.environ)
+    spool = run_dir / "trackhub" / "spool"
+    if not resume and has_streams(spool):
+        raise ConfigError(
+            f"{run_dir}: this run was logged to before. To go on in it, pass resume=True. Otherwise give another job=, "
+            "or leave it out, and each run gets a folder of its own"
+        )
+    _name_interrupted(runs_dir, but=run_dir)
+    delivery = _start(run_dir, spool, job_info, site, options, limits)
+    writer = LocalWriter(run_dir, delivery, strict=strict)
+    end_with_script(writer)
+    return writer
+
+
+def _start(
+    run_dir: Path,
+    spool: Path,
+    job: JobInfo,
+    site: str,
+    backends: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
+) -> _Delivery:
+    """Start the receiver, make the spool, and start the sender. If that fails, leave no thread and no lock."""
     receiver = _LateReceiver(
-        lambda: Receiver(run_dir, job=job_info, side=Side.LOCAL, backends=options, limits=limits), site
+        lambda: Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits), site
     )
     receiver.start()  # first: with a wrong configuration no spool is made
-    spool = run_dir / "trackhub" / "spool"
     try:
-        create_spool(spool, SpoolInfo(site, job_info.id, (_CURSOR,), limits.spool_bytes))
+        create_spool(spool, SpoolInfo(site, job.id, (_CURSOR,), limits.spool_bytes))
         sender = Sender(spool, receiver.channel, cursor=_CURSOR, limits=limits)
     except BaseException:
         with contextlib.suppress(JournalError):  # the first error says more
@@ -238,4 +357,16 @@ def open_local(
         raise
     sender.start()
     set_process_spool(spool)
-    return LocalWriter(run_dir, spool, receiver, sender, close_s=limits.deadline_s)
+    return _Delivery(spool, receiver, sender, limits.deadline_s)
+
+
+def _name_interrupted(runs_dir: Path, *, but: Path) -> None:
+    """Name the runs in this folder whose script was killed, in one line."""
+    found = [run for run in find_interrupted(runs_dir) if run != but and has_streams(run / "trackhub" / "spool")]
+    if found:
+        named = ", ".join(f"`trackhub replay {run}`" for run in found[:_MAX_NAMED])
+        more = f", and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+        _log.warning(
+            "%d earlier %s killed before all was delivered; deliver the rest with %s%s",
+            len(found), "run was" if len(found) == 1 else "runs were", named, more,
+        )  # fmt: skip

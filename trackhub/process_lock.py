@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["ProcessLock"]
+__all__ = ["ProcessLock", "is_free"]
 
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -81,6 +81,24 @@ class ProcessLock:
                 close(fd)
             except OSError:
                 pass
+
+
+def is_free(path: Path) -> bool:
+    """Return whether this file is there and nobody holds its lock. False if that cannot be told. Never raises."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two that look at once do not find each other. It is held for a moment only: whoever wants the
+        # lock just then would be refused.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 _locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()

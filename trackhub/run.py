@@ -50,7 +50,7 @@ class RunStatus(StrEnum):
     ABORTED = "aborted"
     """Somebody stopped the job."""
     KILLED = "killed"
-    """All processes of the job died before they could say how it ended. The core does not set it yet."""
+    """All processes of the job died before they could say how it ended. A replay ends the runs so."""
 
 
 class RunKey(NamedTuple):

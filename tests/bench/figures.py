@@ -5,7 +5,7 @@ An *experiment* has arms: ways of doing the same work, one of them with trackhub
 turn, round after round, so that other load on the machine falls on all of them. Each run returns named values, and
 counts the records that it logged and that it then found in the store.
 
-A *figure* compares one value of two arms, or one arm's value with a bound, and has a mark that it should reach.
+A *figure* compares one value of two arms, or one arm's value with a bound, and has a target that it should reach.
 `judge` makes a figure void if a trackhub run lost a record. Records that the alternative lost are shown, and void
 nothing.
 
@@ -102,7 +102,7 @@ class Figure:
         arm, against: the two arms. ``against`` may be empty under ``at most``: then nothing is compared.
         unit: the unit of both values, such as ``us`` or ``records/s``.
         kind: ``times less``: score = against / arm. ``times more``: score = arm / against. ``at most``: score = arm.
-        reach: the mark: the least good score, or under ``at most`` the largest.
+        reach: the target: the least good score, or under ``at most`` the largest.
         allowance: how much the arm's value may be above that of ``against``, such as seconds at a job's end. The
             verdict takes it off, the score does not.
         explain: why the figure falls short, if it does, as a profile shows. Printed below the table.
@@ -342,7 +342,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def last_line(outcomes: Sequence[Outcome], seconds: float) -> str:
-    """Return in one line how many figures reach their mark, fall short or are void."""
+    """Return in one line how many figures reach their target, do not reach it, or are void."""
     counts = Counter(outcome.verdict for outcome in outcomes)
     return (
         f"{counts['reaches']} of {len(outcomes)} figures reach, {counts['falls short']} fall short, "

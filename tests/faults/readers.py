@@ -35,7 +35,7 @@ __all__ = [
     "read_tensorboard",
 ]
 
-_DROPS = ("spool_full", "disk_full", "io_error", "unconvertible")
+_DROPS = ("spool_full", "disk_full", "io_error", "unconvertible", "invalid_value", "invalid_call", "writer_closed")
 _GAP = 9
 
 

@@ -18,6 +18,7 @@ from trackhub.errors import ConfigError, RecordError
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Tags, Text
 from trackhub.spool.announcement import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
 from trackhub.writer import adapters
 
 NAMES = ["SummaryWriter", "WandBWriter", "MLflowWriter"]
@@ -116,15 +117,23 @@ def test_the_calls_of_mlflow_work(spool: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: adapters.WandBWriter().log({"": 1.0}),
-        lambda: adapters.SummaryWriter().add_scalar("x", "a"),  # type: ignore[arg-type]
-        lambda: adapters.MLflowWriter().log_metric("x", 1.0, -1),
+        lambda strict: adapters.WandBWriter(strict=strict).log({"": 1.0}),
+        lambda strict: adapters.WandBWriter(strict=strict).log(None),  # type: ignore[arg-type]
+        lambda strict: adapters.SummaryWriter(strict=strict).add_scalar("x", "a"),  # type: ignore[arg-type]
+        lambda strict: adapters.SummaryWriter(strict=strict).add_scalars("x", {"y": None}),  # type: ignore[dict-item]
+        lambda strict: adapters.SummaryWriter(strict=strict).add_histogram("x", None),
+        lambda strict: adapters.MLflowWriter(strict=strict).log_metric("x", 1.0, -1),
+        lambda strict: adapters.MLflowWriter(strict=strict).log_params(5),  # type: ignore[arg-type]
+        lambda strict: adapters.MLflowWriter(strict=strict).log_artifact(None, "folder"),  # type: ignore[arg-type]
     ],
-    ids=["key", "value", "step"],
+    ids=["key", "mapping", "value", "scalars", "histogram", "step", "params", "path"],
 )
-def test_a_bad_call_is_an_error_at_the_call(spool: Path, call: Callable[[], Any]) -> None:
+def test_a_bad_call_is_counted_or_if_strict_an_error(spool: Path, call: Callable[[bool], Any]) -> None:
     with pytest.raises(RecordError):
-        call()
+        call(True)
+    call(False)
+    (count,) = SpoolReader(spool, "server").counts().values()
+    assert count.logged == sum(count.dropped.values()) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

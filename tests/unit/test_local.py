@@ -25,8 +25,8 @@ from tests.unit.helpers import assert_balanced, json_lines, small_disk
 from trackhub import local_tracking
 from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.report import DeliveryReport, read_report
-from trackhub.errors import JournalError, RecordError, SpoolError, UnknownBackendError
+from trackhub.delivery.report import DeliveryReport, format_report, read_report
+from trackhub.errors import ConfigError, JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
@@ -55,8 +55,10 @@ PLUGIN = """
 """
 
 
-def open_local(tmp_path: Path, *backends: str, job: str | None = None, site: str = "local") -> LocalWriter:
-    return trackhub.local(backends or ["jsonl"], folder=tmp_path, job=job, site=site, limits=FAST)
+def open_local(
+    tmp_path: Path, *backends: str, job: str | None = None, site: str = "local", resume: bool = False
+) -> LocalWriter:
+    return trackhub.local(backends or ["jsonl"], folder=tmp_path, job=job, site=site, resume=resume, limits=FAST)
 
 
 def lines(writer: LocalWriter, site: str = "local") -> list[dict[str, object]]:
@@ -105,8 +107,8 @@ def test_close_may_be_called_again_and_nothing_can_be_logged_afterwards(tmp_path
     first = writer.report
     writer.close()
     assert writer.report is first
-    with pytest.raises(SpoolError, match="closed"):
-        writer.log({"a": 1.0})
+    writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1
 
 
 def test_a_script_that_fails_ends_its_run_as_failed_and_its_error_is_kept(tmp_path: Path) -> None:
@@ -118,13 +120,28 @@ def test_a_script_that_fails_ends_its_run_as_failed_and_its_error_is_kept(tmp_pa
     assert report_of(writer).lanes["jsonl"]["local"].confirmed == 1
 
 
-def test_a_bad_call_is_an_error_and_the_rest_is_delivered(tmp_path: Path) -> None:
+def test_a_bad_value_is_counted_and_the_rest_is_delivered(tmp_path: Path) -> None:
     with open_local(tmp_path) as writer:
-        writer.log({"a": 1.0})
-        with pytest.raises(RecordError):
-            writer.log({"": 1.0})
-        writer.log({"a": 2.0})
-    assert [line["seq"] for line in lines(writer)] == [0, 1]
+        writer.log({"note": None, "loss": 0.1}, 0)
+        writer.log({"": 1.0}, 1)
+        writer.log("nonsense", -1)  # type: ignore[arg-type]
+        writer.log({"loss": 0.2}, 2)
+    assert [(line["seq"], line["values"]) for line in lines(writer)] == [(0, {"loss": 0.1}), (3, {"loss": 0.2})]
+    report = report_of(writer)
+    at_site = report.sites["local"].at_site
+    assert at_site is not None
+    assert report.balanced
+    assert (at_site.logged, at_site.acked, at_site.altered) == (4, 2, {"invalid_value": 1})
+    assert at_site.dropped == {"invalid_value": 1, "invalid_call": 1}
+    assert "values left out at the site (invalid_value): 1" in format_report(report)
+
+
+def test_a_strict_run_raises_for_a_bad_value(tmp_path: Path) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, limits=FAST, strict=True) as writer:
+        with pytest.raises(RecordError, match="'note'"):
+            writer.log({"note": None, "loss": 0.1})
+        writer.log({"loss": 0.2})
+    assert len(lines(writer)) == 1
 
 
 def test_a_single_backend_may_be_named_by_a_plain_string(tmp_path: Path) -> None:
@@ -150,13 +167,25 @@ def test_an_unknown_backend_is_an_error_that_leaves_nothing(tmp_path: Path) -> N
     assert len(lines(writer)) == 1
 
 
-def test_a_second_writer_with_the_same_job_name_continues_the_run(tmp_path: Path) -> None:
+def test_a_run_goes_on_if_it_is_opened_with_resume(tmp_path: Path) -> None:
     for day in range(3):
-        with open_local(tmp_path, job="j") as writer:
+        with open_local(tmp_path, job="j", resume=True) as writer:
             writer.log({"day": day}, day)
     assert [line["step"] for line in lines(writer)] == [0, 1, 2]
     assert [line["position"] for line in lines(writer)] == [0, 1, 2]
     assert_balanced(report_of(writer), {"local": 3}, {("jsonl", "local"): 3})
+
+
+def test_the_same_job_again_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with open_local(tmp_path, job="j") as writer:
+        writer.log({"a": 1.0})
+
+    with pytest.raises(ConfigError, match=r"/j: this run was logged to before.*resume=True.*another job="):
+        open_local(tmp_path, job="j")
+
+    assert threading.active_count() == before
+    assert len(lines(writer)) == 1
 
 
 def test_two_sites_of_one_job_are_told_apart_and_a_failed_start_leaves_no_lock(tmp_path: Path) -> None:
@@ -164,12 +193,12 @@ def test_two_sites_of_one_job_are_told_apart_and_a_failed_start_leaves_no_lock(t
     with open_local(tmp_path, job="j", site="a") as writer:
         writer.log({"x": 1.0})
         with pytest.raises(JournalError, match="in use"):
-            open_local(tmp_path, job="j", site="a")
+            open_local(tmp_path, job="j", site="a", resume=True)
     for _ in range(2):
         with pytest.raises(SpoolError, match="own folder"):
-            open_local(tmp_path, job="j", site="b")
+            open_local(tmp_path, job="j", site="b", resume=True)
     assert threading.active_count() == before
-    with open_local(tmp_path, job="j", site="a") as writer:
+    with open_local(tmp_path, job="j", site="a", resume=True) as writer:
         writer.log({"x": 2.0})
     assert len(lines(writer, "a")) == 2
 
@@ -234,7 +263,7 @@ def test_records_of_a_killed_script_are_delivered_by_the_next_one(tmp_path: Path
         os.kill(os.getpid(), 9)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], timeout=60, check=False)
-    with open_local(tmp_path, job="j") as writer:
+    with open_local(tmp_path, job="j", resume=True) as writer:
         writer.log({"a": 500}, 500)
     steps = sorted(int(str(line["step"])) for line in lines(writer))
     assert steps == list(range(501))
@@ -253,7 +282,7 @@ def test_a_job_can_be_continued_while_a_forked_worker_is_still_alive(tmp_path: P
             os._exit(0)
         os.close(end)
     try:
-        with open_local(tmp_path, job="job-1") as again:
+        with open_local(tmp_path, job="job-1", resume=True) as again:
             again.log({"a": 2.0})
     finally:
         os.close(hold)

@@ -254,7 +254,7 @@ def test_forked_children_of_a_local_run_end_it_neither_early_nor_for_the_next_on
         script.kill()
         script.wait()
         try:
-            with trackhub.local(["jsonl"], folder=tmp_path, job="j") as writer:
+            with trackhub.local(["jsonl"], folder=tmp_path, job="j", resume=True) as writer:
                 writer.log({"a": 2.0})
         finally:
             os.close(write)

@@ -101,6 +101,7 @@ def test_a_signal_handler_may_raise_in_the_middle_of_a_log_call(tmp_path: Path, 
 
 def test_a_signal_handler_may_close_the_writer(tmp_path: Path) -> None:
     code = """
+        writer = Writer(sys.argv[1], strict=True)
         def act(n):
             writer.close()
         armed = True

@@ -80,7 +80,7 @@ def test_a_writer_with_attributes_of_its_own_keeps_them(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_closed_writer_is_closed(tmp_path: Path) -> None:
-    writer = Writer(new_spool(tmp_path))
+    writer = Writer(new_spool(tmp_path), strict=True)
     writer.close()
     with pytest.raises(SpoolError, match="closed"):
         copy.deepcopy(writer).log({"a": 1.0})

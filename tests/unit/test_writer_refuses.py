@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad arguments: each a clear error at the call, and nothing is recorded."""
+"""Bad arguments of a strict writer: each a clear error at the call, and nothing is recorded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class Unprintable:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[Writer]:
-    with Writer(new_spool(tmp_path / "spool")) as writer:
+    with Writer(new_spool(tmp_path / "spool"), strict=True) as writer:
         yield writer
 
 
@@ -45,7 +44,6 @@ def payload(writer: Writer) -> Payload:
 BAD_KEYS: dict[str, Any] = {
     "empty": "",
     "10,000 characters": "k" * 10_000,
-    "an int": 5,
     "None": None,
     "bytes": b"loss",
     "a tuple": ("a", "b"),
@@ -66,23 +64,20 @@ BAD_METRICS: dict[str, Any] = {
     "an array of 2": np.zeros(2),
     "an empty array": np.zeros(0),
     "a list": [1.0],
-    "a dict": {"x": 1.0},
     "a string of numpy": np.str_("1"),
     "a date of numpy": np.datetime64("2026-01-01"),
     "too large for a float": 10**400,
     "too large to print": 10**5000,
-    "a Decimal": Decimal(1),
     "an object without a repr": Unprintable(),
 }
 BAD_STEPS: dict[str, Any] = {
     "negative": -1,
     "a float": 1.5,
-    "a whole float": 1.0,
     "a string": "1",
     "a bool": True,
     "too large": 2**63,
     "too large to print": 10**5000,
-    "a tensor of floats": torch.tensor(1.0),
+    "a tensor of a float": torch.tensor(1.5),
     "a tensor of 2": torch.tensor([1, 2]),
 }
 METHODS: dict[str, Callable[[Writer, Any], None]] = {
@@ -127,8 +122,8 @@ def test_a_bad_step_is_an_error_that_says_what_is_expected(writer: Writer, what:
     assert list(spool_of(writer).folder.glob("*.blob")) == []
 
 
-@pytest.mark.parametrize("metrics", [None, 1.0, [("a", 1.0)], "loss", {}], ids=repr)
-def test_metrics_are_a_mapping_that_is_not_empty(writer: Writer, metrics: Any) -> None:
+@pytest.mark.parametrize("metrics", [None, 1.0, [("a", 1.0)], "loss"], ids=repr)
+def test_metrics_are_a_mapping(writer: Writer, metrics: Any) -> None:
     with pytest.raises(RecordError, match="mapping"):
         writer.log(metrics)
 
@@ -139,17 +134,9 @@ def test_metrics_are_a_mapping_that_is_not_empty(writer: Writer, metrics: Any) -
         "text is no str": lambda w: w.log_text("t", 5),
         "text is too long": lambda w: w.log_text("t", "x" * (1 << 20)),
         "text cannot be encoded": lambda w: w.log_text("t", "\ud800"),
-        "param is an object": lambda w: w.log_params({"p": object()}),
-        "param is a set": lambda w: w.log_params({"p": {1}}),
-        "param is bytes": lambda w: w.log_params({"p": b"x"}),
-        "param is too large": lambda w: w.log_params({"p": 2**64}),
         "param is nested without end": lambda w: w.log_params({"p": endless()}),
-        "param is an array": lambda w: w.log_params({"p": np.zeros(3)}),
-        "param has a key that is no str": lambda w: w.log_params({"p": {1: 2}}),
-        "tag is an object": lambda w: w.set_tags({"t": object()}),
         "tag cannot be encoded": lambda w: w.set_tags({"t": "\ud800"}),
         "table with a short row": lambda w: w.log_table("t", ["a", "b"], [[1, 2], [3]]),
-        "table with an object": lambda w: w.log_table("t", ["a"], [[object()]]),
         "table without rows": lambda w: w.log_table("t", ["a"], 5),
         "table with a row that is no list": lambda w: w.log_table("t", ["a"], [5]),
         "table without columns": lambda w: w.log_table("t", None, []),

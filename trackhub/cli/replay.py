@@ -47,12 +47,12 @@ _REFRESH_S = 0.5
 def replay(
     path: Path, backend: Sequence[str], option: Sequence[str], from_start: bool, timeout_s: float | None
 ) -> None:
-    """Deliver what a finished job left behind. You can interrupt it; called again, it goes on.
+    """Deliver what a finished job did not deliver. You can interrupt it; called again, it goes on.
 
     PATH is a journal, a spool folder, or a folder above, such as a job's.
 
     What a journal holds goes into its backends. What a site's spool still holds goes through the journal of the
-    receiver that should have had it. On a site's own machine, where the server's journal is not at hand, it goes
+    receiver that did not get it. On a site's own machine, where the server's journal is not available, it goes
     straight into the backends that --backend names. Environment variables set limits, such as TRACKHUB_FLUSH_S. The
     exit status is 1 if something is still not delivered.
     """

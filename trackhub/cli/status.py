@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find import find, is_interrupted
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
     Counted,
@@ -52,17 +52,17 @@ def status(path: Path, as_json: bool) -> None:
 
     A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true
     if all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
-    unreadable, complete, counted, received, duplicates, journaled, earlier, missing, explained, final and doubts. The
-    first eight are what the site last said, null if it said nothing yet. counted says how much is known of what it
-    logged: final, open, stale, incomplete or unknown. doubts says it in words. lanes has for each backend and site
-    confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
+    unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, explained, final and
+    doubts. The first nine are what the site last said, null if it said nothing yet. counted says how much is known of
+    what it logged: final, open, stale, incomplete or unknown. doubts says it in words. lanes has for each backend and
+    site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
     client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
-    dropped, refused, acked, spooled, unreadable and complete.
+    dropped, refused, acked, spooled, unreadable, complete and altered.
 
-    dropped, refused, rejected, altered and explained are counts by reason. What cannot be read has only path and error.
-    The exit status is then 1.
+    dropped, refused, rejected, altered and explained are counts by reason. altered counts values, not records. What
+    cannot be read has only path and error. The exit status is then 1.
     """
     found = find(path)
     journals = [_or_error(journal, journal_status) for journal in found.journals]
@@ -127,6 +127,7 @@ def spool_status(folder: Path) -> dict[str, Any]:
             "spooled": total.spooled,
             "unreadable": total.unreadable,
             "complete": total.is_complete,
+            "altered": total.altered,
         }
     return {
         "path": str(folder),
@@ -185,6 +186,9 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "remarks"],
         rows,
     )
+    if is_interrupted(Path(journal["path"])):
+        folder = Path(journal["path"]).parent
+        print_lines(f"Its process was killed. Deliver what is left, and end its runs, with `trackhub replay {folder}`")
     openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
     if openings:
         print_lines("Open the results", *openings)

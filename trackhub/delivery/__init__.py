@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
+    from trackhub.delivery.journal.find import find_interrupted
     from trackhub.delivery.receiver import Receiver
     from trackhub.delivery.report import (
         DeliveryReport,
@@ -64,6 +65,7 @@ __all__ = [
     "close_spool",
     "create_spool",
     "create_spool_anywhere",
+    "find_interrupted",
     "format_report",
     "format_results",
     "has_streams",
@@ -76,6 +78,7 @@ __all__ = [
 
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
+    "trackhub.delivery.journal.find": ("find_interrupted",),
     "trackhub.delivery.receiver": ("Receiver",),
     "trackhub.delivery.report": (
         "DeliveryReport",

@@ -8,6 +8,7 @@ identity that the transport has verified.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -202,6 +203,9 @@ class Receiver:
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
         self._store_facts(self._journal)
+        if self._ended is None:
+            with contextlib.suppress(OSError):  # an earlier receiver's. Without it, a killed receiver is recognised.
+                (self.folder / REPORT_NAME).unlink(missing_ok=True)
         self._sites.restore(self._journal.ended())
         if from_start:
             for name in backends:
@@ -388,8 +392,18 @@ class Receiver:
         assert self._journal is not None
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
+    def note_status(self, status: RunStatus) -> None:
+        """Store in the journal how the job ends, before ``finish`` does. If this process then dies, a replay knows it.
+
+        Raises:
+            JournalError: the receiver was not started, or the journal cannot be written.
+        """
+        if self._journal is None:
+            raise JournalError("the receiver was not started; call start() first")
+        self._journal.set_facts({"status": status})
+
     def assume_ended(self, site: str) -> None:
-        """Take it that the training of this site ended well, unless the site has said otherwise.
+        """Assume that the training of this site ended well, unless the site has said otherwise.
 
         A replay needs it for a site that ended in order, and whose final message no receiver got.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delivers what a job left behind after it has ended: from a receiver's journal, or from a site's spool.
+"""Delivers records that a job did not deliver before it ended: from a receiver's journal, or from a site's spool.
 
 ``trackhub replay`` calls it. It opens a receiver on the journal, and for a spool a sender beside it, in this process.
 """
@@ -38,7 +38,7 @@ FOREVER_S = 10 * 365 * 86400.0
 """No time limit, in seconds. A replay may be interrupted at any time."""
 
 _STAND_IN = "replay-server"
-"""The folder, beside a site's spool, of the journal that stands in for the server's where that is not at hand."""
+"""The folder beside a site's spool for the journal that replaces the server's, where that is not available."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def replay_journal(
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
 ) -> DeliveryReport:
-    """Deliver what is pending in a journal, and return the new report. Blocks until all is delivered or time is up.
+    """Deliver what is pending in a journal, and return the new report. Blocks until all is delivered or time is over.
 
     Each lane goes on from its confirmed cursor. A backend that the job did not use gets the whole job. A replay may be
     interrupted, by a signal or an exception too, and called again. A damaged journal is repaired first.
@@ -92,16 +92,16 @@ def replay_spool(
 ) -> DeliveryReport | None:
     """Deliver what a site's spool still holds for one of its receivers, through a journal.
 
-    The journal is that of the receiver where it is at hand. On a site's own machine the server's is not, and a journal
-    beside the spool stands in for it. The records then go into the same runs: job, site and positions go on where the
-    server's journal ended.
+    If the receiver's journal is available, the records go through it. On a site's own machine the server's journal is
+    not available. A new journal beside the spool then replaces it. The records go into the same runs: job and site are
+    the same, and positions continue where the server's journal ended.
 
     Args:
         spool: the spool's folder. The job must have ended.
-        cursor: which of the site's receivers should have had the records: ``server``, ``client`` or ``local``.
+        cursor: the receiver that did not get the records: ``server``, ``client`` or ``local``.
         journal: the journal that `journal_for_spool` names.
-        backends: where to deliver; by default the backends that the journal knows. They must be given where the
-            server's journal is not at hand, since a site does not know the server's backends.
+        backends: where to deliver; by default the backends that the journal names. Give them if the server's journal is
+            not available, since a site does not know the server's backends.
         timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
 
@@ -195,9 +195,9 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
 
     Args:
         spool: the spool's folder.
-        cursor: which of the site's receivers should have had the records.
-        journals: the journals at hand. The server's is used if it is among them. Otherwise one beside the spool stands
-            in for it, which need not exist yet.
+        cursor: the receiver that did not get the records.
+        journals: the available journals. The server's is used if it is among them. Otherwise a journal beside the spool
+            replaces it. That one may not exist yet.
 
     Raises:
         SpoolError: it is no spool.

@@ -330,6 +330,7 @@ def _site_remarks(site: SiteReport) -> list[str]:
     if (counts := site.at_site) is not None:
         remarks += [f"dropped at the site ({reason}): {n}" for reason, n in counts.dropped.items()]
         remarks += [f"refused by the receiver ({reason}): {n}" for reason, n in counts.refused.items()]
+        remarks += [f"values left out at the site ({reason}): {n}" for reason, n in counts.altered.items()]
         if counts.withheld:
             remarks.append(f"withheld by the site's policy: {counts.withheld}")
         if counts.spooled:

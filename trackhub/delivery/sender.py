@@ -445,5 +445,6 @@ def _site_counts(counts: Iterable[StreamCount]) -> SiteCounts:
         acked=total.acked,
         spooled=total.spooled,
         unreadable=total.unreadable,
+        altered=total.altered,
         complete=total.is_complete,
     )

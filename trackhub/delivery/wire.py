@@ -46,7 +46,7 @@ MAX_STREAMS = 500
 
 
 class SiteCounts(msgspec.Struct, kw_only=True):
-    """What became of a site's records, counted at the site. ``logged`` is the sum of all others.
+    """What became of a site's records, counted at the site. ``logged`` is the sum of the other counts of records.
 
     Attributes:
         logged: log calls that returned, in all processes of the site.
@@ -57,6 +57,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         spooled: records that are still in the spool.
         unreadable: as ``spooled``, but the site's sender is not allowed to read them, or its disk fails.
         complete: False if the site may have logged more than it could count.
+        altered: values, not records, that were left out of records that go on, by reason.
     """
 
     logged: int = 0
@@ -67,6 +68,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     spooled: int = 0
     unreadable: int = 0
     complete: bool = True
+    altered: dict[str, int] = {}
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""

@@ -47,9 +47,9 @@ all of ``gate_s``."""
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     """Stores the records that arrive in a journal, and delivers them to the job's backends.
 
-    On the server it receives records from all clients. It also receives what the server itself logs, as the run
-    ``server``. On a client it receives the records of that client's `TrackhubSender`, without any network. A wrong
-    configuration stops the job before it trains. No other error in here does.
+    On the server it receives the records of all clients, and those that the server itself logs, as the run ``server``.
+    At a client it receives the records of that client's `TrackhubSender`, without a network. A wrong configuration
+    stops the job before training. No other error of tracking stops a job.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
         Args:
             backends: the name of each backend, and its options. The receiver checks them when the job starts.
-            take_over: on the server, receive what FLARE's own writers log there.
-            limits: values of `trackhub.limits.Limits` that differ from the defaults.
+            take_over: on the server, also record what FLARE's own writers log there.
+            limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job_name: what a person calls the job; by default the name that FLARE knows.
             job_notes: a description of the job, in Markdown.

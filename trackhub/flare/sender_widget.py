@@ -63,18 +63,18 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
         Args:
-            server_receiver: component id of the `TrackhubReceiver` on the server; None sends nothing to the server.
-            client_receiver: component id of the `TrackhubReceiver` of this client; None if it has none.
-            take_over: receive what FLARE's own writers log. FLARE then does not send it to the server.
-            limits: values of `trackhub.limits.Limits` that differ from the defaults.
-            state_dir: the folder for the spool at this site; by default in the job's run folder.
+            server_receiver: the component id of the `TrackhubReceiver` on the server. None sends nothing to the server.
+            client_receiver: the component id of the `TrackhubReceiver` at this client. None if the client has none.
+            take_over: also record what FLARE's own writers log. FLARE then does not send it to the server.
+            limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
+            state_dir: the folder for the spool at this site. By default the spool is in the job's run folder.
             job_name: what a person calls the job; by default the name that FLARE knows.
             job_notes: a description of the job, in Markdown.
             job_tags: labels for every run of the job.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Or tracking is on the client side only, and
-                FLARE would send what its own writers log to the server.
+            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None and
+                ``take_over`` is False: FLARE would then send what its own writers log to the server.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -205,7 +205,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             wait.join()
 
     def finish(self, fl_ctx: FLContext) -> None:
-        """Send what is left and the final message, and end this client's receiver. Called after the trainer ended."""
+        """Send the rest and the final message, and end this client's receiver. Call it after the trainer has ended."""
         if os.environ.get(SPOOL_ENV) == self._announced:
             del os.environ[SPOOL_ENV]
         self._stock.close()
@@ -227,7 +227,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.close(self._limits.gate_s, failed=self._status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
-        """Send for a second what is there, since the simulator is about to replace this process by another one."""
+        """Send for a second at most: the simulator is about to replace this process by another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
 

@@ -20,7 +20,6 @@ from nvflare.apis.shareable import Shareable
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.flare import flare_internals
-from trackhub.writer.values import param_or_text
 from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "write_stock_record"]
@@ -45,7 +44,8 @@ class StockRecords:
     def take(self, fl_ctx: FLContext) -> None:
         """Take the record in this event, if it is a new record of this process.
 
-        A record that cannot be converted is counted as dropped. Each reason is logged once.
+        A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
+        reason is logged once.
         """
         if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
             return
@@ -85,7 +85,7 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
 
     Raises:
         RecordError: the event is malformed, or of a kind that no backend can show: a model, a Python log record.
-        SpoolError: the writer is closed.
+            A strict writer raises it for a value that it cannot store, too, and SpoolError once it is closed.
     """
     try:
         dxo = from_shareable(event)
@@ -104,17 +104,17 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
         case AnalyticsDataType.SCALAR | AnalyticsDataType.METRIC:
             writer.log({key: value}, step)
         case AnalyticsDataType.SCALARS:
-            writer.log({f"{key}/{name}": item for name, item in value.items()}, step)
+            writer.log({key: value}, step)
         case AnalyticsDataType.METRICS:
             writer.log(value, step)
         case AnalyticsDataType.PARAMETER:
-            writer.log_params({key: param_or_text(value)})
+            writer.log_params({key: value})
         case AnalyticsDataType.PARAMETERS:
-            writer.log_params({str(name): param_or_text(item) for name, item in value.items()})
+            writer.log_params(value)
         case AnalyticsDataType.TAG:
-            writer.set_tags({key: str(value)})
+            writer.set_tags({key: value})
         case AnalyticsDataType.TAGS:
-            writer.set_tags({str(name): str(item) for name, item in value.items()})
+            writer.set_tags(value)
         case AnalyticsDataType.TEXT:
             writer.log_text(data.get(TrackConst.PATH_KEY) or key, value, step)
         case AnalyticsDataType.IMAGE:

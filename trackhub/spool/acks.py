@@ -49,6 +49,7 @@ class Retired(msgspec.Struct, array_like=True):
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
         dropped, refused: as there, by reason.
         names: those of them that may still have files: another reader needs them, or a crash came between.
+        altered: as in `trackhub.spool.counts.StreamCount`.
     """
 
     streams: int = 0
@@ -58,6 +59,7 @@ class Retired(msgspec.Struct, array_like=True):
     dropped: dict[str, int] = {}
     refused: dict[str, int] = {}
     names: tuple[str, ...] = ()
+    altered: dict[str, int] = {}
 
 
 def ack_file(folder: Path, stream: str, cursor: str) -> Path:

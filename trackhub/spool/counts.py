@@ -30,6 +30,7 @@ class StreamCount(msgspec.Struct, frozen=True):
         refused: what the receiver refused, by reason.
         spooled: what is in the spool and not acknowledged yet.
         unreadable: as ``spooled``, but the file system does not let the reader read it.
+        altered: values that the writer left out of records that go on, by reason. They are no records.
         is_complete: False if the stream may have records that are not counted here.
     """
 
@@ -40,6 +41,7 @@ class StreamCount(msgspec.Struct, frozen=True):
     refused: dict[str, int]
     spooled: int
     unreadable: int = 0
+    altered: dict[str, int] = {}
     is_complete: bool = True
 
 
@@ -52,8 +54,8 @@ def count_stream(
         ack: how far the reader got.
         logged: log calls that the writer counted or that are in the spool, whichever are more.
         dropped: what the writer's ledger counts as dropped, by reason.
-        spooled: records that can be read in the spool behind ``ack``.
-        explained: records that gaps account for, before and behind ``ack``, by reason.
+        spooled: readable records in the spool after ``ack``.
+        explained: records that gaps account for, before and after ``ack``, by reason.
     """
     withheld = explained.get(_WITHHELD, 0)
     # The writer's ledger counts its drops even if their gap never got into the stream.
@@ -67,18 +69,18 @@ def count_stream(
 
 
 def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True) -> StreamCount:
-    """Return the count of a stream without reading what is behind ``ack``. Damage there is not seen yet.
+    """Return the count of a stream without reading what comes after ``ack``. Damage there is not seen yet.
 
     Args:
         ack: how far the reader got.
         ledger: what the writer counted.
-        is_readable: whether what is behind ``ack`` can be read.
+        is_readable: whether what comes after ``ack`` can be read.
     """
     explained = ack.explained
     drops = {reason: max(n, explained.get(reason, 0)) for reason, n in ledger.dropped.items()}
     drops.update({reason: n for reason, n in explained.items() if reason not in drops and reason != _WITHHELD})
     passed = sum(n for reason, n in explained.items() if reason != _WITHHELD)
-    # Up to ``ack``, every record is accounted for. Behind it are the drops whose gap was not read yet, and the rest.
+    # Up to ``ack``, every record is accounted for. After it come the drops whose gap was not read yet, and the rest.
     rest = max(0, ledger.logged - ack.next_seq - (sum(drops.values()) - passed))
     gone = explained.get(_WITHHELD, 0) + sum(drops.values()) + ack.acked + sum(ack.refused.values())
     return StreamCount(
@@ -89,13 +91,15 @@ def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True)
         refused=ack.refused,
         spooled=rest if is_readable else 0,
         unreadable=0 if is_readable else rest,
+        altered=ledger.left_out,
         is_complete=ledger.is_counted or (is_readable and ack.next_seq > 0),
     )
 
 
 def count_retired(retired: Retired) -> StreamCount:
     """Return the count of all retired streams together."""
-    return StreamCount(retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused, 0)
+    counts = retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused
+    return StreamCount(*counts, spooled=0, altered=retired.altered)
 
 
 def add_up(counts: Iterable[StreamCount]) -> StreamCount:
@@ -109,6 +113,7 @@ def add_up(counts: Iterable[StreamCount]) -> StreamCount:
         refused=_by_reason(count.refused for count in counts),
         spooled=sum(count.spooled for count in counts),
         unreadable=sum(count.unreadable for count in counts),
+        altered=_by_reason(count.altered for count in counts),
         is_complete=all(count.is_complete for count in counts),
     )
 

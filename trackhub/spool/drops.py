@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
-from trackhub.spool.ledger import DROP_REASONS, Ledger
+from trackhub.spool.ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
 __all__ = ["NEVER", "Drops"]
 
@@ -49,6 +49,7 @@ class Drops:
         self._clock = clock
         self._logged = 0
         self._counts = [0] * len(DROP_REASONS)
+        self._left_out = [0] * len(LEFT_OUT_REASONS)
 
     @property
     def total(self) -> int:
@@ -61,7 +62,7 @@ class Drops:
         Args:
             seq: the number that the record would have had.
             reason: one of ``DROP_REASONS``.
-            detail: what happened, for the warning.
+            detail: what happened, for the warning; empty if there is to be none.
         """
         self._counts[DROP_REASONS.index(reason)] += 1
         if self.gaps and self.gaps[-1][1].reason == reason:
@@ -72,12 +73,25 @@ class Drops:
         with contextlib.suppress(OSError):  # the disk is full; the gap in the stream will tell
             self.open_ledger()
         if self.ledger is not None:
-            self.ledger.set(seq + 1, self._counts)
+            self.ledger.set(seq + 1, self._counts, self._left_out)
         self._logged = seq + 1
         now = self._clock()
-        if now - self.warned_at >= _WARN_EVERY_S:
+        if detail and now - self.warned_at >= _WARN_EVERY_S:
             self.warned_at = now
             self.warning = reason, detail, self.total
+
+    def leave_out(self, reason: str, values: int) -> None:
+        """Count values that were left out of a record that goes on. Never raises.
+
+        Args:
+            reason: one of ``LEFT_OUT_REASONS``.
+            values: how many.
+        """
+        self._left_out[LEFT_OUT_REASONS.index(reason)] += values
+        with contextlib.suppress(OSError):  # the disk is full; it is stored with the next drop
+            self.open_ledger()
+        if self.ledger is not None:
+            self.ledger.set_left_out(self._left_out)
 
     def open_ledger(self) -> Ledger:
         """Open the stream's ledger unless it is open, and return it.
@@ -90,7 +104,9 @@ class Drops:
             if self._path is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             ledger = Ledger(self._path)
-            ledger.set(self._logged, self._counts)  # all that was counted while the disk had no room for it
+            ledger.set(
+                self._logged, self._counts, self._left_out
+            )  # all that was counted while the disk had no room for it
             if self._path is None:  # a signal handler has forked in between, and this is the child
                 ledger.abandon()
             self.ledger = ledger

@@ -120,7 +120,7 @@ def create_spool(folder: Path, info: SpoolInfo) -> bool:
         expect_spool(folder, info, reason_of(e))
         _log.warning(
             "the spool of site %s cannot be created in %s: %s. Training goes on. Until there is room, what it logs is "
-            "dropped and counted", info.site, folder, e,
+            "dropped and counted. Free space on this disk, or make the folder writable", info.site, folder, e,
         )  # fmt: skip
         return False
 
@@ -146,7 +146,10 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
     with contextlib.suppress(OSError):
         elsewhere = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
         if create_spool(elsewhere, info):
-            _log.error("the spool of site %s is in %s instead. %s", info.site, elsewhere, problem or "")
+            _log.error(
+                "the spool of site %s is in %s instead. After the job, `trackhub replay %s` delivers what is left. "
+                "%s", info.site, elsewhere, elsewhere, problem or "",
+            )  # fmt: skip
             return elsewhere
         _expected.pop(_key(elsewhere), None)
         elsewhere.rmdir()
@@ -251,7 +254,7 @@ def read_spool_info(folder: Path) -> SpoolInfo:
     try:
         return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
     except (OSError, ValueError, msgspec.DecodeError) as e:
-        raise SpoolError(f"{folder} is not a spool: {e}") from e
+        raise SpoolError(f"{folder} is not a spool: {e}; give the folder that has the file spool.json") from e
 
 
 def close_spool(folder: Path) -> None:
@@ -267,7 +270,9 @@ def close_spool(folder: Path) -> None:
         try:
             _store(folder, msgspec.structs.replace(info, open=False))
         except OSError as e:
-            raise SpoolError(f"cannot mark the spool in {folder} as closed: {e}") from e
+            raise SpoolError(
+                f"cannot mark the spool in {folder} as closed: {e}; start no more writers there, and make it writable"
+            ) from e
 
 
 def lock_cursor(folder: Path, cursor: str) -> ProcessLock:

@@ -21,16 +21,28 @@ from typing import NamedTuple
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.small_files import write_start
 
-__all__ = ["DROP_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]
+__all__ = ["DROP_REASONS", "LEFT_OUT_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]
 
-DROP_REASONS = ("spool_full", "disk_full", "io_error", "unconvertible")
+DROP_REASONS = (
+    "spool_full",
+    "disk_full",
+    "io_error",
+    "unconvertible",
+    "invalid_value",
+    "invalid_call",
+    "writer_closed",
+)
 """Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
-otherwise, or what another library logged cannot be converted into a record."""
+otherwise, what another library logged cannot be converted into a record, none of its values can be stored, the log call
+was wrong in itself, or it came after ``close``."""
 
-_DROPS = len(DROP_REASONS)
-_FORMAT = struct.Struct(f"={1 + _DROPS + 2}Q")
-_COUNTS = struct.Struct(f"={1 + _DROPS}Q")
-_LOGGED, _RESERVED, _MACHINE = 0, 1 + _DROPS, 2 + _DROPS  # where these fields are
+LEFT_OUT_REASONS = ("invalid_value",)
+"""Why a writer leaves single values out of a record that goes on: they cannot be stored."""
+
+_DROPS, _LEFT_OUT = len(DROP_REASONS), len(LEFT_OUT_REASONS)
+_COUNTS = struct.Struct(f"={1 + _DROPS + _LEFT_OUT}Q")
+_FORMAT = struct.Struct(f"={1 + _DROPS + _LEFT_OUT + 2}Q")
+_LOGGED, _RESERVED, _MACHINE = 0, 1 + _DROPS + _LEFT_OUT, 2 + _DROPS + _LEFT_OUT  # where these fields are
 _MODE = 0o644  # the counts are no secret: a sender under another user counts what it must not read
 
 
@@ -57,9 +69,20 @@ class Ledger:
                 # Last, so that whoever finds this field set and the lock free knows that the writer has ended.
                 self._fields[_MACHINE] = this_machine()
 
-    def set(self, logged: int, dropped: list[int]) -> None:
-        """Store how many calls there were, and the drops in the order of ``DROP_REASONS``."""
-        _COUNTS.pack_into(self._fields, 0, logged, *dropped)
+    def set(self, logged: int, dropped: list[int], left_out: list[int]) -> None:
+        """Store all counts.
+
+        Args:
+            logged: how many calls there were.
+            dropped: the drops, in the order of ``DROP_REASONS``.
+            left_out: the values that were left out, in the order of ``LEFT_OUT_REASONS``.
+        """
+        _COUNTS.pack_into(self._fields, 0, logged, *dropped, *left_out)
+
+    def set_left_out(self, left_out: list[int]) -> None:
+        """Store how many values were left out, in the order of ``LEFT_OUT_REASONS``."""
+        for i, number in enumerate(left_out, 1 + _DROPS):
+            self._fields[i] = number
 
     def set_logged(self, logged: int) -> None:
         """Store how many calls there were. The drops stay as they are."""
@@ -93,12 +116,14 @@ class LedgerCounts(NamedTuple):
     Attributes:
         logged: log calls that returned.
         dropped: drops by reason.
+        left_out: values that were left out of records, by reason.
         reserved: up to which offset the stream's last segment may be written.
         is_counted: False if the file is empty: its writer lives or lived, and the disk had no room for its counts.
     """
 
     logged: int
     dropped: dict[str, int]
+    left_out: dict[str, int]
     reserved: int
     is_counted: bool
 
@@ -112,10 +137,11 @@ def read_ledger(path: Path) -> LedgerCounts:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return LedgerCounts(0, {}, 0, is_counted=True)
+        return LedgerCounts(0, {}, {}, 0, is_counted=True)
     logged, *rest = _FORMAT.unpack(data[: _FORMAT.size] if len(data) >= _FORMAT.size else bytes(_FORMAT.size))
     dropped = {reason: n for reason, n in zip(DROP_REASONS, rest[:_DROPS], strict=True) if n}
-    return LedgerCounts(logged, dropped, rest[_DROPS], is_counted=bool(data))
+    left_out = {reason: n for reason, n in zip(LEFT_OUT_REASONS, rest[_DROPS:-2], strict=True) if n}
+    return LedgerCounts(logged, dropped, left_out, rest[-2], is_counted=bool(data))
 
 
 class WriterState(Enum):

@@ -68,7 +68,10 @@ class SpoolReader:
         self.cursor = cursor
         self.info = spool_info(folder)
         if cursor not in self.info.cursors:
-            raise SpoolError(f"the spool in {folder} is read by {', '.join(self.info.cursors)}, not by {cursor!r}")
+            raise SpoolError(
+                f"the spool in {folder} has the readers {', '.join(self.info.cursors)}, and none named {cursor!r}; "
+                "name one of these, or create the spool with this one"
+            )
         self._streams: dict[str, FollowedStream] = {}
         self._turn: dict[str, None] = {}  # the names of the streams in the order of their turns
         self._ready: deque[FollowedStream] = deque()
@@ -88,7 +91,7 @@ class SpoolReader:
         """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
 
         What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
-        right behind the one before it.
+        directly after the one before it.
 
         Args:
             final: all writers have ended, so an incomplete frame at the end of a stream is damage.
@@ -280,7 +283,7 @@ class SpoolReader:
         return 0 if self._retirement is None else self._retirement.total.streams
 
     def tidy_up(self) -> None:
-        """Delete what a crash left behind, and the files of ended streams if these are many or take much room.
+        """Delete what a crash left over, and the files of ended streams if these are many or take much room.
 
         Call it after a pass, and only as the owner of this end of the spool. Never raises.
         """
@@ -377,7 +380,8 @@ class SpoolReader:
             self._named_problems[stream.name] = problem
             _log.warning(
                 "stream %s of the spool in %s cannot be read (%s). Its records are counted as unreadable. All others "
-                "are delivered, and this one is tried again", stream.name, self.folder, problem,
+                "are delivered, and this one is tried again. Give the sender's user the right to read its files, or "
+                "check the disk", stream.name, self.folder, problem,
             )  # fmt: skip
 
     def _note_turn(self, stream: str) -> None:
@@ -446,7 +450,7 @@ class SpoolReader:
             ledger = read_ledger(ledger_file(self.folder, stream.name))
         except OSError as e:
             self._name_problem(stream, f"{e.filename}: {e.strerror}")
-            count = self._count_with(LedgerCounts(0, {}, 0, is_counted=False), stream, until, by_ledger)
+            count = self._count_with(LedgerCounts(0, {}, {}, 0, is_counted=False), stream, until, by_ledger)
             return msgspec.structs.replace(count, is_complete=False)
         return self._count_with(ledger, stream, until, by_ledger)
 
@@ -476,4 +480,5 @@ class SpoolReader:
             self._damage.missing_tail(self.folder, stream.name, tail, logged)
         # What is missing at the beginning of an unplaced stream was delivered, or is lost. Only the receiver knows.
         knows_begin = stream.is_placed or stream.first_segment == 0 or count.logged == 0
-        return msgspec.structs.replace(count, is_complete=knows_begin and (ledger.is_counted or place.seq > 0))
+        is_complete = knows_begin and (ledger.is_counted or place.seq > 0)
+        return msgspec.structs.replace(count, altered=ledger.left_out, is_complete=is_complete)

@@ -96,6 +96,7 @@ class Retirement:
             dropped=total.dropped,
             refused=total.refused,
             names=tuple(sorted(left | streams.keys())),
+            altered=total.altered,
         )
         write_retired(self._folder, self._cursor, retired)
         self.total, self._names = retired, set(retired.names)

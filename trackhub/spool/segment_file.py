@@ -68,7 +68,7 @@ class SegmentFile:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
                 break
             except FileExistsError:
-                self._number += 1  # left behind by an attempt that a signal handler interrupted
+                self._number += 1  # left over by an attempt that a signal handler interrupted
         # A signal handler may have forked in each call here, and this may be the child. It must not write to the file.
         # `abandon` could not close the descriptor, which nothing but this function has yet.
         if self._path is None:
@@ -94,7 +94,7 @@ class SegmentFile:
                 os.close(old)
 
     def cut_torn_frame(self) -> None:
-        """Remove what a short write left behind. If that fails, the next frame goes to a new segment."""
+        """Remove what a short write left over. If that fails, the next frame goes to a new segment."""
         try:
             os.ftruncate(self.fd, self.offset)
         except OSError:

@@ -77,7 +77,7 @@ class SegmentReader:
         self._damage = damage
 
     def next_batch(self, extent: Extent, place: Place, max_records: int, max_bytes: int) -> SpoolBatch | None:
-        """Return the first batch at or behind this place. None if there is nothing that can be read now.
+        """Return the first batch at or after this place. None if there is nothing that can be read now.
 
         Args:
             extent: the stream.

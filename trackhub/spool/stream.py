@@ -83,7 +83,7 @@ class Stream:
         """Append one record, or drop it. Return whether it is in the stream.
 
         Raises:
-            ValueError, OverflowError: as ``encode_frame``; nothing was logged.
+            RecordError: as ``encode_frame``; nothing was logged.
             SpoolError: the stream is closed.
         """
         if self.is_closed:

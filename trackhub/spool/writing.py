@@ -28,6 +28,11 @@ from trackhub.spool.stream import CLOSED, Stream
 
 __all__ = ["NewBlob", "SpoolWriter"]
 
+_NEXT_STEPS = {
+    "disk_full": ". Free space on this disk: what is logged from then on is recorded",
+    "spool_full": ". Raise the limit spool_bytes, or see why the receiver does not accept what is in the spool",
+    "io_error": ". See whether this process may write to the folder, and whether its disk is sound",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +93,7 @@ class SpoolWriter:
         self._clock = clock
         self._round = RoundFile(folder)
         self._stream = Stream(folder, self.info, self._round, clock)
+        self._late: Stream | None = None
         _open_writers.add(self)
 
     def _after_fork(self) -> None:
@@ -96,6 +102,9 @@ class SpoolWriter:
         old.abandon()
         new = Stream(self.folder, self.info, self._round, self._clock, old.drops.warned_at)
         new.is_closed = old.is_closed
+        if self._late is not None:
+            self._late.abandon()
+            self._late = None
         self._stream = new
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -130,8 +139,7 @@ class SpoolWriter:
             log_time: unix seconds.
 
         Raises:
-            ValueError: the record is larger than ``MAX_BODY_BYTES``; nothing was logged.
-            OverflowError: an integer in it does not fit into 64 bits; nothing was logged.
+            RecordError: the record is larger than ``MAX_BODY_BYTES``; nothing was logged.
             SpoolError: the spool is closed.
         """
         stream = self._stream
@@ -161,7 +169,7 @@ class SpoolWriter:
             log_time: unix seconds.
 
         Raises:
-            ValueError, OverflowError, SpoolError: as ``append``.
+            RecordError, SpoolError: as ``append``.
         """
         stream = self._stream
         partial = new_part(self.folder, stream.id, blob.size)
@@ -185,11 +193,37 @@ class SpoolWriter:
     def drop(self, reason: str, detail: str) -> None:
         """Count a record that was logged but cannot be stored. Never raises.
 
+        A record that comes after ``close`` is counted in a stream of its own, as long as the job runs.
+
         Args:
             reason: one of ``DROP_REASONS``.
-            detail: what happened, for the log.
+            detail: what happened, for the log; empty if the caller says it.
         """
-        self._drop_in_turn(self._stream, reason, detail)
+        stream = self._late_stream() if self._stream.is_closed else self._stream
+        if stream is not None:
+            self._drop_in_turn(stream, reason, detail)
+
+    def _late_stream(self) -> Stream | None:
+        """Return the stream that counts what comes after ``close``. None if the job has ended, and nobody counts."""
+        try:
+            if not read_spool_info(self.folder).open:
+                return None
+        except SpoolError:
+            return None
+        if self._late is None:
+            self._late = Stream(self.folder, self.info, self._round, self._clock)
+        return self._late
+
+    def count_left_out(self, reason: str, values: int) -> None:
+        """Count values that were left out of a record that goes on. Never raises.
+
+        Args:
+            reason: one of ``LEFT_OUT_REASONS``.
+            values: how many.
+        """
+        stream = self._stream
+        if not stream.is_closed:
+            self._in_turn(stream, lambda: stream.drops.leave_out(reason, values))
 
     def acked(self) -> int:
         """Return the ``seq`` up to which every receiver accepted or refused this stream's records, gaps included."""
@@ -267,8 +301,8 @@ class SpoolWriter:
         if warning is not None:
             reason, detail, total = warning
             _log.warning(
-                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on",
-                reason, detail, self.folder, total,
+                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on%s",
+                reason, detail, self.folder, total, _NEXT_STEPS.get(reason, ""),
             )  # fmt: skip
 
 
@@ -298,7 +332,10 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
     path = Path(folder)
     try:
         if not (found := read_spool_info(path)).open or (found.site, found.job) != (info.site, info.job):
-            _log.warning("a copied writer records nothing: the job %s of site %s has ended", info.job, info.site)
+            _log.warning(
+                "a copied writer records nothing: the job %s of site %s has ended; copy the writer while the job runs",
+                info.job, info.site,
+            )  # fmt: skip
             return None
     except SpoolError as e:
         _log.warning("a copied writer finds no spool, and drops what it is given until there is one: %s", e)

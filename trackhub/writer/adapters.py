@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from trackhub.writer.values import param_or_text
+from trackhub.writer.artifacts import read_artifact
 from trackhub.writer.writer import Writer
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
@@ -38,7 +38,7 @@ class _Adapter:
             ctx: not used; it is here since FLARE's writers take it.
             writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
                 nothing where there is no tracking.
-            strict: raise where a new writer would record nothing.
+            strict: make a new writer strict: it raises for what it cannot store, and where it would record nothing.
 
         Raises:
             ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
@@ -64,8 +64,8 @@ class _Adapter:
 class SummaryWriter(_Adapter):
     """Has the methods of TensorBoard's ``SummaryWriter``.
 
-    A call without ``global_step`` gets 0, 1, 2, ... for the values of its tag where a backend needs a step. All methods
-    raise what `Writer`'s do: `RecordError` for a bad argument, `SpoolError` once closed.
+    A call without ``global_step`` gets 0, 1, 2, ... for the values of its tag where a backend needs a step. No method
+    raises, unless strict.
     """
 
     def add_scalar(self, tag: str, scalar: float, global_step: int | None = None, **kwargs: Any) -> None:
@@ -91,8 +91,7 @@ class SummaryWriter(_Adapter):
             global_step: the step.
             kwargs: as for ``add_scalar``.
         """
-        if scalars:
-            self.writer.log({f"{tag}/{name}": value for name, value in scalars.items()}, global_step)
+        self.writer.log({tag: scalars}, global_step)
 
     def add_text(self, tag: str, text_string: str, global_step: int | None = None, **kwargs: Any) -> None:
         """Log a text, shown as Markdown by backends that can.
@@ -123,7 +122,7 @@ class SummaryWriter(_Adapter):
 
         Args:
             tag: its key.
-            values: an array or tensor of finite numbers.
+            values: an array or tensor of numbers.
             global_step: the step.
             bins: how many bins. A name of one of TensorBoard's or numpy's schemes means the default of 30.
             kwargs: as for ``add_scalar``.
@@ -132,12 +131,11 @@ class SummaryWriter(_Adapter):
 
 
 class WandBWriter(_Adapter):
-    """Has the methods of a W&B run. They raise what `Writer`'s do."""
+    """Has the methods of a W&B run. No method raises, unless strict."""
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log scalars as one record. An empty mapping logs nothing."""
-        if metrics:
-            self.writer.log(metrics, step)
+        self.writer.log(metrics, step)
 
     def finish(self) -> None:
         """Close the writer, as ``close`` does."""
@@ -145,19 +143,18 @@ class WandBWriter(_Adapter):
 
 
 class MLflowWriter(_Adapter):
-    """Has the methods of MLflow's fluent API. They raise what `Writer`'s do.
+    """Has the methods of MLflow's fluent API. No method raises, unless strict.
 
     A call without ``step`` gets 0, 1, 2, ... for the values of its key where a backend needs a step.
     """
 
     def log_param(self, key: str, value: Any) -> None:
         """Log one hyperparameter. A value that a param cannot hold is logged as its text."""
-        self.writer.log_params({key: param_or_text(value)})
+        self.writer.log_params({key: value})
 
     def log_params(self, values: dict[str, Any]) -> None:
         """Log hyperparameters, as ``log_param`` does. An empty mapping logs nothing."""
-        if values:
-            self.writer.log_params({key: param_or_text(value) for key, value in values.items()})
+        self.writer.log_params(values)
 
     def log_metric(self, key: str, value: float, step: int | None = None) -> None:
         """Log one scalar."""
@@ -165,8 +162,7 @@ class MLflowWriter(_Adapter):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log scalars as one record. An empty mapping logs nothing."""
-        if metrics:
-            self.writer.log(metrics, step)
+        self.writer.log(metrics, step)
 
     def log_text(self, text: str, artifact_file_path: str) -> None:
         """Log a text. The path is its key."""
@@ -174,14 +170,12 @@ class MLflowWriter(_Adapter):
 
     def log_artifact(self, local_path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Log a file. It goes into the artifact folder ``artifact_path`` if one is given."""
-        name = os.path.basename(os.fspath(local_path))
-        self.writer.log_artifact(local_path, f"{artifact_path}/{name}" if artifact_path else name)
+        self.writer._append_blob("log_artifact", None, read_artifact, local_path, None, "file", artifact_path)
 
     def set_tag(self, key: str, tag: Any) -> None:
         """Label the run. The value becomes text."""
-        self.writer.set_tags({key: str(tag)})
+        self.writer.set_tags({key: tag})
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Label the run, as ``set_tag`` does. An empty mapping logs nothing."""
-        if tags:
-            self.writer.set_tags({key: str(tag) for key, tag in tags.items()})
+        self.writer.set_tags(tags)

@@ -10,20 +10,22 @@ from typing import Any
 from trackhub.errors import RecordError
 from trackhub.records import Artifact, Blob
 from trackhub.spool.writing import NewBlob
-from trackhub.writer.values import plain_text, read_key, shown
+from trackhub.writer.plain_values import plain_text, shown
+from trackhub.writer.values import read_key
 
 __all__ = ["read_artifact"]
 
 _COPY_BYTES = 1 << 20
 
 
-def read_artifact(path: Any, name: Any, artifact_type: Any) -> NewBlob:
+def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) -> NewBlob:
     """Check the file and return how to copy it into the spool.
 
     Args:
         path: the file.
         name: its name in the run; None takes its file name.
         artifact_type: what it is, such as ``model``.
+        folder: the folder in the run to put it into; None or empty for none.
 
     Raises:
         RecordError: it is not a file that can be read, or the name or type is not accepted.
@@ -33,7 +35,8 @@ def read_artifact(path: Any, name: Any, artifact_type: Any) -> NewBlob:
     if not isinstance(artifact_type, str):
         raise RecordError(f"log_artifact: type {shown(artifact_type)}; expected a str such as 'model'")
     source, size = _check_readable(path)
-    key = read_key(source.name if name is None else name)
+    own_name = source.name if name is None else name
+    key = read_key(f"{folder}/{own_name}" if folder else own_name)
     filename = plain_text("file name of artifact", key, source.name)
     artifact_type = plain_text("type of artifact", key, artifact_type)
     digest = hashlib.sha256()

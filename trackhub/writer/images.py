@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.errors import RecordError
 from trackhub.records import Blob, Image
 from trackhub.spool.writing import NewBlob
-from trackhub.writer.values import plain_text, read_key, shown
+from trackhub.writer.plain_values import plain_text, shown
+from trackhub.writer.values import read_key
 
 __all__ = ["read_image"]
 
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _CHANNELS = (1, 3, 4)
+_ROUNDING = 0.001  # of floats in 0..1; less than a step of a pixel's 256
+_pillow_lock = threading.Lock()
 
 
 class _EncodedImage(NamedTuple):
@@ -71,13 +75,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
     Raises:
         RecordError: it is none of what is described there, or Pillow is not installed.
     """
-    try:
-        from PIL import Image as pil  # lazy: only who logs images needs Pillow
-    except ImportError as e:
-        raise RecordError(
-            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
-            "(in a clone: pip install -e '.[images]')"
-        ) from e
+    pil = _load_pillow(key)
     if isinstance(image, bytes | bytearray | str | os.PathLike):
         return _read_file(key, pil, image)
     if not isinstance(image, pil.Image):
@@ -90,6 +88,23 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
     except Exception as e:  # Pillow's errors share no base class: a closed image, one cut off, a mode it cannot convert
         raise RecordError(f"log_image({key!r}): the image cannot be encoded: {type(e).__name__}: {e}") from e
     return _EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
+
+
+def _load_pillow(key: str) -> Any:
+    """Return the module ``PIL.Image``. The first call imports it, and all of Pillow's formats."""
+    try:
+        with _pillow_lock:
+            from PIL import Image as pil  # lazy: only who logs images needs Pillow
+
+            # Otherwise Pillow loads its formats with the first image. If two threads open one at the same time, it says
+            # to one of them that it cannot identify a good image (Pillow 13.0).
+            pil.init()
+    except ImportError as e:
+        raise RecordError(
+            f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
+            "(in a clone: pip install -e '.[images]')"
+        ) from e
+    return pil
 
 
 def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
@@ -127,11 +142,11 @@ def _to_uint8(key: str, image: Any) -> Any:
     if not np.issubdtype(array.dtype, np.floating):
         raise RecordError(f"log_image({key!r}): dtype {array.dtype} is not supported; expected uint8, or float in 0..1")
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):
+    if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):
         raise RecordError(
             f"log_image({key!r}): expected floats in 0..1, got {low:g}..{high:g}; scale them, or pass uint8"
         )
-    return (array * 255.0 + 0.5).astype(np.uint8)
+    return (np.clip(array, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def _with_channels_last(key: str, array: Any) -> Any:

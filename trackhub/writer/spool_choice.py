@@ -15,11 +15,14 @@ from trackhub.errors import ConfigError, SpoolError
 from trackhub.spool.announcement import find_spool
 from trackhub.spool.writing import SpoolWriter
 
-__all__ = ["MODE_ENV", "open_spool"]
+__all__ = ["MODE_ENV", "STRICT_ENV", "is_disabled", "is_strict", "open_spool"]
 
 MODE_ENV = "TRACKHUB_MODE"
-"""Environment variable that turns tracking off for ``Writer()``: ``disabled`` records nothing and does not warn.
-``enabled`` is the same as unset."""
+"""Environment variable that turns tracking off for ``Writer()`` and ``trackhub.local``: ``disabled`` records nothing,
+without a warning. ``enabled`` is the same as unset."""
+
+STRICT_ENV = "TRACKHUB_STRICT"
+"""Environment variable that makes every writer strict: ``1``. Unset and ``0`` leave it to the writer's own argument."""
 
 _MODES = ("enabled", "disabled")
 _HOW = (
@@ -44,22 +47,39 @@ def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> Spo
     """
     if spool_dir is not None:
         return SpoolWriter(Path(spool_dir))
-    if _is_disabled():
+    if is_disabled():
         return None
     try:
         return SpoolWriter(find_spool())
     except (ConfigError, SpoolError) as e:
         if strict:
-            raise ConfigError(f"Writer(strict=True) found no spool to record into: {e}. {_HOW}") from e
+            raise ConfigError(f"a strict Writer() found no spool to record into: {e}. {_HOW}") from e
         _warn_once(e)
         return None
 
 
-def _is_disabled() -> bool:
+def is_disabled() -> bool:
+    """Return whether the environment variable ``TRACKHUB_MODE`` turns tracking off.
+
+    Raises:
+        ConfigError: it has an unknown value.
+    """
     mode = os.environ.get(MODE_ENV) or "enabled"
     if mode not in _MODES:
         raise ConfigError(f"the environment variable {MODE_ENV} is {mode!r}; expected {' or '.join(_MODES)}, or unset")
     return mode == "disabled"
+
+
+def is_strict() -> bool:
+    """Return whether the environment variable ``TRACKHUB_STRICT`` makes every writer raise for what it cannot store.
+
+    Raises:
+        ConfigError: it has an unknown value.
+    """
+    value = os.environ.get(STRICT_ENV) or "0"
+    if value not in ("0", "1"):
+        raise ConfigError(f"the environment variable {STRICT_ENV} is {value!r}; expected 1 or 0, or unset")
+    return value == "1"
 
 
 def _warn_once(reason: Exception) -> None:

@@ -2,9 +2,9 @@
 """Read what training code hands to `Writer`: which values are accepted, and what plain values they become.
 
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
-an argument that it does not accept. The message names the key, the value and what was expected. A ``what`` parameter
-is the first word of that message. Images and files are read in `trackhub.writer.images` and
-`trackhub.writer.artifacts`.
+an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
+several values, `BadValues` collects the errors instead, and the other values are kept. Images and files are read in
+`trackhub.writer.images` and `trackhub.writer.artifacts`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
+from trackhub.writer.plain_values import (
+    MAX_DEPTH,
+    as_mapping,
+    is_of_signal_handler,
+    key_text,
+    plain_number,
+    plain_param,
+    plain_text,
+    shown,
+    shown_error,
+)
 
 __all__ = [
-    "param_or_text",
-    "plain_text",
+    "BadValues",
+    "WrongCallError",
+    "known_numbers",
     "read_histogram",
     "read_key",
     "read_metrics",
@@ -30,46 +41,143 @@ __all__ = [
     "read_table",
     "read_tags",
     "read_text",
-    "shown",
 ]
 
 _KNOWN_KEYS_MAX = 10_000
-_MAX_DEPTH = 20
-_SHOWN_CHARS = 80
 
 
-def read_metrics(metrics: Any, known_keys: set[str]) -> dict[str, float]:
-    """Return scalars as key to float.
+class WrongCallError(RecordError):
+    """The call is wrong in itself, such as a step that is none. It is not about one of its values."""
+
+
+class BadValues:
+    """The values of a log call that cannot be stored, each with its error.
+
+    Attributes:
+        found: the key, or where there is none its text, and the error.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        """Begin without any.
+
+        Args:
+            strict: raise the first one instead.
+        """
+        self.found: list[tuple[str, RecordError]] = []
+        self._strict = strict
+
+    def add(self, what: str, key: Any, error: Exception) -> None:
+        """Note that the value under this key cannot be stored.
+
+        Args:
+            what: what the value is, for the message.
+            key: its key.
+            error: why; anything that the value's own methods have raised.
+
+        Raises:
+            RecordError: only if ``strict``.
+            Exception: a signal handler of the script raised it.
+        """
+        if is_of_signal_handler(error):
+            raise error
+        if not isinstance(error, RecordError):
+            cause = error
+            error = RecordError(f"{what} {shown(key)} cannot be read: {type(cause).__name__}: {shown_error(cause)}")
+            error.__cause__ = cause
+        if self._strict:
+            raise error
+        self.found.append((shown(key), error))
+
+
+def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
+    """Return scalars as key to float if all are Python's numbers under known keys. Otherwise `read_metrics` must look.
 
     Args:
         metrics: a mapping of key to number.
+        known_keys: keys that were accepted before.
+    """
+    found = {}
+    if type(metrics) is not dict:
+        return None
+    for key, value in metrics.items():
+        if type(key) is not str or key not in known_keys or not isinstance(value, float | int):
+            return None
+        try:
+            found[key] = float(value)
+        except OverflowError:
+            return None
+    return found
+
+
+def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str, float]:
+    """Return scalars as key to float. Nested mappings become keys such as ``train/loss``.
+
+    Args:
+        metrics: a mapping of key to number. An empty one gives an empty dict.
         known_keys: keys that were accepted before. Accepted keys are added, up to a limit.
+        bad: gets the values that are not accepted.
 
     Raises:
-        RecordError: it is not a mapping, it is empty, or a key or value is not accepted.
+        WrongCallError: it is not a mapping.
     """
-    return {
-        _read_cached_key(key, known_keys): value if type(value) is float else _read_number("metric", key, value)
-        for key, value in _items("log", metrics)
-    }
+    found: dict[str, float] = {}
+    for key, value in _leaves("log", metrics, bad):
+        try:
+            plain = _read_cached_key(key, known_keys)
+            number = value if type(value) is float else plain_number("metric", plain, value)
+            _require_new(plain, found)
+        except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+            bad.add("metric", key, e)
+        else:
+            found[plain] = number
+    return found
 
 
-def read_params(params: Any) -> Params:
-    """Return hyperparameters as plain values.
+def read_params(params: Any, bad: BadValues) -> Params | None:
+    """Return hyperparameters as plain values; None if there are none. Nested mappings become keys such as ``optim/lr``.
+
+    Args:
+        params: a mapping, or an object with fields: a dataclass, an ``argparse.Namespace``, a pydantic model, ...
+        bad: gets the values that are not accepted.
 
     Raises:
-        RecordError: it is not a mapping, it is empty, or a key or value is not accepted.
+        WrongCallError: it is none of these.
     """
-    return Params({read_key(key): _read_param(str(key), value) for key, value in _items("log_params", params)})
+    found: dict[str, Any] = {}
+    for key, value in _leaves("log_params", params, bad, has_fields=True):
+        try:
+            plain = read_key(key)
+            param = plain_param(plain, value)
+            _require_new(plain, found)
+        except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+            bad.add("param", key, e)
+        else:
+            found[plain] = param
+    return Params(found) if found else None
 
 
-def read_tags(tags: Any) -> Tags:
-    """Return labels as key to text.
+def read_tags(tags: Any, bad: BadValues) -> Tags | None:
+    """Return labels as key to text; None if there are none.
+
+    Args:
+        tags: a mapping of key to value; each value becomes text.
+        bad: gets the values that are not accepted.
 
     Raises:
-        RecordError: it is not a mapping, it is empty, or a key or value is not accepted.
+        WrongCallError: it is not a mapping.
     """
-    return Tags({read_key(key): _read_tag(key, value) for key, value in _items("set_tags", tags)})
+    found: dict[str, str] = {}
+    for key, value in _leaves("set_tags", tags, bad, is_nested=False):
+        try:
+            plain = read_key(key)
+            param = plain_param(plain, value)
+            text = plain_text("tag", plain, param if isinstance(param, str) else str(param))
+            _require_new(plain, found)
+        except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+            bad.add("tag", key, e)
+        else:
+            found[plain] = text
+    return Tags(found) if found else None
 
 
 def read_text(key: Any, text: Any) -> Text:
@@ -84,8 +192,8 @@ def read_text(key: Any, text: Any) -> Text:
     return Text(key, plain_text("text", key, text))
 
 
-def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any) -> Histogram:
-    """Return a distribution, either counted from values or as it was given.
+def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, bad: BadValues) -> Histogram:
+    """Return a distribution, either counted from the finite values or as it was given.
 
     Args:
         key: the histogram's key.
@@ -93,6 +201,7 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any) ->
         bins: how many equal bins to count the values into.
         edges: n + 1 finite, rising bin limits; None if values are given.
         counts: n counts >= 0; None if values are given.
+        bad: gets the values that are not finite, as one.
 
     Raises:
         RecordError: neither or both are given, or they are not as described.
@@ -101,10 +210,10 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any) ->
     if (values is None) == (edges is None) or (edges is None) != (counts is None):
         raise RecordError(f"histogram {key!r}: expected either values, or edges and counts")
     if values is not None:
-        edges, counts = _count_values(key, values, bins)
+        edges, counts = _count_values(key, values, bins, bad)
     try:
-        limits = [_read_number("histogram", key, edge) for edge in edges]
-        numbers = [_read_number("histogram", key, count) for count in counts]
+        limits = [plain_number("histogram", key, edge) for edge in edges]
+        numbers = [plain_number("histogram", key, count) for count in counts]
     except TypeError as e:
         raise RecordError(f"histogram {key!r}: {e}; expected edges and counts to be lists of numbers") from e
     rising = all(a < b for a, b in itertools.pairwise(limits))
@@ -162,71 +271,81 @@ def read_step(step: Any) -> int | None:
     """Return a step as a plain int; None stays None.
 
     Raises:
-        RecordError: it is not a whole number from 0 to ``MAX_STEP``.
+        WrongCallError: it is not a whole number from 0 to ``MAX_STEP``.
     """
     if step is None:
         return None
     try:
-        if isinstance(step, bool):
-            raise TypeError
-        value = operator.index(step)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise RecordError(f"step {shown(step)} is a {type(step).__name__}; expected an int >= 0, or None") from e
+        value = _whole(step)
+    except Exception as e:
+        raise WrongCallError(
+            f"step {shown(step)} is a {type(step).__name__}; expected a whole number >= 0, or None"
+        ) from e
     if not 0 <= value <= MAX_STEP:
-        raise RecordError(f"step {shown(value)} is out of range; expected 0 to {MAX_STEP}, or None")
+        raise WrongCallError(f"step {shown(value)} is out of range; expected 0 to {MAX_STEP}, or None")
     return value
 
 
-def param_or_text(value: Any, depth: int = 0) -> Any:
-    """Return the value if a param can hold it, else its text: what MLflow's own functions make of a param.
+def _whole(step: Any) -> int:
+    """Return an int, a whole float, or a numpy or torch value that is one, as a plain int. Raise for anything else."""
+    if isinstance(step, bool | str | bytes | bytearray):
+        raise TypeError
+    try:
+        return operator.index(step)
+    except TypeError:
+        number = float(step)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
+def _leaves(
+    method: str, values: Any, bad: BadValues, *, is_nested: bool = True, has_fields: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the values of a mapping with their keys. What is in a mapping in it gets a key such as ``a/b``.
 
     Args:
-        value: any value; lists and dicts are looked into.
-        depth: how many lists and dicts are around it.
-    """
-    if _is_plain(value) or hasattr(value, "item") or depth > _MAX_DEPTH:
-        return value
-    if isinstance(value, list | tuple):
-        return [param_or_text(item, depth + 1) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): param_or_text(item, depth + 1) for key, item in value.items()}
-    return str(value)
-
-
-def plain_text(what: str, key: Any, text: str) -> str:
-    """Return a text as a plain str: the encoder takes no subclass of it, such as numpy's and enums' strings.
-
-    Args:
-        what: what the text is, for the message.
-        key: the key that it belongs to, for the message.
-        text: the text.
+        method: the method that was called, for the message.
+        values: what it was given.
+        bad: gets what cannot be looked into.
+        is_nested: look into mappings in it.
+        has_fields: an object with fields is a mapping, too.
 
     Raises:
-        RecordError: it cannot be encoded as UTF-8.
+        WrongCallError: ``values`` is not a mapping.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise RecordError(f"{what} {key!r}: the text cannot be encoded as UTF-8: {e}") from e
-    return str.__str__(text)
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of a value's ``repr`` for a message. Never raises."""
-    try:
-        text = repr(value)
-        return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
-    except Exception as e:  # noqa: BLE001  # a foreign class may raise anything; an int of 5000 digits raises ValueError
-        return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
-
-
-def _items(method: str, values: Any) -> Iterable[tuple[Any, Any]]:
-    if not isinstance(values, Mapping):
+    fields = as_mapping(values, has_fields=has_fields)
+    if fields is None:
         name = type(values).__name__
-        raise RecordError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    if not values:
-        raise RecordError(f"{method}: the mapping is empty; expected at least one key")
-    return values.items()
+        raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
+    yield from _pairs("", fields, bad, 0 if is_nested else MAX_DEPTH + 1, has_fields=has_fields)
+
+
+def _pairs(
+    prefix: str, fields: Mapping[Any, Any], bad: BadValues, depth: int, *, has_fields: bool
+) -> Iterator[tuple[Any, Any]]:
+    for key in fields:
+        path: Any = key
+        try:
+            path = f"{prefix}{key_text(key)}"
+            value = fields[key]
+            inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
+            if inner is not None and depth == MAX_DEPTH:
+                raise RecordError(f"{path[:80]!r} is nested more than {MAX_DEPTH} deep; flatten it first")
+        except Exception as e:  # noqa: BLE001  # such as a missing value of OmegaConf
+            bad.add("value", path, e)
+            continue
+        if inner is None:
+            yield path, value
+        elif inner:
+            yield from _pairs(f"{path}/", inner, bad, depth + 1, has_fields=has_fields)
+        elif has_fields:
+            yield path, {}
+
+
+def _require_new(key: str, found: Mapping[str, Any]) -> None:
+    if key in found:
+        raise RecordError(f"key {shown(key)} comes twice in one call; the first value is kept. Rename one of them")
 
 
 def _read_cached_key(key: Any, known_keys: set[str]) -> str:
@@ -238,87 +357,30 @@ def _read_cached_key(key: Any, known_keys: set[str]) -> str:
     return checked
 
 
-def _read_number(what: str, key: Any, value: Any) -> float:
-    plain = _unwrap(what, key, value)
-    if isinstance(plain, bool | int | float):
-        try:
-            return float(plain)
-        except OverflowError as e:
-            raise RecordError(f"{what} {key!r}: {shown(plain)} is too large for a float64") from e
-    raise RecordError(
-        f"{what} {key!r}: {shown(value)} is a {type(value).__name__}; expected a number (bool, int, float, or a numpy "
-        "or torch value with one element)"
-    )
-
-
-def _unwrap(what: str, key: Any, value: Any) -> Any:
-    """Return the plain Python value of a numpy or torch value with one element. Return anything else as it is."""
-    if isinstance(value, bool | int | float | str) or not hasattr(value, "item"):
-        return value
-    try:
-        return value.item()
-    except (ValueError, RuntimeError, TypeError) as e:
-        shape = list(getattr(value, "shape", []))
-        raise RecordError(
-            f"{what} {key!r}: {type(value).__name__} of shape {shape} is not one number; reduce it first, for example "
-            f"with .mean() ({e})"
-        ) from e
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _read_plain(what: str, key: Any, value: Any) -> Any:
-    """Return a value of exactly the type None, bool, int, float or str: the encoder takes no subclasses of them."""
-    if isinstance(value, str):
-        return plain_text(what, key, value)
-    if isinstance(value, float):
-        return float(value)
-    return value if value is None or isinstance(value, bool) else int(value)
-
-
-def _read_param(path: str, value: Any, depth: int = 0) -> Any:
-    value = _unwrap("param", path, value)
-    if _is_plain(value):
-        return _read_plain("param", path, value)
-    if isinstance(value, os.PathLike):
-        return plain_text("param", path, os.fsdecode(value))
-    if depth == _MAX_DEPTH:
-        raise RecordError(f"param {path[:80]!r}... is nested more than {_MAX_DEPTH} deep; convert it with str()")
-    if isinstance(value, Mapping):
-        return {read_key(key): _read_param(f"{path}.{key}", item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_read_param(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
-    raise RecordError(
-        f"param {path!r}: {shown(value)} is a {type(value).__name__}; expected None, bool, int, float, str, a path, or "
-        "lists and dicts of these; convert it with str()"
-    )
-
-
-def _read_tag(key: Any, value: Any) -> str:
-    value = _unwrap("tag", key, value)
-    if _is_plain(value):
-        return plain_text("tag", key, value if isinstance(value, str) else str(value))
-    raise RecordError(f"tag {key!r}: {shown(value)} is a {type(value).__name__}; expected a str; use str()")
-
-
 def _read_cell(what: str, key: Any, value: Any) -> Any:
-    value = _unwrap(what, key, value)
-    if _is_plain(value):
-        return _read_plain(what, key, value)
-    raise RecordError(
-        f"{what} {key!r}: {shown(value)} is a {type(value).__name__}; expected None, bool, int, float or str; use str()"
-    )
+    cell = plain_param(what, value)
+    return plain_text(what, key, str(cell)) if isinstance(cell, list | dict) else cell
 
 
-def _count_values(key: str, values: Any, bins: Any) -> tuple[list[float], list[float]]:
+def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[list[float], list[float]]:
     import numpy as np  # lazy: the rest of the writer works without
 
     if hasattr(values, "detach"):
         values = values.detach().cpu().double()  # NumPy has no bfloat16
     try:
-        counts, edges = np.histogram(np.asarray(values, dtype=np.float64).ravel(), bins=bins)
+        array = np.asarray(values, dtype=np.float64).ravel()
+        finite = array[np.isfinite(array)]
+        if array.size and not finite.size:
+            raise ValueError("none of the values is finite")
+        counts, edges = np.histogram(finite, bins=bins)
     except (ValueError, TypeError) as e:
         raise RecordError(f"histogram {key!r}: {e}; expected an array of finite numbers and bins >= 1") from e
+    if left_out := array.size - finite.size:
+        bad.add(
+            "histogram",
+            key,
+            RecordError(
+                f"histogram {key!r}: {left_out} of {array.size} values are not finite, and are not in its bins"
+            ),
+        )
     return edges.tolist(), counts.astype(np.float64).tolist()

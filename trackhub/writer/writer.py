@@ -7,6 +7,7 @@ but ``flush`` waits for a network or a backend. `trackhub.writer.values` says wh
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -14,13 +15,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ParamSpec, Self
 
-from trackhub.errors import RecordError
-from trackhub.records import MAX_STEP, Metrics, Params, Payload, Tags
+from trackhub.errors import RecordError, SpoolError
+from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.artifacts import read_artifact
 from trackhub.writer.images import read_image
-from trackhub.writer.spool_choice import open_spool
+from trackhub.writer.plain_values import is_of_signal_handler, shown, shown_error
+from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
+    BadValues,
+    WrongCallError,
+    known_numbers,
     read_histogram,
     read_metrics,
     read_params,
@@ -33,7 +38,10 @@ from trackhub.writer.values import (
 __all__ = ["Writer", "plain_writer"]
 
 _POLL_S = 0.01
+_INVALID_VALUE = "invalid_value"
+_MAX_WARNINGS = 50  # of one writer, each about another key or reason
 _Arguments = ParamSpec("_Arguments")
+_log = logging.getLogger(__name__)
 
 
 class Writer:
@@ -50,13 +58,17 @@ class Writer:
     in the same process, it records into that run. Everywhere else it records nothing, so that the same script also runs
     without tracking. Then every call returns at once and does not look at its arguments, and ``flush`` returns True.
 
-    A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. Pass
-    ``strict=True`` to get an error instead. Set the environment variable ``TRACKHUB_MODE=disabled`` to record nothing
+    A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. A strict
+    one raises an error instead. Set the environment variable ``TRACKHUB_MODE=disabled`` to record nothing
     without a warning, also where there is tracking.
 
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
-    backend. A bad argument raises `RecordError`, and nothing is recorded. A full disk or a full spool raises nothing:
-    the record is dropped and counted, and training goes on.
+    backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``, and the other
+    values of the call are stored. A call that is wrong in itself, such as one with a negative step, is counted as
+    ``invalid_call``, and one after ``close`` as ``writer_closed``. The log says so once for each key. For tests,
+    ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
+
+    A full disk or a full spool is counted as well, and training goes on.
 
     All methods may be called from any thread and from signal handlers. A forked child may go on with the writer of its
     parent. A writer may be copied, and pickled into another process on the same machine: the copy logs into the same
@@ -69,72 +81,81 @@ class Writer:
         Args:
             spool_dir: the spool's folder. None takes the spool that was announced to this process, as described
                 above. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
-            strict: raise where there is no spool, instead of recording nothing with a warning. It has no effect under
-                ``TRACKHUB_MODE=disabled``: whoever runs the script has decided.
+            strict: raise for what cannot be stored, and where there is no spool, instead of warning once. It has no
+                effect under ``TRACKHUB_MODE=disabled``: whoever runs the script has decided.
 
         Raises:
-            ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` is neither ``enabled``
-                nor ``disabled``.
+            ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` or ``TRACKHUB_STRICT`` has
+                an unknown value.
             SpoolError: ``spool_dir`` was given and is not a spool.
         """
-        self._spool = open_spool(spool_dir, strict=strict)
+        self._strict = strict or is_strict()
+        self._spool = open_spool(spool_dir, strict=self._strict)
         self._known_keys: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log scalars as one record: they belong together and are delivered together.
 
         Args:
-            metrics: key to number: bool, int, float, or a numpy or torch value with one element. Stored as float64;
-                NaN and infinities are kept. A key has 1 to 1,000 characters and no control characters.
-            step: >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each key.
+            metrics: key to number: bool, int, float, or anything with one element that ``float()`` takes, such as
+                numpy's, torch's and ``decimal.Decimal``. Stored as float64; NaN and infinities are kept. What is in a
+                dict in it gets a key such as ``train/loss``. A key has 1 to 1,000 characters and no control characters.
+                An empty mapping logs nothing.
+            step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
+                key.
 
         Raises:
-            RecordError: a key, a value or the step is not as described; the message names it.
-            SpoolError: the writer is closed.
+            RecordError: only if strict: a key, a value or the step is not as described; the message names it.
+            SpoolError: only if strict: the writer is closed.
         """
         spool = self._spool
         if spool is None:
             return
         now = time.time()
-        values = metrics if type(metrics) is dict and metrics else read_metrics(metrics, self._known_keys)
-        known_keys = self._known_keys
-        for key, value in values.items():
-            if type(value) is not float or type(key) is not str or key not in known_keys:
-                values = read_metrics(metrics, known_keys)
-                break
-        if step is not None and not (type(step) is int and 0 <= step <= MAX_STEP):
-            step = read_step(step)
-        # The spool encodes at once, so a dict of known keys and floats needs no copy (docs/adr/0004).
-        payload = Metrics(values)
         try:
-            spool.append(payload, step, now)
-        except (ValueError, OverflowError) as e:
-            raise _too_large(payload, e) from e
+            if step is not None and not (type(step) is int and 0 <= step <= MAX_STEP):
+                step = read_step(step)
+            known_keys = self._known_keys
+            values: dict[str, float]
+            if type(metrics) is dict:
+                values = metrics
+                for key, value in metrics.items():
+                    if type(value) is not float or type(key) is not str or key not in known_keys:
+                        values = self._read_metrics(metrics)
+                        break
+            else:
+                values = self._read_metrics(metrics)
+            if values:
+                # The spool encodes at once, so a dict of known keys and floats needs no copy (docs/adr/0004).
+                spool.append(Metrics(values), step, now)
+        except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
+            self._refuse("log", e)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log hyperparameters.
 
         Args:
-            params: key to None, bool, int, float, str, path, or lists and dicts of these. numpy and torch values with
-                one element are accepted, too.
+            params: key to value, or an object with fields: a dataclass, an ``argparse.Namespace``, a pydantic model, an
+                OmegaConf. None, bool, int, float, str and lists of these are stored as they are, and so are numpy's and
+                torch's values. What is in a dict or an object in it gets a key such as ``optim/lr``. An enum's member
+                becomes its value, and a path, a date and anything else its text.
 
         Raises:
-            RecordError: a key or value is not as described; the message names it.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append(None, read_params, params)
+        self._append_values("log_params", read_params, params)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Label the run. The last value of a key holds.
 
         Args:
-            tags: key to str, bool, int, float or None; each value becomes a string.
+            tags: key to value; each value becomes a string.
 
         Raises:
-            RecordError: a key or value is not as described; the message names it.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append(None, read_tags, tags)
+        self._append_values("set_tags", read_tags, tags)
 
     def log_text(self, key: str, text: str, step: int | None = None) -> None:
         """Log a piece of text. Backends that can render Markdown do so.
@@ -145,10 +166,9 @@ class Writer:
             step: as for ``log``.
 
         Raises:
-            RecordError: the key or step is not accepted, or ``text`` is not a str or too long.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append(step, read_text, key, text)
+        self._append("log_text", step, read_text, key, text)
 
     def log_image(self, key: str, image: Any, step: int | None = None, caption: str = "") -> None:
         """Log one image. Encodes it as a PNG before returning; needs Pillow.
@@ -162,10 +182,9 @@ class Writer:
             caption: a line of text below the image.
 
         Raises:
-            RecordError: an argument is not as described, or Pillow is not installed.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append_blob(step, read_image, key, image, caption)
+        self._append_blob("log_image", step, read_image, key, image, caption)
 
     def log_histogram(
         self,
@@ -181,17 +200,18 @@ class Writer:
 
         Args:
             key: the histogram's key.
-            values: an array or tensor of any shape, of finite numbers. They are counted into equal bins; needs NumPy.
+            values: an array or tensor of any shape. Its finite numbers are counted into equal bins; needs NumPy.
             step: as for ``log``.
             bins: how many bins to count ``values`` into.
             edges: n + 1 finite, rising bin limits.
             counts: n counts >= 0.
 
         Raises:
-            RecordError: an argument is not as described, or neither or both were given.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append(step, read_histogram, key, values, bins, edges, counts)
+        bad = BadValues(strict=self._strict)
+        self._append("log_histogram", step, read_histogram, key, values, bins, edges, counts, bad)
+        self._note_left_out(bad, has_rest=True)
 
     def log_table(
         self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], step: int | None = None
@@ -201,14 +221,14 @@ class Writer:
         Args:
             key: the table's key.
             columns: the names of the columns.
-            rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str.
+            rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str; other values
+                become text.
             step: as for ``log``.
 
         Raises:
-            RecordError: an argument is not as described, or the table is too large.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append(step, read_table, key, columns, rows)
+        self._append("log_table", step, read_table, key, columns, rows)
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None, type: str = "file") -> None:
         """Log a file. Copies it before returning, so it may change or vanish afterwards.
@@ -219,10 +239,9 @@ class Writer:
             type: what it is, such as ``model`` or ``dataset``.
 
         Raises:
-            RecordError: the file does not exist, is a folder or cannot be read, or the name or type is not a str.
-            SpoolError: the writer is closed.
+            RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append_blob(None, read_artifact, path, name, type)
+        self._append_blob("log_artifact", None, read_artifact, path, name, type)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until every receiver has accepted or refused the records that this writer logged before the call.
@@ -272,49 +291,117 @@ class Writer:
         self.close()
 
     def _append(
-        self, step: int | None, read: Callable[_Arguments, Payload], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+        self,
+        method: str,
+        step: int | None,
+        read: Callable[_Arguments, Payload],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
     ) -> None:
         """Append the record that ``read`` makes of the arguments. Without a spool, the arguments are not even read."""
         if self._spool is None:
             return
         now = time.time()
-        step = read_step(step)
-        payload = read(*args, **kwargs)
         try:
-            self._spool.append(payload, step, now)
-        except (ValueError, OverflowError) as e:
-            raise _too_large(payload, e) from e
+            step = read_step(step)
+            self._spool.append(read(*args, **kwargs), step, now)
+        except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
+            self._refuse(method, e, *args[:1])
+
+    def _append_values(self, method: str, read: Callable[[Any, BadValues], Payload | None], values: Any) -> None:
+        """Append what ``read`` makes of a mapping, and count the values that it leaves out."""
+        if self._spool is None:
+            return
+        now = time.time()
+        try:
+            bad = BadValues(strict=self._strict)
+            payload = read(values, bad)
+            self._note_left_out(bad, has_rest=payload is not None)
+            if payload is not None:
+                self._spool.append(payload, None, now)
+        except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
+            self._refuse(method, e)
 
     def _append_blob(
-        self, step: int | None, read: Callable[_Arguments, NewBlob], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+        self,
+        method: str,
+        step: int | None,
+        read: Callable[_Arguments, NewBlob],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
     ) -> None:
         """As ``_append``, for a record whose bytes go to a file of their own."""
         if self._spool is None:
             return
         now = time.time()
-        step = read_step(step)
-        blob = read(*args, **kwargs)
         try:
-            self._spool.append_blob(blob, step, now)
-        except (ValueError, OverflowError) as e:
-            raise RecordError(f"{blob.key!r}: {e}") from e
+            step = read_step(step)
+            self._spool.append_blob(read(*args, **kwargs), step, now)
+        except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
+            self._refuse(method, e, *args[:1])
+
+    def _read_metrics(self, metrics: Any) -> dict[str, float]:
+        if (known := known_numbers(metrics, self._known_keys)) is not None:
+            return known
+        bad = BadValues(strict=self._strict)
+        values = read_metrics(metrics, self._known_keys, bad)
+        self._note_left_out(bad, has_rest=bool(values))
+        return values
+
+    def _note_left_out(self, bad: BadValues, *, has_rest: bool) -> None:
+        """Count the values that are left out of a call. If they are all that it has, its record is dropped."""
+        if not bad.found or self._spool is None:
+            return
+        if has_rest:
+            self._spool.count_left_out(_INVALID_VALUE, len(bad.found))
+        else:
+            self._spool.drop(_INVALID_VALUE, "")
+        for key, error in bad.found:
+            self._warn(_INVALID_VALUE, key, error)
+
+    def _refuse(self, method: str, error: Exception, key: Any = None) -> None:
+        """Count a call that cannot be recorded, and warn once. A strict writer raises.
+
+        Args:
+            method: the method that was called.
+            error: why.
+            key: the key that it was called with, where it has one.
+
+        Raises:
+            RecordError, SpoolError: the writer is strict.
+            Exception: a signal handler of the script raised it.
+        """
+        if is_of_signal_handler(error):
+            raise error
+        if not isinstance(error, RecordError | SpoolError):
+            wrong = WrongCallError(f"{method}: {type(error).__name__}: {shown_error(error)}")
+            wrong.__cause__ = error
+            error = wrong
+        if self._strict:
+            raise error
+        reason = _INVALID_VALUE
+        if isinstance(error, SpoolError):
+            reason = "writer_closed"
+        elif isinstance(error, WrongCallError):
+            reason = "invalid_call"
+        if self._spool is not None:
+            self._spool.drop(reason, "")
+        self._warn(reason, method if reason != _INVALID_VALUE else shown(key), error)
+
+    def _warn(self, reason: str, about: str, error: RecordError | SpoolError) -> None:
+        if (reason, about) not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add((reason, about))
+            _log.warning(
+                "tracking left something out (%s): %s. Training goes on. What else is left out for the same reason is "
+                "counted, and not shown", reason, shown_error(error, 500),
+            )  # fmt: skip
 
 
 def plain_writer(spool: SpoolWriter | None) -> Writer:
     """Return a writer on this spool, for the copy of a writer that can do more. Without one, it records nothing."""
     writer = Writer.__new__(Writer)
     writer._spool = spool
+    writer._strict = is_strict()
     writer._known_keys = set()
+    writer._warned = set()
     return writer
-
-
-def _too_large(payload: Payload, error: Exception) -> RecordError:
-    name = type(payload).__name__
-    keys = list(payload.values)[:3] if isinstance(payload, Metrics | Params | Tags) else getattr(payload, "key", "")
-    # Which of the two it was; each has its own way out.
-    way_out = (
-        "expected integers that fit into 64 bits; convert a larger one with str() or float()"
-        if isinstance(error, OverflowError)
-        else "log a larger value with log_artifact"
-    )
-    return RecordError(f"{name} {keys!r:.200}: {error}; {way_out}")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +404,35 @@ def test_nothing_is_left_outside_the_folder_of_the_receiver(rig: Rig, tmp_path: 
     left = [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()]
     assert [name for name in left if not name.startswith("core-debug-")] == []
     assert services() == []
+
+
+def test_the_first_images_of_two_runs_may_come_at_the_same_time(tmp_path: Path) -> None:
+    """Two lanes open their first image. Pillow loaded its formats then, and could not identify one of them."""
+    (tmp_path / "image.png").write_bytes(png())
+    code = """
+        import os, sys, threading
+        from trackhub_wandb.sdk_process import import_sdk
+        wandb = import_sdk()
+        sys.setswitchinterval(1e-6)
+        def open_in_two_threads():
+            barrier, opened = threading.Barrier(2), []
+            def work():
+                barrier.wait()
+                opened.append(wandb.Image(sys.argv[1]))
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            os._exit(len(opened) != 2)
+        for _ in range(12):
+            if os.fork() == 0:
+                open_in_two_threads()
+        sys.exit(any([os.wait()[1] for _ in range(12)]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "image.png")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the journals and spools that a job left on a disk, for ``trackhub status`` and ``trackhub replay``."""
+"""Finds what jobs left on a disk: their journals and spools, and the runs whose process died.
+
+``trackhub status``, ``trackhub replay`` and `trackhub.local_tracking` call it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import NamedTuple
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.swap import is_journal_left
+from trackhub.delivery.report import REPORT_NAME
 from trackhub.errors import ConfigError
+from trackhub.process_lock import is_free
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find", "find_interrupted", "is_interrupted"]
 
 _SPOOL_MARK = "spool.json"
 """The file that makes a folder a spool."""
@@ -51,3 +56,25 @@ def find(path: Path) -> Found:
             f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
         )
     return Found(sorted(journals), sorted(spools))
+
+
+def find_interrupted(folder: Path) -> list[Path]:
+    """Return the run folders in this folder whose receiver died before it made its report, sorted.
+
+    Looks at names and locks only, since there may be thousands of runs. Never raises.
+
+    Args:
+        folder: the folder of the runs' folders.
+    """
+    try:
+        runs = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+    return [run for run in runs if is_interrupted(run / "trackhub" / JOURNAL_NAME)]
+
+
+def is_interrupted(journal: Path) -> bool:
+    """Return whether a journal's receiver died before it made its report. False if that cannot be told."""
+    if journal.with_name(REPORT_NAME).exists() or not journal.exists():
+        return False
+    return is_free(journal.with_suffix(".lock"))

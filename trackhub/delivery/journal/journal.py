@@ -389,7 +389,7 @@ class Journal:
             return build_report(db, lanes, facts=facts)
 
     def close(self) -> None:
-        """Fold everything into the one file and close it, since FLARE archives the folder next. Idempotent."""
+        """Checkpoint the write-ahead log and close the file, since FLARE archives the folder next. Idempotent."""
         self._connections.close()
         self._process_lock.release()
 

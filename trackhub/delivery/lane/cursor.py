@@ -257,7 +257,12 @@ class Cursor:
         try:
             self._store(self.written)
         except JournalError as e:
-            _log.warning("lane %s cannot store how far run %s got: %s", self.lane, self.site, e)
+            _log.warning(
+                "lane %s cannot store how far run %s got: %s. After a crash it delivers these records again",
+                self.lane,
+                self.site,
+                e,
+            )
 
     def _store(self, written: int) -> None:
         self._journal.save_run(self.lane, self.site_id, *self._state(written))

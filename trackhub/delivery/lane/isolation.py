@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the one record that a backend cannot store, so that it does not hold up the records behind it.
+"""Finding the one record that a backend cannot store, so that it does not hold up later records.
 
 `RunDelivery` puts batches in, writes the first one, and says here what came of it. The rule by which an error rejects
 a record stands in `Isolation` and nowhere else; docs/adr/0002 gives the reasons.

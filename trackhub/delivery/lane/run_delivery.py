@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 # The states of a RunDelivery, and what leads from one to the next. In the last three, nothing more is done.
 #
-#   closed ──> open         open_run returned. A run is opened when it has records to deliver, not before.
+#   closed ──> open         open_run returned. A run is opened when it has records to deliver, or when an earlier
+#                           receiver opened it and could not finish it. Otherwise the store would show it as running.
 #   closed ──> closed       open_run failed. It is called again later.
 #   closed ──> stopped      open_run raised PermanentError, or the run holds records of another journal.
 #   closed ──> finished     The job ends, and the run has nothing to deliver.
@@ -90,6 +91,7 @@ class RunDelivery:
         self._flush_due: float | None = None
         self._over = False
         self._end_is_stored = True
+        self._was_left_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
 
     def advance(self, *, flush_now: bool) -> bool:
         """Do one piece of work: open the run, write what was read, or have it confirmed.
@@ -106,7 +108,7 @@ class RunDelivery:
             return False
         try:
             if self._run is None:  # nothing is read before the run is open: only then is it known what to skip
-                return self._reader.has_more() and self._open()
+                return (self._reader.has_more() or self._was_left_open) and self._open()
             return self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
@@ -138,6 +140,8 @@ class RunDelivery:
         if self._over:
             return True
         if self._flush_due is not None or self._cursor.written != self._reader.upto:
+            return False
+        if self._was_left_open and self._run is None:
             return False
         try:
             return not self._reader.has_more()

@@ -50,7 +50,7 @@ class DeclarationChecks(ContractFixtures):
         )
 
     def test_constructor_does_no_work(self, tmp_path: Path) -> None:
-        """The constructor makes no file. What can fail or wait belongs into ``preflight`` or ``open_run``."""
+        """The constructor makes no file. ``preflight`` and ``open_run`` do what can fail or wait."""
         workdir = tmp_path / "run" / self.name
         store = tmp_path / "store"
         workdir.mkdir(parents=True)

@@ -37,7 +37,10 @@ def put_by_client(artifact_uri: str, path: str, content: bytes | Path) -> None:
         with _file_with_name(content, name) as file:
             repository.log_artifact(str(file), folder or None)
     except Exception as error:
-        raise TransientError(f"artifact {path} cannot be stored below {artifact_uri}: {root_cause(error)}") from error
+        raise TransientError(
+            f"artifact {path} cannot be stored below {artifact_uri}: {root_cause(error)}; see whether "
+            "the receiver can write there"
+        ) from error
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def find_or_create(
             mine = create()
             continue
         if not runs:
-            raise TransientError(f"MLflow does not find a run that it has just created ({tag} = {identity})")
+            raise TransientError(
+                f"MLflow does not find a run that it has just created ({tag} = {identity}); see the server's log"
+            )
         first = runs[0]
         alone = len(runs) == 1 and mine is not None and first.id == mine.id
         if mine is not None and mine.id != first.id:

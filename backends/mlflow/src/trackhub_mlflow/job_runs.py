@@ -106,9 +106,9 @@ class JobRuns:
         return run
 
     def close_run(self, run: StoredRun, status: RunStatus, end_ms: int | None) -> None:
-        """End a run. After the last open run of this receiver, end the parent run, too, unless another run still runs.
+        """End a run. If it is this receiver's last open run, end the parent run, too, unless a run below it still runs.
 
-        Only the last one looks at the job's other runs. With a thousand sites, it would take hours if each one did.
+        Only the last open run looks at the job's other runs. With a thousand sites, it would take hours if each did.
 
         Args:
             run: what ``open_run`` returned.
@@ -190,9 +190,10 @@ class JobRuns:
         )  # fmt: skip
 
     def _close_parent(self, place: _Place) -> None:
-        """End the parent run if none of its runs is running: failed if one failed, else killed if one was killed.
+        """End the parent run if none of its runs is running. It failed if one of them failed, or was killed if one was.
 
-        The receiver that ends its run last does this. A site that still runs, or joins later, keeps the parent running.
+        The last receiver that ends a run does this. A site that still runs keeps the parent running, and so does a site
+        that joins later.
         """
         store, used = self._store, place.parent
         children = store.find_runs(used.experiment_id, NESTING_TAG, used.id)
@@ -202,7 +203,7 @@ class JobRuns:
         parent = min(parents, key=settled_first, default=None)
         if parent is None:
             return  # somebody deleted it
-        if parent.id != used.id:  # receivers that waited for each other in vain had chosen different ones
+        if parent.id != used.id:  # two receivers made a parent run each, since neither found the other one's in time
             for child in filter(is_settled, own):
                 store.log_batch(child.id, (), (), [Pair(NESTING_TAG, parent.id)])
             children = store.find_runs(used.experiment_id, NESTING_TAG, parent.id)

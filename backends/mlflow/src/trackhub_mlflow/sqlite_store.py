@@ -203,7 +203,9 @@ class SqliteStore:
                 raise RefusedError(f"{error.error_code}: {error.message}"[:500]) from error
             raise TransientError(f"MLflow store {self._file}: {error.error_code}: {error.message}"[:500]) from error
         except SQLAlchemyError as error:
-            raise TransientError(f"MLflow store {self._file}: {error}"[:500]) from error
+            raise TransientError(
+                f"MLflow store {self._file}: {error}; see whether another program holds it"[:500]
+            ) from error
 
     def _opened(self) -> SqlAlchemyStore:
         from mlflow.exceptions import MlflowException
@@ -231,7 +233,9 @@ class SqliteStore:
             ) as connection:
                 connection.execute("PRAGMA schema_version").fetchone()
         except sqlite3.OperationalError as error:
-            raise TransientError(f"MLflow store {self._file} cannot be opened: {error}") from error
+            raise TransientError(
+                f"MLflow store {self._file} cannot be opened: {error}; its folder must be writable and have free space"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise SetupError(
                 f"{self._file} is not an SQLite file: {error}. Move it away, or name another file in tracking_uri"
@@ -292,7 +296,9 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TransientError(f"{what} cannot be written or read: {error}") from error
+        raise TransientError(
+            f"{what} cannot be written or read: {error}; its folder must be writable and have free space"
+        ) from error
 
 
 def _run(run: Run) -> StoredRun:

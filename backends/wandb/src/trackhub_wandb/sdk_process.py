@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 # A process has one service of the SDK. Without the lock, one backend would stop it while another starts it.
 _lock = threading.RLock()
+_import_lock = threading.Lock()
 
 _SERVICE_VARIABLE = "WANDB_SERVICE"
 _ERROR_REPORTING_VARIABLE = "WANDB_ERROR_REPORTING"
@@ -100,14 +101,21 @@ class Login:
 
 
 def import_sdk() -> ModuleType:
-    """Return the ``wandb`` module. The first call imports it, which takes 0.5 s.
+    """Return the ``wandb`` module. The first call imports it, which takes 0.5 s. May be called from any thread.
 
     The SDK sends crash reports and usage statistics to W&B, and needs two threads for it. This switches both off unless
     ``WANDB_ERROR_REPORTING`` is set. The SDK reads that variable when it is imported and when its service starts.
     """
     os.environ.setdefault(_ERROR_REPORTING_VARIABLE, "false")
-    import wandb
+    with _import_lock:
+        import wandb
 
+        with contextlib.suppress(ImportError):  # then W&B rejects images, and says what to install
+            from PIL import Image
+
+            # Pillow loads its formats with the first image. If two lanes open one at the same time, it says to one of
+            # them that it cannot identify a good image (Pillow 13.0).
+            Image.init()
     return wandb
 
 

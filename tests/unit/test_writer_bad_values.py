@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bad value costs a value: it is counted, named once, and everything else of its call is stored. Nothing raises."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import logging
+import math
+import os
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.helpers import new_spool, read_spool, settle_all, spool_of
+from trackhub.errors import ConfigError, RecordError
+from trackhub.records import Histogram, Image, Metrics, Params, Payload, Tags
+from trackhub.spool.counts import StreamCount
+from trackhub.spool.reading import SpoolReader
+from trackhub.writer.writer import Writer
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    DEEP = (1, 2)
+
+
+@dataclasses.dataclass
+class Optim:
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class Struct(msgspec.Struct):
+    depth: int = 3
+
+
+class Pydantic:
+    """As an instance of a pydantic 2 model looks from outside."""
+
+    model_fields = {"width": None}
+
+    def __init__(self) -> None:
+        self.width = 64
+
+
+class Evil:
+    """Raises whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def _raise(self, *args: Any) -> Any:
+        raise RuntimeError("evil")
+
+    __str__ = __repr__ = __float__ = __index__ = __len__ = __iter__ = __bool__ = __eq__ = __hash__ = _raise
+
+
+Point = namedtuple("Point", ["x", "y"])
+
+
+def payloads(writer: Writer) -> list[Payload]:
+    return [record.payload for records in read_spool(spool_of(writer).folder).values() for record in records]
+
+
+def count_of(writer: Writer) -> StreamCount:
+    reader = SpoolReader(spool_of(writer).folder, "server")
+    settle_all(reader, final=True)
+    (count,) = reader.counts().values()
+    gone = sum(count.dropped.values()) + count.acked
+    assert count.logged == gone
+    return count
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    return Writer(new_spool(tmp_path / "spool"))
+
+
+def test_a_none_among_metrics_costs_itself_and_is_named_once(writer: Writer, caplog: pytest.LogCaptureFixture) -> None:
+    for step in range(3):
+        writer.log({"note": None, "loss": 0.1}, step)
+
+    assert payloads(writer) == [Metrics({"loss": 0.1})] * 3
+    count = count_of(writer)
+    assert (count.logged, count.dropped, count.altered) == (3, {}, {"invalid_value": 3})
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for part in ("'note'", "None", "expected a number", "invalid_value"):
+        assert part in record.getMessage()
+
+
+def test_a_call_without_any_good_value_is_a_dropped_record(writer: Writer) -> None:
+    writer.log({"note": None, "text": "x"}, 1)
+    writer.log({"loss": 0.1}, 2)
+
+    assert payloads(writer)[-1] == Metrics({"loss": 0.1})
+    count = count_of(writer)
+    assert (count.logged, count.dropped, count.altered) == (2, {"invalid_value": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: w.log(5),
+        lambda w: w.log({"a": 1.0}, -1),
+        lambda w: w.log({"a": 1.0}, "three"),
+        lambda w: w.log_params([1]),
+        lambda w: w.set_tags(None),
+        lambda w: w.log_text("t", "x", 1.5),
+        lambda w: w.log(Evil()),
+    ],
+    ids=["no mapping", "step below 0", "step of letters", "a list of params", "no tags", "half a step", "evil"],
+)
+def test_a_call_that_is_wrong_in_itself_is_counted_as_invalid_call(
+    writer: Writer, call: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    call(writer)
+    call(writer)
+
+    assert count_of(writer).dropped == {"invalid_call": 2}
+    assert len(caplog.records) == 1
+
+
+def test_a_call_after_close_is_counted_as_long_as_the_job_runs(
+    writer: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer.log({"a": 1.0})
+    writer.close()
+    for _ in range(3):
+        writer.log({"a": 2.0})
+        writer.log_text("t", "x")
+
+    reader = SpoolReader(spool_of(writer).folder, "server")
+    settle_all(reader, final=True)
+    counts = reader.counts().values()
+    assert sum(count.logged for count in counts) == 7
+    assert [count.dropped for count in counts if count.dropped] == [{"writer_closed": 6}]
+    assert sum("writer_closed" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_an_empty_mapping_logs_nothing(writer: Writer) -> None:
+    writer.log({})
+    writer.log({"a": {}})
+    writer.log_params({})
+    writer.set_tags({})
+    assert spool_of(writer).next_seq == 0
+
+
+def test_nested_dicts_become_keys_with_slashes(writer: Writer) -> None:
+    writer.log({"train": {"loss": 1, "acc": {"top1": 0.5, 5: 0.9}}, "lr": 0.1}, 3)
+    writer.log_params({"optim": {"name": "adam", "betas": [0.9, 0.99]}, "layers": {}})
+
+    assert payloads(writer) == [
+        Metrics({"train/loss": 1.0, "train/acc/top1": 0.5, "train/acc/5": 0.9, "lr": 0.1}),
+        Params({"optim/name": "adam", "optim/betas": [0.9, 0.99], "layers": {}}),
+    ]
+
+
+def test_two_keys_that_become_one_are_not_merged_silently(writer: Writer) -> None:
+    writer.log({"a": {"b": 1.0}, "a/b": 2.0, "c": 3.0})
+
+    assert payloads(writer) == [Metrics({"a/b": 1.0, "c": 3.0})]
+    assert count_of(writer).altered == {"invalid_value": 1}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        argparse.Namespace(lr=0.1, betas=(0.9, 0.999)),
+        types.SimpleNamespace(lr=0.1, betas=(0.9, 0.999)),
+        Optim(),
+        {"lr": 0.1, "betas": (0.9, 0.999)},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_object_with_fields_is_a_mapping_of_params(writer: Writer, params: Any) -> None:
+    writer.log_params(params)
+    writer.log_params({"optim": params})
+
+    plain = {"lr": 0.1, "betas": [0.9, 0.999]}
+    assert payloads(writer) == [Params(plain), Params({f"optim/{key}": value for key, value in plain.items()})]
+
+
+OTHER_PARAMS: list[tuple[Any, Any]] = [
+    (Colour.RED, "red"),
+    (Colour.DEEP, "DEEP"),
+    (Path("/data/x"), "/data/x"),
+    (datetime.datetime(2026, 1, 2, 3, 4), "2026-01-02T03:04:00"),
+    (datetime.date(2026, 1, 2), "2026-01-02"),
+    (np.datetime64("2026-01-02", "ns"), "2026-01-02T00:00:00.000000000"),
+    (decimal.Decimal("0.10"), "0.10"),
+    ({3, 1, 2}, [1, 2, 3]),
+    (np.arange(3), [0, 1, 2]),
+    (np.zeros(5000).reshape(50, 100), str(np.zeros((50, 100)))),
+    (np.float32, "numpy.float32"),
+    (np.longdouble(0.5), 0.5),
+    (2**64, str(2**64)),
+    (1 + 2j, "(1+2j)"),
+    (b"x", "b'x'"),
+    (range(3), [0, 1, 2]),
+    ([Optim(lr=0.2)], [{"lr": 0.2, "betas": [0.9, 0.999]}]),
+    (new_spool, "tests.unit.helpers.new_spool"),
+]
+
+
+def test_params_of_other_kinds_are_their_value_or_their_text(writer: Writer) -> None:
+    for value, _ in OTHER_PARAMS:
+        writer.log_params({"p": value, "other": 1})
+    assert payloads(writer) == [Params({"p": expected, "other": 1}) for _, expected in OTHER_PARAMS]
+
+
+def test_configurations_of_several_libraries_are_flattened(writer: Writer) -> None:
+    writer.log_params({"a": Struct(), "b": Pydantic(), "c": Point(1, 2)})
+    assert payloads(writer) == [Params({"a/depth": 3, "b/width": 64, "c/x": 1, "c/y": 2})]
+
+
+def test_an_omegaconf_with_a_missing_value_keeps_the_others(writer: Writer) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    writer.log_params(omegaconf.OmegaConf.create({"lr": 0.1, "data": {"path": "???", "size": 3, "l": [1, 2]}}))
+    assert payloads(writer) == [Params({"lr": 0.1, "data/size": 3, "data/l": [1, 2]})]
+    assert count_of(writer).altered == {"invalid_value": 1}
+
+
+def test_one_bad_param_or_tag_of_several_costs_itself(writer: Writer) -> None:
+    writer.log_params({"good": 1, "bad": Evil(), "surrogate": "\ud800"})
+    writer.set_tags({"good": 1, "bad": Evil(), "a\nb": 1})
+
+    assert payloads(writer) == [Params({"good": 1}), Tags({"good": "1"})]
+    assert count_of(writer).altered == {"invalid_value": 4}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (decimal.Decimal("0.5"), 0.5),
+        (fractions.Fraction(1, 4), 0.25),
+        (np.longdouble(0.5), 0.5),
+        (np.ma.masked, math.nan),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_float_takes_is_a_metric(writer: Writer, value: Any, expected: float) -> None:
+    writer.log({"a": value})
+    (found,) = payloads(writer)
+    assert isinstance(found, Metrics)
+    assert repr(found.values["a"]) == repr(expected)
+
+
+@pytest.mark.parametrize("step", [3.0, np.float64(3), decimal.Decimal(3), np.array(3)], ids=lambda x: type(x).__name__)
+def test_a_whole_number_of_any_type_is_a_step(writer: Writer, step: Any) -> None:
+    writer.log({"a": 1.0}, step)
+    ((record,),) = read_spool(spool_of(writer).folder).values()
+    assert (record.step, type(record.step)) == (3, int)
+
+
+def test_a_histogram_with_a_nan_is_that_of_the_other_values(writer: Writer) -> None:
+    writer.log_histogram("h", [math.nan, 1.0, 2.0, math.inf], bins=2)
+
+    (found,) = payloads(writer)
+    assert isinstance(found, Histogram)
+    assert found.counts == [1.0, 1.0]
+    assert count_of(writer).altered == {"invalid_value": 1}
+
+
+def test_an_image_a_rounding_error_out_of_range_is_clipped(writer: Writer) -> None:
+    writer.log_image("i", np.array([[-3e-8, 1 + 1e-6], [0.0, 1.0]]))
+    (found,) = payloads(writer)
+    assert isinstance(found, Image)
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_environment_makes_every_writer_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRACKHUB_STRICT", value)
+    writer = Writer(new_spool(tmp_path / "spool"))
+    if value == "1":
+        with pytest.raises(RecordError, match="'note'"):
+            writer.log({"note": None})
+    else:
+        writer.log({"note": None})
+
+    monkeypatch.setenv("TRACKHUB_STRICT", "yes")
+    with pytest.raises(ConfigError, match=r"TRACKHUB_STRICT is 'yes'; expected 1 or 0"):
+        Writer(tmp_path / "spool")
+
+
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(),
+        st.binary(),
+        st.builds(Evil),
+        st.builds(object),
+        st.sampled_from([np.zeros(2), np.ma.masked, Colour.RED, Optim(), decimal.Decimal("nan"), int, 1j]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.text(), st.integers(), st.none()), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=int(os.environ.get("TRACKHUB_TEST_EXAMPLES", "150")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(value=ANYTHING, step=ANYTHING, key=ANYTHING)
+def test_nothing_is_raised_whatever_is_logged_and_all_of_it_is_counted(
+    tmp_path: Path, value: Any, step: Any, key: Any
+) -> None:
+    writer = Writer(new_spool(tmp_path / os.urandom(6).hex()))
+    good = {"good": 1.0}
+    calls: list[Callable[[], None]] = [
+        lambda: writer.log(value, step),
+        lambda: writer.log({**good, "x": value}),
+        lambda: writer.log_params(value),
+        lambda: writer.log_params({**good, "x": value}),
+        lambda: writer.set_tags({**good, "x": value}),
+        lambda: writer.log_text(key, value, step),
+        lambda: writer.log_histogram(key, value, step),
+        lambda: writer.log_histogram(key, edges=value, counts=value),
+        lambda: writer.log_table(key, value, value, step),
+        lambda: writer.log_image(key, value, step, caption=value),
+        lambda: writer.log_artifact(value, key),
+    ]
+    for call in calls:
+        call()
+    writer.close()
+    writer.log(value, step)
+
+    found = payloads(writer)
+    assert sum(isinstance(p, Metrics) and p.values.get("good") == 1.0 for p in found) == 1
+    assert sum(isinstance(p, Params) and p.values.get("good") == 1.0 for p in found) == 1
+    assert sum(isinstance(p, Tags) and p.values.get("good") == "1.0" for p in found) == 1
+    reader = SpoolReader(spool_of(writer).folder, "server")
+    acked = settle_all(reader, final=True)
+    counts = reader.counts().values()
+    assert sum(count.logged - sum(count.dropped.values()) for count in counts) == acked

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make plain values of what training code has: numbers, texts, lists and dicts, which a record can hold.
+
+`trackhub.writer.values` calls it for single values. It knows numpy, torch and the libraries of configurations by what
+their objects look like, and imports none of them. A ``what`` parameter is the first word of an error's message.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import math
+import os
+import signal
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trackhub.errors import RecordError
+from trackhub.records import key_problem
+
+__all__ = [
+    "MAX_DEPTH",
+    "as_mapping",
+    "is_of_signal_handler",
+    "key_text",
+    "plain_number",
+    "plain_param",
+    "plain_text",
+    "shown",
+    "shown_error",
+]
+
+MAX_DEPTH = 20
+_MAX_ITEMS = 1000  # of an array that becomes a list
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # what the encoder takes
+_NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, complex numbers, texts, structures
+_SHOWN_CHARS = 80
+_FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
+"""Where the class of an object with fields names them: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
+
+
+def plain_text(what: str, key: Any, text: str) -> str:
+    """Return a text as a plain str: the encoder takes no subclass of it, such as numpy's and enums' strings.
+
+    Args:
+        what: what the text is, for the message.
+        key: the key that it belongs to, for the message.
+        text: the text.
+
+    Raises:
+        RecordError: it cannot be encoded as UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RecordError(f"{what} {key!r}: the text cannot be encoded as UTF-8: {e}") from e
+    return str.__str__(text)
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value's ``repr`` for a message. Never raises."""
+    try:
+        text = repr(value)
+        return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+    except Exception as e:  # noqa: BLE001  # a foreign class may raise anything; an int of 5000 digits raises ValueError
+        return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
+
+
+def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
+    """Return the beginning of an error's text for a message. Never raises."""
+    try:
+        return str(error)[:max_chars]
+    except Exception:  # noqa: BLE001  # as above
+        return "it has no text"
+
+
+def is_of_signal_handler(error: BaseException) -> bool:
+    """Return whether a signal handler of the script raised this, while it interrupted a log call.
+
+    Such as a time limit that raises ``TimeoutError``. It is not about a value, and must reach the script.
+    """
+    codes = set()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        for function in (handler, getattr(handler, "__func__", None), vars(type(handler)).get("__call__")):
+            codes.add(getattr(function, "__code__", None))
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def key_text(key: Any) -> str:
+    """Return a key as text: that of a number, a bool or an enum's member, too, since such are keys of many dicts."""
+    if isinstance(key, enum.Enum):
+        key = key.value if isinstance(key.value, str | int) else key.name
+    if isinstance(key, str):
+        return str.__str__(key)
+    if isinstance(key, bool | int | float):
+        return str(key)
+    raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
+
+
+def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
+    """Return a mapping, or the fields of an object as one. None if it is neither.
+
+    Args:
+        value: any value.
+        has_fields: whether an object with fields counts: a dataclass, an ``argparse.Namespace``, a pydantic model, ...
+    """
+    if isinstance(value, Mapping):
+        return value
+    if not has_fields or isinstance(value, type):
+        return None
+    kind = type(value)
+    if isinstance(value, types.SimpleNamespace) or (kind.__module__, kind.__name__) == ("argparse", "Namespace"):
+        return dict(vars(value))
+    names: Iterable[str]
+    if isinstance(attributes := getattr(kind, "__attrs_attrs__", None), tuple):  # attrs
+        names = [attribute.name for attribute in attributes]
+    else:
+        for attribute in _FIELDS:
+            if isinstance(names := getattr(kind, attribute, ()), tuple | Mapping) and names:
+                break
+        else:
+            return None
+    return {name: getattr(value, name) for name in names}
+
+
+def plain_number(what: str, key: Any, value: Any) -> float:
+    """Return a number as a float: whatever ``float()`` takes, but texts, dates and complex numbers.
+
+    Args:
+        what: what the number is, for the message.
+        key: the key that it belongs to, for the message.
+        value: a number, or a numpy or torch value with one element.
+
+    Raises:
+        RecordError: it is not one number, or too large for a float64.
+    """
+    if isinstance(value, int | float):
+        return _to_float(what, key, value)
+    if not isinstance(value, str | bytes | bytearray) and _dtype_kind(value) not in _NO_NUMBER:
+        if _is_masked(value):
+            return math.nan
+        plain = _unwrap(what, key, value)
+        if isinstance(plain, int | float) or hasattr(type(plain), "__float__"):
+            return _to_float(what, key, plain)
+    raise RecordError(
+        f"{what} {key!r}: {shown(value)} is a {type(value).__name__}; expected a number (bool, int, float, or anything "
+        "with one element that float() takes)"
+    )
+
+
+def _to_float(what: str, key: Any, value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise RecordError(f"{what} {key!r}: {shown(value)} is too large for a float64") from e
+
+
+def plain_param(path: str, value: Any, depth: int = 0) -> Any:
+    """Return a plain value: None, bool, int, float, str, or lists and dicts of these. What is none of these is text.
+
+    Args:
+        path: where the value is, for the message.
+        value: any value.
+        depth: how many lists and dicts are around it.
+
+    Raises:
+        RecordError: it is nested too deep, or has a text that cannot be encoded, or a key that cannot be one.
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value if isinstance(value.value, bool | int | float | str) else value.name
+    if value is None or isinstance(value, bool | int | float | str):
+        return _read_plain("param", path, value)
+    if depth == MAX_DEPTH:
+        raise RecordError(f"param {path[:80]!r}... is nested more than {MAX_DEPTH} deep; convert it with str()")
+    if isinstance(value, os.PathLike):
+        return plain_text("param", path, os.fsdecode(value))
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, type | types.FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"  # a function's own text has its address
+    if _is_masked(value):
+        return math.nan
+    if (fields := as_mapping(value, has_fields=True)) is not None:
+        inner = {}
+        for key in fields:
+            name = key_text(key)
+            if problem := key_problem(name):
+                raise RecordError(f"param {path!r}: key {shown(name)} {problem}")
+            inner[name] = plain_param(f"{path}.{name}", fields[key], depth + 1)
+        return inner
+    items = _as_list(value)
+    if items is not None:
+        return [plain_param(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(items)]
+    return _other_param(path, value, depth)
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    """Return a sequence, a set, or an array of a few elements as a list; None if it is none of these."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    if getattr(value, "shape", ()) and hasattr(value, "tolist") and _dtype_kind(value) not in _NO_NUMBER:
+        size = math.prod(value.shape)
+        return list(value.tolist()) if 1 < size <= _MAX_ITEMS or size == 0 else None
+    return None
+
+
+def _other_param(path: str, value: Any, depth: int) -> Any:
+    if hasattr(value, "item") and _dtype_kind(value) not in _NO_NUMBER and math.prod(getattr(value, "shape", ())) == 1:
+        plain = value.item()
+        if type(plain) is not type(value):
+            return plain_param(path, plain, depth + 1)
+        if hasattr(plain, "__float__"):
+            return float(plain)  # such as numpy.longdouble
+    return plain_text("param", path, str(value))
+
+
+def _read_plain(what: str, key: Any, value: Any) -> Any:
+    """Return a value of exactly the type None, bool, int, float or str: the encoder takes no subclasses of them."""
+    if isinstance(value, str):
+        return plain_text(what, key, value)
+    if isinstance(value, float):
+        return float(value)
+    if value is None or isinstance(value, bool):
+        return value
+    number = int(value)
+    return number if _MIN_INT <= number <= _MAX_INT else str(number)  # the encoder takes no larger ones
+
+
+def _dtype_kind(value: Any) -> str:
+    """Return the kind of a numpy value's dtype, such as ``M`` for dates. It is empty for other values."""
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind if isinstance(kind, str) else ""
+
+
+def _is_masked(value: Any) -> bool:
+    return type(value).__name__ == "MaskedConstant"  # numpy.ma.masked, which as a number would be 0.0
+
+
+def _unwrap(what: str, key: Any, value: Any) -> Any:
+    """Return the plain Python value of a numpy or torch value with one element. Return anything else as it is."""
+    if isinstance(value, bool | int | float | str) or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except (ValueError, RuntimeError, TypeError) as e:
+        shape = list(getattr(value, "shape", []))
+        raise RecordError(
+            f"{what} {key!r}: {type(value).__name__} of shape {shape} is not one number; reduce it first, for example "
+            f"with .mean() ({e})"
+        ) from e
