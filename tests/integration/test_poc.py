@@ -358,3 +358,73 @@ def test_an_aborted_job_keeps_what_was_logged_and_ends_as_aborted(poc: Poc, tmp_
         assert left["logged"] == left["acked"] + left["spooled"] >= len(noted)
         assert left["acked"] <= len(points)
         assert result.records(result.server, site)[-1]["status"] == "aborted"
+
+
+@pytest.fixture
+def operator_file(poc: Poc) -> Iterator[Callable[[str, str], None]]:
+    """Write an operator's file: give it the service's name and the text. A job that starts later reads it."""
+    written = []
+
+    def write(service: str, text: str) -> None:
+        path = poc.workspace / "example_project" / "prod_00" / service / "local" / "trackhub.toml"
+        path.write_text(text)
+        written.append(path)
+
+    yield write
+    for path in written:
+        path.unlink(missing_ok=True)
+
+
+SHORT_TRAINER = """
+from trackhub import Writer
+
+writer = Writer()
+rounds(lambda n: fact(lambda: writer.log({"loss": 1.0}, n), {"loss": 1.0}, n))
+"""
+
+
+@pytest.mark.parametrize("side", ["server", "clients"])
+def test_a_job_cannot_reach_past_itself_and_is_told_why(poc: Poc, tmp_path: Path, side: str) -> None:
+    """Nobody wrote an operator's file. The training script may start, and no round of it."""
+    outside = tmp_path / "outside"
+    job = Job(tmp_path, SHORT_TRAINER, {side: {"jsonl": {"path": str(outside)}}})
+
+    result = poc.run(job.export())
+
+    assert result.status != "FINISHED:COMPLETED"
+    assert not outside.exists()
+    assert not any(file.read_text() for file in (result.out / result.job).glob("*.facts"))
+    run_dirs = [result.server] if side == "server" else [result.client(site) for site in SITES]
+    logs = "".join(log.read_text() for run_dir in run_dirs for log in run_dir.rglob("log.txt"))
+    assert f"jsonl.path: '{outside}' is outside the job's own folder" in logs
+    assert "local/trackhub.toml" in logs
+
+
+def test_the_operator_of_the_server_allows_a_folder_and_sets_limits(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    outside = tmp_path / "outside"
+    operator_file("server", f'[limits]\nflush_s = 0.5\n[backends.jsonl]\npaths = ["{outside}"]\n')
+    job = Job(tmp_path, SHORT_TRAINER, {"server": {"jsonl": {"path": str(outside)}}})
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    for site in SITES:
+        (kept,) = outside.glob(f"*/{site}.jsonl")
+        assert [r["values"] for r in read_jsonl(kept) if r["kind"] == "metrics"] == [{"loss": 1.0}] * len(
+            result.facts(site)
+        )
+
+
+def test_an_operator_s_file_that_is_wrong_stops_every_job(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    operator_file("site-2", 'backend_allowed = ["jsonl"]')
+    job = Job(tmp_path, SHORT_TRAINER, {"server": ["jsonl"]})
+
+    result = poc.run(job.export())
+
+    assert result.status != "FINISHED:COMPLETED"
+    logs = "".join(log.read_text() for log in result.client("site-2").rglob("log.txt"))
+    assert "unknown field `backend_allowed`" in logs

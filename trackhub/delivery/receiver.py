@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from trackhub import registry
+from trackhub.conceal import clean_errors
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
@@ -167,6 +168,7 @@ class Receiver:
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
 
+    @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 

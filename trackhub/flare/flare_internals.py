@@ -16,7 +16,15 @@ from typing import Any
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import EventScope, FedEventHeader, FLContextKey, ProcessType, ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import (
+    EventScope,
+    FedEventHeader,
+    FLContextKey,
+    ProcessType,
+    ReservedKey,
+    ReturnCode,
+    WorkspaceConstants,
+)
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import ALL_SITES, SERVER_SITE_NAME, JobMetaKey
 from nvflare.apis.shareable import Shareable, make_reply
@@ -33,6 +41,7 @@ from nvflare.job_config.api import FedJob
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
+from trackhub.operator_file import OperatorFile, read_operator_file
 from trackhub.run import SERVER, RunStatus, path_component
 
 __all__ = [
@@ -52,6 +61,7 @@ __all__ = [
     "job_id",
     "job_name",
     "job_of",
+    "operator_file",
     "participants",
     "raise_shutdown_timeout",
     "reference_package",
@@ -143,6 +153,24 @@ def state_folder(fl_ctx: FLContext, state_dir: str | None, job: str) -> Path:
     if state_dir is None:
         return run_dir(fl_ctx) / "trackhub"
     return Path(state_dir) / path_component(job) / (SERVER if is_server(fl_ctx) else fl_ctx.get_identity_name())
+
+
+def operator_file(fl_ctx: FLContext) -> OperatorFile | None:
+    """Return what the operator of this site says of jobs; None in the simulator, where the submitter is the operator.
+
+    Only the simulator gives a job the constant id, and a site's workspace without a startup kit. POC counts as
+    provisioned. All else counts as provisioned too, so that a mistake here makes the rules stricter and not looser.
+
+    Raises:
+        ConfigError: the operator's file is wrong.
+    """
+    workspace = fl_ctx.get_engine().get_workspace()
+    startup = Path(workspace.get_startup_kit_dir())
+    kits = (WorkspaceConstants.SERVER_STARTUP_CONFIG, WorkspaceConstants.CLIENT_STARTUP_CONFIG)
+    is_simulated = str(fl_ctx.get_job_id()) == SimulatorConstants.JOB_NAME
+    if is_simulated and not any((startup / kit).exists() for kit in kits):
+        return None
+    return read_operator_file(Path(workspace.get_site_config_dir()))
 
 
 def components(engine: Any) -> dict[str, Any]:

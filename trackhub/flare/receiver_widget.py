@@ -18,6 +18,7 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.widgets.widget import Widget
 
+from trackhub import registry
 from trackhub.delivery import (
     SERVER,
     Channel,
@@ -171,12 +172,18 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """
         self._opened = True
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
+        run_dir = flare_internals.run_dir(fl_ctx)
+        backends, state_dir = self.backends, self.state_dir
+        if (operator := flare_internals.operator_file(fl_ctx)) is not None:
+            self._limits = operator.limits_for(self.limits or {}, environ=os.environ)
+            state_dir = operator.state_dir_for(state_dir, run_dir)
+            backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
         core = Receiver(
-            flare_internals.run_dir(fl_ctx),
-            state_dir=flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name),
+            run_dir,
+            state_dir=flare_internals.state_folder(fl_ctx, state_dir, job.unique_name),
             job=job,
             side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
-            backends=self.backends,
+            backends=backends,
             limits=self._limits,
         )
         core.start()

@@ -375,7 +375,7 @@ class Journal:
         with self._transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)",
-                (lane, site, written, confirmed, msgspec.msgpack.encode(progress)),
+                (lane, site, written, confirmed, msgspec.msgpack.encode(progress.concealed())),
             )
 
     def rewind(self, lane: str) -> None:
