@@ -53,6 +53,7 @@ from trackhub.framing import (
     scan_frames,
 )
 from trackhub.limits import Limits
+from trackhub.plain_files import make_private_folder
 from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
@@ -208,7 +209,7 @@ class Receiver:
         cls = registry.load(name)
         context = BackendContext(self._run_dir / name, self.job, self._side)
         try:
-            context.workdir.mkdir(parents=True, exist_ok=True)
+            make_private_folder(context.workdir)
             return cls(registry.build_options(name, cls, options), context)
         except (ConfigError, PluginError):
             raise

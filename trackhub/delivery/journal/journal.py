@@ -8,6 +8,7 @@ that is sent again after a lost acknowledgement is recognised. The receiver's th
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 from collections import Counter
@@ -24,6 +25,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
+from trackhub.plain_files import make_private_folder, open_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Gap, Kind
 
@@ -89,10 +91,12 @@ class Journal:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
         """
         with suppress(OSError):  # then the lock's file cannot be opened either, and that error names the journal
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
         lock = lock_journal(path)
         db: sqlite3.Connection | None = None
         try:
+            # SQLite would follow a link, and make a file that everybody may read. Its other files get the same mode.
+            os.close(open_plain(path, os.O_RDWR | os.O_CREAT))
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
             mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
@@ -103,7 +107,7 @@ class Journal:
             db.executescript(SCHEMA)
             journal = cls(path, db, lock, readers_block=mode != "wal")
             journal._claim({"format": _FORMAT, "job": job, "side": side})
-        except (sqlite3.Error, JournalError) as e:
+        except (OSError, sqlite3.Error, JournalError) as e:
             if db is not None:
                 db.close()
             lock.release()
