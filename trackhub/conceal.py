@@ -7,6 +7,7 @@ one on, every log record of the process is cleaned. The journal and the receiver
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -38,6 +39,7 @@ def remember_secret(value: str | None) -> None:
     if value is None or len(value) < _MIN_CHARS:
         return
     forms = {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+    forms.update(_within_base64(value.encode()))
     with _lock:
         if not _known:
             _clean_all_log_records()
@@ -70,6 +72,16 @@ def clean_errors() -> Iterator[None]:
                 raise type(error)(conceal(str(error))) from None
             shown = shown.__cause__ or shown.__context__
         raise
+
+
+def _within_base64(secret: bytes) -> Iterator[str]:
+    """Yield what base64 makes of a secret within a longer text: ``Authorization: Basic`` holds ``user:password`` so."""
+    for before in range(3):  # three bytes become four characters, so it depends on how many bytes stand before
+        text = base64.b64encode(bytes(before) + secret).decode().rstrip("=")
+        # Neither the first nor the last character is left out if it is made of the secret's bits alone.
+        first, last = (0, 2, 3)[before], len(text) - ((before + len(secret)) % 3 != 0)
+        if last - first >= _MIN_CHARS:
+            yield text[first:last]
 
 
 def _clean_all_log_records() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
@@ -58,6 +59,18 @@ def test_each_form_of_a_secret_is_concealed_and_nothing_else() -> None:
         assert "s3cr3t" not in conceal(f"a {form} b")
     assert conceal("abc") == "abc"
     assert conceal(f"x{SECRET}y") == "x***y"
+
+
+@pytest.mark.parametrize("user", ["", "a", "ab", "abc", "api"])
+@pytest.mark.parametrize("after", ["", "x", "xy"])
+def test_a_secret_in_an_authorization_header_is_concealed(user: str, after: str) -> None:
+    remember_secret("k" * 40)
+    header = base64.b64encode(f"{user}:{'k' * 40}{after}".encode()).decode()
+
+    shown = conceal(f"Authorization: Basic {header}")
+
+    assert "***" in shown
+    assert len(shown) < len("Authorization: Basic ") + 15
 
 
 def test_of_two_secrets_the_one_that_holds_the_other_is_concealed_whole() -> None:
