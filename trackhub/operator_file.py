@@ -35,7 +35,7 @@ from trackhub.secrets import references
 from trackhub.spi import Credentials, OptionMark
 from trackhub.struct_conversion import convert
 
-__all__ = ["FILE_NAME", "BackendRules", "OperatorFile", "read_operator_file"]
+__all__ = ["FILE_NAME", "BackendRules", "OperatorFile", "named_hosts", "read_operator_file"]
 
 FILE_NAME = "trackhub.toml"
 """The file's name in the folder ``local`` of a FLARE site's workspace."""
@@ -99,6 +99,11 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 if _origin(host) is None:
                     raise ConfigError(
                         f"backends.{name}.hosts: {host!r} is no host; expected https://HOST or https://HOST:PORT"
+                    )
+            for secret in rules.secrets:
+                if [*references(f"${{secret:{secret}}}")] != [secret]:
+                    raise ConfigError(
+                        f"backends.{name}.secrets: {secret!r} is neither the name of a variable nor file:/path"
                     )
 
     def limits_for(self, job: Mapping[str, Any], *, environ: Mapping[str, str]) -> Limits:
@@ -178,10 +183,11 @@ class _Check:
         self._rules = rules
         self._credentials = credentials
         self._run_folder = run_folder
-        # The operator names a host here by the file or by the environment. The default host counts if neither does.
-        in_environ = [environ[v] for v in credentials.host_variables if environ.get(v)]
-        self._usual_host = (in_environ or [""])[0] or credentials.default_host if credentials.default_host else ""
-        self._hosts = [*rules.hosts, *in_environ] or [credentials.default_host]
+        self._hosts = named_hosts(rules, credentials, environ)
+        # A backend with a default host goes somewhere without an option, too.
+        self._usual_host = (_named_by(environ, credentials) or [""])[0] or credentials.default_host
+        if not credentials.default_host:
+            self._usual_host = ""
 
     def option(self, key: str, value: Any, marks: frozenset[OptionMark]) -> None:
         where = f"{self._name}.{key}"
@@ -238,7 +244,7 @@ class _Check:
     def _host(self, where: str, value: str) -> None:
         origin = _origin(value)
         if origin is None or origin not in map(_origin, self._hosts):
-            named = ", ".join(filter(None, self._hosts)) or "none"
+            named = ", ".join(self._hosts) or "none"
             variables = self._credentials.host_variables
             environment = f", or set {variables[0]} in the environment of this site's process" if variables else ""
             _refuse(
@@ -277,6 +283,22 @@ def read_operator_file(local: Path) -> OperatorFile:
         return convert(values, OperatorFile, "")
     except ConfigError as error:
         raise ConfigError(f"the operator's file {path}: {str(error).lstrip('.: ')}") from error
+
+
+def named_hosts(rules: BackendRules, credentials: Credentials, environ: Mapping[str, str]) -> list[str]:
+    """Return the hosts that the operator named for a backend: by the file, by the environment, else the default one.
+
+    Args:
+        rules: what the file says of the backend.
+        credentials: what the backend takes from the environment.
+        environ: the environment.
+    """
+    named = [*rules.hosts, *_named_by(environ, credentials)]
+    return named or [credentials.default_host] * bool(credentials.default_host)
+
+
+def _named_by(environ: Mapping[str, str], credentials: Credentials) -> list[str]:
+    return [environ[variable] for variable in credentials.host_variables if environ.get(variable)]
 
 
 def _refuse(problem: str, remedy: str) -> NoReturn:

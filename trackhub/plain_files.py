@@ -34,9 +34,11 @@ def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
     """
     # O_NONBLOCK has no effect on an ordinary file. Python's openers pass no mode of their own.
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "is not an ordinary file", str(path))
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if stat.S_ISDIR(mode) else "it is not an ordinary file", str(path))
     return fd
 
 

@@ -67,7 +67,7 @@ def ask(tmp_path: Path, options: dict[str, Any], toml: str = "", name: str = "ac
         {"url": "http://acme.example"},
         {"url": "https://acme.example:444"},
         {"url": "https://acme.example.evil.example"},
-        {"url": "https://acme.example\\@evil.example"},
+        {"url": "https://acme.example\\.evil.example"},
         {"url": "https://acme.example%2eevil.example"},
         {"url": "acme.example"},
         {"url": "https:///"},
@@ -237,6 +237,7 @@ def test_state_dir_is_the_operator_s_or_in_the_job_s_folder(tmp_path: Path) -> N
         ('[backends.wandb]\nhosts = "x"', "expected `array`"),
         ('[backends.wandb]\nhosts = ["https://u@h"]', "backends.wandb.hosts: 'https://u@h' is no host"),
         ('[backends.wandb]\npaths = ["x"]', "backends.wandb.paths: 'x' is no absolute path"),
+        ('[backends.wandb]\nsecrets = ["A B"]', "backends.wandb.secrets: 'A B' is neither"),
         ("x = ", "is not valid TOML"),
     ],
 )
