@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.integration.harness import Job, flare_environment, read_jsonl
+from tests.support.wandb_emulator import Emulator
 from trackhub.cli.status import spool_status
 from trackhub.delivery.journal.find import find
 
@@ -91,6 +93,7 @@ class Poc:
     workspace: Path
     out: Path
     console: Console
+    wandb: Emulator
 
     def run(self, job: Path, *, meanwhile: Callable[[str], None] = lambda job_id: None) -> PocResult:
         """Submit a job, wait for its end, and fetch its result."""
@@ -130,7 +133,14 @@ class PocResult:
 
 
 @pytest.fixture(scope="module")
-def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
+def wandb() -> Iterator[Emulator]:
+    """The W&B server that the environment of the services names, with the key that they have."""
+    with Emulator(secrets.token_hex(20)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def poc(tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[Poc]:
     root = tmp_path_factory.mktemp("poc")
     (root / "home").mkdir()
     out = root / "out"
@@ -138,6 +148,8 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
         "HOME": str(root / "home"),
         "NVFLARE_POC_WORKSPACE": str(root / "ws"),
         "TRACKHUB_TEST_OUT": str(out / "{job}"),
+        "WANDB_API_KEY": wandb.state.api_key,
+        "WANDB_BASE_URL": wandb.url,
     }
 
     def poc(*args: str) -> None:
@@ -163,7 +175,7 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
         console = Console(kits / ADMIN, env)
         try:
             _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
-            yield Poc(root / "ws", out, console)
+            yield Poc(root / "ws", out, console, wandb)
         finally:
             console.close()
     finally:
@@ -428,3 +440,38 @@ def test_an_operator_s_file_that_is_wrong_stops_every_job(
     assert result.status != "FINISHED:COMPLETED"
     logs = "".join(log.read_text() for log in result.client("site-2").rglob("log.txt"))
     assert "unknown field `backend_allowed`" in logs
+
+
+def test_a_server_with_a_key_of_wandb_needs_no_operator_s_file(poc: Poc, tmp_path: Path) -> None:
+    job = Job(tmp_path, SHORT_TRAINER, {"server": {"wandb": {"project": "cifar10"}}})
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
+    for site in SITES:
+        run = report["lanes"]["wandb"][site]
+        assert (run["confirmed"], run["pending"]) == (len(result.facts(site)), 0)
+        assert run["results"]["url"].startswith(poc.wandb.url)
+    assert_nowhere(poc.wandb.state.api_key, poc, result)
+
+
+def test_the_server_s_key_of_wandb_is_sent_to_no_host_that_a_job_names(poc: Poc, tmp_path: Path) -> None:
+    with Emulator(poc.wandb.state.api_key) as evil:
+        job = Job(tmp_path, SHORT_TRAINER, {"server": {"wandb": {"mode": "online", "base_url": evil.url}}})
+
+        result = poc.run(job.export())
+
+        assert evil.state.requests == []
+    assert result.status != "FINISHED:COMPLETED"
+    assert not any(file.read_text() for file in (result.out / result.job).glob("*.facts"))
+    logs = "".join(log.read_text() for log in result.server.rglob("log.txt"))
+    assert f"wandb.base_url '{evil.url}' is not a host that the operator named; named: {poc.wandb.url}" in logs
+
+
+def assert_nowhere(secret: str, poc: Poc, result: PocResult) -> None:
+    """The secret is in no file of the federation, and in no file of the result."""
+    for folder in (poc.workspace, result.server):
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                assert secret.encode() not in path.read_bytes(), path

@@ -12,7 +12,7 @@ import pytest
 from trackhub import registry
 from trackhub.errors import ConfigError
 from trackhub.limits import Limits
-from trackhub.operator_file import OperatorFile, read_operator_file
+from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
 
 if TYPE_CHECKING:
     from tests.conftest import MakePlugin
@@ -255,3 +255,15 @@ def test_a_file_that_cannot_be_read_refuses_every_job(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="cannot be read"):
         read_operator_file(tmp_path)
+
+
+def test_the_page_for_operators_shows_every_key_in_a_file_that_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deploying.md").read_text()
+    (shown,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "trackhub.toml").write_text(shown)
+
+    operator = read_operator_file(tmp_path)
+
+    assert all(getattr(operator, key) for key in OperatorFile.__struct_fields__)
+    rules = operator.backends.values()
+    assert all(any(getattr(rule, key) for rule in rules) for key in BackendRules.__struct_fields__)
