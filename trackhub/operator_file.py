@@ -185,9 +185,8 @@ class _Check:
         self._run_folder = run_folder
         self._hosts = named_hosts(rules, credentials, environ)
         # A backend with a default host goes somewhere without an option, too.
-        self._usual_host = (_named_by(environ, credentials) or [""])[0] or credentials.default_host
-        if not credentials.default_host:
-            self._usual_host = ""
+        usual = [*_named_by(environ, credentials), credentials.default_host]
+        self._usual_host = usual[0] if credentials.default_host else ""
 
     def option(self, key: str, value: Any, marks: frozenset[OptionMark]) -> None:
         where = f"{self._name}.{key}"
@@ -208,27 +207,26 @@ class _Check:
                     f'give it as backends.{self._name}.fixed, or allow it by values.{key} = ["*"]',
                 )
             return
-        is_path = OptionMark.PATH in marks and (OptionMark.HOST not in marks or _PATH_SCHEME.match(value) is not None)
-        if is_path:
+        if _names_a_path(value, marks):
             self._path(where, value)
         else:
             self._host(where, value)
 
     def whole(self, effective: Mapping[str, Any], marks: Marks, job: Mapping[str, Any]) -> None:
         """Check what depends on several options: where the backend ends up without a host, and who shares the store."""
-        places = [(v, marks.get(k, frozenset())) for k, v in effective.items() if v and isinstance(v, str)]
-        if self._usual_host and not any(OptionMark.HOST in marked for _, marked in places):
+        places = [(v, marked) for k, v in effective.items() if v and (marked := marks.get(k, frozenset()) & _PLACES)]
+        if self._usual_host and not any(isinstance(v, str) and OptionMark.HOST in marked for v, marked in places):
             self._host(f"{self._name}: without an option that names another host,", self._usual_host)
-        is_own = not self._usual_host and all(self._is_own(value) for value, marked in places if marked & _PLACES)
+        is_own = not self._usual_host and all(
+            isinstance(v, str) and _names_a_path(v, marked) and self._is_in(v, [self._run_folder])
+            for v, marked in places
+        )
         for key, value in job.items():
             if value and not is_own and OptionMark.SHARED in marks.get(key, ()) and key not in self._rules.values:
                 _refuse(
                     f"{self._name}.{key}: {value!r} may belong to others who use the same store",
                     f'allow it by backends.{self._name}.values.{key} = ["{value}"]',
                 )
-
-    def _is_own(self, value: str) -> bool:
-        return "://" not in _PATH_SCHEME.sub("", value) and self._is_in(value, [self._run_folder])
 
     def _is_in(self, value: str, folders: list[Path]) -> bool:
         return all(_is_within(str(self._run_folder / path), folders) for path in _readings(value))
@@ -244,7 +242,7 @@ class _Check:
     def _host(self, where: str, value: str) -> None:
         origin = _origin(value)
         if origin is None or origin not in map(_origin, self._hosts):
-            named = ", ".join(self._hosts) or "none"
+            named = ", ".join(host for host in self._hosts if _origin(host)) or "none"
             variables = self._credentials.host_variables
             environment = f", or set {variables[0]} in the environment of this site's process" if variables else ""
             _refuse(
@@ -310,6 +308,11 @@ def _require_absolute(where: str, path: str) -> None:
         raise ConfigError(f"{where}: {path!r} is no absolute path")
 
 
+def _names_a_path(value: str, marks: frozenset[OptionMark]) -> bool:
+    """Return whether a value of an option that may name a host or a path names a path."""
+    return OptionMark.PATH in marks and (OptionMark.HOST not in marks or _PATH_SCHEME.match(value) is not None)
+
+
 def _origin(value: str) -> tuple[str, str, int | None] | None:
     """Return scheme, host and port of a URL or of ``host[:port]``; None for what readers may understand differently."""
     if not value.isascii() or re.search(r"[\s\\@%\x00-\x1f\x7f]", value):
@@ -320,12 +323,13 @@ def _origin(value: str) -> tuple[str, str, int | None] | None:
     except ValueError:
         return None
     scheme = parts.scheme.lower()
-    return (scheme, parts.hostname, port or _PORTS.get(scheme)) if parts.hostname else None
+    return (scheme, parts.hostname, _PORTS.get(scheme) if port is None else port) if parts.hostname else None
 
 
 def _readings(value: str) -> Iterator[str]:
     """Yield each path that some reader may take from an option: the text itself, and the path of its URI."""
     yield os.path.expanduser(value)
+    yield os.path.expanduser(os.path.expandvars(value.strip()))
     if scheme := _PATH_SCHEME.match(value):
         rest = value[scheme.end() :]
         if re.search(r"[?#%]", rest):

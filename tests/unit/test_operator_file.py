@@ -89,6 +89,11 @@ def ask(tmp_path: Path, options: dict[str, Any], toml: str = "", name: str = "ac
         {"folder": "file:/etc"},
         {"folder": "a\x00b"},
         {"folder": "link/x"},
+        {"folder": " /etc/x"},
+        {"folder": "$HOME/x"},
+        {"url": "https://acme.example:0"},
+        {"url": "//evil.example"},
+        {"url": "https:/acme.example"},
         {"token": "${secret:OTHER}"},
         {"token": "${secret:file:/etc/passwd}"},
         {"settings": {"proxy": "http://evil.example"}},
@@ -196,6 +201,9 @@ def test_a_name_in_a_store_of_the_job_s_own_is_free(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape("files.team: 'any' may belong to others")):
         toml = f'[backends.files]\npaths = ["{tmp_path}"]'
         ask(tmp_path, {"team": "any", "folder": str(tmp_path)}, toml, name="files")
+    with pytest.raises(ConfigError, match=re.escape("files.team: 'any' may belong to others")):
+        toml = '[backends.files]\nhosts = ["host"]'
+        ask(tmp_path, {"team": "any", "url": "host"}, toml, name="files")
 
 
 def test_a_backend_that_is_not_allowed_is_not_even_imported(tmp_path: Path) -> None:
