@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ def mode(path: Path) -> int:
 
 
 @pytest.fixture(autouse=True)
-def common_umask() -> None:
-    os.umask(0o022)
+def common_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def test_a_receiver_keeps_everything_from_other_users(tmp_path: Path) -> None:
