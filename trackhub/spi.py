@@ -206,8 +206,8 @@ class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         variables: environment variables that hold a secret. The core removes their values from logs and reports.
         host_variables: environment variables by which the operator names a host for these credentials.
-        default_host: the host that the backend uses if neither an option nor a variable names one; empty if there is
-            none, as for a backend that then writes to a folder.
+        default_host: the host that the backend uses if neither an option nor a variable names one. Empty if there is
+            none; such a backend may write to a folder then.
     """
 
     variables: tuple[str, ...] = ()
