@@ -53,7 +53,7 @@ class ProcessLock:
             BlockingIOError: another process holds the lock, or this one does already.
             OSError: the file cannot be opened.
         """
-        return cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
 
     def release(self) -> None:
         """Give the lock back and close the file. Idempotent."""

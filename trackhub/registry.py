@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
+from trackhub.conceal import conceal, remember_secret
 from trackhub.errors import (
     BackendConflictError,
     BackendLoadError,
@@ -26,8 +28,9 @@ from trackhub.errors import (
     InvalidOptionError,
     UnknownBackendError,
 )
-from trackhub.secrets import Secret, refuse_literal_secrets, require_reference, resolve_secrets
-from trackhub.spi import SPI_VERSION, Backend, Capabilities, Kind, OptionMark
+from trackhub.operator_file import FILE_NAME, OperatorFile
+from trackhub.secrets import refuse_literal_secrets, refuse_references, require_reference, resolve_secrets
+from trackhub.spi import SPI_VERSION, Backend, Capabilities, Credentials, Kind, OptionMark
 from trackhub.struct_conversion import describe
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "load",
     "load_entry",
     "option_marks",
+    "permitted_options",
 ]
 
 GROUP = "trackhub.backends"
@@ -115,7 +119,9 @@ def load_entry(
         raise UnknownBackendError(_unknown(name, entries))
     if allowed is not None and name not in allowed:
         raise ConfigError(
-            f"backend {name!r} is not allowed at this site; its operator allows: {', '.join(sorted(allowed)) or 'none'}"
+            f"backend {name!r} is not allowed at this site; its operator allows: "
+            f"{', '.join(sorted(allowed)) or 'none'}. "
+            f"That stands in local/{FILE_NAME} as backends_allowed"
         )
     entry = matches[0]
     if entry.state == "conflict":
@@ -160,6 +166,8 @@ def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
         raise BackendLoadError(f"{origin} does not implement open_run(info)")
     if not isinstance(loaded.capabilities, Capabilities):
         raise BackendLoadError(f"{origin}: its `capabilities` must be a trackhub.spi.Capabilities")
+    if not isinstance(loaded.credentials, Credentials):
+        raise BackendLoadError(f"{origin}: its `credentials` must be a trackhub.spi.Credentials")
     if problem := _capability_problem(loaded.capabilities):
         raise BackendLoadError(f"{origin}: its capabilities are wrong: {problem}")
     options = loaded.Options
@@ -217,7 +225,40 @@ def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]
     """
     refuse_literal_secrets(name, options)
     _check_names(name, cls, options)
+    for variable in cls.credentials.variables:
+        remember_secret(os.environ.get(variable))
     return _convert(name, cls, {key: resolve_secrets(f"{name}.{key}", value) for key, value in options.items()})
+
+
+def permitted_options(
+    name: str, options: Mapping[str, Any], operator: OperatorFile, run_folder: Path
+) -> dict[str, Any]:
+    """Return the options with which a backend runs at this site, as far as the site's operator allows the job's.
+
+    Call it at the receiver before training, and give the result to the receiver. Secret references stay as they are.
+
+    Args:
+        name: the backend's name.
+        options: what the job gives.
+        operator: the site's operator's file.
+        run_folder: the job's run folder at this site.
+
+    Raises:
+        ConfigError: the job asks for something that the operator did not allow, or an option is wrong.
+        UnknownBackendError: the backend is not installed here.
+        PluginError: the backend cannot be used.
+    """
+    refuse_literal_secrets(name, options)
+    cls = load(name, allowed=operator.backends_allowed)
+    _check_names(name, cls, options)
+    return operator.permitted_options(
+        name,
+        options,
+        marks=option_marks(cls),
+        credentials=cls.credentials,
+        run_folder=run_folder,
+        environ=os.environ,
+    )
 
 
 def option_marks(cls: type[Backend[Any]]) -> dict[str, frozenset[OptionMark]]:
@@ -242,6 +283,8 @@ def _check_names(name: str, cls: type[Backend[Any]], options: Mapping[str, Any])
             raise InvalidOptionError(_unknown_option(name, str(key), list(marks)))
         if OptionMark.SECRET in marks[key]:
             require_reference(f"{name}.{key}", value)
+        else:
+            refuse_references(f"{name}.{key}", value, [k for k in marks if OptionMark.SECRET in marks[k]])
 
 
 def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> msgspec.Struct:
@@ -249,7 +292,7 @@ def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> m
         return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         # Not chained: the original text and its traceback's values may hold a resolved secret.
-        raise InvalidOptionError(_wrong_value(name, error, values)) from None
+        raise InvalidOptionError(_wrong_value(name, error)) from None
 
 
 def _entry_points() -> Iterator[tuple[str, str, str, str]]:
@@ -316,26 +359,13 @@ def _unknown_option(name: str, key: str, known: list[str]) -> str:
     return f"{name}.{key}: unknown option; {listing}{hint}"
 
 
-def _wrong_value(name: str, error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
-    message = describe(error, name)
-    for secret in _secrets_in(values):
-        message = message.replace(secret, "***")
+def _wrong_value(name: str, error: msgspec.ValidationError) -> str:
+    message = conceal(describe(error, name))
     if "expected `array`" in message:
         message += "; a list is written as JSON: [1, 2]"
     if "expected `bool`" in message:
         message += "; use true or false"
     return message
-
-
-def _secrets_in(value: Any) -> Iterator[str]:
-    if isinstance(value, Secret):
-        yield str(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _secrets_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _secrets_in(item)
 
 
 def _decode(expected: type, value: Any) -> Any:

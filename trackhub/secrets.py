@@ -6,21 +6,30 @@ A job's options travel through files, archives and other sites, so they may name
     ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
     ${secret:file:/run/secrets/wandb}    a file on the receiver's machine, without its trailing newline
 
-A reference may stand within a longer string, such as ``postgresql://mlflow:${secret:PG_PASSWORD}@db/mlflow``. The
-spelling is that of FLARE's own secret references.
+Only an option that its backend marks as a secret may have a reference, and nothing beside it. The spelling is that of
+FLARE's own secret references.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trackhub.conceal import remember_secret
 from trackhub.errors import ConfigError, InvalidOptionError
 
-__all__ = ["Secret", "is_secret_name", "refuse_literal_secrets", "require_reference", "resolve_secrets"]
+__all__ = [
+    "Secret",
+    "is_secret_name",
+    "references",
+    "refuse_literal_secrets",
+    "refuse_references",
+    "require_reference",
+    "resolve_secrets",
+]
 
 _REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
 _MARKER = "${secret:"
@@ -44,9 +53,13 @@ _SECRET_SHAPES = (
     ("a Slack token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bhooks\.slack\.com/services/\w+/\w+/\w+")),
     ("a JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
     ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
-    ("a URL with a password", re.compile(r"://[^/\s:@]*:[^/\s@]+@")),
-    ("a URL with a key", re.compile(r"[?&](?:api_?key|(?:access_?)?token|password|sig)=[^&\s]+", re.IGNORECASE)),
+    (
+        "a URL with a key",
+        re.compile(r"[?&;#](?:[\w-]*[_-])?(?:api_?key|token|password|secret|sig(?:nature)?)=[^&\s]", re.I),
+    ),
 )
+# Even with a reference in place of the password. A URL is shown in logs, reports and results.
+_URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
 
 
 class Secret(str):
@@ -79,8 +92,33 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
     for where, leaf in _leaves(path, value):
         if isinstance(leaf, str) and _MARKER in _REFERENCE.sub("", leaf):
             raise InvalidOptionError(_malformed(where))
+        if isinstance(leaf, str) and _URL_LOGIN.search(leaf):
+            raise InvalidOptionError(
+                f"{where}: a URL must not hold a user or a password, since URLs are shown in logs and reports. Set the "
+                f"login in the environment of the process that runs the backend, or refer to it as ${{secret:NAME}} in "
+                f"an option that the backend marks as a secret"
+            )
         if (found := _looks_secret(where, leaf)) is not None:
             raise InvalidOptionError(_literal(where, found))
+
+
+def refuse_references(path: str, value: Any, secret_options: Iterable[str]) -> None:
+    """Check that the value of an option that is not marked as a secret refers to none.
+
+    Args:
+        path: the path to the value, for the message, such as ``mlflow.note``.
+        value: what was configured.
+        secret_options: the backend's options that may refer to a secret, for the message.
+
+    Raises:
+        InvalidOptionError: it has a reference.
+    """
+    if any(references(value)):
+        allowed = ", ".join(sorted(secret_options)) or "none; the backend takes its login from the environment"
+        raise InvalidOptionError(
+            f"{path}: this option must not refer to a secret, since its value is stored and shown. Options of this "
+            f"backend that may: {allowed}"
+        )
 
 
 def require_reference(path: str, value: Any) -> None:
@@ -95,6 +133,18 @@ def require_reference(path: str, value: Any) -> None:
     """
     if value and not (isinstance(value, str) and _REFERENCE.fullmatch(value)):
         raise InvalidOptionError(_literal(path, "a secret"))
+
+
+def references(value: Any) -> Iterator[str]:
+    """Yield what the secret references in a value refer to: ``NAME``, or ``file:/path``.
+
+    Args:
+        value: what was configured: plain strings, numbers, lists and mappings.
+    """
+    for _, leaf in _leaves("", value):
+        if isinstance(leaf, str):
+            for match in _REFERENCE.finditer(leaf):
+                yield match["env"] or f"file:{match['file']}"
 
 
 def resolve_secrets(path: str, value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
@@ -128,6 +178,7 @@ def _resolve(path: str, value: Any, environ: Mapping[str, str]) -> Any:
 def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str:
     if (name := match["env"]) is not None:
         if secret := environ.get(name, ""):
+            remember_secret(secret)
             return secret
         raise ConfigError(
             f"{path}: the environment variable {name} is not set where the backend runs. Set it before the process "
@@ -143,6 +194,7 @@ def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str
         raise ConfigError(f"{path}: the secret file {file} cannot be read where the backend runs: {reason}") from None
     if not secret:
         raise ConfigError(f"{path}: the secret file {file} is empty")
+    remember_secret(secret)
     return secret
 
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import msgspec
 
+from trackhub.conceal import remember_secret
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.run import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "Confirmation",
     "ConfirmedBy",
+    "Credentials",
     "Entry",
     "Histogram",
     "Image",
@@ -70,6 +72,7 @@ __all__ = [
     "TransientError",
     "WriteReport",
     "path_component",
+    "remember_secret",
 ]
 
 SPI_VERSION = 1
@@ -190,6 +193,26 @@ class OptionMark(StrEnum):
     """It names a host, or a URL with a host, to which the backend connects, perhaps with credentials."""
     PATH = "path"
     """It names a file or folder that the backend reads or writes."""
+    SHARED = "shared"
+    """It names something in the store that others may have made and use, such as an MLflow experiment."""
+
+
+class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a backend takes from the environment of its process to log in, and where it then goes.
+
+    In a provisioned federation the environment is the operator's. A job may send these credentials only to a host that
+    is named here, or in the operator's file.
+
+    Attributes:
+        variables: environment variables that hold a secret. The core removes their values from logs and reports.
+        host_variables: environment variables by which the operator names a host for these credentials.
+        default_host: the host that the backend uses if neither an option nor a variable names one. Empty if there is
+            none; such a backend may write to a folder then.
+    """
+
+    variables: tuple[str, ...] = ()
+    host_variables: tuple[str, ...] = ()
+    default_host: str = ""
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -368,12 +391,14 @@ class Backend(Generic[OptionsT_co]):
             ``class Acme(Backend[AcmeOptions])``. A plain ``Backend`` has no options.
         capabilities: what it can store. Belongs on the class. An instance may replace it, where options decide. The
             lane reads it from the instance, after ``preflight``.
+        credentials: what it takes from the environment to log in.
         contract: version of the contract kit that the plugin passed, 0 for none.
     """
 
     spi: ClassVar[int]
     Options: ClassVar[type[msgspec.Struct]] = NoOptions
     capabilities: Capabilities = Capabilities()
+    credentials: ClassVar[Credentials] = Credentials()
     contract: ClassVar[int] = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

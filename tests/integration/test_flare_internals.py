@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nvflare
@@ -21,7 +22,7 @@ from nvflare.apis.analytix import AnalyticsDataType
 from nvflare.apis.client import Client
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
@@ -39,11 +40,13 @@ from nvflare.private.fed.client.client_runner import ClientRunner
 from nvflare.private.fed.server.run_manager import RunManager
 from nvflare.private.fed.server.server_engine import ServerEngine
 from nvflare.private.fed.server.server_runner import ServerRunner
+from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 from nvflare.private.fed.utils.fed_utils import create_job_processing_context_properties
 from nvflare.recipe.spec import Recipe
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
 from trackhub.flare import flare_internals
+from trackhub.operator_file import OperatorFile
 from trackhub.run import RunStatus
 
 
@@ -332,3 +335,32 @@ def test_all_processes_of_an_execution_mint_one_id(tmp_path: Path) -> None:
     assert {*ours, other.stdout.strip()} == {ours[0]}
     assert ours[0].startswith("sim-")
     assert [p.name for p in tmp_path.iterdir()] == [".trackhub"]
+
+
+def _context(workspace: Path, job_id: str) -> FLContext:
+    (workspace / "startup").mkdir(parents=True, exist_ok=True)
+    (workspace / "local").mkdir(exist_ok=True)
+    engine = SimpleNamespace(get_workspace=lambda: Workspace(str(workspace)))
+    context = FLContext()
+    context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
+    context.set_prop(ReservedKey.RUN_NUM, job_id, private=False, sticky=True)
+    return context
+
+
+def test_only_the_simulator_has_no_operator_beside_the_submitter(tmp_path: Path) -> None:
+    simulated = SimulatorConstants.JOB_NAME
+    assert flare_internals.operator_file(_context(tmp_path / "sim", simulated)) is None
+    assert flare_internals.operator_file(_context(tmp_path / "prod", "6f2c8a10-0000-4000-8000-000000000001"))
+
+    for kit in ("fed_server.json", "fed_client.json"):
+        context = _context(tmp_path / kit, simulated)
+        (tmp_path / kit / "startup" / kit).touch()
+        # A job of this name at a real site is no simulation, whoever chose the name.
+        assert flare_internals.operator_file(context) == OperatorFile()
+
+
+def test_the_operator_s_file_is_in_the_site_s_local_folder(tmp_path: Path) -> None:
+    context = _context(tmp_path, "6f2c8a10-0000-4000-8000-000000000001")
+    (tmp_path / "local" / "trackhub.toml").write_text('state_dir = "/srv/trackhub"')
+
+    assert flare_internals.operator_file(context) == OperatorFile(state_dir="/srv/trackhub")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.integration.harness import Job, flare_environment, read_jsonl
+from tests.support.wandb_emulator import Emulator
 from trackhub.cli.status import spool_status
 from trackhub.delivery.journal.find import find
 
@@ -91,6 +93,7 @@ class Poc:
     workspace: Path
     out: Path
     console: Console
+    wandb: Emulator
 
     def run(self, job: Path, *, meanwhile: Callable[[str], None] = lambda job_id: None) -> PocResult:
         """Submit a job, wait for its end, and fetch its result."""
@@ -130,7 +133,14 @@ class PocResult:
 
 
 @pytest.fixture(scope="module")
-def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
+def wandb() -> Iterator[Emulator]:
+    """The W&B server that the environment of the services names, with the key that they have."""
+    with Emulator(secrets.token_hex(20)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def poc(tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[Poc]:
     root = tmp_path_factory.mktemp("poc")
     (root / "home").mkdir()
     out = root / "out"
@@ -138,6 +148,8 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
         "HOME": str(root / "home"),
         "NVFLARE_POC_WORKSPACE": str(root / "ws"),
         "TRACKHUB_TEST_OUT": str(out / "{job}"),
+        "WANDB_API_KEY": wandb.state.api_key,
+        "WANDB_BASE_URL": wandb.url,
     }
 
     def poc(*args: str) -> None:
@@ -163,7 +175,7 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Poc]:
         console = Console(kits / ADMIN, env)
         try:
             _wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
-            yield Poc(root / "ws", out, console)
+            yield Poc(root / "ws", out, console, wandb)
         finally:
             console.close()
     finally:
@@ -213,7 +225,7 @@ from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.widgets.widget import Widget
 
 from trackhub.delivery.wire import Batch, encode
-from trackhub.flare.flare_internals import CellChannel
+from trackhub.flare.cell_channel import CellChannel
 from trackhub.framing import encode_frame
 from trackhub.records import Metrics, Record
 
@@ -358,3 +370,108 @@ def test_an_aborted_job_keeps_what_was_logged_and_ends_as_aborted(poc: Poc, tmp_
         assert left["logged"] == left["acked"] + left["spooled"] >= len(noted)
         assert left["acked"] <= len(points)
         assert result.records(result.server, site)[-1]["status"] == "aborted"
+
+
+@pytest.fixture
+def operator_file(poc: Poc) -> Iterator[Callable[[str, str], None]]:
+    """Write an operator's file: give it the service's name and the text. A job that starts later reads it."""
+    written = []
+
+    def write(service: str, text: str) -> None:
+        path = poc.workspace / "example_project" / "prod_00" / service / "local" / "trackhub.toml"
+        path.write_text(text)
+        written.append(path)
+
+    yield write
+    for path in written:
+        path.unlink(missing_ok=True)
+
+
+SHORT_TRAINER = """
+from trackhub import Writer
+
+writer = Writer()
+rounds(lambda n: fact(lambda: writer.log({"loss": 1.0}, n), {"loss": 1.0}, n))
+"""
+
+
+@pytest.mark.parametrize("side", ["server", "clients"])
+def test_a_job_cannot_reach_past_itself_and_is_told_why(poc: Poc, tmp_path: Path, side: str) -> None:
+    """Nobody wrote an operator's file. The training script may start, and no round of it."""
+    outside = tmp_path / "outside"
+    job = Job(tmp_path, SHORT_TRAINER, {side: {"jsonl": {"path": str(outside)}}})
+
+    result = poc.run(job.export())
+
+    assert result.status != "FINISHED:COMPLETED"
+    assert not outside.exists()
+    assert not any(file.read_text() for file in (result.out / result.job).glob("*.facts"))
+    run_dirs = [result.server] if side == "server" else [result.client(site) for site in SITES]
+    logs = "".join(log.read_text() for run_dir in run_dirs for log in run_dir.rglob("log.txt"))
+    assert f"jsonl.path: '{outside}' is outside the job's own folder" in logs
+    assert "local/trackhub.toml" in logs
+
+
+def test_the_operator_of_the_server_allows_a_folder_and_sets_limits(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    outside = tmp_path / "outside"
+    operator_file("server", f'[limits]\nflush_s = 0.5\n[backends.jsonl]\npaths = ["{outside}"]\n')
+    job = Job(tmp_path, SHORT_TRAINER, {"server": {"jsonl": {"path": str(outside)}}})
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    for site in SITES:
+        (kept,) = outside.glob(f"*/{site}.jsonl")
+        assert [r["values"] for r in read_jsonl(kept) if r["kind"] == "metrics"] == [{"loss": 1.0}] * len(
+            result.facts(site)
+        )
+
+
+def test_an_operator_s_file_that_is_wrong_stops_every_job(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    operator_file("site-2", 'backend_allowed = ["jsonl"]')
+    job = Job(tmp_path, SHORT_TRAINER, {"server": ["jsonl"]})
+
+    result = poc.run(job.export())
+
+    assert result.status != "FINISHED:COMPLETED"
+    logs = "".join(log.read_text() for log in result.client("site-2").rglob("log.txt"))
+    assert "unknown field `backend_allowed`" in logs
+
+
+def test_a_server_with_a_key_of_wandb_needs_no_operator_s_file(poc: Poc, tmp_path: Path) -> None:
+    job = Job(tmp_path, SHORT_TRAINER, {"server": {"wandb": {"project": "cifar10"}}})
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
+    for site in SITES:
+        run = report["lanes"]["wandb"][site]
+        assert (run["confirmed"], run["pending"]) == (len(result.facts(site)), 0)
+        assert run["results"]["url"].startswith(poc.wandb.url)
+    assert_nowhere(poc.wandb.state.api_key, poc, result)
+
+
+def test_the_server_s_key_of_wandb_is_sent_to_no_host_that_a_job_names(poc: Poc, tmp_path: Path) -> None:
+    with Emulator(poc.wandb.state.api_key) as evil:
+        job = Job(tmp_path, SHORT_TRAINER, {"server": {"wandb": {"mode": "online", "base_url": evil.url}}})
+
+        result = poc.run(job.export())
+
+        assert evil.state.requests == []
+    assert result.status != "FINISHED:COMPLETED"
+    assert not any(file.read_text() for file in (result.out / result.job).glob("*.facts"))
+    logs = "".join(log.read_text() for log in result.server.rglob("log.txt"))
+    assert f"wandb.base_url '{evil.url}' is not a host that the operator named; named: {poc.wandb.url}" in logs
+
+
+def assert_nowhere(secret: str, poc: Poc, result: PocResult) -> None:
+    """The secret is in no file of the federation, and in no file of the result."""
+    for folder in (poc.workspace, result.server):
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                assert secret.encode() not in path.read_bytes(), path

@@ -179,3 +179,79 @@ def test_without_the_cli_extra_the_command_says_what_to_install(library: str) ->
     assert done.stdout == ""
     assert f"needs {library}" in done.stderr
     assert "pip install 'flare-trackhub[cli]'" in done.stderr
+
+
+OPERATOR = """
+    backends_allowed = ["good", "jsonl"]
+    state_dir = "/srv/trackhub"
+
+    [limits]
+    gate_s = 60
+
+    [backends.good]
+    options = ["url", "level"]
+    hosts = ["https://acme.example"]
+    paths = ["/srv/acme"]
+    secrets = ["TEAM_KEY"]
+
+    [backends.good.fixed]
+    api_key = "${secret:TEAM_KEY}"
+"""
+
+
+def check(tmp_path: Path, make_plugin: MakePlugin, toml: str | None) -> subprocess.CompletedProcess[str]:
+    plugin = make_plugin("acme-good", {"good": "acme_good:Acme"}, {"acme_good": GOOD})
+    (tmp_path / "site" / "local").mkdir(parents=True)
+    if toml is not None:
+        (tmp_path / "site" / "local" / "trackhub.toml").write_text(toml)
+    return trackhub("backends", "--check", "--workspace", str(tmp_path / "site"), path=[plugin])
+
+
+def test_a_right_operator_s_file_is_shown_as_what_jobs_may_do(tmp_path: Path, make_plugin: MakePlugin) -> None:
+    done = check(tmp_path, make_plugin, OPERATOR)
+
+    assert done.returncode == 0, done.stderr
+    assert "trackhub.toml is valid" in done.stdout
+    assert "gate_s = 60" in done.stdout
+    (row,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["good"])
+    assert row == ["good", "https://acme.example", "/srv/acme", "TEAM_KEY", "api_key"]
+    assert "mlflow" not in done.stdout
+
+
+def test_without_an_operator_s_file_the_check_says_what_holds(tmp_path: Path, make_plugin: MakePlugin) -> None:
+    done = check(tmp_path, make_plugin, None)
+
+    assert done.returncode == 0, done.stderr
+    assert "The strictest rules hold" in done.stdout
+    (row,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["wandb"])
+    assert row == ["wandb", "https://api.wandb.ai", "-", "WANDB_API_KEY", "-"]
+
+
+@pytest.mark.parametrize(
+    ("toml", "problems"),
+    [
+        ('backend_allowed = ["good"]', ["unknown field `backend_allowed`"]),
+        (
+            'backends_allowed = ["goood", "jsonl"]\n'
+            '[backends.good]\noptions = ["uri"]\n[backends.jsonl.fixed]\npath = 1',
+            ["no backend 'goood'", "'good' is not in backends_allowed", "'uri' is no option", "jsonl.path: expected"],
+        ),
+        ('[backends.good.fixed]\napi_key = "literal"', ["good.api_key: a secret must not be written"]),
+        ('[backends.good.values]\nno = ["*"]', ["backends.good.values: 'no' is no option; there are: api_key"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_operator_s_file_is_refused_with_all_its_problems(
+    tmp_path: Path, make_plugin: MakePlugin, toml: str, problems: list[str]
+) -> None:
+    done = check(tmp_path, make_plugin, toml)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    for problem in problems:
+        assert problem in done.stderr
+
+
+def test_the_check_needs_the_workspace_of_a_site(tmp_path: Path) -> None:
+    done = trackhub("backends", "--check", "--workspace", str(tmp_path))
+
+    assert done.returncode == 1
+    assert "is no workspace of a FLARE site" in done.stderr

@@ -213,7 +213,7 @@ class AcmeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sync: bool = False
     tags: tuple[str, ...] = ()
     folder: Path | None = None
-    api_key: str | None = None
+    api_key: Annotated[str | None, OptionMark.SECRET] = None
     license: Annotated[str, OptionMark.SECRET] = ""
     where: Annotated[str | None, OptionMark.HOST, OptionMark.PATH] = None
     logs: Annotated[Path, OptionMark.PATH] | None = None
@@ -294,6 +294,7 @@ def test_the_core_reads_which_options_hold_a_secret_a_host_or_a_path() -> None:
     marks = registry.option_marks(Acme)
 
     assert {name: set(found) for name, found in marks.items() if found} == {
+        "api_key": {OptionMark.SECRET},
         "license": {OptionMark.SECRET},
         "where": {OptionMark.HOST, OptionMark.PATH},
         "logs": {OptionMark.PATH},

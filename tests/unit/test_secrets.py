@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trackhub.errors import ConfigError, InvalidOptionError
-from trackhub.secrets import Secret, refuse_literal_secrets, resolve_secrets
+from trackhub.secrets import Secret, refuse_literal_secrets, refuse_references, resolve_secrets
 
 # Assembled here, so that no scanner of the repository takes them for real ones.
 HEX_40 = "0123456789abcdef" * 2 + "01234567"
@@ -37,6 +37,8 @@ JWT = ".".join(["eyJ" + "hbGciOiJIUzI1NiJ9", "eyJ" + "zdWIiOiIxIn0abc", "c2ln"])
         ("x.note", "-----BEGIN RSA PRIVATE KEY-----"),
         ("mlflow.tracking_uri", "postgresql://user:pass@db/mlflow"),
         ("mlflow.tracking_uri", "https://host/path?access_token=abc"),
+        ("mlflow.tracking_uri", "https://host/path?x=1&X-Amz-Signature=abc"),
+        ("mlflow.tracking_uri", "https://host/path#client_secret=abc"),
         ("x.tags", ["fine", GITHUB]),
     ],
 )
@@ -52,13 +54,44 @@ def test_a_literal_secret_is_refused_and_not_shown(path: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "https://hunter2@h",
+        "https://me:hunter2@h/x",
+        "https://${secret:A}@h",
+        "postgresql://u:${secret:PG}@db/mlflow",
+        "http://@h",
+    ],
+)
+def test_a_url_with_a_login_is_refused_even_with_a_reference(value: str) -> None:
+    with pytest.raises(InvalidOptionError, match=r"x\.url: a URL must not hold a user or a password") as caught:
+        refuse_literal_secrets("x.url", value)
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_option_that_is_shown_may_not_refer_to_a_secret() -> None:
+    refuse_references("x.note", {"a": ["plain"]}, ["key"])
+    for value in ("${secret:A}", "see ${secret:A}", {"a": ["${secret:file:/run/a}"]}):
+        with pytest.raises(InvalidOptionError, match=r"x\.note: this option must not refer to a secret.*: key"):
+            refuse_references("x.note", value, ["key"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["https://host/x?key=1", "https://host/x?tokens=1", "https://medium.org/@me", "see host and me@example.org"],
+)
+def test_an_ordinary_url_passes(value: str) -> None:
+    refuse_literal_secrets("x.url", value)
+
+
+@pytest.mark.parametrize(
     ("path", "value"),
     [
         ("wandb.api_key", "${secret:WANDB_API_KEY}"),
         ("wandb.api_key", "${secret:file:/run/secrets/wandb}"),
         ("wandb.api_key", None),
         ("wandb.api_key", ""),
-        ("mlflow.tracking_uri", "postgresql://user:${secret:PG}@db/mlflow"),
         ("mlflow.tracking_uri", "http://127.0.0.1:5000"),
         ("x.max_tokens", "512"),
         ("x.token_file", "/run/token"),

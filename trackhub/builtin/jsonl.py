@@ -212,7 +212,7 @@ class JsonlRun(BackendRun):
             self._recover()
         content = b"".join(_encode(line) + b"\n" for line in lines)
         self._torn = True
-        with self._path.open("ab", buffering=0) as file:
+        with open(self._path, "ab", buffering=0, opener=_open_no_link) as file:
             written = file.write(content)
         if written != len(content):
             raise OSError(f"only {written} of {len(content)} bytes could be written")
@@ -221,6 +221,7 @@ class JsonlRun(BackendRun):
     def _recover(self) -> None:
         """Cut off a last line that a crash or a full disk left unfinished, and find out where the run stands."""
         if self._path.exists():
+            os.close(_open_no_link(str(self._path), os.O_RDWR))
             end, self._next = _whole_lines(self._path)
             os.truncate(self._path, end)
         self._torn = False
@@ -254,8 +255,14 @@ class JsonlRun(BackendRun):
         suffix = Path(name).suffix or mimetypes.guess_extension(payload.blob.media_type) or ""
         target = self._path.with_suffix(".files") / path_component(f"{position}{suffix}")
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
+        with source.open("rb") as content, open(target, "wb", opener=_open_no_link) as copy:
+            shutil.copyfileobj(content, copy)
         return f"{target.parent.name}/{target.name}"
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file, unless it is a symbolic link: in a shared folder, somebody else may have put it there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _plain(value: Any, *, tagged: bool) -> Any:

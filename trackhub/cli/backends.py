@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
 from trackhub import registry
+from trackhub.cli.operator_check import check_operator_file
 from trackhub.cli.output import print_json, print_lines, print_table
 from trackhub.errors import PluginError
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, KeyRule, OptionMark
@@ -28,8 +30,19 @@ JSON_VERSION = 1
 @click.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
-def backends(name: str | None, as_json: bool) -> None:
+@click.option("--check", is_flag=True, help="Check the operator's file of a FLARE site, local/trackhub.toml.")
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=".",
+    show_default=True,
+    help="With --check: the site's workspace.",
+)
+def backends(name: str | None, as_json: bool, check: bool, workspace: Path) -> None:
     """List the installed backends and what each can store.
+
+    With --check, validate what the operator of a FLARE site lets jobs do, and show it. The status is 1 if something in
+    the file is wrong.
 
     With NAME, say more about that one: its options, what confirms a record, and which keys it can store. A backend that
     cannot be used is listed with the reason. The command imports plugins, but no tracking SDK.
@@ -38,9 +51,12 @@ def backends(name: str | None, as_json: bool) -> None:
     distribution_version, entry_point, state ("ok", "broken" or "conflict") and problem, which is empty if the state is
     ok. The other keys are null unless the state is ok: spi, contract, options, option_marks and capabilities. contract
     is the version of the contract kit that the backend passed, 0 for none. options are their names. option_marks has
-    the marks of each option: "secret", "host", "path". capabilities are those of trackhub.spi.Capabilities; kinds are
-    names, also in key_rules.
+    the marks of each option: "secret", "host", "path", "shared". capabilities are those of trackhub.spi.Capabilities;
+    kinds are names, also in key_rules.
     """
+    if check:
+        check_operator_file(workspace)
+        return
     found = describe(name)
     if as_json:
         print_json({"version": JSON_VERSION, "spi": SPI_VERSION, "backends": found})

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.wire import Accepted, Chunk
+from trackhub.plain_files import make_private_folder, open_plain
 from trackhub.records import Blob
 from trackhub.spool.layout import blob_file
 from trackhub.spool.reading import SpoolReader
@@ -70,7 +71,7 @@ class BlobSender:
     def _read(self, blob: Blob, offset: int) -> tuple[bytes, str]:
         """Return the next piece, and what to say if it is empty and the receiver wants more."""
         try:
-            with blob_file(self._reader.folder, blob.name).open("rb") as file:
+            with open(blob_file(self._reader.folder, blob.name), "rb", opener=open_plain) as file:
                 file.seek(offset)
                 return file.read(self._piece_bytes), f"the file ends after {offset} of {blob.size} bytes"
         except OSError as e:
@@ -99,7 +100,7 @@ class BlobStore:
 
     def has(self, site: str, name: str) -> bool:
         """Return whether this blob is here whole. False for a name that no blob can have."""
-        return _NAME.fullmatch(name) is not None and (self.folder(site) / name).exists()
+        return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
 
     def add(self, site: str, chunk: Chunk) -> int | None:
         """Store a piece, and return the offset that is expected next: the blob's size once it is whole.
@@ -121,10 +122,10 @@ class BlobStore:
     def _add(self, site: str, chunk: Chunk) -> int | None:
         folder = self.folder(site)
         target, partial = folder / chunk.name, folder / f"{chunk.name}.part"
-        if target.exists():
+        if _is_plain(target):
             return chunk.size
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab", buffering=0) as file:
+        make_private_folder(folder)
+        with open(partial, "ab", buffering=0, opener=open_plain) as file:
             reached = file.tell()
             expected = reached == chunk.offset
             if expected:
@@ -132,7 +133,7 @@ class BlobStore:
         if reached < chunk.size:
             return reached
         # After an unexpected piece as well: a receiver may have died after the last piece, before it renamed the file.
-        with partial.open("rb") as file:
+        with open(partial, "rb", opener=open_plain) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:
             partial.unlink()
@@ -144,6 +145,10 @@ class BlobStore:
             for path in (folder, self._folder, self._folder.parent):  # each may be new, and would be lost with its name
                 _sync(path)
         return reached
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _sync(path: Path) -> None:

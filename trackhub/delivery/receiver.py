@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,12 @@ from typing import Any
 import msgspec
 
 from trackhub import registry
+from trackhub.conceal import clean_errors
 from trackhub.delivery.admission import Admission
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.gate import examine
+from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.journal.schema import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
@@ -49,6 +49,7 @@ from trackhub.delivery.wire import (
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.limits import Limits
+from trackhub.plain_files import make_private_folder
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
@@ -66,71 +67,6 @@ _END_S = 1.0
 
 _WARN_EVERY_S = 60.0
 _log = logging.getLogger(__name__)
-
-
-class _Sites:
-    """Knows when each site was last heard, and which have sent their final message. Thread-safe."""
-
-    def __init__(self, silence_s: float) -> None:
-        self._silence_s = silence_s
-        self._changed = threading.Condition()
-        self._heard_at: dict[str, float] = {}
-        self._failed: dict[str, bool] = {}
-        self._sessions: defaultdict[str, set[str]] = defaultdict(set)
-        self._expected: set[str] = set()
-
-    def known(self) -> set[str]:
-        """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
-        with self._changed:
-            return self._expected | self._heard_at.keys()
-
-    def restore(self, failed: Mapping[str, bool]) -> None:
-        """Take over what the journal knows: for each site that has ended, whether its training failed."""
-        self._failed.update(failed)
-
-    def note_heard(self, site: str) -> None:
-        with self._changed:
-            self._heard_at[site] = time.monotonic()
-
-    def note_hello(self, site: str, session: str) -> None:
-        """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
-        with self._changed:
-            if session and session not in self._sessions[site]:
-                self._sessions[site].add(session)
-                self._failed.pop(site, None)
-
-    def note_final(self, site: str, *, failed: bool) -> None:
-        with self._changed:
-            self._failed[site] = failed
-            self._changed.notify_all()
-
-    def assume_ended(self, site: str) -> None:
-        self._failed.setdefault(site, False)
-
-    def status(self, site: str, job: RunStatus) -> RunStatus:
-        """Return how the run of a site ended, for a job that ended so."""
-        if job is RunStatus.KILLED and site in self._failed:  # it could say how it ended
-            return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
-        if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
-            return RunStatus.FAILED
-        return job
-
-    def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
-        """Wait until each site has ended or is silent, and return those that have not ended."""
-        waiting = set(sites)
-        start = time.monotonic()
-        deadline = start + timeout_s
-        with self._changed:
-            self._expected |= waiting
-            while True:
-                now = time.monotonic()
-                # A site that was never heard may still be starting, so its silence begins with this wait.
-                missing = waiting - self._failed.keys()
-                silent_at = {site: self._heard_at.get(site, start) + self._silence_s for site in missing}
-                alive = {site: at for site, at in silent_at.items() if at > now}
-                if not alive or now >= deadline:
-                    return missing
-                self._changed.wait(min(deadline, *alive.values()) - now)
 
 
 class Receiver:
@@ -181,10 +117,11 @@ class Receiver:
         self._lanes: list[Lane] = []
         self._state = "not started yet"
         self._admission = Admission(_AT_ONCE)
-        self._sites = _Sites(self._limits.silence_s)
+        self._sites = JobSites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
 
+    @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 
@@ -227,7 +164,7 @@ class Receiver:
         cls = registry.load(name)
         context = BackendContext(self._run_dir / name, self.job, self._side)
         try:
-            context.workdir.mkdir(parents=True, exist_ok=True)
+            make_private_folder(context.workdir)
             return cls(registry.build_options(name, cls, options), context)
         except (ConfigError, PluginError):
             raise

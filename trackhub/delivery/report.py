@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.wire import SiteCounts
+from trackhub.plain_files import open_plain
 from trackhub.spi import Results
 
 __all__ = [
@@ -179,7 +180,8 @@ def write_report(path: Path, report: DeliveryReport) -> None:
     """
     # A rename puts it in place, so that neither a crash nor a full disk leaves half a report.
     partial = path.with_suffix(".new")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    with open(partial, "wb", opener=open_plain) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
     partial.replace(path)
 
 

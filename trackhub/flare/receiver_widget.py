@@ -18,6 +18,7 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.widgets.widget import Widget
 
+from trackhub import registry
 from trackhub.delivery import (
     SERVER,
     Channel,
@@ -33,6 +34,7 @@ from trackhub.delivery import (
 )
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
+from trackhub.flare.cell_channel import CellChannel
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords
@@ -138,7 +140,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _start_on_server(self, fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
-        channel = flare_internals.CellChannel(engine, self._id(engine))
+        channel = CellChannel(engine, self._id(engine))
         channel.announce()
         flare_internals.add_last_handler(engine, _Tail(self))
         try:
@@ -177,12 +179,18 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """
         self._opened = True
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
+        run_dir = flare_internals.run_dir(fl_ctx)
+        backends, state_dir = self.backends, self.state_dir
+        if (operator := flare_internals.operator_file(fl_ctx)) is not None:
+            self._limits = operator.limits_for(self.limits or {}, environ=os.environ)
+            state_dir = operator.state_dir_for(state_dir, run_dir)
+            backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
         core = Receiver(
-            flare_internals.run_dir(fl_ctx),
-            state_dir=flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name),
+            run_dir,
+            state_dir=flare_internals.state_folder(fl_ctx, state_dir, job.unique_name),
             job=job,
             side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
-            backends=self.backends,
+            backends=backends,
             limits=self._limits,
         )
         core.start()

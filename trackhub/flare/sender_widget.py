@@ -32,10 +32,12 @@ from trackhub.delivery import (
 )
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
+from trackhub.flare.cell_channel import CellChannel, NoReceiverError
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.stock_records import StockRecords
+from trackhub.operator_file import OperatorFile
 
 __all__ = ["TrackhubSender"]
 
@@ -95,6 +97,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.job_notes = job_notes
         self.job_tags = job_tags
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
+        self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
         self._receiver: TrackhubReceiver | None = None
         self._stock = StockRecords(self)
@@ -136,6 +139,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
         flare_internals.add_last_handler(engine, _Tail(self))
+        self._operator = flare_internals.operator_file(fl_ctx)
+        if self._operator is not None:
+            self._limits = self._operator.limits_for(self.limits or {}, environ=os.environ)
         spool = self._create_spool(fl_ctx, site)
         if self.server_receiver is not None:
             send = self._server_channel(engine, self.server_receiver)
@@ -157,12 +163,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _server_channel(self, engine: Any, receiver: str) -> Channel:
         """Return the channel to the server's receiver. Tests override this method to put faults into the channel."""
-        channel = flare_internals.CellChannel(engine, receiver)
+        channel = CellChannel(engine, receiver)
 
         def send(request: bytes, timeout_s: float) -> bytes:
             try:
                 return channel.request(request, timeout_s)
-            except flare_internals.NoReceiverError as e:
+            except NoReceiverError as e:
                 return refusal("no_receiver", str(e))
             except ConnectionError as e:
                 raise ChannelError(str(e)) from e
@@ -173,7 +179,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
         info = spool_info(job, site, cursors, self._limits.spool_bytes)
-        folder = flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
+        state_dir = self.state_dir
+        if self._operator is not None:
+            state_dir = self._operator.state_dir_for(state_dir, flare_internals.run_dir(fl_ctx))
+        folder = flare_internals.state_folder(fl_ctx, state_dir, job.unique_name) / "spool"
         spool = create_spool_anywhere(folder, info)
         # An external trainer inherits the variable, and one in process reads it here. Both start later, at START_RUN.
         self._spool = spool

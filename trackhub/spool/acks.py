@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from trackhub.plain_files import read_plain
 from trackhub.spool.layout import SEGMENT_HEADER
 from trackhub.spool.small_files import write_start
 
@@ -153,7 +154,7 @@ def _with_header(body: bytes) -> bytes:
 def _read(path: Path) -> bytes | None:
     """Return the body of such a file; None if it is missing, unreadable or damaged."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
         size, crc = _HEADER.unpack_from(data)
     except (OSError, struct.error):
         return None

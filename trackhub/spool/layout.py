@@ -32,6 +32,7 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
+from trackhub.plain_files import make_private_folder, read_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.small_files import SPARES, make_spare, reason_of, write_start
@@ -159,7 +160,7 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
 
 
 def _create(folder: Path, info: SpoolInfo) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     old = _stored(folder)
     if old is not None and (old.site, old.job) != (info.site, info.job):
         raise SpoolError(
@@ -252,7 +253,7 @@ def read_spool_info(folder: Path) -> SpoolInfo:
         SpoolError: there is no such file, or it cannot be read.
     """
     try:
-        return msgspec.json.decode((folder / "spool.json").read_bytes(), type=SpoolInfo)
+        return msgspec.json.decode(read_plain(folder / "spool.json"), type=SpoolInfo)
     except (OSError, ValueError, msgspec.DecodeError) as e:
         raise SpoolError(f"{folder} is not a spool: {e}; give the folder that has the file spool.json") from e
 

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from trackhub.plain_files import open_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.small_files import write_start
 
@@ -159,7 +160,7 @@ class WriterState(Enum):
 def writer_state(path: Path) -> WriterState:
     """Return whether the writer of this ledger still lives. Never raises."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_plain(path, os.O_RDONLY)
     except OSError:
         return WriterState.UNKNOWN
     try:

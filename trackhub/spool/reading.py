@@ -17,6 +17,7 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import MAX_BODY_BYTES
+from trackhub.plain_files import open_plain, read_plain
 from trackhub.spool.acks import Ack, find_ack, read_ack, write_ack
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
@@ -345,7 +346,7 @@ class SpoolReader:
     def _begin_turns(self) -> None:
         """Give the first turn to the stream whose batch may have arrived before a crash."""
         with contextlib.suppress(OSError):
-            self._last_stream = self._turn_file.read_bytes().decode(errors="replace")
+            self._last_stream = read_plain(self._turn_file).decode(errors="replace")
             if self._last_stream in self._streams:
                 self._turn[self._last_stream] = None
 
@@ -392,8 +393,11 @@ class SpoolReader:
         """
         if stream != self._last_stream:
             self._last_stream = stream
-            with contextlib.suppress(OSError):  # delivery matters more, above all on a full disk
-                self._turn_file.write_text(stream)
+            with (
+                contextlib.suppress(OSError),  # delivery matters more, above all on a full disk
+                open(self._turn_file, "w", encoding="utf-8", opener=open_plain) as file,
+            ):
+                file.write(stream)
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
         """Delete segments and blobs that every cursor is past. What cannot be deleted is left for ``tidy_up``."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
+from trackhub.plain_files import open_plain
 from trackhub.spool.ledger import WriterState, read_ledger, writer_state
 
 __all__ = ["Room", "new_part"]
@@ -153,7 +154,7 @@ class Room:
 def _read_usage(folder: Path) -> _Usage | None:
     """Return the last measurement; None if there is none, or it is damaged."""
     try:
-        fd = os.open(folder / _USAGE_FILE, os.O_RDONLY)
+        fd = open_plain(folder / _USAGE_FILE, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -171,7 +172,7 @@ def _read_usage(folder: Path) -> _Usage | None:
 def _write_usage(folder: Path, usage: _Usage) -> None:
     """Store a measurement. If that is not possible, everybody measures for himself."""
     with contextlib.suppress(OSError):
-        fd = os.open(folder / _USAGE_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
+        fd = open_plain(folder / _USAGE_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(fd, _USAGE.pack(*usage, usage.at_ns ^ usage.used ^ usage.streams), 0)
         finally:

@@ -9,6 +9,7 @@ import struct
 import time
 from pathlib import Path
 
+from trackhub.plain_files import open_plain
 from trackhub.spool.small_files import write_start
 
 __all__ = ["RoundFile"]
@@ -57,7 +58,7 @@ class RoundFile:
             OSError: it cannot be opened or created.
             ValueError: it is not as long as it should be.
         """
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT if self._sets else os.O_RDONLY, _MODE)
+        fd = open_plain(self._path, os.O_RDWR | os.O_CREAT if self._sets else os.O_RDONLY, _MODE)
         try:
             if self._sets and os.fstat(fd).st_size != _FORMAT.size:
                 # Written, since a file that is only given a size gets its block later, when the disk may be full.

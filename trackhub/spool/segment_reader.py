@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, decode_head, scan_frames
+from trackhub.plain_files import open_plain
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 from trackhub.spool.skip_damage import DamageLog, find_sound_frame
@@ -131,7 +132,7 @@ class SegmentReader:
 def _read(path: Path, offset: int, max_bytes: int) -> bytes:
     """Return bytes of a file; none if there is no such file."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_plain(path, os.O_RDONLY)
     except FileNotFoundError:
         return b""
     try:

@@ -12,6 +12,8 @@ import errno
 import os
 from pathlib import Path
 
+from trackhub.plain_files import open_plain
+
 __all__ = ["SPARES", "make_spare", "reason_of", "write_start"]
 
 SPARES = 16
@@ -35,7 +37,7 @@ def make_spare(folder: Path, number: int) -> None:
     path = folder / f"{number}.spare"
     try:
         # Never written again: it would lose its block for a moment, and on a full disk somebody else would take it.
-        with path.open("xb", buffering=0) as file:
+        with open(path, "xb", buffering=0, opener=open_plain) as file:
             file.write(bytes(1))
     except FileExistsError:
         return
@@ -70,7 +72,7 @@ def write_start(path: Path, data: bytes, mode: int = 0o600) -> int:
 
 
 def _write_start(path: Path, data: bytes, mode: int) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, mode)
+    fd = open_plain(path, os.O_RDWR | os.O_CREAT, mode)
     try:
         os.pwrite(fd, data, 0)
     except OSError:

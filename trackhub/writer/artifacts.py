@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trackhub.errors import RecordError
+from trackhub.plain_files import open_plain
 from trackhub.records import Artifact, Blob
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
@@ -22,7 +23,7 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     """Check the file and return how to copy it into the spool.
 
     Args:
-        path: the file.
+        path: the file. A symbolic link is followed within its own folder, and refused if it leads out of that.
         name: its name in the run; None takes its file name.
         artifact_type: what it is, such as ``model``.
         folder: the folder in the run to put it into; None or empty for none.
@@ -34,7 +35,7 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
 
     if not isinstance(artifact_type, str):
         raise RecordError(f"log_artifact: type {shown(artifact_type)}; expected a str such as 'model'")
-    source, size = _check_readable(path)
+    source, real, size = _check_readable(path)
     own_name = source.name if name is None else name
     key = read_key(f"{folder}/{own_name}" if folder else own_name)
     filename = plain_text("file name of artifact", key, source.name)
@@ -45,7 +46,7 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     def write(target: Path) -> None:
         # Size and digest are those of the copy: the source may be changing.
         nonlocal copied
-        with source.open("rb") as file, target.open("wb") as out:
+        with open(real, "rb", opener=open_plain) as file, open(target, "wb", opener=open_plain) as out:
             while data := file.read(_COPY_BYTES):
                 digest.update(data)
                 copied += out.write(data)
@@ -57,15 +58,19 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     return NewBlob(key, size, write, payload)
 
 
-def _check_readable(path: Any) -> tuple[Path, int]:
-    """Return the path and the file's size in bytes."""
+def _check_readable(path: Any) -> tuple[Path, Path, int]:
+    """Return the path, the file that it leads to, and that file's size in bytes."""
     try:
         source = Path(path)
         if source.is_dir():
             raise IsADirectoryError("it is a folder; pack it first, for example with shutil.make_archive")
         if not source.is_file():
             raise FileNotFoundError("it does not exist, or is not an ordinary file")
-        with source.open("rb") as file:
-            return source, os.fstat(file.fileno()).st_size
+        real = source.resolve()
+        # "last.ckpt" is often a link to the file beside it. A link to elsewhere may lead to what nobody meant to log.
+        if source.is_symlink() and not real.is_relative_to(source.parent.resolve()):
+            raise PermissionError("it is a symbolic link that leads out of its folder; log the file itself")
+        with open(real, "rb", opener=open_plain) as file:
+            return source, real, os.fstat(file.fileno()).st_size
     except (OSError, TypeError, ValueError) as e:
         raise RecordError(f"log_artifact: cannot read {shown(path)}: {e}") from e

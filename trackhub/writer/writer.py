@@ -234,7 +234,7 @@ class Writer:
         """Log a file. Copies it before returning, so it may change or vanish afterwards.
 
         Args:
-            path: the file.
+            path: the file. A symbolic link is followed within its own folder, and refused if it leads out of that.
             name: what to call it in the run; by default its file name. May contain ``/``.
             type: what it is, such as ``model`` or ``dataset``.
 

@@ -27,8 +27,6 @@ class TestMLflowServer(MLflowContract):
     @classmethod
     def on_server(cls, running_server: Server) -> Iterator[None]:
         cls._server = running_server
-        with_login = running_server.url.replace("://", "://me:${secret:TRACKHUB_CONTRACT_SECRET}@")
-        cls.secret_options = {"tracking_uri": with_login}
         yield
         _Killed(running_server).end()  # for the tests of other files
 

@@ -70,7 +70,8 @@ def test_the_core_knows_which_option_names_a_host_or_a_file() -> None:
     marks = option_marks(MLflowBackend)
 
     assert {name: found for name, found in marks.items() if found} == {
-        "tracking_uri": {OptionMark.HOST, OptionMark.PATH}
+        "tracking_uri": {OptionMark.HOST, OptionMark.PATH},
+        "experiment_name": {OptionMark.SHARED},
     }
 
 

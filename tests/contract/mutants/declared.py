@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from tests.contract.mutants.base import ANYTHING, CAN, Bad, Tampered, caught_by
 from trackhub.builtin.jsonl import JsonlBackend, JsonlOptions
-from trackhub.spi import Backend, BackendContext, BackendRun, ConfirmedBy, Results, RunInfo
+from trackhub.spi import Backend, BackendContext, BackendRun, ConfirmedBy, Credentials, OptionMark, Results, RunInfo
 
 BUFFERS = msgspec.structs.replace(CAN, confirmed_by=ConfirmedBy.FLUSH)
 
@@ -115,3 +115,28 @@ class DoesNotSayWhoConfirms(Bad):
     class run(Tampered):
         def flush(self) -> Any:
             return None
+
+
+@caught_by("test_class_can_be_loaded", also=ANYTHING)
+class DeclaresItsCredentialsAsText(Bad):
+    credentials = "ACME_TOKEN"  # type: ignore[assignment]  # the defect
+
+
+@caught_by("test_credentials_are_declared")
+class NamesADefaultHostThatIsNone(Bad):
+    credentials = Credentials(("ACME_TOKEN",), default_host="acme")
+
+
+class _HostOptions(JsonlOptions, frozen=True, forbid_unknown_fields=True):
+    server: Annotated[str, OptionMark.HOST] = ""
+
+
+@caught_by("test_credentials_are_declared")
+class DoesNotSayWhereItsSecretsGo(Bad):
+    Options = _HostOptions
+    credentials = Credentials(("ACME_TOKEN",))
+
+
+@caught_by("test_credentials_are_declared", secret_env=("ACME_TOKEN",))
+class DoesNotSayThatItTakesSecrets(Bad):
+    pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sqlite3
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from trackhub.delivery.journal.schema import SCHEMA
 from trackhub.errors import JournalError
+from trackhub.plain_files import open_plain
 
 __all__ = ["Connections"]
 
@@ -40,6 +42,7 @@ class Connections:
 
         Raises:
             sqlite3.Error: it cannot be opened, or is no journal.
+            OSError: it is no plain file, or cannot be opened.
         """
         self.path = path
         self._turn = threading.Lock()
@@ -48,6 +51,8 @@ class Connections:
         self._borrowed: set[sqlite3.Connection] = set()
         self._closed = False
         self._waits_end = math.inf
+        # SQLite would follow a link, and make a file that everybody may read. Its other files get the same mode.
+        os.close(open_plain(path, os.O_RDWR | os.O_CREAT))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_OPEN_S)
         try:
             mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -192,7 +197,10 @@ class Connections:
             raise JournalError(f"the journal {self.path} is closed")
 
     def close(self) -> None:
-        """Checkpoint the write-ahead log into the one file and close it, within a second, or what `limit_waits` leaves. Idempotent."""
+        """Checkpoint the write-ahead log into the one file, and close it. Idempotent.
+
+        Blocks for a second at most, or for what `limit_waits` leaves.
+        """
         with self._pool_lock:
             if self._closed:
                 return

@@ -26,6 +26,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
+from trackhub.plain_files import make_private_folder
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Gap, Kind
 
@@ -74,7 +75,7 @@ class Journal:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
         """
         with suppress(OSError):  # then the lock's file cannot be opened either, and that error names the journal
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
         lock = lock_journal(path)
         connections: Connections | None = None
         try:
@@ -368,7 +369,10 @@ class Journal:
             JournalError: it cannot be written.
         """
         encode = msgspec.msgpack.encode
-        rows = [(lane, site, s.written, s.confirmed, encode(s.progress)) for (lane, site), s in runs.items()]
+        rows = [
+            (lane, site, run.written, run.confirmed, encode(run.progress.concealed()))
+            for (lane, site), run in runs.items()
+        ]
         with self._connections.transaction(wait_s) as db:
             db.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)", rows)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from trackhub.conceal import conceal
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
 from trackhub.run import JobInfo
@@ -109,6 +110,14 @@ class Progress(msgspec.Struct, kw_only=True):
     results: Results | None = None
     memory: bytes = b""
     stored_to: int = 0
+
+    def concealed(self) -> Progress:
+        """Return a copy without secrets: what a backend says of an error, or of where its results are, may hold one."""
+        results = self.results
+        if results is not None:
+            shown = (results.url, results.path, results.command)
+            results = Results(*(None if text is None else conceal(text) for text in shown))
+        return msgspec.structs.replace(self, last_error=conceal(self.last_error), results=results)
 
 
 class RunState(NamedTuple):

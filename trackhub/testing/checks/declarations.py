@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -74,6 +75,26 @@ class DeclarationChecks(ContractFixtures):
             if mark not in marks[field.encode_name] and _holds_text(hints[field.name])
         ]
         assert not problems, "\n".join(problems)
+
+    def test_credentials_are_declared(self) -> None:
+        """The class says from which variables it takes secrets, and for which host these are.
+
+        Without that, the core cannot keep a job from sending them to a host of its own, nor conceal them.
+        """
+        declared = self.backend.credentials
+        undeclared = sorted({*self.secret_env} - {*declared.variables})
+        assert not undeclared, (
+            f"the backend takes secrets from {', '.join(undeclared)}, but its credentials do not say so. Write "
+            f"credentials = Credentials(variables=(...), ...) into the class"
+        )
+        connects = any(OptionMark.HOST in marks for marks in registry.option_marks(self.backend).values())
+        assert not (connects and declared.variables) or declared.host_variables or declared.default_host, (
+            f"an option names a host, and the secrets in {', '.join(declared.variables)} go there, but the credentials "
+            "name no host for them. Give host_variables, a default_host or both"
+        )
+        assert not declared.default_host or urlsplit(declared.default_host).hostname, (
+            f"the default host {declared.default_host!r} of the credentials is no URL, such as https://api.example.org"
+        )
 
     def test_flush_as_declared(self, kit: Kit) -> None:
         """Where ``flush`` confirms, the run has one, and it returns whose word the confirmation is."""

@@ -38,7 +38,7 @@ class LeftoverChecks(ContractFixtures):
     ) -> None:
         """A token in the environment or in an option is in no file, no log record and no output."""
         token = secrets.token_hex(20)
-        for name in (SECRET_ENV, *self.secret_env):
+        for name in (SECRET_ENV, *self.secret_env, *self.backend.credentials.variables):
             monkeypatch.setenv(name, token)
         with _everything_logged() as log:
             rig = kit.rig(options=dict(self.secret_options)).start()

@@ -17,6 +17,7 @@ from trackhub.spi import (
     Capabilities,
     ConfigError,
     ConfirmedBy,
+    Credentials,
     JobInfo,
     Kind,
     Redelivery,
@@ -58,6 +59,9 @@ class MLflowBackend(Backend[MLflowOptions]):
         confirmed_by=ConfirmedBy.WRITE,
         key_rule=KEY_RULE,
         key_rules={Kind.TAGS: TAG_RULE},
+    )
+    credentials = Credentials(
+        ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"), host_variables=("MLFLOW_TRACKING_URI",)
     )
 
     def __init__(self, options: MLflowOptions, context: BackendContext) -> None:

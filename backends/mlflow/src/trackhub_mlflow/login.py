@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trackhub.spi import remember_secret
 from trackhub_mlflow.store import SetupError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _user_and_password() -> tuple[str | None, str | None]:
     stored = file["mlflow"] if file.has_section("mlflow") else {}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME") or stored.get("mlflow_tracking_username")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or stored.get("mlflow_tracking_password")
+    remember_secret(password)  # the core knows the environment's, and not that of the file
     return user, password
 
 

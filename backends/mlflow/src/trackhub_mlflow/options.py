@@ -40,7 +40,7 @@ class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     tracking_uri: Annotated[str, OptionMark.HOST, OptionMark.PATH] = ""
-    experiment_name: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] = "trackhub"
+    experiment_name: Annotated[str, msgspec.Meta(min_length=1, max_length=500), OptionMark.SHARED] = "trackhub"
     run_tags: dict[Annotated[str, msgspec.Meta(min_length=1, max_length=250)], _TagValue] = {}
     note: _TagValue = ""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0

@@ -131,8 +131,8 @@ class EventFiles:
 
 
 def _append(path: Path, content: bytes, flags: int = 0) -> None:
-    """Append by one ``write(2)``."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | flags, 0o666)
+    """Append by one ``write(2)``, and not through a symbolic link, which somebody else may put into a shared folder."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
     try:
         written = os.write(file, content)
     finally:

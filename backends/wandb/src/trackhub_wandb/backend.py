@@ -21,6 +21,7 @@ from trackhub.spi import (
     BackendRun,
     Capabilities,
     ConfirmedBy,
+    Credentials,
     InvalidOptionError,
     JobInfo,
     Kind,
@@ -80,6 +81,7 @@ class WandBBackend(Backend[WandBOptions]):
     spi = 1
     contract = 1
     capabilities = _capabilities(WandBOptions(), "offline")
+    credentials = Credentials(("WANDB_API_KEY",), ("WANDB_BASE_URL",), "https://api.wandb.ai")
 
     def __init__(self, options: WandBOptions, context: BackendContext) -> None:
         """Work out the folder, and the mode if the options say it. Nothing is imported or opened yet."""

@@ -9,7 +9,7 @@ import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
-from trackhub.spi import ConfigError, TransientError
+from trackhub.spi import ConfigError, TransientError, remember_secret
 from trackhub_wandb.sdk_process import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ def find_login(options: WandBOptions) -> Login | None:
             )
     except (ValueError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
         raise ConfigError(f"backend wandb: on {socket.gethostname()}: {error}. {_how_to_log_in(options)}") from error
-    return None if auth is None else Login(str(settings.base_url), auth)
+    if auth is None:
+        return None
+    login = Login(str(settings.base_url), auth)
+    remember_secret(login.api_key)  # the core knows the environment's, and not that of a netrc file
+    return login
 
 
 def require_login(options: WandBOptions) -> Login:

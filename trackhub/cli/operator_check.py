@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub backends --check``: validates a site's operator's file against the plugins that are installed here.
+
+It reads the file by `trackhub.operator_file`, as the receiver does, and asks `trackhub.registry` for the plugins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from trackhub import registry
+from trackhub.cli.output import print_lines, print_table
+from trackhub.errors import ConfigError, PluginError, TrackhubError
+from trackhub.operator_file import FILE_NAME, BackendRules, OperatorFile, named_hosts, read_operator_file
+
+__all__ = ["check_operator_file"]
+
+
+def check_operator_file(workspace: Path) -> None:
+    """Check the operator's file in a site's workspace, and show what jobs may do there.
+
+    Args:
+        workspace: the FLARE site's workspace, with the folders ``startup`` and ``local``.
+
+    Raises:
+        ConfigError: there is no such workspace, or something in the file is wrong. The message has all problems.
+    """
+    local = workspace / "local"
+    if not local.is_dir():
+        raise ConfigError(
+            f"{workspace} is no workspace of a FLARE site: it has no folder 'local'; give --workspace DIR"
+        )
+    operator = read_operator_file(local)
+    with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints must not become part of the table
+        problems, rows = list(_problems(operator)), list(_rows(operator))
+    if problems:
+        raise ConfigError("\n".join(f"{local / FILE_NAME}: {problem}" for problem in problems))
+    if (local / FILE_NAME).exists():
+        print_lines(f"{local / FILE_NAME} is valid.")
+    else:
+        print_lines(f"There is no {local / FILE_NAME}. The strictest rules hold.")
+    print_lines(
+        f"state_dir: {operator.state_dir or 'the run folder of each job'}",
+        f"limits: {', '.join(f'{name} = {value}' for name, value in operator.limits.items()) or 'those of the job'}",
+        "What a job may reach, with the environment of this shell:",
+    )
+    print_table(["backend", "hosts", "folders outside the job's", "secrets", "fixed"], rows)
+
+
+def _problems(operator: OperatorFile) -> Iterator[str]:
+    for name in dict.fromkeys([*(operator.backends_allowed or ()), *operator.backends]):
+        if operator.backends_allowed is not None and name not in operator.backends_allowed:
+            yield f"backends.{name}: {name!r} is not in backends_allowed, so this table has no effect"
+        try:
+            marks = registry.option_marks(registry.load(name))
+            rules = operator.backends.get(name, BackendRules())
+            registry.check_options(name, rules.fixed)
+        except TrackhubError as error:
+            yield str(error)
+            continue
+        for table, keys in (("options", rules.options or ()), ("values", rules.values)):
+            for key in keys:
+                if key not in marks:
+                    yield f"backends.{name}.{table}: {key!r} is no option; there are: {', '.join(sorted(marks))}"
+
+
+def _rows(operator: OperatorFile) -> Iterator[list[str]]:
+    for entry in registry.available():
+        if entry.state == "ok" and (operator.backends_allowed is None or entry.name in operator.backends_allowed):
+            rules = operator.backends.get(entry.name, BackendRules())
+            try:
+                credentials = registry.load(entry.name).credentials
+            except PluginError:
+                continue  # no job can use it, and `trackhub backends` says why
+            secrets = [*rules.secrets, *credentials.variables]
+            columns = (named_hosts(rules, credentials, os.environ), rules.paths, secrets, rules.fixed)
+            yield [entry.name, *(" ".join(column) or "-" for column in columns)]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sites of a running job: which were heard, which have ended, and how. The receiver asks it, and waits with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from trackhub.run import RunStatus
+
+__all__ = ["JobSites"]
+
+
+class JobSites:
+    """Knows when each site was last heard, and which have sent their final message. Thread-safe."""
+
+    def __init__(self, silence_s: float) -> None:
+        """Know of no site yet.
+
+        Args:
+            silence_s: how long a site may say nothing before it is no longer waited for, in seconds.
+        """
+        self._silence_s = silence_s
+        self._changed = threading.Condition()
+        self._heard_at: dict[str, float] = {}
+        self._failed: dict[str, bool] = {}
+        self._sessions: defaultdict[str, set[str]] = defaultdict(set)
+        self._expected: set[str] = set()
+
+    def known(self) -> set[str]:
+        """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
+        with self._changed:
+            return self._expected | self._heard_at.keys()
+
+    def restore(self, failed: Mapping[str, bool]) -> None:
+        """Take over what the journal knows: for each site that has ended, whether its training failed."""
+        self._failed.update(failed)
+
+    def note_heard(self, site: str) -> None:
+        """Note that a site has just sent something."""
+        with self._changed:
+            self._heard_at[site] = time.monotonic()
+
+    def note_hello(self, site: str, session: str) -> None:
+        """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
+        with self._changed:
+            if session and session not in self._sessions[site]:
+                self._sessions[site].add(session)
+                self._failed.pop(site, None)
+
+    def note_final(self, site: str, *, failed: bool) -> None:
+        """Note a site's final message, and whether its training failed."""
+        with self._changed:
+            self._failed[site] = failed
+            self._changed.notify_all()
+
+    def assume_ended(self, site: str) -> None:
+        """Take a site as one whose training ended well, unless it has said otherwise."""
+        self._failed.setdefault(site, False)
+
+    def status(self, site: str, job: RunStatus) -> RunStatus:
+        """Return how the run of a site ended, for a job that ended so."""
+        if job is RunStatus.KILLED and site in self._failed:  # it could say how it ended
+            return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
+        if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
+            return RunStatus.FAILED
+        return job
+
+    def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
+        """Wait until each site has ended or is silent, and return those that have not ended."""
+        waiting = set(sites)
+        start = time.monotonic()
+        deadline = start + timeout_s
+        with self._changed:
+            self._expected |= waiting
+            while True:
+                now = time.monotonic()
+                # A site that was never heard may still be starting, so its silence begins with this wait.
+                missing = waiting - self._failed.keys()
+                silent_at = {site: self._heard_at.get(site, start) + self._silence_s for site in missing}
+                alive = {site: at for site, at in silent_at.items() if at > now}
+                if not alive or now >= deadline:
+                    return missing
+                self._changed.wait(min(deadline, *alive.values()) - now)
