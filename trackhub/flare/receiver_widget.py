@@ -173,7 +173,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         core = Receiver(
             flare_internals.run_dir(fl_ctx),
-            state_dir=flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name),
+            state_dir=flare_internals.state_folder(fl_ctx, self.state_dir, job),
             job=job,
             side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
             backends=self.backends,

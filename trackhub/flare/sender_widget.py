@@ -170,7 +170,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
         info = spool_info(job, site, cursors, self._limits.spool_bytes)
-        folder = flare_internals.state_folder(fl_ctx, self.state_dir, job.unique_name) / "spool"
+        folder = flare_internals.state_folder(fl_ctx, self.state_dir, job) / "spool"
         spool = create_spool_anywhere(folder, info)
         # An external trainer inherits the variable, and one in process reads it here. Both start later, at START_RUN.
         self._spool = spool
