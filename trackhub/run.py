@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from trackhub.records import Blob
+from trackhub.errors import ConfigError
+from trackhub.records import Blob, key_problem
 
 __all__ = ["FEDERATION", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
 
@@ -26,6 +27,8 @@ FEDERATION = "federation"
 """The site name of the federation run, which holds statistics across sites."""
 
 _MAX_COMPONENT_CHARS = 150
+_MAX_NOTES_CHARS = 100_000
+_NOT_IN_NOTES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -73,6 +76,10 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: what a person calls the job. Two jobs may share it. Left out, it is the id.
         notes: a description in Markdown; may be empty.
         tags: labels that every run of the job gets.
+
+    Raises:
+        ConfigError: id, name or a tag is not a text that `trackhub.records.key_problem` accepts, or the notes are too
+            long or cannot be stored.
     """
 
     id: str
@@ -83,6 +90,12 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not self.name:
             msgspec.structs.force_setattr(self, "name", self.id)
+        for what, text in (("id", self.id), ("name", self.name), *(("tags", tag) for tag in self.tags)):
+            if not isinstance(text, str):
+                raise ConfigError(f"job: {what}: expected a text, got {text!r}")
+            if problem := key_problem(text):
+                raise ConfigError(f"job: {what}: {text[:80]!r} {problem}")
+        _check_notes(self.notes)
 
     @property
     def unique_name(self) -> str:
@@ -93,6 +106,18 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.name == self.id:
             return self.id
         return f"{self.name}-{self.id[:8] if _UUID.fullmatch(self.id) else self.id}"
+
+
+def _check_notes(notes: str) -> None:
+    if not isinstance(notes, str):
+        raise ConfigError(f"job: notes: expected a text, got {notes!r}")
+    if len(notes) > _MAX_NOTES_CHARS:
+        raise ConfigError(f"job: notes: {len(notes)} characters; expected at most {_MAX_NOTES_CHARS}")
+    if found := _NOT_IN_NOTES.search(notes):
+        raise ConfigError(
+            f"job: notes: there is a U+{ord(found[0]):04X}; expected no lone surrogates, and no control characters but "
+            "line feeds and tabs"
+        )
 
 
 class RunInfo(msgspec.Struct, frozen=True):
@@ -141,12 +166,12 @@ class RunInfo(msgspec.Struct, frozen=True):
 def path_component(name: str) -> str:
     """Return a name, such as a site's, as one part of a path. Different names give different parts.
 
-    Letters A to Z, digits and ``-._~`` stay. Other characters become ``%XX``, as in URLs, so the result contains no
+    Letters A to Z, digits and ``-._~=`` stay. Other characters become ``%XX``, as in URLs, so the result contains no
     separator. A leading dot is escaped, too, so no name means the folder above or a hidden file. A result that would
     have more than 150 characters is shortened and ends in a hash of the whole name. A file system that ignores upper
     and lower case may still take two names for one.
     """
-    component = quote(name, safe="") or "%"
+    component = quote(name, safe="=") or "%"
     if component.startswith("."):
         component = "%2E" + component[1:]
     if len(component) > _MAX_COMPONENT_CHARS:

@@ -17,6 +17,7 @@ from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
+from trackhub.flare.flare_internals import state_folder
 from trackhub.flare.job_description import job_info
 from trackhub.flare.recipe import add_tracking, tracking_components
 from trackhub.limits import Limits
@@ -128,6 +129,28 @@ def test_a_job_has_the_given_name_or_the_one_that_flare_knows(name: str | None, 
     info = job_info(context, name, "a note", ["a"])
 
     assert info == JobInfo("b6b7a1f4", expected, "a note", ("a",))
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "n" * 2000])
+def test_a_name_of_flare_that_cannot_be_stored_stops_no_job(name: str) -> None:
+    context = FLContextManager(
+        identity_name="site-1", job_id="b6b7a1f4", public_stickers={},
+        private_stickers={FLContextKey.JOB_META: {"name": name}},
+    ).new_context()  # fmt: skip
+
+    assert job_info(context, None, "", []).name == "b6b7a1f4"
+
+
+def test_two_jobs_of_one_name_share_no_folder_of_state(tmp_path: Path) -> None:
+    context = FLContextManager(
+        identity_name="site-1", job_id="j", public_stickers={}, private_stickers={}
+    ).new_context()
+    alike = [JobInfo(f"12345678-0000-4000-8000-00000000000{n}", "lr-0.1") for n in range(2)]
+    assert alike[0].unique_name == alike[1].unique_name
+
+    folders = [state_folder(context, str(tmp_path), job) for job in alike]
+
+    assert folders[0] != folders[1]
 
 
 def test_each_backend_is_checked_once_and_kept_as_it_was_given(script: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,22 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_what_a_person_reads_of_the_job_lies_beside_its_runs(rig: Rig) -> None:
+    job = JobInfo("job-1", "lr-0.1", "why: *a try*", ("a", "b"))
+    for site in ("site-1", "site-2"):
+        rig.backend.open_run(RunInfo(job, site, rig.side, 1000.0, 0, rig.blobs)).finish(RunStatus.FINISHED)
+
+    (file,) = rig.workdir.rglob("job.json")
+    assert file.parent.name == job.unique_name
+    assert json.loads(file.read_text(encoding="utf-8")) == {
+        "id": "job-1",
+        "name": "lr-0.1",
+        "notes": "why: *a try*",
+        "tags": ["a", "b"],
+    }
+    assert not list(file.parent.glob("job.json.*"))
+
+
 def test_a_line_holds_all_of_a_record(rig: Rig) -> None:
     rig.open().write([entry(0, Metrics({"loss": 0.1, "Güte/漢字": -1e308}), step=2**63 - 1, round=3)])
 

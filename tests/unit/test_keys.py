@@ -18,9 +18,14 @@ TRIMS = KeyRule(max_chars=None, chars="", edge_chars=r"^\-")
 PATHS = KeyRule(max_chars=None, chars=r"\w./ :\-", is_path=True)
 RESERVES = KeyRule(max_chars=None, chars="", reserved_keys=frozenset({"step", "job"}), reserved_prefixes=("_", "own."))
 PREFIXES = KeyRule(
-    max_chars=299, chars="", edge_chars=r"^\-", reserved_keys=frozenset({"step"}), reserved_prefixes=("_",),
+    max_chars=299,
+    chars="",
+    edge_chars=r"^\-",
+    reserved_keys=frozenset({"step"}),
+    reserved_prefixes=("_",),
     reserved_as="user/",
-)  # fmt: skip
+)
+PREFIXES_AND_TRIMS = KeyRule(edge_chars=r"^\-", chars="", reserved_prefixes=("_",), reserved_as="user/")  # fmt: skip
 WEAK = KeyRule()
 SHORT = KeyRule(max_chars=40, chars=r"\w./-", edge_chars=r"\w", reserved_keys=frozenset({"a"}), is_path=True)
 RULES = {
@@ -29,6 +34,7 @@ RULES = {
     "paths": PATHS,
     "reserves": RESERVES,
     "prefixes": PREFIXES,
+    "prefixes and trims": PREFIXES_AND_TRIMS,
     "weak": WEAK,
     "short": SHORT,
 }
@@ -102,6 +108,9 @@ def test_an_ordinary_key_stays_as_it_is(rule: KeyRule, key: str) -> None:
         (PREFIXES, "step", "user/step"),
         (PREFIXES, "user/step", "user/user/step"),
         (PREFIXES, "_wandb", "user/_wandb"),
+        (PREFIXES_AND_TRIMS, "--lr", "user/--lr"),
+        (PREFIXES_AND_TRIMS, "user/--lr", "user/user/--lr"),
+        (PREFIXES_AND_TRIMS, "lr-", "lr_x002D_"),
         (RESERVES, "job", "_x006A_ob"),
         (PATHS, "a//b", "a/_x002F_b"),
         (PATHS, "..", "_x002E_."),

@@ -4,8 +4,8 @@ r"""The backend ``jsonl``: one text file for each run, one line of JSON for each
 Read it before you write a backend of your own. It has all that a backend needs: options, capabilities, a check before
 training, runs that store entries so that returning from ``write`` is a promise, and the place of each run's results.
 
-A run's file is ``<job>/<site>.jsonl``, where ``<job>`` is the job's unique name. The files that images and artifacts
-bring lie beside it, in ``<site>.files/``::
+A run's file is ``<job>/<site>.jsonl``, where ``<job>`` is the job's unique name. Beside it, ``job.json`` has the job's
+id, name, notes and tags. The files that images and artifacts bring are in ``<site>.files/``::
 
     {"position":0,"time":1764000000.2,"step":1,"round":0,"stream":"9f…","seq":0,"kind":"metrics","values":{"loss":0.5}}
     {"position":1,…,"kind":"image","file":"site-1.files/1.png",…,"key":"samples","width":32,"height":32,"caption":""}
@@ -27,6 +27,7 @@ import mimetypes
 import mmap
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ from trackhub.spi import (
     Entry,
     Histogram,
     Image,
+    JobInfo,
     Kind,
     Metrics,
     OptionMark,
@@ -173,6 +175,7 @@ class JsonlRun(BackendRun):
         self._torn = True  # the file may end in a part of a line
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _store_job(path.with_name("job.json"), info.job)
             self._recover()
         except OSError as error:
             raise TransientError(f"cannot open {path}: {error}; give write access and free space") from error
@@ -263,6 +266,16 @@ class JsonlRun(BackendRun):
 def _open_no_link(path: str, flags: int) -> int:
     """Open a file, unless it is a symbolic link: in a shared folder, somebody else may have put it there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _store_job(path: Path, job: JobInfo) -> None:
+    """Store what a person reads of the job. Several receivers may do so at the same time, with the same content."""
+    content = msgspec.json.format(_encode(job), indent=2) + b"\n"
+    if not path.exists() or path.read_bytes() != content:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        with open(partial, "wb", opener=_open_no_link) as file:
+            file.write(content)
+        partial.replace(path)
 
 
 def _plain(value: Any, *, tagged: bool) -> Any:

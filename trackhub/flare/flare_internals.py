@@ -40,7 +40,7 @@ from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
 from trackhub.operator_file import OperatorFile, read_operator_file
-from trackhub.run import SERVER, RunStatus, path_component
+from trackhub.run import SERVER, JobInfo, RunStatus, path_component
 
 __all__ = [
     "ROUND_STARTED",
@@ -139,17 +139,18 @@ def execution_id(simulator_root: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def state_folder(fl_ctx: FLContext, state_dir: str | None, job: str) -> Path:
+def state_folder(fl_ctx: FLContext, state_dir: str | None, job: JobInfo) -> Path:
     """Return the folder for trackhub's own files of this site and job.
 
     Args:
         fl_ctx: FLARE's context.
         state_dir: the folder that holds such files of all jobs; None for the job's run folder.
-        job: the job's unique name.
+        job: the job. Its folder has the whole id: two jobs of one name may have ids that begin alike.
     """
     if state_dir is None:
         return run_dir(fl_ctx) / "trackhub"
-    return Path(state_dir) / path_component(job) / (SERVER if is_server(fl_ctx) else fl_ctx.get_identity_name())
+    own = job.id if job.name == job.id else f"{job.name}-{job.id}"
+    return Path(state_dir) / path_component(own) / (SERVER if is_server(fl_ctx) else fl_ctx.get_identity_name())
 
 
 def operator_file(fl_ctx: FLContext) -> OperatorFile | None:

@@ -49,7 +49,9 @@ def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str
         notes: a description of the job.
         tags: labels for every run of the job.
     """
-    return JobInfo(flare_internals.job_id(fl_ctx), name or flare_internals.job_name(fl_ctx), notes, tuple(tags))
+    shown = name or flare_internals.job_name(fl_ctx)
+    # FLARE takes any text as a job's name. One that cannot be stored must not stop the job.
+    return JobInfo(flare_internals.job_id(fl_ctx), "" if key_problem(shown) else shown, notes, tuple(tags))
 
 
 def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) -> SpoolInfo:

@@ -187,7 +187,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
         core = Receiver(
             run_dir,
-            state_dir=flare_internals.state_folder(fl_ctx, state_dir, job.unique_name),
+            state_dir=flare_internals.state_folder(fl_ctx, state_dir, job),
             job=job,
             side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
             backends=backends,

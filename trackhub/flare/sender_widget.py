@@ -182,7 +182,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         state_dir = self.state_dir
         if self._operator is not None:
             state_dir = self._operator.state_dir_for(state_dir, flare_internals.run_dir(fl_ctx))
-        folder = flare_internals.state_folder(fl_ctx, state_dir, job.unique_name) / "spool"
+        folder = flare_internals.state_folder(fl_ctx, state_dir, job) / "spool"
         spool = create_spool_anywhere(folder, info)
         # An external trainer inherits the variable, and one in process reads it here. Both start later, at START_RUN.
         self._spool = spool

@@ -16,7 +16,7 @@ from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Params, Payload, 
 JOB = JobInfo("6f2c8a10-0000-4000-8000-000000000001", "fedavg lr=0.1")
 """A job whose name differs from its id. A person finds it as `JOB.unique_name`."""
 
-JOB_FOLDER = "fedavg%20lr%3D0.1-6f2c8a10"
+JOB_FOLDER = "fedavg%20lr=0.1-6f2c8a10"
 """The folder of `JOB`."""
 
 

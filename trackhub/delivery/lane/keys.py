@@ -27,7 +27,12 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     """
     allowed = re.compile(f"[{rule.chars}]") if rule.chars else None
     edge = re.compile(f"[{rule.edge_chars}]") if rule.edge_chars else None
-    escapes = allowed is not None or edge is not None or rule.is_path or (_reserves(rule) and not rule.reserved_as)
+    escapes = (
+        allowed is not None
+        or edge is not None
+        or rule.is_path
+        or (not rule.reserved_as and bool(rule.reserved_keys or rule.reserved_prefixes))
+    )
 
     def fit(key: str) -> str:
         fitted = key
@@ -38,9 +43,14 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
             fitted = "".join(c if allowed.fullmatch(c) else _escape(c) for c in fitted)
         if rule.is_path:
             fitted = _without_path_rules(fitted)
+        if rule.reserved_as:
+            # Before the edges: the prefix also helps a key whose first character may not come first.
+            fitted = _with_prefix(fitted, rule, edge)
         if edge is not None:
             fitted = _with_fitted_edges(fitted, edge)
-        return _within(_apart_from_reserved(fitted, rule), key, rule.max_chars)
+        if not rule.reserved_as and _is_reserved(fitted, rule):
+            fitted = _escape(fitted[0]) + fitted[1:]
+        return _within(fitted, key, rule.max_chars)
 
     return fit
 
@@ -53,19 +63,17 @@ def _escape(char: str) -> str:
     return f"_x{ord(char):04X}_"
 
 
-def _reserves(rule: KeyRule) -> bool:
-    return bool(rule.reserved_keys or rule.reserved_prefixes)
+def _is_reserved(key: str, rule: KeyRule) -> bool:
+    return key in rule.reserved_keys or key.startswith(rule.reserved_prefixes)
 
 
-def _apart_from_reserved(key: str, rule: KeyRule) -> str:
-    if not _reserves(rule):
-        return key
+def _with_prefix(key: str, rule: KeyRule, edge: re.Pattern[str] | None) -> str:
+    """Put the prefix before a key that is reserved, or that begins with a character which may not come first."""
     bare = key
-    while rule.reserved_as and bare.startswith(rule.reserved_as):
+    while bare.startswith(rule.reserved_as):
         bare = bare[len(rule.reserved_as) :]  # a key that looks like the result gets the prefix once more
-    if bare not in rule.reserved_keys and not bare.startswith(rule.reserved_prefixes):
-        return key
-    return rule.reserved_as + key if rule.reserved_as else _escape(key[0]) + key[1:]
+    is_bad_start = edge is not None and bare != "" and not edge.fullmatch(bare[0])
+    return rule.reserved_as + key if is_bad_start or _is_reserved(bare, rule) else key
 
 
 def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:

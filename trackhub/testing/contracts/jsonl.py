@@ -45,7 +45,7 @@ class JsonlContract(BackendContract):
 
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         """Return what the run's file holds, as Python's own JSON reads it."""
-        job, site = (quote(name, safe="") for name in (run.job.unique_name, run.site))
+        job, site = (quote(name, safe="=") for name in (run.job.unique_name, run.site))
         folder = Path(context.options.get("path", context.workdir))
         if "path" in context.options and run.side == "client":
             job += "@client"
