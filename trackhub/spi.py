@@ -161,6 +161,10 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for each stream and key. Params and tags never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
+        any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
+            the store always refuses from a store that is away: it writes other entries meanwhile, with ``idempotent``
+            also some that are stored already. A second ``write`` of metrics must then fail if the store takes no writes
+            now. Has an effect with ``idempotent`` and ``at_least_once`` only.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -173,6 +177,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     late_steps: bool = False
     optional_step: bool = False
     changing_params: bool = False
+    any_order: bool = False
     key_rule: KeyRule = KeyRule()
     key_rules: dict[Kind, KeyRule] = {}
     max_batch: int = 1000

@@ -15,7 +15,7 @@ import msgspec
 
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
-from trackhub.spi import Results
+from trackhub.spi import Entry, Results
 
 __all__ = ["SCHEMA", "Progress", "Row", "RunState", "Stored", "stored_records"]
 
@@ -61,6 +61,7 @@ class Progress(msgspec.Struct, kw_only=True):
             `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position after the last record that was confirmed.
+        aside: the entries up to the confirmed cursor that are neither stored nor rejected yet.
     """
 
     confirmed: int = 0
@@ -73,6 +74,7 @@ class Progress(msgspec.Struct, kw_only=True):
     results: Results | None = None
     memory: bytes = b""
     stored_to: int = 0
+    aside: list[Entry] = []
 
 
 class RunState(NamedTuple):

@@ -126,14 +126,14 @@ class Cursor:
         if not entries:
             return
         self._since.stored += len(entries)
-        self._stored_to = entries[-1].position + 1
+        self._stored_to = max(self._stored_to, entries[-1].position + 1)
         if entries[0].position < self._doubted_to:
             self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
 
     def count_held(self, position: int) -> None:
         """Count a record that the opened run holds already: it was written, but not confirmed, before a crash."""
         self._since.stored += 1
-        self._stored_to = position + 1
+        self._stored_to = max(self._stored_to, position + 1)
 
     def count_altered(self, names: Iterable[str]) -> None:
         """Count the alterations that a record needed."""
@@ -218,12 +218,13 @@ class Cursor:
         self._store(self._ever_written)
         self.must_rebuild = False
 
-    def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE) -> None:
+    def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE, aside: Sequence[Entry] = ()) -> None:
         """Move the confirmed cursor up to the written one, add the counts that belong to it, and store both.
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.
             by: whose word the confirmation is. What the client alone confirms is also counted apart.
+            aside: the entries before the written cursor that are neither stored nor rejected. They stay pending.
         """
         progress, since = self.progress, self._since
         progress.confirmed += since.stored
@@ -234,6 +235,7 @@ class Cursor:
         progress.possible_duplicates += since.doubtful
         progress.stored_to = self._stored_to
         progress.memory = memory
+        progress.aside = list(aside)
         self._since = _Counts()
         self.confirmed = self.written
         self._save()

@@ -20,9 +20,20 @@ from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
+from trackhub.delivery.retry import Backoff
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.run import RunInfo, RunStatus
-from trackhub.spi import Backend, BackendRun, Confirmation, ConfirmedBy, Entry, Redelivery, Results
+from trackhub.spi import (
+    Backend,
+    BackendRun,
+    Confirmation,
+    ConfirmedBy,
+    Entry,
+    Redelivery,
+    Rejection,
+    Results,
+    WriteReport,
+)
 
 __all__ = ["RunDelivery"]
 
@@ -84,7 +95,10 @@ class RunDelivery:
         self._stop = stop
         self._cursor = Cursor(journal, lane, site_id, self.site, self._redelivery)
         self._reader = EntryReader(journal, self._cursor, backend.capabilities)
-        self._isolation = Isolation()
+        self._isolation = self._new_isolation()
+        self._isolation.add(self._cursor.progress.aside, self._max_batch)
+        self._aside_due = 0.0
+        self._aside_backoff = Backoff()
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
         self._over = False
@@ -104,24 +118,29 @@ class RunDelivery:
             return False
         try:
             if self._run is None:  # nothing is read before the run is open: only then is it known what to skip
-                return self._reader.has_more() and self._open()
+                return (self._reader.has_more() or not self._isolation.is_empty()) and self._open()
             return self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
             return False
 
     def _advance(self, run: BackendRun, flush_now: bool) -> bool:
-        all_written = self._isolation.first() is None and self._cursor.written == self._reader.upto
+        all_written = self._isolation.is_empty() and self._cursor.written == self._reader.upto
         if all_written and not self._read():
-            return self._is_flush_due(flush_now=flush_now) and self._flush(run)
-        while (batch := self._isolation.first()) is not None:
+            if self._is_flush_due(flush_now=flush_now):
+                return self._flush(run)
+            return self._try_aside(run)
+        while (batch := self._isolation.next()) is not None:
             if self._stop.is_set():
                 return False
             self._cursor.announce(self._reader.upto)
             if not self._write(run, batch):
                 return False
-        if self._isolation.has_suspects():
-            return self._look_further()
+        if not self._isolation.is_empty():  # all of it must wait for what is set aside
+            return self._try_aside(run)
+        return self._all_written(run)
+
+    def _all_written(self, run: BackendRun) -> bool:
         self._cursor.written = self._reader.upto
         if not self._flush_confirms:
             self._confirm(Confirmation.STORE)
@@ -135,7 +154,7 @@ class RunDelivery:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        if self._flush_due is not None or self._cursor.written != self._reader.upto:
+        if self._flush_due is not None or self._cursor.written != self._reader.upto or self._has_entries():
             return False
         try:
             return not self._reader.has_more()
@@ -143,13 +162,22 @@ class RunDelivery:
             self._failed(e)
             return False
 
+    def _has_entries(self) -> bool:
+        return not self._isolation.is_empty() or bool(self._isolation.aside())
+
+    def _new_isolation(self) -> Isolation:
+        return Isolation(self._backend.capabilities)
+
     def is_over(self) -> bool:
         """Return whether nothing more will be done: the run is finished, stopped or unfinished."""
         return self._over
 
     def due(self) -> float:
         """Return when there will be something to do, on the monotonic clock."""
-        return max(self.timer.not_before, self._flush_due or 0.0)
+        due = self._flush_due
+        if self._isolation.aside():
+            due = min(self._aside_due, due or self._aside_due)
+        return max(self.timer.not_before, due or 0.0)
 
     def finish(self, status: RunStatus) -> None:
         """End the run with this status. If `is_over` is still False, call it again at `due`."""
@@ -158,7 +186,7 @@ class RunDelivery:
             if self._cursor.progress.state != "finished":  # by an earlier receiver
                 self._cursor.end("finished")
             return
-        state = "finished"
+        state = "finished" if self.is_idle() else "unfinished"
         try:
             self._run.finish(status)
         except TransientError as e:
@@ -182,7 +210,7 @@ class RunDelivery:
         Raises:
             JournalError: the journal does not tell whether the run is finished.
         """
-        if self._cursor.progress.state == "finished" and not self._cursor.has_unconfirmed_rows():
+        if self._cursor.progress.state == "finished" and not (self._has_entries() or self._cursor.has_unconfirmed_rows()):
             self._over = True  # an earlier receiver finished it
         if not self._over:
             self._cursor.progress.last_error = reason or self._cursor.progress.last_error
@@ -224,6 +252,7 @@ class RunDelivery:
     def _start_over(self) -> None:
         self._reader.start_over()
         self._cursor.start_over()
+        self._isolation = self._new_isolation()
 
     def _read(self) -> bool:
         """Put the next entries among the batches to write. Return False if there are no more rows."""
@@ -241,15 +270,21 @@ class RunDelivery:
         except BaseException as e:
             return self._write_failed(batch, e)
         self.timer.succeeded()
-        bad = self._isolation.succeeded()
-        if report is not None and report.rejected:
-            named = {r.position: r for r in report.rejected}
-            bad = [named[e.position] for e in batch if e.position in named] + bad
-            batch = [e for e in batch if e.position not in named]
-        for rejection in bad:
-            self._cursor.reject(rejection)
-        self._cursor.count_stored(batch)
+        self._take(batch, report)
         return True
+
+    def _take(self, batch: list[Entry], report: WriteReport | None) -> None:
+        """Count what came of a batch that the backend took."""
+        is_repeated = self._isolation.is_repeated()
+        rejected: list[Rejection] = []
+        if report is not None and report.rejected and not is_repeated:
+            named = {r.position: r for r in report.rejected}
+            rejected = [named[e.position] for e in batch if e.position in named]
+            batch = [e for e in batch if e.position not in named]
+        for rejection in rejected + self._isolation.succeeded(batch):
+            self._cursor.reject(rejection)
+        if not is_repeated:
+            self._cursor.count_stored(batch)
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
         self._cursor.doubt(batch)  # a backend that stores record by record may have the first ones
@@ -264,12 +299,26 @@ class RunDelivery:
             self._cursor.reject(verdict.rejected)
         return not verdict.wait
 
-    def _look_further(self) -> bool:
-        """Read later records, to learn whether the suspects are bad. Return False if they must be tried again."""
-        if self._isolation.may_look_further() and self._read():
-            return True
-        self._isolation.retry_suspects()
-        return False
+    def _try_aside(self, run: BackendRun) -> bool:
+        """Try one of the entries that are set aside. Their waits delay no other record. Return whether it has gone."""
+        if time.monotonic() < self._aside_due or self._stop.is_set() or not (batch := self._isolation.next_aside()):
+            return False
+        self._aside_due = time.monotonic() + self._aside_backoff.next_wait_s()
+        self._cursor.announce(self._reader.upto)
+        try:
+            report = checked_report(run.write(list(batch)))
+        except BaseException as e:
+            self._cursor.doubt(batch)
+            self._cursor.note_error(e)
+            rejected = self._isolation.failed(e).rejected
+            if rejected is None:
+                return False
+            self._cursor.reject(rejected)
+        else:
+            self._take(batch, report)
+        self._aside_due = 0.0
+        self._aside_backoff.reset()
+        return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
         return self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due)
@@ -287,7 +336,7 @@ class RunDelivery:
         return True
 
     def _confirm(self, by: Confirmation) -> None:
-        self._cursor.confirm(self._reader.memory(), by)
+        self._cursor.confirm(self._reader.memory(), by, self._isolation.aside())
         self.timer.allow_hurry()
 
     def _results(self) -> Results | None:
