@@ -30,7 +30,7 @@ from trackhub.spi import (
 )
 from trackhub_mlflow import ui_files
 from trackhub_mlflow.batching import Item, send
-from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer
+from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer, stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.naming import digest, file_part, logged_tag_name
 from trackhub_mlflow.points import PointMaker, milliseconds
@@ -118,8 +118,8 @@ class MLflowRun(BackendRun):
                 yield Item(entry.position, "param", Pair(name, shown))
 
     def _tag_items(self, entry: Entry, payload: Tags) -> Iterator[Item]:
-        for key, text in payload.values.items():
-            name = logged_tag_name(key)
+        for key, value in payload.values.items():
+            name, text = logged_tag_name(key), stored_text(value)
             shown = _shown("tags", text, MAX_TAG_CHARS, name)
             if shown != text:
                 self._put(_path_of_whole("tags", name, text), text.encode())

@@ -75,6 +75,11 @@ class RestStore:
                 return Experiment(found["experiment_id"], active, found.get("artifact_location", ""))
         raise TransientError(f"MLflow server {self._url} created the experiment {name!r} but does not find it")
 
+    def is_experiment_deleted(self, experiment_id: str) -> bool:
+        """Return whether somebody deleted this experiment."""
+        found = self._get("/experiments/get", {"experiment_id": experiment_id})["experiment"]
+        return bool(found.get("lifecycle_stage", "active") != "active")
+
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run and return it."""
         body = {"experiment_id": experiment_id, "run_name": name, "start_time": start_ms, "tags": tags}
@@ -221,6 +226,11 @@ class RestStore:
             raise SetupError(f"MLflow server {self._url}: TLS fails: {root_cause(error)}") from error
         except (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.InvalidHeader) as error:
             raise SetupError(f"MLflow server {self._url} cannot be asked: {root_cause(error)}") from error
+        except exceptions.ProxyError as error:
+            raise TransientError(
+                f"the proxy on the way to MLflow server {self._url} cannot be used: {root_cause(error)}. Check HTTPS_PROXY "
+                "and HTTP_PROXY in the environment of the receiver, or name the server in NO_PROXY"
+            ) from error
         except exceptions.Timeout as error:
             raise TransientError(f"MLflow server {self._url} does not answer within {timeout[1]:g} s") from error
         except exceptions.RequestException as error:
