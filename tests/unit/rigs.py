@@ -57,7 +57,7 @@ class Bench:
     def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
         """End all lanes as a receiver does."""
         for lane in self.lanes.values():
-            lane.begin_finish({}, status)
+            lane.begin_finish({}, status, timeout_s)
         deadline = time.monotonic() + timeout_s
         for lane in self.lanes.values():
             lane.join(deadline - time.monotonic())

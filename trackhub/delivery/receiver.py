@@ -399,7 +399,7 @@ class Receiver:
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         for lane in self._lanes:
-            lane.begin_finish(by_site, status)
+            lane.begin_finish(by_site, status, deadline_s)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)

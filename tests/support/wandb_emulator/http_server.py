@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 from tests.support.wandb_emulator.graphql import GraphQLError, parse
-from tests.support.wandb_emulator.state import OPERATIONS, State
+from tests.support.wandb_emulator.state import OPERATIONS, Counting, State
 
 __all__ = ["Emulator", "Fault", "Route"]
 
@@ -59,15 +59,18 @@ class Emulator:
     port, with all that it held.
     """
 
-    def __init__(self, api_key: str = "k" * 40, port: int = 0, *, accept_any_key: bool = False) -> None:
+    def __init__(
+        self, api_key: str = "k" * 40, port: int = 0, *, accept_any_key: bool = False, counting: Counting = "right"
+    ) -> None:
         """Prepare a server.
 
         Args:
             api_key: the key that the server accepts.
             port: on 127.0.0.1; 0 chooses a free one.
             accept_any_key: whether the server accepts every well-formed key. It never accepts a request without one.
+            counting: how the server counts the rows of a run; see `Counting`.
         """
-        self.state = State(api_key)
+        self.state = State(api_key, counting)
         self.accept_any_key = accept_any_key
         self._faults: list[Fault] = []
         self._port = port
@@ -235,6 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.server.emulator.state
         try:
             operation = parse(request["query"])
+            # GraphQL, October 2021, 6.1: a name that is given must be that of an operation in the document.
+            if (chosen := request.get("operationName")) is not None and chosen != operation.name:
+                raise GraphQLError(f"operationName is {chosen!r}, but the document holds {operation.name}")
             if operation.name not in OPERATIONS:
                 raise GraphQLError(f"operation {operation.name} is not known")
         except GraphQLError as error:

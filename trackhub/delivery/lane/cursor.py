@@ -116,7 +116,7 @@ class Cursor:
         Raises:
             JournalError: the journal cannot be written. Hand over nothing then.
         """
-        if self._announced < row and self._redelivery in _ANNOUNCED:
+        if self._announced < row and (self._redelivery in _ANNOUNCED or self._trusts_client()):
             self._store(row)
             self._announced = row
             self._ever_written = max(self._ever_written, row)
@@ -156,7 +156,7 @@ class Cursor:
 
     def doubt(self, batch: Sequence[Entry]) -> None:
         """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
-        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+        if self._may_double():
             self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
     def doubt_earlier_lanes(self) -> None:
@@ -165,8 +165,15 @@ class Cursor:
         Raises:
             JournalError: the journal cannot be read.
         """
-        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+        if self._may_double():
             self._doubted_to = self._handed_over_to()
+
+    def _may_double(self) -> bool:
+        return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
+
+    def _trusts_client(self) -> bool:
+        """Return whether the store could not be asked once, so that nobody knows whether it recognises records."""
+        return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
         """Check that the records before ``position``, which a resumable run says it holds, are of this journal.

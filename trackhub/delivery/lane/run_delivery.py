@@ -8,6 +8,7 @@ A `Lane` has one `RunDelivery` for each site, and has it do one piece of work at
 from __future__ import annotations
 
 import logging
+import math
 import time
 from threading import Event
 from typing import Any
@@ -18,6 +19,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
+from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.delivery.retry import Backoff
@@ -67,6 +69,7 @@ class RunDelivery:
         *,
         flush_s: float,
         stop: Event,
+        uploads: FileUploads | None = None,
     ) -> None:
         """Take up the run where the journal's cursors stand.
 
@@ -78,6 +81,7 @@ class RunDelivery:
             info: what the backend is told of the run; ``resume_from`` is filled in here.
             flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
             stop: once set, no further batch is written.
+            uploads: writes files beside the rest; None to write everything in one order.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -88,15 +92,15 @@ class RunDelivery:
         self._lane = lane
         self._info = info
         self._backend = backend
-        self._redelivery = backend.capabilities.redelivery
         self._flush_confirms = backend.capabilities.confirmed_by is ConfirmedBy.FLUSH
         self._max_batch = backend.capabilities.max_batch
         self._flush_s = flush_s
         self._stop = stop
-        self._cursor = Cursor(journal, lane, site_id, self.site, self._redelivery)
+        self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
         self._reader = EntryReader(journal, self._cursor, backend.capabilities)
         self._isolation = self._new_isolation()
-        self._isolation.add(self._cursor.progress.aside, self._max_batch)
+        self._files = FileQueue(uploads, site_id) if uploads is not None else None
+        self._to_write: list[Entry] = list(self._cursor.progress.aside)
         self._aside_due = 0.0
         self._aside_backoff = Backoff()
         self._run: BackendRun | None = None
@@ -118,15 +122,15 @@ class RunDelivery:
             return False
         try:
             if self._run is None:  # nothing is read before the run is open: only then is it known what to skip
-                return (self._reader.has_more() or not self._isolation.is_empty()) and self._open()
-            return self._advance(self._run, flush_now)
+                return (self._reader.has_more() or self._has_entries()) and self._open()
+            return self._collect_files(self._run) or self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
             return False
 
     def _advance(self, run: BackendRun, flush_now: bool) -> bool:
         all_written = self._isolation.is_empty() and self._cursor.written == self._reader.upto
-        if all_written and not self._read():
+        if all_written and not self._read(run):
             if self._is_flush_due(flush_now=flush_now):
                 return self._flush(run)
             return self._try_aside(run)
@@ -163,10 +167,18 @@ class RunDelivery:
             return False
 
     def _has_entries(self) -> bool:
-        return not self._isolation.is_empty() or bool(self._isolation.aside())
+        return not self._isolation.is_empty() or bool(self._aside() or self._to_write)
+
+    def _aside(self) -> list[Entry]:
+        """Return the entries that were read, and are neither stored nor rejected, while those behind them go on."""
+        return self._isolation.aside() + (self._files.unsettled() if self._files is not None else [])
 
     def _new_isolation(self) -> Isolation:
         return Isolation(self._backend.capabilities)
+
+    def is_open(self) -> bool:
+        """Return whether the backend has the run open, so that it must be told how the run ends."""
+        return self._run is not None and not self._over
 
     def is_over(self) -> bool:
         """Return whether nothing more will be done: the run is finished, stopped or unfinished."""
@@ -174,16 +186,21 @@ class RunDelivery:
 
     def due(self) -> float:
         """Return when there will be something to do, on the monotonic clock."""
-        due = self._flush_due
+        dues = [self._flush_due] if self._flush_due is not None else []
         if self._isolation.aside():
-            due = min(self._aside_due, due or self._aside_due)
-        return max(self.timer.not_before, due or 0.0)
+            dues.append(self._aside_due)
+        if not dues and self._isolation.is_empty() and self._files is not None and self._files.unsettled():
+            return math.inf  # the lane is notified when something came of a file
+        return max(self.timer.not_before, min(dues, default=0.0))
 
     def finish(self, status: RunStatus) -> None:
-        """End the run with this status. If `is_over` is still False, call it again at `due`."""
+        """End the run with this status, also if not all of it is confirmed. It is then marked as unfinished.
+
+        If `is_over` is still False afterwards, call it again at ``timer.not_before``.
+        """
         if self._run is None:
-            self._over = True
-            if self._cursor.progress.state != "finished":  # by an earlier receiver
+            self._over = self.is_idle()
+            if self._over and self._cursor.progress.state != "finished":  # by an earlier receiver
                 self._cursor.end("finished")
             return
         state = "finished" if self.is_idle() else "unfinished"
@@ -227,7 +244,7 @@ class RunDelivery:
         try:
             self._info = msgspec.structs.replace(self._info, resume_from=self._cursor.resume_from())
             run = self._backend.open_run(self._info)
-            if self._redelivery is Redelivery.RESUMABLE:
+            if self._backend.capabilities.redelivery is Redelivery.RESUMABLE:
                 self._resume(run.next_position())
             self._cursor.doubt_earlier_lanes()
         except PermanentError as e:
@@ -240,6 +257,9 @@ class RunDelivery:
             return False
         self._run = run
         self.timer.succeeded()
+        if self._to_write:  # what an earlier lane had set aside
+            self._add(run, self._to_write)
+            self._to_write = []
         return True
 
     def _resume(self, position: int) -> None:
@@ -253,14 +273,44 @@ class RunDelivery:
         self._reader.start_over()
         self._cursor.start_over()
         self._isolation = self._new_isolation()
+        self._to_write = []
 
-    def _read(self) -> bool:
-        """Put the next entries among the batches to write. Return False if there are no more rows."""
+    def _read(self, run: BackendRun) -> bool:
+        """Put the next entries among what is to be written. Return False if there are no more rows, or must not be."""
+        if self._files is not None and self._files.is_full():
+            return False
         entries = self._reader.read()
         if entries is None:
             return False
-        self._isolation.add(entries, self._max_batch)
+        self._add(run, entries)
         return True
+
+    def _add(self, run: BackendRun, entries: list[Entry]) -> None:
+        if self._files is not None and (files := list(filter(is_file, entries))):
+            self._cursor.announce(self._reader.upto)
+            self._files.add(run, files)
+            entries = [entry for entry in entries if not is_file(entry)]
+        self._isolation.add(entries, self._max_batch)
+
+    def _collect_files(self, run: BackendRun) -> bool:
+        """Count what came of the files that are written beside the rest. Return whether one is settled."""
+        outcomes = self._files.collect() if self._files is not None else []
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self._cursor.doubt([outcome.entry])
+                self._cursor.note_error(outcome.error)
+            if outcome.is_first:
+                _log.warning(
+                    "backend %s, run %s: the file of record %d is not stored yet: %s; the lane tries again, and other "
+                    "records go on", self._lane, self.site, outcome.entry.position, self._cursor.progress.last_error,
+                )  # fmt: skip
+            if outcome.rejected is not None:
+                self._cursor.reject(outcome.rejected)
+            elif outcome.is_settled:
+                self._cursor.count_stored([outcome.entry])
+        if not any(outcome.is_settled for outcome in outcomes):
+            return False
+        return not self._isolation.is_empty() or self._cursor.written != self._reader.upto or self._all_written(run)
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write the first batch. Return False if the lane must wait before it writes the next one."""
@@ -336,7 +386,7 @@ class RunDelivery:
         return True
 
     def _confirm(self, by: Confirmation) -> None:
-        self._cursor.confirm(self._reader.memory(), by, self._isolation.aside())
+        self._cursor.confirm(self._reader.memory(), by, self._aside())
         self.timer.allow_hurry()
 
     def _results(self) -> Results | None:
