@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.unit.rigs import Bench
-from trackhub.delivery.lane import retry_timer, run_delivery
+from trackhub.delivery.lane import file_uploads, retry_timer, run_delivery
 from trackhub.delivery.retry import Backoff
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have lanes wait for milliseconds between two attempts."""
-    for module in (retry_timer, run_delivery):
+    for module in (retry_timer, run_delivery, file_uploads):
         monkeypatch.setattr(module, "Backoff", lambda: Backoff(0.001, 0.01))
 
 

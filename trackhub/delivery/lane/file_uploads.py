@@ -170,7 +170,8 @@ class FileUploads:
                 if hurry or first <= time.monotonic():
                     queue.write_next(hurry=hurry)
                     self._on_outcome(queue.site_id)
-                due = min(due, queue.next_due() or due)
+                following = queue.next_due()
+                due = due if following is None else min(due, following)
             self._wake.wait(max(0.0, due - time.monotonic()))
 
 

@@ -84,13 +84,19 @@ class Server:
         nodes = (edge["node"] for edge in (run.get("files") or {}).get("edges", ()))
         return {node["name"]: int(node["sizeBytes"]) for node in nodes}
 
+    def close(self) -> None:
+        """Close the connections. The next question opens them again."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
     def _ask(self, name: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         if time.monotonic() < self._down_until:
             raise TransientError(f"W&B at {self.login.base_url} did not answer a moment ago; it is asked again soon")
         try:
             return self._post({"operationName": name, "query": query, "variables": variables})
         except Exception as error:
-            self._session = None  # the next question reads the login anew: a token may have expired
+            self.close()  # the next question reads the login anew: a token may have expired
             self._down_until = time.monotonic() + _DOWN_S
             if isinstance(error, TransientError):
                 raise
