@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from tests.support.wandb_emulator.graphql import Call, GraphQLError
 
-__all__ = ["ENTITY", "OPERATIONS", "Artifact", "Counting", "Run", "State"]
+__all__ = ["ENTITY", "OPERATIONS", "SDK_UNNAMED", "Artifact", "Counting", "Run", "State"]
 
 ENTITY = "emulated-team"
 """The default entity of the server's only account."""
@@ -56,6 +56,9 @@ OPERATIONS = frozenset(
     }
 )
 """The GraphQL operations that the client is known to send. Any other one fails the test."""
+
+SDK_UNNAMED = frozenset({"ArtifactType", "ClientIDMapping"})
+"""Those of them that the SDK sends with an empty ``operationName``."""
 
 _UPSERT = frozenset(
     """

@@ -11,6 +11,8 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from trackhub.spi import (
     Backend,
     BackendContext,
@@ -70,6 +72,8 @@ class MLflowBackend(Backend[MLflowOptions]):
         self._store: Store
         if self._file is None:
             self._store = RestStore(options.tracking_uri, timeout_s=options.timeout_s)
+            # Not with a file: two threads would wait for SQLite's lock, and a copy on this machine is quick.
+            self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=True)
         else:
             self._store = SqliteStore(self._file)
         self._stored_runs: dict[str, StoredRun] = {}
