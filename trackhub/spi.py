@@ -11,8 +11,8 @@ A backend is a class that an entry point in the group ``trackhub.backends`` name
 
 The core does the rest, the same for every backend. It decodes and orders the records, keeps what is not yet delivered
 on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's thread
-calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write`` with files, if
-``capabilities.files_beside`` allows it. No training thread ever calls them.
+calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write`` with
+files, if ``capabilities.files_beside`` allows it. No training thread ever calls them.
 """
 
 from __future__ import annotations
@@ -318,7 +318,8 @@ class BackendContext(msgspec.Struct, frozen=True):
 class BackendRun:
     """One run being written. Subclass it. The lane gets it from ``Backend.open_run`` and calls it from one thread.
 
-    With ``capabilities.files_beside``, a second thread calls ``write`` with files, also while ``flush`` or ``finish`` runs.
+    With ``capabilities.files_beside``, a second thread calls ``write`` with files, also while ``flush`` or ``finish``
+    runs.
     """
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:

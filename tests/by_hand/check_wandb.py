@@ -163,7 +163,7 @@ def _read_until_equal(
     while True:
         try:
             found, faults = read(project, group), list[str]()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the report
             found, faults = {}, [f"W&B's public API cannot be read: {type(error).__name__}: {error}"]
         for site, points in wanted.items():
             held = found.get(site, Held("not there"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check that somebody runs by hand against wandb.ai, here against the emulator. Only the public API is not there."""
+"""The check that somebody runs by hand against wandb.ai, here against the emulator, which has no public API."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class Reading:
 
 
 @pytest.mark.long
-def test_a_job_whose_points_are_all_at_the_server_passes(
-    server: Emulator, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_whose_points_are_all_at_the_server_passes(server: Emulator, capfd: pytest.CaptureFixture[str]) -> None:
     status = main(["--project", "check"], read=Reading(server), index_s=1.0)
 
     printed = capfd.readouterr().out
@@ -67,5 +65,9 @@ def test_points_that_are_missing_doubled_or_foreign_are_told_apart() -> None:
 
     faults = compare(wanted, found)
 
-    assert [fault.split(",")[0] for fault in faults] == ["1 points missing", "1 points there twice", "1 points not logged"]
+    assert [fault.split(",")[0] for fault in faults] == [
+        "1 points missing",
+        "1 points there twice",
+        "1 points not logged",
+    ]
     assert compare(wanted, wanted) == []

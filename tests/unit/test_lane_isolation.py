@@ -85,6 +85,10 @@ def bad(*positions: int) -> Callable[[int, list[Entry]], bool]:
     return lambda number, batch: any(e.position in positions for e in batch)
 
 
+def between(begin: int, end: int) -> Callable[[int, list[Entry]], bool]:
+    return lambda number, batch: begin <= number < end
+
+
 def always(number: int, batch: list[Entry]) -> bool:
     return True
 
@@ -291,7 +295,7 @@ def test_an_outage_that_begins_and_ends_at_any_moment_rejects_nothing(can: objec
     for begin in range(8):
         for end in range(begin, 50):
             isolation = isolation_of(*range(12), max_batch=4, can=can)
-            store = Store(lambda number, batch, a=begin, b=end: a <= number < b, error)
+            store = Store(between(begin, end), error)
 
             store.drive(isolation)
 

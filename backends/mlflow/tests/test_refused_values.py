@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A value that the database refuses costs its own record, also where MLflow takes the refusal for an error of its own."""
+"""A value that the database refuses costs its own record, also where MLflow calls the refusal an internal error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TRIGGER = (
     "CREATE TRIGGER refuse_{0} BEFORE INSERT ON {0} WHEN NEW.value LIKE '%poison%' "
-    "BEGIN SELECT abs(-9223372036854775808); END"  # it overflows; of RAISE, MLflow would try again by itself for minutes
+    "BEGIN SELECT abs(-9223372036854775808); END"  # it overflows; after RAISE, MLflow tries again for minutes
 )
 
 
@@ -79,7 +79,11 @@ def test_params_and_tags_that_the_database_refuses_are_rejected_by_name(
 def test_a_nul_is_stored_as_its_symbol(place: tuple[Rig, Database, Path], tmp_path: Path) -> None:
     rig, database, _ = place
     bench = Bench(tmp_path / "bench", rig.job)
-    payloads = [Params({"p": {"q\0r": "a\0b"}, "list": ["a\0b"]}), Tags({"t": "a\0b", "k\0": "c"}), Text("x", "a\0b")]
+    payloads: list[Payload] = [
+        Params({"p": {"q\0r": "a\0b"}, "list": ["a\0b"]}),
+        Tags({"t": "a\0b", "k\0": "c"}),
+        Text("x", "a\0b"),
+    ]
     bench.add(records(*payloads), SITE)
     bench.lane(rig.backend)
     report = run_of(bench.finish(60.0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that do not count rows as wandb.ai does: confirmation then goes by the server's acknowledgements to the SDK."""
+"""Servers that do not count rows as wandb.ai does. Their acknowledgements to the SDK then confirm records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tests.support.wandb_emulator import Emulator, Fault
 from tests.support.wandb_emulator.state import Counting
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.spi import Confirmation, Params, RunStatus, Tags, Text, TransientError
-
 
 COUNTINGS = get_args(Counting)
 ODD = COUNTINGS[1:]

@@ -25,9 +25,9 @@ ENTITY = "emulated-team"
 Counting = Literal["right", "missing", "zero", "lagging", "too high"]
 """What ``historyLineCount`` is: the number of rows; null; always 0; the number of a minute ago; 7 too many.
 
-A client that resumes a run writes at the offset that this number gives. A server whose number is wrong cannot go by the
-offset. So it appends what comes, as openwandb 0.5 does. Where the number is null, the SDK refuses to resume; the emulator
-then says 0 to the SDK.
+A client that resumes a run writes at the offset that this number gives. A server whose number is wrong cannot go by
+the offset. So it appends what comes, as openwandb 0.5 does. Where the number is null, the SDK refuses to resume; the
+emulator then says 0 to the SDK.
 """
 
 LAG_S = 60.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evidence that one record is bad, and that the store is not away.
 
-`Isolation` keeps one `Evidence` for the record that it suspects. It asks it what to write next, and tells it what came of
-that.
+`Isolation` keeps one `Evidence` for the record that it suspects. It asks it what to write next, and tells it what came
+of that.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Evidence:
     """Tells a bad record from an outage by 24 steps, in each of which a coin chooses what is written.
 
     The coin chooses between the suspect and a neighbour, which is another record. A step speaks against the suspect if
-    the chosen neighbour is stored, or the chosen suspect fails. Any other outcome ends the series, and a new one begins.
-    After 24 such steps in a row, with at least four of each, the record is bad.
+    the chosen neighbour is stored, or the chosen suspect fails. Any other outcome ends the series, and a new one
+    begins. After 24 such steps in a row, with at least four of each, the record is bad.
 
     This holds whatever pattern an outage has. The store cannot know the coin. So a store that is away and back again,
-    also one that fails with every second request, gives the wrong outcome in each step with a probability of one half at
-    least. It passes 24 steps with less than one in ten million. A record that the store always refuses, while the store
-    is well, passes them at once.
+    also one that fails with every second request, gives the wrong outcome in each step with a probability of one half
+    at least. It passes 24 steps with less than one in ten million. A record that the store always refuses, while the
+    store is well, passes them at once.
     """
 
     def __init__(self, toss: Callable[[], bool] | None = None) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing images and artifacts beside everything else, so that a large file holds up no metrics.
 
-`Lane` has one `FileUploads`, a thread, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files of
-its run through a `FileQueue`, and takes back what came of them.
+`Lane` has one `FileUploads`, a thread, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files
+of its run through a `FileQueue`, and takes back what came of them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FileQueue:
             return min((waiting.not_before for waiting in self._waiting), default=None)
 
     def write_next(self, *, hurry: bool) -> None:
-        """Write the next file that is due; with ``hurry`` also one that should wait. Blocks as long as the backend does."""
+        """Write the next file that is due; with ``hurry`` also one that should wait. Blocks as the backend does."""
         with self._lock:
             now = time.monotonic()
             due = next((waiting for waiting in self._waiting if hurry or waiting.not_before <= now), None)

@@ -80,8 +80,8 @@ class Isolation:
     - Otherwise the order must be kept. There is no neighbour, and the record stays first. But if the SPI does not know
       the error, the plugin has a defect, and later records are tried as well.
 
-    A record set aside is tried again now and then. So are images and artifacts, which are never suspected. What shares a
-    key with a record set aside waits with it, where the order of the two matters.
+    A record set aside is tried again now and then. So are images and artifacts, which are never suspected. What shares
+    a key with a record set aside waits with it, where the order of the two matters.
     """
 
     def __init__(self, can: Capabilities, toss: Callable[[], bool] | None = None) -> None:

@@ -114,9 +114,7 @@ class Lane:
             self._news.add(site)
         self._wake.set()
 
-    def begin_finish(
-        self, status: Mapping[str, RunStatus], otherwise: RunStatus, deadline_s: float = math.inf
-    ) -> None:
+    def begin_finish(self, status: Mapping[str, RunStatus], otherwise: RunStatus, deadline_s: float = math.inf) -> None:
         """Have the lane deliver what is left, finish each run with its status, and end. Does not block.
 
         Args:

@@ -227,7 +227,9 @@ class RunDelivery:
         Raises:
             JournalError: the journal does not tell whether the run is finished.
         """
-        if self._cursor.progress.state == "finished" and not (self._has_entries() or self._cursor.has_unconfirmed_rows()):
+        if self._cursor.progress.state == "finished" and not (
+            self._has_entries() or self._cursor.has_unconfirmed_rows()
+        ):
             self._over = True  # an earlier receiver finished it
         if not self._over:
             self._cursor.progress.last_error = reason or self._cursor.progress.last_error

@@ -245,8 +245,8 @@ class RestStore:
             raise SetupError(f"MLflow server {self._url} cannot be asked: {root_cause(error)}") from error
         except exceptions.ProxyError as error:
             raise TransientError(
-                f"the proxy on the way to MLflow server {self._url} cannot be used: {root_cause(error)}. Check HTTPS_PROXY "
-                "and HTTP_PROXY in the environment of the receiver, or name the server in NO_PROXY"
+                f"the proxy on the way to MLflow server {self._url} cannot be used: {root_cause(error)}. Check "
+                "HTTPS_PROXY and HTTP_PROXY in the environment of the receiver, or name the server in NO_PROXY"
             ) from error
         except exceptions.Timeout as error:
             raise _TimedOutError(f"MLflow server {self._url} does not answer within {timeout[1]:.0f} s") from error

@@ -22,6 +22,7 @@ from trackhub_wandb.upload_log import UploadLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
     from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
 
     from trackhub.spi import Entry, Rejection, RunInfo
@@ -47,8 +48,8 @@ class OnlineRun(BackendRun):
     ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
     arrived. For an artifact, the SDK passes on the server's own acknowledgement.
 
-    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` goes by the
-    SDK instead: its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
+    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` goes by
+    the SDK: its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
     ``Confirmation.CLIENT``.
 
     The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``
@@ -191,9 +192,9 @@ class OnlineRun(BackendRun):
             # The SDK goes on behind the count, and drops the rows in between without a word.
             abandon_runs([opened])
             raise TransientError(
-                f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but its "
-                f"last one is step {last_step}. The SDK would lose records {last_step + 1} to {opened.starting_step - 1} "
-                "there, so they all wait. `trackhub replay --from-start` with another project writes the whole run anew"
+                f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but "
+                f"its last one is step {last_step}. The SDK would lose records {last_step + 1} to "
+                f"{opened.starting_step - 1} there, so they all wait. `trackhub replay --from-start` with another project writes the whole run anew"
             )
         try:
             return SdkRun(
@@ -285,7 +286,6 @@ class OnlineRun(BackendRun):
                 del run.files[name]
         return None
 
-
     def _missing_rows(self, run: SdkRun, count: int | None) -> _Missing | None:
         """Return how many rows are missing, by the server's count, or else by what the SDK's service noted."""
         if count is not None and count - self._rows_before == run.rows:
@@ -303,7 +303,8 @@ class OnlineRun(BackendRun):
             self._is_count_doubted = True
             _log.warning(
                 "W&B at %s says that the run of %s has %s rows, after it acknowledged %d to the SDK. From now on its "
-                "acknowledgements count where its number does not fit; the report shows such records as client_confirmed",
+                "acknowledgements count where its number does not fit. The report shows such records as "
+                "client_confirmed",
                 self._server.login.base_url, self._info.site, "no number of" if count is None else count,
                 self._rows_before + run.rows,
             )  # fmt: skip
