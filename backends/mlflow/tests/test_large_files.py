@@ -108,7 +108,7 @@ def test_metrics_are_confirmed_while_a_large_file_is_on_its_way(
     assert (final.confirmed, final.pending, final.state) == (11, 0, "finished")
     assert (uploads, line.uploads) == (1, 1)  # it was sent once, and not given up
     run_id = server.database.site_run(SITE, rig.job).id
-    assert server.artifact(run_id, "model.pt") == CONTENT
+    assert server.artifact(run_id, "model.step-5.pt") == CONTENT
     assert len(server.database.points(run_id)) == 10
 
 

@@ -249,7 +249,7 @@ class RestStore:
                 "HTTPS_PROXY and HTTP_PROXY in the environment of the receiver, or name the server in NO_PROXY"
             ) from error
         except exceptions.Timeout as error:
-            raise _TimedOutError(f"MLflow server {self._url} does not answer within {timeout[1]:.0f} s") from error
+            raise _TimedOutError(f"MLflow server {self._url} does not answer within {timeout[1]:.4g} s") from error
         except exceptions.RequestException as error:
             raise TransientError(f"MLflow server {self._url} cannot be reached: {root_cause(error)}") from error
         if response.ok:

@@ -2,8 +2,8 @@
 """How long the upload of an artifact may take, by the rate that was seen.
 
 `RestStore` asks before each upload, and tells how it went. A proxy may take the whole file at once and pass it on
-slowly, so a silence says nothing until much time has passed. The lane uploads files beside metrics, so a long wait holds
-up none.
+slowly, so a silence says nothing until much time has passed. The lane uploads files beside metrics, so a long wait
+holds up none.
 """
 
 from __future__ import annotations

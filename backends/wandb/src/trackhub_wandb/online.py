@@ -194,7 +194,8 @@ class OnlineRun(BackendRun):
             raise TransientError(
                 f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but "
                 f"its last one is step {last_step}. The SDK would lose records {last_step + 1} to "
-                f"{opened.starting_step - 1} there, so they all wait. `trackhub replay --from-start` with another project writes the whole run anew"
+                f"{opened.starting_step - 1} there, so they all wait. `trackhub replay --from-start` with another "
+                "project writes the whole run anew"
             )
         try:
             return SdkRun(

@@ -47,8 +47,8 @@ query TrackhubRunFiles($project: String!, $entity: String!, $name: String!, $nam
 class Server:
     """The server of one backend. It is asked over HTTP, with the SDK's login, proxies and certificates.
 
-    The SDK has a call for such questions, too. But that sends an empty ``operationName`` beside a query with a name. The
-    GraphQL specification forbids this, and some servers refuse it (wandb 0.31).
+    The SDK has a call for such questions, too. But that sends an empty ``operationName`` beside a query with a name.
+    The GraphQL specification forbids this, and some servers refuse it (wandb 0.31).
 
     If the server does not answer, all runs take it for down for 3 seconds. Otherwise each of many runs would wait its
     full time for the same dead server.
