@@ -10,7 +10,7 @@ SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults lint format types arch coverage bench bench-quick bench-curves changelog clean
+.PHONY: help setup demo test test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -51,6 +51,9 @@ arch: $(INSTALLED) ## check who imports whom
 
 faults: $(INSTALLED) ## kill, fill, cut and starve everything, with all seeds; under 45 minutes
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) tests/faults $(ARGS)
+
+check-wandb: $(INSTALLED) ## by hand, with a W&B login: run the job against wandb.ai and read every point back
+	$(BIN)/python -m tests.by_hand.check_wandb $(ARGS)
 
 coverage: $(INSTALLED) ## run the quick tests and show which lines of the core they miss
 	$(BIN)/coverage erase

@@ -88,6 +88,9 @@ class BackendError(TrackhubError):
 class TransientError(BackendError):
     """The records were not stored, or perhaps not. The lane hands the same records over again.
 
+    If it comes for one record each time, while others are stored in between, the lane rejects that record
+    (docs/adr/0011). An error with ``retry_after_s``, or with a full disk as its cause, never counts against a record.
+
     Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk. A
     rejected login is one of them: an operator can renew it while the records wait in the journal.
 

@@ -11,7 +11,8 @@ A backend is a class that an entry point in the group ``trackhub.backends`` name
 
 The core does the rest, the same for every backend. It decodes and orders the records, keeps what is not yet delivered
 on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's thread
-calls all methods of a backend and its runs, except the constructor. No training thread ever calls them.
+calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write`` with
+files, if ``capabilities.files_beside`` allows it. No training thread ever calls them.
 """
 
 from __future__ import annotations
@@ -164,6 +165,12 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for each stream and key. Params and tags never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
+        any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
+            the store always refuses from a store that is away: it writes other entries meanwhile, with ``idempotent``
+            also some that are stored already. A second ``write`` of metrics must then fail if the store takes no writes
+            now. Has an effect with ``idempotent`` and ``at_least_once`` only.
+        files_beside: whether a second thread may call ``write`` with one image or artifact, while the lane's thread
+            calls the run's methods with everything else. Then a large file holds up no metrics. It needs ``any_order``.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -176,6 +183,8 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     late_steps: bool = False
     optional_step: bool = False
     changing_params: bool = False
+    any_order: bool = False
+    files_beside: bool = False
     key_rule: KeyRule = KeyRule()
     key_rules: dict[Kind, KeyRule] = {}
     max_batch: int = 1000
@@ -330,7 +339,11 @@ class BackendContext(msgspec.Struct, frozen=True):
 
 
 class BackendRun:
-    """One run being written. Subclass it. The lane gets it from ``Backend.open_run`` and calls it from one thread."""
+    """One run being written. Subclass it. The lane gets it from ``Backend.open_run`` and calls it from one thread.
+
+    With ``capabilities.files_beside``, a second thread calls ``write`` with files, also while ``flush`` or ``finish``
+    runs.
+    """
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         """Store these entries, in this order.

@@ -56,6 +56,15 @@ class TestAtLeastOnce(JsonlContract):
     backend = AtLeastOnce
 
 
+class AnyOrder(Bad):
+    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE, any_order=True)
+    run = _Appending
+
+
+class TestAnyOrder(JsonlContract):
+    backend = AnyOrder
+
+
 class Rebuild(Bad):
     capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.REBUILD)
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.unit.rigs import Bench
-from trackhub.delivery.lane import retry_timer
+from trackhub.delivery.lane import file_uploads, retry_timer, run_delivery
 from trackhub.delivery.retry import Backoff
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have lanes wait for milliseconds between two attempts."""
-    monkeypatch.setattr(retry_timer, "Backoff", lambda: Backoff(0.001, 0.01))
+    for module in (retry_timer, run_delivery, file_uploads):
+        monkeypatch.setattr(module, "Backoff", lambda: Backoff(0.001, 0.01))
 
 
 @pytest.fixture

@@ -208,6 +208,7 @@ class MemoryBackend(Backend[NoOptions]):
         late_steps=True,
         optional_step=True,
         changing_params=True,
+        any_order=True,
         key_rule=ANY_KEY,
     )
     run_class: type[MemoryRun] = MemoryRun

@@ -27,9 +27,10 @@ SITE = "site-1"
 class Bench:
     """A journal with records in it, and lanes on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, job: str = "job-1") -> None:
         self.folder = folder
-        self.journal = Journal.open(folder / "trackhub.db", job="job-1", side=Side.SERVER)
+        self.job = job
+        self.journal = Journal.open(folder / "trackhub.db", job=job, side=Side.SERVER)
         self.counts: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
 
@@ -47,7 +48,7 @@ class Bench:
 
     def lane(self, backend: Backend[Any], name: str = "memory", *, flush_s: float = 0.01) -> Lane:
         lane = self.lanes[name] = Lane(
-            name, backend, self.journal, job=JobInfo("job-1"), side=Side.SERVER,
+            name, backend, self.journal, job=JobInfo(self.job), side=Side.SERVER,
             blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
         )  # fmt: skip
         lane.start()
@@ -56,7 +57,7 @@ class Bench:
     def finish(self, timeout_s: float = WAIT_S, status: RunStatus = RunStatus.FINISHED) -> DeliveryReport:
         """End all lanes as a receiver does."""
         for lane in self.lanes.values():
-            lane.begin_finish({}, status)
+            lane.begin_finish({}, status, timeout_s)
         deadline = time.monotonic() + timeout_s
         for lane in self.lanes.values():
             lane.join(deadline - time.monotonic())

@@ -1,249 +1,302 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The isolation of bad records alone: which errors reject a record, and which keep it (docs/adr/0002)."""
+"""The isolation of bad records alone: which errors reject a record, and which keep it (docs/adr/0011)."""
 
 from __future__ import annotations
 
+import errno
+import random
+import sqlite3
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.helpers import MemoryBackend
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.errors import PermanentError, TransientError
-from trackhub.records import Metrics
-from trackhub.spi import Entry, Rejection
+from trackhub.records import Artifact, Blob, Metrics, Payload, Tags
+from trackhub.spi import Entry, Redelivery, Rejection
 
 PERMANENT, TRANSIENT, UNKNOWN = PermanentError("no"), TransientError("down"), RuntimeError("bug")
+CAN = MemoryBackend.capabilities
+TWICE = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE)
+ORDERED = msgspec.structs.replace(CAN, redelivery=Redelivery.RESUMABLE)
+FILE = Artifact("model", Blob("b", 1, "0" * 64, "text/plain"), "model.bin")
+
+
+def entry(position: int, payload: Payload | None = None) -> Entry:
+    return Entry(position, 1000.0, position, None, payload or Metrics({"a": 1.0}), "stream", position)
 
 
 def entries(*positions: int) -> list[Entry]:
-    return [Entry(p, 1000.0, p, None, Metrics({"a": 1.0}), "stream", p) for p in positions]
+    return [entry(p) for p in positions]
 
 
-def isolation_of(*positions: int, max_batch: int = 1000) -> Isolation:
-    isolation = Isolation()
+def isolation_of(*positions: int, max_batch: int = 1000, can: object = CAN) -> Isolation:
+    isolation = Isolation(can)  # type: ignore[arg-type]
     isolation.add(entries(*positions), max_batch)
     return isolation
 
 
-def first(isolation: Isolation) -> list[int] | None:
-    batch = isolation.first()
-    return None if batch is None else [e.position for e in batch]
+class Store:
+    """A store in front of an `Isolation`, driven as `RunDelivery` drives it.
+
+    Attributes:
+        fails: whether a write fails, given its number and its entries.
+        stored: positions, in the order in which they were stored first.
+        log: what each write held.
+    """
+
+    def __init__(self, fails: Callable[[int, list[Entry]], bool], error: BaseException) -> None:
+        self.fails = fails
+        self.error = error
+        self.stored: list[int] = []
+        self.rejected: list[Rejection] = []
+        self.log: list[list[int]] = []
+
+    def write(self, isolation: Isolation, batch: list[Entry]) -> bool:
+        """Write a batch. Return whether the lane would wait then."""
+        number = len(self.log)
+        self.log.append([e.position for e in batch])
+        if self.fails(number, batch):
+            verdict = isolation.failed(self.error)
+            self.rejected += [verdict.rejected] if verdict.rejected else []
+            return verdict.wait
+        self.stored += [e.position for e in batch if e.position not in self.stored]
+        self.rejected += isolation.succeeded(batch)
+        return False
+
+    def drive(self, isolation: Isolation, *, turns: int = 2000) -> None:
+        """Write until nothing is left, or for so many turns. In each turn what is set aside is tried as well."""
+        for _ in range(turns):
+            while (batch := isolation.next()) is not None:
+                if self.write(isolation, batch):
+                    break
+            else:
+                if isolation.is_empty() and not isolation.aside():
+                    return
+            if (batch := isolation.next_aside()) is not None:
+                self.write(isolation, batch)
 
 
-def waiting(isolation: Isolation) -> list[list[int]]:
-    """Take everything out, in order."""
-    batches = []
-    while (batch := first(isolation)) is not None:
-        batches.append(batch)
-        isolation.succeeded()
-    return batches
+def bad(*positions: int) -> Callable[[int, list[Entry]], bool]:
+    return lambda number, batch: any(e.position in positions for e in batch)
+
+
+def between(begin: int, end: int) -> Callable[[int, list[Entry]], bool]:
+    return lambda number, batch: begin <= number < end
+
+
+def always(number: int, batch: list[Entry]) -> bool:
+    return True
+
+
+def left(isolation: Isolation) -> list[int]:
+    """Return what was neither stored nor rejected: write all of it into a store that is well."""
+    store = Store(bad(), TRANSIENT)
+    store.drive(isolation)
+    return sorted(store.stored)
 
 
 def test_entries_wait_in_their_order_in_batches_of_the_size_that_a_backend_takes() -> None:
     isolation = isolation_of(*range(7), max_batch=3)
     isolation.add(entries(7, 8), 3)
+    store = Store(bad(), TRANSIENT)
 
-    assert waiting(isolation) == [[0, 1, 2], [3, 4, 5], [6], [7, 8]]
+    store.drive(isolation)
+
+    assert store.log == [[0, 1, 2], [3, 4, 5], [6], [7, 8]]
 
 
 def test_nothing_to_add_leaves_nothing_to_write() -> None:
-    assert isolation_of().first() is None
+    assert isolation_of().next() is None
 
 
-def test_a_transient_error_keeps_the_batch_however_often_it_comes() -> None:
-    isolation = isolation_of(0, 1)
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+def test_a_store_that_fails_with_every_record_loses_none(can: object, error: BaseException) -> None:
+    isolation, store = isolation_of(*range(40), max_batch=7, can=can), Store(always, error)
 
-    for _ in range(100):
-        assert isolation.failed(TRANSIENT) == (True, False, None)
+    store.drive(isolation, turns=500)
 
-    assert waiting(isolation) == [[0, 1]]
+    assert (store.stored, store.rejected) == ([], [])
+    assert left(isolation) == list(range(40))
+
+
+def test_a_transient_error_keeps_the_order_and_the_batches_of_a_store_that_needs_it() -> None:
+    isolation, store = isolation_of(*range(9), max_batch=3, can=ORDERED), Store(always, TRANSIENT)
+
+    store.drive(isolation, turns=100)
+
+    assert store.log == [[0, 1, 2]] * 100
 
 
 def test_a_permanent_error_halves_the_batch_at_once() -> None:
-    isolation = isolation_of(*range(5))
+    isolation, store = isolation_of(*range(5)), Store(bad(3), PERMANENT)
 
-    assert isolation.failed(PERMANENT) == (False, True, None)
+    store.drive(isolation)
 
-    assert waiting(isolation) == [[0, 1], [2, 3, 4]]
-
-
-def test_a_permanent_error_about_one_record_rejects_it() -> None:
-    isolation = isolation_of(4)
-
-    verdict = isolation.failed(PERMANENT)
-
-    assert verdict == (False, True, Rejection(4, "permanent_error", "PermanentError: no"))
-    assert isolation.first() is None
+    assert store.log == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4], [3], [4]]
+    assert store.rejected == [Rejection(3, "permanent_error", "PermanentError: no")]
 
 
-def test_an_unknown_error_halves_the_batch_the_third_time() -> None:
-    isolation = isolation_of(0, 1)
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+def test_a_record_that_is_always_refused_is_rejected_with_its_error(error: BaseException) -> None:
+    isolation, store = isolation_of(*range(1000)), Store(bad(700), error)
 
-    verdicts = [isolation.failed(UNKNOWN) for _ in range(3)]
+    store.drive(isolation)
 
-    assert verdicts == [(True, False, None), (True, False, None), (True, True, None)]
-    assert waiting(isolation) == [[0], [1]]
-
-
-@pytest.mark.parametrize("between", ["transient error", "success"])
-def test_unknown_errors_count_only_if_nothing_else_comes_between(between: str) -> None:
-    isolation = isolation_of(0, 1, 2, 3, max_batch=2)
-
-    isolation.failed(UNKNOWN)
-    isolation.failed(UNKNOWN)
-    if between == "success":
-        isolation.succeeded()
-    else:
-        isolation.failed(TRANSIENT)
-
-    assert not isolation.failed(UNKNOWN).narrowed
-    assert not isolation.failed(UNKNOWN).narrowed
-    assert isolation.failed(UNKNOWN).narrowed
+    assert store.rejected == [Rejection(700, "backend_error", f"{type(error).__name__}: {error}")]
+    assert store.stored == [i for i in range(1000) if i != 700]
+    assert len(store.log) < 120
 
 
-def test_each_half_has_three_attempts_of_its_own() -> None:
-    isolation = isolation_of(0, 1, 2, 3)
-    for _ in range(3):
-        isolation.failed(UNKNOWN)
+@pytest.mark.parametrize("can", [CAN, TWICE], ids=lambda can: str(can.redelivery))
+def test_a_bad_first_record_is_rejected_once_later_ones_are_stored(can: object) -> None:
+    isolation, store = isolation_of(*range(60), can=can), Store(bad(0), TRANSIENT)
 
-    assert [isolation.failed(UNKNOWN).narrowed for _ in range(3)] == [False, False, True]
-    assert waiting(isolation) == [[0], [1], [2, 3]]
+    store.drive(isolation)
 
-
-def test_a_record_that_fails_alone_is_rejected_once_the_backend_has_stored_another() -> None:
-    isolation = isolation_of(0, 1, max_batch=1)
-    isolation.succeeded()
-
-    verdicts = [isolation.failed(UNKNOWN) for _ in range(3)]
-
-    assert [v.rejected for v in verdicts] == [None, None, Rejection(1, "backend_error", "RuntimeError: bug")]
-    assert not isolation.has_suspects()
+    assert [r.position for r in store.rejected] == [0]
+    assert sorted(store.stored) == list(range(1, 60))
+    if can is TWICE:
+        assert all(sum(p in batch for batch in store.log) <= 5 for p in store.stored)
 
 
-def test_the_first_record_that_fails_is_a_suspect_until_a_later_one_is_stored() -> None:
-    isolation = isolation_of(0, 1, max_batch=1)
+def test_a_bad_record_without_neighbours_stays_and_holds_up_no_other() -> None:
+    isolation = isolation_of(0, 1, 2, can=TWICE)
+    store = Store(bad(0), TRANSIENT)
 
-    verdicts = [isolation.failed(UNKNOWN) for _ in range(3)]
-    suspected = isolation.has_suspects()
-    rejections = isolation.succeeded()
+    store.drive(isolation, turns=100)
 
-    assert all(v.rejected is None and v.wait for v in verdicts)
-    assert suspected
-    assert rejections == [Rejection(0, "backend_error", "RuntimeError: bug")]
-    assert not isolation.has_suspects()
+    assert (store.stored, store.rejected) == ([1, 2], [])
+    assert [e.position for e in isolation.aside()] == [0]
 
 
-def test_each_suspect_is_rejected_with_its_own_error() -> None:
-    isolation = isolation_of(0, 1, 2, max_batch=1)
-    for error in (ValueError("a"), ValueError("a"), ValueError("a"), KeyError("b")):
-        isolation.failed(error)
+def test_records_of_another_sort_say_nothing_about_a_record() -> None:
+    """A database may be away alone, and so may the place for files."""
+    isolation = Isolation(CAN)
+    isolation.add([entry(0, Tags({"a": "b"})), *(entry(i, FILE) for i in range(1, 60))], 1000)
+    store = Store(bad(0), TRANSIENT)
 
-    assert [r.detail for r in isolation.succeeded()] == ["ValueError: a", "KeyError: 'b'"]
+    store.drive(isolation, turns=100)
 
-
-def test_after_the_first_suspect_one_failure_makes_another() -> None:
-    isolation = isolation_of(0, 1, 2, max_batch=1)
-
-    for _ in range(3):
-        isolation.failed(UNKNOWN)
-    isolation.failed(UNKNOWN)
-
-    assert first(isolation) == [2]
+    assert store.rejected == []
+    assert sorted(store.stored) == list(range(1, 60))
 
 
-def test_no_more_than_eight_records_are_suspects() -> None:
-    isolation = isolation_of(*range(20), max_batch=1)
-    for _ in range(2 + 7):
-        isolation.failed(UNKNOWN)
+def test_a_file_that_always_fails_is_never_rejected_and_holds_up_no_other() -> None:
+    """The way to the store may be too slow for it, and fast enough for everything else."""
+    isolation = Isolation(CAN)
+    isolation.add([entry(0, FILE), *entries(*range(1, 100))], 1000)
+    store = Store(bad(0), UNKNOWN)
 
-    assert isolation.may_look_further()
-    isolation.failed(UNKNOWN)
-    assert not isolation.may_look_further()
+    store.drive(isolation, turns=200)
 
-
-def test_suspects_are_tried_again_first_and_in_their_order() -> None:
-    isolation = isolation_of(*range(5), max_batch=1)
-    for _ in range(2 + 3):
-        isolation.failed(UNKNOWN)
-
-    isolation.retry_suspects()
-
-    assert not isolation.has_suspects()
-    assert waiting(isolation) == [[0], [1], [2], [3], [4]]
+    assert (sorted(store.stored), store.rejected) == (list(range(1, 100)), [])
+    assert [e.position for e in isolation.aside()] == [0]
 
 
-def test_a_permanent_error_says_nothing_about_the_suspects() -> None:
-    isolation = isolation_of(0, 1, 2, max_batch=1)
-    for _ in range(3):
-        isolation.failed(UNKNOWN)
+def test_a_later_value_of_a_tag_waits_for_an_earlier_one_that_is_set_aside() -> None:
+    isolation = Isolation(TWICE)
+    tags = [entry(0, Tags({"a": "first"})), entry(1, Tags({"a": "second"})), entry(2, Tags({"b": "other"}))]
+    isolation.add([*tags, *entries(*range(3, 10))], 1000)
+    away = Store(bad(0), TRANSIENT)
 
-    verdict = isolation.failed(PERMANENT)
+    away.drive(isolation, turns=20)
+    before = (list(away.stored), [e.position for e in isolation.aside()])
+    away.fails = bad()
+    away.drive(isolation)
 
-    assert verdict.rejected is not None
-    assert verdict.rejected.position == 1
-    assert isolation.has_suspects()
+    assert before == ([2, *range(3, 10)], [0, 1])
+    assert away.stored[-2:] == [0, 1]
 
 
-class Store:
-    """A store that fails on some records, driven through an `Isolation` as `RunDelivery` does it."""
+def chained(cause: BaseException) -> TransientError:
+    error = TransientError("cannot be stored now")
+    error.__cause__ = cause
+    return error
 
-    def __init__(self, bad: set[int], error: BaseException) -> None:
-        self.bad = bad
-        self.error = error
-        self.stored: list[int] = []
-        self.rejected: list[int] = []
-        self.writes = 0
 
-    def take(self, isolation: Isolation, more: Callable[[], bool]) -> bool:
-        """Write everything; return False if the store is down for all that can be tried."""
-        while True:
-            while (batch := first(isolation)) is not None:
-                self.writes += 1
-                assert self.writes < 10_000
-                if self.bad.isdisjoint(batch):
-                    self.stored += batch
-                    self.rejected += [r.position for r in isolation.succeeded()]
-                elif (rejected := isolation.failed(self.error).rejected) is not None:
-                    self.rejected.append(rejected.position)
-            if not isolation.has_suspects():
-                return True
-            if not (isolation.may_look_further() and more()):
-                isolation.retry_suspects()
-                return False
+class Sqlite(sqlite3.OperationalError):
+    sqlite_errorcode = sqlite3.SQLITE_FULL
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TransientError("busy", retry_after_s=0.0), chained(OSError(errno.ENOSPC, "full")), chained(Sqlite("full"))],
+    ids=["asks for a wait", "no room", "no room for SQLite"],
+)
+def test_an_error_that_speaks_of_the_store_itself_rejects_nothing(error: BaseException) -> None:
+    """A full disk takes small records longer than large ones."""
+    isolation, store = isolation_of(*range(60), max_batch=1), Store(bad(20), error)
+
+    store.drive(isolation, turns=200)
+
+    assert (store.stored, store.rejected) == (list(range(20)), [])
 
 
 @given(
     st.sets(st.integers(0, 39), max_size=7),
     st.integers(1, 50),
-    st.sampled_from([PERMANENT, UNKNOWN]),
-    st.integers(1, 40),
+    st.sampled_from([PERMANENT, TRANSIENT, UNKNOWN]),
+    st.sampled_from([CAN, TWICE]),
 )
-def test_exactly_the_bad_records_are_rejected_and_all_others_stored_in_order(
-    bad: set[int], max_batch: int, error: BaseException, read_at_once: int
+def test_exactly_the_bad_records_are_rejected_and_all_others_stored(
+    positions: set[int], max_batch: int, error: BaseException, can: object
 ) -> None:
-    isolation, store = Isolation(), Store(bad, error)
-    left = list(range(41))  # the last one is good
+    """There are enough good ones behind them to tell."""
+    isolation, store = isolation_of(*range(300), max_batch=max_batch, can=can), Store(bad(*positions), error)
 
-    def more() -> bool:
-        isolation.add(entries(*left[:read_at_once]), max_batch)
-        taken = bool(left[:read_at_once])
-        del left[:read_at_once]
-        return taken
+    store.drive(isolation)
 
-    while more():
-        assert store.take(isolation, more)
-
-    assert store.stored == [i for i in range(41) if i not in bad]
-    assert sorted(store.rejected) == sorted(bad)
+    assert sorted(r.position for r in store.rejected) == sorted(positions)
+    assert sorted(store.stored) == [i for i in range(300) if i not in positions]
+    if can is CAN and not {0, 1} & positions:
+        assert store.stored == sorted(store.stored)
 
 
-@given(st.integers(1, 30), st.integers(1, 10))
-def test_a_store_that_fails_with_every_record_loses_none(count: int, max_batch: int) -> None:
-    isolation, store = isolation_of(*range(count), max_batch=max_batch), Store(set(range(count)), UNKNOWN)
+PATTERNS: dict[str, Callable[[random.Random], Callable[[int], bool]]] = {
+    "every second request": lambda draw: lambda number: number % 2 == 0,
+    "every third request": lambda draw: lambda number: number % 3 == 0,
+    "two of three requests": lambda draw: lambda number: number % 3 != 0,
+    "two of four requests": lambda draw: lambda number: number % 4 < 2,
+    "half of all at random": lambda draw: lambda number: draw.random() < 0.5,
+    "nine of ten at random": lambda draw: lambda number: draw.random() < 0.9,
+    "longer and longer": lambda draw: lambda number: number.bit_length() % 2 == 0,
+}
 
-    assert not store.take(isolation, lambda: False)
 
-    assert store.rejected == []
-    assert [position for batch in waiting(isolation) for position in batch] == list(range(count))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: object, error: BaseException) -> None:
+    """The store goes by the number of a request, and knows nothing of what the request holds."""
+    for seed in range(30):
+        draw = random.Random(seed)
+        away = PATTERNS[pattern](draw)
+        isolation = isolation_of(*range(30), max_batch=draw.choice([1, 4, 1000]), can=can)
+
+        def fails(number: int, batch: list[Entry], away: Callable[[int], bool] = away) -> bool:
+            return number < 2000 and away(number)
+
+        store = Store(fails, error)
+
+        store.drive(isolation)
+
+        assert (store.rejected, sorted(store.stored)) == ([], list(range(30))), f"seed {seed}"
+
+
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+def test_an_outage_that_begins_and_ends_at_any_moment_rejects_nothing(can: object, error: BaseException) -> None:
+    for begin in range(8):
+        for end in range(begin, 50):
+            isolation = isolation_of(*range(12), max_batch=4, can=can)
+            store = Store(between(begin, end), error)
+
+            store.drive(isolation)
+
+            assert (store.rejected, sorted(store.stored)) == ([], list(range(12))), f"{begin} to {end}"

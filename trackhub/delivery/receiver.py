@@ -393,7 +393,8 @@ class Receiver:
         # Sooner than `join` gives a lane up: one that waits for a locked journal is not one whose backend hangs.
         self._journal.limit_waits(deadline + _END_S / 2)
         for lane in self._lanes:
-            lane.begin_finish(by_site, self._sites.status("", status))  # of other sites nothing is known
+            # Of other sites nothing is known.
+            lane.begin_finish(by_site, self._sites.status("", status), deadline_s)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)

@@ -69,6 +69,7 @@ class FaultyBackend:
         poison: Iterable[int] = (),
         rejected: Iterable[int] = (),
         future: Iterable[int] = (),
+        late: Iterable[int] = (),
         max_batch: int | None = None,
         kill: KillPoint | None = None,
     ) -> None:
@@ -80,6 +81,7 @@ class FaultyBackend:
             poison: positions that no batch may contain: ``write`` raises PermanentError.
             rejected: positions that ``write`` reports as rejected.
             future: positions whose payload is replaced by one of a kind that the backend does not know.
+            late: positions that are written after the rest of their batch.
             max_batch: most entries in one ``write``, if less than the backend takes.
             kill: when this process kills itself.
         """
@@ -93,6 +95,7 @@ class FaultyBackend:
         self._poison = frozenset(poison)
         self._rejected = frozenset(rejected)
         self._future = frozenset(future)
+        self._late = frozenset(late)
         self._max_batch = max_batch
         self._kill = kill
 
@@ -133,9 +136,13 @@ class FaultyBackend:
         if self._poison.intersection(entry.position for entry in batch):
             raise PermanentError("this batch holds an entry that can never be stored")
         taken = [self._with_future(entry) for entry in batch if entry.position not in self._rejected]
+        parts = [taken]
+        if self._late.intersection(entry.position for entry in taken):
+            parts = [[e for e in taken if e.position not in self._late], [e for e in taken if e.position in self._late]]
         report = None
-        with self.noting():
-            report = run.write(taken) if taken else None
+        for part in filter(None, parts):
+            with self.noting():
+                report = run.write(part)
         self.batches.append(len(batch))
         if self._after:
             raise self._after.pop(0)

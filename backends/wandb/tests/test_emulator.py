@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.wandb_emulator import Emulator, Fault
+from tests.support.wandb_emulator.state import Counting
 
 UPSERT = """
 mutation UpsertBucket($name: String, $project: String, $config: JSONString) {
@@ -84,6 +85,30 @@ def test_fields_are_answered_as_asked(server: Emulator) -> None:
 def test_what_the_schema_does_not_have_is_a_violation(server: Emulator, query: str) -> None:
     assert post(server, "/graphql", {"query": query})[0] == 400
     assert len(server.violations) == 1
+
+
+@pytest.mark.parametrize(("name", "status"), [("UpsertBucket", 200), (None, 200), ("", 400), ("Viewer", 400)])
+def test_an_operation_name_must_be_that_of_the_document(server: Emulator, name: str | None, status: int) -> None:
+    """An empty name is none either. Source: GraphQL specification of October 2021, 6.1."""
+    body = {"query": UPSERT, "variables": {"name": "r", "project": "p"}, "operationName": name}
+    assert post(server, "/graphql", body)[0] == status
+    assert len(server.violations) == (status == 400)
+
+
+@pytest.mark.parametrize(
+    ("counting", "count"), [("right", 3), ("missing", None), ("zero", 0), ("lagging", 0), ("too high", 10)]
+)
+def test_rows_are_counted_as_asked(counting: Counting, count: int | None) -> None:
+    with Emulator(counting=counting) as server:
+        upsert(server)
+        stream(server, 0, [{"_step": step} for step in range(3)])
+        query = (
+            "query TrackhubRunState($name: String!) "
+            '{ model(name: "p") { bucket(name: $name, missingOk: true) { historyLineCount } } }'
+        )
+        _, answer = post(server, "/graphql", {"query": query, "variables": {"name": "r"}})
+
+    assert answer["data"]["model"]["bucket"] == {"historyLineCount": count}
 
 
 def test_offsets_of_the_history_are_enforced(server: Emulator) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import msgspec
 
 from tests.contract.mutants.base import (
+    ANYTHING,
     CAN,
     HANGS,
     Bad,
@@ -122,6 +123,22 @@ class KeepsTheEndOfAResumedRun(Bad):
         if path.exists():
             path.write_bytes(path.read_bytes().splitlines(keepends=True)[-1])
         return super().open_run(info)
+
+
+@caught_by("test_any_order_as_declared", also=(r"test_redelivery_after_.*",))
+class ClaimsAnyOrder(Bad):
+    """The file backend skips an entry whose position is lower than that of the last one."""
+
+    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.IDEMPOTENT, any_order=True)
+
+
+@caught_by("test_files_beside_as_declared", also=ANYTHING)
+class ClaimsThatTwoThreadsMayWrite(Bad):
+    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE, any_order=True, files_beside=True)
+
+    class run(_Repeating):
+        def tamper(self, batch: Sequence[Entry]) -> list[Entry]:
+            return [] if threading.current_thread().name.endswith("-files") else list(batch)
 
 
 class _FailsFirst(Tampered):

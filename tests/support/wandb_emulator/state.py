@@ -11,15 +11,26 @@ import hashlib
 import itertools
 import json
 import threading
+import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tests.support.wandb_emulator.graphql import Call, GraphQLError
 
-__all__ = ["ENTITY", "OPERATIONS", "Artifact", "Run", "State"]
+__all__ = ["ENTITY", "OPERATIONS", "SDK_UNNAMED", "Artifact", "Counting", "Run", "State"]
 
 ENTITY = "emulated-team"
 """The default entity of the server's only account."""
+
+Counting = Literal["right", "missing", "zero", "lagging", "too high"]
+"""What ``historyLineCount`` is: the number of rows; null; always 0; the number of a minute ago; 7 too many.
+
+A client that resumes a run writes at the offset that this number gives. A server whose number is wrong cannot go by
+the offset. So it appends what comes, as openwandb 0.5 does. Where the number is null, the SDK refuses to resume; the
+emulator then says 0 to the SDK.
+"""
+
+LAG_S = 60.0
 
 HISTORY = "wandb-history.jsonl"
 EVENTS = "wandb-events.jsonl"
@@ -45,6 +56,9 @@ OPERATIONS = frozenset(
     }
 )
 """The GraphQL operations that the client is known to send. Any other one fails the test."""
+
+SDK_UNNAMED = frozenset({"ArtifactType", "ClientIDMapping"})
+"""Those of them that the SDK sends with an empty ``operationName``."""
 
 _UPSERT = frozenset(
     """
@@ -89,6 +103,7 @@ class Run:
     files: dict[str, bytes] = field(default_factory=dict)
     resent: int = 0
     opened: int = 0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the rows as dicts, NaN and infinities as floats."""
@@ -116,8 +131,9 @@ class Artifact:
 class State:
     """Everything that the server holds. The caller of a method holds ``lock``."""
 
-    def __init__(self, api_key: str) -> None:
+    def __init__(self, api_key: str, counting: Counting = "right") -> None:
         self.api_key = api_key
+        self.counting: Counting = counting
         self.lock = threading.RLock()
         self.url = ""
         self.runs: dict[str, Run] = {}
@@ -214,7 +230,7 @@ class State:
             "config": json.dumps(run.config),
             "sweepName": None,
             "summaryMetrics": run.summary,
-            "historyLineCount": len(run.rows),
+            "historyLineCount": self._row_count(run),  # the last name in `requests` is that of who asks
             "eventsLineCount": len(run.events),
             "logLineCount": len(run.output),
             "historyTail": json.dumps(run.rows[-1:]),
@@ -222,6 +238,20 @@ class State:
             "wandbConfig": Call(wandb_config, frozenset({"keys"})),
             "project": {"id": f"project:{run.project}", "name": run.project, "entity": entity},
         }
+
+    def _row_count(self, run: Run) -> int | None:
+        match self.counting:
+            case "missing":
+                return None if self.requests[-1:] == ["TrackhubRunState"] else 0
+            case "zero":
+                return 0
+            case "lagging":
+                before = time.monotonic() - LAG_S
+                return max((count for at, count in run.arrivals if at <= before), default=0)
+            case "too high":
+                return len(run.rows) + 7 if run.rows else 0
+            case _:
+                return len(run.rows)
 
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
         _check("upsertBucket", given, _UPSERT)
@@ -344,11 +374,15 @@ class State:
         return {"exitcode": None, "limits": {}}
 
     def _append(self, run: Run, what: str, lines: list[str], offset: int, content: list[str]) -> None:
+        if what == "history" and self.counting != "right" and run.opened > 1:
+            offset = len(lines)  # what the client was told of the rows before was wrong
         if offset > len(lines):
             self.violation(
                 f"file_stream: {what} of {run.name} has {len(lines)} lines; the client writes at line {offset}"
             )
             return
+        if what == "history":
+            run.arrivals.append((time.monotonic(), max(len(lines), offset + len(content))))
         held = lines[offset : offset + len(content)]
         if held != content[: len(held)]:
             self.violation(

@@ -17,7 +17,7 @@ from trackhub.conceal import conceal
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
 from trackhub.run import JobInfo
-from trackhub.spi import Results
+from trackhub.spi import Entry, Results
 
 __all__ = [
     "EXPECTED_SITES",
@@ -98,6 +98,7 @@ class Progress(msgspec.Struct, kw_only=True):
             `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position after the last record that was confirmed.
+        aside: the entries up to the confirmed cursor that are neither stored nor rejected yet.
     """
 
     confirmed: int = 0
@@ -110,6 +111,7 @@ class Progress(msgspec.Struct, kw_only=True):
     results: Results | None = None
     memory: bytes = b""
     stored_to: int = 0
+    aside: list[Entry] = []
 
     def concealed(self) -> Progress:
         """Return a copy without secrets: what a backend says of an error, or of where its results are, may hold one."""

@@ -117,7 +117,7 @@ class Cursor:
         Raises:
             JournalError: the journal cannot be written. Hand over nothing then.
         """
-        if self._announced < row and self._redelivery in _ANNOUNCED:
+        if self._announced < row and (self._redelivery in _ANNOUNCED or self._trusts_client()):
             self._store(row)
             self._announced = row
             self._ever_written = max(self._ever_written, row)
@@ -127,14 +127,14 @@ class Cursor:
         if not entries:
             return
         self._since.stored += len(entries)
-        self._stored_to = entries[-1].position + 1
+        self._stored_to = max(self._stored_to, entries[-1].position + 1)
         if entries[0].position < self._doubted_to:
             self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
 
     def count_held(self, position: int) -> None:
         """Count a record that the opened run holds already: it was written, but not confirmed, before a crash."""
         self._since.stored += 1
-        self._stored_to = position + 1
+        self._stored_to = max(self._stored_to, position + 1)
 
     def count_altered(self, names: Iterable[str]) -> None:
         """Count the alterations that a record needed."""
@@ -157,7 +157,7 @@ class Cursor:
 
     def doubt(self, batch: Sequence[Entry]) -> None:
         """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
-        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+        if self._may_double():
             self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
     def doubt_earlier_lanes(self) -> None:
@@ -166,8 +166,15 @@ class Cursor:
         Raises:
             JournalError: the journal cannot be read.
         """
-        if self._redelivery is Redelivery.AT_LEAST_ONCE:
+        if self._may_double():
             self._doubted_to = self._handed_over_to()
+
+    def _may_double(self) -> bool:
+        return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
+
+    def _trusts_client(self) -> bool:
+        """Return whether the store could not be asked once, so that nobody knows whether it recognises records."""
+        return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
         """Check that the records before ``position``, which a resumable run says it holds, are of this journal.
@@ -219,12 +226,13 @@ class Cursor:
         self._store(self._ever_written)
         self.must_rebuild = False
 
-    def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE) -> None:
+    def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE, aside: Sequence[Entry] = ()) -> None:
         """Move the confirmed cursor up to the written one, add the counts that belong to it, and store both.
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.
             by: whose word the confirmation is. What the client alone confirms is also counted apart.
+            aside: the entries before the written cursor that are neither stored nor rejected. They stay pending.
         """
         progress, since = self.progress, self._since
         progress.confirmed += since.stored
@@ -235,6 +243,7 @@ class Cursor:
         progress.possible_duplicates += since.doubtful
         progress.stored_to = self._stored_to
         progress.memory = memory
+        progress.aside = list(aside)
         self._since = _Counts()
         self.confirmed = self.written
         self._save()

@@ -3,11 +3,13 @@
 
 A receiver starts one lane for each backend, and notifies it of new rows in the journal. The lane has a `RunDelivery`
 for each site and calls them in turn, so that a run that has to wait delays no other. Lanes know nothing of each other.
+`FileUploads` writes files beside the rest.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.schema import RunState
+from trackhub.delivery.lane.file_uploads import FileUploads
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
@@ -27,14 +30,23 @@ __all__ = ["Lane"]
 _IDLE_S = 3600.0
 _JOURNAL_RETRY_S = 1.0
 _END_WAIT_S = 0.2
+_END_SHARE = 0.25  # of the time that is left at the end of the job, for ending runs that are not delivered by then
+_END_S = 5.0
 _log = logging.getLogger(__name__)
 
 
 class _Ending(NamedTuple):
-    """How the runs end: ``statuses`` by site, ``otherwise`` for the sites that are not in it."""
+    """How the runs end.
+
+    Attributes:
+        statuses: by site.
+        otherwise: that of the sites that are not in it.
+        deliver_until: when to stop delivering, and to end the runs that are still open, on the monotonic clock.
+    """
 
     statuses: Mapping[str, RunStatus]
     otherwise: RunStatus
+    deliver_until: float
 
 
 class Lane:
@@ -68,6 +80,7 @@ class Lane:
         self._run_info = partial(_run_info, job=job, side=side, blob_dir=blob_dir)
         self._flush_s = flush_s
         self._runs: dict[int, RunDelivery] = {}
+        self._uploads: FileUploads | None = None
         self._news: set[int] = set()
         self._news_lock = threading.Lock()
         self._wake = threading.Event()
@@ -103,14 +116,17 @@ class Lane:
             self._news.add(site)
         self._wake.set()
 
-    def begin_finish(self, status: Mapping[str, RunStatus], otherwise: RunStatus) -> None:
+    def begin_finish(self, status: Mapping[str, RunStatus], otherwise: RunStatus, deadline_s: float = math.inf) -> None:
         """Have the lane deliver what is left, finish each run with its status, and end. Does not block.
 
         Args:
             status: by site.
             otherwise: that of the sites that are not in it.
+            deadline_s: when ``join`` will be called at the latest, in seconds from now. Shortly before, the lane ends
+                the runs that are not delivered: the backend must know how they ended.
         """
-        self._ending = _Ending(status, otherwise)
+        left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
+        self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
         self._wake.set()
 
     def join(self, timeout_s: float) -> bool:
@@ -125,6 +141,8 @@ class Lane:
         self._stop.set()
         self._wake.set()
         self._thread.join(1.0)  # between two calls it ends at once
+        if self._uploads is not None:
+            self._uploads.stop(0.0)
         ended = not self._thread.is_alive()
         busy_s = time.monotonic() - (self._busy_since or time.monotonic())
         reason = self._defect if ended else f"backend {self.name} has not returned from a call for {busy_s:.0f} s"
@@ -167,6 +185,8 @@ class Lane:
             self._close()
 
     def _close(self) -> None:
+        if self._uploads is not None:
+            self._uploads.stop(0.1)  # it ends at once, unless a file is still being written
         try:
             self._backend.close()
         except BaseException as e:
@@ -187,6 +207,9 @@ class Lane:
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
+        can = self._backend.capabilities  # read here: the preflight may have decided them
+        if can.files_beside and can.any_order:
+            self._uploads = FileUploads(self.name, self.notify)
         active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():
             # Cleared before anything is read: what comes later sets it again. Otherwise the lane could sleep through
@@ -197,6 +220,10 @@ class Lane:
             with self._news_lock:
                 active |= self._news
                 self._news.clear()
+            if ending is not None and time.monotonic() >= ending.deliver_until:
+                self._end_runs(ending)
+                self._store_ends()
+                return
             progressed, due = self._advance_runs(active, finishing=ending is not None)
             if progressed or self._stop.is_set():
                 continue
@@ -205,7 +232,7 @@ class Lane:
                 if finish_due is None and not active:
                     self._store_ends()
                     return
-                due = min(due, finish_due or due)
+                due = min(due, finish_due or due, ending.deliver_until)
             self._wake.wait(max(0.0, due - time.monotonic()))
 
     def _advance_runs(self, active: set[int], *, finishing: bool) -> tuple[bool, float]:
@@ -226,6 +253,8 @@ class Lane:
             if now < run.timer.not_before and not (finishing and run.timer.hurry()):
                 due = min(due, run.timer.not_before)
                 continue
+            if finishing and self._uploads is not None:
+                self._uploads.hurry()
             self._busy_since = now
             moved = run.advance(flush_now=finishing)
             self._busy_since = None
@@ -250,20 +279,36 @@ class Lane:
             if run.site_id in active or run.is_over() or self._stop.is_set():
                 continue
             if time.monotonic() >= run.timer.not_before:
-                self._busy_since = time.monotonic()
-                run.finish(ending.statuses.get(run.site, ending.otherwise))
-                self._busy_since = None
+                self._finish_run(run, ending)
             if not run.is_over():
                 due = min(run.timer.not_before, due or run.timer.not_before)
         return due
+
+    def _end_runs(self, ending: _Ending) -> None:
+        """End the runs that are open although not all of them is confirmed: nobody may ever replay the job."""
+        left = [run for run in self._runs.values() if run.is_open()]
+        while left and not self._stop.is_set():
+            for run in left:
+                if not self._stop.is_set():
+                    self._finish_run(run, ending)
+            left = [run for run in left if run.is_open()]
+            if left:
+                self._wake.clear()
+                self._wake.wait(max(0.0, min(run.timer.not_before for run in left) - time.monotonic()))
+
+    def _finish_run(self, run: RunDelivery, ending: _Ending) -> None:
+        self._busy_since = time.monotonic()
+        run.finish(ending.statuses.get(run.site, ending.otherwise))
+        self._busy_since = None
 
     def _run(self, site: int) -> RunDelivery:
         run = self._runs.get(site)
         if run is None:
             info = self._run_info(*self._journal.site(site))
             run = self._runs[site] = RunDelivery(
-                self.name, self._backend, self._journal, site, info, flush_s=self._flush_s, stop=self._stop
-            )
+                self.name, self._backend, self._journal, site, info, flush_s=self._flush_s, stop=self._stop,
+                uploads=self._uploads,
+            )  # fmt: skip
         return run
 
 

@@ -8,6 +8,7 @@ A `Lane` has one `RunDelivery` for each site, and has it do one piece of work at
 from __future__ import annotations
 
 import logging
+import math
 import time
 from threading import Event
 from typing import Any
@@ -19,11 +20,23 @@ from trackhub.delivery.journal.schema import RunState
 from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
+from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
+from trackhub.delivery.retry import Backoff
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.run import RunInfo, RunStatus
-from trackhub.spi import Backend, BackendRun, Confirmation, ConfirmedBy, Entry, Redelivery, Results
+from trackhub.spi import (
+    Backend,
+    BackendRun,
+    Confirmation,
+    ConfirmedBy,
+    Entry,
+    Redelivery,
+    Rejection,
+    Results,
+    WriteReport,
+)
 
 __all__ = ["RunDelivery"]
 
@@ -58,6 +71,7 @@ class RunDelivery:
         *,
         flush_s: float,
         stop: Event,
+        uploads: FileUploads | None = None,
     ) -> None:
         """Take up the run where the journal's cursors stand.
 
@@ -69,6 +83,7 @@ class RunDelivery:
             info: what the backend is told of the run; ``resume_from`` is filled in here.
             flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
             stop: once set, no further batch is written.
+            uploads: writes files beside the rest; None to write everything in one order.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -79,14 +94,17 @@ class RunDelivery:
         self._lane = lane
         self._info = info
         self._backend = backend
-        self._redelivery = backend.capabilities.redelivery
         self._flush_confirms = backend.capabilities.confirmed_by is ConfirmedBy.FLUSH
         self._max_batch = backend.capabilities.max_batch
         self._flush_s = flush_s
         self._stop = stop
-        self._cursor = Cursor(journal, lane, site_id, self.site, self._redelivery)
+        self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
         self._reader = EntryReader(journal, self._cursor, backend.capabilities)
-        self._isolation = Isolation()
+        self._isolation = self._new_isolation()
+        self._files = FileQueue(uploads, site_id) if uploads is not None else None
+        self._to_write: list[Entry] = list(self._cursor.progress.aside)
+        self._aside_due = 0.0
+        self._aside_backoff = Backoff()
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
         self._over = False
@@ -108,24 +126,29 @@ class RunDelivery:
             return False
         try:
             if self._run is None:  # nothing is read before the run is open: only then is it known what to skip
-                return (self._reader.has_more() or self._was_left_open) and self._open()
-            return self._advance(self._run, flush_now)
+                return (self._reader.has_more() or self._was_left_open or self._has_entries()) and self._open()
+            return self._collect_files(self._run) or self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
             return False
 
     def _advance(self, run: BackendRun, flush_now: bool) -> bool:
-        all_written = self._isolation.first() is None and self._cursor.written == self._reader.upto
-        if all_written and not self._read():
-            return self._is_flush_due(flush_now=flush_now) and self._flush(run)
-        while (batch := self._isolation.first()) is not None:
+        all_written = self._isolation.is_empty() and self._cursor.written == self._reader.upto
+        if all_written and not self._read(run):
+            if self._is_flush_due(flush_now=flush_now):
+                return self._flush(run)
+            return self._try_aside(run)
+        while (batch := self._isolation.next()) is not None:
             if self._stop.is_set():
                 return False
             self._cursor.announce(self._reader.upto)
             if not self._write(run, batch):
                 return False
-        if self._isolation.has_suspects():
-            return self._look_further()
+        if not self._isolation.is_empty():  # all of it must wait for what is set aside
+            return self._try_aside(run)
+        return self._all_written(run)
+
+    def _all_written(self, run: BackendRun) -> bool:
         self._cursor.written = self._reader.upto
         if not self._flush_confirms:
             self._confirm(Confirmation.STORE)
@@ -139,7 +162,7 @@ class RunDelivery:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        if self._flush_due is not None or self._cursor.written != self._reader.upto:
+        if self._flush_due is not None or self._cursor.written != self._reader.upto or self._has_entries():
             return False
         if self._was_left_open and self._run is None:
             return False
@@ -149,25 +172,45 @@ class RunDelivery:
             self._failed(e)
             return False
 
+    def _has_entries(self) -> bool:
+        return not self._isolation.is_empty() or bool(self._aside() or self._to_write)
+
+    def _aside(self) -> list[Entry]:
+        """Return the entries that were read, and are neither stored nor rejected, while those behind them go on."""
+        return self._isolation.aside() + (self._files.unsettled() if self._files is not None else [])
+
+    def _new_isolation(self) -> Isolation:
+        return Isolation(self._backend.capabilities)
+
+    def is_open(self) -> bool:
+        """Return whether the backend has the run open, so that it must be told how the run ends."""
+        return self._run is not None and not self._over
+
     def is_over(self) -> bool:
         """Return whether nothing more will be done: the run is finished, stopped or unfinished."""
         return self._over
 
     def due(self) -> float:
         """Return when there will be something to do, on the monotonic clock."""
-        return max(self.timer.not_before, self._flush_due or 0.0)
+        dues = [self._flush_due] if self._flush_due is not None else []
+        if self._isolation.aside():
+            dues.append(self._aside_due)
+        if not dues and self._isolation.is_empty() and self._files is not None and self._files.unsettled():
+            return math.inf  # the lane is notified when something came of a file
+        return max(self.timer.not_before, min(dues, default=0.0))
 
     def finish(self, status: RunStatus) -> None:
-        """End the run with this status. If `is_over` is still False, call it again at `due`.
+        """End the run with this status, also if not all of it is confirmed. It is then marked as unfinished.
 
-        How it ended is not stored yet: see `unstored_end`.
+        How it ended is not stored yet: see `unstored_end`. If `is_over` is still False afterwards, call this again at
+        ``timer.not_before``.
         """
         if self._run is None:
-            self._over = True
-            if self._cursor.progress.state != "finished":  # by an earlier receiver
+            self._over = self.is_idle()
+            if self._over and self._cursor.progress.state != "finished":  # by an earlier receiver
                 self._end("finished")
             return
-        state = "finished"
+        state = "finished" if self.is_idle() else "unfinished"
         try:
             self._run.finish(status)
         except TransientError as e:
@@ -191,7 +234,9 @@ class RunDelivery:
         Raises:
             JournalError: the journal does not tell whether the run is finished.
         """
-        if self._cursor.progress.state == "finished" and not self._cursor.has_unconfirmed_rows():
+        if self._cursor.progress.state == "finished" and not (
+            self._has_entries() or self._cursor.has_unconfirmed_rows()
+        ):
             self._over = True  # an earlier receiver finished it
         if not self._over:
             self._cursor.progress.last_error = reason or self._cursor.progress.last_error
@@ -220,7 +265,7 @@ class RunDelivery:
         try:
             self._info = msgspec.structs.replace(self._info, resume_from=self._cursor.resume_from())
             run = self._backend.open_run(self._info)
-            if self._redelivery is Redelivery.RESUMABLE:
+            if self._backend.capabilities.redelivery is Redelivery.RESUMABLE:
                 self._resume(run.next_position())
             self._cursor.doubt_earlier_lanes()
         except PermanentError as e:
@@ -234,6 +279,9 @@ class RunDelivery:
             return False
         self._run = run
         self.timer.succeeded()
+        if self._to_write:  # what an earlier lane had set aside
+            self._add(run, self._to_write)
+            self._to_write = []
         return True
 
     def _resume(self, position: int) -> None:
@@ -246,14 +294,45 @@ class RunDelivery:
     def _start_over(self) -> None:
         self._reader.start_over()
         self._cursor.start_over()
+        self._isolation = self._new_isolation()
+        self._to_write = []
 
-    def _read(self) -> bool:
-        """Put the next entries among the batches to write. Return False if there are no more rows."""
+    def _read(self, run: BackendRun) -> bool:
+        """Put the next entries among what is to be written. Return False if there are no more rows, or must not be."""
+        if self._files is not None and self._files.is_full():
+            return False
         entries = self._reader.read()
         if entries is None:
             return False
-        self._isolation.add(entries, self._max_batch)
+        self._add(run, entries)
         return True
+
+    def _add(self, run: BackendRun, entries: list[Entry]) -> None:
+        if self._files is not None and (files := list(filter(is_file, entries))):
+            self._cursor.announce(self._reader.upto)
+            self._files.add(run, files)
+            entries = [entry for entry in entries if not is_file(entry)]
+        self._isolation.add(entries, self._max_batch)
+
+    def _collect_files(self, run: BackendRun) -> bool:
+        """Count what came of the files that are written beside the rest. Return whether one is settled."""
+        outcomes = self._files.collect() if self._files is not None else []
+        for outcome in outcomes:
+            if outcome.error is not None:
+                self._cursor.doubt([outcome.entry])
+                self._cursor.note_error(outcome.error)
+            if outcome.is_first:
+                _log.warning(
+                    "backend %s, run %s: the file of record %d is not stored yet: %s; the lane tries again, and other "
+                    "records go on", self._lane, self.site, outcome.entry.position, self._cursor.progress.last_error,
+                )  # fmt: skip
+            if outcome.rejected is not None:
+                self._cursor.reject(outcome.rejected)
+            elif outcome.is_settled:
+                self._cursor.count_stored([outcome.entry])
+        if not any(outcome.is_settled for outcome in outcomes):
+            return False
+        return not self._isolation.is_empty() or self._cursor.written != self._reader.upto or self._all_written(run)
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write the first batch. Return False if the lane must wait before it writes the next one."""
@@ -263,15 +342,21 @@ class RunDelivery:
         except BaseException as e:
             return self._write_failed(batch, e)
         self.timer.succeeded()
-        bad = self._isolation.succeeded()
-        if report is not None and report.rejected:
-            named = {r.position: r for r in report.rejected}
-            bad = [named[e.position] for e in batch if e.position in named] + bad
-            batch = [e for e in batch if e.position not in named]
-        for rejection in bad:
-            self._cursor.reject(rejection)
-        self._cursor.count_stored(batch)
+        self._take(batch, report)
         return True
+
+    def _take(self, batch: list[Entry], report: WriteReport | None) -> None:
+        """Count what came of a batch that the backend took."""
+        is_repeated = self._isolation.is_repeated()
+        rejected: list[Rejection] = []
+        if report is not None and report.rejected and not is_repeated:
+            named = {r.position: r for r in report.rejected}
+            rejected = [named[e.position] for e in batch if e.position in named]
+            batch = [e for e in batch if e.position not in named]
+        for rejection in rejected + self._isolation.succeeded(batch):
+            self._cursor.reject(rejection)
+        if not is_repeated:
+            self._cursor.count_stored(batch)
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
         self._cursor.doubt(batch)  # a backend that stores record by record may have the first ones
@@ -286,12 +371,26 @@ class RunDelivery:
             self._cursor.reject(verdict.rejected)
         return not verdict.wait
 
-    def _look_further(self) -> bool:
-        """Read later records, to learn whether the suspects are bad. Return False if they must be tried again."""
-        if self._isolation.may_look_further() and self._read():
-            return True
-        self._isolation.retry_suspects()
-        return False
+    def _try_aside(self, run: BackendRun) -> bool:
+        """Try one of the entries that are set aside. Their waits delay no other record. Return whether it has gone."""
+        if time.monotonic() < self._aside_due or self._stop.is_set() or not (batch := self._isolation.next_aside()):
+            return False
+        self._aside_due = time.monotonic() + self._aside_backoff.next_wait_s()
+        self._cursor.announce(self._reader.upto)
+        try:
+            report = checked_report(run.write(list(batch)))
+        except BaseException as e:
+            self._cursor.doubt(batch)
+            self._cursor.note_error(e)
+            rejected = self._isolation.failed(e).rejected
+            if rejected is None:
+                return False
+            self._cursor.reject(rejected)
+        else:
+            self._take(batch, report)
+        self._aside_due = 0.0
+        self._aside_backoff.reset()
+        return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
         return self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due)
@@ -309,7 +408,7 @@ class RunDelivery:
         return True
 
     def _confirm(self, by: Confirmation) -> None:
-        self._cursor.confirm(self._reader.memory(), by)
+        self._cursor.confirm(self._reader.memory(), by, self._aside())
         self.timer.allow_hurry()
 
     def _results(self) -> Results | None:

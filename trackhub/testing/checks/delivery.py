@@ -17,7 +17,7 @@ import pytest
 from trackhub.delivery.report import RunReport
 from trackhub.errors import TransientError
 from trackhub.records import Text
-from trackhub.spi import Redelivery
+from trackhub.spi import Kind, Redelivery
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted
 from trackhub.testing.contract_hooks import ContractHooks
@@ -27,7 +27,7 @@ from trackhub.testing.killed_receiver import deliver_until_killed
 from trackhub.testing.readback import Point
 from trackhub.testing.receiver_rig import ReceiverRig
 from trackhub.testing.scenarios import check_run
-from trackhub.testing.simulated_site import Call, FuturePayload, metric, series
+from trackhub.testing.simulated_site import Call, FuturePayload, artifact, image, metric, series
 
 __all__ = ["ConfirmationChecks", "ErrorChecks", "OutageChecks", "VolumeChecks"]
 
@@ -176,6 +176,34 @@ class ErrorChecks(ContractFixtures):
         assert "backend_error" not in run.rejected, f"{hint}. It raised {run.last_error}"
         assert (sum(run.rejected.values()), run.pending) == (len(unknown), 0), f"{hint}. The report says {run}"
         self._check_stored_without(rig, unknown)
+
+    def test_any_order_as_declared(self, kit: Kit) -> None:
+        """If the backend claims ``any_order``, records that come after later ones are stored like all others."""
+        can = kit.capabilities()
+        if not can.any_order:
+            return
+        assert can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE), (
+            f"any_order has no effect with redelivery={can.redelivery.value!r}; leave it out"
+        )
+        rig = kit.rig(proxy=FaultyBackend(late=[3, 4, 17])).start()
+        rig.log(_SITE, series("loss", range(25)))
+        rig.finish()
+        check_run(rig, [_SITE], "records 3, 4 and 17 came after record 24; leave any_order out if that is a problem")
+
+    def test_files_beside_as_declared(self, kit: Kit) -> None:
+        """If the backend claims ``files_beside``, a second thread writes the artifacts, and all is stored."""
+        can = kit.capabilities()
+        if not can.files_beside:
+            return
+        assert can.any_order, "files_beside has no effect without any_order; claim both or none"
+        assert can.kinds & {Kind.IMAGE, Kind.ARTIFACT}, "files_beside has no effect without images and artifacts"
+        rig = kit.rig().start()
+        for number in range(10):
+            files = [artifact(f"file-{number}", bytes([number]) * 1000)] if Kind.ARTIFACT in can.kinds else []
+            files += [image(f"image-{number}", number, shade=number)] if Kind.IMAGE in can.kinds else []
+            rig.log(_SITE, [*series(f"loss-{number}", range(20)), *files])
+        rig.finish()
+        check_run(rig, [_SITE], "a second thread wrote the files; leave files_beside out if that is a problem")
 
     def test_batches_are_as_large_as_declared(self, kit: Kit) -> None:
         """No batch is larger than ``max_batch``, and one of that size is stored."""

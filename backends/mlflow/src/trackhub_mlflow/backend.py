@@ -11,6 +11,8 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from trackhub.spi import (
     Backend,
     BackendContext,
@@ -24,13 +26,14 @@ from trackhub.spi import (
     Results,
     RunInfo,
 )
+from trackhub_mlflow.flat_params import stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.mlflow_run import MLflowRun
 from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, TAG_RULE, job_tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
 from trackhub_mlflow.rest_store import RestStore
 from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore
-from trackhub_mlflow.store import Experiment, SetupError, Store, StoredRun
+from trackhub_mlflow.store import Experiment, SetupError, Store, StoredRun, restore_command
 
 __all__ = ["MLflowBackend"]
 
@@ -46,6 +49,7 @@ class MLflowBackend(Backend[MLflowOptions]):
       millisecond is stored a millisecond later.
     - Infinities become the largest finite floats. SQLite has no negative zero.
     - Params are text, and nested ones are joined by dots.
+    - A NUL in the text of a param or tag becomes ``␀`` (U+2400), since PostgreSQL refuses it.
     - The federated round is not stored.
     """
 
@@ -56,6 +60,7 @@ class MLflowBackend(Backend[MLflowOptions]):
         redelivery=Redelivery.IDEMPOTENT,
         nonfinite=True,
         late_steps=True,
+        any_order=True,
         confirmed_by=ConfirmedBy.WRITE,
         key_rule=KEY_RULE,
         key_rules={Kind.TAGS: TAG_RULE},
@@ -71,6 +76,8 @@ class MLflowBackend(Backend[MLflowOptions]):
         self._store: Store
         if self._file is None:
             self._store = RestStore(options.tracking_uri, timeout_s=options.timeout_s)
+            # Not with a file: two threads would wait for SQLite's lock, and a copy on this machine is quick.
+            self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=True)
         else:
             self._store = SqliteStore(self._file)
         self._stored_runs: dict[str, StoredRun] = {}
@@ -124,8 +131,8 @@ class MLflowBackend(Backend[MLflowOptions]):
         experiment = self._store.experiment(name)
         if not experiment.active:
             raise SetupError(
-                f"the experiment {name!r} was deleted, which keeps its name taken. Restore it by `mlflow experiments "
-                f"restore --experiment-id {experiment.id}`, or set the option experiment_name"
+                f"the experiment {name!r} was deleted, which keeps its name taken. Restore it by "
+                f"`{restore_command(experiment.id)}`, or set the option experiment_name"
             )
         return experiment
 
@@ -159,4 +166,4 @@ def _common_tags(options: MLflowOptions, job: JobInfo) -> dict[str, str]:
     tags |= {job_tag_name(key): value for key, value in options.run_tags.items()}
     if options.note:
         tags[NOTE_TAG] = options.note
-    return tags
+    return {key: stored_text(value) for key, value in tags.items()}

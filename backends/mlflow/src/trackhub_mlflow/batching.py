@@ -81,7 +81,7 @@ def _require_active(store: Store, run_id: str) -> None:
     if run is None:
         raise TransientError(f"MLflow has no run {run_id} any more; its records wait for the store to be restored")
     if not run.active:
-        raise deleted_error(run_id)
+        raise deleted_error(store, run)
 
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -39,6 +39,7 @@ from trackhub.testing import (
     TextItem,
 )
 from trackhub_mlflow.backend import MLflowBackend
+from trackhub_mlflow.flat_params import stored_text
 from trackhub_mlflow.naming import artifact_path, cut_name, escape_name, file_part, logged_tag_name
 from trackhub_mlflow.options import sqlite_path
 from trackhub_mlflow.sqlite_store import SqliteStore
@@ -267,4 +268,4 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{name}.")
         else:
-            yield cut_name(name), json.dumps(value) if isinstance(value, list | Mapping) else str(value)
+            yield cut_name(name), stored_text(json.dumps(value) if isinstance(value, list | Mapping) else str(value))

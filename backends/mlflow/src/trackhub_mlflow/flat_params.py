@@ -11,13 +11,19 @@ from typing import Any
 
 from trackhub_mlflow.naming import cut_name, digest, escape_name
 
-__all__ = ["MAX_PARAM_CHARS", "MAX_TAG_CHARS", "ParamNames", "flatten", "pointer"]
+__all__ = ["MAX_PARAM_CHARS", "MAX_TAG_CHARS", "ParamNames", "flatten", "pointer", "stored_text"]
 
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 """The longest values. MLflow would cut off longer ones. Source: ``mlflow.utils.validation``, mlflow 3.17."""
 
 _SHOWN_CHARS = 200
+
+_REFUSED = {0: "\u2400"}
+"""The characters that a database behind MLflow is known to refuse, and what is stored in their place.
+
+PostgreSQL refuses a NUL in any text. MLflow's server then answers HTTP 500 each time. U+2400 is the symbol for NUL.
+"""
 
 LeafPath = tuple[str, ...]
 
@@ -32,11 +38,16 @@ def flatten(key: str, value: Any) -> Iterator[tuple[LeafPath, str]]:
         value: the param's value.
     """
     if not isinstance(value, dict) or not value:
-        yield (key,), str(value)
+        yield (key,), stored_text(str(value))
         return
     for name, inner in value.items():
         for path, text in flatten(escape_name(str(name)), inner):
             yield (key, *path), text
+
+
+def stored_text(text: str) -> str:
+    """Return a text as every database behind MLflow can hold it."""
+    return text.translate(_REFUSED)
 
 
 def pointer(text: str, path: str) -> str:

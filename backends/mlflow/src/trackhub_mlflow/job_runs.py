@@ -142,7 +142,7 @@ class JobRuns:
         """Return the run as the store has it now: its tags and params may be newer than those of the search."""
         current = self._store.run(run.id)
         if current is None or not current.active:
-            raise deleted_error(run.id)
+            raise deleted_error(self._store, run)
         return current
 
     def _open_site_run(self, place: _Place, info: RunInfo) -> StoredRun:
@@ -182,7 +182,7 @@ class JobRuns:
     def _require_not_deleted(self, experiment: Experiment, info: RunInfo, tag: str, identity: str) -> None:
         """Raise TransientError if somebody deleted the run, so that no new run begins in its middle."""
         for run in self._store.find_runs(experiment.id, tag, identity, deleted=True):
-            raise deleted_error(run.id)
+            raise deleted_error(self._store, run)
         _log.warning(
             "MLflow has no run of site %s of job %s any more; a new one begins at record %d. "
             "`trackhub replay --from-start` writes the whole run anew",

@@ -7,6 +7,7 @@ The lane calls `MLflowRun`. What becomes a metric, param or tag goes to the stor
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from trackhub.spi import (
 )
 from trackhub_mlflow import ui_files
 from trackhub_mlflow.batching import Item, send
-from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer
+from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer, stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.naming import digest, file_part, logged_tag_name
 from trackhub_mlflow.points import PointMaker, milliseconds
@@ -44,7 +45,10 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 
 
 class MLflowRun(BackendRun):
-    """Writes one run. When ``write`` returns, the store has everything, so no flush is needed."""
+    """Writes one run. When ``write`` returns, the store has everything, so no flush is needed.
+
+    Images and artifacts may come in a second thread. Only they use the paths of artifacts and the tag for images.
+    """
 
     def __init__(self, store: Store, run: StoredRun, info: RunInfo, job_runs: JobRuns) -> None:
         """Continue a run of the store.
@@ -65,6 +69,7 @@ class MLflowRun(BackendRun):
         self._tables: list[dict[str, str]] = _tables_in(run.tags.get(_TABLES_TAG, "[]"))
         self._has_images = _HAS_IMAGES.key in run.tags
         self._last_ms = 0
+        self._lock = threading.Lock()
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         """Store these entries. A record that MLflow refuses is rejected by name and costs no other record.
@@ -78,7 +83,8 @@ class MLflowRun(BackendRun):
         for entry in batch:
             time_ms = milliseconds(entry.time)
             if time_ms > self._last_ms:
-                self._last_ms = time_ms
+                with self._lock:
+                    self._last_ms = max(self._last_ms, time_ms)
             payload = entry.payload
             if isinstance(payload, Metrics):
                 self._add_points(entry, payload, time_ms, items)
@@ -94,6 +100,7 @@ class MLflowRun(BackendRun):
                 rejections[entry.position] = Rejection(entry.position, error.reason, str(error))
         for rejection in send(self._store, self._run.id, items):
             rejections.setdefault(rejection.position, rejection)
+        self._has_images = self._has_images or any(item.what is _HAS_IMAGES for item in items)
         return WriteReport([rejections[position] for position in sorted(rejections)]) if rejections else None
 
     def finish(self, status: RunStatus) -> None:
@@ -118,8 +125,8 @@ class MLflowRun(BackendRun):
                 yield Item(entry.position, "param", Pair(name, shown))
 
     def _tag_items(self, entry: Entry, payload: Tags) -> Iterator[Item]:
-        for key, text in payload.values.items():
-            name = logged_tag_name(key)
+        for key, value in payload.values.items():
+            name, text = logged_tag_name(key), stored_text(value)
             shown = _shown("tags", text, MAX_TAG_CHARS, name)
             if shown != text:
                 self._put(_path_of_whole("tags", name, text), text.encode())
@@ -146,7 +153,6 @@ class MLflowRun(BackendRun):
             except ui_files.UnreadableImageError as error:
                 raise _RejectedError("invalid_image", f"{payload.key!r}: {error}") from error
             if not self._has_images:
-                self._has_images = True
                 yield Item(entry.position, "tag", _HAS_IMAGES)
         elif isinstance(payload, Artifact):
             self._put(self._artifact_paths.path(entry, payload), self._blob(payload.blob))

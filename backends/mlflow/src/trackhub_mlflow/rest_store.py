@@ -14,6 +14,7 @@ import contextlib
 import email.utils
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from trackhub_mlflow.artifact_upload_by_client import put_by_client
 from trackhub_mlflow.login import open_session
 from trackhub_mlflow.options import server_url
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun, root_cause
+from trackhub_mlflow.upload_limit import UploadLimit
 
 if TYPE_CHECKING:
     import requests
@@ -37,7 +39,6 @@ _API = "/api/2.0/mlflow"
 _ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 _CONNECT_S = 3.0
 _PAGE = 1000
-_SLOWEST_UPLOAD = 1 << 20  # bytes per second; a large artifact may take longer than timeout_s
 
 # Error codes of the store itself, not of a proxy on the way, for a request that it will never accept.
 _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"})
@@ -49,19 +50,29 @@ class _NotFoundError(TransientError):
     """The server does not have it. Somebody may have deleted it, or has yet to restore it."""
 
 
+class _TimedOutError(TransientError):
+    """The server did not answer in time."""
+
+
 class RestStore:
-    """The store behind an MLflow server. It implements `Store`, whose docstrings say what each method does."""
+    """The store behind an MLflow server. It implements `Store`, whose docstrings say what each method does.
+
+    Several threads may use it. Each has connections of its own, since a session of ``requests`` is for one thread.
+    """
 
     def __init__(self, uri: str, *, timeout_s: float) -> None:
         """Keep the address. Nothing is sent yet.
 
         Args:
             uri: the server's URI, with a user and password in it or without.
-            timeout_s: longest time in seconds that one request waits; the upload of a large artifact may take longer.
+            timeout_s: longest time in seconds that one request waits. The upload of an artifact may take longer, as
+                long as the rate that was seen lets it.
         """
         self._url, self._login = server_url(uri)
         self._timeout_s = timeout_s
-        self._session: requests.Session | None = None
+        self._upload_limit = UploadLimit()
+        self._own = threading.local()
+        self._sessions: set[requests.Session] = set()
 
     def experiment(self, name: str) -> Experiment:
         """Return the experiment of this name. Create it if there is none."""
@@ -76,6 +87,11 @@ class RestStore:
         raise TransientError(
             f"MLflow server {self._url} created the experiment {name!r} but does not find it; see its log"
         )
+
+    def is_experiment_deleted(self, experiment_id: str) -> bool:
+        """Return whether somebody deleted this experiment."""
+        found = self._get("/experiments/get", {"experiment_id": experiment_id})["experiment"]
+        return bool(found.get("lifecycle_stage", "active") != "active")
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run and return it."""
@@ -140,14 +156,21 @@ class RestStore:
             put_by_client(run.artifact_uri, path, content)
             return
         size = content.stat().st_size if isinstance(content, Path) else len(content)
-        timeout_s = self._timeout_s + size / _SLOWEST_UPLOAD
-        url = quote(url, safe="/:[]@%")
+        started = time.monotonic()
+        try:
+            self._upload(quote(url, safe="/:[]@%"), content, self._timeout_s + self._upload_limit.seconds(size))
+        except _TimedOutError:
+            self._upload_limit.timed_out()
+            raise
+        self._upload_limit.succeeded(size, time.monotonic() - started)
+
+    def _upload(self, url: str, content: bytes | Path, timeout_s: float) -> None:
         headers = {"Content-Type": "application/octet-stream"}
-        if isinstance(content, Path):
-            with content.open("rb") as file:
-                self._request("PUT", url, timeout_s=timeout_s, data=file, headers=headers)
-        else:
+        if isinstance(content, bytes):
             self._request("PUT", url, timeout_s=timeout_s, data=content, headers=headers)
+            return
+        with content.open("rb") as file:
+            self._request("PUT", url, timeout_s=timeout_s, data=file, headers=headers)
 
     def artifact_sizes(self, run: StoredRun, folder: str) -> dict[str, int]:
         """Return the names in a folder of a run's artifacts with their sizes in bytes; a folder has the size -1."""
@@ -184,9 +207,9 @@ class RestStore:
 
     def close(self) -> None:
         """Close the connections. The next call opens them again."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._own = threading.local()
+        while self._sessions:
+            self._sessions.pop().close()
 
     def _create_experiment(self, name: str) -> None:
         tags = [Pair("mlflow.experimentKind", "custom_model_development")]
@@ -216,18 +239,22 @@ class RestStore:
     def _request(self, method: str, url: str, *, timeout_s: float | None = None, **kwargs: Any) -> requests.Response:
         from requests import exceptions
 
-        if self._session is None:
-            self._session = open_session(self._login)
+        session = self._session()
         timeout = (min(_CONNECT_S, self._timeout_s), timeout_s or self._timeout_s)
         try:
-            response = self._session.request(method, url, timeout=timeout, verify=self._session.verify, **kwargs)
+            response = session.request(method, url, timeout=timeout, verify=session.verify, **kwargs)
         except exceptions.SSLError as error:
             raise SetupError(f"MLflow server {self._url}: TLS fails: {root_cause(error)}") from error
         except (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.InvalidHeader) as error:
             raise SetupError(f"MLflow server {self._url} cannot be asked: {root_cause(error)}") from error
-        except exceptions.Timeout as error:
+        except exceptions.ProxyError as error:
             raise TransientError(
-                f"MLflow server {self._url} does not answer within {timeout[1]:g} s; see whether it is overloaded"
+                f"the proxy on the way to MLflow server {self._url} cannot be used: {root_cause(error)}. Check "
+                "HTTPS_PROXY and HTTP_PROXY in the environment of the receiver, or name the server in NO_PROXY"
+            ) from error
+        except exceptions.Timeout as error:
+            raise _TimedOutError(
+                f"MLflow server {self._url} does not answer within {timeout[1]:.4g} s; see whether it is overloaded"
             ) from error
         except exceptions.RequestException as error:
             raise TransientError(
@@ -236,6 +263,13 @@ class RestStore:
         if response.ok:
             return response
         raise self._failure(response)
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._own, "session", None)
+        if session is None:
+            session = self._own.session = open_session(self._login)
+            self._sessions.add(session)
+        return session
 
     def _failure(self, response: requests.Response) -> Exception:
         """Return the error that a reply other than 2xx stands for."""

@@ -66,6 +66,11 @@ class SqliteStore:
                 found = store.get_experiment_by_name(name)
             return Experiment(found.experiment_id, found.lifecycle_stage == "active", found.artifact_location)
 
+    def is_experiment_deleted(self, experiment_id: str) -> bool:
+        """Return whether somebody deleted this experiment."""
+        with self._store() as store:
+            return bool(store.get_experiment(experiment_id).lifecycle_stage != "active")
+
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run and return it."""
         from mlflow.entities import RunTag

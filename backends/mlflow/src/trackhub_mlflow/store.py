@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "StoredRun",
     "deleted_error",
+    "restore_command",
     "root_cause",
 ]
 
@@ -40,12 +41,26 @@ class RefusedError(Exception):
     """MLflow says that it will never store what this request holds."""
 
 
-def deleted_error(run_id: str) -> TransientError:
-    """Return the error for a run that somebody deleted in MLflow. The deletion can be undone."""
+def deleted_error(store: Store, run: StoredRun) -> TransientError:
+    """Return the error for a run that somebody deleted in MLflow, alone or with its experiment. Both can be undone.
+
+    Raises:
+        TransientError: the store cannot be asked now.
+    """
+    if store.is_experiment_deleted(run.experiment_id):
+        return TransientError(
+            f"MLflow experiment {run.experiment_id} was deleted with its run {run.id}, so the records wait. Restore it "
+            f"with all its runs by `{restore_command(run.experiment_id)}`"
+        )
     return TransientError(
-        f"MLflow run {run_id} was deleted, so its records wait. Restore it in the UI, or by "
-        f"`mlflow runs restore --run-id {run_id}`"
+        f"MLflow run {run.id} was deleted, so its records wait. Restore it in the UI, or by "
+        f"`mlflow runs restore --run-id {run.id}`"
     )
+
+
+def restore_command(experiment_id: str) -> str:
+    """Return the command that undoes the deletion of an experiment, and of the runs that were deleted with it."""
+    return f"mlflow experiments restore --experiment-id {experiment_id}"
 
 
 def root_cause(error: BaseException) -> str:
@@ -135,6 +150,9 @@ class Store(Protocol):
 
     def experiment(self, name: str) -> Experiment:
         """Return the experiment of this name. Create it if there is none."""
+
+    def is_experiment_deleted(self, experiment_id: str) -> bool:
+        """Return whether somebody deleted this experiment."""
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run and return it. MLflow chooses its id, so calling this twice creates two runs.

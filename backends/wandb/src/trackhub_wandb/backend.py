@@ -142,6 +142,8 @@ class WandBBackend(Backend[WandBOptions]):
         """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no server."""
         for run in self._runs:
             run.abandon()
+        if self._server is not None:
+            self._server.close()
         stop_service(_CLOSE_TIMEOUT_S)
 
     @property

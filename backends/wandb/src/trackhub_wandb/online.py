@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a W&B server. `backend` opens it in the mode online.
 
-It writes with `sdk_run` and confirms by what `server_state` says.
+It writes with `sdk_run` and confirms by what `server_state` says, or else by what `upload_log` says.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk_process import abandon_runs, open_sdk_run, service_is_lost, stop_service
 from trackhub_wandb.sdk_run import SdkRun, first_config
+from trackhub_wandb.upload_log import UploadLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from wandb.sdk.artifacts.artifact import Artifact as SdkArtifact
 
@@ -37,6 +38,8 @@ _POLL_MAX_S = 0.5
 _FILES_AT_ONCE = 50
 _MAX_UNCONFIRMED = 5000
 _STALLED_FLUSHES = 3
+_COUNT_LAG_S = 2.0
+"""How long the server's count may lag behind its own acknowledgement, before the acknowledgement is taken."""
 
 
 class OnlineRun(BackendRun):
@@ -44,6 +47,10 @@ class OnlineRun(BackendRun):
 
     ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
     arrived. For an artifact, the SDK passes on the server's own acknowledgement.
+
+    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` goes by
+    the SDK: its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
+    ``Confirmation.CLIENT``.
 
     The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``
     is. Rows before that are not sent again (``Redelivery.IDEMPOTENT``).
@@ -78,8 +85,12 @@ class OnlineRun(BackendRun):
             "name": settings["run_id"],
         }
         self._rows_before = 0
+        self._log: UploadLog | None = None
+        self._is_count_doubted = False
         self._unconfirmed: list[Entry] = []
         self._stalled = (0, 0)
+        self._acknowledged_at: float | None = None
+        self._by = Confirmation.STORE
         self._ended = False
         self.url: str | None = None
         self._run: SdkRun | None = self._open()
@@ -108,6 +119,7 @@ class OnlineRun(BackendRun):
         self._await_artifacts(run, deadline)
         wait = threading.Event().wait
         pause = _POLL_S
+        self._acknowledged_at, self._by = None, Confirmation.STORE
         while missing := self._missing(run):
             if time.monotonic() + pause > deadline:
                 self._help_along(run, missing)
@@ -118,7 +130,7 @@ class OnlineRun(BackendRun):
             pause = min(2 * pause, _POLL_MAX_S)
         self._unconfirmed.clear()
         self._stalled = (0, 0)
-        return Confirmation.STORE
+        return self._by
 
     def finish(self, status: RunStatus) -> None:
         """End the run at the server with this status. Waits at most ``finish_timeout_s``.
@@ -173,7 +185,18 @@ class OnlineRun(BackendRun):
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
         self.url = opened.url
         self._path = {"entity": opened.entity, "project": opened.project, "name": opened.id}
-        self._rows_before = int((state or {}).get("historyLineCount") or 0)
+        self._rows_before = _count(state) or 0
+        self._log = UploadLog(Path(opened.settings.log_internal))
+        last_step = _last_step(state)
+        if last_step is not None and opened.starting_step > last_step + 1:
+            # The SDK goes on behind the count, and drops the rows in between without a word.
+            abandon_runs([opened])
+            raise TransientError(
+                f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but "
+                f"its last one is step {last_step}. The SDK would lose records {last_step + 1} to "
+                f"{opened.starting_step - 1} there, so they all wait. `trackhub replay --from-start` with another "
+                "project writes the whole run anew"
+            )
         try:
             return SdkRun(
                 opened, self._info, self._options, self._settings.get("run_tags") or (), self._before_artifact
@@ -247,9 +270,8 @@ class OnlineRun(BackendRun):
     def _missing(self, run: SdkRun) -> _Missing | None:
         """Return the first part of what the SDK got that the server lacks, or None if it has everything."""
         state = self._server.state(self._path) or {}
-        arrived = int(state.get("historyLineCount") or 0) - self._rows_before
-        if arrived < run.rows:
-            return _Missing(run.rows - arrived)
+        if missing := self._missing_rows(run, _count(state)):
+            return missing
         if run.config_changed:
             config = json.loads(state.get("config") or "{}")
             held = (config.get(CONFIG_ENTRY) or {}).get("value") or {}
@@ -264,6 +286,46 @@ class OnlineRun(BackendRun):
                     return _Missing(0, name)
                 del run.files[name]
         return None
+
+    def _missing_rows(self, run: SdkRun, count: int | None) -> _Missing | None:
+        """Return how many rows are missing, by the server's count, or else by what the SDK's service noted."""
+        if count is not None and count - self._rows_before == run.rows:
+            return None
+        assert self._log is not None
+        acknowledged = self._log.rows()
+        if acknowledged < run.rows or self._log.has_given_up:
+            return _Missing(max(1, run.rows - acknowledged))
+        now = time.monotonic()
+        self._acknowledged_at = self._acknowledged_at or now
+        is_behind = count is not None and count - self._rows_before < run.rows
+        if is_behind and not self._is_count_doubted and now < self._acknowledged_at + _COUNT_LAG_S:
+            return _Missing(run.rows - ((count or 0) - self._rows_before))
+        if not self._is_count_doubted:
+            self._is_count_doubted = True
+            _log.warning(
+                "W&B at %s says that the run of %s has %s rows, after it acknowledged %d to the SDK. From now on its "
+                "acknowledgements count where its number does not fit. The report shows such records as "
+                "client_confirmed",
+                self._server.login.base_url, self._info.site, "no number of" if count is None else count,
+                self._rows_before + run.rows,
+            )  # fmt: skip
+        self._by = Confirmation.CLIENT
+        return None
+
+
+def _count(state: dict[str, Any] | None) -> int | None:
+    """Return how many rows the server says that a run has; None if it does not say, or says nonsense."""
+    count = (state or {}).get("historyLineCount")
+    return count if isinstance(count, int) and count >= 0 else None
+
+
+def _last_step(state: dict[str, Any] | None) -> int | None:
+    """Return the ``_step`` of the last row of a run; None if it has none, or the server does not say."""
+    try:
+        step = json.loads(json.loads((state or {})["historyTail"])[-1])["_step"]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class _Missing(NamedTuple):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from trackhub.spi import TransientError
 from trackhub_wandb.sdk_process import QUIET_SETTINGS, exclusive_sdk
 
 if TYPE_CHECKING:
-    from wandb.apis.public.service_api import ServiceApi
+    import requests
 
     from trackhub_wandb.options import WandBOptions
     from trackhub_wandb.sdk_process import Login
@@ -25,13 +26,16 @@ RunPath = dict[str, str | None]
 
 _TIMEOUT_S = 5.0
 _DOWN_S = 3.0
+_MAX_TEXT = 300
 
 # The SDK asks for the same fields when it resumes a run or lists its files, so every server has them.
+_STATE_NAME = "TrackhubRunState"
 _STATE = """query TrackhubRunState($project: String, $entity: String, $name: String!) {
     model(name: $project, entityName: $entity) {
-        bucket(name: $name, missingOk: true) { historyLineCount config }
+        bucket(name: $name, missingOk: true) { historyLineCount historyTail config }
     }
 }"""
+_FILES_NAME = "TrackhubRunFiles"
 _FILES = """
 query TrackhubRunFiles($project: String!, $entity: String!, $name: String!, $names: [String], $count: Int) {
     project(name: $project, entityName: $entity) {
@@ -41,7 +45,10 @@ query TrackhubRunFiles($project: String!, $entity: String!, $name: String!, $nam
 
 
 class Server:
-    """The server of one backend.
+    """The server of one backend. It is asked over HTTP, with the SDK's login, proxies and certificates.
+
+    The SDK has a call for such questions, too. But that sends an empty ``operationName`` beside a query with a name.
+    The GraphQL specification forbids this, and some servers refuse it (wandb 0.31).
 
     If the server does not answer, all runs take it for down for 3 seconds. Otherwise each of many runs would wait its
     full time for the same dead server.
@@ -54,17 +61,16 @@ class Server:
         """Connect with the first question, not here."""
         self.login = login
         self._options = options
-        self._api: ServiceApi | None = None
-        self._connection: Any = None
+        self._session: requests.Session | None = None
         self._down_until = 0.0
 
     def state(self, path: RunPath) -> dict[str, Any] | None:
-        """Return ``historyLineCount`` and ``config`` (JSON) of a run, or None if there is no such run.
+        """Return ``historyLineCount``, ``historyTail`` and ``config`` (JSON) of a run. None if there is no such run.
 
         Raises:
             TransientError: the server does not answer.
         """
-        bucket = (self._ask(_STATE, path).get("model") or {}).get("bucket")
+        bucket = (self._ask(_STATE_NAME, _STATE, path).get("model") or {}).get("bucket")
         return dict(bucket) if bucket is not None else None
 
     def file_sizes(self, path: RunPath, names: list[str]) -> dict[str, int]:
@@ -73,33 +79,84 @@ class Server:
         Raises:
             TransientError: the server does not answer.
         """
-        data = self._ask(_FILES, {**path, "names": names, "count": len(names)})
+        data = self._ask(_FILES_NAME, _FILES, {**path, "names": names, "count": len(names)})
         run = (data.get("project") or {}).get("run") or {}
         nodes = (edge["node"] for edge in (run.get("files") or {}).get("edges", ()))
         return {node["name"]: int(node["sizeBytes"]) for node in nodes}
 
-    def _ask(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+    def close(self) -> None:
+        """Close the connections. The next question opens them again."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _ask(self, name: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         if time.monotonic() < self._down_until:
             raise TransientError(f"W&B at {self.login.base_url} did not answer a moment ago; it is asked again soon")
         try:
-            answer: dict[str, Any] = self._connected().execute_graphql(query, variables)
+            return self._post({"operationName": name, "query": query, "variables": variables})
         except Exception as error:
-            # The handle may belong to a service that has ended.
-            self._api = None
+            self.close()  # the next question reads the login anew: a token may have expired
             self._down_until = time.monotonic() + _DOWN_S
-            raise TransientError(f"W&B at {self.login.base_url} does not answer what it has: {error}") from error
-        return answer
+            if isinstance(error, TransientError):
+                raise
+            raise TransientError(f"{_who_failed(self.login.base_url, error)}: {error}") from error
 
-    def _connected(self) -> ServiceApi:
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self._session is None:
+            self._session = self._log_in()
+        # Not `allow_redirects`: requests would make a GET of it, and pass on the login.
+        reply = self._session.post(
+            f"{self.login.base_url.rstrip('/')}/graphql", json=body, timeout=_TIMEOUT_S, allow_redirects=False
+        )
+        if not reply.ok or reply.is_redirect:
+            raise TransientError(
+                f"W&B at {self.login.base_url} answers HTTP {reply.status_code} to the question what it has: "
+                f"{' '.join(reply.text[:_MAX_TEXT].split())}"
+            )
+        answer = reply.json()
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(data, dict):
+            raise TransientError(
+                f"W&B at {self.login.base_url} does not answer what it has: {str(answer)[:_MAX_TEXT]}. Expected the "
+                "reply of a W&B server to a GraphQL query"
+            )
+        return data
+
+    def _log_in(self) -> requests.Session:
+        import requests
         from wandb.apis.public.service_api import ServiceApi
 
         with exclusive_sdk() as wandb:
-            singleton = wandb.sdk.wandb_setup.singleton()
-            if self._api is None or self._connection is not singleton._connection:
-                settings = singleton.settings.model_copy()
-                extra = {**QUIET_SETTINGS, **self._options.settings, "base_url": self.login.base_url}
-                settings.update_from_dict(extra)
-                wandb.sdk.lib.wbauth.set_auth_settings(settings, self.login.auth)
-                self._connection = singleton._connection
-                self._api = ServiceApi(settings=settings, timeout=_TIMEOUT_S)
-            return self._api
+            settings = wandb.sdk.wandb_setup.singleton().settings.model_copy()
+            extra = {**QUIET_SETTINGS, **self._options.settings, "base_url": self.login.base_url}
+            settings.update_from_dict(extra)
+            wandb.sdk.lib.wbauth.set_auth_settings(settings, self.login.auth)
+            token = ServiceApi(settings=settings, timeout=_TIMEOUT_S).access_token() if self.login.token_path else None
+        session = requests.Session()
+        session.auth = _Bearer(token) if token else ("api", self.login.api_key or "")
+        session.headers.update({"User-Agent": "trackhub-wandb", **(settings.x_extra_http_headers or {})})
+        chosen = {"http": settings.http_proxy, "https": settings.https_proxy}
+        session.proxies.update({scheme: proxy for scheme, proxy in chosen.items() if proxy})
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+        session.verify = False if settings.insecure_disable_ssl else bundle or True
+        return session
+
+
+class _Bearer:
+    """Sends an access token. As a header of the session, it would lose against a login in the user's ``.netrc``."""
+
+    def __init__(self, token: str) -> None:
+        self._header = f"Bearer {token}"
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self._header
+        return request
+
+
+def _who_failed(url: str, error: Exception) -> str:
+    from requests.exceptions import ProxyError
+
+    if isinstance(error, ProxyError):
+        return f"the proxy on the way to W&B at {url} cannot be used (check HTTPS_PROXY, HTTP_PROXY and NO_PROXY)"
+    return f"W&B at {url} does not answer what it has"

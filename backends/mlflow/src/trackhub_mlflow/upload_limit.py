@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the upload of an artifact may take, by the rate that was seen.
+
+`RestStore` asks before each upload, and tells how it went. A proxy may take the whole file at once and pass it on
+slowly, so a silence says nothing until much time has passed. The lane uploads files beside metrics, so a long wait
+holds up none.
+"""
+
+from __future__ import annotations
+
+__all__ = ["UploadLimit"]
+
+_FIRST_RATE = 64 << 10  # bytes per second: a slow line, before anything was seen
+_LOWEST_RATE = 1 << 10
+_SLACK = 4.0  # an upload may take so many times as long as the slowest one seen lately
+_MIN_BYTES = 256 << 10  # a smaller file says nothing of the rate
+
+
+class UploadLimit:
+    """The time limit of uploads to one server. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        """Start with a slow line."""
+        self._rate = float(_FIRST_RATE)
+
+    def seconds(self, size: int) -> float:
+        """Return how long the upload of so many bytes may take."""
+        return size / self._rate
+
+    def succeeded(self, size: int, took_s: float) -> None:
+        """Learn the rate from an upload that went through."""
+        if size >= _MIN_BYTES:
+            self._rate = max(_LOWEST_RATE, size / max(took_s, 1e-3) / _SLACK)
+
+    def timed_out(self) -> None:
+        """Allow twice the time from now on."""
+        self._rate = max(_LOWEST_RATE, self._rate / 2)

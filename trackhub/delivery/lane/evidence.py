@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence that one record is bad, and that the store is not away.
+
+`Isolation` keeps one `Evidence` for the record that it suspects. It asks it what to write next, and tells it what came
+of that.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import sqlite3
+from collections.abc import Callable
+
+from trackhub.records import Artifact, Image, Metrics, Params, Tags
+from trackhub.spi import Entry
+
+__all__ = ["Evidence", "share_keys", "sort_of", "speaks_of_the_store"]
+
+_STEPS = 24
+_EACH = 4
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_MAX_CAUSES = 10
+
+# Of trackhub alone: to draw from the shared generator would change what training draws from it.
+_chance = random.Random()
+
+
+def _toss() -> bool:
+    return _chance.random() < 0.5
+
+
+class Evidence:
+    """Tells a bad record from an outage by 24 steps, in each of which a coin chooses what is written.
+
+    The coin chooses between the suspect and a neighbour, which is another record. A step speaks against the suspect if
+    the chosen neighbour is stored, or the chosen suspect fails. Any other outcome ends the series, and a new one
+    begins. After 24 such steps in a row, with at least four of each, the record is bad.
+
+    This holds whatever pattern an outage has. The store cannot know the coin. So a store that is away and back again,
+    also one that fails with every second request, gives the wrong outcome in each step with a probability of one half
+    at least. It passes 24 steps with less than one in ten million. A record that the store always refuses, while the
+    store is well, passes them at once.
+    """
+
+    def __init__(self, toss: Callable[[], bool] | None = None) -> None:
+        """Start with none. ``toss`` is the coin; True chooses the suspect."""
+        self._toss = toss or _toss
+        self._stored = 0
+        self._refused = 0
+
+    def chooses_suspect(self) -> bool:
+        """Toss the coin. Return True if the suspect is to be written, False for the neighbour."""
+        return self._toss()
+
+    def note_stored(self) -> None:
+        """Count a step in which the neighbour was stored."""
+        self._stored += 1
+
+    def note_refused(self) -> None:
+        """Count a step in which the suspect failed."""
+        self._refused += 1
+
+    def begin_again(self) -> None:
+        """Begin a new series: the store failed with the neighbour as well, or may be full."""
+        self._stored = self._refused = 0
+
+    def is_enough(self) -> bool:
+        """Return whether the record is bad."""
+        return self._stored + self._refused >= _STEPS and min(self._stored, self._refused) >= _EACH
+
+
+def sort_of(entry: Entry) -> str | None:
+    """Return which neighbours can speak against an entry: those of the same sort. None if there are none.
+
+    Stores often keep values in a database and everything else in files, and one of the two may be away alone. The way
+    to the store may also be too slow for a large file and fast enough for everything else.
+    """
+    if isinstance(entry.payload, Image | Artifact):
+        return None
+    return "value" if isinstance(entry.payload, Metrics | Params | Tags) else "document"
+
+
+def share_keys(one: Entry, other: Entry) -> bool:
+    """Return whether two entries are of one kind and share a key, so that their order may matter."""
+    return type(one.payload) is type(other.payload) and not _keys(one).isdisjoint(_keys(other))
+
+
+def _keys(entry: Entry) -> set[str]:
+    payload = entry.payload
+    if isinstance(payload, Metrics | Params | Tags):
+        return set(payload.values)
+    return {payload.key}  # type: ignore[union-attr]  # every other kind has one; gaps never come here
+
+
+def speaks_of_the_store(error: BaseException) -> bool:
+    """Return whether an error itself says that the store is busy or full.
+
+    A full disk may still take small records, and so behave as if a large one were bad.
+    """
+    if getattr(error, "retry_after_s", None) is not None:
+        return True
+    cause: BaseException | None = error
+    for _ in range(_MAX_CAUSES):
+        if cause is None:
+            return False
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
+            return True
+        if isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", None) in _SQLITE_FULL:
+            return True
+        cause = cause.__cause__ or cause.__context__ or getattr(cause, "orig", None)
+    return False
+
+
+_SQLITE_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY})

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing images and artifacts beside everything else, so that a large file holds up no metrics.
+
+`Lane` has one `FileUploads`, a thread, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files
+of its run through a `FileQueue`, and takes back what came of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
+from trackhub.delivery.retry import Backoff
+from trackhub.errors import PermanentError
+from trackhub.records import Artifact, Image
+from trackhub.spi import BackendRun, Entry, Rejection
+
+__all__ = ["FileOutcome", "FileQueue", "FileUploads", "is_file"]
+
+_MAX_WAITING = 64
+_IDLE_S = 3600.0
+
+
+def is_file(entry: Entry) -> bool:
+    """Return whether an entry is an image or an artifact, whose content lies in a file of its own."""
+    return isinstance(entry.payload, Image | Artifact)
+
+
+class FileOutcome(NamedTuple):
+    """What came of an attempt to write a file.
+
+    Attributes:
+        entry: the image or artifact.
+        rejected: why it will never be stored, None if it was stored or is tried again.
+        error: why it was not stored, None if it was stored or the backend reported it as rejected.
+        is_first: it is the first failure of this file.
+    """
+
+    entry: Entry
+    rejected: Rejection | None = None
+    error: BaseException | None = None
+    is_first: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it was stored or rejected. Otherwise it is tried again."""
+        return self.error is None or self.rejected is not None
+
+
+@dataclass(slots=True)
+class _Waiting:
+    entry: Entry
+    not_before: float = 0.0
+    backoff: Backoff = field(default_factory=lambda: Backoff())
+
+
+class FileQueue:
+    """The files of one run that are not settled. `RunDelivery` and the thread of `FileUploads` share it."""
+
+    def __init__(self, uploads: FileUploads, site_id: int) -> None:
+        """Start empty; ``site_id`` is the site's id in the journal."""
+        self.site_id = site_id
+        self._uploads = uploads
+        self._lock = threading.Lock()
+        self._run: BackendRun | None = None
+        self._waiting: deque[_Waiting] = deque()
+        self._outcomes: deque[FileOutcome] = deque()
+        self._unsettled: dict[int, Entry] = {}
+
+    def add(self, run: BackendRun, entries: list[Entry]) -> None:
+        """Have files of this run written. Does not block."""
+        with self._lock:
+            self._run = run
+            self._waiting.extend(map(_Waiting, entries))
+            self._unsettled.update((entry.position, entry) for entry in entries)
+        if entries:
+            self._uploads.begin(self)
+
+    def is_full(self) -> bool:
+        """Return whether no more files should be added: each confirmation stores those that are not settled."""
+        return len(self._unsettled) >= _MAX_WAITING
+
+    def unsettled(self) -> list[Entry]:
+        """Return the files that are neither stored nor rejected, as far as `collect` has told."""
+        return list(self._unsettled.values())
+
+    def collect(self) -> list[FileOutcome]:
+        """Return what came of the files since the last call."""
+        with self._lock:
+            found = list(self._outcomes)
+            self._outcomes.clear()
+        for outcome in found:
+            if outcome.is_settled:
+                self._unsettled.pop(outcome.entry.position, None)
+        return found
+
+    def next_due(self) -> float | None:
+        """Return when the next file is to be tried, on the monotonic clock; None if there is none."""
+        with self._lock:
+            return min((waiting.not_before for waiting in self._waiting), default=None)
+
+    def write_next(self, *, hurry: bool) -> None:
+        """Write the next file that is due; with ``hurry`` also one that should wait. Blocks as the backend does."""
+        with self._lock:
+            now = time.monotonic()
+            due = next((waiting for waiting in self._waiting if hurry or waiting.not_before <= now), None)
+            if due is None or self._run is None:
+                return
+            self._waiting.remove(due)
+            run = self._run
+        outcome = _write(run, due.entry)
+        with self._lock:
+            if not outcome.is_settled:
+                # It goes behind the others, so that one bad file does not hold up the rest.
+                wait_s = checked_wait_s(getattr(outcome.error, "retry_after_s", None))
+                outcome = outcome._replace(is_first=due.backoff.failures == 0)
+                due.not_before = time.monotonic() + due.backoff.next_wait_s(wait_s)
+                self._waiting.append(due)
+            self._outcomes.append(outcome)
+
+
+class FileUploads:
+    """One thread that writes the files of all runs of a lane, one at a time, in turn."""
+
+    def __init__(self, lane: str, on_outcome: Callable[[int], None]) -> None:
+        """Prepare the thread; ``on_outcome`` is called in it with a site's id when something came of a file."""
+        self._on_outcome = on_outcome
+        self._queues: dict[int, FileQueue] = {}
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._hurry = False
+        self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{lane}-files", daemon=True)
+
+    def begin(self, queue: FileQueue) -> None:
+        """Look at this queue from now on. The first call starts the thread."""
+        self._queues[queue.site_id] = queue
+        self._wake.set()
+        if not self._thread.is_alive() and not self._stop.is_set():
+            self._thread.start()
+
+    def hurry(self) -> None:
+        """Try each file that waits once more at once, for the end of the job."""
+        if not self._hurry:
+            self._hurry = True
+            self._wake.set()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Start no other file. Return whether the thread has ended; it may still be writing a file."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        was_hurried = False
+        while not self._stop.is_set():
+            self._wake.clear()
+            hurry, was_hurried = self._hurry and not was_hurried, self._hurry
+            due = time.monotonic() + _IDLE_S
+            for queue in list(self._queues.values()):
+                first = queue.next_due()
+                if first is None or self._stop.is_set():
+                    continue
+                if hurry or first <= time.monotonic():
+                    queue.write_next(hurry=hurry)
+                    self._on_outcome(queue.site_id)
+                following = queue.next_due()
+                due = due if following is None else min(due, following)
+            self._wake.wait(max(0.0, due - time.monotonic()))
+
+
+def _write(run: BackendRun, entry: Entry) -> FileOutcome:
+    try:
+        report = checked_report(run.write([entry]))
+    except PermanentError as e:
+        detail = f"{type(e).__name__}: {e}"
+        return FileOutcome(entry, Rejection(entry.position, "permanent_error", detail), e)
+    except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the thread
+        return FileOutcome(entry, error=e)
+    rejected = [r for r in report.rejected if r.position == entry.position] if report is not None else []
+    return FileOutcome(entry, rejected[0] if rejected else None)
