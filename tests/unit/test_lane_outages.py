@@ -85,6 +85,8 @@ def deliver(bench: Bench, backend: MemoryBackend, turns: int) -> tuple[bool, Run
     is_done = run.is_idle()
     if is_done:
         run.finish(RunStatus.FINISHED)
+    if (end := run.unstored_end()) is not None:
+        bench.journal.save_runs({("memory", site): end})
     report = run_of(bench.journal.report(["memory"]))
     assert report.confirmed + report.pending + sum(report.rejected.values()) == sum(bench.counts.values())
     return is_done, report
