@@ -106,9 +106,9 @@ class _Sites:
     def assume_ended(self, site: str) -> None:
         self._failed.setdefault(site, False)
 
-    def status(self, site: str, job: RunStatus) -> RunStatus:
-        """Return how the run of a site ended, for a job that ended so."""
-        if job is RunStatus.KILLED and site in self._failed:  # it could say how it ended
+    def status(self, site: str, job: RunStatus, *, was_killed: bool) -> RunStatus:
+        """Return how a site's run ended. Where the job ``was_killed``, the site may have said it of itself."""
+        if was_killed and site in self._failed:
             return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
         if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
             return RunStatus.FAILED
@@ -431,7 +431,8 @@ class Receiver:
         except JournalError as e:
             # A disk that fails now must not keep the lanes from ending their runs at the backends.
             _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
-        by_site = {name: self._sites.status(name, status) for name in sites}
+        was_killed = self._ended is RunStatus.KILLED
+        by_site = {name: self._sites.status(name, status, was_killed=was_killed) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
@@ -442,7 +443,9 @@ class Receiver:
         # Sooner than `join` gives a lane up: one that waits for a locked journal is not one whose backend hangs.
         self._journal.limit_waits(deadline + _END_S / 2)
         for lane in self._lanes:
-            lane.begin_finish(by_site, self._sites.status("", status))  # of other sites nothing is known
+            lane.begin_finish(
+                by_site, self._sites.status("", status, was_killed=False)
+            )  # of other sites nothing is known
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)

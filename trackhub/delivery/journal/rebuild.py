@@ -84,7 +84,7 @@ def _adds_up(counts: bytes | None) -> bool:
     """Return whether these can be the counts of a site, or it has sent none."""
     try:
         return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
 
 
@@ -94,7 +94,7 @@ def _is_fact(key: str, value: str | None) -> bool:
         return value is not None
     try:
         msgspec.json.decode(value, type=JSON_FACTS[key])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
     return True
 
@@ -192,7 +192,7 @@ def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[
 def _next_seq(reader: PageReader, batch: Batch) -> int:
     """Return the number of the record after the last one that can be read in a batch."""
     frames, end = _frames(reader, batch), 0
-    with suppress(CorruptFrameError, msgspec.DecodeError):
+    with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):
             body = frames[frame.body : frame.end]
             end = decode_head(body).seq + 1
@@ -239,7 +239,7 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
 def _begin(reader: PageReader, batch: Batch) -> float:
     """Return the time of the first record of a batch."""
     frames = _frames(reader, batch)
-    with suppress(CorruptFrameError, msgspec.DecodeError):
+    with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):
             return decode_head(frames[frame.body : frame.end]).time
     return 0.0
