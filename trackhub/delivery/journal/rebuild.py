@@ -245,6 +245,17 @@ def _begin(reader: PageReader, batch: Batch) -> float:
     return 0.0
 
 
+def _cut(frames: bytes, records: int) -> bytes:
+    """Cut off what follows so many records. A page that was written to a wrong place may repeat some."""
+    seen = 0
+    with suppress(CorruptFrameError):
+        for frame in scan_frames(frames):
+            seen += frame.kind != Kind.GAP
+            if seen > records:
+                return frames[: frame.start]
+    return frames
+
+
 def _frames(reader: PageReader, batch: Batch) -> bytes:
     """Return as much of a batch's frames as can be read."""
     cell = reader.read(*batch.place)
@@ -324,7 +335,7 @@ def _write_batches(
     insert = "INSERT INTO batches (id, site, stream, first_position, records, frames) VALUES (?, ?, ?, ?, ?, ?)"
     kept = sorted(batch for batches in by_site.values() for batch in batches)
     for batch in kept:
-        db.execute(insert, (*batch[:5], _frames(reader, batch)))
+        db.execute(insert, (*batch[:5], _cut(_frames(reader, batch), batch.records)))
     taken = {batch.id for batch in kept}
     for lost, i in _with_ids(_lost(found, by_site), taken):
         stream = min((s for s, (site, _, _) in found.streams.items() if site == lost.site), default=0)
