@@ -117,7 +117,10 @@ def decode_body(body: bytes | memoryview) -> Record:
         msgspec.DecodeError: the body is not a record that this version knows. Well-formed msgpack of another shape
             raises the subclass ``msgspec.ValidationError``.
     """
-    return _decode_record(body)
+    try:
+        return _decode_record(body)
+    except UnicodeDecodeError as e:  # msgspec's error for text that is not UTF-8
+        raise msgspec.DecodeError(str(e)) from e
 
 
 def decode_head(body: bytes | memoryview) -> Head:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import Counted, DeliveryReport, SiteReport, format_report, format_results
+from trackhub.framing import encode_frame
 from trackhub.limits import Limits
+from trackhub.records import Record, Text
 from trackhub.run import JobInfo, RunStatus, Side
 
 SITE = "site-1"
@@ -300,3 +303,21 @@ def test_the_facts_of_a_site_report_are_checked_against_each_other() -> None:
     assert good.adds_up()
     assert good.is_balanced()
     assert not SiteReport(received=5, duplicates=1, journaled=5).adds_up()
+
+
+def test_text_that_is_no_utf_8_costs_itself_and_nothing_behind_it(tmp_path: Path) -> None:
+    """After "busy" the site would send it again and again. An error in the lane would end the lane."""
+    rig = Rig(tmp_path)
+    hello = wire.encode(wire.Hello(session="text")).replace(b"text", b"\xff\xff\xff\xff")
+    frame = bytearray(encode_frame(Record(0, 1000.0, None, None, Text("key", "text"))))
+    frame[frame.index(b"text")] = 0xFF
+    frame[:4] = zlib.crc32(frame[4:]).to_bytes(4, "little")
+
+    refused = wire.decode_reply(rig.receiver.handle(SITE, hello))
+    rig.ask(wire.Batch(STREAM, 0, 1, 1, bytes(frame)))
+    rig.log(5, first=1)
+    run = rig.finish().lanes["jsonl"][SITE]
+
+    assert isinstance(refused, wire.Refused)
+    assert refused.reason == "malformed"
+    assert (run.confirmed, sum(run.rejected.values()), run.pending) == (5, 1, 0)

@@ -157,3 +157,16 @@ def test_a_journal_that_cannot_be_read_is_an_error_and_nothing_is_skipped(
     monkeypatch.undo()
 
     assert positions(reader) == [0, 1, 2]
+
+
+def test_a_lane_whose_memory_is_damaged_delivers_everything_again(bench: Bench) -> None:
+    """Its counts can be read, and a bit of the rest has changed. An error here would end the receiver."""
+    bench.log(4)
+    first, cursor = reader_on(bench)
+    positions(first)
+    cursor.written = first.upto
+    cursor.confirm(b"\x81\xa8ordinals\x01")
+
+    again, cursor = reader_on(bench)
+
+    assert (cursor.confirmed, positions(again)) == (0, [0, 1, 2, 3])

@@ -141,3 +141,13 @@ def test_repair_of_a_file_that_is_no_journal_is_an_error_and_leaves_it(tmp_path:
     assert path.read_bytes() == b"something else" * 1000
     with pytest.raises(sqlite3.DatabaseError):
         sqlite3.connect(path).execute("SELECT 1 FROM sites")
+
+
+def test_a_damaged_row_yields_no_more_records_than_it_has() -> None:
+    """A page that was written to a wrong place may repeat frames of the row."""
+    frames = [encode_frame(metric(i)) for i in (0, 1, 2, 3, 1, 2, 3, 4)]
+    frames[1] = frames[1][:-1] + bytes([frames[1][-1] ^ 1])
+
+    positions = [position for position, _ in found(row_of(b"".join(frames), 5))]
+
+    assert positions == list(range(100, 105))

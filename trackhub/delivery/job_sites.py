@@ -60,9 +60,9 @@ class JobSites:
         """Take a site as one whose training ended well, unless it has said otherwise."""
         self._failed.setdefault(site, False)
 
-    def status(self, site: str, job: RunStatus) -> RunStatus:
-        """Return how the run of a site ended, for a job that ended so."""
-        if job is RunStatus.KILLED and site in self._failed:  # it could say how it ended
+    def status(self, site: str, job: RunStatus, *, was_killed: bool) -> RunStatus:
+        """Return how a site's run ended. Where the job ``was_killed``, the site may have said it of itself."""
+        if was_killed and site in self._failed:
             return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
         if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
             return RunStatus.FAILED

@@ -382,7 +382,8 @@ class Receiver:
         except JournalError as e:
             # A disk that fails now must not keep the lanes from ending their runs at the backends.
             _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
-        by_site = {name: self._sites.status(name, status) for name in sites}
+        was_killed = self._ended is RunStatus.KILLED
+        by_site = {name: self._sites.status(name, status, was_killed=was_killed) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
@@ -394,7 +395,7 @@ class Receiver:
         self._journal.limit_waits(deadline + _END_S / 2)
         for lane in self._lanes:
             # Of other sites nothing is known.
-            lane.begin_finish(by_site, self._sites.status("", status), deadline_s)
+            lane.begin_finish(by_site, self._sites.status("", status, was_killed=False), deadline_s)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)

@@ -225,7 +225,10 @@ def decode_request(data: bytes) -> Request:
     Raises:
         msgspec.DecodeError: they hold no request of a version that is known here.
     """
-    return _requests.decode(data)
+    try:
+        return _requests.decode(data)
+    except UnicodeDecodeError as e:  # msgspec's error for text that is not UTF-8
+        raise msgspec.DecodeError(str(e)) from e
 
 
 def decode_reply(data: bytes) -> Reply:
@@ -234,7 +237,10 @@ def decode_reply(data: bytes) -> Reply:
     Raises:
         msgspec.DecodeError: they hold no reply of a version that is known here.
     """
-    return _replies.decode(data)
+    try:
+        return _replies.decode(data)
+    except UnicodeDecodeError as e:
+        raise msgspec.DecodeError(str(e)) from e
 
 
 def refusal(reason: str, detail: str) -> bytes:

@@ -164,6 +164,6 @@ def _take_entry(found: Found, cell: Cell) -> None:
 def _decodes(data: bytes, kind: type) -> bool:
     try:
         msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
     return True

@@ -84,7 +84,7 @@ def _adds_up(counts: bytes | None) -> bool:
     """Return whether these can be the counts of a site, or it has sent none."""
     try:
         return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
 
 
@@ -94,7 +94,7 @@ def _is_fact(key: str, value: str | None) -> bool:
         return value is not None
     try:
         msgspec.json.decode(value, type=JSON_FACTS[key])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
     return True
 
@@ -192,7 +192,7 @@ def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[
 def _next_seq(reader: PageReader, batch: Batch) -> int:
     """Return the number of the record after the last one that can be read in a batch."""
     frames, end = _frames(reader, batch), 0
-    with suppress(CorruptFrameError, msgspec.DecodeError):
+    with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):
             body = frames[frame.body : frame.end]
             end = decode_head(body).seq + 1
@@ -239,10 +239,21 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
 def _begin(reader: PageReader, batch: Batch) -> float:
     """Return the time of the first record of a batch."""
     frames = _frames(reader, batch)
-    with suppress(CorruptFrameError, msgspec.DecodeError):
+    with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):
             return decode_head(frames[frame.body : frame.end]).time
     return 0.0
+
+
+def _cut(frames: bytes, records: int) -> bytes:
+    """Cut off what follows so many records. A page that was written to a wrong place may repeat some."""
+    seen = 0
+    with suppress(CorruptFrameError):
+        for frame in scan_frames(frames):
+            seen += frame.kind != Kind.GAP
+            if seen > records:
+                return frames[: frame.start]
+    return frames
 
 
 def _frames(reader: PageReader, batch: Batch) -> bytes:
@@ -324,7 +335,7 @@ def _write_batches(
     insert = "INSERT INTO batches (id, site, stream, first_position, records, frames) VALUES (?, ?, ?, ?, ?, ?)"
     kept = sorted(batch for batches in by_site.values() for batch in batches)
     for batch in kept:
-        db.execute(insert, (*batch[:5], _frames(reader, batch)))
+        db.execute(insert, (*batch[:5], _cut(_frames(reader, batch), batch.records)))
     taken = {batch.id for batch in kept}
     for lost, i in _with_ids(_lost(found, by_site), taken):
         stream = min((s for s, (site, _, _) in found.streams.items() if site == lost.site), default=0)

@@ -147,8 +147,9 @@ def stored_records(row: Row) -> Iterator[Stored]:
                 yield position, kind, frames[body:end]
                 position += 1
     missing = row.first_position + row.records - position
-    if missing:
-        rest = [frame for frame in _behind_damage(frames, end) if frame.kind != _GAP]
+    if missing > 0:
+        # No more than are missing: a page that was written to a wrong place may repeat some.
+        rest = [frame for frame in _behind_damage(frames, end) if frame.kind != _GAP][-missing:]
         position += missing - len(rest)
         for i, frame in enumerate(rest):
             yield position + i, frame.kind, frames[frame.body : frame.end]

@@ -43,13 +43,22 @@ class EntryReader:
             journal: where the records are.
             cursor: the run's cursor, for its place and for what becomes of the records.
             capabilities: what the backend can store.
+
+        Raises:
+            JournalError: the journal cannot be written, which is needed only if the cursor is damaged.
         """
-        self.upto = cursor.confirmed
         self.skip_before = 0
         self._journal = journal
         self._cursor = cursor
         self._can = capabilities
-        self._adaptation = Adaptation(capabilities, cursor.progress.memory)
+        try:
+            self._adaptation = Adaptation(capabilities, cursor.progress.memory)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # A damaged disk. Records without a step would get numbers that others have.
+            _log.warning("lane %s: what it knew of run %s is damaged; it delivers all again", cursor.lane, cursor.site)
+            cursor.start_over()
+            self._adaptation = Adaptation(capabilities)
+        self.upto = cursor.confirmed
         self._rows: deque[Row] = deque()
 
     def start_over(self) -> None:
