@@ -166,9 +166,9 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
-            the store always refuses from a store that is away: it writes other entries meanwhile, with ``idempotent``
-            also some that are stored already. A second ``write`` of metrics must then fail if the store takes no writes
-            now. Has an effect with ``idempotent`` and ``at_least_once`` only.
+            the store always refuses from a store that is away. It writes other entries meanwhile. With ``idempotent``
+            these may be stored already, so a second ``write`` of metrics must fail if the store takes no writes now.
+            Has an effect with ``idempotent`` and ``at_least_once`` only.
         files_beside: whether a second thread may call ``write`` with one image or artifact, while the lane's thread
             calls the run's methods with everything else. Then a large file holds up no metrics. It needs ``any_order``.
         key_rule: which keys can be stored.

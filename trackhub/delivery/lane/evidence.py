@@ -37,10 +37,9 @@ class Evidence:
     the chosen neighbour is stored, or the chosen suspect fails. Any other outcome ends the series, and a new one
     begins. After 24 such steps in a row, with at least four of each, the record is bad.
 
-    This holds whatever pattern an outage has. The store cannot know the coin. So a store that is away and back again,
-    also one that fails with every second request, gives the wrong outcome in each step with a probability of one half
-    at least. It passes 24 steps with less than one in ten million. A record that the store always refuses, while the
-    store is well, passes them at once.
+    This holds whatever pattern an outage has, since the store cannot know the coin. A store that is away, back again,
+    or fails with every second request gives the wrong outcome in half of all steps at least. The chance that it passes
+    24 steps is below one in ten million. A record that the store always refuses, while it is well, passes them at once.
     """
 
     def __init__(self, toss: Callable[[], bool] | None = None) -> None:

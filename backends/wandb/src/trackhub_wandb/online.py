@@ -49,7 +49,7 @@ class OnlineRun(BackendRun):
     arrived. For an artifact, the SDK passes on the server's own acknowledgement.
 
     Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` goes by
-    the SDK: its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
+    the SDK. Its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
     ``Confirmation.CLIENT``.
 
     The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``

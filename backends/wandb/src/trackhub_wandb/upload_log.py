@@ -2,8 +2,8 @@
 """Follows the log of the SDK's service, to learn which rows of an open run the server has acknowledged.
 
 `online` calls it where the server's own count of rows cannot be used. The SDK tells its caller of no upload. But its
-service notes each request in ``debug-internal.log``, a JSON object a line: ``filestream: sending request`` with the
-offset and the number of rows, and then ``filestream: request sent`` with the server's status (wandb 0.31).
+service notes each request in ``debug-internal.log``, one JSON object a line. ``filestream: sending request`` has the
+number of rows. ``filestream: request sent`` follows with the server's status (wandb 0.31).
 """
 
 from __future__ import annotations
