@@ -104,7 +104,9 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
     total.refused.update(retired[5])
     for stream in streams:
         ledger = folder / f"{stream}.ledger"
-        logged, *drops = struct.unpack_from("<5Q", ledger.read_bytes()) if ledger.exists() else (0,) * 5
+        counts = 1 + len(_DROPS)
+        stored = ledger.read_bytes() if ledger.exists() else bytes(8 * counts)
+        logged, *drops = struct.unpack_from(f"<{counts}Q", stored)
         next_seq = 0
         explained: Counter[str] = Counter()
         if ack := _read_checked(folder / f"{stream}.{cursor}.ack"):
