@@ -214,7 +214,9 @@ class _Swallowing(Tampered):
             return None
 
 
-@caught_by("test_outage_loses_nothing", "test_end_is_bounded_in_an_outage")
+# The other check of an outage lets it pass: a run that was left open is opened by the replay, and then the store says
+# itself what it lacks.
+@caught_by("test_outage_loses_nothing")
 class SwallowsErrors(Bad):
     run = _Swallowing
 
