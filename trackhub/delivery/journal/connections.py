@@ -192,7 +192,7 @@ class Connections:
             raise JournalError(f"the journal {self.path} is closed")
 
     def close(self) -> None:
-        """Checkpoint the write-ahead log into the one file and close it, within about a second. Idempotent."""
+        """Fold everything into the one file and close it, within about a second. Idempotent."""
         with self._pool_lock:
             if self._closed:
                 return
@@ -207,9 +207,9 @@ class Connections:
         try:
             self._db.execute(f"PRAGMA busy_timeout={int(_FOLD_S * 1000)}")
             if self._has_log and self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                _log.warning("%s: its write-ahead log is in use and cannot be checkpointed; %s", self.path, keep)
+                _log.warning("%s: its write-ahead log is in use and cannot be folded in; %s", self.path, keep)
         except sqlite3.Error as e:
-            _log.warning("%s: its write-ahead log could not be checkpointed (%s); %s", self.path, e, keep)
+            _log.warning("%s: its write-ahead log could not be folded in (%s); %s", self.path, e, keep)
         finally:
             self._db.close()
             self._turn.release()

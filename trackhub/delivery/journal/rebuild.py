@@ -275,7 +275,7 @@ def _group(found: _Found, reader: PageReader) -> dict[int, list[_Batch]]:
 
 
 def _longest_chain(batches: list[_Batch]) -> list[_Batch]:
-    """Return as many batches as possible of which each begins after the one before it."""
+    """Return as many batches as possible of which each begins behind the one before it."""
     starts: list[int] = []  # of the last batch of each chain: of all chains of a length, the one that begins first
     last: list[int] = []  # the number of that batch
     before: list[int] = []
@@ -385,7 +385,7 @@ def _frames(reader: PageReader, batch: _Batch) -> bytes:
 
 
 def _complete_runs(found: _Found, *, runs_are_whole: bool) -> None:
-    """Assume that a lane whose cursor is lost has handed over everything, and that nothing of it is confirmed.
+    """Take it that a lane whose cursor is lost has handed over everything, and that nothing of it is confirmed.
 
     It then delivers everything again, and counts possible duplicates where the backend does not recognise records.
     """

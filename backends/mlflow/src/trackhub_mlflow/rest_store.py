@@ -73,9 +73,7 @@ class RestStore:
             else:
                 active = found.get("lifecycle_stage", "active") == "active"
                 return Experiment(found["experiment_id"], active, found.get("artifact_location", ""))
-        raise TransientError(
-            f"MLflow server {self._url} created the experiment {name!r} but does not find it; see its log"
-        )
+        raise TransientError(f"MLflow server {self._url} created the experiment {name!r} but does not find it")
 
     def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Sequence[Pair]) -> StoredRun:
         """Create a run and return it."""
@@ -173,9 +171,7 @@ class RestStore:
                 for chunk in response.iter_content(1 << 20):
                     sha256.update(chunk)
         except RequestException as error:
-            raise TransientError(
-                f"artifact {path} cannot be read from {self._url}: {root_cause(error)}; see the server's log"
-            ) from error
+            raise TransientError(f"artifact {path} cannot be read from {self._url}: {root_cause(error)}") from error
         return sha256.hexdigest()
 
     def run_url(self, run: StoredRun) -> str | None:
@@ -226,13 +222,9 @@ class RestStore:
         except (exceptions.InvalidURL, exceptions.InvalidSchema, exceptions.InvalidHeader) as error:
             raise SetupError(f"MLflow server {self._url} cannot be asked: {root_cause(error)}") from error
         except exceptions.Timeout as error:
-            raise TransientError(
-                f"MLflow server {self._url} does not answer within {timeout[1]:g} s; see whether it is overloaded"
-            ) from error
+            raise TransientError(f"MLflow server {self._url} does not answer within {timeout[1]:g} s") from error
         except exceptions.RequestException as error:
-            raise TransientError(
-                f"MLflow server {self._url} cannot be reached: {root_cause(error)}; see whether it runs"
-            ) from error
+            raise TransientError(f"MLflow server {self._url} cannot be reached: {root_cause(error)}") from error
         if response.ok:
             return response
         raise self._failure(response)
