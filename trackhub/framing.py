@@ -163,7 +163,7 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
 
 def pass_metrics(
     buffer: bytes | bytearray | memoryview, offset: int, max_frames: int | None = None, max_end: int | None = None
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Count the whole, sound frames of metrics that follow each other from ``offset`` on.
 
     Most batches consist of them, and this takes a third of the time of ``scan_frames``. It stops before anything else,
@@ -176,7 +176,8 @@ def pass_metrics(
         max_end: stop before a frame that ends after this offset. None sets no limit.
 
     Returns:
-        How many frames there are, and where the last of them ends.
+        How many frames there are, where the last of them starts, and where it ends. If there are none, both places are
+        ``offset``.
     """
     limit = len(buffer) if max_end is None else min(len(buffer), max_end)
     header = _HEADER.size
@@ -185,12 +186,13 @@ def pass_metrics(
     crc32 = zlib.crc32
     unpack = _HEADER.unpack_from
     metrics = int(Kind.METRICS)
+    start = offset
     for count in range(most):
         if offset > last:
-            return count, offset
+            return count, start, offset
         crc, size, kind = unpack(buffer, offset)
         end = offset + header + size
         if kind != metrics or size > MAX_BODY_BYTES or end > limit or crc32(buffer[offset + _CRC_BYTES : end]) != crc:
-            return count, offset
-        offset = end
-    return most, offset
+            return count, start, offset
+        start, offset = offset, end
+    return most, start, offset

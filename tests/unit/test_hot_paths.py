@@ -27,16 +27,16 @@ def frames(kinds: str) -> bytes:
     return b"".join(encode_frame(Record(seq, 1.0, seq, None, payloads[kind])) for seq, kind in enumerate(kinds))
 
 
-def by_scanning(data: bytes, max_frames: int, max_end: int) -> tuple[int, int]:
-    count, end = 0, 0
+def by_scanning(data: bytes, max_frames: int, max_end: int) -> tuple[int, int, int]:
+    count, start, end = 0, 0, 0
     try:
         for frame in scan_frames(data):
             if frame.kind != Kind.METRICS or count == max_frames or frame.end > max_end:
                 break
-            count, end = count + 1, frame.end
+            count, start, end = count + 1, frame.start, frame.end
     except CorruptFrameError:
         pass
-    return count, end
+    return count, start, end
 
 
 @given(st.text("mtg", max_size=12), st.integers(0, 14), st.integers(0, 600), st.integers(0, 600), st.integers(0, 599))

@@ -201,6 +201,26 @@ def test_a_sound_frame_with_a_body_that_makes_no_sense_holds_nothing_up(tmp_path
         assert_accounted(count, 3)
 
 
+@pytest.mark.parametrize("payload", [Metrics({"k": 1.0}), Text("k", "v")], ids=["metrics", "text"])
+@pytest.mark.parametrize("hole", range(7))
+def test_a_hole_of_exactly_one_frame_is_seen(tmp_path: Path, payload: Metrics | Text, hole: int) -> None:
+    """All bytes that are left are sound. Only the numbers of the records tell."""
+    folder, n = new_spool(tmp_path), 7
+    spool = SpoolWriter(folder)
+    for i in range(n):
+        spool.append(payload, i, float(i))
+    frames = [encode_frame(r) for r in read_spool(folder)[spool.stream]]
+    (segment,) = folder.glob("*.spool")
+    segment.write_bytes(segment.read_bytes().replace(frames[hole], b""))
+
+    reader, receiver = SpoolReader(folder, "server"), ModelReceiver()
+    drain(reader, receiver, max_records=5)
+
+    assert [r.seq for r in receiver.records[spool.stream]] == [i for i in range(n) if i != hole]
+    (count,) = reader.counts().values()
+    assert_accounted(count, n)
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: st.DataObject) -> None:

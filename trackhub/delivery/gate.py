@@ -48,7 +48,7 @@ def examine(batch: Batch) -> Contents | Refused:
         while frame := next(scan_frames(batch.frames, offset), None):
             body = batch.frames[frame.body : frame.end]
             first = first or decode_head(body)
-            passed, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
+            passed, _, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
             records += passed
             records += frame.kind != Kind.GAP
             payload = decode_body(body).payload if frame.kind in DECODED_IN_TRANSIT else None

@@ -136,17 +136,24 @@ class _Assembly:
         self._lost_blobs = lost_blobs
 
     def take_frames(self, max_records: int, max_bytes: int) -> None:
-        """Take frames until the batch is full, the data ends, or a record's blob is lost.
+        """Take frames until the batch is full, the data ends, records are missing, or a record's blob is lost.
+
+        Missing records show in the numbers of those around them: damage can cost exactly one frame. The next batch
+        then starts behind them.
 
         Raises:
             CorruptFrameError: damage follows the frames that were taken.
         """
+        one_by_one = False
         while frame := next(scan_frames(self._data, self.end), None):
             if self.records >= max_records or (not self._is_empty and frame.end - self.start > max_bytes):
                 return
             body = self._data[frame.body : frame.end]
-            head = decode_head(body) if self._is_empty else None
-            if head is not None:
+            head = _head(body)
+            is_first = self._is_empty
+            if head is not None and head.seq != self.seq:
+                if not is_first:
+                    return
                 self._explain_missing(head)
             if frame.kind in DECODED_IN_TRANSIT:
                 payload = _payload(body)
@@ -154,13 +161,20 @@ class _Assembly:
                     self._take_gap(frame, payload)
                     continue
                 if not self._take_blob(payload):
-                    if head is not None:
+                    if is_first and head is not None:
                         self._replace_record(frame, head, payload)
                     return
-            more = max_records - self.records - 1
-            passed, self.end = pass_metrics(self._data, frame.end, more, self.start + max_bytes)
+            more = 0 if one_by_one else max_records - self.records - 1
+            passed, last, self.end = pass_metrics(self._data, frame.end, more, self.start + max_bytes)
+            if passed and self._seq_at(last) != self.seq + passed:
+                one_by_one, passed, self.end = True, 0, frame.end
             self.seq += 1 + passed
             self.records += 1 + passed
+
+    def _seq_at(self, start: int) -> int | None:
+        frame = next(scan_frames(self._data, start))
+        head = _head(self._data[frame.body : frame.end])
+        return head.seq if head is not None else None
 
     @property
     def _is_empty(self) -> bool:
@@ -168,9 +182,8 @@ class _Assembly:
 
     def _explain_missing(self, head: Head) -> None:
         """Account for the records that should stand before the first frame."""
-        if missing := head.seq - self.seq:
-            self._add_gap(self.seq, head.time, missing)
-            self.seq = head.seq
+        self._add_gap(self.seq, head.time, head.seq - self.seq)
+        self.seq = head.seq
 
     def _take_gap(self, frame: Frame, gap: Gap) -> None:
         self.explained[gap.reason] += gap.count
@@ -195,6 +208,14 @@ class _Assembly:
     def _add_gap(self, seq: int, time: float, count: int) -> None:
         self.gaps += damage_gap(seq, time, count)
         self.explained[DAMAGED] += count
+
+
+def _head(body: bytes) -> Head | None:
+    """Return a record's number and time. None if the body makes no sense, although its checksum is right."""
+    try:
+        return decode_head(body)
+    except msgspec.DecodeError:
+        return None
 
 
 def _payload(body: bytes) -> Payload | None:
