@@ -76,6 +76,18 @@ class Proc:
             raise AssertionError(f"ended with status {self.process.wait()} before it answered; log: {self.log[-3000:]}")
         return json.loads(line)
 
+    def is_ready(self, timeout_s: float = PATIENCE_S) -> bool:
+        """Wait until it says that it is ready, or has ended. Return whether it is ready."""
+        try:
+            line = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError(f"not ready within {timeout_s:g} s; log: {self.log[-3000:]}") from None
+        if line is None:
+            self.process.wait()
+            return False
+        assert json.loads(line) == "ready"
+        return True
+
     def tell(self, command: str) -> None:
         """Send a command without waiting for its answer."""
         assert self.process.stdin is not None
