@@ -40,8 +40,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     more to send again."""
 
     batch_bytes: Annotated[int, _Range(4096, 8 << 20)] = 1 << 20
-    """Most bytes of frames in one message, and the size of the pieces of a file. A single larger record travels alone.
-    FLARE's channels carry 1 MiB without streaming."""
+    """Most bytes of frames in one message, and of a file in one piece. A single larger record travels alone. FLARE's
+    channels carry 1 MiB without streaming."""
 
     poll_s: Annotated[float, _Range(0.001, 10)] = 0.05
     """Seconds between two looks at the spool while it is idle. At the default charts feel live, and an idle site costs
@@ -67,6 +67,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gate_s: Annotated[float, _Range(0, 3600)] = 30.0
     """Longest time in seconds that the server delays the end of the job until every site said that it is done. Records
     that come later are not in the receiver's journal. They stay in the site's spool."""
+
+    files_s: Annotated[float, _Range(0, 86_400)] = 120.0
+    """Longest time in seconds that a site, and the server with it, waits at the end of the job while images and
+    artifacts still arrive. Both wait until ``gate_s`` in any case, and longer only while a file progresses. A file that
+    has not arrived stays in the site's spool."""
 
     deadline_s: Annotated[float, _Range(0, 86_400)] = 30.0
     """Longest time in seconds, for all lanes together, to bring what is journaled into the backends at the end of the

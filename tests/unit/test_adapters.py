@@ -51,7 +51,10 @@ def test_every_method_of_flares_writer_is_there_with_its_parameters(name: str) -
 
 
 def payloads(spool: Path) -> list[tuple[Payload, int | None]]:
-    return [(record.payload, record.step) for records in read_spool(spool).values() for record in records]
+    """Return what was logged: first the records without files."""
+    records = [record for records in read_spool(spool).values() for record in records]
+    records.sort(key=lambda record: isinstance(record.payload, Image | Artifact))
+    return [(record.payload, record.step) for record in records]
 
 
 def test_the_calls_of_flares_wandb_example_work(spool: Path) -> None:
@@ -81,7 +84,7 @@ def test_the_calls_of_tensorboard_work(spool: Path, tmp_path: Path) -> None:
         (Metrics({"acc/train": 0.5, "acc/val": 0.25}), 9),
         (Text("note", "*hi*"), None),
     ]
-    image, histogram = found[4][0], found[5][0]
+    histogram, image = found[4][0], found[5][0]
     assert isinstance(image, Image)
     assert (image.width, image.height) == (5, 4)
     assert isinstance(histogram, Histogram)

@@ -269,7 +269,7 @@ def test_a_segment_stays_until_every_reader_is_past_it(tmp_path: Path) -> None:
     for reader in (server, client):
         (count,) = reader.counts().values()
         assert (count.acked, count.spooled) == (60, 0)
-    assert spool.acked() == 60
+    assert spool.acked() == (60, 0)
     spool.close()
 
 
@@ -327,7 +327,6 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
             patch.chdir(disk)
             Path(tmp_path / "model").write_bytes(b"m" * (64 << 10))
             writer.log_artifact(tmp_path / "model")
-            logged += 1
         assert list((disk / "spool").glob("*.blob")) == []
         filler.unlink()
         (disk / "probe").unlink(missing_ok=True)
@@ -343,9 +342,11 @@ def test_a_full_disk_drops_and_counts_and_tracking_goes_on_when_there_is_space(t
         assert [getattr(r.payload, "text", "") for r in records[-5:]] == ["after"] * 5
         reader = SpoolReader(disk / "spool", "server")
         assert settle_all(reader) == kept
-        (count,) = reader.counts().values()
-        assert_accounted(count, logged)
-        assert count.dropped == {"disk_full": logged - kept}
+        counts = reader.counts()
+        assert_accounted(counts[spool_of(writer).stream], logged)
+        assert counts[spool_of(writer).stream].dropped == {"disk_full": logged - kept}
+        assert_accounted(counts[spool_of(writer).files_stream], 1)
+        assert counts[spool_of(writer).files_stream].dropped == {"disk_full": 1}
         writer.close()
 
 
@@ -438,10 +439,10 @@ def test_other_threads_log_while_a_large_file_is_copied(tmp_path: Path) -> None:
     go_on.set()
     blob.join(20)
 
-    first, second = read_spool(tmp_path)[spool.stream]
-    assert first.payload == Metrics({"a": 1.0})
-    assert second.payload == Text("blob", f"{spool.stream}-1")
-    assert (tmp_path / f"{spool.stream}-1.blob").read_bytes() == b"x"
+    streams = read_spool(tmp_path)
+    assert [record.payload for record in streams[spool.stream]] == [Metrics({"a": 1.0})]
+    assert [record.payload for record in streams[spool.files_stream]] == [Text("blob", f"{spool.files_stream}-0")]
+    assert (tmp_path / f"{spool.files_stream}-0.blob").read_bytes() == b"x"
     assert list(tmp_path.glob("*.part")) == []
     spool.close()
 

@@ -66,9 +66,11 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
 
 
 def logged(writer: Writer) -> list[Record]:
-    """Return what the writer's stream holds on the disk."""
-    (records,) = read_spool(spool_of(writer).folder).values()
-    return records
+    """Return what the writer's streams hold on the disk: first the records without files."""
+    spool = spool_of(writer)
+    found = read_spool(spool.folder)
+    assert found.keys() <= {spool.stream, spool.files_stream}
+    return found.get(spool.stream, []) + found.get(spool.files_stream, [])
 
 
 def payload(writer: Writer) -> Payload:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts: a site sends them in pieces, and the receiver puts them together and checks them.
+"""The bytes of images and artifacts at the receiver: it puts the pieces that a site sends together, and checks them.
 
-`Sender` calls `BlobSender` before it sends the records that refer to the blobs. `Receiver` calls `BlobStore`, which
-keeps one file per blob beside the journal.
+`Receiver` calls `BlobStore`, which keeps one file per blob beside the journal. `trackhub.delivery.file_sender` sends
+the pieces.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 import threading
@@ -16,68 +15,12 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
 
-from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.wire import Accepted, Chunk
+from trackhub.delivery.wire import Chunk
 from trackhub.plain_files import make_private_folder, open_plain
-from trackhub.records import Blob
-from trackhub.spool.layout import blob_file
-from trackhub.spool.reading import SpoolReader
 
-__all__ = ["BlobSender", "BlobStore"]
+__all__ = ["BlobStore"]
 
 _NAME = re.compile(r"[0-9a-f]{32}-\d+")
-_log = logging.getLogger(__name__)
-
-
-class BlobSender:
-    """Sends the blobs of one site. Used by the sender's thread."""
-
-    def __init__(self, reader: SpoolReader, exchange: Exchange, piece_bytes: int) -> None:
-        """Prepare to send.
-
-        Args:
-            reader: of the spool that holds the blobs.
-            exchange: asks the receiver.
-            piece_bytes: the most bytes of a blob in one request.
-        """
-        self._reader = reader
-        self._exchange = exchange
-        self._piece_bytes = piece_bytes
-
-    def send(self, blob: Blob) -> bool:
-        """Send a blob, and return whether the receiver has it whole.
-
-        Returns:
-            False if the deadline passed. Also False if the receiver refuses the blob or its bytes cannot be read; then
-            the reader is told, and the blob's record becomes a gap.
-        """
-        offset = 0
-        while True:
-            data, problem = self._read(blob, offset)
-            reply = self._exchange.ask(Chunk(blob.name, blob.size, blob.sha256, offset, data))
-            if reply is None:
-                return False
-            if not isinstance(reply, Accepted):
-                self._reader.give_up_blob(blob.name)
-                return False
-            if reply.next >= blob.size:
-                return True
-            if not data:
-                _log.warning("site %s cannot read the bytes of %s: %s", self._reader.info.site, blob.name, problem)
-                self._reader.give_up_blob(blob.name)
-                return False
-            offset = reply.next
-
-    def _read(self, blob: Blob, offset: int) -> tuple[bytes, str]:
-        """Return the next piece, and what to say if it is empty and the receiver wants more."""
-        try:
-            with open(blob_file(self._reader.folder, blob.name), "rb", opener=open_plain) as file:
-                file.seek(offset)
-                return file.read(self._piece_bytes), f"the file ends after {offset} of {blob.size} bytes"
-        except OSError as e:
-            # An empty piece asks whether the receiver has the blob. It may: after a crash a record is sent again whose
-            # blob was acknowledged, and so deleted here.
-            return b"", str(e)
 
 
 class BlobStore:

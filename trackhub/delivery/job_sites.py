@@ -25,6 +25,7 @@ class JobSites:
         self._silence_s = silence_s
         self._changed = threading.Condition()
         self._heard_at: dict[str, float] = {}
+        self._progress_at: dict[str, float] = {}
         self._failed: dict[str, bool] = {}
         self._sessions: defaultdict[str, set[str]] = defaultdict(set)
         self._expected: set[str] = set()
@@ -42,6 +43,11 @@ class JobSites:
         """Note that a site has just sent something."""
         with self._changed:
             self._heard_at[site] = time.monotonic()
+
+    def note_progress(self, site: str) -> None:
+        """Note that more of a file of this site has arrived."""
+        with self._changed:
+            self._progress_at[site] = time.monotonic()
 
     def note_hello(self, site: str, session: str) -> None:
         """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
@@ -68,11 +74,16 @@ class JobSites:
             return RunStatus.FAILED
         return job
 
-    def wait(self, sites: Iterable[str], timeout_s: float) -> set[str]:
-        """Wait until each site has ended or is silent, and return those that have not ended."""
+    def wait(self, sites: Iterable[str], timeout_s: float, files_s: float = 0.0) -> set[str]:
+        """Wait until each site has ended or is silent, and return those that have not ended.
+
+        Args:
+            sites: their names.
+            timeout_s: the longest wait, in seconds.
+            files_s: the longest wait while files of a site still arrive, in seconds.
+        """
         waiting = set(sites)
         start = time.monotonic()
-        deadline = start + timeout_s
         with self._changed:
             self._expected |= waiting
             while True:
@@ -81,6 +92,9 @@ class JobSites:
                 missing = waiting - self._failed.keys()
                 silent_at = {site: self._heard_at.get(site, start) + self._silence_s for site in missing}
                 alive = {site: at for site, at in silent_at.items() if at > now}
+                deadline = start + timeout_s
+                if moving := [self._progress_at[site] for site in alive if site in self._progress_at]:
+                    deadline = max(deadline, min(start + files_s, max(moving) + self._silence_s))
                 if not alive or now >= deadline:
                     return missing
                 self._changed.wait(min(deadline, *alive.values()) - now)

@@ -264,6 +264,8 @@ class Receiver:
                         f"blob {request.name!r} has no name that a sender makes, or its bytes do not match its digest: "
                         "the file was damaged at the site",
                     )
+                if reached > request.offset:
+                    self._sites.note_progress(site)
                 return Accepted(reached)
             case Hello():
                 return self._welcome(site, request)
@@ -349,7 +351,8 @@ class Receiver:
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
 
-        Call it at the end of the job, before ``finish``.
+        Call it at the end of the job, before ``finish``. It waits longer than ``timeout_s`` while files of a site still
+        arrive, up to ``limits.files_s``.
 
         Args:
             sites: their names.
@@ -358,7 +361,8 @@ class Receiver:
         Returns:
             The sites whose final message has not come. What they did not send is in their spools.
         """
-        return self._sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s)
+        timeout_s = self._limits.gate_s if timeout_s is None else timeout_s
+        return self._sites.wait(sites, timeout_s, self._limits.files_s)
 
     def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.

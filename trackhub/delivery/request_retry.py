@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
 
-`Sender` and `BlobSender` ask through it. It knows when the sender is closing, and gives up at that deadline only.
+`Sender` and `FileSender` ask through it. It knows when the sender is closing, and gives up at that deadline only.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 
@@ -45,13 +46,31 @@ class Exchange:
         self._site = site
         self._closing = threading.Event()
         self._deadline: float | None = None
+        self._last_deadline = 0.0
+        self._progress_at = -math.inf
         self._never = threading.Event()
         self._last_warning = ""
 
-    def close_by(self, deadline: float) -> None:
-        """Give up at this moment of the monotonic clock, and wait only briefly until then. From any thread."""
+    def close_by(self, deadline: float, last: float = 0.0) -> None:
+        """Give up at a moment, and wait only briefly until then. From any thread.
+
+        Args:
+            deadline: the moment, on the monotonic clock.
+            last: while a file progresses, the moment moves, but not beyond this one.
+        """
         self._deadline = deadline
+        self._last_deadline = last
+        self._move_deadline()
         self._closing.set()
+
+    def note_progress(self) -> None:
+        """Say that more of a file has arrived. The next piece then has the time of two requests, whatever is left."""
+        self._progress_at = time.monotonic()
+        self._move_deadline()
+
+    def _move_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline = max(self._deadline, min(self._last_deadline, self._progress_at + 2 * self.timeout_s))
 
     def is_closing(self) -> bool:
         """Return whether ``close_by`` was called."""
@@ -63,7 +82,8 @@ class Exchange:
 
     def left_s(self) -> float:
         """Return how many seconds are left until the deadline; 0 if it has passed or there is none."""
-        return 0.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        deadline = self._deadline
+        return 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
 
     def ask(self, request: Request) -> Reply | None:
         """Make a request until the receiver replies. Return None if the deadline passes first."""

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.blobs import BlobSender
 from trackhub.delivery.channel import Channel
+from trackhub.delivery.file_sender import FileSender, Ready
 from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.wire import (
     MAX_STREAMS,
@@ -45,7 +45,6 @@ from trackhub.spool.round_file import RoundFile
 
 __all__ = ["Sender"]
 
-_BLOB_RETRY_S = 0.1
 _ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take. A request need not carry more.
 _JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
 _COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
@@ -114,8 +113,9 @@ class _Session:
 class Sender:
     """Sends one spool to one receiver, from a thread of its own. Its methods may be called from any thread.
 
-    One request is on its way at a time, and it is repeated until the receiver accepts or refuses it. Nothing raises
-    into training: what cannot be sent stays in the spool, and the log says so.
+    One request is on its way at a time. A batch is repeated until the receiver accepts or refuses it. Files go in
+    pieces, and between two pieces go the batches that are due. Nothing raises into training: what cannot be sent stays
+    in the spool, and the log says so.
 
     A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds it, this
     one waits and sends nothing.
@@ -157,10 +157,11 @@ class Sender:
         # that one lost reply would otherwise make the site look dead.
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
         self._exchange = Exchange(channel, site=self.site, timeout_s=request_s)
-        self._blobs = BlobSender(self._reader, self._exchange, self._limits.batch_bytes)
+        self._files = FileSender(self._reader, self._exchange, self._limits.batch_bytes)
         self._passes = _Passes()
         self._wake = threading.Event()
         self._sent_at = -math.inf
+        self._keep_alive_at = time.monotonic()
         self._session = _Session()
         self._refused: Refused | None = None
         self._failed = False
@@ -177,7 +178,7 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call.
+        """Wait until the receiver has all that was logged before this call. It does not wait for images and artifacts.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
         is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
@@ -224,8 +225,8 @@ class Sender:
     def close(self, timeout_s: float, *, failed: bool = False) -> SiteCounts:
         """Send the final message and stop. Close all of the site's writers first.
 
-        Blocks up to ``timeout_s`` plus the time for one request. Marks the spool as closed, so that no writer opens it
-        any more. Does not raise. Idempotent.
+        Blocks up to ``timeout_s`` plus the time for one request; longer while a file still progresses, up to
+        ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no writer opens it any more. Does not raise. Idempotent.
 
         Args:
             timeout_s: the longest time to try, in seconds. What is then not acknowledged stays in the spool.
@@ -235,20 +236,28 @@ class Sender:
             What became of every record of the site.
         """
         self._failed = failed
-        self._exchange.close_by(time.monotonic() + timeout_s)
+        now = time.monotonic()
+        self._exchange.close_by(now + timeout_s, now + self._limits.files_s if timeout_s > 0 else now)
         self._wake.set()
         if self._thread.ident is None:  # it was not started
             self._hold.take(at_once=True)
             self._count(until=time.monotonic() + timeout_s)
             self._end()
         else:
-            self._thread.join(timeout_s + self._exchange.timeout_s + _COUNT_S + _JOIN_MARGIN_S)
+            self._join()
         if self._thread.is_alive():
             # The channel does not come back. The thread alone uses the reader, so its last counts are all there is.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.warning("the sender of site %s hangs in a request and is left behind", self.site)
         self._say_what_is_left()
         return self._counts
+
+    def _join(self) -> None:
+        """Wait until the thread has ended, or has not come back from a request."""
+        while self._thread.is_alive():
+            self._thread.join(self._exchange.left_s() + self._exchange.timeout_s + _COUNT_S + _JOIN_MARGIN_S)
+            if self._exchange.is_late():  # otherwise a file has moved the deadline
+                return
 
     def counts(self) -> SiteCounts:
         """Return what became of the site's records, as of the last keep-alive or ``close``."""
@@ -270,7 +279,6 @@ class Sender:
                 self._passes.changed.notify_all()
 
     def _run(self) -> None:
-        next_keepalive = time.monotonic()
         while not self._exchange.is_closing():
             pause_s = self._limits.poll_s
             if self._refused is not None:
@@ -278,20 +286,53 @@ class Sender:
             elif self._hold.take():
                 if self._is_time_to_send():
                     self._pass(final=False)
-                if time.monotonic() >= next_keepalive:
-                    next_keepalive = time.monotonic() + self._limits.keepalive_s
-                    self._count()
-                    # Once: the next one carries newer counts.
-                    self._exchange.ask_once(self._session.keep_alive(self._counts))
+                self._keep_alive()
+                self._send_files()
+                if self._files.has_work():
+                    pause_s = min(pause_s, self._files.wait_s())
             self._wake.wait(pause_s)
             self._wake.clear()
         is_owner = self._hold.take(at_once=True)
         if is_owner:
-            # All writers are closed, so this pass finds everything, and its counts are the last.
-            self._pass(final=True)
+            self._send_rest()
         self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
         if self._refused is None and is_owner:
             self._exchange.ask(self._session.final(self._counts, failed=self._failed))
+
+    def _send_rest(self) -> None:
+        """Send all that is left. All writers are closed, so this finds everything, and its counts are the last."""
+        while True:
+            self._pass(final=True)
+            if self._refused is not None or self._exchange.is_late() or not self._files.has_work():
+                return
+            self._exchange.pause(self._files.wait_s())
+            self._keep_alive()
+            self._send_files()
+
+    def _keep_alive(self) -> None:
+        if time.monotonic() >= self._keep_alive_at:
+            self._keep_alive_at = time.monotonic() + self._limits.keepalive_s
+            self._count()
+            # Once: the next one carries newer counts.
+            self._exchange.ask_once(self._session.keep_alive(self._counts))
+
+    def _send_files(self) -> None:
+        """Send pieces of files, and the records whose files have arrived, until it is time to look at the spool."""
+        until = time.monotonic() + self._limits.poll_s
+        while self._files.has_work() and self._files.wait_s() == 0 and not self._exchange.is_late():
+            ready = self._files.send_piece()
+            if ready is not None:
+                self._deliver_ready(ready)
+            if time.monotonic() >= until or self._passes.waiting > 0:
+                return
+
+    def _deliver_ready(self, ready: Ready) -> None:
+        """Send records whose files have arrived, and then the stream's next ones, until these wait for their files."""
+        most = ready.records
+        while batch := self._reader.release(ready.stream, most, self._limits.batch_bytes):
+            if not self._deliver(batch) or self._files.holds(ready.stream):
+                return
+            most = self._limits.batch_records
 
     def _end(self) -> None:
         """Mark the spool as closed, and give up its ownership."""
@@ -389,17 +430,23 @@ class Sender:
         return True
 
     def _deliver(self, batch: SpoolBatch) -> bool:
-        """Send a batch after its blobs, and settle it. Return False if the deadline passes first."""
-        if not all(self._blobs.send(blob) for blob in batch.blobs):
-            return not self._exchange.is_late()  # a blob is lost: the next batch is this one without its record
+        """Send a batch and settle it, or hold it until its files have arrived.
+
+        Returns:
+            False if the deadline passes first.
+        """
+        if not self._files.has_all(batch):
+            self._files.hold(batch)
+            return True
         reply = self._exchange.ask(Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames))
         if reply is None:
             return False
         if isinstance(reply, NeedBlob):
             if any(blob.name == reply.name for blob in batch.blobs):
                 # The receiver has lost the blob since it acknowledged it. Send both again.
-                self._exchange.pause(_BLOB_RETRY_S)
-                return not self._exchange.is_late()
+                self._files.lost(reply.name)
+                self._files.hold(batch)
+                return True
             reply = Refused("blob_unknown", reply.name)
         refused = reply.reason if isinstance(reply, Refused) else None
         if isinstance(reply, Refused):
@@ -411,6 +458,7 @@ class Sender:
     def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
         """Mark a batch in the spool as accepted, or as refused for this reason."""
         self._sent_at = time.monotonic()
+        self._files.settled(batch)
         try:
             self._reader.settle(batch, refused)
         except OSError as e:

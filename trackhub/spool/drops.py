@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,22 @@ from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
 from trackhub.spool.ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
-__all__ = ["NEVER", "Drops"]
+__all__ = ["Drops", "DropsTold"]
 
-NEVER = float("-inf")
 _WARN_EVERY_S = 60.0
+
+
+class DropsTold:
+    """What a writer has said of its drops in the log. The writer's streams share it, since it warns once a minute.
+
+    Attributes:
+        at: when it last warned.
+        dropped: how many records its streams have dropped so far.
+    """
+
+    def __init__(self, at: float = -math.inf) -> None:
+        self.at = at
+        self.dropped = 0
 
 
 class Drops:
@@ -30,21 +43,20 @@ class Drops:
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
         warning: what to say about the last drop: reason, detail and number of drops so far. None if a warning is not
             due.
-        warned_at: when the last warning was prepared.
     """
 
-    def __init__(self, ledger: Path, clock: Callable[[], float], warned_at: float = NEVER) -> None:
+    def __init__(self, ledger: Path, clock: Callable[[], float], told: DropsTold) -> None:
         """Start with no drops.
 
         Args:
             ledger: the path of the stream's ledger.
             clock: seconds that only grow.
-            warned_at: when this process last warned; it warns once a minute.
+            told: what the writer has said of its drops.
         """
         self.gaps: list[tuple[int, Gap]] = []
         self.ledger: Ledger | None = None
         self.warning: tuple[str, str, int] | None = None
-        self.warned_at = warned_at
+        self._told = told
         self._path: Path | None = ledger
         self._clock = clock
         self._logged = 0
@@ -75,10 +87,11 @@ class Drops:
         if self.ledger is not None:
             self.ledger.set(seq + 1, self._counts, self._left_out)
         self._logged = seq + 1
-        now = self._clock()
-        if detail and now - self.warned_at >= _WARN_EVERY_S:
-            self.warned_at = now
-            self.warning = reason, detail, self.total
+        told, now = self._told, self._clock()
+        told.dropped += 1
+        if detail and now - told.at >= _WARN_EVERY_S:
+            told.at = now
+            self.warning = reason, detail, told.dropped
 
     def leave_out(self, reason: str, values: int) -> None:
         """Count values that were left out of a record that goes on. Never raises.

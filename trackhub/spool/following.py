@@ -39,6 +39,7 @@ class FollowedStream:
         state: whether its writer lives, as of the last time that this was asked.
         problem: why it could not be read in this pass; empty if it could.
         is_done: its writer has ended, and all that can be read was acknowledged.
+        is_held: its next records wait for their files, and are not handed out.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class FollowedStream:
         "files",
         "first_segment",
         "is_done",
+        "is_held",
         "is_placed",
         "last_segment",
         "name",
@@ -66,6 +68,7 @@ class FollowedStream:
         self.state = WriterState.UNKNOWN
         self.problem = ""
         self.is_done = False
+        self.is_held = False
 
     def is_behind(self) -> bool:
         """Return whether something was there at the last look that is not acknowledged yet."""
@@ -129,12 +132,12 @@ def _note(stream: FollowedStream, entry: os.DirEntry[str], segment: int | None) 
     stream.end = max(stream.end, (segment, size))
 
 
-def stream_ends(folder: Path, is_done: Callable[[str], bool]) -> dict[str, End]:
+def stream_ends(folder: Path, is_passed_over: Callable[[str], bool]) -> dict[str, End]:
     """Return where each stream ends now. May be called from any thread.
 
     Args:
         folder: the spool's folder.
-        is_done: returns whether a stream has ended and was read to its end; it is left out.
+        is_passed_over: returns whether to leave a stream out, since nothing of it is to be sent now.
 
     Raises:
         OSError: the folder cannot be read.
@@ -142,7 +145,7 @@ def stream_ends(folder: Path, is_done: Callable[[str], bool]) -> dict[str, End]:
     found: dict[str, End] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if (match := _SEGMENT.fullmatch(entry.name)) and not is_done(match[1]):
+            if (match := _SEGMENT.fullmatch(entry.name)) and not is_passed_over(match[1]):
                 try:
                     end = int(match[2]), entry.stat().st_size
                 except FileNotFoundError:

@@ -17,7 +17,6 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import MAX_BODY_BYTES
-from trackhub.plain_files import open_plain, read_plain
 from trackhub.spool.acks import Ack, find_ack, read_ack, write_ack
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
@@ -27,6 +26,7 @@ from trackhub.spool.ledger import LedgerCounts, WriterState, read_ledger, writer
 from trackhub.spool.retiring import Retirement
 from trackhub.spool.segment_reader import Extent, SegmentReader, find_place
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
+from trackhub.spool.turns import Turns
 
 __all__ = ["RETIRED", "SpoolReader"]
 
@@ -74,15 +74,13 @@ class SpoolReader:
                 "name one of these, or create the spool with this one"
             )
         self._streams: dict[str, FollowedStream] = {}
-        self._turn: dict[str, None] = {}  # the names of the streams in the order of their turns
+        self._turns = Turns(folder / f"{cursor}.turn")
         self._ready: deque[FollowedStream] = deque()
         self._pass_is_explicit = False
         self._is_final = False
         self._ask_at = 0.0
         self._has_looked = False
         self._retirement: Retirement | None = None
-        self._turn_file = folder / f"{cursor}.turn"
-        self._last_stream = ""
         self._is_swept = False
         self._damage = DamageLog()
         self._segments = SegmentReader(folder, self._damage)
@@ -123,8 +121,7 @@ class SpoolReader:
                 stream = self._ready[0]
                 if (batch := self._read(stream, max_records, max_bytes)) is not None:
                     self._ready.rotate(-1)
-                    self._turn[stream.name] = self._turn.pop(stream.name)
-                    self._note_turn(stream.name)
+                    self._turns.take(stream.name)
                     return batch
                 self._ready.popleft()
             if self._pass_is_explicit or has_looked:
@@ -132,6 +129,27 @@ class SpoolReader:
                 return None
             self._look(final)
             has_looked = True
+
+    def hold(self, name: str) -> None:
+        """Hand out nothing of this stream until ``release`` is called: its next records wait for their files."""
+        stream = self._streams[name]
+        stream.is_held = True
+        with contextlib.suppress(ValueError):
+            self._ready.remove(stream)
+
+    def release(self, name: str, max_records: int, max_bytes: int) -> SpoolBatch | None:
+        """Hand out this stream again, and return its next batch. None if there is none.
+
+        Args:
+            name: a stream that is held.
+            max_records, max_bytes: as for ``next_batch``.
+        """
+        stream = self._streams[name]
+        stream.is_held = False
+        batch = self._read(stream, max_records, max_bytes)
+        if batch is not None:
+            self._turns.take(name)
+        return batch
 
     def has_problems(self) -> bool:
         """Return whether a stream could not be read in this pass."""
@@ -210,12 +228,12 @@ class SpoolReader:
         self._segments.lost_blobs.add(name)
 
     def ends(self) -> dict[str, End]:
-        """Return where each stream ends now, without those that are done. May be called from any thread.
+        """Return where each stream ends now, without those that are done or held. May be called from any thread.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        return stream_ends(self.folder, self._is_done)
+        return stream_ends(self.folder, self._is_passed_over)
 
     def has_bytes(self, at_least: int) -> bool:
         """Return whether this many bytes, or the rest of a segment, wait to be settled. Looks at file sizes only.
@@ -295,9 +313,9 @@ class SpoolReader:
         except OSError as e:
             _log.debug("cannot tidy up %s: %s", self.folder, e)
 
-    def _is_done(self, name: str) -> bool:
+    def _is_passed_over(self, name: str) -> bool:
         stream = self._streams.get(name)
-        return stream is not None and stream.is_done
+        return stream is not None and (stream.is_done or stream.is_held)
 
     def _ack(self, name: str) -> Ack:
         stream = self._streams.get(name)
@@ -311,15 +329,15 @@ class SpoolReader:
         is_first = not self._streams
         look(self.folder, self._streams, self._new_stream)
         if is_first and self._streams:
-            self._begin_turns()
+            self._turns.begin(self._streams)
         self._has_looked = True
-        for name in self._streams:
-            self._turn.setdefault(name)
+        self._turns.add(self._streams)
         self._is_final = final
         self._ready = deque(
             stream
-            for stream in map(self._streams.__getitem__, self._turn)
-            if not stream.is_done and (final or stream.is_behind() or stream.state is WriterState.ENDED)
+            for stream in map(self._streams.__getitem__, self._turns)
+            if not (stream.is_done or stream.is_held)
+            and (final or stream.is_behind() or stream.state is WriterState.ENDED)
         )
 
     def _ask_writers(self, final: bool) -> None:
@@ -342,13 +360,6 @@ class SpoolReader:
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
         return stream
-
-    def _begin_turns(self) -> None:
-        """Give the first turn to the stream whose batch may have arrived before a crash."""
-        with contextlib.suppress(OSError):
-            self._last_stream = read_plain(self._turn_file).decode(errors="replace")
-            if self._last_stream in self._streams:
-                self._turn[self._last_stream] = None
 
     def _read(self, stream: FollowedStream, max_records: int, max_bytes: int) -> SpoolBatch | None:
         """Return the stream's next batch of this pass. None if there is none, or it cannot be read."""
@@ -384,20 +395,6 @@ class SpoolReader:
                 "are delivered, and this one is tried again. Give the sender's user the right to read its files, or "
                 "check the disk", stream.name, self.folder, problem,
             )  # fmt: skip
-
-    def _note_turn(self, stream: str) -> None:
-        """Store whose turn it is. After a crash, the batch that may have arrived is then sent again before others.
-
-        The receiver recognises that batch in any case. A replay from the site's side, however, gives its records new
-        positions, and these must be the positions that the receiver gave them.
-        """
-        if stream != self._last_stream:
-            self._last_stream = stream
-            with (
-                contextlib.suppress(OSError),  # delivery matters more, above all on a full disk
-                open(self._turn_file, "w", encoding="utf-8", opener=open_plain) as file,
-            ):
-                file.write(stream)
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
         """Delete segments and blobs that every cursor is past. What cannot be deleted is left for ``tidy_up``."""
@@ -446,7 +443,8 @@ class SpoolReader:
         self._retirement.free({stream.name: stream.ack for stream in chosen})
         self._retirement.retire(counts)
         for stream in chosen:
-            del self._streams[stream.name], self._turn[stream.name]
+            del self._streams[stream.name]
+            self._turns.remove(stream.name)
 
     def _count(self, stream: FollowedStream, until: float | None, by_ledger: bool) -> StreamCount:
         # The ledger is read first: otherwise, what is logged while the frames are counted would seem to be missing.

@@ -16,7 +16,7 @@ from pathlib import Path
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
-from trackhub.spool.drops import NEVER, Drops
+from trackhub.spool.drops import Drops, DropsTold
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
@@ -51,7 +51,7 @@ class Stream:
         info: SpoolInfo,
         round_file: RoundFile,
         clock: Callable[[], float],
-        warned_at: float = NEVER,
+        told: DropsTold,
     ) -> None:
         """Begin a stream. Files are made with the first record.
 
@@ -60,7 +60,7 @@ class Stream:
             info: the spool's limit is of interest.
             round_file: says which round the records belong to.
             clock: seconds that only grow.
-            warned_at: when this process last warned of drops.
+            told: what the writer has said of its drops.
         """
         self.id = uuid.uuid4().hex
         self.lock = threading.RLock()
@@ -71,7 +71,7 @@ class Stream:
         self.is_abandoned = False
         segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
         self.room = Room(folder, info.max_bytes, segment_bytes, clock)
-        self.drops = Drops(ledger_file(folder, self.id), clock, warned_at)
+        self.drops = Drops(ledger_file(folder, self.id), clock, told)
         self._segment = SegmentFile(folder, self.id, segment_bytes)
         self._folder = folder
         self._clock = clock

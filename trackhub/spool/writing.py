@@ -21,6 +21,7 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
+from trackhub.spool.drops import DropsTold
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
@@ -53,9 +54,10 @@ class NewBlob(NamedTuple):
 
 
 class SpoolWriter:
-    """Appends this process's records to a stream. Thread-safe. After a fork, the child writes a stream of its own.
+    """Appends this process's records to two streams. Thread-safe. After a fork, the child writes streams of its own.
 
-    So does a copy, and a writer that was pickled and read in another process.
+    So does a copy, and a writer that was pickled and read in another process. Images and artifacts are in a stream of
+    their own, so that what waits for the bytes of a large file are other files only.
 
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
     its ``seq``. Once there is room again, it writes the gap into the stream.
@@ -78,7 +80,7 @@ class SpoolWriter:
     def __init__(
         self, folder: Path, *, info: SpoolInfo | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Open a new stream in this folder. Files are made with the first record.
+        """Open new streams in this folder. The files of each are made with its first record.
 
         Args:
             folder: the spool's folder.
@@ -92,40 +94,54 @@ class SpoolWriter:
         self.folder = folder
         self._clock = clock
         self._round = RoundFile(folder)
-        self._stream = Stream(folder, self.info, self._round, clock)
+        self._told = DropsTold()
+        self._stream = self._new_stream()
+        self._files = self._new_stream()
         self._late: Stream | None = None
         _open_writers.add(self)
 
     def _after_fork(self) -> None:
-        # The lock may be held by a thread that does not exist here, and the stream belongs to the parent.
-        old = self._stream
-        old.abandon()
-        new = Stream(self.folder, self.info, self._round, self._clock, old.drops.warned_at)
-        new.is_closed = old.is_closed
-        if self._late is not None:
-            self._late.abandon()
+        self._told = DropsTold(self._told.at)
+        # The locks may be held by threads that do not exist here, and the streams belong to the parent.
+        old, old_files = self._stream, self._files
+        try:
+            old.abandon()
+            old_files.abandon()
+            if self._late is not None:
+                self._late.abandon()
+        finally:
             self._late = None
-        self._stream = new
+            self._stream, self._files = self._follow(old), self._follow(old_files)
+
+    def _new_stream(self) -> Stream:
+        return Stream(self.folder, self.info, self._round, self._clock, self._told)
+
+    def _follow(self, old: Stream) -> Stream:
+        new = self._new_stream()
+        new.is_closed = old.is_closed
+        return new
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.folder), self.info, self._stream.is_closed)
 
     @property
     def stream(self) -> str:
-        """The id of this process's stream."""
+        """The id of this process's stream of records without files."""
         return self._stream.id
 
     @property
-    def next_seq(self) -> int:
-        """How many records were logged to this stream so far, with the dropped ones."""
-        return self._stream.next_seq
+    def files_stream(self) -> str:
+        """The id of this process's stream of images and artifacts."""
+        return self._files.id
 
     @property
-    def last_written(self) -> int:
-        """The ``seq`` after the last record in the stream. It is lower than ``next_seq`` while a gap is not written."""
-        stream = self._stream
-        with stream.lock:
-            return stream.drops.gaps[0][0] if stream.drops.gaps else stream.next_seq
+    def next_seq(self) -> int:
+        """How many records were logged to both streams so far, with the dropped ones."""
+        return self._stream.next_seq + self._files.next_seq
+
+    def last_written(self) -> tuple[int, int]:
+        """Return the ``seq`` after the last record in each of the two streams, without a gap that is not written."""
+        return _last_written(self._stream), _last_written(self._files)
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
@@ -171,7 +187,7 @@ class SpoolWriter:
         Raises:
             RecordError, SpoolError: as ``append``.
         """
-        stream = self._stream
+        stream = self._files
         partial = new_part(self.folder, stream.id, blob.size)
         try:
             has_room = self._reserve(stream, partial, blob.size)
@@ -211,7 +227,7 @@ class SpoolWriter:
         except SpoolError:
             return None
         if self._late is None:
-            self._late = Stream(self.folder, self.info, self._round, self._clock)
+            self._late = self._new_stream()
         return self._late
 
     def count_left_out(self, reason: str, values: int) -> None:
@@ -225,9 +241,11 @@ class SpoolWriter:
         if not stream.is_closed:
             self._in_turn(stream, lambda: stream.drops.leave_out(reason, values))
 
-    def acked(self) -> int:
-        """Return the ``seq`` up to which every receiver accepted or refused this stream's records, gaps included."""
-        stream = self._stream
+    def acked(self) -> tuple[int, int]:
+        """Return the ``seq`` up to which every receiver accepted or refused what is in each stream, gaps included."""
+        return self._acked_by_all(self._stream), self._acked_by_all(self._files)
+
+    def _acked_by_all(self, stream: Stream) -> int:
         return min((self._acked(stream, cursor) for cursor in self.info.cursors), default=stream.next_seq)
 
     def _acked(self, stream: Stream, cursor: str) -> int:
@@ -240,8 +258,8 @@ class SpoolWriter:
 
     def close(self) -> None:
         """Close the files. The sender delivers what was appended. Idempotent."""
-        stream = self._stream
-        self._in_turn(stream, stream.close)
+        for stream in (self._stream, self._files):
+            self._in_turn(stream, stream.close)
 
     def _in_turn(self, stream: Stream, action: Callable[[], object]) -> None:
         """Act under the lock. In a signal handler that interrupted another action, the interrupted call acts later."""
@@ -306,6 +324,11 @@ class SpoolWriter:
             )  # fmt: skip
 
 
+def _last_written(stream: Stream) -> int:
+    with stream.lock:
+        return stream.drops.gaps[0][0] if stream.drops.gaps else stream.next_seq
+
+
 def _do_deferred(stream: Stream) -> None:
     while stream.deferred:
         stream.busy = True
@@ -340,7 +363,7 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
     except SpoolError as e:
         _log.warning("a copied writer finds no spool, and drops what it is given until there is one: %s", e)
     writer = SpoolWriter(path, info=info)
-    writer._stream.is_closed = is_closed
+    writer._stream.is_closed = writer._files.is_closed = is_closed
     return writer
 
 

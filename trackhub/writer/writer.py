@@ -257,10 +257,10 @@ class Writer:
         """
         if self._spool is None:
             return True
-        target = self._spool.last_written
+        target = self._spool.last_written()
         deadline = time.monotonic() + timeout_s
         pause = threading.Event()
-        while self._spool.acked() < target:
+        while any(acked < end for acked, end in zip(self._spool.acked(), target, strict=True)):
             if time.monotonic() >= deadline:
                 return False
             pause.wait(_POLL_S)

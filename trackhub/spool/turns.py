@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which the streams of a spool take turns, and a file that says whose turn was last.
+
+`SpoolReader` asks it which stream to read next, and tells it which stream's batch it hands out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+
+from trackhub.plain_files import open_plain, read_plain
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """The names of the streams in the order of their turns. Used by one thread."""
+
+    def __init__(self, file: Path) -> None:
+        """Know of no stream yet.
+
+        Args:
+            file: where the name of the stream is kept whose batch was handed out last.
+        """
+        self._file = file
+        self._order: dict[str, None] = {}
+        self._last = ""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def begin(self, streams: Container[str]) -> None:
+        """Give the first turn to the stream whose batch may have arrived before a crash, if it is among these."""
+        with contextlib.suppress(OSError):
+            self._last = read_plain(self._file).decode(errors="replace")
+            if self._last in streams:
+                self._order[self._last] = None
+
+    def add(self, streams: Iterable[str]) -> None:
+        """Put new streams behind the others."""
+        for name in streams:
+            self._order.setdefault(name)
+
+    def remove(self, stream: str) -> None:
+        """Forget a stream."""
+        del self._order[stream]
+
+    def take(self, stream: str) -> None:
+        """Note that a batch of this stream is handed out. It goes behind the others.
+
+        After a crash, the batch that may have arrived is then sent again before others. The receiver recognises that
+        batch in any case. A replay from the site's side, however, gives its records new positions, and these must be
+        the positions that the receiver gave them.
+        """
+        self._order[stream] = self._order.pop(stream, None)
+        if stream != self._last:
+            self._last = stream
+            with (
+                contextlib.suppress(OSError),  # delivery matters more, above all on a full disk
+                open(self._file, "w", encoding="utf-8", opener=open_plain) as file,
+            ):
+                file.write(stream)
