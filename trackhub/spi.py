@@ -234,7 +234,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         step: >= 0. None only for params and tags, or with ``capabilities.optional_step``.
         round: the federated round, where known.
         payload: one of the kinds in ``capabilities.kinds``. Its keys follow the key rules.
-        stream: the writing process.
+        stream: the writing process; its images and artifacts have another stream than its other records.
         seq: the record's number in its stream. Stream and seq together are a globally unique identity.
     """
 

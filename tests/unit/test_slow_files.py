@@ -23,7 +23,7 @@ from trackhub.delivery.replay import replay_spool
 from trackhub.limits import Limits
 from trackhub.writer.writer import Writer
 
-SIZE = 500_000
+SIZE = 900_000
 LIMITS = Limits(
     poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01, request_s=0.5, silence_s=3, files_s=WAIT_S, gate_s=0.2
 )
@@ -41,7 +41,7 @@ def rig(tmp_path: Path) -> Iterator[SenderRig]:
 
 @pytest.fixture
 def link(rig: SenderRig) -> Iterator[SlowLink]:
-    """A link over which the file takes 1.7 s, and a timeout of 0.5 s."""
+    """A link over which the file takes 3 s, and a timeout of 0.5 s."""
     link = SlowLink(lambda data: rig.channel(data, 0.0), 300_000)
     yield link
     link.is_cut = True
@@ -78,7 +78,8 @@ def chunks(rig: SenderRig) -> list[wire.Chunk]:
 
 def stored_file(rig: SenderRig) -> bytes:
     (line,) = (line for line in rig.stored() if "file" in line)
-    return (rig.folder / "receiver" / "jsonl" / "job-1" / line["file"]).read_bytes()
+    path: Path = rig.folder / "receiver" / "jsonl" / "job-1" / line["file"]
+    return path.read_bytes()
 
 
 def metrics(rig: SenderRig) -> list[Any]:

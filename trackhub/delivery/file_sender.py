@@ -172,7 +172,8 @@ class FileSender:
 
     def _send(self, held: _Held, blob: Blob) -> bool:
         """Send a piece of a file. Return False if the file must be given up, of which the reader is told."""
-        must_ask = held.offset is None and blob.size > self._pace.piece_bytes
+        may_have_begun = blob.name in self._reached or blob.size > self._pace.piece_bytes
+        must_ask = held.offset is None and may_have_begun
         offset = held.offset or 0
         data, problem = (b"", "") if must_ask else self._read(blob, offset)
         started = time.monotonic()

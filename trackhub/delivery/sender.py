@@ -7,12 +7,10 @@ with `trackhub.spool.reading`, asks through a `Channel`, and marks in the spool 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
 import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,13 +19,11 @@ import msgspec
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.file_sender import FileSender, Ready
 from trackhub.delivery.request_retry import Exchange
+from trackhub.delivery.session import Session
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,
     Batch,
-    Final,
-    Hello,
-    KeepAlive,
     NeedBlob,
     Refused,
     SiteCounts,
@@ -46,6 +42,7 @@ from trackhub.spool.round_file import RoundFile
 __all__ = ["Sender"]
 
 _ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take. A request need not carry more.
+_FILES_S = 1.0  # how long a round waits for files. A large one on a slow link must not delay each round.
 _JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
 _COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
 _log = logging.getLogger(__name__)
@@ -59,6 +56,7 @@ class _Passes:
         done: passes that sent all that they could read.
         was_complete: whether the last of them could read everything.
         running: a pass has begun and has not sent all that it found.
+        files_left: what the last pass found has files that are still on their way.
         waiting: calls of ``flush`` that wait.
         gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
     """
@@ -68,6 +66,7 @@ class _Passes:
         self.done = 0
         self.was_complete = True
         self.running = False
+        self.files_left = False
         self.waiting = 0
         self.gave_up_at: int | None = None
 
@@ -82,32 +81,10 @@ class _Passes:
             self.running = False
             self.changed.notify_all()
 
-
-class _Session:
-    """What a sender says of itself to its receiver, and what the receiver has said. Used by the sender's thread.
-
-    Attributes:
-        name: names the sender, for the receiver.
-        is_greeted: the receiver has replied to a hello.
-        may_ask: the receiver can say what it has of a stream, as far as is known.
-        is_unsure: it could not say it, and the first records of a stream are not in the spool: delivered, or lost.
-    """
-
-    def __init__(self) -> None:
-        self.name = uuid.uuid4().hex
-        self.is_greeted = False
-        self.may_ask = True
-        self.is_unsure = False
-        self._numbers = itertools.count(1)
-
-    def hello(self, streams: tuple[str, ...] = ()) -> Hello:
-        return Hello(session=self.name, streams=streams)
-
-    def keep_alive(self, counts: SiteCounts) -> KeepAlive:
-        return KeepAlive(counts, self.name, next(self._numbers))
-
-    def final(self, counts: SiteCounts, *, failed: bool) -> Final:
-        return Final(counts, failed, self.name, next(self._numbers))
+    def note_files(self, *, left: bool) -> None:
+        with self.changed:
+            self.files_left = left
+            self.changed.notify_all()
 
 
 class Sender:
@@ -162,7 +139,7 @@ class Sender:
         self._wake = threading.Event()
         self._sent_at = -math.inf
         self._keep_alive_at = time.monotonic()
-        self._session = _Session()
+        self._session = Session()
         self._refused: Refused | None = None
         self._failed = False
         self._warned_of = ""
@@ -178,7 +155,7 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call. It does not wait for images and artifacts.
+        """Wait until the receiver has all that was logged before this call. For files it waits a second at most.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
         is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
@@ -188,7 +165,7 @@ class Sender:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
 
         Returns:
-            Whether the receiver has it.
+            Whether the receiver has it. Images and artifacts that are still on their way do not count.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         try:
@@ -202,31 +179,40 @@ class Sender:
             # A pass that is running may have looked at the spool before this call; the pass after it has not.
             target = passes.done + (2 if passes.running else 1)
             passes.waiting += 1
+            was_complete = True
             try:
                 while passes.done < target:
                     if ends is not None and self._reader.is_past(ends):
-                        return True
+                        break
                     self._wake.set()  # each time, since the sender clears it when it wakes
                     left_s = deadline - time.monotonic()
                     if left_s <= 0 or not self._thread.is_alive():
-                        passes.gave_up_at = self._exchange.replies
-                        _log.warning(
-                            "the receiver did not acknowledge the records of site %s in time; training goes on, and "
-                            "does not wait again until the receiver replies; the records stay in %s",
-                            self.site, self.folder,
-                        )  # fmt: skip
+                        self._give_up_flush()
                         return False
                     # Not longer than a poll: the reader gets past the ends in the middle of a pass, without a notice.
                     passes.changed.wait(min(left_s, self._limits.poll_s))
-                return passes.was_complete
+                else:
+                    was_complete = passes.was_complete
+                left_s = max(0.0, deadline - time.monotonic())
+                passes.changed.wait_for(lambda: not passes.files_left, min(left_s, _FILES_S))
+                return was_complete
             finally:
                 passes.waiting -= 1
+
+    def _give_up_flush(self) -> None:
+        self._passes.gave_up_at = self._exchange.replies
+        _log.warning(
+            "the receiver did not acknowledge the records of site %s in time; training goes on, and does not wait "
+            "again until the receiver replies; the records stay in %s",
+            self.site, self.folder,
+        )  # fmt: skip
 
     def close(self, timeout_s: float, *, failed: bool = False) -> SiteCounts:
         """Send the final message and stop. Close all of the site's writers first.
 
         Blocks up to ``timeout_s`` plus the time for one request; longer while a file still progresses, up to
-        ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no writer opens it any more. Does not raise. Idempotent.
+        ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no writer opens it any more.
+        Does not raise. Idempotent.
 
         Args:
             timeout_s: the longest time to try, in seconds. What is then not acknowledged stays in the spool.
@@ -323,8 +309,9 @@ class Sender:
             ready = self._files.send_piece()
             if ready is not None:
                 self._deliver_ready(ready)
-            if time.monotonic() >= until or self._passes.waiting > 0:
-                return
+            if time.monotonic() >= until:
+                break
+        self._passes.note_files(left=self._files.has_work())
 
     def _deliver_ready(self, ready: Ready) -> None:
         """Send records whose files have arrived, and then the stream's next ones, until these wait for their files."""
@@ -437,6 +424,7 @@ class Sender:
         """
         if not self._files.has_all(batch):
             self._files.hold(batch)
+            self._passes.note_files(left=True)
             return True
         reply = self._exchange.ask(Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames))
         if reply is None:

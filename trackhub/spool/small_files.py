@@ -17,7 +17,7 @@ from trackhub.plain_files import open_plain
 __all__ = ["SPARES", "make_spare", "reason_of", "write_start"]
 
 SPARES = 16
-"""A ledger and a cursor for each of eight ranks on one machine."""
+"""A ledger and a cursor for each of eight streams on one machine."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk, or of a user's share of it, that has no free blocks or no free inodes."""
