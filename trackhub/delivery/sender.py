@@ -57,6 +57,7 @@ class _Passes:
         was_complete: whether the last of them could read everything.
         running: a pass has begun and has not sent all that it found.
         files_left: what the last pass found has files that are still on their way.
+        is_slow: a flush has waited for these files in vain.
         waiting: calls of ``flush`` that wait.
         gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
     """
@@ -67,6 +68,7 @@ class _Passes:
         self.was_complete = True
         self.running = False
         self.files_left = False
+        self.is_slow = False
         self.waiting = 0
         self.gave_up_at: int | None = None
 
@@ -84,6 +86,7 @@ class _Passes:
     def note_files(self, *, left: bool) -> None:
         with self.changed:
             self.files_left = left
+            self.is_slow = self.is_slow and left
             self.changed.notify_all()
 
 
@@ -155,7 +158,8 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call. For files it waits a second at most.
+        """Wait until the receiver has all that was logged before this call. For files it waits a second at most, and
+        not again while the same files are on their way.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
         is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
@@ -193,8 +197,8 @@ class Sender:
                     passes.changed.wait(min(left_s, self._limits.poll_s))
                 else:
                     was_complete = passes.was_complete
-                left_s = max(0.0, deadline - time.monotonic())
-                passes.changed.wait_for(lambda: not passes.files_left, min(left_s, _FILES_S))
+                left_s = 0.0 if passes.is_slow else min(_FILES_S, max(0.0, deadline - time.monotonic()))
+                passes.is_slow = not passes.changed.wait_for(lambda: not passes.files_left, left_s)
                 return was_complete
             finally:
                 passes.waiting -= 1
