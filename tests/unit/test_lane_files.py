@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, MemoryBackend
+from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Metrics, Record
@@ -24,7 +24,7 @@ REDELIVERIES = pytest.mark.parametrize("redelivery", [Redelivery.IDEMPOTENT, Red
 
 
 def artifact(seq: int) -> Record:
-    blob = Blob(f"s-{seq}", 1 << 20, "0" * 64, "application/octet-stream")
+    blob = Blob(f"{STREAM}-{seq}", 1 << 20, "0" * 64, "application/octet-stream")
     return Record(seq, 1000.0 + seq, seq, None, Artifact("model", blob, "model.bin"))
 
 

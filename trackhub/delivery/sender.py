@@ -13,7 +13,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -401,15 +401,22 @@ class Sender:
                 self._exchange.pause(_BLOB_RETRY_S)
                 return not self._exchange.is_late()
             reply = Refused("blob_unknown", reply.name)
-        refused = reply.reason if isinstance(reply, Refused) else None
+        refused: Mapping[str, int] = {}
         if isinstance(reply, Refused):
+            refused = {reply.reason: batch.records}
             _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
                        reply.detail)  # fmt: skip
+        elif isinstance(reply, Accepted) and reply.refused and sum(reply.refused.values()) <= batch.records:
+            refused = reply.refused
+            _log.error(
+                "the receiver refused some of %d records of site %s, by reason: %s; see docs/delivery.md",
+                batch.records, self.site, ", ".join(f"{reason} {n}" for reason, n in refused.items()),
+            )  # fmt: skip
         self._settle(batch, refused)
         return True
 
-    def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
-        """Mark a batch in the spool as accepted, or as refused for this reason."""
+    def _settle(self, batch: SpoolBatch, refused: Mapping[str, int]) -> None:
+        """Mark a batch in the spool as accepted, but for the records that were refused."""
         self._sent_at = time.monotonic()
         try:
             self._reader.settle(batch, refused)
