@@ -227,8 +227,11 @@ class Journal:
             same_sender = message.session != "" and message.session == session
             if same_sender and message.number <= number:
                 return
+            known = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else SiteCounts()
+            # Only a FLARE client knows these two. A replay, or a sender that was started again, does not.
+            message.counts.at_source |= known.at_source
+            message.counts.by_message = max(message.counts.by_message, known.by_message)
             if last and not final and not same_sender:
-                known = msgspec.msgpack.decode(counts, type=SiteCounts)
                 if (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled):
                     return  # of a sender before the one that sent the final message
             if not keep_end:
