@@ -331,21 +331,18 @@ def cell_name(engine: Any) -> str:
     return str(engine.get_cell().get_fqcn())
 
 
-def replace_in_process_log(write: Callable[[Any, Any, Any, Mapping[str, Any]], None]) -> Callable[[], None]:
-    """Let ``write`` take what trainers in this process log, in place of FLARE's events. Return a call that undoes it.
+def replace_in_process_log(replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Replace the method by which trainers in this process log. Return a call that undoes it.
 
     Args:
-        write: called in the thread that logs, with FLARE's key, value and data type, and its further arguments.
+        replacement: called with FLARE's method; returns the one that takes its place.
     """
     original = InProcessClientAPI.log
-
-    def log(self: Any, key: Any, value: Any, data_type: Any, **kwargs: Any) -> None:
-        write(key, value, data_type, kwargs)
+    InProcessClientAPI.log = replacement(original)
 
     def undo() -> None:
         InProcessClientAPI.log = original
 
-    InProcessClientAPI.log = log
     return undo
 
 

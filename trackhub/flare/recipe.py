@@ -66,9 +66,9 @@ def add_tracking(
             jobs may have one name: the job's id stays beside it.
         notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
-        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. The trainer's log call
-            itself writes the record, with its time and in its order. ``"events"`` leaves the trainer as it is, and takes
-            the record when FLARE's event comes. ``False`` takes nothing: use it for FLARE's receivers beside trackhub.
+        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. The log call itself
+            writes the record, with its time and in its order. ``"events"`` leaves the trainer as it is, and takes the
+            record when FLARE's event comes. ``False`` takes nothing: use it for FLARE's receivers beside trackhub.
         limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
 

@@ -20,8 +20,8 @@ from trackhub.flare.stock_records import StockRecords
 __all__ = ["TAKE_OVER_ENV", "LogCallSource"]
 
 TAKE_OVER_ENV = "TRACKHUB_TAKE_OVER"
-"""Environment variable that has trainers take FLARE's log calls. Its value is the full name (FQCN) of the client's cell,
-to which FLARE would send them: a trainer of another job ignores it."""
+"""Environment variable that has trainers take FLARE's log calls. Its value is the full name (FQCN) of the client's
+cell, to which FLARE would send them: a trainer of another job ignores it."""
 
 _FOLDER = str(Path(__file__).parent / "trainer" / "startup")
 
@@ -46,7 +46,7 @@ class LogCallSource:
         """
         if flare_internals.has_stock_receiver(engine):
             return False
-        self._restore = flare_internals.replace_in_process_log(self._records.calls().write)
+        self._restore = flare_internals.replace_in_process_log(self._records.calls().log_method)
         os.environ[TAKE_OVER_ENV] = flare_internals.cell_name(engine)
         sys.path.insert(0, _FOLDER)
         # For the processes that are not started by FLARE's executor, and inherit the environment as it is.

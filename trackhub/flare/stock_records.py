@@ -52,7 +52,6 @@ class StockRecords:
         self._component = component
         self._lock = threading.Lock()
         self._spool: Path | None = None
-        self._writer: Writer | None = None
         self._calls: LogCalls | None = None
 
     def open(self, spool: Path) -> None:
@@ -68,12 +67,11 @@ class StockRecords:
         if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
             return
         calls = self.calls()
-        assert self._writer is not None
         if flare_internals.is_from_another_process(fl_ctx):
             with self._lock:
                 self.by_message += 1
         try:
-            write_stock_record(self._writer, event)
+            write_stock_record(calls.writer, event)
         except (RecordError, SpoolError) as e:
             calls.count_lost(e)
 
@@ -82,8 +80,7 @@ class StockRecords:
         with self._lock:
             if self._calls is None:
                 assert self._spool is not None
-                self._writer = Writer(self._spool)
-                self._calls = LogCalls(self._writer, self._component.logger.warning)
+                self._calls = LogCalls(Writer(self._spool), self._component.logger.warning)
             return self._calls
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from nvflare.apis.analytix import AnalyticsDataType, TrackConst
+from nvflare.apis.analytix import AnalyticsDataType
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.spool.announcement import find_spool
@@ -25,7 +25,7 @@ from trackhub.writer.writer import Writer
 __all__ = ["LogCalls", "take_in_trainer", "write_call"]
 
 _MAX_WARNINGS = 20  # different messages; a message may hold a key, and there may be many keys
-_SCALAR, _METRIC = AnalyticsDataType.SCALAR, AnalyticsDataType.METRIC
+_SCALAR, _METRIC, _METRICS = AnalyticsDataType.SCALAR, AnalyticsDataType.METRIC, AnalyticsDataType.METRICS
 _log = logging.getLogger(__name__)
 
 
@@ -39,32 +39,43 @@ class LogCalls:
             writer: it belongs to this object, which closes it.
             warn: called with what the log should say. Each text is passed once.
         """
-        self._writer = writer
-        self._log = writer.log
+        self.writer = writer
         self._warn_of = warn
         self._warned: set[str] = set()
 
-    def write(self, key: Any, value: Any, data_type: Any, more: Mapping[str, Any]) -> None:
-        """Write one call. What cannot be a record is counted as dropped, and a value that cannot be stored as left out.
+    def log_method(self, original: Callable[..., Any], cell: str | None = None) -> Callable[..., None]:
+        """Return a method that takes the place of ``log`` in FLARE's client API.
+
+        What cannot be a record is counted as dropped, and a value that cannot be stored as left out.
 
         Args:
-            key: as in FLARE's log functions.
-            value: as in FLARE's log functions.
-            data_type: as in FLARE's log functions.
-            more: FLARE's further arguments. The step and the path are taken from them.
+            original: FLARE's method.
+            cell: take only the calls that FLARE would send to this cell, and leave the others to FLARE. None takes all.
         """
-        try:
-            if data_type is _SCALAR or data_type is _METRIC:  # first, since nearly all calls are of these
-                self._log({key: value}, more.get("global_step"))
-            else:
-                write_call(self._writer, key, value, data_type, more)
-        except (RecordError, SpoolError) as e:
-            self.count_lost(e)
+        writer, append, count_lost = self.writer, self.writer.log, self.count_lost
+
+        @functools.wraps(original)
+        def log(self: Any, key: Any, value: Any, data_type: Any, **more: Any) -> None:
+            if cell is not None and self._cj_fqcn != cell:
+                original(self, key, value, data_type, **more)
+                return
+            try:
+                # First those that nearly all calls are of. This is a hot path (docs/adr/0004).
+                if data_type is _SCALAR or data_type is _METRIC:
+                    append({key: value}, more.get("global_step"))
+                elif data_type is _METRICS:
+                    append(value, more.get("global_step"))
+                else:
+                    write_call(writer, key, value, data_type, more)
+            except (RecordError, SpoolError) as e:
+                count_lost(e)
+
+        return log
 
     def count_lost(self, error: RecordError | SpoolError) -> None:
         """Count and name a call that is no record, or that came after ``close``."""
         if isinstance(error, RecordError):
-            self._writer.count_unconvertible(str(error))
+            self.writer.count_unconvertible(str(error))
             self._warn(f"a stock record was dropped: {error}")
         else:
             self._warn(f"a stock record came after the end of tracking: {error}")
@@ -76,7 +87,7 @@ class LogCalls:
 
     def close(self) -> None:
         """Close the writer."""
-        self._writer.close()
+        self.writer.close()
 
 
 def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mapping[str, Any]) -> None:
@@ -87,16 +98,14 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
 
     Args:
         writer: where to write it.
-        key: as in FLARE's log functions.
-        value: as in FLARE's log functions.
-        data_type: as in FLARE's log functions.
-        more: FLARE's further arguments. The step and the path are taken from them.
+        key, value, data_type: as in FLARE's log functions.
+        more: FLARE's further arguments, of which the step and the path are taken.
 
     Raises:
-        RecordError: the call is of a kind that no backend can show: a model, a Python log record. A strict writer raises
-            it for a value that it cannot store, too, and SpoolError once it is closed.
+        RecordError: the call is of a kind that no backend can show: a model, a Python log record. A strict writer
+            raises it for a value that it cannot store, too, and SpoolError once it is closed.
     """
-    step = more.get(TrackConst.GLOBAL_STEP_KEY)
+    step = more.get("global_step")
     match data_type:
         case AnalyticsDataType.SCALAR | AnalyticsDataType.METRIC | AnalyticsDataType.SCALARS:
             writer.log({key: value}, step)
@@ -111,7 +120,7 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
         case AnalyticsDataType.TAGS:
             writer.set_tags(value)
         case AnalyticsDataType.TEXT:
-            writer.log_text(more.get(TrackConst.PATH_KEY) or key, value, step)
+            writer.log_text(more.get("path") or key, value, step)
         case AnalyticsDataType.IMAGE:
             writer.log_image(key, value, step)
         case _:
@@ -140,35 +149,22 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
         raise PermissionError(f"this process may not write to {folder}")
     calls = LogCalls(Writer(folder), _log.warning)
     if hasattr(module, "CellClientAPI"):
-        _take_client_api(module.CellClientAPI, cell, calls)
+        # Of every rank, and also after the session has ended.
+        module.CellClientAPI.log = calls.log_method(module.CellClientAPI.log, cell)
     else:
-        _take_metrics_sender(module.MetricsSender, cell, calls)
+        _take_metrics_sender(module.MetricsSender, cell, calls.log_method(module.MetricsSender.add))
 
 
-def _take_client_api(api_class: Any, cell: str, calls: LogCalls) -> None:
-    """Take the calls of ``flare.log`` and of FLARE's writers: those of every rank, and also after the session's end."""
-    original, write = api_class.log, calls.write
-
-    @functools.wraps(original)
-    def log(self: Any, key: Any, value: Any, data_type: Any, **kwargs: Any) -> None:
-        if self._cj_fqcn == cell:
-            write(key, value, data_type, kwargs)
-        else:
-            original(self, key, value, data_type, **kwargs)
-
-    api_class.log = log
-
-
-def _take_metrics_sender(sender_class: Any, cell: str, calls: LogCalls) -> None:
+def _take_metrics_sender(sender_class: Any, cell: str, log: Callable[..., None]) -> None:
     """Take the calls of ``nvflare.client.tracking.init()``, which FLARE carries from rank 0 only."""
-    original, write = sender_class.add, calls.write
+    original = sender_class.add
 
     @functools.wraps(original)
     def add(self: Any, tag: Any, value: Any, data_type: Any, **kwargs: Any) -> bool:
         is_sent = self.rank == "0" and self.initialized and not self.closed
         if not is_sent or self.config.get("receiver_fqcn") != cell:
             return bool(original(self, tag, value, data_type, **kwargs))
-        write(tag, value, data_type, kwargs)
+        log(self, tag, value, data_type, **kwargs)
         return True
 
     sender_class.add = add

@@ -26,16 +26,18 @@ class _Finder:
         if name not in _MODULES:
             return None
         for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec = find and find(name, path, target)
-            if spec:
-                self._watch(spec.loader)
-                return spec
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec:
+                    self._watch(spec.loader)
+                    return spec
         return None
 
     def _watch(self, loader):
         """Make a loader call ``_take`` after it has loaded its module."""
         load = getattr(loader, "exec_module", None)
+        if load is None:
+            return
 
         def load_and_take(module):
             load(module)
@@ -62,8 +64,8 @@ class _Finder:
             import logging
 
             logging.getLogger("trackhub").warning(
-                "trackhub cannot take FLARE's log calls in this process. FLARE's messages carry them, and what is lost on "
-                "the way is not counted. The reason: %s: %s", type(e).__name__, e,
+                "trackhub cannot take FLARE's log calls in this process. FLARE's messages carry them, and what is lost "
+                "on the way is not counted. The reason: %s: %s", type(e).__name__, e,
             )  # fmt: skip
 
 
@@ -83,4 +85,4 @@ except Exception:
 if _FOLDER not in sys.path:
     # Where there is no other one, this raises the error that Python expects there, and Python goes on.
     sys.modules.pop("sitecustomize", None)
-    import sitecustomize
+    import sitecustomize  # noqa: F401
