@@ -71,8 +71,8 @@ def _python(
 ) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRACKHUB", "PYTHON"))}
     return subprocess.run(
-        [python, *args, "-c", textwrap.dedent(source)], env={**clean, **env}, capture_output=True, text=True, timeout=120,
-        check=False, cwd="/",
+        [python, *args, "-c", textwrap.dedent(source)], env={**clean, **env}, cwd="/", capture_output=True, text=True,
+        timeout=120, check=False,
     )  # fmt: skip
 
 

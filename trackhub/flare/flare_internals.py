@@ -34,6 +34,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.ccwf.client_controller_executor import ClientControllerExecutor
 from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
+from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
 from nvflare.app_common.widgets.streaming import AnalyticsReceiver
 from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
@@ -50,6 +51,7 @@ __all__ = [
     "add_first_handler",
     "add_last_handler",
     "add_to_clients",
+    "came_as_message",
     "cell_name",
     "client_sites",
     "components",
@@ -344,6 +346,15 @@ def replace_in_process_log(replacement: Callable[[Callable[..., Any]], Callable[
         InProcessClientAPI.log = original
 
     return undo
+
+
+def came_as_message(fl_ctx: FLContext) -> bool:
+    """Return whether a stock analytics event stands for a message of another process of this site, such as a trainer.
+
+    FLARE fires a federated event for such a message. It converts the events of this process into federated ones, too.
+    """
+    origin = fl_ctx.get_prop(FLContextKey.EVENT_ORIGIN)
+    return is_from_another_process(fl_ctx) and origin != ConvertToFedEvent.__name__
 
 
 def job_of(recipe_or_job: Any) -> Any:

@@ -67,7 +67,7 @@ class StockRecords:
         if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
             return
         calls = self.calls()
-        if flare_internals.is_from_another_process(fl_ctx):
+        if flare_internals.came_as_message(fl_ctx):
             with self._lock:
                 self.by_message += 1
         try:
