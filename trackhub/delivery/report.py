@@ -370,6 +370,8 @@ def format_counted(site: SiteReport) -> list[str]:
         remarks.append("the site's own counts do not add up")
     if lacking := site.lacking():
         remarks.append(f"the receiver lacks {lacking} records that it had acknowledged")
+    if site.at_site is not None and (came := site.at_site.by_message):
+        remarks.append(f"{came} came in FLARE's messages, which are not counted at their source: there may be more")
     match site.counted:
         case Counted.STALE:
             remarks.append("the site's final message did not come: it may have logged more")

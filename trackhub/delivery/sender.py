@@ -123,6 +123,7 @@ class Sender:
     Attributes:
         site: the site that the spool belongs to.
         folder: the spool's folder.
+        at_source, by_message: as in `SiteCounts`. Whoever runs the sender sets them.
     """
 
     def __init__(
@@ -148,6 +149,8 @@ class Sender:
             SpoolError: the folder holds no spool and none is expected there, or the spool has no such cursor.
         """
         self.folder = spool
+        self.at_source = False
+        self.by_message = 0
         self._limits = limits or Limits()
         self._reader = SpoolReader(spool, cursor)
         self.site = self._reader.info.site
@@ -432,6 +435,7 @@ class Sender:
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
         if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
+        counts.at_source, counts.by_message = self.at_source, self.by_message
         self._counts = counts
 
     def _warn_once(self, message: str) -> None:

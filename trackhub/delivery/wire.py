@@ -75,6 +75,9 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         unreadable: as ``spooled``, but the site's sender is not allowed to read them, or its disk fails.
         complete: False if the site may have logged more than it could count.
         altered: values, not records, that were left out of records that go on, by reason.
+        at_source: the site takes what FLARE's own writers log in the call itself, where the trainer lets it.
+        by_message: of ``logged``, how many came in messages from another process that logs. Such a message is counted
+            when it arrives, so nobody knows how many were lost.
     """
 
     logged: Count = 0
@@ -86,6 +89,8 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     unreadable: Count = 0
     complete: bool = True
     altered: _Reasons = {}
+    at_source: bool = False
+    by_message: Count = 0
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""

@@ -247,10 +247,13 @@ class Journal:
             same_sender = message.session != "" and message.session == session
             if same_sender and message.number <= number:
                 return
-            if last and not final and not same_sender:
-                known = msgspec.msgpack.decode(counts, type=SiteCounts)
-                if (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled):
-                    return  # of a sender before the one that sent the final message
+            known = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else SiteCounts()
+            # Only a FLARE client knows these two. A replay, or a sender that was started again, does not.
+            message.counts.at_source |= known.at_source
+            message.counts.by_message = max(message.counts.by_message, known.by_message)
+            is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
+            if last and not final and not same_sender and is_older:
+                return  # of a sender before the one that sent the final message
             if not keep_end:
                 # A sign of life after the end: the site has begun again.
                 ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
