@@ -9,6 +9,7 @@ noted.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -427,7 +428,10 @@ class JobProcesses:
         return flags
 
     def close(self) -> None:
-        """Kill what a failed test left running."""
+        """Kill what a failed test left running, also the children of trainers: they hold the pipes of their parents."""
+        for pid in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for proc in (*self.procs, *self.servers):
             proc.close()
         self.socket.unlink(missing_ok=True)
