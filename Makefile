@@ -49,7 +49,7 @@ types: $(INSTALLED) ## check types
 arch: $(INSTALLED) ## check who imports whom
 	$(BIN)/lint-imports
 
-faults: $(INSTALLED) ## kill, fill, cut and starve everything, with all seeds; under 45 minutes
+faults: $(INSTALLED) ## kill, fill, cut and starve everything, with all seeds; about an hour
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) tests/faults $(ARGS)
 
 check-wandb: $(INSTALLED) ## by hand, with a W&B login: run the job against wandb.ai and read every point back

@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
@@ -74,12 +74,15 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         backends_allowed: the backends that a job may use here; None for all that are installed.
         state_dir: the absolute folder for spools and journals of all jobs; None for the run folder of each job.
+        take_over: ``"events"`` leaves trainers as they are: what FLARE's own writers log is then taken from FLARE's
+            events, whatever the job says. None lets the job decide.
         limits: values of `trackhub.limits.Limits`. They win over the job's.
         backends: the rules of single backends, by name.
     """
 
     backends_allowed: tuple[str, ...] | None = None
     state_dir: str | None = None
+    take_over: Literal["events"] | None = None
     limits: dict[str, Any] = {}
     backends: dict[str, BackendRules] = {}
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, Final, get_args
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
+from msgspec import Meta
 
 __all__ = [
     "KIND_OF",
+    "MAX_COUNT",
+    "MAX_DEPTH",
     "MAX_KEY_CHARS",
     "MAX_STEP",
+    "STREAM_PATTERN",
     "Artifact",
     "Blob",
+    "Count",
     "Gap",
     "Histogram",
     "Image",
@@ -26,6 +31,7 @@ __all__ = [
     "Metrics",
     "Params",
     "Payload",
+    "Reason",
     "Record",
     "Table",
     "Tags",
@@ -38,6 +44,27 @@ MAX_KEY_CHARS = 1000
 
 MAX_STEP = 2**63 - 1
 """Largest step and round: what TensorBoard's and MLflow's int64 fields hold."""
+
+MAX_COUNT = 2**53 - 1
+"""Largest count, and largest number of a record in its stream: what every reader of JSON keeps exactly."""
+
+MAX_DEPTH = 20
+"""How many lists and dicts may be around a value of a param."""
+
+STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
+"""What the id of a stream looks like."""
+
+# The types below with ``Meta`` are the schema of what a site may send. Only a decoder checks it.
+# `trackhub.delivery.gate` checks what a type cannot say.
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+"""A number of records, or the number of one in its stream."""
+
+Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
+"""A word under which a report counts records. It goes to terminals, so it has no other characters."""
+
+_Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
+_Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # the end of the year 9999. NaN is not in the range either.
+_Name = Annotated[str, Meta(max_length=255)]
 
 # Unicode category Cc, which will never have more members; the line and the paragraph separator; surrogates.
 _NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -84,10 +111,10 @@ class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
         media_type: MIME type, such as ``image/png``.
     """
 
-    name: str
-    size: int
-    sha256: str
-    media_type: str
+    name: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}-\d{1,16}\Z")]
+    size: Count
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    media_type: _Name
 
 
 class Metrics(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
@@ -128,8 +155,8 @@ class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
 
     key: str
     blob: Blob
-    width: int
-    height: int
+    width: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    height: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     caption: str = ""
 
 
@@ -167,8 +194,8 @@ class Artifact(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
 
     key: str
     blob: Blob
-    filename: str
-    artifact_type: str = "file"
+    filename: _Name
+    artifact_type: _Name = "file"
 
 
 class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
@@ -181,8 +208,8 @@ class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
         reason: why they are missing: ``spool_full``, ``disk_full``, ``withheld``, ...
     """
 
-    count: int
-    reason: str
+    count: Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+    reason: Reason
 
 
 Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact | Gap
@@ -207,8 +234,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
         payload: what was logged.
     """
 
-    seq: int
-    time: float
-    step: int | None
-    round: int | None
+    seq: Count
+    time: _Time
+    step: _Step | None
+    round: _Step | None
     payload: Payload

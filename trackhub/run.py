@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from trackhub.errors import ConfigError
+from trackhub.errors import ConfigError, PermanentError
 from trackhub.records import Blob, key_problem
 
 __all__ = ["FEDERATION", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
@@ -159,8 +159,16 @@ class RunInfo(msgspec.Struct, frozen=True):
         return f"{self.job.name}/{self.site}"
 
     def blob_path(self, blob: Blob) -> Path:
-        """Return the file that holds this blob's bytes. The file is complete. Do not change it."""
-        return self.blob_dir / blob.name
+        """Return the file that holds this blob's bytes. The file is complete. Do not change it.
+
+        Raises:
+            PermanentError: there is a symbolic link in its place, in a journal's folder that came from elsewhere. It
+                could lead to any file of this machine.
+        """
+        path = self.blob_dir / blob.name
+        if path.is_symlink() or path.parent.is_symlink():
+            raise PermanentError(f"{path} is a symbolic link; expected a file. It is not followed")
+        return path
 
 
 def path_component(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from trackhub import Writer
 
-__all__ = ["Notes", "Seen", "call", "content", "expected"]
+__all__ = ["Notes", "Seen", "call", "content", "expected", "files_last"]
 
 _COUNT = struct.Struct("<q")
 _TIMES = struct.Struct("<dd")
@@ -67,6 +67,11 @@ def expected(name: str, i: int, *, files: bool) -> Seen:
     if i % 25 == 10:
         return Seen(f"{name}/note", i, f"note {i} of {name}")
     return Seen(f"{name}/loss", i, i + 0.25)
+
+
+def files_last(records: list[Seen]) -> list[Seen]:
+    """Return a writer's records, those without files before the files. Each of the two parts keeps its order."""
+    return sorted(records, key=lambda seen: "/file-" in seen.key)
 
 
 def call(writer: Writer, name: str, i: int, folder: Path, *, files: bool) -> None:

@@ -20,6 +20,22 @@ TOTALS: Counter[str] = Counter()
 PASSED = pytest.StashKey[bool]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs one seed of the random faults."""
+    parser.addoption("--fault-seed", type=int, help="run this seed of the random faults alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give the random faults their seeds: two short ones, fifty in the long form, or the one that the option names."""
+    if "fault_seed" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--fault-seed", None)
+        few = [] if chosen is not None else [pytest.param(seed, 5, id=f"{seed}-short") for seed in range(2)]
+        marks = [pytest.mark.long] if chosen is None else []
+        seeds = range(50) if chosen is None else [chosen]
+        many = [pytest.param(seed, 16, id=str(seed), marks=marks) for seed in seeds]
+        metafunc.parametrize(("fault_seed", "fault_count"), [*few, *many])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand this worker's part of the figures to the process that prints them, if pytest-xdist runs the tests."""
     if hasattr(session.config, "workeroutput"):

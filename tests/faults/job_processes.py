@@ -9,9 +9,12 @@ noted.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import os
 import signal
+import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -21,10 +24,18 @@ from typing import Any
 
 import msgspec
 
-from tests.faults.calls import Notes, Seen, expected
+from tests.faults.calls import Notes, Seen, expected, files_last
 from tests.faults.crowd_process import CrowdPlan
 from tests.faults.process import ROOT, Proc, environments
-from tests.faults.readers import ReceiverCount, count_receiver, count_site, read_store, read_tensorboard
+from tests.faults.readers import (
+    ReceiverCount,
+    count_receiver,
+    count_site,
+    read_store,
+    read_tensorboard,
+    read_wandb,
+    read_wandb_offline,
+)
 from tests.faults.receiver_process import ReceiverPlan
 from tests.faults.sender_process import SenderPlan
 from tests.faults.trainer_process import TrainerPlan
@@ -148,9 +159,10 @@ class JobProcesses:
             self.create_spool(site)
         Notes(self.folder / name, calls)
         self.writers[name] = site
-        if plan.get("fork_at", -1) >= 0:
-            Notes(self.folder / f"{name}-child", calls)
-            self.writers[f"{name}-child"] = site
+        for ending, at in (("child", "fork_at"), ("spawned", "spawn_at")):
+            if plan.get(at, -1) >= 0:
+                Notes(self.folder / f"{name}-{ending}", calls)
+                self.writers[f"{name}-{ending}"] = site
         spool = "" if announced else str(self.spool(site))
         given = TrainerPlan(spool=spool, notes=str(self.folder), name=name, calls=calls, files=self.files, **plan)
         return self.start("trainer_process", given, {SPOOL_ENV: spool_env(self.spool(site), site, JOB)})
@@ -220,6 +232,23 @@ class JobProcesses:
         assert proc.answer() == "ready"
         return proc
 
+    def wandb_server(self) -> dict[str, Any]:
+        """Start the emulator of a W&B server. Return options of the backend ``wandb`` that make it write there."""
+        home = self.folder / "home"
+        home.mkdir()
+        self.env.update(HOME=str(home), NETRC=str(home / "netrc"), WANDB_ERROR_REPORTING="false")
+        proc = Proc(["-m", "tests.support.wandb_emulator"], self.env, self.folder / "wandb-server.log")
+        self.servers.append(proc)
+        about = proc.answer()
+        self.env["WANDB_API_KEY"] = about["key"]
+        return {"mode": "online", "base_url": about["url"], "upload_interval_s": 1.0}
+
+    def wandb_state(self) -> dict[str, Any]:
+        """Return what the emulator of a W&B server holds."""
+        with urllib.request.urlopen(f"{self.backends['wandb']['base_url']}/_emulator/state") as reply:
+            state: dict[str, Any] = json.load(reply)
+            return state
+
     def go(self, *names: str) -> None:
         """Let trainers go on that wait, or will wait, at ``wait_at``."""
         for name in names:
@@ -274,11 +303,9 @@ class JobProcesses:
             assert found.logged == gone + found.acked + found.spooled, found
             if site in receiver:
                 assert receiver[site].missing == 0
-                # At most one batch in flight is journaled and not acknowledged.
-                assert found.acked <= receiver[site].journaled <= found.acked + int(self.limits["batch_records"]), (
-                    found,
-                    receiver,
-                )
+                # At most one batch of each stream is journaled and not acknowledged.
+                in_flight = int(self.limits["batch_records"]) * found.streams
+                assert found.acked <= receiver[site].journaled <= found.acked + in_flight, (found, receiver)
             else:
                 assert found.acked == 0
         for site, here in receiver.items():
@@ -323,6 +350,10 @@ class JobProcesses:
         work = self.folder / "server" / backend
         if backend == "tensorboard":
             return read_tensorboard(work / JOB / site) if (work / JOB / site).exists() else []
+        if backend == "wandb":
+            return (
+                read_wandb_offline(work, site) if options["mode"] == "offline" else read_wandb(self.wandb_state(), site)
+            )
         if backend == "jsonl":
             return read_store(Path(options.get("path") or work) / JOB / f"{site}.jsonl")
         if backend.startswith("http_"):
@@ -358,8 +389,8 @@ class JobProcesses:
 
     def _check_writer(self, backend: str, site: str, name: str, mine: list[Seen], lost: int) -> None:
         noted = self.count(name)
-        truth = _without_files_first(self.truth(name, noted + self.in_doubt, backend))
-        mine = _without_files_first(mine)
+        truth = files_last(self.truth(name, noted + self.in_doubt, backend))
+        mine = files_last(mine)
         if backend == "tensorboard":  # its reader gives one key after the other
             truth, mine = (sorted(part, key=lambda seen: (seen.step, seen.key)) for part in (truth, mine))
         if backend == "at_least_once":
@@ -405,7 +436,10 @@ class JobProcesses:
         return flags
 
     def close(self) -> None:
-        """Kill what a failed test left running."""
+        """Kill what a failed test left running, also the children of trainers: they hold the pipes of their parents."""
+        for pid in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for proc in (*self.procs, *self.servers):
             proc.close()
         self.socket.unlink(missing_ok=True)
@@ -416,12 +450,16 @@ class JobProcesses:
             server.kill()
         for proc in self.procs:
             assert not proc.is_alive(), f"still running: {proc.process.args!r}; log: {proc.log[-2000:]}"
-        mark = f"{_MARK}={self.mark}".encode()
-        left = [pid for pid, env in environments() if mark in env]
+        left = self.running()
         assert left == [], "the job's own processes started these, and they still run"
         for lock in self.folder.rglob("*.lock"):
             with lock.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def running(self) -> list[int]:
+        """Return the ids of all processes of the job, also of those that its own processes started."""
+        mark = f"{_MARK}={self.mark}".encode()
+        return [pid for pid, env in environments() if mark in env]
 
     def totals(self) -> Counter[str]:
         """Return this job's part of the suite's figures."""
@@ -429,11 +467,6 @@ class JobProcesses:
         return Counter(
             jobs=1, killed=killed, records=sum(self.count(name) for name in self.writers), counted=self.counted
         )
-
-
-def _without_files_first(records: list[Seen]) -> list[Seen]:
-    """Return records in the order that a trainer's records keep: those without files, and then the files."""
-    return sorted(records, key=lambda seen: "/file-" in seen.key)
 
 
 def _first_difference(mine: list[Seen], truth: list[Seen]) -> str:

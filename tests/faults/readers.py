@@ -8,19 +8,23 @@ then cannot hide a defect in its writers.
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import re
 import sqlite3
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trackhub_wandb.offline_reader import read_log
 
 from tests.faults.calls import Seen
 
@@ -29,10 +33,15 @@ __all__ = [
     "LaneCount",
     "ReceiverCount",
     "SiteCount",
+    "count_confirmed",
+    "count_received",
     "count_receiver",
     "count_site",
     "read_store",
     "read_tensorboard",
+    "read_times",
+    "read_wandb",
+    "read_wandb_offline",
 ]
 
 _DROPS = ("spool_full", "disk_full", "io_error", "unconvertible", "invalid_value", "invalid_call", "writer_closed")
@@ -162,6 +171,22 @@ def count_receiver(journal: Path) -> dict[str, ReceiverCount]:
     return found
 
 
+def count_received(journal: Path) -> int:
+    """Return how many records a journal has received, by its own count. It reads no frame, unlike `count_receiver`."""
+    with contextlib.closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        return int(db.execute("SELECT coalesce(sum(received), 0) FROM sites").fetchone()[0])
+
+
+def count_confirmed(journal: Path) -> dict[str, int]:
+    """Return how many records each lane of a journal has confirmed, by its own count."""
+    with contextlib.closing(sqlite3.connect(f"{journal.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        rows = db.execute("SELECT lane, progress FROM runs").fetchall()
+    confirmed: Counter[str] = Counter()
+    for lane, blob in rows:
+        confirmed[lane] += msgspec.msgpack.decode(blob)["confirmed"]
+    return dict(confirmed)
+
+
 def read_store(path: Path) -> list[Seen]:
     """Return the records of a file of JSON lines, in order: of ``jsonl``, a faulty backend, or the failing server."""
     seen = []
@@ -206,3 +231,36 @@ def read_tensorboard(folder: Path) -> list[Seen]:
             if text:
                 seen.append(Seen(tag.removesuffix("/text_summary"), event.step, text[0].decode()))
     return seen
+
+
+def read_wandb_offline(folder: Path, site: str) -> list[Seen]:
+    """Return the metrics and texts of a site in a folder ``wandb``. There may be one folder for a run at most.
+
+    The reader shares no code with the rest of trackhub. It parses the records with W&B's own protobuf classes.
+    """
+    logs = map(read_log, folder.glob("offline-run-*/run-*.wandb"))
+    runs = [log for log in logs if log.config.get("trackhub", {}).get("site") == site]
+    assert len(runs) <= 1, [log.folder for log in runs]
+    return [seen for log in runs for seen in _rows(log.rows, partial(_text, log.folder / "files"))]
+
+
+def read_wandb(state: dict[str, Any], site: str) -> list[Seen]:
+    """Return the metrics and texts of a site at the emulator of a W&B server."""
+    runs = [run for run in state["runs"].values() if run["config"].get("trackhub", {}).get("site") == site]
+    assert len(runs) <= 1, sorted(state["runs"])
+    return [seen for run in runs for seen in _rows(map(json.loads, run["history"]), run["texts"].get)]
+
+
+def _rows(rows: Iterable[dict[str, Any]], text_of: Callable[[str], str | None]) -> Iterator[Seen]:
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, dict):
+                text = re.search(r"<pre[^>]*>(.*)</pre>", text_of(value["path"]) or "", re.DOTALL)
+                yield Seen(key, row["step"], html.unescape(text[1]) if text else "a text whose file is not there")
+            elif not key.startswith("_") and key not in ("step", "round"):
+                yield Seen(key, row["step"], value)
+
+
+def _text(folder: Path, name: str) -> str | None:
+    path = folder / name
+    return path.read_text() if path.exists() else None

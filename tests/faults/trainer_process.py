@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -31,7 +32,9 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
         files: whether some calls log artifacts.
         fork_at: fork after so many calls. The child logs as ``<name>-child``, and both go on.
         clock_back_at: set the clock back by an hour after so many calls.
+        spawn_at: after so many calls, pickle the writer into a new process. It logs as ``<name>-spawned``.
         wait_at: after so many calls, wait for the file ``<name>.go`` beside the notes.
+        until: end as soon as this file exists; empty for none. It is looked for before every 20 calls.
     """
 
     spool: str
@@ -42,24 +45,40 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
     files: bool = False
     fork_at: int = -1
     clock_back_at: int = -1
+    spawn_at: int = -1
     wait_at: int = -1
+    until: str = ""
 
 
 def main() -> int:
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=TrainerPlan)
+    train(plan, Writer(plan.spool or None))
+    return 0
+
+
+def train(plan: TrainerPlan, writer: Writer) -> None:
+    """Make the calls of the plan, and close the writer."""
     folder = Path(plan.notes)
     name, notes = plan.name, Notes(folder / plan.name)
-    writer = Writer(plan.spool or None)
+    (folder / f"{name}.pid").write_text(str(os.getpid()))
     clock, back_s = time.time, 0.0
     time.time = lambda: clock() - back_s
     child = -1
     start = 0
+    spawned = None
     for i in range(plan.calls):
+        if plan.until and i % 20 == 0 and os.path.exists(plan.until):
+            break
         if i == plan.fork_at:
             child = os.fork()
             if child == 0:
-                name, start = f"{plan.name}-child", i
+                name, start, spawned = f"{plan.name}-child", i, None
                 notes = Notes(folder / name)
+                (folder / f"{name}.pid").write_text(str(os.getpid()))
+        if i == plan.spawn_at and child != 0:
+            calls = msgspec.structs.replace(plan, name=f"{name}-spawned", spawn_at=-1, fork_at=-1)
+            spawned = multiprocessing.get_context("spawn").Process(target=train, args=(calls, writer))
+            spawned.start()
         if i == plan.clock_back_at:
             back_s = 3600.0
         while i == plan.wait_at and not (folder / f"{plan.name}.go").exists():
@@ -71,8 +90,9 @@ def main() -> int:
             time.sleep(plan.pause_s)
     if child > 0:
         os.waitpid(child, 0)
+    if spawned is not None:
+        spawned.join()
     writer.close()
-    return 0
 
 
 if __name__ == "__main__":

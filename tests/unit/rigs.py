@@ -41,7 +41,7 @@ class Bench:
 
     def add(self, records: list[Record], site: str = SITE) -> None:
         found = self.journal.add_site(site, 1000.0)
-        self.journal.append(found, batch_of(records, stream=site), {})
+        self.journal.append(found, batch_of(records), {})
         self.counts[site] = self.counts.get(site, 0) + len(records)
         for lane in self.lanes.values():
             lane.notify(found)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
-from trackhub.delivery.lane.adaptation import Adaptation
+from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
@@ -446,7 +446,7 @@ def test_a_defect_of_the_lane_itself_is_in_the_report(bench: Bench, monkeypatch:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a bug in trackhub")
 
-    monkeypatch.setattr(Adaptation, "adapt", broken)
+    monkeypatch.setattr(Lane, "_advance_runs", broken)
     bench.log(5)
     bench.lane(MemoryBackend())
     run = run_of(bench.finish(0.5))
@@ -478,7 +478,7 @@ def test_records_that_cannot_be_understood_are_counted_by_reason_and_cost_no_oth
     report = bench.finish()
 
     assert backend.positions() == [0, 4]
-    assert run_of(report).rejected == {"unsupported_kind": 1, "unknown_kind": 1, "undecodable": 1}
+    assert run_of(report).rejected == {"wrong_kind": 1, "unknown_kind": 1, "undecodable": 1}
 
 
 def reframed(kind: int, body: bytes) -> bytes:

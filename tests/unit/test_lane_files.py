@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, MemoryBackend
+from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Metrics, Record
@@ -24,7 +24,7 @@ REDELIVERIES = pytest.mark.parametrize("redelivery", [Redelivery.IDEMPOTENT, Red
 
 
 def artifact(seq: int) -> Record:
-    blob = Blob(f"s-{seq}", 1 << 20, "0" * 64, "application/octet-stream")
+    blob = Blob(f"{STREAM}-{seq}", 1 << 20, "0" * 64, "application/octet-stream")
     return Record(seq, 1000.0 + seq, seq, None, Artifact("model", blob, "model.bin"))
 
 
@@ -196,3 +196,21 @@ def test_a_run_that_was_never_opened_is_not_ended(bench: Bench) -> None:
     report = run_of(bench.finish(0.5))
 
     assert (backend.statuses, report.state, report.pending) == ({}, "unfinished", 5)
+
+
+def test_at_the_end_all_files_that_wait_are_tried_once_more(bench: Bench) -> None:
+    """The store asked for a minute before the next attempt. The job ends sooner."""
+    failed: set[int] = set()
+
+    def fail_once(method: str, batch: Any) -> None:
+        if is_upload(method, batch) and batch[0].position not in failed:
+            failed.add(batch[0].position)
+            raise TransientError("busy", retry_after_s=60)
+
+    bench.lane(MemoryBackend(fail_once, files_beside=True))
+    bench.add(mixed("mfff"))
+    wait_until(lambda: len(failed) == 3)
+
+    report = run_of(bench.finish(WAIT_S))
+
+    assert (report.confirmed, report.pending, report.state) == (4, 0, "finished")

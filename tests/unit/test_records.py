@@ -18,6 +18,7 @@ from tests.unit.helpers import frames_in
 from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, Frame, decode_body, encode_frame, scan_frames
 from trackhub.records import (
     KIND_OF,
+    MAX_COUNT,
     MAX_STEP,
     Artifact,
     Blob,
@@ -39,24 +40,25 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 number = st.floats(width=64)
 scalar = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | number | text
 param = st.recursive(scalar, lambda x: st.lists(x, max_size=3) | st.dictionaries(text, x, max_size=3), max_leaves=8)
-size = st.integers(0, 2**63)
-blob = st.builds(Blob, text, size, text, text)
+size = st.integers(0, MAX_COUNT)
+pixels = st.integers(0, 2**31 - 1)
+blob = st.builds(Blob, st.from_regex(r"\A[0-9a-f]{32}-[0-9]{1,16}\Z"), size, st.from_regex(r"\A[0-9a-f]{64}\Z"), text)
 payloads: dict[Kind, st.SearchStrategy[Payload]] = {
     Kind.METRICS: st.builds(Metrics, st.dictionaries(text, number)),
     Kind.PARAMS: st.builds(Params, st.dictionaries(text, param, max_size=4)),
     Kind.TAGS: st.builds(Tags, st.dictionaries(text, text)),
     Kind.TEXT: st.builds(Text, text, text),
-    Kind.IMAGE: st.builds(Image, text, blob, size, size, text),
+    Kind.IMAGE: st.builds(Image, text, blob, pixels, pixels, text),
     Kind.HISTOGRAM: st.builds(Histogram, text, st.lists(number), st.lists(number)),
     Kind.TABLE: st.builds(Table, text, st.lists(text), st.lists(st.lists(scalar, max_size=3), max_size=3)),
     Kind.ARTIFACT: st.builds(Artifact, text, blob, text, text),
-    Kind.GAP: st.builds(Gap, st.integers(1, 2**63), text),
+    Kind.GAP: st.builds(Gap, st.integers(1, MAX_COUNT), st.from_regex(r"\A[a-z_]{1,64}\Z")),
 }
 step = st.none() | st.integers(0, MAX_STEP)
 
 
 def records(payload: st.SearchStrategy[Payload]) -> st.SearchStrategy[Record]:
-    return st.builds(Record, st.integers(0, MAX_STEP), st.floats(0, 1e11), step, step, payload)
+    return st.builds(Record, st.integers(0, MAX_COUNT), st.floats(0, 1e11), step, step, payload)
 
 
 any_record = st.one_of(*map(records, payloads.values()))

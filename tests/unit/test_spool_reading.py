@@ -115,7 +115,7 @@ def test_a_refused_batch_is_counted_by_reason_and_not_sent_again(tmp_path: Path)
     reader = SpoolReader(tmp_path, "server")
     batch = reader.next_batch(4, 1 << 20)
     assert batch is not None
-    reader.settle(batch, "malformed")
+    reader.settle(batch, {"malformed": batch.records})
     batch = reader.next_batch(4, 1 << 20)
     assert batch is not None
     assert batch.first_seq == 4

@@ -248,4 +248,4 @@ def test_a_count_by_the_ledgers_needs_no_look_at_the_records(tmp_path: Path) -> 
         for _ in range(n):
             batch = reader.next_batch(20, 1 << 20)
             assert batch is not None
-            reader.settle(batch, "refused" if n == 2 else None)
+            reader.settle(batch, {"refused": batch.records} if n == 2 else None)

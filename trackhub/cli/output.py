@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from trackhub.printable import printable, printable_lines
+
 __all__ = ["print_error", "print_json", "print_lines", "print_table"]
 
 PIPED_WIDTH = 200
@@ -28,17 +30,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
     console.print(table)
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines of text."""
+    """Print lines of text. What a terminal would obey is escaped."""
     for line in lines:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(printable_lines(line) + "\n")
 
 
 def print_error(message: str) -> None:
     """Print an error on stderr."""
-    sys.stderr.write(f"trackhub: {message}\n")
+    sys.stderr.write(f"trackhub: {printable_lines(message)}\n")

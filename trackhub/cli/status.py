@@ -18,6 +18,7 @@ from trackhub.cli.output import print_error, print_json, print_lines, print_tabl
 from trackhub.delivery.journal.find import find, is_interrupted
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
+    NOT_ADDING_UP,
     Counted,
     DeliveryReport,
     RunReport,
@@ -52,17 +53,17 @@ def status(path: Path, as_json: bool) -> None:
 
     A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true
     if all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
-    unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, explained, final and
-    doubts. The first nine are what the site last said, null if it said nothing yet. counted says how much is known of
-    what it logged: final, open, stale, incomplete or unknown. doubts says it in words. lanes has for each backend and
-    site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
+    unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, refused_here, explained,
+    final and doubts. The first nine are what the site last said, null if it said nothing yet. refused_here is what the
+    receiver refused. counted says how much is known of what the site logged: final, open, stale, incomplete or unknown.
+    doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
     client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
     dropped, refused, acked, spooled, unreadable, complete and altered.
 
-    dropped, refused, rejected, altered and explained are counts by reason. altered counts values, not records. What
-    cannot be read has only path and error. The exit status is then 1.
+    dropped, refused, refused_here, rejected, altered and explained are counts by reason. altered counts
+    values, not records. What cannot be read has only path and error. The exit status is then 1.
     """
     found = find(path)
     journals = [_or_error(journal, journal_status) for journal in found.journals]
@@ -151,6 +152,7 @@ def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, A
 def _plain_site(site: SiteReport) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(site)
     counts = plain.pop("at_site") or dict.fromkeys(SiteCounts.__struct_fields__)
+    plain["refused_here"] = plain.pop("refused")  # what the receiver counted; ``refused`` is what the site did
     return {**counts, **plain, "doubts": format_counted(site)}
 
 
@@ -167,7 +169,7 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
     job = format_job(journal["job"], journal["job_name"])
     print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {journal['status']}")
     if not journal["adds_up"]:
-        print_lines("THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it")
+        print_lines(f"THE COUNTS DO NOT ADD UP: {NOT_ADDING_UP}. The remarks say of which sites")
     elif not journal["balanced"]:
         print_lines("NOT ALL COUNTS ARE KNOWN: the table says of which sites")
     lanes = {lane: msgspec.convert(runs, dict[str, RunReport]) for lane, runs in journal["lanes"].items()}

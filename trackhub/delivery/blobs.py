@@ -7,6 +7,7 @@ the pieces.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,7 +21,11 @@ from trackhub.plain_files import make_private_folder, open_plain
 
 __all__ = ["BlobStore"]
 
-_NAME = re.compile(r"[0-9a-f]{32}-\d+")
+_NAME = re.compile(r"[0-9a-f]{32}-[0-9]{1,16}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+_MAX_PARTS = 16
+"""Most blobs of a site that are there in part. A sender sends one after another; a crash may leave one behind."""
 
 
 class BlobStore:
@@ -35,6 +40,7 @@ class BlobStore:
         """
         self._folder = folder
         self._sync = sync
+        self._parts: dict[str, dict[str, None]] = {}  # names of files, the oldest first, by site
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
@@ -45,22 +51,42 @@ class BlobStore:
         """Return whether this blob is here whole. False for a name that no blob can have."""
         return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
 
+    def delete_parts(self) -> None:
+        """Delete the blobs that are there in part, of all sites. Call it when no more pieces come. Never raises."""
+        for path in self._folder.glob("*/*.part"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def add(self, site: str, chunk: Chunk) -> int | None:
         """Store a piece, and return the offset that is expected next: the blob's size once it is whole.
 
         A piece at another offset than the expected one is not stored. The sender goes on from the offset returned.
 
         Returns:
-            None if the blob can never be accepted: its bytes do not match its digest, or no blob can have its name.
+            None if the blob can never be accepted: its bytes do not match its digest, or no blob can have its name,
+            digest or size.
 
         Raises:
             OSError: the piece cannot be written.
         """
-        if _NAME.fullmatch(chunk.name) is None:
+        if not (_NAME.fullmatch(chunk.name) and _DIGEST.fullmatch(chunk.sha256)):
+            return None
+        if chunk.offset + len(chunk.data) > chunk.size:
             return None
         # A site sends a piece again when the reply is late, and the first one may still be being stored then.
         with self._locks[site]:
             return self._add(site, chunk)
+
+    def _make_room_for_part(self, site: str, folder: Path, name: str) -> None:
+        """Note that a blob of this site is there in part. Delete the oldest part, if there are too many."""
+        parts = self._parts.get(site)
+        if parts is None:  # an earlier receiver may have left some
+            parts = self._parts[site] = dict.fromkeys(sorted(path.name for path in folder.glob("*.part")))
+        parts[name] = None
+        while len(parts) > _MAX_PARTS:
+            oldest = next(iter(parts))
+            del parts[oldest]
+            (folder / oldest).unlink(missing_ok=True)
 
     def _add(self, site: str, chunk: Chunk) -> int | None:
         folder = self.folder(site)
@@ -68,6 +94,7 @@ class BlobStore:
         if _is_plain(target):
             return chunk.size
         make_private_folder(folder)
+        self._make_room_for_part(site, folder, partial.name)
         with open(partial, "ab", buffering=0, opener=open_plain) as file:
             reached = file.tell()
             expected = reached == chunk.offset
@@ -80,10 +107,12 @@ class BlobStore:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:
             partial.unlink()
+            self._parts[site].pop(partial.name)
             return None if expected else 0
         if self._sync:
             _sync(partial)
         partial.replace(target)
+        self._parts[site].pop(partial.name)
         if self._sync:
             for path in (folder, self._folder, self._folder.parent):  # each may be new, and would be lost with its name
                 _sync(path)

@@ -152,7 +152,7 @@ class FileSender:
         self._not_before = time.monotonic() + _LOST_AGAIN_S
 
     def send_piece(self) -> Ready | None:
-        """Send one piece of the next file, in one request. Streams take turns.
+        """Send one piece of a file, in one request. Streams take turns, a whole file each.
 
         Returns:
             Records that can be sent now, if there are any. Their stream must be released.
@@ -167,7 +167,11 @@ class FileSender:
         if is_done or time.monotonic() >= held.whole_at + _BATCH_S:
             # At least one: if the first file was given up, a gap takes the place of its record.
             return Ready(held.batch.stream, max(1, held.whole))
-        self._held.append(held)
+        # One file after another: a receiver keeps few that are there in part.
+        if held.offset is None and blob.name in self._whole:
+            self._held.append(held)
+        else:
+            self._held.appendleft(held)
         return None
 
     def _send(self, held: _Held, blob: Blob) -> bool:

@@ -1,75 +1,359 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate: checks all of a batch before anything of it is stored. `Receiver` calls it.
+"""The gate: the one check of what a site sent. `Receiver` examines each batch with it before anything is stored.
 
-The site still has what is damaged here. A lane that met the damage later could only count it as lost.
+A lane checks each record again when it reads the journal, since that may come from elsewhere. What the check needs:
+
+1. The messages' fields have types and ranges. `trackhub.delivery.wire` declares them, and its decoder checks them.
+2. So have the fields of a record. `trackhub.records` declares them, and the decoder of `trackhub.framing` checks them.
+3. This module checks what a type cannot say: kinds, keys, numbers, shapes, and names of blobs.
+
+A record that fails is refused alone, and is counted by reason. The batch as a whole is refused if its numbers do not
+agree with its frames, or a gap is not in order: nobody could tell then which records it holds.
+
+==================  ================================================================================
+reason              the record is refused, because
+==================  ================================================================================
+``undecodable``     it is not msgpack, not UTF-8, or a field is of another type or out of its range
+``wrong_kind``      its frame says another kind than its payload
+``bad_key``         a key is none by `trackhub.records.key_problem`
+``bad_value``       a param or cell is no plain value, a histogram has no rising edges, a table's rows differ
+``too_deep``        a param is nested deeper than `MAX_DEPTH`
+``bad_blob``        its blob does not have the name that its sender makes: stream and number of the record
+``too_many_keys``   the site has used more keys than a receiver remembers
+``too_many_values`` its batch has more values than fit into memory
+==================  ================================================================================
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 
 from trackhub.delivery.wire import Batch, Refused
 from trackhub.framing import (
-    DECODED_IN_TRANSIT,
     CorruptFrameError,
+    Frame,
     decode_body,
     decode_head,
-    pass_metrics,
+    decode_metrics,
+    metrics_bodies,
     scan_frames,
 )
-from trackhub.records import MAX_STEP, Artifact, Gap, Image, Kind
+from trackhub.records import (
+    KIND_OF,
+    MAX_DEPTH,
+    Artifact,
+    Gap,
+    Histogram,
+    Image,
+    Kind,
+    Metrics,
+    Params,
+    Payload,
+    Record,
+    Table,
+    Tags,
+    key_problem,
+)
 
-__all__ = ["Contents", "examine"]
+__all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_record", "examine"]
+
+MAX_KEYS = 100_000
+MAX_KEY_CHARS_IN_ALL = 16 << 20
+"""How many different keys of one site a receiver remembers, and their length altogether. Every lane remembers them."""
+
+MAX_VALUES = 1 << 20
+"""Most values in params, tables and histograms of one batch. A byte can stand for one that takes 60 bytes of memory.
+Neither the largest record nor a batch of the default size can have so many."""
+
+_AT_ONCE = 256  # records that are decoded before they are checked. With more, Python would collect garbage each time.
+_KINDS = frozenset(map(int, Kind))
+_NOT_IN_FILENAMES = frozenset("/\0")
+
+
+class RefusedRecordError(ValueError):
+    """A record is none that a site may send.
+
+    Attributes:
+        reason: the word under which it is counted.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class Contents(NamedTuple):
     """What the receiver must know of a batch before it stores it.
 
     Attributes:
-        time: of the first record or gap, in unix seconds.
+        batch: the batch without the refused records.
+        time: of the first record or gap that was accepted, in unix seconds. None if there is none.
         gaps: the number of records that the site says it does not have, by reason.
         blobs: the names of the blobs that the records refer to.
+        refused: number and reason of each refused record, in order.
+        detail: what was wrong with the first of them, for the log; empty if there is none.
     """
 
-    time: float
+    batch: Batch
+    time: float | None
     gaps: Counter[str]
     blobs: list[str]
+    refused: list[tuple[int, str]]
+    detail: str
 
 
-def examine(batch: Batch) -> Contents | Refused:
-    """Check every frame of a batch, and that the batch's own numbers agree with them."""
-    records, gaps, first = 0, Counter[str](), None
-    blobs: list[str] = []
+class KnownKeys:
+    """The keys that one site has used, each checked once. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        """Know none yet."""
+        self.keys: set[str] = set()
+        self._chars = 0
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Check these keys, and remember them.
+
+        Raises:
+            RefusedRecordError: one of them is no key, or the site has used too many.
+        """
+        for key in keys:
+            if key in self.keys:
+                continue
+            if problem := key_problem(key):
+                raise RefusedRecordError("bad_key", f"key {key[:80]!r} {problem}")
+            if len(self.keys) >= MAX_KEYS or self._chars + len(key) > MAX_KEY_CHARS_IN_ALL:
+                raise RefusedRecordError(
+                    "too_many_keys", f"the site has used {len(self.keys)} keys; a receiver remembers no more"
+                )
+            self.keys.add(key)
+            self._chars += len(key)
+
+
+class _Room:
+    """Counts the values in records, so that they fit into memory."""
+
+    def __init__(self) -> None:
+        self._left = MAX_VALUES
+
+    def take(self, values: int) -> None:
+        self._left -= values
+        if self._left < 0:
+            raise RefusedRecordError("too_many_values", f"there are more than {MAX_VALUES} values in one batch")
+
+
+def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Room | None = None) -> Record:
+    """Return the record in a frame's body. It is one that a site may send.
+
+    Args:
+        stream: the stream that it comes from.
+        kind: the kind that the frame says, one of `Kind`.
+        body: the frame's body.
+        keys: the keys that the site has used.
+        room: counts the values of the batch.
+
+    Raises:
+        RefusedRecordError: it is none.
+    """
     try:
-        offset = 0
-        while frame := next(scan_frames(batch.frames, offset), None):
-            body = batch.frames[frame.body : frame.end]
-            first = first or decode_head(body)
-            passed, _, offset = pass_metrics(batch.frames, frame.end)  # metrics need no look into: docs/adr/0004
-            records += passed
-            records += frame.kind != Kind.GAP
-            payload = decode_body(body).payload if frame.kind in DECODED_IN_TRANSIT else None
-            if isinstance(payload, Gap):
-                gaps[payload.reason] += payload.count
-            elif isinstance(payload, Image | Artifact):
-                blobs.append(payload.blob.name)
-    except (CorruptFrameError, msgspec.DecodeError) as e:
+        record = decode_body(body)
+    except msgspec.DecodeError as e:
+        raise RefusedRecordError("undecodable", str(e)) from e
+    payload = record.payload
+    if KIND_OF[type(payload)] != kind:
+        raise RefusedRecordError("wrong_kind", f"its frame says kind {kind}, and it is {type(payload).__name__}")
+    if type(payload) is Metrics and keys.keys.issuperset(payload.values):
+        return record  # nearly all are: docs/adr/0004
+    try:
+        _check_payload(stream, record.seq, payload, keys, room or _Room())
+    except RecursionError as e:
+        raise RefusedRecordError("too_deep", str(e)) from e
+    return record
+
+
+def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, room: _Room) -> None:
+    if isinstance(payload, Gap):
+        return
+    keys.check(payload.values if isinstance(payload, Metrics | Params | Tags) else (payload.key,))
+    if isinstance(payload, Params):
+        for value in payload.values.values():
+            _check_value(value, 0, room)
+    elif isinstance(payload, Image | Artifact):
+        if payload.blob.name != f"{stream}-{seq}":
+            raise RefusedRecordError("bad_blob", f"blob {payload.blob.name!r}; expected {stream}-{seq}")
+        if isinstance(payload, Artifact) and not _NOT_IN_FILENAMES.isdisjoint(payload.filename):
+            raise RefusedRecordError("bad_blob", f"file name {payload.filename!r}; expected the last part of a path")
+    elif isinstance(payload, Histogram):
+        edges, counts = payload.edges, payload.counts
+        room.take(len(edges) + len(counts))
+        rising = all(a < b for a, b in itertools.pairwise(edges)) and all(map(math.isfinite, edges))
+        if not counts or len(edges) != len(counts) + 1 or not rising:
+            raise RefusedRecordError("bad_value", "histogram: expected n + 1 finite rising edges and n counts")
+        if not all(count >= 0 and math.isfinite(count) for count in counts):
+            raise RefusedRecordError("bad_value", "histogram: expected finite counts >= 0")
+    elif isinstance(payload, Table):
+        room.take(len(payload.rows) + sum(map(len, payload.rows)))
+        if any(len(row) != len(payload.columns) for row in payload.rows):
+            raise RefusedRecordError("bad_value", "table: expected one cell for each column in each row")
+        for cell in itertools.chain.from_iterable(payload.rows):
+            if cell is not None and type(cell) not in (str, float, int, bool):
+                raise RefusedRecordError("bad_value", f"table: a cell is a {type(cell).__name__}")
+
+
+def _check_value(value: Any, depth: int, room: _Room) -> None:
+    """Check a param's value: None, bool, int, float, str, or lists and dicts of these, at most `MAX_DEPTH` deep."""
+    if value is None or type(value) in (str, float, int, bool):
+        return
+    if type(value) not in (list, dict):
+        raise RefusedRecordError("bad_value", f"a param is a {type(value).__name__}")
+    if depth >= MAX_DEPTH:
+        raise RefusedRecordError("too_deep", f"a param is nested more than {MAX_DEPTH} deep")
+    room.take(len(value) + 1)
+    for item in value:
+        if type(value) is dict:
+            if type(item) is not str or key_problem(item):
+                raise RefusedRecordError("bad_key", f"key {str(item)[:80]!r} in a param is none")
+            _check_value(value[item], depth + 1, room)
+        else:
+            _check_value(item, depth + 1, room)
+
+
+def examine(batch: Batch, keys: KnownKeys) -> Contents | Refused:
+    """Check a batch: its numbers, and each of its records.
+
+    Args:
+        batch: what the site sent.
+        keys: the keys that the site has used.
+
+    Returns:
+        What is in it; or why nothing of it can be accepted.
+    """
+    examination = _Examination(batch, keys)
+    try:
+        examination.run()
+    except CorruptFrameError as e:
         return Refused("malformed", str(e))
-    # No number may be beyond what SQLite can store, or the batch would fail again and again.
-    if first is None or first.seq != batch.first_seq or not 0 <= first.seq <= batch.next_seq <= MAX_STEP:
-        found = "it has no frame" if first is None else f"its first frame has seq {first.seq}"
-        return Refused(
-            "malformed",
-            f"the batch declares seq {batch.first_seq} to {batch.next_seq}, but {found}. This is a defect of the "
-            "sender: report it",
-        )
-    if records != batch.records or batch.next_seq - batch.first_seq != records + gaps.total():
+    if not batch.frames or examination.seq != batch.next_seq or examination.records != batch.records:
         return Refused(
             "malformed",
             f"the batch covers seq {batch.first_seq} to {batch.next_seq} and declares {batch.records} records; its "
-            f"frames hold {records} records and gaps of {gaps.total()}. This is a defect of the sender: report it",
+            f"frames hold {examination.records} records and lead to seq {examination.seq}. This is a defect of the "
+            "sender: report it",
         )
-    return Contents(first.time, gaps, blobs)
+    return examination.contents()
+
+
+class _Examination:
+    """One walk over the frames of a batch.
+
+    Attributes:
+        seq: the number of the next record.
+        records: how many were seen, refused ones included.
+    """
+
+    def __init__(self, batch: Batch, keys: KnownKeys) -> None:
+        self.seq = batch.first_seq
+        self.records = 0
+        self._batch = batch
+        self._keys = keys
+        self._room = _Room()
+        self._time: float | None = None
+        self._gaps: Counter[str] = Counter()
+        self._blobs: list[str] = []
+        self._refused: list[tuple[int, str]] = []
+        self._detail = ""
+        self._kept: list[tuple[int, int]] = []  # where frames stand that go on; if none is refused, all do
+        self._keep_from = 0
+
+    def run(self) -> None:
+        """Walk to the end.
+
+        Raises:
+            CorruptFrameError: what follows is no frame, or has not the next number, or is a gap that is not in order.
+        """
+        frames, offset = self._batch.frames, 0
+        while offset < len(frames):
+            bodies, end = metrics_bodies(frames, offset, _AT_ONCE)
+            if not (bodies and self._are_plain_metrics(bodies)):
+                end = offset
+                for frame in itertools.islice(scan_frames(frames, offset), max(1, len(bodies))):
+                    self._take(frame)
+                    end = frame.end
+                if end == offset:
+                    raise CorruptFrameError(f"half a frame at offset {offset}", offset)
+            offset = end
+
+    def _are_plain_metrics(self, bodies: list[bytes]) -> bool:
+        """Return whether these are the next records of the stream, all of them metrics in order, and count them.
+
+        Nearly all batches consist of them. `_take` would take three times as long, and finds out what is wrong.
+        """
+        try:
+            records = decode_metrics(bodies)
+            if [record.seq for record in records] != list(range(self.seq, self.seq + len(records))):
+                return False
+            self._keys.check(set().union(*[record.payload.values for record in records]) - self._keys.keys)
+        except (msgspec.DecodeError, RefusedRecordError):
+            return False
+        self.seq += len(bodies)
+        self.records += len(bodies)
+        self._time = records[0].time if self._time is None else self._time
+        return True
+
+    def _take(self, frame: Frame) -> None:
+        """Check one frame."""
+        body = self._batch.frames[frame.body : frame.end]
+        if frame.kind == Kind.GAP:
+            self._take_gap(frame, body)
+            return
+        self.records += 1
+        self.seq += 1
+        try:
+            self._check(frame.kind, body)
+        except RefusedRecordError as e:
+            self._refused.append((self.seq - 1, e.reason))
+            self._detail = self._detail or f"record {self.seq - 1} ({e.reason}): {str(e)[:200]}"
+            self._kept.append((self._keep_from, frame.start))
+            self._keep_from = frame.end
+
+    def _check(self, kind: int, body: bytes) -> None:
+        try:
+            seq, time = msgspec.structs.astuple(decode_head(body))
+        except msgspec.DecodeError as e:
+            raise RefusedRecordError("undecodable", str(e)) from e
+        if seq != self.seq - 1:
+            raise CorruptFrameError(f"a record has seq {seq}; expected {self.seq - 1}", 0)
+        if kind not in _KINDS:  # of a newer version. No lane decodes it.
+            return
+        record = check_record(self._batch.stream, kind, body, self._keys, self._room)
+        self._time = time if self._time is None else self._time
+        if isinstance(record.payload, Image | Artifact):
+            self._blobs.append(record.payload.blob.name)
+
+    def _take_gap(self, frame: Frame, body: bytes) -> None:
+        try:
+            record = check_record(self._batch.stream, Kind.GAP, body, self._keys)
+        except RefusedRecordError as e:
+            raise CorruptFrameError(f"the gap at offset {frame.start} is not in order: {e}", frame.start) from e
+        gap = record.payload
+        assert isinstance(gap, Gap)
+        if record.seq != self.seq:
+            raise CorruptFrameError(f"a gap has seq {record.seq}; expected {self.seq}", frame.start)
+        self._gaps[gap.reason] += gap.count
+        self._time = record.time if self._time is None else self._time
+        self.seq += gap.count
+
+    def contents(self) -> Contents:
+        """Return what was found."""
+        batch = self._batch
+        if self._refused:
+            view = memoryview(batch.frames)
+            kept = [*self._kept, (self._keep_from, len(view))]
+            frames = b"".join(view[start:end] for start, end in kept)
+            batch = msgspec.structs.replace(batch, records=batch.records - len(self._refused), frames=frames)
+        return Contents(batch, self._time, self._gaps, self._blobs, self._refused, self._detail)

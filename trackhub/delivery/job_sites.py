@@ -12,6 +12,8 @@ from trackhub.run import RunStatus
 
 __all__ = ["JobSites"]
 
+_MAX_SESSIONS = 10_000  # of one site, so that their names fit into memory. Each start of its sender is one.
+
 
 class JobSites:
     """Knows when each site was last heard, and which have sent their final message. Thread-safe."""
@@ -52,8 +54,9 @@ class JobSites:
     def note_hello(self, site: str, session: str) -> None:
         """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
         with self._changed:
-            if session and session not in self._sessions[site]:
-                self._sessions[site].add(session)
+            known = self._sessions[site]
+            if session and session not in known and len(known) < _MAX_SESSIONS:
+                known.add(session)
                 self._failed.pop(site, None)
 
     def note_final(self, site: str, *, failed: bool) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ from trackhub.conceal import clean_errors
 from trackhub.delivery.admission import Admission
 from trackhub.delivery.blobs import BlobStore
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.gate import examine
+from trackhub.delivery.disk_room import DiskRoom
+from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
-from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
+from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
 from trackhub.delivery.journal.schema import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (
-    MAX_STREAMS,
     Accepted,
     Batch,
     Busy,
@@ -50,6 +51,8 @@ from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginE
 from trackhub.framing import FORMAT_VERSION
 from trackhub.limits import Limits
 from trackhub.plain_files import make_private_folder
+from trackhub.printable import printable
+from trackhub.records import key_problem
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
@@ -66,6 +69,7 @@ _END_S = 1.0
 """How long a receiver waits for a locked journal, in seconds, to store how the job and its runs ended."""
 
 _WARN_EVERY_S = 60.0
+_NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
 _log = logging.getLogger(__name__)
 
 
@@ -120,6 +124,8 @@ class Receiver:
         self._sites = JobSites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
+        self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # admission lets one request of a site in
+        self._room = DiskRoom(self.folder)
 
     @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
@@ -222,31 +228,38 @@ class Receiver:
         Returns:
             The reply, for the sender's channel to return. It is small, usually less than 1 KiB.
         """
-        if self._state != _OPEN:
-            return encode(Busy(f"the receiver is {self._state}"))
-        self._sites.note_heard(site)
-        if not self._admission.enter(site):
-            return encode(Busy("the receiver is still working on earlier requests"))
         try:
-            return encode(self._answer(site, request))
+            return encode(self._reply(site, request))
         except (JournalError, OSError) as e:
-            self._warn_of(site, e)
-            return encode(Busy(str(e)))
+            self._warn_of(site, f"the receiver cannot store what it sent: {e}; the site keeps it and tries again")
+            return _busy(str(e))
         except Exception as e:
             # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
-            _log.exception("a request of site %s failed", site)
-            return encode(Busy(f"{type(e).__name__}: {e}"))
+            self._warn_of(site, f"a request failed: {type(e).__name__}: {e}; the site tries again", exc_info=True)
+            return _busy(type(e).__name__)
+
+    def _reply(self, site: str, request: bytes) -> Reply:
+        if self._state != _OPEN:
+            return Busy(f"the receiver is {self._state}")
+        if problem := key_problem(site):
+            return Refused("bad_site", f"the site's name {site!r} {problem}")
+        self._sites.note_heard(site)
+        if not self._admission.enter(site):
+            return Busy("the receiver is still working on earlier requests")
+        try:
+            reply = self._answer(site, request)
         finally:
             self._admission.leave(site)
+        if isinstance(reply, Refused):
+            self._warn_of(site, f"a request is refused ({reply.reason}): {reply.detail}")
+        return reply
 
-    def _warn_of(self, site: str, error: Exception) -> None:
-        """Warn that the receiver cannot store what a site sent. A site tries often, so warn once a minute."""
+    def _warn_of(self, site: str, problem: str, *, exc_info: bool = False) -> None:
+        """Warn of what a site sent, once a minute for each site: it may send thousands of requests a second."""
         now = time.monotonic()
         if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
             self._warned_at[site] = now
-            _log.warning(
-                "the receiver cannot store what site %s sent: %s; the site keeps it and tries again", site, error
-            )
+            _log.warning("site %s: %s", printable(site), printable(problem), exc_info=exc_info or None)
 
     def _answer(self, site: str, data: bytes) -> Reply:
         try:
@@ -257,16 +270,7 @@ class Receiver:
             case Batch():
                 return self._accept(site, request)
             case Chunk():
-                reached = self._blobs.add(site, request)
-                if reached is None:
-                    return Refused(
-                        "blob_damaged",
-                        f"blob {request.name!r} has no name that a sender makes, or its bytes do not match its digest: "
-                        "the file was damaged at the site",
-                    )
-                if reached > request.offset:
-                    self._sites.note_progress(site)
-                return Accepted(reached)
+                return self._add_chunk(site, request)
             case Hello():
                 return self._welcome(site, request)
             case KeepAlive():
@@ -278,6 +282,20 @@ class Receiver:
                     self._sites.note_final(site, failed=request.failed)
                 return Accepted()
 
+    def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
+        if not self._room.allows(site, len(chunk.data)):
+            return Busy(_NO_ROOM)
+        reached = self._blobs.add(site, chunk)
+        if reached is None:
+            return Refused(
+                "blob_damaged",
+                f"blob {chunk.name[:80]!r} has no name, size or digest that a sender makes, or its bytes do not match "
+                "its digest: the file was damaged at the site",
+            )
+        if reached > chunk.offset:
+            self._sites.note_progress(site)
+        return Accepted(reached)
+
     def _welcome(self, site: str, hello: Hello) -> Reply:
         if not is_compatible(hello.version):
             return Refused(
@@ -288,10 +306,9 @@ class Receiver:
         if self._ended is None:
             self._sites.note_hello(site, hello.session)
         assert self._journal is not None
-        asked = hello.streams[:MAX_STREAMS]
         return Accepted(
             job="" if self._journal.continues else self.job.id,
-            streams=self._journal.stream_states(site, asked) if asked else {},
+            streams=self._journal.stream_states(site, hello.streams) if hello.streams else {},
         )
 
     def _note_counts(self, site: str, message: KeepAlive | Final) -> None:
@@ -300,9 +317,11 @@ class Receiver:
         self._journal.note_counts(site_id, message, keep_end=is_replay, wait_s=_WAIT_S)
 
     def _accept(self, site: str, batch: Batch) -> Reply:
-        contents = examine(batch)
+        contents = examine(batch, self._keys[site])
         if isinstance(contents, Refused):
             return contents
+        if not self._room.allows(site, len(batch.frames)):
+            return Busy(_NO_ROOM)
         # A backend needs the bytes together with the record, so no record is stored before its blobs.
         for name in contents.blobs:
             if not self._blobs.has(site, name):
@@ -310,10 +329,18 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
-        if self._journal.append(site_id, batch, contents.gaps, began=contents.time, wait_s=_WAIT_S):
+        try:
+            new = self._journal.append(
+                site_id, contents.batch, contents.gaps, refused=contents.refused, began=contents.time, wait_s=_WAIT_S
+            )
+        except TooManyStreamsError as e:
+            return Refused("too_many_streams", str(e))
+        if new:
             for lane in self._lanes:
                 lane.notify(site_id)
-        return Accepted()
+        if contents.refused:
+            self._warn_of(site, f"{len(contents.refused)} records are refused; the first is {contents.detail}")
+        return Accepted(refused=dict(Counter(reason for _, reason in contents.refused)))
 
     def _site_id(self, site: str, created: float | None = None) -> int:
         found = self._site_ids.get(site)  # spares a transaction for each batch
@@ -408,6 +435,7 @@ class Receiver:
         self._store_ends(self._journal)
         report = self._report(self._journal, status)
         self._journal.close()
+        self._blobs.delete_parts()
         try:
             write_report(self.folder / REPORT_NAME, report)
         except OSError as e:
@@ -450,3 +478,8 @@ class Receiver:
                 lanes={},
                 error=str(e),
             )
+
+
+def _busy(detail: str) -> bytes:
+    """Return the reply *busy* to a request that failed. It can be encoded whatever the error says."""
+    return encode(Busy(printable(detail)[:500]))

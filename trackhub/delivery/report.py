@@ -16,9 +16,11 @@ import msgspec
 
 from trackhub.delivery.wire import SiteCounts
 from trackhub.plain_files import open_plain
+from trackhub.printable import printable
 from trackhub.spi import Results
 
 __all__ = [
+    "NOT_ADDING_UP",
     "REPORT_NAME",
     "Counted",
     "DeliveryReport",
@@ -39,6 +41,9 @@ __all__ = [
 
 REPORT_NAME = "delivery.json"
 """The file beside the journal in which a receiver leaves its report."""
+
+NOT_ADDING_UP = "a defect of trackhub, a damaged disk, or a site that sent false counts; please report it"
+"""What it may mean if counts contradict each other."""
 
 _MAX_ERROR_CHARS = 120
 
@@ -69,6 +74,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         journaled: records in the journal.
         earlier: records of the site before these, which another journal holds.
         missing: records that a stream skipped without a reason; 0 unless something is wrong.
+        refused: records that the receiver will never accept, by reason, without batches that it refused as a whole.
         explained: records that a stream said it does not have, by reason.
         final: whether the site's final message has come.
     """
@@ -80,6 +86,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
     journaled: int = 0
     earlier: int = 0
     missing: int = 0
+    refused: dict[str, int] = {}
     explained: dict[str, int] = {}
     final: bool = False
 
@@ -90,7 +97,13 @@ class SiteReport(msgspec.Struct, kw_only=True):
     def adds_up(self) -> bool:
         """Return whether no count of this site contradicts another, be it the site's own or the receiver's."""
         adds_up_there = self.at_site is None or self.at_site.adds_up()
-        return adds_up_there and self.received == self.duplicates + self.journaled and not self.lacking()
+        adds_up_here = self.received == self.duplicates + self.journaled + sum(self.refused.values())
+        return adds_up_there and adds_up_here and not self.lacking()
+
+    def all_refused(self) -> dict[str, int]:
+        """Return the records that the receiver refused, by reason, as the site or the receiver counted them."""
+        there = self.at_site.refused if self.at_site else {}
+        return {reason: max(there.get(reason, 0), self.refused.get(reason, 0)) for reason in {**there, **self.refused}}
 
     def lacking(self) -> int:
         """Return how many records the site has as acknowledged that no journal has."""
@@ -132,7 +145,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         side: where the receiver was, as in `trackhub.run.Side`.
         status: how the job ended, as in `trackhub.run.RunStatus`; ``running`` if it has not.
         balanced: whether all counts are known, and add up.
-        adds_up: whether no count contradicts another. False means a defect of trackhub or a damaged disk.
+        adds_up: whether no count contradicts another. False means a defect of trackhub, a damaged disk, or false counts
+            of a site. The counts of other sites hold all the same.
         sites: what each site and the receiver counted, by site.
         lanes: what each lane counted, by backend and then by site.
         run_dir: the job's run folder. In ``delivery.json`` it is relative to the file's folder where possible, and the
@@ -167,7 +181,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     def lost(self) -> int:
         """Return how many records will not be delivered: dropped, refused, rejected or missing."""
         counted = [site.at_site for site in self.sites.values() if site.at_site is not None]
-        at_sites = sum(sum(counts.dropped.values()) + sum(counts.refused.values()) for counts in counted)
+        at_sites = sum(sum(counts.dropped.values()) for counts in counted)
+        at_sites += sum(sum(site.all_refused().values()) for site in self.sites.values())
         rejected = sum(sum(run.rejected.values()) for lane in self.lanes.values() for run in lane.values())
         return at_sites + rejected + sum(site.missing for site in self.sites.values())
 
@@ -223,7 +238,7 @@ def format_job(job: str, job_name: str) -> str:
         job: the job's id.
         job_name: the job's name.
     """
-    return job if job_name in ("", job) else f"{job_name} ({job})"
+    return printable(job if job_name in ("", job) else f"{job_name} ({job})")
 
 
 def format_confirmed(run: RunReport) -> str:
@@ -244,7 +259,9 @@ def format_doubts(report: DeliveryReport) -> str:
     if report.error:
         return f". NOTHING IS KNOWN OF ITS RECORDS: {report.error}"
     if not report.adds_up:
-        return ". THE COUNTS DO NOT ADD UP: a defect of trackhub, or a damaged disk; please report it"
+        # Named, since a site may have sent false counts, and the counts of all others still hold.
+        sites = ", ".join(name for name, site in sorted(report.sites.items()) if not site.adds_up()) or "a backend"
+        return f". THE COUNTS DO NOT ADD UP for {printable(sites)}: {NOT_ADDING_UP}"
     return "" if report.balanced else ". NOT ALL COUNTS ARE KNOWN: the table says of which sites"
 
 
@@ -258,7 +275,7 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     for backend, run in runs:
         if run.results and (opening := run.results.command or run.results.url or run.results.path):
             backend_of.setdefault(opening, backend)
-    return [f"  {backend}: {opening}" for opening, backend in backend_of.items()]
+    return [f"  {backend}: {printable(opening)}" for opening, backend in backend_of.items()]
 
 
 def format_report(report: DeliveryReport) -> str:
@@ -308,8 +325,9 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
     """Return how much of a run is confirmed, and why not all of it is."""
     outcomes = [*run.rejected.items()] if run else []
     if site is not None and (counts := site.at_site) is not None:
-        outcomes += [*counts.dropped.items(), *counts.refused.items()]
+        outcomes += [*counts.dropped.items()]
         outcomes += [("in the spool", counts.spooled), ("unreadable at the site", counts.unreadable)]
+    outcomes += [*site.all_refused().items()] if site else []
     outcomes += [("pending", run.pending), ("by the client's word", run.client_confirmed)] if run else []
     remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
     remarks += run.last_error.splitlines()[:1] if run and run.pending else []
@@ -319,7 +337,8 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table; the first row is its head."""
+    """Return the lines of a table; the first row is its head. Whatever is in a cell, it takes one line."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in [*widths[:-1], len(rows[0][-1])]))
@@ -331,7 +350,6 @@ def _site_remarks(site: SiteReport) -> list[str]:
     remarks = []
     if (counts := site.at_site) is not None:
         remarks += [f"dropped at the site ({reason}): {n}" for reason, n in counts.dropped.items()]
-        remarks += [f"refused by the receiver ({reason}): {n}" for reason, n in counts.refused.items()]
         remarks += [f"values left out at the site ({reason}): {n}" for reason, n in counts.altered.items()]
         if counts.withheld:
             remarks.append(f"withheld by the site's policy: {counts.withheld}")
@@ -339,6 +357,7 @@ def _site_remarks(site: SiteReport) -> list[str]:
             remarks.append(f"still in the site's spool: {counts.spooled}")
         if counts.unreadable:
             remarks.append(f"cannot be read at the site: {counts.unreadable}")
+    remarks += [f"refused by the receiver ({reason}): {n}" for reason, n in site.all_refused().items()]
     if site.missing:
         remarks.append(f"missing without a reason: {site.missing}")
     return [*remarks, *format_counted(site)]
@@ -347,8 +366,12 @@ def _site_remarks(site: SiteReport) -> list[str]:
 def format_counted(site: SiteReport) -> list[str]:
     """Return what is not known of a site's counts, and what contradicts them."""
     remarks = []
+    if site.at_site is not None and not site.at_site.adds_up():
+        remarks.append("the site's own counts do not add up")
     if lacking := site.lacking():
         remarks.append(f"the receiver lacks {lacking} records that it had acknowledged")
+    if site.at_site is not None and (came := site.at_site.by_message):
+        remarks.append(f"{came} came in FLARE's messages, which are not counted at their source: there may be more")
     match site.counted:
         case Counted.STALE:
             remarks.append("the site's final message did not come: it may have logged more")

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -103,6 +103,7 @@ class Sender:
     Attributes:
         site: the site that the spool belongs to.
         folder: the spool's folder.
+        at_source, by_message: as in `SiteCounts`. Whoever runs the sender sets them.
     """
 
     def __init__(
@@ -128,6 +129,8 @@ class Sender:
             SpoolError: the folder holds no spool and none is expected there, or the spool has no such cursor.
         """
         self.folder = spool
+        self.at_source = False
+        self.by_message = 0
         self._limits = limits or Limits()
         self._reader = SpoolReader(spool, cursor)
         self.site = self._reader.info.site
@@ -158,8 +161,7 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call. For files it waits a second at most, and
-        not again while the same files are on their way.
+        """Wait until the receiver has all that was logged before this call. For files it waits a second, once.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
         is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
@@ -169,7 +171,7 @@ class Sender:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
 
         Returns:
-            Whether the receiver has it. Images and artifacts that are still on their way do not count.
+            Whether the receiver has it, without images and artifacts that are still on their way.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         try:
@@ -440,15 +442,22 @@ class Sender:
                 self._files.hold(batch)
                 return True
             reply = Refused("blob_unknown", reply.name)
-        refused = reply.reason if isinstance(reply, Refused) else None
+        refused: Mapping[str, int] = {}
         if isinstance(reply, Refused):
+            refused = {reply.reason: batch.records}
             _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
                        reply.detail)  # fmt: skip
+        elif isinstance(reply, Accepted) and reply.refused and sum(reply.refused.values()) <= batch.records:
+            refused = reply.refused
+            _log.error(
+                "the receiver refused some of %d records of site %s, by reason: %s; see docs/delivery.md",
+                batch.records, self.site, ", ".join(f"{reason} {n}" for reason, n in refused.items()),
+            )  # fmt: skip
         self._settle(batch, refused)
         return True
 
-    def _settle(self, batch: SpoolBatch, refused: str | None) -> None:
-        """Mark a batch in the spool as accepted, or as refused for this reason."""
+    def _settle(self, batch: SpoolBatch, refused: Mapping[str, int]) -> None:
+        """Mark a batch in the spool as accepted, but for the records that were refused."""
         self._sent_at = time.monotonic()
         self._files.settled(batch)
         try:
@@ -465,6 +474,7 @@ class Sender:
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
         if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
+        counts.at_source, counts.by_message = self.at_source, self.by_message
         self._counts = counts
 
     def _warn_once(self, message: str) -> None:

@@ -7,11 +7,17 @@ reply. A sender may make every request again after a lost reply: the receiver re
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from trackhub.framing import FORMAT_VERSION
+from trackhub.records import STREAM_PATTERN, Count, Reason
 
 __all__ = [
+    "MAX_BATCH_RECORDS",
+    "MAX_REASONS",
     "MAX_REQUEST_BYTES",
     "MAX_STREAMS",
     "Accepted",
@@ -41,8 +47,19 @@ A server may answer a larger body with an error before it reads it.
 """
 
 
+MAX_BATCH_RECORDS = 100_000
+"""Most records in one batch: the largest ``Limits.batch_records``."""
+
+MAX_REASONS = 64
+"""Most reasons under which one site's records are counted. What a site sends beyond is refused or counted together."""
+
 MAX_STREAMS = 500
 """How many streams one `Hello` may ask for. The reply is then less than 32 KiB."""
+
+# The decoder checks these limits, most of them before it makes an object: a site may send anything.
+_Stream = Annotated[str, Meta(pattern=STREAM_PATTERN)]
+_Session = Annotated[str, Meta(max_length=64)]
+_Reasons = Annotated[dict[Reason, Count], Meta(max_length=MAX_REASONS)]
 
 
 class SiteCounts(msgspec.Struct, kw_only=True):
@@ -58,17 +75,22 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         unreadable: as ``spooled``, but the site's sender is not allowed to read them, or its disk fails.
         complete: False if the site may have logged more than it could count.
         altered: values, not records, that were left out of records that go on, by reason.
+        at_source: the site takes what FLARE's own writers log in the call itself, where the trainer lets it.
+        by_message: of ``logged``, how many came in messages from another process that logs. Such a message is counted
+            when it arrives, so nobody knows how many were lost.
     """
 
-    logged: int = 0
-    withheld: int = 0
-    dropped: dict[str, int] = {}
-    refused: dict[str, int] = {}
-    acked: int = 0
-    spooled: int = 0
-    unreadable: int = 0
+    logged: Count = 0
+    withheld: Count = 0
+    dropped: _Reasons = {}
+    refused: _Reasons = {}
+    acked: Count = 0
+    spooled: Count = 0
+    unreadable: Count = 0
     complete: bool = True
-    altered: dict[str, int] = {}
+    altered: _Reasons = {}
+    at_source: bool = False
+    by_message: Count = 0
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""
@@ -93,8 +115,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """
 
     version: tuple[int, int] = FORMAT_VERSION
-    session: str = ""
-    streams: tuple[str, ...] = ()
+    session: _Session = ""
+    streams: Annotated[tuple[_Stream, ...], Meta(max_length=MAX_STREAMS)] = ()
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -107,10 +129,10 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
         frames: the frames' bytes.
     """
 
-    stream: str
-    first_seq: int
-    next_seq: int
-    records: int
+    stream: _Stream
+    first_seq: Count
+    next_seq: Count
+    records: Annotated[int, Meta(ge=0, le=MAX_BATCH_RECORDS)]
     frames: bytes
 
 
@@ -124,9 +146,9 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """
 
     name: str
-    size: int
+    size: Count
     sha256: str
-    offset: int
+    offset: Count
     data: bytes
 
 
@@ -140,8 +162,8 @@ class KeepAlive(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """
 
     counts: SiteCounts
-    session: str = ""
-    number: int = 0
+    session: _Session = ""
+    number: Count = 0
 
 
 class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -155,8 +177,8 @@ class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
     counts: SiteCounts
     failed: bool = False
-    session: str = ""
-    number: int = 0
+    session: _Session = ""
+    number: Count = 0
 
 
 class StreamState(msgspec.Struct, frozen=True, array_like=True):
@@ -180,11 +202,14 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
             so that this receiver does not know how the streams began.
         streams: in reply to Hello, what the receiver has of the streams that were asked for, from their first record
             on. A stream of which it has nothing is left out.
+        refused: in reply to a batch, how many of its records the receiver will never accept, by reason. It has the
+            others.
     """
 
     next: int = 0
     job: str = ""
     streams: dict[str, StreamState] = {}
+    refused: _Reasons = {}
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -223,12 +248,14 @@ def decode_request(data: bytes) -> Request:
     """Return the request in these bytes.
 
     Raises:
-        msgspec.DecodeError: they hold no request of a version that is known here.
+        msgspec.DecodeError: they hold no request of a version that is known here, or one beyond the limits.
     """
+    if len(data) > MAX_REQUEST_BYTES:
+        raise msgspec.ValidationError(f"it has {len(data)} bytes; the limit is {MAX_REQUEST_BYTES}")
     try:
         return _requests.decode(data)
-    except UnicodeDecodeError as e:  # msgspec's error for text that is not UTF-8
-        raise msgspec.DecodeError(str(e)) from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
 def decode_reply(data: bytes) -> Reply:

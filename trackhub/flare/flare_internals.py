@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only; `cell_channel` alone also uses
-FLARE's cells. So these two files and their test, ``tests/integration/test_flare_internals.py``, show whether a new
-release of FLARE still fits.
+The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. `cell_channel` also uses FLARE's
+cells, and `trainer.log_calls` the log functions of an external trainer, which must load nothing else. So these three
+files and their test, ``tests/integration/test_flare_internals.py``, show whether a new release of FLARE still fits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.ccwf.client_controller_executor import ClientControllerExecutor
 from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
+from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
+from nvflare.app_common.widgets.streaming import AnalyticsReceiver
+from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.job_config.api import FedJob
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
@@ -48,12 +51,15 @@ __all__ = [
     "add_first_handler",
     "add_last_handler",
     "add_to_clients",
+    "came_as_message",
+    "cell_name",
     "client_sites",
     "components",
     "controls_workflow",
     "execution_id",
     "executors",
     "has_component",
+    "has_stock_receiver",
     "is_ending",
     "is_from_another_process",
     "is_server",
@@ -64,6 +70,7 @@ __all__ = [
     "participants",
     "raise_shutdown_timeout",
     "reference_package",
+    "replace_in_process_log",
     "round_of_context",
     "round_of_task",
     "run_dir",
@@ -314,6 +321,40 @@ def take_stock_event(fl_ctx: FLContext) -> Shareable | None:
     if fl_ctx.get_prop(FLContextKey.EVENT_SCOPE) == EventScope.FEDERATION:
         event.set_header(FedEventHeader.DIRECTION, "in")
     return event if first else None
+
+
+def has_stock_receiver(engine: Any) -> bool:
+    """Return whether the job has one of FLARE's own receivers in this process, which listens to analytics events."""
+    return any(isinstance(component, AnalyticsReceiver) for component in components(engine).values())
+
+
+def cell_name(engine: Any) -> str:
+    """Return the full name (FQCN) of this process's cell. External trainers send what they log there."""
+    return str(engine.get_cell().get_fqcn())
+
+
+def replace_in_process_log(replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Replace the method by which trainers in this process log. Return a call that undoes it.
+
+    Args:
+        replacement: called with FLARE's method; returns the one that takes its place.
+    """
+    original = InProcessClientAPI.log
+    InProcessClientAPI.log = replacement(original)
+
+    def undo() -> None:
+        InProcessClientAPI.log = original
+
+    return undo
+
+
+def came_as_message(fl_ctx: FLContext) -> bool:
+    """Return whether a stock analytics event stands for a message of another process of this site, such as a trainer.
+
+    FLARE fires a federated event for such a message. It converts the events of this process into federated ones, too.
+    """
+    origin = fl_ctx.get_prop(FLContextKey.EVENT_ORIGIN)
+    return is_from_another_process(fl_ctx) and origin != ConvertToFedEvent.__name__
 
 
 def job_of(recipe_or_job: Any) -> Any:

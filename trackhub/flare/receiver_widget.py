@@ -37,7 +37,7 @@ from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.round_watch import ServerRounds
-from trackhub.flare.stock_records import StockRecords
+from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 
 __all__ = ["TrackhubReceiver"]
 
@@ -57,7 +57,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     def __init__(
         self,
         backends: dict[str, dict[str, Any]],
-        take_over: bool = True,
+        take_over: TakeOver = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
         job_name: str | None = None,
@@ -81,6 +81,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         super().__init__()
         if not isinstance(backends, dict) or not all(isinstance(o, dict) for o in backends.values()):
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
+        check_take_over(take_over)
         check_job_info(job_name, job_notes, job_tags or ())
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends

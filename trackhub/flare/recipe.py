@@ -16,6 +16,7 @@ from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
+from trackhub.flare.stock_records import TakeOver
 from trackhub.limits import Limits
 
 __all__ = ["add_tracking", "tracking_components"]
@@ -40,7 +41,7 @@ def add_tracking(
     name: str | None = None,
     notes: str = "",
     tags: Sequence[str] = (),
-    take_over: bool = True,
+    take_over: TakeOver = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
 ) -> None:
@@ -65,8 +66,9 @@ def add_tracking(
             jobs may have one name: the job's id stays beside it.
         notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
-        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. Turn it off to use
-            them beside trackhub.
+        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. The log call itself
+            writes the record, with its time and in its order. ``"events"`` leaves the trainer as it is, and takes the
+            record when FLARE's event comes. ``False`` takes nothing: use it for FLARE's receivers beside trackhub.
         limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
 
@@ -107,7 +109,7 @@ def tracking_components(
     name: str | None = None,
     notes: str = "",
     tags: Sequence[str] = (),
-    take_over: bool = True,
+    take_over: TakeOver = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -160,7 +162,7 @@ def _plan(
 
 
 def _common(
-    take_over: bool,
+    take_over: TakeOver,
     limits: Limits | Mapping[str, Any] | None,
     state_dir: str | None,
     name: str | None,

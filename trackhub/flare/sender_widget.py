@@ -36,7 +36,8 @@ from trackhub.flare.cell_channel import CellChannel, NoReceiverError
 from trackhub.flare.job_description import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
-from trackhub.flare.stock_records import StockRecords
+from trackhub.flare.source import LogCallSource
+from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 from trackhub.operator_file import OperatorFile
 
 __all__ = ["TrackhubSender"]
@@ -55,7 +56,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self,
         server_receiver: str | None = "trackhub_receiver",
         client_receiver: str | None = None,
-        take_over: bool = True,
+        take_over: TakeOver = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
         job_name: str | None = None,
@@ -67,7 +68,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         Args:
             server_receiver: the component id of the `TrackhubReceiver` on the server. None sends nothing to the server.
             client_receiver: the component id of the `TrackhubReceiver` at this client. None if the client has none.
-            take_over: also record what FLARE's own writers log. FLARE then does not send it to the server.
+            take_over: also record what FLARE's own writers log, in the call itself where that is possible. FLARE then
+                does not send it to the server. ``"events"`` takes it from FLARE's events only.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the spool at this site. By default the spool is in the job's run folder.
             job_name: what a person calls the job; by default the name that FLARE knows.
@@ -86,6 +88,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 "TrackhubSender: tracking is on the client side only, but take_over is off. So FLARE would send what "
                 "its own writers log to the server. Leave take_over on, or track on the server as well"
             )
+        check_take_over(take_over)
         check_job_info(job_name, job_notes, job_tags or ())
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
@@ -101,6 +104,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._senders: dict[str, Sender] = {}
         self._receiver: TrackhubReceiver | None = None
         self._stock = StockRecords(self)
+        self._source = LogCallSource(self._stock)
         self._spool: Path | None = None
         self._announced = ""
         self._panicked = False
@@ -122,6 +126,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         if event_type in flare_internals.STOCK_EVENTS:
             if self.take_over:
                 self._stock.take(fl_ctx)
+                for sender in self._senders.values():
+                    sender.by_message = self._stock.by_message
         elif event_type == EventType.ABOUT_TO_START_RUN:
             self._start(fl_ctx)
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
@@ -149,10 +155,22 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         if self.client_receiver is not None:
             receiver = self._open_receiver(fl_ctx)
             self._senders["client"] = Sender(spool, receiver.channel(site), cursor="client", limits=self._limits)
-        for sender in self._senders.values():
-            sender.start()
         self._stock.open(spool)
+        at_source = self._open_source(fl_ctx)
+        for sender in self._senders.values():
+            sender.at_source = at_source
+            sender.start()
         ClientRounds(engine, self._set_round, self._end_task)
+
+    def _open_source(self, fl_ctx: FLContext) -> bool:
+        """Take log calls where they are made, if job and operator let it. Return whether it is so."""
+        if self.take_over is not True or (self._operator is not None and self._operator.take_over == "events"):
+            return False
+        try:
+            return self._source.open(fl_ctx.get_engine())
+        except Exception as e:
+            self.log_exception(fl_ctx, f"log calls are taken from FLARE's events, not at their source: {e}")
+            return False
 
     def _set_round(self, current: int | None) -> None:
         for sender in self._senders.values():
@@ -217,6 +235,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Send the rest and the final message, and end this client's receiver. Call it after the trainer has ended."""
         if os.environ.get(SPOOL_ENV) == self._announced:
             del os.environ[SPOOL_ENV]
+        self._source.close()
         self._stock.close()
         if self._spool is not None:
             with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late

@@ -4,13 +4,14 @@
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
 and Flower all end in one FLARE event with an analytics DXO. The event has no time of the log call. In process FLARE
 fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not keep
-the order.
+the order. So `trackhub.flare.source` takes the call itself where that is possible, and FLARE fires no event for it.
 """
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Literal
 
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.dxo import DataKind, from_shareable
@@ -18,24 +19,40 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from trackhub.errors import RecordError, SpoolError
+from trackhub.errors import ConfigError, RecordError, SpoolError
 from trackhub.flare import flare_internals
+from trackhub.flare.trainer.log_calls import LogCalls, write_call
 from trackhub.writer.writer import Writer
 
-__all__ = ["StockRecords", "write_stock_record"]
+__all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
 
-_MAX_WARNINGS = 20  # different messages; a message may hold a key, and there may be many keys
+TakeOver = bool | Literal["events"]
+"""Whether to record what FLARE's own writers log: in the call itself, from FLARE's events only, or not at all."""
+
+
+def check_take_over(value: object) -> None:
+    """Check a job's ``take_over`` where the job is written.
+
+    Raises:
+        ConfigError: it has another value.
+    """
+    if not isinstance(value, bool) and value != "events":
+        raise ConfigError(f"tracking: take_over: expected true, false or 'events', got {value!r}")
 
 
 class StockRecords:
-    """Writes the stock records that are logged in this process into a spool. Thread-safe."""
+    """Writes the stock records that are logged in this process into a spool. Thread-safe.
+
+    Attributes:
+        by_message: records that came as messages of another process. What such a message lost is not known.
+    """
 
     def __init__(self, component: FLComponent) -> None:
+        self.by_message = 0
         self._component = component
         self._lock = threading.Lock()
         self._spool: Path | None = None
-        self._writer: Writer | None = None
-        self._warned: set[str] = set()
+        self._calls: LogCalls | None = None
 
     def open(self, spool: Path) -> None:
         """Take records from now on, into this spool."""
@@ -49,35 +66,32 @@ class StockRecords:
         """
         if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
             return
-        with self._lock:
-            if self._writer is None:
-                self._writer = Writer(self._spool)
-            writer = self._writer
+        calls = self.calls()
+        if flare_internals.came_as_message(fl_ctx):
+            with self._lock:
+                self.by_message += 1
         try:
-            write_stock_record(writer, event)
-        except RecordError as e:
-            writer.count_unconvertible(str(e))
-            self._warn(fl_ctx, f"a stock record was dropped: {e}")
-        except SpoolError as e:
-            self._warn(fl_ctx, f"a stock record came after the end of tracking: {e}")
+            write_stock_record(calls.writer, event)
+        except (RecordError, SpoolError) as e:
+            calls.count_lost(e)
 
-    def _warn(self, fl_ctx: FLContext, message: str) -> None:
-        if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
-            self._warned.add(message)
-            self._component.log_warning(fl_ctx, message, fire_event=False)
+    def calls(self) -> LogCalls:
+        """Return what writes log calls into the spool. All of this process use the same writer. Call ``open`` first."""
+        with self._lock:
+            if self._calls is None:
+                assert self._spool is not None
+                self._calls = LogCalls(Writer(self._spool), self._component.logger.warning)
+            return self._calls
 
     def close(self) -> None:
         """Take no more records."""
         with self._lock:
-            if self._writer is not None:
-                self._writer.close()
+            if self._calls is not None:
+                self._calls.close()
 
 
 def write_stock_record(writer: Writer, event: Shareable) -> None:
-    """Write the record in a stock analytics event.
-
-    ``add_scalars(tag, {name: value})`` becomes metrics named ``tag/name``, as TensorBoard shows them. MLflow's
-    ``log_text(text, path)`` becomes a text with the path as its key.
+    """Write the record in a stock analytics event, as `write_call` does.
 
     Args:
         writer: where to write it.
@@ -93,31 +107,9 @@ def write_stock_record(writer: Writer, event: Shareable) -> None:
         if dxo.data_kind != DataKind.ANALYTIC:
             raise RecordError(f"a stock event holds data of kind {dxo.data_kind!r}, expected {DataKind.ANALYTIC!r}")
         key, value = data[TrackConst.TRACK_KEY], data[TrackConst.TRACK_VALUE]
-        step = data.get(TrackConst.GLOBAL_STEP_KEY)
         data_type = AnalyticsDataType(dxo.get_meta_prop(TrackConst.DATA_TYPE_KEY))
     except RecordError:
         raise
     except Exception as e:
         raise RecordError(f"a stock event cannot be read: {type(e).__name__}: {e}") from e
-
-    match data_type:
-        case AnalyticsDataType.SCALAR | AnalyticsDataType.METRIC:
-            writer.log({key: value}, step)
-        case AnalyticsDataType.SCALARS:
-            writer.log({key: value}, step)
-        case AnalyticsDataType.METRICS:
-            writer.log(value, step)
-        case AnalyticsDataType.PARAMETER:
-            writer.log_params({key: value})
-        case AnalyticsDataType.PARAMETERS:
-            writer.log_params(value)
-        case AnalyticsDataType.TAG:
-            writer.set_tags({key: value})
-        case AnalyticsDataType.TAGS:
-            writer.set_tags(value)
-        case AnalyticsDataType.TEXT:
-            writer.log_text(data.get(TrackConst.PATH_KEY) or key, value, step)
-        case AnalyticsDataType.IMAGE:
-            writer.log_image(key, value, step)
-        case _:
-            raise RecordError(f"{key!r}: trackhub has no kind of record for FLARE's type {data_type.value}")
+    write_call(writer, key, value, data_type, data)

@@ -75,15 +75,18 @@ def withdraw_process_spool(folder: Path) -> None:
         set_process_spool(None)
 
 
-def find_spool() -> Path:
+def find_spool(announced: str | None = None) -> Path:
     """Return the folder of the spool that was announced to this process.
+
+    Args:
+        announced: the value of ``SPOOL_ENV``, if it was read before. None reads it now.
 
     Raises:
         ConfigError: there is none, or it belongs to another site or job, or its job has ended.
     """
     if _process_spool is not None:
         return _process_spool
-    value = os.environ.get(SPOOL_ENV)
+    value = os.environ.get(SPOOL_ENV) if announced is None else announced
     if not value:
         raise ConfigError(f"this process has no tracking (the environment variable {SPOOL_ENV} is not set)")
     try:

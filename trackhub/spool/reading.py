@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -190,12 +191,12 @@ class SpoolReader:
                 write_ack(self.folder, name, self.cursor, stream.ack)
         stream.is_placed = True
 
-    def settle(self, batch: SpoolBatch, refused: str | None = None) -> None:
-        """Store that the receiver accepted the batch, or refused it for this reason. Delete what no reader needs.
+    def settle(self, batch: SpoolBatch, refused: Mapping[str, int] | None = None) -> None:
+        """Store that the receiver accepted the batch, or refused records of it. Delete what no reader needs.
 
         Args:
             batch: what ``next_batch`` returned last for its stream.
-            refused: why the receiver refused it; None if it accepted it.
+            refused: how many of its records the receiver refused, by reason; None if it accepted all.
 
         Raises:
             OSError: the cursor cannot be stored; the batch will be sent again after a restart.
@@ -205,13 +206,12 @@ class SpoolReader:
         explained = Counter(old.explained)
         explained.update(batch.explained)
         refusals = Counter(old.refused)
-        if refused is not None:
-            refusals[refused] += batch.records
+        refusals.update(refused or {})
         ack = Ack(
             batch.segment,
             batch.offset,
             batch.next_seq,
-            old.acked + (batch.records if refused is None else 0),
+            old.acked + batch.records - sum((refused or {}).values()),
             dict(refusals),
             dict(explained),
         )

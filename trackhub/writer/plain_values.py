@@ -17,10 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import key_problem
+from trackhub.records import MAX_DEPTH, key_problem
 
 __all__ = [
-    "MAX_DEPTH",
     "as_mapping",
     "is_of_signal_handler",
     "key_text",
@@ -31,7 +30,6 @@ __all__ = [
     "shown_error",
 ]
 
-MAX_DEPTH = 20
 _MAX_ITEMS = 1000  # of an array that becomes a list
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # what the encoder takes
 _NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, complex numbers, texts, structures

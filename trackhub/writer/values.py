@@ -16,9 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
+from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
 from trackhub.writer.plain_values import (
-    MAX_DEPTH,
     as_mapping,
     is_of_signal_handler,
     key_text,

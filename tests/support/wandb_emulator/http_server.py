@@ -332,6 +332,7 @@ def _dump(emulator: Emulator) -> dict[str, Any]:
                 "state": run.state,
                 "exit_code": run.exit_code,
                 "files": {file: len(data) for file, data in run.files.items()},
+                "texts": {file: data.decode() for file, data in run.files.items() if file.endswith(".html")},
                 "resent": run.resent,
             }
             for name, run in state.runs.items()

@@ -54,6 +54,7 @@ class Site:
     number: int = 0
     last: int = 0
     ended: int = 0
+    refused: bytes | None = None
 
 
 @dataclass
@@ -136,6 +137,8 @@ def _site(values: list[Value]) -> Site | None:
         return None
     if site.explained is not None and not _decodes(site.explained, dict[str, int]):
         site.explained = None
+    if site.refused is not None and not _decodes(site.refused, dict[str, int]):
+        site.refused = None
     return site
 
 
@@ -164,6 +167,6 @@ def _take_entry(found: Found, cell: Cell) -> None:
 def _decodes(data: bytes, kind: type) -> bool:
     try:
         msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return True

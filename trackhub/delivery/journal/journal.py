@@ -23,22 +23,31 @@ from trackhub.delivery.journal.report_builder import build_report
 from trackhub.delivery.journal.schema import Progress, Row, RunState
 from trackhub.delivery.journal.swap import finish_swap
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts, StreamState
+from trackhub.delivery.wire import MAX_REASONS, Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
 from trackhub.plain_files import make_private_folder
 from trackhub.process_lock import ProcessLock
-from trackhub.records import Gap, Kind
+from trackhub.records import MAX_COUNT, Gap, Kind
 
-__all__ = ["JOURNAL_NAME", "WAIT_S", "Journal"]
+__all__ = ["JOURNAL_NAME", "WAIT_S", "Journal", "TooManyStreamsError"]
 
 JOURNAL_NAME = "trackhub.db"
 _FORMAT = "1"
 _ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
 
+MAX_STREAMS_OF_SITE = 100_000
+"""Most streams of one site. Each process that logs has one, and each stays in memory in places."""
+
+_OTHER_REASONS = "other"
+
 WAIT_S = 10.0
 """How long a lane waits, in seconds, for a journal that another program has locked. A receiver's threads wait less."""
+
+
+class TooManyStreamsError(Exception):
+    """A site has more streams than a receiver takes."""
 
 
 class Journal:
@@ -146,6 +155,7 @@ class Journal:
         batch: Batch,
         explained: Mapping[str, int],
         *,
+        refused: Sequence[tuple[int, str]] = (),
         began: float | None = None,
         wait_s: float = WAIT_S,
     ) -> int:
@@ -155,14 +165,16 @@ class Journal:
 
         Args:
             site: its id.
-            batch: what the site sent.
+            batch: what the site sent, without the records that the gate refused.
             explained: the number of records that the batch's gaps stand for, by reason.
+            refused: number and reason of each record that the gate refused.
             began: the time of the batch's first record, in unix seconds. The site's run began then, if it has no record
                 yet.
             wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
             JournalError: it cannot be written, for example because the disk is full. Nothing was stored.
+            TooManyStreamsError: the site has `MAX_STREAMS_OF_SITE` streams, and this is another one.
         """
         with self._connections.transaction(wait_s) as db:
             stream, known = self._stream(db, site, batch)
@@ -174,7 +186,9 @@ class Journal:
             if batch.next_seq > known:
                 db.execute("UPDATE streams SET next_seq = ? WHERE id = ?", (batch.next_seq, stream))
                 if explained:
-                    self._explain(db, site, explained)
+                    self._add_reasons(db, site, "explained", explained)
+                if new_refused := Counter(reason for seq, reason in refused if seq >= known):
+                    self._add_reasons(db, site, "refused", new_refused)
             if new:
                 db.execute(
                     "INSERT INTO batches (site, stream, first_position, records, frames)"
@@ -183,29 +197,35 @@ class Journal:
                 )
             # Duplicates count as received: the report's sums include what arrived again.
             db.execute(
-                "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = missing + ?,"
+                "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = min(missing + ?, ?),"
                 " created = iif(next_position = first_position, coalesce(?, created), created),"
                 " next_position = next_position + ? WHERE id = ?",
-                (batch.records, batch.records - new, max(0, batch.first_seq - known), began, new, site),
+                (batch.records, batch.records - new, max(0, batch.first_seq - known), MAX_COUNT, began, new, site),
             )
             return new
 
     def _stream(self, db: sqlite3.Connection, site: int, batch: Batch) -> tuple[int, int]:
         """Return the id of the batch's stream, and the ``seq`` that is expected next of it."""
-        # A stream that is new here begins at 0, except where another journal may hold its beginning.
-        db.execute(
-            "INSERT OR IGNORE INTO streams (site, name, next_seq) VALUES (?, ?, ?)",
-            (site, batch.stream, batch.first_seq if self._continues else 0),
-        )
         query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
-        stream, known = db.execute(query, (site, batch.stream)).fetchone()
-        return stream, known
+        if (found := db.execute(query, (site, batch.stream)).fetchone()) is not None:
+            return found[0], found[1]
+        (count,) = db.execute("SELECT count(*) FROM streams WHERE site = ?", (site,)).fetchone()
+        if count >= MAX_STREAMS_OF_SITE:
+            raise TooManyStreamsError(f"the site has {count} streams; a receiver takes no more")
+        # A stream that is new here begins at 0, except where another journal may hold its beginning.
+        known = batch.first_seq if self._continues else 0
+        cursor = db.execute("INSERT INTO streams (site, name, next_seq) VALUES (?, ?, ?)", (site, batch.stream, known))
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid, known
 
-    def _explain(self, db: sqlite3.Connection, site: int, gaps: Mapping[str, int]) -> None:
-        stored = db.execute("SELECT explained FROM sites WHERE id = ?", (site,)).fetchone()[0]
-        total = Counter(msgspec.msgpack.decode(stored, type=dict[str, int]) if stored else {})
-        total.update(gaps)
-        db.execute("UPDATE sites SET explained = ? WHERE id = ?", (msgspec.msgpack.encode(dict(total)), site))
+    def _add_reasons(self, db: sqlite3.Connection, site: int, column: str, counts: Mapping[str, int]) -> None:
+        """Add counts by reason. A site may send any reasons and any counts, so both have a limit."""
+        stored = db.execute(f"SELECT {column} FROM sites WHERE id = ?", (site,)).fetchone()[0]
+        total = msgspec.msgpack.decode(stored, type=dict[str, int]) if stored else {}
+        for reason, count in counts.items():
+            known = reason if reason in total or len(total) < MAX_REASONS else _OTHER_REASONS
+            total[known] = min(total.get(known, 0) + count, MAX_COUNT)
+        db.execute(f"UPDATE sites SET {column} = ? WHERE id = ?", (msgspec.msgpack.encode(total), site))
 
     def note_counts(
         self, site: int, message: KeepAlive | Final, *, keep_end: bool = False, wait_s: float = WAIT_S
@@ -227,10 +247,13 @@ class Journal:
             same_sender = message.session != "" and message.session == session
             if same_sender and message.number <= number:
                 return
-            if last and not final and not same_sender:
-                known = msgspec.msgpack.decode(counts, type=SiteCounts)
-                if (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled):
-                    return  # of a sender before the one that sent the final message
+            known = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else SiteCounts()
+            # Only a FLARE client knows these two. A replay, or a sender that was started again, does not.
+            message.counts.at_source |= known.at_source
+            message.counts.by_message = max(message.counts.by_message, known.by_message)
+            is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
+            if last and not final and not same_sender and is_older:
+                return  # of a sender before the one that sent the final message
             if not keep_end:
                 # A sign of life after the end: the site has begun again.
                 ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0

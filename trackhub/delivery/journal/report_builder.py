@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -22,6 +23,8 @@ from trackhub.delivery.wire import SiteCounts
 from trackhub.run import JobInfo, RunStatus
 
 __all__ = ["build_report", "read_journal_report"]
+
+_Kind = TypeVar("_Kind")
 
 
 def read_journal_report(path: Path) -> DeliveryReport:
@@ -89,27 +92,39 @@ def _sites(db: sqlite3.Connection, meta: Mapping[str, str], *, is_running: bool)
     doubted = msgspec.json.decode(meta.get(REPAIRED_SITES, "[]"), type=list[str])
     silent_before = time.time() - float(meta.get(SILENCE_S, "inf"))
     query = (
-        "SELECT name, next_position - first_position, first_position, received, duplicates, missing, explained, counts,"
-        " counted_at, last FROM sites"
+        "SELECT name, next_position - first_position, first_position, received, duplicates, missing, explained,"
+        " refused, counts, counted_at, last FROM sites"
     )
     rows = db.execute(query)
-    for name, journaled, earlier, received, duplicates, missing, explained, counts, counted_at, last in rows:
-        at_site = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else None
-        # Refused records leave a hole in the journal's numbers. The site counts them, so they are not missing.
-        refused = sum(at_site.refused.values()) if at_site else 0
+    for row in rows:
+        name, journaled, earlier, received, duplicates, missing, explained, refused, counts, counted_at, last = row
+        at_site = _decoded(counts, SiteCounts)
+        refused_here: dict[str, int] = _decoded(refused, dict[str, int]) or {}
+        # A batch that was refused as a whole leaves a hole in the journal's numbers. The site counts its records as
+        # refused, so they are not missing.
+        refused_batches = sum(at_site.refused.values()) - sum(refused_here.values()) if at_site else 0
         site = sites[name] = SiteReport(
             at_site=at_site,
-            received=received,
+            received=received + sum(refused_here.values()),
             duplicates=duplicates,
             journaled=journaled,
+            refused=refused_here,
             earlier=earlier,
-            missing=max(0, missing - refused),
-            explained=msgspec.msgpack.decode(explained, type=dict[str, int]) if explained else {},
+            missing=max(0, missing - max(0, refused_batches)),
+            explained=_decoded(explained, dict[str, int]) or {},
             final=bool(last),
         )
         is_fresh = is_running and (counted_at is None or counted_at >= silent_before)
         site.counted = _counted(site, is_fresh=is_fresh, is_doubted=name in doubted)
     return sites
+
+
+def _decoded(stored: bytes | None, kind: type[_Kind]) -> _Kind | None:
+    """Return a stored value. None if there is none, or it makes no sense: the journal may come from elsewhere."""
+    try:
+        return msgspec.msgpack.decode(stored, type=kind) if stored else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _counted(site: SiteReport, *, is_fresh: bool, is_doubted: bool) -> Counted:
@@ -142,7 +157,7 @@ def _runs(
     runs = {lane: {name: not_begun(site) for name, site in sites.items()} for lane in lanes}
     query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
     for lane, name, blob in db.execute(query):
-        progress = msgspec.msgpack.decode(blob, type=Progress)
+        progress = _decoded(blob, Progress) or Progress(state="stopped", last_error="the journal is damaged here")
         # What has no outcome yet is pending. A negative number means that a lane counted a record twice.
         runs.setdefault(lane, {})[name] = RunReport(
             confirmed=progress.confirmed,

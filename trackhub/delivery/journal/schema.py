@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS sites (
     first_position INTEGER NOT NULL, next_position INTEGER NOT NULL, received INTEGER NOT NULL DEFAULT 0,
     duplicates INTEGER NOT NULL DEFAULT 0, missing INTEGER NOT NULL DEFAULT 0,
     explained BLOB, counts BLOB, counted_at REAL, session TEXT NOT NULL DEFAULT '', number INTEGER NOT NULL DEFAULT 0,
-    last INTEGER NOT NULL DEFAULT 0, ended INTEGER NOT NULL DEFAULT 0);
+    last INTEGER NOT NULL DEFAULT 0, ended INTEGER NOT NULL DEFAULT 0, refused BLOB);
 CREATE INDEX IF NOT EXISTS sites_copy ON sites (name, counts, last, ended);
 CREATE TABLE IF NOT EXISTS streams (
     id INTEGER PRIMARY KEY, site INTEGER NOT NULL, name TEXT NOT NULL, next_seq INTEGER NOT NULL,
@@ -55,7 +55,8 @@ CREATE TABLE IF NOT EXISTS runs (
 """
 """``sites.counts`` are the site's own counts, and ``last`` is 1 if they came with its final message. ``session`` and
 ``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then
-1, or 2 if it failed. ``runs.written`` and ``runs.confirmed`` are ids of batches.
+1, or 2 if it failed. ``explained`` and ``refused`` are counts by reason, encoded. ``received``
+does not contain those that were refused. ``runs.written`` and ``runs.confirmed`` are ids of batches.
 
 The indexes ``meta_copy`` and ``sites_copy`` hold on other pages of the file what nothing else could restore: `repair`
 reads them where the page of a table is damaged. No column that changes with every batch is in them."""

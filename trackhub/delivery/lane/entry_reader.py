@@ -12,17 +12,18 @@ from collections import deque
 
 import msgspec
 
+from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.schema import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
-from trackhub.framing import decode_body
 from trackhub.records import Kind
 from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["EntryReader"]
 
 _READ_BYTES = 4 << 20  # a query for each row would take longer than its records; all rows would not fit in memory
+_SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record takes 60 times as much memory.
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class EntryReader:
             self._adaptation = Adaptation(capabilities)
         self.upto = cursor.confirmed
         self._rows: deque[Row] = deque()
+        self._keys = KnownKeys()
 
     def start_over(self) -> None:
         """Start before the run's first row, with nothing remembered. Only before the first `read`."""
@@ -92,12 +94,19 @@ class EntryReader:
             if not self._rows:
                 return None
         entries: list[Entry] = []
-        while self._rows and len(entries) < self._can.max_batch:
+        size = 0
+        while self._rows and len(entries) < self._can.max_batch and size < _SHAPED_BYTES:
             row = self._rows.popleft()
             self.upto = row.id
+            size += len(row.frames)
             found = 0
             for position, kind, body in stored_records(row):
-                self._adapt(row.stream, position, kind, body, entries)
+                try:
+                    self._adapt(row.stream, position, kind, body, entries)
+                except Exception as e:
+                    # A defect of trackhub. It costs this record, and not the lane.
+                    _log.debug("record %d of run %s", position, self._cursor.site, exc_info=True)
+                    self._cursor.reject(Rejection(position, "not_adaptable", f"{type(e).__name__}: {e}"))
                 found += 1
             if found < row.records:
                 self._reject_damaged(row, row.records - found)
@@ -110,21 +119,22 @@ class EntryReader:
             self._cursor.reject(Rejection(position, "unknown_kind", detail))
             return
         try:
-            record = decode_body(body)
-        except msgspec.DecodeError as e:
-            self._cursor.reject(Rejection(position, "undecodable", str(e)))
+            # The receiver has checked it already, unless the journal is another one's.
+            record = check_record(stream, kind, body, self._keys)
+        except RefusedRecordError as e:
+            self._cursor.reject(Rejection(position, e.reason, str(e)))
             return
         adapted, altered = self._adaptation.adapt(stream, record, position)
         if isinstance(adapted, Rejection):
             self._cursor.reject(adapted)
             return
-        if altered:
-            self._cursor.count_altered(altered)
         # Adapted also if the run holds it: the adaptation must remember it, to treat later records as before the crash.
         if position < self.skip_before:
             self._cursor.count_held(position)
         else:
             entries.append(adapted)
+        if altered:
+            self._cursor.count_altered(altered)
 
     def _reject_damaged(self, row: Row, count: int) -> None:
         last = row.first_position + row.records - 1

@@ -104,11 +104,17 @@ class FileQueue:
         with self._lock:
             return min((waiting.not_before for waiting in self._waiting), default=None)
 
-    def write_next(self, *, hurry: bool) -> None:
-        """Write the next file that is due; with ``hurry`` also one that should wait. Blocks as the backend does."""
+    def hurry(self) -> None:
+        """Make every file due that waits for its next attempt."""
+        with self._lock:
+            for waiting in self._waiting:
+                waiting.not_before = 0.0
+
+    def write_next(self) -> None:
+        """Write the next file that is due. Blocks as the backend does."""
         with self._lock:
             now = time.monotonic()
-            due = next((waiting for waiting in self._waiting if hurry or waiting.not_before <= now), None)
+            due = next((waiting for waiting in self._waiting if waiting.not_before <= now), None)
             if due is None or self._run is None:
                 return
             self._waiting.remove(due)
@@ -133,7 +139,7 @@ class FileUploads:
         self._queues: dict[int, FileQueue] = {}
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._hurry = False
+        self._has_hurried = False
         self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{lane}-files", daemon=True)
 
     def begin(self, queue: FileQueue) -> None:
@@ -144,9 +150,11 @@ class FileUploads:
             self._thread.start()
 
     def hurry(self) -> None:
-        """Try each file that waits once more at once, for the end of the job."""
-        if not self._hurry:
-            self._hurry = True
+        """Try once more, at once, all files that wait for their next attempt: the job ends. Later calls do nothing."""
+        if not self._has_hurried:
+            self._has_hurried = True
+            for queue in list(self._queues.values()):
+                queue.hurry()
             self._wake.set()
 
     def stop(self, timeout_s: float) -> bool:
@@ -158,17 +166,15 @@ class FileUploads:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        was_hurried = False
         while not self._stop.is_set():
             self._wake.clear()
-            hurry, was_hurried = self._hurry and not was_hurried, self._hurry
             due = time.monotonic() + _IDLE_S
             for queue in list(self._queues.values()):
                 first = queue.next_due()
                 if first is None or self._stop.is_set():
                     continue
-                if hurry or first <= time.monotonic():
-                    queue.write_next(hurry=hurry)
+                if first <= time.monotonic():
+                    queue.write_next()
                     self._on_outcome(queue.site_id)
                 following = queue.next_due()
                 due = due if following is None else min(due, following)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.schema import RunState
+from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
@@ -90,6 +91,7 @@ class Lane:
         self._stop = threading.Event()
         self._busy_since: float | None = None
         self._defect = ""
+        self._turns = FairTurns()
         self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def start(self) -> None:
@@ -225,10 +227,11 @@ class Lane:
                 self._store_ends()
                 return
             progressed, due = self._advance_runs(active, finishing=ending is not None)
+            # While others still deliver: a site that has sent much must not keep the others' runs from ending in time.
+            finish_due = None if ending is None else self._finish_idle_runs(active, ending)
             if progressed or self._stop.is_set():
                 continue
             if ending is not None:
-                finish_due = self._finish_idle_runs(active, ending)
                 if finish_due is None and not active:
                     self._store_ends()
                     return
@@ -242,7 +245,7 @@ class Lane:
             Whether something was done, and otherwise when there will be something to do, on the monotonic clock.
         """
         progressed, due = False, time.monotonic() + _IDLE_S
-        for site in list(active):
+        for site in self._turns.begin(active):
             now = time.monotonic()
             try:
                 run = self._run(site)
@@ -250,14 +253,21 @@ class Lane:
                 _log.warning("lane %s cannot read how far a run got: %s; it tries again", self.name, e)
                 due = min(due, now + _JOURNAL_RETRY_S)
                 continue
+            except Exception:  # what an earlier lane stored of it makes no sense. It costs this run, and not the lane.
+                _log.exception("lane %s cannot take up a run; its records stay in the journal", self.name)
+                active.discard(site)
+                continue
             if now < run.timer.not_before and not (finishing and run.timer.hurry()):
                 due = min(due, run.timer.not_before)
+                continue
+            if self._turns.must_wait(site):
                 continue
             if finishing and self._uploads is not None:
                 self._uploads.hurry()
             self._busy_since = now
             moved = run.advance(flush_now=finishing)
             self._busy_since = None
+            self._turns.add(site, time.monotonic() - now, moved=moved)
             if self._stop.is_set():
                 break
             if moved:

@@ -40,6 +40,9 @@ from trackhub.spi import (
 
 __all__ = ["RunDelivery"]
 
+_TURN_S = 0.1
+"""How long one piece of work may take, in seconds, if it is more than one batch. Then it is another run's turn."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,7 @@ _log = logging.getLogger(__name__)
 #   closed ──> stopped      open_run raised PermanentError, or the run holds records of another journal.
 #   closed ──> finished     The job ends, and the run has nothing to deliver.
 #   open   ──> open         Entries are written and confirmed. What fails is called again later.
+#   open   ──> stopped      trackhub itself raised, by a defect.
 #   open   ──> finished     The job ends, all is confirmed, and finish returned.
 #   open   ──> unfinished   The job ends, and finish raised another error than TransientError.
 #   closed, open ──> unfinished    give_up: the lane ended before the run was finished, or it hangs.
@@ -131,6 +135,12 @@ class RunDelivery:
         except JournalError as e:
             self._failed(e)
             return False
+        except Exception as e:
+            # A defect of trackhub. It costs this run, and not the lane with all runs.
+            _log.exception("backend %s, run %s: it is stopped; its records stay in the journal", self._lane, self.site)
+            self._cursor.note_error(e)
+            self._end("stopped")
+            return False
 
     def _advance(self, run: BackendRun, flush_now: bool) -> bool:
         all_written = self._isolation.is_empty() and self._cursor.written == self._reader.upto
@@ -138,9 +148,12 @@ class RunDelivery:
             if self._is_flush_due(flush_now=flush_now):
                 return self._flush(run)
             return self._try_aside(run)
+        turn_ends = time.monotonic() + _TURN_S
         while (batch := self._isolation.next()) is not None:
             if self._stop.is_set():
                 return False
+            if time.monotonic() >= turn_ends:
+                return True
             self._cursor.announce(self._reader.upto)
             if not self._write(run, batch):
                 return False
