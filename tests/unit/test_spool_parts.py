@@ -229,8 +229,12 @@ def test_each_damaged_place_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
     assert str(segment) in messages[2]
 
 
+A = "a" * 32 + "-5"
+"""The name of a blob."""
+
+
 def artifact(blob: str) -> Artifact:
-    return Artifact("model", Blob(blob, 1, "digest", "type"), "file")
+    return Artifact("model", Blob(blob, 1, "0" * 64, "type"), "file")
 
 
 def made(data: bytes, *, seq: int = 0, max_records: int = 100, max_bytes: int = 1 << 20, lost: str = "") -> SpoolBatch:
@@ -238,10 +242,10 @@ def made(data: bytes, *, seq: int = 0, max_records: int = 100, max_bytes: int = 
 
 
 def test_a_batch_takes_frames_of_all_kinds_and_knows_their_blobs() -> None:
-    data = frames(None, artifact("a"), None, Gap(2, "spool_full"), first=4)
+    data = frames(None, artifact(A), None, Gap(2, "spool_full"), first=4)
     batch = made(data, seq=4)
     assert (batch.first_seq, batch.next_seq, batch.records, batch.frames) == (4, 9, 3, data)
-    assert [blob.name for blob in batch.blobs] == ["a"]
+    assert [blob.name for blob in batch.blobs] == [A]
     assert batch.explained == {"spool_full": 2}
     assert batch.next_place == Place(9, PLACE.segment, PLACE.offset + len(data))
 
@@ -270,16 +274,16 @@ def test_a_batch_ends_before_damage() -> None:
 
 
 def test_a_record_whose_blob_is_lost_ends_a_batch_and_is_replaced_in_the_next() -> None:
-    data = frames(None, artifact("a"), None)
-    first = made(data, lost="a")
+    data = frames(None, artifact(A), None)
+    first = made(data, lost=A)
     assert (first.records, first.frames, first.lost_blobs) == (1, frames(None), ())
 
     rest = data[len(first.frames) :]
-    second = made(rest, seq=1, lost="a")
+    second = made(rest, seq=1, lost=A)
     assert second.frames == encode_frame(Record(1, 1.0, None, None, Gap(1, "damaged")))
     assert (second.records, second.next_seq, second.explained) == (0, 2, {"damaged": 1})
-    assert [blob.name for blob in second.lost_blobs] == ["a"]
-    assert second.offset - PLACE.offset == len(frames(artifact("a"), first=1))
+    assert [blob.name for blob in second.lost_blobs] == [A]
+    assert second.offset - PLACE.offset == len(frames(artifact(A), first=1))
 
 
 def test_a_count_adds_up_from_the_ledger_the_gaps_and_what_was_acknowledged() -> None:
