@@ -12,16 +12,21 @@ from hypothesis import strategies as st
 
 from trackhub.delivery import wire
 from trackhub.framing import FORMAT_VERSION
+from trackhub.records import MAX_COUNT
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-count = st.integers(0, 2**63)
-counts = st.dictionaries(text, count, max_size=3)
+count = st.integers(0, MAX_COUNT)
+reason = st.from_regex(r"\A[a-z_]{1,64}\Z")
+counts = st.dictionaries(reason, count, max_size=3)
+stream = st.from_regex(r"\A[0-9a-f]{32}\Z")
 site_counts = st.builds(
     wire.SiteCounts, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
 )
 requests: dict[str, st.SearchStrategy[wire.Request]] = {
     "hello": st.builds(wire.Hello, st.tuples(count, count)),
-    "batch": st.builds(wire.Batch, text, count, count, count, st.binary(max_size=100)),
+    "batch": st.builds(
+        wire.Batch, stream, count, count, st.integers(0, wire.MAX_BATCH_RECORDS), st.binary(max_size=100)
+    ),
     "chunk": st.builds(wire.Chunk, text, count, text, count, st.binary(max_size=100)),
     "keep-alive": st.builds(wire.KeepAlive, site_counts),
     "final": st.builds(wire.Final, site_counts, st.booleans()),

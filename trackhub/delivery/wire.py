@@ -259,7 +259,10 @@ def decode_reply(data: bytes) -> Reply:
     Raises:
         msgspec.DecodeError: they hold no reply of a version that is known here.
     """
-    return _replies.decode(data)
+    try:
+        return _replies.decode(data)
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
 def refusal(reason: str, detail: str) -> bytes:
