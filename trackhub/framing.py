@@ -47,8 +47,8 @@ MAX_BODY_BYTES = 1 << 20
 """Largest body of one frame. A larger value belongs in an artifact, whose bytes travel beside the frames."""
 
 DECODED_IN_TRANSIT = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
-"""Kinds of records that the spool's reader and the receiver decode: a gap says how many records are missing, an image
-or artifact refers to a blob. They pass on records of all other kinds without decoding them."""
+"""Kinds of records that the spool's reader decodes: a gap says how many records are missing, an image or artifact
+refers to a blob. It passes on records of all other kinds without decoding them."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):

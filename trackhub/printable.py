@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Escapes text from elsewhere before it goes to a terminal, a log or the text of a report. The one place that does so.
 
-A site's name, a key and a backend's error may hold escape sequences, which a terminal obeys, line breaks, which make
-false lines, or marks that turn the direction of the text.
+A site's name, a key or a backend's error may hold escape sequences, which a terminal obeys. Line breaks make false
+lines, and other marks turn the direction of the text.
 """
 
 from __future__ import annotations

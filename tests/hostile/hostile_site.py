@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hostile site sends: requests made byte by byte, without trackhub's encoder, so that they may break any rule."""
+"""What a hostile site sends: requests made without trackhub's encoder, so that they may break any rule."""
 
 from __future__ import annotations
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import new_spool, spool_of
 from trackhub.delivery.lane.adaptation import Adaptation
-from trackhub.framing import CorruptFrameError, decode_body, encode_frame, pass_metrics, scan_frames
+from trackhub.framing import (
+    CorruptFrameError,
+    decode_body,
+    encode_frame,
+    metrics_bodies,
+    pass_metrics,
+    scan_frames,
+)
 from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
 from trackhub.spi import Capabilities, KeyRule
 from trackhub.spool import segment_reader
@@ -48,6 +55,25 @@ def test_passing_metrics_stops_where_a_scan_finds_something_else(
         data[damage] ^= 0xFF
 
     assert pass_metrics(bytes(data), 0, max_frames, max_end) == by_scanning(bytes(data), max_frames, max_end)
+
+
+@given(
+    st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=12),
+    st.integers(1, 14),
+    st.integers(0, 600),
+    st.integers(0, 599),
+)
+def test_bodies_of_metrics_are_those_that_a_scan_finds(keys: list[str], most: int, cut: int, damage: int) -> None:
+    """Runs of one size are read in another way than the first frame of a size, and as soundly."""
+    whole = [encode_frame(Record(seq, 1.0, seq, None, Metrics({key: 0.5}))) for seq, key in enumerate(keys)]
+    data = bytearray((b"".join(whole) + frames("t"))[:cut])
+    if damage < len(data):
+        data[damage] ^= 0xFF
+
+    bodies, end = metrics_bodies(bytes(data), 0, most)
+
+    assert (len(bodies), end) == by_scanning(bytes(data), most, len(data))
+    assert b"".join(frame[:9] + body for frame, body in zip(whole, bodies, strict=False)) == data[:end]
 
 
 @given(

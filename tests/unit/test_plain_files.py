@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import time
@@ -38,7 +39,7 @@ def test_a_receiver_keeps_everything_from_other_users(tmp_path: Path) -> None:
     run = tmp_path / "new" / "run"
     receiver = Receiver(run, job="job", side=Side.LOCAL, backends={"jsonl": {}}, limits=Limits(deadline_s=5))
     receiver.start()
-    receiver.handle("site-1", encode(Chunk("0" * 32 + "-0", 2, "", 0, b"x")))
+    receiver.handle("site-1", encode(Chunk("0" * 32 + "-0", 1, hashlib.sha256(b"x").hexdigest(), 0, b"x")))
     receiver.handle("site-1", encode(batch_of([metric(0)], STREAM)))
     files_while_open = {path.name: mode(path) for path in (run / "trackhub").iterdir() if path.is_file()}
     receiver.finish(RunStatus.FINISHED)
@@ -145,7 +146,7 @@ def test_links_among_the_receiver_s_blobs_are_not_followed(tmp_path: Path) -> No
 
     assert not store.has("site-1", name)
     with pytest.raises(OSError, match="part"):
-        store.add("site-1", Chunk(name, 4, "", 0, b"data"))
+        store.add("site-1", Chunk(name, 4, "0" * 64, 0, b"data"))
 
     assert victim.read_text() == "secret"
 

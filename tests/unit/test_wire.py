@@ -12,16 +12,21 @@ from hypothesis import strategies as st
 
 from trackhub.delivery import wire
 from trackhub.framing import FORMAT_VERSION
+from trackhub.records import MAX_COUNT
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-count = st.integers(0, 2**63)
-counts = st.dictionaries(text, count, max_size=3)
+count = st.integers(0, MAX_COUNT)
+reason = st.from_regex(r"\A[a-z_]{1,64}\Z")
+counts = st.dictionaries(reason, count, max_size=3)
+stream = st.from_regex(r"\A[0-9a-f]{32}\Z")
 site_counts = st.builds(
     wire.SiteCounts, logged=count, withheld=count, dropped=counts, refused=counts, acked=count, spooled=count
 )
 requests: dict[str, st.SearchStrategy[wire.Request]] = {
     "hello": st.builds(wire.Hello, st.tuples(count, count)),
-    "batch": st.builds(wire.Batch, text, count, count, count, st.binary(max_size=100)),
+    "batch": st.builds(
+        wire.Batch, stream, count, count, st.integers(0, wire.MAX_BATCH_RECORDS), st.binary(max_size=100)
+    ),
     "chunk": st.builds(wire.Chunk, text, count, text, count, st.binary(max_size=100)),
     "keep-alive": st.builds(wire.KeepAlive, site_counts),
     "final": st.builds(wire.Final, site_counts, st.booleans()),
@@ -60,8 +65,8 @@ def test_decoding_any_bytes_raises_decode_error_or_nothing(data: bytes) -> None:
 
 
 def test_fields_added_at_the_end_by_a_newer_minor_version_are_ignored() -> None:
-    data = msgspec.msgpack.encode([2, "s", 0, 1, 1, b"f", "a new field"])
-    assert wire.decode_request(data) == wire.Batch("s", 0, 1, 1, b"f")
+    data = msgspec.msgpack.encode([2, "a" * 32, 0, 1, 1, b"f", "a new field"])
+    assert wire.decode_request(data) == wire.Batch("a" * 32, 0, 1, 1, b"f")
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,9 @@ def status(path: Path, as_json: bool) -> None:
     unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, refused_here, explained,
     final and doubts. The first nine are what the site last said, null if it said nothing yet. refused_here is what the
     receiver refused. counted says how much is known of what the site logged: final, open, stale, incomplete or unknown.
-    doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates, state, last_error and results.
-    client_confirmed is a part of confirmed. results has url, path and command, each null if there is none.
+    doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending,
+    altered, possible_duplicates, state, last_error and results. client_confirmed is a part of confirmed. results has
+    url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
     dropped, refused, acked, spooled, unreadable, complete and altered.

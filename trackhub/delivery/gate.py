@@ -7,8 +7,8 @@ A lane checks each record again when it reads the journal, since that may come f
 2. So have the fields of a record. `trackhub.records` declares them, and the decoder of `trackhub.framing` checks them.
 3. This module checks what a type cannot say: kinds, keys, numbers, shapes, and names of blobs.
 
-A record that fails is refused alone, and is counted by reason. The batch as a whole is refused if its numbers do not
-agree with its frames, or a gap is not in order: nobody could tell then which records it holds.
+A record that fails is refused alone, and is counted by reason. A batch is refused as a whole if its numbers do not
+agree with its frames, or if a gap fails. Nobody could tell then which records it holds.
 
 ==================  ================================================================================
 reason              the record is refused, because

@@ -266,8 +266,8 @@ def decode_reply(data: bytes) -> Reply:
     """
     try:
         return _replies.decode(data)
-    except UnicodeDecodeError as e:
-        raise msgspec.DecodeError(str(e)) from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
 def refusal(reason: str, detail: str) -> bytes:

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random requests of a hostile site against the real receiver: some built from the schema, some real ones with changes.
+
+Whatever it sends, the honest site beside it has each record in each backend, the report's sums hold, memory stays below
+a bound, and nothing outside the job's folder is read or written.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.hostile.hostile_site import HOSTILE, OTHER_STREAM, Job, batch, frame, metrics, record
+from tests.unit.helpers import STREAM
+from trackhub.delivery import wire
+from trackhub.delivery.gate import Contents, KnownKeys, check_record, examine
+from trackhub.framing import scan_frames
+from trackhub.records import Kind
+from trackhub.testing.simulated_site import Stream, artifact, histogram, image, table, text
+
+MAX_GROWTH_MB = 500
+
+EDGES: list[Any] = [
+    0, 1, -1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, None, "",
+    "a", "x" * 1001, "\x00", "\x1b[2J", "\u2028", "\u202e", "../../x", "/etc/passwd", "wandb-artifact://h/_id/x", b"",
+    b"\xff\xfe", [], {}, [[]], {"": 0}, {1: 2}, {"a": {"b": {"c": 1}}}, [None] * 50, f"{STREAM}-0", f"{STREAM}-1",
+]  # fmt: skip
+"""Values at the edges of what a field may be, and beyond."""
+
+
+class Fuzzer:
+    """Makes requests. The same seed makes the same ones."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.seqs: dict[str, int] = {}
+        self._real = _real_requests()
+
+    def request(self) -> bytes:
+        """Return the bytes of one request."""
+        kind: Callable[[], bytes] = self.random.choices(
+            [self.batch_of_odd_records, self.other_message, self.changed_bytes, self.changed_structure],
+            [6, 2, 2, 3],
+        )[0]
+        return kind()
+
+    def batch_of_odd_records(self) -> bytes:
+        """Return a batch whose frames are in order, and whose records may hold anything."""
+        stream = self.random.choice([STREAM, OTHER_STREAM, f"{self.random.getrandbits(128):032x}"])
+        first = self.seqs.get(stream, 0)
+        seqs = range(first, first + self.random.randint(1, 8))
+        frames = [metrics(seq) if self.random.random() < 0.3 else self.odd_frame(seq) for seq in seqs]
+        if self.random.random() < 0.9:
+            self.seqs[stream] = first + len(frames)
+        return wire.encode(batch(frames, first, stream))
+
+    def odd_frame(self, seq: int) -> bytes:
+        kind = self.random.choice([*Kind, 42])
+        fields = [self.value() for _ in range(self.random.randint(0, 5))]
+        if self.random.random() < 0.5:  # nearly right
+            fields = [self.nearly(part) for part in _FIELDS.get(kind, [])]
+        parts = {name: self.value() for name in ("time", "step", "round_") if self.random.random() < 0.1}
+        body = record(seq, self.random.choice([kind, kind, kind, *Kind]), *fields, **parts)
+        if self.random.random() < 0.1:
+            body = self.changed(body)
+        return frame(kind if kind != Kind.GAP else Kind.METRICS, body)
+
+    def nearly(self, good: Any) -> Any:
+        if self.random.random() < 0.3:
+            return self.value()
+        if isinstance(good, dict) and self.random.random() < 0.5:
+            return {**good, self.random.choice(["k", "\x00", 5, ""]): self.value()}
+        return good
+
+    def value(self, depth: int = 0) -> Any:
+        if depth < 4 and self.random.random() < 0.2:
+            items = [self.value(depth + 1) for _ in range(self.random.randint(0, 4))]
+            return items if self.random.random() < 0.5 else {str(i): item for i, item in enumerate(items)}
+        return self.random.choice(EDGES)
+
+    def other_message(self) -> bytes:
+        """Return a message of any tag, with fields of any kind."""
+        counts = {name: self.value() for name in wire.SiteCounts.__struct_fields__ if self.random.random() < 0.3}
+        parts = self.random.choice([[counts, "s", 1], [counts, False, "s", self.value()], [self.value()] * 5])
+        return msgspec.msgpack.encode([self.random.randint(0, 6), *parts])
+
+    def changed_bytes(self) -> bytes:
+        return self.changed(self.random.choice(self._real))
+
+    def changed(self, data: bytes) -> bytes:
+        out = bytearray(data)
+        for _ in range(self.random.randint(1, 4)):
+            at = self.random.randrange(len(out) + 1)
+            match self.random.randrange(4):
+                case 0:
+                    out[at : at + 1] = bytes([self.random.getrandbits(8)])
+                case 1:
+                    out[at:at] = self.random.randbytes(self.random.randint(1, 9))
+                case 2:
+                    del out[at : at + self.random.randint(1, 9)]
+                case 3:
+                    out[at : at + 1] = self.random.choice(
+                        [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\x7f"]
+                    )
+        return bytes(out)
+
+    def changed_structure(self) -> bytes:
+        """Return a real request with one of its fields replaced."""
+        parts = msgspec.msgpack.decode(self.random.choice(self._real))
+        parts[self.random.randrange(len(parts))] = self.value()
+        return msgspec.msgpack.encode(parts)
+
+
+_BLOB = [f"{STREAM}-0", 1, "0" * 64, "image/png"]
+_FIELDS: dict[int, list[Any]] = {
+    Kind.METRICS: [{"a": 1.0}], Kind.PARAMS: [{"a": [1, {"b": "c"}]}], Kind.TAGS: [{"a": "b"}], Kind.TEXT: ["a", "b"],
+    Kind.IMAGE: ["a", _BLOB, 1, 1, ""], Kind.HISTOGRAM: ["a", [0.0, 1.0], [1.0]],
+    Kind.TABLE: ["a", ["x", "y"], [[1, None]]], Kind.ARTIFACT: ["a", _BLOB, "f", "file"], Kind.GAP: [1, "spool_full"],
+}  # fmt: skip
+
+
+def _real_requests() -> list[bytes]:
+    """Return what an honest sender makes, with every kind of record."""
+    calls = [text("t", "x"), image("i"), histogram("h"), table("d"), artifact("a", b"content")]
+    _, chunks, sent = Stream("real").append(calls)
+    counts = wire.SiteCounts(logged=5, acked=5)
+    requests: list[wire.Request] = [wire.Hello(), *chunks, sent, wire.KeepAlive(counts, "s", 1), wire.Final(counts)]
+    return [wire.encode(request) for request in requests]
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Watch:
+    """Notes which files are opened, by Python's audit hook. A hook stays, so there is one for all tests."""
+
+    def __init__(self) -> None:
+        self.inside: Path | None = None
+        self.outside: set[str] = set()
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and self.inside is not None and isinstance(args[0], str):
+            path = Path(args[0]).absolute()
+            if not path.is_relative_to(self.inside) and path.suffix not in (".py", ".pyc", ".so", ".toml", ".crt"):
+                self.outside.add(str(path))
+
+
+_watch: list[Watch] = []
+
+
+def attack(folder: Path, seed: int, requests: int, backends: dict[str, dict[str, Any]]) -> None:
+    """Run a job with a hostile site that sends this many requests, and check the honest site and the report."""
+    if not _watch:
+        _watch.append(Watch())
+    watch = _watch[0]
+    job = Job(folder / "run", backends, flush_s=0.1)
+    job.log_honestly()
+    fuzzer = Fuzzer(seed)
+    for _ in range(20):  # what is imported or cached at the first request is not the site's doing
+        job.receiver.handle(HOSTILE, fuzzer.request())
+    before = _peak_mb()
+    watch.inside, watch.outside = folder, set()
+    every = max(1, requests // 20)
+    try:
+        for i in range(requests):
+            wire.decode_reply(job.receiver.handle(HOSTILE, fuzzer.request()))
+            if i % every == 0:
+                job.log_honestly()
+    finally:
+        watch.inside = None
+    report = job.finish(deadline_s=120)
+    installed = (sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/null", "/usr/", "/etc/")
+    opened = {path for path in watch.outside if not path.startswith(installed)}
+    assert not opened, f"seed {seed}: files outside the job's folder were opened"
+    assert _peak_mb() - before < MAX_GROWTH_MB
+    assert {path.name for path in folder.iterdir()} <= {"run", "tmp"}
+    assert report.sites[HOSTILE].refused, "the requests were too kind to show anything"
+    for runs in report.lanes.values():
+        assert runs[HOSTILE].state in ("finished", "unfinished"), runs[HOSTILE]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, seed: int) -> None:
+    attack(tmp_path, seed, 400, {"jsonl": {}, "tensorboard": {}})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_100_000_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, seed: int) -> None:
+    attack(tmp_path, seed, 10_000, {"jsonl": {}, "tensorboard": {}})
+
+
+@pytest.mark.long
+def test_random_requests_cost_the_other_nothing_in_mlflow_and_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))  # where W&B's SDK says on which port it listens
+    attack(tmp_path, 7, 1000, {"jsonl": {}, "tensorboard": {}, "mlflow": {}, "wandb": {"mode": "offline"}})
+
+
+odd_values = st.recursive(
+    st.sampled_from([value for value in EDGES if not isinstance(value, list | dict)])
+    | st.floats()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+"""What msgpack can hold, and a bit of what a record can."""
+
+
+@st.composite
+def odd_frames(draw: st.DrawFn, seq: int) -> bytes:
+    """A frame with the right checksum and number. Its fields are right, or nearly, or anything."""
+    kind = draw(st.sampled_from([k for k in Kind if k is not Kind.GAP]))
+    fields = [draw(st.just(field) | odd_values) for field in _FIELDS[kind]]
+    says = draw(st.sampled_from([kind, kind, Kind.METRICS, 42]))
+    return frame(
+        says, record(seq, kind, *fields, time=draw(st.just(1.0) | odd_values), step=draw(st.just(1) | odd_values))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 6))
+def test_what_the_gate_lets_pass_it_lets_pass_again_whatever_comes(data: st.DataObject, size: int) -> None:
+    frames = [data.draw(odd_frames(seq)) for seq in range(size)]
+
+    found = examine(batch(frames), KnownKeys())
+
+    assert isinstance(found, Contents)
+    assert found.batch.records + len(found.refused) == size
+    passed = [part for seq, part in enumerate(frames) if seq not in dict(found.refused)]
+    assert found.batch.frames == b"".join(passed)
+    for part in scan_frames(found.batch.frames):
+        if part.kind in _FIELDS:
+            check_record(STREAM, part.kind, found.batch.frames[part.body : part.end], KnownKeys())
+    assert all(re.fullmatch(rf"{STREAM}-\d", name) for name in found.blobs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
+def test_bytes_put_anywhere_into_a_batch_raise_nothing_in_the_gate(extra: bytes, at: int, byte: int) -> None:
+    good = b"".join(metrics(seq) for seq in range(5))
+    for changed in (good[:at] + extra + good[at:], good[:at] + bytes([byte]) + good[at + 1 :], good[:at]):
+        found = examine(wire.Batch(STREAM, 0, 5, 5, changed), KnownKeys())
+        if changed != good:
+            assert isinstance(found, wire.Refused)
