@@ -36,7 +36,7 @@ _GRID = (
     "for its next task and learned that there is none; so the simulator ends some 3 s later, or at the same time"
 )
 _START = "the receiver and the senders start and end once in a job, and this job trains for some seconds only"
-_FRAMES = "FLARE's writer makes five calls of Python functions before its log call, which take 1.2 us"
+_FRAMES = "FLARE's writer makes a dict of its arguments and passes them on, which takes 0.4 us"
 _STEP_SITES = 2
 _STEPS = 500  # of each site in each round; a step takes some 4 ms
 

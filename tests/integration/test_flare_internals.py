@@ -56,8 +56,12 @@ from nvflare.utils.job_launcher_utils import add_custom_dir_to_path
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
 from trackhub.flare import flare_internals
+from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.operator_file import OperatorFile
 from trackhub.run import RunStatus
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.writer.writer import Writer
 
 
 def test_flare_is_a_release_that_this_was_written_for() -> None:
@@ -116,10 +120,11 @@ def test_all_of_flares_writers_end_in_the_log_functions_that_are_replaced() -> N
         assert list(inspect.signature(method).parameters) == ["self", "key", "value", "data_type", "kwargs"]
     assert list(inspect.signature(MetricsSender.add).parameters) == ["self", "tag", "value", "data_type", "kwargs"]
     assert "context.add(" in inspect.getsource(tracking.log)
+    assert list(inspect.signature(tracking.log).parameters) == ["key", "value", "data_type", "ctx", "kwargs"]
     assert "client_api.log(" in inspect.getsource(tracking.log)
     assert "local_ctx.api.log(" in inspect.getsource(client_api.log)
     for writer in (tracking.SummaryWriter, tracking.WandBWriter, tracking.MLflowWriter):
-        assert "self.log" not in inspect.getsource(writer)
+        assert inspect.getsource(writer).count("        log(") == inspect.getsource(writer).count("ctx=self.ctx")
     assert "self._cj_fqcn" in inspect.getsource(CellClientAPI.__init__)
     assert '"receiver_fqcn": receiver_fqcn' in inspect.getsource(MetricRelay._start)
     assert 'self.rank != "0" or not self.initialized or self.closed' in inspect.getsource(MetricsSender.add)
@@ -136,16 +141,21 @@ def test_an_external_trainer_gets_the_path_of_the_process_that_starts_it(monkeyp
     assert source.index("os.environ.copy()") < source.index("add_custom_dir_to_path") < source.index("subprocess.Popen")
 
 
-def test_the_log_of_the_client_api_in_process_is_replaced_and_put_back() -> None:
-    original, calls = InProcessClientAPI.log, list[Any]()
-
-    undo = flare_internals.replace_in_process_log(lambda found: lambda *args: calls.append((found, args)))
+def test_the_log_of_the_client_api_in_process_is_replaced_and_put_back(tmp_path: Path) -> None:
+    before = InProcessClientAPI.log, tracking.log
+    create_spool(tmp_path / "spool", SpoolInfo("site-1", "job", ("server",)))
     api = InProcessClientAPI.__new__(InProcessClientAPI)
+    writer = tracking.SummaryWriter(SimpleNamespace(api=api))
+
+    undo = flare_internals.replace_in_process_log(LogCalls(Writer(tmp_path / "spool"), pytest.fail))
     api.log("a", 1.0, AnalyticsDataType.SCALAR)
+    writer.add_scalar("a", 2.0)
+    writer.add_scalars("a", {"b": 3.0})
     undo()
 
-    assert calls == [(original, (api, "a", 1.0, AnalyticsDataType.SCALAR))]
-    assert InProcessClientAPI.log is original
+    (count,) = SpoolReader(tmp_path / "spool", "server").counts().values()
+    assert (count.logged, count.spooled) == (3, 3)
+    assert before == (InProcessClientAPI.log, tracking.log)
 
 
 def test_a_receiver_of_flares_own_is_found_among_the_components() -> None:
