@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -285,7 +286,9 @@ def test_a_trainer_that_may_not_write_to_the_spool_leaves_the_calls_to_flare(tmp
     assert "may not write" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["-S", "-E", "-I"])
+@pytest.mark.parametrize(
+    "flag", ["-I", pytest.param("-S", marks=pytest.mark.long), pytest.param("-E", marks=pytest.mark.long)]
+)
 def test_a_python_that_does_not_look_leaves_the_calls_to_flare(spool: Path, flag: str) -> None:
     site = os.pathsep.join(path for path in sys.path if path)
     source = f"import sys\nsys.path[:0] = {site.split(os.pathsep)!r}\n" + API + "scalar('a', 1.0)\nprint(left_to_flare)"
@@ -294,7 +297,10 @@ def test_a_python_that_does_not_look_leaves_the_calls_to_flare(spool: Path, flag
     assert _records(spool) == []
 
 
-def test_a_virtual_environment_without_trackhub_leaves_the_calls_to_flare(spool: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_trackhub", [True, False])
+def test_a_virtual_environment_uses_the_trackhub_of_the_client_or_none(
+    spool: Path, tmp_path: Path, has_trackhub: bool
+) -> None:
     """FLARE puts the packages of the client's process into the trainer's path. An editable trackhub is not in them."""
     venv.create(tmp_path / "venv", symlinks=True)
     packages = tmp_path / "packages"
@@ -303,14 +309,17 @@ def test_a_virtual_environment_without_trackhub_leaves_the_calls_to_flare(spool:
     for entry in site.iterdir():
         if "trackhub" not in entry.name:
             (packages / entry.name).symlink_to(entry)
+    env = _announced(spool, packages)
+    if has_trackhub:
+        shutil.copytree(Path(trackhub.__file__).parent, packages / "trackhub")
+        startup = packages / "trackhub" / "flare" / "trainer" / "startup"
+        env["PYTHONPATH"] = os.pathsep.join([str(startup), str(packages)])
 
-    out = _run(
-        API + "scalar('a', 1.0)\nprint(left_to_flare)", _announced(spool, packages),
-        python=str(tmp_path / "venv" / "bin" / "python"),
-    )  # fmt: skip
+    source = API + "scalar('a', 1.0)\nprint(left_to_flare)"
+    out = _run(source, env, python=str(tmp_path / "venv" / "bin" / "python"))
 
-    assert out.strip() == "['a']"
-    assert _records(spool) == []
+    assert out.strip() == ("[]" if has_trackhub else "['a']")
+    assert _metrics(spool) == ([({"a": 1.0}, None)] if has_trackhub else [])
 
 
 METRICS_SENDER = """
