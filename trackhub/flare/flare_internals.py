@@ -347,7 +347,7 @@ def replace_in_process_log(calls: LogCalls) -> Callable[[], None]:
         return isinstance(api, InProcessClientAPI)
 
     InProcessClientAPI.log = calls.log_method(method, is_taken)
-    tracking.log = calls.log_function(function, is_taken)
+    tracking.log = calls.log_function(function, "__class__", InProcessClientAPI)
 
     def undo() -> None:
         InProcessClientAPI.log, tracking.log = method, function
