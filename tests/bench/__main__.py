@@ -37,6 +37,7 @@ _EXPERIMENTS = {
     "memory": "process_costs:memory",
     "startup": "process_costs:startup",
     "flare": "job_costs:flare_jobs",
+    "unedited": "job_costs:unedited_scripts",
     "cifar": "job_costs:cifar10_job",
     "training": "job_costs:training_under_faults",
 }

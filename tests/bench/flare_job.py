@@ -13,7 +13,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tests.bench.store_counts import count_event_points, count_mlflow, count_wan
 from tests.bench.subprocesses import children_cpu_s, kept_folder
 from tests.integration.harness import Job, JobResult, processes_with, simulate
 
-__all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "Way", "flare_arm", "trackhub_into"]
+__all__ = ["NONE", "STOCK_TENSORBOARD", "STOCK_WANDB", "UNEDITED", "Way", "flare_arm", "trackhub_into"]
 
 _TRAINER = """
     import array, time
@@ -156,6 +156,13 @@ def trackhub_into(backend: str) -> Way:
         "writer.log({key: float(step)}, step)", "writer.log(TEN, step)",
         tracking={"server": {backend: options}}, read=read, files=folders[backend],
     )  # fmt: skip
+
+
+UNEDITED = replace(
+    STOCK_TENSORBOARD, name="unedited", more="", tracking={"server": {"tensorboard": {}}},
+    read=trackhub_into("tensorboard").read, files=trackhub_into("tensorboard").files,
+)  # fmt: skip
+"""The script of ``STOCK_TENSORBOARD``, unedited, in a job with trackhub."""
 
 
 def flare_arm(

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from tests.bench.backend_rates import bare, end_to_end
 from tests.bench.figures import Arm, Experiment, Figure, Run
-from tests.bench.flare_job import NONE, STOCK_TENSORBOARD, STOCK_WANDB, Way, flare_arm, trackhub_into
+from tests.bench.flare_job import NONE, STOCK_TENSORBOARD, STOCK_WANDB, UNEDITED, Way, flare_arm, trackhub_into
 from tests.bench.subprocesses import ROOT, children_cpu_s, kept_folder
 from tests.faults import training
 from tests.integration.harness import simulate
 
-__all__ = ["cifar10_job", "flare_jobs", "training_under_faults"]
+__all__ = ["cifar10_job", "flare_jobs", "training_under_faults", "unedited_scripts"]
 
 _LAG = (
     "the trainers need half a second for their calls; the rest is the receiver's work on all records in one process, "
@@ -36,6 +36,7 @@ _GRID = (
     "for its next task and learned that there is none; so the simulator ends some 3 s later, or at the same time"
 )
 _START = "the receiver and the senders start and end once in a job, and this job trains for some seconds only"
+_FRAMES = "FLARE's writer makes a dict of its arguments and passes them on, which takes 0.4 us"
 _STEP_SITES = 2
 _STEPS = 500  # of each site in each round; a step takes some 4 ms
 
@@ -138,6 +139,32 @@ def _at_pace(calls: int) -> list[Figure]:
         Figure(f"lost of 2 x {calls} calls, 100 a second", against, "paced_lost", "trackhub", "stock wandb", "records",
                "at most", 0),
     ]  # fmt: skip
+
+
+def unedited_scripts(quick: bool) -> list[Experiment]:
+    """Return the experiments that compare FLARE's ``SummaryWriter`` with trackhub, the same without, and ``Writer``.
+
+    FLARE's own way stores some hundred records a second, so its job has fewer.
+    """
+    records, stock_records, repeat = (20_000, 1_000, 1) if quick else (100_000, 5_000, 5)
+    experiments = []
+    for mode, external in (("in process", False), ("external", True)):
+        arms = {
+            "unedited": flare_arm(UNEDITED, records=records, external=external),
+            "stock": flare_arm(STOCK_TENSORBOARD, records=stock_records, external=external),
+            "writer": flare_arm(trackhub_into("tensorboard"), records=records, external=external),
+        }
+        what = f"FLARE's SummaryWriter with trackhub, unedited, {mode}, 2 sites x {records:,}"
+        stock, writer = f"without trackhub, 2 sites x {stock_records:,}", "trackhub.Writer"
+        figures = [
+            Figure(f"{what}: median", stock, "median_us", "unedited", "stock", "us", "times less", 10),
+            Figure(f"{what}: p99", stock, "p99_us", "unedited", "stock", "us", "times less", 10),
+            Figure(f"{what}: CPU of the thread", stock, "thread_cpu_us", "unedited", "stock", "us", "times less", 5),
+            Figure(f"{what}: median", writer, "median_us", "unedited", "writer", "us", "times less", 1 / 1.5, _FRAMES),
+            Figure(f"{what}: p99", writer, "p99_us", "unedited", "writer", "us", "times less", 1 / 1.5, _FRAMES),
+        ]
+        experiments.append(Experiment(f"unedited scripts, {mode}", arms, figures, repeat))
+    return experiments
 
 
 def _processes() -> Experiment:

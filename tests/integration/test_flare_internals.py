@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -29,8 +30,16 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 from nvflare.apis.workspace import Workspace
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.executors.client_api.external_process_backend import ExternalProcessBackend
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
+from nvflare.app_common.metrics_exchange.metrics_sender import MetricsSender
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
+from nvflare.app_common.widgets.metric_relay import MetricRelay
+from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
+from nvflare.client import api as client_api
+from nvflare.client import tracking
+from nvflare.client.cell.api import CellClientAPI
+from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.job_config.api import FedJob
 from nvflare.private.event import fire_event
@@ -43,11 +52,16 @@ from nvflare.private.fed.server.server_runner import ServerRunner
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 from nvflare.private.fed.utils.fed_utils import create_job_processing_context_properties
 from nvflare.recipe.spec import Recipe
+from nvflare.utils.job_launcher_utils import add_custom_dir_to_path
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
 from trackhub.flare import flare_internals
+from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.operator_file import OperatorFile
 from trackhub.run import RunStatus
+from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.spool.reading import SpoolReader
+from trackhub.writer.writer import Writer
 
 
 def test_flare_is_a_release_that_this_was_written_for() -> None:
@@ -99,6 +113,58 @@ def test_a_runner_that_is_told_to_abort_says_so_by_its_status() -> None:
 
     assert not by_workflow
     assert flare_internals.workflow_was_aborted(ctx)
+
+
+def test_all_of_flares_writers_end_in_the_log_functions_that_are_replaced() -> None:
+    for method in (InProcessClientAPI.log, CellClientAPI.log):
+        assert list(inspect.signature(method).parameters) == ["self", "key", "value", "data_type", "kwargs"]
+    assert list(inspect.signature(MetricsSender.add).parameters) == ["self", "tag", "value", "data_type", "kwargs"]
+    assert "context.add(" in inspect.getsource(tracking.log)
+    assert list(inspect.signature(tracking.log).parameters) == ["key", "value", "data_type", "ctx", "kwargs"]
+    assert "client_api.log(" in inspect.getsource(tracking.log)
+    assert "local_ctx.api.log(" in inspect.getsource(client_api.log)
+    for writer in (tracking.SummaryWriter, tracking.WandBWriter, tracking.MLflowWriter):
+        assert inspect.getsource(writer).count("        log(") == inspect.getsource(writer).count("ctx=self.ctx")
+    assert "self._cj_fqcn" in inspect.getsource(CellClientAPI.__init__)
+    assert '"receiver_fqcn": receiver_fqcn' in inspect.getsource(MetricRelay._start)
+    assert 'self.rank != "0" or not self.initialized or self.closed' in inspect.getsource(MetricsSender.add)
+
+
+def test_an_external_trainer_gets_the_path_of_the_process_that_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", ["/first", "/second"])
+    env = {"PYTHONPATH": "/replaced"}
+
+    add_custom_dir_to_path("/custom", env)
+
+    assert env["PYTHONPATH"].split(os.pathsep) == ["/first", "/second", "/custom"]
+    source = inspect.getsource(ExternalProcessBackend._launch_trainer)
+    assert source.index("os.environ.copy()") < source.index("add_custom_dir_to_path") < source.index("subprocess.Popen")
+
+
+def test_the_log_of_the_client_api_in_process_is_replaced_and_put_back(tmp_path: Path) -> None:
+    before = InProcessClientAPI.log, tracking.log
+    create_spool(tmp_path / "spool", SpoolInfo("site-1", "job", ("server",)))
+    api = InProcessClientAPI.__new__(InProcessClientAPI)
+    writer = tracking.SummaryWriter(SimpleNamespace(api=api))
+
+    undo = flare_internals.replace_in_process_log(LogCalls(Writer(tmp_path / "spool"), pytest.fail))
+    api.log("a", 1.0, AnalyticsDataType.SCALAR)
+    writer.add_scalar("a", 2.0)
+    writer.add_scalars("a", {"b": 3.0})
+    undo()
+
+    (count,) = SpoolReader(tmp_path / "spool", "server").counts().values()
+    assert (count.logged, count.spooled) == (3, 3)
+    assert before == (InProcessClientAPI.log, tracking.log)
+
+
+def test_a_receiver_of_flares_own_is_found_among_the_components() -> None:
+    engine = SimpleNamespace(get_all_components=None, components={"a": FLComponent()})
+    assert not flare_internals.has_stock_receiver(engine)
+
+    engine.components["b"] = TBAnalyticsReceiver()
+
+    assert flare_internals.has_stock_receiver(engine)
 
 
 def test_an_executor_keeps_its_shutdown_timeout_where_it_is_raised() -> None:
@@ -179,6 +245,7 @@ class _Taker(FLComponent):  # type: ignore[misc]  # FLARE has no types
     def __init__(self) -> None:
         super().__init__()
         self.taken: list[Shareable] = []
+        self.came_as_message: list[bool] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if (
@@ -186,6 +253,7 @@ class _Taker(FLComponent):  # type: ignore[misc]  # FLARE has no types
             and (event := flare_internals.take_stock_event(fl_ctx)) is not None
         ):
             self.taken.append(event)
+            self.came_as_message.append(flare_internals.came_as_message(fl_ctx))
 
 
 class _Runner(ClientFedEventRunner):  # type: ignore[misc]  # FLARE has no types
@@ -211,6 +279,7 @@ def test_a_stock_event_is_taken_once_and_never_sent(converter_first: bool, fed: 
         send_analytic_dxo(FLComponent(), dxo, ctx, event_type=name, fire_fed_event=fed)
 
     assert len(taker.taken) == 1
+    assert taker.came_as_message == [fed]
     assert runner.sent == []
 
 

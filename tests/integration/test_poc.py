@@ -429,6 +429,31 @@ def test_the_operator_of_the_server_allows_a_folder_and_sets_limits(
         )
 
 
+def test_the_operator_of_a_client_can_keep_trackhub_out_of_its_trainers(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    operator_file("site-1", 'take_over = "events"\n')
+    trainer = """
+    from nvflare.client.tracking import SummaryWriter
+
+    writer = SummaryWriter()
+    rounds(lambda n: writer.add_scalar("loss", n + 0.5, n))
+    """
+    job = Job(tmp_path, trainer, {"server": ["jsonl"]}, external=True)
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
+    counts = {site: report["sites"][site]["at_site"] for site in SITES}
+    assert {site: (c["at_source"], c["by_message"]) for site, c in counts.items()} == {
+        "site-1": (False, 2),
+        "site-2": (True, 0),
+    }
+    for site in SITES:
+        assert sorted(_points(result, result.server, site)) == [("loss", 0, 0.5), ("loss", 1, 1.5)]
+
+
 def test_an_operator_s_file_that_is_wrong_stops_every_job(
     poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
 ) -> None:

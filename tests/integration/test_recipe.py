@@ -265,6 +265,7 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
         ({}, "nothing to track with"),
         ({"server": {}}, "nothing to track with"),
         ({"clients": ["jsonl"], "take_over": False}, "take_over is off"),
+        ({"server": ["jsonl"], "take_over": "source"}, "expected true, false or 'events', got 'source'"),
         ({"server": "jsonl"}, "expected {backend: options} or a list"),
         ({"server": {"jsonl": "x"}}, "expected {backend: {option: value}}"),
         ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),

@@ -83,7 +83,7 @@ def _assert_whole(result: JobResult, calls: int, receiver: str = "server") -> No
         assert params["values"] == {"lr": 0.1, "site": site}
 
 
-@pytest.mark.parametrize("mode", ["in_process", "external", "external_killed"])
+@pytest.mark.parametrize("mode", ["in_process", "external_killed", pytest.param("external", marks=pytest.mark.long)])
 def test_no_call_of_flares_own_writers_is_lost(tmp_path: Path, mode: str) -> None:
     end = "os.kill(os.getpid(), 9)\n" if mode == "external_killed" else ""
 
@@ -165,6 +165,7 @@ def test_a_trainer_without_trackhub_is_recorded_from_messages_and_the_report_say
     assert "40 came in FLARE's messages, which are not counted at their source" in result.log
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("external", [False, True], ids=["in_process", "external"])
 def test_a_job_can_leave_the_trainer_as_it_is(tmp_path: Path, external: bool) -> None:
     trainer = """
@@ -186,6 +187,7 @@ def test_a_job_can_leave_the_trainer_as_it_is(tmp_path: Path, external: bool) ->
         assert sorted((p.step, p.value) for p in result.jsonl_points("server", site)) == [(0, 0.5), (1, 1.5)]
 
 
+@pytest.mark.long
 def test_a_receiver_of_flares_own_at_the_client_still_gets_its_events(tmp_path: Path) -> None:
     trainer = """
     from nvflare.client.tracking import SummaryWriter

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -141,6 +142,27 @@ def test_without_a_sitecustomize_of_the_users_there_is_none(spool: Path) -> None
     assert "No module named 'sitecustomize'" in done.stderr
 
 
+def test_calls_by_all_functions_of_flare_are_one_stream_in_their_order(spool: Path) -> None:
+    source = """
+    from types import SimpleNamespace
+    from nvflare.client import tracking
+
+    context = SimpleNamespace(api=api())
+    tensorboard, mlflow = tracking.SummaryWriter(context), tracking.MLflowWriter(context)
+    for i in range(0, 50, 5):
+        tensorboard.add_scalar("a", float(i), i)
+        tensorboard.add_scalars("b", {"c": float(i + 1)}, i + 1)
+        scalar("d", float(i + 2), i + 2)
+        tracking.WandBWriter(context).log({"e": float(i + 3)}, i + 3)
+        mlflow.log_metrics({"f": float(i + 4)}, i + 4)
+    print(left_to_flare)
+    """
+
+    assert _run(API + textwrap.dedent(source), _announced(spool)).strip() == "[]"
+    keys = ["a", "b/c", "d", "e", "f"]
+    assert _metrics(spool) == [({keys[i % 5]: float(i)}, i) for i in range(50)]
+
+
 def test_log_calls_of_all_ranks_threads_and_children_are_records_with_their_times(spool: Path) -> None:
     child = API + "scalar('child', 1.0)"
     source = (
@@ -243,7 +265,7 @@ def test_where_it_cannot_be_used_flare_carries_the_calls_and_the_log_says_why(
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['a']"
-    assert "FLARE's messages carry them" in done.stderr
+    assert done.stderr.count("FLARE's messages carry them") == 1
     assert list(spool.glob("*.spool")) == []
 
 
@@ -264,7 +286,9 @@ def test_a_trainer_that_may_not_write_to_the_spool_leaves_the_calls_to_flare(tmp
     assert "may not write" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["-S", "-E", "-I"])
+@pytest.mark.parametrize(
+    "flag", ["-I", pytest.param("-S", marks=pytest.mark.long), pytest.param("-E", marks=pytest.mark.long)]
+)
 def test_a_python_that_does_not_look_leaves_the_calls_to_flare(spool: Path, flag: str) -> None:
     site = os.pathsep.join(path for path in sys.path if path)
     source = f"import sys\nsys.path[:0] = {site.split(os.pathsep)!r}\n" + API + "scalar('a', 1.0)\nprint(left_to_flare)"
@@ -273,7 +297,10 @@ def test_a_python_that_does_not_look_leaves_the_calls_to_flare(spool: Path, flag
     assert _records(spool) == []
 
 
-def test_a_virtual_environment_without_trackhub_leaves_the_calls_to_flare(spool: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_trackhub", [True, False])
+def test_a_virtual_environment_uses_the_trackhub_of_the_client_or_none(
+    spool: Path, tmp_path: Path, has_trackhub: bool
+) -> None:
     """FLARE puts the packages of the client's process into the trainer's path. An editable trackhub is not in them."""
     venv.create(tmp_path / "venv", symlinks=True)
     packages = tmp_path / "packages"
@@ -282,14 +309,17 @@ def test_a_virtual_environment_without_trackhub_leaves_the_calls_to_flare(spool:
     for entry in site.iterdir():
         if "trackhub" not in entry.name:
             (packages / entry.name).symlink_to(entry)
+    env = _announced(spool, packages)
+    if has_trackhub:
+        shutil.copytree(Path(trackhub.__file__).parent, packages / "trackhub")
+        startup = packages / "trackhub" / "flare" / "trainer" / "startup"
+        env["PYTHONPATH"] = os.pathsep.join([str(startup), str(packages)])
 
-    out = _run(
-        API + "scalar('a', 1.0)\nprint(left_to_flare)", _announced(spool, packages),
-        python=str(tmp_path / "venv" / "bin" / "python"),
-    )  # fmt: skip
+    source = API + "scalar('a', 1.0)\nprint(left_to_flare)"
+    out = _run(source, env, python=str(tmp_path / "venv" / "bin" / "python"))
 
-    assert out.strip() == "['a']"
-    assert _records(spool) == []
+    assert out.strip() == ("[]" if has_trackhub else "['a']")
+    assert _metrics(spool) == ([({"a": 1.0}, None)] if has_trackhub else [])
 
 
 METRICS_SENDER = """

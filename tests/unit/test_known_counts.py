@@ -133,6 +133,22 @@ def test_a_site_that_could_not_count_everything_has_incomplete_counts(tmp_path: 
     assert "could not count everything" in format_report(report)
 
 
+def test_records_that_came_in_flares_messages_are_named_after_a_replay_too(tmp_path: Path) -> None:
+    """A replay does not know of them: only FLARE's client sees the messages."""
+    rig = Rig(tmp_path)
+    rig.log(5)
+    rig.ask(wire.Final(wire.SiteCounts(logged=5, acked=5, at_source=True, by_message=3), session="one", number=7))
+    rig.ask(wire.Final(wire.SiteCounts(logged=5, acked=5), session="two", number=1))
+
+    report = rig.finish()
+
+    counts = report.sites[SITE].at_site
+    assert counts is not None
+    assert (counts.at_source, counts.by_message, report.balanced) == (True, 3, True)
+    for text in (format_report(report), format_results({"server": report})):
+        assert "3 came in FLARE's messages, which are not counted at their source: there may be more" in text
+
+
 def test_records_that_the_site_cannot_read_are_neither_delivered_nor_forgotten(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.log(5)

@@ -46,6 +46,7 @@ def check_operator_file(workspace: Path) -> None:
     print_lines(
         f"state_dir: {operator.state_dir or 'the run folder of each job'}",
         f"limits: {', '.join(f'{name} = {value}' for name, value in operator.limits.items()) or 'those of the job'}",
+        f"take_over: {operator.take_over or 'the job decides'}",
         "What a job may reach, with the environment of this shell:",
     )
     print_table(["backend", "hosts", "folders outside the job's", "secrets", "fixed"], rows)

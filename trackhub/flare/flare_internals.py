@@ -36,12 +36,14 @@ from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
 from nvflare.app_common.widgets.streaming import AnalyticsReceiver
+from nvflare.client import tracking
 from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.job_config.api import FedJob
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
+from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.operator_file import OperatorFile, read_operator_file
 from trackhub.run import SERVER, JobInfo, RunStatus, path_component
 
@@ -333,17 +335,22 @@ def cell_name(engine: Any) -> str:
     return str(engine.get_cell().get_fqcn())
 
 
-def replace_in_process_log(replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Replace the method by which trainers in this process log. Return a call that undoes it.
+def replace_in_process_log(calls: LogCalls) -> Callable[[], None]:
+    """Replace the functions by which trainers in this process log. Return a call that undoes it.
 
     Args:
-        replacement: called with FLARE's method; returns the one that takes its place.
+        calls: takes what they log.
     """
-    original = InProcessClientAPI.log
-    InProcessClientAPI.log = replacement(original)
+    method, function = InProcessClientAPI.log, tracking.log
+
+    def is_taken(api: Any) -> bool:
+        return isinstance(api, InProcessClientAPI)
+
+    InProcessClientAPI.log = calls.log_method(method, is_taken)
+    tracking.log = calls.log_function(function, "__class__", InProcessClientAPI)
 
     def undo() -> None:
-        InProcessClientAPI.log = original
+        InProcessClientAPI.log, tracking.log = method, function
 
     return undo
 

@@ -46,8 +46,9 @@ class LogCallSource:
         """
         if flare_internals.has_stock_receiver(engine):
             return False
-        self._restore = flare_internals.replace_in_process_log(self._records.calls().log_method)
-        os.environ[TAKE_OVER_ENV] = flare_internals.cell_name(engine)
+        cell, calls = flare_internals.cell_name(engine), self._records.calls()
+        self._restore = flare_internals.replace_in_process_log(calls)
+        os.environ[TAKE_OVER_ENV] = cell
         sys.path.insert(0, _FOLDER)
         # For the processes that are not started by FLARE's executor, and inherit the environment as it is.
         os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, *_python_path()])

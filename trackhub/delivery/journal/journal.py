@@ -247,7 +247,7 @@ class Journal:
             same_sender = message.session != "" and message.session == session
             if same_sender and message.number <= number:
                 return
-            known = msgspec.msgpack.decode(counts, type=SiteCounts) if counts else SiteCounts()
+            known = _read_counts(counts)
             # Only a FLARE client knows these two. A replay, or a sender that was started again, does not.
             message.counts.at_source |= known.at_source
             message.counts.by_message = max(message.counts.by_message, known.by_message)
@@ -439,3 +439,11 @@ def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
         if seq >= known:
             start = min(start, frame.start)
     return records, frames[start:], gaps
+
+
+def _read_counts(stored: bytes | None) -> SiteCounts:
+    """Return a site's counts as a row has them. A damaged row counts nothing, so that the next message replaces it."""
+    try:
+        return msgspec.msgpack.decode(stored, type=SiteCounts) if stored else SiteCounts()
+    except (msgspec.DecodeError, UnicodeDecodeError):  # the latter is msgspec's error for text that is not UTF-8
+        return SiteCounts()

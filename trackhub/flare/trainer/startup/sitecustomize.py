@@ -11,7 +11,11 @@ import os
 import sys
 
 _FOLDER = os.path.dirname(__file__)
-_MODULES = ("nvflare.client.cell.api", "nvflare.app_common.metrics_exchange.metrics_sender")
+_MODULES = (
+    "nvflare.client.cell.api",
+    "nvflare.client.tracking",
+    "nvflare.app_common.metrics_exchange.metrics_sender",
+)
 
 
 class _Finder:
@@ -21,6 +25,7 @@ class _Finder:
         # Kept here, since a script may clear its environment.
         self._cell = cell
         self._spool = spool
+        self._has_warned = False
 
     def find_spec(self, name, path=None, target=None):
         if name not in _MODULES:
@@ -63,6 +68,9 @@ class _Finder:
         except Exception as e:
             import logging
 
+            if self._has_warned:
+                return
+            self._has_warned = True
             logging.getLogger("trackhub").warning(
                 "trackhub cannot take FLARE's log calls in this process. FLARE's messages carry them, and what is lost "
                 "on the way is not counted. The reason: %s: %s", type(e).__name__, e,
