@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give the random faults their seeds: two short ones, fifty in the long form, or the one that the option names."""
     if "fault_seed" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--fault-seed", None)
-        few = [] if chosen is not None else [pytest.param(seed, 5, id=f"{seed}-short") for seed in range(2)]
+        few = [] if chosen is not None else [pytest.param(seed, 3, id=f"{seed}-short") for seed in range(2)]
         marks = [pytest.mark.long] if chosen is None else []
         seeds = range(50) if chosen is None else [chosen]
         many = [pytest.param(seed, 16, id=str(seed), marks=marks) for seed in seeds]
