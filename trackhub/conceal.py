@@ -58,7 +58,7 @@ def conceal(text: str) -> str:
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    """Raise a configuration error of this block without the secrets, and then without its causes, that show them.
+    """Take known secrets out of a configuration or plugin error of this block. If it shows one, drop its causes too.
 
     Raises:
         ConfigError, PluginError: those of the block.
@@ -75,10 +75,10 @@ def clean_errors() -> Iterator[None]:
 
 
 def _within_base64(secret: bytes) -> Iterator[str]:
-    """Yield what base64 makes of a secret within a longer text: ``Authorization: Basic`` holds ``user:password`` so."""
+    """Yield what base64 makes of a secret within a longer text, as in ``Authorization: Basic`` (``user:password``)."""
     for before in range(3):  # three bytes become four characters, so it depends on how many bytes stand before
         text = base64.b64encode(bytes(before) + secret).decode().rstrip("=")
-        # Neither the first nor the last character is left out if it is made of the secret's bits alone.
+        # Leave out characters at both ends that also depend on the text around the secret.
         first, last = (0, 2, 3)[before], len(text) - ((before + len(secret)) % 3 != 0)
         if last - first >= _MIN_CHARS:
             yield text[first:last]

@@ -69,7 +69,7 @@ class BackendRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one site's operator says. No file says the same as an empty one.
+    """What one site's operator says. A missing file means the same as an empty one.
 
     Attributes:
         backends_allowed: the backends that a job may use here; None for all that are installed.
@@ -219,7 +219,7 @@ class _Check:
         """Check what depends on several options: where the backend ends up without a host, and who shares the store."""
         places = [(v, marked) for k, v in effective.items() if v and (marked := marks.get(k, frozenset()) & _PLACES)]
         if self._usual_host and not any(isinstance(v, str) and OptionMark.HOST in marked for v, marked in places):
-            self._host(f"{self._name}: without an option that names another host,", self._usual_host)
+            self._host(f"{self._name}: no option names a host, and the default", self._usual_host)
         is_own = not self._usual_host and all(
             isinstance(v, str) and _names_a_path(v, marked) and self._is_in(v, [self._run_folder])
             for v, marked in places

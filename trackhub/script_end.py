@@ -71,7 +71,10 @@ def end_with_script(item: EndsWithScript) -> None:
 
 
 def unregister(item: EndsWithScript) -> None:
-    """Forget this: it has ended. After the last one, signals and ``sys.exit`` are as they were. From any thread."""
+    """Forget this: it has ended. May be called from any thread.
+
+    After the last one, ``sys.exit`` is as it was. The signals are, too, if the main thread calls this.
+    """
     with contextlib.suppress(ValueError):
         _state.open.remove(item)
     if not _state.open:
@@ -86,8 +89,9 @@ def is_failure(error: BaseException | None) -> bool:
 def _watch_exit() -> None:
     if not _state.is_registered:
         _state.is_registered = True
-        # Earlier than ``atexit``, whose functions are called last in, first out. Those of a backend's SDK come in later
-        # than this one, and would end the SDK before its backend has delivered. Executors end where this does.
+        # ``atexit`` calls last what was registered first. An SDK registers later than this. So ``atexit`` would end an
+        # SDK before its backend has delivered. Functions of `threading._register_atexit` run before ``atexit``. The
+        # import registers executors first, so they still work when our function runs.
         import concurrent.futures.thread  # noqa: F401
 
         getattr(threading, "_register_atexit", atexit.register)(_at_exit)
@@ -107,7 +111,7 @@ def _handle_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # somebody else's handler knows what to do, and so does nohup
+        if signal.getsignal(number) is signal.SIG_DFL:  # leave other handlers alone, and signals that nohup ignores
             signal.signal(number, _on_signal)
             _state.handled.add(number)
 

@@ -128,7 +128,7 @@ def test_what_the_client_alone_confirmed_is_shown_as_a_part_of_confirmed(job: Pa
     run = document(job)["journals"][0]["lanes"]["acme"]["site-1"]
 
     assert (run["confirmed"], run["client_confirmed"]) == (4, 3)
-    assert "4 (3 by the client's word)" in status(job).stdout
+    assert "4 (3 by the SDK alone)" in status(job).stdout
 
 
 OPENER = """

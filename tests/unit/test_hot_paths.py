@@ -72,7 +72,8 @@ def test_bodies_of_metrics_are_those_that_a_scan_finds(keys: list[str], most: in
 
     bodies, end = metrics_bodies(bytes(data), 0, most)
 
-    assert (len(bodies), end) == by_scanning(bytes(data), most, len(data))
+    count, _, last = by_scanning(bytes(data), most, len(data))
+    assert (len(bodies), end) == (count, last)
     assert b"".join(frame[:9] + body for frame, body in zip(whole, bodies, strict=False)) == data[:end]
 
 

@@ -37,9 +37,9 @@ def test_the_text_names_the_job_and_what_the_client_alone_confirmed(report: Deli
     text = format_report(report)
 
     assert text.startswith("trackhub delivery report: job cifar10 (sim-1), server side, finished\n")
-    assert "10 (4 by the client's word)" in text
+    assert "10 (4 by the SDK alone)" in text
     assert text.endswith("Open the results\n  acme: acme show acme")
-    assert "by the client's word: 4" in format_results({"server": report})
+    assert "by the SDK alone: 4" in format_results({"server": report})
 
 
 def test_a_job_without_a_name_is_called_by_its_id(report: DeliveryReport) -> None:

@@ -147,7 +147,7 @@ class Receiver:
         )
         self._store_facts(self._journal)
         if self._ended is None:
-            with contextlib.suppress(OSError):  # an earlier receiver's. Without it, a killed receiver is recognised.
+            with contextlib.suppress(OSError):  # an earlier report would hide that this receiver was killed
                 (self.folder / REPORT_NAME).unlink(missing_ok=True)
         self._sites.restore(self._journal.ended())
         if from_start:
@@ -189,7 +189,7 @@ class Receiver:
                 "run_dir": os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir),
                 # As they were given: a replay resolves their secrets anew.
                 "backends": msgspec.json.encode({**known, **self._backends}).decode(),
-                # A job that goes on after its end has none again. If it is killed, that must show.
+                # Empty while the job runs, also if it goes on after its end. An empty status shows that it was killed.
                 "status": self._ended or "",
                 SILENCE_S: str(self._limits.silence_s),
             }
@@ -422,14 +422,17 @@ class Receiver:
         # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
-        # Sooner than `join` gives a lane up: one that waits for a locked journal is not one whose backend hangs.
+        # Waits for a locked journal end before `join` gives up. Otherwise such a lane would count as hanging.
         self._journal.limit_waits(deadline + _END_S / 2)
         for lane in self._lanes:
-            # Of other sites nothing is known.
+            # The second argument is the status of sites that are not in ``by_site``: nobody knows how they ended.
             lane.begin_finish(by_site, self._sites.status("", status, was_killed=False), deadline_s)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
-                _log.warning("backend %s hangs and is left behind; its records stay in the journal", lane.name)
+                _log.warning(
+                    "backend %s does not return from a call. Its records stay in the journal. Deliver them with "
+                    "`trackhub replay %s`", lane.name, self.folder,
+                )  # fmt: skip
         # All that follows waits a second altogether. A second for each run would be minutes with many runs.
         self._journal.limit_waits(time.monotonic() + _END_S)
         self._store_ends(self._journal)
@@ -466,7 +469,10 @@ class Receiver:
         try:
             return journal.report([lane.name for lane in self._lanes], facts)
         except JournalError as e:
-            _log.warning("there are no counts of the job: %s", e)
+            _log.warning(
+                "the report has no counts, since the journal cannot be read: %s. Run `trackhub replay %s`, which "
+                "repairs a damaged journal", e, self.folder,
+            )  # fmt: skip
             job, side = self.job, self._side
             return DeliveryReport(
                 job=job.id,

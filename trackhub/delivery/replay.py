@@ -137,15 +137,16 @@ def replay_spool(
         sender.close(timeout_s)
         return receiver.finish(status, deadline_s=timeout_s)
     except OSError as e:
-        raise SpoolError(f"cannot read or write the spool {spool}: {e}") from e
+        raise SpoolError(f"cannot read or write the spool {spool}: {e}; this user must be able to do both") from e
     finally:
         lock.release()
 
 
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
-    """Return how many records of the spool the receiver has had. None if nothing is left to tell the receiver.
+    """Return how many records of the spool the receiver acknowledged. None if there is nothing to send.
 
-    What the receiver's disk has lost since then is left again. So are the last counts of a site that died.
+    Records that the receiver's disk lost later must be sent again. So must the site's last counts if the journal lacks
+    them, as after the death of the site.
     """
     lacks_counts = False
     if is_journal_left(journal):
@@ -164,7 +165,9 @@ def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> di
     if journal.exists():
         return read_journal_meta(journal)
     if not _stands_in(journal):
-        raise SpoolError(f"{spool}: the journal of the site's own receiver, {journal}, is not there")
+        raise SpoolError(
+            f"{spool}: the journal of the site's own receiver, {journal}, is not there; put it back, and replay again"
+        )
     if backends is None:
         raise ConfigError(f"{spool}: a site does not know the server's backends; name one to deliver to with --backend")
     return {}
@@ -187,7 +190,7 @@ def _counts(spool: Path, cursor: str) -> list[StreamCount]:
     try:
         return list(SpoolReader(spool, cursor).counts().values())
     except OSError as e:
-        raise SpoolError(f"cannot read the spool {spool}: {e}") from e
+        raise SpoolError(f"cannot read the spool {spool}: {e}; its files must be readable for this user") from e
 
 
 def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Path:
@@ -228,9 +231,9 @@ def _meta_of_damaged(journal: Path) -> dict[str, str]:
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Forget how far each stream got of which the journal lacks acknowledged records. The sender asks the receiver.
+    """Delete the cursor file of each stream of which the journal lost acknowledged records.
 
-    A loss of power can take them from the receiver's disk.
+    The sender then asks the receiver how far it got. A loss of power can take such records from the receiver's disk.
     """
     known = read_stream_positions(journal, site)
     for stream in SpoolReader(spool, cursor).streams():

@@ -120,7 +120,8 @@ class RunReport(msgspec.Struct, kw_only=True):
         pending: records that are only in the journal yet; ``trackhub replay`` delivers them.
         altered: confirmed records that are not stored as logged, by reason (``nonfinite_removed``, ...).
         possible_duplicates: confirmed records that the backend may hold twice, since it does not recognise them.
-        state: ``open``, ``finished``, ``unfinished`` (the deadline passed) or ``stopped`` (the run cannot be opened).
+        state: ``open``, ``finished``, ``unfinished`` (not all was confirmed, or the run could not be ended) or
+            ``stopped`` (the run cannot be opened).
         last_error: the last error that the backend raised; empty if none.
         results: how to look at the run.
     """
@@ -166,7 +167,7 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     error: str = ""
 
     def is_complete(self) -> bool:
-        """Return whether every record that was logged is stored in every backend."""
+        """Return whether all counts are known, and each record is stored in every backend or withheld at its site."""
         return self.balanced and not self.undelivered() and not self.lost()
 
     def undelivered(self) -> int:
@@ -242,8 +243,8 @@ def format_job(job: str, job_name: str) -> str:
 
 
 def format_confirmed(run: RunReport) -> str:
-    """Return how many records of a run are confirmed, and how many of them by the client's word alone."""
-    client = f" ({run.client_confirmed} by the client's word)" if run.client_confirmed else ""
+    """Return how many records of a run are confirmed, and how many of them only the backend's SDK confirmed."""
+    client = f" ({run.client_confirmed} by the SDK alone)" if run.client_confirmed else ""
     return f"{run.confirmed}{client}"
 
 
@@ -328,7 +329,7 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
         outcomes += [*counts.dropped.items()]
         outcomes += [("in the spool", counts.spooled), ("unreadable at the site", counts.unreadable)]
     outcomes += [*site.all_refused().items()] if site else []
-    outcomes += [("pending", run.pending), ("by the client's word", run.client_confirmed)] if run else []
+    outcomes += [("pending", run.pending), ("by the SDK alone", run.client_confirmed)] if run else []
     remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
     remarks += run.last_error.splitlines()[:1] if run and run.pending else []
     remarks += format_counted(site) if site else []

@@ -41,7 +41,7 @@ from trackhub.spool.round_file import RoundFile
 
 __all__ = ["Sender"]
 
-_ENOUGH_BYTES = 64 << 10  # what a thousand records of one metric take. A request need not carry more.
+_ENOUGH_BYTES = 64 << 10  # a thousand records of one metric; the sender does not wait for more than this
 _FILES_S = 1.0  # how long a round waits for files. A large one on a slow link must not delay each round.
 _JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
 _COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
@@ -177,7 +177,7 @@ class Sender:
         try:
             ends = None if self._hold.is_waiting_for_room() else self._reader.ends()
         except OSError:
-            ends = None  # the pass says why it cannot look either
+            ends = None  # the next pass fails in the same way, and logs why
         passes = self._passes
         with passes.changed:
             if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
@@ -240,7 +240,10 @@ class Sender:
         if self._thread.is_alive():
             # The channel does not come back. The thread alone uses the reader, so its last counts are all there is.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
-            _log.warning("the sender of site %s hangs in a request and is left behind", self.site)
+            _log.warning(
+                "the sender of site %s does not return from a request. After the job, deliver what is left with "
+                "`trackhub replay %s`", self.site, self.folder,
+            )  # fmt: skip
         self._say_what_is_left()
         return self._counts
 
@@ -350,7 +353,7 @@ class Sender:
         try:
             return self._reader.has_bytes(_ENOUGH_BYTES)
         except OSError:
-            return True  # the pass says why it cannot look either
+            return True  # the pass fails in the same way, and logs why
 
     def _pass(self, *, final: bool) -> None:
         """Send all that is in the spool now, unless the receiver refuses the site or the deadline passes."""
@@ -369,8 +372,9 @@ class Sender:
         reply = self._exchange.ask(self._session.hello())
         if isinstance(reply, Refused):
             self._refused = reply
-            _log.error("the receiver refuses site %s (%s): %s; its records stay in %s", self.site, reply.reason,
-                       reply.detail, self.folder)  # fmt: skip
+            _log.error("the receiver refuses site %s (%s): %s; its records stay in %s. Remove the cause, and deliver "
+                       "them with `trackhub replay %s` after the job", self.site, reply.reason, reply.detail,
+                       self.folder, self.folder)  # fmt: skip
             return False
         self._session.is_greeted = reply is not None
         return self._session.is_greeted
@@ -396,7 +400,10 @@ class Sender:
                 if not self._deliver(batch):
                     return None
         except OSError as e:
-            self._warn_once(f"site {self.site} cannot read its spool: {e}; trying again")
+            self._warn_once(
+                f"site {self.site} cannot read its spool in {self.folder}: {e}. The sender tries again. See whether "
+                "the folder is there and readable, and whether its disk is sound"
+            )
             return False
         self._warned_of = ""
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
@@ -466,7 +473,7 @@ class Sender:
             _log.warning("site %s cannot store how far it got: %s; after a restart it sends again", self.site, e)
 
     def _count(self, until: float | None = None) -> None:
-        """Count the site's records. Without a time until which to read, count by the ledgers, which takes little."""
+        """Count the site's records. Without ``until``, read no records: count by the ledgers, which is fast."""
         try:
             counts = _site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:

@@ -50,8 +50,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     """Stores the records that arrive in a journal, and delivers them to the job's backends.
 
     On the server it receives the records of all clients, and those that the server itself logs, as the run ``server``.
-    At a client it receives the records of that client's `TrackhubSender`, without a network. A wrong configuration
-    stops the job before training. No other error of tracking stops a job.
+    At a client it receives the records of that client's `TrackhubSender`, without a network. A wrong configuration or
+    an unusable plugin stops the job before training. No other error of tracking stops a job.
     """
 
     def __init__(
@@ -116,7 +116,12 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         except (ConfigError, PluginError) as e:
             flare_internals.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking failed here, and the job goes on: {e}", fire_event=False)
+            self.log_exception(
+                fl_ctx,
+                f"tracking failed at the event {event_type}, and the job goes on: {e}. See whether the folder of the "
+                "journal is writable; if it is, report this",
+                fire_event=False,
+            )
 
     def _on_server(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in flare_internals.STOCK_EVENTS:
@@ -267,4 +272,6 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
             try:
                 self._receiver.finish(fl_ctx)
             except Exception as e:
-                self.log_exception(fl_ctx, f"tracking could not end properly: {e}", fire_event=False)
+                self.log_exception(
+                    fl_ctx, f"tracking could not end: {e}. `trackhub replay` delivers what is left", fire_event=False
+                )

@@ -2,7 +2,8 @@
 """Knows in which federated round this process is, and tells it to whoever stamps records.
 
 Both widgets have one. It gets FLARE's events before all other components, so that what a component logs in an event
-already carries the right round. Where FLARE does not tell the round, there is none: never an old one.
+already carries the right round. A task that carries no round ends the old one, so that no record gets it by mistake.
+Only a client that controls its workflow keeps its round then.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 result = execute(task_name, shareable, fl_ctx, abort_signal)
                 status = flare_internals.task_status(result)
             finally:
-                # An executor that fails after the signal was stopped by it.
+                # If the abort signal is set, the abort made the executor fail: the task is aborted, not failed.
                 self._end(RunStatus.ABORTED if status is RunStatus.FAILED and abort_signal.triggered else status)
             return result
 

@@ -48,8 +48,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
     Add it to every client, with `trackhub.flare.recipe.add_tracking` or as a component in ``config_fed_client.json``.
     It creates the site's spool before the trainer starts, and announces it to the trainer. Then it sends what appears
-    in the spool until the receiver has acknowledged it. A wrong configuration stops the job before it trains. No other
-    error in here does.
+    in the spool until the receiver has acknowledged it. A wrong configuration or an unusable plugin stops the job
+    before it trains. No other error of tracking stops a job.
     """
 
     def __init__(
@@ -120,7 +120,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         except (ConfigError, PluginError) as e:
             flare_internals.stop_job(self, fl_ctx, f"trackhub: {e}")
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking failed here, and training goes on: {e}", fire_event=False)
+            self.log_exception(
+                fl_ctx,
+                f"tracking failed at the event {event_type}, and training goes on: {e}. See whether the "
+                "folder of the spool is writable; if it is, report this",
+                fire_event=False,
+            )
 
     def _handle(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type in flare_internals.STOCK_EVENTS:
@@ -255,7 +260,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.close(self._limits.gate_s, failed=self._status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
-        """Send for a second at most: the simulator is about to replace this process by another one."""
+        """Send for a second per receiver at most, before the simulator replaces this process by another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
 
@@ -276,4 +281,6 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
             elif event_type == EventType.SWAP_OUT:
                 self._sender.pause(fl_ctx)
         except Exception as e:
-            self.log_exception(fl_ctx, f"tracking could not end properly: {e}", fire_event=False)
+            self.log_exception(
+                fl_ctx, f"tracking could not end: {e}. `trackhub replay` delivers what is left", fire_event=False
+            )

@@ -25,7 +25,7 @@ class SpoolHold:
     """A sender's hold on its end of a spool. Used by one thread at a time.
 
     Attributes:
-        is_owner: nobody else reads this spool with this cursor.
+        is_owner: this sender may send: it has the lock, or the cursor cannot be locked here.
     """
 
     def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:
@@ -76,7 +76,7 @@ class SpoolHold:
                 self._cursor,
             )  # fmt: skip
         except OSError:
-            # The folder is not there, or the disk is full. What can be sent is sent all the same.
+            # The lock file cannot be opened: the folder is missing, or the disk is full. Send what can be sent.
             self.is_owner = True
 
     def _warn(self, message: str, *arguments: object) -> None:
@@ -114,7 +114,7 @@ def hold_ended_spool(folder: Path, cursor: str) -> ProcessLock:
         stream = SpoolReader(folder, cursor).live_stream()
     except (OSError, SpoolError) as e:
         lock.release()
-        raise SpoolError(f"cannot read the spool {folder}: {e}") from e
+        raise SpoolError(f"cannot read the spool {folder}: {e}; its files must be readable for this user") from e
     if stream is not None:
         lock.release()
         raise SpoolError(

@@ -201,7 +201,7 @@ def _store(folder: Path, info: SpoolInfo) -> None:
 
 
 def expect_spool(folder: Path, info: SpoolInfo, reason: str) -> None:
-    """Say to writers and senders of this process what a spool is going to be that cannot be created yet.
+    """Remember a spool that cannot be created yet, for the writers and senders of this process.
 
     Args:
         folder: the spool's folder.
@@ -255,7 +255,10 @@ def read_spool_info(folder: Path) -> SpoolInfo:
     try:
         return msgspec.json.decode(read_plain(folder / "spool.json"), type=SpoolInfo)
     except (OSError, ValueError, msgspec.DecodeError) as e:
-        raise SpoolError(f"{folder} is not a spool: {e}; give the folder that has the file spool.json") from e
+        raise SpoolError(
+            f"{folder} is not a spool, or its spool.json cannot be read: {e}; give the folder that has this file, and "
+            "make the file readable"
+        ) from e
 
 
 def close_spool(folder: Path) -> None:

@@ -36,9 +36,9 @@ RETIRED = "retired"
 
 _ASK_EVERY_S = 1.0  # whether a stream's writer lives: some ten microseconds for each stream
 _KEPT_STREAMS = 32
-"""So many streams that are done keep their files. If the receiver's disk loses records that it had acknowledged, a
-replay sends them again from these files."""
-_KEPT_SHARE = 8  # they take at most an eighth of the spool
+"""When more streams than this are done, the reader retires some until half as many are left. It keeps the last segment
+of each: if the receiver's disk loses records that it had acknowledged, a replay sends them again from there."""
+_KEPT_SHARE = 8  # the reader also retires streams when their segments take more than an eighth of the spool
 _log = logging.getLogger(__name__)
 
 
@@ -356,7 +356,8 @@ class SpoolReader:
         ack = find_ack(self.folder, name, self.cursor)
         stream = FollowedStream(name, ack or Ack())
         stream.is_placed = ack is not None or self._has_looked
-        # The look has begun, and may miss what its writer does now. So that it has ended counts from the next look on.
+        # This look may miss what the writer appends just now. So do not note here that the writer has ended: a later
+        # look notes it, when it has found all that the writer left.
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
         return stream
@@ -413,7 +414,7 @@ class SpoolReader:
                 blob_file(self.folder, name).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete what is not needed any more, and was not deleted since an earlier reader died."""
+        """Delete files that an earlier reader did not need any more, and could not delete before it died."""
         assert self._retirement is not None
         self._retirement.clean_up()
         for stream in self._streams.values():
@@ -423,7 +424,7 @@ class SpoolReader:
         self._is_swept = True
 
     def _retire(self) -> None:
-        """Retire the streams that are done, oldest first, until few are left and they take little room."""
+        """If many streams are done, retire some: until at most 16 are left, with at most an eighth of the spool."""
         done = [stream for stream in self._streams.values() if stream.is_done]
         for part in (name for stream in done for name in stream.files if name.endswith(".part")):
             (self.folder / part).unlink(missing_ok=True)  # its writer was killed while it wrote it

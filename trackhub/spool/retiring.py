@@ -4,12 +4,12 @@
 `SpoolReader` calls it. Without it, each process that has logged would leave files for the rest of the job. They would
 take room from the spool, and be looked at again and again.
 
-A stream goes through these states. Each reader of the spool takes it there by itself:
+For each reader, a stream goes through these states. It skips ``freed`` if another reader still needs the files:
 
-    read        The writer has ended, and the reader has had all of it acknowledged. All files are there.
-    freed       All readers have got so far: segments and blobs are deleted.
+    read        The writer has ended, and this reader is past the last record. The last segment is still there.
+    freed       All readers are past the last record: segments and blobs are deleted.
     retired     The reader's ``.retired`` file has the counts, and names the stream. Its ``.ack`` is deleted.
-    gone        All readers have retired the stream: the ledger is deleted, and the name is forgotten.
+    gone        All readers have retired the stream: what is left of its files is deleted, and its name is forgotten.
 
 After a crash between two states, the next reader goes on from the earlier one: the names say whose counts are added
 up already.

@@ -144,10 +144,10 @@ class SpoolWriter:
         return _last_written(self._stream), _last_written(self._files)
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
-        """Append one record. When this returns, the record survives SIGKILL of this process, or was counted as dropped.
+        """Append one record. Afterwards, the record survives SIGKILL of this process, or was counted as dropped.
 
-        It takes one ``write(2)``, measured at 2 us in the median. A call from a signal handler that interrupted another
-        call of its thread returns before its record is written; the interrupted call writes it.
+        It takes one ``write(2)``, measured at 2 us in the median. One case is different: a signal handler interrupts a
+        call of its own thread, and logs. Its call returns first, and the interrupted call writes the record.
 
         Args:
             payload: what was logged.
@@ -209,7 +209,7 @@ class SpoolWriter:
     def drop(self, reason: str, detail: str) -> None:
         """Count a record that was logged but cannot be stored. Never raises.
 
-        A record that comes after ``close`` is counted in a stream of its own, as long as the job runs.
+        Records that come after ``close`` are counted together in one more stream, as long as the job runs.
 
         Args:
             reason: one of ``DROP_REASONS``.
@@ -220,7 +220,7 @@ class SpoolWriter:
             self._drop_in_turn(stream, reason, detail)
 
     def _late_stream(self) -> Stream | None:
-        """Return the stream that counts what comes after ``close``. None if the job has ended, and nobody counts."""
+        """Return the stream for records after ``close``. None if the job has ended or ``spool.json`` is unreadable."""
         try:
             if not read_spool_info(self.folder).open:
                 return None
@@ -356,8 +356,8 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
     try:
         if not (found := read_spool_info(path)).open or (found.site, found.job) != (info.site, info.job):
             _log.warning(
-                "a copied writer records nothing: the job %s of site %s has ended; copy the writer while the job runs",
-                info.job, info.site,
+                "a copied writer records nothing: in %s, the job %s of site %s has ended, or another job uses it; "
+                "copy the writer while its job runs", path, info.job, info.site,
             )  # fmt: skip
             return None
     except SpoolError as e:

@@ -173,7 +173,7 @@ class Cursor:
         return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
 
     def _trusts_client(self) -> bool:
-        """Return whether the store could not be asked once, so that nobody knows whether it recognises records."""
+        """Return whether only the SDK confirmed some records. Then nobody knows whether the store recognises them."""
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:

@@ -65,11 +65,13 @@ class Isolation:
 
     - `PermanentError`: something in the batch can never be stored. The batch is halved at once. A record that fails
       alone is rejected as ``permanent_error``.
+    - An error that says itself that the store is busy or full (`speaks_of_the_store`): the lane waits and tries again.
     - Any other error may come from a record or from an outage. After three failures of a batch its first record is
-      tried alone. A part that fails directly after another one was stored is halved at once. A record that fails alone
-      three times, or directly after another part was stored, is a *suspect*. `Evidence` decides, by writes of the
+      tried alone. A record that fails alone three times is a *suspect*. One failure is enough while another record is
+      set aside. With ``any_order``, a part that fails directly after another part was stored need not fail three
+      times: it is halved at once, and a single record is a suspect at once. `Evidence` decides, by writes of the
       suspect and of its neighbours in random order, whether it is bad. A bad record is rejected as ``backend_error``.
-      Nothing else rejects a record.
+      No other error rejects a record.
 
     What a neighbour is depends on what the backend declares:
 
@@ -77,8 +79,9 @@ class Isolation:
       nothing changes.
     - ``any_order``, and nothing suitable was stored yet, or it is ``at_least_once``: a later record. The suspect is set
       aside.
-    - Otherwise the order must be kept. There is no neighbour, and the record stays first. But if the SPI does not know
-      the error, the plugin has a defect, and later records are tried as well.
+    - Otherwise the order must be kept. There is no neighbour, and the record stays first. But an error that is
+      neither a `TransientError` nor a `PermanentError` is a defect of the plugin: the record is set aside, and later
+      records are written.
 
     A record set aside is tried again now and then. So are images and artifacts, which are never suspected. What shares
     a key with a record set aside waits with it, where the order of the two matters.
@@ -305,7 +308,7 @@ class Isolation:
             self._queue.appendleft(_Piece(held, is_part=True))
 
     def _put_back(self) -> None:
-        """Put all that was set aside to the front again, in its order: the store is there, so it may be good."""
+        """Put suspects and what they held back to the front again, in order: they may be good. Files stay aside."""
         files = [piece for piece in self._aside if not piece.is_suspect]
         entries = [entry for piece in self._aside if piece.is_suspect for entry in piece.entries] + self._held
         self._aside, self._held, self._judged = files, [], None

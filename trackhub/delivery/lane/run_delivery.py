@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 #   open   ──> open         Entries are written and confirmed. What fails is called again later.
 #   open   ──> stopped      trackhub itself raised, by a defect.
 #   open   ──> finished     The job ends, all is confirmed, and finish returned.
-#   open   ──> unfinished   The job ends, and finish raised another error than TransientError.
+#   open   ──> unfinished   The job ends, and not all is confirmed, or finish raised another error than TransientError.
 #   closed, open ──> unfinished    give_up: the lane ended before the run was finished, or it hangs.
 #
 # In the state open, entries go through these steps:
@@ -311,7 +311,7 @@ class RunDelivery:
         self._to_write = []
 
     def _read(self, run: BackendRun) -> bool:
-        """Put the next entries among what is to be written. Return False if there are no more rows, or must not be."""
+        """Queue the entries of the next rows for writing. Return False if no rows are left, or too many files wait."""
         if self._files is not None and self._files.is_full():
             return False
         entries = self._reader.read()
