@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.wire import Chunk
 
 SITE = "site-1"

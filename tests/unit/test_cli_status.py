@@ -15,7 +15,7 @@ import pytest
 import trackhub
 from tests.conftest import MakePlugin
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import Progress
+from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.report import format_report, read_report
 from trackhub.delivery.wire import Batch, Final, SiteCounts
 from trackhub.spool.layout import SpoolInfo, create_spool

@@ -22,7 +22,7 @@ from trackhub.framing import (
 )
 from trackhub.records import Gap, Kind, Metrics, Payload, Record, Text
 from trackhub.spi import Capabilities, KeyRule
-from trackhub.spool import segment_reader
+from trackhub.spool import stream_reader
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
@@ -121,7 +121,7 @@ def test_batches_are_the_same_however_little_is_read_first(tmp_path: Path, monke
             writer.log_text("large", "x" * 300_000)
             for step in range(1_500):
                 writer.log({"loss": float(step)}, step)
-        monkeypatch.setattr(segment_reader, "_FEW_BYTES", few)
+        monkeypatch.setattr(stream_reader, "_FEW_BYTES", few)
         read.append(batches(folder))
 
     sizes = [[(batch.first_seq, batch.next_seq, batch.records) for batch in found] for found in read]

@@ -25,7 +25,7 @@ from tests.unit.helpers import STREAM, batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.report_builder import build_report, read_journal_report
-from trackhub.delivery.journal.schema import Progress
+from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, scan_frames

@@ -22,7 +22,7 @@ from tests.unit.helpers import WAIT_S, batch_of, metric
 from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.lock import is_journal_locked
-from trackhub.delivery.journal.schema import Progress, RunState
+from trackhub.delivery.journal.tables_and_rows import Progress, RunState
 from trackhub.delivery.receiver import Receiver
 from trackhub.errors import JournalError
 from trackhub.run import JobInfo, RunStatus, Side

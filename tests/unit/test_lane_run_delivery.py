@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.helpers import MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing
-from trackhub.delivery.journal.schema import Progress
+from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.records import Metrics

@@ -162,7 +162,7 @@ def block_reads(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return plain(file, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("trackhub.spool.segment_reader.os.open", refuse)
+    monkeypatch.setattr("trackhub.spool.stream_reader.os.open", refuse)
 
 
 def test_the_counts_of_a_reader_that_cannot_ask_say_that_they_are_not_complete(rig: SenderRig) -> None:

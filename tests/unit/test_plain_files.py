@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.helpers import STREAM, batch_of, metric, new_spool
 from trackhub.delivery import Limits, Receiver, RunStatus, Sender, Side, create_spool
-from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Chunk, encode
 from trackhub.errors import JournalError, RecordError, SpoolError

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 from trackhub.delivery import wire
-from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import ConfigError, InvalidOptionError, JournalError, UnknownBackendError

@@ -14,7 +14,7 @@ from tests.unit.helpers import STREAM, batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.journal.schema import Row, stored_records
+from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.wire import Batch
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, encode_frame

@@ -22,7 +22,7 @@ from trackhub.spool import round_file
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.layout import SpoolInfo, create_spool, read_spool_info
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.segment_reader import SegmentReader
+from trackhub.spool.stream_reader import SegmentReader
 from trackhub.writer.writer import Writer
 
 

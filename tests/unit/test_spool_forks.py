@@ -19,10 +19,10 @@ import pytest
 from tests.unit.helpers import json_lines, new_spool, read_spool, spool_of, values
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Metrics
-from trackhub.spool.hold import hold_ended_spool
 from trackhub.spool.layout import ledger_file
-from trackhub.spool.ledger import WriterState, read_ledger, writer_state
+from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
+from trackhub.spool.stream_ledger import WriterState, read_ledger, writer_state
 from trackhub.writer.writer import Writer
 
 
@@ -201,7 +201,7 @@ def test_a_writer_of_another_machine_is_not_taken_for_dead(tmp_path: Path, monke
         ledger = ledger_file(tmp_path, spool_of(writer).stream)
         assert writer_state(ledger) is WriterState.ALIVE
     assert writer_state(ledger) is WriterState.ENDED
-    monkeypatch.setattr("trackhub.spool.ledger.this_machine", lambda: 7)
+    monkeypatch.setattr("trackhub.spool.stream_ledger.this_machine", lambda: 7)
     assert writer_state(ledger) is WriterState.UNKNOWN
 
 

@@ -23,8 +23,8 @@ from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_a
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
 from trackhub.spool.layout import SpoolInfo, create_spool, create_spool_anywhere, read_spool_info
-from trackhub.spool.ledger import read_ledger
 from trackhub.spool.reading import SpoolReader
+from trackhub.spool.stream_ledger import read_ledger
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
 

@@ -22,13 +22,13 @@ import msgspec
 from trackhub import registry
 from trackhub.conceal import clean_errors
 from trackhub.delivery.admission import Admission
-from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.disk_room import DiskRoom
 from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
-from trackhub.delivery.journal.schema import EXPECTED_SITES, SILENCE_S
+from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
 from trackhub.delivery.wire import (

@@ -25,8 +25,8 @@ from trackhub.limits import Limits
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
-from trackhub.spool.hold import hold_ended_spool
 from trackhub.spool.layout import read_spool_info
+from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
 
 __all__ = ["FOREVER_S", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]

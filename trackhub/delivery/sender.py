@@ -34,8 +34,8 @@ from trackhub.limits import Limits
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
-from trackhub.spool.hold import SpoolHold
 from trackhub.spool.layout import close_spool
+from trackhub.spool.reader_lock import SpoolHold
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.round_file import RoundFile
 

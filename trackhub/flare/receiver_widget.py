@@ -35,7 +35,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel
-from trackhub.flare.job_description import check_job_info, job_info, spool_info
+from trackhub.flare.job_labels import check_job_info, job_info, spool_info
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 

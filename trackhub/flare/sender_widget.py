@@ -33,7 +33,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError
-from trackhub.flare.job_description import check_job_info, job_info, spool_info
+from trackhub.flare.job_labels import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.source import LogCallSource

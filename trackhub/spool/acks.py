@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from trackhub.plain_files import read_plain
+from trackhub.spool.full_disk_writes import write_start
 from trackhub.spool.layout import SEGMENT_HEADER
-from trackhub.spool.small_files import write_start
 
 __all__ = ["Ack", "Retired", "ack_file", "find_ack", "read_ack", "read_retired", "write_ack", "write_retired"]
 

@@ -6,7 +6,7 @@
     spool.json                    site, job, limit and readers; written by the sender before trainers start
     round                         the current federated round (int64, -1 for none); mapped by every writer
     <stream>-<segment>.spool      an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
-    <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (trackhub.spool.ledger)
+    <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (see stream_ledger)
     <n>.spare                     a reserved block of the disk, which becomes a ledger or cursor when the disk is full
     <stream>-<seq>.blob           the bytes of an image or artifact
     <stream>-<size>-<random>.part a blob that is being written, with the size that it is going to have
@@ -34,8 +34,8 @@ from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.plain_files import make_private_folder, read_plain
 from trackhub.process_lock import ProcessLock
+from trackhub.spool.full_disk_writes import SPARES, make_spare, reason_of, write_start
 from trackhub.spool.round_file import RoundFile
-from trackhub.spool.small_files import SPARES, make_spare, reason_of, write_start
 
 __all__ = [
     "SEGMENT_HEADER",
@@ -92,7 +92,7 @@ _known: dict[str, SpoolInfo] = {}
 """What this process has stored in the ``spool.json`` of each folder, or wants to."""
 
 _expected: dict[str, str] = {}
-"""The folders whose ``spool.json`` could not be stored yet, and why: one of `trackhub.spool.ledger.DROP_REASONS`."""
+"""The folders whose ``spool.json`` could not be stored yet, and why: one of `stream_ledger.DROP_REASONS`."""
 
 
 def create_spool(folder: Path, info: SpoolInfo) -> bool:

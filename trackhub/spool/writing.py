@@ -25,7 +25,7 @@ from trackhub.spool.drops import DropsTold
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
-from trackhub.spool.stream import CLOSED, Stream
+from trackhub.spool.stream_writer import CLOSED, Stream
 
 __all__ = ["NewBlob", "SpoolWriter"]
 

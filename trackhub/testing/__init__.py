@@ -21,7 +21,7 @@ pytest.register_assert_rewrite(
     "trackhub.testing.checks",
     "trackhub.testing.contract",
     "trackhub.testing.receiver_rig",
-    "trackhub.testing.scenarios",
+    "trackhub.testing.scenario_delivery",
 )
 
 from trackhub.run import RunInfo, RunStatus  # noqa: E402

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from trackhub.spi import Backend, BackendRun
-from trackhub.testing.checks.contract_problems import contract_problems, misspelt_methods
 from trackhub.testing.checks.declarations import DeclarationChecks
 from trackhub.testing.checks.delivery import ConfirmationChecks, ErrorChecks, OutageChecks, VolumeChecks
+from trackhub.testing.checks.disabled_checks import contract_problems, misspelt_methods
 from trackhub.testing.checks.fixtures import Kit
 from trackhub.testing.checks.identity import IdentityChecks
-from trackhub.testing.checks.key_rules import KeyChecks
+from trackhub.testing.checks.keys_stay_apart import KeyChecks
 from trackhub.testing.checks.leftovers import LeftoverChecks
+from trackhub.testing.checks.run_endings import LifecycleChecks
 from trackhub.testing.checks.stored_records import KindChecks, NumberChecks, StepChecks
-from trackhub.testing.checks.whole_job import LifecycleChecks
 from trackhub.testing.simulated_site import series
 
 __all__ = ["BackendContract"]

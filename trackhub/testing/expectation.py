@@ -2,7 +2,8 @@
 """What a store must hold after some log calls, worked out from them and from what the backend declares.
 
 First the core treats each call: it rejects what ``capabilities`` do not claim, and fits keys and steps. Then the
-contract class's ``canonical_*`` hooks say how the store keeps the rest. `scenarios` and the checks call `expect`.
+contract class's ``canonical_*`` hooks say how the store keeps the rest. The checks and `scenario_delivery`
+call `expect`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trackhub import registry
-from trackhub.delivery.blobs import BlobStore
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from trackhub.writer.artifacts import read_artifact
+from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.writer import Writer
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]

@@ -4,7 +4,7 @@
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
 an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
 several values, `BadValues` collects the errors instead, and the other values are kept. Images and files are read in
-`trackhub.writer.images` and `trackhub.writer.artifacts`.
+`trackhub.writer.images` and `trackhub.writer.read_artifact`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from trackhub_mlflow.find_or_create_run import PENDING_TAG, find_or_create
+from trackhub_mlflow.shared_parent_run import PENDING_TAG, find_or_create
 from trackhub_mlflow.store import StoredRun
 
 if TYPE_CHECKING:

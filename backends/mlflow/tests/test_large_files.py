@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trackhub_mlflow.upload_limit import UploadLimit
+from trackhub_mlflow.upload_time_limit import UploadLimit
 
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.records import Artifact, Blob, Metrics, Record

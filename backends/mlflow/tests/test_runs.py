@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from trackhub_mlflow.find_or_create_run import PENDING_TAG
 from trackhub_mlflow.job_runs import NESTING_TAG, PARENT_TAG, RUN_TAG
+from trackhub_mlflow.shared_parent_run import PENDING_TAG
 from trackhub_mlflow.sqlite_store import SqliteStore
 from trackhub_mlflow.store import Pair
 

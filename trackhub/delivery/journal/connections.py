@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trackhub.delivery.journal.schema import SCHEMA
+from trackhub.delivery.journal.tables_and_rows import SCHEMA
 from trackhub.errors import JournalError
 from trackhub.plain_files import open_plain
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from trackhub.delivery.journal.pages import Cell, PageReader, Value
-from trackhub.delivery.journal.schema import Progress
+from trackhub.delivery.journal.tables_and_rows import Progress
 
 __all__ = ["Batch", "Found", "Run", "Site", "collect"]
 

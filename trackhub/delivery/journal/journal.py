@@ -20,8 +20,8 @@ import msgspec
 from trackhub.delivery.journal.connections import Connections
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.report_builder import build_report
-from trackhub.delivery.journal.schema import Progress, Row, RunState
 from trackhub.delivery.journal.swap import finish_swap
+from trackhub.delivery.journal.tables_and_rows import Progress, Row, RunState
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import MAX_REASONS, Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError

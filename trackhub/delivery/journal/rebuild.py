@@ -22,7 +22,7 @@ import msgspec
 
 from trackhub.delivery.journal.found_rows import Batch, Found, Run, Site, collect
 from trackhub.delivery.journal.pages import PageReader
-from trackhub.delivery.journal.schema import JSON_FACTS, REPAIRED_SITES, SCHEMA, Progress
+from trackhub.delivery.journal.tables_and_rows import JSON_FACTS, REPAIRED_SITES, SCHEMA, Progress
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import CorruptFrameError, decode_body, decode_head, scan_frames

@@ -14,8 +14,8 @@ import msgspec
 
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.rebuild import rebuild
-from trackhub.delivery.journal.schema import JSON_FACTS, Progress
 from trackhub.delivery.journal.swap import finish_swap, is_journal_left, partial_file, swap
+from trackhub.delivery.journal.tables_and_rows import JSON_FACTS, Progress
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import JournalError
 

@@ -17,7 +17,7 @@ import msgspec
 
 from trackhub.delivery.journal.lock import is_journal_locked
 from trackhub.delivery.journal.read_only import open_read_only
-from trackhub.delivery.journal.schema import EXPECTED_SITES, REPAIRED_SITES, SILENCE_S, Progress
+from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, REPAIRED_SITES, SILENCE_S, Progress
 from trackhub.delivery.report import Counted, DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
 from trackhub.run import JobInfo, RunStatus

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import Progress, RunState
+from trackhub.delivery.journal.tables_and_rows import Progress, RunState
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 

@@ -14,7 +14,7 @@ import msgspec
 
 from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import Row, stored_records
+from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.records import Kind

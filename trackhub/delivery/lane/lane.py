@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import RunState
+from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
 from trackhub.delivery.lane.run_delivery import RunDelivery

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.schema import RunState
+from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader

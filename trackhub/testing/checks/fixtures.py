@@ -24,7 +24,7 @@ from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.faulty_backend import FaultyBackend
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.scenarios import DeliveredScenarios
+from trackhub.testing.scenario_delivery import DeliveredScenarios
 from trackhub.testing.simulated_site import Call, FuturePayload, Stream, new_job
 
 __all__ = ["QUICK_ENV", "ContractFixtures", "Kit", "one_param"]

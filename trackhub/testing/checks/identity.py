@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from trackhub.run import FEDERATION, SERVER, Side
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.scenarios import DeliveredScenarios, check_run, scenario
+from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario
 from trackhub.testing.simulated_site import Call, metric, new_job, series
 
 __all__ = ["IdentityChecks"]

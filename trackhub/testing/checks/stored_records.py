@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what the store holds of a record: its kind and content, its step and time, its numbers.
 
-Each check judges a scenario, which is in this module, too. Keys are checked in `key_rules`.
+Each check judges a scenario, which is in this module, too. Keys are checked in `keys_stay_apart`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trackhub.spi import ANY_KEY, Capabilities
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted, differences
 from trackhub.testing.expectation import expect, kind_of
-from trackhub.testing.scenarios import DeliveredScenarios, scenario
+from trackhub.testing.scenario_delivery import DeliveredScenarios, scenario
 from trackhub.testing.simulated_site import (
     BASE_TIME,
     LOGGED_KINDS,

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from trackhub.spi import FEDERATION, RunInfo, RunKey, RunStatus
-from trackhub_mlflow.find_or_create_run import (
+from trackhub_mlflow.flat_params import MAX_TAG_CHARS
+from trackhub_mlflow.naming import digest
+from trackhub_mlflow.shared_parent_run import (
     PENDING_TAG,
     find_or_create,
     is_settled,
@@ -21,8 +23,6 @@ from trackhub_mlflow.find_or_create_run import (
     settled_first,
     withdraw_unsettled,
 )
-from trackhub_mlflow.flat_params import MAX_TAG_CHARS
-from trackhub_mlflow.naming import digest
 from trackhub_mlflow.store import Experiment, Pair, Store, StoredRun, deleted_error
 
 __all__ = ["NESTING_TAG", "PARENT_TAG", "RUN_TAG", "JobRuns"]

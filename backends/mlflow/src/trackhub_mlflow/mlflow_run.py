@@ -30,11 +30,11 @@ from trackhub.spi import (
     WriteReport,
 )
 from trackhub_mlflow import ui_files
-from trackhub_mlflow.batching import Item, send
 from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer, stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.naming import digest, file_part, logged_tag_name
 from trackhub_mlflow.points import PointMaker, milliseconds
+from trackhub_mlflow.send_batches import Item, send
 from trackhub_mlflow.store import Pair, RefusedError, Store, StoredRun
 from trackhub_mlflow.unique_artifact_paths import ArtifactPaths
 

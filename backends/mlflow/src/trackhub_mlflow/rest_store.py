@@ -25,10 +25,10 @@ import msgspec
 
 from trackhub.spi import TransientError
 from trackhub_mlflow.artifact_upload_by_client import put_by_client
-from trackhub_mlflow.login import open_session
+from trackhub_mlflow.http_session import open_session
 from trackhub_mlflow.options import server_url
 from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun, root_cause
-from trackhub_mlflow.upload_limit import UploadLimit
+from trackhub_mlflow.upload_time_limit import UploadLimit
 
 if TYPE_CHECKING:
     import requests

@@ -15,7 +15,7 @@ from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import Kind, Metrics, Params, Tags, key_problem
 from trackhub.spi import KeyRule
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
-from trackhub.testing.scenarios import DeliveredScenarios, check_run, scenario
+from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario
 from trackhub.testing.simulated_site import LOGGED_KINDS, Call, artifact, histogram, image, metric, table, text
 
 __all__ = ["KeyChecks"]

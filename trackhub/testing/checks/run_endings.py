@@ -21,7 +21,7 @@ from trackhub.testing.comparison import differences
 from trackhub.testing.expectation import expect
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.scenarios import check_run
+from trackhub.testing.scenario_delivery import check_run
 from trackhub.testing.simulated_site import metric, series
 from trackhub.writer.writer import Writer
 
