@@ -20,6 +20,7 @@ from trackhub.delivery.channel import Channel
 from trackhub.delivery.file_sender import FileSender, Ready
 from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.session import Session
+from trackhub.delivery.spool_passes import SpoolPasses
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,
@@ -46,48 +47,6 @@ _FILES_S = 1.0  # how long a round waits for files. A large one on a slow link m
 _JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
 _COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
 _log = logging.getLogger(__name__)
-
-
-class _Passes:
-    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended.
-
-    Attributes:
-        changed: the lock around the other attributes. It notifies when a pass has ended, or the sender has.
-        done: passes that sent all that they could read.
-        was_complete: whether the last of them could read everything.
-        running: a pass has begun and has not sent all that it found.
-        files_left: what the last pass found has files that are still on their way.
-        is_slow: a flush has waited for these files in vain.
-        waiting: calls of ``flush`` that wait.
-        gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
-    """
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.done = 0
-        self.was_complete = True
-        self.running = False
-        self.files_left = False
-        self.is_slow = False
-        self.waiting = 0
-        self.gave_up_at: int | None = None
-
-    def begin(self) -> None:
-        with self.changed:
-            self.running = True
-
-    def end(self, *, complete: bool) -> None:
-        with self.changed:
-            self.done += 1
-            self.was_complete = complete
-            self.running = False
-            self.changed.notify_all()
-
-    def note_files(self, *, left: bool) -> None:
-        with self.changed:
-            self.files_left = left
-            self.is_slow = self.is_slow and left
-            self.changed.notify_all()
 
 
 class Sender:
@@ -141,7 +100,7 @@ class Sender:
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
         self._exchange = Exchange(channel, site=self.site, timeout_s=request_s)
         self._files = FileSender(self._reader, self._exchange, self._limits.batch_bytes)
-        self._passes = _Passes()
+        self._passes = SpoolPasses()
         self._wake = threading.Event()
         self._sent_at = -math.inf
         self._keep_alive_at = time.monotonic()
