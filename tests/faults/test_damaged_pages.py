@@ -170,11 +170,12 @@ def test_a_changed_bit_in_an_id_costs_no_record(job: Job, tmp_path: Path, table:
     db.close()
     start = (page - 1) * PAGE
     (at,) = [
-        cell + 1
+        at
         for n in range(int.from_bytes(content[start + 3 : start + 5]))
         for cell in [start + int.from_bytes(content[start + 8 + 2 * n : start + 10 + 2 * n])]
-        if content[cell + 1] == i
-    ]  # https://www.sqlite.org/fileformat.html, 1.6: a cell begins with its size, here one byte, and the row's id
+        for at in [cell + (2 if content[cell] & 0x80 else 1)]
+        if content[at] == i
+    ]  # https://www.sqlite.org/fileformat.html, 1.6: a cell begins with its size, one or two bytes, and the row's id
     content[at] ^= 64
 
     held, damaged = replayed(job, tmp_path, bytes(content))

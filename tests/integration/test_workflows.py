@@ -203,8 +203,9 @@ def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> Non
 @pytest.mark.parametrize(
     ("workflow", "external", "n_clients"),
     [
-        ("swarm, then evaluation", False, 2),
+        ("swarm", False, 2),
         ("cyclic by clients", False, 2),
+        pytest.param("swarm, then evaluation", False, 2, marks=pytest.mark.long),
         pytest.param("swarm", True, 2, marks=pytest.mark.long),
         pytest.param("swarm", False, 3, marks=pytest.mark.long),
         pytest.param("cyclic by clients", True, 3, marks=pytest.mark.long),

@@ -330,10 +330,11 @@ def test_text_that_is_no_utf_8_costs_itself_and_nothing_behind_it(tmp_path: Path
     frame[:4] = zlib.crc32(frame[4:]).to_bytes(4, "little")
 
     refused = wire.decode_reply(rig.receiver.handle(SITE, hello))
-    rig.ask(wire.Batch(STREAM, 0, 1, 1, bytes(frame)))
+    reply = rig.ask(wire.Batch(STREAM, 0, 1, 1, bytes(frame)))
     rig.log(5, first=1)
     run = rig.finish().lanes["jsonl"][SITE]
 
     assert isinstance(refused, wire.Refused)
     assert refused.reason == "malformed"
-    assert (run.confirmed, sum(run.rejected.values()), run.pending) == (5, 1, 0)
+    assert reply == wire.Accepted(refused={"undecodable": 1})
+    assert (run.confirmed, sum(run.rejected.values()), run.pending) == (5, 0, 0)

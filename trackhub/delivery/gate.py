@@ -297,7 +297,9 @@ class _Examination:
             records = decode_metrics(bodies)
             if [record.seq for record in records] != list(range(self.seq, self.seq + len(records))):
                 return False
-            self._keys.check(set().union(*[record.payload.values for record in records]) - self._keys.keys)
+            new = set().union(*[record.payload.values for record in records]) - self._keys.keys
+            if new:  # in their order, so that the first ones are known if there are too many
+                self._keys.check(dict.fromkeys(key for r in records for key in r.payload.values if key in new))
         except (msgspec.DecodeError, RefusedRecordError):
             return False
         self.seq += len(bodies)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from trackhub_mlflow.upload_time_limit import UploadLimit
 
+from tests.unit.helpers import STREAM
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.records import Artifact, Blob, Metrics, Record
 
@@ -89,7 +90,7 @@ def test_metrics_are_confirmed_while_a_large_file_is_on_its_way(
     url = f"http://127.0.0.1:{line.server_address[1]}"
     rig = make_rig(empty=True, job=request.node.name, tracking_uri=url, timeout_s=5.0)
     bench = Bench(tmp_path / "bench", rig.job)
-    blob = Blob("s-5", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "application/octet-stream")
+    blob = Blob(f"{STREAM}-5", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "application/octet-stream")
     folder = bench.folder / "blobs" / SITE
     folder.mkdir(parents=True)
     (folder / blob.name).write_bytes(CONTENT)
