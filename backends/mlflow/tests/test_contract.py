@@ -21,6 +21,7 @@ class TestMLflow(MLflowContract):
 class TestMLflowServer(MLflowContract):
     """On a real server, which is killed and started again."""
 
+    deadline_s = 180.0  # some hundred files of all scenarios, one after another, beside other tests
     _server: ClassVar[Server]
 
     @pytest.fixture(scope="class", autouse=True)
