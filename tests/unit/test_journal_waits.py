@@ -177,10 +177,8 @@ OWNER = """
     from pathlib import Path
     from trackhub.delivery.journal.journal import Journal
     journal = Journal.open(Path(sys.argv[1]), job="job-1", side="server")
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-    print(child, flush=True)
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by now, it has let go of what it must not hold
     time.sleep(60)
 """
 
