@@ -222,3 +222,28 @@ def test_asking_whether_a_journal_is_locked_disturbs_nobody(tmp_path: Path) -> N
             stop.set()
         for each in asking:
             each.result()
+
+
+def test_a_journal_that_is_closed_while_a_thread_reads_ends_no_process(tmp_path: Path) -> None:
+    """SQLite's library crashes if a connection is closed under a query. A lane that hangs may come back at any time."""
+    for _ in range(50):
+        journal = open_journal(tmp_path)
+        site = journal.add_site("a", 0.0)
+        journal.append(site, batch_of([metric(i) for i in range(200)]), {})
+        read_once = threading.Event()
+
+        def read(journal: Journal = journal, site: int = site, read_once: threading.Event = read_once) -> None:
+            with pytest.raises(JournalError):
+                while True:
+                    journal.read(site, 0, 1 << 20)
+                    journal.sites()
+                    read_once.set()
+
+        with ThreadPoolExecutor() as pool:
+            readers = [pool.submit(read) for _ in range(3)]
+            assert read_once.wait(WAIT_S)
+            journal.close()
+            for reader in readers:
+                reader.result()
+        assert not (tmp_path / "trackhub.db-wal").exists()
+        (tmp_path / "trackhub.db").unlink()

@@ -189,12 +189,20 @@ class Connections:
     def _give_back(self, db: sqlite3.Connection) -> None:
         with self._pool_lock:
             self._borrowed.discard(db)
-            if not self._closed:
+            if self._closed:
+                db.close()
+            else:
                 self._idle.append(db)
 
     def _check_open(self) -> None:
         if self._closed:
             raise JournalError(f"the journal {self.path} is closed")
+
+    def _wait_for_readers(self) -> None:
+        """Wait a moment until no thread reads any more, so that the write-ahead log can be folded in."""
+        deadline = time.monotonic() + _MIN_FOLD_S
+        while self._borrowed and time.monotonic() < deadline:
+            time.sleep(_FIRST_PAUSE_S)
 
     def close(self) -> None:
         """Checkpoint the write-ahead log into the one file, and close it. Idempotent.
@@ -205,10 +213,14 @@ class Connections:
             if self._closed:
                 return
             self._closed = True
-            for db in (*self._idle, *self._borrowed):
+            for db in self._idle:
                 db.close()
             self._idle.clear()
+            # Another thread is in a query on each of these. To close one under it would crash the process.
+            for db in self._borrowed:
+                db.interrupt()
         keep = "keep the -wal file beside it"
+        self._wait_for_readers()
         wait_s = max(self._left_s(time.monotonic() + _FOLD_S), _MIN_FOLD_S)
         if not self._turn.acquire(timeout=wait_s):
             _log.warning("%s: a thread is still writing to it; %s", self.path, keep)
