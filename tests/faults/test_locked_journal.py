@@ -23,6 +23,7 @@ from tests.faults.process import wait_for
 from tests.faults.readers import read_store
 from trackhub import Writer, registry
 from trackhub.delivery.channel import Channel, ChannelError
+from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
@@ -206,14 +207,22 @@ def test_a_job_ends_at_its_deadline_though_its_journal_is_locked(
     assert "hangs" not in caplog.text, "the journal is locked, and no backend is to blame"
 
 
-def test_runs_that_ended_while_the_journal_was_locked_are_stored_when_it_is_free(tmp_path: Path) -> None:
+def test_runs_that_ended_while_the_journal_was_locked_are_stored_when_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = Job(tmp_path, ("jsonl", "second"))
     job.log()
     wait_for(lambda: len(job.stored(SITES[-1])) == 20, "the first records")
     job.close_senders(20)
     other = lock_journal_of(job, sqlite3.connect)
-    free = threading.Timer(1.2, other.execute, ("ROLLBACK",))  # after the lanes' deadline
-    free.start()
+    free = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+    store = Receiver._store_ends
+
+    def freed_soon(receiver: Receiver, journal: Journal) -> None:
+        free.start()
+        store(receiver, journal)
+
+    monkeypatch.setattr(Receiver, "_store_ends", freed_soon)
 
     report = job.receiver.finish(RunStatus.FINISHED, deadline_s=0.5)
     job.pool.close()
