@@ -199,7 +199,7 @@ class Connections:
             raise JournalError(f"the journal {self.path} is closed")
 
     def _wait_for_readers(self) -> None:
-        """Wait a moment until no thread reads any more, so that the write-ahead log can be folded in."""
+        """Wait a moment until no thread reads any more, so that the write-ahead log can be checkpointed."""
         deadline = time.monotonic() + _MIN_FOLD_S
         while self._borrowed and time.monotonic() < deadline:
             time.sleep(_FIRST_PAUSE_S)
