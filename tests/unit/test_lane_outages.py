@@ -81,7 +81,7 @@ def deliver(bench: Bench, backend: MemoryBackend, turns: int) -> tuple[bool, Run
         if run.is_idle():
             break
         if not run.advance(flush_now=True):
-            run._aside_due = 0.0  # the waits are left out
+            run._aside_timer.not_before = 0.0  # the waits are left out
     is_done = run.is_idle()
     if is_done:
         run.finish(RunStatus.FINISHED)

@@ -23,7 +23,6 @@ from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
-from trackhub.delivery.retry import Backoff
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.run import RunInfo, RunStatus
 from trackhub.spi import (
@@ -98,8 +97,6 @@ class RunDelivery:
         self._lane = lane
         self._info = info
         self._backend = backend
-        self._flush_confirms = backend.capabilities.confirmed_by is ConfirmedBy.FLUSH
-        self._max_batch = backend.capabilities.max_batch
         self._flush_s = flush_s
         self._stop = stop
         self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
@@ -107,8 +104,7 @@ class RunDelivery:
         self._isolation = self._new_isolation()
         self._files = FileQueue(uploads, site_id) if uploads is not None else None
         self._to_write: list[Entry] = list(self._cursor.progress.aside)
-        self._aside_due = 0.0
-        self._aside_backoff = Backoff()
+        self._aside_timer = RetryTimer()
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
         self._over = False
@@ -163,7 +159,7 @@ class RunDelivery:
 
     def _all_written(self, run: BackendRun) -> bool:
         self._cursor.written = self._reader.upto
-        if not self._flush_confirms:
+        if self._backend.capabilities.confirmed_by is not ConfirmedBy.FLUSH:
             self._confirm(Confirmation.STORE)
         elif self._flush_due is None:
             self._flush_due = time.monotonic() + self._flush_s
@@ -207,7 +203,7 @@ class RunDelivery:
         """Return when there will be something to do, on the monotonic clock."""
         dues = [self._flush_due] if self._flush_due is not None else []
         if self._isolation.aside():
-            dues.append(self._aside_due)
+            dues.append(self._aside_timer.not_before)
         if not dues and self._isolation.is_empty() and self._files is not None and self._files.unsettled():
             return math.inf  # the lane is notified when something came of a file
         return max(self.timer.not_before, min(dues, default=0.0))
@@ -325,7 +321,7 @@ class RunDelivery:
             self._cursor.announce(self._reader.upto)
             self._files.add(run, files)
             entries = [entry for entry in entries if not is_file(entry)]
-        self._isolation.add(entries, self._max_batch)
+        self._isolation.add(entries, self._backend.capabilities.max_batch)
 
     def _collect_files(self, run: BackendRun) -> bool:
         """Count what came of the files that are written beside the rest. Return whether one is settled."""
@@ -386,9 +382,10 @@ class RunDelivery:
 
     def _try_aside(self, run: BackendRun) -> bool:
         """Try one of the entries that are set aside. Their waits delay no other record. Return whether it has gone."""
-        if time.monotonic() < self._aside_due or self._stop.is_set() or not (batch := self._isolation.next_aside()):
+        if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
             return False
-        self._aside_due = time.monotonic() + self._aside_backoff.next_wait_s()
+        if not (batch := self._isolation.next_aside()):
+            return False
         self._cursor.announce(self._reader.upto)
         try:
             report = checked_report(run.write(list(batch)))
@@ -397,12 +394,12 @@ class RunDelivery:
             self._cursor.note_error(e)
             rejected = self._isolation.failed(e).rejected
             if rejected is None:
+                self._aside_timer.failed(e)
                 return False
             self._cursor.reject(rejected)
         else:
             self._take(batch, report)
-        self._aside_due = 0.0
-        self._aside_backoff.reset()
+        self._aside_timer.succeeded()
         return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
