@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _KNOWN_KEYS_MAX = 10_000
+_Value = TypeVar("_Value")
 
 
 class WrongCallError(RecordError):
@@ -142,16 +143,7 @@ def read_params(params: Any, bad: BadValues) -> Params | None:
     Raises:
         WrongCallError: it is none of these.
     """
-    found: dict[str, Any] = {}
-    for key, value in _leaves("log_params", params, bad, has_fields=True):
-        try:
-            plain = read_key(key)
-            param = plain_param(plain, value)
-            _require_new(plain, found)
-        except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
-            bad.add("param", key, e)
-        else:
-            found[plain] = param
+    found = _accepted("param", _leaves("log_params", params, bad, has_fields=True), bad, plain_param)
     return Params(found) if found else None
 
 
@@ -165,18 +157,30 @@ def read_tags(tags: Any, bad: BadValues) -> Tags | None:
     Raises:
         WrongCallError: it is not a mapping.
     """
-    found: dict[str, str] = {}
-    for key, value in _leaves("set_tags", tags, bad, is_nested=False):
+    found = _accepted("tag", _leaves("set_tags", tags, bad, is_nested=False), bad, _plain_tag)
+    return Tags(found) if found else None
+
+
+def _plain_tag(key: str, value: Any) -> str:
+    param = plain_param(key, value)
+    return plain_text("tag", key, param if isinstance(param, str) else str(param))
+
+
+def _accepted(
+    what: str, leaves: Iterable[tuple[Any, Any]], bad: BadValues, read: Callable[[str, Any], _Value]
+) -> dict[str, _Value]:
+    """Return the values that are accepted, as ``read`` makes them plain. ``bad`` gets the others."""
+    found: dict[str, _Value] = {}
+    for key, value in leaves:
         try:
             plain = read_key(key)
-            param = plain_param(plain, value)
-            text = plain_text("tag", plain, param if isinstance(param, str) else str(param))
+            kept = read(plain, value)
             _require_new(plain, found)
         except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
-            bad.add("tag", key, e)
+            bad.add(what, key, e)
         else:
-            found[plain] = text
-    return Tags(found) if found else None
+            found[plain] = kept
+    return found
 
 
 def read_text(key: Any, text: Any) -> Text:
