@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the tests of lanes."""
+"""Fixtures of the tests of lanes and senders."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.rigs import Bench
-from trackhub.delivery.lane import file_uploads, retry_timer, run_delivery
+from tests.unit.rigs import Bench, SenderRig
+from trackhub.delivery import request_retry
+from trackhub.delivery.lane import file_uploads, retry_timer
 from trackhub.delivery.retry import Backoff
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have lanes wait for milliseconds between two attempts."""
-    for module in (retry_timer, run_delivery, file_uploads):
+    for module in (retry_timer, file_uploads):
         monkeypatch.setattr(module, "Backoff", lambda: Backoff(0.001, 0.01))
 
 
@@ -26,3 +27,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path / "receiver")
     yield bench
     bench.journal.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SenderRig]:
+    """A receiver, and senders that wait for milliseconds between two attempts."""
+    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
+    rig = SenderRig(tmp_path)
+    yield rig
+    for sender in rig.senders:
+        sender.close(0.0)
+    if not rig.finished:
+        rig.finish(1.0)

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,29 +16,13 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
 from tests.unit.rigs import FAST, SITE, SenderRig, assert_all_arrived, log
-from trackhub.delivery import request_retry, wire
+from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.retry import Backoff
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.writer.writer import Writer
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[SenderRig]:
-    rig = SenderRig(tmp_path)
-    yield rig
-    for sender in rig.senders:
-        sender.close(0.0)
-    if not rig.finished:
-        rig.finish(1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))

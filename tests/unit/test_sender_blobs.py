@@ -5,33 +5,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
 from tests.unit.rigs import SITE, SenderRig
-from trackhub.delivery import request_retry, wire
+from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError
-from trackhub.delivery.retry import Backoff
 from trackhub.spool.layout import blob_file
 from trackhub.writer.writer import Writer
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[SenderRig]:
-    rig = SenderRig(tmp_path)
-    yield rig
-    for sender in rig.senders:
-        sender.close(0.0)
-    if not rig.finished:
-        rig.finish(1.0)
 
 
 def test_images_and_artifacts_arrive_with_their_bytes(rig: SenderRig, tmp_path: Path) -> None:

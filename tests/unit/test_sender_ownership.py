@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 
 from tests.unit.helpers import WAIT_S, small_disk
 from tests.unit.rigs import FAST, SITE, SenderRig, log
-from trackhub.delivery import request_retry, wire
 from trackhub.delivery import sender as sender_module
+from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError
-from trackhub.delivery.retry import Backoff
 from trackhub.delivery.sender import Sender
 from trackhub.spool import round_file
 from trackhub.spool.batch import SpoolBatch
@@ -24,21 +22,6 @@ from trackhub.spool.layout import SpoolInfo, create_spool, read_spool_info
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.stream_reader import SegmentReader
 from trackhub.writer.writer import Writer
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_retry, "Backoff", lambda **_: Backoff(0.001, 0.02))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[SenderRig]:
-    rig = SenderRig(tmp_path)
-    yield rig
-    for sender in rig.senders:
-        sender.close(0.0)
-    if not rig.finished:
-        rig.finish(1.0)
 
 
 def test_a_sender_that_hangs_in_a_request_is_left_behind_and_its_counts_say_so(
