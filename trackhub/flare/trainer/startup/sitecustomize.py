@@ -88,7 +88,7 @@ def _prepare():
 try:
     _prepare()
 except Exception:
-    pass
+    pass  # it must neither fail a trainer nor print where its output is parsed; FLARE's messages carry the records
 
 if _FOLDER not in sys.path:
     # Where there is no other one, this raises the error that Python expects there, and Python goes on.
