@@ -86,17 +86,18 @@ def test_records_of_every_kind_are_delivered_when_the_writer_closes(tmp_path: Pa
         assert writer.flush(20)
         assert writer.report is None
 
-    found = lines(writer)
+    kept = lines(writer)
+    files = [line for line in kept if line["kind"] in ("image", "artifact")]  # they travel beside the rest
+    found = [line for line in kept if line not in files]
+    assert [line["kind"] for line in files] == ["image", "artifact"]
     kinds = [line["kind"] for line in found]
-    files = [kind for kind in kinds if kind in ("image", "artifact")]  # they travel beside the rest
-    assert files == ["image", "artifact"]
-    rest = [kind for kind in kinds if kind not in files]
-    assert rest == ["params", "tags", *["metrics"] * 100, "text", "histogram", "table"]
+    assert kinds == ["params", "tags", *["metrics"] * 100, "text", "histogram", "table"]
     assert [line["values"] for line in found[2:102]] == [{"loss": 1 / (s + 1), "nan": "NaN"} for s in range(100)]
     assert [line["step"] for line in found[2:102]] == list(range(100))
-    times = [float(str(line["time"])) for line in found]
-    assert before <= times[0] <= times[-1] <= time.time()
-    assert times == sorted(times)
+    for part in (files, found):
+        times = [float(str(line["time"])) for line in part]
+        assert before <= times[0] <= times[-1] <= time.time()
+        assert times == sorted(times)
     report = report_of(writer)
     assert_balanced(report, {"local": 107}, {("jsonl", "local"): 107})
     assert report.lanes["jsonl"]["local"].state == "finished"
