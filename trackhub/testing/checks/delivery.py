@@ -34,6 +34,7 @@ __all__ = ["ConfirmationChecks", "ErrorChecks", "OutageChecks", "VolumeChecks"]
 _BATCH = 10
 _TOTAL = 50
 _SITE = "site-1"
+_HALVINGS = 7  # of a batch of 40 records, until one is left
 
 
 class ConfirmationChecks(ContractFixtures):
@@ -242,6 +243,8 @@ class OutageChecks(ContractFixtures):
             for number in range(4):
                 rig.log(_SITE, series("loss", range(10 * number, 10 * number + 10), scale=2.0 + number))
             rig.wait_for(_SITE, lambda run: bool(rig.proxy.failures) or run.pending == 0, timeout_s=5.0)
+            # Long enough for a backend that calls it permanent: its batch is halved until one record is left.
+            rig.wait_for(_SITE, lambda run: len(rig.proxy.failures) > _HALVINGS or run.pending == 0, timeout_s=1.0)
         finally:
             outage.end()
         rig.log(_SITE, series("loss", range(100, 110), scale=9.0))
