@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: writers with the method names of W&B, MLflow and TensorBoard, so that a script changes one import.
 
-They have the methods and signatures of the writers in ``nvflare.client.tracking``::
+They take the calls of the writers in ``nvflare.client.tracking``, and those of the SDKs themselves::
 
     from trackhub.writer import WandBWriter     # was: from nvflare.client.tracking import WandBWriter
 
@@ -13,169 +13,378 @@ New code should use `trackhub.Writer`.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
+from trackhub.errors import RecordError
+from trackhub.writer import sdk_values
+from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.read_artifact import read_artifact
+from trackhub.writer.summary_writer import SummaryWriter
 from trackhub.writer.writer import Writer
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
 
-class _Adapter:
-    """What all adapters have in common: the writer that they call.
+class _Config(Mapping[str, Any]):
+    """Takes hyperparameters as ``wandb.config`` does: as items, as attributes and with ``update``."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.__dict__.update(_writer=writer, _values={})
+
+    def __getitem__(self, key: str) -> Any:
+        return self.__dict__["_values"][key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__["_values"])
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_values"])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_values"][name]
+        except KeyError:
+            raise AttributeError(f"config has no value {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.update({name: value})
+
+    def update(self, values: Any, *args: Any, **kwargs: Any) -> None:
+        """Log hyperparameters.
+
+        Args:
+            values: a mapping, or an object with fields, such as an ``argparse.Namespace``.
+            args, kwargs: W&B's further arguments, without effect.
+        """
+        self.__dict__["_writer"].log_params(values)
+        self.__dict__["_values"].update(values if isinstance(values, Mapping) else getattr(values, "__dict__", {}))
+
+    def setdefaults(self, values: Mapping[str, Any]) -> None:
+        """Log the hyperparameters that have no value yet."""
+        self.update({key: value for key, value in values.items() if key not in self})
+
+
+class WandBWriter(AdapterBase):
+    """Has the methods of a W&B run, with the arguments of FLARE's writer and of W&B's. No method raises, unless strict.
+
+    A method that logs what trackhub has no record for, such as ``watch``, is counted as dropped, with one warning.
 
     Attributes:
-        writer: the writer.
+        config: takes hyperparameters, as ``wandb.config`` does.
     """
 
-    def __init__(self, ctx: Any = None, *, writer: Writer | None = None, strict: bool = False) -> None:
+    COUNTED = (
+        "alert", "finish_artifact", "link_", "log_", "restore", "save", "upsert_artifact", "use_", "watch", "write_",
+    )  # fmt: skip
+    IGNORED = ("define_metric", "display", "mark_preempting", "pin_config_keys", "status", "to_html", "unwatch")
+
+    def __init__(self, ctx: Any = None, *args: Any, **kwargs: Any) -> None:
         """Use a writer, by default a new one.
 
         Args:
-            ctx: not used; it is here since FLARE's writers take it.
-            writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
-                nothing where there is no tracking.
-            strict: make a new writer strict: it raises for what it cannot store, and where it would record nothing.
+            ctx: not used; FLARE's context, or W&B's entity.
+            args: not used; what ``wandb.init`` takes.
+            kwargs: ``writer`` and ``strict`` as for all adapters. Of what ``wandb.init`` takes, ``config`` is logged as
+                hyperparameters and ``tags`` as tags.
 
         Raises:
             ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
         """
-        self.writer = Writer(strict=strict) if writer is None else writer
+        config, tags = kwargs.pop("config", None), kwargs.pop("tags", None)
+        super().__init__(ctx, **kwargs)
+        self.config = _Config(self.writer)
+        if isinstance(config, Mapping):
+            self.config.update(config)
+        if isinstance(tags, list | tuple):
+            self.writer.set_tags({str(tag): "true" for tag in tags})
 
-    def flush(self) -> None:
-        """Do nothing: what was logged is safe already. Call ``writer.flush`` to wait for the receiver."""
+    def log(
+        self,
+        metrics: Mapping[str, Any] | None = None,
+        step: int | None = None,
+        commit: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log scalars as one record. An empty mapping logs nothing.
 
-    def close(self) -> None:
-        """Close the writer. What was logged is delivered all the same. May be called more than once."""
-        self.writer.close()
+        Args:
+            metrics: as for ``Writer.log``. W&B calls it ``data``.
+            step: the step.
+            commit: without effect: calls of one step stay one record each.
+            kwargs: W&B's other names.
+        """
+        self.writer.log(first_given(metrics, kwargs, "data"), step)
+
+    def log_artifact(
+        self,
+        artifact_or_path: Any,
+        name: str | None = None,
+        type: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Log a file, or the local files of a ``wandb.Artifact``.
+
+        Args:
+            artifact_or_path: the file or the artifact.
+            name: its name in the run.
+            type: what it is, such as ``model``.
+            args, kwargs: W&B's further arguments (``aliases``, ``tags``), without effect.
+        """
+        if (manifest := getattr(artifact_or_path, "manifest", None)) is None:
+            self.writer.log_artifact(artifact_or_path, name, type or "file")
+            return
+        self._log_converted("log_artifact", name, lambda: _local_files(artifact_or_path, manifest), self._log_files)
+
+    def log_model(self, path: Any, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log a file as a model.
+
+        Args:
+            path: the file.
+            name: its name in the run.
+            args, kwargs: W&B's further arguments, without effect.
+        """
+        self.writer.log_artifact(path, name, "model")
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        """Close the writer, as ``close`` does."""
+        self.close()
+
+    def _log_files(self, files: list[tuple[str, str, str]]) -> None:
+        for path, name, kind in files:
+            self.writer.log_artifact(path, name, kind)
+
+
+def _local_files(artifact: Any, manifest: Any) -> list[tuple[str, str, str]]:
+    """Return path, name in the run and type of each local file of a ``wandb.Artifact``.
+
+    Raises:
+        RecordError: it has none.
+    """
+    name, kind = str(artifact.name).partition(":")[0], str(artifact.type)
+    entries = manifest.entries.items()
+    files = [(entry.local_path, f"{name}/{path}", kind) for path, entry in entries if entry.local_path]
+    if not files:
+        raise RecordError(f"log_artifact: the artifact {name!r} has no local files")
+    return files
+
+
+class MLflowWriter(AdapterBase):
+    """Has the methods of MLflow's fluent API, with the arguments of FLARE's writer and of MLflow's.
+
+    A call without ``step`` gets 0, 1, 2, ... for the values of its key where a backend needs a step. No method raises,
+    unless strict. A method that logs what trackhub has no record for, such as ``log_trace``, is counted as dropped,
+    with one warning. ``run_id``, ``timestamp`` and the like have no effect: a site has one run, and the time is that of
+    the call.
+    """
+
+    COUNTED = ("delete_tag", "log_")
+    IGNORED = ("autolog", "disable_", "enable_", "end_run", "set_")
+
+    def start_run(self, *args: Any, **kwargs: Any) -> _SameRun:
+        """Return a context manager that changes nothing: the run is that of the site, and the job ends it."""
+        return _SameRun()
+
+    def log_param(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Log one hyperparameter, and return it. A value that a param cannot hold is logged as its text.
+
+        Args:
+            key: its key.
+            value: its value.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.log_params({key: value})
+        return value
+
+    def log_params(self, values: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log hyperparameters, as ``log_param`` does. An empty mapping logs nothing.
+
+        Args:
+            values: key to value. MLflow calls it ``params``.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.log_params(first_given(values, kwargs, "params"))
+
+    def log_metric(self, key: str, value: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log one scalar.
+
+        Args:
+            key: its key.
+            value: its value.
+            step: the step.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.log({key: value}, step)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log scalars as one record. An empty mapping logs nothing.
+
+        Args:
+            metrics: key to value.
+            step: the step.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.log(metrics, step)
+
+    def log_text(self, text: str, artifact_file_path: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Log a text. The path is its key.
+
+        Args:
+            text: the text.
+            artifact_file_path: the path. MLflow calls it ``artifact_file``.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.log_text(first_given(artifact_file_path, kwargs, "artifact_file"), text)
+
+    def log_dict(self, dictionary: Any, artifact_file: str, *args: Any, **kwargs: Any) -> None:
+        """Log a dictionary as the text of a JSON document. The path is its key.
+
+        Args:
+            dictionary: what to log.
+            artifact_file: the path.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self._log_converted(
+            "log_dict",
+            artifact_file,
+            lambda: json.dumps(dictionary, indent=2, default=str),
+            lambda text: self.writer.log_text(artifact_file, text),
+        )
+
+    def log_figure(
+        self, figure: Any, artifact_file: str, *, save_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Log a figure of matplotlib or plotly as an image. The path is its key.
+
+        Args:
+            figure: the figure.
+            artifact_file: the path.
+            save_kwargs: further arguments of the figure's own method that saves it.
+            kwargs: without effect.
+        """
+        self._log_converted(
+            "log_figure",
+            artifact_file,
+            lambda: sdk_values.figure_png(figure, save_kwargs),
+            lambda png: self.writer.log_image(artifact_file, png),
+        )
+
+    def log_image(
+        self,
+        image: Any,
+        artifact_file: str | None = None,
+        key: str | None = None,
+        step: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Log an image under its key, or under its path.
+
+        Args:
+            image: as for ``Writer.log_image``, or an ``mlflow.Image``.
+            artifact_file: the path.
+            key: the key.
+            step: the step.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        name = artifact_file if key is None else key
+        is_mlflows = type(image).__module__.startswith("mlflow.")
+        self._log_converted(
+            "log_image",
+            name,
+            lambda: image.to_pil() if is_mlflows else image,
+            lambda plain: self.writer.log_image(name, plain, step),  # type: ignore[arg-type]  # None is counted
+        )
+
+    def log_table(self, data: Any, artifact_file: str, *args: Any, **kwargs: Any) -> None:
+        """Log a table. The path is its key.
+
+        Args:
+            data: column to values, or a DataFrame.
+            artifact_file: the path.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self._log_converted(
+            "log_table",
+            artifact_file,
+            lambda: sdk_values.table_of(data),
+            lambda found: self.writer.log_table(artifact_file, *found),
+        )
+
+    def log_artifact(
+        self, local_path: str | os.PathLike[str], artifact_path: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log a file. It goes into the artifact folder ``artifact_path`` if one is given.
+
+        Args:
+            local_path: the file.
+            artifact_path: the folder in the run.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer._append_blob("log_artifact", None, read_artifact, local_path, None, "file", artifact_path)
+
+    def log_artifacts(
+        self, local_dir: str | os.PathLike[str], artifact_path: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log each file in a folder, as ``log_artifact`` does.
+
+        Args:
+            local_dir: the folder.
+            artifact_path: the folder in the run.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self._log_converted(
+            "log_artifacts", local_dir, lambda: _files_below(Path(local_dir), artifact_path), self._log_files
+        )
+
+    def _log_files(self, files: list[tuple[Path, str | None]]) -> None:
+        for path, folder in files:
+            self.log_artifact(path, folder)
+
+    def set_tag(self, key: str, tag: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Label the run. The value becomes text.
+
+        Args:
+            key: the label's key.
+            tag: its value. MLflow calls it ``value``.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
+        self.writer.set_tags({key: first_given(tag, kwargs, "value")})
+
+    def set_tags(self, tags: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Label the run, as ``set_tag`` does. An empty mapping logs nothing."""
+        self.writer.set_tags(tags)
+
+
+class _SameRun:
+    """What ``start_run`` returns: a context manager that does nothing."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *args: object) -> None:
+        pass
 
 
-class SummaryWriter(_Adapter):
-    """Has the methods of TensorBoard's ``SummaryWriter``.
+def _files_below(folder: Path, artifact_path: str | None) -> list[tuple[Path, str | None]]:
+    """Return the files below a folder, and the folder in the run of each.
 
-    A call without ``global_step`` gets 0, 1, 2, ... for the values of its tag where a backend needs a step. No method
-    raises, unless strict.
+    Raises:
+        RecordError: it is no folder, or has no file.
     """
-
-    def add_scalar(self, tag: str, scalar: float, global_step: int | None = None, **kwargs: Any) -> None:
-        """Log a scalar.
-
-        Args:
-            tag: its key.
-            scalar: its value, as for ``Writer.log``.
-            global_step: the step.
-            kwargs: TensorBoard's further arguments (``new_style``, ``walltime``, ...). They have no effect: the time is
-                that of the call.
-        """
-        self.writer.log({tag: scalar}, global_step)
-
-    def add_scalars(
-        self, tag: str, scalars: Mapping[str, float], global_step: int | None = None, **kwargs: Any
-    ) -> None:
-        """Log scalars as one record, each under ``tag/name``.
-
-        Args:
-            tag: what all their keys begin with.
-            scalars: name to value. An empty mapping logs nothing.
-            global_step: the step.
-            kwargs: as for ``add_scalar``.
-        """
-        self.writer.log({tag: scalars}, global_step)
-
-    def add_text(self, tag: str, text_string: str, global_step: int | None = None, **kwargs: Any) -> None:
-        """Log a text, shown as Markdown by backends that can.
-
-        Args:
-            tag: its key.
-            text_string: the text.
-            global_step: the step.
-            kwargs: as for ``add_scalar``.
-        """
-        self.writer.log_text(tag, text_string, global_step)
-
-    def add_image(self, tag: str, img_tensor: Any, global_step: int | None = None, **kwargs: Any) -> None:
-        """Log an image.
-
-        Args:
-            tag: its key.
-            img_tensor: as for ``Writer.log_image``: channels first, last or none.
-            global_step: the step.
-            kwargs: as for ``add_scalar``. ``dataformats`` is not needed: the shape says it.
-        """
-        self.writer.log_image(tag, img_tensor, global_step)
-
-    def add_histogram(
-        self, tag: str, values: Any, global_step: int | None = None, bins: Any = None, **kwargs: Any
-    ) -> None:
-        """Log a distribution.
-
-        Args:
-            tag: its key.
-            values: an array or tensor of numbers.
-            global_step: the step.
-            bins: how many bins. A name of one of TensorBoard's or numpy's schemes means the default of 30.
-            kwargs: as for ``add_scalar``.
-        """
-        self.writer.log_histogram(tag, values, global_step, bins=bins if isinstance(bins, int) else 30)
-
-
-class WandBWriter(_Adapter):
-    """Has the methods of a W&B run. No method raises, unless strict."""
-
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log scalars as one record. An empty mapping logs nothing."""
-        self.writer.log(metrics, step)
-
-    def finish(self) -> None:
-        """Close the writer, as ``close`` does."""
-        self.close()
-
-
-class MLflowWriter(_Adapter):
-    """Has the methods of MLflow's fluent API. No method raises, unless strict.
-
-    A call without ``step`` gets 0, 1, 2, ... for the values of its key where a backend needs a step.
-    """
-
-    def log_param(self, key: str, value: Any) -> None:
-        """Log one hyperparameter. A value that a param cannot hold is logged as its text."""
-        self.writer.log_params({key: value})
-
-    def log_params(self, values: dict[str, Any]) -> None:
-        """Log hyperparameters, as ``log_param`` does. An empty mapping logs nothing."""
-        self.writer.log_params(values)
-
-    def log_metric(self, key: str, value: float, step: int | None = None) -> None:
-        """Log one scalar."""
-        self.writer.log({key: value}, step)
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log scalars as one record. An empty mapping logs nothing."""
-        self.writer.log(metrics, step)
-
-    def log_text(self, text: str, artifact_file_path: str) -> None:
-        """Log a text. The path is its key."""
-        self.writer.log_text(artifact_file_path, text)
-
-    def log_artifact(self, local_path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
-        """Log a file. It goes into the artifact folder ``artifact_path`` if one is given."""
-        self.writer._append_blob("log_artifact", None, read_artifact, local_path, None, "file", artifact_path)
-
-    def set_tag(self, key: str, tag: Any) -> None:
-        """Label the run. The value becomes text."""
-        self.writer.set_tags({key: tag})
-
-    def set_tags(self, tags: dict[str, Any]) -> None:
-        """Label the run, as ``set_tag`` does. An empty mapping logs nothing."""
-        self.writer.set_tags(tags)
+    found: list[tuple[Path, str | None]] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            inner = path.parent.relative_to(folder).as_posix()
+            parts = [part for part in (artifact_path, "" if inner == "." else inner) if part]
+            found.append((path, "/".join(parts) or None))
+    if not found:
+        raise RecordError(f"log_artifacts: {str(folder)!r} is no folder with files")
+    return found

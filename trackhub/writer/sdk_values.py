@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns what the log calls of other SDKs take into what `trackhub.Writer` takes: figures, batches, PR curves.
+
+The adapters call it. Each function may raise whatever a foreign object raises, and the adapter counts the call.
+NumPy is imported with the first call: whoever passes an array has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["figure_png", "histogram_of_buckets", "image_grid", "pr_curve", "table_of", "with_channels_last"]
+
+_GRID_COLUMNS = 8  # as torch's SummaryWriter.add_images
+_PR_COLUMNS = ("threshold", "tp", "fp", "tn", "fn", "precision", "recall")
+
+
+def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, close: bool = False) -> bytes:
+    """Return a figure of matplotlib or plotly as the bytes of a PNG file.
+
+    Args:
+        figure: has ``savefig``, as matplotlib's figures, or ``to_image``, as plotly's.
+        save_kwargs: further arguments of that method.
+        close: close a figure of matplotlib afterwards, so that pyplot does not keep it.
+
+    Raises:
+        TypeError: it is no figure.
+    """
+    more = {name: value for name, value in (save_kwargs or {}).items() if name != "format"}
+    if hasattr(figure, "savefig"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", **more)
+        if close and (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+            with contextlib.suppress(Exception):  # the image is what matters
+                pyplot.close(figure)
+        return buffer.getvalue()
+    if hasattr(figure, "to_image"):
+        return bytes(figure.to_image(format="png", **more))
+    raise TypeError(f"a {type(figure).__name__} is no figure; expected one of matplotlib or plotly")
+
+
+def with_channels_last(image: Any, dataformats: str | None) -> Any:
+    """Return an image as an array ``[H, W, C]`` or ``[H, W]``.
+
+    Args:
+        image: an array or tensor.
+        dataformats: the names of its axes, such as ``CHW``. None leaves it as it is.
+
+    Raises:
+        ValueError: the array has another number of axes.
+    """
+    if dataformats is None:
+        return image
+    array, axes = _array(image), dataformats.upper()
+    if len(axes) != array.ndim:
+        raise ValueError(f"an array with the shape {list(array.shape)} has no axes {dataformats!r}")
+    return array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
+
+
+def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
+    """Return a batch of images as one image, in rows of eight.
+
+    Args:
+        batch: an array or tensor.
+        dataformats: the names of its axes, with ``N``.
+
+    Raises:
+        ValueError: the array has other axes, or no image.
+    """
+    import numpy as np
+
+    array, axes = _array(batch), dataformats.upper()
+    if "N" not in axes:
+        return with_channels_last(array, axes)
+    if len(axes) != array.ndim or not array.shape[axes.index("N")]:
+        raise ValueError(f"an array with the shape {list(array.shape)} is no batch with the axes {dataformats!r}")
+    images = array.transpose([axes.index(axis) for axis in "NHWC" if axis in axes])
+    columns = min(len(images), _GRID_COLUMNS)
+    rows = math.ceil(len(images) / columns)
+    images = np.concatenate([images, np.zeros_like(images[:1]).repeat(rows * columns - len(images), axis=0)])
+    return np.concatenate([np.concatenate(images[i * columns : (i + 1) * columns], axis=1) for i in range(rows)])
+
+
+def histogram_of_buckets(
+    low: float, limits: Sequence[float], counts: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Return the edges and counts of a histogram that is given as TensorBoard stores it.
+
+    Args:
+        low: the smallest value that was counted.
+        limits: the right limit of each bucket.
+        counts: how many values are in each.
+    """
+    rights = [float(limit) for limit in limits]
+    first = float(low) if low < rights[0] else math.nextafter(rights[0], -math.inf)
+    return [first, *rights], [float(count) for count in counts]
+
+
+def pr_curve(
+    labels: Any, predictions: Any, num_thresholds: int = 127, weights: Any = None
+) -> tuple[tuple[str, ...], list[list[float]]]:
+    """Return a precision-recall curve as the columns and rows of a table, one row for each threshold.
+
+    Args:
+        labels: whether each example is positive.
+        predictions: the probability that each example is positive, 0 to 1.
+        num_thresholds: how many thresholds, from 0 to 1.
+        weights: the weight of each example; None for 1.
+    """
+    import numpy as np
+
+    positive, probability = _array(labels).astype(bool).ravel(), _array(predictions).astype(float).ravel()
+    weight = np.broadcast_to(1.0 if weights is None else _array(weights).astype(float).ravel(), positive.shape)
+    rows = []
+    for threshold in np.linspace(0.0, 1.0, min(int(num_thresholds), 127)):
+        found = probability >= threshold
+        tp, fp = (float(weight[found & of].sum()) for of in (positive, ~positive))
+        tn, fn = (float(weight[~found & of].sum()) for of in (~positive, positive))
+        precision, recall = tp / (tp + fp) if tp + fp else 1.0, tp / (tp + fn) if tp + fn else 0.0
+        rows.append([float(threshold), tp, fp, tn, fn, precision, recall])
+    return _PR_COLUMNS, rows
+
+
+def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    """Return the columns and rows of a mapping of columns, or of a DataFrame."""
+    columns = {str(name): _column(data[name]) for name in data}
+    return list(columns), zip(*columns.values(), strict=True)
+
+
+def _column(values: Any) -> Iterator[Any]:
+    return iter([values] if isinstance(values, str) or not hasattr(values, "__iter__") else values)
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
