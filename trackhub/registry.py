@@ -292,7 +292,7 @@ def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> m
         return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         # Not chained: the original text and its traceback's values may hold a resolved secret.
-        raise InvalidOptionError(_wrong_value(name, error)) from None
+        raise InvalidOptionError(_wrong_value(name, cls, error)) from None
 
 
 def _entry_points() -> Iterator[tuple[str, str, str, str]]:
@@ -347,7 +347,7 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     message = f"there is no backend {name!r} here; available: {', '.join(usable) or 'none'}."
     if near:
         message += f" Did you mean {near[0]!r}?"
-    if _NAME.fullmatch(str(name)) and name not in RESERVED:
+    elif _NAME.fullmatch(str(name)) and name not in RESERVED:
         message += " If it is a plugin, install its distribution where the backend runs"
     return message
 
@@ -359,8 +359,8 @@ def _unknown_option(name: str, key: str, known: list[str]) -> str:
     return f"{name}.{key}: unknown option; {listing}{hint}"
 
 
-def _wrong_value(name: str, error: msgspec.ValidationError) -> str:
-    message = conceal(describe(error, name))
+def _wrong_value(name: str, cls: type[Backend[Any]], error: msgspec.ValidationError) -> str:
+    message = conceal(describe(error, name, cls.Options))
     if "expected `array`" in message:
         message += "; a list is written as JSON: [1, 2]"
     if "expected `bool`" in message:

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -34,13 +35,38 @@ def convert(values: Mapping[str, Any], into: type[_StructT], root: str) -> _Stru
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        raise ConfigError(describe(error, root)) from None
+        raise ConfigError(describe(error, root, into)) from None
 
 
-def describe(error: msgspec.ValidationError, root: str) -> str:
-    """Return msgspec's message with our path in front: ``wandb.tags[0]: expected `str`, got `int```."""
+def describe(error: msgspec.ValidationError, root: str, into: type[msgspec.Struct]) -> str:
+    """Return msgspec's message with our path in front: ``wandb.tags[0]: expected `str`, got `int```.
+
+    A value that is not one of a field's fixed choices is answered with them: ``wandb.mode: 'onlin' is none of online,
+    offline``.
+
+    Args:
+        error: what msgspec raised.
+        root: the path to the values, for the message.
+        into: the Struct that the values were to make.
+    """
     message = str(error)
     what, found, path = message.rpartition(" - at `$")
     if not found:
         what, path = message, ""
-    return f"{root}{path.rstrip('`')}: {what[:1].lower()}{what[1:]}"
+    path = path.rstrip("`")
+    _, wrong, value = what.partition("nvalid enum value ")
+    field = path.removeprefix(".").partition(".")[0].partition("[")[0]
+    if wrong and (choices := [str(choice) for choice in _choices(get_type_hints(into).get(field))]):
+        what = f"{value} is none of {', '.join(choices)}"
+    return f"{root}{path}: {what[:1].lower()}{what[1:]}"
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    """Yield the values that a type lists one by one."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+        yield from (member.value for member in hint)
+    else:
+        for part in get_args(hint):
+            yield from _choices(part)

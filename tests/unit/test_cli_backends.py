@@ -115,9 +115,10 @@ def test_a_backend_that_is_named_is_shown_with_its_options_and_key_rules(good: l
     done = trackhub("backends", "good", path=good)
 
     assert done.returncode == 0
-    shown = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in done.stdout.splitlines()[1:])
+    about, options = done.stdout.split("Options, as good.NAME=VALUE\n")
+    shown = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in about.splitlines()[1:])
     assert done.stdout.startswith("good: acme-good 1.0, ok\n")
-    assert (shown["option api_key"], shown["option cache"], shown["option level"]) == ("secret", "host, path", "-")
+    assert {"  api_key (default: not set, secret)", "  level (default: 1)"} <= set(options.splitlines())
     assert shown["confirmed by"] == "write"
     assert shown["keys"] == "at most 1,000 characters, of [a-z], first and last of [a-y], none of a b"
     assert shown["keys of params"] == "a relative path, none of _..."
@@ -255,3 +256,67 @@ def test_the_check_needs_the_workspace_of_a_site(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "is no workspace of a FLARE site" in done.stderr
+
+
+def test_an_option_is_shown_with_its_default_and_its_meaning() -> None:
+    as_text = trackhub("backends", "wandb").stdout
+    as_json = listed(trackhub("backends", "wandb", "--json").stdout)["wandb"]["option_help"]
+
+    assert re.search(r"upload_interval_s \(default: 2\.0\)\n +seconds between uploads", as_text)
+    assert re.search(r"api_key \(default: not set, secret\)", as_text)
+    assert as_json["step_metric"]["default"] == "step"
+    assert as_json["mode"]["meaning"].startswith("online needs a login on the receiver's machine. offline writes files")
+    assert all(text["meaning"] for text in as_json.values())
+
+
+def test_options_without_a_docstring_are_shown_by_name(make_plugin: MakePlugin) -> None:
+    path = [make_plugin("acme-good", {"good": "acme_good:Acme"}, {"acme_good": GOOD})]
+
+    shown = trackhub("backends", "good", path=path).stdout
+
+    assert "  level (default: 1)\n" in shown
+    assert "  url (default: http://localhost, host)\n" in shown
+
+
+CANNOT_BE_USED = """
+    from trackhub.spi import Backend, BackendRun, Capabilities, ConfigError, ConfirmedBy, RunInfo, TransientError
+    from trackhub.spi import ANY_KEY
+
+    class Acme(Backend):
+        spi = 1
+        capabilities = Capabilities(confirmed_by=ConfirmedBy.WRITE, key_rule=ANY_KEY)
+
+        def preflight(self) -> None:
+            raise {error}
+
+        def open_run(self, info: RunInfo) -> BackendRun:
+            raise NotImplementedError
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "ready", "remark"),
+    [
+        ("ConfigError('acme: nobody is logged in')", "no", "acme: nobody is logged in"),
+        ("TransientError('the store sleeps')", "not now", "the store sleeps"),
+        ("SystemError('what is this')", "no", "SystemError: what is this"),
+    ],
+)
+def test_the_check_says_why_a_backend_is_not_ready(
+    make_plugin: MakePlugin, error: str, ready: str, remark: str
+) -> None:
+    path = [make_plugin("acme", {"acme": "acme:Acme"}, {"acme": CANNOT_BE_USED.format(error=error)})]
+
+    done = trackhub("backends", "acme", "--check", path=path)
+
+    assert done.returncode == 1
+    assert re.search(rf"acme +{ready} +{remark}", done.stdout)
+
+
+def test_the_check_says_that_a_backend_is_ready_and_with_which_warning(tmp_path: Path) -> None:
+    no_login = f"import os; os.environ.pop('WANDB_API_KEY', None); os.environ['HOME'] = {str(tmp_path)!r}"
+
+    done = trackhub("backends", "wandb", "--check", prelude=no_login)
+
+    assert done.returncode == 0
+    assert re.search(r"wandb +yes +W&B: no login was found", done.stdout)

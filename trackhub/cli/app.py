@@ -43,9 +43,22 @@ class _Commands(click.Group):
         return command
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="The exit status is 0 if all is well, 1 if something is wrong or left over, 2 for a wrong command, and 130 "
+    "if you interrupt it. A command says in its own help what else it means.",
+)
+@click.version_option(package_name="flare-trackhub", prog_name="trackhub", message="%(prog)s %(version)s")
 def _trackhub() -> None:
-    """See which backends are installed and what became of a job's records, and deliver what is left."""
+    r"""See which backends are installed and what became of a job's records, and deliver what is left.
+
+    \b
+    Examples:
+      trackhub backends                     # what is installed
+      trackhub status runs/                 # what became of all jobs below this folder
+      trackhub replay runs/my-job           # deliver what is left of one
+    """
 
 
 def run() -> None:

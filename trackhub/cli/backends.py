@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import msgspec
 
 from trackhub import registry
 from trackhub.cli.operator_check import check_operator_file
+from trackhub.cli.option_help import option_help
 from trackhub.cli.output import print_json, print_lines, print_table
 from trackhub.errors import PluginError
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, KeyRule, OptionMark
@@ -26,36 +28,48 @@ __all__ = ["backends", "describe"]
 JSON_VERSION = 1
 """Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
+_TEXT_WIDTH = 110
+
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
-@click.option("--check", is_flag=True, help="Check the operator's file of a FLARE site, local/trackhub.toml.")
+@click.option("--check", is_flag=True, help="Do what a job does before training: is each backend ready, and logged in?")
 @click.option(
     "--workspace",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=".",
-    show_default=True,
-    help="With --check: the site's workspace.",
+    help="With --check: check the operator's file local/trackhub.toml in this workspace of a FLARE site instead.",
 )
-def backends(name: str | None, as_json: bool, check: bool, workspace: Path) -> None:
-    """List the installed backends and what each can store.
-
-    With --check, validate what the operator of a FLARE site lets jobs do, and show it. The status is 1 if something in
-    the file is wrong.
+def backends(name: str | None, as_json: bool, check: bool, workspace: Path | None) -> None:
+    r"""List the installed backends and what each can store.
 
     With NAME, say more about that one: its options, what confirms a record, and which keys it can store. A backend that
     cannot be used is listed with the reason. The command imports plugins, but no tracking SDK.
 
+    With --check, set up each backend as a job without options would, with the environment of this shell, and say
+    whether it is ready. That imports its SDK, and may ask its server. With --check and --workspace, validate what the
+    operator of a FLARE site lets jobs do, and show it. The status is 1 if a backend is not ready, or if something in
+    the operator's file is wrong.
+
+    \b
+    Examples:
+      trackhub backends wandb               # what it can store, and its options
+      trackhub backends --check             # can I use them here, and am I logged in?
+      trackhub backends --check --workspace /opt/flare/site-1
+
     The JSON document is {"version": 1, "spi": N, "backends": [...]}. Each backend has name, distribution,
     distribution_version, entry_point, state ("ok", "broken" or "conflict") and problem, which is empty if the state is
-    ok. The other keys are null unless the state is ok: spi, contract, options, option_marks and capabilities. contract
-    is the version of the contract kit that the backend passed, 0 for none. options are their names. option_marks has
-    the marks of each option: "secret", "host", "path", "shared". capabilities are those of trackhub.spi.Capabilities;
-    kinds are names, also in key_rules.
+    ok. The other keys are null unless the state is ok: spi, contract, options, option_marks, option_help and
+    capabilities. contract is the version of the contract kit that the backend passed, 0 for none. options are their
+    names. option_marks has the marks of each option: "secret", "host", "path", "shared". option_help has for each
+    option default, which is text or null if it must be given, and meaning. capabilities are those of
+    trackhub.spi.Capabilities; kinds are names, also in key_rules.
     """
-    if check:
+    if check and workspace is not None:
         check_operator_file(workspace)
+        return
+    if check:
+        _check(name)
         return
     found = describe(name)
     if as_json:
@@ -66,6 +80,17 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path) -> N
         _show_table(found)
     else:
         print_lines("No backend is installed.")
+
+
+def _check(name: str | None) -> None:
+    """Say which backends are ready. Exit with 1 if one is not."""
+    from trackhub.cli.readiness import Readiness, readiness  # here, since it loads what runs a receiver
+
+    names = [entry.name for entry in registry.available()] if name is None else [name]
+    found = {each: readiness(each) for each in names}
+    print_table(["backend", "ready", "remarks"], [[each, was.word, was.remark] for each, was in found.items()])
+    if any(was.word != Readiness.YES for was in found.values()):
+        sys.exit(1)
 
 
 def describe(name: str | None = None) -> list[dict[str, Any]]:
@@ -87,11 +112,13 @@ def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]
     state, problem = str(entry.state), entry.problem
     cls: type[Backend[Any]] | None = None
     marks: dict[str, frozenset[OptionMark]] = {}
+    helps: dict[str, dict[str, str | None]] = {}
     if entry.state == "ok":
         try:
             with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints must not become part of our JSON
                 cls = registry.load_entry(entry.name, entries)
             marks = registry.option_marks(cls)
+            helps = option_help(cls.Options)
         except PluginError as error:
             state, problem = "broken", str(error)
         except Exception as error:  # noqa: BLE001 - type hints run a plugin's code, and one plugin must not hide the others
@@ -108,6 +135,7 @@ def _describe(entry: registry.BackendEntry, entries: list[registry.BackendEntry]
         "contract": cls.contract if cls else None,
         "options": list(marks) if cls else None,
         "option_marks": {option: sorted(marked) for option, marked in marks.items()} if cls else None,
+        "option_help": helps if cls else None,
         "capabilities": _plain(cls.capabilities) if cls else None,
     }
 
@@ -172,11 +200,17 @@ def _details(backend: Mapping[str, Any]) -> Iterator[str]:
         "contract kit": f"version {backend['contract']}" if backend["contract"] else "none",
         "keys": _rule_text(capabilities["key_rule"]),
         **{f"keys of {kind}": _rule_text(rule) for kind, rule in capabilities["key_rules"].items()},
-        **{f"option {option}": ", ".join(marks) if marks else "-" for option, marks in backend["option_marks"].items()},
     }
     width = max(map(len, rows))
     for label, text in rows.items():
         yield f"  {label.ljust(width)}  {text}"
+    yield f"Options, as {backend['name']}.NAME=VALUE" if backend["option_help"] else "It has no options."
+    for option, text in backend["option_help"].items():
+        default = "must be given" if text["default"] is None else f"default: {text['default']}"
+        marks = "".join(f", {mark}" for mark in backend["option_marks"][option])
+        yield f"  {option} ({default}{marks})"
+        if text["meaning"]:
+            yield textwrap.fill(text["meaning"], _TEXT_WIDTH, initial_indent="      ", subsequent_indent="      ")
 
 
 def _rule_text(rule: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub backends --check``: validates a site's operator's file against the plugins that are installed here.
+"""``trackhub backends --check --workspace DIR``: validates the file of a site's operator.
 
-It reads the file by `trackhub.operator_file`, as the receiver does, and asks `trackhub.registry` for the plugins.
+It reads the file by `trackhub.operator_file`, as the receiver does, and asks `trackhub.registry` for the plugins that
+are installed here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a backend can be used here: what ``trackhub backends --check`` shows.
+
+It does what a receiver does before training: it builds the options, makes the backend, and calls its ``preflight``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from trackhub import registry
+from trackhub.conceal import conceal
+from trackhub.errors import ConfigError, PluginError
+from trackhub.run import JobInfo, Side
+from trackhub.spi import BackendContext, TransientError
+
+__all__ = ["Readiness", "Ready", "readiness"]
+
+_TIMEOUT_S = 30.0
+
+
+class Readiness(StrEnum):
+    """Whether a job could use a backend now."""
+
+    YES = "yes"
+    NO = "no"
+    """A job that names the backend would be stopped before training."""
+    NOT_NOW = "not now"
+    """The store does not answer. A job would start, and its records would wait."""
+
+
+class Ready(NamedTuple):
+    """Whether a backend is ready, and what to know about that."""
+
+    word: Readiness
+    remark: str
+
+
+def readiness(name: str, timeout_s: float = _TIMEOUT_S) -> Ready:
+    """Set a backend up as a job without options does, and return whether it is ready. Blocks up to ``timeout_s``.
+
+    Files that the backend makes go to a folder that is deleted. What it warns of is the remark.
+
+    Args:
+        name: the backend's name.
+        timeout_s: the longest wait, in seconds.
+    """
+    answers: list[Ready] = []
+    with tempfile.TemporaryDirectory(prefix="trackhub-check-", ignore_cleanup_errors=True) as folder:
+        # In a thread of its own, since an SDK may never return.
+        thread = threading.Thread(target=lambda: answers.append(_ask(name, Path(folder))), daemon=True)
+        with contextlib.redirect_stdout(sys.stderr), _Warnings() as warnings:
+            thread.start()
+            thread.join(timeout_s)
+    if not answers:
+        return Ready(Readiness.NOT_NOW, f"it did not answer within {timeout_s:g} s")
+    word, remark = answers[0]
+    return Ready(word, conceal("; ".join(filter(None, [remark, *warnings.messages]))))
+
+
+def _ask(name: str, folder: Path) -> Ready:
+    try:
+        cls = registry.load(name)
+        context = BackendContext(folder / name, JobInfo("trackhub-check"), Side.LOCAL)
+        context.workdir.mkdir()
+        backend = cls(registry.build_options(name, cls, {}), context)
+        try:
+            backend.preflight()
+        finally:
+            backend.close()
+    except TransientError as error:
+        return Ready(Readiness.NOT_NOW, str(error))
+    except (ConfigError, PluginError) as error:
+        return Ready(Readiness.NO, str(error))
+    except Exception as error:  # noqa: BLE001 - a plugin may raise anything, and the others are still to be checked
+        return Ready(Readiness.NO, f"{type(error).__name__}: {error}")
+    return Ready(Readiness.YES, "")
+
+
+class _Warnings(logging.Handler):
+    """Collects what is logged as a warning meanwhile, and keeps it from the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> _Warnings:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        logging.getLogger().removeHandler(self)
