@@ -450,7 +450,10 @@ class Backend(Generic[OptionsT_co]):
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return how a person looks at this run, for the report and the last screen; None if there is no way."""
+        """Return how a person looks at this run, for the log, the report and the last screen; None if there is no way.
+
+        Called once the run is open, and again when it has been finished.
+        """
         return None
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class Bench:
     def lane(self, backend: Backend[Any], name: str = "memory", *, flush_s: float = 0.01) -> Lane:
         lane = self.lanes[name] = Lane(
             name, backend, self.journal, job=JobInfo(self.job), side=Side.SERVER,
-            blob_dir=lambda site: self.folder / "blobs" / site, flush_s=flush_s,
+            blob_dir=lambda site: self.folder / "blobs" / site, run_folder=self.folder, flush_s=flush_s,
         )  # fmt: skip
         lane.start()
         return lane

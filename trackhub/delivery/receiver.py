@@ -94,6 +94,7 @@ class Receiver:
         limits: Limits | None = None,
         state_dir: Path | None = None,
         ended: RunStatus | None = None,
+        moves_to: str = "",
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
 
@@ -108,11 +109,14 @@ class Receiver:
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. What the sites send then says nothing of how their training ended,
                 since a replay sends it. None for a job that runs.
+            moves_to: where the job's folder moves to when the job has ended, as a sentence for a person. The log then
+                shows it in place of commands that would no longer work. Empty if the folder stays.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
         self._run_dir = run_dir.absolute()
         self._side = side
+        self._moves_to = moves_to
         self._backends = backends
         self._limits = limits or Limits()
         self._ended = ended
@@ -203,6 +207,7 @@ class Receiver:
             job=self.job,
             side=self._side,
             blob_dir=self._blobs.folder,
+            run_folder=self._run_dir,
             flush_s=self._limits.flush_s,
         )
 
@@ -444,7 +449,7 @@ class Receiver:
         except OSError as e:
             _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
         report = resolve_results(report, self.folder)
-        _log.info("%s", format_report(report))
+        _log.info("%s", format_report(report, self._moves_to))
         return report
 
     def _store_ends(self, journal: Journal) -> None:

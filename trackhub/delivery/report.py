@@ -279,26 +279,39 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     return [f"  {backend}: {printable(opening)}" for opening, backend in backend_of.items()]
 
 
-def format_report(report: DeliveryReport) -> str:
-    """Return the report as text: a row for each site and backend, and how to open the results."""
+def format_report(report: DeliveryReport, moves_to: str = "") -> str:
+    """Return the report as text: a row for each site and backend, and how to open the results.
+
+    Args:
+        report: the report, with absolute paths.
+        moves_to: where the job's folder moves to, as a sentence. It is shown in place of how to open what lies there.
+    """
     rows: list[tuple[str, ...]] = [
         ("site", "backend", "logged", "journaled", "confirmed", "rejected", "pending", "not delivered, and why")
     ]
     for name, site in sorted(report.sites.items()):
         logged = format_logged(site)
         remarks = _site_remarks(site)
-        runs = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
-        for lane, run in runs:
+        own = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
+        for lane, run in own:
             counts = (format_confirmed(run), str(sum(run.rejected.values())), str(run.pending))
             remark = "; ".join([*remarks, *_run_remarks(lane, run)]) or "-"
             rows.append((name, lane, logged, str(site.journaled), *counts, remark))
-        if not runs:
+        if not own:
             rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
-    openings = format_openings((lane, run) for lane, runs in sorted(report.lanes.items()) for run in runs.values())
+    runs = [(lane, run) for lane, by_site in sorted(report.lanes.items()) for run in by_site.values()]
+    stays = [run for run in runs if not (moves_to and _lies_in(run[1].results, report.run_dir))]
+    openings = [*format_openings(stays), *([f"  {moves_to}"] if len(stays) < len(runs) else [])]
     footer = ["Open the results", *openings] if openings else []
     job = format_job(report.job, report.job_name)
     head = f"trackhub delivery report: job {job}, {report.side} side, {report.status}"
     return "\n".join([head + format_doubts(report), *_table(rows), *footer])
+
+
+def _lies_in(results: Results | None, folder: str) -> bool:
+    """Return whether what a run stored lies in this folder."""
+    path = results and not results.url and results.path
+    return bool(path) and Path(str(path)).is_relative_to(folder)
 
 
 def format_results(reports: Mapping[str, DeliveryReport]) -> str:

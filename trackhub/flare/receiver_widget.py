@@ -45,6 +45,11 @@ _MIN_OWN_CLOSE_S = 1.0
 """The server's own records get this much time at the end of the job, in seconds, even when waiting for the sites took
 all of ``gate_s``."""
 
+_IN_JOB_STORE = (
+    "FLARE keeps this job's files in its job store. Get them with `nvflare job download {job}`. Then "
+    "`trackhub status FOLDER` says how to open them"
+)
+
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     """Stores the records that arrive in a journal, and delivers them to the job's backends.
@@ -186,11 +191,13 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._opened = True
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         run_dir = flare_internals.run_dir(fl_ctx)
-        backends, state_dir = self.backends, self.state_dir
+        backends, state_dir, moves_to = self.backends, self.state_dir, ""
         if (operator := flare_internals.operator_file(fl_ctx)) is not None:
             self._limits = operator.limits_for(self.limits or {}, environ=os.environ)
             state_dir = operator.state_dir_for(state_dir, run_dir)
             backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
+            if flare_internals.is_server(fl_ctx):  # which archives the run folder, and then deletes it
+                moves_to = _IN_JOB_STORE.format(job=job.id)
         core = Receiver(
             run_dir,
             state_dir=flare_internals.state_folder(fl_ctx, state_dir, job),
@@ -198,6 +205,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
             backends=backends,
             limits=self._limits,
+            moves_to=moves_to,
         )
         core.start()
         self._core = core

@@ -21,6 +21,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
+from trackhub.delivery.lane.opening_notice import OpeningNotice
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
@@ -62,6 +63,7 @@ class Lane:
         job: JobInfo,
         side: Side,
         blob_dir: Callable[[str], Path],
+        run_folder: Path,
         flush_s: float,
     ) -> None:
         """Prepare a lane; ``start`` starts it.
@@ -73,6 +75,7 @@ class Lane:
             job: the job that all runs belong to.
             side: where the receiver is.
             blob_dir: gives the folder of a site's blobs.
+            run_folder: the job's run folder, in which the backend's files lie.
             flush_s: longest time from handing records to a backend that buffers to asking it to confirm them.
         """
         self.name = name
@@ -92,6 +95,7 @@ class Lane:
         self._busy_since: float | None = None
         self._defect = ""
         self._turns = FairTurns()
+        self._notice = OpeningNotice(name, run_folder)
         self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def start(self) -> None:
@@ -272,6 +276,7 @@ class Lane:
                 break
             if moved:
                 progressed = True
+                self._notice.note(site, run.results)
             elif run.is_idle():
                 active.discard(site)
             else:

@@ -111,6 +111,11 @@ class RunDelivery:
         self._end_is_stored = True
         self._was_left_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
 
+    @property
+    def results(self) -> Results | None:
+        """How a person looks at the run, as the backend last said it; None before it is open."""
+        return self._cursor.progress.results
+
     def advance(self, *, flush_now: bool) -> bool:
         """Do one piece of work: open the run, write what was read, or have it confirmed.
 
@@ -287,6 +292,7 @@ class RunDelivery:
             self._failed(e)
             return False
         self._run = run
+        self._cursor.progress.results = self._results()  # for whoever looks while the job runs; and again at its end
         self.timer.succeeded()
         if self._to_write:  # what an earlier lane had set aside
             self._add(run, self._to_write)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A receiver says how to look at a job: once its first runs are open, and at its end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import trackhub
+from trackhub.delivery.lane.opening_notice import OpeningNotice
+from trackhub.delivery.report import DeliveryReport, RunReport, format_report
+from trackhub.spi import Results
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "trackhub")
+    return caplog
+
+
+def test_a_command_that_opens_all_sites_is_said_once(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    notice = OpeningNotice("tensorboard", tmp_path)
+
+    for site in range(5):
+        notice.note(site, Results(path=f"tensorboard/site-{site}", command="tensorboard --logdir tensorboard"))
+
+    assert said.messages == [
+        f"look at this job in tensorboard, while it runs:\n  cd {tmp_path} && tensorboard --logdir tensorboard"
+    ]
+
+
+def test_a_thousand_runs_of_their_own_get_four_lines(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    notice = OpeningNotice("wandb", tmp_path)
+
+    for site in range(1000):
+        notice.note(site, Results(url=f"https://wandb.ai/team/project/runs/{site}"))
+
+    assert [message.split("\n  ")[1] for message in said.messages] == [
+        "https://wandb.ai/team/project/runs/0",
+        "https://wandb.ai/team/project/runs/1",
+        "https://wandb.ai/team/project/runs/2",
+        f"`trackhub status {tmp_path}` names the other runs",
+    ]
+
+
+def test_a_run_that_is_not_open_or_shows_nothing_is_passed_over(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    notice = OpeningNotice("acme", tmp_path)
+
+    notice.note(1, None)
+    notice.note(1, Results())
+
+    assert said.messages == []
+
+
+def test_a_running_job_says_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
+        writer.log({"loss": 1.0})
+        assert writer.flush(20)
+        (message,) = [message for message in said.messages if message.startswith("look at this job in jsonl")]
+
+    assert Path(message.split("\n  ")[1]).is_file()
+
+
+def report(results: Results, run_dir: Path) -> DeliveryReport:
+    lanes = {"acme": {"site-1": RunReport(results=results.resolved(run_dir))}}
+    return DeliveryReport(
+        job="j1", side="server", status="finished", balanced=True, sites={}, lanes=lanes, run_dir=str(run_dir)
+    )
+
+
+def test_a_folder_that_moves_at_the_end_is_not_named_as_the_place_to_look(tmp_path: Path) -> None:
+    inside = format_report(report(Results(path="acme/site-1", command="acme ."), tmp_path), "It moves to the store")
+
+    assert inside.endswith("Open the results\n  It moves to the store")
+
+
+@pytest.mark.parametrize("results", [Results(path="/srv/curves/site-1"), Results(path="here", url="https://acme/1")])
+def test_results_elsewhere_are_named_also_if_the_folder_moves(tmp_path: Path, results: Results) -> None:
+    elsewhere = format_report(report(results, tmp_path), "It moves to the store")
+
+    assert "It moves to the store" not in elsewhere
+    assert elsewhere.endswith(f"Open the results\n  acme: {results.url or results.path}")
