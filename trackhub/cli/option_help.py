@@ -36,7 +36,7 @@ def option_help(options: type[msgspec.Struct]) -> dict[str, dict[str, str | None
 def _default(field: msgspec.structs.FieldInfo) -> str | None:
     if field.required:
         return None
-    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default  # type: ignore[misc]
+    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
     return "not set" if value is None or value == "" else str(value)
 
 
