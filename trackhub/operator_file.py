@@ -8,8 +8,13 @@ their strictest form. ``docs/deploying.md`` shows every key::
     backends_allowed = ["tensorboard", "wandb"]
     state_dir = "/srv/trackhub"
 
+    forbid_kinds = ["image"]
+
     [limits]
     gate_s = 60
+
+    [policy]
+    allow = ["val/*"]
 
     [backends.wandb]
     hosts = ["https://wandb.hospital.org"]
@@ -31,6 +36,7 @@ import msgspec
 
 from trackhub.errors import ConfigError
 from trackhub.limits import ENV_PREFIX, Limits
+from trackhub.policy import Policy, SiteRules, check_kinds
 from trackhub.secrets import references
 from trackhub.spi import Credentials, OptionMark
 from trackhub.struct_conversion import convert
@@ -77,6 +83,8 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         take_over: ``"events"`` leaves trainers as they are: what FLARE's own writers log is then taken from FLARE's
             events, whatever the job says. None lets the job decide.
         limits: values of `trackhub.limits.Limits`. They win over the job's.
+        forbid_kinds: kinds of records that no receiver gets from this site, not even the site's own.
+        policy: what may leave this site. It holds beside the job's policy. None restricts nothing.
         backends: the rules of single backends, by name.
     """
 
@@ -84,15 +92,18 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     state_dir: str | None = None
     take_over: Literal["events"] | None = None
     limits: dict[str, Any] = {}
+    forbid_kinds: tuple[str, ...] = ()
+    policy: Policy | None = None
     backends: dict[str, BackendRules] = {}
 
     def __post_init__(self) -> None:
         """Check what needs no plugin.
 
         Raises:
-            ConfigError: a limit, a host or a path is wrong.
+            ConfigError: a limit, a kind, a host or a path is wrong.
         """
         Limits.from_mapping(self.limits)
+        check_kinds("forbid_kinds", self.forbid_kinds)
         if self.state_dir is not None:
             _require_absolute("state_dir", self.state_dir)
         for name, rules in self.backends.items():
@@ -122,6 +133,16 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         names = Limits.__struct_fields__
         from_environ = {n: environ[v] for n in names if (v := ENV_PREFIX + n.upper()) in environ}
         return Limits.from_mapping({**job, **from_environ, **self.limits})
+
+    def site_rules(self, job: Policy | None, folder: Path) -> SiteRules:
+        """Return all that restricts the records of this site: what the job says, and what this file says.
+
+        Args:
+            job: the policy of the job.
+            folder: the folder that this file is in. A replay reads it again.
+        """
+        rules = SiteRules.of_job(job).with_operator(self.policy, self.forbid_kinds)
+        return msgspec.structs.replace(rules, operator_folder=str(folder.absolute()))
 
     def state_dir_for(self, job: str | None, run_folder: Path) -> str | None:
         """Return the folder for spools and journals of all jobs; None for the job's run folder.

@@ -77,7 +77,7 @@ def test_the_journals_and_spools_under_a_folder_are_found_and_read(job: Path) ->
     assert (spool["site"], spool["job"], spool["open"]) == ("site-1", "job-1", True)
     assert spool["receivers"]["server"] == {
         "streams": 1, "logged": 10, "withheld": 0, "dropped": {}, "refused": {}, "acked": 6, "spooled": 4,
-        "unreadable": 0, "altered": {}, "complete": True,
+        "unreadable": 0, "altered": {}, "complete": True, "withheld_by_rule": {}, "altered_by_rule": {},
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from trackhub import registry
 from trackhub.errors import ConfigError
 from trackhub.limits import Limits
 from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
+from trackhub.policy import Policy
 
 if TYPE_CHECKING:
     from tests.conftest import MakePlugin
@@ -273,3 +274,28 @@ def test_the_page_for_operators_shows_every_key_in_a_file_that_is_valid(tmp_path
     assert all(getattr(operator, key) for key in OperatorFile.__struct_fields__)
     rules = operator.backends.values()
     assert all(any(getattr(rule, key) for rule in rules) for key in BackendRules.__struct_fields__)
+
+
+def test_the_operators_policy_and_the_jobs_both_hold(tmp_path: Path) -> None:
+    (tmp_path / "trackhub.toml").write_text('forbid_kinds = ["image"]\n[policy]\nallow = ["val/*"]\n')
+
+    rules = read_operator_file(tmp_path).site_rules(Policy(digits=3), tmp_path)
+
+    assert rules.policies == (("job", Policy(digits=3)), ("operator", Policy(allow=("val/*",))))
+    assert (rules.forbid_kinds, rules.operator_folder) == (("image",), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('forbid_kinds = ["images"]', "forbid_kinds: 'images' is no kind of record; there are: metrics, params"),
+        ("[policy]\ndigit = 3", "policy: .*unknown field `digit`"),
+        ('[policy]\ndeny = ["images:*"]', "policy.deny: .*expected one of metrics"),
+        ("[policy]\ndigits = 0", "policy.digits: expected `int` >= 1"),
+    ],
+)
+def test_a_wrong_policy_of_the_operator_refuses_every_job(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "trackhub.toml").write_text(text)
+
+    with pytest.raises(ConfigError, match=message):
+        read_operator_file(tmp_path)

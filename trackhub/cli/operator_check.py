@@ -8,6 +8,7 @@ are installed here.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -48,9 +49,17 @@ def check_operator_file(workspace: Path) -> None:
         f"state_dir: {operator.state_dir or 'the run folder of each job'}",
         f"limits: {', '.join(f'{name} = {value}' for name, value in operator.limits.items()) or 'those of the job'}",
         f"take_over: {operator.take_over or 'the job decides'}",
+        f"forbid_kinds: {', '.join(operator.forbid_kinds) or 'none'}",
+        f"policy: {_policy(operator)}",
         "What a job may reach, with the environment of this shell:",
     )
     print_table(["backend", "hosts", "folders outside the job's", "secrets", "fixed"], rows)
+
+
+def _policy(operator: OperatorFile) -> str:
+    rules = {} if operator.policy is None else operator.policy.plain()
+    shown = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in rules.items())
+    return ", ".join(shown) or "that of the job"
 
 
 def _problems(operator: OperatorFile) -> Iterator[str]:

@@ -61,7 +61,7 @@ def status(path: Path, as_json: bool) -> None:
     url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
-    dropped, refused, acked, spooled, unreadable, complete and altered.
+    dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.
 
     dropped, refused, refused_here, rejected, altered and explained are counts by reason. altered counts
     values, not records. What cannot be read has only path and error. The exit status is then 1.
@@ -130,6 +130,8 @@ def spool_status(folder: Path) -> dict[str, Any]:
             "unreadable": total.unreadable,
             "complete": total.is_complete,
             "altered": total.altered,
+            "withheld_by_rule": total.withheld_by_rule,
+            "altered_by_rule": total.altered_by_rule,
         }
     return {
         "path": str(folder),
@@ -213,7 +215,7 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
     job = format_job(spool["job"], spool["job_name"])
     print_lines(f"{spool['path']}: spool of site {spool['site']}, job {job}{', open' * spool['open']}")
     print_table(
-        ["receiver", "logged", "acked", "refused", "dropped", "withheld", "pending"],
+        ["receiver", "logged", "acked", "refused", "dropped", "withheld", "pending", "values altered by policy"],
         [
             [
                 receiver,
@@ -221,8 +223,9 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
                 str(count["acked"]),
                 _reasons(count["refused"]),
                 _reasons(count["dropped"]),
-                str(count["withheld"]),
+                _reasons(count["withheld_by_rule"]) if count["withheld"] else "0",
                 str(count["spooled"] + count["unreadable"]),
+                _reasons(count["altered_by_rule"]),
             ]
             for receiver, count in spool["receivers"].items()
         ],

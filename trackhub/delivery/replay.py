@@ -22,10 +22,12 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
+from trackhub.operator_file import read_operator_file
+from trackhub.policy import SiteRules
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
-from trackhub.spool.layout import read_spool_info
+from trackhub.spool.layout import SpoolInfo, read_spool_info, set_policy
 from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
 
@@ -112,7 +114,7 @@ def replay_spool(
         SpoolError: it is no spool, no receiver of this name reads it, it cannot be read, the site's own receiver left
             no journal, or the job still runs.
         JournalError: the journal cannot be used, or is in use by a running job or another replay.
-        ConfigError: a backend or an option is wrong, or the backends must be given.
+        ConfigError: a backend, an option, or the policy of the site is wrong, or the backends must be given.
         PluginError: the plugin of a backend cannot be used.
     """
     # The sender of a running job has it. Two that send one spool would each deliver what the other one delivers.
@@ -122,6 +124,7 @@ def replay_spool(
         if acked is None:
             return None
         info = read_spool_info(spool)
+        _add_operators_rules(spool, info)
         meta = _meta_for_spool(spool, journal, backends)
         job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
         status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
@@ -140,6 +143,22 @@ def replay_spool(
         raise SpoolError(f"cannot read or write the spool {spool}: {e}; this user must be able to do both") from e
     finally:
         lock.release()
+
+
+def _add_operators_rules(spool: Path, info: SpoolInfo) -> None:
+    """Add what the operator's file says now to the rules that the spool keeps since the job. Nothing is loosened.
+
+    Raises:
+        ConfigError: the rules or the file cannot be read.
+        SpoolError: the spool cannot keep them.
+    """
+    rules = SiteRules.from_plain(info.policy)
+    if not rules.operator_folder:
+        return
+    operator = read_operator_file(Path(rules.operator_folder))
+    now = rules.with_operator(operator.policy, operator.forbid_kinds)
+    if now != rules:
+        set_policy(spool, now.plain())
 
 
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:

@@ -86,6 +86,7 @@ class Sender:
 
         Raises:
             SpoolError: the folder holds no spool and none is expected there, or the spool has no such cursor.
+            ConfigError: what the spool says may leave the site cannot be read.
         """
         self.folder = spool
         self.at_source = False
@@ -349,7 +350,7 @@ class Sender:
         """
         is_first = True
         try:
-            self._reader.begin_pass(final=final)
+            self._reader.begin_pass(final=final, round_ends=self._passes.waiting > 0)
             if not self._place_streams():
                 return None
             while batch := self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes):

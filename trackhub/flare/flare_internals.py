@@ -45,6 +45,7 @@ from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 from trackhub.errors import ConfigError
 from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.operator_file import OperatorFile, read_operator_file
+from trackhub.policy import Policy, SiteRules
 from trackhub.run import SERVER, JobInfo, RunStatus, path_component
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "round_of_task",
     "run_dir",
     "site_of",
+    "site_rules",
     "state_folder",
     "stop_job",
     "take_stock_event",
@@ -178,6 +180,18 @@ def operator_file(fl_ctx: FLContext) -> OperatorFile | None:
     if is_simulated and not any((startup / kit).exists() for kit in kits):
         return None
     return read_operator_file(Path(workspace.get_site_config_dir()))
+
+
+def site_rules(fl_ctx: FLContext, policy: Policy | None) -> SiteRules:
+    """Return all that restricts the records of this site: the job's policy, and what the operator says.
+
+    Raises:
+        ConfigError: the operator's file is wrong.
+    """
+    operator = operator_file(fl_ctx)
+    if operator is None:
+        return SiteRules.of_job(policy)
+    return operator.site_rules(policy, Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()))
 
 
 def components(engine: Any) -> dict[str, Any]:

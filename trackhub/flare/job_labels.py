@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from trackhub.delivery import JobInfo, SpoolInfo
 from trackhub.errors import ConfigError
 from trackhub.flare import flare_internals
+from trackhub.policy import SiteRules
 from trackhub.records import key_problem
 
 __all__ = ["check_job_info", "job_info", "spool_info"]
@@ -54,7 +55,7 @@ def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str
     return JobInfo(flare_internals.job_id(fl_ctx), "" if key_problem(shown) else shown, notes, tuple(tags))
 
 
-def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) -> SpoolInfo:
+def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int, rules: SiteRules) -> SpoolInfo:
     """Return what a spool of this job says of itself.
 
     Args:
@@ -62,8 +63,18 @@ def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int) 
         site: the site that logs into the spool.
         cursors: the names of its readers.
         max_bytes: the limit of all its files together.
+        rules: what may leave the site.
     """
-    return SpoolInfo(site, job.id, tuple(cursors), max_bytes, name=job.name, notes=job.notes, tags=job.tags)
+    return SpoolInfo(
+        site,
+        job.id,
+        tuple(cursors),
+        max_bytes,
+        name=job.name,
+        notes=job.notes,
+        tags=job.tags,
+        policy=rules.plain(),
+    )
 
 
 def _check_text(where: str, value: object) -> None:

@@ -161,7 +161,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             raise
         assert self._core is not None
         spool = self._core.folder / "spool"
-        create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes))
+        rules = flare_internals.site_rules(fl_ctx, None)
+        create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes, rules))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
         ServerRounds(engine, self._own_sender.set_round)

@@ -18,6 +18,7 @@ from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.flare.stock_records import TakeOver
 from trackhub.limits import Limits
+from trackhub.policy import Policy
 
 __all__ = ["add_tracking", "tracking_components"]
 
@@ -44,6 +45,7 @@ def add_tracking(
     take_over: TakeOver = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> None:
     """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
@@ -71,11 +73,15 @@ def add_tracking(
             record when FLARE's event comes. ``False`` takes nothing: use it for FLARE's receivers beside trackhub.
         limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
+        policy: what may leave a site for the server: the rules of `trackhub.policy.Policy`, such as
+            ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and the stricter one holds.
+            ``docs/policy.md`` explains each rule.
 
     Raises:
-        ConfigError: there is nothing to track with, or tracking is on the client side only and ``take_over`` is off.
-            Or an option, a limit, the name, the notes or the tags are wrong, or an option holds a literal secret. A
-            backend that is not installed here gives a warning, and its sites check its options.
+        ConfigError: there is nothing to track with, or ``take_over`` is off and tracking is on the client side only or
+            has a policy. Or a rule of the policy, an option, a limit, the name, the notes or the tags are wrong, or an
+            option holds a literal secret. A backend that is not installed here gives a warning, and its sites check
+            its options.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -89,6 +95,7 @@ def add_tracking(
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
     common = _common(take_over, limits, state_dir, name, notes, tags)
+    rules = _policy(policy)
     if server_backends:
         job.to_server(TrackhubReceiver(server_backends, **common), id=RECEIVER_ID)
     for names, backends in plan:
@@ -96,7 +103,7 @@ def add_tracking(
             continue
         if backends:
             flare_internals.add_to_clients(recipe_or_job, TrackhubReceiver(backends, **common), names, RECEIVER_ID)
-        sender = TrackhubSender(**_receivers(server_backends, backends), **common)
+        sender = TrackhubSender(**_receivers(server_backends, backends), **common, policy=rules)
         flare_internals.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
     flare_internals.reference_package(job, "trackhub")
     _let_trainers_finish(job)
@@ -112,11 +119,12 @@ def tracking_components(
     take_over: TakeOver = True,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
+    policy: Mapping[str, Any] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what to put into the ``components`` of a job that is written in JSON.
 
     Args:
-        server, clients, notes, tags, take_over, limits, state_dir: as for `add_tracking`.
+        server, clients, notes, tags, take_over, limits, state_dir, policy: as for `add_tracking`.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
@@ -131,7 +139,8 @@ def tracking_components(
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
     common = _common(take_over, limits, state_dir, name, notes, tags)
-    sender = _component(SENDER_ID, TrackhubSender, {**_receivers(server_backends, client_backends), **common})
+    args = {**_receivers(server_backends, client_backends), **common, "policy": _policy(policy)}
+    sender = _component(SENDER_ID, TrackhubSender, args)
 
     def receiver(backends: _Checked) -> list[dict[str, Any]]:
         args = {"backends": backends, **common}
@@ -178,6 +187,11 @@ def _common(
         "job_notes": notes,
         "job_tags": list(tags) or None if isinstance(tags, list | tuple) else tags,
     }
+
+
+def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the rules of a policy as JSON values. They are checked here, and once more at each site."""
+    return None if policy is None else Policy.from_mapping(policy).plain()
 
 
 def _receivers(server_backends: _Checked, client_backends: _Checked) -> dict[str, Any]:

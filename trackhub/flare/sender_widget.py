@@ -39,6 +39,7 @@ from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.source import LogCallSource
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 from trackhub.operator_file import OperatorFile
+from trackhub.policy import Policy, SiteRules
 
 __all__ = ["TrackhubSender"]
 
@@ -62,6 +63,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job_name: str | None = None,
         job_notes: str = "",
         job_tags: list[str] | None = None,
+        policy: dict[str, Any] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -75,10 +77,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             job_name: what a person calls the job; by default the name that FLARE knows.
             job_notes: a description of the job, in Markdown.
             job_tags: labels for every run of the job.
+            policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None and
-                ``take_over`` is False: FLARE would then send what its own writers log to the server.
+            ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False, and
+                ``server_receiver`` is None or there is a policy: FLARE would then send what its own writers log to the
+                server.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -99,6 +103,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.job_name = job_name
         self.job_notes = job_notes
         self.job_tags = job_tags
+        self.policy = policy
+        self._policy = None if policy is None else Policy.from_mapping(policy)
+        _check_taken(SiteRules.of_job(self._policy), take_over)
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
@@ -153,7 +160,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._operator = flare_internals.operator_file(fl_ctx)
         if self._operator is not None:
             self._limits = self._operator.limits_for(self.limits or {}, environ=os.environ)
-        spool = self._create_spool(fl_ctx, site)
+        rules = flare_internals.site_rules(fl_ctx, self._policy)
+        _check_taken(rules, self.take_over)
+        spool = self._create_spool(fl_ctx, site, rules)
         if self.server_receiver is not None:
             send = self._server_channel(engine, self.server_receiver)
             self._senders["server"] = Sender(spool, send, cursor="server", limits=self._limits)
@@ -198,10 +207,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
         return send
 
-    def _create_spool(self, fl_ctx: FLContext, site: str) -> Path:
+    def _create_spool(self, fl_ctx: FLContext, site: str, rules: SiteRules) -> Path:
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
-        info = spool_info(job, site, cursors, self._limits.spool_bytes)
+        info = spool_info(job, site, cursors, self._limits.spool_bytes, rules)
         state_dir = self.state_dir
         if self._operator is not None:
             state_dir = self._operator.state_dir_for(state_dir, flare_internals.run_dir(fl_ctx))
@@ -263,6 +272,19 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Send for a second per receiver at most, before the simulator replaces this process by another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
+
+
+def _check_taken(rules: SiteRules, take_over: TakeOver) -> None:
+    """Check that what FLARE's own writers log does not pass by the rules.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if rules and not take_over:
+        raise ConfigError(
+            "TrackhubSender: a policy restricts what may leave this site, but take_over is off. So FLARE would send "
+            "what its own writers log to the server, past the policy. Leave take_over on, or set it to 'events'"
+        )
 
 
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types

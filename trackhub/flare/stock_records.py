@@ -64,7 +64,8 @@ class StockRecords:
         A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
         reason is logged once.
         """
-        if self._spool is None or (event := flare_internals.take_stock_event(fl_ctx)) is None:
+        # Taken in any case. If the spool could not be created, FLARE would send the record past the site's policy.
+        if (event := flare_internals.take_stock_event(fl_ctx)) is None or self._spool is None:
             return
         calls = self.calls()
         if flare_internals.came_as_message(fl_ctx):

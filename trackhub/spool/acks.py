@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from trackhub.plain_files import read_plain
+from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.full_disk_writes import write_start
 from trackhub.spool.layout import SEGMENT_HEADER
 
@@ -31,7 +34,10 @@ class Ack(msgspec.Struct, array_like=True):
         next_seq: the ``seq`` of the next record to be acknowledged.
         acked: records that the receiver acknowledged.
         refused: records that the receiver refused, by reason.
-        explained: records in gaps and in damaged places, by reason.
+        explained: records in gaps and in damaged places, by reason. Those that a policy withheld have ``withheld``.
+        withheld: these, by rule.
+        altered: values that a policy left out of other records or changed, by rule.
+        seen: what `trackhub.policy.thinning` remembers of the stream. With the place, since it belongs to it.
     """
 
     segment: int = 0
@@ -40,6 +46,34 @@ class Ack(msgspec.Struct, array_like=True):
     acked: int = 0
     refused: dict[str, int] = {}
     explained: dict[str, int] = {}
+    withheld: dict[str, int] = {}
+    altered: dict[str, int] = {}
+    seen: dict[str, tuple[int, float]] = {}
+
+    def after(self, batch: SpoolBatch, refused: Mapping[str, int]) -> Ack:
+        """Return where the reader is when this batch was accepted.
+
+        Args:
+            batch: the batch.
+            refused: how many of its records the receiver refused, by reason.
+        """
+        return Ack(
+            batch.segment,
+            batch.offset,
+            batch.next_seq,
+            self.acked + batch.records - sum(refused.values()),
+            _sum(self.refused, refused),
+            _sum(self.explained, batch.explained),
+            _sum(self.withheld, batch.withheld),
+            _sum(self.altered, batch.altered),
+            batch.seen,
+        )
+
+
+def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    total = Counter(counts)
+    total.update(more)
+    return dict(total)
 
 
 class Retired(msgspec.Struct, array_like=True):
@@ -50,7 +84,7 @@ class Retired(msgspec.Struct, array_like=True):
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
         dropped, refused: as there, by reason.
         names: those of them that may still have files: another reader needs them, or a crash came between.
-        altered: as in `trackhub.spool.counts.StreamCount`.
+        altered, withheld_by_rule, altered_by_rule: as in `trackhub.spool.counts.StreamCount`.
     """
 
     streams: int = 0
@@ -61,6 +95,8 @@ class Retired(msgspec.Struct, array_like=True):
     refused: dict[str, int] = {}
     names: tuple[str, ...] = ()
     altered: dict[str, int] = {}
+    withheld_by_rule: dict[str, int] = {}
+    altered_by_rule: dict[str, int] = {}
 
 
 def ack_file(folder: Path, stream: str, cursor: str) -> Path:

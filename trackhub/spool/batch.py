@@ -54,10 +54,13 @@ class SpoolBatch(msgspec.Struct, frozen=True):
         records: how many records the frames hold, gaps not counted.
         frames: the frames, one after another.
         blobs: the blobs that the frames refer to, in order.
-        lost_blobs: the blobs of records that a gap replaced, since the blobs' bytes cannot be had.
-        explained: how many records are not in the frames, by reason: gaps in the stream, and damaged places.
+        lost_blobs: the blobs of records that a gap replaced: their bytes cannot be had, or a policy withholds them.
+        explained: how many records are not in the frames, by reason: gaps in the stream, damaged places, a policy.
         segment: the segment where the next batch starts.
         offset: where it starts in that segment.
+        withheld: how many records a policy withholds, by rule. ``explained`` has their sum.
+        altered: how many values of the records in the frames a policy left out or changed, by rule.
+        seen: what `trackhub.policy.thinning` remembers of the stream after this batch.
     """
 
     stream: str
@@ -70,6 +73,9 @@ class SpoolBatch(msgspec.Struct, frozen=True):
     explained: dict[str, int]
     segment: int
     offset: int
+    withheld: dict[str, int] = {}
+    altered: dict[str, int] = {}
+    seen: dict[str, tuple[int, float]] = {}
 
     @property
     def next_place(self) -> Place:

@@ -32,6 +32,8 @@ class StreamCount(msgspec.Struct, frozen=True):
         unreadable: as ``spooled``, but the file system does not let the reader read it.
         altered: values that the writer left out of records that go on, by reason. They are no records.
         is_complete: False if the stream may have records that are not counted here.
+        withheld_by_rule: ``withheld`` by rule of the policy. It stays at the site.
+        altered_by_rule: values that a policy left out of records that go on or changed. It stays at the site, too.
     """
 
     logged: int
@@ -43,6 +45,8 @@ class StreamCount(msgspec.Struct, frozen=True):
     unreadable: int = 0
     altered: dict[str, int] = {}
     is_complete: bool = True
+    withheld_by_rule: dict[str, int] = {}
+    altered_by_rule: dict[str, int] = {}
 
 
 def count_stream(
@@ -65,7 +69,16 @@ def count_stream(
     damaged = logged - withheld - sum(drops.values()) - sum(ack.refused.values()) - ack.acked - spooled
     if damaged > 0:
         drops[DAMAGED] = damaged
-    return StreamCount(logged, drops, withheld, ack.acked, ack.refused, spooled)
+    return StreamCount(
+        logged,
+        drops,
+        withheld,
+        ack.acked,
+        ack.refused,
+        spooled,
+        withheld_by_rule=ack.withheld,
+        altered_by_rule=ack.altered,
+    )
 
 
 def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True) -> StreamCount:
@@ -93,13 +106,21 @@ def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True)
         unreadable=0 if is_readable else rest,
         altered=ledger.left_out,
         is_complete=ledger.is_counted or (is_readable and ack.next_seq > 0),
+        withheld_by_rule=ack.withheld,
+        altered_by_rule=ack.altered,
     )
 
 
 def count_retired(retired: Retired) -> StreamCount:
     """Return the count of all retired streams together."""
     counts = retired.logged, retired.dropped, retired.withheld, retired.acked, retired.refused
-    return StreamCount(*counts, spooled=0, altered=retired.altered)
+    return StreamCount(
+        *counts,
+        spooled=0,
+        altered=retired.altered,
+        withheld_by_rule=retired.withheld_by_rule,
+        altered_by_rule=retired.altered_by_rule,
+    )
 
 
 def add_up(counts: Iterable[StreamCount]) -> StreamCount:
@@ -115,6 +136,8 @@ def add_up(counts: Iterable[StreamCount]) -> StreamCount:
         unreadable=sum(count.unreadable for count in counts),
         altered=_by_reason(count.altered for count in counts),
         is_complete=all(count.is_complete for count in counts),
+        withheld_by_rule=_by_reason(count.withheld_by_rule for count in counts),
+        altered_by_rule=_by_reason(count.altered_by_rule for count in counts),
     )
 
 

@@ -40,6 +40,7 @@ class FollowedStream:
         problem: why it could not be read in this pass; empty if it could.
         is_done: its writer has ended, and all that can be read was acknowledged.
         is_held: its next records wait for their files, and are not handed out.
+        undecided_end: where it ended when nobody could decide yet whether its next record may leave.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class FollowedStream:
         "problem",
         "size",
         "state",
+        "undecided_end",
     )
 
     def __init__(self, name: str, ack: Ack) -> None:
@@ -69,6 +71,7 @@ class FollowedStream:
         self.problem = ""
         self.is_done = False
         self.is_held = False
+        self.undecided_end: End | None = None
 
     def is_behind(self) -> bool:
         """Return whether something was there at the last look that is not acknowledged yet."""

@@ -27,6 +27,7 @@ import struct
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,7 @@ __all__ = [
     "lock_cursor",
     "read_spool_info",
     "segment_name",
+    "set_policy",
     "spool_info",
 ]
 
@@ -75,6 +77,7 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         format: version of the frames.
         name, notes, tags: what a person reads of the job, as in `trackhub.run.JobInfo`. A replay of this spool needs
             them where the receiver's journal is not at hand, or it would write to runs of another name.
+        policy: what may leave the site: `trackhub.policy.SiteRules.plain`. Whoever sends this spool applies it.
     """
 
     site: str
@@ -86,6 +89,7 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     name: str = ""
     notes: str = ""
     tags: tuple[str, ...] = ()
+    policy: dict[str, Any] = {}
 
 
 _known: dict[str, SpoolInfo] = {}
@@ -277,6 +281,20 @@ def close_spool(folder: Path) -> None:
             raise SpoolError(
                 f"cannot mark the spool in {folder} as closed: {e}; start no more writers there, and make it writable"
             ) from e
+
+
+def set_policy(folder: Path, policy: dict[str, Any]) -> None:
+    """Change what the spool says may leave the site.
+
+    Args:
+        folder: the spool's folder.
+        policy: as in `SpoolInfo`.
+
+    Raises:
+        SpoolError: the folder is not a spool.
+        OSError: it cannot be written.
+    """
+    _store(folder, msgspec.structs.replace(read_spool_info(folder), policy=policy))
 
 
 def lock_cursor(folder: Path, cursor: str) -> ProcessLock:

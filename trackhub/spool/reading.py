@@ -28,6 +28,7 @@ from trackhub.spool.skip_damage import DAMAGED, DamageLog
 from trackhub.spool.stream_ledger import LedgerCounts, WriterState, read_ledger, writer_state
 from trackhub.spool.stream_reader import Extent, SegmentReader, find_place
 from trackhub.spool.turns import Turns
+from trackhub.spool.withholding import Withholding
 
 __all__ = ["RETIRED", "SpoolReader"]
 
@@ -65,6 +66,7 @@ class SpoolReader:
 
         Raises:
             SpoolError: there is no spool in the folder, and none is expected there; or it is not read by this cursor.
+            ConfigError: what the spool says may leave the site cannot be read.
         """
         self.folder = folder
         self.cursor = cursor
@@ -86,8 +88,10 @@ class SpoolReader:
         self._damage = DamageLog()
         self._segments = SegmentReader(folder, self._damage)
         self._named_problems: dict[str, str] = {}
+        self._withholding = Withholding.for_reader(self.info.policy, cursor)
+        self._round_ends = False
 
-    def begin_pass(self, *, final: bool = False) -> None:
+    def begin_pass(self, *, final: bool = False, round_ends: bool = False) -> None:
         """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
 
         What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
@@ -95,11 +99,13 @@ class SpoolReader:
 
         Args:
             final: all writers have ended, so an incomplete frame at the end of a stream is damage.
+            round_ends: what is in the spool now may be the last of its round. A policy may let it leave for that.
 
         Raises:
             OSError: the folder cannot be read.
         """
         self._pass_is_explicit = True
+        self._round_ends = round_ends
         self._look(final)
 
     def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
@@ -203,18 +209,7 @@ class SpoolReader:
         """
         stream = self._streams[batch.stream]
         old = stream.ack
-        explained = Counter(old.explained)
-        explained.update(batch.explained)
-        refusals = Counter(old.refused)
-        refusals.update(refused or {})
-        ack = Ack(
-            batch.segment,
-            batch.offset,
-            batch.next_seq,
-            old.acked + batch.records - sum((refused or {}).values()),
-            dict(refusals),
-            dict(explained),
-        )
+        ack = old.after(batch, refused or {})
         try:
             write_ack(self.folder, batch.stream, self.cursor, ack)
         finally:
@@ -378,9 +373,19 @@ class SpoolReader:
                 return None
             self._named_problems.pop(stream.name, None)
             if batch is not None:
-                return batch
+                return batch if self._withholding is None else self._withhold(self._withholding, stream, batch)
         stream.is_done = stream.state is WriterState.ENDED
         return None
+
+    def _withhold(self, withholding: Withholding, stream: FollowedStream, batch: SpoolBatch) -> SpoolBatch | None:
+        """Return what may leave of a batch. None if that cannot be decided before more is logged, or the round ends."""
+        ended = self._round_ends or self._is_final or stream.state is WriterState.ENDED
+        if stream.undecided_end == stream.end and not ended:
+            return None
+        more = (batch.segment, batch.offset) < stream.end
+        left = withholding.apply(batch, stream.ack.seen, more=more, ended=ended and not more)
+        stream.undecided_end = stream.end if left is None else None
+        return left
 
     def _set_aside(self, stream: FollowedStream, error: OSError) -> None:
         """Pass this stream over until the next look at the folder."""

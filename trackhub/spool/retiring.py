@@ -97,6 +97,8 @@ class Retirement:
             refused=total.refused,
             names=tuple(sorted(left | streams.keys())),
             altered=total.altered,
+            withheld_by_rule=total.withheld_by_rule,
+            altered_by_rule=total.altered_by_rule,
         )
         write_retired(self._folder, self._cursor, retired)
         self.total, self._names = retired, set(retired.names)
