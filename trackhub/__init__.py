@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trackhub.errors import ConfigError, RecordError, TrackhubError
 from trackhub.writer.writer import Writer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trackhub.limits import Limits
     from trackhub.local_tracking import LocalWriter
 
-__all__ = ["ConfigError", "RecordError", "TrackhubError", "Writer", "local"]
+__all__ = ["ConfigError", "RecordError", "TrackhubError", "Writer", "load", "local"]
 
 __version__ = "0.1.0"
 
@@ -84,3 +84,29 @@ def local(
         limits=limits,
         strict=strict,
     )
+
+
+def load(path: str | Path, table: Literal["metrics", "params", "tags"] = "metrics", *, arrow: bool = False) -> Any:
+    """Return the metrics, params or tags of the jobs at or under a path, one value a row.
+
+    Needs the extra ``tables`` (pandas and pyarrow). Nothing on the disk is changed.
+
+    Args:
+        path: a journal (``trackhub.db``), a run folder, a folder of jobs, or a job downloaded from FLARE.
+        table: ``metrics``: every value that was logged, with the columns job, name, site, round, step, key, value and
+            time. ``params`` or ``tags``: the last value of each key, as text, with job, name, site, key, value and
+            time. ``job`` is the job's id, ``name`` what a person calls it. ``time`` is unix seconds (UTC) of the log
+            call. ``round`` and ``step`` may be missing.
+        arrow: return a ``pyarrow.Table``, not a ``pandas.DataFrame``.
+
+    Returns:
+        The table, by job, site and order of logging. Its metadata has, under ``trackhub.problems``, a list of sentences
+        that say why records may be missing: in ``DataFrame.attrs``, or as JSON in the ``schema.metadata`` of Arrow.
+
+    Raises:
+        ConfigError: there is no journal at or under the path, no such table, or the extra is not installed.
+        JournalError: the journal cannot be read.
+    """
+    from trackhub.query.tidy import load as load_table  # lazy, as above
+
+    return load_table(path, table, arrow=arrow)

@@ -29,10 +29,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import Meta
 
 from trackhub.errors import ConfigError
 from trackhub.limits import ENV_PREFIX, Limits
@@ -80,6 +81,8 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         backends_allowed: the backends that a job may use here; None for all that are installed.
         state_dir: the absolute folder for spools and journals of all jobs; None for the run folder of each job.
+        keep_days: a receiver that starts prunes the journals in ``state_dir`` whose jobs ended so many days ago, as
+            ``trackhub prune`` does; None keeps them. It needs ``state_dir``: FLARE removes run folders by itself.
         take_over: ``"events"`` leaves trainers as they are: what FLARE's own writers log is then taken from FLARE's
             events, whatever the job says. None lets the job decide.
         limits: values of `trackhub.limits.Limits`. They win over the job's.
@@ -90,6 +93,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     backends_allowed: tuple[str, ...] | None = None
     state_dir: str | None = None
+    keep_days: Annotated[float, Meta(ge=0)] | None = None
     take_over: Literal["events"] | None = None
     limits: dict[str, Any] = {}
     forbid_kinds: tuple[str, ...] = ()
@@ -106,6 +110,10 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_kinds("forbid_kinds", self.forbid_kinds)
         if self.state_dir is not None:
             _require_absolute("state_dir", self.state_dir)
+        elif self.keep_days is not None:
+            raise ConfigError(
+                "keep_days: it needs state_dir, the folder for the journals of all jobs; name that as well"
+            )
         for name, rules in self.backends.items():
             for path in rules.paths:
                 _require_absolute(f"backends.{name}.paths", path)

@@ -47,6 +47,7 @@ def check_operator_file(workspace: Path) -> None:
         print_lines(f"There is no {local / FILE_NAME}. The strictest rules hold.")
     print_lines(
         f"state_dir: {operator.state_dir or 'the run folder of each job'}",
+        f"keep_days: {'delivered records stay' if operator.keep_days is None else f'{operator.keep_days:g}'}",
         f"limits: {', '.join(f'{name} = {value}' for name, value in operator.limits.items()) or 'those of the job'}",
         f"take_over: {operator.take_over or 'the job decides'}",
         f"forbid_kinds: {', '.join(operator.forbid_kinds) or 'none'}",

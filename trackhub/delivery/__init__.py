@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
     from trackhub.delivery.journal.find import find_interrupted
+    from trackhub.delivery.journal.prune import prune_older
     from trackhub.delivery.receiver import Receiver
     from trackhub.delivery.report import (
         DeliveryReport,
@@ -69,6 +70,7 @@ __all__ = [
     "format_report",
     "format_results",
     "has_streams",
+    "prune_older",
     "read_report",
     "refusal",
     "set_process_spool",
@@ -79,6 +81,7 @@ __all__ = [
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
     "trackhub.delivery.journal.find": ("find_interrupted",),
+    "trackhub.delivery.journal.prune": ("prune_older",),
     "trackhub.delivery.receiver": ("Receiver",),
     "trackhub.delivery.report": (
         "DeliveryReport",

@@ -28,6 +28,7 @@ from trackhub.delivery.disk_room import DiskRoom
 from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
+from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
@@ -149,6 +150,7 @@ class Receiver:
         self._journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
+        check_not_pruned(self._journal, backends, goes_on=self._ended is None, from_start=from_start)
         self._store_facts(self._journal)
         if self._ended is None:
             with contextlib.suppress(OSError):  # an earlier report would hide that this receiver was killed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from trackhub.delivery import (
     Side,
     create_spool,
     has_streams,
+    prune_older,
     set_process_spool,
 )
 from trackhub.errors import ConfigError, PluginError
@@ -199,6 +201,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
             if flare_internals.is_server(fl_ctx):  # which archives the run folder, and then deletes it
                 moves_to = _IN_JOB_STORE.format(job=job.id)
+            if operator.keep_days is not None and operator.state_dir is not None:
+                older = (Path(operator.state_dir), operator.keep_days)
+                threading.Thread(target=prune_older, args=older, name="trackhub-prune", daemon=True).start()
         core = Receiver(
             run_dir,
             state_dir=flare_internals.state_folder(fl_ctx, state_dir, job),

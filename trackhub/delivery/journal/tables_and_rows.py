@@ -22,6 +22,7 @@ from trackhub.spi import Entry, Results
 __all__ = [
     "EXPECTED_SITES",
     "JSON_FACTS",
+    "PRUNED",
     "REPAIRED_SITES",
     "SCHEMA",
     "SILENCE_S",
@@ -67,6 +68,9 @@ EXPECTED_SITES = "expected_sites"
 REPAIRED_SITES = "repaired_sites"
 """The key in ``meta`` of the sites whose counts a repair could not read: a JSON list of names."""
 
+PRUNED = "pruned"
+"""The key in ``meta`` of how many records were removed after their delivery, by site: a JSON object."""
+
 SILENCE_S = "silence_s"
 """The key in ``meta`` of ``limits.silence_s``: the counts of a site that was silent for longer are old."""
 
@@ -75,6 +79,7 @@ JSON_FACTS: dict[str, Any] = {
     "backends": dict[str, dict[str, Any]],
     EXPECTED_SITES: list[str],
     REPAIRED_SITES: list[str],
+    PRUNED: dict[str, int],
 }
 """The facts in ``meta`` that are JSON, and the type of each."""
 

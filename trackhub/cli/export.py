@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub export``: write the metrics, params and tags of jobs into CSV, JSON-lines or Parquet files.
+
+`trackhub.query.export` does the work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trackhub.cli.output import print_error, print_lines
+from trackhub.query.export import export as export_jobs
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="FILE.csv, FILE.jsonl or FILE.parquet.")
+def export(path: Path, to: Path) -> None:
+    """Write what jobs logged into files, one value a row.
+
+    PATH is a journal, a job's run folder, a folder of jobs, or a job downloaded from FLARE.
+
+    The file has the metrics, with the columns job, name, site, round, step, key, value and time. Files beside it,
+    FILE.params.csv and FILE.tags.csv, have the last value of each param and tag. time is unix seconds (UTC). In a
+    script, trackhub.load(PATH) gives the same as a pandas table.
+
+    Example: trackhub export runs --to all.parquet
+
+    A running or damaged job gives what can be read, and the lines on stderr say what is missing. The exit status is 1
+    only if nothing can be read or written.
+    """
+    found = export_jobs(path, to)
+    for problem in found.problems:
+        print_error(problem)
+    print_lines(*(f"{file}: {rows:,} rows" for file, rows in found.rows.items()))

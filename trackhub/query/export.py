@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the metrics of jobs into a CSV, JSON-lines or Parquet file, with their params and tags in files beside it.
+
+``trackhub export`` calls it. `trackhub.query.tidy` gives the rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import msgspec
+
+from trackhub.errors import ConfigError
+from trackhub.query.jobs import StoredJob, read_jobs
+from trackhub.query.tidy import COLUMNS, NONFINITE, TableName, arrow_batches, rows_of, schema_of, text_of
+
+__all__ = ["Exported", "export"]
+
+
+class Exported(NamedTuple):
+    """What an export wrote.
+
+    Attributes:
+        rows: how many rows each file has.
+        problems: why records may be missing, as sentences.
+    """
+
+    rows: dict[Path, int]
+    problems: list[str]
+
+
+def export(path: str | Path, to: str | Path) -> Exported:
+    """Write the jobs at or under a path into files, each of which is there whole or not at all.
+
+    ``out.csv`` gets the metrics, ``out.params.csv`` the params and ``out.tags.csv`` the tags. What is
+    there is replaced. Takes little memory.
+
+    Args:
+        path: as for `trackhub.load`.
+        to: the file for the metrics; ``.csv``, ``.jsonl`` or ``.parquet`` at its end says how to write it.
+
+    Raises:
+        ConfigError: there is no journal, the file's ending is another one, its folder cannot be written to, or pyarrow
+            is not installed for Parquet.
+        JournalError: the journal cannot be read.
+    """
+    target = Path(to)
+    write = _WRITERS.get(target.suffix.lower())
+    if write is None:
+        raise ConfigError(f"--to: {target.name!r} ends in none of {', '.join(_WRITERS)}, which say how to write it")
+    rows: dict[Path, int] = {}
+    with read_jobs(path) as jobs:
+        for table in get_args(TableName):
+            file = target if table == "metrics" else target.with_suffix(f".{table}{target.suffix}")
+            partial = file.with_name(f".{file.name}.part")
+            try:
+                rows[file] = write(partial, table, jobs)
+                os.replace(partial, file)
+            except OSError as e:
+                raise ConfigError(
+                    f"cannot write {file}: {e.strerror or e}; name a file in a folder that you can write to"
+                ) from e
+            finally:
+                partial.unlink(missing_ok=True)
+        return Exported(rows, jobs.problems())
+
+
+def _write_csv(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:
+    count = 0
+    value = COLUMNS[table].index("value")
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(COLUMNS[table])
+        for row in rows_of(table, jobs):
+            writer.writerow((*row[:value], text_of(row[value]), *row[value + 1 :]))
+            count += 1
+    return count
+
+
+def _write_jsonl(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:
+    count, names, encode = 0, COLUMNS[table], msgspec.json.encode
+    with file.open("wb") as out:
+        for row in rows_of(table, jobs):
+            out.write(encode(_named(dict(zip(names, row, strict=True)))) + b"\n")
+            count += 1
+    return count
+
+
+def _named(value: Any) -> Any:
+    """Return the value with NaN and infinities as strings: in JSON they would be null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return NONFINITE[repr(value)]
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    return [_named(item) for item in value] if isinstance(value, list) else value
+
+
+def _write_parquet(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:
+    try:
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as e:
+        raise ConfigError("Parquet needs pyarrow; install the extra: pip install 'flare-trackhub[tables]'") from e
+    count = 0
+    with pq.ParquetWriter(file, schema_of(table)) as writer:
+        for batch in arrow_batches(table, jobs):
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+_WRITERS: dict[str, Callable[[Path, TableName, Iterable[StoredJob]], int]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
