@@ -108,7 +108,7 @@ def test_the_three_files_of_an_export_hold_the_same_in_each_format(run: Path, tm
     as_csv = [(r["key"], r["round"], r["step"], float(r["value"]), float(r["time"])) for r in table]
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     as_json = [(r["key"], r["round"], r["step"], float(r["value"]), r["time"]) for r in lines]
-    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()  # type: ignore[no-untyped-call]
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     as_parquet = [(r["key"], r["round"], r["step"], r["value"], r["time"]) for r in rows]
     assert same(as_json, expected(run))
     assert same(as_parquet, expected(run))
@@ -151,7 +151,8 @@ def test_a_record_that_server_and_client_have_is_read_once(tmp_path: Path) -> No
     add(server, "site-2", [metric(i, step=i) for i in range(2)])
     add(client, "site-1", [metric(i, step=i) for i in range(6)])
     add(client, "site-1", [metric(i, step=100 + i) for i in range(2)], B)
-    server.close(), client.close()
+    server.close()
+    client.close()
 
     assert sorted(steps(all_of(tmp_path)), key=int) == [0, 1, 2, 3, 4, 5, 100, 101, 102]  # type: ignore[arg-type]
     assert steps(all_of(tmp_path, "site-2")) == [0, 1]
@@ -210,7 +211,8 @@ def test_records_with_a_changed_bit_are_counted_and_the_rest_is_read(tmp_path: P
     (frames,) = db.execute("SELECT frames FROM batches").fetchone()
     middle = len(frames) // 2
     db.execute("UPDATE batches SET frames = ?", (frames[:middle] + bytes([frames[middle] ^ 1]) + frames[middle + 1 :],))
-    db.commit(), db.close()
+    db.commit()
+    db.close()
 
     with read_jobs(file) as jobs:
         found = list(jobs[0].records("site-1"))

@@ -22,6 +22,7 @@ __all__ = [
     "NONFINITE",
     "TableName",
     "arrow_batches",
+    "flat",
     "last_values",
     "load",
     "rows_of",
@@ -83,17 +84,17 @@ def last_values(job: StoredJob, site: str, kind: Kind) -> dict[str, tuple[Any, f
     """
     found: dict[str, tuple[Any, float]] = {}
     for _, _, record in job.records(site, (kind,)):
-        for key, value in _flat(record.payload.values):  # type: ignore[union-attr]
+        for key, value in flat(record.payload.values):  # type: ignore[union-attr]
             if key not in found or record.time >= found[key][1]:  # of several streams, the later one
                 found[key] = value, record.time
     return found
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each value with its key. A dict in a dict gives keys such as ``optimizer/lr``."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}/")
+            yield from flat(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
 
