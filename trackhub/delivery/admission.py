@@ -6,9 +6,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+from collections import Counter
 
 __all__ = ["Admission"]
+
+_RECENT_S = 2.0
+"""How long a site counts as busy after its last request or reply, and as crowding after it last asked too early."""
 
 
 class Admission:
@@ -16,6 +22,10 @@ class Admission:
 
     A site sends its request again when the reply is late. Without this, the copies of a request that waits for a locked
     journal pile up in the transport's threads. FLARE's pool has 64 of them, for all that the job sends.
+
+    A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. A site
+    that crowds all the time has a request ready whenever one of its own is done. It would get most turns, since those
+    of other sites are still on their way. So it gets a turn only if it has had no more than each other busy site.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -23,16 +33,44 @@ class Admission:
         self._at_once = at_once
         self._lock = threading.Lock()
         self._sites: set[str] = set()
+        self._turns = Counter[str]()
+        self._asked_at: dict[str, float] = {}
+        self._crowded_at: dict[str, float] = {}
 
     def enter(self, site: str) -> bool:
         """Return whether a request of this site is admitted. If so, the caller must call ``leave`` when it is done."""
+        now = time.monotonic()
         with self._lock:
-            if site in self._sites or len(self._sites) >= self._at_once:
+            if site not in self._sites and now - self._asked_at.get(site, -math.inf) > _RECENT_S:
+                self._begin(site, now)
+            self._asked_at[site] = now
+            if site in self._sites:
+                self._crowded_at[site] = now
+                return False
+            if len(self._sites) >= self._at_once or (site in self._crowded_at and self._must_wait(site, now)):
                 return False
             self._sites.add(site)
+            self._turns[site] += 1
             return True
 
     def leave(self, site: str) -> None:
         """Say that the admitted request of this site is done."""
         with self._lock:
             self._sites.discard(site)
+            self._asked_at[site] = time.monotonic()  # its next request is on its way
+
+    def _begin(self, site: str, now: float) -> None:
+        """Give a site that was idle as many turns as the busiest one has: it has no claim to those it did not use."""
+        self._turns[site] = max((self._turns[other] for other in self._busy(site, now)), default=0)
+
+    def _must_wait(self, site: str, now: float) -> bool:
+        if now - self._crowded_at[site] > _RECENT_S:
+            del self._crowded_at[site]
+            return False
+        mine = self._turns[site]
+        return any(self._turns[other] < mine for other in self._busy(site, now))
+
+    def _busy(self, site: str, now: float) -> list[str]:
+        """Return the other sites that have a request here, or had one just now."""
+        recent = [other for other, at in self._asked_at.items() if now - at <= _RECENT_S or other in self._sites]
+        return [other for other in recent if other != site]
