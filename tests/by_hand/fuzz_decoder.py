@@ -11,13 +11,14 @@ into `tests/hostile/test_decoder.py`, which checks the same.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
     """Write the first requests into the corpus, and run until the time is over or something is wrong."""
-    import atheris
+    atheris = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["trackhub"]):
         from tests.hostile.decoder_rules import check_decoder, real_bodies, real_requests

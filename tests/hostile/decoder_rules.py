@@ -15,6 +15,7 @@ from trackhub.delivery.gate import Contents, KnownKeys, RefusedRecordError, chec
 from trackhub.framing import (
     MAX_BODY_BYTES,
     CorruptFrameError,
+    Frame,
     decode_body,
     decode_head,
     metrics_bodies,
@@ -83,7 +84,7 @@ def check_decoder(data: bytes) -> None:
 
 def _check_frames(data: bytes) -> None:
     """Check that the three ways to walk over frames see the same ones."""
-    frames = []
+    frames: list[Frame] = []
     with suppress(CorruptFrameError):
         frames.extend(scan_frames(data))
     assert all(a.end == b.start for a, b in itertools.pairwise(frames))
