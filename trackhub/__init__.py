@@ -42,13 +42,14 @@ def local(
     site: str = "local",
     limits: Limits | None = None,
     strict: bool = False,
+    quiet: bool = False,
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
 
-    Close it, or use it as a context manager, and everything is delivered when that returns. A run that is still open
-    when the script ends is closed then, and says on stderr what it delivered. It ends as failed after an exception,
-    ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed, what it logged stays in the
-    run's folder. The next run in ``folder`` names it, and ``trackhub replay`` delivers it.
+    Close it, or use it as a context manager, and everything is delivered when that returns. It then says on stderr what
+    was delivered, and how to look at it. A run that is still open when the script ends is closed then. It ends as
+    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed,
+    what it logged stays in the run's folder. The next run in ``folder`` names it, and ``trackhub replay`` delivers it.
 
     The environment variable ``TRACKHUB_MODE=disabled`` turns it off: nothing is recorded, and no folder is made.
 
@@ -63,6 +64,7 @@ def local(
         site: the site's name, the second half of the run's name.
         limits: how much, how often and how long.
         strict: raise for what cannot be stored, as for `Writer`.
+        quiet: do not say on stderr what was delivered.
 
     Raises:
         ConfigError: a backend or an option is unknown, a backend cannot be used as configured, the run is there already
@@ -83,6 +85,7 @@ def local(
         site=site,
         limits=limits,
         strict=strict,
+        quiet=quiet,
     )
 
 

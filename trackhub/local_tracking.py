@@ -200,20 +200,23 @@ class LocalWriter(Writer):
 
     report: DeliveryReport | None
 
-    def __init__(self, folder: Path, delivery: _Delivery | None, *, strict: bool = False) -> None:
+    def __init__(self, folder: Path, delivery: _Delivery | None, *, strict: bool = False, quiet: bool = False) -> None:
         """Use `trackhub.local`, which calls this.
 
         Args:
             folder: the run's folder.
             delivery: what delivers the run; None records nothing.
             strict: as for `Writer`.
+            quiet: do not say on stderr what was delivered.
         """
         super().__init__(None if delivery is None else delivery.spool, strict=strict)
         self.folder = folder
         self.report = None
         self._delivery = delivery
+        self._quiet = quiet
         self._pid = os.getpid()
         self._has_ended = delivery is None
+        self._ends_with_script = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy logs into the same run, as a forked child does. It can end neither the run nor what it does not have.
@@ -253,6 +256,10 @@ class LocalWriter(Writer):
                 )  # fmt: skip
         finally:
             unregister(self)
+        if self.report is not None and not self._quiet:
+            end = "was still open when the script ended, and is closed now" if self._ends_with_script else "has ended"
+            results = format_results({self.report.side: self.report})
+            _say(f"the run {end} as {'failed' if failed else 'finished'}\n{results}")
 
     def _warn_of_end(self, reason: str) -> None:
         _log.warning(
@@ -261,19 +268,16 @@ class LocalWriter(Writer):
         )  # fmt: skip
 
     def end_with_script(self, *, failed: bool) -> None:
-        """Close, and say on stderr what was delivered and where it is. Never raises.
+        """Close, because the script ends. Never raises.
 
         Args:
             failed: end the run as failed.
         """
+        self._ends_with_script = True
         try:
             self.close(failed=failed)
         except KeyboardInterrupt:
             _say(f"interrupted; `trackhub replay {self.folder}` delivers what is left")
-        if self.report is not None:
-            how = "failed" if failed else "finished"
-            results = format_results({self.report.side: self.report})
-            _say(f"the run was still open when the script ended, and is closed now as {how}\n{results}")
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -299,11 +303,12 @@ def open_local(
     site: str = "local",
     limits: Limits | None = None,
     strict: bool = False,
+    quiet: bool = False,
 ) -> LocalWriter:
     """Start a receiver in this process, and return a writer that delivers to it.
 
     Args:
-        backends, folder, job, resume, name, notes, tags, site, strict: as for `trackhub.local`.
+        backends, folder, job, resume, name, notes, tags, site, strict, quiet: as for `trackhub.local`.
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
@@ -330,7 +335,7 @@ def open_local(
         )
     _name_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits)
-    writer = LocalWriter(run_dir, delivery, strict=strict)
+    writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
     end_with_script(writer)
     return writer
 

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +20,11 @@ from model import SmallCNN
 from trackhub import registry
 from trackhub.config import TrackingConfig
 from trackhub.errors import ConfigError, PluginError
+from trackhub.preflight import Readiness, check_ready
 
 NAME, SUMMARIES = "cifar10_fedavg", "sites"
 HERE = Path(__file__).resolve().parent
-EXIT_JOB_FAILED, EXIT_BAD_FLAGS, EXIT_UNDELIVERED = 1, 2, 3
+EXIT_JOB_FAILED, EXIT_BAD_FLAGS, EXIT_UNDELIVERED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -64,6 +66,20 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         for name, options in {**(config.server or {}), **(config.clients or {})}.items():
             registry.check_options(name, options)
     return config
+
+
+def check_backends(config: TrackingConfig) -> None:
+    """Try each backend as the job will use it, which says at once whether somebody is logged in.
+
+    Raises:
+        ConfigError: a backend cannot be used.
+    """
+    for name, options in {**(config.server or {}), **(config.clients or {})}.items():
+        ready = check_ready(name, options)
+        if ready.word == Readiness.NO:
+            raise ConfigError(ready.remark)
+        if ready.remark:
+            print(f"{name}: {ready.remark}", file=sys.stderr)
 
 
 def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
@@ -113,6 +129,9 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     """
     from nvflare.recipe import SimEnv
 
+    from trackhub.watch import show_job
+
+    check_backends(config)
     # Here, for all sites: with "auto" they must not decide each for itself.
     args.dataset, _, test_images = data.load(args)
     if args.data_root is not None:
@@ -132,10 +151,14 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
         print(f"Running {NAME} on {args.dataset} images; workspace {args.workspace}", flush=True)
         last_screen.forget(run_folders, args.workspace / SUMMARIES)
         try:
-            recipe.run(environment)
+            with show_job(result, args.workspace / "flare.log") as show:
+                recipe.run(environment)
         except RuntimeError as error:
             failure = error
 
+    if show.was_interrupted:
+        print("\nInterrupted. What the sites have logged is delivered now:", flush=True)
+        subprocess.run([sys.executable, "-m", "trackhub.cli", "replay", str(result), "--timeout-s", "30"], check=False)
     last_screen.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if failure is None and checkpoint.is_file():
@@ -145,8 +168,10 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
     delivered = last_screen.print_delivery(run_folders)
     print(f"\nFiles of the job: {result}")
+    if show.was_interrupted:
+        return EXIT_INTERRUPTED
     if failure is not None:
-        print(f"\nThe job failed: {failure}")
+        print("", *show.last_lines(), f"The job failed: {failure}", sep="\n")
         return EXIT_JOB_FAILED
     return EXIT_UNDELIVERED if args.strict and not delivered else 0
 

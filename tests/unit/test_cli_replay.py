@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.helpers import json_lines, settle_all
+from trackhub.delivery.receiver import Receiver
+from trackhub.run import RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
@@ -96,3 +98,21 @@ def test_flags_that_do_not_fit_together_are_an_error(tmp_path: Path, args: list[
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_journal_that_two_spools_go_through_is_reported_once(tmp_path: Path) -> None:
+    for site in ("site-1", "site-2"):
+        create_spool(tmp_path / site, SpoolInfo(site, "job-1", ("server",), name="cifar10"))
+        with Writer(tmp_path / site) as writer:
+            writer.log({"loss": 1.0}, 0)
+    journal = tmp_path / "run" / "trackhub"
+    receiver = Receiver(tmp_path / "run", job="job-1", side=Side.SERVER, backends={"jsonl": {}})
+    receiver.start()
+    receiver.finish(RunStatus.FINISHED)
+
+    done = replay(tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trackhub delivery report") == 1
+    assert done.stdout.count("what the server side did not get") == 2
+    assert journal.joinpath("delivery.json").is_file()

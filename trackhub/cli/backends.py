@@ -84,10 +84,10 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path | Non
 
 def _check(name: str | None) -> None:
     """Say which backends are ready. Exit with 1 if one is not."""
-    from trackhub.cli.readiness import Readiness, readiness  # here, since it loads what runs a receiver
+    from trackhub.preflight import Readiness, check_ready  # here, since only this loads SDKs
 
     names = [entry.name for entry in registry.available()] if name is None else [name]
-    found = {each: readiness(each) for each in names}
+    found = {each: check_ready(each, {}) for each in names}
     print_table(["backend", "ready", "remarks"], [[each, was.word, was.remark] for each, was in found.items()])
     if any(was.word != Readiness.YES for was in found.values()):
         sys.exit(1)

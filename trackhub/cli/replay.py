@@ -21,7 +21,7 @@ from trackhub.config import parse_option_flags
 from trackhub.delivery.journal.find import find
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.replay import FOREVER_S, Backends, count_spooled, journal_for_spool, replay_journal, replay_spool
-from trackhub.delivery.report import format_report
+from trackhub.delivery.report import DeliveryReport, format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.limits import Limits
 from trackhub.spool.layout import read_spool_info
@@ -59,15 +59,18 @@ def replay(
     backends = _backends(backend, option)
     found = find(path)
     work = _Work(found.journals, backends, from_start, FOREVER_S if timeout_s is None else timeout_s)
-    for spool, cursor in work.receivers(found.spools):
-        work.deliver_spool(spool, cursor)
-    if from_start and not work.journals and not work.errors:
-        raise ConfigError(
-            f"{path}: --from-start needs the journal of a receiver. A spool holds only what no receiver has "
-            "acknowledged. Give the folder of the receiver's job, or leave --from-start out"
-        )
-    for journal in work.journals:
-        work.deliver_journal(journal)
+    try:
+        for spool, cursor in work.receivers(found.spools):
+            work.deliver_spool(spool, cursor)
+        if from_start and not work.journals and not work.errors:
+            raise ConfigError(
+                f"{path}: --from-start needs the journal of a receiver. A spool holds only what no receiver has "
+                "acknowledged. Give the folder of the receiver's job, or leave --from-start out"
+            )
+        for journal in work.journals:
+            work.deliver_journal(journal)
+    finally:
+        work.show()  # also what was delivered before an interruption
     if looked := work.nothing_to_do():
         print_lines("There is nothing to deliver. Looked at", *looked)
     for error in work.errors:
@@ -79,7 +82,7 @@ def replay(
 
 
 class _Work:
-    """Delivers spools and journals one after the other, and prints the report of each.
+    """Delivers spools and journals one after the other, and then prints the report of each journal.
 
     An error costs the spool or the journal that it is about, and not the others.
 
@@ -105,7 +108,8 @@ class _Work:
         self._timeout_s = timeout_s
         self._limits = Limits.from_mapping({}, environ=os.environ)
         # By journal, since the rest of several spools may go through one. Its last report counts.
-        self._pending: dict[Path, int] = {}
+        self._reports: dict[Path, DeliveryReport] = {}
+        self._from_spools: dict[Path, list[str]] = {}
         self._in_spools = 0
         self._done: list[str] = []
 
@@ -140,8 +144,8 @@ class _Work:
             self.errors.append(error)
             return
         if report is not None:
-            print_lines(f"{spool}: what the {cursor} side did not get", format_report(report))
-            self._pending[journal] = report.pending()
+            self._reports[journal] = report
+            self._from_spools.setdefault(journal, []).append(f"  {spool}: what the {cursor} side did not get")
         else:
             self._done.append(f"  {spool}: the {cursor} side has had all of it")
         if journal not in self.journals and journal.exists() and (report is None or self._from_start):
@@ -164,16 +168,20 @@ class _Work:
         except TrackhubError as error:
             self.errors.append(error)
             return
-        print_lines(f"{journal}:", format_report(report))
-        self._pending[journal] = report.pending()
+        self._reports[journal] = report
+
+    def show(self) -> None:
+        """Print the last report of each journal, once."""
+        for journal, report in self._reports.items():
+            print_lines(f"{journal}:", *self._from_spools.get(journal, ()), format_report(report))
 
     def nothing_to_do(self) -> list[str]:
         """Return where there was nothing to deliver, if that was so everywhere."""
-        return [] if self._pending or self.errors else self._done
+        return [] if self._reports or self.errors else self._done
 
     def left(self) -> int:
         """Return how many records are still not delivered."""
-        return self._in_spools + sum(self._pending.values())
+        return self._in_spools + sum(report.pending() for report in self._reports.values())
 
 
 def _backends(names: Sequence[str], options: Sequence[str]) -> Backends | None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a backend can be used here: what ``trackhub backends --check`` shows.
+"""Whether a backend can be used here, asked before a job starts.
 
 It does what a receiver does before training: it builds the options, makes the backend, and calls its ``preflight``.
+``trackhub backends --check`` and scripts that start jobs call it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import logging
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trackhub import registry
 from trackhub.conceal import conceal
@@ -21,7 +23,7 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.run import JobInfo, Side
 from trackhub.spi import BackendContext, TransientError
 
-__all__ = ["Readiness", "Ready", "readiness"]
+__all__ = ["Readiness", "Ready", "check_ready"]
 
 _TIMEOUT_S = 30.0
 
@@ -43,34 +45,36 @@ class Ready(NamedTuple):
     remark: str
 
 
-def readiness(name: str, timeout_s: float = _TIMEOUT_S) -> Ready:
-    """Set a backend up as a job without options does, and return whether it is ready. Blocks up to ``timeout_s``.
+def check_ready(name: str, options: Mapping[str, Any], timeout_s: float = _TIMEOUT_S) -> Ready:
+    """Set a backend up as a job does, and return whether it is ready. Blocks up to ``timeout_s``. Never raises.
 
-    Files that the backend makes go to a folder that is deleted. What it warns of is the remark.
+    Files that the backend makes in the job's folder go to one that is deleted. What it warns of is the remark.
 
     Args:
         name: the backend's name.
+        options: the backend's options, as a job gives them.
         timeout_s: the longest wait, in seconds.
     """
     answers: list[Ready] = []
     with tempfile.TemporaryDirectory(prefix="trackhub-check-", ignore_cleanup_errors=True) as folder:
         # In a thread of its own, since an SDK may never return.
-        thread = threading.Thread(target=lambda: answers.append(_ask(name, Path(folder))), daemon=True)
+        thread = threading.Thread(target=lambda: answers.append(_ask(name, options, Path(folder))), daemon=True)
         with contextlib.redirect_stdout(sys.stderr), _Warnings() as warnings:
             thread.start()
             thread.join(timeout_s)
     if not answers:
         return Ready(Readiness.NOT_NOW, f"it did not answer within {timeout_s:g} s")
     word, remark = answers[0]
-    return Ready(word, conceal("; ".join(filter(None, [remark, *warnings.messages]))))
+    remark = "; ".join(filter(None, [remark, *warnings.messages]))
+    return Ready(word, conceal(remark.replace(folder, "the job's folder")))
 
 
-def _ask(name: str, folder: Path) -> Ready:
+def _ask(name: str, options: Mapping[str, Any], folder: Path) -> Ready:
     try:
         cls = registry.load(name)
         context = BackendContext(folder / name, JobInfo("trackhub-check"), Side.LOCAL)
         context.workdir.mkdir()
-        backend = cls(registry.build_options(name, cls, {}), context)
+        backend = cls(registry.build_options(name, cls, options), context)
         try:
             backend.preflight()
         finally:

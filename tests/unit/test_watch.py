@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running job can be watched: its round, its sites, and what became of their records."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import trackhub
+from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
+from trackhub.run import RunStatus
+from trackhub.watch.follow import follow
+from trackhub.watch.job_state import JobFollower, JobState, LaneState, SiteState
+from trackhub.watch.panel import job_line, job_panel
+from trackhub.writer.writer import Writer
+
+
+def drawn(state: JobState, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(job_panel(state, 83.0))
+    return console.export_text()
+
+
+def watch(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trackhub.cli", "watch", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_running_job_is_seen_with_its_newest_metrics_and_its_counts(tmp_path: Path) -> None:
+    receiver = Receiver(tmp_path / "run", job="job-1", side=Side.SERVER, backends={"jsonl": {}})
+    receiver.start()
+    create_spool(tmp_path / "spool", SpoolInfo("site-1", "job-1", ("server",)))
+    sender = Sender(tmp_path / "spool", receiver.channel("site-1"), cursor="server")
+    sender.start()
+    sender.set_round(2)
+    with Writer(tmp_path / "spool") as writer:
+        for step in range(100):
+            writer.log({"train/loss": 1.0 / (step + 1)}, step=step)
+    sender.close(20)
+
+    follower = JobFollower(tmp_path)
+    running = follower.look()
+    receiver.finish(RunStatus.FINISHED)
+    ended = follower.look()
+
+    site = running.sites["site-1"]
+    assert (running.status, running.name, ended.status) == ("running", "job-1", "finished")
+    assert (site.round, site.step, site.values, site.logged) == (2, 99, {"train/loss": 0.01}, 100)
+    assert ended.sites["site-1"].lanes["jsonl"] == LaneState(100, 0, "finished", "")
+
+
+def test_metrics_that_came_in_since_the_last_look_are_seen_at_the_next(tmp_path: Path) -> None:
+    follower = JobFollower(tmp_path)
+    with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
+        writer.log({"loss": 1.0, "acc": 0.5}, step=1)
+        assert writer.flush(20)
+        first = follower.look().sites["local"].values.copy()
+        writer.log({"loss": 0.5}, step=2)
+        assert writer.flush(20)
+        second = follower.look().sites["local"]
+
+    assert first == {"loss": 1.0, "acc": 0.5}
+    assert (second.values, second.step) == ({"acc": 0.5, "loss": 0.5}, 2)
+
+
+def test_a_folder_in_which_nothing_has_begun_is_no_error(tmp_path: Path) -> None:
+    state = JobFollower(tmp_path / "not there").look()
+
+    assert (state.status, state.sites) == ("running", {})
+    assert "there is no" in state.problem
+
+
+def test_a_damaged_journal_is_a_line_and_hides_no_other(tmp_path: Path) -> None:
+    with trackhub.local(backends=["jsonl"], folder=tmp_path, job="good") as writer:
+        writer.log({"loss": 1.0})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "trackhub.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+
+    state = JobFollower(tmp_path).look()
+
+    assert "trackhub.db" in state.problem
+    assert state.sites["local"].lanes["jsonl"].confirmed == 1
+
+
+def test_what_is_not_delivered_and_why_a_backend_waits_is_shown() -> None:
+    lane = LaneState(10, 990, "open", "connection refused\nTraceback")
+    site = SiteState("site-1", 3, 42, {"val/acc": 0.5}, 1003, {"spool_full": 3}, {"mlflow": lane})
+    state = JobState("cifar10", sites={"site-1": site})
+
+    table, line = drawn(state), job_line(state)
+
+    assert re.search(r"site-1 +3 +42 +0\.5 +1,003 +10 \+990 pending +3 spool_full", table)
+    assert "mlflow: connection refused\n" in table
+    assert line == (
+        "cifar10: running; round 3; val/acc: site-1 0.5; mlflow: 10 confirmed, 990 pending; NOT DELIVERED: 3 spool_full"
+    )
+
+
+def test_of_many_sites_those_that_need_a_look_are_shown() -> None:
+    sites = {
+        f"site-{i:04}": SiteState(f"site-{i:04}", lanes={"jsonl": LaneState(1, 0, "open", "")}) for i in range(500)
+    }
+    sites["site-0321"].dropped = {"damaged": 1}
+
+    table = drawn(JobState("big", sites=sites))
+
+    assert "site-0321" in table
+    assert "and 485 more" in table
+
+
+def test_names_and_keys_of_a_hostile_site_are_inert() -> None:
+    evil = "\x1b]0;pwned\x07[bold red]\u202e"
+    site = SiteState(evil, values={evil: 1.0}, lanes={evil: LaneState(0, 1, "open", evil)})
+    state = JobState(evil, sites={evil: site}, problem=evil)
+
+    for text in (drawn(state), job_line(state)):
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+        assert "[bold red]" in text
+
+
+def test_one_metric_of_each_sort_is_shown_before_a_second_loss() -> None:
+    values = dict.fromkeys(["train/loss", "train/epoch_loss", "val/loss", "val/accuracy", "system/cpu"], 1.0)
+
+    line = job_line(JobState("job", sites={"a": SiteState("a", values=values)}))
+
+    assert re.findall(r"(\S+): a 1", line) == ["val/loss", "val/accuracy", "train/loss"]
+
+
+def test_the_command_ends_with_the_job_and_says_where_to_look(tmp_path: Path) -> None:
+    with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
+        writer.log({"loss": 1.0})
+
+    done = watch(tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "finished; loss: local 1; jsonl: 1 confirmed, 0 pending" in done.stdout
+    assert "Open the results" in done.stdout
+
+
+def test_a_show_can_be_stopped_while_the_job_runs(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with open(tmp_path / "out", "w", encoding="utf-8") as file:
+        state = follow(tmp_path, stop, file=file)
+
+    assert state.status == "running"
+
+
+SCRIPT = """
+import subprocess, sys
+from pathlib import Path
+from trackhub.watch import show_job
+folder = Path(sys.argv[1])
+with show_job(folder, folder / "job.log") as show:
+    print("a line of the script")
+    subprocess.run([sys.executable, "-c", "import sys; sys.stderr.write('ValueError: a line of a child')"])
+print("after it:", show.last_lines())
+"""
+
+
+def on_terminal(script: str, folder: Path) -> str:
+    """Run a script on a terminal of its own, and return what it showed."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux reports the end of a terminal as an error
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait(60) == 0, shown
+    return shown.decode()
+
+
+def test_on_a_terminal_the_lines_of_a_job_go_to_a_file(tmp_path: Path) -> None:
+    shown = on_terminal(SCRIPT, tmp_path)
+
+    before, after = shown.split("after it:")
+    assert "waiting for the first record" in before
+    assert "a line of" not in before
+    assert after.strip() == "['ValueError: a line of a child']"
+    assert (tmp_path / "job.log").read_text().splitlines() == ["a line of the script", "ValueError: a line of a child"]
+
+
+def test_elsewhere_the_lines_of_a_job_come_as_usual(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout == "a line of the script\nafter it: []\n"
+    assert done.stderr == "ValueError: a line of a child"
+    assert not (tmp_path / "job.log").exists()
+
+
+@pytest.mark.parametrize("code", ["import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+def test_ctrl_c_is_noted_also_where_what_runs_the_job_hides_it(tmp_path: Path, code: str) -> None:
+    script = (
+        "import sys, contextlib; from pathlib import Path; from trackhub.watch import show_job\n"
+        "with show_job(Path(sys.argv[1]), Path(sys.argv[1], 'log')) as show:\n"
+        f"    with contextlib.suppress(KeyboardInterrupt):\n        {code}\n"
+        "print(show.was_interrupted)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub watch``: show a job while it runs. `trackhub.watch` does the work."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from trackhub.cli.output import print_error, print_lines
+from trackhub.delivery.report import format_results
+from trackhub.printable import printable
+
+__all__ = ["watch"]
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def watch(path: Path) -> None:
+    r"""Show a job while it runs: its round, its sites, and what became of their records.
+
+    PATH is the job's folder, or a folder above, such as the simulator's workspace or that of a FLARE server. The job
+    may begin later. On a terminal the table is drawn anew each second. Elsewhere a line comes when something is new.
+
+    It ends when the job has ended, or by Ctrl-C, which does not touch the job. The exit status is 0 if all records are
+    delivered, and 1 if not.
+
+    \b
+    Examples:
+      trackhub watch runs/cifar10_fedavg-20260101-120000
+      trackhub watch /opt/flare/server/1f2e3d4c
+    """
+    from trackhub.watch.follow import follow
+
+    stop = threading.Event()
+    state = follow(path, stop)
+    reports = {
+        ("server" if report.side == "server" else ", ".join(report.sites) or report.side): report
+        for report in state.reports
+    }
+    print_lines("", format_results(reports))
+    if undelivered := [name for name, report in reports.items() if not report.is_complete()]:
+        print_error(f"not all is delivered at {printable(', '.join(undelivered))}; `trackhub status {path}` says more")
+        sys.exit(1)

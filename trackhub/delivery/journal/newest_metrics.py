@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest metrics of each site in a journal that is being written. `trackhub.watch` shows them.
+
+Each look reads only rows that are new since the last one, and no more than a bounded number of each site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
+from trackhub.delivery.journal.read_only import open_read_only
+from trackhub.delivery.journal.tables_and_rows import Row, stored_records
+from trackhub.records import Kind, Metrics
+
+__all__ = ["NewestMetrics", "SiteMetrics"]
+
+_MAX_ROWS = 20
+_MAX_BYTES = 1 << 20
+_MAX_KEYS = 200
+
+
+@dataclass
+class SiteMetrics:
+    """What a site logged last.
+
+    Attributes:
+        round: the round of its newest record; None if that has none.
+        step: the step of its newest metrics; None if they have none.
+        values: the newest value of each key. Those that were logged last come last.
+    """
+
+    round: int | None = None
+    step: int | None = None
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class NewestMetrics:
+    """Follows one journal. Used by one thread."""
+
+    def __init__(self, journal: Path) -> None:
+        """Read nothing yet.
+
+        Args:
+            journal: the journal's file. Its receiver may be writing to it.
+        """
+        self._journal = journal
+        self._upto: dict[int, int] = {}
+        self.sites: dict[str, SiteMetrics] = {}
+
+    def read(self) -> None:
+        """Read what is new. Of a site that logs more than fits into one look, only the newest records are read.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        with open_read_only(self._journal) as db:
+            for site, name in db.execute("SELECT id, name FROM sites").fetchall():
+                query = (
+                    "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b"
+                    " JOIN streams s ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id DESC LIMIT ?"
+                )
+                rows: list[Row] = []
+                size = 0
+                for found in db.execute(query, (site, self._upto.get(site, 0), _MAX_ROWS)):
+                    rows.append(Row(*found))
+                    size += len(rows[-1].frames)
+                    if size > _MAX_BYTES:
+                        break
+                if rows:
+                    self._upto[site] = rows[0].id
+                    self._take(self.sites.setdefault(name, SiteMetrics()), rows[::-1])
+
+    def _take(self, newest: SiteMetrics, rows: list[Row]) -> None:
+        for row in rows:
+            for _, kind, body in stored_records(row):
+                if kind != Kind.METRICS:
+                    continue
+                try:
+                    record = check_record(row.stream, kind, body, KnownKeys())  # the journal may come from elsewhere
+                except RefusedRecordError:
+                    continue
+                assert isinstance(record.payload, Metrics)
+                newest.round = record.round
+                newest.step = record.step
+                for key, value in record.payload.values.items():
+                    newest.values.pop(key, None)
+                    newest.values[key] = value
+        for key in list(newest.values)[:-_MAX_KEYS]:
+            del newest.values[key]

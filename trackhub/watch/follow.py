@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows a job until it has ended: drawn anew on a terminal, a line from time to time elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+
+from trackhub.watch.job_state import RUNNING, JobFollower, JobState
+from trackhub.watch.panel import job_line, job_panel
+
+__all__ = ["follow"]
+
+_DRAW_EVERY_S = 1.0
+_LINE_EVERY_S = 10.0
+
+
+def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None) -> JobState:
+    """Show a job until it has ended or ``stop`` is set, and return what was seen last. Blocks until then.
+
+    Args:
+        folder: the job's folder, or any above. It need not exist yet.
+        stop: ends the show.
+        file: where to write; stdout by default.
+        log: the file in which FLARE's own lines are; None if they are nowhere in particular.
+    """
+    file = sys.stdout if file is None else file
+    console = Console(file=file)
+    follower, begin = JobFollower(folder), time.monotonic()
+    if not console.is_terminal:
+        return _write_lines(follower, stop, file)
+    # The alternate screen is not used: the last state stays on the terminal, above what is printed next.
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            state = follower.look()
+            live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
+            if state.status != RUNNING or stop.wait(_DRAW_EVERY_S):
+                break
+        state = follower.look()  # what came in since
+        live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
+    return state
+
+
+def _write_lines(follower: JobFollower, stop: threading.Event, file: TextIO) -> JobState:
+    said = ""
+    while True:
+        state = follower.look()
+        line = job_line(state)
+        if line != said:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+            file.flush()
+            said = line
+        if state.status != RUNNING:
+            return state
+        if stop.wait(_LINE_EVERY_S):
+            return follower.look()

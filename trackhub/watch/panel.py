@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a job's state looks: a calm table on a terminal, or one plain line.
+
+`follow` and `show_job` call it. Names, keys and errors come from sites, so they are escaped and never markup.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trackhub.printable import printable
+from trackhub.watch.job_state import RUNNING, JobState, LaneState, SiteState
+
+__all__ = ["job_line", "job_panel"]
+
+_MAX_METRICS = 3
+_MAX_SITES = 15
+_PREFERRED = ("loss", "acc", "auc", "f1", "dice", "error")
+_STATUS_STYLE = {RUNNING: "bold cyan", "finished": "bold green", "aborted": "bold yellow"}
+_BAD = "bold red"
+
+
+def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> RenderableType:
+    """Return what a terminal shows of a job.
+
+    Args:
+        state: the job.
+        elapsed_s: seconds since somebody began to look.
+        log: the file in which FLARE's own lines are; None if they are nowhere in particular.
+    """
+    parts: list[RenderableType] = [_head(state, elapsed_s)]
+    if state.sites:
+        parts.append(_table(state))
+    if state.problem:
+        parts.append(Text(f" {printable(state.problem)}", "dim" if not state.reports else "yellow"))
+    parts += [Text(f" {printable(label)}: {printable(error)}", "yellow") for label, error in _errors(state)]
+    if log is not None:
+        parts.append(Text(f" FLARE's own lines: {log}", "dim"))
+    return Group(*parts)
+
+
+def job_line(state: JobState) -> str:
+    """Return a job's state as one line, for output that is no terminal."""
+    parts = [f"{printable(state.name) or 'job'}: {state.status}"]
+    rounds = [site.round for site in state.sites.values() if site.round is not None]
+    if rounds:
+        parts.append(f"round {max(rounds)}")
+    for key in _shown_keys(state):
+        found = [f"{site.name} {site.values[key]:.4g}" for site in _shown_sites(state) if key in site.values]
+        parts.append(f"{printable(key)}: {printable(', '.join(found))}")
+    for label, (confirmed, pending) in _totals(state).items():
+        parts.append(f"{printable(label)}: {confirmed:,} confirmed, {pending:,} pending")
+    if dropped := _dropped(state):
+        parts.append(f"NOT DELIVERED: {_reasons(dropped)}")
+    if state.problem:
+        parts.append(printable(state.problem))
+    return "; ".join(parts)
+
+
+def _head(state: JobState, elapsed_s: float) -> Text:
+    minutes, seconds = divmod(int(elapsed_s), 60)
+    head = Text(f" {printable(state.name) or 'waiting for the first record'}", "bold")
+    head.append(f"   {state.status}", _STATUS_STYLE.get(state.status, _BAD))
+    head.append(f"   {minutes}:{seconds:02}", "dim")
+    return head
+
+
+def _table(state: JobState) -> Table:
+    keys = _shown_keys(state)
+    backends = list(_totals(state))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", padding=(0, 1))
+    table.add_column("site", no_wrap=True, max_width=24)
+    for name in ("round", "step", *map(printable, keys), "logged", *map(printable, backends), "not delivered"):
+        table.add_column(name, justify="right" if name != "not delivered" else "left", no_wrap=True, max_width=30)
+    sites = _shown_sites(state)
+    for site in sites:
+        table.add_row(
+            Text(printable(site.name)),
+            _number(site.round),
+            _number(site.step),
+            *(f"{site.values[key]:.4g}" if key in site.values else "-" for key in keys),
+            _number(site.logged),
+            *(_lane(site.lanes.get(backend)) for backend in backends),
+            Text(_reasons(site.dropped), _BAD) if site.dropped else Text("-", "dim"),
+        )
+    if (more := len(state.sites) - len(sites)) > 0:
+        table.add_row(Text(f"and {more:,} more", "dim"))
+    return table
+
+
+def _lane(lane: LaneState | None) -> Text:
+    if lane is None:
+        return Text("-", "dim")
+    text = Text(f"{lane.confirmed:,}", _BAD if lane.state in ("stopped", "unfinished") else "green")
+    if lane.pending:
+        text.append(f" +{lane.pending:,} pending", "yellow")
+    return text
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _shown_sites(state: JobState) -> list[SiteState]:
+    """Return the sites to show: all, or of many those that need a look, and the first."""
+
+    def trouble(site: SiteState) -> int:
+        return sum(site.dropped.values()) * 1_000_000 + sum(lane.pending for lane in site.lanes.values())
+
+    names = {site.name for site in sorted(state.sites.values(), key=trouble, reverse=True)[:_MAX_SITES]}
+    return [site for name, site in state.sites.items() if name in names]
+
+
+def _shown_keys(state: JobState) -> list[str]:
+    """Return the keys of the metrics to show: what most sites have, and people look at first, such as a loss."""
+    counts = Counter(key for site in state.sites.values() for key in site.values)
+
+    def group(key: str) -> int:
+        return next((i for i, word in enumerate(_PREFERRED) if word in key.lower()), len(_PREFERRED))
+
+    keys = sorted(
+        (key for key in counts if not key.startswith(("system/", "fl/"))), key=lambda k: (-counts[k], len(k), k)
+    )
+    # One of each group first, so that three losses do not hide the accuracy.
+    taken: Counter[int] = Counter()
+    ranked = []
+    for key in keys:
+        ranked.append((taken[group(key)], group(key), key))
+        taken[group(key)] += 1
+    return [key for _, _, key in sorted(ranked)[:_MAX_METRICS]]
+
+
+def _totals(state: JobState) -> dict[str, tuple[int, int]]:
+    """Return the confirmed and the pending records of each backend, at clients all together."""
+    totals: dict[str, tuple[int, int]] = {}
+    for site in state.sites.values():
+        for label, lane in site.lanes.items():
+            confirmed, pending = totals.get(label, (0, 0))
+            totals[label] = (confirmed + lane.confirmed, pending + lane.pending)
+    return dict(sorted(totals.items()))
+
+
+def _dropped(state: JobState) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for site in state.sites.values():
+        total.update(site.dropped)
+    return dict(total)
+
+
+def _errors(state: JobState) -> Sequence[tuple[str, str]]:
+    """Return the newest error of each backend that has records pending."""
+    found = {
+        label: lane.error.strip().splitlines()[0][:160]
+        for site in state.sites.values()
+        for label, lane in site.lanes.items()
+        if lane.pending and lane.error.strip()
+    }
+    return sorted(found.items())
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {printable(reason)}" for reason, number in sorted(counts.items()))

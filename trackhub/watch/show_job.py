@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows a job while a script runs it, and keeps the many lines of what runs it in a file.
+
+The script that makes a job calls `show_job`. On a terminal it draws the job's state. Elsewhere it changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from trackhub.plain_files import open_plain
+from trackhub.printable import printable
+from trackhub.watch.follow import follow
+
+__all__ = ["Show", "show_job"]
+
+_END_S = 5.0
+_LAST_LINES = 8
+_ERROR = re.compile(r"\b(ERROR|CRITICAL|[A-Z]\w*(Error|Exception))\b")
+
+
+@dataclass
+class Show:
+    """What `show_job` has seen.
+
+    Attributes:
+        log: the file in which the lines of the job are; None if they went to stdout as usual.
+        was_interrupted: whether the user pressed Ctrl-C. FLARE then kills the job, and does not say why it ended.
+    """
+
+    log: Path | None = None
+    was_interrupted: bool = False
+
+    def last_lines(self) -> list[str]:
+        """Return the lines of the log that say what went wrong: its last errors, or else its last lines."""
+        if self.log is None:
+            return []
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if _ERROR.search(line)]
+        return [printable(line) for line in list(dict.fromkeys(errors))[-_LAST_LINES:] or lines[-_LAST_LINES:]]
+
+
+@contextmanager
+def show_job(folder: Path, log: Path) -> Iterator[Show]:
+    """Show the job that the ``with`` block runs, if stdout is a terminal. Call it in the main thread.
+
+    Meanwhile, all that this process and its children write to stdout and stderr goes to a file. Without a terminal, the
+    block runs as if it stood alone, and its lines come as usual.
+
+    Args:
+        folder: where the job's journals will be: its folder, or any above.
+        log: the file for what is written meanwhile. It is replaced.
+    """
+    show = Show(log if sys.stdout.isatty() else None)
+    earlier = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        show.was_interrupted = True
+        if callable(earlier):
+            earlier(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        if show.log is None:
+            yield show
+        else:
+            with _on_terminal(folder, show.log):
+                yield show
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+@contextmanager
+def _on_terminal(folder: Path, log: Path) -> Iterator[None]:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # Of the descriptors and not of sys.stdout, since FLARE runs the job in other processes, which inherit them.
+    screen, errors = os.dup(1), os.dup(2)
+    stop = threading.Event()
+    with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", closefd=True) as file:
+        with open(log, "wb", buffering=0, opener=open_plain) as target:
+            os.dup2(target.fileno(), 1)
+            os.dup2(target.fileno(), 2)
+        shower = threading.Thread(
+            target=follow, args=(folder, stop), kwargs={"file": file, "log": log}, name="trackhub-show", daemon=True
+        )
+        shower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            shower.join(_END_S)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(screen, 1)
+            os.dup2(errors, 2)
+            os.close(errors)
