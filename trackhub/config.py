@@ -45,6 +45,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         options: backend name to its options, as plain values.
         sides: where the receivers are: ``server``, ``client`` or both.
         limits: how much, how often and how long.
+        aggregate: patterns of the keys whose statistics the federation run holds; None for the keys that are logged
+            once a round.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -55,6 +57,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     options: dict[str, dict[str, Any]] = {}
     sides: tuple[_Side, ...] = ("server",)
     limits: Limits = Limits()
+    aggregate: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for field, names in (("backends", self.backends), ("client_backends", self.client_backends or ())):
@@ -97,6 +100,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         streamed_to_server: bool = True,
         streamed_to_clients: bool = False,
         limits: Limits | None = None,
+        aggregate: Iterable[str] | None = None,
     ) -> Self:
         """Return the configuration that command line flags describe.
 
@@ -107,6 +111,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             streamed_to_server: run the backends on the server.
             streamed_to_clients: run the backends at each client.
             limits: how much, how often and how long; None for the defaults.
+            aggregate: patterns of the keys whose statistics the federation run holds; None for the default.
 
         Raises:
             ConfigError: tracking is on but on no side, or the flags contradict each other.
@@ -126,6 +131,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 "options": parse_option_flags(options),
                 "sides": sides,
                 "limits": limits or Limits(),
+                "aggregate": None if aggregate is None else list(aggregate),
             },
             cls,
             "tracking",

@@ -37,6 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="repeatable; option of a backend")
     add("--streamed_to_server", action=switch, default=True, help="run the backends on the server; default on")
     add("--streamed_to_clients", action=switch, default=False, help="run the backends at each client; default off")
+    add("--aggregate", action="append", metavar="PATTERN", help="repeatable; keys whose mean over the sites is tracked")
     add("--strict", action="store_true", help=f"exit {EXIT_UNDELIVERED} when anything is undelivered")
     add = parser.add_argument_group("running").add_argument
     add("--launch_external_process", action="store_true", help="run each site's client.py in a process of its own")
@@ -61,6 +62,7 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         options=args.option,
         streamed_to_server=args.streamed_to_server,
         streamed_to_clients=args.streamed_to_clients,
+        aggregate=args.aggregate,
     )
     if args.export is None:  # an exported job may name backends that are installed only where it runs
         for name, options in {**(config.server or {}), **(config.clients or {})}.items():
@@ -89,6 +91,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
         ConfigError: a path has a space in it.
     """
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+    from server_evaluation import EvaluateLastModel
 
     from trackhub.flare.recipe import add_tracking
 
@@ -117,7 +120,9 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
         shutdown_timeout=30.0,  # for the last lines of an external trainer; then FLARE stops it
     )
     if config.server or config.clients:
-        add_tracking(recipe, server=config.server, clients=config.clients)
+        if config.server and args.dataset != "auto":  # which the server must not decide for itself either
+            recipe._job.to_server(EvaluateLastModel(args.dataset, args.seed), id="last_model")
+        add_tracking(recipe, server=config.server, clients=config.clients, aggregate=config.aggregate)
     return recipe
 
 

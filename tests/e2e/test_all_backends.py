@@ -137,8 +137,9 @@ def test_every_backend_on_the_server_and_at_the_clients_has_the_points_that_were
         check_receiver(result, "server", site, emulator)
         check_receiver(result, site, site)
     fields = [held.fields for held in emulator.state.runs.values()]
-    assert [one["groupName"] for one in fields] == [result.job.unique_name] * 2
-    assert sorted(one["displayName"] for one in fields) == sorted(f"{result.job.name}/{site}" for site in SITES)
+    assert [one["groupName"] for one in fields] == [result.job.unique_name] * 3
+    names = sorted(f"{result.job.name}/{site}" for site in (*SITES, "federation"))
+    assert sorted(one["displayName"] for one in fields) == names
 
 
 @pytest.mark.long

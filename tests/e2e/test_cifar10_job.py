@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -130,7 +131,11 @@ def test_the_command_that_opens_the_results_names_the_folder_with_every_run(both
     command = re.search(r"^  tensorboard: cd (\S+) && tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
 
     assert command is not None
-    assert {path.parent.name for path in Path(command[1], command[2]).rglob("events.*")} == set(SITES)
+    assert {path.parent.name for path in Path(command[1], command[2]).rglob("events.*")} == {
+        *SITES,
+        "federation",
+        "server",
+    }
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -148,6 +153,31 @@ def test_both_sites_validate_the_same_global_model(both_sides: Finished) -> None
 
     assert first["val/accuracy"] == second["val/accuracy"]
     assert first["train/loss"] != second["train/loss"]
+
+
+def test_the_server_evaluates_the_last_model_and_logs_it_as_a_run_of_its_own(both_sides: Finished) -> None:
+    logged = points(records(both_sides.result / "server", "server"))
+
+    assert {key: [step for step, _ in values] for key, values in logged.items()} == {
+        "val/loss": [ROUNDS],
+        "val/accuracy": [ROUNDS],
+    }
+    printed = re.search(r"^Final global model: test accuracy (\S+)%", both_sides.output, re.MULTILINE)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(100 * logged["val/accuracy"][0][1], abs=0.01)
+
+
+def test_the_federation_run_has_the_mean_over_the_sites_of_each_key_of_rounds(both_sides: Finished) -> None:
+    found = points(records(both_sides.result / "server", "federation"))
+
+    for key in METRICS - {"train/loss"}:
+        by_site = [dict(points(records(both_sides.result / "server", site))[key]) for site in SITES]
+        for name, numpy_name in (("mean", "mean"), ("std", "std"), ("min", "min"), ("max", "max")):
+            for step, value in found[f"{key}/{name}"]:
+                expected = getattr(np, numpy_name)([values[step] for values in by_site])
+                assert value == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert not [key for key in found if key.startswith("train/loss/")]
+    assert [value for _, value in found["fl/best/accuracy"]] == [max(v for _, v in found["aggregated/accuracy"])]
 
 
 @pytest.mark.parametrize("site", SITES)

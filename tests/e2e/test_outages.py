@@ -112,9 +112,9 @@ class Run:
         self._wait_until(lambda: all(now >= least for now, least in zip(self._logged(), wanted, strict=True)))
 
     def wait_for_arrivals(self) -> None:
-        """Wait until the server holds something of each trainer, and the receiver knows it."""
+        """Wait until the server holds something of each trainer and of the federation, and the receiver knows it."""
         count = "SELECT COUNT(DISTINCT run_uuid) FROM metrics"
-        self._wait_until(lambda: self._server.database.rows(count) == [(len(SITES),)])
+        self._wait_until(lambda: self._server.database.rows(count) == [(len(SITES) + 1,)])
         self._wait_until(lambda: all(self._confirmed(site) > 0 for site in SITES))
 
     def _confirmed(self, site: str) -> int:

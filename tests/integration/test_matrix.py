@@ -144,7 +144,7 @@ def test_every_backend_at_every_receiver_has_exactly_what_was_logged(
         for site in SITES:
             _assert_has_all(result, "server", site)
         _assert_server_run(result)
-        _assert_all_confirmed(result.report("server"), {*SITES, "server"})
+        _assert_all_confirmed(result.report("server"), {*SITES, "server", "federation"})
         # The server's own two stock events, before they are taken over; none of a client's.
         assert counts["events"] == 2
     else:

@@ -308,7 +308,7 @@ def test_a_site_writes_as_itself_whatever_it_claims(poc: Poc, tmp_path: Path, ex
     report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
     assert (report["job"], report["job_name"]) == (result.job, "job")
     assert report["status"] == "finished"
-    assert set(report["sites"]) == set(SITES)
+    assert set(report["sites"]) == {*SITES, "federation"}
     for site in SITES:
         noted = [(key, step, value) for key, value, step, *_ in result.facts(site)]
         assert _points(result, result.client(site), site) == noted

@@ -90,6 +90,7 @@ def test_the_helper_for_json_jobs_gives_what_a_recipe_exports(script: str, tmp_p
         "name": "cifar10",
         "notes": "with *momentum*",
         "tags": ("sgd", "demo"),
+        "aggregate": ("val/*",),
     }
     recipe = _recipe(script)
     add_tracking(recipe, **given)
@@ -270,6 +271,7 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
         ({"server": {"jsonl": "x"}}, "expected {backend: {option: value}}"),
         ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),
         ({"server": {"jsonl": {"path": object()}}}, "what JSON can hold"),
+        ({"server": ["jsonl"], "aggregate": "val/*"}, "aggregate: expected a list of patterns such as 'val/"),
         ({"server": ["jsonl"], "name": 7}, "name: expected a text that is not empty, got 7"),
         ({"server": ["jsonl"], "name": "a\nb"}, "name: .* contains U.000A"),
         ({"server": ["jsonl"], "notes": ["a"]}, "notes: expected a text"),

@@ -48,6 +48,11 @@ def test_the_defaults_are_those_that_the_readme_names() -> None:
     assert (config().server, config().clients) == ({"tensorboard": {}}, None)
 
 
+def test_aggregate_may_be_given_several_times() -> None:
+    assert config().aggregate is None
+    assert config("--aggregate", "val/*", "--aggregate", "train/loss").aggregate == ("val/*", "train/loss")
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

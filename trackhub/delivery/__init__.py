@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
+    from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
     from trackhub.delivery.journal.find import find_interrupted
     from trackhub.delivery.journal.prune import prune_older
     from trackhub.delivery.receiver import Receiver
@@ -53,6 +54,8 @@ __all__ = [
     "Channel",
     "ChannelError",
     "DeliveryReport",
+    "FederationOptions",
+    "FederationRun",
     "JobInfo",
     "Limits",
     "Receiver",
@@ -80,6 +83,7 @@ __all__ = [
 
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
+    "trackhub.delivery.federation.federation_run": ("FederationOptions", "FederationRun"),
     "trackhub.delivery.journal.find": ("find_interrupted",),
     "trackhub.delivery.journal.prune": ("prune_older",),
     "trackhub.delivery.receiver": ("Receiver",),

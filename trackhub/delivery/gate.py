@@ -98,6 +98,7 @@ class Contents(NamedTuple):
         blobs: the names of the blobs that the records refer to.
         refused: number and reason of each refused record, in order.
         detail: what was wrong with the first of them, for the log; empty if there is none.
+        metric_keys: the keys of all metrics in it.
     """
 
     batch: Batch
@@ -106,6 +107,7 @@ class Contents(NamedTuple):
     blobs: list[str]
     refused: list[tuple[int, str]]
     detail: str
+    metric_keys: set[str]
 
 
 class KnownKeys:
@@ -267,6 +269,7 @@ class _Examination:
         self._blobs: list[str] = []
         self._refused: list[tuple[int, str]] = []
         self._detail = ""
+        self._metric_keys: set[str] = set()
         self._kept: list[tuple[int, int]] = []  # where frames stand that go on; if none is refused, all do
         self._keep_from = 0
 
@@ -297,11 +300,13 @@ class _Examination:
             records = decode_metrics(bodies)
             if [record.seq for record in records] != list(range(self.seq, self.seq + len(records))):
                 return False
-            new = set().union(*[record.payload.values for record in records]) - self._keys.keys
+            keys = set[str]().union(*[record.payload.values for record in records])
+            new = keys - self._keys.keys
             if new:  # in their order, so that the first ones are known if there are too many
                 self._keys.check(dict.fromkeys(key for r in records for key in r.payload.values if key in new))
         except (msgspec.DecodeError, RefusedRecordError):
             return False
+        self._metric_keys |= keys
         self.seq += len(bodies)
         self.records += len(bodies)
         self._time = records[0].time if self._time is None else self._time
@@ -334,7 +339,9 @@ class _Examination:
             return
         record = check_record(self._batch.stream, kind, body, self._keys, self._room)
         self._time = time if self._time is None else self._time
-        if isinstance(record.payload, Image | Artifact):
+        if isinstance(record.payload, Metrics):
+            self._metric_keys |= record.payload.values.keys()
+        elif isinstance(record.payload, Image | Artifact):
             self._blobs.append(record.payload.blob.name)
 
     def _take_gap(self, frame: Frame, body: bytes) -> None:
@@ -358,4 +365,4 @@ class _Examination:
             kept = [*self._kept, (self._keep_from, len(view))]
             frames = b"".join(view[start:end] for start, end in kept)
             batch = msgspec.structs.replace(batch, records=batch.records - len(self._refused), frames=frames)
-        return Contents(batch, self._time, self._gaps, self._blobs, self._refused, self._detail)
+        return Contents(batch, self._time, self._gaps, self._blobs, self._refused, self._detail, self._metric_keys)

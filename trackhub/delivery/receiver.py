@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from trackhub.delivery.admission import Admission
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.disk_room import DiskRoom
+from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
 from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, format_report, resolve_results, write_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report, report_without_counts
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -44,6 +46,7 @@ from trackhub.delivery.wire import (
     Refused,
     Reply,
     Request,
+    busy,
     decode_request,
     encode,
     is_compatible,
@@ -54,7 +57,7 @@ from trackhub.limits import Limits
 from trackhub.plain_files import make_private_folder
 from trackhub.printable import printable
 from trackhub.records import key_problem
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.run import FEDERATION, JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["Receiver"]
@@ -69,6 +72,7 @@ _WAIT_S = 0.25
 _END_S = 1.0
 """How long a receiver waits for a locked journal, in seconds, to store how the job and its runs ended."""
 
+_FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
 _log = logging.getLogger(__name__)
@@ -83,6 +87,7 @@ class Receiver:
     Attributes:
         job: the job whose records it receives.
         folder: where it keeps its journal, the blobs, and the delivery report as ``delivery.json``.
+        federation: the job's federation run, from ``start`` on. None if the job has none.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class Receiver:
         state_dir: Path | None = None,
         ended: RunStatus | None = None,
         moves_to: str = "",
+        federation: FederationOptions | None = None,
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
 
@@ -112,6 +118,7 @@ class Receiver:
                 since a replay sends it. None for a job that runs.
             moves_to: where the job's folder moves to when the job has ended, as a sentence for a person. The log then
                 shows it in place of commands that would no longer work. Empty if the folder stays.
+            federation: what the job's federation run holds; None for none. It needs the records of all sites.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -121,6 +128,8 @@ class Receiver:
         self._backends = backends
         self._limits = limits or Limits()
         self._ended = ended
+        self._federation_options = federation
+        self.federation: FederationRun | None = None
         self._blobs = BlobStore(self.folder / "blobs", sync=self._limits.durability == "full")
         self._journal: Journal | None = None
         self._lanes: list[Lane] = []
@@ -170,6 +179,11 @@ class Receiver:
         except ConfigError:
             self._close(RunStatus.FAILED, {}, 0.0)
             raise
+        if self._federation_options is not None:
+            self.federation = FederationRun(
+                self._journal, self._federation_options, self._notify_lanes, self.job.id, is_replay=bool(self._ended)
+            )
+            self.federation.start()
         self._state = _OPEN
 
     def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
@@ -239,16 +253,16 @@ class Receiver:
             return encode(self._reply(site, request))
         except (JournalError, OSError) as e:
             self._warn_of(site, f"the receiver cannot store what it sent: {e}; the site keeps it and tries again")
-            return _busy(str(e))
+            return busy(str(e))
         except Exception as e:
             # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
             self._warn_of(site, f"a request failed: {type(e).__name__}: {e}; the site tries again", exc_info=True)
-            return _busy(type(e).__name__)
+            return busy(type(e).__name__)
 
     def _reply(self, site: str, request: bytes) -> Reply:
         if self._state != _OPEN:
             return Busy(f"the receiver is {self._state}")
-        if problem := key_problem(site):
+        if problem := "is that of the federation run" if site == FEDERATION else key_problem(site):
             return Refused("bad_site", f"the site's name {site!r} {problem}")
         self._sites.note_heard(site)
         if not self._admission.enter(site):
@@ -335,19 +349,24 @@ class Receiver:
                 return NeedBlob(name)
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
+        stored = None if self.federation is None else partial(self.federation.notify, contents.metric_keys)
         # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
         try:
             new = self._journal.append(
-                site_id, contents.batch, contents.gaps, refused=contents.refused, began=contents.time, wait_s=_WAIT_S
-            )
+                site_id, contents.batch, contents.gaps,
+                refused=contents.refused, began=contents.time, stored=stored, wait_s=_WAIT_S,
+            )  # fmt: skip
         except TooManyStreamsError as e:
             return Refused("too_many_streams", str(e))
         if new:
-            for lane in self._lanes:
-                lane.notify(site_id)
+            self._notify_lanes(site_id)
         if contents.refused:
             self._warn_of(site, f"{len(contents.refused)} records are refused; the first is {contents.detail}")
         return Accepted(refused=dict(Counter(reason for _, reason in contents.refused)))
+
+    def _notify_lanes(self, site_id: int) -> None:
+        for lane in self._lanes:
+            lane.notify(site_id)
 
     def _site_id(self, site: str, created: float | None = None) -> int:
         found = self._site_ids.get(site)  # spares a transaction for each batch
@@ -414,7 +433,9 @@ class Receiver:
         """
         if self._journal is None:
             raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
-        sites = set(self._site_ids)
+        sites = {*self._site_ids, FEDERATION}
+        if self._ended is None:
+            self._sites.assume_ended(FEDERATION)
         try:
             sites |= {name for name, _ in self._journal.sites().values()}
         except JournalError as e:
@@ -431,6 +452,8 @@ class Receiver:
         deadline = time.monotonic() + deadline_s
         # Waits for a locked journal end before `join` gives up. Otherwise such a lane would count as hanging.
         self._journal.limit_waits(deadline + _END_S / 2)
+        if self.federation is not None:  # before the lanes look for the last time
+            self.federation.finish(max(_END_S, deadline_s * _FEDERATION_SHARE))
         for lane in self._lanes:
             # The second argument is the status of sites that are not in ``by_site``: nobody knows how they ended.
             lane.begin_finish(by_site, self._sites.status("", status, was_killed=False), deadline_s)
@@ -446,13 +469,7 @@ class Receiver:
         report = self._report(self._journal, status)
         self._journal.close()
         self._blobs.delete_parts()
-        try:
-            write_report(self.folder / REPORT_NAME, report)
-        except OSError as e:
-            _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
-        report = resolve_results(report, self.folder)
-        _log.info("%s", format_report(report, self._moves_to))
-        return report
+        return leave_report(self.folder, report, self._moves_to)
 
     def _store_ends(self, journal: Journal) -> None:
         """Store how the runs of all lanes ended, in one transaction."""
@@ -480,19 +497,4 @@ class Receiver:
                 "the report has no counts, since the journal cannot be read: %s. Run `trackhub replay %s`, which "
                 "repairs a damaged journal", e, self.folder,
             )  # fmt: skip
-            job, side = self.job, self._side
-            return DeliveryReport(
-                job=job.id,
-                job_name=job.name,
-                side=side,
-                status=status,
-                balanced=False,
-                sites={},
-                lanes={},
-                error=str(e),
-            )
-
-
-def _busy(detail: str) -> bytes:
-    """Return the reply *busy* to a request that failed. It can be encoded whatever the error says."""
-    return encode(Busy(printable(detail)[:500]))
+            return report_without_counts(self.job, self._side, status, str(e))

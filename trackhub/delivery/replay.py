@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
+from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.read_only import has_last_counts, read_journal_meta, read_stream_positions
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.swap import is_journal_left
+from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, PRUNED
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
@@ -78,7 +80,7 @@ def replay_journal(
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
     status = _job_status(meta)
-    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status)
+    receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status, _federation(meta))
     receiver.start(from_start=from_start)
     return receiver.finish(status, deadline_s=timeout_s)
 
@@ -128,7 +130,7 @@ def replay_spool(
         meta = _meta_for_spool(spool, journal, backends)
         job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
         status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
-        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status)
+        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status, _federation(meta))
         receiver.start()
         if not info.open:
             receiver.assume_ended(info.site)
@@ -273,11 +275,28 @@ def _receiver(
     backends: dict[str, dict[str, Any]],
     limits: Limits | None,
     status: RunStatus,
+    federation: FederationOptions | None,
 ) -> Receiver:
     state_dir = journal.absolute().parent
     # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
     run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
-    return Receiver(run_dir, state_dir=state_dir, job=job, side=side, backends=backends, limits=limits, ended=status)
+    return Receiver(
+        run_dir,
+        state_dir=state_dir,
+        job=job,
+        side=side,
+        backends=backends,
+        limits=limits,
+        ended=status,
+        federation=federation,
+    )
+
+
+def _federation(meta: Mapping[str, str]) -> FederationOptions | None:
+    """Return what the job's federation run holds. None if it has none, or if nothing can be added to it."""
+    if FEDERATION_OPTIONS not in meta or PRUNED in meta:  # what was pruned cannot be taken into account any more
+        return None
+    return msgspec.json.decode(meta[FEDERATION_OPTIONS], type=FederationOptions)
 
 
 def _job(meta: Mapping[str, str]) -> JobInfo:

@@ -7,6 +7,7 @@ table; ``trackhub status`` shows the same counts.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -17,6 +18,7 @@ import msgspec
 from trackhub.delivery.wire import SiteCounts
 from trackhub.plain_files import open_plain
 from trackhub.printable import printable
+from trackhub.run import JobInfo
 from trackhub.spi import Results
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "format_openings",
     "format_report",
     "format_results",
+    "leave_report",
     "read_report",
+    "report_without_counts",
     "resolve_results",
     "write_report",
 ]
@@ -46,6 +50,7 @@ NOT_ADDING_UP = "a defect of trackhub, a damaged disk, or a site that sent false
 """What it may mean if counts contradict each other."""
 
 _MAX_ERROR_CHARS = 120
+_log = logging.getLogger(__name__)
 
 
 class Counted(StrEnum):
@@ -188,6 +193,20 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         return at_sites + rejected + sum(site.missing for site in self.sites.values())
 
 
+def report_without_counts(job: JobInfo, side: str, status: str, error: str) -> DeliveryReport:
+    """Return the report of a receiver whose journal cannot be read.
+
+    Args:
+        job: the job.
+        side: where the receiver was.
+        status: how the job ended.
+        error: why the journal cannot be read.
+    """
+    return DeliveryReport(
+        job=job.id, job_name=job.name, side=side, status=status, balanced=False, sites={}, lanes={}, error=error
+    )
+
+
 def write_report(path: Path, report: DeliveryReport) -> None:
     """Store the report as JSON, whole or not at all.
 
@@ -199,6 +218,23 @@ def write_report(path: Path, report: DeliveryReport) -> None:
     with open(partial, "wb", opener=open_plain) as file:
         file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
     partial.replace(path)
+
+
+def leave_report(folder: Path, report: DeliveryReport, moves_to: str = "") -> DeliveryReport:
+    """Store the report of a receiver in its folder, log it, and return it with absolute paths. Never raises OSError.
+
+    Args:
+        folder: the receiver's folder.
+        report: the report, with relative paths.
+        moves_to: as for `format_report`.
+    """
+    try:
+        write_report(folder / REPORT_NAME, report)
+    except OSError as e:
+        _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
+    report = resolve_results(report, folder)
+    _log.info("%s", format_report(report, moves_to))
+    return report
 
 
 def read_report(path: Path) -> DeliveryReport:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from trackhub.framing import FORMAT_VERSION
+from trackhub.printable import printable
 from trackhub.records import STREAM_PATTERN, Count, Reason
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Request",
     "SiteCounts",
     "StreamState",
+    "busy",
     "decode_reply",
     "decode_request",
     "encode",
@@ -268,6 +270,11 @@ def decode_reply(data: bytes) -> Reply:
         return _replies.decode(data)
     except (UnicodeDecodeError, RecursionError) as e:
         raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
+
+
+def busy(detail: str) -> bytes:
+    """Return the reply *busy* to a request that failed. It can be encoded whatever the error says."""
+    return encode(Busy(printable(detail)[:500]))
 
 
 def refusal(reason: str, detail: str) -> bytes:

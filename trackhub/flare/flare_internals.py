@@ -2,8 +2,9 @@
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
 The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. `cell_channel` also uses FLARE's
-cells, and `trainer.log_calls` the log functions of an external trainer, which must load nothing else. So these three
-files and their test, ``tests/integration/test_flare_internals.py``, show whether a new release of FLARE still fits.
+cells, `trainer.log_calls` the log functions of an external trainer, which must load nothing else, and `server_tasks`
+the server's tasks. So these four files and their tests, ``tests/integration/test_flare_internals.py`` and
+``test_federation.py``, show whether a new release of FLARE still fits.
 """
 
 from __future__ import annotations

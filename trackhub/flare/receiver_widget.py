@@ -24,6 +24,7 @@ from trackhub.delivery import (
     SERVER,
     Channel,
     ChannelError,
+    FederationOptions,
     Limits,
     Receiver,
     RunStatus,
@@ -37,6 +38,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel
+from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.job_labels import check_job_info, job_info, spool_info
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
@@ -51,6 +53,21 @@ _IN_JOB_STORE = (
     "FLARE keeps this job's files in its job store. Get them with `nvflare job download {job}`. Then "
     "`trackhub status FOLDER` says how to open them"
 )
+
+
+def check_aggregate(patterns: object) -> None:
+    """Check the patterns of the keys to aggregate where the job is written.
+
+    Raises:
+        ConfigError: it is no list of texts.
+    """
+    is_list = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in patterns)
+    if patterns is not None and not is_list:
+        raise ConfigError(f"tracking: aggregate: expected a list of patterns such as 'val/*', got {patterns!r}")
+
+
+def _tuple(patterns: list[str] | None) -> tuple[str, ...] | None:
+    return None if patterns is None else tuple(patterns)
 
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
@@ -70,6 +87,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         job_name: str | None = None,
         job_notes: str = "",
         job_tags: list[str] | None = None,
+        federation: bool = True,
+        aggregate: list[str] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -81,6 +100,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             job_name: what a person calls the job; by default the name that FLARE knows.
             job_notes: a description of the job, in Markdown.
             job_tags: labels for every run of the job.
+            federation: on the server, write the job's federation run.
+            aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
 
         Raises:
             ConfigError: ``backends`` is not a mapping of names to options, or another argument is wrong.
@@ -90,6 +111,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
         check_take_over(take_over)
         check_job_info(job_name, job_notes, job_tags or ())
+        check_aggregate(aggregate)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
@@ -98,6 +120,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.job_name = job_name
         self.job_notes = job_notes
         self.job_tags = job_tags
+        self.federation = federation
+        self.aggregate = aggregate
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._opened = False
         self._core: Receiver | None = None
@@ -167,6 +191,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes, rules))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
+        if self._core.federation is not None:
+            FederationWatch(engine, self._core.federation)
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
@@ -204,14 +230,16 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             if operator.keep_days is not None and operator.state_dir is not None:
                 older = (Path(operator.state_dir), operator.keep_days)
                 threading.Thread(target=prune_older, args=older, name="trackhub-prune", daemon=True).start()
+        is_server = flare_internals.is_server(fl_ctx)  # only its receiver gets the records of all sites
         core = Receiver(
             run_dir,
             state_dir=flare_internals.state_folder(fl_ctx, state_dir, job),
             job=job,
-            side=Side.SERVER if flare_internals.is_server(fl_ctx) else Side.CLIENT,
+            side=Side.SERVER if is_server else Side.CLIENT,
             backends=backends,
             limits=self._limits,
             moves_to=moves_to,
+            federation=FederationOptions(_tuple(self.aggregate)) if is_server and self.federation else None,
         )
         core.start()
         self._core = core

@@ -46,6 +46,8 @@ def add_tracking(
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
     policy: Mapping[str, Any] | None = None,
+    federation: bool = True,
+    aggregate: Sequence[str] | None = None,
 ) -> None:
     """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
@@ -76,6 +78,10 @@ def add_tracking(
         policy: what may leave a site for the server: the rules of `trackhub.policy.Policy`, such as
             ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and the stricter one holds.
             ``docs/policy.md`` explains each rule.
+        federation: where there are backends on the server, write the job's *federation run*: statistics over the sites
+            by round, and how the federation ran, as ``fl/...``.
+        aggregate: the keys whose statistics it holds: patterns such as ``"val/*"``. By default these are the keys that
+            all sites log with the round as their step. An empty list is for none.
 
     Raises:
         ConfigError: there is nothing to track with, or ``take_over`` is off and tracking is on the client side only or
@@ -97,7 +103,8 @@ def add_tracking(
     common = _common(take_over, limits, state_dir, name, notes, tags)
     rules = _policy(policy)
     if server_backends:
-        job.to_server(TrackhubReceiver(server_backends, **common), id=RECEIVER_ID)
+        own = _federation(federation, aggregate)
+        job.to_server(TrackhubReceiver(server_backends, **common, **own), id=RECEIVER_ID)
     for names, backends in plan:
         if not server_backends and not backends:
             continue
@@ -120,11 +127,14 @@ def tracking_components(
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
     policy: Mapping[str, Any] | None = None,
+    federation: bool = True,
+    aggregate: Sequence[str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what to put into the ``components`` of a job that is written in JSON.
 
     Args:
-        server, clients, notes, tags, take_over, limits, state_dir, policy: as for `add_tracking`.
+        server, clients, notes, tags, take_over, limits, state_dir: as for `add_tracking`.
+        policy, federation, aggregate: as for `add_tracking`.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
@@ -142,12 +152,12 @@ def tracking_components(
     args = {**_receivers(server_backends, client_backends), **common, "policy": _policy(policy)}
     sender = _component(SENDER_ID, TrackhubSender, args)
 
-    def receiver(backends: _Checked) -> list[dict[str, Any]]:
-        args = {"backends": backends, **common}
+    def receiver(backends: _Checked, **own: Any) -> list[dict[str, Any]]:
+        args = {"backends": backends, **common, **own}
         return [_component(RECEIVER_ID, TrackhubReceiver, args)] if backends else []
 
     return {
-        "config_fed_server.json": receiver(server_backends),
+        "config_fed_server.json": receiver(server_backends, **_federation(federation, aggregate)),
         "config_fed_client.json": [*receiver(client_backends), sender],
     }
 
@@ -192,6 +202,11 @@ def _common(
 def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the rules of a policy as JSON values. They are checked here, and once more at each site."""
     return None if policy is None else Policy.from_mapping(policy).plain()
+
+
+def _federation(federation: bool, aggregate: Sequence[str] | None) -> dict[str, Any]:
+    """Return the arguments of the server's receiver alone. It checks them."""
+    return {"federation": federation, "aggregate": list(aggregate) if isinstance(aggregate, tuple) else aggregate}
 
 
 def _receivers(server_backends: _Checked, client_backends: _Checked) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ MAX_STREAMS_OF_SITE = 100_000
 """Most streams of one site. Each process that logs has one, and each stays in memory in places."""
 
 _OTHER_REASONS = "other"
+_SET_FACT = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 
 WAIT_S = 10.0
 """How long a lane waits, in seconds, for a journal that another program has locked. A receiver's threads wait less."""
@@ -157,6 +158,8 @@ class Journal:
         *,
         refused: Sequence[tuple[int, str]] = (),
         began: float | None = None,
+        facts: Mapping[str, str] | None = None,
+        stored: Callable[[int], None] | None = None,
         wait_s: float = WAIT_S,
     ) -> int:
         """Store a batch, and return how many of its records are new.
@@ -170,6 +173,8 @@ class Journal:
             refused: number and reason of each record that the gate refused.
             began: the time of the batch's first record, in unix seconds. The site's run began then, if it has no record
                 yet.
+            facts: facts about the job to store with the batch, as ``set_facts`` does.
+            stored: called with the id of the new row, once it is stored, if there is one.
             wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
@@ -189,12 +194,13 @@ class Journal:
                     self._add_reasons(db, site, "explained", explained)
                 if new_refused := Counter(reason for seq, reason in refused if seq >= known):
                     self._add_reasons(db, site, "refused", new_refused)
+            row = None
             if new:
-                db.execute(
+                row = db.execute(
                     "INSERT INTO batches (site, stream, first_position, records, frames)"
                     " SELECT id, ?, next_position, ?, ? FROM sites WHERE id = ?",
                     (stream, new, frames, site),
-                )
+                ).lastrowid
             # Duplicates count as received: the report's sums include what arrived again.
             db.execute(
                 "UPDATE sites SET received = received + ?, duplicates = duplicates + ?, missing = min(missing + ?, ?),"
@@ -202,7 +208,10 @@ class Journal:
                 " next_position = next_position + ? WHERE id = ?",
                 (batch.records, batch.records - new, max(0, batch.first_seq - known), MAX_COUNT, began, new, site),
             )
-            return new
+            db.executemany(_SET_FACT, (facts or {}).items())
+        if row is not None and stored is not None:
+            stored(row)
+        return new
 
     def _stream(self, db: sqlite3.Connection, site: int, batch: Batch) -> tuple[int, int]:
         """Return the id of the batch's stream, and the ``seq`` that is expected next of it."""
@@ -298,7 +307,7 @@ class Journal:
     def set_facts(self, facts: Mapping[str, str]) -> None:
         """Store facts about the job, such as ``status``: how it ended, or empty while it runs."""
         with self._connections.transaction(WAIT_S) as db:
-            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
+            db.executemany(_SET_FACT, facts.items())
 
     def meta(self) -> dict[str, str]:
         """Return the facts about the job."""
@@ -322,16 +331,28 @@ class Journal:
             after: the id of the last row to leave out; 0 starts with the first.
             max_bytes: stop once the frames take as many bytes. The first row is returned in any case.
         """
+        return [row for _, row in self._rows("b.site = ? AND b.id > ?", (site, after), max_bytes)]
+
+    def read_all(self, after: int, max_bytes: int) -> list[tuple[int, Row]]:
+        """Return rows of all sites in the order in which they were stored, each with its site's id.
+
+        Args:
+            after: the id of the last row to leave out; 0 starts with the first.
+            max_bytes: as for ``read``.
+        """
+        return self._rows("b.id > ?", (after,), max_bytes)
+
+    def _rows(self, where: str, values: tuple[int, ...], max_bytes: int) -> list[tuple[int, Row]]:
         rows, size = [], 0
         with self._connections.reading() as db:
             cursor = db.execute(
-                "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
-                " ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id",
-                (site, after),
+                "SELECT b.site, b.id, s.name, b.first_position, b.records, b.frames FROM batches b JOIN streams s"
+                f" ON s.id = b.stream WHERE {where} ORDER BY b.id",
+                values,
             )
-            for fields in cursor:
+            for site, *fields in cursor:
                 row = Row(*fields)
-                rows.append(row)
+                rows.append((site, row))
                 size += len(row.frames)
                 if size >= max_bytes:
                     break

@@ -21,6 +21,8 @@ from trackhub.spi import Entry, Results
 
 __all__ = [
     "EXPECTED_SITES",
+    "FEDERATION_OPTIONS",
+    "FEDERATION_ROW",
     "JSON_FACTS",
     "PRUNED",
     "REPAIRED_SITES",
@@ -74,12 +76,19 @@ PRUNED = "pruned"
 SILENCE_S = "silence_s"
 """The key in ``meta`` of ``limits.silence_s``: the counts of a site that was silent for longer are old."""
 
+FEDERATION_OPTIONS = "federation"
+"""The key in ``meta`` of what the federation run holds, as JSON. A job without one lacks it."""
+
+FEDERATION_ROW = "federation_row"
+"""The key in ``meta`` of the id of the row up to which the stored statistics of the federation run count."""
+
 JSON_FACTS: dict[str, Any] = {
     "job_info": JobInfo,
     "backends": dict[str, dict[str, Any]],
     EXPECTED_SITES: list[str],
     REPAIRED_SITES: list[str],
     PRUNED: dict[str, int],
+    FEDERATION_OPTIONS: dict[str, Any],
 }
 """The facts in ``meta`` that are JSON, and the type of each."""
 

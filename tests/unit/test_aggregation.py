@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics over the sites' metrics are those of numpy, for the keys and at the moments that are documented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output, describe
+from trackhub.records import Metrics, Record
+
+FLOATS = st.floats(min_value=-1e100, max_value=1e100, allow_subnormal=False)
+SITES = ("site-1", "site-2", "site-3")
+
+
+def record(values: dict[str, float], step: int | None, round_: int | None) -> Record:
+    return Record(0, 1000.0 + (round_ or 0), step, round_, Metrics(values))
+
+
+def facts(round_: int, **values: float) -> list[Record]:
+    """Facts of a round. ``sampled_site_1=1.0`` stands for the key ``fl/sampled/site-1``."""
+    named = {}
+    for key, value in values.items():
+        what, _, site = key.partition("__")
+        named[f"fl/{what}/{site.replace('_', '-')}" if site else f"fl/{what}"] = value
+    return [record(named, round_, round_)]
+
+
+def sampled(aggregation: Aggregation, round_: int, sites: Sequence[str] = SITES) -> None:
+    found = aggregation.add_facts([record({f"fl/sampled/{site}": 1.0 for site in sites}, round_, round_)])
+    assert found == []
+
+
+def reported(aggregation: Aggregation, round_: int, sites: Sequence[str] = SITES) -> list[Output]:
+    found = []
+    for site in sites:
+        found += aggregation.add_facts([record({f"fl/result_after_seconds/{site}": 1.0}, round_, round_)])
+    return found
+
+
+def end(aggregation: Aggregation) -> list[Output]:
+    number = aggregation.last_round()
+    return aggregation.add_facts([record({JOB_ENDED: 1.0}, number, number)])
+
+
+def by_round(outputs: Sequence[Output]) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for output in outputs:
+        found.setdefault(output.round, {}).update(output.values)
+    return found
+
+
+@given(st.lists(st.tuples(FLOATS, st.floats(min_value=1e-3, max_value=1e9)), min_size=1, max_size=40))
+def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None:
+    values, weights = np.array([v for v, _ in pairs]), np.array([w for _, w in pairs])
+
+    found = describe(list(values), list(weights))
+
+    scale = float(np.abs(values).max()) + 1e-290  # numpy loses digits of the smallest floats
+    assert found["mean"] == pytest.approx(np.mean(values), rel=1e-12, abs=scale * 1e-14)
+    assert found["std"] == pytest.approx(np.std(values), rel=1e-9, abs=scale * 1e-12)
+    assert found["weighted_mean"] == pytest.approx(np.average(values, weights=weights), rel=1e-12, abs=scale * 1e-14)
+    assert (found["min"], found["max"], found["count"]) == (values.min(), values.max(), len(values))
+
+
+@given(st.lists(st.one_of(FLOATS, st.sampled_from([math.nan, math.inf, -math.inf])), min_size=1, max_size=20))
+def test_values_that_are_not_finite_are_counted_and_change_nothing_else(values: list[float]) -> None:
+    finite = [v for v in values if math.isfinite(v)]
+
+    found = describe(values)
+
+    assert found.pop("nonfinite", 0) == len(values) - len(finite)
+    assert found == (describe(finite) if finite else {"count": 0})
+
+
+def test_the_largest_floats_have_a_mean() -> None:
+    assert describe([1.7e308, 1.7e308])["mean"] == 1.7e308
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, math.nan], [-1.0, 2.0]])
+def test_weights_that_are_none_give_no_weighted_mean(weights: list[float]) -> None:
+    assert "weighted_mean" not in describe([1.0, 2.0], weights)
+
+
+def test_a_round_is_written_when_its_last_site_has_reported() -> None:
+    aggregation = Aggregation()
+    found: list[Output] = []
+    for round_ in (0, 1):
+        sampled(aggregation, round_)
+        for i, site in enumerate(SITES):
+            aggregation.add(site, [record({"val/loss": 10.0 * round_ + i}, round_, round_)])
+        assert reported(aggregation, round_, SITES[:2]) == []
+        found += reported(aggregation, round_, SITES[2:])
+
+    # Round 0 alone does not show that the key counts rounds.
+    assert [(output.round, sorted(output.values)[0]) for output in found] == [
+        (0, "fl/all_reported"),
+        (0, "val/loss/count"),
+        (1, "fl/all_reported"),
+    ]
+    rounds = by_round(found)
+    for round_ in (0, 1):
+        values = np.array([0, 1, 2]) + 10.0 * round_
+        assert rounds[round_]["fl/all_reported"] == 1
+        assert rounds[round_]["val/loss/mean"] == values.mean()
+        assert rounds[round_]["val/loss/std"] == pytest.approx(values.std())
+
+
+def test_a_round_that_ends_without_a_site_is_written_then_and_says_so() -> None:
+    aggregation = Aggregation(["val/*"])
+    sampled(aggregation, 3)
+    aggregation.add("site-1", [record({"val/loss": 1.0}, 7, 3)])
+    assert reported(aggregation, 3, ["site-1"]) == []
+
+    found = by_round(aggregation.add_facts(facts(3, round_seconds=2.0)))
+
+    assert found == {3: {"fl/all_reported": 0, **{f"val/loss/{k}": v for k, v in describe([1.0]).items()}}}
+
+
+def test_a_site_that_failed_is_not_waited_for() -> None:
+    aggregation = Aggregation(["*"])
+    sampled(aggregation, 0, ["site-1", "site-2"])
+    aggregation.add("site-1", [record({"a": 1.0}, 0, 0)])
+    assert reported(aggregation, 0, ["site-1"]) == []
+
+    found = by_round(aggregation.add_facts(facts(0, failed__site_2=1.0)))
+
+    assert found[0]["a/count"] == 1
+
+
+def test_the_last_value_of_a_site_counts_and_a_later_one_is_late() -> None:
+    aggregation = Aggregation(["train/*"])
+    sampled(aggregation, 0, ["site-1"])
+    aggregation.add("site-1", [record({"train/loss": float(step)}, step, 0) for step in range(5)])
+
+    assert by_round(reported(aggregation, 0, ["site-1"]))[0]["train/loss/mean"] == 4.0
+    assert not aggregation.is_unfinished()
+    aggregation.add("site-1", [record({"train/loss": 9.0}, 9, 0)])
+    assert aggregation.is_unfinished()
+    assert by_round(end(aggregation)) == {0: {"fl/late_values": 1}}
+    assert end(aggregation) == []
+
+
+def test_without_patterns_only_keys_that_count_rounds_are_aggregated() -> None:
+    aggregation = Aggregation()
+    found = []
+    for round_ in range(3):
+        sampled(aggregation, round_, ["site-1", "site-2"])
+        for site in ("site-1", "site-2"):
+            logged = [record({"loss": 1.0}, step, round_) for step in range(round_ * 2, round_ * 2 + 2)]
+            aggregation.add(site, [*logged, record({"val/loss": 1.0}, round_, round_)])
+        aggregation.add("site-1", [record({"alone": 1.0, "fl/sampled/x": 1.0}, round_, round_)])
+        aggregation.add("server", [record({"val/loss": 99.0}, round_, round_)])
+        found += reported(aggregation, round_, ["site-1", "site-2"])
+    found += end(aggregation)
+
+    keys = {key for output in found for key in output.values}
+    assert keys == {"fl/all_reported", *(f"val/loss/{name}" for name in ("mean", "min", "max", "std", "count"))}
+    assert by_round(found)[2]["val/loss/max"] == 1.0
+
+
+def test_a_job_of_one_round_has_statistics_at_its_end() -> None:
+    aggregation = Aggregation()
+    sampled(aggregation, 0, ["site-1", "site-2"])
+    for site, value in (("site-1", 1.0), ("site-2", 3.0)):
+        aggregation.add(site, [record({"val/loss": value}, 0, 0)])
+    assert by_round(reported(aggregation, 0, ["site-1", "site-2"])) == {0: {"fl/all_reported": 1}}
+
+    assert by_round(end(aggregation))[0]["val/loss/mean"] == 2.0
+
+
+def test_rounds_that_nobody_announced_are_written_at_the_end() -> None:
+    """So in workflows that the clients control: the server does not see their rounds."""
+    aggregation = Aggregation()
+    for round_ in (0, 1):
+        for site in ("site-1", "site-2"):
+            aggregation.add(site, [record({"val/loss": float(round_)}, round_, round_)])
+
+    found = by_round(end(aggregation))
+
+    assert {round_: values["val/loss/mean"] for round_, values in found.items()} == {0: 0.0, 1: 1.0}
+
+
+def test_a_round_that_begins_again_is_written_again() -> None:
+    """As with a second workflow, whose rounds begin at 0."""
+    aggregation = Aggregation(["*"])
+    found = []
+    for value in (1.0, 2.0):
+        aggregation.add_facts(facts(0, rounds_started=value))
+        sampled(aggregation, 0, ["site-1"])
+        aggregation.add("site-1", [record({"a": value}, 0, 0)])
+        found += reported(aggregation, 0, ["site-1"])
+
+    assert [output.values["a/mean"] for output in found] == [1.0, 2.0]
+    assert not aggregation.is_unfinished()
+
+
+def test_weights_are_those_of_the_round() -> None:
+    aggregation = Aggregation(["*"])
+    sampled(aggregation, 0, ["site-1", "site-2"])
+    aggregation.add_facts(facts(0, steps__site_1=1.0, steps__site_2=3.0))
+    for site, value in (("site-1", 0.0), ("site-2", 4.0)):
+        aggregation.add(site, [record({"a": value}, 0, 0)])
+
+    assert by_round(reported(aggregation, 0, ["site-1", "site-2"]))[0]["a/weighted_mean"] == 3.0
+
+
+def test_a_site_with_many_keys_leaves_room_for_the_others() -> None:
+    aggregation = Aggregation(["*"])
+    aggregation.add("site-1", [record({f"k{i}": 1.0 for i in range(3000)}, 0, 0)])
+    aggregation.add("site-2", [record({"mine": 1.0}, 0, 0)])
+
+    found = end(aggregation)
+
+    keys = {key.rsplit("/")[0] for output in found for key in output.values}
+    assert len(keys) == 1001
+    assert "mine" in keys
+    assert all(len(output.values) <= 1000 for output in found)

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computes mean, spread and count of the sites' metrics for each federated round. Pure computation, without a clock.
+
+`FederationRun` feeds it with the journal's records in their order, and stores what it returns. The same records in the
+same order give the same output, so a receiver that is started again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NamedTuple
+
+from trackhub.records import MAX_KEY_CHARS, Metrics, Record
+from trackhub.run import FEDERATION, SERVER
+
+__all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patterns"]
+
+FACTS = "fl/"
+"""The keys of the federation run's own facts begin so. The sites' keys that begin so are not aggregated."""
+
+_SAMPLED = "fl/sampled/"  # + site: the round expects this site
+_REPORTED = "fl/result_after_seconds/"  # + site: its result of the round has arrived
+_FAILED = "fl/failed/"  # + site: it has sent no usable result
+_WEIGHT = "fl/steps/"  # + site: how much its values count in the weighted mean
+_ROUND_BEGAN = "fl/rounds_started"
+_ROUND_ENDED = "fl/round_seconds"
+JOB_ENDED = "fl/rounds"
+"""The key of the number of rounds, in the fact that ends the job."""
+
+_ALL_REPORTED = "fl/all_reported"
+_LATE = "fl/late_values"
+
+MAX_KEYS_OF_SITE = 1000
+"""How many keys of one site are aggregated. Each makes seven numbers a round in every backend."""
+
+MAX_KEYS = 5000
+"""How many keys of all sites are aggregated."""
+
+_MAX_HELD = 500_000  # values that wait for the end of their round; a site may send any rounds
+_MAX_IGNORED = 1_000_000
+_HELD_ROUNDS = 2  # closed rounds whose keys may still turn out to be ones that are aggregated
+_AT_ONCE = 1000  # numbers in one record
+_SUFFIX_CHARS = len("/weighted_mean")
+_log = logging.getLogger(__name__)
+
+
+class Output(NamedTuple):
+    """What is to be stored as one record of the federation run.
+
+    Attributes:
+        round: the round that it is about, which is also its step.
+        time: unix seconds of the record that closed the round.
+        values: the numbers.
+    """
+
+    round: int
+    time: float
+    values: dict[str, float]
+
+
+def describe(values: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Return mean, min, max, std and count of the finite values, and how many are not finite.
+
+    ``std`` is that of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it is 0, and all but
+    the counts if there is no finite value. ``weighted_mean`` is left out without usable weights.
+
+    Args:
+        values: one for each site.
+        weights: as many; None if they are not known.
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    found: dict[str, float] = {}
+    if finite:
+        n = len(finite)
+        mean = _mean(finite)
+        found = {"mean": mean, "min": min(finite), "max": max(finite)}
+        found["std"] = math.sqrt(math.fsum((v - mean) * (v - mean) for v in finite) / n)
+        if weights is not None:
+            weighted = _weighted_mean([(v, w) for v, w in zip(values, weights, strict=True) if math.isfinite(v)])
+            found |= {} if weighted is None else {"weighted_mean": weighted}
+    found["count"] = float(len(finite))
+    if len(finite) < len(values):
+        found["nonfinite"] = float(len(values) - len(finite))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # the sum is beyond the largest float, and the mean is not
+        return math.fsum(v / len(values) for v in values)
+
+
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
+    weights = [w for _, w in pairs]
+    if not all(math.isfinite(w) and w >= 0 for w in weights):
+        return None
+    try:
+        total = math.fsum(weights)
+        return math.fsum(v * (w / total) for v, w in pairs) if total > 0 else None
+    except OverflowError:
+        return None
+
+
+def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    """Return what matches the keys that one of these patterns names. ``*`` stands for any characters, ``?`` for one."""
+    joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
+    return re.compile(joined) if joined else None
+
+
+class _Key:
+    """What is known of a key that may be aggregated."""
+
+    __slots__ = ("above_0", "sites")
+
+    def __init__(self) -> None:
+        self.sites: set[str] = set()
+        self.above_0 = False
+
+
+class _Keys:
+    """Decides which keys are aggregated.
+
+    With patterns, those that match. Without, those whose records all have the round as their step, of two sites or
+    more, in some round above 0. In round 0 alone, a key that counts its own steps may look the same.
+
+    Attributes:
+        ignored: keys that are not aggregated.
+    """
+
+    def __init__(self, patterns: Sequence[str] | None) -> None:
+        self.ignored: set[str] = set()
+        self._patterns = None if patterns is None else key_patterns(patterns)
+        self._is_default = patterns is None
+        self._keys: dict[str, _Key] = {}
+        self._of_site: dict[str, int] = {}
+
+    def takes(self, site: str, key: str, record: Record) -> bool:
+        """Return whether the key may be aggregated, after this record of it."""
+        known = self._keys.get(key)
+        if known is None:
+            if not self._may_begin(site, key):
+                return False
+            known = self._keys[key] = _Key()
+            self._of_site[site] = self._of_site.get(site, 0) + 1
+        if self._is_default and record.step != record.round:
+            self._ignore(key)
+            del self._keys[key]
+            return False
+        known.sites.add(site)
+        known.above_0 = known.above_0 or bool(record.round)
+        return True
+
+    def _may_begin(self, site: str, key: str) -> bool:
+        if key.startswith(FACTS) or len(key) > MAX_KEY_CHARS - _SUFFIX_CHARS:
+            self._ignore(key)
+            return False
+        if not self._is_default and (self._patterns is None or self._patterns.match(key) is None):
+            self._ignore(key)
+            return False
+        if len(self._keys) >= MAX_KEYS or self._of_site.get(site, 0) >= MAX_KEYS_OF_SITE:
+            if key not in self.ignored:
+                _log.warning("key %r of site %r is not aggregated: there are too many keys", key[:80], site[:80])
+            self._ignore(key)
+            return False
+        return True
+
+    def _ignore(self, key: str) -> None:
+        if len(self.ignored) < _MAX_IGNORED:  # beyond, each record is looked at anew, which only takes longer
+            self.ignored.add(key)
+
+    def is_ready(self, key: str, *, single_round: bool) -> bool:
+        """Return whether it is certain by now that the key is aggregated.
+
+        Args:
+            key: the key.
+            single_round: the job is over, and had one round.
+        """
+        if not self._is_default:
+            return True
+        known = self._keys.get(key)
+        return known is not None and len(known.sites) > 1 and (known.above_0 or single_round)
+
+
+class _Round:
+    """One round: which sites it expects, which have reported, and the last value of each site and key."""
+
+    def __init__(self) -> None:
+        self.expected: set[str] = set()
+        self.reported: set[str] = set()
+        self.weights: dict[str, float] = {}
+        self.values: dict[str, dict[str, float]] = {}
+        self.is_announced = False
+        self.is_closed = False
+
+    def is_complete(self) -> bool:
+        """Return whether all sites that it expects have reported."""
+        return bool(self.expected) and self.expected <= self.reported
+
+
+class Aggregation:
+    """Aggregates the sites' metrics by round. Used by one thread.
+
+    A round is closed when all sites that it expects have reported, or when it ends. Then its statistics are returned.
+    The last value of a site in the round counts. A value that comes after that is counted as late.
+
+    Attributes:
+        last_time: unix seconds of the newest record that it used; 0 before the first.
+    """
+
+    def __init__(self, patterns: Sequence[str] | None = None) -> None:
+        """Begin with no record.
+
+        Args:
+            patterns: the keys to aggregate; None for those that are logged once a round.
+        """
+        self._keys = _Keys(patterns)
+        self._rounds: dict[int, _Round] = {}
+        self._held = 0
+        self._late = 0
+        self._late_told = 0
+        self.last_time = 0.0
+        self._has_warned = False
+
+    def ignores(self, keys: Set[str]) -> bool:
+        """Return whether none of these keys is aggregated. It stays so. From any thread."""
+        return self._keys.ignored.issuperset(keys)
+
+    def add(self, site: str, records: Iterable[Record]) -> None:
+        """Take metrics that a site logged."""
+        if site in (SERVER, FEDERATION):
+            return
+        ignored = self._keys.ignored
+        for record in records:
+            # Nearly all records hold only keys that are not aggregated, such as a loss of each step.
+            if not ignored.issuperset(record.payload.values):  # type: ignore[union-attr]
+                self._take(site, record)
+
+    def _take(self, site: str, record: Record) -> None:
+        assert isinstance(record.payload, Metrics)
+        for key, value in record.payload.values.items():
+            if key in self._keys.ignored:
+                continue
+            if not self._keys.takes(site, key, record):
+                self._forget(key)
+                continue
+            if record.round is None:
+                continue
+            current = self._rounds.get(record.round)
+            if current is None or not current.is_closed:
+                self._hold(record.round, site, key, value, record.time)
+            else:
+                self._late += 1
+
+    def _hold(self, number: int, site: str, key: str, value: float, time: float) -> None:
+        if self._held >= _MAX_HELD:
+            if not self._has_warned:
+                self._has_warned = True
+                _log.warning("the sites' metrics of %d rounds wait for the end of their round; no more are aggregated",
+                             len(self._rounds))  # fmt: skip
+            self._late += 1
+            return
+        self.last_time = max(self.last_time, time)
+        of_key = self._rounds.setdefault(number, _Round()).values.setdefault(key, {})
+        self._held += site not in of_key
+        of_key[site] = value
+
+    def _forget(self, key: str) -> None:
+        """Drop what is held of a key that turns out to be none that is aggregated."""
+        for current in self._rounds.values():
+            self._held -= len(current.values.pop(key, ()))
+
+    def add_facts(self, records: Iterable[Record]) -> list[Output]:
+        """Take facts of the federation run. Return what they complete."""
+        found: list[Output] = []
+        for record in records:
+            if record.round is None or not isinstance(record.payload, Metrics):
+                continue
+            values = record.payload.values
+            self.last_time = max(self.last_time, record.time)
+            if JOB_ENDED in values:
+                found += self._end(record.time)
+                continue
+            current = self._rounds.setdefault(record.round, _Round())
+            if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or a job that FLARE started again
+                self._drop(current)
+                current = self._rounds[record.round] = _Round()
+            current.is_announced = True
+            _note_facts(current, values)
+            if not current.is_closed and (_ROUND_ENDED in values or current.is_complete()):
+                found += self._close(record.round, current, record.time)
+        return found
+
+    def is_unfinished(self) -> bool:
+        """Return whether the end of the job would return anything."""
+        return self._late > self._late_told or any(
+            current.values or (current.is_announced and not current.is_closed) for current in self._rounds.values()
+        )
+
+    def rounds(self) -> int:
+        """Return how many rounds were seen."""
+        return len(self._rounds)
+
+    def last_round(self) -> int:
+        """Return the highest round that was seen; 0 if there was none."""
+        return max(self._rounds, default=0)
+
+    def _end(self, time: float) -> list[Output]:
+        found: list[Output] = []
+        for number in sorted(self._rounds):
+            current = self._rounds[number]
+            if not current.is_closed:
+                found += self._close(number, current, time)
+        for number in sorted(self._rounds):
+            found += self._emit(number, time, {}, single_round=len(self._rounds) == 1)
+            self._drop(self._rounds[number])
+        return found + self._tell_late(self.last_round(), time)
+
+    def _close(self, number: int, current: _Round, time: float) -> list[Output]:
+        current.is_closed = True
+        found: list[Output] = []
+        for earlier in sorted(n for n, r in self._rounds.items() if r.is_closed and r.values and n < number):
+            found += self._emit(earlier, time, {})
+            if earlier <= number - _HELD_ROUNDS:
+                self._drop(self._rounds[earlier])
+        said = {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
+        return found + self._emit(number, time, said) + self._tell_late(number, time)
+
+    def _tell_late(self, number: int, time: float) -> list[Output]:
+        if self._late == self._late_told:
+            return []
+        self._late_told = self._late
+        return [Output(number, time, {_LATE: float(self._late)})]
+
+    def _drop(self, current: _Round) -> None:
+        self._held -= sum(map(len, current.values.values()))
+        current.values = {}
+
+    def _emit(self, number: int, time: float, first: dict[str, float], *, single_round: bool = False) -> list[Output]:
+        """Return the statistics of a round's keys that are certain by now, and drop their values."""
+        current = self._rounds[number]
+        numbers = dict(first)
+        for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):
+            by_site = current.values.pop(key)
+            self._held -= len(by_site)
+            weights = [current.weights.get(site) for site in by_site]
+            known = [w for w in weights if w is not None]
+            statistics = describe(list(by_site.values()), known if len(known) == len(weights) else None)
+            numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
+        items = list(numbers.items())
+        return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
+
+
+def _note_facts(current: _Round, values: Mapping[str, float]) -> None:
+    for key, value in values.items():
+        if key.startswith(_SAMPLED):
+            current.expected.add(key[len(_SAMPLED) :])
+        elif key.startswith(_REPORTED):
+            current.reported.add(key[len(_REPORTED) :])
+        elif key.startswith(_FAILED):
+            current.reported.add(key[len(_FAILED) :])
+        elif key.startswith(_WEIGHT):
+            current.weights[key[len(_WEIGHT) :]] = value

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the federation run: facts about the rounds, and the statistics that `Aggregation` computes.
+
+The receiver of a job starts one, and tells it of new rows in the journal. Its records go into the journal as those of a
+site named `trackhub.run.FEDERATION`, so lanes, counts and replays treat them like any others. Statistics are stored in
+one transaction with the row up to which the journal was read. So a receiver that is killed repeats and skips none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+
+import msgspec
+
+from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
+from trackhub.delivery.gate import KnownKeys, RefusedRecordError
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERATION_ROW, Row, stored_records
+from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
+from trackhub.errors import JournalError
+from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
+from trackhub.records import Kind, Metrics, Payload, Record, Text
+from trackhub.run import FEDERATION
+
+__all__ = ["FederationOptions", "FederationRun"]
+
+_READ_BYTES = 1 << 20
+_PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
+_RETRY_S = 1.0
+_MAX_WAITING = 10_000
+_MAX_SKIPPED = 1000  # rows that need not be read. After so many, the thread forgets them.
+_MAX_TEXT_CHARS = 100_000
+_LAST_ROW = 1 << 62
+_log = logging.getLogger(__name__)
+
+
+class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the federation run holds.
+
+    Attributes:
+        aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
+    """
+
+    aggregate: tuple[str, ...] | None = None
+
+
+class FederationRun:
+    """Writes one job's federation run with a thread of its own. ``log`` may be called from any thread.
+
+    If the journal cannot be written, what was logged waits, and the thread tries again.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        options: FederationOptions,
+        notify: Callable[[int], None],
+        job: str,
+        *,
+        is_replay: bool = False,
+    ) -> None:
+        """Prepare it; ``start`` starts it.
+
+        Args:
+            journal: where the sites' records are, and where its own go.
+            options: what it holds.
+            notify: called with the site's id in the journal when there are new rows of the federation run.
+            job: the job's id.
+            is_replay: the job has ended before, and a replay delivers the rest.
+        """
+        self._journal = journal
+        self._options = options
+        self._notify_lanes = notify
+        self._is_replay = is_replay
+        self._aggregation = Aggregation(options.aggregate)
+        self._facts = _Stream(journal, hashlib.sha256(f"{job}\0facts".encode()).hexdigest()[:32])
+        self._statistics = _Stream(journal, hashlib.sha256(f"{job}\0statistics".encode()).hexdigest()[:32])
+        self._counts = _Counts(journal, is_replay=is_replay)
+        self._row = 0
+        self._skipped: set[int] = set()
+        self._unstored: list[Record] = []
+        self._sites: dict[int, str] = {}
+        self._keys = KnownKeys()
+        self._lock = threading.Lock()
+        self._waiting: list[Record] = []
+        self._dropped = 0
+        self._wake = threading.Event()
+        self._ending = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="trackhub-federation", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. It first reads what the journal has, then what comes.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        # A replay goes on with the same options.
+        self._journal.set_meta(FEDERATION_OPTIONS, msgspec.json.encode(self._options).decode())
+        self._thread.start()
+
+    def notify(self, keys: AbstractSet[str], row: int) -> None:
+        """Say that the journal has a new row of a site. Thread-safe; does not block.
+
+        Args:
+            keys: the keys of all metrics in it.
+            row: its id.
+        """
+        # Most rows hold only keys that are not aggregated. To read and decode them again would cost a tenth of the
+        # receiver's time. A key that is ignored stays so, so nothing changes if a later process reads the row.
+        if self._aggregation.ignores(keys):
+            with self._lock:
+                self._skipped.add(row)
+                if len(self._skipped) % _MAX_SKIPPED:
+                    return
+        self._wake.set()
+
+    def log(self, values: Mapping[str, float], round_number: int) -> None:
+        """Add facts about a round, with the round as their step. Thread-safe; does not block.
+
+        Args:
+            values: by key. A key that cannot be one is left out.
+            round_number: the round.
+        """
+        kept = {key: float(value) for key, value in values.items() if self._is_key(key)}
+        if kept:
+            self._add(Metrics(kept), round_number)
+
+    def log_text(self, key: str, text: str, round_number: int) -> None:
+        """Add a text in Markdown. Thread-safe; does not block."""
+        if self._is_key(key):
+            self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
+
+    def _is_key(self, key: str) -> bool:
+        with self._lock:
+            try:
+                # Names of sites, tasks and metrics are in it, which others may choose. One bad one would cost the rest.
+                self._keys.check((key,))
+            except RefusedRecordError as e:
+                _log.debug("the federation run has no %r: %s", key[:80], e)
+                return False
+            return True
+
+    def _add(self, payload: Payload, round_number: int) -> None:
+        with self._lock:
+            if self._ending or len(self._waiting) >= _MAX_WAITING:
+                self._dropped += 1
+                return
+            self._waiting.append(Record(0, time.time(), round_number, round_number, payload))
+        self._wake.set()
+
+    def finish(self, timeout_s: float) -> None:
+        """Write what the journal's last rows complete, and end. Blocks up to ``timeout_s``.
+
+        What is not written by then, a replay writes.
+        """
+        with self._lock:
+            self._ending = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        self._stop.set()
+        if self._thread.is_alive():
+            _log.warning("the federation run is not complete; `trackhub replay` completes it")
+
+    def _main(self) -> None:
+        warned = False
+        has_restored = False
+        while not self._stop.is_set():
+            try:
+                if not has_restored:
+                    self._restore()
+                    has_restored = True
+                if self._work():
+                    return
+            except JournalError as e:
+                if not warned and not self._stop.is_set():
+                    _log.warning("%s; the federation run waits until the journal can be used", e)
+                warned = True
+                self._stop.wait(_RETRY_S)
+            except Exception:  # a defect of trackhub. It costs this run, and not the job.
+                _log.exception("the federation run ends here; all other runs go on")
+                return
+
+    def _work(self) -> bool:
+        """Do what there is to do, then wait for more. Return whether the job ends, and all is done."""
+        self._wake.clear()  # before anything is read: what comes later sets it again
+        with self._lock:
+            ending = self._ending
+        self._store_facts()
+        self._read()
+        if ending:
+            self._end()
+            return True
+        self._wake.wait()
+        if not self._ending:
+            self._stop.wait(_PAUSE_S)
+        return False
+
+    def _restore(self) -> None:
+        """Read again what the last receiver had read, to know what it knew."""
+        upto = int(self._journal.meta().get(FEDERATION_ROW, "0"))
+        while self._row < upto and (rows := self._journal.read_all(self._row, _READ_BYTES)):
+            for site, row in rows:
+                if row.id > upto:
+                    return
+                self._take(site, row)
+
+    def _read(self) -> None:
+        """Take the journal's new rows, and store what they complete."""
+        while True:
+            self._store_statistics()
+            self._skip()
+            rows = self._journal.read_all(self._row, _READ_BYTES)
+            if not rows:
+                return
+            for site, row in rows:
+                if self._skip() >= row.id:
+                    continue
+                # Stored before the next row is taken. If that fails, the rows behind this one are read again.
+                self._unstored += [_record_of(output) for output in self._take(site, row)]
+                self._store_statistics()
+
+    def _skip(self) -> int:
+        """Pass over the next rows that need not be read. Return the id of the last row that is dealt with."""
+        with self._lock:
+            while self._row + 1 in self._skipped:
+                self._row += 1
+                self._skipped.discard(self._row)
+        return self._row
+
+    def _take(self, site: int, row: Row) -> list[Output]:
+        """Have the aggregation take a row. Return what the row completes."""
+        name = self._sites.get(site)
+        if name is None:
+            name = self._sites[site] = self._journal.site(site)[0]
+        self._row = row.id
+        if name == FEDERATION:
+            return self._aggregation.add_facts(_metrics(row)) if row.stream == self._facts.name else []
+        self._aggregation.add(name, _metrics(row))
+        return []
+
+    def _store_facts(self) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+        if waiting:
+            self._store(self._facts, waiting, {})
+            with self._lock:
+                del self._waiting[: len(waiting)]
+
+    def _store_statistics(self) -> None:
+        if self._unstored:
+            self._store(self._statistics, self._unstored, {FEDERATION_ROW: str(self._row)})
+            stored, self._unstored = self._unstored, []
+            if not self._is_replay:
+                self._store_health(stored[-1])
+
+    def _store_health(self, last: Record) -> None:
+        """Say how delivery stands when a round's statistics are written."""
+        report = self._journal.report()
+        counted = [site.at_site for site in report.sites.values() if site.at_site is not None]
+        rejected = sum(sum(run.rejected.values()) for lane in report.lanes.values() for run in lane.values())
+        values = {
+            "fl/delivery/dropped": float(sum(sum(counts.dropped.values()) for counts in counted)),
+            "fl/delivery/refused": float(sum(sum(site.all_refused().values()) for site in report.sites.values())),
+            "fl/delivery/rejected": float(rejected),
+        }
+        for lane, runs in report.lanes.items():
+            values[f"fl/delivery/pending/{lane}"] = float(sum(run.pending for run in runs.values()))
+        self._store(self._facts, [msgspec.structs.replace(last, time=time.time(), payload=Metrics(values))], {})
+
+    def _store(self, stream: _Stream, records: Sequence[Record], facts: Mapping[str, str]) -> None:
+        site = stream.append(records, facts)
+        self._notify_lanes(site)
+        self._counts.note(site, self._dropped, final=False)
+
+    def _end(self) -> None:
+        """Close the rounds that are open, and say that nothing follows."""
+        if self._aggregation.is_unfinished():
+            values = {JOB_ENDED: float(self._aggregation.rounds())}
+            number = self._aggregation.last_round()
+            self._store(self._facts, [Record(0, self._aggregation.last_time, number, number, Metrics(values))], {})
+            self._read()
+        for site, (name, _) in self._journal.sites().items():
+            if name == FEDERATION:
+                self._counts.note(site, self._dropped, final=True)
+
+
+class _Counts:
+    """Stores the counts of the federation run, as a site's sender reports those of its site."""
+
+    def __init__(self, journal: Journal, *, is_replay: bool) -> None:
+        self._journal = journal
+        self._is_replay = is_replay
+        self._session = uuid.uuid4().hex
+        self._number = 0
+
+    def note(self, site: int, dropped: int, *, final: bool) -> None:
+        """Store the counts as they are now.
+
+        Args:
+            site: the federation run's id in the journal.
+            dropped: how many records could not be stored.
+            final: nothing follows.
+        """
+        journaled = self._journal.position_after(site, _LAST_ROW)
+        reasons = {"not_stored": dropped} if dropped else {}
+        counts = SiteCounts(logged=journaled + dropped, acked=journaled, dropped=reasons)
+        self._number += 1
+        session, number = self._session, self._number
+        message = Final(counts, False, session, number) if final else KeepAlive(counts, session, number)
+        with suppress(JournalError):  # the next counts replace these
+            self._journal.note_counts(site, message, keep_end=self._is_replay)
+
+
+class _Stream:
+    """One stream of the federation run. Its id is the same in every process, so its numbers go on after a restart."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self.name = name
+        self._journal = journal
+        self._site: int | None = None
+        self._next_seq = 0
+
+    def append(self, records: Sequence[Record], facts: Mapping[str, str]) -> int:
+        """Store records and facts in one transaction. Return the id of the federation run's site.
+
+        Raises:
+            JournalError: the journal cannot be written. Nothing was stored.
+        """
+        began = records[0].time
+        if self._site is None:
+            site = self._journal.add_site(FEDERATION, began)
+            state = self._journal.stream_states(FEDERATION, (self.name,)).get(self.name)
+            self._next_seq = 0 if state is None else state.next_seq
+            self._site = site
+        first, after = self._next_seq, self._next_seq + len(records)
+        frames = [encode_frame(msgspec.structs.replace(r, seq=first + i)) for i, r in enumerate(records)]
+        batch = Batch(self.name, first, after, len(records), b"".join(frames))
+        self._journal.append(self._site, batch, {}, began=began, facts=facts)
+        self._next_seq = after
+        return self._site
+
+
+def _record_of(output: Output) -> Record:
+    return Record(0, output.time, output.round, output.round, Metrics(output.values))
+
+
+def _metrics(row: Row) -> Iterable[Record]:
+    """Return the metrics in a row, in their order, without those that cannot be read."""
+    bodies, end = metrics_bodies(row.frames, 0, row.records)
+    if end == len(row.frames):
+        with suppress(msgspec.DecodeError):
+            return decode_metrics(bodies)
+    return _decodable_metrics(row)
+
+
+def _decodable_metrics(row: Row) -> Iterator[Record]:
+    for _, kind, body in stored_records(row):
+        if kind == Kind.METRICS:
+            with suppress(msgspec.DecodeError):
+                record = decode_body(body)
+                if isinstance(record.payload, Metrics):
+                    yield record

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells the federation run how the federation runs: rounds, sites, waits, bytes of model, and FLARE's own metrics.
+
+`trackhub.flare.receiver_widget` has one on the server. It learns everything from FLARE's events, so a training script
+needs no line for it. `trackhub.flare.server_tasks` reads the events.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+
+from trackhub.delivery import FederationRun
+from trackhub.flare import flare_internals, server_tasks
+from trackhub.flare.server_tasks import HandedTask, ReturnedTask
+from trackhub.printable import printable
+
+__all__ = ["FederationWatch"]
+
+_MAX_ROUNDS_IN_SUMMARY = 200
+
+
+class _Round:
+    """What has happened in one round. Times are of the monotonic clock."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.began = time.monotonic()
+        self.sampled: set[str] = set()
+        self.handed: dict[str, tuple[HandedTask, float]] = {}
+        self.result_at: dict[str, float] = {}
+        self.failed: set[str] = set()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def missing(self) -> set[str]:
+        """Return the sampled sites of which no result has come."""
+        return self.sampled - self.result_at.keys() - self.failed
+
+    def waits(self) -> dict[str, float]:
+        """Return how long each site's result waited for the last one, in seconds."""
+        last = max(self.result_at.values(), default=0.0)
+        return {site: last - at for site, at in self.result_at.items()}
+
+    def waited_for(self) -> tuple[str, float] | None:
+        """Return the site whose result came last, and how long all others waited for it alone. None without others."""
+        if len(self.result_at) < 2:
+            return None
+        (second, _), (last, site) = sorted((at, site) for site, at in self.result_at.items())[-2:]
+        return site, last - second
+
+    def facts(self, seconds: float) -> dict[str, float]:
+        """Return what the federation run says of the whole round."""
+        found = {
+            "fl/round_seconds": seconds,
+            "fl/sites_reported": len(self.result_at),
+            "fl/sites_missing": len(self.missing()),
+            "fl/sites_failed": len(self.failed),
+            "fl/model_bytes_sent": self.bytes_sent,
+            "fl/model_bytes_received": self.bytes_received,
+        }
+        found |= {f"fl/missing/{site}": 1 for site in self.missing()}
+        found |= {f"fl/wait_seconds/{site}": wait for site, wait in self.waits().items()}
+        if (slowest := self.waited_for()) is not None:
+            found[f"fl/waited_for_seconds/{slowest[0]}"] = slowest[1]
+        return found
+
+    def row(self, seconds: float) -> str:
+        """Return the round's row in the summary, in Markdown."""
+        slowest = self.waited_for()
+        waited = "-" if slowest is None else f"{_cell(slowest[0])}, {slowest[1]:.1f} s"
+        missing, failed = (", ".join(map(_cell, sorted(sites))) or "-" for sites in (self.missing(), self.failed))
+        return (
+            f"| {self.number} | {seconds:.1f} | {len(self.sampled)} | {len(self.result_at)} | {missing} | {failed} "
+            f"| {waited} |"
+        )
+
+
+class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
+    """Watches the rounds of the server's workflows. FLARE calls it from several threads."""
+
+    def __init__(self, engine: Any, federation: FederationRun) -> None:
+        """Watch the server's events from now on.
+
+        Args:
+            engine: FLARE's engine in this process.
+            federation: where to write what is seen.
+        """
+        super().__init__()
+        self._federation = federation
+        self._lock = threading.Lock()
+        self._round: _Round | None = None
+        self._best: tuple[int, dict[str, float]] | None = None
+        self._rows: list[str] = []
+        self._last = 0
+        self._begun = 0
+        self._warned = False
+        flare_internals.add_first_handler(engine, self)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Handle one of FLARE's events. Never raises."""
+        if flare_internals.is_from_another_process(fl_ctx):
+            return
+        try:
+            self._handle(event_type, fl_ctx)
+        except Exception as e:
+            if not self._warned:
+                self._warned = True
+                self.log_warning(
+                    fl_ctx,
+                    f"the federation run lacks what {event_type} says: {type(e).__name__}: {e}. The job goes on; this "
+                    "may be a newer FLARE than trackhub knows",
+                    fire_event=False,
+                )
+
+    def _handle(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == flare_internals.ROUND_STARTED:
+            self._begin(flare_internals.round_of_context(fl_ctx))
+        elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
+            if (handed := server_tasks.handed_task(fl_ctx)) is not None:
+                self._hand(handed)
+        elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
+            if (returned := server_tasks.returned_task(fl_ctx)) is not None:
+                self._take(returned)
+        elif event_type == server_tasks.AFTER_AGGREGATION:
+            self._note_metrics(server_tasks.aggregated_metrics(fl_ctx))
+        elif event_type == server_tasks.BEST_MODEL:
+            number, metrics = server_tasks.best_metrics(fl_ctx)
+            if number is not None:
+                self._best = (number, metrics)
+        elif event_type in (server_tasks.ROUND_DONE, EventType.END_WORKFLOW):
+            self._begin(None)
+        elif event_type == EventType.ABOUT_TO_END_RUN:
+            self._begin(None)
+            self._summarise()
+
+    def _begin(self, number: int | None) -> None:
+        """End the present round, and begin this one."""
+        with self._lock:
+            ended, self._round = self._round, None if number is None else _Round(number)
+            if ended is not None and ended.sampled:
+                seconds = time.monotonic() - ended.began
+                self._last = ended.number
+                self._rows.append(ended.row(seconds))
+                self._federation.log(ended.facts(seconds), ended.number)
+            if number is not None:
+                self._begun += 1
+                self._federation.log({"fl/rounds_started": self._begun}, number)
+
+    def _hand(self, task: HandedTask) -> None:
+        current = self._round
+        if task.round is not None and (current is None or task.round > current.number):
+            self._begin(task.round)  # a workflow that fires no event for its rounds; its tasks carry them
+        with self._lock:
+            current = self._round
+            if current is None or task.round not in (None, current.number):
+                return
+            # FLARE hands a task out again if a site asks again; its time counts from the first.
+            if task.id not in current.handed:
+                current.handed[task.id] = (task, time.monotonic())
+            current.bytes_sent += task.model_bytes
+            if new := {task.site, *task.targets} - current.sampled:
+                current.sampled |= new
+                facts = {f"fl/sampled/{site}": 1.0 for site in sorted(new)}
+                self._federation.log({**facts, "fl/sites_sampled": len(current.sampled)}, current.number)
+
+    def _take(self, result: ReturnedTask) -> None:
+        now = time.monotonic()
+        with self._lock:
+            current = self._round
+            if current is None or result.id not in current.handed:
+                return  # of an earlier round, which has ended without it
+            task, handed_at = current.handed[result.id]
+            current.bytes_received += result.model_bytes
+            facts = {f"fl/seconds/{task.name}/{task.site}": now - handed_at}
+            if result.is_ok:
+                current.result_at[task.site] = now
+                facts[f"fl/result_after_seconds/{task.site}"] = now - current.began
+            else:
+                current.failed.add(task.site)
+                facts[f"fl/failed/{task.site}"] = 1.0
+            if result.steps is not None:
+                facts[f"fl/steps/{task.site}"] = result.steps
+            self._federation.log(facts, current.number)
+
+    def _note_metrics(self, metrics: dict[str, float]) -> None:
+        with self._lock:
+            if self._round is not None and metrics:
+                # Not below "fl/": a page that sorts keys, as TensorBoard's and MLflow's, then begins with these curves.
+                named = {f"aggregated/{name}": value for name, value in metrics.items()}
+                self._federation.log(named, self._round.number)
+
+    def _summarise(self) -> None:
+        """Say at the end of the job which model was best, and how the rounds went."""
+        with self._lock:
+            best, rows, self._rows = self._best, self._rows, []
+        if best is not None:
+            number, metrics = best
+            self._federation.log({"fl/best_round": number} | {f"fl/best/{k}": v for k, v in metrics.items()}, number)
+        if rows:
+            head = "| round | seconds | sampled | reported | missing | failed | all others waited for |\n"
+            left_out = len(rows) - _MAX_ROUNDS_IN_SUMMARY
+            note = f"\n\nThe first {left_out} rounds are left out." if left_out > 0 else ""
+            table = head + "| ---: " * 4 + "| --- " * 3 + "|\n" + "\n".join(rows[-_MAX_ROUNDS_IN_SUMMARY:])
+            self._federation.log_text("fl/how_it_ran", f"How the federation ran:\n\n{table}{note}", self._last)
+
+
+def _cell(name: str) -> str:
+    return printable(name).replace("|", "\\|")

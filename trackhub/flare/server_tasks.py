@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads from FLARE's events what the server hands to sites, what comes back, and what FLARE makes of it.
+
+`trackhub.flare.federation_watch` calls it. Written for nvflare 2.9, like `trackhub.flare.flare_internals`. It changes
+nothing in FLARE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nvflare.apis.dxo import from_shareable
+from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from trackhub.flare.flare_internals import round_of_task
+
+__all__ = [
+    "AFTER_AGGREGATION",
+    "BEST_MODEL",
+    "ROUND_DONE",
+    "HandedTask",
+    "ReturnedTask",
+    "aggregated_metrics",
+    "best_metrics",
+    "handed_task",
+    "returned_task",
+]
+
+ROUND_DONE: str = AppEventType.ROUND_DONE
+AFTER_AGGREGATION: str = AppEventType.AFTER_AGGREGATION
+BEST_MODEL: str = AppEventType.GLOBAL_BEST_MODEL_AVAILABLE
+
+_MAX_LEAVES = 1_000_000
+
+
+class HandedTask(NamedTuple):
+    """A task that the server hands to a site.
+
+    Attributes:
+        id: FLARE's id of this site's copy of the task.
+        name: what is to be done, such as ``train``.
+        site: who gets it.
+        targets: the sites that the workflow sends this task to.
+        round: the round that the task carries; None if it carries none.
+        model_bytes: bytes of the arrays in it.
+    """
+
+    id: str
+    name: str
+    site: str
+    targets: tuple[str, ...]
+    round: int | None
+    model_bytes: int
+
+
+class ReturnedTask(NamedTuple):
+    """The result of a task.
+
+    Attributes:
+        id: as in `HandedTask`.
+        is_ok: whether the site says that the task has ended well.
+        steps: the number of training steps that the site says it took. None if it does not say.
+        model_bytes: bytes of the arrays in it.
+    """
+
+    id: str
+    is_ok: bool
+    steps: float | None
+    model_bytes: int
+
+
+def handed_task(fl_ctx: FLContext) -> HandedTask | None:
+    """Return the task that is being handed out. Call it on the server, at BEFORE_TASK_DATA_FILTER."""
+    task_id = fl_ctx.get_prop(FLContextKey.TASK_ID)
+    # From FLARE's own table, since the site's name in the context is what the peer says of itself.
+    communicator = fl_ctx.get_prop(FLContextKey.RUNNER).current_wf.controller.communicator
+    client_task = communicator.process_task_check(task_id, fl_ctx)
+    if client_task is None:
+        return None
+    data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+    return HandedTask(
+        id=str(task_id),
+        name=str(client_task.task.name),
+        site=str(client_task.client.name),
+        targets=tuple(map(str, client_task.task.targets or ())),
+        round=round_of_task(data),
+        model_bytes=_array_bytes(data),
+    )
+
+
+def returned_task(fl_ctx: FLContext) -> ReturnedTask | None:
+    """Return the result that has arrived. Call it on the server, at BEFORE_PROCESS_SUBMISSION."""
+    result = fl_ctx.get_prop(FLContextKey.TASK_RESULT)
+    if not isinstance(result, Shareable):
+        return None
+    steps = None
+    try:
+        steps = from_shareable(result).get_meta_prop(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+    except Exception:  # a result without a model, or a malformed one
+        steps = None
+    return ReturnedTask(
+        id=str(fl_ctx.get_prop(FLContextKey.TASK_ID)),
+        is_ok=result.get_return_code(ReturnCode.OK) == ReturnCode.OK,
+        steps=_number(steps),
+        model_bytes=_array_bytes(result),
+    )
+
+
+def aggregated_metrics(fl_ctx: FLContext) -> dict[str, float]:
+    """Return the metrics that FLARE averaged over the sites. Call it on the server, at AFTER_AGGREGATION."""
+    result = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT)
+    if isinstance(result, Shareable):
+        try:
+            result = FLModelUtils.from_shareable(result)
+        except Exception:  # an aggregator may return anything
+            return {}
+    return _numbers(result.metrics) if isinstance(result, FLModel) else {}
+
+
+def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:
+    """Return the round of the best model so far, and its metrics. Call it on the server, at BEST_MODEL."""
+    info = fl_ctx.get_prop(AppConstants.METRICS_SELECTION_INFO)
+    if not isinstance(info, Mapping):
+        return None, {}
+    best = info.get("best_round")
+    metrics = info.get("best_metrics")
+    if isinstance(metrics, list):
+        metrics = {str(m.get("name")): m.get("value") for m in metrics if isinstance(m, Mapping)}
+    return best if isinstance(best, int) and best >= 0 else None, _numbers(metrics)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        return {}
+    found = {str(name): _number(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _number(value: Any) -> float | None:
+    """Return a number as a float; None for what is none, such as a text or an array of several."""
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _array_bytes(data: Any) -> int:
+    """Return how many bytes the arrays in this data have. Arrays that FLARE sends apart, as references, count as 0."""
+    total, left, seen = 0, [data], 0
+    while left and seen < _MAX_LEAVES:
+        value = left.pop()
+        seen += 1
+        if isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+        else:
+            size = getattr(value, "nbytes", 0)
+            total += size if isinstance(size, int) else 0
+    return total
