@@ -189,7 +189,7 @@ def test_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, seed
 
 
 ALL_BACKENDS: dict[str, dict[str, Any]] = {"jsonl": {}, "tensorboard": {}, "mlflow": {}, "wandb": {"mode": "offline"}}
-PARTS = 20
+PARTS = 50
 """The long form makes 100,000 requests in as many parts, so that one that fails can run again alone, by its name."""
 
 

@@ -20,10 +20,19 @@ from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
 from trackhub.delivery.journal.find import find
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.replay import FOREVER_S, Backends, count_spooled, journal_for_spool, replay_journal, replay_spool
+from trackhub.delivery.replay import (
+    FOREVER_S,
+    NO_FILE,
+    Backends,
+    count_spooled,
+    journal_for_spool,
+    replay_journal,
+    replay_spool,
+)
 from trackhub.delivery.report import DeliveryReport, format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.limits import Limits
+from trackhub.operator_file import OperatorFile, read_operator_file
 from trackhub.spool.layout import read_spool_info
 
 __all__ = ["replay"]
@@ -43,9 +52,21 @@ _REFRESH_S = 0.5
 )
 @click.option("--option", multiple=True, metavar="NAME.KEY=VALUE", help="An option of a backend; repeatable.")
 @click.option("--from-start", is_flag=True, help="Deliver again what was delivered already.")
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path),
+    help="Read the operator's file local/trackhub.toml in this workspace of a FLARE site.",
+)
+@click.option("--trust-journal", is_flag=True, help="Use the options in the journal as they are: the job was your own.")
 @click.option("--timeout-s", type=float, help="Give up after so many seconds. Default: never.")
 def replay(
-    path: Path, backend: Sequence[str], option: Sequence[str], from_start: bool, timeout_s: float | None
+    path: Path,
+    backend: Sequence[str],
+    option: Sequence[str],
+    from_start: bool,
+    workspace: Path | None,
+    trust_journal: bool,
+    timeout_s: float | None,
 ) -> None:
     """Deliver what a finished job did not deliver. You can interrupt it; called again, it goes on.
 
@@ -53,12 +74,24 @@ def replay(
 
     What a journal holds goes into its backends. What a site's spool still holds goes through the journal of the
     receiver that did not get it. On a site's own machine, where the server's journal is not available, it goes
-    straight into the backends that --backend names. Environment variables set limits, such as TRACKHUB_FLUSH_S. The
+    straight into the backends that --backend names.
+
+    The options that stand in a journal may reach what a job's options may at a provisioned site: the job's own folder,
+    and the hosts that the environment or the operator's file names. What --option says is not restricted.
+
+    Environment variables set limits, such as TRACKHUB_FLUSH_S. The
     exit status is 1 if something is still not delivered.
     """
     backends = _backends(backend, option)
     found = find(path)
-    work = _Work(found.journals, backends, from_start, FOREVER_S if timeout_s is None else timeout_s)
+    operator = NO_FILE if workspace is None else read_operator_file(workspace / "local")
+    work = _Work(
+        found.journals,
+        backends,
+        from_start,
+        FOREVER_S if timeout_s is None else timeout_s,
+        None if trust_journal else operator,
+    )
     try:
         for spool, cursor in work.receivers(found.spools):
             work.deliver_spool(spool, cursor)
@@ -91,7 +124,14 @@ class _Work:
         errors: what went wrong.
     """
 
-    def __init__(self, journals: Sequence[Path], backends: Backends | None, from_start: bool, timeout_s: float) -> None:
+    def __init__(
+        self,
+        journals: Sequence[Path],
+        backends: Backends | None,
+        from_start: bool,
+        timeout_s: float,
+        operator: OperatorFile | None,
+    ) -> None:
         """Prepare the work.
 
         Args:
@@ -99,6 +139,7 @@ class _Work:
             backends: where to deliver; None for the backends of each job.
             from_start: deliver again what was delivered already.
             timeout_s: the longest time for each spool and journal, in seconds.
+            operator: what the options in a journal may reach; None trusts them.
         """
         self.journals = [journal.absolute() for journal in journals]
         self.errors: list[TrackhubError] = []
@@ -106,6 +147,7 @@ class _Work:
         self._backends = backends
         self._from_start = from_start
         self._timeout_s = timeout_s
+        self._operator = operator
         self._limits = Limits.from_mapping({}, environ=os.environ)
         # By journal, since the rest of several spools may go through one. Its last report counts.
         self._reports: dict[Path, DeliveryReport] = {}
@@ -137,6 +179,7 @@ class _Work:
                     backends=self._backends,
                     timeout_s=self._timeout_s,
                     limits=self._limits,
+                    operator=self._operator,
                 ),
             )
             self._in_spools += count_spooled(spool, cursor)
@@ -163,6 +206,7 @@ class _Work:
                     from_start=self._from_start,
                     timeout_s=self._timeout_s,
                     limits=self._limits,
+                    operator=self._operator,
                 ),
             )
         except TrackhubError as error:

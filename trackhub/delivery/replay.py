@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from trackhub import registry
 from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.read_only import has_last_counts, read_journal_meta, read_stream_positions
@@ -24,7 +25,7 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.limits import Limits
-from trackhub.operator_file import read_operator_file
+from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
 from trackhub.policy import SiteRules
 from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import ack_file, read_ack
@@ -33,13 +34,16 @@ from trackhub.spool.layout import SpoolInfo, read_spool_info, set_policy
 from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
 
-__all__ = ["FOREVER_S", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]
+__all__ = ["FOREVER_S", "NO_FILE", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]
 
 Backends = Mapping[str, Mapping[str, Any]]
 """The name of each backend, and its options."""
 
 FOREVER_S = 10 * 365 * 86400.0
 """No time limit, in seconds. A replay may be interrupted at any time."""
+
+NO_FILE = OperatorFile()
+"""The strictest rules: those of a site whose operator wrote no file."""
 
 _STAND_IN = "replay-server"
 """The folder beside a site's spool for the journal that replaces the server's, where that is not available."""
@@ -54,6 +58,7 @@ def replay_journal(
     from_start: bool = False,
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
+    operator: OperatorFile | None = NO_FILE,
 ) -> DeliveryReport:
     """Deliver what is pending in a journal, and return the new report. Blocks until all is delivered or time is over.
 
@@ -68,6 +73,8 @@ def replay_journal(
             possible duplicates are counted.
         timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
+        operator: what the options that stand in the journal may reach, as those of a job at a provisioned site. None
+            trusts them. What ``backends`` says is trusted in any case.
 
     Raises:
         JournalError: it is no journal, or in use by a running job or another replay.
@@ -76,7 +83,7 @@ def replay_journal(
     """
     repair(journal)
     meta = read_journal_meta(journal)
-    chosen = _choose(meta, backends)
+    chosen = _choose(meta, backends, operator, journal)
     if not chosen:
         raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
     status = _job_status(meta)
@@ -93,6 +100,7 @@ def replay_spool(
     backends: Backends | None = None,
     timeout_s: float = FOREVER_S,
     limits: Limits | None = None,
+    operator: OperatorFile | None = NO_FILE,
 ) -> DeliveryReport | None:
     """Deliver what a site's spool still holds for one of its receivers, through a journal.
 
@@ -108,6 +116,8 @@ def replay_spool(
             not available, since a site does not know the server's backends.
         timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
+        operator: what the options that stand in the journal may reach, as those of a job at a provisioned site. None
+            trusts them. What ``backends`` says is trusted in any case.
 
     Returns:
         The report. None if nothing is left for this receiver, and its journal has the site's last counts.
@@ -130,7 +140,8 @@ def replay_spool(
         meta = _meta_for_spool(spool, journal, backends)
         job = _job(meta) if meta else JobInfo(info.job, info.name, info.notes, info.tags)
         status = _job_status(meta) if meta or info.open else RunStatus.FINISHED
-        receiver = _receiver(journal, job, Side(cursor), _choose(meta, backends), limits, status, _federation(meta))
+        chosen = _choose(meta, backends, operator, journal)
+        receiver = _receiver(journal, job, Side(cursor), chosen, limits, status, _federation(meta))
         receiver.start()
         if not info.open:
             receiver.assume_ended(info.site)
@@ -277,9 +288,7 @@ def _receiver(
     status: RunStatus,
     federation: FederationOptions | None,
 ) -> Receiver:
-    state_dir = journal.absolute().parent
-    # The backends' folders are beside the receiver's. The journal that stands in for the server's lies one deeper.
-    run_dir = state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
+    state_dir, run_dir = journal.absolute().parent, _run_dir(journal)
     return Receiver(
         run_dir,
         state_dir=state_dir,
@@ -303,10 +312,45 @@ def _job(meta: Mapping[str, str]) -> JobInfo:
     return msgspec.json.decode(meta["job_info"], type=JobInfo) if "job_info" in meta else JobInfo(meta["job"])
 
 
-def _choose(meta: Mapping[str, str], backends: Backends | None) -> dict[str, dict[str, Any]]:
-    """Return the backends to deliver to: the job's, or the given ones on top of the options that the job gave."""
+def _run_dir(journal: Path) -> Path:
+    """Return the folder in which the backends' folders are, beside the receiver's."""
+    state_dir = journal.absolute().parent
+    # The journal that stands in for the server's lies one deeper.
+    return state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
+
+
+def _choose(
+    meta: Mapping[str, str], backends: Backends | None, operator: OperatorFile | None, journal: Path
+) -> dict[str, dict[str, Any]]:
+    """Return the backends to deliver to: the job's, or the given ones on top of the options that the job gave.
+
+    Whoever made the journal chose the job's options. Unchecked, they could name any host, which would get the
+    credentials of whoever replays it, and any file.
+    """
     used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
-    return used if backends is None else {name: {**used.get(name, {}), **o} for name, o in backends.items()}
+    given: Backends = {name: {} for name in used} if backends is None else backends
+    if operator is None:
+        return {name: {**used.get(name, {}), **options} for name, options in given.items()}
+    return {name: _permitted(name, used.get(name, {}), options, operator, journal) for name, options in given.items()}
+
+
+def _permitted(
+    name: str, used: Mapping[str, Any], given: Mapping[str, Any], operator: OperatorFile, journal: Path
+) -> dict[str, Any]:
+    rules = operator.backends.get(name, BackendRules())
+    # No rule holds for what whoever replays it says, except that the operator's own options win.
+    rules = msgspec.structs.replace(rules, fixed={**given, **rules.fixed})
+    operator = msgspec.structs.replace(operator, backends={**operator.backends, name: rules})
+    try:
+        return registry.permitted_options(name, used, operator, _run_dir(journal))
+    except ConfigError as e:
+        if not used:
+            raise
+        raise ConfigError(
+            f"{journal} names options that are not trusted, since a journal may come from anybody. {e}. Or give the "
+            "option to `trackhub replay` yourself, as --option NAME.KEY=VALUE. If the job was your own, give "
+            "--trust-journal"
+        ) from e
 
 
 def _job_status(meta: Mapping[str, str]) -> RunStatus:

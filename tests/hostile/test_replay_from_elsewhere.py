@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A journal from elsewhere reaches no host, file or secret of whoever replays it, opens or lists it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.helpers import batch_of, json_lines, metric
+from trackhub.delivery.journal.journal import Journal
+from trackhub.run import RunStatus
+
+TOKEN = "planted-token-0123456789"
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[str, list[str]]]:
+    """A server of somebody else, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.path} {self.headers}")
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def journal_from_elsewhere(folder: Path, backends: dict[str, dict[str, Any]]) -> Path:
+    """Make the journal of a finished job, with three records of one site and these options."""
+    path = folder / "job" / "trackhub" / "trackhub.db"
+    journal = Journal.open(path, job="job-1", side="server")
+    journal.append(journal.add_site("site-1", 1000.0), batch_of([metric(seq) for seq in range(3)]), {})
+    journal.set_facts({"backends": json.dumps(backends), "status": RunStatus.FINISHED})
+    journal.close()
+    return path
+
+
+def replay(path: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trackhub.cli", "replay", str(path), "--timeout-s", "3", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environ})
+
+
+def test_no_host_in_a_journal_gets_a_credential(tmp_path: Path, stranger: tuple[str, list[str]]) -> None:
+    host, asked = stranger
+    path = journal_from_elsewhere(tmp_path, {"mlflow": {"tracking_uri": host}})
+
+    done = replay(path, MLFLOW_TRACKING_TOKEN=TOKEN)
+
+    assert done.returncode == 1
+    assert asked == []
+    assert "is not a host that the operator named" in done.stderr
+    assert "--option" in done.stderr
+    assert "--trust-journal" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "option"), [("jsonl", {"path": "{outside}"}), ("mlflow", {"tracking_uri": "sqlite:///{outside}/x.db"})]
+)
+def test_no_path_in_a_journal_is_written_outside_the_jobs_folder(
+    tmp_path: Path, backend: str, option: dict[str, str]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    options = {key: value.format(outside=outside) for key, value in option.items()}
+
+    done = replay(journal_from_elsewhere(tmp_path, {backend: options}))
+
+    assert done.returncode == 1
+    assert "is outside the job's own folder" in done.stderr
+    assert list(outside.iterdir()) == []
+
+
+def test_no_secret_that_a_journal_refers_to_is_resolved(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"wandb": {"api_key": "${secret:PLANTED}"}})
+
+    done = replay(path, PLANTED=TOKEN)
+
+    assert done.returncode == 1
+    assert "may not refer to the secret PLANTED" in done.stderr
+    assert not any(TOKEN.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_what_the_command_line_says_is_not_restricted(tmp_path: Path) -> None:
+    """It replaces what the journal says of the same option, so the rest of the journal's options may stay."""
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {"path": "/nobody/names/this"}})
+
+    done = replay(path, "--backend", "jsonl", "--option", f"jsonl.path={tmp_path / 'mine'}")
+
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "mine").rglob("*.jsonl")
+    assert len(json_lines(file)) == 3
+
+
+def test_the_operators_file_allows_a_folder_for_a_replay_too(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {"path": str(tmp_path / "shared")}})
+    local = tmp_path / "site" / "local"
+    local.mkdir(parents=True)
+    (local / "trackhub.toml").write_text(f'[backends.jsonl]\npaths = ["{tmp_path / "shared"}"]\n')
+
+    done = replay(path, "--workspace", str(local.parent))
+
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "shared").rglob("*.jsonl"))
+
+
+def test_a_journal_of_ones_own_can_be_trusted_as_it_is(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {"path": str(tmp_path / "mine")}})
+
+    done = replay(path, "--trust-journal")
+
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "mine").rglob("*.jsonl"))
+
+
+def test_a_link_in_the_place_of_a_backends_folder_is_not_followed(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {}, "tensorboard": {}})
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (path.parent.parent / "jsonl").symlink_to(outside)
+    (path.parent.parent / "tensorboard").symlink_to(outside)
+
+    done = replay(path)
+
+    assert done.returncode == 1
+    assert list(outside.iterdir()) == []
+
+
+def test_a_journal_that_is_only_looked_at_reaches_nothing(tmp_path: Path, stranger: tuple[str, list[str]]) -> None:
+    host, asked = stranger
+    path = journal_from_elsewhere(tmp_path, {"mlflow": {"tracking_uri": host, "note": "${secret:PLANTED}"}})
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+
+    command = [sys.executable, "-m", "trackhub.cli", "status", str(path)]
+    environ = {**os.environ, "PLANTED": TOKEN, "MLFLOW_TRACKING_TOKEN": TOKEN}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+
+    assert done.returncode == 0, done.stderr
+    assert asked == []
+    assert TOKEN not in done.stdout + done.stderr
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == before
