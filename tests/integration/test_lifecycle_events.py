@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLARE's lifecycle events count only when FLARE fired them in this process: any site can send one of any type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, ReservedKey
+from nvflare.apis.fl_context import FLContext
+
+from trackhub.flare import receiver_widget, sender_widget
+from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.sender_widget import TrackhubSender
+
+LIFECYCLE = [
+    EventType.ABOUT_TO_START_RUN, EventType.START_RUN, EventType.ABORT_TASK, EventType.ABOUT_TO_END_RUN,
+    EventType.CHECK_END_RUN_READINESS, EventType.END_RUN, EventType.SWAP_OUT, EventType.FATAL_SYSTEM_ERROR,
+]  # fmt: skip
+
+
+def context(process: str, scope: str | None) -> FLContext:
+    fl_ctx = FLContext()
+    fl_ctx.set_prop(ReservedKey.IDENTITY_NAME, "site-2", private=True, sticky=False)
+    fl_ctx.set_prop(FLContextKey.PROCESS_TYPE, process, private=True, sticky=False)
+    if scope is not None:
+        fl_ctx.set_prop(FLContextKey.EVENT_SCOPE, scope, private=True, sticky=False)
+    return fl_ctx
+
+
+def handled(component: FLComponent, parts: dict[str, Any], event: str, fl_ctx: FLContext) -> list[str]:
+    """Return which of these methods the component calls at an event."""
+    calls: list[str] = []
+    for name, owner in parts.items():
+        setattr(owner, name, lambda *args, name=name: calls.append(name))
+    component.handle_event(event, fl_ctx)
+    return calls
+
+
+@pytest.mark.parametrize("event", LIFECYCLE)
+def test_a_lifecycle_event_of_another_site_does_nothing_at_the_receiver(event: str) -> None:
+    widget = TrackhubReceiver(backends={"jsonl": {}})
+    tail = receiver_widget._Tail(widget)
+    parts: dict[str, Any] = {"_on_server": widget, "finish": widget}
+    sent, own = (context(ProcessType.SERVER_JOB, scope) for scope in (EventScope.FEDERATION, None))
+
+    assert handled(widget, parts, event, sent) == handled(tail, parts, event, sent) == []
+    assert handled(widget, parts, event, own) == ["_on_server"]
+    assert handled(tail, parts, event, own) == ["finish"] * (event == EventType.END_RUN)
+
+
+@pytest.mark.parametrize("event", LIFECYCLE)
+def test_a_lifecycle_event_of_another_site_does_nothing_at_the_sender(event: str) -> None:
+    widget = TrackhubSender(server_receiver="trackhub_receiver")
+    tail = sender_widget._Tail(widget)
+    parts: dict[str, Any] = {"_handle": widget, "finish": widget, "pause": widget}
+    sent, own = (context(ProcessType.CLIENT_JOB, scope) for scope in (EventScope.FEDERATION, None))
+
+    assert handled(widget, parts, event, sent) == handled(tail, parts, event, sent) == []
+    assert handled(widget, parts, event, own) == ["_handle"]
+    ends = {EventType.END_RUN: ["finish"], EventType.SWAP_OUT: ["pause"]}
+    assert handled(tail, parts, event, own) == ends.get(event, [])
