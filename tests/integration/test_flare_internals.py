@@ -35,7 +35,6 @@ from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
 from nvflare.app_common.metrics_exchange.metrics_sender import MetricsSender
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
 from nvflare.app_common.widgets.metric_relay import MetricRelay
-from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.client import api as client_api
 from nvflare.client import tracking
 from nvflare.client.cell.api import CellClientAPI
@@ -158,15 +157,6 @@ def test_the_log_of_the_client_api_in_process_is_replaced_and_put_back(tmp_path:
     assert before == (InProcessClientAPI.log, tracking.log)
 
 
-def test_a_receiver_of_flares_own_is_found_among_the_components() -> None:
-    engine = SimpleNamespace(get_all_components=None, components={"a": FLComponent()})
-    assert not flare_internals.has_stock_receiver(engine)
-
-    engine.components["b"] = TBAnalyticsReceiver()
-
-    assert flare_internals.has_stock_receiver(engine)
-
-
 def test_an_executor_keeps_its_shutdown_timeout_where_it_is_raised() -> None:
     executor = ClientAPIExecutor(execution_mode="external_process", command="python3 x.py", shutdown_timeout=0.0)
 
@@ -242,15 +232,16 @@ def _manager(engine: Any = None, **private: Any) -> FLContextManager:
 
 
 class _Taker(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         super().__init__()
+        self.keep = keep
         self.taken: list[Shareable] = []
         self.came_as_message: list[bool] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if (
             event_type in flare_internals.STOCK_EVENTS
-            and (event := flare_internals.take_stock_event(fl_ctx)) is not None
+            and (event := flare_internals.take_stock_event(fl_ctx, keep=self.keep)) is not None
         ):
             self.taken.append(event)
             self.came_as_message.append(flare_internals.came_as_message(fl_ctx))
@@ -281,6 +272,20 @@ def test_a_stock_event_is_taken_once_and_never_sent(converter_first: bool, fed: 
     assert len(taker.taken) == 1
     assert taker.came_as_message == [fed]
     assert runner.sent == []
+
+
+@pytest.mark.parametrize("converter_first", [True, False])
+@pytest.mark.parametrize("fed", [True, False])
+def test_a_stock_event_that_is_copied_is_taken_once_and_sent_once(converter_first: bool, fed: bool) -> None:
+    taker, runner, convert = _Taker(keep=True), _Runner(), ConvertToFedEvent(["analytix_log_stats"])
+    engine = _Engine([convert, taker, runner] if converter_first else [taker, convert, runner])
+    dxo = create_analytic_dxo("loss", 1.5, AnalyticsDataType.SCALAR)
+    name = "fed.analytix_log_stats" if fed else "analytix_log_stats"
+
+    with engine.new_context() as ctx:
+        send_analytic_dxo(FLComponent(), dxo, ctx, event_type=name, fire_fed_event=fed)
+
+    assert (len(taker.taken), len(runner.sent)) == (1, 1)
 
 
 def test_without_take_over_the_same_event_is_sent() -> None:

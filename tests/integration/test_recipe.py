@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContextManager
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.utils import set_per_site_config
@@ -265,8 +268,12 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
     [
         ({}, "nothing to track with"),
         ({"server": {}}, "nothing to track with"),
-        ({"clients": ["jsonl"], "take_over": False}, "take_over is off"),
-        ({"server": ["jsonl"], "take_over": "source"}, "expected true, false or 'events', got 'source'"),
+        ({"clients": ["jsonl"], "take_over": False}, "take_over is False"),
+        ({"clients": ["jsonl"], "take_over": "copy"}, "take_over is 'copy'"),
+        ({"server": ["jsonl"], "take_over": "source"}, "expected true, false, 'events' or 'copy', got 'source'"),
+        ({"server": ["jsonl"], "capture": "wandb"}, "capture: expected a list of tensorboard, wandb, mlflow"),
+        ({"server": ["jsonl"], "capture": ["comet"]}, "cannot capture 'comet'; expected one of tensorboard"),
+        ({"server": ["jsonl"], "capture_only": True}, "True only with capture"),
         ({"server": "jsonl"}, "expected {backend: options} or a list"),
         ({"server": {"jsonl": "x"}}, "expected {backend: {option: value}}"),
         ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),
@@ -284,6 +291,87 @@ def test_a_wrong_configuration_is_an_error_before_anything_is_written(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         add_tracking(_recipe(script), **given)
+
+
+LISTENER = """
+from nvflare.widgets.widget import Widget
+
+EVENT = "fed.analytix_log_stats"
+
+
+class Collector(Widget):
+    def handle_event(self, event_type, fl_ctx):
+        if event_type == EVENT:
+            raise AssertionError
+
+
+class Other(Widget):
+    def handle_event(self, event_type, fl_ctx):
+        if event_type == "round_started":
+            raise AssertionError
+"""
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "collector_parts.py").write_text(LISTENER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module("collector_parts")
+
+
+@pytest.mark.parametrize(
+    ("take_over", "server", "expected"),
+    [
+        (True, ["jsonl"], ["a .Collector., stock .TBAnalyticsReceiver. on the server will get nothing.*take_over='copy'",
+                           "at .* .Collector. at the clients needs FLARE's analytics events"]),
+        ("events", ["jsonl"], ["on the server will get nothing"]),
+        (True, None, ["on the server will get nothing.*tracking is on the client side only", "needs FLARE's"]),
+        ("copy", ["jsonl"], []),
+        (False, ["jsonl"], []),
+    ],
+)  # fmt: skip
+def test_what_happens_to_listeners_of_the_job_is_said_when_tracking_is_added(
+    script: str, parts: Any, take_over: Any, server: Any, expected: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe = _recipe(script)
+    job = recipe._job
+    job.to_server(parts.Collector(), id="a")
+    job.to_server(parts.Other(), id="b")
+    job.to_server(TBAnalyticsReceiver(), id="stock")
+    job.to_clients(parts.Collector(), id="at")
+
+    add_tracking(recipe, server=server, clients=["jsonl"], take_over=take_over)
+
+    found = [str(w.message) for w in recwarn if "trackhub" in str(w.message)]
+    assert len(found) == len(expected)
+    for message, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern.replace("at .* ", "at "), message)
+
+
+def test_where_flare_leaves_out_the_apps_of_single_sites_the_app_for_all_is_tracked(
+    script: str, tmp_path: Path
+) -> None:
+    job = FedJob(name="both")
+    job.to_server(FedAvg(num_clients=2, num_rounds=1))
+    job.to_clients(ScriptRunner(script=script))
+    job.to(ScriptRunner(script=script), "site-1")
+
+    with pytest.warns(UserWarning, match=r"FLARE leaves out the own apps of site-1"):
+        add_tracking(job, server=["jsonl"])
+
+    folder = _export(job, tmp_path / "out")
+    assert list(_components(folder, "app", "config_fed_client.json")) == ["trackhub_sender"]
+
+
+def test_capture_is_an_argument_of_the_sender(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+
+    add_tracking(recipe, server=["jsonl"], capture=("wandb", "mlflow"), capture_only=True)
+
+    job = _export(recipe, tmp_path / "out")
+    client = _components(job, "app", "config_fed_client.json")
+    assert client["trackhub_sender"]["args"] == {"capture": ["wandb", "mlflow"], "capture_only": True}
+    assert "capture" not in _components(job, "app", "config_fed_server.json")["trackhub_receiver"]["args"]
 
 
 def test_tracking_is_added_once(script: str) -> None:

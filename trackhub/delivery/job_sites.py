@@ -16,7 +16,11 @@ _MAX_SESSIONS = 10_000  # of one site, so that their names fit into memory. Each
 
 
 class JobSites:
-    """Knows when each site was last heard, and which have sent their final message. Thread-safe."""
+    """Knows when each site was last heard, and which have sent their final message. Thread-safe.
+
+    Attributes:
+        without_sender: the sites that take part in the job and have no sender.
+    """
 
     def __init__(self, silence_s: float) -> None:
         """Know of no site yet.
@@ -24,6 +28,7 @@ class JobSites:
         Args:
             silence_s: how long a site may say nothing before it is no longer waited for, in seconds.
         """
+        self.without_sender: set[str] = set()
         self._silence_s = silence_s
         self._changed = threading.Condition()
         self._heard_at: dict[str, float] = {}
@@ -35,7 +40,12 @@ class JobSites:
     def known(self) -> set[str]:
         """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
         with self._changed:
-            return self._expected | self._heard_at.keys()
+            return self._expected | self._heard_at.keys() | self.without_sender
+
+    def heard(self) -> set[str]:
+        """Return the sites that have sent something."""
+        with self._changed:
+            return set(self._heard_at)
 
     def restore(self, failed: Mapping[str, bool]) -> None:
         """Take over what the journal knows: for each site that has ended, whether its training failed."""

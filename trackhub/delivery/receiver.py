@@ -31,7 +31,7 @@ from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
-from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S
+from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S, SITES_WITHOUT_SENDER
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report, report_without_counts
 from trackhub.delivery.wire import (
@@ -401,6 +401,14 @@ class Receiver:
         """
         self._sites.assume_ended(site)
 
+    def heard_sites(self) -> set[str]:
+        """Return the sites that have sent something. From any thread."""
+        return self._sites.heard()
+
+    def note_without_sender(self, sites: Iterable[str]) -> None:
+        """Note sites that take part in the job and have no sender, for the report. Call it before ``finish``."""
+        self._sites.without_sender.update(sites)
+
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
 
@@ -484,8 +492,9 @@ class Receiver:
     def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
         """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""
         facts: dict[str, str] = {"status": status}
-        if known := self._sites.known():
-            facts[EXPECTED_SITES] = msgspec.json.encode(sorted(known)).decode()
+        for fact, names in ((EXPECTED_SITES, self._sites.known()), (SITES_WITHOUT_SENDER, self._sites.without_sender)):
+            if names:
+                facts[fact] = msgspec.json.encode(sorted(names)).decode()
         try:
             journal.set_facts(facts)
         except JournalError as e:

@@ -82,6 +82,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         refused: records that the receiver will never accept, by reason, without batches that it refused as a whole.
         explained: records that a stream said it does not have, by reason.
         final: whether the site's final message has come.
+        has_sender: False if the site takes part in the job, and its app has no sender.
     """
 
     at_site: SiteCounts | None = None
@@ -94,6 +95,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
     refused: dict[str, int] = {}
     explained: dict[str, int] = {}
     final: bool = False
+    has_sender: bool = True
 
     def is_balanced(self) -> bool:
         """Return whether all counts of this site are known, and add up."""
@@ -422,6 +424,9 @@ def format_counted(site: SiteReport) -> list[str]:
         remarks.append(f"the receiver lacks {lacking} records that it had acknowledged")
     if site.at_site is not None and (came := site.at_site.by_message):
         remarks.append(f"{came} came in FLARE's messages, which are not counted at their source: there may be more")
+    if not site.has_sender:
+        return [*remarks, "its app has no TrackhubSender: only what FLARE's own writers send from there is recorded"]
+    remarks += _format_loggers(site)
     match site.counted:
         case Counted.STALE:
             remarks.append("the site's final message did not come: it may have logged more")
@@ -431,6 +436,23 @@ def format_counted(site: SiteReport) -> list[str]:
             remarks.append("nothing arrived from this site")
         case Counted.INCOMPLETE:
             remarks.append("the site or the receiver could not count everything: there may be more")
+    return remarks
+
+
+def _format_loggers(site: SiteReport) -> list[str]:
+    """Return why a site has no records, and what the job captures in vain."""
+    if (counts := site.at_site) is None or not site.final:
+        return []
+    remarks = []
+    if not counts.logged and counts.not_captured:
+        names = ", ".join(counts.not_captured)
+        remarks.append(
+            f"nothing was logged with trackhub or FLARE; the scripts used {names}: give capture to record it"
+        )
+    elif not counts.logged:
+        remarks.append("nothing was logged: no log call of trackhub or FLARE was made")
+    if counts.not_used:
+        remarks.append(f"capture: no use of {', '.join(counts.not_used)} was seen")
     return remarks
 
 

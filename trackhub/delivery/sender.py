@@ -28,6 +28,7 @@ from trackhub.delivery.wire import (
     NeedBlob,
     Refused,
     SiteCounts,
+    SiteFacts,
     StreamState,
 )
 from trackhub.errors import SpoolError
@@ -62,7 +63,7 @@ class Sender:
     Attributes:
         site: the site that the spool belongs to.
         folder: the spool's folder.
-        at_source, by_message: as in `SiteCounts`. Whoever runs the sender sets them.
+        facts: what whoever runs the sender knows of the site. It may change until ``close``.
     """
 
     def __init__(
@@ -89,8 +90,7 @@ class Sender:
             ConfigError: what the spool says may leave the site cannot be read.
         """
         self.folder = spool
-        self.at_source = False
-        self.by_message = 0
+        self.facts = SiteFacts()
         self._limits = limits or Limits()
         self._reader = SpoolReader(spool, cursor)
         self.site = self._reader.info.site
@@ -441,7 +441,7 @@ class Sender:
             self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
         if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
-        counts.at_source, counts.by_message = self.at_source, self.by_message
+        self.facts.add_to(counts)
         self._counts = counts
 
     def _warn_once(self, message: str) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "Reply",
     "Request",
     "SiteCounts",
+    "SiteFacts",
     "StreamState",
     "busy",
     "decode_reply",
@@ -62,6 +63,7 @@ MAX_STREAMS = 500
 _Stream = Annotated[str, Meta(pattern=STREAM_PATTERN)]
 _Session = Annotated[str, Meta(max_length=64)]
 _Reasons = Annotated[dict[Reason, Count], Meta(max_length=MAX_REASONS)]
+_Loggers = Annotated[tuple[Reason, ...], Meta(max_length=8)]
 
 
 class SiteCounts(msgspec.Struct, kw_only=True):
@@ -80,6 +82,8 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         at_source: the site takes what FLARE's own writers log in the call itself, where the trainer lets it.
         by_message: of ``logged``, how many came in messages from another process that logs. Such a message is counted
             when it arrives, so nobody knows how many were lost.
+        not_captured: other loggers that the site's scripts used, and that the job does not capture.
+        not_used: loggers that the job captures, and that no process of the site was seen to use.
     """
 
     logged: Count = 0
@@ -93,6 +97,8 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     altered: _Reasons = {}
     at_source: bool = False
     by_message: Count = 0
+    not_captured: _Loggers = ()
+    not_used: _Loggers = ()
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""
@@ -102,6 +108,27 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         """Return whether every record that was counted has exactly one outcome."""
         gone = self.withheld + sum(self.dropped.values()) + sum(self.refused.values())
         return self.logged == gone + self.acked + self.spooled + self.unreadable
+
+
+class SiteFacts(msgspec.Struct, kw_only=True):
+    """What whoever runs a sender knows of the site beyond its spool. The sender puts it into the site's counts.
+
+    Attributes:
+        at_source, by_message, not_captured, not_used: as in `SiteCounts`.
+        may_log_more: the site may log what never reaches the spool, so that its counts are not complete.
+    """
+
+    at_source: bool = False
+    by_message: int = 0
+    not_captured: tuple[str, ...] = ()
+    not_used: tuple[str, ...] = ()
+    may_log_more: bool = False
+
+    def add_to(self, counts: SiteCounts) -> None:
+        """Put these facts into a site's counts."""
+        counts.at_source, counts.by_message = self.at_source, self.by_message
+        counts.not_captured, counts.not_used = self.not_captured, self.not_used
+        counts.complete = counts.complete and not self.may_log_more
 
 
 # Messages are arrays with a number in front. A newer minor version adds fields at the end, which an older one ignores.

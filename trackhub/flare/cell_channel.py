@@ -13,19 +13,22 @@ from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.cellnet.defs import CellChannel as FlareChannel
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply as make_cell_reply
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
+from nvflare.widgets.fed_event import FED_EVENT_TOPIC
 
-from trackhub.flare.flare_internals import participants, site_of
+from trackhub.flare.flare_internals import EVENT_SITE, participants, site_of
 
-__all__ = ["CellChannel", "NoReceiverError"]
+__all__ = ["CellChannel", "NoReceiverError", "answer_for_sender", "have_sender", "note_sites_of_events"]
 
 CHANNEL = "trackhub"
 """FLARE's Cell routes a request by channel and topic. The topic is the receiver's component id."""
 
+_SENDER_TOPIC = f"{CHANNEL}.sender"
 _PAYLOAD = "trackhub"
 _REFUSAL = "trackhub.refusal"
 
@@ -128,9 +131,7 @@ class CellChannel:
 
     def _ask(self, timeout_s: float) -> str:
         with self._engine.new_context() as fl_ctx:
-            # FLARE does not wait for replies once the run's abort signal has triggered, which happens at every normal
-            # end of a client. So hide the signal, with put, since set_prop refuses to hide a sticky property.
-            fl_ctx.put(key=ReservedKey.RUN_ABORT_SIGNAL, value=Signal(), private=True, sticky=False)
+            _hide_abort_signal(fl_ctx)
             replies = self._engine.send_aux_request(
                 targets=[FQCN.ROOT_SERVER],
                 topic=self._hello_topic,
@@ -149,3 +150,47 @@ class CellChannel:
         if reply.get_return_code() != ReturnCode.OK or not isinstance(target, str):
             raise ConnectionError(f"the server answers {reply.get_return_code()}")
         return target
+
+
+def answer_for_sender(engine: Any) -> None:
+    """Client: answer the server's question whether this client has a `TrackhubSender`."""
+    engine.register_aux_message_handler(_SENDER_TOPIC, lambda topic, request, fl_ctx: make_reply(ReturnCode.OK))
+
+
+def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bool]:
+    """Server: ask sites whether they have a `TrackhubSender`. Return the answers of those that answered.
+
+    A client answers "no" also while its job process is still starting.
+    """
+    with engine.new_context() as fl_ctx:
+        _hide_abort_signal(fl_ctx)
+        replies = engine.send_aux_request(
+            targets=sites, topic=_SENDER_TOPIC, request=Shareable(), timeout=timeout_s, fl_ctx=fl_ctx, optional=True
+        )
+    codes = {site: reply.get_return_code() for site, reply in (replies or {}).items() if isinstance(reply, Shareable)}
+    answers = {ReturnCode.OK: True, ReturnCode.TOPIC_UNKNOWN: False}
+    return {site: answers[code] for site, code in codes.items() if code in answers}
+
+
+def note_sites_of_events(engine: Any) -> None:
+    """Server: note in each client's event the site that it really comes from, before FLARE handles it.
+
+    FLARE itself takes the site's name from what the sender says of itself, and any site can claim any name there.
+    """
+    # Not ``engine.get_cell()``, which is another cell in the simulator.
+    agent = engine.server.command_agent
+
+    def on_event(message: Any) -> Any:
+        if isinstance(message.payload, Shareable):
+            site = site_of(message.get_header(MessageHeaderKey.ORIGIN) or "", participants(engine))
+            message.payload.set_header(EVENT_SITE, site or "")
+        return agent.aux_communicate(message)
+
+    # For this topic alone, before the agent's own callback for all topics.
+    agent.cell.register_request_cb(channel=FlareChannel.AUX_COMMUNICATION, topic=FED_EVENT_TOPIC, cb=on_event)
+
+
+def _hide_abort_signal(fl_ctx: FLContext) -> None:
+    # FLARE does not wait for replies once the run's abort signal has triggered, which happens at every normal end of a
+    # client. So hide the signal, with put, since set_prop refuses to hide a sticky property.
+    fl_ctx.put(key=ReservedKey.RUN_ABORT_SIGNAL, value=Signal(), private=True, sticky=False)

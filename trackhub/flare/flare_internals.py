@@ -36,7 +36,6 @@ from nvflare.app_common.ccwf.client_controller_executor import ClientControllerE
 from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
-from nvflare.app_common.widgets.streaming import AnalyticsReceiver
 from nvflare.client import tracking
 from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
@@ -50,20 +49,23 @@ from trackhub.policy import Policy, SiteRules
 from trackhub.run import SERVER, JobInfo, RunStatus, path_component
 
 __all__ = [
+    "EVENT_SITE",
     "ROUND_STARTED",
     "STOCK_EVENTS",
     "add_first_handler",
     "add_last_handler",
     "add_to_clients",
+    "app_components",
     "came_as_message",
     "cell_name",
     "client_sites",
     "components",
     "controls_workflow",
+    "event_of_site",
     "execution_id",
     "executors",
     "has_component",
-    "has_stock_receiver",
+    "ignored_apps",
     "is_ending",
     "is_from_another_process",
     "is_server",
@@ -94,6 +96,9 @@ ROUND_STARTED: str = AppEventType.ROUND_STARTED
 STOCK_EVENTS = (ANALYTIC_EVENT_TYPE, f"fed.{ANALYTIC_EVENT_TYPE}")
 """The events that carry what FLARE's own writers log: the local one in process, the federated one from an external
 trainer."""
+
+EVENT_SITE = "trackhub.site"
+"""Header of a client's event, in which the server notes the site that it really comes from."""
 
 _TAKEN = "trackhub.taken"
 _EXECUTION_FOLDER = ".trackhub"
@@ -324,25 +329,34 @@ def _round(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def take_stock_event(fl_ctx: FLContext) -> Shareable | None:
-    """Return the record in a stock analytics event, or None if it came from another process or was taken before.
+def take_stock_event(fl_ctx: FLContext, *, keep: bool = False) -> Shareable | None:
+    """Return the record in a stock analytics event, or None if it came from another site or was taken before.
 
-    FLARE converts a local event into a federated one, so this function marks the record: it is taken once. It also
-    marks a federated event as an incoming one, so that FLARE does not send it.
+    FLARE converts a local event into a federated one, so this function marks the record: it is taken once.
+
+    Args:
+        fl_ctx: the event's context.
+        keep: leave the event to FLARE. Otherwise a federated one is marked as an incoming one, so that FLARE does not
+            send it.
     """
     event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
     if not isinstance(event, Shareable) or event.get_header(FedEventHeader.DIRECTION, "out") != "out":
         return None
     first = not event.get_header(_TAKEN, False)
     event.set_header(_TAKEN, True)
-    if fl_ctx.get_prop(FLContextKey.EVENT_SCOPE) == EventScope.FEDERATION:
+    if not keep and fl_ctx.get_prop(FLContextKey.EVENT_SCOPE) == EventScope.FEDERATION:
         event.set_header(FedEventHeader.DIRECTION, "in")
     return event if first else None
 
 
-def has_stock_receiver(engine: Any) -> bool:
-    """Return whether the job has one of FLARE's own receivers in this process, which listens to analytics events."""
-    return any(isinstance(component, AnalyticsReceiver) for component in components(engine).values())
+def event_of_site(fl_ctx: FLContext) -> tuple[str, Shareable] | None:
+    """Return the site that sent the present event, and its data. None if no client sent it. On the server only."""
+    event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
+    if not isinstance(event, Shareable) or event.get_header(FedEventHeader.DIRECTION, "out") == "out":
+        return None
+    # Of the cell's origin. FLARE's own headers of an event are what its sender says of itself.
+    site = event.get_header(EVENT_SITE)
+    return (site, event) if isinstance(site, str) and site else None
 
 
 def cell_name(engine: Any) -> str:
@@ -396,7 +410,24 @@ def client_sites(recipe_or_job: Any) -> list[str]:
     prepare = getattr(recipe_or_job, "_ensure_client_apps_prepared", None)
     if prepare is not None:
         prepare()
-    return [target for target in job_of(recipe_or_job)._deploy_map if target not in (ALL_SITES, SERVER_SITE_NAME)]
+    targets = job_of(recipe_or_job)._deploy_map
+    # FLARE deploys the app for all clients to each of them, and then leaves out the apps for single sites.
+    return [] if ALL_SITES in targets else [target for target in targets if target != SERVER_SITE_NAME]
+
+
+def ignored_apps(job: Any) -> list[str]:
+    """Return the sites whose own client apps FLARE leaves out, since the job has an app for all clients as well."""
+    targets = job._deploy_map
+    return [t for t in targets if t not in (ALL_SITES, SERVER_SITE_NAME)] if ALL_SITES in targets else []
+
+
+def app_components(job: Any, *, server: bool) -> dict[str, Any]:
+    """Return the components of the server's app, or of all client apps together, by id."""
+    found: dict[str, Any] = {}
+    for target, app in job._deploy_map.items():
+        if (target == SERVER_SITE_NAME) is server:
+            found |= app.app_config.components
+    return found
 
 
 def add_to_clients(recipe_or_job: Any, component: FLComponent, sites: list[str] | None, component_id: str) -> None:

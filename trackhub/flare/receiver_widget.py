@@ -37,10 +37,12 @@ from trackhub.delivery import (
 )
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
-from trackhub.flare.cell_channel import CellChannel
+from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.job_labels import check_job_info, job_info, spool_info
+from trackhub.flare.listeners import listeners, server_warning
 from trackhub.flare.round_watch import ServerRounds
+from trackhub.flare.sites_without_sender import SitesWithoutSender
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 
 __all__ = ["TrackhubReceiver"]
@@ -94,7 +96,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
         Args:
             backends: the name of each backend, and its options. The receiver checks them when the job starts.
-            take_over: on the server, also record what FLARE's own writers log there.
+            take_over: on the server, whether to record what FLARE's own writers log there, as `TakeOver` says.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job_name: what a person calls the job; by default the name that FLARE knows.
@@ -126,7 +128,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._opened = False
         self._core: Receiver | None = None
         self._own_sender: Sender | None = None
-        self._stock = StockRecords(self)
+        self._stock = StockRecords(self, keep_events=take_over == "copy")
+        self._others: SitesWithoutSender | None = None
         self._wait_end: float | None = None
         self._failed = False
         self._aborted = False
@@ -158,6 +161,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if event_type in flare_internals.STOCK_EVENTS:
             if self.take_over:
                 self._stock.take(fl_ctx)
+                if self._others is not None and (found := flare_internals.event_of_site(fl_ctx)):
+                    self._others.take(*found)
         elif event_type == EventType.START_RUN:
             self._start_on_server(fl_ctx)
         elif event_type == EventType.START_WORKFLOW:
@@ -197,6 +202,12 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock.open(spool)
         set_process_spool(spool)
         channel.serve(self._core.handle)
+        if warning := server_warning(
+            listeners(flare_internals.components(engine)), self.take_over, has_server_side=True
+        ):
+            self.log_warning(fl_ctx, warning, fire_event=False)
+        self._others = SitesWithoutSender(self, engine, self._core, self._limits)
+        note_sites_of_events(engine)
         # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
         # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
@@ -281,6 +292,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             return
         self._wait_end = time.monotonic() + self._limits.gate_s
         sites = set(flare_internals.participants(fl_ctx.get_engine()))
+        if self._others is not None:
+            self._others.ask_now()
+            self._core.note_without_sender(self._others.found())
+            sites -= self._others.found()
         if missing := self._core.wait_for_sites(sites):
             self.log_warning(
                 fl_ctx,
@@ -293,6 +308,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """Deliver the server's own last records, and end. Called on the server, after all other components ended."""
         set_process_spool(None)
         self._stock.close()
+        if self._others is not None:
+            self._others.close(_MIN_OWN_CLOSE_S)
         if self._own_sender is not None:
             left_s = self._limits.gate_s
             if self._wait_end is not None:  # the time that the wait for the sites has left

@@ -14,6 +14,7 @@ from typing import Any
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
+from trackhub.flare.listeners import client_warning, listeners, server_warning
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.flare.stock_records import TakeOver
@@ -43,6 +44,8 @@ def add_tracking(
     notes: str = "",
     tags: Sequence[str] = (),
     take_over: TakeOver = True,
+    capture: Sequence[str] = (),
+    capture_only: bool = False,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
     policy: Mapping[str, Any] | None = None,
@@ -70,9 +73,14 @@ def add_tracking(
             jobs may have one name: the job's id stays beside it.
         notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
-        take_over: receive what FLARE's own writers log. FLARE's own receivers then get nothing. The log call itself
-            writes the record, with its time and in its order. ``"events"`` leaves the trainer as it is, and takes the
-            record when FLARE's event comes. ``False`` takes nothing: use it for FLARE's receivers beside trackhub.
+        take_over: whether and how to record what FLARE's own writers log. ``True``: the log call itself writes the
+            record, with its time and in its order. Receivers of FLARE's on the server then get nothing.
+            ``"events"``: trainers stay as they are, and trackhub takes the record when FLARE's event comes.
+            ``"copy"``: so, too, and the event goes on, so that FLARE's receivers and your own components get
+            everything as without trackhub. ``False``: trackhub records nothing of it.
+        capture: other loggers of the training script to record from, ``tensorboard``, ``wandb`` or ``mlflow``: what it
+            logs with a ``SummaryWriter`` of torch or tensorboardX, with ``wandb`` or with ``mlflow``.
+        capture_only: these loggers then do nothing themselves. By default, they do what they do without trackhub.
         limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
         policy: what may leave a site for the server: the rules of `trackhub.policy.Policy`, such as
@@ -84,10 +92,10 @@ def add_tracking(
             all sites log with the round as their step. An empty list is for none.
 
     Raises:
-        ConfigError: there is nothing to track with, or ``take_over`` is off and tracking is on the client side only or
-            has a policy. Or a rule of the policy, an option, a limit, the name, the notes or the tags are wrong, or an
-            option holds a literal secret. A backend that is not installed here gives a warning, and its sites check
-            its options.
+        ConfigError: there is nothing to track with, or ``take_over`` is off or ``"copy"`` and tracking is on the client
+            side only or has a policy. Or a rule of the policy, an option, a limit, the name, the notes or the tags are
+            wrong, or an option holds a literal secret. A backend that is not installed here gives a warning, and its
+            sites check its options.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -101,7 +109,8 @@ def add_tracking(
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
     common = _common(take_over, limits, state_dir, name, notes, tags)
-    rules = _policy(policy)
+    of_sender = {**common, **_capture(capture, capture_only), "policy": _policy(policy)}
+    _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
         own = _federation(federation, aggregate)
         job.to_server(TrackhubReceiver(server_backends, **common, **own), id=RECEIVER_ID)
@@ -110,7 +119,7 @@ def add_tracking(
             continue
         if backends:
             flare_internals.add_to_clients(recipe_or_job, TrackhubReceiver(backends, **common), names, RECEIVER_ID)
-        sender = TrackhubSender(**_receivers(server_backends, backends), **common, policy=rules)
+        sender = TrackhubSender(**_receivers(server_backends, backends), **of_sender)
         flare_internals.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
     flare_internals.reference_package(job, "trackhub")
     _let_trainers_finish(job)
@@ -124,6 +133,8 @@ def tracking_components(
     notes: str = "",
     tags: Sequence[str] = (),
     take_over: TakeOver = True,
+    capture: Sequence[str] = (),
+    capture_only: bool = False,
     limits: Limits | Mapping[str, Any] | None = None,
     state_dir: str | None = None,
     policy: Mapping[str, Any] | None = None,
@@ -133,7 +144,7 @@ def tracking_components(
     """Return what to put into the ``components`` of a job that is written in JSON.
 
     Args:
-        server, clients, notes, tags, take_over, limits, state_dir: as for `add_tracking`.
+        server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.
         policy, federation, aggregate: as for `add_tracking`.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
@@ -149,8 +160,8 @@ def tracking_components(
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
     common = _common(take_over, limits, state_dir, name, notes, tags)
-    args = {**_receivers(server_backends, client_backends), **common, "policy": _policy(policy)}
-    sender = _component(SENDER_ID, TrackhubSender, args)
+    of_sender = {**_receivers(server_backends, client_backends), **common, **_capture(capture, capture_only)}
+    sender = _component(SENDER_ID, TrackhubSender, {**of_sender, "policy": _policy(policy)})
 
     def receiver(backends: _Checked, **own: Any) -> list[dict[str, Any]]:
         args = {"backends": backends, **common, **own}
@@ -207,6 +218,29 @@ def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _federation(federation: bool, aggregate: Sequence[str] | None) -> dict[str, Any]:
     """Return the arguments of the server's receiver alone. It checks them."""
     return {"federation": federation, "aggregate": list(aggregate) if isinstance(aggregate, tuple) else aggregate}
+
+
+def _capture(capture: Sequence[str], capture_only: bool) -> dict[str, Any]:
+    """Return the arguments that a sender takes for the capture of other loggers, as JSON values. It checks them."""
+    return {"capture": list(capture) or None if isinstance(capture, list | tuple) else capture,
+            "capture_only": capture_only}  # fmt: skip
+
+
+def _warn_of_job(job: Any, take_over: TakeOver, *, has_server_side: bool) -> None:
+    """Warn of components that get nothing, or change how trackhub works, and of apps that FLARE leaves out."""
+    on_server = listeners(flare_internals.app_components(job, server=True))
+    at_clients = listeners(flare_internals.app_components(job, server=False))
+    messages = [
+        server_warning(on_server, take_over, has_server_side=has_server_side),
+        client_warning(at_clients, take_over),
+    ]
+    if ignored := flare_internals.ignored_apps(job):
+        messages.append(
+            f"trackhub: this job has an app for all clients, so FLARE leaves out the own apps of {', '.join(ignored)}. "
+            "Tracking is in the app for all clients only"
+        )
+    for message in filter(None, messages):
+        warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _receivers(server_backends: _Checked, client_backends: _Checked) -> dict[str, Any]:

@@ -32,12 +32,14 @@ from trackhub.delivery import (
 )
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
-from trackhub.flare.cell_channel import CellChannel, NoReceiverError
+from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
 from trackhub.flare.job_labels import check_job_info, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.source import LogCallSource
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
+from trackhub.flare.trainer.capture import CaptureSetting
+from trackhub.flare.trainer.seen_loggers import seen_loggers
 from trackhub.operator_file import OperatorFile
 from trackhub.policy import Policy, SiteRules
 
@@ -64,35 +66,39 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         job_notes: str = "",
         job_tags: list[str] | None = None,
         policy: dict[str, Any] | None = None,
+        capture: list[str] | None = None,
+        capture_only: bool = False,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
         Args:
             server_receiver: the component id of the `TrackhubReceiver` on the server. None sends nothing to the server.
             client_receiver: the component id of the `TrackhubReceiver` at this client. None if the client has none.
-            take_over: also record what FLARE's own writers log, in the call itself where that is possible. FLARE then
-                does not send it to the server. ``"events"`` takes it from FLARE's events only.
+            take_over: whether and how to record what FLARE's own writers log, as `TakeOver` says.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the spool at this site. By default the spool is in the job's run folder.
             job_name: what a person calls the job; by default the name that FLARE knows.
             job_notes: a description of the job, in Markdown.
             job_tags: labels for every run of the job.
             policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
+            capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
+            capture_only: record these calls in place of what the loggers do, not beside it.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False, and
-                ``server_receiver`` is None or there is a policy: FLARE would then send what its own writers log to the
-                server.
+            ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False or
+                ``"copy"``, and ``server_receiver`` is None or there is a policy: FLARE would then send what its own
+                writers log to the server.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
             raise ConfigError("TrackhubSender: server_receiver and client_receiver are both None; give one of them")
-        if server_receiver is None and not take_over:
-            raise ConfigError(
-                "TrackhubSender: tracking is on the client side only, but take_over is off. So FLARE would send what "
-                "its own writers log to the server. Leave take_over on, or track on the server as well"
-            )
         check_take_over(take_over)
+        if server_receiver is None and take_over in (False, "copy"):
+            raise ConfigError(
+                f"TrackhubSender: tracking is on the client side only, but take_over is {take_over!r}. So FLARE would "
+                "send what its own writers log to the server. Leave take_over on, or track on the server as well"
+            )
+        CaptureSetting.of(capture, capture_only)  # checks it where the job is written
         check_job_info(job_name, job_notes, job_tags or ())
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
@@ -106,11 +112,13 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.policy = policy
         self._policy = None if policy is None else Policy.from_mapping(policy)
         _check_taken(SiteRules.of_job(self._policy), take_over)
+        self.capture = capture
+        self.capture_only = capture_only
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
         self._receiver: TrackhubReceiver | None = None
-        self._stock = StockRecords(self)
+        self._stock = StockRecords(self, keep_events=take_over == "copy")
         self._source = LogCallSource(self._stock)
         self._spool: Path | None = None
         self._announced = ""
@@ -139,7 +147,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             if self.take_over:
                 self._stock.take(fl_ctx)
                 for sender in self._senders.values():
-                    sender.by_message = self._stock.by_message
+                    sender.facts.by_message = self._stock.by_message
         elif event_type == EventType.ABOUT_TO_START_RUN:
             self._start(fl_ctx)
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
@@ -157,6 +165,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
         flare_internals.add_last_handler(engine, _Tail(self))
+        answer_for_sender(engine)
         self._operator = flare_internals.operator_file(fl_ctx)
         if self._operator is not None:
             self._limits = self._operator.limits_for(self.limits or {}, environ=os.environ)
@@ -172,19 +181,33 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock.open(spool)
         at_source = self._open_source(fl_ctx)
         for sender in self._senders.values():
-            sender.at_source = at_source
+            sender.facts.at_source = at_source
             sender.start()
         ClientRounds(engine, self._set_round, self._end_task)
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
-        """Take log calls where they are made, if job and operator let it. Return whether it is so."""
-        if self.take_over is not True or (self._operator is not None and self._operator.take_over == "events"):
+        """Take log calls where they are made, if job and operator let it. Return whether FLARE's own are taken so."""
+        take_over = self.take_over is True and not self._leaves_trainers()
+        setting = self._capture_setting()
+        if self.capture and not setting.names:
+            self.log_warning(
+                fl_ctx, 'capture is off: the operator\'s file of this site has take_over = "events"', fire_event=False
+            )
+        if not take_over and not setting.names:
             return False
+        assert self._spool is not None
         try:
-            return self._source.open(fl_ctx.get_engine())
+            return self._source.open(fl_ctx.get_engine(), setting, self._spool, take_over=take_over)
         except Exception as e:
             self.log_exception(fl_ctx, f"log calls are taken from FLARE's events, not at their source: {e}")
             return False
+
+    def _leaves_trainers(self) -> bool:
+        """Return whether the operator wants trainers as they are."""
+        return self._operator is not None and self._operator.take_over == "events"
+
+    def _capture_setting(self) -> CaptureSetting:
+        return CaptureSetting() if self._leaves_trainers() else CaptureSetting.of(self.capture, self.capture_only)
 
     def _set_round(self, current: int | None) -> None:
         for sender in self._senders.values():
@@ -252,6 +275,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._source.close()
         self._stock.close()
         if self._spool is not None:
+            seen, captured = set(seen_loggers(self._spool)), set(self._capture_setting().names)
+            for sender in self._senders.values():
+                sender.facts.not_captured = tuple(sorted(seen - captured))
+                sender.facts.not_used = tuple(sorted(captured - seen))
             with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
                 close_spool(self._spool)
         # In a thread of its own. The server waits for this site's final message, and a local backend may take long.
@@ -280,10 +307,11 @@ def _check_taken(rules: SiteRules, take_over: TakeOver) -> None:
     Raises:
         ConfigError: it does.
     """
-    if rules and not take_over:
+    if rules and take_over in (False, "copy"):
         raise ConfigError(
-            "TrackhubSender: a policy restricts what may leave this site, but take_over is off. So FLARE would send "
-            "what its own writers log to the server, past the policy. Leave take_over on, or set it to 'events'"
+            f"TrackhubSender: a policy restricts what may leave this site, but take_over is {take_over!r}. So FLARE "
+            "would send what its own writers log to the server, past the policy. Leave take_over on, or set it to "
+            "'events'"
         )
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the way to FLARE's log calls at their source: in this process, and in the trainers that it starts.
+"""Opens the way to log calls at their source: in this process, and in the trainers that it starts.
 
-The sender calls it before FLARE starts the trainer. In this process it replaces FLARE's log function. External trainers
-run ``trainer/startup/sitecustomize.py``, since FLARE makes their ``PYTHONPATH`` of this process's ``sys.path``.
-``docs/adr/0016-log-calls-at-their-source.md`` has the reasons.
+The sender calls it before FLARE starts the trainer. In this process it replaces FLARE's log functions and those of the
+SDKs that the job captures. External trainers run ``trainer/startup/sitecustomize.py``, since FLARE makes their
+``PYTHONPATH`` of this process's ``sys.path``. ``docs/adr/0016-log-calls-at-their-source.md`` and
+``docs/adr/0020-capture.md`` have the reasons.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from trackhub.flare import flare_internals
+from trackhub.flare.listeners import listeners
 from trackhub.flare.stock_records import StockRecords
+from trackhub.flare.trainer.capture import CAPTURE_ENV, Capture, CaptureSetting
+from trackhub.flare.trainer.import_watch import ImportWatch
 
 __all__ = ["TAKE_OVER_ENV", "LogCallSource"]
 
@@ -27,7 +32,7 @@ _FOLDER = str(Path(__file__).parent / "trainer" / "startup")
 
 
 class LogCallSource:
-    """Takes log calls at their source, while it is open. FLARE then fires no event for them, and sends nothing."""
+    """Takes log calls at their source, while it is open. FLARE then fires no event for its own, and sends nothing."""
 
     def __init__(self, records: StockRecords) -> None:
         """Prepare; ``open`` starts it.
@@ -36,33 +41,68 @@ class LogCallSource:
             records: what is logged in this process goes there. It must be open.
         """
         self._records = records
-        self._restore: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
 
-    def open(self, engine: Any) -> bool:
+    def open(self, engine: Any, setting: CaptureSetting, spool: Path, *, take_over: bool) -> bool:
         """Take log calls of this process, and of the trainers that it starts from now on.
 
+        Args:
+            engine: FLARE's engine.
+            setting: which SDKs to capture. The use of the others is noted for the report.
+            spool: the site's spool.
+            take_over: take the calls of FLARE's own writers.
+
         Returns:
-            False if this client has one of FLARE's receivers. It listens to FLARE's events, and would get none.
+            Whether FLARE's calls are taken. They are not if a component of this client listens to FLARE's events, and
+            would get none.
         """
-        if flare_internals.has_stock_receiver(engine):
-            return False
-        cell, calls = flare_internals.cell_name(engine), self._records.calls()
-        self._restore = flare_internals.replace_in_process_log(calls)
-        os.environ[TAKE_OVER_ENV] = cell
+        take_over = take_over and not listeners(flare_internals.components(engine))
+        if take_over:
+            cell, calls = flare_internals.cell_name(engine), self._records.calls()
+            self._undo.append(flare_internals.replace_in_process_log(calls))
+            self._announce(TAKE_OVER_ENV, cell)
+        self._announce(CAPTURE_ENV, setting.written())
+        self._capture_in_process(setting, spool)
         sys.path.insert(0, _FOLDER)
         # For the processes that are not started by FLARE's executor, and inherit the environment as it is.
         os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, *_python_path()])
-        return True
+        self._undo.append(_take_folder_out)
+        return take_over
+
+    def _announce(self, variable: str, value: str) -> None:
+        os.environ[variable] = value
+
+        def withdraw() -> None:
+            os.environ.pop(variable, None)
+
+        self._undo.append(withdraw)
+
+    def _capture_in_process(self, setting: CaptureSetting, spool: Path) -> None:
+        """Capture the SDKs that this process has loaded, and those that it loads from now on."""
+        capture = Capture(setting, spool, self._records.calls().writer, self._records.warn)
+
+        def take(module: ModuleType) -> None:
+            try:
+                capture.take(module)
+            except Exception as e:
+                self._records.warn(f"trackhub cannot capture {module.__name__} (another version?): {e!r}")
+
+        watch: Any = ImportWatch(Capture.MODULES, take, sys.meta_path)
+        sys.meta_path.insert(0, watch)
+        self._undo += [capture.undo, lambda: sys.meta_path.remove(watch)]
+        for name in Capture.MODULES:
+            if (module := sys.modules.get(name)) is not None:
+                take(module)
 
     def close(self) -> None:
-        """Leave FLARE as it was. Has no effect if it is not open."""
-        if self._restore is None:
-            return
-        self._restore()
-        self._restore = None
-        os.environ.pop(TAKE_OVER_ENV, None)
-        sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
-        os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in _python_path() if entry != _FOLDER)
+        """Leave FLARE and all SDKs as they were. Has no effect if it is not open."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _take_folder_out() -> None:
+    sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
+    os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in _python_path() if entry != _FOLDER)
 
 
 def _python_path() -> list[str]:

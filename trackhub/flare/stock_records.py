@@ -26,8 +26,14 @@ from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
 
-TakeOver = bool | Literal["events"]
-"""Whether to record what FLARE's own writers log: in the call itself, from FLARE's events only, or not at all."""
+TakeOver = bool | Literal["events", "copy"]
+"""Whether and how to record what FLARE's own writers log:
+
+- ``True``: in the call itself. FLARE fires no event for it and sends nothing.
+- ``"events"``: from FLARE's events. Trainers stay as they are, and FLARE sends nothing to the server.
+- ``"copy"``: from FLARE's events, which go on. FLARE's receivers and the user's components get everything, too.
+- ``False``: not at all.
+"""
 
 
 def check_take_over(value: object) -> None:
@@ -36,8 +42,8 @@ def check_take_over(value: object) -> None:
     Raises:
         ConfigError: it has another value.
     """
-    if not isinstance(value, bool) and value != "events":
-        raise ConfigError(f"tracking: take_over: expected true, false or 'events', got {value!r}")
+    if not isinstance(value, bool) and value not in ("events", "copy"):
+        raise ConfigError(f"tracking: take_over: expected true, false, 'events' or 'copy', got {value!r}")
 
 
 class StockRecords:
@@ -47,8 +53,15 @@ class StockRecords:
         by_message: records that came as messages of another process. What such a message lost is not known.
     """
 
-    def __init__(self, component: FLComponent) -> None:
+    def __init__(self, component: FLComponent, *, keep_events: bool = False) -> None:
+        """Prepare; ``open`` starts it.
+
+        Args:
+            component: warns in its log.
+            keep_events: leave the events to FLARE, which then goes on as without trackhub.
+        """
         self.by_message = 0
+        self._keep_events = keep_events
         self._component = component
         self._lock = threading.Lock()
         self._spool: Path | None = None
@@ -65,16 +78,30 @@ class StockRecords:
         reason is logged once.
         """
         # Taken in any case. If the spool could not be created, FLARE would send the record past the site's policy.
-        if (event := flare_internals.take_stock_event(fl_ctx)) is None or self._spool is None:
+        event = flare_internals.take_stock_event(fl_ctx, keep=self._keep_events)
+        if event is None or self._spool is None:
             return
+        self.write(event, by_message=flare_internals.came_as_message(fl_ctx))
+
+    def write(self, event: Shareable, *, by_message: bool) -> None:
+        """Write the record in a stock event's data. What cannot be converted is counted.
+
+        Args:
+            event: the event's data.
+            by_message: it came as a message of another process.
+        """
         calls = self.calls()
-        if flare_internals.came_as_message(fl_ctx):
+        if by_message:
             with self._lock:
                 self.by_message += 1
         try:
             write_stock_record(calls.writer, event)
         except (RecordError, SpoolError) as e:
             calls.count_lost(e)
+
+    def warn(self, message: str) -> None:
+        """Warn in the component's log."""
+        self._component.logger.warning(message)
 
     def calls(self) -> LogCalls:
         """Return what writes log calls into the spool. All of this process use the same writer. Call ``open`` first."""

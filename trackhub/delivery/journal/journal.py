@@ -257,8 +257,10 @@ class Journal:
             if same_sender and message.number <= number:
                 return
             known = _read_counts(counts)
-            # Only a FLARE client knows these two. A replay, or a sender that was started again, does not.
+            # Only a FLARE client knows these. A replay, or a sender that was started again, does not.
             message.counts.at_source |= known.at_source
+            message.counts.not_captured = message.counts.not_captured or known.not_captured
+            message.counts.not_used = message.counts.not_used or known.not_used
             message.counts.by_message = max(message.counts.by_message, known.by_message)
             is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
             if last and not final and not same_sender and is_older:

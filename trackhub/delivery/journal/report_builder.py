@@ -17,7 +17,13 @@ import msgspec
 
 from trackhub.delivery.journal.lock import is_journal_locked
 from trackhub.delivery.journal.read_only import open_read_only
-from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, REPAIRED_SITES, SILENCE_S, Progress
+from trackhub.delivery.journal.tables_and_rows import (
+    EXPECTED_SITES,
+    REPAIRED_SITES,
+    SILENCE_S,
+    SITES_WITHOUT_SENDER,
+    Progress,
+)
 from trackhub.delivery.report import Counted, DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
 from trackhub.run import JobInfo, RunStatus
@@ -70,6 +76,8 @@ def build_report(
             db.execute("COMMIT")
     for name in msgspec.json.decode(meta.get(EXPECTED_SITES, "[]"), type=list[str]):
         sites.setdefault(name, SiteReport(counted=Counted.OPEN if is_running else Counted.UNKNOWN))
+    for name in msgspec.json.decode(meta.get(SITES_WITHOUT_SENDER, "[]"), type=list[str]):
+        sites[name].has_sender = False
     adds_up = all(site.adds_up() for site in sites.values()) and all(
         run.pending >= 0 for lane in by_lane.values() for run in lane.values()
     )

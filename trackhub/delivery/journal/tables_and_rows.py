@@ -28,6 +28,7 @@ __all__ = [
     "REPAIRED_SITES",
     "SCHEMA",
     "SILENCE_S",
+    "SITES_WITHOUT_SENDER",
     "Progress",
     "Row",
     "RunState",
@@ -67,6 +68,9 @@ reads them where the page of a table is damaged. No column that changes with eve
 EXPECTED_SITES = "expected_sites"
 """The key in ``meta`` of the sites that should send something: a JSON list of names."""
 
+SITES_WITHOUT_SENDER = "sites_without_sender"
+"""The key in ``meta`` of the sites that take part in the job and have no sender: a JSON list of names."""
+
 REPAIRED_SITES = "repaired_sites"
 """The key in ``meta`` of the sites whose counts a repair could not read: a JSON list of names."""
 
@@ -89,6 +93,7 @@ JSON_FACTS: dict[str, Any] = {
     REPAIRED_SITES: list[str],
     PRUNED: dict[str, int],
     FEDERATION_OPTIONS: dict[str, Any],
+    SITES_WITHOUT_SENDER: list[str],
 }
 """The facts in ``meta`` that are JSON, and the type of each."""
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
+from trackhub.own_threads import OwnThread
 from trackhub.records import Artifact, Image
 from trackhub.spi import BackendRun, Entry, Rejection
 
@@ -140,7 +141,7 @@ class FileUploads:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._has_hurried = False
-        self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{lane}-files", daemon=True)
+        self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{lane}-files", daemon=True)
 
     def begin(self, queue: FileQueue) -> None:
         """Look at this queue from now on. The first call starts the thread."""

@@ -24,6 +24,7 @@ from trackhub.delivery.lane.file_uploads import FileUploads
 from trackhub.delivery.lane.opening_notice import OpeningNotice
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import ConfigError, JournalError, TransientError
+from trackhub.own_threads import OwnThread
 from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.spi import Backend, Side
 
@@ -96,7 +97,7 @@ class Lane:
         self._defect = ""
         self._turns = FairTurns()
         self._notice = OpeningNotice(name, run_folder)
-        self._thread = threading.Thread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
+        self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def start(self) -> None:
         """Start the thread; it checks the backend first, then delivers what the journal has."""

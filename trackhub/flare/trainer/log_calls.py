@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -19,8 +18,7 @@ from typing import Any
 from nvflare.apis.analytix import AnalyticsDataType
 
 from trackhub.errors import RecordError, SpoolError
-from trackhub.spool.announcement import find_spool
-from trackhub.spool.layout import read_spool_info
+from trackhub.flare.trainer.process_writer import process_writer
 from trackhub.writer.writer import Writer
 
 __all__ = ["LogCalls", "take_in_trainer", "write_call"]
@@ -182,11 +180,7 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
 @functools.cache
 def _calls_into(spool: str) -> LogCalls:
     """Return what writes log calls of this process. All use one writer, since only one stream keeps their order."""
-    folder = find_spool(spool)
-    read_spool_info(folder)  # the message path also works where this process does not see the folder
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(f"this process may not write to {folder}")
-    return LogCalls(Writer(folder), _log.warning)
+    return LogCalls(process_writer(spool), _log.warning)
 
 
 def _take_metrics_sender(sender_class: Any, cell: str, calls: LogCalls) -> None:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the sites whose app has no `TrackhubSender`, and records what FLARE's own writers send from there.
+
+The receiver's widget on the server has one. Such a site has no spool and sends no final message, so nobody waits for
+it, and the delivery report names it. Its events, if its app sends any, become records of its run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.shareable import Shareable
+
+from trackhub.delivery import Limits, Receiver, Sender, create_spool
+from trackhub.flare.cell_channel import have_sender
+from trackhub.flare.flare_internals import participants
+from trackhub.flare.job_labels import spool_info
+from trackhub.flare.stock_records import StockRecords
+from trackhub.own_threads import OwnThread
+from trackhub.run import path_component
+
+__all__ = ["SitesWithoutSender"]
+
+_ASK_EVERY_S = 2.0
+_ANSWER_S = 1.0
+_ENOUGH = 2  # answers "no". The first may come from a client that is still starting
+
+
+class SitesWithoutSender:
+    """Asks the sites that no sender has spoken for, and keeps a spool for each that has none. Thread-safe."""
+
+    def __init__(self, component: FLComponent, engine: Any, receiver: Receiver, limits: Limits) -> None:
+        """Begin to ask, in a thread.
+
+        Args:
+            component: warns in its log.
+            engine: FLARE's engine on the server.
+            receiver: stores the records.
+            limits: how much, how often and how long.
+        """
+        self._component = component
+        self._engine = engine
+        self._receiver = receiver
+        self._limits = limits
+        self._lock = threading.RLock()
+        self._noes: Counter[str] = Counter()
+        self._with_sender: set[str] = set()
+        self._warned: set[str] = set()
+        self._spools: dict[str, _SpoolOfSite] = {}
+        self._stopped = threading.Event()
+        # A job has such sites or not from its start. Most sites are heard before the first question.
+        OwnThread(target=self._ask_again, name="trackhub-sites", daemon=True).start()
+
+    def found(self) -> set[str]:
+        """Return the sites without a sender, as far as is known."""
+        with self._lock:
+            return self._noes.keys() - self._heard()
+
+    def take(self, site: str, event: Shareable) -> None:
+        """Record a stock event of a site, if that site has no sender. May ask the site, for a second at most."""
+        with self._lock:
+            if site not in self._spools:
+                # A client that sends events has started, so that its first "no" is true.
+                if site in self._heard() or (site not in self._noes and not self._says_no(site)):
+                    return
+                self._warn_of(site)
+                self._spools[site] = _SpoolOfSite(self._component, self._receiver, site, self._limits)
+            self._spools[site].write(event)
+
+    def ask_now(self) -> None:
+        """Ask the sites that no sender has spoken for. Blocks for a second at most."""
+        with self._lock:
+            sites = participants(self._engine).keys() - self._heard() - self._with_sender
+            self._ask(sorted(site for site in sites if self._noes[site] < _ENOUGH))
+            for site in self.found():
+                if self._noes[site] >= _ENOUGH:
+                    self._warn_of(site)
+
+    def close(self, timeout_s: float) -> None:
+        """Deliver what the sites' events brought to the receiver, and end. Blocks up to ``timeout_s`` for each site."""
+        self._stopped.set()
+        with self._lock:
+            for spool in self._spools.values():
+                spool.close(timeout_s)
+
+    def _heard(self) -> set[str]:
+        """Return the sites that their own sender has spoken for."""
+        return self._receiver.heard_sites() - self._spools.keys()
+
+    def _ask_again(self) -> None:
+        while not self._stopped.wait(_ASK_EVERY_S):
+            try:
+                self.ask_now()
+            except Exception as e:
+                self._component.logger.debug("sites could not be asked whether they have a sender: %s", e)
+
+    def _says_no(self, site: str) -> bool:
+        self._ask([site])
+        return site in self._noes
+
+    def _ask(self, sites: list[str]) -> None:
+        for site, has_sender in have_sender(self._engine, sites, _ANSWER_S).items() if sites else ():
+            if has_sender:
+                self._with_sender.add(site)
+                self._noes.pop(site, None)
+            else:
+                self._noes[site] += 1
+
+    def _warn_of(self, site: str) -> None:
+        if site not in self._warned:
+            self._warned.add(site)
+            self._component.logger.warning(
+                "tracking: site %s has no TrackhubSender in its app. What it logs with trackhub is not recorded, and "
+                "what FLARE's own writers log there only if its app sends it. Add tracking to all client apps of the "
+                "job", site,
+            )  # fmt: skip
+
+
+class _SpoolOfSite:
+    """A spool on the server for one site, with its sender."""
+
+    def __init__(self, component: FLComponent, receiver: Receiver, site: str, limits: Limits) -> None:
+        folder = receiver.folder / "sites" / path_component(site)
+        create_spool(folder, spool_info(receiver.job, site, ("server",), limits.spool_bytes))
+        self._records = StockRecords(component)
+        self._records.open(folder)
+        self._sender = Sender(folder, receiver.channel(site), cursor="server", limits=limits)
+        self._sender.facts.may_log_more = True  # nobody counts what FLARE loses on its way
+        self._sender.start()
+
+    def write(self, event: Shareable) -> None:
+        self._records.write(event, by_message=True)
+        self._sender.facts.by_message = self._records.by_message
+
+    def close(self, timeout_s: float) -> None:
+        self._records.close()
+        self._sender.close(timeout_s)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts wrappers around an SDK's functions, which write a record of each call of the script.
+
+The modules for single SDKs call it. Nothing in a wrapper can fail the script: what raises is counted, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from trackhub.errors import RecordError
+from trackhub.own_threads import is_own_thread
+from trackhub.writer.plain_values import is_of_signal_handler, shown_error
+from trackhub.writer.writer import Writer
+
+__all__ = ["CapturedCalls", "Replacements"]
+
+_MAX_WARNINGS = 20  # different ones; a message may hold a key, and there may be many keys
+_MISSING = object()
+
+
+class Replacements:
+    """Functions that were replaced in modules and classes. ``undo`` puts back what was there."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Replace an attribute of a module or class."""
+        self._done.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, value)
+
+    def add(self, others: Replacements) -> None:
+        """Take over what another object has replaced."""
+        self._done += others._done
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        while self._done:
+            owner, name, old = self._done.pop()
+            if old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+
+class CapturedCalls:
+    """Makes the wrappers of one process. Thread-safe.
+
+    A wrapper leaves three kinds of calls to the SDK: those of trackhub's own threads, those of objects that were made
+    there, and those that an SDK makes of itself inside a call that is recorded.
+
+    Attributes:
+        writer: writes the records.
+        only: the calls are recorded in place of what the SDK does, not beside it.
+    """
+
+    def __init__(self, writer: Writer, warn: Callable[[str], None], *, only: bool) -> None:
+        """Prepare the wrappers.
+
+        Args:
+            writer: writes the records. Somebody else closes it.
+            warn: called with what the log should say. Each text is passed once.
+            only: record the calls in place of what the SDK does.
+        """
+        self.writer = writer
+        self.only = only
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._inside = threading.local()
+
+    def is_left_alone(self) -> bool:
+        """Return whether the present call is not one of the script."""
+        return getattr(self._inside, "busy", False) or is_own_thread()
+
+    def wrap(
+        self,
+        original: Callable[..., Any],
+        record: Callable[..., Any],
+        *,
+        instead: Callable[..., Any] | None = None,
+        is_own: Callable[..., bool] | None = None,
+    ) -> Callable[..., Any]:
+        """Return a function that takes the place of one of the SDK's, and writes a record before it calls it.
+
+        Args:
+            original: the SDK's function.
+            record: called with the same arguments. It may raise anything.
+            instead: what to call in place of ``original`` where calls are only recorded. None returns None.
+            is_own: called with the same arguments: whether the object of the call is one of trackhub's own.
+        """
+        inside, end = self._inside, (instead or _nothing) if self.only else original
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.is_left_alone() or (is_own is not None and is_own(*args, **kwargs)):
+                return original(*args, **kwargs)
+            inside.busy = True
+            try:
+                self.attempt(original, record, *args, **kwargs)
+                return end(*args, **kwargs)
+            finally:
+                inside.busy = False
+
+        return call
+
+    def quietly(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of the SDK. What it logs of itself on the way is not recorded."""
+        before, self._inside.busy = getattr(self._inside, "busy", False), True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._inside.busy = before
+
+    def attempt(self, about: Callable[..., Any], record: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Write a record. What raises is counted, with one warning for each function and kind of error.
+
+        Args:
+            about: the SDK's function, for the message.
+            record: called with the further arguments.
+            args, kwargs: the arguments of the script's call.
+
+        Raises:
+            Exception: a signal handler of the script raised it.
+        """
+        try:
+            record(*args, **kwargs)
+        except Exception as e:  # whatever it was given, the script goes on
+            if is_of_signal_handler(e):
+                raise
+            name = getattr(about, "__qualname__", repr(about))
+            detail = str(e) if isinstance(e, RecordError) else f"{type(e).__name__}: {shown_error(e, 200)}"
+            self.writer.count_unconvertible(f"{name}: {detail}")
+            if (kind := f"{name} {type(e).__name__}") not in self._warned and len(self._warned) < _MAX_WARNINGS:
+                self._warned.add(kind)
+                self._warn(
+                    f"trackhub captured no record of a call of {name}: {detail}. It is counted as dropped, and the "
+                    "script goes on. Further calls like it are counted, and not shown"
+                )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in place of the SDK."""

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls back when Python has loaded one of some modules, before anybody uses it.
+
+``startup/sitecustomize.py`` runs this file, and `trackhub.flare.source` imports it. It imports no module, since a
+trainer's process must be as it would be without tracking.
+"""
+
+
+class ImportWatch:
+    """Finds modules as Python does, and calls back when one of them is loaded. ``sys.meta_path`` holds it."""
+
+    def __init__(self, modules, loaded, meta_path):
+        """Watch for some modules.
+
+        Args:
+            modules: their full names.
+            loaded: called with each module once, in the thread that imports it. It must not raise.
+            meta_path: ``sys.meta_path``.
+        """
+        self._modules = modules
+        self._loaded = loaded
+        self._meta_path = meta_path
+
+    def find_spec(self, name, path=None, target=None):
+        """Find a module. Python calls it for each import of a module that is not loaded yet."""
+        if name not in self._modules:
+            return None
+        for finder in list(self._meta_path):
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec:
+                    self._watch(spec.loader)
+                    return spec
+        return None
+
+    def _watch(self, loader):
+        """Make a loader call back after it has loaded its module."""
+        load = getattr(loader, "exec_module", None)
+        if load is None:
+            return
+
+        def load_and_call(module):
+            load(module)
+            self._loaded(module)
+
+        try:
+            loader.exec_module = load_and_call
+        except AttributeError:
+            pass  # a loader of another kind. The module stays as it is
