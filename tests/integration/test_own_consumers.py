@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ job.to(Collector(event="analytix_log_stats"), "site-1", id="at_client")
 del job._deploy_map["site-2"].app_config.components["trackhub_sender"]
 """
 
-CALLS = Counter((5 * n + i, n + i / 8) for n in (0, 1) for i in range(5))
+CALLS: Counter[tuple[int, float]] = Counter((5 * n + i, n + i / 8) for n in (0, 1) for i in range(5))
 
 
 def _counted(points: list[Point]) -> Counter[tuple[int, float]]:
@@ -58,7 +59,8 @@ def _counted(points: list[Point]) -> Counter[tuple[int, float]]:
 
 
 def _collected(result: JobResult, name: str) -> Counter[tuple[int, float]]:
-    return Counter((step, value) for _, value, step in read_jsonl(result.out / f"{name}.collected"))
+    rows: Any = read_jsonl(result.out / f"{name}.collected")
+    return Counter((step, value) for _, value, step in rows)
 
 
 @pytest.mark.parametrize(

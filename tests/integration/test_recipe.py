@@ -322,8 +322,14 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("take_over", "server", "expected"),
     [
-        (True, ["jsonl"], ["a .Collector., stock .TBAnalyticsReceiver. on the server will get nothing.*take_over='copy'",
-                           "at .* .Collector. at the clients needs FLARE's analytics events"]),
+        (
+            True,
+            ["jsonl"],
+            [
+                "a .Collector., stock .TBAnalyticsReceiver. on the server will get nothing.*take_over='copy'",
+                "at .Collector. at the clients needs FLARE's analytics events",
+            ],
+        ),
         ("events", ["jsonl"], ["on the server will get nothing"]),
         (True, None, ["on the server will get nothing.*tracking is on the client side only", "needs FLARE's"]),
         ("copy", ["jsonl"], []),
@@ -345,7 +351,7 @@ def test_what_happens_to_listeners_of_the_job_is_said_when_tracking_is_added(
     found = [str(w.message) for w in recwarn if "trackhub" in str(w.message)]
     assert len(found) == len(expected)
     for message, pattern in zip(found, expected, strict=True):
-        assert re.search(pattern.replace("at .* ", "at "), message)
+        assert re.search(pattern, message)
 
 
 def test_where_flare_leaves_out_the_apps_of_single_sites_the_app_for_all_is_tracked(

@@ -149,6 +149,42 @@ def test_records_that_came_in_flares_messages_are_named_after_a_replay_too(tmp_p
         assert "3 came in FLARE's messages, which are not counted at their source: there may be more" in text
 
 
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        (wire.SiteCounts(), "nothing was logged: no log call of trackhub or FLARE was made"),
+        (wire.SiteCounts(not_captured=("wandb",)), "the scripts used wandb: give capture to record it"),
+        (wire.SiteCounts(not_used=("mlflow",)), "capture: no use of mlflow was seen"),
+    ],
+)
+def test_a_site_that_logged_nothing_is_named_with_the_likely_reason(
+    tmp_path: Path, counts: wire.SiteCounts, expected: str
+) -> None:
+    rig = Rig(tmp_path)
+    rig.ask(wire.Final(counts, session="one", number=7))
+    rig.ask(wire.Final(wire.SiteCounts(), session="two", number=1))  # a replay, which does not know of loggers
+
+    report = rig.finish()
+
+    for text in (format_report(report), format_results({"server": report})):
+        assert expected in text
+
+
+def test_a_site_without_a_sender_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.log(5)
+    rig.ask(wire.Final(wire.SiteCounts(logged=5, acked=5)))
+    rig.receiver.sites.without_sender.add("site-without")
+
+    missing = rig.receiver.wait_for_sites([SITE], timeout_s=0.0)
+    report = rig.finish()
+
+    assert missing == set()
+    assert (report.sites["site-without"].has_sender, report.sites["site-without"].counted) == (False, Counted.UNKNOWN)
+    assert not report.balanced
+    assert "its app has no TrackhubSender" in format_report(report)
+
+
 def test_records_that_the_site_cannot_read_are_neither_delivered_nor_forgotten(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.log(5)

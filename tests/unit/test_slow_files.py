@@ -141,7 +141,7 @@ def test_a_file_goes_on_where_it_was_after_a_restart(rig: SenderRig, link: SlowL
         sender = rig.sender(link)
     else:
         rig.receiver._blobs.delete_parts = lambda: None  # type: ignore[method-assign]  # it is killed
-        rig.receiver.finish(rig.receiver._sites.status(SITE, "finished", was_killed=False), deadline_s=0.0)  # type: ignore[arg-type]
+        rig.receiver.finish(rig.receiver.sites.status(SITE, "finished", was_killed=False), deadline_s=0.0)  # type: ignore[arg-type]
         rig.receiver = rig.new_receiver()
     counts = sender.close(WAIT_S)
     rig.finish()

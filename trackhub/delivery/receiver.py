@@ -88,6 +88,7 @@ class Receiver:
         job: the job whose records it receives.
         folder: where it keeps its journal, the blobs, and the delivery report as ``delivery.json``.
         federation: the job's federation run, from ``start`` on. None if the job has none.
+        sites: the job's sites: which were heard, which have ended, and which have no sender.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Receiver:
         self._lanes: list[Lane] = []
         self._state = "not started yet"
         self._admission = Admission(_AT_ONCE)
-        self._sites = JobSites(self._limits.silence_s)
+        self.sites = JobSites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
         self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # admission lets one request of a site in
@@ -164,7 +165,7 @@ class Receiver:
         if self._ended is None:
             with contextlib.suppress(OSError):  # an earlier report would hide that this receiver was killed
                 (self.folder / REPORT_NAME).unlink(missing_ok=True)
-        self._sites.restore(self._journal.ended())
+        self.sites.restore(self._journal.ended())
         if from_start:
             for name in backends:
                 self._journal.rewind(name)  # before the lanes read their cursors
@@ -264,7 +265,7 @@ class Receiver:
             return Busy(f"the receiver is {self._state}")
         if problem := "is that of the federation run" if site == FEDERATION else key_problem(site):
             return Refused("bad_site", f"the site's name {site!r} {problem}")
-        self._sites.note_heard(site)
+        self.sites.note_heard(site)
         if not self._admission.enter(site):
             return Busy("the receiver is still working on earlier requests")
         try:
@@ -300,7 +301,7 @@ class Receiver:
             case Final():
                 self._note_counts(site, request)
                 if self._ended is None:
-                    self._sites.note_final(site, failed=request.failed)
+                    self.sites.note_final(site, failed=request.failed)
                 return Accepted()
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
@@ -314,7 +315,7 @@ class Receiver:
                 "its digest: the file was damaged at the site",
             )
         if reached > chunk.offset:
-            self._sites.note_progress(site)
+            self.sites.note_progress(site)
         return Accepted(reached)
 
     def _welcome(self, site: str, hello: Hello) -> Reply:
@@ -325,7 +326,7 @@ class Receiver:
                 "may be one minor version apart: install the same flare-trackhub on both",
             )
         if self._ended is None:
-            self._sites.note_hello(site, hello.session)
+            self.sites.note_hello(site, hello.session)
         assert self._journal is not None
         return Accepted(
             job="" if self._journal.continues else self.job.id,
@@ -399,15 +400,7 @@ class Receiver:
 
         A replay needs it for a site that ended in order, and whose final message no receiver got.
         """
-        self._sites.assume_ended(site)
-
-    def heard_sites(self) -> set[str]:
-        """Return the sites that have sent something. From any thread."""
-        return self._sites.heard()
-
-    def note_without_sender(self, sites: Iterable[str]) -> None:
-        """Note sites that take part in the job and have no sender, for the report. Call it before ``finish``."""
-        self._sites.without_sender.update(sites)
+        self.sites.assume_ended(site)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
@@ -423,7 +416,7 @@ class Receiver:
             The sites whose final message has not come. What they did not send is in their spools.
         """
         timeout_s = self._limits.gate_s if timeout_s is None else timeout_s
-        return self._sites.wait(sites, timeout_s, self._limits.files_s)
+        return self.sites.wait(sites, timeout_s, self._limits.files_s)
 
     def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.
@@ -450,7 +443,7 @@ class Receiver:
             # A disk that fails now must not keep the lanes from ending their runs at the backends.
             _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
         was_killed = self._ended is RunStatus.KILLED
-        by_site = {name: self._sites.status(name, status, was_killed=was_killed) for name in sites}
+        by_site = {name: self.sites.status(name, status, was_killed=was_killed) for name in sites}
         return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
 
     def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
@@ -464,7 +457,7 @@ class Receiver:
             self.federation.finish(max(_END_S, deadline_s * _FEDERATION_SHARE))
         for lane in self._lanes:
             # The second argument is the status of sites that are not in ``by_site``: nobody knows how they ended.
-            lane.begin_finish(by_site, self._sites.status("", status, was_killed=False), deadline_s)
+            lane.begin_finish(by_site, self.sites.status("", status, was_killed=False), deadline_s)
         for lane in self._lanes:
             if not lane.join(deadline - time.monotonic()):
                 _log.warning(
@@ -492,7 +485,7 @@ class Receiver:
     def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
         """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""
         facts: dict[str, str] = {"status": status}
-        for fact, names in ((EXPECTED_SITES, self._sites.known()), (SITES_WITHOUT_SENDER, self._sites.without_sender)):
+        for fact, names in ((EXPECTED_SITES, self.sites.known()), (SITES_WITHOUT_SENDER, self.sites.without_sender)):
             if names:
                 facts[fact] = msgspec.json.encode(sorted(names)).decode()
         try:

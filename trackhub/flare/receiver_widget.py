@@ -294,7 +294,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         sites = set(flare_internals.participants(fl_ctx.get_engine()))
         if self._others is not None:
             self._others.ask_now()
-            self._core.note_without_sender(self._others.found())
+            self._core.sites.without_sender |= self._others.found()
             sites -= self._others.found()
         if missing := self._core.wait_for_sites(sites):
             self.log_warning(

@@ -88,7 +88,7 @@ class SitesWithoutSender:
 
     def _heard(self) -> set[str]:
         """Return the sites that their own sender has spoken for."""
-        return self._receiver.heard_sites() - self._spools.keys()
+        return self._receiver.sites.heard() - self._spools.keys()
 
     def _ask_again(self) -> None:
         while not self._stopped.wait(_ASK_EVERY_S):

@@ -13,6 +13,7 @@
     <stream>.<cursor>.ack         how far one reader got in a stream; written by the reader (trackhub.spool.acks)
     <cursor>.turn                 the stream whose records this reader handed out last
     <cursor>.retired              the counts of the streams whose files this reader does not need any more
+    <name>.logger                 another logger that a process of the site has used (trackhub.flare.trainer)
     usage                         how much of the spool was used when a writer last measured it
     <cursor>.lock                 locked by the process that owns this end of the spool: a sender, or a replay
 """
