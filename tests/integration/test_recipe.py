@@ -270,6 +270,7 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
         ({"server": {}}, "nothing to track with"),
         ({"clients": ["jsonl"], "take_over": False}, "take_over is False"),
         ({"clients": ["jsonl"], "take_over": "copy"}, "take_over is 'copy'"),
+        ({"server": ["jsonl"], "take_over": "copy", "policy": {"allow": ["a"]}}, "'copy'.*past the policy"),
         ({"server": ["jsonl"], "take_over": "source"}, "expected true, false, 'events' or 'copy', got 'source'"),
         ({"server": ["jsonl"], "capture": "wandb"}, "capture: expected a list of tensorboard, wandb, mlflow"),
         ({"server": ["jsonl"], "capture": ["comet"]}, "cannot capture 'comet'; expected one of tensorboard"),

@@ -207,7 +207,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         ):
             self.log_warning(fl_ctx, warning, fire_event=False)
         self._others = SitesWithoutSender(self, engine, self._core, self._limits)
-        note_sites_of_events(engine)
+        try:
+            note_sites_of_events(engine)
+        except Exception as e:
+            self.log_warning(fl_ctx, f"events of sites without a sender are not recorded: {e!r}", fire_event=False)
         # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
         # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()

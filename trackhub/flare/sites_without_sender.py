@@ -20,6 +20,7 @@ from trackhub.flare.flare_internals import participants
 from trackhub.flare.job_labels import spool_info
 from trackhub.flare.stock_records import StockRecords
 from trackhub.own_threads import OwnThread
+from trackhub.policy import SiteRules
 from trackhub.run import path_component
 
 __all__ = ["SitesWithoutSender"]
@@ -124,7 +125,8 @@ class _SpoolOfSite:
 
     def __init__(self, component: FLComponent, receiver: Receiver, site: str, limits: Limits) -> None:
         folder = receiver.folder / "sites" / path_component(site)
-        create_spool(folder, spool_info(receiver.job, site, ("server",), limits.spool_bytes))
+        # The site's own rules cannot hold: FLARE has sent the events before anything of trackhub saw them.
+        create_spool(folder, spool_info(receiver.job, site, ("server",), limits.spool_bytes, SiteRules()))
         self._records = StockRecords(component)
         self._records.open(folder)
         self._sender = Sender(folder, receiver.channel(site), cursor="server", limits=limits)
