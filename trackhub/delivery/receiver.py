@@ -405,18 +405,16 @@ class Receiver:
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
         """Wait until each site has sent its final message, or has been silent for ``limits.silence_s``.
 
-        Call it at the end of the job, before ``finish``. It waits longer than ``timeout_s`` while files of a site still
-        arrive, up to ``limits.files_s``.
+        Call it at the end of the job, before ``finish``.
 
         Args:
             sites: their names.
-            timeout_s: the longest wait, in seconds; by default ``limits.gate_s``.
+            timeout_s: the longest wait, in seconds; by default ``limits.gate_s``. Longer while files still arrive.
 
         Returns:
             The sites whose final message has not come. What they did not send is in their spools.
         """
-        timeout_s = self._limits.gate_s if timeout_s is None else timeout_s
-        return self.sites.wait(sites, timeout_s, self._limits.files_s)
+        return self.sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s, self._limits.files_s)
 
     def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.
@@ -436,7 +434,7 @@ class Receiver:
             raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
         sites = {*self._site_ids, FEDERATION}
         if self._ended is None:
-            self._sites.assume_ended(FEDERATION)
+            self.sites.assume_ended(FEDERATION)
         try:
             sites |= {name for name, _ in self._journal.sites().values()}
         except JournalError as e:
