@@ -136,11 +136,10 @@ def test_a_spool_with_nothing_but_unconvertible_records_still_counts_them(spool:
 
 def test_nothing_is_taken_before_the_spool_is_there_or_after_the_end(spool: Path) -> None:
     records = StockRecords(FLComponent())
-    event = _event("loss", 1.0, Type.SCALAR)
 
-    records.take(_context(event))
+    records.take(_context(_event("loss", 0.0, Type.SCALAR)))
     records.open(spool)
-    records.take(_context(event))
+    records.take(_context(_event("loss", 1.0, Type.SCALAR)))
     records.close()
     records.take(_context(_event("loss", 2.0, Type.SCALAR)))
 
