@@ -119,7 +119,7 @@ def count_site(folder: Path, cursor: str = "server") -> SiteCount:
         next_seq = 0
         explained: Counter[str] = Counter()
         if ack := _read_checked(folder / f"{stream}.{cursor}.ack"):
-            _, _, next_seq, acked, refused, past = ack
+            _, _, next_seq, acked, refused, past, *_ = ack
             total.acked += acked
             total.refused.update(refused)
             explained.update(past)

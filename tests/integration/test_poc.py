@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -494,3 +497,129 @@ def test_the_server_s_key_of_wandb_is_sent_to_no_host_that_a_job_names(poc: Poc,
 def assert_nowhere(secret: str, poc: Poc, result: PocResult) -> None:
     """The secret is in no file of the federation, and in no file of the result."""
     assert [path for folder in (poc.workspace, result.server) for path in files_with(folder, secret.encode())] == []
+
+
+LEAKY_TRAINER = """
+import hashlib
+import io
+
+import PIL.Image
+import PIL.PngImagePlugin
+from nvflare.client.tracking import SummaryWriter
+
+from trackhub import Writer
+
+writer, stock = Writer(), SummaryWriter()
+
+
+def token(what):  # so that the script itself, which the server has, holds none of them
+    return hashlib.sha256(f"{SITE} {what}".encode()).hexdigest()[:16]
+
+
+def number(what):
+    return int(token(what), 16) / 16**16
+
+
+def picture(what):
+    about, file = PIL.PngImagePlugin.PngInfo(), io.BytesIO()
+    about.add_text("about", token(what))
+    PIL.Image.new("RGB", (2, 2)).save(file, "png", pnginfo=about)
+    return file.getvalue()
+
+
+def train(n):
+    writer.log({"train/" + token("key"): number("train"), "val/loss": number("val"), "val/acc": 0.5}, n)
+    writer.log({"train/loss": number("alone")}, n)
+    writer.log({"val/" + token("denied by the job"): 0.5}, n)
+    writer.log_params({token("param key"): token("param"), "val/nested": {"x": token("nested")}})
+    writer.set_tags({token("tag key"): token("tag")})
+    writer.log_text("val/text", token("text"))
+    writer.log_image("val/image", picture("image"), n, token("caption"))
+    writer.log_histogram(token("histogram key"), [number("histogram"), 2.0], n)
+    writer.log_table(token("table key"), [token("column")], [[token("cell")]], n)
+    path = os.path.join(OUT, SITE + token("file name"))
+    with open(path, "w") as file:
+        file.write(token("file"))
+    writer.log_artifact(path, token("artifact key"))
+    writer.log({token("bad key"): object()})
+    stock.add_scalar("train/" + token("stock key"), number("stock"), n)
+    stock.add_scalar("val/stock", number("val"), n)
+
+
+rounds(train)
+"""
+TOKENS = (
+    *("key", "denied by the job", "param key", "param", "nested", "tag key", "tag", "text", "image", "caption"),
+    *("histogram key", "table key", "column", "cell", "file name", "file", "artifact key", "bad key", "stock key"),
+)
+NUMBERS = ("train", "alone", "val", "histogram", "stock")
+
+
+def _planted(site: str) -> dict[str, tuple[bytes, ...]]:
+    """Return all that the script at a site logs and the policy withholds, in each form in which it may be written."""
+    token = {what: hashlib.sha256(f"{site} {what}".encode()).hexdigest()[:16] for what in (*TOKENS, *NUMBERS)}
+    found: dict[str, tuple[bytes, ...]] = {what: (token[what].encode(),) for what in TOKENS}
+    for what in NUMBERS:
+        value = int(token[what], 16) / 16**16
+        found[what] = (
+            repr(value)[:10].encode(),
+            struct.pack("<d", value),
+            struct.pack(">d", value),
+        )
+    return found
+
+
+def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None]
+) -> None:
+    """The other site has no policy of an operator: what it logs is found, so the search finds what is there."""
+    operator_file("site-1", 'forbid_kinds = ["artifact"]\n[policy]\nallow = ["metrics:val/*"]\ndigits = 3\n')
+    tracking = {
+        "server": ["jsonl", "tensorboard"],
+        "clients": ["jsonl"],
+        "policy": {
+            "deny": [f"val/{hashlib.sha256(f'{site} denied by the job'.encode()).hexdigest()[:8]}*" for site in SITES]
+        },
+    }
+    job = Job(tmp_path, LEAKY_TRAINER, tracking)
+
+    result = poc.run(job.export())
+
+    assert result.status == "FINISHED:COMPLETED"
+    # The server's kit has its run folder and its logs. The download has what the job store keeps, unpacked.
+    (tmp_path / "log").mkdir()
+    shutil.copy(poc.workspace.parent / "server.log", tmp_path / "log")
+    places = [result.server, result.startup / "server", tmp_path / "log"]
+    found = {
+        site: {
+            what: [p for folder in places for p in files_with(folder, *forms)] for what, forms in _planted(site).items()
+        }
+        for site in SITES
+    }
+    assert {what: paths for what, paths in found["site-1"].items() if paths} == {}
+    assert {what for what, paths in found["site-2"].items() if not paths} == {"denied by the job", "bad key"}
+    assert {key for key, *_ in _points(result, result.server, "site-1")} == {"val/loss", "val/acc", "val/stock"}
+    value = round(int(hashlib.sha256(b"site-1 val").hexdigest()[:16], 16) / 16**16, 3)
+    assert {v for _, _, v in _points(result, result.server, "site-1")} == {value, 0.5}
+    _assert_counts(result)
+
+
+def _assert_counts(result: PocResult) -> None:
+    """The equations hold, the server knows a number, the site knows the rules, and keeps all but forbidden kinds."""
+    report = json.loads((result.server / "trackhub" / "delivery.json").read_text())
+    assert (report["balanced"], report["status"]) == (True, "finished")
+    counts = report["sites"]["site-1"]["at_site"]
+    assert counts["logged"] == counts["withheld"] + counts["acked"] + sum(counts["dropped"].values())
+    (spool,) = find(result.client("site-1")).spools
+    receivers = spool_status(spool)["receivers"]
+    by_rule = receivers["server"]["withheld_by_rule"]
+    assert sum(by_rule.values()) == counts["withheld"] > 0
+    assert by_rule.keys() == {
+        "operator.allow",
+        "operator.forbid_kinds artifact",
+        *(r for r in by_rule if r[:8] == "job.deny"),
+    }
+    assert receivers["client"]["withheld_by_rule"] == {"operator.forbid_kinds artifact": 2}
+    own = result.records(result.client("site-1"), "site-1")
+    assert {"text", "image", "histogram", "table"} <= {record["kind"] for record in own}
+    assert "artifact" not in {record["kind"] for record in own}

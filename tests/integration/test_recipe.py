@@ -263,10 +263,26 @@ def test_a_limit_that_is_given_by_name_is_written_even_if_it_is_the_default(scri
     assert sender["args"] == {"limits": given}
 
 
+def test_a_policy_is_in_the_configuration_of_the_senders_alone(script: str, tmp_path: Path) -> None:
+    recipe = _recipe(script)
+    policy = {"allow": ["val/*"], "digits": 3, "clip": {"*": [0, 1]}}
+
+    add_tracking(recipe, server=["jsonl"], clients=["jsonl"], policy=policy)
+
+    export = _export(recipe, tmp_path / "out")
+    client = _components(export, "app", "config_fed_client.json")
+    assert client["trackhub_sender"]["args"]["policy"] == {**policy, "clip": {"*": [0.0, 1.0]}}
+    server = _components(export, "app", "config_fed_server.json")
+    assert "policy" not in {**client["trackhub_receiver"]["args"], **server["trackhub_receiver"]["args"]}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "nothing to track with"),
+        ({"server": ["jsonl"], "policy": {"alow": ["val/*"]}}, "policy.alow: unknown rule"),
+        ({"server": ["jsonl"], "policy": {"deny": ["images:*"]}}, "policy.deny: .* expected one of metrics"),
+        ({"server": ["jsonl"], "policy": {"digits": 3}, "take_over": False}, "past the policy"),
         ({"server": {}}, "nothing to track with"),
         ({"clients": ["jsonl"], "take_over": False}, "take_over is False"),
         ({"clients": ["jsonl"], "take_over": "copy"}, "take_over is 'copy'"),

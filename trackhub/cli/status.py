@@ -29,7 +29,7 @@ from trackhub.delivery.report import (
     format_openings,
 )
 from trackhub.delivery.wire import SiteCounts
-from trackhub.errors import DeliveryError
+from trackhub.errors import ConfigError, DeliveryError
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import RETIRED, SpoolReader
@@ -146,7 +146,7 @@ def spool_status(folder: Path) -> dict[str, Any]:
 def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read(path)
-    except DeliveryError as error:
+    except (DeliveryError, ConfigError) as error:
         return {"path": str(path), "error": str(error)}
     except (OSError, msgspec.DecodeError) as error:
         return {"path": str(path), "error": f"cannot read {path}: {error}"}
