@@ -499,6 +499,30 @@ def assert_nowhere(secret: str, poc: Poc, result: PocResult) -> None:
     assert [path for folder in (poc.workspace, result.server) for path in files_with(folder, secret.encode())] == []
 
 
+LISTENER = """
+import os
+
+from nvflare.apis.event_type import EventType
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.widgets.widget import Widget
+
+
+class Listener(Widget):
+    '''Writes down every message that the server's process of the job gets, by the site that it comes from.'''
+
+    def handle_event(self, event_type, fl_ctx):
+        if event_type == EventType.START_RUN:
+            self.folder = os.environ["TRACKHUB_TEST_OUT"].replace("{job}", fl_ctx.get_job_id())
+            os.makedirs(self.folder, exist_ok=True)
+            fl_ctx.get_engine().get_cell().core_cell.add_incoming_filter("*", "*", self.note)
+
+    def note(self, message):
+        site = message.get_header(MessageHeaderKey.ORIGIN).split(".")[0]
+        payload = message.payload if isinstance(message.payload, (bytes, bytearray)) else repr(message.payload).encode()
+        with open(os.path.join(self.folder, site + ".messages"), "ab") as file:
+            file.write(repr(message.headers).encode() + bytes(payload))
+"""
+
 LEAKY_TRAINER = """
 import hashlib
 import io
@@ -581,15 +605,21 @@ def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
             "deny": [f"val/{hashlib.sha256(f'{site} denied by the job'.encode()).hexdigest()[:8]}*" for site in SITES]
         },
     }
-    job = Job(tmp_path, LEAKY_TRAINER, tracking)
+    more = """
+    from listener import Listener
+    job.to_server(Listener(), id="listener")
+    """
+    job = Job(tmp_path, LEAKY_TRAINER, tracking, more=more, modules={"listener": LISTENER})
 
     result = poc.run(job.export())
 
     assert result.status == "FINISHED:COMPLETED"
-    # The server's kit has its run folder and its logs. The download has what the job store keeps, unpacked.
-    (tmp_path / "log").mkdir()
-    shutil.copy(poc.workspace.parent / "server.log", tmp_path / "log")
-    places = [result.server, result.startup / "server", tmp_path / "log"]
+    (tmp_path / "messages").mkdir()
+    for site in SITES:
+        shutil.copy(poc.out / result.job / f"{site}.messages", tmp_path / "messages")
+    # The server's kit has its run folder and all logs. The download has what the job store keeps, unpacked.
+    places = [result.server, result.startup / "server", tmp_path / "messages"]
+    shutil.copy(poc.workspace.parent / "server.log", tmp_path / "messages")
     found = {
         site: {
             what: [p for folder in places for p in files_with(folder, *forms)] for what, forms in _planted(site).items()
