@@ -12,6 +12,9 @@ from typing import Protocol
 
 import pytest
 
+# Their failed assertions then show the values, as those of the test modules do.
+pytest.register_assert_rewrite("tests.faults.job_processes", "tests.faults.oracle", "tests.faults.random_faults")
+
 
 class MakePlugin(Protocol):
     """Writes an installed-looking distribution with one package and puts it on ``sys.path``."""

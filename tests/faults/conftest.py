@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the fault suite, `make_job` and `make_disk`, and the figures that it prints at its end."""
+"""Fixtures of the fault suite, `make_job`, `make_disk` and `job_faults`, and the figures that it prints at its end."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -14,10 +15,18 @@ import pytest
 
 from tests.faults.job_processes import LIMITS, JobProcesses
 from tests.faults.process import wait_for
+from tests.faults.random_faults import SITES, RandomFaults
 
 MakeJob = Callable[..., JobProcesses]
 TOTALS: Counter[str] = Counter()
 PASSED = pytest.StashKey[bool]()
+KINDS = (
+    "resumable", "at_least_once", "wandb offline", "rebuild", "wandb online",
+    "idempotent", "buffered", "resumable", "rebuild", "at_least_once",
+)  # fmt: skip
+"""The backend beside ``jsonl`` and ``tensorboard``, by the last digit of the seed."""
+SPOOL_BYTES = 4 << 20
+"""Room for all that a job logs while nothing is sent."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -140,8 +149,32 @@ def make_job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeJob
         for job in jobs:
             figures = job.totals()
             job.check_nothing_stays()
-            if request.node.stash.get(PASSED, False):
+            if request.node.stash.get(PASSED, False) and not job.has_planted_bug:
                 TOTALS.update(figures)
     finally:
         for job in jobs:
             job.close()
+
+
+@pytest.fixture
+def job_faults(make_job: MakeJob, request: pytest.FixtureRequest) -> Callable[[int], RandomFaults]:
+    """Make a job with the backends of a seed, and the driver that breaks it."""
+
+    def make(seed: int) -> RandomFaults:
+        kind, _, mode = KINDS[seed % len(KINDS)].partition(" ")
+        job = make_job({}, files=not mode, gate_s=4, deadline_s=6)
+        job.spool_bytes = SPOOL_BYTES
+        job.backends = {"jsonl": {}, "tensorboard": {}, kind: {}}
+        if mode:
+            online = job.wandb_server()  # offline as well, for the login that is not used
+            job.backends["wandb"] = online if mode == "online" else {"mode": "offline"}
+        else:
+            job.backends[kind] = {"down_while": str(job.folder / "down")}
+        disks: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            make_disk: Callable[[Any, int], Disk] = request.getfixturevalue("make_disk")
+            disks = {site: make_disk(job.spool(site).parent, 16384) for site in SITES}
+            disks["server"] = make_disk(job.journal.parent, 65536)
+        return RandomFaults(job, seed, disks)
+
+    return make

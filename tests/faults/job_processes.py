@@ -88,9 +88,11 @@ class JobProcesses:
         limits: the limits of senders and receiver.
         state: where the receiver keeps its journal; by default ``server/trackhub``.
         spool_bytes: the size of each site's spool.
+        segment_bytes: the size of a segment; 0 for the product's own.
         in_doubt: how many calls may have been under way when a trainer was killed: one for each kill.
         counted: records that reached no backend and were counted with a reason.
         files: whether some log calls log artifacts.
+        has_planted_bug: what it loses is no loss of the product.
         procs: all processes but tracking servers.
         servers: the tracking servers.
         writers: the name of each writer, and its site.
@@ -102,9 +104,11 @@ class JobProcesses:
     limits: dict[str, float | str] = field(default_factory=lambda: dict(LIMITS))
     state: Path | None = None
     spool_bytes: int = 1 << 30
+    segment_bytes: int = 0
     in_doubt: int = 0
     counted: int = 0
     files: bool = False
+    has_planted_bug: bool = False
     procs: list[Proc] = field(default_factory=list)
     servers: list[Proc] = field(default_factory=list)
     writers: dict[str, str] = field(default_factory=dict)
@@ -164,7 +168,10 @@ class JobProcesses:
                 Notes(self.folder / f"{name}-{ending}", calls)
                 self.writers[f"{name}-{ending}"] = site
         spool = "" if announced else str(self.spool(site))
-        given = TrainerPlan(spool=spool, notes=str(self.folder), name=name, calls=calls, files=self.files, **plan)
+        given = TrainerPlan(
+            spool=spool, notes=str(self.folder), name=name, calls=calls, files=self.files,
+            segment_bytes=self.segment_bytes, **plan,
+        )  # fmt: skip
         return self.start("trainer_process", given, {SPOOL_ENV: spool_env(self.spool(site), site, JOB)})
 
     def crowd(self, size: int, *, calls: int, at_once: int = 4) -> Proc:

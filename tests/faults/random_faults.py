@@ -32,6 +32,12 @@ SITES = ("site-1", "site-2")
 _CAPACITY = 20_000
 """More calls than a slow trainer makes before the driver ends it."""
 _MOST_TRAINERS = 8
+_FLUSHING = {"rebuild", "buffered", "wandb"}
+"""The backends that confirm by ``flush``."""
+_BATCH_RECORDS = (2, 7, 50)
+"""Small batches end at all places of a segment, large ones have more records on their way."""
+_SEGMENT_BYTES = (20_000, 100_000)
+"""A few hundred calls, or a few thousand: so a stream has several segments."""
 _WRITER_LOOKS_AGAIN_S = 0.6
 """After this time, a writer looks for room on its disk again."""
 _PATIENCE_S = 180.0
@@ -48,6 +54,7 @@ class RandomFaults:
 
     Attributes:
         job: the job.
+        seed: decides all faults.
         story: what was done, in order, for whoever looks at a failed seed.
         may_drop: whether a disk of a site was full, so that sites may have dropped records.
         doubtful: the writers that were killed. Their last call may be recorded or not.
@@ -67,7 +74,9 @@ class RandomFaults:
         self.may_drop = False
         self.doubtful: set[str] = set()
         self._chance = random.Random(seed)
-        self._seed = seed
+        self.seed = seed
+        job.limits["batch_records"] = self._chance.choice(_BATCH_RECORDS)
+        job.segment_bytes = self._chance.choice(_SEGMENT_BYTES)
         self._disks = disks
         # A segment has room for about 6,000 calls. W&B's SDK takes some hundred records a second, and fewer under load.
         self._most_calls, self._pause_s = (1000, 1.0) if "wandb" in job.backends else (8000, 0.2)
@@ -83,7 +92,7 @@ class RandomFaults:
         others = [self._lock_journal, self._hide_file, self._hide_file, self._stall, self._replay_early]
         self._faults: list[Callable[[], None]] = [*kills, *others, self._move_clock, self._move_clock]
         if self._down.name:
-            self._faults.append(self._take_store_down)
+            self._faults += [self._take_store_down, *[self._kill_receiver_without_store] * 2]
         self._faults += [partial(self._fill, place) for place in disks]
 
     @property
@@ -111,7 +120,7 @@ class RandomFaults:
             self._replay()
             check_model(self.job, doubtful=self.doubtful, may_drop=self.may_drop)
         except BaseException as e:
-            e.add_note(f"seed {self._seed} of the random faults did this:\n  " + "\n  ".join(self.story))
+            e.add_note(f"seed {self.seed} of the random faults did this:\n  " + "\n  ".join(self.story))
             raise
         finally:
             self._heal()
@@ -170,9 +179,13 @@ class RandomFaults:
         way = self._chance.random()
         if way < 0.25:
             plan = {"kill_at_commit": self._chance.randrange(4, 60), "kill_after_us": self._chance.uniform(0, 300)}
-        elif way < 0.5:  # a backend has done its work, and the lane does not know it
+        elif way < 0.6:  # a backend has done its work, and the lane does not know it; or it has not begun
             backend = self._chance.choice(list(self.job.backends))
-            plan = {"kill_at_write": (backend, self._chance.choice(["write", "flush"]), self._chance.randrange(1, 20))}
+            method = self._chance.choice(["write", "flush"]) if backend in _FLUSHING else "write"
+            plan = {
+                "kill_at_write": (backend, method, self._chance.randrange(1, 16)),
+                "kill_before_work": self._chance.random() < 0.5,
+            }
         try:
             self._receiver = self.job.receiver(**plan)
         except AssertionError:
@@ -279,6 +292,13 @@ class RandomFaults:
         self._down.touch()
         self._opened("store", lambda: self._down.unlink(missing_ok=True), "took the store down")
 
+    def _kill_receiver_without_store(self) -> None:
+        """Kill the receiver while its lane has records that the store did not take."""
+        if "store" not in self._open:
+            self._take_store_down()
+        self._pause(0.3, 0.6)
+        self._kill_receiver()
+
     def _stall(self) -> None:
         procs = [proc for proc in (self._receiver, *self._senders.values()) if proc is not None and proc.is_alive()]
         if procs:
@@ -294,9 +314,14 @@ class RandomFaults:
         if receiver is None or not receiver.is_alive() or not self._all_send():
             return
         replay = self.job.replay()
+        wait_for(lambda: not (replay.is_alive() and receiver.is_alive()), "the replay of a running job to end")
+        if not receiver.is_alive():  # by its own plan. The replay has the journal now, and may wait for a store
+            replay.kill()
+            self._tell("the receiver died under a replay, which was killed as well")
+            return
         status = replay.wait()
         self._tell(f"replayed while the job ran: status {status}")
-        if receiver.is_alive() and self._all_send():
+        if self._all_send():
             assert status == 1, replay.log
 
     def _all_send(self) -> bool:

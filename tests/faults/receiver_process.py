@@ -44,8 +44,8 @@ class ReceiverPlan(msgspec.Struct, frozen=True, kw_only=True):
         sites: which sites it waits for at the end.
         kill_at_commit: die during this commit of the journal, counted from 1; 0 for none.
         kill_after_us: how long after the begin of that commit, in microseconds.
-        kill_at_write: a backend, a method of its runs, and a number: die after so many calls, before the lane sees
-            the result.
+        kill_at_write: a backend, a method of its runs, and a number: die in that call, before the lane sees its result.
+        kill_before_work: die in that call before the backend has done anything.
         mute: take every request and reply to none.
         refuse_batch: refuse the request with this number. Number 1 is the sender's first message.
         vfs: SQLite's layer over the file system. ``unix-dotfile`` has no shared memory, and so no write-ahead log, as
@@ -62,6 +62,7 @@ class ReceiverPlan(msgspec.Struct, frozen=True, kw_only=True):
     kill_at_commit: int = 0
     kill_after_us: float = 0.0
     kill_at_write: tuple[str, str, int] | None = None
+    kill_before_work: bool = False
     mute: bool = False
     refuse_batch: int = 0
     vfs: str = ""
@@ -71,7 +72,7 @@ def main() -> int:
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ReceiverPlan)
     _plan_journal(plan)
     if plan.kill_at_write is not None:
-        _plan_death_in_backend(*plan.kill_at_write)
+        _plan_death_in_backend(*plan.kill_at_write, before=plan.kill_before_work)
     receiver = Receiver(
         Path(plan.workdir),
         state_dir=Path(plan.folder),
@@ -153,16 +154,18 @@ def _die_soon(after_us: float) -> None:
     _die()
 
 
-def _plan_death_in_backend(name: str, method: str, number: int) -> None:
-    """Let the process die when the backend has done its work and the lane does not know it yet."""
+def _plan_death_in_backend(name: str, method: str, number: int, *, before: bool) -> None:
+    """Let the process die when the backend has done its work and the lane does not know it yet, or right before it."""
     load = registry.load
     calls = 0
 
     def dying(work: Callable[..., Any]) -> Callable[..., Any]:
         def do(*arguments: Any) -> Any:
             nonlocal calls
-            result = work(*arguments)
             calls += 1
+            if before and calls >= number:
+                _die()
+            result = work(*arguments)
             if calls >= number:
                 _die()
             return result

@@ -16,6 +16,7 @@ import msgspec
 
 from tests.faults.calls import Notes, call
 from trackhub import Writer
+from trackhub.spool import stream_writer
 
 __all__ = ["TrainerPlan"]
 
@@ -34,6 +35,7 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
         clock_back_at: set the clock back by an hour after so many calls.
         spawn_at: after so many calls, pickle the writer into a new process. It logs as ``<name>-spawned``.
         wait_at: after so many calls, wait for the file ``<name>.go`` beside the notes.
+        segment_bytes: the size of a segment; 0 for the product's own.
         until: end as soon as this file exists; empty for none. It is looked for before every 20 calls.
     """
 
@@ -47,11 +49,13 @@ class TrainerPlan(msgspec.Struct, frozen=True, kw_only=True):
     clock_back_at: int = -1
     spawn_at: int = -1
     wait_at: int = -1
+    segment_bytes: int = 0
     until: str = ""
 
 
 def main() -> int:
     plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=TrainerPlan)
+    stream_writer.SEGMENT_BYTES = plan.segment_bytes or stream_writer.SEGMENT_BYTES
     train(plan, Writer(plan.spool or None))
     return 0
 

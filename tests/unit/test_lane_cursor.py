@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.rigs import SITE, Bench
+from trackhub.delivery.journal.tables_and_rows import Shift
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.errors import JournalError, PermanentError
 from trackhub.records import Metrics
@@ -258,9 +259,45 @@ def test_a_run_may_hold_what_was_handed_over(bench: Bench, position: int) -> Non
     resumable(bench).check_held(position)
 
 
-def test_a_run_that_holds_more_than_was_handed_over_is_of_another_journal(bench: Bench) -> None:
-    with pytest.raises(PermanentError, match="holds 21 records, but this journal handed over 20"):
-        resumable(bench).check_held(21)
+def test_a_run_with_records_of_a_journal_that_handed_over_none_is_refused(bench: Bench) -> None:
+    bench.log(10)
+    with pytest.raises(PermanentError, match=r"holds 10 records, but this journal handed over 0: another one wrote it"):
+        cursor_on(bench, Redelivery.RESUMABLE).check_held(10)
+
+
+def test_what_a_run_holds_and_the_journal_lost_moves_the_positions_behind(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The journal handed over rows 1 and 2, with 20 records. The run holds 27, so the journal lost 7."""
+    first = resumable(bench)
+    first.check_held(27)
+    first.check_held(27)  # nothing was handed over since: it is not counted again
+
+    later = cursor_on(bench, Redelivery.RESUMABLE)
+    later.check_held(27)
+    later.written = 3
+    later.count_stored(entries(*range(27, 37)))
+    later.confirm(b"")
+
+    assert [later.shift_of(row) for row in (1, 2, 3, 4)] == [0, 0, 7, 7]
+    assert later.progress.shifts == [Shift(2, 7, 34)]
+    assert later.progress.possible_duplicates == 7
+    assert "it holds 27 records, but the journal" in caplog.text
+    assert "handed over 20. The journal has lost 7" in caplog.text
+
+
+def test_a_journal_may_lose_records_twice(bench: Bench) -> None:
+    first = resumable(bench)
+    first.check_held(27)
+    first.announce(3)
+
+    later = cursor_on(bench, Redelivery.RESUMABLE)
+    later.check_held(37)  # all that was handed over
+    later.check_held(40)
+    bench.journal.rewind(LANE)
+
+    assert [later.shift_of(row) for row in (2, 3, 4)] == [0, 7, 10]
+    assert [cursor_on(bench, Redelivery.RESUMABLE).shift_of(row) for row in (2, 3, 4)] == [0, 7, 10]
 
 
 def test_a_run_that_ends_within_the_records_of_the_servers_journal_waits_for_those(bench: Bench) -> None:

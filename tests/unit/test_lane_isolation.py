@@ -125,12 +125,32 @@ def test_a_store_that_fails_with_every_record_loses_none(can: object, error: Bas
     assert left(isolation) == list(range(40))
 
 
-def test_a_transient_error_keeps_the_order_and_the_batches_of_a_store_that_needs_it() -> None:
-    isolation, store = isolation_of(*range(9), max_batch=3, can=ORDERED), Store(always, TRANSIENT)
+def test_a_store_that_keeps_the_order_gets_all_records_before_the_refused_one() -> None:
+    isolation, store = isolation_of(*range(100), can=ORDERED), Store(bad(61), TRANSIENT)
 
     store.drive(isolation, turns=100)
 
-    assert store.log == [[0, 1, 2]] * 100
+    assert (store.stored, store.rejected) == (list(range(61)), [])
+    assert store.log[-1] == [61]
+
+
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+@pytest.mark.parametrize("pattern", ["always", "every second request", "nine of ten at random", "longer and longer"])
+def test_an_outage_changes_no_order_in_a_resumable_store(pattern: str, error: BaseException) -> None:
+    """It would take a record that comes late for one that it holds, and that record would be lost."""
+    for seed in range(30):
+        away = (lambda number: True) if pattern == "always" else PATTERNS[pattern](random.Random(seed))
+        isolation = isolation_of(*range(30), max_batch=random.Random(seed).choice([1, 4, 1000]), can=ORDERED)
+
+        def fails(number: int, batch: list[Entry], away: Callable[[int], bool] = away) -> bool:
+            return number < 200 and away(number)
+
+        store = Store(fails, error)
+
+        store.drive(isolation)
+
+        assert store.rejected == []
+        assert store.stored == list(range(30)), f"seed {seed}"
 
 
 def test_a_permanent_error_halves_the_batch_at_once() -> None:

@@ -2,6 +2,7 @@
 """Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
 
 `Sender` and `FileSender` ask through it. It knows when the sender is closing, and gives up at that deadline only.
+`BatchPace` tells it how large a batch may be.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
+from trackhub.delivery.batch_pace import BatchPace
 from trackhub.delivery.channel import Channel, ChannelError
 from trackhub.delivery.retry import Backoff
-from trackhub.delivery.wire import Busy, Reply, Request, decode_reply, encode
+from trackhub.delivery.wire import Batch, Busy, Reply, Request, decode_reply, encode
 
 __all__ = ["Exchange"]
 
@@ -29,19 +32,24 @@ class Exchange:
 
     Attributes:
         replies: how many replies have come, without those that say `Busy`.
-        timeout_s: the longest wait for one reply, in seconds.
+        timeout_s: the longest wait for one reply, in seconds. A single large record on a slow link gets longer.
+        pace: how large the next batch may be.
     """
 
-    def __init__(self, channel: Channel, *, site: str, timeout_s: float) -> None:
+    def __init__(self, channel: Channel, *, site: str, timeout_s: float, longest_s: float, max_bytes: int) -> None:
         """Prepare to ask.
 
         Args:
             channel: carries the requests.
             site: whose requests they are, for log messages.
             timeout_s: the longest wait for one reply, in seconds.
+            longest_s: the longest wait for the reply to a single large record, in seconds.
+            max_bytes: the most bytes of a batch.
         """
         self.replies = 0
         self.timeout_s = timeout_s
+        self.pace = BatchPace(max_bytes, timeout_s, longest_s)
+        self._reply_by = 0.0
         self._channel = channel
         self._site = site
         self._closing = threading.Event()
@@ -85,22 +93,40 @@ class Exchange:
         deadline = self._deadline
         return 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def ask(self, request: Request) -> Reply | None:
-        """Make a request until the receiver replies. Return None if the deadline passes first."""
+    def ask(self, request: Request, shorten: Callable[[], Batch] | None = None) -> Reply | None:
+        """Make a request until the receiver replies. Return None if the deadline passes first.
+
+        Args:
+            request: what to send first.
+            shorten: for a batch, gives what to send after a reply did not come in time: the batch's first records, as
+                many as ``pace`` allows. The receiver may have all of it, and recognises what comes again.
+        """
         # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.
         backoff = Backoff(first_s=0.1, max_s=5.0)
-        data = encode(request)
         while True:
-            reply = self._send(data)
+            batch = request if isinstance(request, Batch) else None
+            wait_s = self.timeout_s if batch is None else self.pace.wait_s
+            began = time.monotonic()
+            reply = self._send(encode(request), wait_s)
+            took_s = time.monotonic() - began
             if reply is not None and not isinstance(reply, Busy):
+                if batch is not None:
+                    self.pace.arrived(len(batch.frames), took_s)
                 return reply
             if self.is_late():
                 return None
+            if reply is None and batch is not None and took_s >= wait_s:
+                self.pace.timed_out(len(batch.frames), is_single=batch.records <= 1)
+                request = shorten() if shorten is not None else request
             self.pause(backoff.next_wait_s())
+
+    def in_flight_s(self) -> float:
+        """Return for how many seconds the thread may still wait for a reply. From any thread."""
+        return max(0.0, self._reply_by - time.monotonic())
 
     def ask_once(self, request: Request) -> Reply | None:
         """Make a request. Return None if no reply came to this one attempt."""
-        return self._send(encode(request))
+        return self._send(encode(request), self.timeout_s)
 
     def pause(self, wait_s: float) -> None:
         """Wait before the next attempt. ``close_by`` ends the wait; afterwards a wait takes at most half a second."""
@@ -109,10 +135,10 @@ class Exchange:
         else:
             self._closing.wait(wait_s)
 
-    def _send(self, data: bytes) -> Reply | None:
-        timeout_s = self.timeout_s
+    def _send(self, data: bytes, timeout_s: float) -> Reply | None:
         if self._deadline is not None:
             timeout_s = max(_MIN_TIMEOUT_S, min(timeout_s, self._deadline - time.monotonic()))
+        self._reply_by = time.monotonic() + timeout_s
         try:
             reply = decode_reply(self._channel(data, timeout_s))
         except ChannelError as e:

@@ -27,6 +27,7 @@ from trackhub.delivery.wire import (
     Batch,
     NeedBlob,
     Refused,
+    Reply,
     SiteCounts,
     SiteFacts,
     StreamState,
@@ -99,7 +100,10 @@ class Sender:
         # At most half the silence that the receiver tolerates. The sender says nothing while it waits for a reply, so
         # that one lost reply would otherwise make the site look dead.
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
-        self._exchange = Exchange(channel, site=self.site, timeout_s=request_s)
+        self._exchange = Exchange(
+            channel, site=self.site, timeout_s=request_s, longest_s=self._limits.gate_s,
+            max_bytes=self._limits.batch_bytes,
+        )  # fmt: skip
         self._files = FileSender(self._reader, self._exchange, self._limits.batch_bytes)
         self._passes = SpoolPasses()
         self._wake = threading.Event()
@@ -210,7 +214,8 @@ class Sender:
     def _join(self) -> None:
         """Wait until the thread has ended, or has not come back from a request."""
         while self._thread.is_alive():
-            self._thread.join(self._exchange.left_s() + self._exchange.timeout_s + _COUNT_S + _JOIN_MARGIN_S)
+            request_s = max(self._exchange.timeout_s, self._exchange.in_flight_s())
+            self._thread.join(self._exchange.left_s() + request_s + _COUNT_S + _JOIN_MARGIN_S)
             if self._exchange.is_late():  # otherwise a file has moved the deadline
                 return
 
@@ -285,7 +290,7 @@ class Sender:
     def _deliver_ready(self, ready: Ready) -> None:
         """Send records whose files have arrived, and then the stream's next ones, until these wait for their files."""
         most = ready.records
-        while batch := self._reader.release(ready.stream, most, self._limits.batch_bytes):
+        while batch := self._reader.release(ready.stream, most, self._exchange.pace.max_bytes):
             if not self._deliver(batch) or self._files.holds(ready.stream):
                 return
             most = self._limits.batch_records
@@ -353,7 +358,7 @@ class Sender:
             self._reader.begin_pass(final=final, round_ends=self._passes.waiting > 0)
             if not self._place_streams():
                 return None
-            while batch := self._reader.next_batch(self._limits.batch_records, self._limits.batch_bytes):
+            while batch := self._reader.next_batch(self._limits.batch_records, self._exchange.pace.max_bytes):
                 if not is_first and self._exchange.is_late():
                     return None
                 is_first = False
@@ -399,7 +404,7 @@ class Sender:
             self._files.hold(batch)
             self._passes.note_files(left=True)
             return True
-        reply = self._exchange.ask(Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames))
+        batch, reply = self._ask(batch)
         if reply is None:
             return False
         if isinstance(reply, NeedBlob):
@@ -422,6 +427,19 @@ class Sender:
             )  # fmt: skip
         self._settle(batch, refused)
         return True
+
+    def _ask(self, batch: SpoolBatch) -> tuple[SpoolBatch, Reply | None]:
+        """Send a batch, or its first records if it is too large for the link. Return what was sent, and the reply."""
+
+        def shorten() -> Batch:
+            nonlocal batch
+            first = self._reader.release(batch.stream, batch.records, self._exchange.pace.max_bytes)
+            if first is not None and first.next_seq <= batch.next_seq:  # None if the segment cannot be read now
+                batch = first
+            return _request(batch)
+
+        reply = self._exchange.ask(_request(batch), shorten)
+        return batch, reply
 
     def _settle(self, batch: SpoolBatch, refused: Mapping[str, int]) -> None:
         """Mark a batch in the spool as accepted, but for the records that were refused."""
@@ -449,6 +467,10 @@ class Sender:
         if message != self._warned_of:
             self._warned_of = message
             _log.warning("%s", message)
+
+
+def _request(batch: SpoolBatch) -> Batch:
+    return Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames)
 
 
 def _site_counts(counts: Iterable[StreamCount]) -> SiteCounts:

@@ -424,9 +424,13 @@ class Journal:
 
     def rewind(self, lane: str) -> None:
         """Set a lane's confirmed cursors back to the start. Its written cursors stay."""
-        empty = msgspec.msgpack.encode(Progress())
         with self._connections.transaction(WAIT_S) as db:
-            db.execute("UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ?", (empty, lane))
+            for site, stored in db.execute("SELECT site, progress FROM runs WHERE lane = ?", (lane,)).fetchall():
+                known = msgspec.msgpack.decode(stored, type=Progress)
+                empty = msgspec.msgpack.encode(Progress(shifts=known.shifts))
+                db.execute(
+                    "UPDATE runs SET confirmed = 0, progress = ? WHERE lane = ? AND site = ?", (empty, lane, site)
+                )
 
     def report(self, lanes: Sequence[str] = (), facts: Mapping[str, str] | None = None) -> DeliveryReport:
         """Return what has become of every record so far.

@@ -205,7 +205,8 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
     """Find the sites whose rows are lost by the copy in an index, and count their records by their batches."""
     confirmed: dict[int, int] = defaultdict(int)
     for (_, i), run in found.runs.items():
-        confirmed[i] = max(confirmed[i], msgspec.msgpack.decode(run.progress, type=Progress).stored_to)
+        progress = msgspec.msgpack.decode(run.progress, type=Progress)
+        confirmed[i] = max(confirmed[i], progress.stored_to - progress.lost())
     ids = {*by_site, *found.sites, *found.copied_sites, *(site for site, _, _ in found.streams.values())}
     for i in sorted(ids):
         batches = by_site.get(i, [])

@@ -32,6 +32,7 @@ __all__ = [
     "Progress",
     "Row",
     "RunState",
+    "Shift",
     "Stored",
     "stored_records",
 ]
@@ -110,6 +111,20 @@ class Row(NamedTuple):
     frames: bytes
 
 
+class Shift(msgspec.Struct, frozen=True, array_like=True):
+    """The journal lost records that a resumable backend holds. Later records have other positions there.
+
+    Attributes:
+        after: the last row that the journal had handed over when this was noticed.
+        by: how many records the backend holds that the journal lost.
+        doubted_to: the backend's position before which later records may be among these: they may be there twice.
+    """
+
+    after: int
+    by: int
+    doubted_to: int
+
+
 class Progress(msgspec.Struct, kw_only=True):
     """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
 
@@ -117,8 +132,9 @@ class Progress(msgspec.Struct, kw_only=True):
         confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in
             `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
-        stored_to: the position after the last record that was confirmed.
+        stored_to: the backend's position after the last record that was confirmed.
         aside: the entries up to the confirmed cursor that are neither stored nor rejected yet.
+        shifts: where positions at the backend are not those of the journal.
     """
 
     confirmed: int = 0
@@ -132,6 +148,11 @@ class Progress(msgspec.Struct, kw_only=True):
     memory: bytes = b""
     stored_to: int = 0
     aside: list[Entry] = []
+    shifts: list[Shift] = []
+
+    def lost(self) -> int:
+        """Return how many records the backend holds that the journal lost."""
+        return sum(shift.by for shift in self.shifts)
 
     def concealed(self) -> Progress:
         """Return a copy without secrets: what a backend says of an error, or of where its results are, may hold one."""

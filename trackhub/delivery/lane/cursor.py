@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.tables_and_rows import Progress, RunState
+from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
@@ -85,11 +85,12 @@ class Cursor:
         if self.must_rebuild and self.progress.state != "finished":
             # Reset at once, not when the run is opened: the lane may be ended before, while it opens another run. What
             # it then stores must not say that the records of a half-written run are delivered.
-            self.confirmed, self.progress = 0, Progress(last_error=self.progress.last_error)
+            self.confirmed, self.progress = 0, self._empty_progress()
         self.written = self.confirmed
         self._ever_written = max(written, self.confirmed)  # by this lane or an earlier one
         self._announced = self.confirmed
-        self._doubted_to = 0  # the backend may have the records before this position already
+        # The backend may have the records before this position already.
+        self._doubted_to = max((shift.doubted_to for shift in self.progress.shifts), default=0)
         self._stored_to = self.progress.stored_to
         self._since = _Counts()
 
@@ -99,7 +100,15 @@ class Cursor:
         Raises:
             JournalError: the journal cannot be read.
         """
-        return self._journal.position_after(self.site_id, self.confirmed)
+        return self._position_after(self.confirmed)
+
+    def shift_of(self, row: int) -> int:
+        """Return by how much the positions of a row's records are larger at the backend than in the journal."""
+        return sum(shift.by for shift in self.progress.shifts if row > shift.after)
+
+    def _position_after(self, row: int) -> int:
+        """Return the position, at the backend, of the first record after a row."""
+        return self._journal.position_after(self.site_id, row) + self.shift_of(row + 1)
 
     def has_unconfirmed_rows(self) -> bool:
         """Return whether the journal has rows that are not confirmed.
@@ -179,9 +188,12 @@ class Cursor:
     def check_held(self, position: int) -> None:
         """Check that the records before ``position``, which a resumable run says it holds, are of this journal.
 
+        If the journal handed over fewer, it has lost the others: the disk lost its last transactions. Nobody knows
+        which records these are. So the next ones go behind them, and as many count as possible duplicates.
+
         Raises:
             PermanentError: another journal wrote some of them, so that delivery would skip or lose others.
-            JournalError: the journal cannot be read.
+            JournalError: the journal cannot be read or written.
         """
         first = self._journal.position_after(self.site_id, 0)
         if 0 < position < first:
@@ -191,12 +203,24 @@ class Cursor:
                 "receiver: replay that one first"
             )
         limit = self._handed_over_to()
-        if position > limit:
+        if position <= limit:
+            return
+        if not self._ever_written or self._journal.continues:
             # Delivery would skip as many new records, silently.
             raise PermanentError(
                 f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
                 "Was the receiver's state folder lost? Move the backend's run away, and replay the journal"
             )
+        lost = position - limit
+        _log.warning(
+            "backend %s, run %s: it holds %d records, but the journal %s handed over %d. The journal has lost %d: was "
+            "the power lost, or its -wal file cut off? What the site still has comes again, behind these records. %d "
+            "records count as possible duplicates",
+            self.lane, self.site, position, self._journal.path, limit, lost, lost,
+        )  # fmt: skip
+        self.progress.shifts = [*self.progress.shifts, Shift(self._ever_written, lost, position + lost)]
+        self._doubted_to = max(self._doubted_to, position + lost)
+        self._store(self.written)
 
     def is_missing_confirmed(self, position: int) -> bool:
         """Return whether a run that holds the records before ``position`` lacks some that it had confirmed."""
@@ -211,9 +235,12 @@ class Cursor:
 
     def _handed_over_to(self) -> int:
         """Return the position before which the backend may have records, from this journal or another one."""
-        position = self._journal.position_after(self.site_id, self._ever_written)
+        position = self._position_after(self._ever_written)
         # The last batch that the other journal took may be in both journals, if the site did not get the reply.
         return position if self._ever_written else position + self._journal.overlap(self.site_id)
+
+    def _empty_progress(self) -> Progress:
+        return Progress(last_error=self.progress.last_error, shifts=self.progress.shifts)
 
     def start_over(self) -> None:
         """Forget what was confirmed: the run is written again from its first record.
@@ -222,7 +249,7 @@ class Cursor:
             JournalError: the journal cannot be written.
         """
         self.confirmed = self.written = self._announced = self._stored_to = 0
-        self.progress = Progress(last_error=self.progress.last_error)
+        self.progress = self._empty_progress()
         self._store(self._ever_written)
         self.must_rebuild = False
 

@@ -99,8 +99,9 @@ class EntryReader:
             row = self._rows.popleft()
             self.upto = row.id
             size += len(row.frames)
-            found = 0
-            for position, kind, body in stored_records(row):
+            found, shift = 0, self._cursor.shift_of(row.id)
+            for place, kind, body in stored_records(row):
+                position = place + shift
                 try:
                     self._adapt(row.stream, position, kind, body, entries)
                 except Exception as e:

@@ -18,6 +18,7 @@ from trackhub.spi import Capabilities, Entry, Params, Redelivery, Rejection, Tag
 __all__ = ["Isolation", "Verdict"]
 
 _SUSPECT_AFTER = 3  # failures of one batch
+_SAY_AFTER = 6  # failures of a single record that holds up all others: about ten seconds
 _MAX_ASIDE = 32
 _MAX_HELD = 1000
 
@@ -30,11 +31,13 @@ class Verdict(NamedTuple):
         narrowed: the failing batch was split, or its only record rejected. The next attempt is a new one, which does
             not wait longer because of the earlier ones.
         rejected: the record that can never be stored.
+        blocks: it is time to say that a single record holds up all that come after it.
     """
 
     wait: bool
     narrowed: bool = False
     rejected: Rejection | None = None
+    blocks: bool = False
 
 
 class _Piece:
@@ -79,9 +82,10 @@ class Isolation:
       nothing changes.
     - ``any_order``, and nothing suitable was stored yet, or it is ``at_least_once``: a later record. The suspect is set
       aside.
-    - Otherwise the order must be kept. There is no neighbour, and the record stays first. But an error that is
-      neither a `TransientError` nor a `PermanentError` is a defect of the plugin: the record is set aside, and later
-      records are written.
+    - Otherwise the order must be kept. There is no neighbour. A batch that fails is halved, so that all records before
+      the failing one are stored. That one stays first. But an error that is neither a `TransientError` nor a
+      `PermanentError` is a defect of the plugin: the record is set aside, and later records are written. In a
+      ``resumable`` backend it stays first as well: such a backend takes a late record for one that it holds.
 
     A record set aside is tried again now and then. So are images and artifacts, which are never suspected. What shares
     a key with a record set aside waits with it, where the order of the two matters.
@@ -94,6 +98,7 @@ class Isolation:
             can: what the backend declares.
             toss: the coin of `Evidence`, for tests.
         """
+        self._rises = can.redelivery is Redelivery.RESUMABLE  # it takes a late record for one that it holds
         self._keeps_steps = not can.late_steps
         self._any_order = can.any_order and can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
         self._rewrites = self._any_order and can.redelivery is Redelivery.IDEMPOTENT
@@ -208,17 +213,17 @@ class Isolation:
         at_once = has_just_stored and self._any_order and piece.is_part
         if not at_once and piece.failures < (1 if self._aside and len(piece.entries) == 1 else _SUSPECT_AFTER):
             return Verdict(wait=True)
+        must_stay_first = not self._any_order and (self._rises or isinstance(error, TransientError))
         if len(piece.entries) > 1:
-            if not self._any_order and isinstance(error, TransientError):
-                return Verdict(wait=True)  # no part of it would ever be suspected
-            self._split(piece, len(piece.entries) // 2 if has_just_stored else 1)
+            self._split(piece, len(piece.entries) // 2 if has_just_stored or must_stay_first else 1)
             return Verdict(wait=not at_once, narrowed=True)
+        if must_stay_first:
+            return Verdict(wait=True, blocks=piece.failures == _SAY_AFTER)
         sort = sort_of(piece.entries[0])
         if sort is not None and sort in self._stored:
             piece.is_suspect = True
             return Verdict(wait=not at_once)
-        may_pass = self._any_order or not isinstance(error, TransientError)
-        if may_pass and len(self._aside) < _MAX_ASIDE:
+        if len(self._aside) < _MAX_ASIDE:
             piece.is_suspect = sort is not None
             self._queue.popleft()
             self._aside.append(piece)

@@ -382,6 +382,12 @@ class RunDelivery:
             self._cursor.note_error(error)
         if verdict.narrowed:
             self.timer.succeeded()
+        if verdict.blocks:
+            _log.warning(
+                "backend %s, run %s: record %d alone fails each time (%s). Those behind it wait, since the backend "
+                "keeps the order. If its store is well, it can never store this record: its plugin must then raise "
+                "PermanentError, which rejects the record", self._lane, self.site, batch[0].position, error,
+            )  # fmt: skip
         if verdict.rejected is not None:
             self._cursor.reject(verdict.rejected)
         return not verdict.wait

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a batch has, and how long its reply is waited for, by what earlier batches showed of the link.
+
+`Exchange` has one and tells it what came of each batch. `Sender` asks it before it cuts a batch.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BatchPace"]
+
+_SLOWEST_BYTES_PER_S = 16 << 10
+"""A single record is waited for as if the link were not slower than this."""
+
+
+class BatchPace:
+    """Makes batches smaller when no reply comes in time, and larger again when replies come fast.
+
+    Otherwise a batch that takes longer than the time limit of a request is sent again for ever. The size does not
+    follow the rate of replies that come in time: a receiver that takes a second for each request, whatever its size,
+    would get ever smaller batches.
+
+    Attributes:
+        max_bytes: the most bytes of the next batch. A batch always has one record at least.
+        wait_s: the longest wait for the reply to the next attempt, in seconds.
+    """
+
+    def __init__(self, max_bytes: int, timeout_s: float, longest_s: float) -> None:
+        """Start with the largest batches.
+
+        Args:
+            max_bytes: the most bytes of a batch.
+            timeout_s: the longest wait for a reply, in seconds.
+            longest_s: the longest wait for the reply to a single large record, in seconds.
+        """
+        self._most_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._longest_s = longest_s
+        self.max_bytes = max_bytes
+        self.wait_s = timeout_s
+
+    def timed_out(self, size: int, *, is_single: bool) -> None:
+        """Note that no reply came in time.
+
+        Args:
+            size: how many bytes the batch had.
+            is_single: it had one record, so it cannot be made smaller.
+        """
+        self.max_bytes = max(1, min(self.max_bytes, size) // 2)
+        if is_single:
+            # A small record gets no longer wait. A lost reply to it must not delay the next attempt.
+            longest_s = min(self._longest_s, size / _SLOWEST_BYTES_PER_S)
+            self.wait_s = max(self._timeout_s, min(2 * self.wait_s, longest_s))
+
+    def arrived(self, size: int, took_s: float) -> None:
+        """Note that a batch of so many bytes was answered in so many seconds."""
+        self.wait_s = self._timeout_s
+        if took_s < self._timeout_s / 4:
+            self._grow(2 * size)
+        elif took_s < self._timeout_s / 2:
+            self._grow(size + size // 4)
+
+    def _grow(self, size: int) -> None:
+        self.max_bytes = min(self._most_bytes, max(self.max_bytes, size))
