@@ -31,7 +31,7 @@ from trackhub.errors import (
 from trackhub.operator_file import FILE_NAME, OperatorFile
 from trackhub.secrets import refuse_literal_secrets, refuse_references, require_reference, resolve_secrets
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Credentials, Kind, OptionMark
-from trackhub.struct_conversion import describe
+from trackhub.struct_conversion import describe, one_at_a_time
 
 __all__ = [
     "GROUP",
@@ -289,7 +289,8 @@ def _check_names(name: str, cls: type[Backend[Any]], options: Mapping[str, Any])
 
 def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> msgspec.Struct:
     try:
-        return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
+        with one_at_a_time:
+            return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         # Not chained: the original text and its traceback's values may hold a resolved secret.
         raise InvalidOptionError(_wrong_value(name, cls, error)) from None

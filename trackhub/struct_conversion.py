@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -14,9 +15,25 @@ import msgspec
 
 from trackhub.errors import ConfigError
 
-__all__ = ["convert", "describe"]
+__all__ = ["convert", "describe", "one_at_a_time", "prepare"]
 
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
+
+one_at_a_time = threading.RLock()
+"""Held while something is converted into a class that `prepare` does not know, such as a plugin's options."""
+
+
+def prepare(*classes: type) -> None:
+    """Let msgspec learn these Structs now, at import. Call it in the module that defines what threads decode.
+
+    msgspec learns a class when it is first decoded. If two threads do that at the same moment, one uses what the other
+    has learnt in part, and the process dies by SIGSEGV (msgspec 0.22). Imports are done by one thread.
+
+    Args:
+        classes: Structs. Those in their fields are learnt as well.
+    """
+    for cls in classes:
+        msgspec.msgpack.Decoder(cls)
 
 
 def convert(values: Mapping[str, Any], into: type[_StructT], root: str) -> _StructT:
@@ -31,7 +48,8 @@ def convert(values: Mapping[str, Any], into: type[_StructT], root: str) -> _Stru
         ConfigError: a value is wrong. The message starts with the path to it.
     """
     try:
-        return msgspec.convert(values, into, strict=False)
+        with one_at_a_time:  # FLARE's simulator starts its clients in threads
+            return msgspec.convert(values, into, strict=False)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None

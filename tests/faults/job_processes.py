@@ -50,17 +50,18 @@ LIMITS: dict[str, float | str] = {
     "batch_records": 50,
     "batch_bytes": 16384,
     "barrier_s": 1,
-    "gate_s": 5,
-    "deadline_s": 20,
+    "gate_s": 60,
+    "deadline_s": 60,
     "keepalive_s": 0.2,
-    "silence_s": 2,
+    "silence_s": 4,
     "flush_s": 0.05,
     "poll_s": 0.01,
     "linger_s": 0,
     "request_s": 2,
     "preflight_s": 1,
 }
-"""Small batches and short waits: so a short run has many moments at which a process can die."""
+"""Small batches and short waits: so a short run has many moments at which a process can die. The limits of the end are
+long, since a machine with other load is slow; only a test of such a limit sets a short one."""
 
 JOB = "job-1"
 Lost = Mapping[str, Mapping[str, int]]
@@ -266,7 +267,12 @@ class JobProcesses:
         return Notes(self.folder / name).count()
 
     def end(
-        self, sender: Proc | None = None, receiver: Proc | None = None, *, status: str = "finished", gate_s: float = 5
+        self,
+        sender: Proc | None = None,
+        receiver: Proc | None = None,
+        *,
+        status: str = "finished",
+        gate_s: float | None = None,
     ) -> dict[str, Any]:
         """End the job in order: the sender sends the rest, and the receiver waits for it and delivers.
 
@@ -274,11 +280,13 @@ class JobProcesses:
             sender: the sender to end, if any.
             receiver: the receiver to end, if any.
             status: how the job ended.
-            gate_s: how long the sender tries.
+            gate_s: how long the sender tries; by default as long as the job's limit, and 5 s without a receiver.
 
         Returns:
             The receiver's answer.
         """
+        if gate_s is None:
+            gate_s = 5 if receiver is None else float(self.limits["gate_s"])
         if receiver is not None:
             receiver.tell(f"finish {status}")
         if sender is not None:

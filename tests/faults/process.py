@@ -21,7 +21,7 @@ from typing import Any
 __all__ = ["PATIENCE_S", "ROOT", "Proc", "environments", "wait_for"]
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """How long a test waits for what must happen. Only a failure takes so long."""
 
 

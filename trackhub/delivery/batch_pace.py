@@ -15,9 +15,8 @@ _SLOWEST_BYTES_PER_S = 16 << 10
 class BatchPace:
     """Makes batches smaller when no reply comes in time, and larger again when replies come fast.
 
-    Otherwise a batch that takes longer than the time limit of a request is sent again for ever. The size does not
-    follow the rate of replies that come in time: a receiver that takes a second for each request, whatever its size,
-    would get ever smaller batches.
+    Otherwise a batch that takes longer than the time limit of a request is sent again for ever. A reply that comes in
+    time never makes them smaller: some receivers take a second for each request, whatever its size.
 
     Attributes:
         max_bytes: the most bytes of the next batch. A batch always has one record at least.

@@ -20,6 +20,7 @@ from trackhub.plain_files import open_plain
 from trackhub.printable import printable
 from trackhub.run import JobInfo
 from trackhub.spi import Results
+from trackhub.struct_conversion import prepare
 
 __all__ = [
     "NOT_ADDING_UP",
@@ -193,6 +194,9 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         at_sites += sum(sum(site.all_refused().values()) for site in self.sites.values())
         rejected = sum(sum(run.rejected.values()) for lane in self.lanes.values() for run in lane.values())
         return at_sites + rejected + sum(site.missing for site in self.sites.values())
+
+
+prepare(DeliveryReport)
 
 
 def report_without_counts(job: JobInfo, side: str, status: str, error: str) -> DeliveryReport:

@@ -19,6 +19,7 @@ from trackhub.plain_files import read_plain
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.full_disk_writes import write_start
 from trackhub.spool.layout import SEGMENT_HEADER
+from trackhub.struct_conversion import prepare
 
 __all__ = ["Ack", "Retired", "ack_file", "find_ack", "read_ack", "read_retired", "write_ack", "write_retired"]
 
@@ -97,6 +98,9 @@ class Retired(msgspec.Struct, array_like=True):
     altered: dict[str, int] = {}
     withheld_by_rule: dict[str, int] = {}
     altered_by_rule: dict[str, int] = {}
+
+
+prepare(Ack, Retired)
 
 
 def ack_file(folder: Path, stream: str, cursor: str) -> Path:

@@ -15,6 +15,7 @@ import msgspec
 
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.spool.layout import SpoolInfo, expect_spool, expected_spool, read_spool_info, spool_info
+from trackhub.struct_conversion import prepare
 
 __all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env", "withdraw_process_spool"]
 
@@ -40,6 +41,9 @@ class _Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     job: str
     info: SpoolInfo | None = None
     reason: str = ""
+
+
+prepare(_Claim)
 
 
 def spool_env(folder: Path, site: str, job: str) -> str:

@@ -38,6 +38,7 @@ from trackhub.plain_files import make_private_folder, read_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.full_disk_writes import SPARES, make_spare, reason_of, write_start
 from trackhub.spool.round_file import RoundFile
+from trackhub.struct_conversion import prepare
 
 __all__ = [
     "SEGMENT_HEADER",
@@ -92,6 +93,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     tags: tuple[str, ...] = ()
     policy: dict[str, Any] = {}
 
+
+prepare(SpoolInfo)
 
 _known: dict[str, SpoolInfo] = {}
 """What this process has stored in the ``spool.json`` of each folder, or wants to."""

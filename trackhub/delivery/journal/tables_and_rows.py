@@ -18,6 +18,7 @@ from trackhub.framing import CorruptFrameError, Frame, scan_frames
 from trackhub.records import Kind
 from trackhub.run import JobInfo
 from trackhub.spi import Entry, Results
+from trackhub.struct_conversion import prepare
 
 __all__ = [
     "EXPECTED_SITES",
@@ -161,6 +162,9 @@ class Progress(msgspec.Struct, kw_only=True):
             shown = (results.url, results.path, results.command)
             results = Results(*(None if text is None else conceal(text) for text in shown))
         return msgspec.structs.replace(self, last_error=conceal(self.last_error), results=results)
+
+
+prepare(Progress, JobInfo)
 
 
 class RunState(NamedTuple):

@@ -16,6 +16,7 @@ import msgspec
 from trackhub.delivery.lane.keys import key_fitter
 from trackhub.records import KIND_OF, Kind, Metrics, Params, Payload, Record, Tags
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
+from trackhub.struct_conversion import prepare
 
 __all__ = ["Adaptation"]
 
@@ -34,6 +35,9 @@ class _Memory(msgspec.Struct):
     ordinals: dict[str, dict[str, int]] = {}
     last_steps: dict[str, int] = {}
     params: dict[str, bytes] = {}
+
+
+prepare(_Memory)
 
 
 class Adaptation:

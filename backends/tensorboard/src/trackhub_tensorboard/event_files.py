@@ -52,6 +52,10 @@ class _Mark(msgspec.Struct, frozen=True, omit_defaults=True):
     tags: Sequence[NewTag] = ()
 
 
+# Made at import: two threads that decode a Struct for the first time at once crash the process (msgspec 0.22).
+_decode_mark = msgspec.json.Decoder(_Mark).decode
+
+
 class EventFiles:
     """A run's event files. Its methods raise OSError. No file stays open between calls.
 
@@ -172,4 +176,4 @@ def _marks(path: Path) -> Iterator[tuple[int, _Mark]]:
                 return
             message = Event.FromString(payload).session_log.msg
             if message.startswith(_PREFIX):
-                yield end + FOOTER, msgspec.json.decode(message[len(_PREFIX) :], type=_Mark)
+                yield end + FOOTER, _decode_mark(message[len(_PREFIX) :])
