@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # msgspec calls `get_class_annotations` for each class that it learns.
 LEARNT = """
 import sys, msgspec
+from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.journal.tables_and_rows import JobInfo, Progress, Shift
 from trackhub.delivery.lane.adaptation import _Memory
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
@@ -37,7 +38,7 @@ class Unknown(msgspec.Struct):
 
 sys.setprofile(note)
 for cls in (JobInfo, Progress, Shift, _Memory, DeliveryReport, RunReport, SiteReport, Reply, Request, SiteCounts,
-            Record, Entry, Results, Ack, Retired, _Claim, SpoolInfo, Unknown):
+            Record, Entry, Results, Ack, Retired, _Claim, SpoolInfo, FederationOptions, Unknown):
     msgspec.msgpack.Decoder(cls)
 sys.setprofile(None)
 print(*learnt)
@@ -57,4 +58,5 @@ def test_every_struct_that_is_decoded_is_among_these() -> None:
             found |= set(re.findall(r"decode\(.*type=(_?[A-Z]\w+)", path.read_text(encoding="utf-8")))
     assert found - {"JSON_FACTS"} == {
         "JobInfo", "SiteCounts", "Progress", "DeliveryReport", "_Memory", "Ack", "Retired", "SpoolInfo", "_Claim",
+        "FederationOptions",
     }  # fmt: skip

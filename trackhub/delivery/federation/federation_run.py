@@ -28,6 +28,7 @@ from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
 from trackhub.records import Kind, Metrics, Payload, Record, Text
 from trackhub.run import FEDERATION
+from trackhub.struct_conversion import prepare
 
 __all__ = ["FederationOptions", "FederationRun"]
 
@@ -49,6 +50,9 @@ class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """
 
     aggregate: tuple[str, ...] | None = None
+
+
+prepare(FederationOptions)
 
 
 class FederationRun:
