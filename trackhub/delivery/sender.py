@@ -40,6 +40,7 @@ from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.layout import close_spool
 from trackhub.spool.reader_lock import SpoolHold
 from trackhub.spool.reading import SpoolReader
+from trackhub.spool.repeated_warnings import RepeatedWarnings
 from trackhub.spool.round_file import RoundFile
 
 __all__ = ["Sender"]
@@ -112,7 +113,7 @@ class Sender:
         self._session = Session()
         self._refused: Refused | None = None
         self._failed = False
-        self._warned_of = ""
+        self._warnings = RepeatedWarnings(_log)
         self._counts = SiteCounts()
         self._thread = threading.Thread(target=self._main, name=f"trackhub-sender-{cursor}", daemon=True)
 
@@ -365,12 +366,12 @@ class Sender:
                 if not self._deliver(batch):
                     return None
         except OSError as e:
-            self._warn_once(
+            self._warnings.warn(
+                "read",
                 f"site {self.site} cannot read its spool in {self.folder}: {e}. The sender tries again. See whether "
-                "the folder is there and readable, and whether its disk is sound"
+                "the folder is there and readable, and whether its disk is sound",
             )
             return False
-        self._warned_of = ""
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
 
     def _place_streams(self) -> bool:
@@ -448,7 +449,8 @@ class Sender:
         try:
             self._reader.settle(batch, refused)
         except OSError as e:
-            _log.warning("site %s cannot store how far it got: %s; after a restart it sends again", self.site, e)
+            again = "after a restart it sends again"
+            self._warnings.warn("settle", f"site {self.site} cannot store how far it got: {e}; {again}")
 
     def _count(self, until: float | None = None) -> None:
         """Count the site's records. Without ``until``, read no records: count by the ledgers, which is fast."""
@@ -456,17 +458,11 @@ class Sender:
             counts = _site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
-            self._warn_once(f"site {self.site} cannot count its spool: {e}; trying again")
+            self._warnings.warn("count", f"site {self.site} cannot count its spool: {e}; trying again")
         if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
         self.facts.add_to(counts)
         self._counts = counts
-
-    def _warn_once(self, message: str) -> None:
-        """Warn, unless that was the last warning: what fails in one pass fails in the next one."""
-        if message != self._warned_of:
-            self._warned_of = message
-            _log.warning("%s", message)
 
 
 def _request(batch: SpoolBatch) -> Batch:

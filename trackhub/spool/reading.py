@@ -23,6 +23,7 @@ from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
 from trackhub.spool.following import End, FollowedStream, look, stream_ends
 from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
+from trackhub.spool.repeated_warnings import RepeatedWarnings
 from trackhub.spool.retiring import Retirement
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
 from trackhub.spool.stream_ledger import LedgerCounts, WriterState, read_ledger, writer_state
@@ -87,9 +88,9 @@ class SpoolReader:
         self._is_swept = False
         self._damage = DamageLog()
         self._segments = SegmentReader(folder, self._damage)
-        self._named_problems: dict[str, str] = {}
         self._withholding = Withholding.for_reader(self.info.policy, cursor)
         self._round_ends = False
+        self._warnings = RepeatedWarnings(_log)
 
     def begin_pass(self, *, final: bool = False, round_ends: bool = False) -> None:
         """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
@@ -371,7 +372,6 @@ class SpoolReader:
             except OSError as e:
                 self._set_aside(stream, e)
                 return None
-            self._named_problems.pop(stream.name, None)
             if batch is not None:
                 return batch if self._withholding is None else self._withhold(self._withholding, stream, batch)
         stream.is_done = stream.state is WriterState.ENDED
@@ -393,14 +393,13 @@ class SpoolReader:
         self._name_problem(stream, stream.problem)
 
     def _name_problem(self, stream: FollowedStream, problem: str) -> None:
-        """Warn that a stream cannot be read. A pass comes often, so warn once for each problem."""
-        if self._named_problems.get(stream.name) != problem:
-            self._named_problems[stream.name] = problem
-            _log.warning(
-                "stream %s of the spool in %s cannot be read (%s). Its records are counted as unreadable. All others "
-                "are delivered, and this one is tried again. Give the sender's user the right to read its files, or "
-                "check the disk", stream.name, self.folder, problem,
-            )  # fmt: skip
+        """Warn that a stream cannot be read. A pass comes often, so warn at most once a minute."""
+        self._warnings.warn(
+            stream.name,
+            f"stream {stream.name} of the spool in {self.folder} cannot be read ({problem}). Its records are counted "
+            "as unreadable. All others are delivered, and this one is tried again. Give the sender's user the right to "
+            "read its files, or check the disk",
+        )
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
         """Delete segments and blobs that every cursor is past. What cannot be deleted is left for ``tidy_up``."""

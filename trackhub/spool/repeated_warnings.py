@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs a warning that would come again and again once, and then at most once a minute.
+
+The sender and the reader of a spool look at it 20 times a second. A folder that is gone would otherwise fill the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+__all__ = ["RepeatedWarnings"]
+
+_EVERY_S = 60.0
+
+
+class RepeatedWarnings:
+    """Remembers when it last warned about what. Use it from one thread."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        """Nothing was warned about.
+
+        Args:
+            log: where the warnings go.
+        """
+        self._log = log
+        self._warned_at: dict[str, float] = {}
+
+    def warn(self, about: str, message: str) -> None:
+        """Log this message, unless there was one about the same a minute ago or less.
+
+        Args:
+            about: what it is about, such as the name of a stream. There must not be many.
+            message: what the log says.
+        """
+        now = time.monotonic()
+        if now - self._warned_at.get(about, -math.inf) >= _EVERY_S:
+            self._warned_at[about] = now
+            self._log.warning("%s", message)
