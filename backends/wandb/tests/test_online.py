@@ -55,6 +55,8 @@ def test_run_arrives_with_name_group_steps_and_times(online: Online, rig: Rig, e
         "notes": "a note",
     }
     assert held.tags == ["pilot"]
+    summary = json.loads(held.summary)
+    assert (summary["val/acc"], {"step", "round"} & set(summary)) == (3 / 4, set())
     results = backend.results(rig.info())
     assert results is not None
     assert results.url == f"{emulator.url}/{ENTITY}/demo/runs/{rig.info().run_id}"

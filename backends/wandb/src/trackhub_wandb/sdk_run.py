@@ -103,7 +103,8 @@ class SdkRun:
         self.config_changed = False
         self._tags: dict[str, str] = dict(self.config.get("tags") or {})
         for metric in (self._step_metric, self._round_metric):
-            run.define_metric(metric)
+            # Without a summary: the last step and round of a run mean nothing beside its last loss.
+            run.define_metric(metric, summary="none")
         # With step_sync, the SDK would put the last step into rows that have none.
         run.define_metric("*", step_metric=self._step_metric, step_sync=False)
 
