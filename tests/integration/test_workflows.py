@@ -28,7 +28,10 @@ from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import Simpl
 from nvflare.app_common.np.np_model_persistor import NPModelPersistor
 from nvflare.app_common.shareablegenerators.full_model_shareable_generator import FullModelShareableGenerator
 from nvflare.app_common.workflows.cyclic_ctl import CyclicController
+from nvflare.app_common.np.np_model_locator import NPModelLocator
+from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
 from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_common.workflows.scaffold import Scaffold
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
@@ -77,8 +80,13 @@ def server_controlled(workflow, external):
         job.to_server(ScatterAndGather(
             min_clients=N, num_rounds=3, start_round=0, wait_time_after_min_received=0, aggregator_id="aggregator",
             persistor_id="persistor", shareable_generator_id="generator"))
+    elif workflow == "Scaffold":
+        job.to_server(Scaffold(num_clients=N, num_rounds=3, persistor_id="persistor"))
     else:
         job.to_server(FedAvg(num_clients=N, num_rounds=3, persistor_id="persistor"))
+    if workflow == "FedAvg, then evaluation":
+        job.to_server(NPModelLocator(), id="locator")
+        job.to_server(CrossSiteModelEval(model_locator_id="locator"))
     if workflow == "a controller that ends by itself":
         job.to_server(EndsByItself())
     job.to_clients(runner(external))
@@ -87,12 +95,20 @@ def server_controlled(workflow, external):
     return job
 
 
+def fedopt(external):
+    import torch
+    from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
+
+    return FedOptRecipe(name="job", model=torch.nn.Linear(2, 1), min_clients=N, num_rounds=3,
+                        train_script=str(HERE / "client.py"), launch_external_process=external)._job
+
+
 if __name__ == "__main__":
     workflow, external, N = sys.argv[1], sys.argv[2] == "external", int(sys.argv[3])
-    by_clients = workflow.startswith(("swarm", "cyclic by"))
-    job = (client_controlled if by_clients else server_controlled)(workflow, external)
+    make = client_controlled if workflow.startswith(("swarm", "cyclic by")) else server_controlled
+    job = fedopt(external) if workflow == "FedOpt" else make(workflow, external)
     job.to_server(ServerLogger(), id="before_the_receiver")
-    add_tracking(job, server={"jsonl": {}})
+    add_tracking(job, server={"jsonl": {}}, clients={"jsonl": {}})
     job.simulator_run(str(HERE / "workspace" / "job"), n_clients=N, threads=N)
 """
 
@@ -166,10 +182,11 @@ while flare.is_running():
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
     time.sleep(0.05 * int(SITE[-1]))  # sites of different speed
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
-    if "fails" in os.environ.get("TRACKHUB_TEST_TRAINER", "") and seen == 1:
+    if os.environ.get("TRACKHUB_TEST_TRAINER") in ("fails", f"{SITE} fails") and seen == 1:
         raise RuntimeError("this training script fails in round 1")
     params = {name: array + 1 for name, array in (model.params or {}).items()}
-    flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}))
+    meta = {"scaffold_c_diff": {name: array * 0 for name, array in params.items()}}
+    flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}, meta=meta))
 """
 
 
@@ -187,7 +204,10 @@ def _seen_and_round(job: JobResult, site: str) -> list[tuple[int, int | None]]:
 
 
 def _end(job: JobResult, site: str) -> str:
-    status: str = read_jsonl(job.jsonl_file("server", site))[-1]["status"]
+    """Return how the run of this site ended. Its own receiver and the server's must agree."""
+    ends = {read_jsonl(job.jsonl_file(receiver, site))[-1]["status"] for receiver in {"server", site}}
+    assert len(ends) == 1, ends
+    status: str = ends.pop()
     return status
 
 
@@ -213,6 +233,9 @@ def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> Non
         pytest.param("cyclic", True, 3, marks=pytest.mark.long),
         pytest.param("scatter and gather", False, 3, marks=pytest.mark.long),
         pytest.param("FedAvg", True, 3, marks=pytest.mark.long),
+        pytest.param("FedAvg, then evaluation", False, 2, marks=pytest.mark.long),
+        pytest.param("FedOpt", False, 2, marks=pytest.mark.long),
+        pytest.param("Scaffold", False, 2, marks=pytest.mark.long),
     ],
 )
 def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, external: bool, n_clients: int) -> None:
@@ -233,6 +256,18 @@ def test_server_logs_have_the_workflow_round(tmp_path: Path) -> None:
     assert _seen_and_round(job, "server") == [(0, 0), (1, 1), (2, 2), (-1, None), (-1, None)]
     assert {name: _end(job, name) for name in ("server", "site-1", "site-2")} == dict.fromkeys(
         ("server", "site-1", "site-2"), "finished"
+    )
+
+
+def test_one_learner_that_raised_fails_the_job_at_all_sites(tmp_path: Path) -> None:
+    """The server alone knows it. It tells the other sites, whose own receivers end their runs alike."""
+    job = _run(tmp_path, "FedAvg", external=False, n_clients=2, env={"TRACKHUB_TEST_TRAINER": "site-2 fails"})
+
+    assert {site: _end(job, site) for site in ("server", "site-1", "site-2")} == dict.fromkeys(
+        ("server", "site-1", "site-2"), "failed"
+    )
+    assert {receiver: job.report(receiver)["status"] for receiver in ("server", "site-1", "site-2")} == dict.fromkeys(
+        ("server", "site-1", "site-2"), "failed"
     )
 
 

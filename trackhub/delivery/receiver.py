@@ -139,6 +139,7 @@ class Receiver:
         self.sites = JobSites(self._limits.silence_s)
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
+        self._outcome = ""
         self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # admission lets one request of a site in
         self._room = DiskRoom(self.folder)
 
@@ -302,7 +303,7 @@ class Receiver:
                 self._note_counts(site, request)
                 if self._ended is None:
                     self.sites.note_final(site, failed=request.failed)
-                return Accepted()
+                return Accepted(status=self._outcome)
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
         if not self._room.allows(site, len(chunk.data)):
@@ -386,11 +387,14 @@ class Receiver:
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
     def note_status(self, status: RunStatus) -> None:
-        """Store in the journal how the job ends, before ``finish`` does. If this process then dies, a replay knows it.
+        """Say how the job ends, before ``finish`` does. If this process then dies, a replay knows it.
+
+        The receiver also says it to each site whose final message comes from now on.
 
         Raises:
             JournalError: the receiver was not started, or the journal cannot be written.
         """
+        self._outcome = status.value
         if self._journal is None:
             raise JournalError("the receiver was not started; call start() first")
         self._journal.set_facts({"status": status})

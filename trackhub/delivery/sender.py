@@ -35,6 +35,7 @@ from trackhub.delivery.wire import (
 from trackhub.errors import SpoolError
 from trackhub.limits import Limits
 from trackhub.process_lock import ProcessLock
+from trackhub.run import RunStatus
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.layout import close_spool
@@ -66,6 +67,7 @@ class Sender:
         site: the site that the spool belongs to.
         folder: the spool's folder.
         facts: what whoever runs the sender knows of the site. It may change until ``close``.
+        job_status: how the job ends, as the receiver said in reply to the final message; None if it did not say it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Sender:
         """
         self.folder = spool
         self.facts = SiteFacts()
+        self.job_status: RunStatus | None = None
         self._limits = limits or Limits()
         self._reader = SpoolReader(spool, cursor)
         self.site = self._reader.info.site
@@ -258,7 +261,9 @@ class Sender:
             self._send_rest()
         self._count(until=time.monotonic() + max(self._exchange.left_s(), _COUNT_S))
         if self._refused is None and is_owner:
-            self._exchange.ask(self._session.final(self._counts, failed=self._failed))
+            reply = self._exchange.ask(self._session.final(self._counts, failed=self._failed))
+            if isinstance(reply, Accepted) and reply.status in set(RunStatus):
+                self.job_status = RunStatus(reply.status)
 
     def _send_rest(self) -> None:
         """Send all that is left. All writers are closed, so this finds everything, and its counts are the last."""

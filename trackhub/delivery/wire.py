@@ -233,12 +233,14 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
             on. A stream of which it has nothing is left out.
         refused: in reply to a batch, how many of its records the receiver will never accept, by reason. It has the
             others.
+        status: in reply to Final, how the job ends: a value of `RunStatus`, or empty if the receiver does not know yet.
     """
 
     next: int = 0
     job: str = ""
     streams: dict[str, StreamState] = {}
     refused: _Reasons = {}
+    status: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -171,14 +171,21 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._aborted = self._aborted or flare_internals.workflow_was_aborted(fl_ctx)
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
             self._failed = True
+            self._note_status(RunStatus.FAILED)
         elif event_type == EventType.ABOUT_TO_END_RUN:
             # Later would be too late. In the simulator the abort signal triggers while the server waits for the sites.
             if self._failed:
                 self._status = RunStatus.FAILED
             elif self._aborted:
                 self._status = RunStatus.ABORTED
+            self._note_status(self._status)
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
+
+    def _note_status(self, status: RunStatus) -> None:
+        """Say how the job ends, so that the sites' own receivers end their runs alike."""
+        if self._core is not None:
+            self._core.note_status(status)
 
     def _start_on_server(self, fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()

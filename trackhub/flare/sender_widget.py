@@ -45,6 +45,9 @@ from trackhub.policy import Policy, SiteRules
 
 __all__ = ["TrackhubSender"]
 
+_OUTCOME_S = 5.0
+"""The longest wait for the server to say how the job ends, in seconds."""
+
 
 class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     """Sends a client's records to the job's receivers.
@@ -282,14 +285,21 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
                 close_spool(self._spool)
         # In a thread of its own. The server waits for this site's final message, and a local backend may take long.
+        server = self._senders.get("server")
         remote = threading.Thread(target=self._close, args=("server",))
         remote.start()
         try:
             self._close("client")
             if self._receiver is not None:
-                self._receiver.close(self._status)
+                remote.join(_OUTCOME_S)
+                self._receiver.close(self._outcome(server))
         finally:
             remote.join()
+
+    def _outcome(self, server: Sender | None) -> RunStatus:
+        """Return how this site's own receiver ends the run: as the server does, where the server has said it."""
+        told = server.job_status if server is not None else None
+        return self._status if told in (None, RunStatus.FINISHED) else told
 
     def _close(self, side: str) -> None:
         if (sender := self._senders.pop(side, None)) is not None:

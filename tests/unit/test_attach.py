@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub attach`` inserts its components into a job's files, and changes nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyhocon  # type: ignore[import-untyped]
+import pytest
+import yaml  # type: ignore[import-untyped]
+from click.testing import CliRunner, Result
+
+from trackhub.cli.attach import attach
+from trackhub.errors import ConfigError
+
+EXECUTOR = {
+    "tasks": ["*"],
+    "executor": {
+        "path": "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
+        "args": {"execution_mode": "external_process", "command": ["python3", "custom/client.py"], "rate": 1e-4},
+    },
+}
+SERVER: dict[str, Any] = {"format_version": 2, "workflows": [], "components": [{"id": "persistor", "path": "a.B"}]}
+CLIENT: dict[str, Any] = {"format_version": 2, "executors": [EXECUTOR], "components": []}
+HOCON = """# what a person wrote
+format_version = 2
+rounds = 3
+train { lr = 0.1, "a.b" = "${not a reference}" }
+executors = [
+  { tasks = ["train"], executor { path = "my.Executor", args { lr = ${train.lr} } } }  # one
+]
+components = [
+  { id = "mine", path = "my.Component", args { n = ${rounds} } }
+]
+"""
+
+
+def make_job(folder: Path, files: dict[str, str], deploy_map: dict[str, Any] | None = None) -> Path:
+    folder.mkdir()
+    meta = {"name": "j", "deploy_map": {"app": ["@ALL"]} if deploy_map is None else deploy_map}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def json_job(folder: Path) -> Path:
+    files = {"server": SERVER, "client": CLIENT}
+    texts = {f"app/config/config_fed_{side}.json": json.dumps(config, indent=4) for side, config in files.items()}
+    return make_job(folder, texts)
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(attach, [str(arg) for arg in args])
+
+
+def contents(job: Path) -> dict[str, str]:
+    return {str(path.relative_to(job)): path.read_text() for path in job.rglob("*") if path.is_file()}
+
+
+def hocon(text: str) -> Any:
+    return pyhocon.ConfigFactory.parse_string(text).as_plain_ordered_dict()
+
+
+def ids(config: Any) -> list[str]:
+    return [component["id"] for component in config["components"]]
+
+
+def test_a_json_job_gets_the_components_and_keeps_the_rest(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "job")
+    before = contents(job)
+    done = run(job, "--server", "jsonl", "-c", "tensorboard", "-o", "jsonl.path=out", "--name", "n", "--tag", "a",
+               "--limit", "deadline_s=60")  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    folder = job / "app" / "config"
+    server, client = (json.loads((folder / f"config_fed_{side}.json").read_text()) for side in ("server", "client"))
+    common = {"limits": {"deadline_s": 60}, "job_name": "n", "job_tags": ["a"]}
+    assert {**server, "components": server["components"][:-1]} == SERVER
+    assert server["components"][-1] == {
+        "id": "trackhub_receiver",
+        "path": "trackhub.flare.receiver_widget.TrackhubReceiver",
+        "args": {"backends": {"jsonl": {"path": "out"}}, **common},
+    }
+    assert ids(client) == ["trackhub_receiver", "trackhub_sender"]
+    assert client["executors"][0]["executor"]["args"].pop("shutdown_timeout") == 30
+    assert {**client, "components": []} == CLIENT
+    after = contents(job)
+    for side in ("server", "client"):
+        name = f"app/config/config_fed_{side}.json"
+        assert after[f"{name}.orig"] == before[name]
+    assert set(after) == {*before, *(f"{name}.orig" for name in before if "config_fed" in name)}
+    assert '+                "jsonl": {' in done.output or '+                    "jsonl": {' in done.output
+    assert "shutdown_timeout was 0" in done.output
+
+
+def test_each_of_many_apps_gets_what_its_side_needs(tmp_path: Path) -> None:
+    texts = {f"app_{side}/config/config_fed_client.json": json.dumps(CLIENT) for side in ("site-1", "site-2")}
+    files = {**texts, "app_server/config/config_fed_server.json": json.dumps(SERVER)}
+    job = make_job(
+        tmp_path / "job", files,
+        {"app_server": ["server"], "app_site-1": ["site-1"], "app_site-2": [{"sites": "site-2"}]},
+    )  # fmt: skip
+    done = run(job, "--server", "jsonl")
+
+    assert done.exit_code == 0, done.output
+    found = {path.parent.parent.name: ids(json.loads(path.read_text())) for path in job.rglob("config_fed_*.json")}
+    assert found == {
+        "app_server": ["persistor", "trackhub_receiver"],
+        "app_site-1": ["trackhub_sender"],
+        "app_site-2": ["trackhub_sender"],
+    }
+
+
+@pytest.mark.parametrize("text", [HOCON, "{\n" + HOCON + "}\n", HOCON.partition("components")[0]])
+def test_a_hocon_job_keeps_its_comments_and_references(tmp_path: Path, text: str) -> None:
+    job = make_job(tmp_path / "job", {f"app/config/config_fed_{side}.conf": text for side in ("server", "client")})
+    done = run(job, "--server", "jsonl", "-o", "jsonl.path=a.b")
+
+    assert done.exit_code == 0, done.output
+    new = (job / "app" / "config" / "config_fed_client.conf").read_text()
+    assert new.startswith(text.strip().removesuffix("}").rstrip() if text.startswith("{") else text.rstrip())
+    before, after = hocon(text), hocon(new)
+    mine = before.pop("components", [])
+    assert after.pop("components")[:-1] == mine
+    assert after == before
+    server = hocon((job / "app" / "config" / "config_fed_server.conf").read_text())
+    assert server["components"][-1]["args"]["backends"] == {"jsonl": {"path": "a.b"}}
+
+
+def test_a_file_that_cannot_be_changed_is_left_and_the_block_is_printed(tmp_path: Path) -> None:
+    """In YAML, and where the list of a HOCON file is a reference that pyhocon cannot add to."""
+    referring = "base = [{id = x, path = p}]\ncomponents = ${base} [{id = y, path = p}]\n"
+    files = {"app/config/config_fed_server.yml": "components: []\n", "app/config/config_fed_client.conf": referring}
+    job = make_job(tmp_path / "job", files)
+    before = contents(job)
+    done = run(job, "--server", "jsonl")
+
+    assert done.exit_code == 1
+    assert "config_fed_server.yml: trackhub does not change YAML" in done.output
+    block = done.output.partition("list of components:\n")[2].partition("\n\n")[0]
+    assert ids(yaml.safe_load(block)) == ["trackhub_receiver"]
+    if contents(job) == before:
+        assert "config_fed_client.conf" in done.output
+    else:
+        assert ids(hocon((job / "app/config/config_fed_client.conf").read_text())) == ["x", "y", "trackhub_sender"]
+
+
+def test_a_dry_run_shows_the_change_and_changes_nothing(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "job")
+    before = contents(job)
+    done = run(job, "--client", "jsonl", "--dry-run")
+
+    assert done.exit_code == 0
+    assert "+" in done.output
+    assert "would change 1 file(s)" in done.output
+    assert contents(job) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "name a backend"),
+        (["--server", "jsonl", "-o", "wandb.project=x"], "gets no backend 'wandb'"),
+        (["--server", "jsonl", "-o", "jsonl.nothing=x"], "unknown option"),
+        (["--server", "jsonl", "--limit", "deadline_s=soon"], "expected NAME=VALUE"),
+        (["--client", "jsonl", "--take-over", "false"], "client side only"),
+    ],
+)
+def test_a_wrong_argument_changes_nothing(tmp_path: Path, args: list[str], message: str) -> None:
+    job = json_job(tmp_path / "job")
+    before = contents(job)
+    done = run(job, *args)
+
+    assert isinstance(done.exception, ConfigError)
+    assert message in str(done.exception)
+    assert contents(job) == before
+
+
+def test_a_second_time_is_refused_and_so_is_another_original(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "job")
+    assert run(job, "--server", "jsonl").exit_code == 0
+    again = run(job, "--server", "jsonl")
+    assert "has tracking already" in str(again.exception)
+
+    other = json_job(tmp_path / "other")
+    (other / "app" / "config" / "config_fed_client.json.orig").write_text("{}")
+    before = contents(other)
+    assert "is there already" in str(run(other, "--server", "jsonl").exception)
+    assert contents(other) == before
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda job: (job / "meta.json").unlink(), "export the job first"),
+        (lambda job: (job / "meta.json").write_text("[]"), "expected a deploy_map"),
+        (lambda job: (job / "meta.json").write_text("{"), "meta.json cannot be read"),
+        (lambda job: (job / "app/config/config_fed_client.json").unlink(), "expected config_fed_client.json"),
+        (lambda job: (job / "app/config/config_fed_client.json").write_text("{"), "config_fed_client.json cannot be"),
+        (lambda job: (job / "app/config/config_fed_client.json").write_text("[]"), "expected a mapping"),
+    ],
+)
+def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, break_it: Any, message: str) -> None:
+    job = json_job(tmp_path / "job")
+    break_it(job)
+    before = contents(job)
+    done = run(job, "--server", "jsonl")
+
+    assert isinstance(done.exception, ConfigError)
+    assert message in str(done.exception)
+    assert contents(job) == before
+
+
+def test_the_folder_above_a_job_names_the_job(tmp_path: Path) -> None:
+    json_job(tmp_path / "job")
+    assert "give one of these: job" in str(run(tmp_path, "--server", "jsonl").exception)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``trackhub attach``: add tracking to an exported job. `trackhub.flare.job_folder` does the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trackhub.cli.output import print_error, print_lines
+from trackhub.config import parse_option_flags
+from trackhub.errors import ConfigError
+
+__all__ = ["attach"]
+
+_SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take_over
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--server", "-s", multiple=True, metavar="NAME", help="A backend on the server; repeatable.")
+@click.option("--client", "-c", multiple=True, metavar="NAME", help="A backend at each client; repeatable.")
+@click.option("--option", "-o", multiple=True, metavar="NAME.KEY=VALUE", help="An option of a backend; repeatable.")
+@click.option("--limit", multiple=True, metavar="NAME=VALUE", help="A limit, such as deadline_s=60; repeatable.")
+@click.option("--name", help="What a person reads as the job's name; by default FLARE's.")
+@click.option("--notes", default="", help="A description of the job, in Markdown.")
+@click.option("--tag", multiple=True, help="A label for every run of the job; repeatable.")
+@click.option(
+    "--take-over",
+    type=click.Choice(["true", "events", "false"]),
+    default="true",
+    help="Whether to record what FLARE's own writers log, as for add_tracking.",
+)
+@click.option("--state-dir", help="The folder for spools and journals at every site.")
+@click.option("--dry-run", is_flag=True, help="Show the change, and change nothing.")
+def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: bool, **more: Any) -> None:
+    r"""Add tracking to an exported job.
+
+    FOLDER is the job's folder, with its meta.json. The command changes the JSON and HOCON files of the job's apps, and
+    shows how. It keeps each original with .orig at the end of its name. For YAML it prints what to insert.
+
+    \b
+    Examples:
+      trackhub attach jobs/my-job --server tensorboard
+      trackhub attach jobs/my-job -s wandb -o wandb.project=cifar10 --client jsonl
+
+    The exit status is 1 if something is left to do by hand.
+    """
+    try:
+        from trackhub.flare.job_folder import plan_attach, write_changes
+        from trackhub.flare.recipe import tracking_components
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in {"nvflare", "pyhocon", "yaml"}:
+            raise
+        print_error("attach needs FLARE, which is not installed here: pip install 'flare-trackhub[flare]'")
+        sys.exit(2)
+    components = _without_defaults(tracking_components(**_arguments(server, client, more)))
+    changes, by_hand = plan_attach(folder, components)
+    if not dry_run:
+        write_changes(changes)
+    for change in changes:
+        print_lines(*change.diff().splitlines(), *(f"note: {change.path}: {note}" for note in change.notes), "")
+    for left in by_hand:
+        print_lines(f"{left.path}: {left.reason}:", *left.block.splitlines(), "")
+    verb = "would change" if dry_run else "changed"
+    kept = "" if dry_run or not changes else "; the originals end in .orig"
+    print_lines(f"{verb} {len(changes)} file(s) of {folder}{kept}")
+    if by_hand:
+        print_error(f"{len(by_hand)} file(s) are left for you to change: see above")
+        sys.exit(1)
+
+
+def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `tracking_components`.
+
+    Raises:
+        ConfigError: no backend is named, or an option belongs to none of them.
+    """
+    options = parse_option_flags(more["option"])
+    if not server and not client:
+        raise ConfigError("attach: name a backend: --server NAME, --client NAME or both")
+    if strange := sorted(set(options) - {*server, *client}):
+        raise ConfigError(f"attach: --option {strange[0]}.…: this job gets no backend {strange[0]!r}")
+    take_over: Any = {"true": True, "false": False}.get(more["take_over"], more["take_over"])
+    return {
+        "server": {name: options.get(name, {}) for name in server} or None,
+        "clients": {name: options.get(name, {}) for name in client} or None,
+        "name": more["name"],
+        "notes": more["notes"],
+        "tags": list(more["tag"]),
+        "take_over": take_over,
+        "limits": _limits(more["limit"]) or None,
+        "state_dir": more["state_dir"],
+    }
+
+
+def _without_defaults(components: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the components without the arguments that say nothing. A sender always names its server's receiver."""
+
+    def told(args: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in args.items() if k == "server_receiver" or v not in _SAYS_NOTHING}
+
+    return {file: [{**one, "args": told(one["args"])} for one in listed] for file, listed in components.items()}
+
+
+def _limits(flags: Sequence[str]) -> dict[str, float]:
+    """Return limits by name.
+
+    Raises:
+        ConfigError: a flag is not of the form NAME=VALUE with a number.
+    """
+    limits = {}
+    for flag in flags:
+        name, _, text = flag.partition("=")
+        try:
+            limits[name] = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError as error:
+            raise ConfigError(f"attach: --limit {flag!r}: expected NAME=VALUE, such as deadline_s=60") from error
+    return limits

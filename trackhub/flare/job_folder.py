@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds tracking to an exported FLARE job: to the JSON and HOCON files in its folder.
+
+``trackhub attach`` calls it. It reads which apps the job has, and inserts the components of
+`trackhub.flare.recipe.tracking_components` as text, so that the rest of a file stays as it is. It then parses the new
+text with FLARE's own parsers, and gives up if anything but the components has changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trackhub.errors import ConfigError
+from trackhub.flare.recipe import MIN_SHUTDOWN_TIMEOUT_S
+
+__all__ = ["ByHand", "Change", "plan_attach", "write_changes"]
+
+Components = Mapping[str, list[dict[str, Any]]]
+"""What `tracking_components` returns: the components by the name of the JSON file that gets them."""
+
+_SIDES = {"config_fed_server.json": "server", "config_fed_client.json": "client"}
+_JSON, _HOCON, _YAML = (".json",), (".conf",), (".yml", ".yaml")  # in the order in which FLARE looks for them
+_ALL_SITES, _SERVER = "@ALL", "server"
+_ORIGINAL = ".orig"
+_EXTERNAL = "external_process"
+_RECEIVERS = ("AnalyticsReceiver", "MLflowReceiver", "WandBReceiver")
+
+
+class Change(NamedTuple):
+    """A file that gets tracking.
+
+    Attributes:
+        path: the file.
+        old, new: its text.
+        notes: what a person should know or do beside it, a sentence each.
+    """
+
+    path: Path
+    old: str
+    new: str
+    notes: list[str]
+
+    def diff(self) -> str:
+        """Return the change as a unified diff."""
+        names = (f"{self.path}{_ORIGINAL}", str(self.path))
+        lines = difflib.unified_diff(self.old.splitlines(), self.new.splitlines(), *names, lineterm="", n=1)
+        return "\n".join(lines)
+
+
+class ByHand(NamedTuple):
+    """A file that a person must change.
+
+    Attributes:
+        path: the file.
+        block: what to put into it.
+        reason: why it cannot be done here.
+    """
+
+    path: Path
+    block: str
+    reason: str
+
+
+def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[ByHand]]:
+    """Return what to change in a job's folder, and change nothing.
+
+    Args:
+        job: the folder with the job's ``meta.json``.
+        components: what to insert.
+
+    Raises:
+        ConfigError: this is no job's folder, an app has no configuration, or the job has tracking already.
+    """
+    changes, by_hand = [], []
+    for folder, sides in _apps(job):
+        for name, new in components.items():
+            if new and _SIDES[name] in sides:
+                path = _config_file(folder, name)
+                found = _attach(path, new)
+                changes.append(found) if isinstance(found, Change) else by_hand.append(found)
+    if not changes and not by_hand:
+        raise ConfigError(f"attach: {job}: no app of this job runs on a side that tracks")
+    return changes, by_hand
+
+
+def write_changes(changes: list[Change]) -> None:
+    """Write the changed files, and keep each original beside it, with ``.orig`` at the end of its name.
+
+    Raises:
+        ConfigError: there is another original already.
+        OSError: a file cannot be written. Those before it are written.
+    """
+    for change in changes:
+        kept = _original(change.path)
+        if kept.exists() and kept.read_text(encoding="utf-8") != change.old:
+            raise ConfigError(
+                f"attach: {kept} is there already, and is not what {change.path.name} is now; move it away"
+            )
+    for change in changes:
+        _original(change.path).write_text(change.old, encoding="utf-8")
+        new = change.path.with_name(f"{change.path.name}.new")
+        new.write_text(change.new, encoding="utf-8")
+        os.replace(new, change.path)
+
+
+def _original(path: Path) -> Path:
+    return path.with_name(path.name + _ORIGINAL)
+
+
+def _apps(job: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Yield the configuration folder of each app, and the sides on which the app runs."""
+    try:
+        meta = json.loads((job / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        inner = sorted(path.parent.name for path in job.glob("*/meta.json"))
+        hint = f"; give one of these: {', '.join(inner)}" if inner else "; export the job first: recipe.export(FOLDER)"
+        raise ConfigError(f"attach: {job}: expected the folder of a job, with its meta.json{hint}") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"attach: {job / 'meta.json'} cannot be read: {e}") from e
+    deploy_map = meta.get("deploy_map") if isinstance(meta, dict) else None
+    if not isinstance(deploy_map, dict) or not deploy_map:
+        raise ConfigError(f"attach: {job / 'meta.json'}: expected a deploy_map that names the job's apps")
+    for app, targets in deploy_map.items():
+        sites = {target if isinstance(target, str) else str(target.get("sites")) for target in targets or ["@ALL"]}
+        server = bool(sites & {_ALL_SITES, _SERVER})
+        clients = bool(sites - {_SERVER})
+        yield job / app / "config", {side for side, on in (("server", server), ("client", clients)) if on}
+
+
+def _config_file(folder: Path, name: str) -> Path:
+    """Return the file that FLARE would read for this name: the one with the first of its endings."""
+    stem = name.removesuffix(".json")
+    for ending in (*_JSON, *_HOCON, *_YAML):
+        if (path := folder / f"{stem}{ending}").is_file():
+            return path
+    raise ConfigError(f"attach: {folder}: expected {stem}.json, .conf or .yml in this folder")
+
+
+def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand:
+    """Return the change of one file.
+
+    Raises:
+        ConfigError: it cannot be read, or has tracking already.
+    """
+    try:
+        old = path.read_text(encoding="utf-8")
+        if path.suffix in _YAML:
+            import yaml  # type: ignore[import-untyped]  # a dependency of FLARE
+
+            block = yaml.safe_dump({"components": new}, sort_keys=False, width=100)
+            return ByHand(path, block, "trackhub does not change YAML; add these to its list of components")
+        before = _parse(path, old)
+        present = _components(before)
+    except Exception as e:
+        raise ConfigError(f"attach: {path} cannot be read: {e}") from e
+    if any(str(c.get("path", "")).startswith("trackhub.flare.") for c in present):
+        raise ConfigError(f"attach: {path} has tracking already; restore {path.name}{_ORIGINAL} first to change it")
+    after, notes = _with_components(before, new, path)
+    text = _json_text(old, after) if path.suffix in _JSON else _hocon_text(old, new)
+    try:
+        if _parse(path, text) != after:
+            raise ValueError("more than its components would change")
+    except Exception as e:
+        return ByHand(path, json.dumps({"components": new}, indent=2), f"it cannot be done here ({e})")
+    return Change(path, old, text, notes)
+
+
+def _with_components(before: Any, new: list[dict[str, Any]], path: Path) -> tuple[Any, list[str]]:
+    """Return the configuration with the new components, and notes. A trainer of a JSON job gets time to end."""
+    after, notes = copy.deepcopy(before), []
+    after["components"] = [*_components(before), *new]
+    for arguments in _trainers_without_time(after):
+        if path.suffix in _JSON:
+            arguments["shutdown_timeout"] = MIN_SHUTDOWN_TIMEOUT_S
+            notes.append(f"shutdown_timeout was 0. It is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s.")
+        else:
+            notes.append(
+                f"shutdown_timeout of the executor is 0, so FLARE may kill a trainer before its last lines run. "
+                f"Set it to {MIN_SHUTDOWN_TIMEOUT_S:.0f}."
+            )
+    notes += [
+        f"The component {component.get('id')!r} is one of FLARE's receivers. docs/delivery.md says what it then gets."
+        for component in _components(before)
+        if str(component.get("path", "")).endswith(_RECEIVERS)
+    ]
+    return after, notes
+
+
+def _trainers_without_time(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of what starts external trainers and does not wait for their end."""
+    executors = [entry.get("executor") for entry in config.get("executors") or [] if isinstance(entry, dict)]
+    parts = [part for part in [*executors, *_components(config)] if isinstance(part, dict)]
+    for part in parts:
+        arguments = part.get("args")
+        if not isinstance(arguments, dict) or arguments.get("shutdown_timeout"):
+            continue
+        if arguments.get("execution_mode") == _EXTERNAL or str(part.get("path", "")).endswith(".SubprocessLauncher"):
+            yield arguments
+
+
+def _components(config: Any) -> list[dict[str, Any]]:
+    if not isinstance(config, dict) or not isinstance(config.get("components") or [], list):
+        raise TypeError("expected a mapping with a list of components")
+    return [component for component in config.get("components") or [] if isinstance(component, dict)]
+
+
+def _parse(path: Path, text: str) -> Any:
+    if path.suffix in _JSON:
+        return json.loads(text)
+    from pyhocon import ConfigFactory  # type: ignore[import-untyped]  # a dependency of FLARE, which reads jobs with it
+
+    return _plain(ConfigFactory.parse_string(text, basedir=str(path.parent)).as_plain_ordered_dict())
+
+
+def _plain(value: Any) -> Any:
+    """Return what pyhocon parsed as plain dicts and lists. It keeps the quotes of a quoted key."""
+    if isinstance(value, dict):
+        return {str(key).strip('"'): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _json_text(old: str, after: Any) -> str:
+    """Return the configuration as JSON with the indentation of the old text."""
+    second = next((line for line in old.splitlines()[1:] if line.strip()), "  ")
+    indent = len(second) - len(second.lstrip())
+    return json.dumps(after, indent=indent or 2, ensure_ascii=False) + ("\n" if old.endswith("\n") else "")
+
+
+def _hocon_text(old: str, new: list[dict[str, Any]]) -> str:
+    """Return the text with the components at its end, which HOCON adds to the list that is there."""
+    # A key with a point is a path for HOCON, unless it is quoted. JSON quotes all keys.
+    block = f"components += {json.dumps(new, indent=2, ensure_ascii=False)}\n"
+    body = old.rstrip()
+    if not _has_outer_braces(body):
+        return f"{body}\n\n{block}"
+    inner = body[: body.rindex("}")].rstrip()
+    indented = "".join(f"  {line}\n" for line in block.splitlines())
+    return f"{inner}\n\n{indented}}}\n"
+
+
+def _has_outer_braces(text: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(("#", "//"))]
+    return bool(lines) and lines[0].lstrip().startswith("{") and lines[-1].rstrip().endswith("}")
