@@ -96,10 +96,10 @@ def server_controlled(workflow, external):
 
 
 def fedopt(external):
-    import torch
+    from net import Net
     from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 
-    return FedOptRecipe(name="job", model=torch.nn.Linear(2, 1), min_clients=N, num_rounds=3,
+    return FedOptRecipe(name="job", model=Net(), min_clients=N, num_rounds=3,
                         train_script=str(HERE / "client.py"), launch_external_process=external)._job
 
 
@@ -169,6 +169,15 @@ class EndsByItself(Controller):
         abort_signal.trigger(True)
 """
 
+_NET = """
+import torch
+
+
+class Net(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+"""
+
 _TRAINER = """
 import sys
 from trackhub import Writer
@@ -193,6 +202,7 @@ while flare.is_running():
 def _run(folder: Path, workflow: str, external: bool, n_clients: int, env: dict[str, str] | None = None) -> JobResult:
     (folder / "client.py").write_text(TRAINER + textwrap.dedent(_TRAINER))
     (folder / "parts.py").write_text(_PARTS)
+    (folder / "net.py").write_text(_NET)
     (folder / "job.py").write_text(_JOB)
     args = ["job.py", workflow, "external" if external else "in process", str(n_clients)]
     rc, log = run_script(args, folder, folder / "out", {"PYTHONPATH": str(folder), **(env or {})}, 300)
