@@ -280,7 +280,7 @@ def _check_names(name: str, cls: type[Backend[Any]], options: Mapping[str, Any])
     marks = option_marks(cls)
     for key, value in options.items():
         if key not in marks:
-            raise InvalidOptionError(_unknown_option(name, str(key), list(marks)))
+            raise InvalidOptionError(_unknown_option(name, str(key), list(marks), cls.moved_options))
         if OptionMark.SECRET in marks[key]:
             require_reference(f"{name}.{key}", value)
         else:
@@ -353,7 +353,9 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     return message
 
 
-def _unknown_option(name: str, key: str, known: list[str]) -> str:
+def _unknown_option(name: str, key: str, known: list[str], moved: Mapping[str, str]) -> str:
+    if key in moved:
+        return f"{name}.{key}: unknown option. {moved[key]}"
     near = difflib.get_close_matches(key.replace("-", "_").lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     listing = f"its options: {', '.join(sorted(known))}" if known else f"backend {name!r} has no options"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
@@ -406,6 +406,8 @@ class Backend(Generic[OptionsT_co]):
             lane reads it from the instance, after ``preflight``.
         credentials: what it takes from the environment to log in.
         contract: version of the contract kit that the plugin passed, 0 for none.
+        moved_options: options that people know from another integration, such as FLARE's own receiver. Each has a
+            sentence that says where it went. The error about an unknown option then ends with it.
     """
 
     spi: ClassVar[int]
@@ -413,6 +415,7 @@ class Backend(Generic[OptionsT_co]):
     capabilities: Capabilities = Capabilities()
     credentials: ClassVar[Credentials] = Credentials()
     contract: ClassVar[int] = 0
+    moved_options: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

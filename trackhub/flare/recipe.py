@@ -141,7 +141,7 @@ def tracking_components(
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what to put into the ``components`` of a job that is written in JSON.
+    """Return what to put into the ``components`` of a job that is written in JSON. ``trackhub attach`` does it for you.
 
     Args:
         server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.

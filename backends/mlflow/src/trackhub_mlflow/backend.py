@@ -40,6 +40,16 @@ __all__ = ["MLflowBackend"]
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
+_MOVED_OPTIONS = {
+    "kw_args": "Of FLARE's kw_args, experiment_name is the option `experiment_name`, run_name is "
+    "`add_tracking(name=...)`, and experiment_tags and run_tags are the option `run_tags`.",
+    "artifact_location": "Leave it out: an experiment's artifacts are in the store that `tracking_uri` names. In an "
+    "SQLite store they are in the folder `mlartifacts` beside it.",
+    "buffer_flush_time": "Leave it out: the limits `linger_s` and `flush_s` of add_tracking say how long records wait.",
+}
+"""Arguments of FLARE's receiver, and where each went."""
+
+
 class MLflowBackend(Backend[MLflowOptions]):
     """Writes one MLflow run per site below one parent run per job, into a store of the job's own or on a server.
 
@@ -55,6 +65,7 @@ class MLflowBackend(Backend[MLflowOptions]):
 
     spi = 1
     contract = 1
+    moved_options = _MOVED_OPTIONS
     capabilities = Capabilities(
         kinds=frozenset(Kind) - {Kind.GAP},
         redelivery=Redelivery.IDEMPOTENT,

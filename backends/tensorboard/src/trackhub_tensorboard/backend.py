@@ -61,6 +61,12 @@ class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     logdir: Annotated[str | None, OptionMark.PATH] = None
 
 
+_MOVED_OPTIONS = {
+    "tb_folder": "Give `logdir` in place of FLARE's tb_folder. A relative one is in the job's run folder, as there.",
+}
+"""Arguments of FLARE's receiver, and where each went."""
+
+
 class TensorBoardBackend(Backend[TensorBoardOptions]):
     """Writes each run to a folder of event files, ``<logdir>/<job>/<site>/``, where ``<job>`` is the job's unique name.
 
@@ -69,6 +75,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
 
     spi = 1
     contract = 1
+    moved_options = _MOVED_OPTIONS
     capabilities = Capabilities(
         kinds=frozenset({Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE}),
         redelivery=Redelivery.RESUMABLE,

@@ -71,6 +71,14 @@ def _capabilities(options: WandBOptions, mode: Mode) -> Capabilities:
     )
 
 
+_MOVED_OPTIONS = {
+    "wandb_args": "Of FLARE's wandb_args, project, entity, group, job_type, notes and tags are options of their own. "
+    "Its name is `add_tracking(name=...)`, its config is `Writer.log_params`, and the rest goes into `settings`.",
+    "process_timeout": "Give `init_timeout_s`, `flush_timeout_s` or `finish_timeout_s`.",
+}
+"""Arguments of FLARE's receiver, and where each went."""
+
+
 class WandBBackend(Backend[WandBOptions]):
     """One W&B run per site. Its name is that of the job and the site, and all runs of a job are one group.
 
@@ -80,6 +88,7 @@ class WandBBackend(Backend[WandBOptions]):
 
     spi = 1
     contract = 1
+    moved_options = _MOVED_OPTIONS
     capabilities = _capabilities(WandBOptions(), "offline")
     credentials = Credentials(("WANDB_API_KEY",), ("WANDB_BASE_URL",), "https://api.wandb.ai")
 
