@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from tests.unit.helpers import read_spool
-from trackhub.errors import ConfigError, RecordError
+from trackhub import registry
+from trackhub.errors import ConfigError, InvalidOptionError, RecordError
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Table, Tags, Text
 from trackhub.spool.announcement import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
@@ -363,3 +364,17 @@ def test_nothing_of_flare_or_of_the_sdks_is_imported() -> None:
     code = "import sys, trackhub.writer.adapters; print(*{m.partition('.')[0] for m in sys.modules})"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"nvflare", "wandb", "mlflow", "tensorboard", "torch", "numpy", "sqlite3"} & set(modules)
+
+
+def test_an_option_of_flares_own_receivers_says_where_it_went() -> None:
+    """Every argument of these receivers is an option here as well, or is named with its place."""
+    from nvflare.app_opt.tracking.mlflow.mlflow_receiver import MLflowReceiver
+    from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
+    from nvflare.app_opt.tracking.wandb.wandb_receiver import WandBReceiver
+
+    receivers = {"mlflow": MLflowReceiver, "tensorboard": TBAnalyticsReceiver, "wandb": WandBReceiver}
+    for backend, receiver in receivers.items():
+        known = set(registry.option_marks(registry.load(backend)))
+        for old in set(inspect.signature(receiver.__init__).parameters) - {"self", "events"} - known:
+            with pytest.raises(InvalidOptionError, match=f"{backend}.{old}: unknown option. .*`"):
+                registry.check_options(backend, {old: "x"})

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -351,17 +350,3 @@ def test_a_literal_secret_is_refused_also_for_a_backend_that_is_not_installed_he
         registry.check_options("elsewhere", {"api_key": "abc"})
     with pytest.raises(UnknownBackendError):
         registry.check_options("elsewhere", {"api_key": "${secret:ABC}"})
-
-
-def test_an_option_of_flares_own_receivers_says_where_it_went() -> None:
-    """Every argument of these receivers is an option here as well, or is named with its place."""
-    from nvflare.app_opt.tracking.mlflow.mlflow_receiver import MLflowReceiver
-    from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
-    from nvflare.app_opt.tracking.wandb.wandb_receiver import WandBReceiver
-
-    receivers = {"mlflow": MLflowReceiver, "tensorboard": TBAnalyticsReceiver, "wandb": WandBReceiver}
-    for backend, receiver in receivers.items():
-        known = set(registry.option_marks(registry.load(backend)))
-        for old in set(inspect.signature(receiver.__init__).parameters) - {"self", "events"} - known:
-            with pytest.raises(InvalidOptionError, match=f"{backend}.{old}: unknown option. .*`"):
-                registry.check_options(backend, {old: "x"})
