@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from tests.unit.rigs import FAST, SenderRig, log
-from trackhub.spool import repeated_warnings
 from trackhub.spool.repeated_warnings import RepeatedWarnings
 
 
@@ -55,7 +54,7 @@ def test_a_warning_comes_again_after_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(repeated_warnings.time, "monotonic", lambda: now)
+    monkeypatch.setattr("trackhub.spool.repeated_warnings.time.monotonic", lambda: now)
     warnings = RepeatedWarnings(logging.getLogger("test"))
     for now in (100.0, 100.0, 159.9, 160.0, 219.0):
         warnings.warn("spool", f"gone at {now}")
