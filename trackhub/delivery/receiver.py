@@ -387,9 +387,7 @@ class Receiver:
         self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
 
     def note_status(self, status: RunStatus) -> None:
-        """Say how the job ends, before ``finish`` does. If this process then dies, a replay knows it.
-
-        The receiver also says it to each site whose final message comes from now on.
+        """Say how the job ends, before ``finish`` does: to each site whose final message comes, and to a later replay.
 
         Raises:
             JournalError: the receiver was not started, or the journal cannot be written.
