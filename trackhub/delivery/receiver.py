@@ -398,10 +398,7 @@ class Receiver:
         self._journal.set_facts({"status": status})
 
     def assume_ended(self, site: str) -> None:
-        """Assume that the training of this site ended well, unless the site has said otherwise.
-
-        A replay needs it for a site that ended in order, and whose final message no receiver got.
-        """
+        """Assume that a site's training ended well, unless it said otherwise: no final message came, as a replay knows."""
         self.sites.assume_ended(site)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
