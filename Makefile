@@ -1,6 +1,7 @@
 # Everything runs in .venv, which `make demo` and `make test` create by themselves. Another Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV := .venv
+TRAINERS := .venv-trainers
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
@@ -10,7 +11,7 @@ SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves changelog clean
+.PHONY: help setup demo test trainers test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -32,8 +33,20 @@ demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say 
 test: $(INSTALLED) ## run every test but the long ones
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: $(INSTALLED) ## run every test
+trainers: $(TRAINERS)/.installed ## create .venv-trainers, with the trainers' libraries beside what .venv has
+
+# It sees all that .venv has, and what it installs itself comes first. So these libraries never change what the backends
+# are tested with.
+$(TRAINERS)/.installed: $(INSTALLED)
+	@rm -f $@
+	$(BIN)/python -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
+	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
+	@touch $@
+
+test-all: $(INSTALLED) $(TRAINERS)/.installed ## run every test
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) $(ARGS)
+	$(TRAINERS)/bin/python -m pytest -m "" tests/trainers
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
@@ -74,4 +87,4 @@ changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next
 
 clean: ## remove .venv and what the tools left behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(TRAINERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

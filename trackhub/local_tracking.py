@@ -30,12 +30,12 @@ from trackhub.delivery import (
     Sender,
     Side,
     SpoolInfo,
+    announce_to_children,
     close_spool,
     create_spool,
     find_interrupted,
     format_results,
     has_streams,
-    set_process_spool,
     withdraw_process_spool,
 )
 from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
@@ -361,7 +361,7 @@ def _start(
             receiver.finish(RunStatus.FAILED, deadline_s=0.0)
         raise
     sender.start()
-    set_process_spool(spool)
+    announce_to_children(spool, site, job.id)
     return _Delivery(spool, receiver, sender, limits.deadline_s)
 
 

@@ -15,11 +15,13 @@ import msgspec
 from msgspec import Meta
 
 __all__ = [
+    "KEYED",
     "KIND_OF",
     "MAX_COUNT",
     "MAX_DEPTH",
     "MAX_KEY_CHARS",
     "MAX_STEP",
+    "STEPLESS",
     "STREAM_PATTERN",
     "Artifact",
     "Blob",
@@ -33,6 +35,7 @@ __all__ = [
     "Payload",
     "Reason",
     "Record",
+    "Summary",
     "Table",
     "Tags",
     "Text",
@@ -99,6 +102,7 @@ class Kind(IntEnum):
     TABLE = 7
     ARTIFACT = 8
     GAP = 9
+    SUMMARY = 10
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -212,7 +216,20 @@ class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
     reason: Reason
 
 
-Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact | Gap
+class Summary(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=10):
+    """Final values of the run: key to a value as in `Params`. The last value of a key holds."""
+
+    values: dict[str, Any]
+
+
+Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact | Gap | Summary
+"""What a record holds."""
+
+KEYED = (Metrics, Params, Tags, Summary)
+"""The payloads that have several values, each under its key. The others have one key."""
+
+STEPLESS = (Params, Tags, Summary)
+"""The payloads that never have a step: the last value of a key holds, or the first of a param's."""
 
 KIND_OF: Final[Mapping[type[msgspec.Struct], Kind]] = {
     cls: Kind(cls.__struct_config__.tag) for cls in get_args(Payload)

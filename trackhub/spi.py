@@ -28,7 +28,20 @@ import msgspec
 
 from trackhub.conceal import remember_secret
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
-from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.records import (
+    Artifact,
+    Blob,
+    Histogram,
+    Image,
+    Kind,
+    Metrics,
+    Params,
+    Payload,
+    Summary,
+    Table,
+    Tags,
+    Text,
+)
 from trackhub.run import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
 
 __all__ = [
@@ -67,6 +80,7 @@ __all__ = [
     "RunKey",
     "RunStatus",
     "Side",
+    "Summary",
     "Table",
     "Tags",
     "Text",
@@ -162,7 +176,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         late_steps: whether a step lower than an earlier one of the same key can be stored. If not, the core rejects
             such records as ``late_step``.
         optional_step: whether ``Entry.step`` may be None. If not, the core numbers records without a step 0, 1, 2, ...
-            for each stream and key. Params and tags never have a step.
+            for each stream and key. Params, tags and summaries never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value and
             rejects later different ones as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
@@ -231,7 +245,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         position: its place in its run, counted from 0, the same whenever it is handed over. Positions rise within a
             run. They skip where the core rejected a record.
         time: unix seconds (UTC) of the log call. Store this time, not the time of arrival.
-        step: >= 0. None only for params and tags, or with ``capabilities.optional_step``.
+        step: >= 0. None only for params, tags and summaries, or with ``capabilities.optional_step``.
         round: the federated round, where known.
         payload: one of the kinds in ``capabilities.kinds``. Its keys follow the key rules.
         stream: the writing process; its images and artifacts have another stream than its other records.

@@ -67,7 +67,9 @@ def read_emulator(server: Emulator, job: JobInfo, site: str, side: Side) -> Read
         held = server.state.runs[_info(job, site, side).run_id]
         found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
         found.params = held.params()
-        found.tags = found.params.pop("trackhub").get("tags", {})
+        entry = found.params.pop("trackhub")
+        summary = json.loads(held.summary, parse_int=parse_integer)
+        found.tags, found.summary = entry.get("tags", {}), {key: summary[key] for key in entry.get("summary", {})}
         for row in held.rows:
             add_row(found, json.loads(row, parse_int=parse_integer), held.files.__getitem__)
         found.status = None if held.state == "running" else held.state

@@ -41,7 +41,7 @@ def check_model(job: JobProcesses, *, doubtful: set[str], may_drop: bool) -> Non
         assert here.dropped.keys() <= (_MAY_DROP if may_drop else set()), here
         assert not here.refused, here
         for lane, count in received[site].lanes.items():
-            assert count.rejected.keys() <= ({"unsupported_kind"} if lane == "tensorboard" else set()), (lane, count)
+            assert not count.rejected, (lane, count)
             settled = count.confirmed + sum(count.rejected.values())
             assert settled == received[site].journaled, (lane, count, received[site])
         gone: dict[str, set[str]] = {name: _missing(job, name, site, doubtful) for name in job.backends}

@@ -228,7 +228,7 @@ def read_tensorboard(folder: Path) -> list[Seen]:
     for tag in tags["tensors"]:
         for event in reader.Tensors(tag):
             text = event.tensor_proto.string_val
-            if text:
+            if text and not text[0].startswith(b"| file | type |"):  # it holds no file, only its name and digest
                 seen.append(Seen(tag.removesuffix("/text_summary"), event.step, text[0].decode()))
     return seen
 

@@ -18,7 +18,7 @@ from trackhub.policy import KINDS, Policy, SiteRules
 from trackhub.policy.judge import Judgement, judge_of
 from trackhub.policy.numbers import clipped, merged_histogram, rounded
 from trackhub.policy.thinning import MAX_KEYS, Seen, thinning_of
-from trackhub.records import Artifact, Blob, Histogram, Image, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.records import Artifact, Blob, Histogram, Image, Metrics, Params, Payload, Summary, Table, Tags, Text
 
 BLOB = Blob("0" * 32 + "-0", 3, "0" * 64, "image/png")
 numbers = st.one_of(st.floats(), st.integers(-(1 << 63), (1 << 64) - 1))
@@ -143,7 +143,7 @@ def test_every_kind_of_record_can_be_denied_by_its_kind_and_by_its_key() -> None
     payloads: dict[str, Payload] = {
         "metrics": Metrics({"k": 1.0}), "params": Params({"k": 1}), "tags": Tags({"k": "v"}), "text": Text("k", "v"),
         "image": Image("k", BLOB, 1, 1), "histogram": Histogram("k", [0.0, 1.0], [1.0]),
-        "table": Table("k", ["a"], [[1]]), "artifact": Artifact("k", BLOB, "f"),
+        "table": Table("k", ["a"], [[1]]), "artifact": Artifact("k", BLOB, "f"), "summary": Summary({"k": 1}),
     }  # fmt: skip
     assert payloads.keys() == KINDS.keys()
     for kind, payload in payloads.items():
@@ -158,16 +158,17 @@ def test_every_kind_of_record_can_be_denied_by_its_kind_and_by_its_key() -> None
     assert judge_of(SiteRules.of_job(Policy(allow=())), leaves_site=False) is None
 
 
-def test_rules_look_into_params_by_the_path_of_each_value() -> None:
-    params = Params({"model": {"lr": 0.12345, "layers": [{"size": 1234, "name": "a"}], "token": "x"}, "data": {"n": 7}})
+@pytest.mark.parametrize("kind", [Params, Summary])
+def test_rules_look_into_params_by_the_path_of_each_value(kind: type[Params] | type[Summary]) -> None:
+    params = kind({"model": {"lr": 0.12345, "layers": [{"size": 1234, "name": "a"}], "token": "x"}, "data": {"n": 7}})
 
     found = judged(params, Policy(allow=("model/*",), deny=("*token",), digits=2, clip={"model/lr": (0.0, 0.1)}))
 
-    assert found.payload == Params({"model": {"lr": 0.1, "layers": [{"size": 1200, "name": "a"}]}})
+    assert found.payload == kind({"model": {"lr": 0.1, "layers": [{"size": 1200, "name": "a"}]}})
     assert found.altered == {
         "job.allow": 1, "job.deny *token": 1, "job.digits": 2, "job.clip model/lr": 1,
     }  # fmt: skip
-    assert judged(params, Policy(deny=("params:model", "data"))).payload is None
+    assert judged(params, Policy(deny=("params:model", "summary:model", "data"))).payload is None
 
 
 def test_tables_and_histograms_have_their_numbers_rounded_and_clipped() -> None:

@@ -30,6 +30,7 @@ from trackhub.records import (
     Params,
     Payload,
     Record,
+    Summary,
     Table,
     Tags,
     Text,
@@ -52,6 +53,7 @@ payloads: dict[Kind, st.SearchStrategy[Payload]] = {
     Kind.HISTOGRAM: st.builds(Histogram, text, st.lists(number), st.lists(number)),
     Kind.TABLE: st.builds(Table, text, st.lists(text), st.lists(st.lists(scalar, max_size=3), max_size=3)),
     Kind.ARTIFACT: st.builds(Artifact, text, blob, text, text),
+    Kind.SUMMARY: st.builds(Summary, st.dictionaries(text, param, max_size=4)),
     Kind.GAP: st.builds(Gap, st.integers(1, MAX_COUNT), st.from_regex(r"\A[a-z_]{1,64}\Z")),
 }
 step = st.none() | st.integers(0, MAX_STEP)

@@ -223,7 +223,7 @@ def test_a_text_may_be_of_a_subclass_of_str(writer: Writer) -> None:
 
 
 def test_a_table_keeps_its_cells(writer: Writer) -> None:
-    writer.log_table("t", ["a", 5], [(1, "x"), [None, np.float64(0.5)], (True, Name("y"))], 2)  # type: ignore[list-item]
+    writer.log_table("t", ["a", 5], [(1, "x"), [None, np.float64(0.5)], (True, Name("y"))], 2)
     assert payload(writer) == Table("t", ["a", "5"], [[1, "x"], [None, 0.5], [True, "y"]])
 
 

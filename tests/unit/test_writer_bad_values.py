@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -211,6 +212,11 @@ OTHER_PARAMS: list[tuple[Any, Any]] = [
     (1 + 2j, "(1+2j)"),
     (b"x", "b'x'"),
     (range(3), [0, 1, 2]),
+    (np.ma.masked_array([1.0, 2.0], [True, False]), [None, 2.0]),
+    (pd.NA, None),
+    (pd.NaT, None),
+    (pd.Timestamp("2026-01-02"), "2026-01-02T00:00:00"),
+    ([{None: 1, (1, 2): 3, 4: 5}], [{"None": 1, "(1, 2)": 3, "4": 5}]),
     ([Optim(lr=0.2)], [{"lr": 0.2, "betas": [0.9, 0.999]}]),
     (new_spool, "tests.unit.helpers.new_spool"),
 ]
@@ -264,6 +270,35 @@ def test_a_whole_number_of_any_type_is_a_step(writer: Writer, step: Any) -> None
     writer.log({"a": 1.0}, step)
     ((record,),) = read_spool(spool_of(writer).folder).values()
     assert (record.step, type(record.step)) == (3, int)
+
+
+def test_keys_of_inner_dicts_that_are_no_text_become_text(writer: Writer) -> None:
+    writer.log_params({"a": {None: 1, (1, 2): 3, 4: 5}})
+    assert payloads(writer) == [Params({"a/None": 1, "a/(1, 2)": 3, "a/4": 5})]
+
+
+def test_masked_values_are_in_no_histogram_and_no_metric(writer: Writer) -> None:
+    writer.log_histogram("h", np.ma.masked_array([1.0, 2.0, 99.0], [False, False, True]), bins=2)
+    writer.log({"one": np.ma.masked_array([1.0], [True])})
+    writer.log_histogram("dates", np.array(["2026-01-01"], "M8[ns]"))
+
+    histogram, metrics = payloads(writer)
+    assert isinstance(histogram, Histogram)
+    assert (histogram.edges[-1], histogram.counts) == (2.0, [1.0, 1.0])
+    assert isinstance(metrics, Metrics)
+    assert math.isnan(metrics.values["one"])
+    assert count_of(writer).dropped == {"invalid_value": 1}
+
+
+@pytest.mark.parametrize("key", ["می\u200cشود", "a\u00a0b", "全\u3000角", "👩\u200d👧", "Shot 5.01\u202fPM.png"])
+def test_ordinary_text_of_any_script_is_a_key(writer: Writer, tmp_path: Path, key: str) -> None:
+    (tmp_path / key).write_text("x")
+    writer.log({key: 1.0})
+    writer.log_params({key: 1})
+    writer.set_tags({key: 1})
+    writer.log_artifact(tmp_path / key)
+    found = payloads(writer)
+    assert sorted(getattr(one, "key", None) or next(iter(one.values)) for one in found) == [key] * 4  # type: ignore[union-attr]
 
 
 def test_a_histogram_with_a_nan_is_that_of_the_other_values(writer: Writer) -> None:
@@ -338,6 +373,11 @@ def test_nothing_is_raised_whatever_is_logged_and_all_of_it_is_counted(
         lambda: writer.log_table(key, value, value, step),
         lambda: writer.log_image(key, value, step, caption=value),
         lambda: writer.log_artifact(value, key),
+        lambda: writer.summarize(value),
+        lambda: writer.log_table(key, value, step=step),
+        lambda: writer.log_figure(key, value, step, caption=value),
+        lambda: writer.log_images(key, value, step, captions=value, columns=step),
+        lambda: writer.log_model_histograms(value, step, prefix=key, gradients=True, bins=value),
     ]
     for call in calls:
         call()

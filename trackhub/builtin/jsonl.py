@@ -16,8 +16,8 @@ is not a record. JSON has no NaN and no infinities:
 
 - In metrics and histograms, where only numbers can stand, they are the strings ``"NaN"``, ``"Infinity"`` and
   ``"-Infinity"``.
-- In params and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on. A key in params that
-  begins with ``$`` begins with ``$$``.
+- In params, summaries and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on. A key in
+  params and summaries that begins with ``$`` begins with ``$$``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from trackhub.spi import (
     Results,
     RunInfo,
     RunStatus,
+    Summary,
     Table,
     Tags,
     Text,
@@ -75,6 +76,7 @@ _KIND_NAMES: dict[type[msgspec.Struct], str] = {
     Histogram: "histogram",
     Table: "table",
     Artifact: "artifact",
+    Summary: "summary",
 }
 _encode = msgspec.json.Encoder().encode
 
@@ -109,6 +111,7 @@ class JsonlBackend(Backend[JsonlOptions]):
                 Kind.HISTOGRAM,
                 Kind.TABLE,
                 Kind.ARTIFACT,
+                Kind.SUMMARY,
             }
         ),
         redelivery=Redelivery.RESUMABLE,
@@ -246,7 +249,7 @@ class JsonlRun(BackendRun):
             blob = fields.pop("blob")
             line["file"] = self._copy_blob(entry.position, payload)
             line |= {"size": blob.size, "sha256": blob.sha256, "media_type": blob.media_type}
-        line.update(_plain(fields, tagged=isinstance(payload, (Params, Table))))
+        line.update(_plain(fields, tagged=isinstance(payload, (Params, Summary, Table))))
         return line
 
     def _copy_blob(self, position: int, payload: Image | Artifact) -> str:

@@ -44,7 +44,13 @@ if TYPE_CHECKING:
     from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
     from trackhub.limits import Limits
     from trackhub.run import SERVER, JobInfo, RunStatus, Side
-    from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env, withdraw_process_spool
+    from trackhub.spool.announcement import (
+        SPOOL_ENV,
+        announce_to_children,
+        set_process_spool,
+        spool_env,
+        withdraw_process_spool,
+    )
     from trackhub.spool.layout import SpoolInfo, close_spool, create_spool, create_spool_anywhere, has_streams
 
 __all__ = [
@@ -66,6 +72,7 @@ __all__ = [
     "SiteCounts",
     "SiteReport",
     "SpoolInfo",
+    "announce_to_children",
     "close_spool",
     "create_spool",
     "create_spool_anywhere",
@@ -100,7 +107,13 @@ _MODULES = {
     "trackhub.limits": ("Limits",),
     "trackhub.run": ("SERVER", "JobInfo", "RunStatus", "Side"),
     "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool", "create_spool_anywhere", "has_streams"),
-    "trackhub.spool.announcement": ("SPOOL_ENV", "set_process_spool", "spool_env", "withdraw_process_spool"),
+    "trackhub.spool.announcement": (
+        "SPOOL_ENV",
+        "announce_to_children",
+        "set_process_spool",
+        "spool_env",
+        "withdraw_process_spool",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -45,6 +45,7 @@ from trackhub.framing import (
     scan_frames,
 )
 from trackhub.records import (
+    KEYED,
     KIND_OF,
     MAX_DEPTH,
     Artifact,
@@ -56,8 +57,8 @@ from trackhub.records import (
     Params,
     Payload,
     Record,
+    Summary,
     Table,
-    Tags,
     key_problem,
 )
 
@@ -181,8 +182,8 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
 def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, room: _Room) -> None:
     if isinstance(payload, Gap):
         return
-    keys.check(payload.values if isinstance(payload, Metrics | Params | Tags) else (payload.key,))
-    if isinstance(payload, Params):
+    keys.check(payload.values if isinstance(payload, KEYED) else (payload.key,))
+    if isinstance(payload, Params | Summary):
         for value in payload.values.values():
             _check_value(value, 0, room)
     elif isinstance(payload, Image | Artifact):

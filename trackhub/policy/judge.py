@@ -16,7 +16,7 @@ import msgspec
 from trackhub.policy.numbers import clipped, merged_histogram, rounded
 from trackhub.policy.rules import OPERATOR, KeyPattern, Policy, SiteRules
 from trackhub.policy.thinning import Thinning, thinning_of
-from trackhub.records import KIND_OF, Gap, Histogram, Kind, Metrics, Params, Payload, Table, Tags
+from trackhub.records import KEYED, KIND_OF, Gap, Histogram, Kind, Payload, Table
 
 __all__ = ["UNREADABLE", "Judge", "Judgement", "judge_of"]
 
@@ -24,6 +24,7 @@ UNREADABLE = "unreadable"
 """The rule that withholds a record of which nobody can say what is in it."""
 
 _MAX_KNOWN = 100_000  # keys whose rules are remembered
+_NESTED = (Kind.PARAMS, Kind.SUMMARY)  # kinds whose values may be lists and dicts
 _NOTHING = object()  # in place of a param's value of which nothing may leave
 
 
@@ -146,7 +147,7 @@ class _Case:
 
     def judge(self, payload: Payload) -> Judgement:
         new: Payload | None
-        if isinstance(payload, Metrics | Params | Tags):
+        if isinstance(payload, KEYED):
             found = {key: self._value(key, value) for key, value in payload.values.items()}
             values = {key: value for key, value in found.items() if value is not _NOTHING}
             new = msgspec.structs.replace(payload, values=values) if values else None
@@ -164,11 +165,11 @@ class _Case:
         return Judgement(new if altered else payload, "", altered)
 
     def _value(self, path: str, value: Any) -> Any:
-        """Return what may leave of a value; `_NOTHING` if nothing may. Looks into params."""
-        if self._kind is Kind.PARAMS and value and isinstance(value, dict):
+        """Return what may leave of a value; `_NOTHING` if nothing may. Looks into params and final values."""
+        if self._kind in _NESTED and value and isinstance(value, dict):
             found = {key: self._value(f"{path}/{key}", item) for key, item in value.items()}
             return {key: item for key, item in found.items() if item is not _NOTHING} or _NOTHING
-        if self._kind is Kind.PARAMS and value and isinstance(value, list):
+        if self._kind in _NESTED and value and isinstance(value, list):
             return [new for item in value if (new := self._value(path, item)) is not _NOTHING] or _NOTHING
         rules = self._judge.rules(self._kind, path)
         if rules.withheld_by is not None:
@@ -212,6 +213,6 @@ def _parsed(texts: tuple[str, ...]) -> list[KeyPattern]:
 def _with_parents(kind: Kind, key: str) -> Iterator[str]:
     """Yield the key. For params, also yield what it is in: to deny ``model`` denies ``model/lr``."""
     yield key
-    while kind is Kind.PARAMS and "/" in key:
+    while kind in _NESTED and "/" in key:
         key = key.rpartition("/")[0]
         yield key

@@ -2,7 +2,8 @@
 """Announce a spool to the writers of a site, and find the announced one.
 
 Whoever runs the sender announces. ``spool_env`` makes the value of an environment variable that trainers inherit;
-``set_process_spool`` tells this process alone. `trackhub.writer.spool_choice` finds the spool for a new writer.
+``set_process_spool`` tells this process alone, and ``announce_to_children`` also what it starts.
+`trackhub.writer.spool_choice` finds the spool for a new writer.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from trackhub.errors import ConfigError, SpoolError
 from trackhub.spool.layout import SpoolInfo, expect_spool, expected_spool, read_spool_info, spool_info
 from trackhub.struct_conversion import prepare
 
-__all__ = ["SPOOL_ENV", "find_spool", "set_process_spool", "spool_env", "withdraw_process_spool"]
+__all__ = [
+    "SPOOL_ENV",
+    "announce_to_children",
+    "find_spool",
+    "set_process_spool",
+    "spool_env",
+    "withdraw_process_spool",
+]
 
 SPOOL_ENV = "TRACKHUB_SPOOL"
 """Environment variable by which a trainer finds its spool. ``spool_env`` makes its value."""
 
 _process_spool: Path | None = None
+_in_environment: dict[Path, str] = {}  # what ``announce_to_children`` set, oldest first
+_inherited: str | None = None  # what the environment variable was before
 
 
 class _Claim(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,17 +76,41 @@ def spool_env(folder: Path, site: str, job: str) -> str:
 def set_process_spool(folder: Path | None) -> None:
     """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
 
-    The FLARE server and ``trackhub.local`` announce their spools so. The simulator's clients inherit the server's
-    environment: with an environment variable, they would write as the server.
+    The FLARE server announces its spool so. The simulator's clients inherit its environment: with an environment
+    variable, they would write as the server.
     """
     global _process_spool  # there is one per process by its nature: it says whose process this is
     _process_spool = folder
 
 
+def announce_to_children(folder: Path, site: str, job: str) -> None:
+    """Announce the spool to writers in this process and in the programs that it starts from now on.
+
+    ``trackhub.local`` does so: a script's worker processes log into the run of the script.
+
+    Args:
+        folder: the spool's folder.
+        site: the site that the spool belongs to.
+        job: the job that the spool belongs to.
+    """
+    global _inherited
+    set_process_spool(folder)
+    if not _in_environment:
+        _inherited = os.environ.get(SPOOL_ENV)
+    os.environ[SPOOL_ENV] = _in_environment[folder] = spool_env(folder, site, job)
+
+
 def withdraw_process_spool(folder: Path) -> None:
-    """Withdraw the announcement of this spool in this process. Has no effect if another one was announced since."""
+    """Withdraw the announcement of this spool. Has no effect on another one that was announced since."""
     if _process_spool == folder:
         set_process_spool(None)
+    if (value := _in_environment.pop(folder, None)) is None or os.environ.get(SPOOL_ENV) != value:
+        return
+    before = next(reversed(_in_environment.values()), _inherited)
+    if before is None:
+        del os.environ[SPOOL_ENV]
+    else:
+        os.environ[SPOOL_ENV] = before
 
 
 def find_spool(announced: str | None = None) -> Path:

@@ -23,7 +23,7 @@ from trackhub.framing import decode_body, encode_frame, scan_frames
 from trackhub.policy import SiteRules
 from trackhub.policy.judge import UNREADABLE, Judge, Judgement, judge_of
 from trackhub.policy.thinning import Seen, Thinning
-from trackhub.records import KIND_OF, Artifact, Blob, Gap, Image, Kind, Metrics, Params, Payload, Record, Tags
+from trackhub.records import KIND_OF, STEPLESS, Artifact, Blob, Gap, Image, Kind, Metrics, Payload, Record
 from trackhub.run import Side
 from trackhub.spool.batch import SpoolBatch
 
@@ -271,8 +271,8 @@ def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
 
 
 def _series(payload: Payload | None) -> list[str]:
-    """Return the keys, with their kind, to whose series a record adds. Params, tags and artifacts add to none."""
-    if payload is None or isinstance(payload, Params | Tags | Artifact | Gap):
+    """Return the keys, with their kind, to whose series a record adds. What has no step adds to none."""
+    if payload is None or isinstance(payload, (*STEPLESS, Artifact, Gap)):
         return []
     kind = KIND_OF[type(payload)]
     keys = payload.values if isinstance(payload, Metrics) else (payload.key,)

@@ -23,6 +23,7 @@ __all__ = ["check_held", "counted", "differences"]
 _FIELD_KINDS = {
     "params": Kind.PARAMS,
     "tags": Kind.TAGS,
+    "summary": Kind.SUMMARY,
     "texts": Kind.TEXT,
     "images": Kind.IMAGE,
     "histograms": Kind.HISTOGRAM,

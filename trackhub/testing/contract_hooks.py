@@ -127,6 +127,10 @@ class ContractHooks:
         """
         return key
 
+    def canonical_summary(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return how the store keeps the final values of a run. By default as it keeps params."""
+        return self.canonical_params(values)
+
     def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return how the store keeps a run's params: as they are, as text, nested ones flattened, ..."""
         return params

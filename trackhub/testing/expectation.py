@@ -14,7 +14,21 @@ from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 from trackhub.delivery.lane.keys import key_fitter
-from trackhub.records import KIND_OF, Artifact, Histogram, Image, Kind, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.records import (
+    KIND_OF,
+    STEPLESS,
+    Artifact,
+    Histogram,
+    Image,
+    Kind,
+    Metrics,
+    Params,
+    Payload,
+    Summary,
+    Table,
+    Tags,
+    Text,
+)
 from trackhub.spi import Capabilities
 from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
@@ -56,7 +70,16 @@ def expect(
         timed: False if nobody knows the times of the calls. All times are None then.
     """
     held = ReadBack(
-        points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[], status=None
+        points=[],
+        params={},
+        tags={},
+        summary={},
+        texts=[],
+        images=[],
+        histograms=[],
+        tables=[],
+        artifacts=[],
+        status=None,
     )
     rejected: Counter[str] = Counter()
     confirmed = 0
@@ -69,6 +92,7 @@ def expect(
             confirmed += 1
             _add(held, payload, step, call, hooks, core, timed=timed)
     held.params = dict(hooks.canonical_params(held.params or {}))
+    held.summary = dict(hooks.canonical_summary(held.summary or {}))
     return Expected(held, rejected, confirmed)
 
 
@@ -96,7 +120,7 @@ class _Core:
             payload = Metrics({key: value for key, value in payload.values.items() if math.isfinite(value)})
             if not payload.values:
                 return "nonfinite", None, None
-        if isinstance(payload, Params | Tags):
+        if isinstance(payload, STEPLESS):
             if isinstance(payload, Params) and not self.can.changing_params:
                 first = {k: v for k, v in payload.values.items() if self.params.setdefault(k, v) == v}
                 return ("", Params(first), None) if first else ("param_changed", None, None)
@@ -133,6 +157,9 @@ def _add(
         case Tags(values):
             assert held.tags is not None
             held.tags.update({name(k): v for k, v in values.items()})
+        case Summary(values):
+            assert held.summary is not None
+            held.summary.update({name(k): v for k, v in values.items()})
         case Text(key, text):
             _list(held.texts).append(TextItem(name(key), step, text, time))
         case Image():

@@ -83,6 +83,7 @@ class ReadBack(msgspec.Struct, kw_only=True):
         points: of all metrics. Those of one key are in the order in which the store shows them.
         params: name to value.
         tags: name to value.
+        summary: the final values, name to value.
         texts: one item for each record, as in the next four fields.
         images: the images.
         histograms: the histograms.
@@ -94,6 +95,7 @@ class ReadBack(msgspec.Struct, kw_only=True):
     points: list[Point]
     params: dict[str, Any] | None = None
     tags: dict[str, str] | None = None
+    summary: dict[str, Any] | None = None
     texts: list[TextItem] | None = None
     images: list[ImageItem] | None = None
     histograms: list[HistogramItem] | None = None

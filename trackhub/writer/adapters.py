@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,16 +24,16 @@ from trackhub.writer import sdk_values
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
-from trackhub.writer.writer import Writer
+from trackhub.writer.wandb_values import calls_for
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
 
-class _Config(Mapping[str, Any]):
-    """Takes hyperparameters as ``wandb.config`` does: as items, as attributes and with ``update``."""
+class _Values(Mapping[str, Any]):
+    """Takes values as ``wandb.config`` and ``wandb.summary`` do: as items, as attributes and with ``update``."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.__dict__.update(_writer=writer, _values={})
+    def __init__(self, log: Callable[[Any], None]) -> None:
+        self.__dict__.update(_log=log, _values={})
 
     def __getitem__(self, key: str) -> Any:
         return self.__dict__["_values"][key]
@@ -51,23 +51,23 @@ class _Config(Mapping[str, Any]):
         try:
             return self.__dict__["_values"][name]
         except KeyError:
-            raise AttributeError(f"config has no value {name!r}") from None
+            raise AttributeError(f"there is no value {name!r}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
     def update(self, values: Any, *args: Any, **kwargs: Any) -> None:
-        """Log hyperparameters.
+        """Log values.
 
         Args:
             values: a mapping, or an object with fields, such as an ``argparse.Namespace``.
             args, kwargs: W&B's further arguments, without effect.
         """
-        self.__dict__["_writer"].log_params(values)
+        self.__dict__["_log"](values)
         self.__dict__["_values"].update(values if isinstance(values, Mapping) else getattr(values, "__dict__", {}))
 
     def setdefaults(self, values: Mapping[str, Any]) -> None:
-        """Log the hyperparameters that have no value yet."""
+        """Log the values that are not there yet."""
         self.update({key: value for key, value in values.items() if key not in self})
 
 
@@ -78,6 +78,7 @@ class WandBWriter(AdapterBase):
 
     Attributes:
         config: takes hyperparameters, as ``wandb.config`` does.
+        summary: takes final values, as ``wandb.run.summary`` does.
     """
 
     COUNTED = (
@@ -99,7 +100,8 @@ class WandBWriter(AdapterBase):
         """
         config, tags = kwargs.pop("config", None), kwargs.pop("tags", None)
         super().__init__(ctx, **kwargs)
-        self.config = _Config(self.writer)
+        self.config = _Values(self.writer.log_params)
+        self.summary = _Values(self.writer.summarize)
         if isinstance(config, Mapping):
             self.config.update(config)
         if isinstance(tags, list | tuple):
@@ -112,15 +114,20 @@ class WandBWriter(AdapterBase):
         commit: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Log scalars as one record. An empty mapping logs nothing.
+        """Log scalars as one record, and figures, texts, images, histograms and tables as one record each.
 
         Args:
-            metrics: as for ``Writer.log``. W&B calls it ``data``.
+            metrics: as for ``Writer.log``. W&B calls it ``data``. A value may also be a text, a figure, an image of
+                Pillow, or W&B's own ``Image``, ``Histogram``, ``Table`` or ``Html``.
             step: the step.
             commit: without effect: calls of one step stay one record each.
             kwargs: W&B's other names.
         """
-        self.writer.log(first_given(metrics, kwargs, "data"), step)
+        values = first_given(metrics, kwargs, "data")
+        calls = calls_for(values) if self.writer._spool is not None else {}
+        for key, call in calls.items():
+            call(self.writer, key, step)
+        self.writer.log({key: value for key, value in values.items() if key not in calls} if calls else values, step)
 
     def log_artifact(
         self,

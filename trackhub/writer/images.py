@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import io
+import operator
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,15 @@ from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
 from trackhub.writer.values import read_key
 
-__all__ = ["read_image"]
+__all__ = ["grid_of", "read_image"]
 
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_CHANNELS = (1, 3, 4)
+_NUMBER_MODES = ("F", "I", "I;16B", "I;16L", "I;16N")  # Pillow would cut their pixels off at 255
+_ALPHA_MODES = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}
+_CHANNELS = (1, 2, 3, 4)
+_MAX_16_BITS = 65535
+_GRID_GAP = 2  # pixels between two images
 _ROUNDING = 0.001  # of floats in 0..1; less than a step of a pixel's 256
 _pillow_lock = threading.Lock()
 
@@ -65,6 +71,40 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     return NewBlob(key, len(data), write, payload)
 
 
+def grid_of(key: str, images: Sequence[Any], columns: int) -> Any:
+    """Return images as one PIL image, in rows. A cell is as large as the largest of them.
+
+    Args:
+        key: the key of the grid, for messages.
+        images: each as `Writer.log_image` describes it.
+        columns: how many are in a row, 1 or more.
+
+    Raises:
+        RecordError: an image is not accepted, or Pillow is not installed.
+    """
+    pil = _load_pillow(key)
+    columns = min(max(1, operator.index(columns)), len(images))
+    cells = []
+    for image in images:
+        with pil.open(io.BytesIO(_encode_image(key, image).data)) as cell:
+            if cell.mode.startswith("I"):
+                cell = pil.fromarray(_narrow(cell))
+            cells.append(cell.convert("RGBA"))
+    width, height = (max(sizes) + _GRID_GAP for sizes in zip(*(cell.size for cell in cells), strict=True))
+    rows = -(-len(cells) // columns)
+    grid = pil.new("RGBA", (columns * width - _GRID_GAP, rows * height - _GRID_GAP))
+    for i, cell in enumerate(cells):
+        grid.paste(cell, (i % columns * width, i // columns * height))
+    return grid
+
+
+def _narrow(image: Any) -> Any:
+    """Return the pixels of an image of 16 bits with 8 bits."""
+    import numpy as np
+
+    return (np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)
+
+
 def _encode_image(key: str, image: Any) -> _EncodedImage:
     """Return the image as the bytes of a PNG or JPEG file.
 
@@ -78,13 +118,17 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
     pil = _load_pillow(key)
     if isinstance(image, bytes | bytearray | str | os.PathLike):
         return _read_file(key, pil, image)
-    if not isinstance(image, pil.Image):
-        image = pil.fromarray(_to_uint8(key, image))
     buffer = io.BytesIO()
     try:
-        if image.mode not in _PNG_MODES:
-            image = image.convert("RGB")
+        if not isinstance(image, pil.Image):
+            image = pil.fromarray(_to_pixels(key, image))
+        elif image.mode in _NUMBER_MODES:
+            image = pil.fromarray(_pixels_of_numbers(key, image))
+        elif image.mode not in _PNG_MODES:
+            image = image.convert(_ALPHA_MODES.get(image.mode, "RGB"))
         image.save(buffer, "PNG")
+    except RecordError:
+        raise
     except Exception as e:  # Pillow's errors share no base class: a closed image, one cut off, a mode it cannot convert
         raise RecordError(f"log_image({key!r}): the image cannot be encoded: {type(e).__name__}: {e}") from e
     return _EncodedImage(buffer.getvalue(), "image/png", image.width, image.height)
@@ -122,8 +166,20 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
         raise RecordError(f"log_image({key!r}): cannot read {what} as an image: {e}") from e
 
 
-def _to_uint8(key: str, image: Any) -> Any:
-    """Return the pixels of an array or tensor as uint8, ``[H, W]`` or ``[H, W, C]``."""
+def _pixels_of_numbers(key: str, image: Any) -> Any:
+    """Return the pixels of a PIL image whose mode says nothing about their range: 0..1, 0..255 or 0..65535."""
+    import numpy as np
+
+    array = np.asarray(image)
+    if image.mode == "F" and array.size and 1.0 + _ROUNDING < array.max() <= 255.0 + _ROUNDING:
+        array = array / 255.0  # what convert("F") makes of an image of 8 bits
+    elif image.mode.startswith("I;16"):
+        array = array.astype(np.uint16)
+    return _to_pixels(key, array)
+
+
+def _to_pixels(key: str, image: Any) -> Any:
+    """Return the pixels of an array or tensor, ``[H, W]`` or ``[H, W, C]``. Only ``[H, W]`` may have 16 bits."""
     import numpy as np  # lazy: whoever passes an array has it
 
     if hasattr(image, "detach"):
@@ -131,7 +187,7 @@ def _to_uint8(key: str, image: Any) -> Any:
         if image.is_floating_point():
             image = image.float()  # NumPy has no bfloat16
     try:
-        array = np.asarray(image)
+        array = np.asarray(np.ma.filled(image, 0) if isinstance(image, np.ma.MaskedArray) else image)
     except Exception as e:
         raise RecordError(f"log_image({key!r}): cannot make an array of {type(image).__name__}: {e}") from e
     array = _with_channels_last(key, array)
@@ -139,8 +195,10 @@ def _to_uint8(key: str, image: Any) -> Any:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.integer):
+        return _pixels_of_ints(key, array)
     if not np.issubdtype(array.dtype, np.floating):
-        raise RecordError(f"log_image({key!r}): dtype {array.dtype} is not supported; expected uint8, or float in 0..1")
+        raise RecordError(f"log_image({key!r}): dtype {array.dtype} is not supported; expected ints, or floats in 0..1")
     low, high = float(array.min()), float(array.max())
     if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):
         raise RecordError(
@@ -149,10 +207,27 @@ def _to_uint8(key: str, image: Any) -> Any:
     return (np.clip(array, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
+def _pixels_of_ints(key: str, array: Any) -> Any:
+    """Return ints as pixels: a mask of 0 and 1 becomes black and white, and what is above 255 has 16 bits."""
+    import numpy as np
+
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > _MAX_16_BITS:
+        raise RecordError(
+            f"log_image({key!r}): expected ints in 0..255 or 0..{_MAX_16_BITS}, got {low}..{high}; scale them"
+        )
+    if array.dtype == np.uint16 or high > 255:
+        wide = np.ascontiguousarray(array.astype(np.uint16))
+        return wide if wide.ndim == 2 else (wide // 257).astype(np.uint8)  # a PNG of Pillow's has 16 bits only in grey
+    return np.ascontiguousarray(array.astype(np.uint8)) * (255 if high == 1 else 1)
+
+
 def _with_channels_last(key: str, array: Any) -> Any:
     """Return the array as ``[H, W]`` or ``[H, W, C]``."""
     import numpy as np
 
+    while array.ndim > 3 and array.shape[0] == 1:  # a batch of one
+        array = array[0]
     if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -160,6 +235,6 @@ def _with_channels_last(key: str, array: Any) -> Any:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _CHANNELS) or 0 in array.shape:
         raise RecordError(
             f"log_image({key!r}): shape {list(array.shape)} is not an image; expected [H, W], [H, W, C] or [C, H, W] "
-            "with 1, 3 or 4 channels"
+            "with 1 to 4 channels, or a batch of one of these"
         )
     return array

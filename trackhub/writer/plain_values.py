@@ -33,6 +33,7 @@ __all__ = [
 _MAX_ITEMS = 1000  # of an array that becomes a list
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # what the encoder takes
 _NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, complex numbers, texts, structures
+_MISSING = ("NAType", "NaTType")  # pandas' NA and NaT, and polars' null is None already
 _SHOWN_CHARS = 80
 _FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
 """Where the class of an object with fields names them: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
@@ -91,13 +92,21 @@ def is_of_signal_handler(error: BaseException) -> bool:
     return False
 
 
-def key_text(key: Any) -> str:
-    """Return a key as text: that of a number, a bool or an enum's member, too, since such are keys of many dicts."""
+def key_text(key: Any, *, is_inner: bool = False) -> str:
+    """Return a key as text: that of a number, a bool or an enum's member, too, since such are keys of many dicts.
+
+    Args:
+        key: the key.
+        is_inner: it is the key of a dict in another one. Then it may also be None or a tuple.
+
+    Raises:
+        RecordError: it is of another type.
+    """
     if isinstance(key, enum.Enum):
         key = key.value if isinstance(key.value, str | int) else key.name
     if isinstance(key, str):
         return str.__str__(key)
-    if isinstance(key, bool | int | float):
+    if isinstance(key, bool | int | float) or (is_inner and (key is None or isinstance(key, tuple))):
         return str(key)
     raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
 
@@ -179,6 +188,8 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
         raise RecordError(f"param {path[:80]!r}... is nested more than {MAX_DEPTH} deep; convert it with str()")
     if isinstance(value, os.PathLike):
         return plain_text("param", path, os.fsdecode(value))
+    if type(value).__name__ in _MISSING:  # NaT is a datetime, too
+        return None
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, type | types.FunctionType):
@@ -188,7 +199,7 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
     if (fields := as_mapping(value, has_fields=True)) is not None:
         inner = {}
         for key in fields:
-            name = key_text(key)
+            name = key_text(key, is_inner=True)
             if problem := key_problem(name):
                 raise RecordError(f"param {path!r}: key {shown(name)} {problem}")
             inner[name] = plain_param(f"{path}.{name}", fields[key], depth + 1)
@@ -240,7 +251,9 @@ def _dtype_kind(value: Any) -> str:
 
 
 def _is_masked(value: Any) -> bool:
-    return type(value).__name__ == "MaskedConstant"  # numpy.ma.masked, which as a number would be 0.0
+    """Return whether this is ``numpy.ma.masked``, which as a number would be 0.0, or an array with one masked value."""
+    name = type(value).__name__
+    return name == "MaskedConstant" or (name == "MaskedArray" and value.size == 1 and bool(value.mask.all()))
 
 
 def _unwrap(what: str, key: Any, value: Any) -> Any:

@@ -127,7 +127,26 @@ def pr_curve(
 
 
 def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
-    """Return the columns and rows of a mapping of columns, or of a DataFrame."""
+    """Return the columns and rows of a DataFrame, of a mapping of columns, or of a list of mappings.
+
+    An index of pandas that is not just the numbers of the rows becomes the first columns.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if hasattr(data, "iter_rows"):  # polars
+        return list(map(str, data.columns)), data.iter_rows()
+    if hasattr(data, "to_frame") and not hasattr(data, "columns"):  # a Series of pandas
+        data = data.to_frame()
+    if hasattr(data, "itertuples"):
+        if type(data.index).__name__ != "RangeIndex":
+            data = data.reset_index()
+        return list(map(str, data.columns)), data.itertuples(index=False, name=None)
+    if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
+        names = list(dict.fromkeys(name for row in data for name in row))
+        return list(map(str, names)), [[row.get(name) for name in names] for row in data]
+    if isinstance(data, str | bytes) or not hasattr(data, "__getitem__") or not hasattr(data, "keys"):
+        raise TypeError(f"a {type(data).__name__} is no table")
     columns = {str(name): _column(data[name]) for name in data}
     return list(columns), zip(*columns.values(), strict=True)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Table, Tags, Text, key_problem
+from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Summary, Table, Tags, Text, key_problem
 from trackhub.writer.plain_values import (
     as_mapping,
     is_of_signal_handler,
@@ -27,6 +27,7 @@ from trackhub.writer.plain_values import (
     shown,
     shown_error,
 )
+from trackhub.writer.sdk_values import table_of
 
 __all__ = [
     "BadValues",
@@ -37,6 +38,7 @@ __all__ = [
     "read_metrics",
     "read_params",
     "read_step",
+    "read_summary",
     "read_table",
     "read_tags",
     "read_text",
@@ -147,6 +149,20 @@ def read_params(params: Any, bad: BadValues) -> Params | None:
     return Params(found) if found else None
 
 
+def read_summary(values: Any, bad: BadValues) -> Summary | None:
+    """Return final values as plain values, as `read_params` does; None if there are none.
+
+    Args:
+        values: a mapping, or an object with fields.
+        bad: gets the values that are not accepted.
+
+    Raises:
+        WrongCallError: it is none of these.
+    """
+    found = _accepted("final value", _leaves("summarize", values, bad, has_fields=True), bad, plain_param)
+    return Summary(found) if found else None
+
+
 def read_tags(tags: Any, bad: BadValues) -> Tags | None:
     """Return labels as key to text; None if there are none.
 
@@ -235,8 +251,8 @@ def read_table(key: Any, columns: Any, rows: Any) -> Table:
 
     Args:
         key: the table's key.
-        columns: column names.
-        rows: rows of cells, each as long as ``columns``.
+        columns: column names, or the whole table.
+        rows: rows of cells, each as long as ``columns``; None if ``columns`` is the whole table.
 
     Raises:
         RecordError: the key or a cell is not accepted, or a row has another length.
@@ -244,6 +260,8 @@ def read_table(key: Any, columns: Any, rows: Any) -> Table:
     key = read_key(key)
     table: list[list[Any]] = []
     try:
+        if rows is None:
+            columns, rows = table_of(columns)
         names = [plain_text("table", key, name if isinstance(name, str) else str(name)) for name in columns]
         for i, row in enumerate(rows):
             what = f"row {i} of table"
@@ -330,7 +348,7 @@ def _pairs(
     for key in fields:
         path: Any = key
         try:
-            path = f"{prefix}{key_text(key)}"
+            path = f"{prefix}{key_text(key, is_inner=bool(prefix))}"
             value = fields[key]
             inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
             if inner is not None and depth == MAX_DEPTH:
@@ -371,7 +389,12 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
     if hasattr(values, "detach"):
         values = values.detach().cpu().double()  # NumPy has no bfloat16
     try:
-        array = np.asarray(values, dtype=np.float64).ravel()
+        if isinstance(values, np.ma.MaskedArray):
+            values = values.compressed()
+        array = np.asarray(values)
+        if array.dtype.kind in "MmcSUV":  # dates, times, complex numbers and texts
+            raise TypeError(f"the values are of the type {array.dtype}")
+        array = array.astype(np.float64).ravel()
         finite = array[np.isfinite(array)]
         if array.size and not finite.size:
             raise ValueError("none of the values is finite")

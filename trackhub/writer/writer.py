@@ -21,6 +21,7 @@ from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.images import read_image
 from trackhub.writer.plain_values import is_of_signal_handler, shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
+from trackhub.writer.rich_calls import RichCalls
 from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
     BadValues,
@@ -30,6 +31,7 @@ from trackhub.writer.values import (
     read_metrics,
     read_params,
     read_step,
+    read_summary,
     read_table,
     read_tags,
     read_text,
@@ -44,7 +46,7 @@ _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
 
-class Writer:
+class Writer(RichCalls):
     """Logs metrics, params, images and more from a training script, whatever the backend.
 
     Use it as a context manager, or call ``close``::
@@ -146,6 +148,17 @@ class Writer:
         """
         self._append_values("log_params", read_params, params)
 
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Set final values of the run, such as its best accuracy. The last value of a key holds.
+
+        Args:
+            values: key to value, as for ``log_params``.
+
+        Raises:
+            RecordError, SpoolError: only if strict, as for ``log``.
+        """
+        self._append_values("summarize", read_summary, values)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Label the run. The last value of a key holds.
 
@@ -176,8 +189,10 @@ class Writer:
         Args:
             key: the image's key.
             image: an array, a PIL image, or the bytes or path of an image file. An array is numpy's or torch's, with
-                the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` and 1, 3 or 4 channels. Its values are uint8 in
-                0..255 or float in 0..1. PNG and JPEG files are stored as they are.
+                the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` and 1 to 4 channels (grey, grey with alpha, RGB,
+                RGBA). A batch of one is taken as its image. Values are floats in 0..1, or ints in 0..255 or 0..65535.
+                A mask of bools, or of ints that are 0 and 1, becomes black and white. PNG and JPEG files are stored as
+                they are.
             step: as for ``log``.
             caption: a line of text below the image.
 
@@ -214,15 +229,20 @@ class Writer:
         self._note_left_out(bad, has_rest=True)
 
     def log_table(
-        self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], step: int | None = None
+        self,
+        key: str,
+        columns: Any,
+        rows: Iterable[Sequence[Any]] | None = None,
+        step: int | None = None,
     ) -> None:
         """Log a table of up to 1 MiB. Log a larger one as an artifact.
 
         Args:
             key: the table's key.
-            columns: the names of the columns.
+            columns: the names of the columns; or the whole table: a DataFrame of pandas or polars, a mapping of column
+                to values, or a list of mappings. An index with names or labels of its own becomes the first column.
             rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str; other values
-                become text.
+                become text. None if ``columns`` is the whole table.
             step: as for ``log``.
 
         Raises:

@@ -11,7 +11,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from trackhub.records import Gap
 from trackhub.spi import Artifact, Entry, Histogram, Image, Metrics, Params, RunStatus, Table, Tags, Text
+from trackhub.spi import Summary as FinalValues
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -158,13 +160,34 @@ def test_an_image_whose_file_is_gone_is_rejected_alone(rig: Rig, entry: MakeEntr
 
 def test_a_payload_of_an_unknown_kind_is_rejected_alone(rig: Rig, entry: MakeEntry, read: Read) -> None:
     """A newer trackhub may have more kinds."""
-    artifact = Artifact("model", rig.blob("stream-2", b"x"), "model.pt")
+    unknown: Any = Gap(1, "spool_full")
 
-    report = rig.open().write([entry(0, artifact), entry(1, Metrics({"x": 1.0}))])
+    report = rig.open().write([entry(0, unknown), entry(1, Metrics({"x": 1.0}))])
 
     assert report is not None
     assert [(rejection.position, rejection.reason) for rejection in report.rejected] == [(0, "unsupported_kind")]
     assert [step for step, _, _ in points(read(rig.folder()), "x")] == [1]
+
+
+def test_an_artifact_is_a_text_with_its_name_size_and_digest(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    blob = rig.blob("stream-2", b"weights")
+
+    report = rig.open().write([entry(0, Artifact("model", blob, "model|1.pt", "model"))])
+
+    assert report is None
+    ((_, text),) = texts(read(rig.folder()), "model")
+    assert (
+        text
+        == f"| file | type | bytes | sha256 |\n| --- | --- | --- | --- |\n| model\\|1.pt | model | 7 | {blob.sha256} |"
+    )
+
+
+def test_final_values_are_a_table_of_text(rig: Rig, entry: MakeEntry, read: Read) -> None:
+    rig.open().write([entry(0, FinalValues({"best": 0.5, "note": "early", "ok": True}))])
+
+    assert texts(read(rig.folder()), "summary") == [
+        (0, "| final value | value |\n| --- | --- |\n| best | 0.5 |\n| note | early |\n| ok | true |")
+    ]
 
 
 def test_a_histogram_keeps_edges_and_counts_exactly(rig: Rig, entry: MakeEntry, read: Read) -> None:

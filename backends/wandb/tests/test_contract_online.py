@@ -69,8 +69,11 @@ class TestWandBOnline(WandBContract):
             held = state.runs[run.run_id]
             params = held.params()
             found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
-            found.tags = params.pop("trackhub").get("tags", {})
-            found.params = params
+            entry = params.pop("trackhub")
+            found.params, found.tags = params, entry.get("tags", {})
+            # A server's summary also has the last value of each key of the history.
+            summary = json.loads(held.summary, parse_int=parse_integer)
+            found.summary = {key: summary[key] for key in entry.get("summary", {})}
             for row in held.rows:
                 add_row(found, json.loads(row, parse_int=parse_integer), held.files.__getitem__)
             for one in state.artifacts:

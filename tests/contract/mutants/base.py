@@ -10,15 +10,14 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import msgspec
 
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
+from trackhub.records import KEYED
 from trackhub.spi import (
     Backend,
     BackendRun,
     Entry,
     Metrics,
-    Params,
     RunInfo,
     RunStatus,
-    Tags,
     WriteReport,
 )
 from trackhub.testing.contracts.jsonl import JsonlContract
@@ -99,7 +98,7 @@ HANGS: Any = {"deadline_s": 1.0, "patience_s": 1.0}
 
 
 def replace_keys(payload: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(payload, Metrics | Params | Tags):
+    if isinstance(payload, KEYED):
         renamed: dict[str, Any] = {change(key): value for key, value in payload.values.items()}
         return type(payload)(renamed)
     return msgspec.structs.replace(payload, key=change(payload.key))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from tests.contract.mutants.base import CAN, Bad, caught_by, keys
-from trackhub.spi import Artifact, Histogram, Image, KeyRule, Metrics, Params, Table, Tags, Text
+from trackhub.spi import Artifact, Histogram, Image, KeyRule, Metrics, Params, Summary, Table, Tags, Text
 
 RESERVING = KeyRule(max_chars=250, chars="", reserved_keys=frozenset({"step"}), reserved_as="user/")
 
@@ -19,6 +19,7 @@ _MERGING: dict[type, Callable[[str], str]] = {
     Metrics: lambda key: key.replace("//", "/"),
     Params: lambda key: key.strip("-") or "-",
     Tags: str.lower,
+    Summary: lambda key: key.replace("__", "_"),
     Text: lambda key: key.rstrip(" ") or " ",
     Image: lambda key: key.lstrip("_") or "_",
     Histogram: lambda key: key.removeprefix("./"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from trackhub.delivery.lane.keys import key_fitter
-from trackhub.records import KIND_OF, Kind, Metrics, Params, Payload, Record, Tags
+from trackhub.records import KEYED, KIND_OF, STEPLESS, Kind, Metrics, Params, Payload, Record
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 from trackhub.struct_conversion import prepare
 
@@ -93,7 +93,7 @@ class Adaptation:
         elif isinstance(payload, Params) and not self._can.changing_params:
             return self._first_params(stream, record, position, payload, altered)
         step = record.step
-        if step is None and not self._can.optional_step and not isinstance(payload, Params | Tags):
+        if step is None and not self._can.optional_step and not isinstance(payload, STEPLESS):
             step = self._ordinal(stream, payload)
         if not self._can.late_steps and step is not None and not self._in_order(payload, step):
             return Rejection(position, "late_step", f"step {step} is lower than an earlier one"), altered
@@ -155,7 +155,7 @@ class _Keys:
 def _with_fitted_keys(payload: Payload, keys: _Keys, altered: list[str]) -> Payload:
     if keys.keeps_all:
         return payload
-    if isinstance(payload, Metrics | Params | Tags):
+    if isinstance(payload, KEYED):
         if keys.fine.issuperset(payload.values):
             return payload
         fitted = {keys.fit(key): value for key, value in payload.values.items()}
@@ -171,6 +171,6 @@ def _with_fitted_keys(payload: Payload, keys: _Keys, altered: list[str]) -> Payl
 
 
 def _keys_of(payload: Payload) -> list[str]:
-    if isinstance(payload, Metrics | Params | Tags):
+    if isinstance(payload, KEYED):
         return list(payload.values)
     return [payload.key]  # type: ignore[union-attr]  # every other kind has one; gaps never come here

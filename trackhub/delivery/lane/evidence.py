@@ -12,7 +12,7 @@ import random
 import sqlite3
 from collections.abc import Callable
 
-from trackhub.records import Artifact, Image, Metrics, Params, Tags
+from trackhub.records import KEYED, Artifact, Image
 from trackhub.spi import Entry
 
 __all__ = ["Evidence", "share_keys", "sort_of", "speaks_of_the_store"]
@@ -77,7 +77,7 @@ def sort_of(entry: Entry) -> str | None:
     """
     if isinstance(entry.payload, Image | Artifact):
         return None
-    return "value" if isinstance(entry.payload, Metrics | Params | Tags) else "document"
+    return "value" if isinstance(entry.payload, KEYED) else "document"
 
 
 def share_keys(one: Entry, other: Entry) -> bool:
@@ -87,7 +87,7 @@ def share_keys(one: Entry, other: Entry) -> bool:
 
 def _keys(entry: Entry) -> set[str]:
     payload = entry.payload
-    if isinstance(payload, Metrics | Params | Tags):
+    if isinstance(payload, KEYED):
         return set(payload.values)
     return {payload.key}  # type: ignore[union-attr]  # every other kind has one; gaps never come here
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from trackhub.delivery.lane.evidence import Evidence, share_keys, sort_of, speaks_of_the_store
 from trackhub.errors import PermanentError, TransientError
-from trackhub.spi import Capabilities, Entry, Params, Redelivery, Rejection, Tags
+from trackhub.records import STEPLESS
+from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
 
 __all__ = ["Isolation", "Verdict"]
 
@@ -271,7 +272,7 @@ class Isolation:
 
     def _must_wait(self, entry: Entry) -> bool:
         """Return whether an entry must not be stored before one that is set aside."""
-        if not isinstance(entry.payload, Params | Tags) and not self._keeps_steps:
+        if not isinstance(entry.payload, STEPLESS) and not self._keeps_steps:
             return False
         before = [piece.entries[0] for piece in self._aside] + self._held
         return any(share_keys(entry, other) for other in before)
@@ -285,8 +286,8 @@ class Isolation:
         return [Rejection(piece.entries[0].position, "backend_error", piece.detail)]
 
     def _remember(self, stored: Sequence[Entry]) -> None:
-        # A param or tag that has its value already may cost the store no write. So it shows nothing.
-        if stored and not isinstance(stored[-1].payload, Params | Tags) and (sort := sort_of(stored[-1])) is not None:
+        # A param, tag or final value that has its value already may cost the store no write. So it shows nothing.
+        if stored and not isinstance(stored[-1].payload, STEPLESS) and (sort := sort_of(stored[-1])) is not None:
             self._stored[sort] = stored[-1]
 
     def _take_current(self) -> _Piece:

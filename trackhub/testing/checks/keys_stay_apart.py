@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from trackhub.delivery.lane.keys import key_fitter
-from trackhub.records import Kind, Metrics, Params, Tags, key_problem
+from trackhub.records import Kind, Metrics, Params, Summary, Tags, key_problem
 from trackhub.spi import KeyRule
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario
@@ -37,6 +37,8 @@ def _calls(kind: Kind, keys: Sequence[str]) -> list[Call]:
             return [Call(Params({key: number for number, key in numbered}))]
         case Kind.TAGS:
             return [Call(Tags({key: str(number) for number, key in numbered}))]
+        case Kind.SUMMARY:
+            return [Call(Summary({key: number for number, key in numbered}))]
         case Kind.TEXT:
             return [text(key, f"text {number}", 1) for number, key in numbered]
         case Kind.IMAGE:

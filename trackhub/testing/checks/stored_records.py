@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from trackhub.records import Kind, Metrics, Params, Tags
+from trackhub.records import Kind, Metrics, Params, Summary, Tags
 from trackhub.spi import ANY_KEY, Capabilities
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted, differences
@@ -50,6 +50,13 @@ def _params() -> Sequence[Call]:
 @scenario("kind tags")
 def _tags() -> Sequence[Call]:
     return [Call(Tags({"team": "vision", "stage": "draft"})), Call(Tags({"stage": "final", "note": "é ✓, a=b"}))]
+
+
+@scenario("kind summary")
+def _summary() -> Sequence[Call]:
+    first = {"best/accuracy": 0.75, "best/epoch": 3, "reason": "early é ✓", "converged": False, "rank": 1}
+    last = {"best/accuracy": 0.875, "converged": True, "sizes": [1, 2]}
+    return [metric("loss", 1.0, 0), Call(Summary(first)), Call(Summary(last)), metric("best/accuracy", 0.5, 1)]
 
 
 @scenario("kind text")
@@ -93,7 +100,8 @@ def _with_content() -> Sequence[Call]:
 def _one_key() -> Sequence[Call]:
     key = "loss"
     calls = [metric(key, 0.5, 1), text(key, "words", 1), image(key, 1, shade=7), histogram(key, 1), table(key, 1)]
-    return [*calls, artifact(key, b"bytes"), Call(Params({key: "mse"})), Call(Tags({key: "t"})), metric(key, 0.25, 2)]
+    calls += [artifact(key, b"bytes"), Call(Params({key: "mse"})), Call(Tags({key: "t"})), Call(Summary({key: 9}))]
+    return [*calls, metric(key, 0.25, 2)]
 
 
 @scenario("steps in order")
@@ -289,7 +297,8 @@ def _must_not_be_able(
 
 
 def _field(kind: Kind) -> str:
-    return {Kind.METRICS: "points", Kind.PARAMS: "params", Kind.TAGS: "tags"}.get(kind, f"{kind.name.lower()}s")
+    names = {Kind.METRICS: "points", Kind.PARAMS: "params", Kind.TAGS: "tags", Kind.SUMMARY: "summary"}
+    return names.get(kind, f"{kind.name.lower()}s")
 
 
 def _same(field: str, wanted: object, found: object) -> bool:

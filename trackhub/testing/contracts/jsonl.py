@@ -57,11 +57,14 @@ def read_jsonl(path: Path) -> ReadBack:
     items: dict[str, list[Any]] = defaultdict(list)
     params: dict[str, Any] = {}
     tags: dict[str, str] = {}
+    summary: dict[str, Any] = {}
     status = None
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["kind"] == "params":
             params |= {key.removeprefix("$"): _plain(value) for key, value in line["values"].items()}
+        elif line["kind"] == "summary":
+            summary |= {key.removeprefix("$"): _plain(value) for key, value in line["values"].items()}
         elif line["kind"] == "tags":
             tags |= line["values"]
         elif line["kind"] == "end":
@@ -72,6 +75,7 @@ def read_jsonl(path: Path) -> ReadBack:
         points=items["metrics"],
         params=params,
         tags=tags,
+        summary=summary,
         texts=items["text"],
         images=items["image"],
         histograms=items["histogram"],

@@ -29,7 +29,7 @@ from trackhub.spi import (
 from trackhub_mlflow.flat_params import stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.mlflow_run import MLflowRun
-from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, TAG_RULE, job_tag_name
+from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, SUMMARY_RULE, TAG_RULE, job_tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
 from trackhub_mlflow.rest_store import RestStore
 from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore
@@ -58,6 +58,7 @@ class MLflowBackend(Backend[MLflowOptions]):
     - Times are whole milliseconds. A point that agrees with an earlier one of its run in key, step, value and
       millisecond is stored a millisecond later.
     - Infinities become the largest finite floats. SQLite has no negative zero.
+    - Final values are tags such as ``summary.best``, with JSON as their text.
     - Params are text, and nested ones are joined by dots.
     - A NUL in the text of a param or tag becomes ``␀`` (U+2400), since PostgreSQL refuses it.
     - The federated round is not stored.
@@ -74,7 +75,7 @@ class MLflowBackend(Backend[MLflowOptions]):
         any_order=True,
         confirmed_by=ConfirmedBy.WRITE,
         key_rule=KEY_RULE,
-        key_rules={Kind.TAGS: TAG_RULE},
+        key_rules={Kind.TAGS: TAG_RULE, Kind.SUMMARY: SUMMARY_RULE},
     )
     credentials = Credentials(
         ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"), host_variables=("MLFLOW_TRACKING_URI",)

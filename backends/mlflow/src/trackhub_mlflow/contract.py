@@ -102,6 +102,7 @@ class MLflowContract(BackendContract):
             points=[Point(key, step, value, ms / 1000) for key, step, value, ms in found.points],
             params=dict(found.params),
             tags=_logged(found.tags, context.job.tags),
+            summary={key[8:]: value for key, value in found.tags.items() if key.startswith("summary.")},
             texts=items["text"],
             images=items["image"],
             histograms=items["histograms"],
@@ -124,11 +125,15 @@ class MLflowContract(BackendContract):
             return artifact_path(key)
         if kind is Kind.TAGS:
             return logged_tag_name(key)
-        return key if kind in (Kind.METRICS, Kind.PARAMS) else file_part(key)
+        return key if kind in (Kind.METRICS, Kind.PARAMS, Kind.SUMMARY) else file_part(key)
 
     def canonical_params(self, params: Mapping[str, Any]) -> dict[str, str]:
         """Return the params as text, nested ones joined by dots."""
         return dict(_flatten(params, ""))
+
+    def canonical_summary(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return the final values as text."""
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
     def canonical_status(self, status: RunStatus) -> str:
         """Return MLflow's word for a status."""
@@ -187,7 +192,7 @@ def _logged(tags: Mapping[str, str], of_job: Sequence[str]) -> dict[str, str]:
     return {
         key: value
         for key, value in of_site.items()
-        if key not in _OWN_TAGS and not key.startswith(("mlflow.", "trackhub."))
+        if key not in _OWN_TAGS and not key.startswith(("mlflow.", "trackhub.", "summary."))
     }
 
 

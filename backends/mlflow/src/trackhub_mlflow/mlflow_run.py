@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trackhub.spi import (
     Artifact,
@@ -24,6 +25,7 @@ from trackhub.spi import (
     Rejection,
     RunInfo,
     RunStatus,
+    Summary,
     Table,
     Tags,
     Text,
@@ -32,7 +34,7 @@ from trackhub.spi import (
 from trackhub_mlflow import ui_files
 from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer, stored_text
 from trackhub_mlflow.job_runs import JobRuns
-from trackhub_mlflow.naming import digest, file_part, logged_tag_name
+from trackhub_mlflow.naming import SUMMARY_PREFIX, digest, file_part, logged_tag_name
 from trackhub_mlflow.points import PointMaker, milliseconds
 from trackhub_mlflow.send_batches import Item, send
 from trackhub_mlflow.store import Pair, RefusedError, Store, StoredRun
@@ -93,7 +95,11 @@ class MLflowRun(BackendRun):
                 if isinstance(payload, Params):
                     items += self._param_items(entry, payload)
                 elif isinstance(payload, Tags):
-                    items += self._tag_items(entry, payload)
+                    tags = ((logged_tag_name(key), value) for key, value in payload.values.items())
+                    items += self._tag_items(entry, tags)
+                elif isinstance(payload, Summary):
+                    tags = ((SUMMARY_PREFIX + key, _json_text(value)) for key, value in payload.values.items())
+                    items += self._tag_items(entry, tags)
                 else:
                     items += self._store_files(entry)
             except _RejectedError as error:
@@ -124,9 +130,9 @@ class MLflowRun(BackendRun):
                     self._put(_path_of_whole("params", name, text), text.encode())
                 yield Item(entry.position, "param", Pair(name, shown))
 
-    def _tag_items(self, entry: Entry, payload: Tags) -> Iterator[Item]:
-        for key, value in payload.values.items():
-            name, text = logged_tag_name(key), stored_text(value)
+    def _tag_items(self, entry: Entry, tags: Iterable[tuple[str, str]]) -> Iterator[Item]:
+        for name, value in tags:
+            text = stored_text(value)
             shown = _shown("tags", text, MAX_TAG_CHARS, name)
             if shown != text:
                 self._put(_path_of_whole("tags", name, text), text.encode())
@@ -190,6 +196,10 @@ class _RejectedError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def _json_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _shown(folder: str, text: str, limit: int, name: str) -> str:

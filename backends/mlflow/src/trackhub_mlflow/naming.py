@@ -21,6 +21,8 @@ from trackhub.spi import KeyRule
 __all__ = [
     "KEY_RULE",
     "NOTE_TAG",
+    "SUMMARY_PREFIX",
+    "SUMMARY_RULE",
     "TAG_RULE",
     "artifact_path",
     "cut_name",
@@ -38,7 +40,10 @@ NOTE_TAG = "mlflow.note.content"
 _MAX_NAME_CHARS = 250
 _NAME_CHARS = r"\w./ :\-"
 _OWN_TAGS = frozenset({"job", "job_name", "site", "side"})
-_OWN_PREFIXES = ("mlflow.", "trackhub.")
+SUMMARY_PREFIX = "summary."
+"""What the tag of a final value begins with."""
+
+_OWN_PREFIXES = ("mlflow.", "trackhub.", SUMMARY_PREFIX)
 _OWN_FOLDERS = frozenset({"images", "text", "histograms", "tables", "params", "tags"})
 _MLFLOW_TEMPORARY = ".artifact.uploading."
 _MAX_PART_BYTES = 120  # a file name has at most 255 bytes, and the name of an image adds up to 90 to its key
@@ -60,6 +65,9 @@ Source: ``validate_param_and_metric_name``, ``path_not_unique`` and ``MAX_ENTITY
 
 TAG_RULE = msgspec.structs.replace(KEY_RULE, reserved_keys=_OWN_TAGS, reserved_prefixes=_OWN_PREFIXES)
 """The same for tags. A site that could set ``mlflow.parentRunId`` or ``site`` could pass for another."""
+
+SUMMARY_RULE = msgspec.structs.replace(KEY_RULE, max_chars=_MAX_NAME_CHARS - len(SUMMARY_PREFIX))
+"""The rule of final values, which are tags with a prefix."""
 
 _ILLEGAL = re.compile(f"[^{_NAME_CHARS}]")
 _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")

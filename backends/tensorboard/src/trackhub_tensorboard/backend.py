@@ -18,6 +18,7 @@ import msgspec
 
 from trackhub.spi import (
     ANY_KEY,
+    Artifact,
     Backend,
     BackendContext,
     BackendRun,
@@ -36,6 +37,7 @@ from trackhub.spi import (
     Results,
     RunInfo,
     RunStatus,
+    Summary,
     Table,
     Tags,
     Text,
@@ -70,14 +72,27 @@ _MOVED_OPTIONS = {
 class TensorBoardBackend(Backend[TensorBoardOptions]):
     """Writes each run to a folder of event files, ``<logdir>/<job>/<site>/``, where ``<job>`` is the job's unique name.
 
-    It keeps metric values as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38.
+    It keeps metric values as float32, as TensorBoard does: rounded to nearest, infinite beyond 3.4e38. TensorBoard has
+    no place for files: an artifact becomes a text with its name, size and digest.
     """
 
     spi = 1
     contract = 1
     moved_options = _MOVED_OPTIONS
     capabilities = Capabilities(
-        kinds=frozenset({Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE}),
+        kinds=frozenset(
+            {
+                Kind.METRICS,
+                Kind.PARAMS,
+                Kind.TAGS,
+                Kind.SUMMARY,
+                Kind.TEXT,
+                Kind.IMAGE,
+                Kind.HISTOGRAM,
+                Kind.TABLE,
+                Kind.ARTIFACT,
+            }
+        ),
         redelivery=Redelivery.RESUMABLE,
         nonfinite=True,
         late_steps=True,
@@ -215,7 +230,7 @@ class TensorBoardRun(BackendRun):
     def _rejection(self, entry: Entry) -> Rejection | None:
         """Return why this entry, which holds no metrics, can never be stored; None if it can."""
         payload = entry.payload
-        if not isinstance(payload, Params | Tags | Text | Image | Histogram | Table):
+        if not isinstance(payload, Params | Tags | Summary | Text | Image | Histogram | Table | Artifact):
             return Rejection(entry.position, "unsupported_kind", f"{type(payload).__name__} cannot be stored")
         if isinstance(payload, Image) and not self._info.blob_path(payload.blob).is_file():
             return Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}")

@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -48,6 +48,7 @@ class TensorBoardContract(BackendContract):
 
     backend = TensorBoardBackend
     name = "tensorboard"
+    cannot_tell: ClassVar[Mapping[str, str]] = {"artifacts": "TensorBoard keeps an artifact's name, size and digest"}
 
     def shared_options(self, tmp_path: Path) -> Mapping[str, Any]:
         """Return options with which all receivers write to one log folder."""
@@ -71,6 +72,10 @@ class TensorBoardContract(BackendContract):
     def canonical_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The HPARAMS tab holds bools, doubles and strings. Every other value is a string of JSON."""
         return {name: _param(value) for name, value in params.items()}
+
+    def canonical_summary(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Final values are a table of text."""
+        return {name: self.canonical_cell(value) for name, value in values.items()}
 
     def canonical_cell(self, value: Any) -> str:
         """A table is Markdown text, so its cells are text."""
@@ -112,6 +117,7 @@ def read_folder(folder: Path) -> ReadBack:
         points=points,
         params=params,
         tags=read.tags,
+        summary=read.summary,
         texts=read.texts,
         images=read.images,
         histograms=read.histograms,
@@ -140,6 +146,7 @@ class _Tensors:
     def __init__(self, accumulator: EventAccumulator, names: Mapping[str, tuple[str, str]]) -> None:
         """Read the tensors of these tags, each given with its kind and key."""
         self.tags: dict[str, str] = {}
+        self.summary: dict[str, str] = {}
         self.texts: list[TextItem] = []
         self.images: list[ImageItem] = []
         self.histograms: list[HistogramItem] = []
@@ -165,6 +172,9 @@ class _Tensors:
             case "tags":
                 _, rows = _table(content.item().decode())
                 self.tags.update({row[0]: row[1] for row in rows})
+            case "summary":
+                _, rows = _table(content.item().decode())
+                self.summary.update({row[0]: row[1] for row in rows})
             case "text":
                 self.texts.append(TextItem(key, step, content.item().decode(), time))
 

@@ -21,7 +21,8 @@ from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 
-from trackhub.spi import Entry, Histogram, Image, Metrics, Params, RunInfo, Table, Tags, Text
+from trackhub.spi import Artifact, Entry, Histogram, Image, Metrics, Params, RunInfo, Table, Tags, Text
+from trackhub.spi import Summary as FinalValues
 from trackhub_tensorboard.event_files import NewTag
 from trackhub_tensorboard.hparams_file import SESSION_TAGS
 from trackhub_tensorboard.tfrecord import frame
@@ -85,6 +86,13 @@ class Encoder:
                 self._add_text(summary, "params", "params", _markdown_table(("param", "value"), values.items()))
             case Tags(values):
                 self._add_text(summary, "tags", "tags", _markdown_table(("tag", "value"), values.items()))
+            case FinalValues(values):
+                table = _markdown_table(("final value", "value"), values.items())
+                self._add_text(summary, "summary", "summary", table)
+            case Artifact() as file:
+                about = [file.filename, file.artifact_type, file.blob.size, file.blob.sha256]
+                table = _markdown_table(("file", "type", "bytes", "sha256"), [about])
+                self._add_text(summary, "artifact", file.key, table)
             case Table(key, columns, rows):
                 self._add_text(summary, "table", key, _markdown_table(columns, rows))
             case Image() as image:

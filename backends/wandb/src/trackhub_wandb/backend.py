@@ -53,6 +53,7 @@ _DECIDED = (QUIET_SETTINGS.keys() - {"silent"}) | {
 
 _KINDS = frozenset(
     {Kind.METRICS, Kind.PARAMS, Kind.TAGS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE, Kind.ARTIFACT}
+    | {Kind.SUMMARY}
 )
 
 

@@ -55,6 +55,8 @@ class WandBContract(BackendContract):
         found = ReadBack(points=[], params={}, tags={}, texts=[], images=[], histograms=[], tables=[], artifacts=[])
         entry = log.config.pop("trackhub")
         found.params, found.tags = log.config, entry.get("tags", {})
+        # The SDK's summary also has the last value of each key of the history.
+        found.summary = {key: log.summary[key] for key in entry.get("summary", {})}
         for row in log.rows:
             add_row(found, row, lambda name: (log.folder / "files" / name).read_bytes())
         for artifact in log.artifacts:

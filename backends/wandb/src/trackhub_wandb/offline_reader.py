@@ -46,6 +46,7 @@ class LoggedRun(msgspec.Struct):
         folder: the run's folder.
         rows: the history, one dict for each row, media as dicts.
         config: the last value of each entry, without W&B's own entry.
+        summary: the last value of each entry that the SDK has set.
         settings: project, group, name and so on, from the last run record.
         tags: the tags, from the last run record.
         metrics: the metric definitions: name or glob to the step metric, empty for none.
@@ -57,6 +58,7 @@ class LoggedRun(msgspec.Struct):
     folder: Path
     rows: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     settings: dict[str, str] = {}
     tags: list[str] = []
     metrics: dict[str, str] = {}
@@ -131,6 +133,10 @@ def _apply(run: LoggedRun, record: Any) -> None:
             for item in record.config.remove:
                 run.config.pop(item.key, None)
             run.config.update({item.key: json.loads(item.value_json) for item in record.config.update})
+        case "summary":
+            for item in record.summary.update:
+                key = ".".join(item.nested_key) or item.key
+                run.summary[key] = json.loads(item.value_json, parse_int=parse_integer)
         case "run":
             run.config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
             names = ("run_id", "entity", "project", "run_group", "job_type", "display_name", "notes", "host")

@@ -24,6 +24,7 @@ from trackhub.spi import (
     Rejection,
     RunInfo,
     RunStatus,
+    Summary,
     Table,
     Tags,
     Text,
@@ -102,6 +103,7 @@ class SdkRun:
         self.config: dict[str, Any] = dict(config.get(CONFIG_ENTRY) or first_config(info)[CONFIG_ENTRY])
         self.config_changed = False
         self._tags: dict[str, str] = dict(self.config.get("tags") or {})
+        self._summary: dict[str, Any] = dict(self.config.get("summary") or {})
         for metric in (self._step_metric, self._round_metric):
             # Without a summary: the last step and round of a run mean nothing beside its last loss.
             run.define_metric(metric, summary="none")
@@ -140,6 +142,8 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
+        if self._summary:  # a later row of a key has taken the place of its final value
+            self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
 
     def _store(self, entry: Entry) -> None:
@@ -152,6 +156,8 @@ class SdkRun:
                 self._set_config(values, entry.position)
             case Tags():
                 self._set_tags(payload.values, entry.position)
+            case Summary():
+                self._set_summary(payload.values, entry.position)
             case Text():
                 self._media(entry, payload.key, self._html(payload))
             case Image():
@@ -180,6 +186,8 @@ class SdkRun:
     def _set_config(self, params: dict[str, Any], position: int) -> None:
         # The position may fall only while a resumed run gets entries again that it holds already.
         self.config = {**self.config, "tags": dict(self._tags), "through": position}
+        if self._summary:
+            self.config["summary"] = dict(self._summary)
         config: Any = self.run.config
         # Otherwise W&B would merge the new value of a nested param into the old one, leaf by leaf.
         remove_from_config(self.run, [key for key in params if isinstance(config.get(key), dict)])
@@ -192,6 +200,12 @@ class SdkRun:
         shown = (tag_text(key, value) for key, value in self._tags.items())
         self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
         self._set_config({}, position)
+
+    def _set_summary(self, values: dict[str, Any], position: int) -> None:
+        plain = {key: config_value(value) for key, value in values.items()}
+        self._summary.update(plain)
+        self.run.summary.update(plain)
+        self._set_config({}, position)  # keeps them, too: the server confirms a config, and no summary
 
     def _html(self, payload: Text) -> Media:
         import wandb

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs of the shape of FLARE's tracking examples, before and after their one line is changed as docs/migrating.md says.
+
+The training scripts are the same in both. What FLARE's own receiver stored must be in the backend's store afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tests.integration.harness import Job, JobResult, Point, read_tensorboard
+
+pytestmark = pytest.mark.long
+
+TENSORBOARD = """
+    from nvflare.client.tracking import SummaryWriter
+
+    writer = SummaryWriter()
+    def train(number):
+        for step in range(5):
+            fact(lambda: writer.add_scalar("train_loss", 1.0 / (step + 1), number * 5 + step),
+                 {"train_loss": 1.0 / (step + 1)}, number * 5 + step)
+            time.sleep(0.05)
+    rounds(train)
+"""
+MLFLOW = """
+    from nvflare.client.tracking import MLflowWriter
+
+    writer = MLflowWriter()
+    writer.log_params({"lr": 0.1, "batch_size": 4})
+    def train(number):
+        for step in range(5):
+            fact(lambda: writer.log_metric("train_loss", 1.0 / (step + 1), number * 5 + step),
+                 {"train_loss": 1.0 / (step + 1)}, number * 5 + step)
+            time.sleep(0.05)
+    rounds(train)
+"""
+SHAPES = {
+    "tensorboard": (TENSORBOARD, 'add_experiment_tracking(recipe, "tensorboard")'),
+    "mlflow": (MLFLOW, 'add_experiment_tracking(recipe, "mlflow")'),
+}
+
+
+def stored_before(shape: str, result: JobResult) -> set[tuple[str, str, int | None, float]]:
+    """Return what FLARE's own receiver stored, as site, key, step and value. MLflow's runs are taken together."""
+    found: set[tuple[str, str, int | None, float]] = set()
+    if shape == "tensorboard":
+        for site in ("site-1", "site-2"):
+            (folder,) = [path for path in result.workspace.rglob(f"tb_events/{site}") if path.is_dir()]
+            found |= {(site, *rest) for rest in spelled(read_tensorboard(folder))}
+    else:
+        (file,) = result.workspace.rglob("*.db")
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            rows = database.execute("SELECT key, step, value FROM metrics").fetchall()
+        found |= {("", key, step, value) for key, step, value in rows}
+    return found
+
+
+def spelled(points: list[Point]) -> set[tuple[str, int | None, float]]:
+    return {(point.key, point.step, round(point.value, 6)) for point in points}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_job_stores_the_same_and_more_after_one_line_is_changed(shape: str, tmp_path: Path) -> None:
+    script, stock = SHAPES[shape]
+    more = f"from nvflare.recipe.utils import add_experiment_tracking\n{stock}\n"
+
+    before = Job(tmp_path / "before", script, None, more=more).run()
+    after = Job(tmp_path / "after", script, {"server": [shape, "jsonl"]}).run()
+
+    assert (before.rc, after.rc) == (0, 0), before.log[-2000:] + after.log[-2000:]
+    assert (tmp_path / "before" / "client.py").read_text() == (tmp_path / "after" / "client.py").read_text()
+    old = stored_before(shape, before)
+    assert old
+    for site in ("site-1", "site-2"):
+        facts = {(fact.key, fact.step, round(fact.value, 6)) for fact in after.facts(site)}
+        assert spelled(after.jsonl_points("server", site)) == facts
+        assert {(key, step, round(value, 6)) for of, key, step, value in old if of in ("", site)} <= facts

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of every kind that training code has: each is stored with the pixels that a person would expect."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from tests.unit.helpers import new_spool, read_spool, spool_of
+from trackhub.errors import RecordError
+from trackhub.records import Image
+from trackhub.spool.layout import blob_file
+from trackhub.writer.writer import Writer
+
+torch = pytest.importorskip("torch")
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+MASK = RAMP > 0.5
+
+
+def stored(tmp_path: Path, image: Any) -> Any:
+    """Return the pixels of the file that the spool holds of this image."""
+    writer = Writer(new_spool(tmp_path / "spool"), strict=True)
+    writer.log_image("i", image)
+    ((record,),) = read_spool(spool_of(writer).folder).values()
+    assert isinstance(record.payload, Image)
+    path = blob_file(spool_of(writer).folder, record.payload.blob.name)
+    with Pillow.open(io.BytesIO(path.read_bytes())) as found:
+        assert found.size == (record.payload.width, record.payload.height)
+        return np.asarray(found)
+
+
+GREY = (RAMP * 255 + 0.5).astype(np.uint8)
+WIDE = (RAMP * 65535).astype(np.uint16)
+AS_GREY: dict[str, Any] = {
+    "PIL's mode F in 0..1": Pillow.fromarray(RAMP.astype(np.float32)),
+    "PIL's mode F in 0..255": Pillow.fromarray(GREY).convert("F"),
+    "PIL's mode I in 0..255": Pillow.fromarray(GREY.astype(np.int32)),
+    "ints of 64 bits": GREY.astype(np.int64),
+    "a tensor of ints": torch.from_numpy(GREY.astype(np.int32)),
+    "a batch of one": torch.from_numpy(RAMP)[None, None],
+    "a batch of one, channels last": RAMP[None, :, :, None],
+    "a tensor with a gradient": torch.from_numpy(RAMP).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("what", AS_GREY)
+def test_each_range_of_grey_pixels_becomes_the_same_image(tmp_path: Path, what: str) -> None:
+    np.testing.assert_array_equal(stored(tmp_path, AS_GREY[what]), GREY)
+
+
+@pytest.mark.parametrize("image", [WIDE, Pillow.fromarray(WIDE), Pillow.fromarray(WIDE.astype(np.int32))])
+def test_sixteen_bits_of_grey_are_kept(tmp_path: Path, image: Any) -> None:
+    np.testing.assert_array_equal(stored(tmp_path, image), WIDE)
+
+
+def test_sixteen_bits_of_colour_become_eight(tmp_path: Path) -> None:
+    found = stored(tmp_path, np.stack([WIDE] * 3, -1))
+    np.testing.assert_array_equal(found[..., 1], WIDE // 257)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.astype(np.int64), torch.from_numpy(MASK.astype(np.int32))])
+def test_a_mask_is_black_and_white(tmp_path: Path, mask: Any) -> None:
+    np.testing.assert_array_equal(stored(tmp_path, mask), MASK * 255)
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_grey_with_alpha_keeps_both_channels(tmp_path: Path, channels_first: bool) -> None:
+    image = np.stack([GREY, 255 - GREY], 0 if channels_first else -1)
+    np.testing.assert_array_equal(stored(tmp_path, image), np.stack([GREY, 255 - GREY], -1))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"]
+)
+def test_every_mode_of_pillow_is_stored_and_keeps_its_alpha(tmp_path: Path, mode: str) -> None:
+    found = stored(tmp_path, Pillow.new(mode, (4, 4)))
+    assert (found.ndim == 3 and found.shape[-1] in (2, 4)) == ("a" in mode.lower() and mode != "LAB")
+
+
+def test_masked_pixels_are_black(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(stored(tmp_path, np.ma.masked_array(GREY, mask=MASK)), np.where(MASK, 0, GREY))
+
+
+@pytest.mark.parametrize("image", [RAMP * 2 - 1, RAMP * 255, GREY.astype(int) - 5, GREY.astype(int) * 9999, 1j * RAMP])
+def test_a_range_that_nobody_can_know_is_refused_by_name(tmp_path: Path, image: Any) -> None:
+    with pytest.raises(RecordError, match="expected"):
+        stored(tmp_path, image)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callback for Keras 3, whatever its backend. It needs ``keras``.
+
+Keras calls it, and it calls `trackhub.Writer`::
+
+    model.fit(x, y, callbacks=[TrackhubCallback()])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras.callbacks import Callback
+
+from trackhub.writer.writer import Writer
+
+__all__ = ["TrackhubCallback"]
+
+
+class TrackhubCallback(Callback):
+    """Logs the metrics of each epoch, and of batches if asked for, and the optimizer's configuration as params.
+
+    Attributes:
+        writer: the writer that it calls.
+    """
+
+    def __init__(
+        self,
+        writer: Writer | None = None,
+        *,
+        batches: int | None = None,
+        histograms: bool = False,
+        first_step: int = 0,
+        strict: bool = False,
+    ) -> None:
+        """Use a writer, by default a new one.
+
+        Args:
+            writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
+            batches: log every so many batches as well, under keys such as ``batch/loss``; None for none.
+            histograms: log a histogram of each weight after each epoch.
+            first_step: the step of the first epoch, for training that goes on.
+            strict: make a new writer strict, as for ``Writer``.
+
+        Raises:
+            ConfigError: ``strict`` is set and there is no tracking.
+        """
+        super().__init__()
+        self.writer = Writer(strict=strict) if writer is None else writer
+        self._batches = batches
+        self._histograms = histograms
+        self._first_step = first_step
+        self._batch = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Log how the training is set up. Keras calls it."""
+        optimizer = getattr(self.model, "optimizer", None)
+        self.writer.log_params({**(self.params or {}), "optimizer": optimizer.get_config() if optimizer else None})
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Log every so many batches. Keras calls it after each."""
+        if self._batches and self._batch % self._batches == 0:
+            self.writer.log({"batch": dict(logs or {})}, self._batch)
+        self._batch += 1
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Log an epoch. Keras calls it."""
+        step = self._first_step + epoch
+        self.writer.log(dict(logs or {}), step)
+        if self._histograms:
+            self.writer.log_model_histograms(self.model, step)

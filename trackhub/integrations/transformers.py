@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callback for Hugging Face's ``Trainer``. It needs ``transformers``.
+
+``Trainer`` calls it, and it calls `trackhub.Writer`. Import this module, and name it in the arguments; or pass the
+callback::
+
+    import trackhub.integrations.transformers
+    TrainingArguments(report_to="trackhub")
+
+    Trainer(callbacks=[TrackhubCallback()])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from trackhub.writer.writer import Writer
+
+__all__ = ["TrackhubCallback"]
+
+_SPLITS = ("eval", "test")
+
+
+class TrackhubCallback(TrainerCallback):
+    """Logs what ``Trainer`` logs, under keys such as ``train/loss`` and ``eval/loss``. The main process alone logs.
+
+    Attributes:
+        writer: the writer that it calls.
+    """
+
+    def __init__(self, writer: Writer | None = None, *, strict: bool = False) -> None:
+        """Use a writer, by default a new one.
+
+        Args:
+            writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
+            strict: make a new writer strict, as for ``Writer``.
+
+        Raises:
+            ConfigError: ``strict`` is set and there is no tracking.
+        """
+        self.writer = Writer(strict=strict) if writer is None else writer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Log the training arguments and the model's configuration as params. ``Trainer`` calls it."""
+        if state.is_world_process_zero:
+            config: Any = getattr(model, "config", None)
+            about = {"model": config.to_dict()} if hasattr(config, "to_dict") else {}
+            self.writer.log_params({"args": args.to_dict(), **about})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Log the numbers of one call of ``Trainer.log``. ``Trainer`` calls it."""
+        if state.is_world_process_zero:
+            self.writer.log({_key(name): value for name, value in (logs or {}).items()}, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the best metric as a final value, where the trainer knows one. ``Trainer`` calls it."""
+        if state.is_world_process_zero and state.best_metric is not None:
+            self.writer.summarize({"best_metric": state.best_metric, "best_step": state.best_global_step})
+
+
+def _key(name: str) -> str:
+    for split in _SPLITS:
+        if name.startswith(f"{split}_"):
+            return f"{split}/{name.removeprefix(f'{split}_')}"
+    return f"train/{name}"
+
+
+integration_utils.INTEGRATION_TO_CALLBACK["trackhub"] = TrackhubCallback  # what report_to="trackhub" looks up

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log calls that consist of others: figures, several images, and histograms of a whole model.
+
+`Writer` inherits them. They turn what matplotlib, plotly, torch and pandas have into calls of `Writer`'s own methods.
+None of these libraries is imported here: who passes a figure has its library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trackhub.errors import RecordError
+from trackhub.writer.plain_values import key_text, shown
+from trackhub.writer.sdk_values import figure_png
+
+if TYPE_CHECKING:
+    from trackhub.spool.writing import SpoolWriter
+
+__all__ = ["RichCalls"]
+
+_DRAWING_S = 10.0
+_can_draw_plotly: bool | None = None  # None until the first figure. To fail takes seconds, so it is tried once.
+
+
+class RichCalls:
+    """The methods of `Writer` that call its other methods."""
+
+    _spool: SpoolWriter | None
+
+    def log_figure(self, key: str, figure: Any, step: int | None = None, caption: str = "") -> None:
+        """Log a figure of matplotlib or plotly, such as a confusion matrix, an ROC or a PR curve.
+
+        matplotlib's becomes an image. plotly's becomes an HTML file, the artifact ``<key>.html``, which loads plotly.js
+        from its network. It becomes an image as well if kaleido is installed and draws it within 10 s.
+
+        Args:
+            key: the figure's key.
+            figure: a figure; or what has one: matplotlib's axes, or a display of scikit-learn that was plotted.
+            step: as for ``log``.
+            caption: a line of text below the image.
+
+        Raises:
+            RecordError, SpoolError: only if strict, as for ``log``.
+        """
+        if self._spool is None:
+            return
+        with self._counting_errors("log_figure", key):
+            found = _figure_of(figure)
+            if hasattr(found, "savefig"):
+                self.log_image(key, figure_png(found, {"bbox_inches": "tight"}), step, caption)
+            else:
+                self._log_plotly(key, found, step, caption)
+
+    def log_images(
+        self,
+        key: str,
+        images: Any,
+        step: int | None = None,
+        *,
+        captions: Sequence[str] = (),
+        columns: int | None = None,
+    ) -> None:
+        """Log several images, each under a key such as ``<key>/0``; or all as one, a grid under the key itself.
+
+        Args:
+            key: what their keys begin with.
+            images: a sequence of images, or a batch ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``. Each is as for
+                ``log_image``.
+            step: as for ``log``.
+            captions: a line of text for each image. In a grid, they become one caption.
+            columns: how many images are in a row of the grid; None for no grid.
+
+        Raises:
+            RecordError, SpoolError: only if strict, as for ``log``.
+        """
+        if self._spool is None:
+            return
+        with self._counting_errors("log_images", key):
+            each, texts = list(images), list(captions)
+            if not each:
+                raise RecordError(f"log_images({shown(key)}): there is no image; expected one or more")
+            if columns is not None:
+                from trackhub.writer.images import grid_of  # lazy, with Pillow
+
+                self.log_image(key, grid_of(str(key), each, columns), step, ", ".join(map(str, texts)))
+                return
+            texts += [""] * (len(each) - len(texts))
+            for i, (image, text) in enumerate(zip(each, texts, strict=False)):
+                self.log_image(f"{key_text(key)}/{i}", image, step, text)
+
+    def log_model_histograms(
+        self,
+        model: Any,
+        step: int | None = None,
+        *,
+        prefix: str = "parameters",
+        gradients: bool = False,
+        bins: int = 30,
+    ) -> None:
+        """Log a histogram of each parameter of a model, under keys such as ``parameters/conv1.weight``.
+
+        Args:
+            model: a torch module, a Keras model, or a mapping of name to array, such as a ``state_dict``.
+            step: as for ``log``.
+            prefix: what the keys begin with.
+            gradients: log the gradients as well, under ``gradients/``. Parameters without one are left out.
+            bins: how many bins each histogram has.
+
+        Raises:
+            RecordError, SpoolError: only if strict, as for ``log``.
+        """
+        if self._spool is None:
+            return
+        with self._counting_errors("log_model_histograms", prefix):
+            for name, values in _parameters_of(model):
+                self.log_histogram(f"{prefix}/{name}", values, step, bins=bins)
+                gradient = getattr(values, "grad", None) if gradients else None
+                if gradient is not None:
+                    self.log_histogram(f"gradients/{name}", gradient, step, bins=bins)
+
+    def _log_plotly(self, key: str, figure: Any, step: int | None, caption: str) -> None:
+        global _can_draw_plotly
+        with tempfile.TemporaryDirectory(prefix="trackhub-") as folder:
+            path = Path(folder, "figure.html")
+            path.write_text(figure.to_html(include_plotlyjs="cdn"), encoding="utf-8")
+            self.log_artifact(path, f"{key}.html", "figure")
+        if _can_draw_plotly is None:
+            _can_draw_plotly = importlib.util.find_spec("kaleido") is not None
+        if _can_draw_plotly:
+            png = _drawn(figure)
+            _can_draw_plotly = png is not None
+            if png is not None:
+                self.log_image(key, png, step, caption)
+
+    @contextlib.contextmanager
+    def _counting_errors(self, method: str, key: Any) -> Any:
+        """Count the call if what is in the block raises, as for any log call."""
+        try:
+            yield
+        except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
+            self._refuse(method, e, key)
+
+    if TYPE_CHECKING:  # what `Writer` has
+        log_image: Callable[..., None]
+        log_histogram: Callable[..., None]
+        log_artifact: Callable[[str | os.PathLike[str], str | None, str], None]
+
+        def _refuse(self, method: str, error: Exception, key: Any = None) -> None: ...
+
+
+def _drawn(figure: Any) -> bytes | None:
+    """Return a figure of plotly as a PNG file, drawn by kaleido. None if that fails, or takes too long for training.
+
+    kaleido starts a browser, which may be missing or may hang.
+    """
+    found: list[bytes] = []
+
+    def draw() -> None:
+        with contextlib.suppress(Exception):  # the HTML file is logged
+            found.append(figure_png(figure))
+
+    thread = threading.Thread(target=draw, name="trackhub-plotly", daemon=True)
+    thread.start()
+    thread.join(_DRAWING_S)
+    return found[0] if found else None
+
+
+def _figure_of(value: Any) -> Any:
+    """Return the figure that this is or has.
+
+    Raises:
+        RecordError: it is none, and has none.
+    """
+    for found in (value, getattr(value, "figure_", None), getattr(value, "figure", None)):
+        if hasattr(found, "savefig") or (hasattr(found, "to_html") and hasattr(found, "to_plotly_json")):
+            return found
+    raise RecordError(f"{shown(value)} is a {type(value).__name__}; expected a figure of matplotlib or plotly")
+
+
+def _parameters_of(model: Any) -> list[tuple[str, Any]]:
+    """Return name and values of each parameter.
+
+    Raises:
+        RecordError: it has none.
+    """
+    if callable(getattr(model, "named_parameters", None)):
+        return list(model.named_parameters())
+    if isinstance(model, Mapping):
+        return [(key_text(name), values) for name, values in model.items()]
+    if isinstance(weights := getattr(model, "weights", None), list):  # Keras
+        return [(weight.path, weight.numpy()) for weight in weights]
+    raise RecordError(f"{shown(model)} is a {type(model).__name__}; expected a torch module, or name to array")
