@@ -398,7 +398,7 @@ class Receiver:
         self._journal.set_facts({"status": status})
 
     def assume_ended(self, site: str) -> None:
-        """Assume that a site's training ended well, unless it said otherwise: no final message came, as a replay knows."""
+        """Assume that a site's training ended well, unless it said otherwise. A replay knows that no message came."""
         self.sites.assume_ended(site)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
