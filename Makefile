@@ -23,7 +23,7 @@ $(INSTALLED): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "trackhub needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 setup")'
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[flare,cli,tables,testing,jobs,dev]' $(addprefix -e ,$(BACKENDS))
+	$(BIN)/python -m pip install -e '.[flare,cli,report,tables,testing,jobs,dev]' $(addprefix -e ,$(BACKENDS))
 	@touch $@
 
 demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say how to look at the result

@@ -17,7 +17,7 @@ from trackhub.errors import TrackhubError
 
 __all__ = ["run"]
 
-_COMMANDS = ("backends", "attach", "check", "new-backend", "status", "watch", "export", "replay", "prune")
+_COMMANDS = ("backends", "attach", "check", "new-backend", "status", "watch", "report", "export", "replay", "prune")
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as shells do it
 
 

@@ -51,8 +51,8 @@ class PruneResult(NamedTuple):
 def prune_journal(path: Path) -> PruneResult:
     """Remove the records of each site that all backends are done with. Blocks while the file is written anew.
 
-    A site's records stay if one is pending or its run is not finished at a backend, if each backend rejected some, or
-    if the site may hold more. May be killed at any moment, and called again.
+    A site's records stay if one is pending at a backend, or its run there is not finished. They stay as well if each
+    backend rejected some, or if the site may hold more. May be killed at any moment, and called again.
 
     Args:
         path: the journal of a job that has ended.

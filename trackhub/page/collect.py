@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads jobs for the report page: every record once, into what the page shows of it.
+
+`trackhub.page.render` calls it. However large the jobs are, what is kept has a limit: curves are reduced to some
+points, and of images, texts and tables the last ones stay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trackhub.page.downsample import Curve, Series
+from trackhub.query import StoredJob
+from trackhub.query.tidy import flat
+from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record, Table, Tags, Text
+
+__all__ = ["Logged", "RunData", "SeriesData", "collect"]
+
+MAX_KEYS = 2000
+"""Most keys of a site of each kind that the page shows. The page says how many it leaves out."""
+
+MAX_IMAGES = 6
+MAX_ARTIFACTS = 200
+_MAX_ROUNDS = 5000
+
+
+@dataclass(slots=True)
+class Logged:
+    """A payload with the place that it was logged at."""
+
+    step: int | None
+    round: int | None
+    time: float
+    payload: Any
+    count: int = 1  # how many were logged under this key
+
+
+@dataclass(slots=True)
+class SeriesData:
+    """One key of one site, as the page draws it. The attributes are those of `Series`."""
+
+    count: int
+    nonfinite: int
+    by_round: dict[int, float]
+    first: float
+    last: float
+    low: float
+    high: float
+    curve: Curve
+
+
+@dataclass(slots=True)
+class RunData:
+    """What one site logged in one job.
+
+    Attributes:
+        job: the job's place in the list of jobs.
+        site: the site's name.
+        records: how many records it has.
+        began, ended: unix seconds of its first and its last record.
+        metrics: by key.
+        rounds: for each round, unix seconds of the first and the last record in it.
+        params, tags: the last value of each key.
+        texts, tables, histograms: the last one of each key.
+        images: the last ones of each key.
+        artifacts: the last ones.
+        left_out: how many values and payloads are not kept, since the site has too many keys.
+    """
+
+    job: int
+    site: str
+    records: int = 0
+    began: float = 0.0
+    ended: float = 0.0
+    metrics: dict[str, SeriesData] = field(default_factory=dict)
+    rounds: dict[int, tuple[float, float]] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, Logged] = field(default_factory=dict)
+    tables: dict[str, Logged] = field(default_factory=dict)
+    histograms: dict[str, Logged] = field(default_factory=dict)
+    images: dict[str, deque[Logged]] = field(default_factory=dict)
+    artifacts: deque[Logged] = field(default_factory=lambda: deque(maxlen=MAX_ARTIFACTS))
+    left_out: int = 0
+
+
+def collect(jobs: Mapping[int, StoredJob], max_points: int) -> Iterator[RunData]:
+    """Yield what each site of each job logged.
+
+    Args:
+        jobs: the jobs, by their place on the page.
+        max_points: most points of a curve.
+
+    Raises:
+        JournalError: a journal cannot be read any more.
+    """
+    for number, job in jobs.items():
+        for site in job.sites:
+            run = RunData(number, site)
+            series: dict[str, Series] = {}
+            for _, _, record in job.records(site):
+                _take(run, series, record)
+            run.metrics = {key: _finished(found, max_points) for key, found in series.items()}
+            yield run
+
+
+def _finished(found: Series, max_points: int) -> SeriesData:
+    curve = found.curve(max_points)
+    rounds = dict(sorted(found.by_round.items()))
+    return SeriesData(found.count, found.nonfinite, rounds, found.first, found.last, found.low, found.high, curve)
+
+
+def _take(run: RunData, series: dict[str, Series], record: Record) -> None:
+    time, step, round_, payload = record.time, record.step, record.round, record.payload
+    run.began = min(run.began, time) if run.records else time
+    run.ended = max(run.ended, time)
+    run.records += 1
+    if round_ is not None:
+        first, last = run.rounds.get(round_, (time, time))
+        if round_ in run.rounds or len(run.rounds) < _MAX_ROUNDS:
+            run.rounds[round_] = min(first, time), max(last, time)
+    if isinstance(payload, Metrics):
+        for key, value in payload.values.items():
+            found = series.get(key)
+            if found is None:
+                if len(series) >= MAX_KEYS:
+                    run.left_out += 1
+                    continue
+                found = series[key] = Series()
+            found.add(step, round_, time, value)
+    else:
+        _take_other(run, Logged(step, round_, time, payload))
+
+
+def _take_other(run: RunData, logged: Logged) -> None:
+    match logged.payload:
+        case Params(values):
+            _take_last(run, run.params, dict(flat(values)))
+        case Tags(values):
+            _take_last(run, run.tags, values)
+        case Image(key):
+            if key in run.images or len(run.images) < MAX_KEYS:
+                run.images.setdefault(key, deque(maxlen=MAX_IMAGES)).append(logged)
+            else:
+                run.left_out += 1
+        case Artifact():
+            run.artifacts.append(logged)
+        case Text(key):
+            _take_payload(run, run.texts, key, logged)
+        case Table(key):
+            _take_payload(run, run.tables, key, logged)
+        case Histogram(key):
+            _take_payload(run, run.histograms, key, logged)
+
+
+def _take_last(run: RunData, kept: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key in kept or len(kept) < MAX_KEYS:
+            kept[key] = value
+        else:
+            run.left_out += 1
+
+
+def _take_payload(run: RunData, kept: dict[str, Logged], key: str, logged: Logged) -> None:
+    if key in kept:
+        logged.count = kept[key].count + 1
+    elif len(kept) >= MAX_KEYS:
+        run.left_out += 1
+        return
+    kept[key] = logged

@@ -1,0 +1,225 @@
+"use strict";
+// Draws the charts of the report page with plotly.js, from the JSON in the element `data`. It draws a chart when it comes
+// into view, and again when a control or the colour scheme changes. Texts of sites reach the page as text nodes only.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const LIGHT = ["#2264c8", "#d1570f", "#1c8653", "#a0429c", "#a17400", "#0b879b", "#c42f4e", "#5b5fc7", "#6a7d12", "#87583a"];
+  const DARK = ["#78acff", "#ff9d66", "#62d29b", "#e28fdb", "#e2bf55", "#58cbdc", "#ff7d95", "#a8abff", "#bccb62", "#d3a486"];
+  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+  const BORDERS = ["solid", "dashed", "dotted", "double", "groove", "ridge"];
+  const state = { axis: "step", log: false, hidden: new Set(), jobs: new Set(), printing: false };
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const coarse = matchMedia("(pointer: coarse)").matches;
+  const several = data.jobs.length > 1;
+  const drawn = new Map();
+
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const isDark = () => dark.matches && !state.printing;
+  const nth = (place) => (isDark() ? DARK : LIGHT)[Math.max(0, place) % LIGHT.length];
+  // A site has one colour on the whole page. Dashes tell jobs apart; with one job, the second ten sites from the first.
+  // Jobs of the same one site have the colours, since dashes are hard to see on a noisy curve.
+  const byJob = several && data.sites.length === 1;
+  const colour = (line) => nth(byJob ? line.job : data.sites.indexOf(line.site));
+  const dash = (line) => (byJob ? "solid" : DASHES[(several ? line.job : Math.floor(data.sites.indexOf(line.site) / LIGHT.length)) % DASHES.length]);
+  // plotly.js reads some HTML in labels. With entities in place of these characters it shows any text as it is.
+  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const label = (line) => (several ? `${data.jobs[line.job]} · ${line.site}` : line.site);
+  const format = (value) => (value === null || value === undefined ? "" : Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5))));
+
+  function unit(charts) {
+    const longest = Math.max(1, ...charts.lines.map((line) => line.t.reduce((a, b) => Math.max(a, b), 0)));
+    return longest > 10800 ? [3600, "hours"] : longest > 180 ? [60, "minutes"] : [1, "seconds"];
+  }
+
+  function points(line, seconds) {
+    if (state.axis === "round" && line.r.length) return [line.r, line.ry];
+    if (state.axis === "time") return sorted(line.t.map((t) => t / seconds), line.y);
+    const steps = line.x.map((x, i) => (x === null ? i : x));
+    return sorted(steps, line.y);
+  }
+
+  function sorted(x, y) {
+    if (x.every((value, i) => i === 0 || x[i - 1] <= value)) return [x, y];
+    const order = x.map((_, i) => i).sort((a, b) => x[a] - x[b] || a - b);
+    return [order.map((i) => x[i]), order.map((i) => y[i])];
+  }
+
+  const shown = (line) => !state.hidden.has(line.site) && !state.jobs.has(line.job);
+
+  function lineTraces(chart) {
+    const [seconds, name] = unit(chart);
+    const traces = chart.lines.map((line) => {
+      const [x, y] = points(line, seconds);
+      return {
+        x, y, name: plain(label(line)), visible: shown(line), type: "scatter",
+        mode: x.length < 2 ? "markers" : x.length <= 40 ? "lines+markers" : "lines", marker: { size: x.length < 2 ? 7 : 4 },
+        line: { width: x.length > 600 ? 1.2 : 1.8, color: colour(line), dash: dash(line) },
+        hovertemplate: "%{y:.5g}",
+      };
+    });
+    const hasRounds = chart.lines.some((line) => line.r.length);
+    const title = state.axis === "time" ? `${name} since the start` : state.axis === "round" && hasRounds ? "round" : "step";
+    return [traces, title];
+  }
+
+  function bandTraces(chart) {
+    const traces = [];
+    for (const band of chart.bands) {
+      if (state.jobs.has(band.job)) continue;
+      const base = several ? nth(band.job) : css("--accent");
+      const about = several ? plain(data.jobs[band.job]) + " " : "";
+      const fill = several ? base + "26" : css("--band");
+      const edge = { type: "scatter", mode: "lines", line: { width: 0, color: base }, hovertemplate: "%{y:.5g}" };
+      traces.push({ ...edge, x: band.r, y: band.low, name: about + "lowest" });
+      traces.push({ ...edge, x: band.r, y: band.high, name: about + "highest", fill: "tonexty", fillcolor: fill });
+      traces.push({
+        x: band.r, y: band.mean, name: about + "mean", type: "scatter", mode: band.r.length <= 40 ? "lines+markers" : "lines",
+        line: { width: 2.4, color: base }, marker: { size: 5 }, hovertemplate: "%{y:.5g}",
+      });
+    }
+    return [traces, "round"];
+  }
+
+  function histogramTraces(chart) {
+    const traces = chart.lines.map((line) => ({
+      x: line.edges, y: [...line.counts, 0], name: plain(label(line)), visible: shown(line), type: "scatter", mode: "lines",
+      line: { width: 1.6, color: colour(line), shape: "hv", dash: dash(line) },
+      fill: "tozeroy", fillcolor: colour(line) + "22", hovertemplate: "%{y:.5g}",
+    }));
+    return [traces, "value"];
+  }
+
+  const makers = { lines: lineTraces, band: bandTraces, histogram: histogramTraces };
+
+  function draw(place) {
+    const element = drawn.get(place), chart = data.charts[place];
+    const [traces, title] = makers[chart.type](chart);
+    const axis = {
+      gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, tickfont: { color: css("--soft"), size: 11 },
+      automargin: true, fixedrange: coarse, exponentformat: "power", nticks: 6,
+    };
+    const layout = {
+      margin: { l: 8, r: 10, t: 8, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: css("--ink") },
+      hovermode: "x unified", dragmode: coarse ? false : "zoom",
+      hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 }, namelength: 40 },
+      xaxis: { ...axis, showgrid: false, title: { text: title, font: { size: 12, color: css("--soft") }, standoff: 6 }, hoverformat: title === "step" || title === "round" ? "d" : ".3~f" },
+      yaxis: { ...axis, type: state.log && chart.type !== "histogram" ? "log" : "linear" },
+      height: element.clientHeight || 230,
+    };
+    if (state.printing) layout.width = 330;
+    const ends = traces.flatMap((trace) => (trace.x.length ? [trace.x[0], trace.x[trace.x.length - 1]] : []));
+    // Whole rounds and steps only: a tick at 0.5 would name one that is none.
+    if ((title === "round" || title === "step") && Math.max(...ends) - Math.min(...ends) <= 8) layout.xaxis.dtick = 1;
+    Plotly.react(element, traces, layout, { displayModeBar: false, displaylogo: false, responsive: true });
+  }
+
+  const redraw = () => { for (const place of drawn.keys()) draw(place); paint(); };
+
+  function paint() {
+    for (const element of document.querySelectorAll(".swatch[data-site]")) element.style.background = nth(data.sites.indexOf(element.dataset.site));
+    for (const element of document.querySelectorAll(".line[data-dash]")) {
+      if (byJob) element.style.borderTopColor = nth(Number(element.dataset.dash));
+      else element.style.borderTopStyle = BORDERS[element.dataset.dash % BORDERS.length];
+    }
+  }
+
+  function table(heads, rows) {
+    const made = document.createElement("table");
+    const head = made.createTHead().insertRow();
+    for (const text of heads) {
+      const cell = document.createElement("th");
+      cell.scope = "col"; cell.className = "n"; cell.textContent = text;
+      head.append(cell);
+    }
+    const body = made.createTBody();
+    for (const row of rows) {
+      const line = body.insertRow();
+      for (const value of row) { const cell = line.insertCell(); cell.className = "n"; cell.textContent = format(value); }
+    }
+    return made;
+  }
+
+  // What a chart shows, as a table: a row for each step, or each round, and a column for each line.
+  function values(chart) {
+    if (chart.type === "histogram") {
+      return table(["from", "to", ...chart.lines.slice(0, 1).map(label)], chart.lines[0].counts.map((n, i) => [chart.lines[0].edges[i], chart.lines[0].edges[i + 1], n]));
+    }
+    if (chart.type === "band") {
+      const heads = chart.bands.flatMap((band) => ["mean", "lowest", "highest", ...(band.sites.length ? ["sites"] : [])].map((name) => (several ? `${data.jobs[band.job]} ${name}` : name)));
+      const rounds = [...new Set(chart.bands.flatMap((band) => band.r))].sort((a, b) => a - b);
+      return table(["round", ...heads], rounds.map((r) => [r, ...chart.bands.flatMap((band) => {
+        const i = band.r.indexOf(r);
+        return [band.mean[i], band.low[i], band.high[i], ...(band.sites.length ? [band.sites[i]] : [])];
+      })]));
+    }
+    const byRound = chart.lines.every((line) => line.r.length);
+    const rows = new Map();
+    chart.lines.forEach((line, column) => {
+      const x = byRound ? line.r : line.x.map((step, i) => (step === null ? i : step)), y = byRound ? line.ry : line.y;
+      x.forEach((at, i) => { if (!rows.has(at)) rows.set(at, new Array(chart.lines.length).fill(null)); rows.get(at)[column] = y[i]; });
+    });
+    let keys = [...rows.keys()].sort((a, b) => a - b);
+    if (keys.length > 400) { const every = Math.ceil(keys.length / 400); keys = keys.filter((_, i) => i % every === 0 || i === keys.length - 1); }
+    return table([byRound ? "round (last value)" : "step", ...chart.lines.map(label)], keys.map((key) => [key, ...rows.get(key)]));
+  }
+
+  for (const details of document.querySelectorAll("details[data-values]")) {
+    details.addEventListener("toggle", () => {
+      const box = details.querySelector(".scroll");
+      if (details.open && !box.firstChild) box.append(values(data.charts[details.dataset.values]));
+    });
+  }
+
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      seen.unobserve(entry.target);
+      drawn.set(Number(entry.target.dataset.chart), entry.target);
+      draw(Number(entry.target.dataset.chart));
+    }
+  }, { rootMargin: "400px" });
+  for (const element of document.querySelectorAll(".chart")) seen.observe(element);
+
+  function find(text) {
+    const wanted = text.trim().toLowerCase();
+    let count = 0;
+    for (const group of document.querySelectorAll(".group")) {
+      let any = false;
+      for (const card of group.querySelectorAll(".card")) {
+        card.hidden = !card.dataset.key.toLowerCase().includes(wanted);
+        if (!card.hidden) { any = true; count += 1; }
+      }
+      group.hidden = !any;
+    }
+    document.getElementById("found").textContent = wanted ? `${count} charts found` : "";
+  }
+
+  const controls = document.getElementById("controls");
+  if (controls) {
+    controls.addEventListener("submit", (event) => event.preventDefault());
+    controls.addEventListener("change", () => {
+      state.axis = controls.elements.axis.value;
+      state.log = controls.elements.log.checked;
+      redraw();
+    });
+    controls.elements.find.addEventListener("input", (event) => find(event.target.value));
+    controls.addEventListener("click", (event) => {
+      const chip = event.target.closest(".chip");
+      if (!chip) return;
+      const on = chip.getAttribute("aria-pressed") !== "true";
+      chip.setAttribute("aria-pressed", String(on));
+      const [set, value] = chip.dataset.toggle === "job" ? [state.jobs, Number(chip.dataset.job)] : [state.hidden, chip.dataset.site];
+      if (on) set.delete(value); else set.add(value);
+      redraw();
+    });
+  }
+  dark.addEventListener("change", redraw);
+  addEventListener("beforeprint", () => {
+    state.printing = true;
+    for (const element of document.querySelectorAll(".chart")) if (drawn.size < 120) drawn.set(Number(element.dataset.chart), element);
+    redraw();
+  });
+  addEventListener("afterprint", () => { state.printing = false; redraw(); });
+  paint();
+})();

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the template of the report page shows, as plain values: headers, tables and media. Charts are in `charts`.
+
+`trackhub.page.render` calls it with what `collect` and `federation` found.
+"""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from trackhub.delivery.report import (
+    DeliveryReport,
+    RunReport,
+    SiteReport,
+    format_confirmed,
+    format_counted,
+    format_logged,
+)
+from trackhub.page.collect import Logged, RunData
+from trackhub.page.federation import members, participation
+from trackhub.query import StoredJob
+from trackhub.query.tidy import text_of
+from trackhub.run import FEDERATION
+
+__all__ = ["deliveries", "final_values", "job_rows", "media", "param_tables", "rounds_of"]
+
+MAX_IMAGE_BYTES = 2 << 20
+MAX_IMAGES_BYTES = 12 << 20
+MAX_TABLE_ROWS = 50
+SLOW = 1.5
+"""A site is called slow if its rounds typically take so many times as long as those of the median site."""
+
+_MAX_TEXT_CHARS = 4000
+_MAX_CELL_CHARS = 300
+_MAX_TILES = 40
+_IMAGE_TYPES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
+
+
+def label_of(run: RunData, jobs: Sequence[str]) -> str:
+    """Return how the page calls a run: its site, behind its job's name if there are several jobs."""
+    return run.site if len(jobs) == 1 else f"{jobs[run.job]} · {run.site}"
+
+
+def job_rows(jobs: Sequence[StoredJob], names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Return a row for each job: what it is called, how it ended, when, and how large it is."""
+    rows = []
+    for number, job in enumerate(jobs):
+        own = [run for run in runs if run.job == number]
+        began, ended = min((r.began for r in own), default=0.0), max((r.ended for r in own), default=0.0)
+        rows.append(
+            {
+                "name": names[number],
+                "id": job.id,
+                "status": job.status,
+                "notes": job.notes,
+                "tags": job.tags,
+                "began": began,
+                "seconds": ended - began,
+                "sites": len(members(own)),
+                "rounds": len({r for run in own for r in run.rounds}),
+                "records": sum(run.records for run in own),
+            }
+        )
+    return rows
+
+
+def rounds_of(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """Return who took part in which round of one job, and who was slow. None if there are no rounds, or one site."""
+    found = participation(runs)
+    if len(found) < 2:
+        return None
+    rounds = sorted({r for site in found for r in site.rounds})
+    shown = rounds if len(rounds) <= 60 else []
+    sites = [
+        {
+            "name": site.site,
+            "count": len(site.rounds),
+            "share": 100 * len(site.rounds) / len(rounds),
+            "cells": [r in there for r in shown],
+            "slowest": site.slowest,
+            "typical_s": site.typical_s,
+            "factor": site.factor,
+            "slow": site.factor is not None and site.factor >= SLOW,
+            "mostly_slowest": site.slowest is not None and site.slowest > len(rounds) / 2,
+            "absent": len(site.rounds) < len(rounds),
+        }
+        for site in found
+        for there in [set(site.rounds)]
+    ]
+    return {"rounds": rounds, "shown": shown, "sites": sites, "timed": found[0].typical_s is not None}
+
+
+def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Return a row for each key: the last value of each run, and over all of them the lowest and the highest value."""
+    keys = sorted({key for run in runs if run.site != FEDERATION for key in run.metrics})
+    rows = []
+    for key in keys:
+        found = [run.metrics.get(key) for run in runs if run.site != FEDERATION]
+        there = [series for series in found if series is not None]
+        rows.append(
+            {
+                "key": key,
+                "last": [None if series is None else series.last for series in found],
+                "low": min(series.low for series in there),
+                "high": max(series.high for series in there),
+                "count": sum(series.count for series in there),
+                "nonfinite": sum(series.nonfinite for series in there),
+            }
+        )
+    return rows
+
+
+def param_tables(runs: Sequence[RunData], names: Sequence[str], *, tags: bool = False) -> dict[str, Any]:
+    """Return the params that differ, with a column for each job or run, and those that are the same everywhere.
+
+    A column is a whole job where the sites of each job agree.
+    """
+    values = [{key: _short(text_of(v)) for key, v in (run.tags if tags else run.params).items()} for run in runs]
+    having = [(run, found) for run, found in zip(runs, values, strict=True) if found]
+    keys = sorted({key for _, found in having for key in found})
+    differing = [key for key in keys if len({found.get(key) for _, found in having}) > 1]
+    by_job: dict[int, list[dict[str, str]]] = {}
+    for run, found in having:
+        by_job.setdefault(run.job, []).append(found)
+    agree = all(len({found.get(key) for found in job}) == 1 for job in by_job.values() for key in differing)
+    if agree:
+        columns = [(names[job], found[0]) for job, found in by_job.items()]
+    else:
+        columns = [(label_of(run, names), found) for run, found in having]
+    return {
+        "columns": [name for name, _ in columns],
+        "differing": [(key, [found.get(key, "") for _, found in columns]) for key in differing],
+        "same": [(key, having[0][1][key]) for key in keys if key not in differing],
+    }
+
+
+def _short(text: str, limit: int = _MAX_CELL_CHARS) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def deliveries(jobs: Sequence[StoredJob], names: Sequence[str]) -> dict[str, Any]:
+    """Return what became of the records: a row for each receiver, site and backend, and one sentence over all."""
+    rows: list[dict[str, Any]] = []
+    for number, job in enumerate(jobs):
+        for receiver, report in job.reports.items():
+            for name, site in sorted(report.sites.items()):
+                base = {"job": names[number], "receiver": receiver, "site": name, "logged": format_logged(site)}
+                lanes = [(b, found[name]) for b, found in sorted(report.lanes.items()) if name in found]
+                rows += [base | _lane_cells(backend, run, site) for backend, run in lanes] or [
+                    base | {"backend": "none", "confirmed": "", "pending": 0, "lost": 0, "remarks": _remarks(site)}
+                ]
+    reports = [report for job in jobs for report in job.reports.values()]
+    return {"rows": rows, "summary": _summary(reports), "good": all(report.is_complete() for report in reports)}
+
+
+def _lane_cells(backend: str, run: RunReport, site: SiteReport) -> dict[str, Any]:
+    remarks = [f"rejected: {n:,} ({reason})" for reason, n in run.rejected.items()] + _remarks(site)
+    if run.last_error and run.pending:
+        remarks.append(_short(run.last_error.splitlines()[0], 160))
+    lost = sum(run.rejected.values())
+    confirmed = format_confirmed(run)
+    return {"backend": backend, "confirmed": confirmed, "pending": run.pending, "lost": lost, "remarks": remarks}
+
+
+def _remarks(site: SiteReport) -> list[str]:
+    counts = site.at_site
+    found = [f"dropped at the site: {n:,} ({reason})" for reason, n in counts.dropped.items()] if counts else []
+    found += [f"refused: {n:,} ({reason})" for reason, n in site.all_refused().items()]
+    return (
+        found
+        + ([f"in the site's spool: {counts.spooled:,}"] if counts and counts.spooled else [])
+        + format_counted(site)
+    )
+
+
+def _summary(reports: Sequence[DeliveryReport]) -> str:
+    journaled = sum(site.journaled for report in reports for site in report.sites.values())
+    lost, left = sum(report.lost() for report in reports), sum(report.undelivered() for report in reports)
+    if all(report.is_complete() for report in reports):
+        return f"All {journaled:,} records are confirmed by every backend."
+    parts = [f"{journaled:,} records arrived"]
+    parts += [f"{left:,} are not delivered yet"] * bool(left) + [f"{lost:,} were dropped, refused or rejected"] * bool(
+        lost
+    )
+    if not all(report.balanced for report in reports):
+        parts.append("not all counts are known")
+    return "; ".join(parts) + "."
+
+
+def media(jobs: Mapping[int, StoredJob], runs: Sequence[RunData], names: Sequence[str]) -> dict[str, Any]:
+    """Return images, tables, texts and artifacts, and how many images are left out for the page's size."""
+    images, left_out = _images(jobs, runs, names)
+
+    def each(attribute: str) -> Iterator[dict[str, Any]]:
+        for key in _keys(getattr(run, attribute) for run in runs):
+            for run in runs:
+                logged: Logged | None = getattr(run, attribute).get(key)
+                if logged is not None:
+                    yield {"key": key, "run": label_of(run, names), **_place(logged), "logged": logged}
+
+    return {
+        "images": images,
+        "images_left_out": left_out,
+        "tables": [found | _table(found["logged"]) for found in each("tables")],
+        "texts": [found | {"text": _short(found["logged"].payload.text, _MAX_TEXT_CHARS)} for found in each("texts")],
+        "artifacts": [
+            {"run": label_of(run, names), **_place(logged), "artifact": logged.payload}
+            for run in runs
+            for logged in run.artifacts
+        ],
+    }
+
+
+def _images(
+    jobs: Mapping[int, StoredJob], runs: Sequence[RunData], names: Sequence[str]
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the images by key, and how many are left out."""
+    images, left_out, room = [], 0, MAX_IMAGES_BYTES
+    for key in _keys(run.images for run in runs):
+        tiles: list[dict[str, Any]] = []
+        for run in runs:
+            for logged in run.images.get(key, ()):
+                data = _image(jobs[run.job], run.site, logged) if len(tiles) < _MAX_TILES else None
+                if data is None or len(data) > room:
+                    left_out += 1
+                    continue
+                room -= len(data)
+                tiles.append({"run": label_of(run, names), "data": data, **_place(logged), "image": logged.payload})
+        if tiles:
+            images.append({"key": key, "tiles": tiles})
+    return images, left_out
+
+
+def _keys(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted({key for by_key in found for key in by_key})
+
+
+def _place(logged: Logged) -> dict[str, Any]:
+    return {"step": logged.step, "round": logged.round}
+
+
+def _image(job: StoredJob, site: str, logged: Logged) -> str | None:
+    """Return an image as a data URL. None if it is not there, too large, or neither PNG nor JPEG."""
+    path = job.blob_path(site, logged.payload.blob)
+    if path is None or path.stat().st_size > MAX_IMAGE_BYTES:
+        return None
+    data = path.read_bytes()
+    # By its content: a page must not open what a site merely calls an image, such as SVG, which may hold a script.
+    kind = next((name for start, name in _IMAGE_TYPES if data.startswith(start)), None)
+    return None if kind is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _table(logged: Logged) -> dict[str, Any]:
+    rows = [[_short(text_of(cell)) for cell in row] for row in logged.payload.rows[:MAX_TABLE_ROWS]]
+    return {"columns": logged.payload.columns, "rows": rows, "all_rows": len(logged.payload.rows)}
+
+
+def mean_of_last(runs: Sequence[RunData], key: str) -> float | None:
+    """Return the mean of the sites' last values of a key; None if no site has it."""
+    found = [run.metrics[key].last for run in members(runs) if key in run.metrics]
+    return statistics.fmean(found) if found else None
