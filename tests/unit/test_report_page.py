@@ -124,23 +124,35 @@ def test_the_band_is_that_of_numpy_over_the_sites_and_says_who_worked_it_out(tmp
 
 
 def test_a_federation_run_is_shown_as_it_is_and_nothing_is_worked_out(tmp_path: Path) -> None:
-    """Its numbers are not those of the sites, to tell the two apart. Its count of slow sites is not contradicted."""
-    stored = {"val/acc/mean": 7.0, "val/acc/min": 6.0, "val/acc/max": 8.0, "val/acc/std": 0.5, "fl/round_s": 3.0}
-    runs: dict[str, Sequence[Any]] = {
-        "s1": accuracy(A),
-        "s2": accuracy(B),
-        "federation": [(r, Metrics(stored)) for r in range(3)],
-    }
+    """Its numbers are not those of the sites, to tell the two apart. It knows of a site that logged nothing."""
+    stored = {"val/acc/mean": 7.0, "val/acc/min": 6.0, "val/acc/max": 8.0, "val/acc/std": 0.5, "val/acc/count": 2.0}
+    stored |= {"val/acc/weighted_mean": 7.5, "fl/round_seconds": 9.0, "aggregated/acc": 0.4}
+    stored |= {f"fl/sampled/s{n}": 1.0 for n in (1, 2, 3)} | {f"fl/wait_seconds/s{n}": 1.0 * n for n in (1, 2)}
+    stored |= {"fl/result_after_seconds/s1": 2.0, "fl/result_after_seconds/s2": 8.0, "fl/waited_for_seconds/s2": 6.0}
+    runs: dict[str, Sequence[Any]] = {"s1": accuracy(A), "s2": accuracy(B)}
+    runs["federation"] = [(r, Metrics(stored)) for r in range(3)]
 
     page = page_of(job(tmp_path, runs))
 
     (band,) = page.charts("band")["val/acc"]["bands"]
-    assert (band["mean"], band["low"], band["high"]) == ([7.0] * 3, [6.0] * 3, [8.0] * 3)
-    assert {"val/acc/std", "fl/round_s", "val/acc"} == set(page.charts("lines"))
-    assert [line["site"] for line in page.charts("lines")["val/acc"]["lines"]] == ["s1", "s2"]
+    assert (band["mean"], band["low"], band["high"], band["weighted"]) == ([7.0] * 3, [6.0] * 3, [8.0] * 3, [7.5] * 3)
+    assert band["sites"] == [2, 2, 2]
+    lines = {key: [line["site"] for line in chart["lines"]] for key, chart in page.charts("lines").items()}
+    assert lines == {
+        "val/acc": ["s1", "s2"],
+        "aggregated/acc": ["federation"],
+        "fl/round_seconds": ["federation"],
+        "fl/wait_seconds": ["s1", "s2"],
+        "fl/result_after_seconds": ["s1", "s2"],
+        "fl/waited_for_seconds": ["s2"],
+    }
     assert "as the job's federation run has them" in page.text
-    assert "Typical time" not in page.text
-    assert "federation" not in page.row("val/acc")
+    assert "as the server measured it" in page.text
+    assert page.row("s1")[1:4] == ["3 of 3", "2.0 s", "0"]
+    assert page.row("s2")[1:4] == ["3 of 3", "8.0 s slow, 1.6 times", "3"]
+    assert page.row("s3")[1:4] == ["0 of 3", "", "0"]
+    assert page.row("Metric")[1:3] == ["s1", "s2"]
+    assert page.data["sites"] == ["s1", "s2"]
 
 
 def test_final_values_params_and_lines_are_those_that_were_logged(tmp_path: Path) -> None:

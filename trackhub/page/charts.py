@@ -16,30 +16,48 @@ from trackhub.page.federation import Band, bands, own_charts
 from trackhub.page.numbers import number
 from trackhub.run import FEDERATION
 
-__all__ = ["band_charts", "groups", "histogram_charts", "metric_charts"]
+__all__ = ["band_charts", "groups", "histogram_charts", "metric_charts", "own_metric_charts"]
 
 
-def metric_charts(
-    runs: Sequence[RunData], began: Mapping[int, float], *, federation: bool = False
-) -> list[dict[str, Any]]:
+def metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[dict[str, Any]]:
     """Return a chart for each key, with a line for each run.
 
     Args:
         runs: the runs of all jobs.
         began: unix seconds of the first record of each job. Times on the page count from there.
-        federation: the charts of the federation runs, in place of those of the sites.
     """
-    if federation:
-        keys = list(dict.fromkeys(key for job in {r.job for r in runs} for key in own_charts(_of(runs, job))))
-    else:
-        keys = sorted({key for run in runs if run.site != FEDERATION for key in run.metrics}, key=_by_group)
     charts = []
+    keys = sorted({key for run in runs if run.site != FEDERATION for key in run.metrics}, key=_by_group)
     for key in keys:
-        having = [run for run in runs if (run.site == FEDERATION) == federation and key in run.metrics]
-        lines = [_line(run, run.metrics[key], began[run.job]) for run in having]
-        nonfinite = sum(run.metrics[key].nonfinite for run in having)
-        charts.append({"type": "lines", "key": key, "lines": lines, "nonfinite": nonfinite, "says": _says(key, having)})
+        having = [run for run in runs if run.site != FEDERATION and key in run.metrics]
+        charts.append(_chart(key, [(run, run.site, run.metrics[key]) for run in having], began))
     return charts
+
+
+def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Return the charts of the federation runs that are no bands, with a line for each job and site that it is about.
+
+    Args:
+        runs: the runs of all jobs.
+        began: as for `metric_charts`.
+    """
+    found: dict[str, list[tuple[RunData, str, SeriesData]]] = {}
+    for run in runs:
+        if run.site == FEDERATION:
+            for chart in own_charts(_of(runs, run.job)):
+                lines = [(run, about, run.metrics[key]) for about, key in chart.lines.items()]
+                found.setdefault(chart.key, []).extend(lines)
+    return [_chart(key, lines, began) for key, lines in found.items()]
+
+
+def _chart(key: str, found: Sequence[tuple[RunData, str, SeriesData]], began: Mapping[int, float]) -> dict[str, Any]:
+    return {
+        "type": "lines",
+        "key": key,
+        "lines": [_line(run, about, series, began[run.job]) for run, about, series in found],
+        "nonfinite": sum(series.nonfinite for _, _, series in found),
+        "says": _says(key, [(about, series.last) for _, about, series in found]),
+    }
 
 
 def _of(runs: Sequence[RunData], job: int) -> list[RunData]:
@@ -58,11 +76,11 @@ def groups(charts: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, A
     return sorted(found.items(), key=lambda group: (not group[0], group))
 
 
-def _line(run: RunData, series: SeriesData, began: float) -> dict[str, Any]:
+def _line(run: RunData, about: str, series: SeriesData, began: float) -> dict[str, Any]:
     curve = series.curve
     return {
         "job": run.job,
-        "site": run.site,
+        "site": about,
         "n": series.count,
         "x": [int(s) if math.isfinite(s) else None for s in curve.step.tolist()],
         "t": [round(t - began, 3) for t in curve.time.tolist()],
@@ -76,17 +94,16 @@ def _digits(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _says(key: str, runs: Sequence[RunData]) -> str:
+def _says(key: str, last: Sequence[tuple[str, float]]) -> str:
     """Return what a chart shows, for who cannot see it."""
-    last = {run.site: run.metrics[key].last for run in runs}
-    if len(runs) <= 4:
-        ends = ", ".join(f"{run.site} ends at {number(run.metrics[key].last)}" for run in runs)
+    if len(last) <= 4:
+        ends = ", ".join(f"{about} ends at {number(value)}" for about, value in last)
     else:
-        finite = [value for value in last.values() if math.isfinite(value)]
+        finite = [value for _, value in last if math.isfinite(value)]
         ends = (
             f"the last values are from {number(min(finite))} to {number(max(finite))}" if finite else "no finite value"
         )
-    return f"Line chart of {key}, {len(runs)} {'line' if len(runs) == 1 else 'lines'}: {ends}."
+    return f"Line chart of {key}, {len(last)} {'line' if len(last) == 1 else 'lines'}: {ends}."
 
 
 def band_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -114,6 +131,7 @@ def _band(job: int, band: Band) -> dict[str, Any]:
     values = {"mean": band.mean, "low": band.low, "high": band.high}
     return {
         "job": job,
+        "weighted": [None if v is None else _digits(v) for v in band.weighted],
         "r": band.rounds,
         "sites": band.sites,
         **{k: [_digits(v) for v in found] for k, found in values.items()},

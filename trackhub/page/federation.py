@@ -14,10 +14,14 @@ from typing import NamedTuple
 from trackhub.page.collect import RunData
 from trackhub.run import FEDERATION, SERVER
 
-__all__ = ["Band", "Participation", "bands", "members", "own_charts", "participation"]
+__all__ = ["Band", "OwnChart", "Participation", "bands", "members", "own_charts", "participation"]
 
 MAX_BANDS = 8
-_SPREAD = ("/min", "/max")
+_STATISTICS = ("mean", "min", "max", "std", "count", "weighted_mean", "nonfinite")
+_FLAGS = ("fl/sampled", "fl/missing", "fl/failed")  # whether a site took part, which `participation` shows
+_SAMPLED = "fl/sampled/"
+_RESULT_AFTER = "fl/result_after_seconds/"
+_WAITED_FOR = "fl/waited_for_seconds/"
 
 
 class Band(NamedTuple):
@@ -27,6 +31,7 @@ class Band(NamedTuple):
         key: the key of the sites' metric.
         rounds: the rounds, rising.
         mean, low, high: the values in each round.
+        weighted: the mean that weighs each site by its examples; empty if there is none.
         sites: how many sites have a value in each round; empty if the federation run does not say.
         is_logged: the federation run has these values. Otherwise they are worked out from the sites'.
     """
@@ -36,8 +41,21 @@ class Band(NamedTuple):
     mean: list[float]
     low: list[float]
     high: list[float]
+    weighted: list[float | None]
     sites: list[int]
     is_logged: bool
+
+
+class OwnChart(NamedTuple):
+    """A chart of what the federation run says beside the bands.
+
+    Attributes:
+        key: its title.
+        lines: the key of each line, by the site that it is about, or ``federation``.
+    """
+
+    key: str
+    lines: dict[str, str]
 
 
 class Participation(NamedTuple):
@@ -45,10 +63,12 @@ class Participation(NamedTuple):
 
     Attributes:
         site: its name.
-        rounds: the rounds in which it logged.
-        slowest: in how many rounds it took the longest; None if that is not known.
-        typical_s: the median time from its first to its last record of a round, in seconds; None as above.
+        rounds: the rounds in which its result came; without a federation run, in which it logged.
+        slowest: in how many rounds it was the last; None if that is not known.
+        typical_s: the median time of its rounds, in seconds: from the round's start to its result; without a federation
+            run, from its own first to its last record. None as above.
         factor: ``typical_s`` over the median of all sites; None as above.
+        is_logged: the federation run says so.
     """
 
     site: str
@@ -56,6 +76,7 @@ class Participation(NamedTuple):
     slowest: int | None
     typical_s: float | None
     factor: float | None
+    is_logged: bool = False
 
 
 def members(runs: Sequence[RunData]) -> list[RunData]:
@@ -82,13 +103,28 @@ def bands(runs: Sequence[RunData]) -> list[Band]:
     return [band for key in keys if (band := _worked_out(key, sites)) is not None][:MAX_BANDS]
 
 
-def own_charts(runs: Sequence[RunData]) -> list[str]:
-    """Return the keys of the federation run that no band shows, such as ``fl/round_s``."""
+def own_charts(runs: Sequence[RunData]) -> list[OwnChart]:
+    """Return the charts of what the federation run of one job says beside the bands, such as ``fl/round_seconds``.
+
+    Keys that end in the name of a site become the lines of one chart. What tells whether a site took part is left out.
+    """
     run = _federation(runs)
     if run is None:
         return []
     shown = {key.removesuffix("/mean") for key in run.metrics if key.endswith("/mean")}
-    return [key for key in run.metrics if not (key.endswith(("/mean", *_SPREAD)) and key.rsplit("/", 1)[0] in shown)]
+    names = {site.site for site in members(runs)} | {k.removeprefix(_SAMPLED) for k in run.metrics if _SAMPLED in k}
+    charts: dict[str, dict[str, str]] = {}
+    for key in run.metrics:
+        before, _, last = key.rpartition("/")
+        if last in _STATISTICS and before in shown:
+            continue
+        about = next((name for name in names if key.endswith(f"/{name}")), None)
+        title = key if about is None else key.removesuffix(f"/{about}")
+        if title not in _FLAGS:
+            charts.setdefault(title, {})[about or FEDERATION] = key
+    return [
+        OwnChart(title, lines) for title, lines in sorted(charts.items(), key=lambda c: (c[0].startswith("fl/"), c[0]))
+    ]
 
 
 def _by_round(run: RunData, key: str) -> Mapping[int, float]:
@@ -103,7 +139,7 @@ def _by_round(run: RunData, key: str) -> Mapping[int, float]:
 
 
 def _logged_band(run: RunData, key: str) -> Band:
-    mean, low, high = (_by_round(run, f"{key}/{name}") for name in ("mean", "min", "max"))
+    mean, low, high, weighted = (_by_round(run, f"{key}/{name}") for name in ("mean", "min", "max", "weighted_mean"))
     count = _by_round(run, f"{key}/count")
     rounds = [r for r in sorted(mean) if math.isfinite(mean[r])]
     return Band(
@@ -112,6 +148,7 @@ def _logged_band(run: RunData, key: str) -> Band:
         [mean[r] for r in rounds],
         [low.get(r, mean[r]) for r in rounds],
         [high.get(r, mean[r]) for r in rounds],
+        [weighted.get(r) for r in rounds] if weighted else [],
         [int(count[r]) if math.isfinite(count.get(r, math.nan)) else 0 for r in rounds] if count else [],
         is_logged=True,
     )
@@ -132,6 +169,7 @@ def _worked_out(key: str, sites: Sequence[RunData]) -> Band | None:
         [statistics.fmean(values[r]) for r in rounds],
         [min(values[r]) for r in rounds],
         [max(values[r]) for r in rounds],
+        [],
         [len(values[r]) for r in rounds],
         is_logged=False,
     )
@@ -140,23 +178,38 @@ def _worked_out(key: str, sites: Sequence[RunData]) -> Band | None:
 def participation(runs: Sequence[RunData]) -> list[Participation]:
     """Return each site's part in one job; nothing if no record has a round.
 
-    How long a site took is the time between its own records, so that the sites' clocks need not agree. It is left out
-    where there is a federation run, which knows more.
+    The federation run knows it from the server. Without one, how long a site took is the time between its own records,
+    so that the sites' clocks need not agree.
     """
-    sites = [run for run in members(runs) if run.rounds]
-    times = {run.site: {r: last - first for r, (first, last) in run.rounds.items()} for run in sites}
-    knows = _federation(runs) is None and len(sites) > 1 and any(any(found.values()) for found in times.values())
-    if not knows:
-        return [Participation(run.site, sorted(run.rounds), None, None, None) for run in sites]
-    typical = {site: statistics.median(found.values()) for site, found in times.items()}
-    usual = statistics.median(typical.values())
+    run = _federation(runs)
+    if run is not None and any(key.startswith(_RESULT_AFTER) for key in run.metrics):
+        return _as_logged(run, members(runs))
+    sites = [site for site in members(runs) if site.rounds]
+    times = {site.site: {r: last - first for r, (first, last) in site.rounds.items()} for site in sites}
+    if run is not None or len(sites) < 2 or not any(any(found.values()) for found in times.values()):
+        return [Participation(site.site, sorted(site.rounds), None, None, None) for site in sites]
     slowest = dict.fromkeys(times, 0)
     for r in {r for found in times.values() for r in found}:
         there = {site: found[r] for site, found in times.items() if r in found}
         if len(there) > 1:
             slowest[max(there, key=lambda site: there[site])] += 1
+    return _timed(times, slowest, is_logged=False)
+
+
+def _as_logged(run: RunData, sites: Sequence[RunData]) -> list[Participation]:
+    sampled = (key.removeprefix(_SAMPLED) for key in run.metrics if key.startswith(_SAMPLED))
+    names = list(dict.fromkeys([*(site.site for site in sites), *sampled]))  # a sampled site may have logged nothing
+    times = {name: dict(_by_round(run, _RESULT_AFTER + name)) for name in names}
+    return _timed(times, {name: len(_by_round(run, _WAITED_FOR + name)) for name in names}, is_logged=True)
+
+
+def _timed(
+    times: Mapping[str, Mapping[int, float]], slowest: Mapping[str, int], *, is_logged: bool
+) -> list[Participation]:
+    typical = {site: statistics.median(found.values()) for site, found in times.items() if found}
+    usual = statistics.median(typical.values()) if typical else 0.0
     return [
-        Participation(run.site, sorted(run.rounds), slowest[run.site], t, t / usual if usual else None)
-        for run in sites
-        for t in [typical[run.site]]
+        Participation(site, sorted(found), slowest[site], t, t / usual if usual and t is not None else None, is_logged)
+        for site, found in times.items()
+        for t in [typical.get(site)]
     ]

@@ -21,7 +21,7 @@ import numpy as np
 import trackhub
 from trackhub.errors import ConfigError
 from trackhub.page import view
-from trackhub.page.charts import band_charts, groups, histogram_charts, metric_charts
+from trackhub.page.charts import band_charts, groups, histogram_charts, metric_charts, own_metric_charts
 from trackhub.page.collect import RunData, collect
 from trackhub.page.downsample import keep_extremes
 from trackhub.page.numbers import duration, moment, number, size
@@ -98,7 +98,7 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
     began = {job: min(run.began for run in runs if run.job == job) for job in {run.job for run in runs}}
     charts = {
         "bands": band_charts(runs, names),
-        "federation": metric_charts(runs, began, federation=True),
+        "federation": own_metric_charts(runs, began),
         "metrics": metric_charts(runs, began),
         "histograms": histogram_charts(runs),
     }
@@ -106,7 +106,7 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
     every = [chart for found in charts.values() for chart in found]
     for place, chart in enumerate(every):
         chart["place"] = place
-    sites = sorted({run.site for run in runs}, key=_natural)
+    sites = sorted({run.site for run in runs} - {FEDERATION}, key=_natural)
     return {
         "jobs": view.job_rows(list(jobs.values()), names, runs),
         "names": names,

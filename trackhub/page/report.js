@@ -19,8 +19,9 @@
   // A site has one colour on the whole page. Dashes tell jobs apart; with one job, the second ten sites from the first.
   // Jobs of the same one site have the colours, since dashes are hard to see on a noisy curve.
   const byJob = several && data.sites.length === 1;
-  const colour = (line) => nth(byJob ? line.job : data.sites.indexOf(line.site));
-  const dash = (line) => (byJob ? "solid" : DASHES[(several ? line.job : Math.floor(data.sites.indexOf(line.site) / LIGHT.length)) % DASHES.length]);
+  const own = (line) => data.sites.indexOf(line.site); // -1 for the federation
+  const colour = (line) => (byJob ? nth(line.job) : own(line) < 0 ? css("--ink") : nth(own(line)));
+  const dash = (line) => (byJob ? "solid" : DASHES[(several ? line.job : Math.floor(Math.max(0, own(line)) / LIGHT.length)) % DASHES.length]);
   // plotly.js reads some HTML in labels. With entities in place of these characters it shows any text as it is.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const label = (line) => (several ? `${data.jobs[line.job]} · ${line.site}` : line.site);
@@ -76,6 +77,9 @@
         x: band.r, y: band.mean, name: about + "mean", type: "scatter", mode: band.r.length <= 40 ? "lines+markers" : "lines",
         line: { width: 2.4, color: base }, marker: { size: 5 }, hovertemplate: "%{y:.5g}",
       });
+      if (band.weighted.length) {
+        traces.push({ ...edge, x: band.r, y: band.weighted, name: about + "weighted mean", line: { width: 1.6, color: base, dash: "dash" } });
+      }
     }
     return [traces, "round"];
   }
@@ -146,11 +150,11 @@
       return table(["from", "to", ...chart.lines.slice(0, 1).map(label)], chart.lines[0].counts.map((n, i) => [chart.lines[0].edges[i], chart.lines[0].edges[i + 1], n]));
     }
     if (chart.type === "band") {
-      const heads = chart.bands.flatMap((band) => ["mean", "lowest", "highest", ...(band.sites.length ? ["sites"] : [])].map((name) => (several ? `${data.jobs[band.job]} ${name}` : name)));
+      const heads = chart.bands.flatMap((band) => ["mean", "lowest", "highest", ...(band.weighted.length ? ["weighted mean"] : []), ...(band.sites.length ? ["sites"] : [])].map((name) => (several ? `${data.jobs[band.job]} ${name}` : name)));
       const rounds = [...new Set(chart.bands.flatMap((band) => band.r))].sort((a, b) => a - b);
       return table(["round", ...heads], rounds.map((r) => [r, ...chart.bands.flatMap((band) => {
         const i = band.r.indexOf(r);
-        return [band.mean[i], band.low[i], band.high[i], ...(band.sites.length ? [band.sites[i]] : [])];
+        return [band.mean[i], band.low[i], band.high[i], ...(band.weighted.length ? [band.weighted[i]] : []), ...(band.sites.length ? [band.sites[i]] : [])];
       })]));
     }
     const byRound = chart.lines.every((line) => line.r.length);

@@ -90,7 +90,13 @@ def rounds_of(runs: Sequence[RunData]) -> dict[str, Any] | None:
         for site in found
         for there in [set(site.rounds)]
     ]
-    return {"rounds": rounds, "shown": shown, "sites": sites, "timed": found[0].typical_s is not None}
+    return {
+        "rounds": rounds,
+        "shown": shown,
+        "sites": sites,
+        "timed": any(site.typical_s is not None for site in found),
+        "is_logged": found[0].is_logged,
+    }
 
 
 def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
