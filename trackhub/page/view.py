@@ -21,6 +21,7 @@ from trackhub.delivery.report import (
 )
 from trackhub.page.collect import Logged, RunData
 from trackhub.page.federation import members, participation
+from trackhub.page.numbers import number
 from trackhub.query import StoredJob
 from trackhub.query.tidy import text_of
 from trackhub.run import FEDERATION
@@ -47,12 +48,12 @@ def label_of(run: RunData, jobs: Sequence[str]) -> str:
 def job_rows(jobs: Sequence[StoredJob], names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """Return a row for each job: what it is called, how it ended, when, and how large it is."""
     rows = []
-    for number, job in enumerate(jobs):
-        own = [run for run in runs if run.job == number]
+    for place, job in enumerate(jobs):
+        own = [run for run in runs if run.job == place]
         began, ended = min((r.began for r in own), default=0.0), max((r.ended for r in own), default=0.0)
         rows.append(
             {
-                "name": names[number],
+                "name": names[place],
                 "id": job.id,
                 "status": job.status,
                 "notes": job.notes,
@@ -150,10 +151,10 @@ def _short(text: str, limit: int = _MAX_CELL_CHARS) -> str:
 def deliveries(jobs: Sequence[StoredJob], names: Sequence[str]) -> dict[str, Any]:
     """Return what became of the records: a row for each receiver, site and backend, and one sentence over all."""
     rows: list[dict[str, Any]] = []
-    for number, job in enumerate(jobs):
+    for place, job in enumerate(jobs):
         for receiver, report in job.reports.items():
             for name, site in sorted(report.sites.items()):
-                base = {"job": names[number], "receiver": receiver, "site": name, "logged": format_logged(site)}
+                base = {"job": names[place], "receiver": receiver, "site": name, "logged": format_logged(site)}
                 lanes = [(b, found[name]) for b, found in sorted(report.lanes.items()) if name in found]
                 rows += [base | _lane_cells(backend, run, site) for backend, run in lanes] or [
                     base | {"backend": "none", "confirmed": "", "pending": 0, "lost": 0, "remarks": _remarks(site)}
@@ -259,9 +260,19 @@ def _image(job: StoredJob, site: str, logged: Logged) -> str | None:
     return None if kind is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def _cell(value: Any) -> dict[str, Any]:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"text": number(value) if isinstance(value, float) else _short(text_of(value)), "is_number": is_number}
+
+
 def _table(logged: Logged) -> dict[str, Any]:
-    rows = [[_short(text_of(cell)) for cell in row] for row in logged.payload.rows[:MAX_TABLE_ROWS]]
-    return {"columns": logged.payload.columns, "rows": rows, "all_rows": len(logged.payload.rows)}
+    rows = [[_cell(cell) for cell in row] for row in logged.payload.rows[:MAX_TABLE_ROWS]]
+    first = rows[0] if rows else []
+    columns = [
+        {"text": column, "is_number": i < len(first) and first[i]["is_number"]}
+        for i, column in enumerate(logged.payload.columns)
+    ]
+    return {"columns": columns, "rows": rows, "all_rows": len(logged.payload.rows)}
 
 
 def mean_of_last(runs: Sequence[RunData], key: str) -> float | None:
