@@ -205,7 +205,8 @@ def check_nothing_at_the_server(done: Finished) -> None:
     assert not any((server / "simulate_job" / name).exists() for name in (*BACKENDS, "trackhub"))
 
 
-@pytest.mark.parametrize("side", ["client", pytest.param("both", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("side", ["client", "both"])
 def test_the_cifar10_job_with_all_backends_has_the_same_points_in_each(tmp_path: Path, side: str) -> None:
     flags = [flag for name in BACKENDS for flag in ("--backend", name)]
     argv, receivers = SIDES[side]

@@ -105,7 +105,7 @@ def test_a_job_whose_records_all_arrived_ends_with_status_0(both_sides: Finished
 def test_the_last_screen_says_for_each_site_receiver_and_backend_how_many_of_the_logged_records_are_confirmed(
     both_sides: Finished,
 ) -> None:
-    rows = re.findall(r"^  (site-\d)  (\S+) +(\w+) +([\d,]+) of ([\d,]+)$", both_sides.output, re.MULTILINE)
+    rows = re.findall(r"^  (site-\d) +(\S+) +(\w+) +([\d,]+) of ([\d,]+)$", both_sides.output, re.MULTILINE)
 
     assert {(site, receiver, backend) for site, receiver, backend, _, _ in rows} == {
         *((site, "server", backend) for site in SITES for backend in ("jsonl", "tensorboard")),

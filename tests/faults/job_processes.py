@@ -377,8 +377,7 @@ class JobProcesses:
 
     def truth(self, name: str, calls: int, backend: str = "jsonl") -> list[Seen]:
         """Return the records of a writer's first calls that this backend can hold."""
-        records = [expected(name, i, files=self.files) for i in range(calls)]
-        return [r for r in records if r.step is not None] if backend == "tensorboard" else records
+        return [expected(name, i, files=self.files) for i in range(calls)]
 
     def check_delivered(self, *, lost: Lost | None = None) -> None:
         """Check that each backend holds exactly what each trainer noted, and nothing twice.
@@ -407,7 +406,7 @@ class JobProcesses:
         truth = files_last(self.truth(name, noted + self.in_doubt, backend))
         mine = files_last(mine)
         if backend == "tensorboard":  # its reader gives one key after the other
-            truth, mine = (sorted(part, key=lambda seen: (seen.step, seen.key)) for part in (truth, mine))
+            truth, mine = (sorted(part, key=lambda seen: (seen.step or 0, seen.key)) for part in (truth, mine))
         if backend == "at_least_once":
             twice = len(mine) - len(set(mine))
             counted = count_receiver(self.journal)[site].lanes[backend].possible_duplicates

@@ -53,8 +53,7 @@ def check_model(job: JobProcesses, *, doubtful: set[str], may_drop: bool) -> Non
             f"{site}: {len(everywhere)} records are not in jsonl, {lost} were counted: {sorted(everywhere)[:9]}"
         )
         for name, missing in gone.items():
-            files = {text for text in everywhere if "/file-" in text} if name == "tensorboard" else set()
-            assert missing == everywhere - files, f"{name} differs from jsonl at {site}"
+            assert missing == everywhere, f"{name} differs from jsonl at {site}"
         _check_times(job, site)
 
 
@@ -85,9 +84,7 @@ def _missing(job: JobProcesses, backend: str, site: str, doubtful: set[str]) -> 
         held = {number[seen] for seen in mine}
         must = job.truth(name, noted, "jsonl")
         lost = (i for i in range(noted) if i not in held)
-        missing |= {
-            f"{name}: call {i}, {must[i].key}" for i in lost if backend != "tensorboard" or must[i].step is not None
-        }
+        missing |= {f"{name}: call {i}, {must[i].key}" for i in lost}
     return missing
 
 

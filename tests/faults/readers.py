@@ -228,8 +228,11 @@ def read_tensorboard(folder: Path) -> list[Seen]:
     for tag in tags["tensors"]:
         for event in reader.Tensors(tag):
             text = event.tensor_proto.string_val
-            if text and not text[0].startswith(b"| file | type |"):  # it holds no file, only its name and digest
-                seen.append(Seen(tag.removesuffix("/text_summary"), event.step, text[0].decode()))
+            key = tag.removesuffix("/text_summary")
+            if text and text[0].startswith(b"| file | type |"):  # it holds no file, only its name and digest
+                seen.append(Seen(key, None, text[0].decode().rstrip(" |\n").rpartition("|")[2].strip()))
+            elif text:
+                seen.append(Seen(key, event.step, text[0].decode()))
     return seen
 
 

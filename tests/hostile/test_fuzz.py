@@ -127,6 +127,7 @@ _FIELDS: dict[int, list[Any]] = {
     Kind.METRICS: [{"a": 1.0}], Kind.PARAMS: [{"a": [1, {"b": "c"}]}], Kind.TAGS: [{"a": "b"}], Kind.TEXT: ["a", "b"],
     Kind.IMAGE: ["a", _BLOB, 1, 1, ""], Kind.HISTOGRAM: ["a", [0.0, 1.0], [1.0]],
     Kind.TABLE: ["a", ["x", "y"], [[1, None]]], Kind.ARTIFACT: ["a", _BLOB, "f", "file"], Kind.GAP: [1, "spool_full"],
+    Kind.SUMMARY: [{"a": 1.0, "b": "c"}],
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ writer.add_embedding(torch.zeros(2, 3), global_step=1)
 try:
     writer.add_scalar("wrong")
 except TypeError:
-    print("as without trackhub")
+    print("as without trackhub", flush=True)
 writer.flush()
 os.kill(os.getpid(), 9)  # it closes nothing
 """

@@ -124,8 +124,17 @@ def _run(folder: Path, tracking: dict[str, Any], external: bool) -> JobResult:
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
-@pytest.mark.parametrize("external", [False, True], ids=["in_process", "external_process"])
-@pytest.mark.parametrize("sides", [("server",), ("client",), ("server", "client")], ids="+".join)
+@pytest.mark.parametrize(
+    ("sides", "external"),
+    [
+        pytest.param(("server",), False, id="server-in_process"),
+        pytest.param(("server",), True, id="server-external_process", marks=pytest.mark.long),
+        pytest.param(("client",), False, id="client-in_process", marks=pytest.mark.long),
+        pytest.param(("client",), True, id="client-external_process", marks=pytest.mark.long),
+        pytest.param(("server", "client"), False, id="server+client-in_process", marks=pytest.mark.long),
+        pytest.param(("server", "client"), True, id="server+client-external_process"),
+    ],
+)
 def test_every_backend_at_every_receiver_has_exactly_what_was_logged(
     tmp_path: Path, sides: tuple[str, ...], external: bool
 ) -> None:

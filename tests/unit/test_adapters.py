@@ -158,6 +158,9 @@ def test_the_calls_of_tensorboard_work(spool: Path, tmp_path: Path) -> None:
 
 
 def test_the_calls_of_torch_work(spool: Path, tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    pyplot.close("all")  # of other tests
     writer = adapters.SummaryWriter("runs/a", comment="c", flush_secs=10, filename_suffix=".x")
     writer.add_scalar(tag="loss", scalar_value=0.5, global_step=1, walltime=12.0)
     writer.add_scalars(main_tag="acc", tag_scalar_dict={"val": 0.25}, global_step=1)
@@ -172,8 +175,6 @@ def test_the_calls_of_torch_work(spool: Path, tmp_path: Path) -> None:
     writer.add_figure("figures", [figure(), figure()], 11)
     assert writer.get_logdir() == ""
     writer.close()
-
-    from matplotlib import pyplot
 
     assert pyplot.get_fignums() == []
 

@@ -104,8 +104,9 @@ def test_a_signal_handler_may_close_the_writer(tmp_path: Path) -> None:
         writer = Writer(sys.argv[1], strict=True)
         def act(n):
             writer.close()
+        writer.log({"main": 0})  # a writer that never logged leaves no stream
+        i = 1
         armed = True
-        i = 0
         try:
             while True:
                 writer.log({"main": i})

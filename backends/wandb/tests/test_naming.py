@@ -78,9 +78,10 @@ def test_rules_are_declared_for_the_columns_that_the_options_choose(rig: Rig) ->
 
 
 def test_each_kind_has_the_rule_of_the_place_where_its_key_is_stored() -> None:
-    """A row, the config, this backend's config entry, or an artifact's metadata."""
+    """A row or the summary, the config, this backend's config entry, or an artifact's metadata."""
     can = WandBBackend.capabilities
-    assert {kind for kind in can.kinds if rule_of(can, kind) == row_rule("step", "round")} == set(ROW_KINDS)
+    of_rows = {kind for kind in can.kinds if rule_of(can, kind) == row_rule("step", "round")}
+    assert of_rows == {*ROW_KINDS, Kind.SUMMARY}
     assert rule_of(can, Kind.PARAMS) == PARAM_RULE
     assert [key_fitter(rule_of(can, Kind.TAGS))(key) for key in ("_x", "-a-", "trackhub")] == ["_x", "-a-", "trackhub"]
     assert rule_of(can, Kind.ARTIFACT) == ANY_KEY

@@ -232,7 +232,8 @@ class TensorBoardRun(BackendRun):
         payload = entry.payload
         if not isinstance(payload, Params | Tags | Summary | Text | Image | Histogram | Table | Artifact):
             return Rejection(entry.position, "unsupported_kind", f"{type(payload).__name__} cannot be stored")
-        if isinstance(payload, Image) and not self._info.blob_path(payload.blob).is_file():
+        # An artifact is only named here. Where its bytes are gone, its name and digest would promise what nobody has.
+        if isinstance(payload, Image | Artifact) and not self._info.blob_path(payload.blob).is_file():
             return Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}")
         return None
 
