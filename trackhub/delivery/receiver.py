@@ -101,7 +101,6 @@ class Receiver:
         limits: Limits | None = None,
         state_dir: Path | None = None,
         ended: RunStatus | None = None,
-        moves_to: str = "",
         federation: FederationOptions | None = None,
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
@@ -117,15 +116,12 @@ class Receiver:
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. What the sites send then says nothing of how their training ended,
                 since a replay sends it. None for a job that runs.
-            moves_to: where the job's folder moves to when the job has ended, as a sentence for a person. The log then
-                shows it in place of commands that would no longer work. Empty if the folder stays.
             federation: what the job's federation run holds; None for none. It needs the records of all sites.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
         self._run_dir = run_dir.absolute()
         self._side = side
-        self._moves_to = moves_to
         self._backends = backends
         self._limits = limits or Limits()
         self._ended = ended
@@ -415,7 +411,7 @@ class Receiver:
         """
         return self.sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s, self._limits.files_s)
 
-    def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
+    def finish(self, status: RunStatus, *, deadline_s: float | None = None, moves_to: str = "") -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.
 
         Blocks up to the deadline, and a second more for each backend that hangs. What is then not delivered stays in
@@ -425,6 +421,7 @@ class Receiver:
             status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
                 or when its final message did not come.
             deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
+            moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of dead commands.
 
         Raises:
             JournalError: the receiver was not started.
@@ -441,9 +438,11 @@ class Receiver:
             _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
         was_killed = self._ended is RunStatus.KILLED
         by_site = {name: self.sites.status(name, status, was_killed=was_killed) for name in sites}
-        return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s)
+        return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s, moves_to)
 
-    def _close(self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float) -> DeliveryReport:
+    def _close(
+        self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float, moves_to: str = ""
+    ) -> DeliveryReport:
         assert self._journal is not None
         # First, or a batch could be accepted after a lane has looked for the last time.
         self._state = _CLOSED
@@ -467,7 +466,7 @@ class Receiver:
         report = self._report(self._journal, status)
         self._journal.close()
         self._blobs.delete_parts()
-        return leave_report(self.folder, report, self._moves_to)
+        return leave_report(self.folder, report, moves_to)
 
     def _store_ends(self, journal: Journal) -> None:
         """Store how the runs of all lanes ended, in one transaction."""

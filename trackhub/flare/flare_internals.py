@@ -68,6 +68,7 @@ __all__ = [
     "ignored_apps",
     "is_ending",
     "is_from_another_process",
+    "is_provisioned",
     "is_server",
     "job_id",
     "job_name",
@@ -173,19 +174,24 @@ def state_folder(fl_ctx: FLContext, state_dir: str | None, job: JobInfo) -> Path
 def operator_file(fl_ctx: FLContext) -> OperatorFile | None:
     """Return what the operator of this site says of jobs; None in the simulator, where the submitter is the operator.
 
-    Only the simulator gives a job the constant id, and a site's workspace without a startup kit. POC counts as
-    provisioned. All else counts as provisioned too, so that a mistake here makes the rules stricter and not looser.
-
     Raises:
         ConfigError: the operator's file is wrong.
     """
-    workspace = fl_ctx.get_engine().get_workspace()
-    startup = Path(workspace.get_startup_kit_dir())
+    if not is_provisioned(fl_ctx):
+        return None
+    return read_operator_file(Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()))
+
+
+def is_provisioned(fl_ctx: FLContext) -> bool:
+    """Return whether this site has an operator beside the job's submitter, as all have but those of the simulator.
+
+    Only the simulator gives a job the constant id, and a site's workspace without a startup kit. POC counts as
+    provisioned. All else counts as provisioned too, so that a mistake here makes the rules stricter and not looser.
+    """
+    startup = Path(fl_ctx.get_engine().get_workspace().get_startup_kit_dir())
     kits = (WorkspaceConstants.SERVER_STARTUP_CONFIG, WorkspaceConstants.CLIENT_STARTUP_CONFIG)
     is_simulated = str(fl_ctx.get_job_id()) == SimulatorConstants.JOB_NAME
-    if is_simulated and not any((startup / kit).exists() for kit in kits):
-        return None
-    return read_operator_file(Path(workspace.get_site_config_dir()))
+    return not is_simulated or any((startup / kit).exists() for kit in kits)
 
 
 def site_rules(fl_ctx: FLContext, policy: Policy | None) -> SiteRules:

@@ -241,13 +241,11 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._opened = True
         job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
         run_dir = flare_internals.run_dir(fl_ctx)
-        backends, state_dir, moves_to = self.backends, self.state_dir, ""
+        backends, state_dir = self.backends, self.state_dir
         if (operator := flare_internals.operator_file(fl_ctx)) is not None:
             self._limits = operator.limits_for(self.limits or {}, environ=os.environ)
             state_dir = operator.state_dir_for(state_dir, run_dir)
             backends = {n: registry.permitted_options(n, o, operator, run_dir) for n, o in backends.items()}
-            if flare_internals.is_server(fl_ctx):  # which archives the run folder, and then deletes it
-                moves_to = _IN_JOB_STORE.format(job=job.id)
             if operator.keep_days is not None and operator.state_dir is not None:
                 older = (Path(operator.state_dir), operator.keep_days)
                 threading.Thread(target=prune_older, args=older, name="trackhub-prune", daemon=True).start()
@@ -259,7 +257,6 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             side=Side.SERVER if is_server else Side.CLIENT,
             backends=backends,
             limits=self._limits,
-            moves_to=moves_to,
             federation=FederationOptions(_tuple(self.aggregate)) if is_server and self.federation else None,
         )
         core.start()
@@ -287,15 +284,16 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
         return send_if_logged
 
-    def close(self, status: RunStatus) -> None:
+    def close(self, status: RunStatus, moves_to: str = "") -> None:
         """Deliver until the deadline, write the report, and close the journal. Blocks up to the limit ``deadline_s``.
 
         Args:
             status: how the job ended.
+            moves_to: as for `Receiver.finish`.
         """
         core, self._core = self._core, None
         if core is not None:
-            core.finish(status)
+            core.finish(status, moves_to=moves_to)
 
     def _wait_for_sites(self, fl_ctx: FLContext) -> None:
         if self._core is None or self._wait_end is not None:  # FLARE asks again until all components are ready
@@ -326,7 +324,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
             assert self._core is not None
             self._own_sender.close(left_s if has_streams(self._core.folder / "spool") else 0.0)
-        self.close(self._status)
+        # A provisioned server archives the run folder after this, and then deletes it.
+        moves = flare_internals.is_provisioned(fl_ctx)
+        self.close(self._status, _IN_JOB_STORE.format(job=fl_ctx.get_job_id()) if moves else "")
 
 
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
