@@ -57,10 +57,11 @@ def test_a_run_that_is_not_open_or_shows_nothing_is_passed_over(said: pytest.Log
 def test_a_running_job_says_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
         writer.log({"loss": 1.0})
-        assert writer.flush(20)
-        (message,) = [message for message in said.messages if message.startswith("look at this job in jsonl")]
 
-    assert Path(message.split("\n  ")[1]).is_file()
+    (opened,) = [text for text in said.messages if text.startswith("look at this job in jsonl, while it runs")]
+    (ended,) = [text for text in said.messages if text.startswith("trackhub delivery report")]
+    assert said.messages.index(opened) < said.messages.index(ended)
+    assert Path(opened.split("\n  ")[1]).is_file()
 
 
 def report(results: Results, run_dir: Path) -> DeliveryReport:
