@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.integration.harness import flare_environment
 
 JOB_DIR = Path(__file__).parents[2] / "jobs" / "cifar10_fedavg"
 SITES = ("site-1", "site-2")
@@ -42,7 +43,7 @@ class Finished:
 def run_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> Finished:
     """Run job.py in a process of its own, in an empty folder."""
     workspace = folder / "workspace"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    environment = flare_environment({"XDG_CACHE_HOME": str(folder / "cache")})
     done = subprocess.run(
         [sys.executable, str(job_dir / "job.py"), "--workspace", str(workspace), *SMALL, *argv],
         cwd=folder,

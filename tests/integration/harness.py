@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,6 +31,7 @@ __all__ = [
     "Job",
     "JobResult",
     "Point",
+    "flare_environment",
     "install_plugin",
     "processes_with",
     "read_jsonl",
@@ -38,6 +40,7 @@ __all__ = [
     "simulate",
 ]
 
+SIMULATOR_MEND = Path(__file__).parents[1] / "support" / "simulator_mend"
 TRAINER = '''
 import json, os, time
 import nvflare.client as flare
@@ -257,7 +260,7 @@ def run_script(args: list[str], folder: Path, out: Path, env: Mapping[str, str],
     log = folder / "log.txt"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, *args], cwd=folder, env={**flare_environment(), "TRACKHUB_TEST_OUT": str(out), **env},
+            [sys.executable, *args], cwd=folder, env={**flare_environment(env), "TRACKHUB_TEST_OUT": str(out)},
             stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -282,10 +285,18 @@ def processes_with(mark: bytes) -> Iterator[int]:
                 yield int(name)
 
 
-def flare_environment() -> dict[str, str]:
-    """Return the environment in which ``python3``, as FLARE starts it, is the interpreter of the tests."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+def flare_environment(env: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Return the environment of a FLARE job's processes.
+
+    ``python3``, as FLARE starts it, is the interpreter of the tests, and a race of FLARE's simulator is mended.
+
+    Args:
+        env: further variables. The entries of its ``PYTHONPATH`` come first.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.environ["PATH"])])
+    python_path = [env.get("PYTHONPATH"), str(SIMULATOR_MEND), os.environ.get("PYTHONPATH")]
+    own = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
+    return {**os.environ, **env, **own}
 
 
 @dataclass(frozen=True)

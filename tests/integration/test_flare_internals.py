@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +44,8 @@ from nvflare.client.in_process.api import InProcessClientAPI
 from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.job_config.api import FedJob
 from nvflare.private.event import fire_event
-from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+from nvflare.private.fed.app.simulator import simulator_runner
+from nvflare.private.fed.app.simulator.simulator_runner import SimulatorClientRunner, SimulatorRunner
 from nvflare.private.fed.client.client_run_manager import ClientRunManager
 from nvflare.private.fed.client.client_runner import ClientRunner
 from nvflare.private.fed.server.run_manager import RunManager
@@ -54,6 +57,7 @@ from nvflare.recipe.spec import Recipe
 from nvflare.utils.job_launcher_utils import add_custom_dir_to_path
 from nvflare.widgets.fed_event import ClientFedEventRunner
 
+from tests.integration.harness import SIMULATOR_MEND
 from trackhub.flare import flare_internals
 from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.operator_file import OperatorFile
@@ -438,3 +442,34 @@ def test_the_operator_s_file_is_in_the_site_s_local_folder(tmp_path: Path) -> No
     (tmp_path / "local" / "trackhub.toml").write_text('state_dir = "/srv/trackhub"')
 
     assert flare_internals.operator_file(context) == OperatorFile(state_dir="/srv/trackhub")
+
+
+def test_two_clients_of_the_mended_simulator_are_told_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLARE's own threads share the dict. If this fails, FLARE has mended it: delete ``simulator_mend``."""
+    monkeypatch.delattr(SimulatorClientRunner, "build_ctx", raising=False)
+    shared = _names_told()
+    monkeypatch.setattr(
+        SimulatorClientRunner, "build_ctx", None, raising=False
+    )  # so that the mend is undone afterwards
+    runpy.run_path(str(SIMULATOR_MEND / "sitecustomize.py"))["mend"](simulator_runner)
+
+    mended = _names_told()
+
+    assert len(shared) == 1
+    assert mended == {"site-1", "site-2"}
+    assert 'self.build_ctx["client_name"] = client.client_name' in inspect.getsource(SimulatorClientRunner.do_one_task)
+
+
+def _names_told() -> set[str]:
+    """Return what two threads of a simulator tell their clients, if both come to it in the same moment."""
+    runner = SimulatorClientRunner.__new__(SimulatorClientRunner)
+    runner.build_ctx = {"client_name": "site-2"}
+    both_wrote = threading.Barrier(2)
+
+    def tell(name: str) -> str:
+        runner.build_ctx["client_name"] = name
+        both_wrote.wait(30)
+        return str(runner.build_ctx["client_name"])
+
+    with ThreadPoolExecutor(2) as threads:
+        return set(threads.map(tell, ("site-1", "site-2")))

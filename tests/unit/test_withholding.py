@@ -88,11 +88,11 @@ def test_only_rounded_validation_metrics_leave_and_all_else_is_counted(rig: Send
 
     counts = rig.sender(channel).close(WAIT_S)
 
+    report = rig.finish()
     assert points(rig) == [("val/loss", 1, 0.123), ("val/loss", 3, 0.5)]
     assert [text for text in PLANTED if any(text.encode() in data for data in carried)] == []
     assert not any(isinstance(request, wire.Chunk) for request in rig.requests)
     assert (counts.logged, counts.withheld, counts.acked, counts.altered) == (logged, 9, 2, {})
-    report = rig.finish()
     assert_balanced(report, {SITE: logged}, {("jsonl", SITE): 2})
     assert report.sites[SITE].explained == {"withheld": 9}
     # The rules and their counts are at the site, and nowhere else.
