@@ -95,6 +95,7 @@ def test_with_copy_all_consumers_get_all_and_a_site_without_sender_is_recorded(t
     assert {point.round for point in result.jsonl_points("server", "site-2")} == {None}  # nobody knows it
     assert "site site-2 has no TrackhubSender in its app" in result.log
     assert "final message of" not in result.log  # nobody waited for it
+    assert result.log.count("received unknown aux message topic") == 1  # FLARE's own line, at the site without a sender
     assert read_jsonl(result.jsonl_file("server", "site-2"))[-1]["status"] == "finished"
 
 

@@ -160,7 +160,7 @@ def answer_for_sender(engine: Any) -> None:
 def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bool]:
     """Server: ask sites whether they have a `TrackhubSender`. Return the answers of those that answered.
 
-    A client answers "no" also while its job process is still starting.
+    A client answers "no" also while its job process is still starting, and FLARE logs an error there.
     """
     with engine.new_context() as fl_ctx:
         _hide_abort_signal(fl_ctx)

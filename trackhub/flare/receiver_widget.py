@@ -42,6 +42,7 @@ from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.job_labels import check_job_info, job_info, spool_info
 from trackhub.flare.listeners import listeners, server_warning
 from trackhub.flare.round_watch import ServerRounds
+from trackhub.flare.server_tasks import asking_site
 from trackhub.flare.sites_without_sender import SitesWithoutSender
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 
@@ -163,6 +164,9 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 self._stock.take(fl_ctx)
                 if self._others is not None and (found := flare_internals.event_of_site(fl_ctx)):
                     self._others.take(*found)
+        elif event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
+            if self._others is not None:
+                self._others.note_started(asking_site(fl_ctx))
         elif event_type == EventType.START_RUN:
             self._start_on_server(fl_ctx)
         elif event_type == EventType.START_WORKFLOW:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from FLARE's events what the server hands to sites, what comes back, and what FLARE makes of it.
 
-`trackhub.flare.federation_watch` calls it. Written for nvflare 2.9, like `trackhub.flare.flare_internals`. It changes
+`trackhub.flare.federation_watch` and the receiver's widget call it. Written for nvflare 2.9, like `trackhub.flare.flare_internals`. It changes
 nothing in FLARE.
 """
 
@@ -28,6 +28,7 @@ __all__ = [
     "HandedTask",
     "ReturnedTask",
     "aggregated_metrics",
+    "asking_site",
     "best_metrics",
     "handed_task",
     "returned_task",
@@ -74,6 +75,12 @@ class ReturnedTask(NamedTuple):
     is_ok: bool
     steps: float | None
     model_bytes: int
+
+
+def asking_site(fl_ctx: FLContext) -> str:
+    """Return the site that asks the server for a task, by what it says of itself. Empty if it says nothing."""
+    peer = fl_ctx.get_peer_context()
+    return "" if peer is None else str(peer.get_identity_name(default=""))
 
 
 def handed_task(fl_ctx: FLContext) -> HandedTask | None:

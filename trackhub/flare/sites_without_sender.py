@@ -8,7 +8,6 @@ it, and the delivery report names it. Its events, if its app sends any, become r
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from typing import Any
 
 from nvflare.apis.fl_component import FLComponent
@@ -27,7 +26,6 @@ __all__ = ["SitesWithoutSender"]
 
 _ASK_EVERY_S = 2.0
 _ANSWER_S = 1.0
-_ENOUGH = 2  # answers "no". The first may come from a client that is still starting
 
 
 class SitesWithoutSender:
@@ -47,7 +45,8 @@ class SitesWithoutSender:
         self._receiver = receiver
         self._limits = limits
         self._lock = threading.RLock()
-        self._noes: Counter[str] = Counter()
+        self._started: set[str] = set()
+        self._noes: set[str] = set()
         self._with_sender: set[str] = set()
         self._warned: set[str] = set()
         self._spools: dict[str, _SpoolOfSite] = {}
@@ -58,13 +57,20 @@ class SitesWithoutSender:
     def found(self) -> set[str]:
         """Return the sites without a sender, as far as is known."""
         with self._lock:
-            return self._noes.keys() - self._heard()
+            return self._noes - self._heard()
+
+    def note_started(self, site: str) -> None:
+        """Take note that a client asks for tasks. Its components have started by then, so its answer is true.
+
+        A client that is still starting would say "no", and FLARE would log an error there.
+        """
+        self._started.add(site)
 
     def take(self, site: str, event: Shareable) -> None:
         """Record a stock event of a site, if that site has no sender. May ask the site, for a second at most."""
         with self._lock:
             if site not in self._spools:
-                # A client that sends events has started, so that its first "no" is true.
+                # A client that sends events has started, too.
                 if site in self._heard() or (site not in self._noes and not self._says_no(site)):
                     return
                 self._warn_of(site)
@@ -74,11 +80,10 @@ class SitesWithoutSender:
     def ask_now(self) -> None:
         """Ask the sites that no sender has spoken for. Blocks for a second at most."""
         with self._lock:
-            sites = participants(self._engine).keys() - self._heard() - self._with_sender
-            self._ask(sorted(site for site in sites if self._noes[site] < _ENOUGH))
+            started = participants(self._engine).keys() & self._started
+            self._ask(sorted(started - self._heard() - self._with_sender - self._noes))
             for site in self.found():
-                if self._noes[site] >= _ENOUGH:
-                    self._warn_of(site)
+                self._warn_of(site)
 
     def close(self, timeout_s: float) -> None:
         """Deliver what the sites' events brought to the receiver, and end. Blocks up to ``timeout_s`` for each site."""
@@ -106,9 +111,8 @@ class SitesWithoutSender:
         for site, has_sender in have_sender(self._engine, sites, _ANSWER_S).items() if sites else ():
             if has_sender:
                 self._with_sender.add(site)
-                self._noes.pop(site, None)
             else:
-                self._noes[site] += 1
+                self._noes.add(site)
 
     def _warn_of(self, site: str) -> None:
         if site not in self._warned:
