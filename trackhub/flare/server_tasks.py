@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from FLARE's events what the server hands to sites, what comes back, and what FLARE makes of it.
 
-`trackhub.flare.federation_watch` and the receiver's widget call it. Written for nvflare 2.9, like `trackhub.flare.flare_internals`. It changes
-nothing in FLARE.
+`trackhub.flare.federation_watch` and the receiver's widget call it. Written for nvflare 2.9, like
+`trackhub.flare.flare_internals`. It changes nothing in FLARE.
 """
 
 from __future__ import annotations
