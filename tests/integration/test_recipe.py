@@ -22,7 +22,9 @@ from nvflare.recipe.utils import set_per_site_config
 from trackhub.errors import ConfigError, InvalidOptionError
 from trackhub.flare.flare_internals import state_folder
 from trackhub.flare.job_labels import job_info
+from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.recipe import add_tracking, tracking_components
+from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.limits import Limits
 from trackhub.run import JobInfo
 
@@ -119,8 +121,7 @@ def test_name_notes_and_tags_are_arguments_of_both_components(script: str, tmp_p
     job = _export(recipe, tmp_path / "out")
     server, client = (_components(job, "app", f"config_fed_{end}.json") for end in ("server", "client"))
     for component in (server["trackhub_receiver"], client["trackhub_receiver"], client["trackhub_sender"]):
-        named = {key: value for key, value in component["args"].items() if key.startswith("job_")}
-        assert named == {"job_name": "cifar10", "job_notes": "a *note*", "job_tags": ["a", "b"]}
+        assert component["args"]["job"] == {"name": "cifar10", "notes": "a *note*", "tags": ["a", "b"]}
 
 
 @pytest.mark.parametrize(("name", "expected"), [("cifar10", "cifar10"), (None, "from meta"), ("", "from meta")])
@@ -130,9 +131,20 @@ def test_a_job_has_the_given_name_or_the_one_that_flare_knows(name: str | None, 
         private_stickers={FLContextKey.JOB_META: {"name": "from meta"}},
     ).new_context()  # fmt: skip
 
-    info = job_info(context, name, "a note", ["a"])
+    info = job_info(context, {"name": name, "notes": "a note", "tags": ["a"]})
 
     assert info == JobInfo("b6b7a1f4", expected, "a note", ("a",))
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [({"nmae": "x"}, "'nmae' is none of name, notes, tags"), ("cifar10", "got 'cifar10'"), ({"name": 3}, "got 3")],
+)
+def test_labels_that_are_none_are_refused_where_the_job_is_written(job: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrackhubSender(job=job)
+    with pytest.raises(ConfigError, match=message):
+        TrackhubReceiver({}, job=job)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "n" * 2000])
@@ -142,7 +154,7 @@ def test_a_name_of_flare_that_cannot_be_stored_stops_no_job(name: str) -> None:
         private_stickers={FLContextKey.JOB_META: {"name": name}},
     ).new_context()  # fmt: skip
 
-    assert job_info(context, None, "", []).name == "b6b7a1f4"
+    assert job_info(context, None).name == "b6b7a1f4"
 
 
 def test_two_jobs_of_one_name_share_no_folder_of_state(tmp_path: Path) -> None:

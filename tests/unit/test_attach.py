@@ -78,7 +78,7 @@ def test_a_json_job_gets_the_components_and_keeps_the_rest(tmp_path: Path) -> No
     assert done.exit_code == 0, done.output
     folder = job / "app" / "config"
     server, client = (json.loads((folder / f"config_fed_{side}.json").read_text()) for side in ("server", "client"))
-    common = {"limits": {"deadline_s": 60}, "job_name": "n", "job_tags": ["a"]}
+    common = {"limits": {"deadline_s": 60}, "job": {"name": "n", "tags": ["a"]}}
     assert {**server, "components": server["components"][:-1]} == SERVER
     assert server["components"][-1] == {
         "id": "trackhub_receiver",

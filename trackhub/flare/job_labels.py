@@ -7,7 +7,8 @@ the job does not give comes from FLARE, through `trackhub.flare.flare_internals`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from nvflare.apis.fl_context import FLContext
 
@@ -17,42 +18,63 @@ from trackhub.flare import flare_internals
 from trackhub.policy import SiteRules
 from trackhub.records import key_problem
 
-__all__ = ["check_job_info", "job_info", "spool_info"]
+__all__ = ["JobLabels", "job_info", "spool_info"]
 
 
-def check_job_info(name: str | None, notes: str, tags: Sequence[str]) -> None:
-    """Check a job's name, notes and tags where the job is written.
+class JobLabels(NamedTuple):
+    """What the author of a job says of it.
 
-    Args:
-        name: what a person calls the job; None or empty for the name that FLARE knows.
-        notes: a description of the job; may be empty.
+    Attributes:
+        name: what a person calls the job; empty for the name that FLARE knows.
+        notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
-
-    Raises:
-        ConfigError: one of them is not a usable text. The message says which, and why.
     """
-    if name not in (None, ""):
-        _check_text("name", name)
-    if not isinstance(notes, str):
-        raise ConfigError(f"tracking: notes: expected a text, got {notes!r}")
-    if isinstance(tags, str) or not isinstance(tags, Sequence):
-        raise ConfigError(f"tracking: tags: expected a list of texts, got {tags!r}")
-    for i, tag in enumerate(tags):
-        _check_text(f"tags[{i}]", tag)
+
+    name: str = ""
+    notes: str = ""
+    tags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, labels: Mapping[str, Any] | None) -> JobLabels:
+        """Check the labels as they are in a job's configuration, and return them.
+
+        Args:
+            labels: ``name``, ``notes`` and ``tags``, or some of them. None stands for none of them.
+
+        Raises:
+            ConfigError: one of them is not a usable text. The message says which, and why.
+        """
+        if labels is not None and not isinstance(labels, Mapping):
+            raise ConfigError(f"tracking: job: expected {{'name': ..., 'notes': ..., 'tags': [...]}}, got {labels!r}")
+        given = {label: value for label, value in (labels or {}).items() if value is not None}
+        if unknown := given.keys() - set(cls._fields):
+            raise ConfigError(f"tracking: job: {sorted(unknown)[0]!r} is none of {', '.join(cls._fields)}")
+        name, notes, tags = given.get("name", ""), given.get("notes", ""), given.get("tags", ())
+        if name != "":
+            _check_text("name", name)
+        if not isinstance(notes, str):
+            raise ConfigError(f"tracking: notes: expected a text, got {notes!r}")
+        if isinstance(tags, str) or not isinstance(tags, Sequence):
+            raise ConfigError(f"tracking: tags: expected a list of texts, got {tags!r}")
+        for i, tag in enumerate(tags):
+            _check_text(f"tags[{i}]", tag)
+        return cls(name, notes, tuple(tags))
 
 
-def job_info(fl_ctx: FLContext, name: str | None, notes: str, tags: Sequence[str]) -> JobInfo:
+def job_info(fl_ctx: FLContext, labels: Mapping[str, Any] | None) -> JobInfo:
     """Return the job that this process belongs to.
 
     Args:
         fl_ctx: FLARE's context.
-        name: what a person calls the job; None or empty for the name that FLARE knows.
-        notes: a description of the job.
-        tags: labels for every run of the job.
+        labels: as `JobLabels.of` takes them.
+
+    Raises:
+        ConfigError: as `JobLabels.of` says.
     """
+    name, notes, tags = JobLabels.of(labels)
     shown = name or flare_internals.job_name(fl_ctx)
     # FLARE takes any text as a job's name. One that cannot be stored must not stop the job.
-    return JobInfo(flare_internals.job_id(fl_ctx), "" if key_problem(shown) else shown, notes, tuple(tags))
+    return JobInfo(flare_internals.job_id(fl_ctx), "" if key_problem(shown) else shown, notes, tags)
 
 
 def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int, rules: SiteRules) -> SpoolInfo:

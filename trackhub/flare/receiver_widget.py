@@ -39,7 +39,7 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
-from trackhub.flare.job_labels import check_job_info, job_info, spool_info
+from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.listeners import listeners, server_warning
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.server_tasks import asking_site
@@ -87,9 +87,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         take_over: TakeOver = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
-        job_name: str | None = None,
-        job_notes: str = "",
-        job_tags: list[str] | None = None,
+        job: dict[str, Any] | None = None,
         federation: bool = True,
         aggregate: list[str] | None = None,
     ) -> None:
@@ -100,9 +98,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             take_over: on the server, whether to record what FLARE's own writers log there, as `TakeOver` says.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
-            job_name: what a person calls the job; by default the name that FLARE knows.
-            job_notes: a description of the job, in Markdown.
-            job_tags: labels for every run of the job.
+            job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             federation: on the server, write the job's federation run.
             aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
 
@@ -113,16 +109,14 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if not isinstance(backends, dict) or not all(isinstance(o, dict) for o in backends.values()):
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
         check_take_over(take_over)
-        check_job_info(job_name, job_notes, job_tags or ())
+        JobLabels.of(job)  # checks them where the job is written
         check_aggregate(aggregate)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
         self.limits = limits
         self.state_dir = state_dir
-        self.job_name = job_name
-        self.job_notes = job_notes
-        self.job_tags = job_tags
+        self.job = job
         self.federation = federation
         self.aggregate = aggregate
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
@@ -243,7 +237,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             JournalError: the journal cannot be opened. Training goes on without this receiver.
         """
         self._opened = True
-        job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
+        job = job_info(fl_ctx, self.job)
         run_dir = flare_internals.run_dir(fl_ctx)
         backends, state_dir = self.backends, self.state_dir
         if (operator := flare_internals.operator_file(fl_ctx)) is not None:

@@ -200,13 +200,12 @@ def _common(
     tags: Sequence[str],
 ) -> dict[str, Any]:
     """Return the arguments that both components take, as JSON values. The components check them."""
+    labels = {"name": name, "notes": notes, "tags": list(tags) or None if isinstance(tags, list | tuple) else tags}
     return {
         "take_over": take_over,
         "limits": _limits(limits),
         "state_dir": state_dir,
-        "job_name": name,
-        "job_notes": notes,
-        "job_tags": list(tags) or None if isinstance(tags, list | tuple) else tags,
+        "job": {label: value for label, value in labels.items() if value not in (None, "")} or None,
     }
 
 

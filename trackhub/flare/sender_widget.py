@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
-from trackhub.flare.job_labels import check_job_info, job_info, spool_info
+from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.source import LogCallSource
@@ -47,6 +48,25 @@ __all__ = ["TrackhubSender"]
 
 _OUTCOME_S = 5.0
 """The longest wait for the server to say how the job ends, in seconds."""
+
+
+@dataclass
+class _Ending:
+    """How the job ends at this client.
+
+    Attributes:
+        panicked: whether FLARE has reported a fatal error.
+        task: how the last task ended.
+        status: what the run gets. It is `RunStatus.FINISHED` until the end is decided.
+    """
+
+    panicked: bool = False
+    task: RunStatus = RunStatus.FINISHED
+    status: RunStatus = RunStatus.FINISHED
+
+    def decide(self, *, aborted: bool) -> None:
+        """Settle the status at the end of the run."""
+        self.status = RunStatus.FAILED if self.panicked else RunStatus.ABORTED if aborted else self.task
 
 
 class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
@@ -65,9 +85,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         take_over: TakeOver = True,
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
-        job_name: str | None = None,
-        job_notes: str = "",
-        job_tags: list[str] | None = None,
+        job: dict[str, Any] | None = None,
         policy: dict[str, Any] | None = None,
         capture: list[str] | None = None,
         capture_only: bool = False,
@@ -80,9 +98,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             take_over: whether and how to record what FLARE's own writers log, as `TakeOver` says.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the spool at this site. By default the spool is in the job's run folder.
-            job_name: what a person calls the job; by default the name that FLARE knows.
-            job_notes: a description of the job, in Markdown.
-            job_tags: labels for every run of the job.
+            job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
             capture_only: record these calls in place of what the loggers do, not beside it.
@@ -102,19 +118,16 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 "send what its own writers log to the server. Leave take_over on, or track on the server as well"
             )
         CaptureSetting.of(capture, capture_only)  # checks it where the job is written
-        check_job_info(job_name, job_notes, job_tags or ())
+        JobLabels.of(job)  # checks them where the job is written
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
         self.take_over = take_over
         self.limits = limits
         self.state_dir = state_dir
-        self.job_name = job_name
-        self.job_notes = job_notes
-        self.job_tags = job_tags
+        self.job = job
         self.policy = policy
-        self._policy = None if policy is None else Policy.from_mapping(policy)
-        _check_taken(SiteRules.of_job(self._policy), take_over)
+        _check_taken(SiteRules.of_job(self._job_policy()), take_over)
         self.capture = capture
         self.capture_only = capture_only
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
@@ -125,9 +138,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._source = LogCallSource(self._stock)
         self._spool: Path | None = None
         self._announced = ""
-        self._panicked = False
-        self._task = RunStatus.FINISHED
-        self._status = RunStatus.FINISHED
+        self._ending = _Ending()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
@@ -156,14 +167,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
             self._barrier()
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
-            self._panicked = True
+            self._ending.panicked = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            if self._panicked:
-                self._status = RunStatus.FAILED
-            elif flare_internals.was_aborted(fl_ctx):
-                self._status = RunStatus.ABORTED
-            else:
-                self._status = self._task
+            self._ending.decide(aborted=flare_internals.was_aborted(fl_ctx))
+
+    def _job_policy(self) -> Policy | None:
+        return None if self.policy is None else Policy.from_mapping(self.policy)
 
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
@@ -172,7 +181,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._operator = flare_internals.operator_file(fl_ctx)
         if self._operator is not None:
             self._limits = self._operator.limits_for(self.limits or {}, environ=os.environ)
-        rules = flare_internals.site_rules(fl_ctx, self._policy)
+        rules = flare_internals.site_rules(fl_ctx, self._job_policy())
         _check_taken(rules, self.take_over)
         spool = self._create_spool(fl_ctx, site, rules)
         if self.server_receiver is not None:
@@ -217,7 +226,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.set_round(current)
 
     def _end_task(self, status: RunStatus) -> None:
-        self._task = status
+        self._ending.task = status
 
     def _server_channel(self, engine: Any, receiver: str) -> Channel:
         """Return the channel to the server's receiver. Tests override this method to put faults into the channel."""
@@ -234,7 +243,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         return send
 
     def _create_spool(self, fl_ctx: FLContext, site: str, rules: SiteRules) -> Path:
-        job = job_info(fl_ctx, self.job_name, self.job_notes, self.job_tags or ())
+        job = job_info(fl_ctx, self.job)
         cursors = [side for side, on in (("server", self.server_receiver), ("client", self.client_receiver)) if on]
         info = spool_info(job, site, cursors, self._limits.spool_bytes, rules)
         state_dir = self.state_dir
@@ -299,11 +308,11 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _outcome(self, server: Sender | None) -> RunStatus:
         """Return how this site's own receiver ends the run: as the server does, where the server has said it."""
         told = server.job_status if server is not None else None
-        return self._status if told in (None, RunStatus.FINISHED) else told
+        return self._ending.status if told in (None, RunStatus.FINISHED) else told
 
     def _close(self, side: str) -> None:
         if (sender := self._senders.pop(side, None)) is not None:
-            sender.close(self._limits.gate_s, failed=self._status is RunStatus.FAILED)
+            sender.close(self._limits.gate_s, failed=self._ending.status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
         """Send for a second per receiver at most, before the simulator replaces this process by another one."""
