@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains at one site: in a FLARE job, tracked or not, or alone with ``python client.py --standalone``."""
+"""Trains at one site of a FLARE job, tracked or not. ``standalone.py`` trains the same without FLARE."""
 
 import argparse
 import json
-import math
 import sys
 import zlib
-from pathlib import Path
 
 import data
 import partition
 import torch
 from evaluation import DEVICE, evaluate, prediction_grid
-from flags import spelled, training_parser
+from flags import client_args
 from model import SmallCNN
+from optimizer import MAX_GRADIENT_NORM, MOMENTUM, WEIGHT_DECAY, sgd_with_schedule
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 
 import trackhub
-
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-WARMUP = 0.1  # the part of all steps in which the learning rate rises. Then it falls along a cosine
-
-# Without a limit, the first steps on a few hundred images go so far astray that five rounds do not mend it.
-MAX_GRADIENT_NORM = 2.0
 
 
 class Site:
@@ -73,9 +65,7 @@ class Site:
         """Train for this round's epochs. Log each step and each epoch, and return the last metrics."""
         first_epoch, steps = round_number * self.args.local_epochs, len(self.batches)
         total_steps = self.args.num_rounds * self.args.local_epochs * steps
-        weights = self.model.parameters()
-        optimizer = torch.optim.SGD(weights, self.args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-        scheduler = LambdaLR(optimizer, lambda step: schedule(first_epoch * steps + step, total_steps))
+        optimizer, scheduler = sgd_with_schedule(self.model, self.args.lr, first_epoch * steps, total_steps)
         self.model.train()
         for epoch in range(first_epoch, first_epoch + self.args.local_epochs):
             # Each site and epoch has random numbers of its own, whatever was drawn before.
@@ -99,15 +89,9 @@ class Site:
         return {"train/loss": step_loss, **metrics}
 
 
-def schedule(step: int, total_steps: int) -> float:
-    """Return the factor, 0 to 1, of the highest learning rate at this step, counted from 0."""
-    progress = (step + 1) / total_steps
-    return min(progress / WARMUP, 0.5 + 0.5 * math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
-
-
 def train_in_flare(args: argparse.Namespace) -> None:
     """Train whatever model the FLARE server sends, until it sends no more."""
-    import nvflare.client as flare  # only here: alone, the script needs no FLARE
+    import nvflare.client as flare  # only here: standalone.py needs no FLARE
 
     flare.init()
     with trackhub.Writer() as writer:
@@ -131,39 +115,8 @@ def train_in_flare(args: argparse.Namespace) -> None:
             flare.send(flare.FLModel(params=weights, metrics=metrics, meta={"NUM_STEPS_CURRENT_ROUND": steps}))
 
 
-def train_alone(args: argparse.Namespace) -> None:
-    """Train for as many epochs as in the job, without FLARE and without anybody to average with."""
-    from trackhub.delivery import format_results  # only here: a site of a job does not deliver
-
-    with trackhub.local(args.backend or ["tensorboard"], site="site-1") as writer:
-        site = Site(args, "site-1", writer)
-        for round_number in range(args.num_rounds):
-            site.validate(round_number)
-            site.train(round_number)
-        site.validate(args.num_rounds)
-    if writer.report is not None:
-        print(format_results({"site-1": writer.report}))
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Return the values of the flags."""
-    parser = training_parser(__doc__)
-    add = parser.add_argument_group("running").add_argument
-    add("--standalone", action="store_true", help="train alone, without FLARE")
-    add("--backend", action="append", metavar="NAME", help="standalone: repeatable; default tensorboard")
-    add("--no-send_metrics", dest="send_metrics", action="store_false", help="return weights alone")
-    add("--summary_dir", type=Path, metavar="DIR", help="write the last metrics to DIR/<site>.json")
-    return parser.parse_args(spelled(argv))
-
-
 if __name__ == "__main__":
-    parsed = parse_args(sys.argv[1:])
+    parsed = client_args(sys.argv[1:], __doc__)
     if parsed.torch_threads is not None:
         torch.set_num_threads(parsed.torch_threads)
-    if not parsed.standalone:
-        train_in_flare(parsed)
-    else:
-        try:
-            train_alone(parsed)
-        except (trackhub.ConfigError, data.DataError) as error:
-            sys.exit(f"client.py: error: {error}")
+    train_in_flare(parsed)

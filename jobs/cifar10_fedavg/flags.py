@@ -43,6 +43,15 @@ def training_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def client_args(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """Return the values of the flags of client.py."""
+    parser = training_parser(description)
+    add = parser.add_argument_group("result").add_argument
+    add("--no-send_metrics", dest="send_metrics", action="store_false", help="return weights alone")
+    add("--summary_dir", type=Path, metavar="DIR", help="write the last metrics to DIR/<site>.json")
+    return parser.parse_args(spelled(argv))
+
+
 def training_args(args: argparse.Namespace) -> list[str]:
     """Return the command line that gives client.py the same training flags."""
     given = [(name, getattr(args, name)) for name in vars(training_parser().parse_args([]))]

@@ -259,7 +259,7 @@ def test_a_job_whose_training_fails_ends_with_another_status_and_delivers_what_w
 
 
 def test_the_client_alone_delivers_by_itself(tmp_path: Path) -> None:
-    command = [sys.executable, str(JOB_DIR / "client.py"), "--standalone", "--backend", "jsonl", "--torch_threads", "1"]
+    command = [sys.executable, str(JOB_DIR / "standalone.py"), "--backend", "jsonl", "--torch_threads", "1"]
 
     done = subprocess.run([*command, *SMALL], cwd=tmp_path, capture_output=True, text=True, check=False)
 
@@ -273,9 +273,9 @@ def test_the_client_alone_delivers_by_itself(tmp_path: Path) -> None:
     assert str(path) in done.stdout
 
 
-def test_the_client_outside_a_job_says_how_to_run_it(tmp_path: Path) -> None:
+def test_the_standalone_script_says_what_is_wrong_with_a_backend(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(JOB_DIR / "client.py"), "--standalone", "--backend", "tensorbord"],
+        [sys.executable, str(JOB_DIR / "standalone.py"), "--backend", "tensorbord"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -283,6 +283,6 @@ def test_the_client_outside_a_job_says_how_to_run_it(tmp_path: Path) -> None:
     )
 
     assert done.returncode != 0
-    assert done.stderr.startswith("client.py: error: ")
+    assert done.stderr.startswith("standalone.py: error: ")
     assert "tensorboard" in done.stderr
     assert list(tmp_path.iterdir()) == []

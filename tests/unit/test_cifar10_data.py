@@ -18,6 +18,7 @@ from pathlib import Path
 
 import client
 import data
+import flags
 import numpy as np
 import partition
 import pytest
@@ -35,7 +36,7 @@ import trackhub
 
 def load(dataset: str, data_root: Path | None = None) -> tuple[str, TensorDataset, TensorDataset]:
     """Return the images that these flags ask for."""
-    return data.load(client.parse_args(["--dataset", dataset, *(["--data_root", str(data_root)] if data_root else [])]))
+    return data.load(flags.client_args(["--dataset", dataset, *(["--data_root", str(data_root)] if data_root else [])]))
 
 
 def pixels(images: TensorDataset) -> Tensor:
@@ -160,7 +161,7 @@ def test_synthetic_images_can_be_learned(monkeypatch: pytest.MonkeyPatch, one_to
     train, test = synthetic.synthetic(0)
     monkeypatch.setattr(data, "load", lambda _: ("synthetic", train, TensorDataset(*test[:200])))
     monkeypatch.setenv("TRACKHUB_MODE", "disabled")
-    args = client.parse_args(["--num_rounds", "3", "--samples_per_site", "600"])
+    args = flags.client_args(["--num_rounds", "3", "--samples_per_site", "600"])
     site = client.Site(args, "site-1", trackhub.Writer())
 
     before = site.validate(0)
@@ -354,7 +355,7 @@ NUMBERED = TensorDataset(torch.arange(500), torch.arange(500) % 10)
 
 def shares(n_sites: int, scheme: str, *argv: str) -> list[TensorDataset]:
     """Return every site's share of the numbered images."""
-    args = client.parse_args(["--n_clients", str(n_sites), "--partition", scheme, *argv])
+    args = flags.client_args(["--n_clients", str(n_sites), "--partition", scheme, *argv])
     return [partition.share(NUMBERED, f"site-{number}", args) for number in range(1, n_sites + 1)]
 
 
@@ -419,7 +420,7 @@ def test_an_impossible_division_is_refused() -> None:
 
 
 def test_a_sites_share_follows_from_the_number_in_its_name() -> None:
-    args = client.parse_args(["--partition", "iid", "--n_clients", "12"])
+    args = flags.client_args(["--partition", "iid", "--n_clients", "12"])
     divided = shares(12, "iid")
 
     for name, index in (("site-1", 0), ("hospital_2", 1), ("s12", 11)):
@@ -428,14 +429,14 @@ def test_a_sites_share_follows_from_the_number_in_its_name() -> None:
 
 @pytest.mark.parametrize("name", ["site-0", "site-3", "hospital", ""])
 def test_a_site_name_without_a_usable_number_is_refused(name: str) -> None:
-    args = client.parse_args(["--partition", "iid", "--n_clients", "2"])
+    args = flags.client_args(["--partition", "iid", "--n_clients", "2"])
 
     with pytest.raises(data.DataError, match=r"must end in a number from 1 to 2"):
         partition.share(NUMBERED, name, args)
 
 
 def test_any_site_name_will_do_where_all_have_the_same_images() -> None:
-    assert len(partition.share(NUMBERED, "hospital", client.parse_args([]))) == 500
+    assert len(partition.share(NUMBERED, "hospital", flags.client_args([]))) == 500
 
 
 def test_batches_hold_every_image_once_in_an_order_that_the_seed_decides() -> None:

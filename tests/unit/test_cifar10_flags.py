@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import client
 import data
 import flags
 import job
+import optimizer
 import pytest
 import synthetic
 from evaluation import prediction_grid
@@ -195,7 +195,7 @@ def test_the_client_gets_what_the_job_was_told() -> None:
     argv = ["--partition", "dirichlet", "--alpha", "0.3", "--samples_per_site", "7", "--lr", "0.01", "--seed", "9"]
     told = job.parse_args([*argv, "--data_root", "d", "--torch_threads", "2", "--n_clients", "4"])
 
-    received = client.parse_args(flags.training_args(told))
+    received = flags.client_args(flags.training_args(told))
 
     for name in ("partition", "alpha", "samples_per_site", "lr", "seed", "data_root", "torch_threads", "n_clients"):
         assert getattr(received, name) == getattr(told, name)
@@ -270,7 +270,7 @@ def test_a_data_root_with_a_space_cannot_be_exported(here: Path, capsys: pytest.
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    factors = [client.schedule(step, 100) for step in range(100)]
+    factors = [optimizer.schedule(step, 100) for step in range(100)]
 
     assert max(factors) == pytest.approx(1, abs=0.01)
     assert factors.index(max(factors)) == 9
