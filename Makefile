@@ -36,11 +36,12 @@ test: $(INSTALLED) ## run every test but the long ones
 trainers: $(TRAINERS)/.installed ## create .venv-trainers, with the trainers' libraries beside what .venv has
 
 # It sees all that .venv has, and what it installs itself comes first. So these libraries never change what the backends
-# are tested with.
+# are tested with. Python reads .pth files in the order of their names, and the one of the editable trackhub needs
+# `editables` from .venv.
 $(TRAINERS)/.installed: $(INSTALLED)
 	@rm -f $@
 	$(BIN)/python -m venv $(TRAINERS)
-	$(TRAINERS)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
+	$(TRAINERS)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "00-beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
 	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
 	@touch $@
 

@@ -89,17 +89,19 @@ def local(
     )
 
 
-def load(path: str | Path, table: Literal["metrics", "params", "tags"] = "metrics", *, arrow: bool = False) -> Any:
-    """Return the metrics, params or tags of the jobs at or under a path, one value a row.
+def load(
+    path: str | Path, table: Literal["metrics", "params", "tags", "summary"] = "metrics", *, arrow: bool = False
+) -> Any:
+    """Return the metrics, params, tags or final values of the jobs at or under a path, one value a row.
 
     Needs the extra ``tables`` (pandas and pyarrow). Nothing on the disk is changed.
 
     Args:
         path: a journal (``trackhub.db``), a run folder, a folder of jobs, or a job downloaded from FLARE.
         table: ``metrics``: every value that was logged, with the columns job, name, site, round, step, key, value and
-            time. ``params`` or ``tags``: the last value of each key, as text, with job, name, site, key, value and
-            time. ``job`` is the job's id, ``name`` what a person calls it. ``time`` is unix seconds (UTC) of the log
-            call. ``round`` and ``step`` may be missing.
+            time. ``params``, ``tags`` or ``summary``: the last value of each key, as text, with job, name, site, key,
+            value and time. ``summary`` has what `Writer.summarize` was given. ``job`` is the job's id, ``name`` what a
+            person calls it. ``time`` is unix seconds (UTC) of the log call. ``round`` and ``step`` may be missing.
         arrow: return a ``pyarrow.Table``, not a ``pandas.DataFrame``.
 
     Returns:

@@ -254,13 +254,24 @@ def simulate(
     return JobResult(rc, log, workspace, out, name)
 
 
-def run_script(args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
-    """Run Python in this folder and wait for its end. Return its exit status and what it printed."""
+def run_script(
+    args: list[str], folder: Path, out: Path, env: Mapping[str, str], timeout_s: float, *, python: str = sys.executable
+) -> tuple[int, str]:
+    """Run Python in this folder and wait for its end. Return its exit status and what it printed.
+
+    Args:
+        args: what Python runs.
+        folder: where it runs.
+        out: the folder for what the trainers note.
+        env: further environment variables.
+        timeout_s: kill the job and fail after this time.
+        python: the interpreter, by default that of the tests.
+    """
     out.mkdir(parents=True)
     log = folder / "log.txt"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, *args], cwd=folder, env={**flare_environment(env), "TRACKHUB_TEST_OUT": str(out)},
+            [python, *args], cwd=folder, env={**flare_environment(env, python), "TRACKHUB_TEST_OUT": str(out)},
             stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -285,7 +296,7 @@ def processes_with(mark: bytes) -> Iterator[int]:
                 yield int(name)
 
 
-def flare_environment(env: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def flare_environment(env: Mapping[str, str] = MappingProxyType({}), python: str = sys.executable) -> dict[str, str]:
     """Return the environment of a FLARE job's processes.
 
     ``python3``, as FLARE starts it, is the interpreter of the tests, and a race of FLARE's simulator is mended.
@@ -293,7 +304,7 @@ def flare_environment(env: Mapping[str, str] = MappingProxyType({})) -> dict[str
     Args:
         env: further variables. The entries of its ``PYTHONPATH`` come first.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.environ["PATH"])])
+    path = os.pathsep.join([str(Path(python).parent), env.get("PATH", os.environ["PATH"])])
     python_path = [env.get("PYTHONPATH"), str(SIMULATOR_MEND), os.environ.get("PYTHONPATH")]
     own = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
     return {**os.environ, **env, **own}

@@ -134,7 +134,7 @@ def test_a_spool_with_nothing_but_unconvertible_records_still_counts_them(spool:
     assert (count.logged, count.dropped) == (1, {"unconvertible": 1})
 
 
-def test_nothing_is_taken_before_the_spool_is_there_or_after_the_end(spool: Path) -> None:
+def test_what_comes_before_the_spool_is_kept_and_nothing_is_taken_after_the_end(spool: Path) -> None:
     records = StockRecords(FLComponent())
 
     records.take(_context(_event("loss", 0.0, Type.SCALAR)))
@@ -143,4 +143,4 @@ def test_nothing_is_taken_before_the_spool_is_there_or_after_the_end(spool: Path
     records.close()
     records.take(_context(_event("loss", 2.0, Type.SCALAR)))
 
-    assert [r.payload for r in _records(spool)] == [Metrics({"loss": 1.0})]
+    assert [r.payload for r in _records(spool)] == [Metrics({"loss": 0.0}), Metrics({"loss": 1.0})]

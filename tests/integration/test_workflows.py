@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import TRAINER, JobResult, read_jsonl, run_script
+from tests.integration.harness import TRAINER, JobResult, files_with, read_jsonl, run_script
 
 _JOB = """
 import sys
@@ -35,7 +35,7 @@ from nvflare.app_common.workflows.scaffold import Scaffold
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
-from parts import EndsByItself, Hostile, ServerLogger
+from parts import CustomSender, EndsByItself, Hostile, ServerLogger
 
 from trackhub.flare.recipe import add_tracking
 
@@ -108,13 +108,22 @@ if __name__ == "__main__":
     make = client_controlled if workflow.startswith(("swarm", "cyclic by")) else server_controlled
     job = fedopt(external) if workflow == "FedOpt" else make(workflow, external)
     job.to_server(ServerLogger(), id="before_the_receiver")
-    add_tracking(job, server={"jsonl": {}}, clients={"jsonl": {}})
+    sides = {"server": {"jsonl": {}}, "clients": {"jsonl": {}}}
+    if sys.argv[4:] == ["flare_metrics"]:
+        job.to_server(CustomSender(), id="a_sender")
+        job.to_clients(CustomSender(), id="a_sender")
+        sides["flare_metrics"] = ["clients", "server"]
+    elif sys.argv[4:] == ["client only"]:
+        job.to_clients(CustomSender(), id="a_sender")
+        sides = {"clients": {"jsonl": {}}, "flare_metrics": ["clients"]}
+    add_tracking(job, **sides)
     job.simulator_run(str(HERE / "workspace" / "job"), n_clients=N, threads=N)
 """
 
 _PARTS = """
 import time
 
+from nvflare.apis.analytix import AnalyticsDataType
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FedEventHeader, FLContextKey
@@ -122,6 +131,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.impl.controller import Controller
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.widgets.streaming import AnalyticsSender
 from nvflare.widgets.fed_event import FED_EVENT_TOPIC
 from nvflare.widgets.widget import Widget
 
@@ -138,6 +148,21 @@ class ServerLogger(Widget):
             Writer().log({"seen": -1})
         elif event_type == EventType.START_WORKFLOW and fl_ctx.get_prop(FLContextKey.EVENT_DATA) is not None:
             Writer().log({"made_up": 1})  # by a client
+
+
+class CustomSender(AnalyticsSender):
+    '''Sends analytics with an event type of its own, and with FLARE's one before the spool is there.'''
+
+    def handle_event(self, event_type, fl_ctx):
+        is_first = self.engine is None
+        if event_type in (EventType.ABOUT_TO_START_RUN, EventType.START_RUN):
+            self.engine = fl_ctx.get_engine()  # a server fires the second one only
+            if is_first:
+                self.event_type = "analytix_log_stats"
+                self.add("planted" + "_early", 0.25, AnalyticsDataType.SCALAR, 3)
+        elif event_type in (AppEventType.ROUND_STARTED, EventType.BEFORE_TASK_EXECUTION):
+            self.event_type = "my_own_analytics"
+            self.add("planted" + "_custom", 0.125, AnalyticsDataType.SCALAR, 3)
 
 
 class Hostile(Widget):
@@ -199,12 +224,36 @@ while flare.is_running():
 """
 
 
-def _run(folder: Path, workflow: str, external: bool, n_clients: int, env: dict[str, str] | None = None) -> JobResult:
-    (folder / "client.py").write_text(TRAINER + textwrap.dedent(_TRAINER))
+_EVALUATING_TRAINER = """
+while flare.is_running():
+    model = flare.receive()
+    if model is None:
+        break
+    if flare.is_evaluate():
+        flare.send(flare.FLModel(metrics={"accuracy": 0.734512, "per": {"cat": 0.5}}))
+    elif flare.is_submit_model():
+        flare.send(flare.FLModel(params=model.params or {"w": np.zeros(2)}, params_type="FULL"))
+    else:
+        params = {name: array + 1 for name, array in model.params.items()}
+        flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.734512}))
+"""
+
+
+def _run(
+    folder: Path,
+    workflow: str,
+    external: bool,
+    n_clients: int,
+    env: dict[str, str] | None = None,
+    *,
+    trainer: str = _TRAINER,
+    mode: str = "",
+) -> JobResult:
+    (folder / "client.py").write_text(TRAINER + "import numpy as np\n" + textwrap.dedent(trainer))
     (folder / "parts.py").write_text(_PARTS)
     (folder / "net.py").write_text(_NET)
     (folder / "job.py").write_text(_JOB)
-    args = ["job.py", workflow, "external" if external else "in process", str(n_clients)]
+    args = ["job.py", workflow, "external" if external else "in process", str(n_clients), *([mode] if mode else [])]
     rc, log = run_script(args, folder, folder / "out", {"PYTHONPATH": str(folder), **(env or {})}, 300)
     return JobResult(rc, log, folder / "workspace" / "job", folder / "out")
 
@@ -267,6 +316,55 @@ def test_server_logs_have_the_workflow_round(tmp_path: Path) -> None:
     assert {name: _end(job, name) for name in ("server", "site-1", "site-2")} == dict.fromkeys(
         ("server", "site-1", "site-2"), "finished"
     )
+
+
+def _values(job: JobResult, receiver: str, site: str) -> list[tuple[str, float, int | None, int | None]]:
+    return [(point.key, point.value, point.step, point.round) for point in job.jsonl_points(receiver, site)]
+
+
+_SENT = [("flare/accuracy", 0.734512, number, number) for number in range(3)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("external", [False, True])
+def test_metrics_that_flare_carries_are_records(tmp_path: Path, external: bool) -> None:
+    """Those of each model, of cross-site evaluation, of analytics events of another type, and early ones."""
+    job = _run(tmp_path, "FedAvg, then evaluation", external, 2, trainer=_EVALUATING_TRAINER, mode="flare_metrics")
+
+    assert job.rc == 0, job.log[-6000:]
+    for site in ("site-1", "site-2"):
+        values = _values(job, "server", site)
+        assert values == _values(job, site, site)
+        assert values[0] == ("planted_early", 0.25, 3, None)
+        assert [value for value in values if value[0] == "flare/accuracy"] == _SENT
+        custom = [(value, step, number) for key, value, step, number in values if key == "planted_custom"]
+        assert custom[:3] == [(0.125, 3, number) for number in range(3)]
+        evaluated = {key: value for key, value, *_ in values if key.startswith("cross_site/")}
+        assert {f"cross_site/{owner}/accuracy": 0.734512 for owner in ("site-1", "site-2")}.items() <= evaluated.items()
+    seen = dict(value[:2] for value in _values(job, "server", "server") if value[0].startswith("cross_site/"))
+    expected = [(a, b, m) for a in ("site-1", "site-2") for b in ("site-1", "site-2") for m in ("accuracy", "per/cat")]
+    assert seen.keys() >= {f"cross_site/{client}/{owner}/{metric}" for client, owner, metric in expected}
+    assert set(seen.values()) == {0.734512, 0.5}
+    server = [value[:3] for value in _values(job, "server", "server") if value[0].startswith("planted")]
+    assert server == [("planted_early", 0.25, 3), *[("planted_custom", 0.125, 3)] * 3]
+    averages = {point.key: point.value for point in job.jsonl_points("server", "federation")}
+    assert averages["aggregated/accuracy"] == averages["flare/accuracy/mean"] == pytest.approx(0.734512)
+    assert job.report("server")["balanced"]
+
+
+@pytest.mark.long
+def test_in_client_only_mode_the_server_records_none_of_them(tmp_path: Path) -> None:
+    """FLARE itself carries the metrics to the server, and writes them into its own file there."""
+    job = _run(tmp_path, "FedAvg, then evaluation", False, 2, trainer=_EVALUATING_TRAINER, mode="client only")
+
+    assert job.rc == 0, job.log[-6000:]
+    for site in ("site-1", "site-2"):
+        values = _values(job, site, site)
+        assert [value for value in values if value[0] == "flare/accuracy"] == _SENT
+        assert {value[0] for value in values} >= {"planted_early", "planted_custom", "cross_site/site-1/accuracy"}
+    assert not (job.run_dir("server") / "trackhub").exists()
+    assert list(files_with(job.workspace / "server", b"planted_early", b"planted_custom")) == []
+    assert list(files_with(job.workspace / "server", b"flare/accuracy", b"cross_site/")) == []
 
 
 def test_one_learner_that_raised_fails_the_job_at_all_sites(tmp_path: Path) -> None:

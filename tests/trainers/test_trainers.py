@@ -130,7 +130,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "accelerate": {"lr": 0.1, "optim/name": "sgd"},
     "xgboost": {"objective": "binary:logistic", "max_depth": "2"},
     "lightgbm": {"num_leaves": 4, "objective": "regression"},
-    "keras": {"epochs": 3, "optimizer/name": "sgd"},
+    "keras": {"epochs": 3, "optimizer/name": "SGD"},
 }
 KINDS = {
     "lightning": {"artifact"},

@@ -19,7 +19,11 @@ EXECUTOR = {
     "tasks": ["*"],
     "executor": {
         "path": "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
-        "args": {"execution_mode": "external_process", "command": ["python3", "custom/client.py"], "rate": 1e-4},
+        "args": {
+            "execution_mode": "external_process",
+            "command": ["python3", "custom/client.py"],
+            "shutdown_timeout": 0.0,
+        },
     },
 }
 SERVER: dict[str, Any] = {"format_version": 2, "workflows": [], "components": [{"id": "persistor", "path": "a.B"}]}
@@ -86,7 +90,9 @@ def test_a_json_job_gets_the_components_and_keeps_the_rest(tmp_path: Path) -> No
         "args": {"backends": {"jsonl": {"path": "out"}}, **common},
     }
     assert ids(client) == ["trackhub_receiver", "trackhub_sender"]
-    assert client["executors"][0]["executor"]["args"].pop("shutdown_timeout") == 30
+    arguments = client["executors"][0]["executor"]["args"]
+    assert arguments["shutdown_timeout"] == 30
+    arguments["shutdown_timeout"] = 0.0
     assert {**client, "components": []} == CLIENT
     after = contents(job)
     for side in ("server", "client"):

@@ -22,7 +22,7 @@ from tests.unit.helpers import batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.query import StoredRecord, read_jobs
 from trackhub.query.export import export
-from trackhub.records import Image, Kind, Metrics, Params, Record, Tags
+from trackhub.records import Image, Kind, Metrics, Params, Record, Summary, Tags
 
 A, B = "a" * 32, "b" * 32
 PARAMS = {"lr": 0.1, "opt": {"name": "sgd", "betas": [0.9, 0.99]}, "note": 'x,"y"\nz', "none": None, "bad": math.nan}
@@ -58,6 +58,7 @@ def run(tmp_path: Path) -> Path:
         writer.log_params(PARAMS)
         writer.log_params({"lr": 0.2})
         writer.set_tags({"team": "a"})
+        writer.summarize({"best": {"acc": 0.1, "at": 1}, "verdict": "good"})
         for step in range(5):
             writer.set_round(step // 2)
             writer.log({"loss": 1 / (step + 1), "acc": step / 10}, step)
@@ -65,6 +66,7 @@ def run(tmp_path: Path) -> Path:
         writer.log({"odd": math.nan})
         writer.log({"odd": -math.inf})
         writer.log_image("pic", [[0.0, 1.0]])
+        writer.summarize({"best": {"acc": 0.4, "at": 4}, "bad": math.nan})
     return writer.folder
 
 
@@ -96,7 +98,24 @@ def test_the_loaded_table_has_the_values_that_the_backend_has(run: Path) -> None
     assert frame.attrs["trackhub.problems"] == []
 
 
-def test_the_three_files_of_an_export_hold_the_same_in_each_format(run: Path, tmp_path: Path) -> None:
+def test_final_values_are_a_table_and_a_file_of_their_own(run: Path, tmp_path: Path) -> None:
+    for suffix in ("csv", "jsonl", "parquet"):
+        assert export(run, tmp_path / f"out.{suffix}").rows[tmp_path / f"out.summary.{suffix}"] == 4
+
+    with (tmp_path / "out.summary.csv").open(newline="") as file:
+        as_csv = {row["key"]: row["value"] for row in csv.DictReader(file)}
+    lines = [json.loads(line) for line in (tmp_path / "out.summary.jsonl").read_text().splitlines()]
+    as_parquet = {row["key"]: row["value"] for row in pq.read_table(tmp_path / "out.summary.parquet").to_pylist()}
+    frame = trackhub.load(run, "summary")
+    texts = {"best/acc": "0.4", "best/at": "4", "verdict": "good", "bad": "NaN"}
+    assert as_csv == as_parquet == dict(zip(frame["key"], frame["value"], strict=True)) == texts
+    assert {line["key"]: line["value"] for line in lines} == {
+        "best/acc": 0.4, "best/at": 4, "verdict": "good", "bad": "NaN",
+    }  # fmt: skip
+    assert trackhub.load(run, "params")["key"].isin(texts).sum() == 1  # "bad" is a param, too
+
+
+def test_the_files_of_an_export_hold_the_same_in_each_format(run: Path, tmp_path: Path) -> None:
     for suffix in ("csv", "jsonl"):
         assert export(run, tmp_path / f"out.{suffix}").rows[tmp_path / f"out.{suffix}"] == 12
     done = cli("export", run, "--to", tmp_path / "out.parquet")
@@ -265,7 +284,7 @@ def test_records_of_all_kinds_are_read_with_their_files_also_from_a_copy(run: Pa
         path = job.blob_path("local", image.blob)
         only = list(job.records("local", {Kind.TAGS}))
 
-    assert {type(payload) for payload in found} == {Metrics, Params, Tags, Image}
+    assert {type(payload) for payload in found} == {Metrics, Params, Tags, Image, Summary}
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [r.record.payload for r in only] == [Tags({"team": "a"})]

@@ -21,7 +21,7 @@ import trackhub
 from tests.unit.helpers import batch_of
 from trackhub.delivery.journal.journal import Journal
 from trackhub.page.render import write_report
-from trackhub.records import Metrics, Params, Payload, Record
+from trackhub.records import Metrics, Params, Payload, Record, Summary
 
 pytest.importorskip("plotly", reason="plotly is not installed; it is in the extra report")
 
@@ -174,6 +174,19 @@ def test_final_values_params_and_lines_are_those_that_were_logged(tmp_path: Path
     assert "1 value is NaN or infinite, and not drawn." in page.text
 
 
+def test_what_a_script_summarized_stands_with_the_final_values(tmp_path: Path) -> None:
+    """Also where it logged nothing else. The last value of a key holds."""
+    s1: list[Any] = [Summary({"best": {"acc": 0.1}, "verdict": "good"}), Summary({"best": {"acc": 0.4}})]
+    s2: list[Any] = [Summary({"best": {"acc": 0.3}, "verdict": "good"})]
+
+    page = page_of(job(tmp_path, {"s1": s1, "s2": s2}))
+
+    assert page.headings.index("Final values") + 1 == page.headings.index("Summarized values that differ")
+    assert page.row("best/acc") == ["best/acc", "0.4", "0.3"]
+    assert "verdict" in page.text
+    assert "Metrics" not in page.headings
+
+
 def test_jobs_stand_side_by_side_with_the_params_that_differ_on_top(tmp_path: Path) -> None:
     for name, lr in (("a", 0.1), ("b", 0.2)):
         job(tmp_path, {"s1": [Params({"lr": lr, "seed": 0}), (0, Metrics({"loss": lr}))]}, name)
@@ -202,6 +215,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.log_histogram(text, [1.0, 2.0])
         writer.log_params({text: text for text in HOSTILE})
         writer.set_tags({text: text for text in HOSTILE})
+        writer.summarize({text: text for text in HOSTILE})
     write_report(folder / "runs", folder / "page.html")
     return folder / "page.html"
 

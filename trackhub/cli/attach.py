@@ -34,6 +34,12 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take
     default="true",
     help="Whether to record what FLARE's own writers log, as for add_tracking.",
 )
+@click.option(
+    "--flare-metrics",
+    multiple=True,
+    type=click.Choice(["clients", "server"]),
+    help="Where to record the metrics that FLARE carries itself, as for add_tracking; repeatable.",
+)
 @click.option("--state-dir", help="The folder for spools and journals at every site.")
 @click.option("--dry-run", is_flag=True, help="Show the change, and change nothing.")
 def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: bool, **more: Any) -> None:
@@ -92,6 +98,7 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
         "notes": more["notes"],
         "tags": list(more["tag"]),
         "take_over": take_over,
+        "flare_metrics": list(more["flare_metrics"]),
         "limits": _limits(more["limit"]) or None,
         "state_dir": more["state_dir"],
     }

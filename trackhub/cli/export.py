@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub export``: write the metrics, params and tags of jobs into CSV, JSON-lines or Parquet files.
+"""``trackhub export``: write the metrics, params, tags and final values of jobs into CSV, JSON-lines or Parquet files.
 
 `trackhub.query.export` does the work.
 """
@@ -25,8 +25,8 @@ def export(path: Path, to: Path) -> None:
     PATH is a journal, a job's run folder, a folder of jobs, or a job downloaded from FLARE.
 
     The file has the metrics, with the columns job, name, site, round, step, key, value and time. Files beside it,
-    FILE.params.csv and FILE.tags.csv, have the last value of each param and tag. time is unix seconds (UTC). In a
-    script, trackhub.load(PATH) gives the same as a pandas table.
+    FILE.params.csv, FILE.tags.csv and FILE.summary.csv, have the last value of each param, tag and final value. time
+    is unix seconds (UTC). In a script, trackhub.load(PATH) gives the same as a pandas table.
 
     Example: trackhub export runs --to all.parquet
 

@@ -198,10 +198,12 @@ def _trainers_without_time(config: Any) -> Iterator[dict[str, Any]]:
     parts = [part for part in [*executors, *_components(config)] if isinstance(part, dict)]
     for part in parts:
         arguments = part.get("args")
-        if not isinstance(arguments, dict) or arguments.get("shutdown_timeout"):
-            continue
-        if arguments.get("execution_mode") == _EXTERNAL or str(part.get("path", "")).endswith(".SubprocessLauncher"):
-            yield arguments
+        if isinstance(arguments, dict):
+            # A launcher's own default is 0, and the executor's is not.
+            otherwise = 0 if str(part.get("path", "")).endswith(".SubprocessLauncher") else None
+            is_external = otherwise == 0 or arguments.get("execution_mode") == _EXTERNAL
+            if is_external and arguments.get("shutdown_timeout", otherwise) == 0:
+                yield arguments
 
 
 def _components(config: Any) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from trackhub.delivery import (
     set_process_spool,
 )
 from trackhub.errors import ConfigError, PluginError
-from trackhub.flare import flare_internals
+from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
@@ -90,6 +90,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         job: dict[str, Any] | None = None,
         federation: bool = True,
         aggregate: list[str] | None = None,
+        flare_metrics: list[str] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -101,6 +102,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             federation: on the server, write the job's federation run.
             aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
+            flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
+                gets. It then also records analytics events that its components fire with a type of their own.
 
         Raises:
             ConfigError: ``backends`` is not a mapping of names to options, or another argument is wrong.
@@ -111,6 +114,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         check_take_over(take_over)
         JobLabels.of(job)  # checks them where the job is written
         check_aggregate(aggregate)
+        carried_metrics.check_flare_metrics(flare_metrics)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
@@ -119,6 +123,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.job = job
         self.federation = federation
         self.aggregate = aggregate
+        self.flare_metrics = flare_metrics
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._opened = False
         self._core: Receiver | None = None
@@ -179,6 +184,11 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._note_status(self._status)
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
+        elif self.take_over and self._records_flare_metrics():
+            self._stock.take_custom(fl_ctx)
+
+    def _records_flare_metrics(self) -> bool:
+        return carried_metrics.SERVER in (self.flare_metrics or ())
 
     def _note_status(self, status: RunStatus) -> None:
         """Say how the job ends, so that the sites' own receivers end their runs alike."""
@@ -206,6 +216,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
+        if self._records_flare_metrics():
+            carried_metrics.ServerMetrics(engine, self._stock)
         channel.serve(self._core.handle)
         if warning := server_warning(
             listeners(flare_internals.components(engine)), self.take_over, has_server_side=True

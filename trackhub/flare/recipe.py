@@ -51,6 +51,7 @@ def add_tracking(
     policy: Mapping[str, Any] | None = None,
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
+    flare_metrics: Sequence[str] = (),
 ) -> None:
     """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
@@ -90,12 +91,16 @@ def add_tracking(
             by round, and how the federation ran, as ``fl/...``.
         aggregate: the keys whose statistics it holds: patterns such as ``"val/*"``. By default these are the keys that
             all sites log with the round as their step. An empty list is for none.
+        flare_metrics: where to record the metrics that FLARE carries itself: ``"clients"``, ``"server"`` or both. A
+            client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
+            cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
+            ``cross_site/<client>/<model>/<metric>``.
 
     Raises:
-        ConfigError: there is nothing to track with, or ``take_over`` is off or ``"copy"`` and tracking is on the client
-            side only or has a policy. Or a rule of the policy, an option, a limit, the name, the notes or the tags are
-            wrong, or an option holds a literal secret. A backend that is not installed here gives a warning, and its
-            sites check its options.
+        ConfigError: there is nothing to track with. Or ``take_over`` is off or ``"copy"``, or ``flare_metrics`` has the
+            server, and tracking is on the client side only or has a policy. Or a rule of the policy, an option, a
+            limit, the name, the notes or the tags are wrong, or an option holds a literal secret. A backend that is not
+            installed here gives a warning, and its sites check its options.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -108,7 +113,7 @@ def add_tracking(
     if not server_backends and not any(backends for _, backends in plan):
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
-    common = _common(take_over, limits, state_dir, name, notes, tags)
+    common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     of_sender = {**common, **_capture(capture, capture_only), "policy": _policy(policy)}
     _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
@@ -140,12 +145,13 @@ def tracking_components(
     policy: Mapping[str, Any] | None = None,
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
+    flare_metrics: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what to put into the ``components`` of a job that is written in JSON. ``trackhub attach`` does it for you.
 
     Args:
         server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.
-        policy, federation, aggregate: as for `add_tracking`.
+        policy, federation, aggregate, flare_metrics: as for `add_tracking`.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
@@ -159,7 +165,7 @@ def tracking_components(
     server_backends, client_backends = _checked(server, "server"), _checked(clients, "clients")
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
-    common = _common(take_over, limits, state_dir, name, notes, tags)
+    common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     of_sender = {**_receivers(server_backends, client_backends), **common, **_capture(capture, capture_only)}
     sender = _component(SENDER_ID, TrackhubSender, {**of_sender, "policy": _policy(policy)})
 
@@ -198,6 +204,7 @@ def _common(
     name: str | None,
     notes: str,
     tags: Sequence[str],
+    flare_metrics: Sequence[str],
 ) -> dict[str, Any]:
     """Return the arguments that both components take, as JSON values. The components check them."""
     labels = {"name": name, "notes": notes, "tags": list(tags) or None if isinstance(tags, list | tuple) else tags}
@@ -206,6 +213,7 @@ def _common(
         "limits": _limits(limits),
         "state_dir": state_dir,
         "job": {label: value for label, value in labels.items() if value not in (None, "")} or None,
+        "flare_metrics": list(flare_metrics) or None if isinstance(flare_metrics, list | tuple) else flare_metrics,
     }
 
 

@@ -26,17 +26,25 @@ __all__ = ["ClientRounds", "ServerRounds"]
 class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """The round of a client: the one of the task that an executor has, or had last."""
 
-    def __init__(self, engine: Any, set_round: Callable[[int | None], None], end: Callable[[RunStatus], None]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        set_round: Callable[[int | None], None],
+        end: Callable[[RunStatus], None],
+        take_result: Callable[[Any, Any], None] | None = None,
+    ) -> None:
         """Watch this client's executors and events from now on.
 
         Args:
             engine: FLARE's engine in this process.
             set_round: called with the round whenever it may have changed. It must not raise.
             end: called with how a task ended. It must not raise.
+            take_result: called with a task's data and its result, where there is one. It must not raise.
         """
         super().__init__()
         self._set_round = set_round
         self._end = end
+        self._take_result = take_result
         self._controls_workflow = False
         for executor in flare_internals.executors(engine):
             if flare_internals.controls_workflow(executor):
@@ -57,6 +65,8 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             try:
                 result = execute(task_name, shareable, fl_ctx, abort_signal)
                 status = flare_internals.task_status(result)
+                if self._take_result is not None:
+                    self._take_result(shareable, result)
             finally:
                 # If the abort signal is set, the abort made the executor fail: the task is aborted, not failed.
                 self._end(RunStatus.ABORTED if status is RunStatus.FAILED and abort_signal.triggered else status)

@@ -33,6 +33,7 @@ from trackhub.delivery import (
 )
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
+from trackhub.flare.carried_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
@@ -89,6 +90,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         policy: dict[str, Any] | None = None,
         capture: list[str] | None = None,
         capture_only: bool = False,
+        flare_metrics: list[str] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -102,11 +104,12 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
             capture_only: record these calls in place of what the loggers do, not beside it.
+            flare_metrics: with ``"clients"`` in it, record the metrics that FLARE carries from here to the server.
 
         Raises:
             ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False or
                 ``"copy"``, and ``server_receiver`` is None or there is a policy: FLARE would then send what its own
-                writers log to the server.
+                writers log to the server. Also if ``flare_metrics`` names the server in such a case.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -117,6 +120,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 f"TrackhubSender: tracking is on the client side only, but take_over is {take_over!r}. So FLARE would "
                 "send what its own writers log to the server. Leave take_over on, or track on the server as well"
             )
+        check_flare_metrics(flare_metrics, has_server_side=server_receiver is not None)
         CaptureSetting.of(capture, capture_only)  # checks it where the job is written
         JobLabels.of(job)  # checks them where the job is written
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
@@ -127,9 +131,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.state_dir = state_dir
         self.job = job
         self.policy = policy
-        _check_taken(SiteRules.of_job(self._job_policy()), take_over)
         self.capture = capture
         self.capture_only = capture_only
+        self.flare_metrics = flare_metrics
+        self._check_rules(SiteRules.of_job(self._job_policy()))
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
@@ -170,6 +175,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             self._ending.panicked = True
         elif event_type == EventType.ABOUT_TO_END_RUN:
             self._ending.decide(aborted=flare_internals.was_aborted(fl_ctx))
+        elif self.take_over:
+            self._stock.take_custom(fl_ctx)
 
     def _job_policy(self) -> Policy | None:
         return None if self.policy is None else Policy.from_mapping(self.policy)
@@ -182,7 +189,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         if self._operator is not None:
             self._limits = self._operator.limits_for(self.limits or {}, environ=os.environ)
         rules = flare_internals.site_rules(fl_ctx, self._job_policy())
-        _check_taken(rules, self.take_over)
+        self._check_rules(rules)
         spool = self._create_spool(fl_ctx, site, rules)
         if self.server_receiver is not None:
             send = self._server_channel(engine, self.server_receiver)
@@ -195,7 +202,26 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         for sender in self._senders.values():
             sender.facts.at_source = at_source
             sender.start()
-        ClientRounds(engine, self._set_round, self._end_task)
+        metrics = ClientMetrics(self._stock).take_result if CLIENTS in (self.flare_metrics or ()) else None
+        ClientRounds(engine, self._set_round, self._end_task, metrics)
+
+    def _check_rules(self, rules: SiteRules) -> None:
+        """Check that nothing passes by the rules.
+
+        Raises:
+            ConfigError: something does.
+        """
+        if rules and self.take_over in (False, "copy"):
+            raise ConfigError(
+                "TrackhubSender: a policy restricts what may leave this site, but take_over is "
+                f"{self.take_over!r}. So FLARE would send what its own writers log to the server, past the policy. "
+                "Leave take_over on, or set it to 'events'"
+            )
+        if rules and SERVER in (self.flare_metrics or ()):
+            raise ConfigError(
+                "TrackhubSender: a policy restricts what may leave this site, but flare_metrics has 'server'. So the "
+                "server would record what FLARE carries there, past the policy. Leave 'server' out"
+            )
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
         """Take log calls where they are made, if job and operator let it. Return whether FLARE's own are taken so."""
@@ -318,20 +344,6 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Send for a second per receiver at most, before the simulator replaces this process by another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
-
-
-def _check_taken(rules: SiteRules, take_over: TakeOver) -> None:
-    """Check that what FLARE's own writers log does not pass by the rules.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if rules and take_over in (False, "copy"):
-        raise ConfigError(
-            f"TrackhubSender: a policy restricts what may leave this site, but take_over is {take_over!r}. So FLARE "
-            "would send what its own writers log to the server, past the policy. Leave take_over on, or set it to "
-            "'events'"
-        )
 
 
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types

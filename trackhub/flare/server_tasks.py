@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from FLARE's events what the server hands to sites, what comes back, and what FLARE makes of it.
 
-`trackhub.flare.federation_watch` and the receiver's widget call it. Written for nvflare 2.9, like
-`trackhub.flare.flare_internals`. It changes nothing in FLARE.
+`trackhub.flare.federation_watch`, `trackhub.flare.carried_metrics` and the receiver's widget call it. Written for
+nvflare 2.9, like `trackhub.flare.flare_internals`. It changes nothing in FLARE.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
-from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_constant import AppConstants, ValidateType
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
@@ -24,12 +24,15 @@ from trackhub.flare.flare_internals import round_of_task
 __all__ = [
     "AFTER_AGGREGATION",
     "BEST_MODEL",
+    "EVALUATED",
     "ROUND_DONE",
     "HandedTask",
     "ReturnedTask",
     "aggregated_metrics",
     "asking_site",
     "best_metrics",
+    "evaluated_model",
+    "evaluation_result",
     "handed_task",
     "returned_task",
 ]
@@ -37,6 +40,7 @@ __all__ = [
 ROUND_DONE: str = AppEventType.ROUND_DONE
 AFTER_AGGREGATION: str = AppEventType.AFTER_AGGREGATION
 BEST_MODEL: str = AppEventType.GLOBAL_BEST_MODEL_AVAILABLE
+EVALUATED: str = AppEventType.VALIDATION_RESULT_RECEIVED
 
 _MAX_LEAVES = 1_000_000
 
@@ -141,6 +145,31 @@ def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:
     if isinstance(metrics, list):
         metrics = {str(m.get("name")): m.get("value") for m in metrics if isinstance(m, Mapping)}
     return best if isinstance(best, int) and best >= 0 else None, _numbers(metrics)
+
+
+def evaluated_model(task: Any) -> str | None:
+    """Return whose model a task of cross-site evaluation is about, or None if the task is none of that.
+
+    Controllers put the owner into the task's header or beside the model. Where the clients control the workflow, they
+    name no owner of a global model.
+    """
+    if not isinstance(task, Shareable):
+        return None
+    owner = task.get_header(AppConstants.MODEL_OWNER)
+    if owner is None and task.get_header(AppConstants.VALIDATE_TYPE) == ValidateType.MODEL_VALIDATE:
+        owner = "global"
+    if owner is None:
+        try:
+            owner = from_shareable(task).get_meta_prop(AppConstants.MODEL_OWNER)
+        except Exception:  # a task without a model
+            return None
+    return None if owner is None else str(owner)
+
+
+def evaluation_result(fl_ctx: FLContext) -> tuple[str, str, Any]:
+    """Return client, owner of the model and result of an evaluation. Call it on the server, at EVALUATED."""
+    site, owner = fl_ctx.get_prop(AppConstants.DATA_CLIENT), fl_ctx.get_prop(AppConstants.MODEL_OWNER)
+    return str(site or ""), str(owner or ""), fl_ctx.get_prop(AppConstants.VALIDATION_RESULT)
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Literal
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.dxo import DataKind, from_shareable
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
@@ -25,6 +26,9 @@ from trackhub.flare.trainer.log_calls import LogCalls, write_call
 from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
+
+_MAX_EARLY = 1000
+"""How many records are kept until the spool is there. Further ones are counted as dropped."""
 
 TakeOver = bool | Literal["events", "copy"]
 """Whether and how to record what FLARE's own writers log:
@@ -66,10 +70,29 @@ class StockRecords:
         self._lock = threading.Lock()
         self._spool: Path | None = None
         self._calls: LogCalls | None = None
+        self._early: list[tuple[Shareable, bool]] = []
+        self._lost = 0
 
     def open(self, spool: Path) -> None:
-        """Take records from now on, into this spool."""
-        self._spool = spool
+        """Take records into this spool, also those that came before."""
+        with self._lock:
+            self._spool = spool
+            early, self._early = self._early, []
+        for event, by_message in early:
+            self.write(event, by_message=by_message)
+        for _ in range(self._lost):
+            self.calls().count_lost(RecordError(f"more than {_MAX_EARLY} were logged before tracking had started"))
+
+    def _keep(self, event: Shareable, by_message: bool) -> bool:
+        """Keep a record that comes before the spool is there. Return False if the spool is there."""
+        with self._lock:
+            if self._spool is not None:
+                return False
+            if len(self._early) < _MAX_EARLY:
+                self._early.append((event, by_message))
+            else:
+                self._lost += 1
+            return True
 
     def take(self, fl_ctx: FLContext) -> None:
         """Take the record in this event, if it is a new record of this process.
@@ -79,9 +102,23 @@ class StockRecords:
         """
         # Taken in any case. If the spool could not be created, FLARE would send the record past the site's policy.
         event = flare_internals.take_stock_event(fl_ctx, keep=self._keep_events)
-        if event is None or self._spool is None:
+        if event is not None:
+            self.write(event, by_message=flare_internals.came_as_message(fl_ctx))
+
+    def take_custom(self, fl_ctx: FLContext) -> None:
+        """Take the record in an event of another type, if it has one. FLARE goes on with the event.
+
+        An ``AnalyticsSender`` with its own event type fires such events, for a component of the user.
+        """
+        event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
+        if not isinstance(event, Shareable):
             return
-        self.write(event, by_message=flare_internals.came_as_message(fl_ctx))
+        try:
+            kind = from_shareable(event).data_kind
+        except Exception:  # the data of most events is something else
+            return
+        if kind == DataKind.ANALYTIC:
+            self.take(fl_ctx)
 
     def write(self, event: Shareable, *, by_message: bool) -> None:
         """Write the record in a stock event's data. What cannot be converted is counted.
@@ -90,6 +127,8 @@ class StockRecords:
             event: the event's data.
             by_message: it came as a message of another process.
         """
+        if self._keep(event, by_message):
+            return
         calls = self.calls()
         if by_message:
             with self._lock:

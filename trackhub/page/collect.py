@@ -15,7 +15,7 @@ from typing import Any
 from trackhub.page.downsample import Curve, Series
 from trackhub.query import StoredJob
 from trackhub.query.tidy import flat
-from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record, Table, Tags, Text
+from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record, Summary, Table, Tags, Text
 
 __all__ = ["Logged", "RunData", "SeriesData", "collect"]
 
@@ -63,7 +63,7 @@ class RunData:
         began, ended: unix seconds of its first and its last record.
         metrics: by key.
         rounds: for each round, unix seconds of the first and the last record in it.
-        params, tags: the last value of each key.
+        params, tags, summary: the last value of each key. The third are the values that the script summarized.
         texts, tables, histograms: the last one of each key.
         images: the last ones of each key.
         artifacts: the last ones.
@@ -79,6 +79,7 @@ class RunData:
     rounds: dict[int, tuple[float, float]] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, Logged] = field(default_factory=dict)
     tables: dict[str, Logged] = field(default_factory=dict)
     histograms: dict[str, Logged] = field(default_factory=dict)
@@ -141,6 +142,8 @@ def _take_other(run: RunData, logged: Logged) -> None:
             _take_last(run, run.params, dict(flat(values)))
         case Tags(values):
             _take_last(run, run.tags, values)
+        case Summary(values):
+            _take_last(run, run.summary, dict(flat(values)))
         case Image(key):
             if key in run.images or len(run.images) < MAX_KEYS:
                 run.images.setdefault(key, deque(maxlen=MAX_IMAGES)).append(logged)

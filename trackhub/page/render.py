@@ -117,8 +117,9 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
         "rounds": [(names[job], found) for job in jobs if (found := view.rounds_of([r for r in runs if r.job == job]))],
         "finals": view.final_values(runs),
         "labels": [view.label_of(run, names) for run in runs if run.site != FEDERATION],
-        "params": view.param_tables(runs, names),
-        "tags": view.param_tables(runs, names, tags=True),
+        "params": view.settings(runs, names, "params"),
+        "tags": view.settings(runs, names, "tags"),
+        "summary": view.settings(runs, names, "summary"),
         "media": view.media(jobs, runs, names),
         "delivery": view.deliveries(list(jobs.values()), names),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from trackhub.delivery.report import (
     DeliveryReport,
@@ -26,7 +26,7 @@ from trackhub.query import StoredJob
 from trackhub.query.tidy import text_of
 from trackhub.run import FEDERATION
 
-__all__ = ["deliveries", "final_values", "job_rows", "media", "param_tables", "rounds_of"]
+__all__ = ["deliveries", "final_values", "job_rows", "media", "rounds_of", "settings"]
 
 MAX_IMAGE_BYTES = 2 << 20
 MAX_IMAGES_BYTES = 12 << 20
@@ -120,12 +120,14 @@ def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     return rows
 
 
-def param_tables(runs: Sequence[RunData], names: Sequence[str], *, tags: bool = False) -> dict[str, Any]:
-    """Return the params that differ, with a column for each job or run, and those that are the same everywhere.
+def settings(
+    runs: Sequence[RunData], names: Sequence[str], what: Literal["params", "tags", "summary"]
+) -> dict[str, Any]:
+    """Return the values that differ, with a column for each job or run, and those that are the same everywhere.
 
     A column is a whole job where the sites of each job agree.
     """
-    values = [{key: _short(text_of(v)) for key, v in (run.tags if tags else run.params).items()} for run in runs]
+    values = [{key: _short(text_of(v)) for key, v in getattr(run, what).items()} for run in runs]
     having = [(run, found) for run, found in zip(runs, values, strict=True) if found]
     keys = sorted({key for _, found in having for key in found})
     differing = [key for key in keys if len({found.get(key) for _, found in having}) > 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the metrics of jobs into a CSV, JSON-lines or Parquet file, with their params and tags in files beside it.
+"""Writes the metrics of jobs into a CSV, JSON-lines or Parquet file, with params, tags and final values beside it.
 
 ``trackhub export`` calls it. `trackhub.query.tidy` gives the rows.
 """
@@ -37,8 +37,8 @@ class Exported(NamedTuple):
 def export(path: str | Path, to: str | Path) -> Exported:
     """Write the jobs at or under a path into files, each of which is there whole or not at all.
 
-    ``out.csv`` gets the metrics, ``out.params.csv`` the params and ``out.tags.csv`` the tags. What is
-    there is replaced. Takes little memory.
+    ``out.csv`` gets the metrics, ``out.params.csv`` the params, ``out.tags.csv`` the tags and ``out.summary.csv`` the
+    final values. What is there is replaced. Takes little memory.
 
     Args:
         path: as for `trackhub.load`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs as tables with one value a row: metrics, params and tags.
+"""Jobs as tables with one value a row: metrics, params, tags and final values.
 
 `trackhub.load` makes them into a pandas or Arrow table, `trackhub.query.export` into files.
 """
@@ -30,28 +30,29 @@ __all__ = [
     "text_of",
 ]
 
-TableName = Literal["metrics", "params", "tags"]
-"""The tables of a job."""
+TableName = Literal["metrics", "params", "tags", "summary"]
+"""The tables of a job. ``summary`` has the final values that a script gave to ``summarize``."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "metrics": ("job", "name", "site", "round", "step", "key", "value", "time"),
     "params": ("job", "name", "site", "key", "value", "time"),
     "tags": ("job", "name", "site", "key", "value", "time"),
+    "summary": ("job", "name", "site", "key", "value", "time"),
 }
 """The columns of each table. ``job`` is the id, ``name`` what a person calls the job, ``time`` unix seconds (UTC)."""
 
 _BATCH_ROWS = 65_536
-_KIND_OF = {"params": Kind.PARAMS, "tags": Kind.TAGS}
+_KIND_OF = {"params": Kind.PARAMS, "tags": Kind.TAGS, "summary": Kind.SUMMARY}
 
 
 def rows_of(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a table, by job, site and stream. Takes little memory for metrics.
 
-    Of params and tags, the last value of each key holds. A value of params is None, a bool, an int, a float, a string
-    or a list of these; a dict becomes keys such as ``optimizer/lr``.
+    Except of metrics, the last value of each key holds. A param or final value is None, a bool, an int, a float, a
+    string or a list of these; a dict becomes keys such as ``optimizer/lr``.
 
     Args:
-        table: ``metrics``, ``params`` or ``tags``.
+        table: ``metrics``, ``params``, ``tags`` or ``summary``.
         jobs: the jobs.
 
     Raises:
@@ -75,12 +76,12 @@ def _metrics(job: StoredJob, site: str) -> Iterator[tuple[Any, ...]]:
 
 
 def last_values(job: StoredJob, site: str, kind: Kind) -> dict[str, tuple[Any, float]]:
-    """Return the last value of each key of a site's params or tags, with the time of its log call.
+    """Return the last value of each key of a site's params, tags or final values, with the time of its log call.
 
     Args:
         job: the job.
         site: the site's name.
-        kind: ``Kind.PARAMS`` or ``Kind.TAGS``.
+        kind: ``Kind.PARAMS``, ``Kind.TAGS`` or ``Kind.SUMMARY``.
     """
     found: dict[str, tuple[Any, float]] = {}
     for _, _, record in job.records(site, (kind,)):
@@ -100,7 +101,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def load(path: str | Path, table: TableName = "metrics", *, arrow: bool = False) -> Any:
-    """Return the metrics, params or tags of the jobs at or under a path, one value a row.
+    """Return the metrics, params, tags or final values of the jobs at or under a path, one value a row.
 
     Args:
         path, table, arrow: as for `trackhub.load`.
@@ -144,7 +145,7 @@ def schema_of(table: TableName) -> Any:
 
 
 def arrow_batches(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[Any]:
-    """Yield a table as Arrow record batches. Params are text: numbers and lists as JSON.
+    """Yield a table as Arrow record batches. Params and final values are text: numbers and lists as JSON.
 
     Args:
         table: its name.
@@ -159,13 +160,13 @@ def arrow_batches(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[Any]:
     value = COLUMNS[table].index("value")
     while part := list(islice(rows, _BATCH_ROWS)):
         columns: list[Any] = [list(column) for column in zip(*part, strict=True)]
-        if table == "params":
+        if table in ("params", "summary"):
             columns[value] = [text_of(found) for found in columns[value]]
         yield pa.record_batch(columns, schema=schema)
 
 
 def text_of(value: Any) -> str:
-    """Return a param as text: a string as it is, everything else as JSON, NaN and infinities by their names."""
+    """Return a param or final value as text: a string as it is, NaN and infinities by name, everything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
