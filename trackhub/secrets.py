@@ -29,6 +29,7 @@ __all__ = [
     "refuse_references",
     "require_reference",
     "resolve_secrets",
+    "without_secrets",
 ]
 
 _REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
@@ -60,6 +61,17 @@ _SECRET_SHAPES = (
 )
 # Even with a reference in place of the password. A URL is shown in logs, reports and results.
 _URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
+
+# What may hold a secret within a longer text: ``api_key=...``, ``"token": "..."``, ``--password ...``. A text in quotes
+# counts whole.
+_ANY_REFERENCE = re.compile(r"\$\{secret:[^}\s]*\}?")
+_VALUE = r"""(?:Bearer|Basic|Token)\s+[^\s"']+|"[^"]*"|'[^']*'"""
+_NAMED = re.compile(rf"""([\w.-]+)(["']?\s*(?:=|:(?!//))\s*)({_VALUE}|[^\s"',;&}}\])]+)""", re.I)
+_FLAGGED = re.compile(rf"(?<![\w.-])(--?[A-Za-z][\w.-]*)(\s+)({_VALUE}|[^\s-]\S*)", re.I)
+_URL_KEY = re.compile(r"([?&;#](?:[\w-]*[_-])?(?:api_?key|token|password|secret|sig(?:nature)?)=)[^&\s]+", re.I)
+_KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*", re.S)
+_HEX_WORD = re.compile(r"([\w.-]*)([=:\s\"']*)\b(?:local-)?[0-9a-f]{40}\b")
+_HIDDEN = "***"
 
 
 class Secret(str):
@@ -100,6 +112,32 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
             )
         if (found := _looks_secret(where, leaf)) is not None:
             raise InvalidOptionError(_literal(where, found))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with ``***`` in place of all that looks like a secret, and of each reference to one.
+
+    It knows a secret by the name before it, such as ``--api-key`` or ``"token":``, and by its shape. It cannot know one
+    that has neither.
+    """
+    text = _KEY_BLOCK.sub(_HIDDEN, _ANY_REFERENCE.sub(_HIDDEN, text))
+    for pattern in (_NAMED, _FLAGGED):
+        text = pattern.sub(_hide_named, text)
+    text = _URL_KEY.sub(rf"\g<1>{_HIDDEN}", text)
+    text = _URL_LOGIN.sub(f"://{_HIDDEN}@", text)
+    text = _HEX_WORD.sub(_hide_hex, text)
+    for _, shape in _SECRET_SHAPES[:-1]:  # the last one is that of `_URL_KEY`
+        text = shape.sub(_HIDDEN, text)
+    return text
+
+
+def _hide_named(match: re.Match[str]) -> str:
+    name, between, _ = match.groups()
+    return f"{name}{between}{_HIDDEN}" if is_secret_name(name.lstrip("-").replace("-", "_")) else match[0]
+
+
+def _hide_hex(match: re.Match[str]) -> str:
+    return match[0] if _COMMIT_KEY.search(_key_of(match[1])) else f"{match[1]}{match[2]}{_HIDDEN}"
 
 
 def refuse_references(path: str, value: Any, secret_options: Iterable[str]) -> None:

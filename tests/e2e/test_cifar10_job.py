@@ -184,8 +184,10 @@ def test_the_federation_run_has_the_mean_over_the_sites_of_each_key_of_rounds(bo
 @pytest.mark.parametrize("site", SITES)
 def test_the_run_says_what_it_was_trained_on(both_sides: Finished, site: str) -> None:
     logged = records(both_sides.result / "server", site)
-    params = next(record["values"] for record in logged if record["kind"] == "params")
-    tags = next(record["values"] for record in logged if record["kind"] == "tags")
+    params, tags = (
+        next(record["values"] for record in logged if record["kind"] == kind and "dataset" in record["values"])
+        for kind in ("params", "tags")
+    )
 
     assert (params["dataset"], params["train_images"], params["partition"]) == ("synthetic", 160, "iid")
     assert tags["dataset"] == "synthetic"

@@ -154,7 +154,8 @@ class Job:
     Attributes:
         folder: where the job is written and run. Each job needs a folder of its own.
         trainer: the source that follows ``TRAINER`` in the training script.
-        tracking: arguments of ``add_tracking``; None for a job without tracking.
+        tracking: arguments of ``add_tracking``; None for a job without tracking. Without ``context``, there is none:
+            tests count what the script logs.
         way: how the job is made: as a ``recipe``; as a ``fed_job`` without a recipe, which takes no ``more``; or as
             ``json``, to which tracking is added by hand.
         external: whether the trainers are processes of their own.
@@ -202,11 +203,14 @@ class Job:
     def _name(self) -> str:
         return (self.tracking or {}).get("name") or "job"
 
+    def _tracking(self) -> dict[str, Any] | None:
+        return None if self.tracking is None else {"context": False} | self.tracking
+
     def _add_tracking_by_hand(self, config: Path) -> None:
         """Put tracking into a job's JSON files, as `tracking_components` tells a person to do."""
         from trackhub.flare.recipe import tracking_components
 
-        for file, components in tracking_components(**(self.tracking or {})).items():
+        for file, components in tracking_components(**(self._tracking() or {})).items():
             content = json.loads((config / file).read_text())
             content["components"] += components
             for executor in content.get("executors", []):
@@ -215,7 +219,7 @@ class Job:
 
     def _run_script(self, args: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
         config = {"n_clients": self.n_clients, "rounds": self.rounds, "external": self.external,
-                  "tracking": self.tracking, "threads": self.threads, "own_apps": self.own_apps,
+                  "tracking": self._tracking(), "threads": self.threads, "own_apps": self.own_apps,
                   "model": self.model, "way": self.way}  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config))

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     elif sys.argv[4:] == ["client only"]:
         job.to_clients(CustomSender(), id="a_sender")
         sides = {"clients": {"jsonl": {}}, "flare_metrics": ["clients"]}
-    add_tracking(job, **sides)
+    add_tracking(job, **sides, context=False)
     job.simulator_run(str(HERE / "workspace" / "job"), n_clients=N, threads=N)
 """
 

@@ -25,6 +25,7 @@ from trackhub.delivery import (
     Channel,
     ChannelError,
     FederationOptions,
+    FederationRun,
     Limits,
     Receiver,
     RunStatus,
@@ -39,6 +40,7 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
+from trackhub.flare.job_context import check_context, log_context, with_federation, with_machine
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.listeners import listeners, server_warning
 from trackhub.flare.round_watch import ServerRounds
@@ -91,6 +93,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         federation: bool = True,
         aggregate: list[str] | None = None,
         flare_metrics: list[str] | None = None,
+        context: dict[str, Any] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -104,6 +107,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
                 gets. It then also records analytics events that its components fire with a type of their own.
+            context: what the job was made with, as plain values by name. The federation run gets it with what the
+                server knows. None logs none of it.
 
         Raises:
             ConfigError: ``backends`` is not a mapping of names to options, or another argument is wrong.
@@ -115,6 +120,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         JobLabels.of(job)  # checks them where the job is written
         check_aggregate(aggregate)
         carried_metrics.check_flare_metrics(flare_metrics)
+        check_context(context)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
@@ -124,6 +130,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.federation = federation
         self.aggregate = aggregate
         self.flare_metrics = flare_metrics
+        self.context = context
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._opened = False
         self._core: Receiver | None = None
@@ -213,6 +220,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._own_sender.start()
         if self._core.federation is not None:
             FederationWatch(engine, self._core.federation)
+            self._log_context(self._core.federation, fl_ctx)
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
@@ -232,6 +240,15 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
+
+    def _log_context(self, federation: FederationRun, fl_ctx: FLContext) -> None:
+        if self.context is None:
+            return
+        try:
+            context = with_federation(with_machine(self.context), fl_ctx)
+            log_context(context, federation.log_params, federation.set_tags)
+        except Exception as e:
+            self.log_exception(fl_ctx, f"the context of the job is not recorded: {e}", fire_event=False)
 
     def _id(self, engine: Any) -> str:
         """Return this component's id in the job's configuration, which senders address."""

@@ -14,6 +14,7 @@ from typing import Any
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
+from trackhub.flare.job_context import context_of_job
 from trackhub.flare.listeners import client_warning, listeners, server_warning
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
@@ -52,6 +53,7 @@ def add_tracking(
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
     flare_metrics: Sequence[str] = (),
+    context: bool = True,
 ) -> None:
     """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
@@ -95,6 +97,9 @@ def add_tracking(
             client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
             cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
             ``cross_site/<client>/<model>/<metric>``.
+        context: log once in each run what it was made with: recipe and arguments, the job's script with its command
+            line and git commit, versions, and the kind of machine. Secrets are taken out. ``docs/federation.md`` lists
+            the keys. They all begin with ``context/`` and ``source.git.``, so that a policy can withhold them.
 
     Raises:
         ConfigError: there is nothing to track with. Or ``take_over`` is off or ``"copy"``, or ``flare_metrics`` has the
@@ -114,11 +119,12 @@ def add_tracking(
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
-    of_sender = {**common, **_capture(capture, capture_only), "policy": _policy(policy)}
+    known: dict[str, Any] = {"context": context_of_job(recipe_or_job) if context else None}
+    of_sender = {**common, **known, **_capture(capture, capture_only), "policy": _policy(policy)}
     _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
         own = _federation(federation, aggregate)
-        job.to_server(TrackhubReceiver(server_backends, **common, **own), id=RECEIVER_ID)
+        job.to_server(TrackhubReceiver(server_backends, **common, **known, **own), id=RECEIVER_ID)
     for names, backends in plan:
         if not server_backends and not backends:
             continue
@@ -146,12 +152,14 @@ def tracking_components(
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
     flare_metrics: Sequence[str] = (),
+    context: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what to put into the ``components`` of a job that is written in JSON. ``trackhub attach`` does it for you.
 
     Args:
         server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.
         policy, federation, aggregate, flare_metrics: as for `add_tracking`.
+        context: as for `add_tracking`, without recipe and script: a job that is written in JSON has none.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
@@ -166,7 +174,8 @@ def tracking_components(
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
-    of_sender = {**_receivers(server_backends, client_backends), **common, **_capture(capture, capture_only)}
+    known: dict[str, Any] = {"context": {} if context else None}
+    of_sender = {**_receivers(server_backends, client_backends), **common, **known, **_capture(capture, capture_only)}
     sender = _component(SENDER_ID, TrackhubSender, {**of_sender, "policy": _policy(policy)})
 
     def receiver(backends: _Checked, **own: Any) -> list[dict[str, Any]]:
@@ -174,7 +183,7 @@ def tracking_components(
         return [_component(RECEIVER_ID, TrackhubReceiver, args)] if backends else []
 
     return {
-        "config_fed_server.json": receiver(server_backends, **_federation(federation, aggregate)),
+        "config_fed_server.json": receiver(server_backends, **known, **_federation(federation, aggregate)),
         "config_fed_client.json": [*receiver(client_backends), sender],
     }
 

@@ -28,6 +28,7 @@ from trackhub.delivery import (
     Sender,
     close_spool,
     create_spool_anywhere,
+    has_streams,
     refusal,
     spool_env,
 )
@@ -35,6 +36,7 @@ from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.carried_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
+from trackhub.flare.job_context import check_context, log_context, with_machine
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
@@ -91,6 +93,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         capture: list[str] | None = None,
         capture_only: bool = False,
         flare_metrics: list[str] | None = None,
+        context: dict[str, Any] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -105,6 +108,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
             capture_only: record these calls in place of what the loggers do, not beside it.
             flare_metrics: with ``"clients"`` in it, record the metrics that FLARE carries from here to the server.
+            context: what the job was made with, as plain values by name. The sender logs it with the versions and the
+                kind of machine of this site. None logs none of it.
 
         Raises:
             ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False or
@@ -123,6 +128,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         check_flare_metrics(flare_metrics, has_server_side=server_receiver is not None)
         CaptureSetting.of(capture, capture_only)  # checks it where the job is written
         JobLabels.of(job)  # checks them where the job is written
+        check_context(context)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
@@ -135,6 +141,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.capture_only = capture_only
         self.flare_metrics = flare_metrics
         self._check_rules(SiteRules.of_job(self._job_policy()))
+        self.context = context
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
@@ -198,6 +205,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             receiver = self._open_receiver(fl_ctx)
             self._senders["client"] = Sender(spool, receiver.channel(site), cursor="client", limits=self._limits)
         self._stock.open(spool)
+        self._log_context(fl_ctx)
         at_source = self._open_source(fl_ctx)
         for sender in self._senders.values():
             sender.facts.at_source = at_source
@@ -222,6 +230,17 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 "TrackhubSender: a policy restricts what may leave this site, but flare_metrics has 'server'. So the "
                 "server would record what FLARE carries there, past the policy. Leave 'server' out"
             )
+
+    def _log_context(self, fl_ctx: FLContext) -> None:
+        """Log once per job what the site trains on. A client process that FLARE starts again finds it logged."""
+        assert self._spool is not None
+        if self.context is None or has_streams(self._spool):
+            return
+        try:
+            writer = self._stock.calls().writer
+            log_context(with_machine(self.context), writer.log_params, writer.set_tags)
+        except Exception as e:
+            self.log_exception(fl_ctx, f"the context of this site is not recorded: {e}", fire_event=False)
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
         """Take log calls where they are made, if job and operator let it. Return whether FLARE's own are taken so."""

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 
@@ -26,7 +27,7 @@ from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERA
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
-from trackhub.records import Kind, Metrics, Payload, Record, Text
+from trackhub.records import Kind, Metrics, Params, Payload, Record, Tags, Text
 from trackhub.run import FEDERATION
 from trackhub.struct_conversion import prepare
 
@@ -95,6 +96,7 @@ class FederationRun:
         self._lock = threading.Lock()
         self._waiting: list[Record] = []
         self._dropped = 0
+        self._was_begun = False
         self._wake = threading.Event()
         self._ending = False
         self._stop = threading.Event()
@@ -108,6 +110,7 @@ class FederationRun:
         """
         # A replay goes on with the same options.
         self._journal.set_meta(FEDERATION_OPTIONS, msgspec.json.encode(self._options).decode())
+        self._was_begun = bool(self._journal.stream_states(FEDERATION, (self._facts.name,)))
         self._thread.start()
 
     def notify(self, keys: AbstractSet[str], row: int) -> None:
@@ -137,6 +140,18 @@ class FederationRun:
         if kept:
             self._add(Metrics(kept), round_number)
 
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Add params of the job. Thread-safe; does not block. Has no effect if an earlier receiver began the run."""
+        self._label(Params({key: value for key, value in params.items() if self._is_key(key)}))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags, as ``log_params`` does."""
+        self._label(Tags({key: value for key, value in tags.items() if self._is_key(key)}))
+
+    def _label(self, payload: Params | Tags) -> None:
+        if payload.values and not self._was_begun:  # a label that differed the second time would be a second truth
+            self._add(payload, None)
+
     def log_text(self, key: str, text: str, round_number: int) -> None:
         """Add a text in Markdown. Thread-safe; does not block."""
         if self._is_key(key):
@@ -152,7 +167,7 @@ class FederationRun:
                 return False
             return True
 
-    def _add(self, payload: Payload, round_number: int) -> None:
+    def _add(self, payload: Payload, round_number: int | None) -> None:
         with self._lock:
             if self._ending or len(self._waiting) >= _MAX_WAITING:
                 self._dropped += 1

@@ -35,7 +35,10 @@ __all__ = [
 ]
 
 NOTE_TAG = "mlflow.note.content"
-"""The tag that MLflow shows as a run's description. It is the only tag of MLflow's own that a site may set."""
+"""The tag that MLflow shows as a run's description. Beside `_SOURCE_TAGS`, a site may set no other tag of MLflow's."""
+
+_SOURCE_TAGS = {f"source.git.{name}": f"mlflow.source.git.{name}" for name in ("commit", "branch", "dirty", "repoURL")}
+"""What trackhub logs of the job's script, and the tags by which MLflow shows it beside a run's source."""
 
 _MAX_NAME_CHARS = 250
 _NAME_CHARS = r"\w./ :\-"
@@ -98,6 +101,8 @@ def logged_tag_name(key: str) -> str:
     """
     if key == _FITTED_NOTE:
         return NOTE_TAG
+    if key in _SOURCE_TAGS:
+        return _SOURCE_TAGS[key]
     return _escape_first(key) if _is_own_tag(key) else key
 
 

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describes the script of this process: its command line without secrets, and the git commit that it is from.
+
+`trackhub.flare.job_context` calls it where a job is written. It runs git for up to three seconds, so nothing that
+trains calls it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trackhub.secrets import is_secret_name, without_secrets
+
+__all__ = ["command_line", "git_state", "job_script"]
+
+_GIT_S = 3.0
+"""The longest time that git gets for all its answers, in seconds. A repository may be large, or on a slow disk."""
+
+_MAX_COMMAND_CHARS = 4000
+_MIN_SECRET_CHARS = 8  # a shorter value of the environment occurs by chance
+_SHOWN = "***"
+_FLAG = re.compile(r"--?[A-Za-z][\w.-]*\Z")
+_URL_LOGIN = re.compile(r"(?<=://)[^/?#\s@]*@")
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def job_script() -> dict[str, str | bool]:
+    """Return ``command`` and ``git/...`` of the script that this process runs.
+
+    Empty if the process runs no script of the user's: an installed program, such as pytest, or a notebook.
+    """
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if not file or not (script := Path(os.path.abspath(file))).is_file() or _is_installed(script):
+        return {}
+    script = script.resolve()
+    git = git_state(script)
+    return {"command": command_line(sys.orig_argv, script, os.environ), **git}
+
+
+def _is_installed(script: Path) -> bool:
+    places = {script, script.resolve()}
+    prefixes = {Path(sys.prefix), Path(sys.prefix).resolve()}
+    return any(_INSTALLED & set(place.parts) or any(map(place.is_relative_to, prefixes)) for place in places)
+
+
+def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) -> str:
+    """Return a command line as a shell would read it, without secrets and without the folders of this machine.
+
+    Args:
+        argv: the interpreter and what follows.
+        script: the script. Its name alone is shown.
+        environ: its secret variables are looked for among the arguments, too.
+    """
+    secrets = [v for k, v in environ.items() if is_secret_name(k) and len(v) >= _MIN_SECRET_CHARS]
+    home = environ.get("HOME", "")
+    words, hide_next = ["python"], False
+    for word in argv[1:]:
+        shown = script.name if _is_script(word, script) else word
+        for secret in sorted(secrets, key=len, reverse=True):
+            shown = shown.replace(secret, _SHOWN)
+        flag, equals, _ = shown.partition("=")
+        if hide_next and not _FLAG.match(shown):
+            shown = _SHOWN
+        elif equals and _FLAG.match(flag) and is_secret_name(_name(flag)):
+            shown = f"{flag}={_SHOWN}"  # the whole rest: it may have spaces
+        else:
+            shown = without_secrets(shown)
+        hide_next = _FLAG.match(shown) is not None and is_secret_name(_name(shown))
+        if len(home) > 1:
+            shown = re.sub(rf"{re.escape(home.rstrip('/'))}(?=/|\Z)", "~", shown)
+        words.append(shown)
+    return shlex.join(words)[:_MAX_COMMAND_CHARS]
+
+
+def _name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _is_script(word: str, script: Path) -> bool:
+    return word.endswith(script.name) and Path(os.path.abspath(word)).resolve() == script
+
+
+def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
+    """Return ``git/commit``, ``git/dirty``, ``git/branch`` and ``git/repository`` of a script, as far as git says them.
+
+    ``git/dirty`` says whether a file that git knows differs from the commit, or git does not know the script.
+    Empty if the script is in no repository, or there is no git. Blocks up to ``timeout_s``.
+    """
+    folder = script.parent
+    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        return {}
+    end = time.monotonic() + timeout_s
+    found: dict[str, str | bool] = {}
+    if (commit := _git(folder, end, "rev-parse", "--verify", "HEAD")) is None:
+        return {}
+    found["git/commit"] = commit
+    if branch := _git(folder, end, "symbolic-ref", "--short", "--quiet", "HEAD"):
+        found["git/branch"] = branch
+    if repository := _git(folder, end, "config", "--get", "remote.origin.url"):
+        found["git/repository"] = without_secrets(_URL_LOGIN.sub("", repository))
+    changes = _git(folder, end, "status", "--porcelain", "--untracked-files=no")
+    if changes is not None:
+        is_known = _git(folder, end, "ls-files", "--error-unmatch", "--", script.name) is not None
+        found["git/dirty"] = bool(changes) or not is_known
+    return found
+
+
+def _git(folder: Path, end: float, *command: str) -> str | None:
+    """Return what a git command prints; None if it fails, or ``end`` of the monotonic clock passes."""
+    # Variables such as GIT_DIR, which git sets for a hook, would name another repository. No lock, since this only
+    # reads. No program of the repository's own.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environ |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", *command],
+            cwd=folder, env=environ, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=max(0.0, end - time.monotonic()),
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
