@@ -8,10 +8,10 @@ BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
 PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
 # Three files at a time on two cores: most of a FLARE job, and of a server's start, is waiting. Alone: make SIDE_BY_SIDE= test
 SIDE_BY_SIDE := -n 3 --dist loadfile
-SOURCES := trackhub jobs tests $(wildcard backends/*/src backends/*/tests)
+SOURCES := trackhub jobs tests docs .ci/raise_versions.py $(wildcard backends/*/src backends/*/tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test trainers test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves changelog clean
+.PHONY: help setup demo test trainers test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -23,7 +23,7 @@ $(INSTALLED): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "trackhub needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 setup")'
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[flare,cli,report,tables,testing,jobs,dev]' $(addprefix -e ,$(BACKENDS))
+	$(BIN)/python -m pip install -e '.[flare,cli,report,tables,testing,jobs,docs,dist,dev]' $(addprefix -e ,$(BACKENDS))
 	@touch $@
 
 demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say how to look at the result
@@ -84,8 +84,25 @@ bench-quick: $(INSTALLED) ## most of the figures, from fewer and shorter runs, i
 bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it into runs/curves
 	$(BIN)/python -m tests.bench --curves runs/curves $(ARGS)
 
+docs: $(INSTALLED) ## make a site of the pages in build/site, without a network; a warning or a dead link is an error
+	$(BIN)/sphinx-build --builder html --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/site
+	@echo "The site begins at build/site/index.html"
+
+pages: $(INSTALLED) ## write the generated parts of the pages anew: tables of backends, reference of commands
+	$(BIN)/python docs/generated_parts.py
+
+dist: $(INSTALLED) ## build wheels and source distributions of the core and the backends into dist/, and check them
+# Each wheel is built from the source distribution, so that one which lacks a file fails here.
+	rm -rf dist
+	@for project in . $(BACKENDS); do $(BIN)/python -m build --no-isolation --outdir dist $$project || exit 1; done
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+versions: ## raise the version of the core and the backends: make versions TO=0.2.0
+	$(PYTHON) .ci/raise_versions.py $(TO)
+
 changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next
 
 clean: ## remove .venv and what the tools left behind
-	rm -rf $(VENV) $(TRAINERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(TRAINERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+import trackhub
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "docs" / "index.md"
@@ -78,3 +84,81 @@ def test_the_modules_that_the_architecture_names_exist() -> None:
     assert [
         name for name in sorted(named) if not any((base / name).exists() for base in (ROOT / "trackhub", ROOT))
     ] == []
+
+
+GENERATED = runpy.run_path(str(ROOT / "docs" / "generated_parts.py"))
+
+
+@pytest.mark.parametrize("path", GENERATED["pages"](), ids=lambda path: path.name)
+def test_the_generated_parts_of_a_page_are_those_of_the_code(path: Path) -> None:
+    """White space may differ, since click's versions break lines differently."""
+    text = path.read_text(encoding="utf-8")
+
+    assert text.split() == GENERATED["filled"](text).split(), f"{path.name} is out of date; run `make pages`"
+
+
+def test_each_part_that_can_be_generated_is_in_a_page() -> None:
+    named = re.findall(
+        r"<!-- generated: (\S+) -->", "".join(p.read_text(encoding="utf-8") for p in GENERATED["pages"]())
+    )
+
+    assert sorted(named) == sorted(GENERATED["PARTS"])
+
+
+def test_the_page_of_the_writer_shows_each_of_its_methods() -> None:
+    page = (ROOT / "docs" / "writer.md").read_text(encoding="utf-8")
+
+    methods = [name for name in dir(trackhub.Writer) if not name.startswith("_")]
+
+    assert len(methods) > 10
+    assert [name for name in methods if f"writer.{name}(" not in page] == []
+
+
+def test_the_help_of_the_commands_shows_each_example_on_a_line_of_its_own() -> None:
+    help_text = GENERATED["command_reference"]()
+    examples = re.findall(r"^  Examples:\n((?:    trackhub .+\n)+)", help_text, re.MULTILINE)
+
+    assert len(examples) == help_text.count("Examples:") > 3
+    assert "\\b" not in help_text
+
+
+def texts(source: Path) -> Iterator[str]:
+    """Yield the texts in a module, with "…" for what is put into them."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        text: Any = None
+        if isinstance(node, ast.Constant):
+            text = node.value
+        elif isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(text, str):
+            yield re.sub(r"%[sdrg]|%\.\df", "…", text)
+
+
+def test_troubleshooting_quotes_messages_that_the_code_has() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    found = [
+        text
+        for pattern in ("trackhub/**/*.py", "backends/*/src/**/*.py", "jobs/**/*.py")
+        for source in ROOT.glob(pattern)
+        for text in texts(source)
+        if len(text) > 10
+    ]
+
+    def has(message: str) -> bool:
+        parts = [part for part in message.split("…") if part]
+        return any(all(part in text for part in parts) for text in found)
+
+    assert len(quoted) > 25
+    assert [message for message in quoted if not has(message)] == []
+
+
+def test_every_public_module_is_in_the_api_reference() -> None:
+    table = ARCHITECTURE.read_text(encoding="utf-8").partition("## Public import paths")[2]
+    public = set(re.findall(r"^\| `(trackhub[\w.]*)` \|", table, re.MULTILINE))
+    trainers = (ROOT / "trackhub" / "integrations").glob("[a-z]*.py")
+    public |= {f"trackhub.integrations.{path.stem}" for path in trainers}
+
+    named = re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "docs" / "api.rst").read_text(), re.MULTILINE)
+
+    assert sorted(named) == sorted(public)

@@ -51,7 +51,7 @@ class _Commands(click.Group):
 )
 @click.version_option(package_name="flare-trackhub", prog_name="trackhub", message="%(prog)s %(version)s")
 def _trackhub() -> None:
-    r"""See which backends are installed and what became of a job's records, and deliver what is left.
+    """See which backends are installed and what became of a job's records, and deliver what is left.
 
     \b
     Examples:

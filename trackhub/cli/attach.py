@@ -43,7 +43,7 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take
 @click.option("--state-dir", help="The folder for spools and journals at every site.")
 @click.option("--dry-run", is_flag=True, help="Show the change, and change nothing.")
 def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: bool, **more: Any) -> None:
-    r"""Add tracking to an exported job.
+    """Add tracking to an exported job.
 
     FOLDER is the job's folder, with its meta.json. The command changes the JSON and HOCON files of the job's apps, and
     shows how. It keeps each original with .orig at the end of its name. For YAML it prints what to insert.

@@ -41,7 +41,7 @@ _TEXT_WIDTH = 110
     help="With --check: check the operator's file local/trackhub.toml in this workspace of a FLARE site instead.",
 )
 def backends(name: str | None, as_json: bool, check: bool, workspace: Path | None) -> None:
-    r"""List the installed backends and what each can store.
+    """List the installed backends and what each can store.
 
     With NAME, say more about that one: its options, what confirms a record, and which keys it can store. A backend that
     cannot be used is listed with the reason. The command imports plugins, but no tracking SDK.

@@ -19,7 +19,7 @@ __all__ = ["watch"]
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def watch(path: Path) -> None:
-    r"""Show a job while it runs: its round, its sites, and what became of their records.
+    """Show a job while it runs: its round, its sites, and what became of their records.
 
     PATH is the job's folder, or a folder above, such as the simulator's workspace or that of a FLARE server. The job
     may begin later. On a terminal the table is drawn anew each second. Elsewhere a line comes when something is new.
