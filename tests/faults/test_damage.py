@@ -93,7 +93,7 @@ def test_a_damaged_file_beside_the_spool_costs_no_record(make_job: MakeJob, name
     job = make_job({"jsonl": {}})
     assert job.trainer(calls=500).wait() == 0
     receiver, sender = job.receiver(), job.sender()
-    assert sender.ask("flush") is True
+    assert sender.ask("flush 30") is True
     sender.kill()
     (victim,) = job.spool().glob(f"*{name}")
     victim.write_bytes(b"\xff" * 5)
