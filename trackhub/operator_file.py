@@ -303,7 +303,10 @@ def read_operator_file(local: Path) -> OperatorFile:
     path = local / FILE_NAME
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # A link to a file that is not mounted, say. Taken for a missing file, it would lift all restrictions.
+        if path.is_symlink():
+            raise ConfigError(f"the operator's file {path} is a link to a file that does not exist") from error
         return OperatorFile()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the operator's file {path} cannot be read: {error}") from error

@@ -264,6 +264,13 @@ def test_a_file_that_cannot_be_read_refuses_every_job(tmp_path: Path) -> None:
         read_operator_file(tmp_path)
 
 
+def test_a_link_to_nothing_is_no_missing_file_and_refuses_every_job(tmp_path: Path) -> None:
+    (tmp_path / "trackhub.toml").symlink_to(tmp_path / "not-mounted" / "trackhub.toml")
+
+    with pytest.raises(ConfigError, match="a link to a file that does not exist"):
+        read_operator_file(tmp_path)
+
+
 def test_the_page_for_operators_shows_every_key_in_a_file_that_is_valid(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "deploying.md").read_text()
     (shown,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)

@@ -117,14 +117,15 @@ def test_of_many_sites_those_that_need_a_look_are_shown() -> None:
     assert "and 485 more" in table
 
 
-def test_names_and_keys_of_a_hostile_site_are_inert() -> None:
-    evil = "\x1b]0;pwned\x07[bold red]\u202e"
+@pytest.mark.parametrize("markup", ["[bold red]", "[/]", "[link=http://evil]x[/link]", "[/x]"])
+def test_names_and_keys_of_a_hostile_site_are_inert(markup: str) -> None:
+    evil = f"\x1b]0;pwned\x07{markup}\u202e"
     site = SiteState(evil, values={evil: 1.0}, lanes={evil: LaneState(0, 1, "open", evil)})
     state = JobState(evil, sites={evil: site}, problem=evil)
 
     for text in (drawn(state), job_line(state)):
         assert not {"\x1b", "\x07", "\u202e"} & set(text)
-        assert "[bold red]" in text
+        assert markup in text
 
 
 def test_one_metric_of_each_sort_is_shown_before_a_second_loss() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -20,6 +21,10 @@ from trackhub.query.jobs import StoredJob, read_jobs
 from trackhub.query.tidy import COLUMNS, NONFINITE, TableName, arrow_batches, rows_of, schema_of, text_of
 
 __all__ = ["Exported", "export"]
+
+
+_FORMULA = re.compile(r"[=+\-@\t\r]")  # how a formula begins in the spreadsheets that people use
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|-Infinity", re.IGNORECASE)
 
 
 class Exported(NamedTuple):
@@ -38,7 +43,8 @@ def export(path: str | Path, to: str | Path) -> Exported:
     """Write the jobs at or under a path into files, each of which is there whole or not at all.
 
     ``out.csv`` gets the metrics, ``out.params.csv`` the params, ``out.tags.csv`` the tags and ``out.summary.csv`` the
-    final values. What is there is replaced. Takes little memory.
+    final values. What is there is replaced. Takes little memory. In CSV, an apostrophe stands before a text that a
+    spreadsheet would take for a formula.
 
     Args:
         path: as for `trackhub.load`.
@@ -77,9 +83,19 @@ def _write_csv(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS[table])
         for row in rows_of(table, jobs):
-            writer.writerow((*row[:value], text_of(row[value]), *row[value + 1 :]))
+            writer.writerow(map(_inert, (*row[:value], text_of(row[value]), *row[value + 1 :])))
             count += 1
     return count
+
+
+def _inert(cell: Any) -> Any:
+    """Return a cell that no spreadsheet runs: an apostrophe stands before a text that could be a formula.
+
+    Names of jobs and sites, keys and values come from sites. ``=HYPERLINK(...)`` could send the other cells away.
+    """
+    if isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
 
 
 def _write_jsonl(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:

@@ -78,7 +78,8 @@ def _table(state: JobState) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("site", no_wrap=True, max_width=24)
     for name in ("round", "step", *map(printable, keys), "logged", *map(printable, backends), "not delivered"):
-        table.add_column(name, justify="right" if name != "not delivered" else "left", no_wrap=True, max_width=30)
+        # A text, since rich reads markup in a string: the key ``loss[/x]`` would raise.
+        table.add_column(Text(name), justify="right" if name != "not delivered" else "left", no_wrap=True, max_width=30)
     sites = _shown_sites(state)
     for site in sites:
         table.add_row(
