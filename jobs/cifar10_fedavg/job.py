@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Federated averaging on CIFAR-10 in FLARE's simulator, tracked by any backend at the server, the clients, or both."""
+"""Federated averaging on CIFAR-10 in FLARE, tracked by any backend at the server, the clients, or both."""
 
 import argparse
 import contextlib
 import os
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trackhub.preflight import Readiness, check_ready
 
 NAME, SUMMARIES = "cifar10_fedavg", "sites"
 HERE = Path(__file__).resolve().parent
+POLL_S = 3.0  # how often a job in a federation is asked whether it has ended
 EXIT_JOB_FAILED, EXIT_BAD_FLAGS, EXIT_UNDELIVERED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
@@ -40,11 +42,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--aggregate", action="append", metavar="PATTERN", help="repeatable; keys whose mean over the sites is tracked")
     add("--strict", action="store_true", help=f"exit {EXIT_UNDELIVERED} when anything is undelivered")
     add = parser.add_argument_group("running").add_argument
+    add("--env", choices=["sim", "poc", "prod"], default="sim", help="FLARE's simulator, a new POC, or a federation")
+    add("--startup_kit", type=Path, metavar="DIR", help="of who submits the job; for --env prod")
     add("--launch_external_process", action="store_true", help="run each site's client.py in a process of its own")
     add("--workspace", type=Path, metavar="DIR", help=f"default: runs/{NAME}-<time>")
     add("--export", type=Path, metavar="DIR", help="write the job to DIR; do not run it")
     add("--prepare_data", action="store_true", help="get CIFAR-10, by download if need be, and stop")
-    return parser.parse_args(spelled(argv))
+    args = parser.parse_args(spelled(argv))
+    if (args.env == "prod") != (args.startup_kit is not None):
+        parser.error("--env prod and --startup_kit DIR belong together")
+    if args.env != "sim" and (args.strict or args.workspace or args.export):
+        parser.error("--strict, --workspace and --export are for the simulator; leave out --env")
+    return args
+
+
+def sites_are_here(args: argparse.Namespace) -> bool:
+    """Return whether all sites run on this machine and inherit the environment of this process."""
+    return args.export is None and args.env != "prod"
 
 
 def tracking_config(args: argparse.Namespace) -> TrackingConfig:
@@ -64,7 +78,7 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         streamed_to_clients=args.streamed_to_clients,
         aggregate=args.aggregate,
     )
-    if args.export is None:  # an exported job may name backends that are installed only where it runs
+    if sites_are_here(args):  # elsewhere, other backends may be installed
         for name, options in {**(config.server or {}), **(config.clients or {})}.items():
             registry.check_options(name, options)
     return config
@@ -84,8 +98,28 @@ def check_backends(config: TrackingConfig) -> None:
             print(f"{name}: {ready.remark}", file=sys.stderr)
 
 
-def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
+def prepare_sites(args: argparse.Namespace) -> Any:
+    """Decide here, for all sites on this machine, what they must not decide each for itself. Return the test images.
+
+    Raises:
+        DataError: the images cannot be had.
+    """
+    args.dataset, _, test_images = data.load(args)  # for "auto"
+    if args.data_root is not None:
+        os.environ[data.DATA_ROOT_ENV] = str(args.data_root.resolve())  # which the sites inherit
+        args.data_root = None
+    if args.torch_threads is None:
+        args.torch_threads = max(1, (os.cpu_count() or 1) // args.n_clients)
+    return test_images
+
+
+def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Path | None = None) -> Any:
     """Return FLARE's FedAvg recipe for this job, with tracking added.
+
+    Args:
+        args: the flags.
+        config: the tracking.
+        summaries: where each site writes its last metrics, for the last screen. None: nowhere.
 
     Raises:
         ConfigError: a path has a space in it.
@@ -96,8 +130,8 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
     from trackhub.flare.recipe import add_tracking
 
     client_args = training_args(args)
-    if args.export is None:
-        client_args += ["--summary_dir", str(args.workspace / SUMMARIES)]
+    if summaries is not None:
+        client_args += ["--summary_dir", str(summaries)]
     # "Client side only" promises that the server sees no metric, and FLARE would send these with the weights.
     weights_only = config.clients is not None and config.server is None
     if weights_only:
@@ -115,8 +149,8 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig) -> Any:
         train_args=" ".join(client_args),
         key_metric="" if weights_only else "accuracy",  # by which FLARE keeps the best model; empty for not at all
         launch_external_process=args.launch_external_process,
-        # The simulator's sites run on this machine, with this interpreter's packages; others have their own python3.
-        command="python3 -u" if args.export else f"{sys.executable} -u",
+        # Sites on this machine have this interpreter's packages; others have their own python3.
+        command=f"{sys.executable} -u" if sites_are_here(args) else "python3 -u",
         shutdown_timeout=30.0,  # for the last lines of an external trainer; then FLARE stops it
     )
     if config.server or config.clients:
@@ -137,13 +171,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     from trackhub.watch import show_job
 
     check_backends(config)
-    # Here, for all sites: with "auto" they must not decide each for itself.
-    args.dataset, _, test_images = data.load(args)
-    if args.data_root is not None:
-        os.environ[data.DATA_ROOT_ENV] = str(args.data_root.resolve())  # which the simulator's sites inherit
-        args.data_root = None
-    if args.torch_threads is None:
-        args.torch_threads = max(1, (os.cpu_count() or 1) // args.n_clients)
+    test_images = prepare_sites(args)
     args.workspace = (args.workspace or Path("runs") / f"{NAME}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
     environment = SimEnv(num_clients=args.n_clients, workspace_root=str(args.workspace))
     result = Path(environment.workspace_root) / NAME
@@ -152,7 +180,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     run_folders = {receiver: result / receiver / "simulate_job" for receiver in receivers}
     failure: RuntimeError | None = None
     with contextlib.chdir(HERE):
-        recipe = build_recipe(args, config)
+        recipe = build_recipe(args, config, args.workspace / SUMMARIES)
         print(f"Running {NAME} on {args.dataset} images; workspace {args.workspace}", flush=True)
         last_screen.forget(run_folders, args.workspace / SUMMARIES)
         try:
@@ -181,6 +209,55 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     return EXIT_UNDELIVERED if args.strict and not delivered else 0
 
 
+def federation(args: argparse.Namespace, config: TrackingConfig) -> Any:
+    """Return a new POC, or the federation that the startup kit belongs to.
+
+    Raises:
+        ConfigError, DataError: something that the flags name cannot be used.
+    """
+    from nvflare.recipe import PocEnv, ProdEnv
+
+    if args.env == "poc":
+        check_backends(config)
+        prepare_sites(args)
+        return PocEnv(num_clients=args.n_clients)
+    if not (args.startup_kit / "startup" / "fed_admin.json").is_file():
+        raise ConfigError(f"--startup_kit: {args.startup_kit} has no startup/fed_admin.json, as a user's kit has")
+    return ProdEnv(str(args.startup_kit.resolve()))
+
+
+def submit(args: argparse.Namespace, config: TrackingConfig) -> int:
+    """Run the job in a POC or a federation, say how to fetch what it left there, and return the exit status.
+
+    The POC goes on running, since its server has the results.
+
+    Raises:
+        ConfigError, DataError: before the job is submitted, something that the flags name cannot be used.
+    """
+    environment = federation(args, config)
+    with contextlib.chdir(HERE):
+        recipe = build_recipe(args, config)
+        try:
+            submitted = recipe.run(environment)
+        except RuntimeError as error:
+            print(f"The job was not submitted: {error}")
+            return EXIT_JOB_FAILED
+    job_id, status = submitted.get_job_id(), ""
+    print("Waiting for the end of the job. Ctrl-C ends the waiting, and not the job.", flush=True)
+    try:
+        while not status.startswith("FINISHED"):
+            time.sleep(POLL_S)
+            with contextlib.redirect_stdout(None):  # FLARE says each time that it connects
+                status = submitted.get_status() or "unknown"
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    finally:
+        print(f"\nJob {job_id}: {status}")
+        kit = args.startup_kit or next(Path(environment.poc_workspace).glob(f"*/prod_00/{environment.username}"))
+        last_screen.print_fetching(job_id, kit, server=bool(config.server), clients=bool(config.clients))
+    return 0 if status == "FINISHED:COMPLETED" else EXIT_JOB_FAILED
+
+
 def main(argv: list[str]) -> int:
     """Run or export the job as the flags say, and return the exit status."""
     args = parse_args(argv)
@@ -191,6 +268,8 @@ def main(argv: list[str]) -> int:
             print(f"CIFAR-10 is in {data.prepare(args.data_root)}")
             return 0
         config = tracking_config(args)
+        if args.env != "sim":
+            return submit(args, config)
         if args.export is None:
             return run(args, config)
         target = args.export.resolve()

@@ -2,6 +2,7 @@
 """Prints the last screen: each site's last metrics, what was delivered, and how to look at it."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,3 +45,15 @@ def print_delivery(run_folders: Mapping[str, Path]) -> bool:
     for problem in problems:
         print(f"\nDelivery unknown: {problem}")
     return not problems and all(report.is_complete() for report in reports.values())
+
+
+def print_fetching(job_id: str, startup_kit: Path, *, server: bool, clients: bool) -> None:
+    """Print how to fetch and open what a job left in a federation, on the server and at the clients."""
+    if server:
+        print("\nFetch what the server stored, and look at it")
+        print(f"  nvflare job download {job_id} --startup-kit {shlex.quote(str(startup_kit))}")
+        print(f"  trackhub status {job_id}")
+        print(f"  trackhub report {job_id}")
+    if clients:
+        print("\nWhat a client stored is in its own workspace. Look at it there")
+        print(f"  trackhub status WORKSPACE/{job_id}")

@@ -18,7 +18,7 @@ import pytest
 from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver, count_site
 from tests.integration.harness import Job, read_jsonl
-from tests.integration.test_poc import SITES, Poc, PocResult, poc
+from tests.integration.poc import SITES, Poc, PocResult, poc
 
 __all__ = ["poc"]  # the fixture: pytest finds it by its name here
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.harness import Job, files_with
-from tests.integration.test_poc import SITES, Poc, PocResult, operator_file, poc, wandb
+from tests.integration.poc import SITES, Poc, PocResult, operator_file, poc, wandb
 from trackhub.cli.status import spool_status
 from trackhub.delivery.journal.find import find
 

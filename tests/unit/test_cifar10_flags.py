@@ -292,3 +292,28 @@ def test_the_prediction_grid_frames_right_green_and_wrong_red() -> None:
     assert grid[:, 0, 36].tolist() == [0, 160, 0]
     assert (grid[:, 2:34, 2:34] == pixels[0]).all()
     assert caption.startswith(f"predicted, by row: {data.CLASSES[int(predictions[0])]}, ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--env", "prod"],
+        ["--startup_kit", "kit"],
+        ["--env", "poc", "--startup_kit", "kit"],
+        ["--env", "poc", "--strict"],
+        ["--env", "poc", "--workspace", "here"],
+        ["--env", "prod", "--startup_kit", "kit", "--export", "here"],
+        ["--env", "simulator"],
+    ],
+)
+def test_flags_that_do_not_fit_the_environment_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        job.parse_args(argv)
+
+    assert stopped.value.code == job.EXIT_BAD_FLAGS
+    assert "--env" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_startup_kit_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--env", "prod", "--startup_kit", "."]) == job.EXIT_BAD_FLAGS
+    assert "startup/fed_admin.json" in capsys.readouterr().err

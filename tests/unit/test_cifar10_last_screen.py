@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from last_screen import REPORT, forget, print_delivery, print_metrics
+from last_screen import REPORT, forget, print_delivery, print_fetching, print_metrics
 
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, write_report
 from trackhub.delivery.wire import SiteCounts
@@ -111,3 +111,15 @@ def test_an_earlier_job_in_the_same_workspace_is_forgotten(tmp_path: Path, capsy
     assert not print_delivery(run_folders)
     assert "1,234" not in (screen := capsys.readouterr().out)
     assert "val/loss" not in screen
+
+
+@pytest.mark.parametrize(("server", "clients"), [(True, False), (False, True), (True, True)])
+def test_fetching_is_explained_for_the_side_that_has_something(
+    server: bool, clients: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_fetching("1234", Path("/my kits/admin"), server=server, clients=clients)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert ("  nvflare job download 1234 --startup-kit '/my kits/admin'" in lines) is server
+    assert ("  trackhub report 1234" in lines) is server
+    assert ("  trackhub status WORKSPACE/1234" in lines) is clients
