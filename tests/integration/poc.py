@@ -27,6 +27,7 @@ from tests.support.wandb_emulator import Emulator
 
 __all__ = [
     "ADMIN",
+    "ALLOWED_CLASSES",
     "SITES",
     "Poc",
     "PocResult",
@@ -38,8 +39,13 @@ __all__ = [
     "wandb",
 ]
 
-ADMIN = "admin@nvidia.com"
+ADMIN, LEAD = "admin@nvidia.com", "lead@nvidia.com"
 SITES = ("site-1", "site-2")
+ALLOWED_CLASSES = [
+    "trackhub.flare.",
+    "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
+]
+"""What a site's operator adds to the list of classes that a job without code of its own may name."""
 
 
 # It runs in a process of its own, since FLARE's client raises warnings in its threads, and warnings are errors here.
@@ -57,6 +63,8 @@ def do(what, arg):
         return session.submit_job(arg)
     if what == "abort":
         return session.abort_job(arg)
+    if what == "status":
+        return session.get_job_status(arg)
     session.monitor_job(arg, timeout=180, poll_interval=0.5)
     return [session.get_job_meta(arg)["status"], session.download_job_result(arg)]
 
@@ -71,11 +79,11 @@ for line in sys.stdin:
 
 
 class Console:
-    """A session of the federation's administrator."""
+    """A session of a user of the federation, to whom the startup kit belongs."""
 
     def __init__(self, kit: Path, env: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", ADMIN_CONSOLE, ADMIN, str(kit)], env=env, text=True, stdin=subprocess.PIPE,
+            [sys.executable, "-c", ADMIN_CONSOLE, kit.name, str(kit)], env=env, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=kit,
         )  # fmt: skip
 
@@ -100,20 +108,29 @@ class Console:
 
 @dataclass(frozen=True)
 class Poc:
-    """A running federation."""
+    """A running federation. The user ``lead`` may submit jobs, and they may bring no code (no right ``byoc``)."""
 
     workspace: Path
     out: Path
     console: Console
+    lead: Console
     wandb: Emulator
+
+    @property
+    def kits(self) -> Path:
+        """The folder with the startup kit of each service and each user."""
+        return self.workspace / "example_project" / "prod_00"
 
     def run(self, job: Path, *, meanwhile: Callable[[str], None] = lambda job_id: None) -> PocResult:
         """Submit a job, wait for its end, and fetch its result."""
         job_id = self.console.ask("submit", str(job))
         meanwhile(job_id)
-        status, download = self.console.ask("wait", job_id)
-        startup = self.workspace / "example_project" / "prod_00"
-        return PocResult(job_id, status, Path(download) / "workspace", startup, self.out)
+        return self.result(job_id)
+
+    def result(self, job_id: str, console: Console | None = None) -> PocResult:
+        """Wait for the end of a job that was submitted, and fetch its result."""
+        status, download = (console or self.console).ask("wait", job_id)
+        return PocResult(job_id, status, Path(download) / "workspace", self.kits, self.out)
 
 
 @dataclass(frozen=True)
@@ -184,12 +201,13 @@ def poc(tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[P
         # A client that asks a server that is still starting fails its login, and ends.
         wait_until(lambda: "Server started" in (root / "server.log").read_text(errors="replace"), 60)
         services += [_start(kits / site, root / f"{site}.log", env) for site in SITES]
-        console = Console(kits / ADMIN, env)
+        console, lead = Console(kits / ADMIN, env), Console(kits / LEAD, env)
         try:
             wait_until(lambda: len(console.ask("clients")) == len(SITES), 60)
-            yield Poc(root / "ws", out, console, wandb)
+            yield Poc(root / "ws", out, console, lead, wandb)
         finally:
             console.close()
+            lead.close()
     finally:
         for service in services:
             with contextlib.suppress(ProcessLookupError):
@@ -205,8 +223,11 @@ def _configure(local: Path, storage: Path) -> None:
     """
     default = (local / "resources.json.default").read_text()
     resources = json.loads(default.replace("/tmp/nvflare", str(storage)))
-    resources["class_allow_list"].append("trackhub.flare.")
+    resources["class_allow_list"] += ALLOWED_CLASSES
     (local / "resources.json").write_text(json.dumps(resources))
+    authorization = json.loads((local / "authorization.json.default").read_text())
+    authorization["permissions"]["lead"]["byoc"] = "none"
+    (local / "authorization.json").write_text(json.dumps(authorization))
 
 
 def _start(kit: Path, log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:

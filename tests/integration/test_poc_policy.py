@@ -51,11 +51,13 @@ import io
 
 import PIL.Image
 import PIL.PngImagePlugin
-from nvflare.client.tracking import SummaryWriter
+from nvflare.client.tracking import MLflowWriter, SummaryWriter
+from torch.utils.tensorboard import SummaryWriter as TorchWriter
 
 from trackhub import Writer
 
-writer, stock = Writer(), SummaryWriter()
+writer, stock, of_mlflow = Writer(), SummaryWriter(), MLflowWriter()
+captured = TorchWriter(os.path.join(OUT, SITE + "-tensorboard"))
 
 
 def token(what):  # so that the script itself, which the server has, holds none of them
@@ -88,6 +90,11 @@ def train(n):
         file.write(token("file"))
     writer.log_artifact(path, token("artifact key"))
     writer.log({token("bad key"): object()})
+    writer.summarize({token("final key"): token("final"), "val/final": number("final value")})
+    of_mlflow.log_param(token("stock param key"), token("stock param"))
+    of_mlflow.set_tag(token("stock tag key"), token("stock tag"))
+    captured.add_scalar("train/" + token("captured key"), number("captured"), n)
+    captured.add_text("val/captured", token("captured text"), n)
     stock.add_scalar("train/" + token("stock key"), number("stock"), n)
     stock.add_scalar("val/stock", number("val"), n)
 
@@ -97,8 +104,10 @@ rounds(train)
 TOKENS = (
     *("key", "denied by the job", "param key", "param", "nested", "tag key", "tag", "text", "image", "caption"),
     *("histogram key", "table key", "column", "cell", "file name", "file", "artifact key", "bad key", "stock key"),
+    *("final key", "final", "stock param key", "stock param", "stock tag key", "stock tag", "captured key"),
+    "captured text",
 )
-NUMBERS = ("train", "alone", "val", "histogram", "stock")
+NUMBERS = ("train", "alone", "val", "histogram", "stock", "final value", "captured")
 
 
 def _planted(site: str) -> dict[str, tuple[bytes, ...]]:
@@ -125,6 +134,7 @@ def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
     tracking = {
         "server": ["jsonl", "tensorboard"],
         "clients": ["jsonl"],
+        "capture": ["tensorboard"],
         "policy": {
             "deny": [f"val/{hashlib.sha256(f'{site} denied by the job'.encode()).hexdigest()[:8]}*" for site in SITES]
         },

@@ -63,7 +63,8 @@ def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None
 
     scale = float(np.abs(values).max()) + 1e-290  # numpy loses digits of the smallest floats
     assert found["mean"] == pytest.approx(np.mean(values), rel=1e-12, abs=scale * 1e-14)
-    assert found["std"] == pytest.approx(np.std(values), rel=1e-9, abs=scale * 1e-12)
+    spread = np.std(values / scale) * scale  # numpy squares, and the squares of small numbers are 0
+    assert found["std"] == pytest.approx(spread, rel=1e-9, abs=scale * 1e-12)
     assert found["weighted_mean"] == pytest.approx(np.average(values, weights=weights), rel=1e-12, abs=scale * 1e-14)
     assert (found["min"], found["max"], found["count"]) == (values.min(), values.max(), len(values))
 
@@ -78,8 +79,24 @@ def test_values_that_are_not_finite_are_counted_and_change_nothing_else(values: 
     assert found == (describe(finite) if finite else {"count": 0})
 
 
-def test_the_largest_floats_have_a_mean() -> None:
+def test_the_largest_floats_have_a_mean_and_a_spread() -> None:
     assert describe([1.7e308, 1.7e308])["mean"] == 1.7e308
+    # One site's value must not raise: that would end the run for all.
+    assert describe([0.0, 2.6e154])["std"] == pytest.approx(1.3e154)
+    assert describe([1.7e308, -1.7e308])["std"] == math.inf
+
+
+def test_a_site_that_logs_any_rounds_takes_no_room_from_the_others() -> None:
+    aggregation = Aggregation()
+    aggregation.add("hostile", [record({"x": 1.0}, round_, round_) for round_ in range(10**6, 10**6 + 60_000)])
+
+    for round_ in range(2):
+        for site in ("site-1", "site-2"):
+            aggregation.add(site, [record({"val/loss": 1.0}, round_, round_)])
+    found = by_round(end(aggregation))  # it took minutes: each of the rounds looked at all others
+
+    assert [found[round_]["val/loss/count"] for round_ in range(2)] == [2.0, 2.0]
+    assert found[10**6 + 49_999] == {"fl/late_values": 10_000.0}
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, math.nan], [-1.0, 2.0]])

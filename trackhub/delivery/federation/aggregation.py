@@ -11,9 +11,11 @@ import fnmatch
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
 from trackhub.run import FEDERATION, SERVER
 
@@ -40,7 +42,8 @@ MAX_KEYS_OF_SITE = 1000
 MAX_KEYS = 5000
 """How many keys of all sites are aggregated."""
 
-_MAX_HELD = 500_000  # values that wait for the end of their round; a site may send any rounds
+_MAX_HELD = 500_000  # values that wait for the end of their round
+_MAX_HELD_OF_SITE = 50_000  # a site may send any rounds, and must leave room for the others
 _MAX_IGNORED = 1_000_000
 _HELD_ROUNDS = 2  # closed rounds whose keys may still turn out to be ones that are aggregated
 _AT_ONCE = 1000  # numbers in one record
@@ -78,7 +81,7 @@ def describe(values: Sequence[float], weights: Sequence[float] | None = None) ->
         n = len(finite)
         mean = _mean(finite)
         found = {"mean": mean, "min": min(finite), "max": max(finite)}
-        found["std"] = math.sqrt(math.fsum((v - mean) * (v - mean) for v in finite) / n)
+        found["std"] = math.hypot(*(v - mean for v in finite)) / math.sqrt(n)  # squares would overflow above 1e154
         if weights is not None:
             weighted = _weighted_mean([(v, w) for v, w in zip(values, weights, strict=True) if math.isfinite(v)])
             found |= {} if weighted is None else {"weighted_mean": weighted}
@@ -220,7 +223,9 @@ class Aggregation:
         """
         self._keys = _Keys(patterns)
         self._rounds: dict[int, _Round] = {}
-        self._held = 0
+        self._unsettled: set[int] = set()  # closed rounds with values of keys that are not certain yet
+        self._held = Counter[str]()  # values, by site
+        self._held_in_all = 0
         self._late = 0
         self._late_told = 0
         self.last_time = 0.0
@@ -257,22 +262,28 @@ class Aggregation:
                 self._late += 1
 
     def _hold(self, number: int, site: str, key: str, value: float, time: float) -> None:
-        if self._held >= _MAX_HELD:
+        if self._held_in_all >= _MAX_HELD or self._held[site] >= _MAX_HELD_OF_SITE:
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning("the sites' metrics of %d rounds wait for the end of their round; no more are aggregated",
-                             len(self._rounds))  # fmt: skip
+                _log.warning("%d metrics of site %s wait for the end of their round; no more of it are aggregated",
+                             self._held[site], printable(site))  # fmt: skip
             self._late += 1
             return
         self.last_time = max(self.last_time, time)
         of_key = self._rounds.setdefault(number, _Round()).values.setdefault(key, {})
-        self._held += site not in of_key
+        if site not in of_key:
+            self._held[site] += 1
+            self._held_in_all += 1
         of_key[site] = value
 
     def _forget(self, key: str) -> None:
         """Drop what is held of a key that turns out to be none that is aggregated."""
         for current in self._rounds.values():
-            self._held -= len(current.values.pop(key, ()))
+            self._release(current.values.pop(key, {}))
+
+    def _release(self, by_site: Mapping[str, float]) -> None:
+        self._held.subtract(by_site.keys())
+        self._held_in_all -= len(by_site)
 
     def add_facts(self, records: Iterable[Record]) -> list[Output]:
         """Take facts of the federation run. Return what they complete."""
@@ -288,6 +299,7 @@ class Aggregation:
             current = self._rounds.setdefault(record.round, _Round())
             if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or a job that FLARE started again
                 self._drop(current)
+                self._unsettled.discard(record.round)
                 current = self._rounds[record.round] = _Round()
             current.is_announced = True
             _note_facts(current, values)
@@ -311,24 +323,27 @@ class Aggregation:
 
     def _end(self, time: float) -> list[Output]:
         found: list[Output] = []
-        for number in sorted(self._rounds):
-            current = self._rounds[number]
-            if not current.is_closed:
-                found += self._close(number, current, time)
-        for number in sorted(self._rounds):
-            found += self._emit(number, time, {}, single_round=len(self._rounds) == 1)
-            self._drop(self._rounds[number])
+        single_round = len(self._rounds) == 1
+        for number, current in sorted(self._rounds.items()):
+            said = {} if current.is_closed else _all_reported(current)
+            current.is_closed = True
+            found += self._emit(number, time, said, single_round=single_round)
+            self._drop(current)
         return found + self._tell_late(self.last_round(), time)
 
     def _close(self, number: int, current: _Round, time: float) -> list[Output]:
         current.is_closed = True
         found: list[Output] = []
-        for earlier in sorted(n for n, r in self._rounds.items() if r.is_closed and r.values and n < number):
+        for earlier in sorted(n for n in self._unsettled if n < number):
             found += self._emit(earlier, time, {})
             if earlier <= number - _HELD_ROUNDS:
                 self._drop(self._rounds[earlier])
-        said = {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
-        return found + self._emit(number, time, said) + self._tell_late(number, time)
+            if not self._rounds[earlier].values:
+                self._unsettled.discard(earlier)
+        found += self._emit(number, time, _all_reported(current))
+        if current.values:
+            self._unsettled.add(number)
+        return found + self._tell_late(number, time)
 
     def _tell_late(self, number: int, time: float) -> list[Output]:
         if self._late == self._late_told:
@@ -337,7 +352,8 @@ class Aggregation:
         return [Output(number, time, {_LATE: float(self._late)})]
 
     def _drop(self, current: _Round) -> None:
-        self._held -= sum(map(len, current.values.values()))
+        for by_site in current.values.values():
+            self._release(by_site)
         current.values = {}
 
     def _emit(self, number: int, time: float, first: dict[str, float], *, single_round: bool = False) -> list[Output]:
@@ -346,13 +362,18 @@ class Aggregation:
         numbers = dict(first)
         for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):
             by_site = current.values.pop(key)
-            self._held -= len(by_site)
+            self._release(by_site)
             weights = [current.weights.get(site) for site in by_site]
             known = [w for w in weights if w is not None]
             statistics = describe(list(by_site.values()), known if len(known) == len(weights) else None)
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
         items = list(numbers.items())
         return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
+
+
+def _all_reported(current: _Round) -> dict[str, float]:
+    """Return the fact whether all sites have reported, of a round that the server has announced."""
+    return {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
 
 
 def _note_facts(current: _Round, values: Mapping[str, float]) -> None:
