@@ -307,6 +307,7 @@ def flare_environment(env: Mapping[str, str] = MappingProxyType({}), python: str
 
     Args:
         env: further variables. The entries of its ``PYTHONPATH`` come first.
+        python: the interpreter.
     """
     path = os.pathsep.join([str(Path(python).parent), env.get("PATH", os.environ["PATH"])])
     python_path = [env.get("PYTHONPATH"), str(SIMULATOR_MEND), os.environ.get("PYTHONPATH")]

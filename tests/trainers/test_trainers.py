@@ -156,6 +156,9 @@ def check(trainer: str, lines: list[dict[str, Any]], *, trainings: int) -> None:
             params |= line["values"]
     assert params.items() >= PARAMS[trainer].items()
     assert {line["kind"] for line in lines} >= KINDS.get(trainer, set())
+    if trainer == "keras":
+        keys = {line["key"] for line in lines if line["kind"] == "histogram"}
+        assert keys >= {"parameters/sequential/dense/kernel", "parameters/sequential/dense/bias"}
 
 
 def skip_without(trainer: str) -> None:

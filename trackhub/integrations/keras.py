@@ -54,8 +54,11 @@ class TrackhubCallback(Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Log how the training is set up. Keras calls it."""
-        optimizer = getattr(self.model, "optimizer", None)
-        self.writer.log_params({**(self.params or {}), "optimizer": optimizer.get_config() if optimizer else None})
+        params: dict[str, Any] = {**(self.params or {}), "optimizer": None}
+        if (optimizer := getattr(self.model, "optimizer", None)) is not None:
+            # Keras calls the second optimizer of a process "sgd_1", and so on: the param would change in each round.
+            params["optimizer"] = {**optimizer.get_config(), "name": type(optimizer).__name__}
+        self.writer.log_params(params)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Log every so many batches. Keras calls it after each."""

@@ -190,10 +190,12 @@ def _parameters_of(model: Any) -> list[tuple[str, Any]]:
     Raises:
         RecordError: it has none.
     """
-    if callable(getattr(model, "named_parameters", None)):
-        return list(model.named_parameters())
     if isinstance(model, Mapping):
         return [(key_text(name), values) for name, values in model.items()]
-    if isinstance(weights := getattr(model, "weights", None), list):  # Keras
-        return [(weight.path, weight.numpy()) for weight in weights]
+    weights = getattr(model, "weights", None)
+    # Keras comes first. On its torch backend, its model is a torch module, too, with other names for the parameters.
+    if isinstance(weights, list) and all(hasattr(weight, "path") for weight in weights):
+        return [(weight.path, weight.value) for weight in weights]
+    if callable(getattr(model, "named_parameters", None)):
+        return list(model.named_parameters())
     raise RecordError(f"{shown(model)} is a {type(model).__name__}; expected a torch module, or name to array")
