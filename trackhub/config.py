@@ -47,6 +47,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limits: how much, how often and how long.
         aggregate: patterns of the keys whose statistics the federation run holds; None for the keys that are logged
             once a round.
+        context: log in each run what it was made with.
+        system_metrics: seconds between two measurements of each site's host and processes; None for none.
+        log_model: which of FLARE's global models the federation run gets; None for none.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -58,6 +61,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     sides: tuple[_Side, ...] = ("server",)
     limits: Limits = Limits()
     aggregate: tuple[str, ...] | None = None
+    context: bool = True
+    system_metrics: float | None = None
+    log_model: Literal["best", "last"] | None = None
 
     def __post_init__(self) -> None:
         for field, names in (("backends", self.backends), ("client_backends", self.client_backends or ())):
@@ -101,6 +107,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         streamed_to_clients: bool = False,
         limits: Limits | None = None,
         aggregate: Iterable[str] | None = None,
+        context: bool = True,
+        system_metrics: float | None = None,
+        log_model: str | None = None,
     ) -> Self:
         """Return the configuration that command line flags describe.
 
@@ -112,6 +121,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             streamed_to_clients: run the backends at each client.
             limits: how much, how often and how long; None for the defaults.
             aggregate: patterns of the keys whose statistics the federation run holds; None for the default.
+            context, system_metrics, log_model: the attributes of this class.
 
         Raises:
             ConfigError: tracking is on but on no side, or the flags contradict each other.
@@ -132,6 +142,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 "sides": sides,
                 "limits": limits or Limits(),
                 "aggregate": None if aggregate is None else list(aggregate),
+                "context": context,
+                "system_metrics": system_metrics,
+                "log_model": log_model,
             },
             cls,
             "tracking",

@@ -40,6 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--streamed_to_server", action=switch, default=True, help="run the backends on the server; default on")
     add("--streamed_to_clients", action=switch, default=False, help="run the backends at each client; default off")
     add("--aggregate", action="append", metavar="PATTERN", help="repeatable; keys whose mean over the sites is tracked")
+    add("--context", action=switch, default=True, help="log in each run what it was made with; default on")
+    add("--system_metrics", type=float, metavar="SECONDS", help="measure each site's host and processes so often")
+    add("--log_model", choices=("best", "last"), help="keep this global model in the federation run")
     add("--strict", action="store_true", help=f"exit {EXIT_UNDELIVERED} when anything is undelivered")
     add = parser.add_argument_group("running").add_argument
     add("--env", choices=["sim", "poc", "prod"], default="sim", help="FLARE's simulator, a new POC, or a federation")
@@ -77,6 +80,9 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         streamed_to_server=args.streamed_to_server,
         streamed_to_clients=args.streamed_to_clients,
         aggregate=args.aggregate,
+        context=args.context,
+        system_metrics=args.system_metrics,
+        log_model=args.log_model,
     )
     if sites_are_here(args):  # elsewhere, other backends may be installed
         for name, options in {**(config.server or {}), **(config.clients or {})}.items():
@@ -156,7 +162,8 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
     if config.server or config.clients:
         if config.server and args.dataset != "auto":  # which the server must not decide for itself either
             recipe._job.to_server(EvaluateLastModel(args.dataset, args.seed), id="last_model")
-        add_tracking(recipe, server=config.server, clients=config.clients, aggregate=config.aggregate)
+        more = ("aggregate", "context", "system_metrics", "log_model")
+        add_tracking(recipe, config.server, config.clients, **{name: getattr(config, name) for name in more})
     return recipe
 
 

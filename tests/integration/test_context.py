@@ -76,7 +76,7 @@ def test_facts_of_git_are_tags_too_and_a_commit_is_shown_as_git_says_it() -> Non
 @pytest.mark.parametrize("context", [["x"], "x", {"a": {"b": 1}}, {1: "x"}])
 def test_a_context_of_another_form_is_refused_where_the_job_is_written(context: Any) -> None:
     with pytest.raises(ConfigError, match="context"):
-        TrackhubSender(context=context)
+        TrackhubSender(own_records={"context": context})
 
 
 def repository(folder: Path) -> str:
@@ -98,7 +98,7 @@ def test_each_run_of_each_backend_says_what_it_was_made_with(tmp_path: Path) -> 
     folder = tmp_path / "job"
     commit = repository(folder)
     server = {"jsonl": {}, "mlflow": {}, "wandb": {"mode": "offline"}}
-    tracking = {"server": server, "clients": ["jsonl"], "context": True}
+    tracking = {"server": server, "clients": ["jsonl"], "context": True, "system_metrics": 0.5, "log_model": "last"}
 
     result = Job(folder, TRAINER, tracking, env={"WANDB_API_KEY": PLANTED}).run()
 
@@ -130,32 +130,46 @@ def test_each_run_of_each_backend_says_what_it_was_made_with(tmp_path: Path) -> 
         rounds = db.execute("SELECT value FROM params WHERE key = 'context/recipe/num_rounds'").fetchall()
     assert tags == [(commit,)] * 3
     assert rounds == [("2",)] * 3
+    model = (result.run_dir("server") / "models" / "server.npy").read_bytes()
+    (artifact,) = [line for line in result.jsonl("server", "federation") if line["kind"] == "artifact"]
+    assert (artifact["key"], artifact["artifact_type"]) == ("model/server.npy", "model")
+    stored = list((result.run_dir("server") / "mlflow").rglob("server.npy"))
+    assert [path.read_bytes() for path in stored] == [model]
+    for site in ("site-1", "site-2"):
+        keys = {p.key for p in result.jsonl_points("server", site)}
+        assert {"system/job_cpu_percentage", "system/system_memory_usage_percentage", "val/loss"} <= keys
+    assert not [p for p in result.jsonl_points("server", "federation") if p.key.startswith("system/")]
     logs = [read_log(path) for path in (result.run_dir("server") / "wandb").rglob("run-*.wandb")]
     assert [log.config["context/git/commit"] for log in logs] == [commit] * 3
+    assert [artifact.kind for log in logs for artifact in log.artifacts] == ["model"]
     assert not list(files_with(result.workspace, PLANTED.encode()))
 
 
 @pytest.mark.long
 def test_a_policy_that_allows_other_keys_withholds_the_context(tmp_path: Path) -> None:
-    tracking = {"server": ["jsonl"], "clients": ["jsonl"], "context": True, "policy": {"allow": ["val/*"]}}
+    tracking: dict[str, Any] = {"server": ["jsonl"], "clients": ["jsonl"], "context": True, "system_metrics": 0.5}
+    tracking["policy"] = {"allow": ["val/*"]}
 
     result = Job(tmp_path / "job", TRAINER, tracking, external=True).run()
 
     assert result.rc == 0, result.log[-6000:]
     for site in ("site-1", "site-2"):
+        assert {p.key for p in result.jsonl_points("server", site)} == {"val/loss"}
         assert {line["kind"] for line in result.jsonl("server", site)} == {"metrics"}
         assert len(params_of(result, site, site)) == 1  # the site's own receiver has it
+        of_job = [p.value for p in result.jsonl_points(site, site) if p.key == "system/job_processes"]
+        assert max(of_job) > 1  # the trainer is a process of its own
     assert result.report("server")["balanced"]
     assert result.report("server")["sites"]["site-1"]["at_site"]["withheld"]
 
 
 @pytest.mark.long
 def test_on_the_client_side_only_the_server_gets_none_of_it(tmp_path: Path) -> None:
-    result = Job(tmp_path / "job", TRAINER, {"clients": ["jsonl"], "context": True}).run()
+    result = Job(tmp_path / "job", TRAINER, {"clients": ["jsonl"], "context": True, "system_metrics": 0.5}).run()
 
     assert result.rc == 0, result.log[-6000:]
     for site in ("site-1", "site-2"):
         (params,) = params_of(result, site, site)
         assert params["context/recipe/num_rounds"] == 2
         assert params["context/host/cpus"] >= 1
-    assert not list(files_with(result.workspace / "server", b"host/cpus"))
+    assert not list(files_with(result.workspace / "server", b"host/cpus", b"system/job"))

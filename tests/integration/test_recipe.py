@@ -56,7 +56,7 @@ def _config(job: Path, app: str, file: str) -> dict[str, Any]:
 def _components(job: Path, app: str, file: str) -> dict[str, dict[str, Any]]:
     found = {c["id"]: c for c in _config(job, app, file)["components"] if c["id"].startswith("trackhub")}
     for component in found.values():
-        component["args"].pop("context", None)  # test_context.py reads it
+        component["args"].pop("own_records", None)  # test_context.py reads it
     return found
 
 

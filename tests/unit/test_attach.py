@@ -87,7 +87,7 @@ def test_a_json_job_gets_the_components_and_keeps_the_rest(tmp_path: Path) -> No
     assert server["components"][-1] == {
         "id": "trackhub_receiver",
         "path": "trackhub.flare.receiver_widget.TrackhubReceiver",
-        "args": {"backends": {"jsonl": {"path": "out"}}, **common, "context": {}},
+        "args": {"backends": {"jsonl": {"path": "out"}}, **common, "own_records": {"context": {}}},
     }
     assert ids(client) == ["trackhub_receiver", "trackhub_sender"]
     arguments = client["executors"][0]["executor"]["args"]

@@ -48,6 +48,13 @@ def test_the_defaults_are_those_that_the_readme_names() -> None:
     assert (config().server, config().clients) == ({"tensorboard": {}}, None)
 
 
+def test_context_is_on_and_system_metrics_and_the_model_are_off_unless_asked_for() -> None:
+    given = config("--no-context", "--system_metrics", "10", "--log_model", "best")
+
+    assert (config().context, config().system_metrics, config().log_model) == (True, None, None)
+    assert (given.context, given.system_metrics, given.log_model) == (False, 10.0, "best")
+
+
 def test_aggregate_may_be_given_several_times() -> None:
     assert config().aggregate is None
     assert config("--aggregate", "val/*", "--aggregate", "train/loss").aggregate == ("val/*", "train/loss")

@@ -40,6 +40,11 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take
     type=click.Choice(["clients", "server"]),
     help="Where to record the metrics that FLARE carries itself, as for add_tracking; repeatable.",
 )
+@click.option("--no-context", is_flag=True, help="Do not log in each run what it was made with.")
+@click.option(
+    "--system-metrics", type=float, metavar="SECONDS", help="Measure each site's host and processes so often."
+)
+@click.option("--log-model", type=click.Choice(["best", "last"]), help="Keep this global model in the federation run.")
 @click.option("--state-dir", help="The folder for spools and journals at every site.")
 @click.option("--dry-run", is_flag=True, help="Show the change, and change nothing.")
 def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: bool, **more: Any) -> None:
@@ -101,6 +106,9 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
         "flare_metrics": list(more["flare_metrics"]),
         "limits": _limits(more["limit"]) or None,
         "state_dir": more["state_dir"],
+        "context": not more["no_context"],
+        "system_metrics": more["system_metrics"],
+        "log_model": more["log_model"],
     }
 
 

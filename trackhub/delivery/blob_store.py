@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mimetypes
 import os
 import re
 import threading
@@ -18,12 +19,14 @@ from urllib.parse import quote
 
 from trackhub.delivery.wire import Chunk
 from trackhub.plain_files import make_private_folder, open_plain
+from trackhub.records import Blob
 
 __all__ = ["BlobStore"]
 
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{1,16}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
+_COPY_BYTES = 1 << 20
 _MAX_PARTS = 16
 """Most blobs of a site that are there in part. A sender sends one after another; a crash may leave one behind."""
 
@@ -76,6 +79,39 @@ class BlobStore:
         # A site sends a piece again when the reply is late, and the first one may still be being stored then.
         with self._locks[site]:
             return self._add(site, chunk)
+
+    def keep(self, site: str, name: str, path: Path) -> Blob:
+        """Copy a file of this machine into the store, whole or not at all. Return the blob that refers to it.
+
+        Args:
+            site: whose blob it is.
+            name: the blob's name, which no other one has.
+            path: the file.
+
+        Raises:
+            OSError: it cannot be read, or not be written.
+        """
+        folder = self.folder(site)
+        make_private_folder(folder)
+        target, partial = folder / name, folder / f"{name}.part"
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(path, "rb") as source, open(partial, "wb", opener=open_plain) as file:
+                while data := source.read(_COPY_BYTES):
+                    digest.update(data)
+                    size += len(data)
+                    file.write(data)
+            if self._sync:
+                _sync(partial)
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if self._sync:
+            for synced in (folder, self._folder, self._folder.parent):
+                _sync(synced)
+        media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return Blob(name, size, digest.hexdigest(), media_type)
 
     def _make_room_for_part(self, site: str, folder: Path, name: str) -> None:
         """Note that a blob of this site is there in part. Delete the oldest part, if there are too many."""

@@ -179,8 +179,9 @@ class Receiver:
             raise
         if self._federation_options is not None:
             self.federation = FederationRun(
-                self._journal, self._federation_options, self._notify_lanes, self.job.id, is_replay=bool(self._ended)
-            )
+                self._journal, self._federation_options, self._notify_lanes, self.job.id, self._blobs,
+                is_replay=bool(self._ended),
+            )  # fmt: skip
             self.federation.start()
         self._state = _OPEN
 

@@ -25,7 +25,6 @@ from trackhub.delivery import (
     Channel,
     ChannelError,
     FederationOptions,
-    FederationRun,
     Limits,
     Receiver,
     RunStatus,
@@ -40,9 +39,9 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
-from trackhub.flare.job_context import check_context, log_context, with_federation, with_machine
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
 from trackhub.flare.listeners import listeners, server_warning
+from trackhub.flare.own_records import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.server_tasks import asking_site
 from trackhub.flare.sites_without_sender import SitesWithoutSender
@@ -93,7 +92,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         federation: bool = True,
         aggregate: list[str] | None = None,
         flare_metrics: list[str] | None = None,
-        context: dict[str, Any] | None = None,
+        own_records: dict[str, Any] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -107,8 +106,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
                 gets. It then also records analytics events that its components fire with a type of their own.
-            context: what the job was made with, as plain values by name. The federation run gets it with what the
-                server knows. None logs none of it.
+            own_records: what trackhub logs itself into the federation run: ``context`` and ``log_model`` of
+                `OwnRecords`.
 
         Raises:
             ConfigError: ``backends`` is not a mapping of names to options, or another argument is wrong.
@@ -120,7 +119,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         JobLabels.of(job)  # checks them where the job is written
         check_aggregate(aggregate)
         carried_metrics.check_flare_metrics(flare_metrics)
-        check_context(context)
+        self._own = ServerRecords(OwnRecords.of(own_records), self)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.backends = backends
         self.take_over = take_over
@@ -130,7 +129,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.federation = federation
         self.aggregate = aggregate
         self.flare_metrics = flare_metrics
-        self.context = context
+        self.own_records = own_records
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._opened = False
         self._core: Receiver | None = None
@@ -220,7 +219,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._own_sender.start()
         if self._core.federation is not None:
             FederationWatch(engine, self._core.federation)
-            self._log_context(self._core.federation, fl_ctx)
+            self._own.begin(self._core.federation, fl_ctx)
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
@@ -240,15 +239,6 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
-
-    def _log_context(self, federation: FederationRun, fl_ctx: FLContext) -> None:
-        if self.context is None:
-            return
-        try:
-            context = with_federation(with_machine(self.context), fl_ctx)
-            log_context(context, federation.log_params, federation.set_tags)
-        except Exception as e:
-            self.log_exception(fl_ctx, f"the context of the job is not recorded: {e}", fire_event=False)
 
     def _id(self, engine: Any) -> str:
         """Return this component's id in the job's configuration, which senders address."""
@@ -351,6 +341,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
             assert self._core is not None
             self._own_sender.close(left_s if has_streams(self._core.folder / "spool") else 0.0)
+        if self._core is not None and self._core.federation is not None:
+            self._own.end(self._core.federation, fl_ctx)
         # A provisioned server archives the run folder after this, and then deletes it.
         moves = flare_internals.is_provisioned(fl_ctx)
         self.close(self._status, _IN_JOB_STORE.format(job=fl_ctx.get_job_id()) if moves else "")

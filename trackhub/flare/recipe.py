@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
 from trackhub.flare.job_context import context_of_job
 from trackhub.flare.listeners import client_warning, listeners, server_warning
+from trackhub.flare.own_records import OwnRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.flare.stock_records import TakeOver
 from trackhub.limits import Limits
 from trackhub.policy import Policy
+from trackhub.system_metrics import check_interval
 
 __all__ = ["add_tracking", "tracking_components"]
 
@@ -54,6 +56,8 @@ def add_tracking(
     aggregate: Sequence[str] | None = None,
     flare_metrics: Sequence[str] = (),
     context: bool = True,
+    system_metrics: float | None = None,
+    log_model: Literal["best", "last"] | None = None,
 ) -> None:
     """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
 
@@ -100,6 +104,10 @@ def add_tracking(
         context: log once in each run what it was made with: recipe and arguments, the job's script with its command
             line and git commit, versions, and the kind of machine. Secrets are taken out. ``docs/federation.md`` lists
             the keys. They all begin with ``context/`` and ``source.git.``, so that a policy can withhold them.
+        system_metrics: measure CPU, memory, disk, network and GPUs of each site's host and of the job there, every so
+            many seconds, as ``system/...``. None for not at all.
+        log_model: which of the global models that FLARE's persistor saves the federation run gets as an artifact.
+            None for none.
 
     Raises:
         ConfigError: there is nothing to track with. Or ``take_over`` is off or ``"copy"``, or ``flare_metrics`` has the
@@ -119,12 +127,13 @@ def add_tracking(
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
-    known: dict[str, Any] = {"context": context_of_job(recipe_or_job) if context else None}
-    of_sender = {**common, **known, **_capture(capture, capture_only), "policy": _policy(policy)}
+    facts = context_of_job(recipe_or_job) if context else None
+    of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
+    of_sender = {**common, **of_site, **_capture(capture, capture_only), "policy": _policy(policy)}
     _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
         own = _federation(federation, aggregate)
-        job.to_server(TrackhubReceiver(server_backends, **common, **known, **own), id=RECEIVER_ID)
+        job.to_server(TrackhubReceiver(server_backends, **common, **of_server, **own), id=RECEIVER_ID)
     for names, backends in plan:
         if not server_backends and not backends:
             continue
@@ -153,6 +162,8 @@ def tracking_components(
     aggregate: Sequence[str] | None = None,
     flare_metrics: Sequence[str] = (),
     context: bool = True,
+    system_metrics: float | None = None,
+    log_model: Literal["best", "last"] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what to put into the ``components`` of a job that is written in JSON. ``trackhub attach`` does it for you.
 
@@ -160,6 +171,7 @@ def tracking_components(
         server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.
         policy, federation, aggregate, flare_metrics: as for `add_tracking`.
         context: as for `add_tracking`, without recipe and script: a job that is written in JSON has none.
+        system_metrics, log_model: as for `add_tracking`.
         name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
@@ -174,8 +186,9 @@ def tracking_components(
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
-    known: dict[str, Any] = {"context": {} if context else None}
-    of_sender = {**_receivers(server_backends, client_backends), **common, **known, **_capture(capture, capture_only)}
+    facts: dict[str, Any] | None = {} if context else None
+    of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
+    of_sender = {**_receivers(server_backends, client_backends), **common, **of_site, **_capture(capture, capture_only)}
     sender = _component(SENDER_ID, TrackhubSender, {**of_sender, "policy": _policy(policy)})
 
     def receiver(backends: _Checked, **own: Any) -> list[dict[str, Any]]:
@@ -183,7 +196,7 @@ def tracking_components(
         return [_component(RECEIVER_ID, TrackhubReceiver, args)] if backends else []
 
     return {
-        "config_fed_server.json": receiver(server_backends, **known, **_federation(federation, aggregate)),
+        "config_fed_server.json": receiver(server_backends, **of_server, **_federation(federation, aggregate)),
         "config_fed_client.json": [*receiver(client_backends), sender],
     }
 
@@ -234,6 +247,35 @@ def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _federation(federation: bool, aggregate: Sequence[str] | None) -> dict[str, Any]:
     """Return the arguments of the server's receiver alone. It checks them."""
     return {"federation": federation, "aggregate": list(aggregate) if isinstance(aggregate, tuple) else aggregate}
+
+
+def _own_records(
+    context: dict[str, Any] | None,
+    system_metrics: float | None,
+    log_model: Literal["best", "last"] | None,
+    *,
+    has_run: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments by which senders, and the server's receiver, know what trackhub logs itself.
+
+    Args:
+        context, log_model, system_metrics: as in `OwnRecords`.
+        has_run: the job has a federation run.
+
+    Raises:
+        ConfigError: one of them is wrong, or there is no federation run for the model.
+    """
+    check_interval(system_metrics)
+    if log_model is not None and log_model not in ("best", "last"):
+        raise ConfigError(f"tracking: log_model: expected 'best', 'last' or None, got {log_model!r}")
+    if log_model is not None and not has_run:
+        raise ConfigError(
+            "tracking: log_model: the model goes into the federation run, which this job has not. Track on the server, "
+            "and leave federation on"
+        )
+    of_site = OwnRecords(context=context, system_metrics=system_metrics).plain()
+    of_server = OwnRecords(context=context, log_model=log_model).plain()
+    return {"own_records": of_site}, {"own_records": of_server}
 
 
 def _capture(capture: Sequence[str], capture_only: bool) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from trackhub.delivery import (
     Sender,
     close_spool,
     create_spool_anywhere,
-    has_streams,
     refusal,
     spool_env,
 )
@@ -36,8 +35,8 @@ from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.carried_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
-from trackhub.flare.job_context import check_context, log_context, with_machine
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
+from trackhub.flare.own_records import OwnRecords, SiteRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.source import LogCallSource
@@ -93,7 +92,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         capture: list[str] | None = None,
         capture_only: bool = False,
         flare_metrics: list[str] | None = None,
-        context: dict[str, Any] | None = None,
+        own_records: dict[str, Any] | None = None,
     ) -> None:
         """Keep the arguments. All of them are in the job's configuration, as plain JSON values.
 
@@ -108,8 +107,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
             capture_only: record these calls in place of what the loggers do, not beside it.
             flare_metrics: with ``"clients"`` in it, record the metrics that FLARE carries from here to the server.
-            context: what the job was made with, as plain values by name. The sender logs it with the versions and the
-                kind of machine of this site. None logs none of it.
+            own_records: what trackhub logs itself at this site: ``context`` and ``system_metrics`` of `OwnRecords`.
 
         Raises:
             ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False or
@@ -128,7 +126,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         check_flare_metrics(flare_metrics, has_server_side=server_receiver is not None)
         CaptureSetting.of(capture, capture_only)  # checks it where the job is written
         JobLabels.of(job)  # checks them where the job is written
-        check_context(context)
+        OwnRecords.of(own_records)
         # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
@@ -141,7 +139,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self.capture_only = capture_only
         self.flare_metrics = flare_metrics
         self._check_rules(SiteRules.of_job(self._job_policy()))
-        self.context = context
+        self.own_records = own_records
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
         self._operator: OperatorFile | None = None
         self._senders: dict[str, Sender] = {}
@@ -190,7 +188,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
-        flare_internals.add_last_handler(engine, _Tail(self))
+        own = SiteRecords(OwnRecords.of(self.own_records), self)
+        flare_internals.add_last_handler(engine, _Tail(self, own))
         answer_for_sender(engine)
         self._operator = flare_internals.operator_file(fl_ctx)
         if self._operator is not None:
@@ -205,7 +204,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             receiver = self._open_receiver(fl_ctx)
             self._senders["client"] = Sender(spool, receiver.channel(site), cursor="client", limits=self._limits)
         self._stock.open(spool)
-        self._log_context(fl_ctx)
+        own.start(lambda: self._stock.calls().writer, spool, fl_ctx)
         at_source = self._open_source(fl_ctx)
         for sender in self._senders.values():
             sender.facts.at_source = at_source
@@ -230,17 +229,6 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 "TrackhubSender: a policy restricts what may leave this site, but flare_metrics has 'server'. So the "
                 "server would record what FLARE carries there, past the policy. Leave 'server' out"
             )
-
-    def _log_context(self, fl_ctx: FLContext) -> None:
-        """Log once per job what the site trains on. A client process that FLARE starts again finds it logged."""
-        assert self._spool is not None
-        if self.context is None or has_streams(self._spool):
-            return
-        try:
-            writer = self._stock.calls().writer
-            log_context(with_machine(self.context), writer.log_params, writer.set_tags)
-        except Exception as e:
-            self.log_exception(fl_ctx, f"the context of this site is not recorded: {e}", fire_event=False)
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
         """Take log calls where they are made, if job and operator let it. Return whether FLARE's own are taken so."""
@@ -368,15 +356,17 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """Ends the sender after every other handler of END_RUN. By then the executor has ended the trainer."""
 
-    def __init__(self, sender: TrackhubSender) -> None:
+    def __init__(self, sender: TrackhubSender, own: SiteRecords) -> None:
         super().__init__()
         self._sender = sender
+        self._own = own
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if flare_internals.is_from_another_process(fl_ctx):
             return
         try:
             if event_type == EventType.END_RUN:
+                self._own.stop()  # it logs into the spool, which is closed then
                 self._sender.finish(fl_ctx)
             elif event_type == EventType.SWAP_OUT:
                 self._sender.pause(fl_ctx)

@@ -16,10 +16,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
 from trackhub.delivery.gate import KnownKeys, RefusedRecordError
 from trackhub.delivery.journal.journal import Journal
@@ -27,7 +29,7 @@ from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERA
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
-from trackhub.records import Kind, Metrics, Params, Payload, Record, Tags, Text
+from trackhub.records import Artifact, Kind, Metrics, Params, Payload, Record, Tags, Text
 from trackhub.run import FEDERATION
 from trackhub.struct_conversion import prepare
 
@@ -68,6 +70,7 @@ class FederationRun:
         options: FederationOptions,
         notify: Callable[[int], None],
         job: str,
+        blobs: BlobStore,
         *,
         is_replay: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class FederationRun:
             options: what it holds.
             notify: called with the site's id in the journal when there are new rows of the federation run.
             job: the job's id.
+            blobs: where the receiver keeps the bytes of files.
             is_replay: the job has ended before, and a replay delivers the rest.
         """
         self._journal = journal
@@ -87,6 +91,8 @@ class FederationRun:
         self._aggregation = Aggregation(options.aggregate)
         self._facts = _Stream(journal, hashlib.sha256(f"{job}\0facts".encode()).hexdigest()[:32])
         self._statistics = _Stream(journal, hashlib.sha256(f"{job}\0statistics".encode()).hexdigest()[:32])
+        self._files = _Stream(journal, hashlib.sha256(f"{job}\0files".encode()).hexdigest()[:32])
+        self._blobs = blobs
         self._counts = _Counts(journal, is_replay=is_replay)
         self._row = 0
         self._skipped: set[int] = set()
@@ -156,6 +162,26 @@ class FederationRun:
         """Add a text in Markdown. Thread-safe; does not block."""
         if self._is_key(key):
             self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
+
+    def log_file(self, path: Path, key: str, artifact_type: str) -> None:
+        """Add a file as an artifact. Copies it, and stores the record before it returns. From one thread.
+
+        Args:
+            path: the file. Nobody may write to it meanwhile.
+            key: the artifact's name.
+            artifact_type: what it is, in W&B's sense.
+
+        Raises:
+            RefusedRecordError: it cannot be a key.
+            OSError: the file cannot be read or copied.
+            JournalError: the journal cannot be written.
+        """
+        with self._lock:
+            self._keys.check((key,))
+        now = time.time()
+        blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", path)
+        record = Record(0, now, None, None, Artifact(key, blob, path.name, artifact_type))
+        self._notify_lanes(self._files.append([record], {}))  # the counts follow when the job ends
 
     def _is_key(self, key: str) -> bool:
         with self._lock:
@@ -347,6 +373,22 @@ class _Stream:
         self._site: int | None = None
         self._next_seq = 0
 
+    def next_seq(self, began: float) -> int:
+        """Return the number of the next record.
+
+        Args:
+            began: its time, in unix seconds.
+
+        Raises:
+            JournalError: the journal cannot be used.
+        """
+        if self._site is None:
+            site = self._journal.add_site(FEDERATION, began)
+            state = self._journal.stream_states(FEDERATION, (self.name,)).get(self.name)
+            self._next_seq = 0 if state is None else state.next_seq
+            self._site = site
+        return self._next_seq
+
     def append(self, records: Sequence[Record], facts: Mapping[str, str]) -> int:
         """Store records and facts in one transaction. Return the id of the federation run's site.
 
@@ -354,12 +396,9 @@ class _Stream:
             JournalError: the journal cannot be written. Nothing was stored.
         """
         began = records[0].time
-        if self._site is None:
-            site = self._journal.add_site(FEDERATION, began)
-            state = self._journal.stream_states(FEDERATION, (self.name,)).get(self.name)
-            self._next_seq = 0 if state is None else state.next_seq
-            self._site = site
-        first, after = self._next_seq, self._next_seq + len(records)
+        first = self.next_seq(began)
+        assert self._site is not None
+        after = first + len(records)
         frames = [encode_frame(msgspec.structs.replace(r, seq=first + i)) for i, r in enumerate(records)]
         batch = Batch(self.name, first, after, len(records), b"".join(frames))
         self._journal.append(self._site, batch, {}, began=began, facts=facts)
