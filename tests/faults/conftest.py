@@ -25,7 +25,7 @@ KINDS = (
     "idempotent", "buffered", "resumable", "rebuild", "at_least_once",
 )  # fmt: skip
 """The backend beside ``jsonl`` and ``tensorboard``, by the last digit of the seed."""
-SPOOL_BYTES = 4 << 20
+SPOOL_BYTES = 12 << 20
 """Room for all that a job logs while nothing is sent."""
 
 

@@ -49,6 +49,10 @@ class SmallDisk(Protocol):
     def fill(self) -> Path: ...
 
 
+_OWN_JOURNAL = ("--trust-journal",)
+"""The driver made the journal itself. Otherwise a replay refuses the address of the W&B emulator, which is in it."""
+
+
 class RandomFaults:
     """Breaks one job.
 
@@ -313,7 +317,7 @@ class RandomFaults:
         receiver = self._receiver
         if receiver is None or not receiver.is_alive() or not self._all_send():
             return
-        replay = self.job.replay()
+        replay = self.job.replay(*_OWN_JOURNAL)
         wait_for(lambda: not (replay.is_alive() and receiver.is_alive()), "the replay of a running job to end")
         if not receiver.is_alive():  # by its own plan. The replay has the journal now, and may wait for a store
             replay.kill()
@@ -385,7 +389,7 @@ class RandomFaults:
     def _replay(self) -> None:
         """Replay the job, and kill some of the replays."""
         for _ in range(self._chance.randrange(3)):
-            replay = self.job.replay()
+            replay = self.job.replay(*_OWN_JOURNAL)
             self._pause(0.3, 2.0)
             replay.kill()
             self._tell(f"killed a replay: status {replay.wait()}")
@@ -393,7 +397,7 @@ class RandomFaults:
             self.job.check_equations()
         if not self.job.journal.exists() or not count_receiver(self.job.journal):
             self._tell("no record reached the receiver before the replay")
-        replay = self.job.replay()
+        replay = self.job.replay(*_OWN_JOURNAL)
         assert replay.wait(_PATIENCE_S) == 0, replay.log
         self._tell("the last replay ended")
         self._wait_for_helpers()
