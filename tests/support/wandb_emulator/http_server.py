@@ -305,7 +305,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.NOT_FOUND, {})
 
     def _body(self) -> bytes:
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionResetError("the client was killed while it sent the body")
         return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
     def _answer(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
