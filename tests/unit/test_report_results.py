@@ -77,3 +77,26 @@ def test_a_report_is_complete_when_nothing_is_pending_lost_or_unbalanced() -> No
     assert not report({"acme": {"site-1": RunReport(rejected={"too_large": 1})}}).is_complete()
     complete.balanced = False
     assert not complete.is_complete()
+
+
+def test_a_command_that_another_one_repeats_with_a_flag_more_is_left_out(tmp_path: Path) -> None:
+    runs = {
+        "site-1": RunReport(results=Results(command="acme open .")),
+        "site-2": RunReport(results=Results(command="acme --all open .")),
+    }
+
+    screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
+
+    assert screen.endswith(f"\n\nOpen the results\n  acme: cd {tmp_path} && acme --all open .")
+
+
+def test_what_several_receivers_have_opens_together_by_one_command(tmp_path: Path) -> None:
+    run = RunReport(results=Results(command="acme open ."))
+    reports = {
+        site: resolve_results(report({"acme": {site: run}}), tmp_path / "my job" / site / "trackhub")
+        for site in ("site-1", "site-2")
+    }
+
+    lines = format_results(reports).splitlines()
+
+    assert lines[-1] == f"  all together: trackhub report '{tmp_path}/my job'"

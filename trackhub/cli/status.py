@@ -27,6 +27,7 @@ from trackhub.delivery.report import (
     format_counted,
     format_job,
     format_openings,
+    format_together,
 )
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import ConfigError, DeliveryError
@@ -74,6 +75,7 @@ def status(path: Path, as_json: bool) -> None:
     else:
         for journal in journals:
             _show_journal(journal)
+        print_lines(*format_together([str(Path(journal["path"]).absolute().parent) for journal in journals]))
         for spool in spools:
             _show_spool(spool)
     errors = [part["error"] for part in (*journals, *spools) if "error" in part]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "format_openings",
     "format_report",
     "format_results",
+    "format_together",
     "leave_report",
     "read_report",
     "report_without_counts",
@@ -312,13 +314,20 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     """Return how to look at what the backends stored: lines with a command, a URL or a path each.
 
     Args:
-        runs: the runs, each with the name of its backend. What opens several runs is shown once.
+        runs: the runs, each with the name of its backend. What opens several runs is shown once. A command that another
+            one of the same backend repeats with a flag more is left out: the flag was needed since.
     """
     backend_of: dict[str, str] = {}
     for backend, run in runs:
         if run.results and (opening := run.results.command or run.results.url or run.results.path):
             backend_of.setdefault(opening, backend)
-    return [f"  {backend}: {printable(opening)}" for opening, backend in backend_of.items()]
+    words = {opening: (backend, set(opening.split())) for opening, backend in backend_of.items() if " " in opening}
+    repeated = {
+        opening
+        for opening, (backend, own) in words.items()
+        if any(backend == other and own < more for other, more in words.values())
+    }
+    return [f"  {by}: {printable(opening)}" for opening, by in backend_of.items() if opening not in repeated]
 
 
 def format_report(report: DeliveryReport, moves_to: str = "") -> str:
@@ -372,9 +381,21 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
         without_run = report.sites.keys() - {name for runs in report.lanes.values() for name in runs}
         rows += [(name, receiver, "-", *_result_cells(None, report.sites[name])) for name in sorted(without_run)]
     lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []
-    if openings := format_openings(runs_shown):
+    openings = [*format_openings(runs_shown), *format_together([report.run_dir for report in reports.values()])]
+    if openings:
         lines += ["", "Open the results", *openings]
     return "\n".join(lines)
+
+
+def format_together(folders: Sequence[str]) -> list[str]:
+    """Return how to look at what several receivers stored in one page, as a line; nothing for a single receiver.
+
+    Args:
+        folders: the receivers' run folders, or any folders that hold them, as absolute paths.
+    """
+    if len(set(folders)) < 2:
+        return []
+    return [f"  all together: trackhub report {shlex.quote(printable(os.path.commonpath(folders)))}"]
 
 
 def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, str]:

@@ -383,6 +383,16 @@ def test_the_results_name_the_store_and_the_command_that_shows_it(make_rig: Call
     )
 
 
+def test_the_stores_of_several_sites_can_be_looked_at_at_once(make_rig: Callable[..., Rig]) -> None:
+    """A client's command lets MLflow take a free port, since the others' may be open on the same machine."""
+    rig = make_rig("site-1", side=Side.CLIENT)
+
+    results = rig.backend.results(rig.info())
+
+    assert results is not None
+    assert str(results.command).endswith(" --port 0")
+
+
 def test_the_results_of_a_store_elsewhere_name_its_folder(make_rig: Callable[..., Rig], tmp_path: Path) -> None:
     beside, away = make_rig(tracking_uri="sqlite:///all.db"), make_rig(tracking_uri=f"sqlite:///{tmp_path}/a b/x.db")
 

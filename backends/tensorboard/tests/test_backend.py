@@ -15,7 +15,7 @@ from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 
 from backends.tensorboard.tests.conftest import JOB_FOLDER
 from trackhub.registry import option_marks
-from trackhub.spi import ConfigError, Entry, JobInfo, Metrics, OptionMark, Side, TransientError
+from trackhub.spi import ConfigError, Entry, JobInfo, Metrics, OptionMark, Side, Text, TransientError
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -101,6 +101,43 @@ def test_results_are_relative_to_the_run_folder(rig: Rig) -> None:
 
     assert results.path == f"tensorboard/{JOB_FOLDER}/site-1"
     assert results.command == "tensorboard --logdir tensorboard"
+
+
+@pytest.mark.parametrize(
+    ("calls", "late"),
+    [
+        ([({"a": 1.0}, 0), ({"a": 1.0}, 1), ({"a": 1.0}, 5)], False),
+        ([({"a": 1.0}, 7), ({"b": 1.0}, 0), ({"a": 1.0}, 8), ({"b": 1.0}, 1)], False),
+        ([({"a": 1.0}, 5), ({"a": 1.0, "b": 1.0}, 6), ({"a": 1.0}, 7)], False),
+        ([({"a": 1.0}, 0), ({"a": 1.0}, 0)], True),
+        ([({"a": 1.0}, 3), ({"a": 1.0}, 2)], True),
+        ([({"a": 1.0}, 3), ({"a": 1.0, "b": 1.0}, 2)], True),
+        ([({"a": 1.0}, 3), ({"b": 1.0}, 1), ({"a": 1.0, "b": 1.0}, 4), ({"b": 1.0}, 4)], True),
+    ],
+)
+def test_the_command_turns_the_fast_loader_off_where_it_would_hide_points(
+    rig: Rig, entry: MakeEntry, calls: list[tuple[dict[str, float], int]], late: bool
+) -> None:
+    run = rig.open()
+
+    run.write([entry(position, Metrics(values), step) for position, (values, step) in enumerate(calls)])
+
+    assert ("--load_fast=false " in str(rig.backend.results(rig.info()).command)) is late
+
+
+def test_the_command_turns_the_fast_loader_off_for_a_text_of_an_earlier_step(rig: Rig, entry: MakeEntry) -> None:
+    rig.open().write([entry(0, Text("note", "x"), 1), entry(1, Text("note", "y"), 0)])
+
+    assert rig.backend.results(rig.info()).command == "tensorboard --load_fast=false --logdir tensorboard"
+
+
+def test_of_a_run_that_is_opened_again_the_last_steps_are_not_known(rig: Rig, entry: MakeEntry) -> None:
+    rig.open().write([entry(0, Metrics({"a": 1.0}), 9)])
+
+    again = TensorBoardBackend(TensorBoardOptions(), rig.backend.context)
+    again.open_run(rig.info())
+
+    assert "--load_fast=false" in str(again.results(rig.info()).command)
 
 
 def test_results_outside_the_run_folder_are_absolute(make_rig: Callable[..., Rig], tmp_path: Path) -> None:

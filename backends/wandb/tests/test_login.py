@@ -28,6 +28,7 @@ def test_without_a_login_the_default_is_offline_and_says_so_once(rig: Rig, caplo
     assert "OFFLINE" in lines[0]
     assert socket.gethostname() in lines[0]
     assert "wandb login" in lines[0]
+    assert "`wandb leet`" in lines[0]
     assert backend.capabilities.redelivery is Redelivery.REBUILD
 
 

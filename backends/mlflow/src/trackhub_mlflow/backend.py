@@ -25,6 +25,7 @@ from trackhub.spi import (
     Redelivery,
     Results,
     RunInfo,
+    Side,
 )
 from trackhub_mlflow.flat_params import stored_text
 from trackhub_mlflow.job_runs import JobRuns
@@ -130,6 +131,8 @@ class MLflowBackend(Backend[MLflowOptions]):
         folder = self.context.shown(self._file.parent)
         store = shlex.quote(f"sqlite:///{self._file.name}")
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
+        if self.context.side == Side.CLIENT:
+            command += " --port 0"  # a free one, which MLflow prints: each site has a store, and all may be looked at
         if folder != ".":
             command = f"cd {shlex.quote(folder)} && {command}"
         return Results(path=self.context.shown(self._file), command=command)

@@ -106,6 +106,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
         """Work out where the log folder is. Nothing is created yet."""
         super().__init__(options, context)
         self._logdir = context.folder(options.logdir)
+        self._runs: list[TensorBoardRun] = []
 
     def preflight(self) -> None:
         """Make the log folder.
@@ -131,17 +132,24 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
         """
         folder = self._folder(info)
         try:
-            return TensorBoardRun(folder, info)
+            run = TensorBoardRun(folder, info)
         except OSError as error:
             raise TransientError(
                 f"cannot open the run's folder {folder}: {error}. It needs write access and free space"
             ) from error
+        self._runs.append(run)
+        return run
 
     def results(self, info: RunInfo) -> Results:
-        """Return the run's folder, and the command that shows it beside all other runs of the log folder."""
+        """Return the run's folder, and the command that shows it beside all other runs of the log folder.
+
+        TensorBoard's fast loader takes a step that does not rise for a restart, and hides the points before it. Where
+        there are such steps, the command turns it off. Elsewhere it stays, since it loads a large run much faster.
+        """
         shown = self.context.shown
+        loader = "--load_fast=false " if any(run.has_late_steps for run in self._runs) else ""
         return Results(
-            path=shown(self._folder(info)), command=f"tensorboard --logdir {shlex.quote(shown(self._logdir))}"
+            path=shown(self._folder(info)), command=f"tensorboard {loader}--logdir {shlex.quote(shown(self._logdir))}"
         )
 
     def _folder(self, info: RunInfo) -> Path:
@@ -171,6 +179,11 @@ class TensorBoardRun(BackendRun):
         self._files = EventFiles(folder)
         self._hparams = HParamsFile(folder, info)
         self._encoder = Encoder(info, self._files.tags)
+
+    @property
+    def has_late_steps(self) -> bool:
+        """Whether TensorBoard's fast loader would hide points of this run."""
+        return self._encoder.has_late_steps
 
     def next_position(self) -> int:
         """Return the position after the last record of the last whole batch."""

@@ -46,6 +46,8 @@ class Encoder:
 
     Attributes:
         new_tags: the tags that were given since the caller last emptied this list.
+        has_late_steps: whether a tag got a step that is not above its last one. It may be true where this did not
+            happen, and is never false where it did. TensorBoard's fast loader does not show all points then.
     """
 
     def __init__(self, info: RunInfo, tags: Sequence[NewTag]) -> None:
@@ -61,8 +63,11 @@ class Encoder:
         self._tags: dict[str, dict[str, str]] = {}
         for new in tags:
             self._tags.setdefault(new.kind, {})[new.key] = new.tag
-        self._scalar_events: dict[tuple[str, ...], tuple[Event, list[tuple[str, Summary.Value]]]] = {}
+        self._scalar_events: dict[tuple[str, ...], tuple[Event, list[tuple[str, Summary.Value]], list[int]]] = {}
+        self._scalar_steps: dict[str, list[int]] = {}
+        self._other_steps: dict[str, int] = {}
         self.new_tags: list[NewTag] = []
+        self.has_late_steps = bool(tags)  # the last steps of a run that is opened again are not known
 
     def encode(self, entry: Entry) -> bytes:
         """Return the frame with the entry's event.
@@ -101,6 +106,9 @@ class Encoder:
                 self._add_histogram(summary, histogram)
             case _:
                 raise TypeError(f"{type(payload).__name__} is not among the kinds of this backend's capabilities")
+        for value in summary.value:
+            self.has_late_steps |= step <= self._other_steps.get(value.tag, -1)
+            self._other_steps[value.tag] = step
         return frame(event.SerializeToString())
 
     def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
@@ -109,20 +117,37 @@ class Encoder:
         It fills in the last event with these keys again, which takes a third of the time of a new event.
         """
         keys = tuple(values)
-        event, slots = self._scalar_events.get(keys) or self._scalar_event(keys)
+        event, slots, last_step = self._scalar_events.get(keys) or self._scalar_event(keys)
+        if step <= last_step[0]:
+            self.has_late_steps = True
+        last_step[0] = step
         event.wall_time = time
         event.step = step
         for key, slot in slots:
             slot.simple_value = values[key]
         return frame(event.SerializeToString())
 
-    def _scalar_event(self, keys: tuple[str, ...]) -> tuple[Event, list[tuple[str, Summary.Value]]]:
+    def _scalar_event(self, keys: tuple[str, ...]) -> tuple[Event, list[tuple[str, Summary.Value]], list[int]]:
+        last_step = self._last_step(keys)
         event = Event()
         slots = [(key, event.summary.value.add(tag=self._tag("metrics", key))) for key in keys]
         if len(self._scalar_events) >= _MAX_SCALAR_EVENTS:
             self._scalar_events.clear()
-        self._scalar_events[keys] = event, slots
-        return event, slots
+        self._scalar_events[keys] = event, slots, last_step
+        return event, slots, last_step
+
+    def _last_step(self, keys: tuple[str, ...]) -> list[int]:
+        """Return where the last step of these keys is kept: one list of one number for all that are logged together.
+
+        So a record is compared once, and not once for each key.
+        """
+        found = {id(known): known for key in keys if (known := self._scalar_steps.get(key))}
+        last_step = [max((known[0] for known in found.values()), default=-1)]
+        joined = {key for key, known in self._scalar_steps.items() if id(known) in found}
+        self._scalar_steps.update(dict.fromkeys([*joined, *keys], last_step))
+        if found:  # the events that were made before keep their steps elsewhere
+            self._scalar_events.clear()
+        return last_step
 
     def _add_text(self, summary: Summary, kind: str, key: str, text: str) -> None:
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(), string_val=[text.encode()])

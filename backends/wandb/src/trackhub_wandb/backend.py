@@ -168,9 +168,10 @@ class WandBBackend(Backend[WandBOptions]):
                 mode = "online" if self._login is not None else "offline"
                 if mode == "offline":
                     _log.warning(
-                        "W&B: no login was found on %s, so runs are recorded OFFLINE in %s. To record online, run "
-                        "`wandb login` there, or set WANDB_API_KEY for this process. To record offline without this "
-                        "warning, give the option mode='offline'",
+                        "W&B: no login was found on %s, so runs are recorded OFFLINE in %s. `wandb leet` with this "
+                        "folder shows them in a terminal. To record online, run `wandb login` there, or set "
+                        "WANDB_API_KEY for this process. To record offline without this warning, give the option "
+                        "mode='offline'",
                         socket.gethostname(),
                         self._wandb_dir,
                     )
