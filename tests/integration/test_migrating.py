@@ -11,6 +11,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from trackhub_wandb.offline_reader import read_log
 
 from tests.integration.harness import Job, JobResult, Point, read_tensorboard
 
@@ -39,16 +40,39 @@ MLFLOW = """
             time.sleep(0.05)
     rounds(train)
 """
+WANDB = """
+    from nvflare.client.tracking import WandBWriter
+
+    writer = WandBWriter()
+    def train(number):
+        for step in range(5):
+            values = {"train_loss": 1.0 / (step + 1), "lr": 0.1}
+            fact(lambda: writer.log(values, number * 5 + step), values, number * 5 + step)
+            time.sleep(0.05)
+    rounds(train)
+"""
+_WANDB_CONFIG = {
+    "mode": "offline", "wandb_args": {"project": "example", "group": "example", "job_type": "train", "name": "example"},
+}  # fmt: skip
 SHAPES = {
     "tensorboard": (TENSORBOARD, 'add_experiment_tracking(recipe, "tensorboard")'),
     "mlflow": (MLFLOW, 'add_experiment_tracking(recipe, "mlflow")'),
+    "wandb": (WANDB, f'add_experiment_tracking(recipe, "wandb", tracking_config={_WANDB_CONFIG})'),
 }
+"""For each shape: the training script, and FLARE's own line in the script that makes the job."""
 
 
 def stored_before(shape: str, result: JobResult) -> set[tuple[str, str, int | None, float]]:
     """Return what FLARE's own receiver stored, as site, key, step and value. MLflow's runs are taken together."""
     found: set[tuple[str, str, int | None, float]] = set()
-    if shape == "tensorboard":
+    if shape == "wandb":
+        # FLARE's receiver may call two runs alike that begin in one second; so all are taken together.
+        for path in result.workspace.parents[1].rglob("offline-run-*/run-*.wandb"):
+            for row in read_log(path).rows:
+                step = int(row["_step"])
+                found |= {("", key, step, round(float(row[key]), 6)) for key in row if not key.startswith("_")}
+        return found
+    if shape != "mlflow":
         for site in ("site-1", "site-2"):
             (folder,) = [path for path in result.workspace.rglob(f"tb_events/{site}") if path.is_dir()]
             found |= {(site, *rest) for rest in spelled(read_tensorboard(folder))}
@@ -68,9 +92,10 @@ def spelled(points: list[Point]) -> set[tuple[str, int | None, float]]:
 def test_a_job_stores_the_same_and_more_after_one_line_is_changed(shape: str, tmp_path: Path) -> None:
     script, stock = SHAPES[shape]
     more = f"from nvflare.recipe.utils import add_experiment_tracking\n{stock}\n"
+    env = {"WANDB_MODE": "offline"}
 
-    before = Job(tmp_path / "before", script, None, more=more).run()
-    after = Job(tmp_path / "after", script, {"server": [shape, "jsonl"]}).run()
+    before = Job(tmp_path / "before", script, None, more=more, env=env).run()
+    after = Job(tmp_path / "after", script, {"server": [shape, "jsonl"]}, env=env).run()
 
     assert (before.rc, after.rc) == (0, 0), before.log[-2000:] + after.log[-2000:]
     assert (tmp_path / "before" / "client.py").read_text() == (tmp_path / "after" / "client.py").read_text()

@@ -191,12 +191,14 @@ def test_every_trainer_logs_in_a_federated_job(tmp_path: Path) -> None:
     """
     modules = {f"train_{trainer}": source(trainer) for trainer in trainers}
     env = {"PYTHONPATH": str(tmp_path / "job"), "HF_HUB_OFFLINE": "1"}
-    tracking = {"server": ["jsonl"]}
+    # Six libraries that load for long share two cores, so the last trainer may end long after the first.
+    tracking = {"server": ["jsonl"], "limits": {"gate_s": 120.0}}
     job = Job(tmp_path / "job", script, tracking, n_clients=len(trainers), modules=modules, env=env, external=True)
 
     result = job.run(timeout_s=280)
 
     assert result.rc == 0, result.log[-4000:]
-    assert result.report("server")["balanced"], result.report("server")
+    report = result.report("server")
+    assert report["balanced"], {name: site["counted"] for name, site in report["sites"].items()}
     for number, trainer in enumerate(trainers):
         check(trainer, result.jsonl("server", f"site-{number + 1}"), trainings=2)
