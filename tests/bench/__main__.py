@@ -33,6 +33,7 @@ _EXPERIMENTS = {
     "backends": "backend_rates:experiments",
     "journal": "journal_costs:size_and_status",
     "floor": "journal_costs:against_the_floor",
+    "aggregates": "federation_costs:aggregates",
     "scale": "growth:many_sites",
     "memory": "process_costs:memory",
     "startup": "process_costs:startup",

@@ -69,6 +69,39 @@ def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None
     assert (found["min"], found["max"], found["count"]) == (values.min(), values.max(), len(values))
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(SITES), st.integers(0, 2), st.sampled_from(["a", "b", "c"]), FLOATS),
+        min_size=1,
+        max_size=60,
+    ),
+    st.integers(1, 10),
+    st.integers(0, 60),
+)
+def test_rows_of_many_records_give_what_single_records_give(
+    logged: list[tuple[str, int, str, float]], size: int, closes_at: int
+) -> None:
+    """A row of one round is taken as a whole. A round that has been closed counts each late value."""
+    whole, single = Aggregation(("a", "b")), Aggregation(("a", "b"))
+    found: dict[Aggregation, list[Output]] = {whole: [], single: []}
+    for begin in range(0, len(logged), size):
+        if begin <= closes_at < begin + size:
+            for aggregation in (whole, single):
+                sampled(aggregation, 0)
+                found[aggregation] += reported(aggregation, 0)
+        for site in SITES:
+            row = [record({key: value}, i, n) for i, (s, n, key, value) in enumerate(logged[begin : begin + size])
+                   if s == site]  # fmt: skip
+            whole.add(site, row)
+            for one in row:
+                single.add(site, [one])
+
+    assert whole.rounds() == single.rounds()
+    for aggregation in (whole, single):
+        found[aggregation] += end(aggregation)
+    assert [(o.round, o.values) for o in found[whole]] == [(o.round, o.values) for o in found[single]]
+
+
 @given(st.lists(st.one_of(FLOATS, st.sampled_from([math.nan, math.inf, -math.inf])), min_size=1, max_size=20))
 def test_values_that_are_not_finite_are_counted_and_change_nothing_else(values: list[float]) -> None:
     finite = [v for v in values if math.isfinite(v)]

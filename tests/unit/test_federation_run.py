@@ -224,3 +224,21 @@ def test_a_replay_completes_what_a_killed_receiver_did_not_write(tmp_path: Path)
     assert Counter(all_reported) == Counter({None: len(all_reported) - ROUNDS, 1.0: ROUNDS - 1, 0.0: 1})
     assert_counted(report, tmp_path)
     assert again.sites["federation"].journaled == report.sites["federation"].journaled
+
+
+def test_the_run_says_how_many_records_wait_at_each_site(tmp_path: Path) -> None:
+    receiver = make_receiver(tmp_path)
+    receiver.start()
+    counts = wire.SiteCounts(logged=9, acked=2, spooled=7)
+    receiver.handle("site-2", wire.encode(wire.KeepAlive(counts, "session", 1)))
+    run_calls(receiver)
+    receiver.finish(RunStatus.FINISHED)
+
+    waiting = {
+        key: value
+        for line in stored(tmp_path)
+        if line["kind"] == "metrics"
+        for key, value in line["values"].items()
+        if key.startswith("fl/delivery/spooled/")
+    }
+    assert waiting == {"fl/delivery/spooled/site-2": 7}  # the others have not said it

@@ -318,6 +318,9 @@ class FederationRun:
         }
         for lane, runs in report.lanes.items():
             values[f"fl/delivery/pending/{lane}"] = float(sum(run.pending for run in runs.values()))
+        for name, site in report.sites.items():
+            if site.at_site is not None and name != FEDERATION and self._is_key(key := f"fl/delivery/spooled/{name}"):
+                values[key] = float(site.at_site.spooled)
         self._store(self._facts, [msgspec.structs.replace(last, time=time.time(), payload=Metrics(values))], {})
 
     def _store(self, stream: _Stream, records: Sequence[Record], facts: Mapping[str, str]) -> None:
