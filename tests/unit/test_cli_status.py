@@ -248,3 +248,13 @@ def test_a_path_without_either_is_an_error_that_says_what_was_expected(
     assert done.returncode == 1
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_command_shows_what_several_receivers_have_together(tmp_path: Path) -> None:
+    for site in ("site-1", "site-2"):
+        Journal.open(tmp_path / site / "trackhub" / "trackhub.db", job="job-1", side="client").close()
+
+    several, one = status(tmp_path), status(tmp_path / "site-1")
+
+    assert several.stdout.splitlines()[-1] == f"all together: trackhub report {tmp_path}"
+    assert "all together" not in one.stdout

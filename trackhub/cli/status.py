@@ -75,7 +75,8 @@ def status(path: Path, as_json: bool) -> None:
     else:
         for journal in journals:
             _show_journal(journal)
-        print_lines(*format_together([str(Path(journal["path"]).absolute().parent) for journal in journals]))
+        folders = [str(Path(journal["path"]).absolute().parent) for journal in journals]
+        print_lines(*(line.strip() for line in format_together(folders)))
         for spool in spools:
             _show_spool(spool)
     errors = [part["error"] for part in (*journals, *spools) if "error" in part]
