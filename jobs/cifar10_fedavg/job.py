@@ -161,6 +161,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
     )
     if config.server or config.clients:
         if config.server and args.dataset != "auto":  # which the server must not decide for itself either
+            # A recipe has no public call yet that adds a component of one's own to the server.
             recipe._job.to_server(EvaluateLastModel(args.dataset, args.seed), id="last_model")
         more = ("aggregate", "context", "system_metrics", "log_model")
         add_tracking(recipe, config.server, config.clients, **{name: getattr(config, name) for name in more})
