@@ -20,6 +20,7 @@ import pytest
 import trackhub
 from tests.unit.helpers import batch_of
 from trackhub.delivery.journal.journal import Journal
+from trackhub.page.charts import groups
 from trackhub.page.render import write_report
 from trackhub.records import Metrics, Params, Payload, Record, Summary
 
@@ -287,3 +288,9 @@ def test_the_command_writes_the_page_and_says_where_it_is(tmp_path: Path) -> Non
     assert "val/acc" in Page(tmp_path / "r.html").text
     with pytest.raises(trackhub.ConfigError, match="name a file in a folder that you can write to"):
         write_report(path, tmp_path / "no" / "r.html")
+
+
+def test_what_a_script_logs_comes_before_what_trackhub_measures() -> None:
+    charts = [{"key": key} for key in ("loss", "system/cpu", "train/loss", "val/loss", "z")]
+
+    assert [name for name, _ in groups(charts)] == ["train", "val", "", "system"]

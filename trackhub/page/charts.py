@@ -47,7 +47,8 @@ def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> li
             for chart in own_charts(_of(runs, run.job)):
                 lines = [(run, about, run.metrics[key]) for about, key in chart.lines.items()]
                 found.setdefault(chart.key, []).extend(lines)
-    return [_chart(key, lines, began) for key, lines in found.items()]
+    # What tells how the federation ran is many charts. The page keeps them in a fold.
+    return [_chart(key, lines, began) | {"is_about_the_run": key.startswith("fl/")} for key, lines in found.items()]
 
 
 def _chart(key: str, found: Sequence[tuple[RunData, str, SeriesData]], began: Mapping[int, float]) -> dict[str, Any]:
@@ -69,11 +70,14 @@ def _by_group(key: str) -> tuple[str, str]:
 
 
 def groups(charts: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the charts by the first part of their keys, such as ``train``; those without one come last."""
+    """Return the charts by the first part of their keys, such as ``train``.
+
+    Those without one come after them, and what trackhub measures itself (``system``) comes last.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:
         found.setdefault(chart["key"].partition("/")[0] if "/" in chart["key"] else "", []).append(chart)
-    return sorted(found.items(), key=lambda group: (not group[0], group))
+    return sorted(found.items(), key=lambda group: (group[0] == "system", not group[0], group[0]))
 
 
 def _line(run: RunData, about: str, series: SeriesData, began: float) -> dict[str, Any]:

@@ -221,6 +221,7 @@
   dark.addEventListener("change", redraw);
   addEventListener("beforeprint", () => {
     state.printing = true;
+    for (const fold of document.querySelectorAll("details.more")) fold.open = true;
     for (const element of document.querySelectorAll(".chart")) if (drawn.size < 120) drawn.set(Number(element.dataset.chart), element);
     redraw();
   });
