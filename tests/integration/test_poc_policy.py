@@ -163,6 +163,7 @@ def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
     assert {what: paths for what, paths in found["site-1"].items() if paths} == {}
     assert {what for what, paths in found["site-2"].items() if not paths} == {"denied by the job", "bad key"}
     stored = result.records(result.server, "site-1")
+    assert {record["kind"] for record in stored} == {"metrics", "end"}  # so what it was made with is not there either
     points = {(k, v) for record in stored if record["kind"] == "metrics" for k, v in record["values"].items()}
     assert {key for key, _ in points} == {"val/loss", "val/acc", "val/stock"}
     value = round(int(hashlib.sha256(b"site-1 val").hexdigest()[:16], 16) / 16**16, 3)

@@ -30,6 +30,7 @@ from trackhub.spi import (
     Redelivery,
     Rejection,
     RunStatus,
+    Summary,
     Table,
     Tags,
     Text,
@@ -261,6 +262,7 @@ def test_param_that_refers_to_an_artifact_is_text(rig: Rig) -> None:
             entry(0, Params({"a": "wandb-artifact://evil.example/x", "b": {"c": "wandb-artifact://y"}})),
             entry(1, Params({"d": {"_type": "artifactVersion", "id": "QXJ0"}})),
             entry(2, Tags({"from": "wandb-artifact://z"})),
+            entry(3, Summary({"best": "wandb-artifact://s"})),
         ]
     )
     run.finish(RunStatus.FINISHED)
@@ -269,6 +271,7 @@ def test_param_that_refers_to_an_artifact_is_text(rig: Rig) -> None:
     assert (config["a"], config["b"]) == ('"wandb-artifact://evil.example/x"', {"c": '"wandb-artifact://y"'})
     assert json.loads(config["d"]) == {"_type": "artifactVersion", "id": "QXJ0"}
     assert config["trackhub"]["tags"] == {"from": '"wandb-artifact://z"'}
+    assert only_run(rig).summary["best"] == '"wandb-artifact://s"'
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [("finished", 0), ("failed", 1), ("aborted", 1), ("killed", 254)])
