@@ -208,15 +208,19 @@ from trackhub.flare.cell_channel import CellChannel
 
 
 class Liar(Widget):
-    '''A component of site-1. It counts what nobody logged, says goodbye for site-2, and ends the run for all.'''
+    '''A component of site-1. It counts what nobody logged, says goodbye for site-2, and ends the run for all.
+
+    It does so in its last round. FLARE also handles the event at the site that sends it, whose training then ends.
+    '''
 
     def __init__(self):
         super().__init__()
-        self.told = False
+        self.results = 0
 
     def handle_event(self, event_type, fl_ctx):
-        if event_type == EventType.BEFORE_SEND_TASK_RESULT and not self.told:
-            self.told = True
+        if event_type == EventType.BEFORE_SEND_TASK_RESULT:
+            self.results += 1
+        if event_type == EventType.BEFORE_SEND_TASK_RESULT and self.results == 2:
             engine, job = fl_ctx.get_engine(), fl_ctx.get_job_id()
             target, cell = CellChannel(engine, "trackhub_receiver")._ask(10.0), engine.get_cell()
             counts = SiteCounts(logged=10**6, acked=7, dropped={"invented": 1000})
@@ -225,12 +229,11 @@ class Liar(Widget):
                 self.send(cell, target, {}, KeepAlive(counts, session, 10**6)),
                 self.send(cell, target, {MessageHeaderKey.ORIGIN: "site-2." + job}, Final(counts, True, session, 2)),
             ]
-            for event in ("_about_to_end_run", "_end_run"):
-                self.fire_fed_event(event, Shareable(), fl_ctx)
+            self.fire_fed_event("_end_run", Shareable(), fl_ctx)
+            time.sleep(2.0)  # FLARE sends it from another thread
             folder = os.environ["TRACKHUB_TEST_OUT"].replace("{job}", job)
             with open(os.path.join(folder, "liar.json"), "w") as file:
                 json.dump(replies, file)
-            time.sleep(2.0)  # for the events, which FLARE sends from another thread
 
     def send(self, cell, target, headers, request):
         message = new_cell_message(headers, {"trackhub": encode(request)})
@@ -240,15 +243,32 @@ class Liar(Widget):
 """
 
 
+LATER_TRAINER = """
+from trackhub import Writer
+
+writer = Writer()
+
+
+def train(n):
+    while SITE == "site-2" and n == 1 and not os.path.exists(os.path.join(OUT, "liar.json")):
+        time.sleep(0.1)
+    for i in range(50):
+        values = {"loss": n + i / 7}
+        fact(lambda: writer.log(values, 50 * n + i), values, 50 * n + i)
+
+
+rounds(train)
+"""
+
+
 @pytest.mark.parametrize("external", [False, True], ids=["in_process", "external_process"])
 def test_lies_of_one_site_spoil_its_own_part_of_the_report_alone(poc: Poc, tmp_path: Path, external: bool) -> None:
     more = """
     from liar import Liar
     job.to(Liar(), "site-1", id="liar")
     """
-    job = Job(
-        tmp_path, TRAINER, {"server": ["jsonl"]}, external=external, more=more, modules={"liar": LIAR}, own_apps=True
-    )
+    tracking, modules = {"server": ["jsonl"]}, {"liar": LIAR}
+    job = Job(tmp_path, LATER_TRAINER, tracking, external=external, more=more, modules=modules, own_apps=True)
 
     result = poc.run(job.export())
 

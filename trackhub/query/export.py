@@ -23,7 +23,8 @@ from trackhub.query.tidy import COLUMNS, NONFINITE, TableName, arrow_batches, ro
 __all__ = ["Exported", "export"]
 
 
-_FORMULA = re.compile(r"[=+\-@\t\r]")  # how a formula begins in the spreadsheets that people use
+# How a formula begins in the spreadsheets that people use. The last four are = + - @ in their wide forms.
+_FORMULA = re.compile("[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|-Infinity", re.IGNORECASE)
 
 
