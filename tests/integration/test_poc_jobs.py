@@ -261,14 +261,13 @@ rounds(train)
 """
 
 
-@pytest.mark.parametrize("external", [False, True], ids=["in_process", "external_process"])
-def test_lies_of_one_site_spoil_its_own_part_of_the_report_alone(poc: Poc, tmp_path: Path, external: bool) -> None:
+def test_lies_of_one_site_spoil_its_own_part_of_the_report_alone(poc: Poc, tmp_path: Path) -> None:
     more = """
     from liar import Liar
     job.to(Liar(), "site-1", id="liar")
     """
     tracking, modules = {"server": ["jsonl"]}, {"liar": LIAR}
-    job = Job(tmp_path, LATER_TRAINER, tracking, external=external, more=more, modules=modules, own_apps=True)
+    job = Job(tmp_path, LATER_TRAINER, tracking, more=more, modules=modules, own_apps=True)
 
     result = poc.run(job.export())
 
