@@ -18,7 +18,7 @@ from typing import Any
 
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.wire import Accepted, Batch, Final, Hello, SiteCounts, decode_reply, encode
+from trackhub.delivery.wire import Accepted, Batch, Busy, Final, Hello, SiteCounts, decode_reply, encode
 from trackhub.framing import encode_frame
 from trackhub.limits import Limits
 from trackhub.records import Metrics, Record
@@ -31,6 +31,7 @@ __all__ = ["BATCH", "deliver", "feed", "fill_journal", "fill_spool", "open_recei
 BATCH = 1000
 """Records in one request: the default of ``Limits.batch_records``."""
 
+_BUSY_S = 0.05
 _EPOCH = 1_750_000_000.0
 
 
@@ -104,7 +105,8 @@ def feed(receiver: Receiver, load: Mapping[str, Sequence[bytes]], threads: int =
                 return
             if (request := next(rest, None)) is None:
                 continue
-            reply = decode_reply(receiver.handle(site, request))
+            while isinstance(reply := decode_reply(receiver.handle(site, request)), Busy):
+                time.sleep(_BUSY_S)  # a sender would send it again, too
             if not isinstance(reply, Accepted):
                 failures.append(f"{site}: {reply}")
             waiting.put((site, rest))

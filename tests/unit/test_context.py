@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trackhub.context.job_script import command_line, git_state, job_script
+from trackhub.context.job_script import command_line, git_state, job_script, without_home
 from trackhub.context.machine import describe_machine
 from trackhub.secrets import without_secrets
 
@@ -80,7 +80,7 @@ def test_an_old_wandb_key_without_a_name_is_hidden() -> None:
     assert without_secrets(f"--k {COMMIT}") == "--k ***"
 
 
-def test_a_command_line_has_no_secret_and_no_folder_of_this_machine(script: Path) -> None:
+def test_a_command_line_has_no_secret_and_the_home_folder_is_a_tilde(script: Path) -> None:
     home = str(script.parent)
     argv = [sys.executable, str(script), "--token", PLANTED, "--pw=x", "--data", f"{home}/data", "-k", "from-the-shell",
             "--password", "two words", "--option", f"wandb.api_key={PLANTED}", "--lr", "0.1"]  # fmt: skip
@@ -91,6 +91,13 @@ def test_a_command_line_has_no_secret_and_no_folder_of_this_machine(script: Path
         "python job.py --token '***' --pw=x --data '~/data' -k '***' --password '***' "
         "--option 'wandb.api_key=***' --lr 0.1"
     )
+
+
+def test_the_home_folder_becomes_a_tilde_and_folders_that_begin_alike_stay() -> None:
+    text = "--data /home/ann/x --log '/home/ann' /home/anna /home/ann"
+
+    assert without_home(text, "/home/ann/") == "--data ~/x --log '~' /home/anna ~"
+    assert without_home(text, "/") == text
 
 
 def test_the_git_state_is_what_git_says(script: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trackhub.secrets import is_secret_name, without_secrets
 
-__all__ = ["command_line", "git_state", "job_script"]
+__all__ = ["command_line", "git_state", "job_script", "without_home"]
 
 _GIT_S = 3.0
 """The longest time that git gets for all its answers, in seconds. A repository may be large, or on a slow disk."""
@@ -51,7 +51,7 @@ def _is_installed(script: Path) -> bool:
 
 
 def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) -> str:
-    """Return a command line as a shell would read it, without secrets and without the folders of this machine.
+    """Return a command line as a shell would read it, without secrets. The home folder is ``~``.
 
     Args:
         argv: the interpreter and what follows.
@@ -73,10 +73,13 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
         else:
             shown = without_secrets(shown)
         hide_next = _FLAG.match(shown) is not None and is_secret_name(_name(shown))
-        if len(home) > 1:
-            shown = re.sub(rf"{re.escape(home.rstrip('/'))}(?=/|\Z)", "~", shown)
-        words.append(shown)
+        words.append(without_home(shown, home))
     return shlex.join(words)[:_MAX_COMMAND_CHARS]
+
+
+def without_home(text: str, home: str) -> str:
+    """Return the text with ``~`` in place of the user's home folder, which mostly holds the user's name."""
+    return re.sub(rf"{re.escape(home.rstrip('/'))}(?=[/\s\"']|\Z)", "~", text) if len(home) > 1 else text
 
 
 def _name(flag: str) -> str:

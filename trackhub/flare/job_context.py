@@ -8,6 +8,7 @@ what their process knows, and log it once, before training. `trackhub.context` r
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 
-from trackhub.context.job_script import job_script
+from trackhub.context.job_script import job_script, without_home
 from trackhub.context.machine import describe_machine
 from trackhub.errors import ConfigError
 from trackhub.flare import flare_internals
@@ -74,7 +75,7 @@ def _argument(name: str, value: Any) -> bool | int | float | str | None:
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, str) and value:
-        return without_secrets(value)[:_MAX_CHARS]
+        return without_home(without_secrets(value), os.environ.get("HOME", ""))[:_MAX_CHARS]
     if name == "model" and value is not None and not isinstance(value, Mapping | list | str):
         return type(value).__name__
     return None
