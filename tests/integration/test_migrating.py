@@ -51,15 +51,53 @@ WANDB = """
             time.sleep(0.05)
     rounds(train)
 """
+PYTORCH = """
+    import torch
+    from nvflare.client.tracking import SummaryWriter
+
+    from net import Net
+
+    net, writer = Net(), SummaryWriter()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    while flare.is_running():
+        model = flare.receive()
+        if model is None:
+            break
+        net.load_state_dict({name: torch.as_tensor(value) for name, value in model.params.items()})
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = net(torch.ones(4, 2)).square().mean()
+            loss.backward()
+            optimizer.step()
+            at = model.current_round * 5 + step
+            fact(lambda: writer.add_scalar("train_loss", loss.item(), at), {"train_loss": loss.item()}, at)
+            time.sleep(0.05)
+        flare.send(flare.FLModel(params=net.state_dict(), metrics={"accuracy": 0.5}))
+"""
+_NET = """
+    import torch
+
+    class Net(torch.nn.Linear):
+        def __init__(self):
+            torch.manual_seed(0)  # both jobs begin with the same model
+            super().__init__(2, 1)
+"""
+_PYTORCH_RECIPE = """
+from net import Net
+from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+
+recipe = FedAvgRecipe(name="job", model=Net(), min_clients=2, num_rounds=2, train_script=str(here / "client.py"))
+"""
 _WANDB_CONFIG = {
     "mode": "offline", "wandb_args": {"project": "example", "group": "example", "job_type": "train", "name": "example"},
 }  # fmt: skip
 SHAPES = {
-    "tensorboard": (TENSORBOARD, 'add_experiment_tracking(recipe, "tensorboard")'),
-    "mlflow": (MLFLOW, 'add_experiment_tracking(recipe, "mlflow")'),
-    "wandb": (WANDB, f'add_experiment_tracking(recipe, "wandb", tracking_config={_WANDB_CONFIG})'),
+    "tensorboard": (TENSORBOARD, "", 'add_experiment_tracking(recipe, "tensorboard")'),
+    "mlflow": (MLFLOW, "", 'add_experiment_tracking(recipe, "mlflow")'),
+    "wandb": (WANDB, "", f'add_experiment_tracking(recipe, "wandb", tracking_config={_WANDB_CONFIG})'),
+    "hello-pt": (PYTORCH, _PYTORCH_RECIPE, 'add_experiment_tracking(recipe, "tensorboard")'),
 }
-"""For each shape: the training script, and FLARE's own line in the script that makes the job."""
+"""For each shape: the training script, the recipe if it is another one than the harness's, and FLARE's own line."""
 
 
 def stored_before(shape: str, result: JobResult) -> set[tuple[str, str, int | None, float]]:
@@ -90,12 +128,16 @@ def spelled(points: list[Point]) -> set[tuple[str, int | None, float]]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_job_stores_the_same_and_more_after_one_line_is_changed(shape: str, tmp_path: Path) -> None:
-    script, stock = SHAPES[shape]
-    more = f"from nvflare.recipe.utils import add_experiment_tracking\n{stock}\n"
-    env = {"WANDB_MODE": "offline"}
+    script, recipe, stock = SHAPES[shape]
+    backend = "tensorboard" if shape == "hello-pt" else shape
+    more = f"from nvflare.recipe.utils import add_experiment_tracking\n{recipe}\n{stock}\n"
+    tracking = f"{recipe}\nadd_tracking(recipe, server=[{backend!r}, 'jsonl'])\n"
+    modules = {"net": _NET}
+    env = {"PYTHONPATH": str(tmp_path / "before"), "WANDB_MODE": "offline"}
 
-    before = Job(tmp_path / "before", script, None, more=more, env=env).run()
-    after = Job(tmp_path / "after", script, {"server": [shape, "jsonl"]}, env=env).run()
+    before = Job(tmp_path / "before", script, None, more=more, modules=modules, env=env).run()
+    env = {"PYTHONPATH": str(tmp_path / "after"), "WANDB_MODE": "offline"}
+    after = Job(tmp_path / "after", script, None, more=tracking, modules=modules, env=env).run()
 
     assert (before.rc, after.rc) == (0, 0), before.log[-2000:] + after.log[-2000:]
     assert (tmp_path / "before" / "client.py").read_text() == (tmp_path / "after" / "client.py").read_text()
