@@ -12,6 +12,7 @@ from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, Rese
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.flare import receiver_widget, sender_widget
+from trackhub.flare.own_records import OwnRecords, SiteRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.sender_widget import TrackhubSender
 
@@ -54,7 +55,7 @@ def test_a_lifecycle_event_of_another_site_does_nothing_at_the_receiver(event: s
 @pytest.mark.parametrize("event", LIFECYCLE)
 def test_a_lifecycle_event_of_another_site_does_nothing_at_the_sender(event: str) -> None:
     widget = TrackhubSender(server_receiver="trackhub_receiver")
-    tail = sender_widget._Tail(widget)
+    tail = sender_widget._Tail(widget, SiteRecords(OwnRecords.of(None), widget))
     parts: dict[str, Any] = {"_handle": widget, "finish": widget, "pause": widget}
     sent, own = (context(ProcessType.CLIENT_JOB, scope) for scope in (EventScope.FEDERATION, None))
 

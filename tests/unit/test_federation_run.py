@@ -44,7 +44,7 @@ for line in sys.stdin:
         receiver.handle(call[1], batch(call[1], call[2]))
     elif call[0] == "facts":
         receiver.federation.log(call[1], call[2])
-        while receiver.federation._waiting:
+        while receiver.federation._waiting.records():
             time.sleep(0.001)
     else:
         receiver.finish(RunStatus.FINISHED)

@@ -98,13 +98,10 @@ class FederationRun:
         self._skipped: set[int] = set()
         self._unstored: list[Record] = []
         self._sites: dict[int, str] = {}
-        self._keys = KnownKeys()
-        self._lock = threading.Lock()
-        self._waiting: list[Record] = []
-        self._dropped = 0
+        self._lock = threading.Lock()  # of the rows to skip
+        self._waiting = _Waiting()
         self._was_begun = False
         self._wake = threading.Event()
-        self._ending = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="trackhub-federation", daemon=True)
 
@@ -142,17 +139,17 @@ class FederationRun:
             values: by key. A key that cannot be one is left out.
             round_number: the round.
         """
-        kept = {key: float(value) for key, value in values.items() if self._is_key(key)}
+        kept = {key: float(value) for key, value in values.items() if self._waiting.is_key(key)}
         if kept:
             self._add(Metrics(kept), round_number)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Add params of the job. Thread-safe; does not block. Has no effect if an earlier receiver began the run."""
-        self._label(Params({key: value for key, value in params.items() if self._is_key(key)}))
+        self._label(Params({key: value for key, value in params.items() if self._waiting.is_key(key)}))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags, as ``log_params`` does."""
-        self._label(Tags({key: value for key, value in tags.items() if self._is_key(key)}))
+        self._label(Tags({key: value for key, value in tags.items() if self._waiting.is_key(key)}))
 
     def _label(self, payload: Params | Tags) -> None:
         if payload.values and not self._was_begun:  # a label that differed the second time would be a second truth
@@ -160,7 +157,7 @@ class FederationRun:
 
     def log_text(self, key: str, text: str, round_number: int) -> None:
         """Add a text in Markdown. Thread-safe; does not block."""
-        if self._is_key(key):
+        if self._waiting.is_key(key):
             self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
 
     def log_file(self, path: Path, key: str, artifact_type: str) -> None:
@@ -176,38 +173,22 @@ class FederationRun:
             OSError: the file cannot be read or copied.
             JournalError: the journal cannot be written.
         """
-        with self._lock:
-            self._keys.check((key,))
+        self._waiting.check_key(key)
         now = time.time()
         blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", path)
         record = Record(0, now, None, None, Artifact(key, blob, path.name, artifact_type))
         self._notify_lanes(self._files.append([record], {}))  # the counts follow when the job ends
 
-    def _is_key(self, key: str) -> bool:
-        with self._lock:
-            try:
-                # Names of sites, tasks and metrics are in it, which others may choose. One bad one would cost the rest.
-                self._keys.check((key,))
-            except RefusedRecordError as e:
-                _log.debug("the federation run has no %r: %s", key[:80], e)
-                return False
-            return True
-
     def _add(self, payload: Payload, round_number: int | None) -> None:
-        with self._lock:
-            if self._ending or len(self._waiting) >= _MAX_WAITING:
-                self._dropped += 1
-                return
-            self._waiting.append(Record(0, time.time(), round_number, round_number, payload))
-        self._wake.set()
+        if self._waiting.add(Record(0, time.time(), round_number, round_number, payload)):
+            self._wake.set()
 
     def finish(self, timeout_s: float) -> None:
         """Write what the journal's last rows complete, and end. Blocks up to ``timeout_s``.
 
         What is not written by then, a replay writes.
         """
-        with self._lock:
-            self._ending = True
+        self._waiting.close()
         self._wake.set()
         self._thread.join(timeout_s)
         self._stop.set()
@@ -236,15 +217,14 @@ class FederationRun:
     def _work(self) -> bool:
         """Do what there is to do, then wait for more. Return whether the job ends, and all is done."""
         self._wake.clear()  # before anything is read: what comes later sets it again
-        with self._lock:
-            ending = self._ending
+        ending = self._waiting.is_closed
         self._store_facts()
         self._read()
         if ending:
             self._end()
             return True
         self._wake.wait()
-        if not self._ending:
+        if not self._waiting.is_closed:
             self._stop.wait(_PAUSE_S)
         return False
 
@@ -292,12 +272,9 @@ class FederationRun:
         return []
 
     def _store_facts(self) -> None:
-        with self._lock:
-            waiting = list(self._waiting)
-        if waiting:
+        if waiting := self._waiting.records():
             self._store(self._facts, waiting, {})
-            with self._lock:
-                del self._waiting[: len(waiting)]
+            self._waiting.remove_first(len(waiting))
 
     def _store_statistics(self) -> None:
         if self._unstored:
@@ -319,14 +296,15 @@ class FederationRun:
         for lane, runs in report.lanes.items():
             values[f"fl/delivery/pending/{lane}"] = float(sum(run.pending for run in runs.values()))
         for name, site in report.sites.items():
-            if site.at_site is not None and name != FEDERATION and self._is_key(key := f"fl/delivery/spooled/{name}"):
+            key = f"fl/delivery/spooled/{name}"
+            if site.at_site is not None and name != FEDERATION and self._waiting.is_key(key):
                 values[key] = float(site.at_site.spooled)
         self._store(self._facts, [msgspec.structs.replace(last, time=time.time(), payload=Metrics(values))], {})
 
     def _store(self, stream: _Stream, records: Sequence[Record], facts: Mapping[str, str]) -> None:
         site = stream.append(records, facts)
         self._notify_lanes(site)
-        self._counts.note(site, self._dropped, final=False)
+        self._counts.note(site, self._waiting.dropped, final=False)
 
     def _end(self) -> None:
         """Close the rounds that are open, and say that nothing follows."""
@@ -337,7 +315,68 @@ class FederationRun:
             self._read()
         for site, (name, _) in self._journal.sites().items():
             if name == FEDERATION:
-                self._counts.note(site, self._dropped, final=True)
+                self._counts.note(site, self._waiting.dropped, final=True)
+
+
+class _Waiting:
+    """What was logged and is not in the journal yet. Thread-safe.
+
+    Attributes:
+        dropped: how many records came too late, or found no room.
+        is_closed: nothing more is taken.
+    """
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self.is_closed = False
+        self._records: list[Record] = []
+        self._keys = KnownKeys()
+        self._lock = threading.Lock()
+
+    def check_key(self, key: str) -> None:
+        """Check a key.
+
+        Raises:
+            RefusedRecordError: it cannot be one.
+        """
+        with self._lock:
+            self._keys.check((key,))
+
+    def is_key(self, key: str) -> bool:
+        """Return whether it can be a key.
+
+        Names of sites, tasks and metrics are in it, which others may choose. One bad one would cost the rest.
+        """
+        try:
+            self.check_key(key)
+        except RefusedRecordError as e:
+            _log.debug("the federation run has no %r: %s", key[:80], e)
+            return False
+        return True
+
+    def add(self, record: Record) -> bool:
+        """Take a record. Return whether there was room."""
+        with self._lock:
+            if self.is_closed or len(self._records) >= _MAX_WAITING:
+                self.dropped += 1
+                return False
+            self._records.append(record)
+            return True
+
+    def records(self) -> list[Record]:
+        """Return what waits."""
+        with self._lock:
+            return list(self._records)
+
+    def remove_first(self, count: int) -> None:
+        """Remove what is in the journal now."""
+        with self._lock:
+            del self._records[:count]
+
+    def close(self) -> None:
+        """Take nothing more."""
+        with self._lock:
+            self.is_closed = True
 
 
 class _Counts:
