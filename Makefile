@@ -23,7 +23,7 @@ $(INSTALLED): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "trackhub needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 setup")'
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[flare,cli,report,tables,testing,jobs,docs,dist,dev]' $(addprefix -e ,$(BACKENDS))
+	$(BIN)/python -m pip install -e '.[flare,cli,report,tables,testing,jobs,dev]' $(addprefix -e ,$(BACKENDS))
 	@touch $@
 
 demo: $(INSTALLED) ## train CIFAR-10 with FedAvg at two sites, tracked, and say how to look at the result
@@ -45,7 +45,7 @@ $(TRAINERS)/.installed: $(INSTALLED)
 	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
 	@touch $@
 
-test-all: $(INSTALLED) $(TRAINERS)/.installed ## run every test
+test-all: $(VENV)/.installed-tools $(TRAINERS)/.installed ## run every test
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) $(ARGS)
 	$(TRAINERS)/bin/python -m pytest -m "" tests/trainers
 
@@ -84,14 +84,19 @@ bench-quick: $(INSTALLED) ## most of the figures, from fewer and shorter runs, i
 bench-curves: $(INSTALLED) ## measure how cost grows with records, keys, sites and backends, and draw it into runs/curves
 	$(BIN)/python -m tests.bench --curves runs/curves $(ARGS)
 
-docs: $(INSTALLED) ## make a site of the pages in build/site, without a network; a warning or a dead link is an error
+# Only who makes the site or the packages needs their tools.
+$(VENV)/.installed-tools: $(INSTALLED)
+	$(BIN)/python -m pip install -e '.[docs,dist]'
+	@touch $@
+
+docs: $(VENV)/.installed-tools ## make a site of the pages in build/site, without a network; a warning or a dead link is an error
 	$(BIN)/sphinx-build --builder html --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/site
 	@echo "The site begins at build/site/index.html"
 
 pages: $(INSTALLED) ## write the generated parts of the pages anew: tables of backends, reference of commands
 	$(BIN)/python docs/generated_parts.py
 
-dist: $(INSTALLED) ## build wheels and source distributions of the core and the backends into dist/, and check them
+dist: $(VENV)/.installed-tools ## build wheels and source distributions of the core and the backends into dist/, and check them
 # Each wheel is built from the source distribution, so that one which lacks a file fails here.
 	rm -rf dist
 	@for project in . $(BACKENDS); do $(BIN)/python -m build --no-isolation --outdir dist $$project || exit 1; done

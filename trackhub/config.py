@@ -29,7 +29,7 @@ import msgspec
 
 from trackhub.errors import ConfigError
 from trackhub.limits import Limits
-from trackhub.struct_conversion import convert
+from trackhub.plain_values_to_structs import convert
 
 __all__ = ["TrackingConfig", "parse_option_flags"]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 import msgspec
 
 from trackhub.errors import ConfigError
-from trackhub.struct_conversion import convert
+from trackhub.plain_values_to_structs import convert
 
 __all__ = ["ENV_PREFIX", "Limits"]
 

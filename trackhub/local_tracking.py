@@ -39,7 +39,7 @@ from trackhub.delivery import (
     withdraw_process_spool,
 )
 from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
-from trackhub.run import path_component
+from trackhub.job_and_run_info import path_component
 from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer

@@ -37,10 +37,10 @@ from msgspec import Meta
 
 from trackhub.errors import ConfigError
 from trackhub.limits import ENV_PREFIX, Limits
+from trackhub.plain_values_to_structs import convert
 from trackhub.policy import Policy, SiteRules, check_kinds
 from trackhub.secrets import references
 from trackhub.spi import Credentials, OptionMark
-from trackhub.struct_conversion import convert
 
 __all__ = ["FILE_NAME", "BackendRules", "OperatorFile", "named_hosts", "read_operator_file"]
 

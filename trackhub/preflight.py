@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from trackhub import registry
 from trackhub.conceal import conceal
 from trackhub.errors import ConfigError, PluginError
-from trackhub.run import JobInfo, Side
+from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.spi import BackendContext, TransientError
 
 __all__ = ["Readiness", "Ready", "check_ready"]

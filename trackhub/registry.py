@@ -29,9 +29,9 @@ from trackhub.errors import (
     UnknownBackendError,
 )
 from trackhub.operator_file import FILE_NAME, OperatorFile
+from trackhub.plain_values_to_structs import describe, one_at_a_time
 from trackhub.secrets import refuse_literal_secrets, refuse_references, require_reference, resolve_secrets
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Credentials, Kind, OptionMark
-from trackhub.struct_conversion import describe, one_at_a_time
 
 __all__ = [
     "GROUP",

@@ -28,6 +28,7 @@ import msgspec
 
 from trackhub.conceal import remember_secret
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
+from trackhub.job_and_run_info import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
 from trackhub.records import (
     Artifact,
     Blob,
@@ -42,7 +43,6 @@ from trackhub.records import (
     Tags,
     Text,
 )
-from trackhub.run import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
 
 __all__ = [
     "ANY_KEY",

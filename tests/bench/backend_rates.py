@@ -181,7 +181,7 @@ def log_batches(folder: str, rows: int, runs: int, backend: str, url: str, store
 def run_logs(folder: str, rows: int, runs: int, backend: str, url: str, store: str) -> dict[str, Any]:
     """Write with W&B's SDK, offline: rows with time, step and round, and the settings that trackhub uses."""
     import wandb
-    from trackhub_wandb.sdk_process import QUIET_SETTINGS
+    from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS
 
     def write(_: str, rows: int) -> None:
         run = wandb.init(dir=folder, mode="offline", project="bench", settings=wandb.Settings(**QUIET_SETTINGS))

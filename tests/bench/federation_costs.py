@@ -14,8 +14,8 @@ from tests.bench.figures import Experiment, Figure, Run
 from tests.bench.load import feed, requests
 from tests.bench.subprocesses import in_child, own_cpu_s
 from trackhub.delivery import FederationOptions, Receiver
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import RunStatus, Side
 
 __all__ = ["aggregates"]
 

@@ -18,7 +18,7 @@ from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import BATCH, feed, open_receiver, requests
 from tests.bench.store_counts import count_mlflow
 from tests.bench.subprocesses import in_child, own_cpu_s, peak_mb, resident_mb
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["draw_curves", "many_sites", "measure_curves"]
 

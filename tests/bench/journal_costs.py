@@ -31,7 +31,7 @@ from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.sender import Sender
 from trackhub.delivery.wire import Batch, decode_request
 from trackhub.framing import decode_body, scan_frames
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["against_the_floor", "size_and_status"]
 

@@ -20,9 +20,9 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import Accepted, Batch, Busy, Final, Hello, SiteCounts, decode_reply, encode
 from trackhub.framing import encode_frame
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Metrics, Record
-from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer.writer import Writer
 

@@ -230,7 +230,7 @@ def _result(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 def receiver(folder: str) -> dict[str, Any]:
     """Run a receiver with a TensorBoard lane."""
     from tests.bench.load import open_receiver
-    from trackhub.run import RunStatus
+    from trackhub.job_and_run_info import RunStatus
 
     receiver = open_receiver(Path(folder, "receiver"), {"tensorboard": {}})
     server = serve(receiver.handle)

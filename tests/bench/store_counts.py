@@ -54,7 +54,7 @@ def count_mlflow(database: Path, key: str = "") -> int:
 
 def count_wandb(folder: Path, key: str = "") -> int:
     """Return the number of history rows in all offline runs below a folder."""
-    from trackhub_wandb.offline_reader import read_records  # a reader for tests: it shares no code with the plugin
+    from trackhub_wandb.offline_readback import read_records  # a reader for tests: it shares no code with the plugin
 
     records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
     rows = (record.history for record in records if record.HasField("history"))

@@ -16,11 +16,11 @@ import pytest
 from trackhub_mlflow.contract import MLflowContract
 from trackhub_tensorboard.contract import TensorBoardContract
 from trackhub_wandb.contract import WandBContract, add_row
-from trackhub_wandb.offline_reader import parse_integer
+from trackhub_wandb.offline_readback import parse_integer
 
 from tests.integration.harness import Fact
 from tests.support.wandb_emulator import Emulator
-from trackhub.run import JobInfo, RunInfo, Side
+from trackhub.job_and_run_info import JobInfo, RunInfo, Side
 from trackhub.spi import Kind
 from trackhub.testing import ContractHooks, Point, ReadBack, StoreContext
 from trackhub.testing.contracts.jsonl import JsonlContract

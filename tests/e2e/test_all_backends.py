@@ -14,7 +14,7 @@ from tests.e2e.stores import BACKENDS, canonical, own_home, read_emulator, read_
 from tests.e2e.test_cifar10_job import Finished, run_job
 from tests.integration.harness import Job, JobResult, files_with
 from tests.support.wandb_emulator import Emulator
-from trackhub.run import JobInfo, Side
+from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.testing import Point, ReadBack
 
 SITES = ("site-1", "site-2")

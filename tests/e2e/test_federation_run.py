@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.stores import BACKENDS, own_home, read_run
 from tests.e2e.test_cifar10_job import run_job
-from trackhub.run import JobInfo, Side
+from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.testing import Point
 
 SITES = [f"site-{number}" for number in range(1, 5)]

@@ -18,8 +18,8 @@ from tests.integration.harness import Job
 from trackhub import Writer
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 JOB = "job-1"

@@ -20,7 +20,7 @@ from tests.integration.harness import Job, JobResult
 from tests.support.mlflow_server import Server
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.replay import replay_journal
-from trackhub.run import JobInfo, Side
+from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.testing import ReadBack
 
 SITES = ("site-1", "site-2")

@@ -40,8 +40,8 @@ from tests.faults.receiver_process import ReceiverPlan
 from tests.faults.sender_process import SenderPlan
 from tests.faults.trainer_process import TrainerPlan
 from trackhub.cli.status import journal_status, spool_status
-from trackhub.delivery.journal.find import find
-from trackhub.spool.announcement import SPOOL_ENV, spool_env
+from trackhub.delivery.journal.find_journals_and_spools import find
+from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 __all__ = ["BACKENDS", "LIMITS", "JobProcesses"]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trackhub_wandb.offline_reader import read_log
+from trackhub_wandb.offline_readback import read_log
 
 from tests.faults.calls import Seen
 

@@ -26,8 +26,8 @@ from tests.faults import unix_socket
 from trackhub import registry
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.wire import Refused, encode
+from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendRun
 
 __all__ = ["ReceiverPlan"]

@@ -22,8 +22,8 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import Counted
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunStatus, Side
 
 SITES = ("site-1", "site-2", "site-3")
 ROWS, SMALL, LARGE = 12, 20, 150

@@ -28,8 +28,8 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 
 SITES = [f"site-{i}" for i in range(8)]

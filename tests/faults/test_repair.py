@@ -17,12 +17,12 @@ from tests.faults.process import ROOT
 from tests.faults.readers import count_receiver
 from tests.unit.helpers import batch_of, metric, small_disk
 from trackhub.delivery import wire
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay import replay_journal
 from trackhub.errors import JournalError
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 
 SITE = "site-1"
 BATCHES, EACH = 30, 50

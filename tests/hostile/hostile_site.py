@@ -15,9 +15,9 @@ from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Kind
-from trackhub.run import JobInfo, RunStatus, Side
 
 HONEST, HOSTILE = "site-honest", "site-hostile"
 OTHER_STREAM = "f" * 32

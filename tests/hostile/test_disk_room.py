@@ -11,7 +11,7 @@ import pytest
 from tests.hostile.hostile_site import HOSTILE, Job
 from tests.unit.helpers import STREAM, small_disk
 from trackhub.delivery import disk_room, wire
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 MB = 1 << 20
 

@@ -22,8 +22,8 @@ from tests.unit.helpers import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import Bench
 from trackhub.delivery import wire
 from trackhub.delivery.lane.fair_turns import FairTurns
+from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Record
-from trackhub.run import RunStatus
 
 POOL = 64
 """Threads in which FLARE calls a receiver (nvflare 2.9)."""

@@ -28,9 +28,9 @@ from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import format_report
 from trackhub.framing import decode_body, encode_frame
+from trackhub.job_and_run_info import Side
 from trackhub.printable import printable
 from trackhub.records import MAX_COUNT, Kind, Metrics, Params, Record
-from trackhub.run import Side
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.helpers import batch_of, json_lines, metric
 from trackhub.delivery.journal.journal import Journal
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 TOKEN = "planted-token-0123456789"
 

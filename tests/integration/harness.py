@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trackhub.run import JobInfo
+from trackhub.job_and_run_info import JobInfo
 
 __all__ = [
     "TRAINER",

@@ -23,7 +23,7 @@ from tests.integration.harness import Job, read_tensorboard
 from trackhub.flare.trainer.capture import Capture
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Histogram, Image, Metrics, Params, Record, Table, Tags, Text
-from trackhub.spool.announcement import SPOOL_ENV, spool_env
+from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 

@@ -13,7 +13,7 @@ from typing import Any
 import nvflare
 import pytest
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
-from trackhub_wandb.offline_reader import read_log
+from trackhub_wandb.offline_readback import read_log
 
 from tests.integration.harness import Job, JobResult, files_with
 from trackhub.errors import ConfigError

@@ -60,8 +60,8 @@ from nvflare.widgets.fed_event import ClientFedEventRunner
 from tests.integration.harness import SIMULATOR_MEND
 from trackhub.flare import flare_internals
 from trackhub.flare.trainer.log_calls import LogCalls
+from trackhub.job_and_run_info import RunStatus
 from trackhub.operator_file import OperatorFile
-from trackhub.run import RunStatus
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer

@@ -11,7 +11,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from trackhub_wandb.offline_reader import read_log
+from trackhub_wandb.offline_readback import read_log
 
 from tests.integration.harness import Job, JobResult, Point, read_tensorboard
 

@@ -13,7 +13,7 @@ from tests.integration.harness import Job, read_jsonl
 from tests.integration.poc import SITES, Poc, assert_nowhere, operator_file, poc, points, wait_until, wandb
 from tests.support.wandb_emulator import Emulator
 from trackhub.cli.status import spool_status
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 
 __all__ = ["operator_file", "poc", "wandb"]  # the fixtures that the tests below ask for
 

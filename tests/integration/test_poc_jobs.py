@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.stores import BACKENDS, read_run
 from tests.integration.harness import Fact, Job
 from tests.integration.poc import ALLOWED_CLASSES, SITES, Poc, PocResult, poc, points, wandb
-from trackhub.run import JobInfo, Side
+from trackhub.job_and_run_info import JobInfo, Side
 
 __all__ = ["poc", "wandb"]  # the fixtures that the tests below ask for
 

@@ -15,7 +15,7 @@ import pytest
 from tests.integration.harness import Job, files_with
 from tests.integration.poc import SITES, Poc, PocResult, operator_file, poc, wandb
 from trackhub.cli.status import spool_status
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 
 __all__ = ["operator_file", "poc", "wandb"]  # the fixtures that the test below asks for
 

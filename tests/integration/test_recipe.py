@@ -25,8 +25,8 @@ from trackhub.flare.job_labels import job_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.recipe import add_tracking, tracking_components
 from trackhub.flare.sender_widget import TrackhubSender
+from trackhub.job_and_run_info import JobInfo
 from trackhub.limits import Limits
-from trackhub.run import JobInfo
 
 SCRIPT = "import nvflare.client as flare\nfrom trackhub import Writer\n"
 

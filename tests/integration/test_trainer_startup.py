@@ -22,7 +22,7 @@ import pytest
 import trackhub
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Metrics, Record
-from trackhub.spool.announcement import SPOOL_ENV, spool_env
+from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, close_spool, create_spool
 from trackhub.spool.reading import SpoolReader
 

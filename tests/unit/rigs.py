@@ -15,9 +15,9 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Record
-from trackhub.run import RunStatus, Side
 from trackhub.spi import Backend, JobInfo, RunInfo
 from trackhub.writer.writer import Writer
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.helpers import json_lines, settle_all
 from trackhub.delivery.receiver import Receiver
-from trackhub.run import RunStatus, Side
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer

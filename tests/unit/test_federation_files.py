@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_federation_run import make_receiver, stored
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 
 def test_a_file_becomes_an_artifact_of_the_federation_run(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import DeliveryReport
 from trackhub.framing import encode_frame
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.records import Metrics, Record
-from trackhub.run import RunStatus, Side
 
 SITES = ("site-1", "site-2", "site-3")
 ROUNDS = 6
@@ -34,7 +34,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from tests.unit.test_federation_run import batch, make_receiver
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 receiver = make_receiver(Path(sys.argv[1]))
 receiver.start()

@@ -25,7 +25,7 @@ from trackhub.delivery.journal.lock import is_journal_locked
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState
 from trackhub.delivery.receiver import Receiver
 from trackhub.errors import JournalError
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 
 
 def open_journal(folder: Path) -> Journal:

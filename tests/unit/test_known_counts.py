@@ -21,9 +21,9 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import Counted, DeliveryReport, SiteReport, format_report, format_results
 from trackhub.framing import encode_frame
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Record, Text
-from trackhub.run import JobInfo, RunStatus, Side
 
 SITE = "site-1"
 LIMITS = Limits(silence_s=0.4, keepalive_s=0.1, flush_s=0.01)

@@ -23,8 +23,8 @@ from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch
 from trackhub.errors import ConfigError, PermanentError, TransientError
 from trackhub.framing import encode_frame
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.records import Gap, Metrics, Record, Text
-from trackhub.run import RunStatus, Side
 from trackhub.spi import Kind, Redelivery, Rejection, WriteReport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

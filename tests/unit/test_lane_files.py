@@ -14,8 +14,8 @@ import pytest
 from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import PermanentError, TransientError
+from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Artifact, Blob, Metrics, Record
-from trackhub.run import RunStatus
 from trackhub.spi import Redelivery, Rejection, WriteReport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

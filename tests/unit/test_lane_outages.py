@@ -21,7 +21,7 @@ from tests.unit.rigs import SITE, Bench, poisoned, run_of
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.delivery.report import RunReport
 from trackhub.errors import TransientError
-from trackhub.run import JobInfo, RunInfo, RunStatus, Side
+from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Redelivery
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -15,8 +15,8 @@ from tests.unit.rigs import SITE, Bench, failing
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.errors import JournalError, PermanentError, TransientError
+from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.records import Metrics
-from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Entry, Redelivery
 
 pytestmark = pytest.mark.usefixtures("quick_retries")

@@ -12,7 +12,7 @@ from pathlib import Path
 import trackhub
 from tests.unit.helpers import json_lines
 from trackhub.limits import Limits
-from trackhub.spool.announcement import SPOOL_ENV
+from trackhub.spool.announce_spool import SPOOL_ENV
 
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=10)
 PROGRAM = "import trackhub; trackhub.Writer(strict=True).log({'program': 1.0})"

@@ -16,7 +16,7 @@ from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import Counted
 from trackhub.delivery.sender import Sender
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
 

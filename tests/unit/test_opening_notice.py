@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import trackhub
-from trackhub.delivery.lane.opening_notice import OpeningNotice
+from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.delivery.report import DeliveryReport, RunReport, format_report
 from trackhub.spi import Results
 

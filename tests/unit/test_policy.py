@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trackhub.errors import ConfigError
 from trackhub.policy import KINDS, Policy, SiteRules
 from trackhub.policy.judge import Judgement, judge_of
-from trackhub.policy.numbers import clipped, merged_histogram, rounded
+from trackhub.policy.round_and_clip import clipped, merged_histogram, rounded
 from trackhub.policy.thinning import MAX_KEYS, Seen, thinning_of
 from trackhub.records import Artifact, Blob, Histogram, Image, Metrics, Params, Payload, Summary, Table, Tags, Text
 

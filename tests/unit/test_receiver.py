@@ -24,9 +24,9 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import ConfigError, InvalidOptionError, JournalError, UnknownBackendError
 from trackhub.framing import FORMAT_VERSION, encode_frame
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Artifact, Blob, Record
-from trackhub.run import JobInfo, RunStatus, Side
 
 SITE = "site-1"
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trackhub.errors import ConfigError
-from trackhub.run import JobInfo
+from trackhub.job_and_run_info import JobInfo
 from trackhub.spi import path_component
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=400) | st.text("./%~a\0", max_size=8)

@@ -21,7 +21,7 @@ from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
-from trackhub.run import JobInfo, RunStatus, Side
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.writer.writer import Writer
 
 

@@ -22,7 +22,7 @@ from trackhub.records import Metrics
 from trackhub.spool.layout import ledger_file
 from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.stream_ledger import WriterState, read_ledger, writer_state
+from trackhub.spool.writer_ledger import WriterState, read_ledger, writer_state
 from trackhub.writer.writer import Writer
 
 
@@ -201,7 +201,7 @@ def test_a_writer_of_another_machine_is_not_taken_for_dead(tmp_path: Path, monke
         ledger = ledger_file(tmp_path, spool_of(writer).stream)
         assert writer_state(ledger) is WriterState.ALIVE
     assert writer_state(ledger) is WriterState.ENDED
-    monkeypatch.setattr("trackhub.spool.stream_ledger.this_machine", lambda: 7)
+    monkeypatch.setattr("trackhub.spool.writer_ledger.this_machine", lambda: 7)
     assert writer_state(ledger) is WriterState.UNKNOWN
 
 
@@ -271,7 +271,7 @@ def test_a_fork_while_the_first_segment_is_made_leaves_it_to_the_parent(tmp_path
     """A signal handler can fork right after each call of the operating system that makes the segment."""
     code = """
         import os, sys
-        import trackhub.spool.segment_file as segment_file
+        import trackhub.spool.segment_writer as segment_writer
         from trackhub.writer.writer import Writer
 
         class ForkingOs:
@@ -292,7 +292,7 @@ def test_a_fork_while_the_first_segment_is_made_leaves_it_to_the_parent(tmp_path
                     return result
                 return call_and_fork
 
-        segment_file.os = ForkingOs()
+        segment_writer.os = ForkingOs()
         writer, parent = Writer(sys.argv[1]), os.getpid()
         writer.log({"main": 0})
         if os.getpid() != parent:

@@ -16,8 +16,8 @@ import pytest
 from tests.unit.helpers import STREAM, ModelReceiver, assert_accounted, new_spool, settle_all
 from trackhub.records import Text
 from trackhub.spool import reading
+from trackhub.spool.changed_streams import look
 from trackhub.spool.counts import add_up
-from trackhub.spool.following import look
 from trackhub.spool.layout import segment_name
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.room import new_part

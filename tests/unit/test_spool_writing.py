@@ -24,7 +24,7 @@ from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
 from trackhub.spool.layout import SpoolInfo, create_spool, create_spool_anywhere, read_spool_info
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.stream_ledger import read_ledger
+from trackhub.spool.writer_ledger import read_ledger
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.writer import Writer
 

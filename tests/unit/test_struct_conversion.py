@@ -24,7 +24,7 @@ from trackhub.delivery.wire import Reply, Request, SiteCounts
 from trackhub.records import Record
 from trackhub.spi import Entry, Results
 from trackhub.spool.acks import Ack, Retired
-from trackhub.spool.announcement import _Claim
+from trackhub.spool.announce_spool import _Claim
 from trackhub.spool.layout import SpoolInfo
 
 learnt = []
@@ -48,7 +48,7 @@ print(*learnt)
 def test_what_threads_decode_is_learnt_at_import() -> None:
     done = subprocess.run([sys.executable, "-c", LEARNT], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stderr == ""
-    assert done.stdout.split() == ["Unknown"], "call `trackhub.struct_conversion.prepare` for these"
+    assert done.stdout.split() == ["Unknown"], "call `trackhub.plain_values_to_structs.prepare` for these"
 
 
 def test_every_struct_that_is_decoded_is_among_these() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import trackhub
 from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 from trackhub.watch.follow import follow
 from trackhub.watch.job_state import JobFollower, JobState, LaneState, SiteState
 from trackhub.watch.panel import job_line, job_panel

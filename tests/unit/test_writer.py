@@ -37,7 +37,7 @@ from trackhub.records import (
     Text,
     key_problem,
 )
-from trackhub.spool.announcement import spool_env
+from trackhub.spool.announce_spool import spool_env
 from trackhub.spool.layout import blob_file
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.round_file import RoundFile

@@ -15,8 +15,8 @@ import trackhub
 from tests.unit.helpers import new_spool, read_spool, spool_of
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.limits import Limits
-from trackhub.spool import announcement
-from trackhub.spool.announcement import SPOOL_ENV, set_process_spool, spool_env
+from trackhub.spool import announce_spool
+from trackhub.spool.announce_spool import SPOOL_ENV, set_process_spool, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.writer import spool_choice
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
@@ -30,7 +30,7 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SPOOL_ENV, raising=False)
     monkeypatch.delenv(MODE_ENV, raising=False)
     monkeypatch.setattr(spool_choice, "_has_warned", False)
-    monkeypatch.setattr(announcement, "_process_spool", None)
+    monkeypatch.setattr(announce_spool, "_process_spool", None)
 
 
 def announce(spool: Path, monkeypatch: pytest.MonkeyPatch, *, site: str = "site-1", job: str = "job-1") -> None:
@@ -72,13 +72,13 @@ def test_a_writer_beside_trackhub_local_records_into_its_run(tmp_path: Path, cap
 
 def test_a_spool_that_another_one_replaced_is_not_withdrawn_again(tmp_path: Path) -> None:
     first, second = new_spool(tmp_path / "first"), new_spool(tmp_path / "second")
-    announcement.set_process_spool(first)
-    announcement.set_process_spool(second)
-    announcement.withdraw_process_spool(first)
-    assert announcement.find_spool() == second
-    announcement.withdraw_process_spool(second)
+    announce_spool.set_process_spool(first)
+    announce_spool.set_process_spool(second)
+    announce_spool.withdraw_process_spool(first)
+    assert announce_spool.find_spool() == second
+    announce_spool.withdraw_process_spool(second)
     with pytest.raises(ConfigError):
-        announcement.find_spool()
+        announce_spool.find_spool()
 
 
 class Untouchable:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from trackhub.cli.output import print_error, print_lines
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.prune import prune_journal
 from trackhub.errors import ConfigError, JournalError
 

@@ -18,7 +18,7 @@ import click
 
 from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.replay import (
     FOREVER_S,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``trackhub status``: what became of a job's records.
 
-It finds the job's journals and spools with `trackhub.delivery.journal.find`, and reads them without changing them.
+It finds the job's journals and spools with `trackhub.delivery.journal.find_journals_and_spools`, and reads them without
+changing them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find import find, is_interrupted
+from trackhub.delivery.journal.find_journals_and_spools import find, is_interrupted
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import (
     NOT_ADDING_UP,

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trackhub.delivery.channel import Channel, ChannelError
     from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
-    from trackhub.delivery.journal.find import find_interrupted
+    from trackhub.delivery.journal.find_journals_and_spools import find_interrupted
     from trackhub.delivery.journal.prune import prune_older
     from trackhub.delivery.receiver import Receiver
     from trackhub.delivery.report import (
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     )
     from trackhub.delivery.sender import Sender
     from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
+    from trackhub.job_and_run_info import SERVER, JobInfo, RunStatus, Side
     from trackhub.limits import Limits
-    from trackhub.run import SERVER, JobInfo, RunStatus, Side
-    from trackhub.spool.announcement import (
+    from trackhub.spool.announce_spool import (
         SPOOL_ENV,
         announce_to_children,
         set_process_spool,
@@ -91,7 +91,7 @@ __all__ = [
 _MODULES = {
     "trackhub.delivery.channel": ("Channel", "ChannelError"),
     "trackhub.delivery.federation.federation_run": ("FederationOptions", "FederationRun"),
-    "trackhub.delivery.journal.find": ("find_interrupted",),
+    "trackhub.delivery.journal.find_journals_and_spools": ("find_interrupted",),
     "trackhub.delivery.journal.prune": ("prune_older",),
     "trackhub.delivery.receiver": ("Receiver",),
     "trackhub.delivery.report": (
@@ -105,9 +105,9 @@ _MODULES = {
     "trackhub.delivery.sender": ("Sender",),
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),
-    "trackhub.run": ("SERVER", "JobInfo", "RunStatus", "Side"),
+    "trackhub.job_and_run_info": ("SERVER", "JobInfo", "RunStatus", "Side"),
     "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool", "create_spool_anywhere", "has_streams"),
-    "trackhub.spool.announcement": (
+    "trackhub.spool.announce_spool": (
         "SPOOL_ENV",
         "announce_to_children",
         "set_process_spool",

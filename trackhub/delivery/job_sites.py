@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["JobSites"]
 

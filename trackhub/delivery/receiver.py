@@ -53,11 +53,11 @@ from trackhub.delivery.wire import (
 )
 from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
 from trackhub.framing import FORMAT_VERSION
+from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.plain_files import make_private_folder
 from trackhub.printable import printable
 from trackhub.records import key_problem
-from trackhub.run import FEDERATION, JobInfo, RunStatus, Side
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["Receiver"]

@@ -24,10 +24,10 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
 from trackhub.policy import SiteRules
-from trackhub.run import JobInfo, RunStatus, Side
 from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.layout import SpoolInfo, read_spool_info, set_policy

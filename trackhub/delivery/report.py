@@ -17,11 +17,11 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.wire import SiteCounts
+from trackhub.job_and_run_info import JobInfo
 from trackhub.plain_files import open_plain
+from trackhub.plain_values_to_structs import prepare
 from trackhub.printable import printable
-from trackhub.run import JobInfo
 from trackhub.spi import Results
-from trackhub.struct_conversion import prepare
 
 __all__ = [
     "NOT_ADDING_UP",
@@ -153,8 +153,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     Attributes:
         job: the job's id.
         job_name: what a person calls the job.
-        side: where the receiver was, as in `trackhub.run.Side`.
-        status: how the job ended, as in `trackhub.run.RunStatus`; ``running`` if it has not.
+        side: where the receiver was, as in `trackhub.job_and_run_info.Side`.
+        status: how the job ended, as in `trackhub.job_and_run_info.RunStatus`; ``running`` if it has not.
         balanced: whether all counts are known, and add up.
         adds_up: whether no count contradicts another. False means a defect of trackhub, a damaged disk, or false counts
             of a site. The counts of other sites hold all the same.

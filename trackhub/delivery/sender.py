@@ -18,9 +18,9 @@ import msgspec
 
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.file_sender import FileSender, Ready
+from trackhub.delivery.flush_wait import SpoolPasses
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.session import Session
-from trackhub.delivery.spool_passes import SpoolPasses
+from trackhub.delivery.sender_session import Session
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,
@@ -33,9 +33,9 @@ from trackhub.delivery.wire import (
     StreamState,
 )
 from trackhub.errors import SpoolError
+from trackhub.job_and_run_info import RunStatus
 from trackhub.limits import Limits
 from trackhub.process_lock import ProcessLock
-from trackhub.run import RunStatus
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.layout import close_spool

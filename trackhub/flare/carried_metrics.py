@@ -17,7 +17,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 
 from trackhub.errors import ConfigError
-from trackhub.flare import flare_internals, server_tasks
+from trackhub.flare import flare_internals, task_events
 from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_metrics"]
@@ -95,7 +95,7 @@ class ClientMetrics:
         if not _holds_dxo(result):
             return
         metrics = _metrics_of(from_shareable(result))
-        if (owner := server_tasks.evaluated_model(task)) is not None:
+        if (owner := task_events.evaluated_model(task)) is not None:
             self._metrics.log(f"{_EVALUATED}/{owner}", metrics, None)
         else:
             self._metrics.log(_SENT, metrics, flare_internals.round_of_task(task))
@@ -117,11 +117,11 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
-        if event_type == server_tasks.EVALUATED and not flare_internals.is_from_another_process(fl_ctx):
+        if event_type == task_events.EVALUATED and not flare_internals.is_from_another_process(fl_ctx):
             self._metrics.attempt("the result of an evaluation", lambda: self._take(fl_ctx))
 
     def _take(self, fl_ctx: FLContext) -> None:
-        site, owner, result = server_tasks.evaluation_result(fl_ctx)
+        site, owner, result = task_events.evaluation_result(fl_ctx)
         if not site or not owner or not _holds_dxo(result):
             return  # a task that failed, which FLARE's log says
         # A relay sends a collection: the results of several clients.

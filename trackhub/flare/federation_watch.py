@@ -2,7 +2,7 @@
 """Tells the federation run how the federation runs: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
 `trackhub.flare.receiver_widget` has one on the server. It learns everything from FLARE's events, so a training script
-needs no line for it. `trackhub.flare.server_tasks` reads the events.
+needs no line for it. `trackhub.flare.task_events` reads the events.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.delivery import FederationRun
-from trackhub.flare import flare_internals, server_tasks
-from trackhub.flare.server_tasks import HandedTask, ReturnedTask
+from trackhub.flare import flare_internals, task_events
+from trackhub.flare.task_events import HandedTask, ReturnedTask
 from trackhub.printable import printable
 
 __all__ = ["FederationWatch"]
@@ -122,18 +122,18 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         if event_type == flare_internals.ROUND_STARTED:
             self._begin(flare_internals.round_of_context(fl_ctx))
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
-            if (handed := server_tasks.handed_task(fl_ctx)) is not None:
+            if (handed := task_events.handed_task(fl_ctx)) is not None:
                 self._hand(handed)
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
-            if (returned := server_tasks.returned_task(fl_ctx)) is not None:
+            if (returned := task_events.returned_task(fl_ctx)) is not None:
                 self._take(returned)
-        elif event_type == server_tasks.AFTER_AGGREGATION:
-            self._note_metrics(server_tasks.aggregated_metrics(fl_ctx))
-        elif event_type == server_tasks.BEST_MODEL:
-            number, metrics = server_tasks.best_metrics(fl_ctx)
+        elif event_type == task_events.AFTER_AGGREGATION:
+            self._note_metrics(task_events.aggregated_metrics(fl_ctx))
+        elif event_type == task_events.BEST_MODEL:
+            number, metrics = task_events.best_metrics(fl_ctx)
             if number is not None:
                 self._best = (number, metrics)
-        elif event_type in (server_tasks.ROUND_DONE, EventType.END_WORKFLOW):
+        elif event_type in (task_events.ROUND_DONE, EventType.END_WORKFLOW):
             self._begin(None)
         elif event_type == EventType.ABOUT_TO_END_RUN:
             self._begin(None)

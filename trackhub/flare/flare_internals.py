@@ -2,7 +2,7 @@
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
 The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. `cell_channel` also uses FLARE's
-cells, `trainer.log_calls` the log functions of an external trainer, which must load nothing else, and `server_tasks`
+cells, `trainer.log_calls` the log functions of an external trainer, which must load nothing else, and `task_events`
 the server's tasks. So these four files and their tests, ``tests/integration/test_flare_internals.py`` and
 ``test_federation.py``, show whether a new release of FLARE still fits.
 """
@@ -44,9 +44,9 @@ from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
 from trackhub.flare.trainer.log_calls import LogCalls
+from trackhub.job_and_run_info import SERVER, JobInfo, RunStatus, path_component
 from trackhub.operator_file import OperatorFile, read_operator_file
 from trackhub.policy import Policy, SiteRules
-from trackhub.run import SERVER, JobInfo, RunStatus, path_component
 
 __all__ = [
     "EVENT_SITE",

@@ -18,7 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from trackhub.delivery import FederationRun, has_streams
 from trackhub.flare.global_model import find_model
 from trackhub.flare.job_context import check_context, log_context, with_federation, with_machine
-from trackhub.struct_conversion import convert
+from trackhub.plain_values_to_structs import convert
 from trackhub.system_metrics import SystemMetrics, check_interval
 from trackhub.writer.writer import Writer
 

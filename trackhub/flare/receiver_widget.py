@@ -39,13 +39,13 @@ from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
+from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
-from trackhub.flare.listeners import listeners, server_warning
 from trackhub.flare.own_records import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
-from trackhub.flare.server_tasks import asking_site
-from trackhub.flare.sites_without_sender import SitesWithoutSender
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
+from trackhub.flare.task_events import asking_site
+from trackhub.flare.track_sites_without_sender import SitesWithoutSender
 
 __all__ = ["TrackhubReceiver"]
 

@@ -18,7 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
 from trackhub.flare import flare_internals
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["ClientRounds", "ServerRounds"]
 

@@ -4,7 +4,8 @@
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
 and Flower all end in one FLARE event with an analytics DXO. The event has no time of the log call. In process FLARE
 fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not keep
-the order. So `trackhub.flare.source` takes the call itself where that is possible, and FLARE fires no event for it.
+the order. So `trackhub.flare.install_log_hooks` takes the call itself where that is possible, and FLARE fires no event
+for it.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.collect import RunData, SeriesData
 from trackhub.page.federation import Band, bands, own_charts
 from trackhub.page.numbers import number
-from trackhub.run import FEDERATION
 
 __all__ = ["band_charts", "groups", "histogram_charts", "metric_charts", "own_metric_charts"]
 

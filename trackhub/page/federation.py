@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.page.collect import RunData
-from trackhub.run import FEDERATION, SERVER
 
 __all__ = ["Band", "OwnChart", "Participation", "bands", "members", "own_charts", "participation"]
 

@@ -20,13 +20,13 @@ import numpy as np
 
 import trackhub
 from trackhub.errors import ConfigError
-from trackhub.page import view
+from trackhub.job_and_run_info import FEDERATION
+from trackhub.page import template_values
 from trackhub.page.charts import band_charts, groups, histogram_charts, metric_charts, own_metric_charts
 from trackhub.page.collect import RunData, collect
 from trackhub.page.downsample import keep_extremes
 from trackhub.page.numbers import duration, moment, number, size
 from trackhub.query import StoredJob, read_jobs
-from trackhub.run import FEDERATION
 
 __all__ = ["MAX_JOBS", "write_report"]
 
@@ -108,20 +108,24 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
         chart["place"] = place
     sites = sorted({run.site for run in runs} - {FEDERATION}, key=_natural)
     return {
-        "jobs": view.job_rows(list(jobs.values()), names, runs),
+        "jobs": template_values.job_rows(list(jobs.values()), names, runs),
         "names": names,
         "sites": sites,
         "charts": charts,
         "groups": groups(charts["metrics"]),
         "data": {"jobs": names, "sites": sites, "charts": every},
-        "rounds": [(names[job], found) for job in jobs if (found := view.rounds_of([r for r in runs if r.job == job]))],
-        "finals": view.final_values(runs),
-        "labels": [view.label_of(run, names) for run in runs if run.site != FEDERATION],
-        "params": view.settings(runs, names, "params"),
-        "tags": view.settings(runs, names, "tags"),
-        "summary": view.settings(runs, names, "summary"),
-        "media": view.media(jobs, runs, names),
-        "delivery": view.deliveries(list(jobs.values()), names),
+        "rounds": [
+            (names[job], found)
+            for job in jobs
+            if (found := template_values.rounds_of([r for r in runs if r.job == job]))
+        ],
+        "finals": template_values.final_values(runs),
+        "labels": [template_values.label_of(run, names) for run in runs if run.site != FEDERATION],
+        "params": template_values.settings(runs, names, "params"),
+        "tags": template_values.settings(runs, names, "tags"),
+        "summary": template_values.settings(runs, names, "summary"),
+        "media": template_values.media(jobs, runs, names),
+        "delivery": template_values.deliveries(list(jobs.values()), names),
     }
 
 

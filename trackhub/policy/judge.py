@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from trackhub.policy.numbers import clipped, merged_histogram, rounded
+from trackhub.policy.round_and_clip import clipped, merged_histogram, rounded
 from trackhub.policy.rules import OPERATOR, KeyPattern, Policy, SiteRules
 from trackhub.policy.thinning import Thinning, thinning_of
 from trackhub.records import KEYED, KIND_OF, Gap, Histogram, Kind, Payload, Table

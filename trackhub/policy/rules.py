@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from trackhub.errors import ConfigError
+from trackhub.plain_values_to_structs import convert
 from trackhub.records import Kind
-from trackhub.struct_conversion import convert
 
 __all__ = ["JOB", "KINDS", "OPERATOR", "KeyPattern", "Policy", "SiteRules", "check_kinds"]
 

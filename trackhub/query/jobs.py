@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import NamedTuple, overload
 
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.report import DeliveryReport, format_counted, format_job
 from trackhub.errors import ConfigError, JournalError
+from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.query.journal_file import JournalFile
 from trackhub.records import Blob, Kind, Record
-from trackhub.run import RunStatus, Side
 
 __all__ = ["StoredJob", "StoredJobs", "StoredRecord", "read_jobs"]
 
@@ -48,7 +48,7 @@ class StoredJob:
         notes: its description, in Markdown.
         tags: its labels.
         created: unix seconds (UTC) of the job's first record; 0 if it has none.
-        status: how it ended, as in `trackhub.run.RunStatus`, or ``running``.
+        status: how it ended, as in `trackhub.job_and_run_info.RunStatus`, or ``running``.
         sites: the names of the sites that have records, sorted.
         reports: what became of the records, for each receiver: ``server``, or the site's name.
     """

@@ -24,8 +24,8 @@ from trackhub.delivery.journal.tables_and_rows import PRUNED, Row, stored_record
 from trackhub.delivery.report import DeliveryReport, resolve_results
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, metrics_bodies
+from trackhub.job_and_run_info import JobInfo
 from trackhub.records import Kind, Record
-from trackhub.run import JobInfo
 
 __all__ = ["JournalFile", "StoredSite", "StreamRecord"]
 
@@ -62,7 +62,7 @@ class JournalFile:
         path: the journal.
         meta: the facts about the job.
         job: the job's id, name, notes and tags.
-        side: where the receiver is, as in `trackhub.run.Side`.
+        side: where the receiver is, as in `trackhub.job_and_run_info.Side`.
         sites: the sites that have records, by name.
         report: what became of the records.
         pruned: how many records ``trackhub prune`` removed, by site.

@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 
 from trackhub.plain_files import read_plain
+from trackhub.plain_values_to_structs import prepare
 from trackhub.spool.batch import SpoolBatch
-from trackhub.spool.full_disk_writes import write_start
 from trackhub.spool.layout import SEGMENT_HEADER
-from trackhub.struct_conversion import prepare
+from trackhub.spool.reserved_blocks import write_start
 
 __all__ = ["Ack", "Retired", "ack_file", "find_ack", "read_ack", "read_retired", "write_ack", "write_retired"]
 

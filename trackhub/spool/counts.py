@@ -10,7 +10,7 @@ import msgspec
 
 from trackhub.spool.acks import Ack, Retired
 from trackhub.spool.skip_damage import DAMAGED
-from trackhub.spool.stream_ledger import LedgerCounts
+from trackhub.spool.writer_ledger import LedgerCounts
 
 __all__ = ["StreamCount", "add_up", "count_by_ledger", "count_retired", "count_stream"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
-from trackhub.spool.stream_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
+from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
 __all__ = ["Drops", "DropsTold"]
 

@@ -6,7 +6,7 @@
     spool.json                    site, job, limit and readers; written by the sender before trainers start
     round                         the current federated round (int64, -1 for none); mapped by every writer
     <stream>-<segment>.spool      an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
-    <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (see stream_ledger)
+    <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (see writer_ledger)
     <n>.spare                     a reserved block of the disk, which becomes a ledger or cursor when the disk is full
     <stream>-<seq>.blob           the bytes of an image or artifact
     <stream>-<size>-<random>.part a blob that is being written, with the size that it is going to have
@@ -35,10 +35,10 @@ import msgspec
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.plain_files import make_private_folder, read_plain
+from trackhub.plain_values_to_structs import prepare
 from trackhub.process_lock import ProcessLock
-from trackhub.spool.full_disk_writes import SPARES, make_spare, reason_of, write_start
+from trackhub.spool.reserved_blocks import SPARES, make_spare, reason_of, write_start
 from trackhub.spool.round_file import RoundFile
-from trackhub.struct_conversion import prepare
 
 __all__ = [
     "SEGMENT_HEADER",
@@ -77,8 +77,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         max_bytes: limit of all files together.
         open: False once the job has ended; no new writer may start then.
         format: version of the frames.
-        name, notes, tags: what a person reads of the job, as in `trackhub.run.JobInfo`. A replay of this spool needs
-            them where the receiver's journal is not at hand, or it would write to runs of another name.
+        name, notes, tags: what a person reads of the job, as in `trackhub.job_and_run_info.JobInfo`. A replay of this
+            spool needs them where the receiver's journal is not at hand, or it would write to runs of another name.
         policy: what may leave the site: `trackhub.policy.SiteRules.plain`. Whoever sends this spool applies it.
     """
 
@@ -100,7 +100,7 @@ _known: dict[str, SpoolInfo] = {}
 """What this process has stored in the ``spool.json`` of each folder, or wants to."""
 
 _expected: dict[str, str] = {}
-"""The folders whose ``spool.json`` could not be stored yet, and why: one of `stream_ledger.DROP_REASONS`."""
+"""The folders whose ``spool.json`` could not be stored yet, and why: one of `writer_ledger.DROP_REASONS`."""
 
 
 def create_spool(folder: Path, info: SpoolInfo) -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
 from trackhub.plain_files import open_plain
-from trackhub.spool.stream_ledger import WriterState, read_ledger, writer_state
+from trackhub.spool.writer_ledger import WriterState, read_ledger, writer_state
 
 __all__ = ["Room", "new_part"]
 

@@ -17,11 +17,11 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.drops import Drops, DropsTold
-from trackhub.spool.full_disk_writes import reason_of
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
+from trackhub.spool.reserved_blocks import reason_of
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
-from trackhub.spool.segment_file import SegmentFile
+from trackhub.spool.segment_writer import SegmentFile
 
 __all__ = ["CLOSED", "Stream"]
 

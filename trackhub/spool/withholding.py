@@ -20,11 +20,11 @@ import msgspec
 
 from trackhub.errors import RecordError
 from trackhub.framing import decode_body, encode_frame, scan_frames
+from trackhub.job_and_run_info import Side
 from trackhub.policy import SiteRules
 from trackhub.policy.judge import UNREADABLE, Judge, Judgement, judge_of
 from trackhub.policy.thinning import Seen, Thinning
 from trackhub.records import KIND_OF, STEPLESS, Artifact, Blob, Gap, Image, Kind, Metrics, Payload, Record
-from trackhub.run import Side
 from trackhub.spool.batch import SpoolBatch
 
 __all__ = ["Withholding"]

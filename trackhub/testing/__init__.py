@@ -24,7 +24,7 @@ pytest.register_assert_rewrite(
     "trackhub.testing.scenario_delivery",
 )
 
-from trackhub.run import RunInfo, RunStatus  # noqa: E402
+from trackhub.job_and_run_info import RunInfo, RunStatus  # noqa: E402
 from trackhub.spi import Kind  # noqa: E402
 from trackhub.testing.contract import BackendContract  # noqa: E402
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext  # noqa: E402

@@ -6,7 +6,7 @@ from __future__ import annotations
 from trackhub.spi import Backend, BackendRun
 from trackhub.testing.checks.declarations import DeclarationChecks
 from trackhub.testing.checks.delivery import ConfirmationChecks, ErrorChecks, OutageChecks, VolumeChecks
-from trackhub.testing.checks.disabled_checks import contract_problems, misspelt_methods
+from trackhub.testing.checks.detect_disabled_checks import contract_problems, misspelt_methods
 from trackhub.testing.checks.fixtures import Kit
 from trackhub.testing.checks.identity import IdentityChecks
 from trackhub.testing.checks.keys_stay_apart import KeyChecks

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trackhub.run import RunInfo, RunStatus
+from trackhub.job_and_run_info import RunInfo, RunStatus
 from trackhub.spi import Backend, BackendContext, Kind
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.store_outage import FolderOutage, Outage

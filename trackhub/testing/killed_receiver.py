@@ -26,8 +26,8 @@ import msgspec
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.report_builder import read_journal_report
+from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.limits import Limits
-from trackhub.run import JobInfo, Side
 from trackhub.spi import Backend
 from trackhub.testing.faulty_backend import FaultyBackend, KillPoint
 from trackhub.testing.receiver_rig import ReceiverOfClass, ReceiverRig

@@ -19,8 +19,8 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.wire import Accepted, Final, Request, SiteCounts, decode_reply, encode
+from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus, Side
 from trackhub.spi import Backend, BackendContext, Capabilities
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.faulty_backend import FaultyBackend

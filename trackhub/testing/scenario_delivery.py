@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 from trackhub.spi import Capabilities
 from trackhub.testing.comparison import check_held
 from trackhub.testing.contract_hooks import ContractHooks

@@ -17,8 +17,8 @@ import msgspec
 
 from trackhub.delivery.wire import Batch, Chunk
 from trackhub.framing import encode_frame
+from trackhub.job_and_run_info import JobInfo
 from trackhub.records import Artifact, Blob, Histogram, Image, Kind, Metrics, Payload, Record, Table, Text
-from trackhub.run import JobInfo
 
 __all__ = [
     "BASE_TIME",

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.newest_metrics import NewestMetrics
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import DeliveryReport

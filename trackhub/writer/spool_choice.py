@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from trackhub.errors import ConfigError, SpoolError
-from trackhub.spool.announcement import find_spool
+from trackhub.spool.announce_spool import find_spool
 from trackhub.spool.writing import SpoolWriter
 
 __all__ = ["MODE_ENV", "STRICT_ENV", "is_disabled", "is_strict", "open_spool"]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Summary, Table, Tags, Text, key_problem
+from trackhub.writer.figures_and_batches import table_of
 from trackhub.writer.plain_values import (
     as_mapping,
     is_of_signal_handler,
@@ -27,7 +28,6 @@ from trackhub.writer.plain_values import (
     shown,
     shown_error,
 )
-from trackhub.writer.sdk_values import table_of
 
 __all__ = [
     "BadValues",

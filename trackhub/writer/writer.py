@@ -18,10 +18,10 @@ from typing import Any, ParamSpec, Self
 from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.spool.writing import NewBlob, SpoolWriter
+from trackhub.writer.combined_log_calls import RichCalls
 from trackhub.writer.images import read_image
 from trackhub.writer.plain_values import is_of_signal_handler, shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
-from trackhub.writer.rich_calls import RichCalls
 from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
     BadValues,

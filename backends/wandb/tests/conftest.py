@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from trackhub_wandb import WandBBackend, WandBOptions
-from trackhub_wandb.sdk_process import abandon_runs, import_sdk
+from trackhub_wandb.sdk_start_and_stop import abandon_runs, import_sdk
 
 from tests.support.wandb_emulator import Emulator
 from trackhub.spi import BackendContext, Blob, Entry, JobInfo, Metrics, Payload, RunInfo, Side

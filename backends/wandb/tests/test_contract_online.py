@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 from trackhub_wandb.contract import WandBContract, add_row
-from trackhub_wandb.offline_reader import parse_integer
+from trackhub_wandb.offline_readback import parse_integer
 
 from tests.support.wandb_emulator import Emulator
 from trackhub.testing import ArtifactItem, ReadBack, RunInfo, StoreContext

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from trackhub_wandb import WandBBackend
-from trackhub_wandb.sdk_process import service_is_lost
+from trackhub_wandb.sdk_start_and_stop import service_is_lost
 
 from backends.wandb.tests.conftest import Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator, Fault

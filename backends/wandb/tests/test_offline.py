@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image as PilImage
-from trackhub_wandb.offline_reader import LoggedRun, find_runs
+from trackhub_wandb.offline_readback import LoggedRun, find_runs
 
 from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator
@@ -414,7 +414,7 @@ def test_the_first_images_of_two_runs_may_come_at_the_same_time(tmp_path: Path) 
     (tmp_path / "image.png").write_bytes(png())
     code = """
         import os, sys, threading
-        from trackhub_wandb.sdk_process import import_sdk
+        from trackhub_wandb.sdk_start_and_stop import import_sdk
         wandb = import_sdk()
         sys.setswitchinterval(1e-6)
         def open_in_two_threads():

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
-from trackhub.run import FEDERATION, SERVER
 
 __all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patterns"]
 

@@ -2,8 +2,9 @@
 """Writes the federation run: facts about the rounds, and the statistics that `Aggregation` computes.
 
 The receiver of a job starts one, and tells it of new rows in the journal. Its records go into the journal as those of a
-site named `trackhub.run.FEDERATION`, so lanes, counts and replays treat them like any others. Statistics are stored in
-one transaction with the row up to which the journal was read. So a receiver that is killed repeats and skips none.
+site named `trackhub.job_and_run_info.FEDERATION`, so lanes, counts and replays treat them like any others. Statistics
+are stored in one transaction with the row up to which the journal was read. So a receiver that is killed repeats and
+skips none.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERA
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
+from trackhub.job_and_run_info import FEDERATION
+from trackhub.plain_values_to_structs import prepare
 from trackhub.records import Artifact, Kind, Metrics, Params, Payload, Record, Tags, Text
-from trackhub.run import FEDERATION
-from trackhub.struct_conversion import prepare
 
 __all__ = ["FederationOptions", "FederationRun"]
 

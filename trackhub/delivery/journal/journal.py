@@ -78,7 +78,7 @@ class Journal:
         Args:
             path: the file. Its folder is created.
             job: the job whose records it holds.
-            side: where its receiver is, as in `trackhub.run.Side`.
+            side: where its receiver is, as in `trackhub.job_and_run_info.Side`.
             durability: ``normal`` survives a killed process, ``full`` also a loss of power (an fsync for each batch).
 
         Raises:

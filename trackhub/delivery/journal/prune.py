@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.delivery.journal.find import find
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.report_builder import build_report

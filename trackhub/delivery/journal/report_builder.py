@@ -26,7 +26,7 @@ from trackhub.delivery.journal.tables_and_rows import (
 )
 from trackhub.delivery.report import Counted, DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
-from trackhub.run import JobInfo, RunStatus
+from trackhub.job_and_run_info import JobInfo, RunStatus
 
 __all__ = ["build_report", "read_journal_report"]
 

@@ -15,10 +15,10 @@ import msgspec
 
 from trackhub.conceal import conceal
 from trackhub.framing import CorruptFrameError, Frame, scan_frames
+from trackhub.job_and_run_info import JobInfo
+from trackhub.plain_values_to_structs import prepare
 from trackhub.records import Kind
-from trackhub.run import JobInfo
 from trackhub.spi import Entry, Results
-from trackhub.struct_conversion import prepare
 
 __all__ = [
     "EXPECTED_SITES",

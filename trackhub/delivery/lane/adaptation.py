@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from trackhub.delivery.lane.keys import key_fitter
+from trackhub.plain_values_to_structs import prepare
 from trackhub.records import KEYED, KIND_OF, STEPLESS, Kind, Metrics, Params, Payload, Record
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
-from trackhub.struct_conversion import prepare
 
 __all__ = ["Adaptation"]
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from trackhub.delivery.lane.evidence import Evidence, share_keys, sort_of, speaks_of_the_store
+from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import STEPLESS
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection

@@ -21,11 +21,11 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
-from trackhub.delivery.lane.opening_notice import OpeningNotice
 from trackhub.delivery.lane.run_delivery import RunDelivery
+from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.errors import ConfigError, JournalError, TransientError
+from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.own_threads import OwnThread
-from trackhub.run import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]

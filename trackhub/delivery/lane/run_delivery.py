@@ -24,7 +24,7 @@ from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.errors import JournalError, PermanentError, TransientError
-from trackhub.run import RunInfo, RunStatus
+from trackhub.job_and_run_info import RunInfo, RunStatus
 from trackhub.spi import (
     Backend,
     BackendRun,

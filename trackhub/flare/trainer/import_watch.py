@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls back when Python has loaded one of some modules, before anybody uses it.
 
-``startup/sitecustomize.py`` runs this file, and `trackhub.flare.source` imports it. It imports no module, since a
-trainer's process must be as it would be without tracking.
+``startup/sitecustomize.py`` runs this file, and `trackhub.flare.install_log_hooks` imports it. It imports no module,
+since a trainer's process must be as it would be without tracking.
 """
 
 

@@ -2,9 +2,9 @@
 """Turns FLARE's log calls into records, in the process that makes them.
 
 All of FLARE's writers end in one of three log functions, and most calls pass a fourth one before. In an external
-trainer ``startup/sitecustomize.py`` calls `take_in_trainer`, which replaces them; in process `trackhub.flare.source`
-does. They are private in FLARE. ``tests/integration/test_flare_internals.py`` tests that they are as this module
-expects.
+trainer ``startup/sitecustomize.py`` calls `take_in_trainer`, which replaces them; in process
+`trackhub.flare.install_log_hooks` does. They are private in FLARE. ``tests/integration/test_flare_internals.py`` tests
+that they are as this module expects.
 """
 
 from __future__ import annotations

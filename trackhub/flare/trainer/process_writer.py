@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 
-from trackhub.spool.announcement import find_spool
+from trackhub.spool.announce_spool import find_spool
 from trackhub.spool.layout import read_spool_info
 from trackhub.writer.writer import Writer
 

@@ -13,7 +13,7 @@ import msgspec
 
 from trackhub import registry
 from trackhub.errors import PluginError
-from trackhub.run import Side
+from trackhub.job_and_run_info import Side
 from trackhub.secrets import is_secret_name
 from trackhub.spi import Backend, BackendContext, NoOptions, OptionMark
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit

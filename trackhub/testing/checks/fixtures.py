@@ -17,8 +17,8 @@ import pytest
 
 from trackhub import registry
 from trackhub.delivery.wire import Chunk
+from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.records import Artifact, Image, Params
-from trackhub.run import JobInfo, RunInfo, RunStatus, Side
 from trackhub.spi import Backend, Capabilities, ConfirmedBy, Entry, Kind
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.faulty_backend import FaultyBackend

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trackhub.run import FEDERATION, SERVER, Side
+from trackhub.job_and_run_info import FEDERATION, SERVER, Side
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.receiver_rig import ReceiverRig
 from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario

@@ -14,7 +14,7 @@ import pytest
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.sender import Sender
-from trackhub.run import RunStatus
+from trackhub.job_and_run_info import RunStatus
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit, one_param
 from trackhub.testing.comparison import differences

@@ -34,7 +34,7 @@ from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_
 from trackhub_wandb.offline import OfflineRun, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
-from trackhub_wandb.sdk_process import QUIET_SETTINGS, Login, import_sdk, stop_service
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, stop_service
 from trackhub_wandb.server_state import Server
 
 __all__ = ["WandBBackend"]

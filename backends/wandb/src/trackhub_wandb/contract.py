@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of ``wandb`` in the mode offline: it reads the ``.wandb`` files with `offline_reader`.
+"""The contract of ``wandb`` in the mode offline: it reads the ``.wandb`` files with `offline_readback`.
 
 ``trackhub check wandb`` and this package's tests run it. Online, W&B is a server that no check may use, so the tests
 run the same contract against an emulator of it.
@@ -29,7 +29,7 @@ from trackhub.testing import (
     TextItem,
 )
 from trackhub_wandb.backend import WandBBackend
-from trackhub_wandb.offline_reader import read_log
+from trackhub_wandb.offline_readback import read_log
 
 __all__ = ["WandBContract", "add_row"]
 

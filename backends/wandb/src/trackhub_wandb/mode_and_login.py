@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from trackhub.spi import ConfigError, TransientError, remember_secret
-from trackhub_wandb.sdk_process import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk
 
 if TYPE_CHECKING:
     from trackhub_wandb.options import WandBOptions

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from trackhub.spi import BackendRun, Confirmation, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
-from trackhub_wandb.sdk_process import abandon_runs, open_sdk_run, stop_service
 from trackhub_wandb.sdk_run import SdkRun, first_config, link_or_copy
+from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, stop_service
 from trackhub_wandb.transaction_log_follower import TransactionLog
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a W&B server. `backend` opens it in the mode online.
 
-It writes with `sdk_run` and confirms by what `server_state` says, or else by what `upload_log` says.
+It writes with `sdk_run` and confirms by what `server_state` says, or else by what `sdk_upload_log` says.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
-from trackhub_wandb.sdk_process import abandon_runs, open_sdk_run, service_is_lost, stop_service
 from trackhub_wandb.sdk_run import SdkRun, first_config
-from trackhub_wandb.upload_log import UploadLog
+from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, service_is_lost, stop_service
+from trackhub_wandb.sdk_upload_log import UploadLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One open W&B run: turns entries into calls of the SDK, each entry once, and remembers what must be confirmed.
 
-`offline` and `online` open the run with `sdk_process` and hand it over. They ask this module what was written last.
+`offline` and `online` open the run with `sdk_start_and_stop` and hand it over. They ask this module what was written
+last.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from trackhub.spi import (
     Text,
 )
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
-from trackhub_wandb.sdk_process import remove_from_config
+from trackhub_wandb.sdk_start_and_stop import remove_from_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

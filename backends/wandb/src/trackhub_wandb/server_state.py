@@ -11,13 +11,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from trackhub.spi import TransientError
-from trackhub_wandb.sdk_process import QUIET_SETTINGS, exclusive_sdk
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, exclusive_sdk
 
 if TYPE_CHECKING:
     import requests
 
     from trackhub_wandb.options import WandBOptions
-    from trackhub_wandb.sdk_process import Login
+    from trackhub_wandb.sdk_start_and_stop import Login
 
 __all__ = ["RunPath", "Server"]
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python runs this file when a trainer's process starts, before the script.
 
-`trackhub.flare.source` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool. When the script
-imports a module that logs, of FLARE or of an SDK that the job captures, ``trackhub.flare.trainer`` is called. This file
-imports nothing that Python has not loaded by then, leaves no trace where nothing is announced, and runs the
-``sitecustomize`` that it hides. Any Python may run it, also an old one, so it has no annotations and no f-strings.
+`trackhub.flare.install_log_hooks` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool. When
+the script imports a module that logs, of FLARE or of an SDK that the job captures, ``trackhub.flare.trainer`` is
+called. This file imports nothing that Python has not loaded by then, leaves no trace where nothing is announced, and
+runs the ``sitecustomize`` that it hides. Any Python may run it, also an old one, so it has no annotations and no
+f-strings.
 """
 
 import os

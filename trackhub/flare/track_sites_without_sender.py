@@ -18,9 +18,9 @@ from trackhub.flare.cell_channel import have_sender
 from trackhub.flare.flare_internals import participants
 from trackhub.flare.job_labels import spool_info
 from trackhub.flare.stock_records import StockRecords
+from trackhub.job_and_run_info import path_component
 from trackhub.own_threads import OwnThread
 from trackhub.policy import SiteRules
-from trackhub.run import path_component
 
 __all__ = ["SitesWithoutSender"]
 

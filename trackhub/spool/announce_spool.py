@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from trackhub.errors import ConfigError, SpoolError
+from trackhub.plain_values_to_structs import prepare
 from trackhub.spool.layout import SpoolInfo, expect_spool, expected_spool, read_spool_info, spool_info
-from trackhub.struct_conversion import prepare
 
 __all__ = [
     "SPOOL_ENV",

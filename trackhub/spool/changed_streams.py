@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trackhub.spool.acks import Ack
-from trackhub.spool.stream_ledger import WriterState
+from trackhub.spool.writer_ledger import WriterState
 
 __all__ = ["End", "FollowedStream", "look", "stream_ends"]
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from trackhub.flare import flare_internals
-from trackhub.flare.listeners import listeners
+from trackhub.flare.find_analytics_listeners import listeners
 from trackhub.flare.stock_records import StockRecords
 from trackhub.flare.trainer.capture import CAPTURE_ENV, Capture, CaptureSetting
 from trackhub.flare.trainer.import_watch import ImportWatch

@@ -19,12 +19,12 @@ from trackhub.delivery.report import (
     format_counted,
     format_logged,
 )
+from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.collect import Logged, RunData
 from trackhub.page.federation import members, participation
 from trackhub.page.numbers import number
 from trackhub.query import StoredJob
 from trackhub.query.tidy import text_of
-from trackhub.run import FEDERATION
 
 __all__ = ["deliveries", "final_values", "job_rows", "media", "rounds_of", "settings"]
 

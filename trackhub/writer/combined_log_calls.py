@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackhub.errors import RecordError
+from trackhub.writer.figures_and_batches import figure_png
 from trackhub.writer.plain_values import key_text, shown
-from trackhub.writer.sdk_values import figure_png
 
 if TYPE_CHECKING:
     from trackhub.spool.writing import SpoolWriter
