@@ -306,13 +306,13 @@ def flare_environment(env: Mapping[str, str] = MappingProxyType({}), python: str
     ``python3``, as FLARE starts it, is the interpreter of the tests, and a race of FLARE's simulator is mended.
 
     Args:
-        env: further variables. The entries of its ``PYTHONPATH`` come first.
+        env: further variables, which win. Of ``PYTHONPATH``, their entries come first.
         python: the interpreter.
     """
-    path = os.pathsep.join([str(Path(python).parent), env.get("PATH", os.environ["PATH"])])
+    path = os.pathsep.join([str(Path(python).parent), os.environ["PATH"]])
     python_path = [env.get("PYTHONPATH"), str(SIMULATOR_MEND), os.environ.get("PYTHONPATH")]
-    own = {"PATH": path, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
-    return {**os.environ, **env, **own}
+    own = {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **own, **env, "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
 
 
 @dataclass(frozen=True)
