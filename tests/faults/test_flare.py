@@ -18,9 +18,9 @@ import pytest
 from tests.faults.process import wait_for
 from tests.faults.readers import count_receiver, count_site
 from tests.integration.harness import Job, read_jsonl
-from tests.integration.poc import SITES, Poc, PocResult, poc
+from tests.integration.poc import SITES, Poc, PocResult, poc, wandb
 
-__all__ = ["poc"]  # the fixture: pytest finds it by its name here
+__all__ = ["poc", "wandb"]  # the fixtures: pytest finds them by their names here
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")]
 
@@ -138,7 +138,10 @@ def test_a_killed_server_job_process_loses_nothing(poc: Poc, tmp_path: Path, see
 
 
 def test_a_simulator_with_fewer_threads_than_clients_delivers_every_record(tmp_path: Path) -> None:
-    """The simulator may even train a client's round twice, in two processes at once. Both belong to the same site."""
+    """The simulator may even train a client's round twice, in two processes at once. Both belong to the same site.
+
+    It ends most client processes without END_RUN. So the report cannot know that a site logged no more, and says so.
+    """
     tracking = {"server": ["jsonl"], "limits": LIMITS}
     trainer = re.sub("400", "50", TRAINER)
 
@@ -146,8 +149,10 @@ def test_a_simulator_with_fewer_threads_than_clients_delivers_every_record(tmp_p
 
     assert result.rc == 0, result.log[-4000:]
     report = result.report("server")
-    assert report["balanced"]
+    assert report["adds_up"]
     for site in ("site-1", "site-2", "site-3"):
+        assert report["sites"][site]["counted"] in ("final", "stale")
+        assert report["sites"][site]["missing"] == 0
         noted = sorted((f.key, f.step, f.value) for f in result.facts(site))
         assert len(noted) >= 100
         assert sorted((p.key, p.step, p.value) for p in result.jsonl_points("server", site)) == noted

@@ -171,6 +171,18 @@ def test_an_event_of_another_type_is_recorded_once_and_goes_on(rig: Rig) -> None
     assert context.get_prop(FLContextKey.EVENT_DATA).get_header(FedEventHeader.DIRECTION, "out") == "out"
 
 
+@pytest.mark.parametrize("level", ["log_info", "log_warning", "log_error", "log_exception", "log_critical"])
+def test_a_line_that_flare_logs_is_no_record_and_stays_at_the_site(rig: Rig, level: str) -> None:
+    """FLARE fires its own log lines as analytics events, too. They can hold paths, names and values."""
+    context = event(None)
+    getattr(FLComponent(), level)(context, "a planted path", fire_event=True)
+    assert context.get_prop(FLContextKey.EVENT_DATA) is not None
+
+    rig.take_custom(context)
+
+    assert read_spool(rig.folder) == {}
+
+
 def test_records_that_come_before_the_spool_are_kept_or_counted(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     for number in range(1003):

@@ -17,7 +17,7 @@ from typing import Literal
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.dxo import DataKind, from_shareable
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, LogMessageTag
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
@@ -28,6 +28,8 @@ from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
 
+_LOG_LINES = frozenset(tag for name, tag in vars(LogMessageTag).items() if name.isupper())
+"""The keys under which FLARE fires what its components write to the log."""
 _MAX_EARLY = 1000
 """How many records are kept until the spool is there. Further ones are counted as dropped."""
 
@@ -115,10 +117,11 @@ class StockRecords:
         if not isinstance(event, Shareable):
             return
         try:
-            kind = from_shareable(event).data_kind
+            dxo = from_shareable(event)
         except Exception:  # the data of most events is something else
             return
-        if kind == DataKind.ANALYTIC:
+        # FLARE fires its own log lines as such events, too. They can hold paths and values, and must stay at the site.
+        if dxo.data_kind == DataKind.ANALYTIC and dxo.data.get(TrackConst.TRACK_KEY) not in _LOG_LINES:
             self.take(fl_ctx)
 
     def write(self, event: Shareable, *, by_message: bool) -> None:
