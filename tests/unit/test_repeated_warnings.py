@@ -43,7 +43,9 @@ def test_a_spool_that_cannot_be_read_is_named_once(
     rig.requests.clear()
     while len(rig.requests) < 8:  # keep-alives
         sender.flush(0.2)
-    counted = Counter(record.getMessage() for record in caplog.records)
+    # Lanes that another test left behind, with a journal that it closed under them, log as well.
+    own = [record for record in caplog.records if not record.name.startswith("trackhub.delivery.lane")]
+    counted = Counter(record.getMessage() for record in own)
     sender.close(0.5)
 
     assert counted
