@@ -28,6 +28,7 @@ from tests.support.wandb_emulator import Emulator
 __all__ = [
     "ADMIN",
     "ALLOWED_CLASSES",
+    "FIFTY_CALLS",
     "SITES",
     "Poc",
     "PocResult",
@@ -38,6 +39,22 @@ __all__ = [
     "wait_until",
     "wandb",
 ]
+
+FIFTY_CALLS = """
+from trackhub import Writer
+
+writer = Writer()
+
+
+def train(n):
+    for i in range(50):
+        values = {"loss": n + i / 7}
+        fact(lambda: writer.log(values, 50 * n + i), values, 50 * n + i)
+
+
+rounds(train)
+"""
+"""A training script that logs fifty values in each round."""
 
 ADMIN, LEAD = "admin@nvidia.com", "lead@nvidia.com"
 SITES = ("site-1", "site-2")

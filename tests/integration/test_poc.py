@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.harness import Job, read_jsonl
-from tests.integration.poc import SITES, Poc, assert_nowhere, operator_file, poc, points, wait_until, wandb
+from tests.integration.poc import FIFTY_CALLS, SITES, Poc, assert_nowhere, operator_file, poc, points, wait_until, wandb
 from tests.support.wandb_emulator import Emulator
 from trackhub.cli.status import spool_status
 from trackhub.delivery.journal.find_journals_and_spools import find
@@ -71,21 +71,7 @@ class Forger(Widget):
         return reply.get_header(MessageHeaderKey.RETURN_CODE)
 """
 
-TRAINER = """
-from trackhub import Writer
-
-writer = Writer()
-
-
-def train(n):
-    for i in range(50):
-        values = {"loss": n + i / 7}
-        fact(lambda: writer.log(values, 50 * n + i), values, 50 * n + i)
-
-
-rounds(train)
-fact(lambda: writer.log({"last": 1.0}), {"last": 1.0})
-"""
+TRAINER = FIFTY_CALLS + 'fact(lambda: writer.log({"last": 1.0}), {"last": 1.0})\n'
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")

@@ -13,27 +13,12 @@ import pytest
 
 from tests.e2e.stores import BACKENDS, read_run
 from tests.integration.harness import Fact, Job
-from tests.integration.poc import ALLOWED_CLASSES, SITES, Poc, PocResult, poc, points, wandb
+from tests.integration.poc import ALLOWED_CLASSES, FIFTY_CALLS, SITES, Poc, PocResult, poc, points, wandb
 from trackhub.job_and_run_info import JobInfo, Side
 
 __all__ = ["poc", "wandb"]  # the fixtures that the tests below ask for
 
 pytestmark = pytest.mark.long
-
-TRAINER = """
-from trackhub import Writer
-
-writer = Writer()
-
-
-def train(n):
-    for i in range(50):
-        values = {"loss": n + i / 7}
-        fact(lambda: writer.log(values, 50 * n + i), values, 50 * n + i)
-
-
-rounds(train)
-"""
 
 
 def noted(result: PocResult, site: str) -> list[tuple[str, int | None, float]]:
@@ -113,7 +98,7 @@ def test_a_user_without_byoc_runs_a_job_without_code_and_gets_its_records(
     """FLARE's list of classes holds for such a job. It has the lines of docs/deploying.md."""
     page = (Path(__file__).parents[2] / "docs" / "deploying.md").read_text()
     assert all(f'"{name}"' in page for name in ALLOWED_CLASSES)
-    written = Job(tmp_path, TRAINER, {"server": ["jsonl"], "clients": ["jsonl"]}).export()
+    written = Job(tmp_path, FIFTY_CALLS, {"server": ["jsonl"], "clients": ["jsonl"]}).export()
     bringing_code = tmp_path / "with_code"
     shutil.copytree(written, bringing_code)
 
@@ -144,7 +129,7 @@ def no_classes_of_trackhub(poc: Poc) -> Iterator[None]:
 def test_a_job_without_code_is_refused_where_trackhub_is_not_in_the_list(
     poc: Poc, tmp_path: Path, at_the_sites: Path
 ) -> None:
-    job = without_code(at_the_sites, Job(tmp_path, TRAINER, {"server": ["jsonl"]}).export())
+    job = without_code(at_the_sites, Job(tmp_path, FIFTY_CALLS, {"server": ["jsonl"]}).export())
 
     result = poc.result(poc.lead.ask("submit", str(job)), poc.lead)
 
@@ -179,7 +164,7 @@ def test_a_site_that_is_killed_without_a_goodbye_never_reads_as_finished(poc: Po
     from death import Death
     job.to(Death(), "site-2", id="death")
     """
-    job = Job(tmp_path, TRAINER, {"server": ["jsonl"]}, more=more, modules={"death": DEATH}, own_apps=True)
+    job = Job(tmp_path, FIFTY_CALLS, {"server": ["jsonl"]}, more=more, modules={"death": DEATH}, own_apps=True)
 
     result = poc.run(job.export())
 
@@ -286,8 +271,8 @@ def test_lies_of_one_site_spoil_its_own_part_of_the_report_alone(poc: Poc, tmp_p
 
 def test_a_job_in_poc_stores_the_same_points_as_in_the_simulator(poc: Poc, tmp_path: Path) -> None:
     """Each job's points are compared with what its own trainers noted: the clock differs, and nothing else may."""
-    here = Job(tmp_path / "here", TRAINER, {"server": BACKENDS}).run()
-    there = poc.run(Job(tmp_path / "there", TRAINER, {"server": BACKENDS}).export())
+    here = Job(tmp_path / "here", FIFTY_CALLS, {"server": BACKENDS}).run()
+    there = poc.run(Job(tmp_path / "there", FIFTY_CALLS, {"server": BACKENDS}).export())
 
     assert (here.rc, there.status) == (0, "FINISHED:COMPLETED"), here.log
     for site in SITES:
