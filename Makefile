@@ -10,8 +10,20 @@ PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(BACKENDS))
 SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests docs .ci/raise_versions.py $(wildcard backends/*/src backends/*/tests)
 
+# The long tests in parts, each of which runs alone as well: `make test-hostile`.
+LONG_PARTS := flare products kit faults seeds hostile trainers
+SEEDS := tests/faults/test_random.py tests/faults/test_kills.py tests/faults/test_damaged_pages.py
+long_flare := tests/integration
+long_products := tests/e2e
+long_kit := tests/contract tests/unit $(wildcard backends/*/tests)
+long_faults := tests/faults $(addprefix --ignore=,$(SEEDS))
+long_seeds := $(SEEDS)
+long_hostile := tests/hostile
+# A long file of many seeds is shared among the processes, test by test.
+test-seeds test-hostile test-kit: SIDE_BY_SIDE := -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test trainers test-all faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
+.PHONY: help setup demo test trainers $(addprefix test-,all $(LONG_PARTS)) faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -45,9 +57,17 @@ $(TRAINERS)/.installed: $(INSTALLED)
 	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
 	@touch $@
 
-test-all: $(VENV)/.installed-tools $(TRAINERS)/.installed ## run every test
-	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE) $(ARGS)
-	$(TRAINERS)/bin/python -m pytest -m "" tests/trainers
+test-all: ## run every test: `test`, then the long ones in parts; about an hour and a half
+# A part that fails does not keep the next ones from running.
+	@failed=; for part in test $(addprefix test-,$(LONG_PARTS)); do \
+	    echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+test-flare test-products test-kit test-faults test-seeds test-hostile: test-%: $(VENV)/.installed-tools
+	$(BIN)/python -m pytest -m long $(SIDE_BY_SIDE) $(long_$*) $(ARGS)
+
+test-trainers: $(TRAINERS)/.installed
+	$(TRAINERS)/bin/python -m pytest -m long tests/trainers $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,26 @@ def test_the_source_distribution_has_the_tests_but_not_the_benchmark() -> None:
     assert "/tests" in sdist["include"]
     assert "/tests/bench" in sdist["exclude"]
     assert [path for path in sdist["exclude"] if not (ROOT / path.lstrip("/")).exists()] == []
+
+
+def test_each_long_test_is_in_one_part_of_make_test_all() -> None:
+    """A part names folders and files; a folder that no part names would never be run."""
+    targets = [f"test-{part}" for part in ("flare", "products", "kit", "faults", "seeds", "hostile", "trainers")]
+    shown = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    runs = [line.split("-m long", 1)[1].split() for line in shown.splitlines() if "-m pytest -m long" in line]
+    tests = [*ROOT.glob("tests/*/test_*.py"), *ROOT.glob("backends/*/tests/test_*.py")]
+
+    def is_among(test: Path, paths: Iterable[str]) -> bool:
+        return any(test.is_relative_to(ROOT / path) for path in paths)
+
+    def is_run_by(test: Path, words: list[str]) -> bool:
+        ignored = [word.removeprefix("--ignore=") for word in words if word.startswith("--ignore=")]
+        return is_among(test, (word for word in words if not word.startswith("-"))) and not is_among(test, ignored)
+
+    times = {str(test.relative_to(ROOT)): sum(is_run_by(test, words) for words in runs) for test in tests}
+
+    assert len(runs) == len(targets)
+    assert {test: found for test, found in times.items() if found != 1} == {}
 
 
 @pytest.mark.parametrize("folder", backend_folders(), ids=lambda folder: folder.name)
