@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what a store holds, by other means than those that wrote it.
 
-The arms call it after each run. With ``key``, only entries with this text in their key count.
+The arms call it after each run. With ``key``, only entries with this text in their key count. What
+trackhub itself writes to the federation run (``fl/...``) is no call of an arm, and never counts.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def _scalars(folder: Path) -> Iterator[tuple[str, int]]:
 def count_mlflow(database: Path, key: str = "") -> int:
     """Return the number of metric points in an MLflow store."""
     with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as db:
-        return int(db.execute("SELECT count(*) FROM metrics WHERE instr(key, ?)", (key,)).fetchone()[0])
+        count = "SELECT count(*) FROM metrics WHERE instr(key, ?) AND key NOT LIKE 'fl/%'"
+        return int(db.execute(count, (key,)).fetchone()[0])
 
 
 def count_wandb(folder: Path, key: str = "") -> int:
@@ -58,4 +60,5 @@ def count_wandb(folder: Path, key: str = "") -> int:
 
     records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
     rows = (record.history for record in records if record.HasField("history"))
-    return sum(any(key in (item.key or "/".join(item.nested_key)) for item in row.item) for row in rows)
+    keys = ([item.key or "/".join(item.nested_key) for item in row.item] for row in rows)
+    return sum(any(key in found for found in row) and not row[0].startswith("fl/") for row in keys)
