@@ -8,6 +8,7 @@ and the same job without tracking.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import statistics
 import subprocess
@@ -210,7 +211,9 @@ def _cifar10(backend: str, samples: int) -> Arm:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stdout[-300:] + done.stderr[-300:])
-        return next(path for path in folder.iterdir() if path.is_dir())
+        job = next(path for path in folder.iterdir() if path.is_dir())
+        _leave_out_server_evaluation(job)
+        return job
 
     def run(folder: Path) -> Run:
         job = exported()
@@ -230,6 +233,14 @@ def _cifar10(backend: str, samples: int) -> Arm:
         return Run(values, logged, confirmed)
 
     return run
+
+
+def _leave_out_server_evaluation(job: Path) -> None:
+    """Take the evaluation of the last model out of a job. Without tracking, the job has none to compare it with."""
+    for path in job.rglob("config_fed_server.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["components"] = [part for part in config["components"] if part["id"] != "last_model"]
+        path.write_text(json.dumps(config), encoding="utf-8")
 
 
 def _run_ended(folder: Path) -> float:
