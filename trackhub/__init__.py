@@ -46,16 +46,17 @@ def local(
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
 
-    Close it, or use it as a context manager, and everything is delivered when that returns. It then says on stderr what
-    was delivered, and how to look at it. A run that is still open when the script ends is closed then. It ends as
-    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed,
-    what it logged stays in the run's folder. The next run in ``folder`` names it, and ``trackhub replay`` delivers it.
+    Close the writer, or use it as a context manager. When the writer is closed, everything is delivered. It then says
+    on stderr what was delivered, and how to look at it. A run that is still open when the script ends is closed then.
+    The run ends as failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the
+    process is killed, what it logged stays in the run's folder. The next run in ``folder`` names it, and ``trackhub
+    replay`` delivers it.
 
     The environment variable ``TRACKHUB_MODE=disabled`` turns it off: nothing is recorded, and no folder is made.
 
     Args:
         backends: names of installed backends, or names with their options.
-        folder: where the run's folder is made. It is called like the job: its name and its id.
+        folder: where the run's folder is made. The name of the run's folder is the job's name and id.
         job: the job's id; by default the time and a few random characters. Two jobs never share it.
         resume: go on in the run of this ``job`` in this ``folder``, if it is there. Without it, such a run is an error.
         name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
@@ -105,8 +106,8 @@ def load(
         arrow: return a ``pyarrow.Table``, not a ``pandas.DataFrame``.
 
     Returns:
-        The table, by job, site and order of logging. Its metadata has, under ``trackhub.problems``, a list of sentences
-        that say why records may be missing: in ``DataFrame.attrs``, or as JSON in the ``schema.metadata`` of Arrow.
+        The table, sorted by job, by site, and in the order of logging. ``DataFrame.attrs["trackhub.problems"]`` is a
+        list of sentences, which say why records may be missing. In Arrow, the list is JSON in ``schema.metadata``.
 
     Raises:
         ConfigError: there is no journal at or under the path, no such table, or the extra is not installed.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the secrets that this process knows out of its logs, errors, journals and reports.
 
-`trackhub.registry` remembers each secret that it resolves, and backends those that they find elsewhere. From the first
-one on, every log record of the process is cleaned. The journal and the receiver clean what they store and raise.
+`trackhub.registry` passes each secret that it resolves to `remember_secret`, and backends pass those that they find
+elsewhere. From the first secret on, every log record of the process is cleaned. The journal cleans what it stores, and
+the receiver cleans the errors that it raises.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def remember_secret(value: str | None) -> None:
         if not _known:
             _clean_all_log_records()
         if not forms <= set(_known):
-            # The longest first: one secret may be a part of another one, and the rest of that would be shown.
+            # Replace the longest secret first. If one secret is a part of another, the rest of the longer one would be
+            # shown otherwise.
             _known = tuple(sorted({*_known, *forms}, key=len, reverse=True))
 
 
@@ -58,7 +60,7 @@ def conceal(text: str) -> str:
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    """Take known secrets out of a configuration or plugin error of this block. If it shows one, drop its causes too.
+    """Replace known secrets in a configuration or plugin error of this block. An error with a secret loses its causes.
 
     Raises:
         ConfigError, PluginError: those of the block.
@@ -75,8 +77,8 @@ def clean_errors() -> Iterator[None]:
 
 
 def _within_base64(secret: bytes) -> Iterator[str]:
-    """Yield what base64 makes of a secret within a longer text, as in ``Authorization: Basic`` (``user:password``)."""
-    for before in range(3):  # three bytes become four characters, so it depends on how many bytes stand before
+    """Yield the base64 forms of a secret inside a longer text, as in ``Authorization: Basic`` (``user:password``)."""
+    for before in range(3):  # three bytes become four characters, so the form depends on the bytes before the secret
         text = base64.b64encode(bytes(before) + secret).decode().rstrip("=")
         # Leave out characters at both ends that also depend on the text around the secret.
         first, last = (0, 2, 3)[before], len(text) - ((before + len(secret)) % 3 != 0)
@@ -99,12 +101,12 @@ def _clean_all_log_records() -> None:
 def _clean(record: logging.LogRecord) -> None:
     try:
         message = record.getMessage()
-    except Exception:  # noqa: BLE001  # arguments that do not fit; logging says so when it writes the record
+    except Exception:  # noqa: BLE001  # the arguments do not fit the message; logging reports that later
         return
     if (clean := conceal(message)) != message:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[0] is not None:
         trace = _formatter.formatException(record.exc_info)
         if (clean := conceal(trace)) != trace:
-            # Without `exc_info`, since a handler that formats it by itself would show the secret.
+            # Remove `exc_info`, since a handler that formats it again would show the secret.
             record.exc_text, record.exc_info = clean, None

@@ -191,10 +191,10 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
 def pass_metrics(
     buffer: bytes | bytearray | memoryview, offset: int, max_frames: int | None = None, max_end: int | None = None
 ) -> tuple[int, int, int]:
-    """Count the whole, sound frames of metrics that follow each other from ``offset`` on.
+    """Count the complete, intact frames of metrics that follow each other from ``offset`` on.
 
-    Most batches consist of them, and this takes a third of the time of ``scan_frames``. It stops before anything else,
-    be it another kind, damage or an incomplete frame, and leaves it to the caller to find out which.
+    Most batches consist of such frames, and this takes a third of the time of ``scan_frames``. It stops before a frame
+    of another kind, damage, or an incomplete frame. The caller must find out which of these it is.
 
     Args:
         buffer: where the frames are.

@@ -53,7 +53,7 @@ class RunStatus(StrEnum):
     ABORTED = "aborted"
     """Somebody stopped the job."""
     KILLED = "killed"
-    """All processes of the job died before they could say how it ended. A replay ends the runs so."""
+    """All processes of the job died before they could say how it ended. A replay ends the runs with this status."""
 
 
 class RunKey(NamedTuple):
@@ -99,7 +99,7 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def unique_name(self) -> str:
-        """The name and, where it differs, the id: readable, and another one for every job.
+        """The name and, where it differs, the id. It is readable, and no two jobs have the same one.
 
         If the id is a UUID, as FLARE's are, only its first eight digits are shown.
         """
@@ -162,7 +162,7 @@ class RunInfo(msgspec.Struct, frozen=True):
         """Return the file that holds this blob's bytes. The file is complete. Do not change it.
 
         Raises:
-            PermanentError: there is a symbolic link in its place, in a journal's folder that came from elsewhere. It
+            PermanentError: there is a symbolic link in its place. In a journal's folder from somebody else, such a link
                 could lead to any file of this machine.
         """
         path = self.blob_dir / blob.name

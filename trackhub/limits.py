@@ -44,8 +44,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     channels carry 1 MiB without streaming."""
 
     poll_s: Annotated[float, _Range(0.001, 10)] = 0.05
-    """Seconds between two looks at the spool while it is idle. At the default charts feel live, and an idle site costs
-    next to nothing."""
+    """Seconds between two looks at the spool while it is idle. With the default, charts seem live, and an idle site
+    costs almost nothing."""
 
     linger_s: Annotated[float, _Range(0, 60)] = 1.0
     """Most seconds that the sender batches records before it sends the next message; 0 sends at once. A message through
@@ -58,7 +58,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     request_s: Annotated[float, _Range(0.1, 600)] = 10.0
     """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again.
-    Half of ``silence_s`` where that is less, or one lost reply would make the site look dead."""
+    At most half of ``silence_s`` is used, or one lost reply would make the site look dead."""
 
     barrier_s: Annotated[float, _Range(0, 3600)] = 10.0
     """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
@@ -70,8 +70,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     files_s: Annotated[float, _Range(0, 86_400)] = 120.0
     """Longest time in seconds that a site, and the server with it, waits at the end of the job while images and
-    artifacts still arrive. Both wait until ``gate_s`` in any case, and longer only while a file progresses. A file that
-    has not arrived stays in the site's spool."""
+    artifacts still arrive. Both may wait until ``gate_s``, and wait longer only while bytes of a file still arrive. A
+    file that has not arrived completely stays in the site's spool."""
 
     deadline_s: Annotated[float, _Range(0, 86_400)] = 30.0
     """Longest time in seconds, for all lanes together, to bring what is journaled into the backends at the end of the
@@ -93,8 +93,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     of power, at about 3 ms of disk time for every batch."""
 
     flush_s: Annotated[float, _Range(0.01, 600)] = 1.0
-    """Most seconds between handing records to a backend that buffers and asking it to make them durable. At the default
-    a crash costs at most a second's worth of records sent again."""
+    """Most seconds between handing records to a backend that buffers and asking it to make them durable. With the
+    default, a crash means that at most one second of records is sent again."""
 
     def __post_init__(self) -> None:
         for name, (number, allowed) in _RANGES.items():

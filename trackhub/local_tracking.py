@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A writer with a receiver of its own in the same process, so that a training script runs outside FLARE as well.
 
-`trackhub.local` calls `open_local`. It is a transport like any other, the shortest one: a plain call. A run that the
-script does not close is ended by `trackhub.script_end`.
+`trackhub.local` calls `open_local`. The sender and the receiver are the same as in FLARE, but requests travel by a
+plain function call. `trackhub.script_end` ends a run that the script does not close.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Delivery:
             JournalError: the journal cannot be read, or there never was room for it.
         """
         withdraw_process_spool(self.spool)
-        # First, since the process may be killed from here on.
+        # Note the status first, since the process may be killed at any time from here on.
         self._receiver.note_status(status)
         if (self.spool / "spool.json").exists():
             with contextlib.suppress(SpoolError):  # the sender tries it again
@@ -195,7 +195,7 @@ class LocalWriter(Writer):
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``, and after it if there never was room for the journal.
+        report: the delivery report; None until ``close``. It stays None if there never was room for the journal.
     """
 
     report: DeliveryReport | None
@@ -219,7 +219,7 @@ class LocalWriter(Writer):
         self._ends_with_script = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy logs into the same run, as a forked child does. It can end neither the run nor what it does not have.
+        # A copy logs into the same run, as a forked child does. It has no sender or receiver, so it cannot end the run.
         return plain_writer, (self._spool,)
 
     def set_round(self, value: int | None) -> None:
@@ -230,10 +230,10 @@ class LocalWriter(Writer):
     def close(self, *, failed: bool = False) -> None:
         """Deliver what was logged, end the run, and make the report. Blocks up to the limits' deadline. Idempotent.
 
-        Never raises, except for what interrupts it, such as Ctrl-C. If the journal is damaged, or its disk is full, the
-        log says so and there is no report.
+        Never raises, except when it is interrupted, for example by Ctrl-C. If the journal is damaged, or its disk is
+        full, the log says so and there is no report.
 
-        In a forked child it ends only what the child logs. The parent delivers that.
+        In a forked child, this only ends the logging of the child. The parent delivers what the child logged.
 
         Args:
             failed: end the run as failed.
@@ -263,7 +263,7 @@ class LocalWriter(Writer):
 
     def _warn_of_end(self, reason: str) -> None:
         _log.warning(
-            "tracking could not end in order: %s. What was logged is in %s; deliver it with `trackhub replay %s`",
+            "tracking could not end normally: %s. What was logged is in %s; deliver it with `trackhub replay %s`",
             reason, self.folder, self.folder,
         )  # fmt: skip
 
@@ -286,7 +286,7 @@ class LocalWriter(Writer):
 
 
 def _say(message: str) -> None:
-    with contextlib.suppress(Exception):  # stderr may be closed, or busy where a signal came in
+    with contextlib.suppress(Exception):  # stderr may be closed, or in use by the code that a signal interrupted
         sys.stderr.write(f"trackhub: {message}\n")
         sys.stderr.flush()
 
@@ -315,7 +315,7 @@ def open_local(
         ConfigError: a backend, an option or a limit is wrong, a backend cannot be used as configured, or the run is
             there already and ``resume`` is not set.
         PluginError: the plugin of a backend cannot be used.
-        DeliveryError: the folder cannot be used. A full disk is no error: tracking begins once there is room.
+        DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
     if isinstance(backends, str):
         backends = [backends]

@@ -81,13 +81,13 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         backends_allowed: the backends that a job may use here; None for all that are installed.
         state_dir: the absolute folder for spools and journals of all jobs; None for the run folder of each job.
-        keep_days: a receiver that starts prunes the journals in ``state_dir`` whose jobs ended so many days ago, as
-            ``trackhub prune`` does; None keeps them. It needs ``state_dir``: FLARE removes run folders by itself.
+        keep_days: a number of days. A receiver that starts prunes the journals in ``state_dir`` whose jobs ended longer
+            ago, as ``trackhub prune`` does; None keeps them. It needs ``state_dir``: FLARE removes run folders itself.
         take_over: ``"events"`` leaves trainers as they are: what FLARE's own writers log is then taken from FLARE's
             events, whatever the job says. None lets the job decide.
-        limits: values of `trackhub.limits.Limits`. They win over the job's.
+        limits: values of `trackhub.limits.Limits`, used in place of the job's.
         forbid_kinds: kinds of records that no receiver gets from this site, not even the site's own.
-        policy: what may leave this site. It holds beside the job's policy. None restricts nothing.
+        policy: what may leave this site, in addition to the job's policy. None restricts nothing.
         backends: the rules of single backends, by name.
     """
 
@@ -120,7 +120,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             for host in rules.hosts:
                 if _origin(host) is None:
                     raise ConfigError(
-                        f"backends.{name}.hosts: {host!r} is no host; expected https://HOST or https://HOST:PORT"
+                        f"backends.{name}.hosts: {host!r} is not a host; expected https://HOST or https://HOST:PORT"
                     )
             for secret in rules.secrets:
                 if [*references(f"${{secret:{secret}}}")] != [secret]:
@@ -304,7 +304,7 @@ def read_operator_file(local: Path) -> OperatorFile:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        # A link to a file that is not mounted, say. Taken for a missing file, it would lift all restrictions.
+        # A symbolic link to a file that is not mounted must not count as a missing file: that would lift all rules.
         if path.is_symlink():
             raise ConfigError(f"the operator's file {path} is a link to a file that does not exist") from error
         return OperatorFile()
@@ -340,7 +340,7 @@ def _refuse(problem: str, remedy: str) -> NoReturn:
 
 def _require_absolute(where: str, path: str) -> None:
     if not Path(path).is_absolute():
-        raise ConfigError(f"{where}: {path!r} is no absolute path")
+        raise ConfigError(f"{where}: {path!r} is not an absolute path")
 
 
 def _names_a_path(value: str, marks: frozenset[OptionMark]) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knows which threads are trackhub's own: those of lanes, and the threads that a backend starts in them.
+"""Marks the threads that are trackhub's own: those of lanes, and the threads that a backend starts in them.
 
-A backend may call the same SDK as the training script, in the same process. `trackhub.flare.trainer.capture` takes the
-script's calls only, so it asks here who calls. Lanes start their threads with `OwnThread`.
+A backend may call the same SDK as the training script, in the same process. `trackhub.flare.trainer.capture` records
+only the script's calls, so it asks here whose thread makes a call. Lanes start their threads with `OwnThread`.
 """
 
 from __future__ import annotations

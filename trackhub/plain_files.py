@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens files and makes folders for trackhub's own data: for their owner alone, and never through a symbolic link.
 
-Spool, journal and receiver call it. Somebody else may be able to write where these files are: a training script into
-its spool, or another user into a shared folder. A link there would lead a read or write to any file, and a FIFO would
-hang whoever opens it.
+Spool, journal and receiver call it. Somebody else may be able to write to the same folder: a training script to its
+spool, or another user to a shared folder. A symbolic link there could lead a read or write to any file. A FIFO would
+block the process that opens it for ever.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
         mode: who may read and write a new file, less the umask.
 
     Raises:
-        OSError: it cannot be opened, or it is a symbolic link, a FIFO or anything else that is no ordinary file.
+        OSError: it cannot be opened, or it is not an ordinary file but a symbolic link, a FIFO or something else.
     """
-    # O_NONBLOCK has no effect on an ordinary file. Python's openers pass no mode of their own.
+    # O_NONBLOCK has no effect on an ordinary file. `open` calls its opener without a mode, so the default mode holds.
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
@@ -53,7 +53,7 @@ def read_plain(path: Path) -> bytes:
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder, and those before it that are missing, for their owner alone. Leave a folder that is there alone.
+    """Make a folder, and its missing parents, for their owner alone. An existing folder is not changed.
 
     Raises:
         OSError: it cannot be made, or there is a file or a symbolic link in its place.

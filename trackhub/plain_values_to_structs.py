@@ -59,8 +59,8 @@ def convert(values: Mapping[str, Any], into: type[_StructT], root: str) -> _Stru
 def describe(error: msgspec.ValidationError, root: str, into: type[msgspec.Struct]) -> str:
     """Return msgspec's message with our path in front: ``wandb.tags[0]: expected `str`, got `int```.
 
-    A value that is not one of a field's fixed choices is answered with them: ``wandb.mode: 'onlin' is none of online,
-    offline``.
+    If a value is not one of a field's fixed choices, the message lists them: ``wandb.mode: 'onlin' is not one of
+    online, offline``.
 
     Args:
         error: what msgspec raised.
@@ -75,7 +75,7 @@ def describe(error: msgspec.ValidationError, root: str, into: type[msgspec.Struc
     _, wrong, value = what.partition("nvalid enum value ")
     field = path.removeprefix(".").partition(".")[0].partition("[")[0]
     if wrong and (choices := [str(choice) for choice in _choices(get_type_hints(into).get(field))]):
-        what = f"{value} is none of {', '.join(choices)}"
+        what = f"{value} is not one of {', '.join(choices)}"
     return f"{root}{path}: {what[:1].lower()}{what[1:]}"
 
 

@@ -48,7 +48,7 @@ class Ready(NamedTuple):
 def check_ready(name: str, options: Mapping[str, Any], timeout_s: float = _TIMEOUT_S) -> Ready:
     """Set a backend up as a job does, and return whether it is ready. Blocks up to ``timeout_s``. Never raises.
 
-    Files that the backend makes in the job's folder go to one that is deleted. What it warns of is the remark.
+    The backend gets a temporary folder in place of the job's. The remark holds the warnings of the backend.
 
     Args:
         name: the backend's name.
@@ -57,7 +57,7 @@ def check_ready(name: str, options: Mapping[str, Any], timeout_s: float = _TIMEO
     """
     answers: list[Ready] = []
     with tempfile.TemporaryDirectory(prefix="trackhub-check-", ignore_cleanup_errors=True) as folder:
-        # In a thread of its own, since an SDK may never return.
+        # The check runs in another thread, since an SDK may never return.
         thread = threading.Thread(target=lambda: answers.append(_ask(name, options, Path(folder))), daemon=True)
         with contextlib.redirect_stdout(sys.stderr), _Warnings() as warnings:
             thread.start()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Escapes text from elsewhere before it goes to a terminal, a log or the text of a report. The one place that does so.
+"""Escapes text of other people before it goes to a terminal, a log or the text of a report. Only this module does that.
 
-A site's name, a key or a backend's error may hold escape sequences, which a terminal obeys. Line breaks make false
-lines, and other marks turn the direction of the text.
+A site's name, a key or a backend's error may contain escape sequences, which a terminal obeys. Line breaks in it would
+look like lines of trackhub's own, and other characters turn the direction of the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SUSPECT = re.compile("[^ -~]")
 
 
 def printable(text: str) -> str:
-    r"""Return the text in one line, with an escape such as ``\x1b`` in place of what a terminal could obey."""
+    r"""Return the text in one line, with an escape such as ``\x1b`` for each character that a terminal could obey."""
     return _SUSPECT.sub(_escape, text)
 
 

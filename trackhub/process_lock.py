@@ -43,7 +43,7 @@ class ProcessLock:
             if e.errno in _HELD_BY_ANOTHER:
                 self.abandon()
                 raise BlockingIOError(e.errno, "another process holds the lock") from e
-            # Such as ENOLCK, EOPNOTSUPP or ENOSYS, on network and user-space file systems.
+            # Network and user-space file systems answer ENOLCK, EOPNOTSUPP or ENOSYS, since they have no locks.
 
     @classmethod
     def open(cls, path: Path) -> ProcessLock:
@@ -73,8 +73,8 @@ class ProcessLock:
                 os.close(fd)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # Not ``release``: in a child that was forked a moment ago, unlocking would unlock for the parent as well. And
-        # nothing global, which may be gone when the interpreter ends.
+        # ``release`` is not called: in a child that was forked a moment ago, it would unlock for the parent as well. No
+        # global name is used, since it may be gone when the interpreter ends.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:  # noqa: SIM105

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one log call becomes: a record with one payload, and what its keys may be.
+"""What one log call becomes: a record with one payload. Also the rule for keys.
 
 The writer makes records, and a backend receives their payloads. `trackhub.framing` encodes them.
 """
@@ -49,15 +49,15 @@ MAX_STEP = 2**63 - 1
 """Largest step and round: what TensorBoard's and MLflow's int64 fields hold."""
 
 MAX_COUNT = 2**53 - 1
-"""Largest count, and largest number of a record in its stream: what every reader of JSON keeps exactly."""
+"""Largest count, and largest number of a record in its stream. Every reader of JSON keeps numbers up to it exactly."""
 
 MAX_DEPTH = 20
-"""How many lists and dicts may be around a value of a param."""
+"""How many lists and dicts may enclose a value of a param."""
 
 STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
 
-# The types below with ``Meta`` are the schema of what a site may send. Only a decoder checks it.
+# The types below with ``Meta`` declare what a site may send. Only the decoder checks them, and no constructor does.
 # `trackhub.delivery.gate` checks what a type cannot say.
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 """A number of records, or the number of one in its stream."""
@@ -66,7 +66,7 @@ Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
 """A word under which a report counts records. It goes to terminals, so it has no other characters."""
 
 _Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
-_Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # the end of the year 9999. NaN is not in the range either.
+_Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # up to the end of the year 9999, and not NaN
 _Name = Annotated[str, Meta(max_length=255)]
 
 # Unicode category Cc, which will never have more members; the line and the paragraph separator; surrogates.
@@ -77,14 +77,15 @@ def key_problem(key: str) -> str | None:
     """Return why a string cannot be a key, as the end of a sentence that begins with the key. None if it can be one.
 
     A key has 1 to ``MAX_KEY_CHARS`` characters of any script. It is valid UTF-8 without control characters (Unicode
-    category Cc), U+2028, U+2029 and lone surrogates. This is the one rule for the writer and for whoever checks what a
-    site sent. Terminals and pages must still escape a key, since it may hold marks that change the text's direction.
+    category Cc), U+2028, U+2029 and lone surrogates. The writer uses this rule, and so does the receiver for what a
+    site sends. Terminals and pages must still escape a key: it may contain characters that turn the direction of the
+    text.
     """
     if not key:
         return "is empty; expected a name such as 'train/loss'"
     if len(key) > MAX_KEY_CHARS:
         return f"has {len(key)} characters; expected at most {MAX_KEY_CHARS}"
-    # What is printable has none of them, and isprintable is four times as quick.
+    # A printable text has none of these characters, and isprintable is four times as fast as the pattern.
     if not key.isprintable() and (found := _NOT_IN_KEYS.search(key)):
         return f"contains U+{ord(found[0]):04X}; expected no control characters, line separators and lone surrogates"
     return None
@@ -229,7 +230,7 @@ KEYED = (Metrics, Params, Tags, Summary)
 """The payloads that have several values, each under its key. The others have one key."""
 
 STEPLESS = (Params, Tags, Summary)
-"""The payloads that never have a step: the last value of a key holds, or the first of a param's."""
+"""The payloads that never have a step. The last value of a key holds, or the first value for params."""
 
 KIND_OF: Final[Mapping[type[msgspec.Struct], Kind]] = {
     cls: Kind(cls.__struct_config__.tag) for cls in get_args(Payload)

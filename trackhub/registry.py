@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed backends: list them without importing any, load one by name, and check its options.
 
-A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. First-party
-backends are found in the same way as anybody's. The receiver, `trackhub.flare.recipe` and the commands call this.
+A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. Trackhub's
+own backends are found in the same way. The receiver, `trackhub.flare.recipe` and the commands call this.
 """
 
 from __future__ import annotations
@@ -113,7 +113,15 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[A
 def load_entry(
     name: str, entries: Sequence[BackendEntry], *, allowed: Collection[str] | None = None
 ) -> type[Backend[Any]]:
-    """Load the backend of this name as ``load`` does, from entries that ``available`` has returned just now."""
+    """Load the backend of this name as `load` does, without looking for the installed backends again.
+
+    Args:
+        name, allowed: as for `load`.
+        entries: what `available` has returned just now.
+
+    Raises:
+        PluginError, ConfigError: as for `load`.
+    """
     matches = [entry for entry in entries if entry.name == name]
     if not matches:
         raise UnknownBackendError(_unknown(name, entries))
@@ -292,7 +300,7 @@ def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> m
         with one_at_a_time:
             return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        # Not chained: the original text and its traceback's values may hold a resolved secret.
+        # The error is not chained: its text and the values in its traceback may hold a resolved secret.
         raise InvalidOptionError(_wrong_value(name, cls, error)) from None
 
 
@@ -312,8 +320,8 @@ def _entry_points() -> Iterator[tuple[str, str, str, str]]:
 def _is_shadowed(distribution: metadata.Distribution) -> bool:
     """Return whether another copy of this distribution comes before it on ``sys.path``.
 
-    So it is when an old copy lies further down, or the metadata of a build beside an editable install. As for imports,
-    the first one counts.
+    An old copy may be further down, or the metadata of a build may be beside an editable install. As for imports, the
+    first one counts.
     """
     first = metadata.distribution(distribution.name)
     return first.locate_file("") != distribution.locate_file("") or first.version != distribution.version
@@ -328,7 +336,7 @@ def _visible_problem(name: str, value: str) -> str:
     match = _VALUE.fullmatch(value.strip())
     if match is None:
         return f"the entry point {value!r} is not of the form 'module:Class'"
-    # Only the top-level package: finding a submodule would import its parents.
+    # Look only for the top-level package: finding a submodule would import its parents.
     top_level = match["module"].partition(".")[0]
     try:
         spec = importlib.util.find_spec(top_level)

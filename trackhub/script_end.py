@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """End open runs when the script ends: when the interpreter exits, and on SIGTERM and SIGHUP.
 
-`trackhub.local_tracking` registers each run that it opens. A signal is handled only where nobody else handles it, and
-only while a run is open.
+`trackhub.local_tracking` registers each run that it opens. A signal is handled only where the script does not handle it
+itself, and only while a run is open.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _give_back() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """End what is open, then let the signal do what it does by itself. A second signal ends the process at once."""
+    """End the open runs, then let the signal have its usual effect. A second signal ends the process at once."""
     _end_all(failed=True)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

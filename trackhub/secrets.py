@@ -59,11 +59,11 @@ _SECRET_SHAPES = (
         re.compile(r"[?&;#](?:[\w-]*[_-])?(?:api_?key|token|password|secret|sig(?:nature)?)=[^&\s]", re.I),
     ),
 )
-# Even with a reference in place of the password. A URL is shown in logs, reports and results.
+# A login in a URL is refused even if the password is a reference, since logs, reports and results show URLs.
 _URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
 
-# What may hold a secret within a longer text: ``api_key=...``, ``"token": "..."``, ``--password ...``. A text in quotes
-# counts whole.
+# Parts of a longer text that may hold a secret: ``api_key=...``, ``"token": "..."``, ``--password ...``. All that is in
+# quotes counts as the secret.
 _ANY_REFERENCE = re.compile(r"\$\{secret:[^}\s]*\}?")
 _VALUE = r"""(?:Bearer|Basic|Token)\s+[^\s"']+|"[^"]*"|'[^']*'"""
 _NAMED = re.compile(rf"""([\w.-]+)(["']?\s*(?:=|:(?!//))\s*)({_VALUE}|[^\s"',;&}}\])]+)""", re.I)
@@ -77,7 +77,7 @@ _HIDDEN = "***"
 class Secret(str):
     """A string that holds a resolved secret. It is the string, but its ``repr`` does not show it.
 
-    The ``repr`` is what shows up when a Struct of options is logged or printed in a traceback.
+    A log or a traceback shows the ``repr`` of a Struct of options, and so of its strings.
     """
 
     __slots__ = ()
@@ -99,7 +99,7 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
         value: what was configured: plain strings, numbers, lists and mappings.
 
     Raises:
-        InvalidOptionError: it does not hold. The message names the path and never the value.
+        InvalidOptionError: the check fails. The message names the path and never the value.
     """
     for where, leaf in _leaves(path, value):
         if isinstance(leaf, str) and _MARKER in _REFERENCE.sub("", leaf):
@@ -117,8 +117,8 @@ def refuse_literal_secrets(path: str, value: Any) -> None:
 def without_secrets(text: str) -> str:
     """Return a text with ``***`` in place of all that looks like a secret, and of each reference to one.
 
-    It knows a secret by the name before it, such as ``--api-key`` or ``"token":``, and by its shape. It cannot know one
-    that has neither.
+    It recognises a secret by the name before it, such as ``--api-key`` or ``"token":``, or by its shape. It cannot
+    recognise other secrets.
     """
     text = _KEY_BLOCK.sub(_HIDDEN, _ANY_REFERENCE.sub(_HIDDEN, text))
     for pattern in (_NAMED, _FLAGGED):
@@ -126,7 +126,7 @@ def without_secrets(text: str) -> str:
     text = _URL_KEY.sub(rf"\g<1>{_HIDDEN}", text)
     text = _URL_LOGIN.sub(f"://{_HIDDEN}@", text)
     text = _HEX_WORD.sub(_hide_hex, text)
-    for _, shape in _SECRET_SHAPES[:-1]:  # the last one is that of `_URL_KEY`
+    for _, shape in _SECRET_SHAPES[:-1]:  # `_URL_KEY` covers the last one
         text = shape.sub(_HIDDEN, text)
     return text
 

@@ -144,8 +144,8 @@ class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reserved_keys: keys that the store or the SDK uses itself.
         reserved_prefixes: beginnings of such keys.
         reserved_as: the prefix that a reserved key gets, such as ``user/``. Empty escapes its first character instead.
-        is_path: the store reads a key as a relative path. The core then escapes what would make it another path or one
-            that leads upwards: a slash at an end, ``//``, and parts that are ``.`` or ``..``.
+        is_path: whether the store reads a key as a relative path. The core then escapes the parts that would lead to
+            another path or upwards: a slash at an end, ``//``, and parts that are ``.`` or ``..``.
     """
 
     max_chars: int | None = 250
@@ -171,18 +171,18 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ``unsupported_kind``; they never reach the backend.
         redelivery: what happens when a record is written a second time.
         confirmed_by: which call confirms records, ``write`` or ``flush``.
-        nonfinite: whether metric values can be NaN or infinite. If not, the core takes such values out of the record,
-            and rejects a record of which nothing is left as ``nonfinite``.
+        nonfinite: whether metric values can be NaN or infinite. If not, the core removes such values from the record.
+            It rejects a record without any other value as ``nonfinite``.
         late_steps: whether a step lower than an earlier one of the same key can be stored. If not, the core rejects
             such records as ``late_step``.
         optional_step: whether ``Entry.step`` may be None. If not, the core numbers records without a step 0, 1, 2, ...
             for each stream and key. Params, tags and summaries never have a step.
-        changing_params: whether a param may get another value later. If not, the core hands over the first value and
-            rejects later different ones as ``param_changed``.
+        changing_params: whether a param may get another value later. If not, the core hands over the first value, and
+            rejects later values that differ as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
-            the store always refuses from a store that is away. It writes other entries meanwhile. With ``idempotent``
-            these may be stored already, so a second ``write`` of metrics must fail if the store takes no writes now.
-            Has an effect with ``idempotent`` and ``at_least_once`` only.
+            the store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
+            these test entries may be stored already. So a second ``write`` of metrics must fail while the store takes
+            no writes. This field has an effect with ``idempotent`` and ``at_least_once`` only.
         files_beside: whether a second thread may call ``write`` with one image or artifact, while the lane's thread
             calls the run's methods with everything else. Then a large file holds up no metrics. It needs ``any_order``.
         key_rule: which keys can be stored.
@@ -221,7 +221,7 @@ class OptionMark(StrEnum):
 
 
 class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a backend takes from the environment of its process to log in, and where it then goes.
+    """The login that a backend takes from the environment of its process, and the hosts that it is for.
 
     In a provisioned federation the environment is the operator's. A job may send these credentials only to a host that
     is named here, or in the operator's file.
@@ -242,8 +242,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     """One record as a backend receives it.
 
     Attributes:
-        position: its place in its run, counted from 0, the same whenever it is handed over. Positions rise within a
-            run. They skip where the core rejected a record.
+        position: its place in its run, counted from 0. It is the same each time that the entry is handed over.
+            Positions rise within a run. They have gaps where the core rejected records.
         time: unix seconds (UTC) of the log call. Store this time, not the time of arrival.
         step: >= 0. None only for params, tags and summaries, or with ``capabilities.optional_step``.
         round: the federated round, where known.
@@ -378,9 +378,9 @@ class BackendRun:
         raise NotImplementedError(f"{type(self).__name__} must implement write(batch)")
 
     def flush(self) -> Confirmation:
-        """Return when everything that was written survives a crash of this process and counts as delivered.
+        """Block until everything that was written is stored, so that it survives a crash of this process.
 
-        Called only with ``ConfirmedBy.FLUSH``.
+        The written records then count as delivered. Called only with ``ConfirmedBy.FLUSH``.
 
         Returns:
             Who confirmed the records: the store itself, or only the SDK.
@@ -433,7 +433,8 @@ class Backend(Generic[OptionsT_co]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Only the class's own brackets: those of a base must not undo the `Options` that a subclass writes out.
+        # Look only at the class's own brackets. Those of a base class must not replace the `Options` that a subclass
+        # sets.
         for base in cls.__dict__.get("__orig_bases__", ()):
             if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
                 options = get_args(base)[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures CPU, memory, disk, network and GPUs of a host, and of this process with all that it started.
+"""Measures CPU, memory, disk, network and GPUs of the host, and of this process and all processes that it started.
 
-`trackhub.flare.sender_widget` starts one at each site, if the job asks for it. It logs what it measures through the
+`trackhub.flare.sender_widget` starts a `SystemMetrics` at each site, if the job asks for it. The values go through the
 site's own writer. It needs psutil, and for GPUs NVIDIA's ``nvidia-ml-py``.
 """
 
@@ -21,10 +21,10 @@ from trackhub.own_threads import OwnThread
 __all__ = ["PREFIX", "SystemMetrics", "check_interval"]
 
 PREFIX = "system/"
-"""The keys begin so. MLflow shows such keys on a page of their own, and the host's have the names that it knows."""
+"""The prefix of all keys. MLflow shows keys with it on a page of their own, and knows the names of the host's keys."""
 
 MIN_INTERVAL_S = 0.5
-_MAX_SHARE = 0.02  # of a core. On a slow machine it measures less often than asked
+_MAX_SHARE = 0.02  # of a core. On a slow machine the pauses become longer than the job asked for
 _STOP_S = 2.0
 _MEGABYTE = 1e6
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def check_interval(interval_s: object) -> None:
 class SystemMetrics:
     """Measures with a thread of its own, from ``start`` to ``stop``. Never raises into its caller.
 
-    What cannot be measured is left out. If nothing can, it warns once and measures no more.
+    A value that cannot be measured is left out. If measuring fails as a whole, it warns once and ends.
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None], interval_s: float, folder: Path) -> None:
@@ -103,7 +103,7 @@ def _probe(folder: Path) -> Iterator[_Probe]:
 
 
 def _nvml() -> Any:
-    """Return NVIDIA's library, ready for use. None where there is none, or no GPU."""
+    """Return NVIDIA's library, ready for use. None if it is not installed, or if there is no driver."""
     try:
         import pynvml
 
@@ -130,7 +130,8 @@ class _Probe:
         found: dict[str, float] = {}
         pids: set[int] = set()
         for part in (lambda: self._job(pids), self._host, self._disk, self._network, lambda: self._gpus(pids)):
-            # One part may be closed to this process, such as the network in a sandbox. The others go on.
+            # This process may be forbidden to measure one part, such as the network in a sandbox. Measure the others
+            # then.
             found |= _or_none(part) or {}
         return found
 
@@ -196,7 +197,7 @@ class _Probe:
             f"{name}_memory_usage_megabytes": memory.used / _MEGABYTE,
             f"{name}_memory_usage_percentage": 100 * memory.used / memory.total,
         }
-        # Some drivers cannot say these, such as those of a GPU that is divided.
+        # Some drivers cannot measure these, for example on a GPU that is divided (MIG).
         if (rates := _or_none(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))) is not None:
             found[f"{name}_utilization_percentage"] = float(rates.gpu)
         if (power := _or_none(lambda: nvml.nvmlDeviceGetPowerUsage(handle))) is not None:

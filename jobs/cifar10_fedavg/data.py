@@ -129,6 +129,12 @@ def _cache() -> Path:
 
 
 def batches(images: TensorDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-    """Load batches, each with one look-up of many indices: much faster than collating single images."""
+    """Load batches, each with one look-up of many indices: much faster than collating single images.
+
+    Args:
+        images: the images and their labels.
+        batch_size: how many images a batch has. The last one may have fewer.
+        shuffle: draw the images in a random order.
+    """
     order = RandomSampler(images) if shuffle else SequentialSampler(images)
     return DataLoader(images, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

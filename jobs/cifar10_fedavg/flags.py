@@ -31,7 +31,7 @@ def training_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--data_root", type=Path, metavar="DIR", help="CIFAR-10; default: TRACKHUB_DATA_ROOT, else the user's cache")
     add("--partition", choices=["same", "iid", "dirichlet"], default="same", help="how sites share the training images")
     add("--alpha", type=rate, default=0.5, help="of dirichlet: the smaller, the more uneven")
-    add("--samples_per_site", type=count, metavar="N", help="at most so many training images")
+    add("--samples_per_site", type=count, metavar="N", help="the most training images of a site")
     add = parser.add_argument_group("training").add_argument
     add("--n_clients", type=count, default=2, help="number of sites")
     add("--num_rounds", type=count, default=5)

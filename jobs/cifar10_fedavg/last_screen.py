@@ -48,7 +48,14 @@ def print_delivery(run_folders: Mapping[str, Path]) -> bool:
 
 
 def print_fetching(job_id: str, startup_kit: Path, *, server: bool, clients: bool) -> None:
-    """Print how to fetch and open what a job left in a federation, on the server and at the clients."""
+    """Print how to fetch and open what a job left in a federation.
+
+    Args:
+        job_id: FLARE's id of the job.
+        startup_kit: the folder of the startup kit that submitted the job.
+        server: the server has stored something.
+        clients: the clients have stored something.
+    """
     if server:
         print("\nFetch what the server stored, and look at it")
         print(f"  nvflare job download {job_id} --startup-kit {shlex.quote(str(startup_kit))}")

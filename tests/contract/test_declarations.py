@@ -161,7 +161,7 @@ class Delegating(Backend[JsonlOptions]):
 class TestDelegating(JsonlContract):
     """A wrapper overrides ``flush`` although ``write`` confirms: only the declaration tells what confirms."""
 
-    backend = Delegating  # type: ignore[assignment]  # it is none of jsonl's
+    backend = Delegating  # type: ignore[assignment]  # its class is not jsonl's
 
 
 class DelegatingToBuffering(Delegating):

@@ -141,7 +141,7 @@ def test_a_job_has_the_given_name_or_the_one_that_flare_knows(name: str | None, 
 
 @pytest.mark.parametrize(
     ("job", "message"),
-    [({"nmae": "x"}, "'nmae' is none of name, notes, tags"), ("cifar10", "got 'cifar10'"), ({"name": 3}, "got 3")],
+    [({"nmae": "x"}, "'nmae' is not one of name, notes, tags"), ("cifar10", "got 'cifar10'"), ({"name": 3}, "got 3")],
 )
 def test_labels_that_are_none_are_refused_where_the_job_is_written(job: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

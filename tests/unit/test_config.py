@@ -50,7 +50,7 @@ def test_an_error_about_a_flag_does_not_show_its_value() -> None:
         ({"deadline_s": "nan"}, r"limits\.deadline_s: nan is out of range"),
         ({"batch_records": 0}, r"limits\.batch_records: 0 is out of range"),
         ({"batch_records": 1.5}, r"limits\.batch_records: expected `int`, got `float`"),
-        ({"durability": "some"}, r"limits\.durability: 'some' is none of normal, full"),
+        ({"durability": "some"}, r"limits\.durability: 'some' is not one of normal, full"),
         ({"keepalive_s": 5}, r"limits\.silence_s: 7\.0 must be at least twice limits\.keepalive_s"),
     ],
 )

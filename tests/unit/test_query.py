@@ -288,7 +288,7 @@ def test_a_target_that_cannot_be_is_an_error_in_one_line(run: Path, tmp_path: Pa
 def test_a_folder_without_a_journal_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(trackhub.ConfigError, match="download the job first"):
         trackhub.load(tmp_path)
-    with pytest.raises(trackhub.ConfigError, match="'metric' is none of metrics, params, tags"):
+    with pytest.raises(trackhub.ConfigError, match="'metric' is not one of metrics, params, tags"):
         trackhub.load(tmp_path, "metric")  # type: ignore[arg-type]
 
 

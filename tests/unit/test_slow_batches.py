@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch that is too large for a slow link is sent in parts: smaller after a timeout, larger again later."""
+"""A batch that is too large for a slow channel is sent in parts: smaller after a timeout, larger again later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slow_link import SlowLink
+from tests.support.slow_channel import SlowChannel
 from tests.unit.helpers import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.delivery import wire
@@ -35,21 +35,21 @@ def rig(tmp_path: Path) -> Iterator[SenderRig]:
 
 
 @pytest.fixture
-def make_link(rig: SenderRig) -> Iterator[Callable[[float], SlowLink]]:
-    """Make links of so many bytes per second."""
-    links: list[SlowLink] = []
+def make_channel(rig: SenderRig) -> Iterator[Callable[[float], SlowChannel]]:
+    """Make channels with a given rate in bytes per second."""
+    channels: list[SlowChannel] = []
 
-    def make(bytes_per_s: float) -> SlowLink:
-        links.append(SlowLink(lambda data: rig.channel(data, 0.0), bytes_per_s))
-        return links[-1]
+    def make(bytes_per_s: float) -> SlowChannel:
+        channels.append(SlowChannel(lambda data: rig.channel(data, 0.0), bytes_per_s))
+        return channels[-1]
 
     yield make
-    for link in links:
-        link.is_cut = True
+    for channel in channels:
+        channel.is_cut = True
     for sender in rig.senders:
         sender.close(0.0)
-    for link in links:
-        link.close()
+    for channel in channels:
+        channel.close()
 
 
 def batches(rig: SenderRig) -> list[wire.Batch]:
@@ -57,13 +57,13 @@ def batches(rig: SenderRig) -> list[wire.Batch]:
 
 
 def test_large_texts_arrive_over_a_link_that_is_too_slow_for_their_batch(
-    rig: SenderRig, make_link: Callable[[float], SlowLink]
+    rig: SenderRig, make_channel: Callable[[float], SlowChannel]
 ) -> None:
     with Writer(rig.spool) as writer:
         for i in range(20):
             writer.log_text("note", f"{i} " * (TEXT // 2), i)
 
-    counts = rig.sender(make_link(300_000)).close(WAIT_S)
+    counts = rig.sender(make_channel(300_000)).close(WAIT_S)
     report = rig.finish()
 
     assert (counts.logged, counts.acked, counts.spooled) == (20, 20, 0)
@@ -73,13 +73,13 @@ def test_large_texts_arrive_over_a_link_that_is_too_slow_for_their_batch(
 
 
 def test_a_single_text_that_takes_longer_than_a_request_arrives(
-    rig: SenderRig, make_link: Callable[[float], SlowLink]
+    rig: SenderRig, make_channel: Callable[[float], SlowChannel]
 ) -> None:
     with Writer(rig.spool) as writer:
         writer.log_text("note", "x" * 100_000, 0)
         writer.log({"a": 1.0}, 1)
 
-    counts = rig.sender(make_link(200_000)).close(WAIT_S)
+    counts = rig.sender(make_channel(200_000)).close(WAIT_S)
     rig.finish()
 
     assert (counts.logged, counts.acked, counts.spooled) == (2, 2, 0)

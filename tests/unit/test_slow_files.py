@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A large file on a slow link holds up no metrics, goes on where it was, and is waited for while it progresses."""
+"""A large file on a slow channel holds up no metrics, goes on where it was, and is waited for while it progresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.slow_link import SlowLink
+from tests.support.slow_channel import SlowChannel
 from tests.unit.helpers import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.delivery import wire
@@ -40,14 +40,14 @@ def rig(tmp_path: Path) -> Iterator[SenderRig]:
 
 
 @pytest.fixture
-def link(rig: SenderRig) -> Iterator[SlowLink]:
-    """A link over which the file takes 3 s, and a timeout of 0.5 s."""
-    link = SlowLink(lambda data: rig.channel(data, 0.0), 300_000)
-    yield link
-    link.is_cut = True
+def channel(rig: SenderRig) -> Iterator[SlowChannel]:
+    """A channel over which the file takes 3 s, and a timeout of 0.5 s."""
+    channel = SlowChannel(lambda data: rig.channel(data, 0.0), 300_000)
+    yield channel
+    channel.is_cut = True
     for sender in rig.senders:
         sender.close(0.0)
-    link.close()
+    channel.close()
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ def metrics(rig: SenderRig) -> list[Any]:
     return [line["values"]["a"] for line in rig.stored() if "values" in line]
 
 
-def test_metrics_are_confirmed_while_a_file_is_on_its_way(rig: SenderRig, link: SlowLink, model: Path) -> None:
+def test_metrics_are_confirmed_while_a_file_is_on_its_way(rig: SenderRig, channel: SlowChannel, model: Path) -> None:
     writer = Writer(rig.spool)
     for i in range(5):
         writer.log({"a": i}, i)
     writer.log_artifact(model)
     for i in range(5, 10):
         writer.log({"a": i}, i)
-    sender = rig.sender(link)
+    sender = rig.sender(channel)
     wait_until(lambda: confirmed(rig) == 10)
     wait_until(lambda: bool(chunks(rig)))
     writer.log({"a": 10}, 10)
@@ -113,10 +113,10 @@ def test_metrics_are_confirmed_while_a_file_is_on_its_way(rig: SenderRig, link: 
     assert stored_file(rig) == model.read_bytes()
 
 
-def test_the_receiver_waits_for_a_site_whose_file_progresses(rig: SenderRig, link: SlowLink, model: Path) -> None:
+def test_the_receiver_waits_for_a_site_whose_file_progresses(rig: SenderRig, channel: SlowChannel, model: Path) -> None:
     with Writer(rig.spool) as writer:
         writer.log_artifact(model)
-    sender = rig.sender(link)
+    sender = rig.sender(channel)
     wait_until(lambda: len(chunks(rig)) > 1)
     ending = threading.Thread(target=sender.close, args=(0.1,))
     ending.start()
@@ -129,16 +129,18 @@ def test_the_receiver_waits_for_a_site_whose_file_progresses(rig: SenderRig, lin
 
 
 @pytest.mark.parametrize("who", ["sender", "receiver"])
-def test_a_file_goes_on_where_it_was_after_a_restart(rig: SenderRig, link: SlowLink, model: Path, who: str) -> None:
+def test_a_file_goes_on_where_it_was_after_a_restart(
+    rig: SenderRig, channel: SlowChannel, model: Path, who: str
+) -> None:
     with Writer(rig.spool) as writer:
         writer.log_artifact(model)
-    sender = rig.sender(link)
+    sender = rig.sender(channel)
     wait_until(lambda: sum(len(chunk.data) for chunk in chunks(rig)) > SIZE // 2)
     if who == "sender":
-        link.is_cut = True
+        channel.is_cut = True
         sender.close(0.0)
-        link.is_cut = False
-        sender = rig.sender(link)
+        channel.is_cut = False
+        sender = rig.sender(channel)
     else:
         rig.receiver._blobs.delete_parts = lambda: None  # type: ignore[method-assign]  # it is killed
         rig.receiver.finish(rig.receiver.sites.status(SITE, "finished", was_killed=False), deadline_s=0.0)  # type: ignore[arg-type]
@@ -153,14 +155,14 @@ def test_a_file_goes_on_where_it_was_after_a_restart(rig: SenderRig, link: SlowL
 
 
 def test_a_file_that_never_arrives_is_counted_and_a_replay_delivers_it(
-    rig: SenderRig, link: SlowLink, model: Path
+    rig: SenderRig, channel: SlowChannel, model: Path
 ) -> None:
     with Writer(rig.spool) as writer:
         writer.log_artifact(model)
         writer.log({"a": 0}, 0)
-    sender = rig.sender(link)
+    sender = rig.sender(channel)
     wait_until(lambda: len(chunks(rig)) > 1)
-    link.is_cut = True
+    channel.is_cut = True
     started = time.monotonic()
     counts = sender.close(0.2)
     took_s = time.monotonic() - started

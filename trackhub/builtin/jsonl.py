@@ -2,7 +2,7 @@
 r"""The backend ``jsonl``: one text file for each run, one line of JSON for each record. It needs nothing but the core.
 
 Read it before you write a backend of your own. It has all that a backend needs: options, capabilities, a check before
-training, runs that store entries so that returning from ``write`` is a promise, and the place of each run's results.
+training, runs, and the place of each run's results. Its ``write`` returns only when the entries are stored.
 
 A run's file is ``<job>/<site>.jsonl``, where ``<job>`` is the job's unique name. Beside it, ``job.json`` has the job's
 id, name, notes and tags. The files that images and artifacts bring are in ``<site>.files/``::

@@ -41,7 +41,7 @@ def new_backend(name: str, folder: Path | None) -> None:
     """Write a new backend that passes the contract kit.
 
     It is a complete distribution, which pip installs beside trackhub. NAME is what jobs call it by. DIR is where to
-    write it, by default flare-trackhub-NAME. It keeps its runs in files, until you replace them by your store.
+    write it, by default flare-trackhub-NAME. It stores runs in files; replace this part by your store.
     """
     target = Path(f"flare-trackhub-{name}") if folder is None else folder
     for path in write_backend(name, target):
@@ -66,7 +66,7 @@ def write_backend(name: str, folder: Path) -> list[Path]:
     if _NAME.fullmatch(name) is None or len(name) > 64 or name in registry.RESERVED:
         raise ConfigError(
             f"{name!r} cannot be a backend's name; expected at most 64 characters, which are words of a-z and 0-9 "
-            f"joined by - or _, start with a letter, and are none of: {', '.join(sorted(registry.RESERVED))}"
+            f"joined by - or _, start with a letter, and are not one of: {', '.join(sorted(registry.RESERVED))}"
         )
     words = re.split("[-_]", name)
     values = {

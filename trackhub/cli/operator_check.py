@@ -34,7 +34,7 @@ def check_operator_file(workspace: Path) -> None:
     local = workspace / "local"
     if not local.is_dir():
         raise ConfigError(
-            f"{workspace} is no workspace of a FLARE site: it has no folder 'local'; give --workspace DIR"
+            f"{workspace} is not the workspace of a FLARE site: it has no folder 'local'; give --workspace DIR"
         )
     operator = read_operator_file(local)
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints must not become part of the table
@@ -77,7 +77,7 @@ def _problems(operator: OperatorFile) -> Iterator[str]:
         for table, keys in (("options", rules.options or ()), ("values", rules.values)):
             for key in keys:
                 if key not in marks:
-                    yield f"backends.{name}.{table}: {key!r} is no option; there are: {', '.join(sorted(marks))}"
+                    yield f"backends.{name}.{table}: {key!r} is not an option; there are: {', '.join(sorted(marks))}"
 
 
 def _rows(operator: OperatorFile) -> Iterator[list[str]]:

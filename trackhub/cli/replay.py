@@ -76,7 +76,7 @@ def replay(
     receiver that did not get it. On a site's own machine, where the server's journal is not available, it goes
     straight into the backends that --backend names.
 
-    The options that stand in a journal may reach what a job's options may at a provisioned site: the job's own folder,
+    The options in a journal may reach what a job's options may at a provisioned site: the job's own folder,
     and the hosts that the environment or the operator's file names. What --option says is not restricted.
 
     Environment variables set limits, such as TRACKHUB_FLUSH_S. The
@@ -149,7 +149,7 @@ class _Work:
         self._timeout_s = timeout_s
         self._operator = operator
         self._limits = Limits.from_mapping({}, environ=os.environ)
-        # By journal, since the rest of several spools may go through one. Its last report counts.
+        # The last report of each journal. What is left of several spools may go through the same journal.
         self._reports: dict[Path, DeliveryReport] = {}
         self._from_spools: dict[Path, list[str]] = {}
         self._in_spools = 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was made with: versions, the kind of machine, the script's git commit, its command line without secrets.
+"""Facts about how a run was made: versions, the kind of machine, the script's git commit and its command line.
 
-`trackhub.flare` asks for it once per job and site, and logs it as params and tags. Nothing here knows FLARE. It
+`trackhub.flare` asks for them once per job and site, and logs them as params and tags. Nothing here knows FLARE. It
 adds no host name, user name or address.
 """

@@ -24,7 +24,7 @@ _GIT_S = 3.0
 """The longest time that git gets for all its answers, in seconds. A repository may be large, or on a slow disk."""
 
 _MAX_COMMAND_CHARS = 4000
-_MIN_SECRET_CHARS = 8  # a shorter value of the environment occurs by chance
+_MIN_SECRET_CHARS = 8  # a shorter value could occur in an argument by chance
 _SHOWN = "***"
 _FLAG = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _URL_LOGIN = re.compile(r"(?<=://)[^/?#\s@]*@")
@@ -55,8 +55,8 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
 
     Args:
         argv: the interpreter and what follows.
-        script: the script. Its name alone is shown.
-        environ: its secret variables are looked for among the arguments, too.
+        script: the script. Only its name is shown.
+        environ: the environment. Values of its secret variables are hidden in the arguments, too.
     """
     secrets = [v for k, v in environ.items() if is_secret_name(k) and len(v) >= _MIN_SECRET_CHARS]
     home = environ.get("HOME", "")
@@ -78,7 +78,7 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
 
 
 def without_home(text: str, home: str) -> str:
-    """Return the text with ``~`` in place of the user's home folder, which mostly holds the user's name."""
+    """Return the text with ``~`` in place of the user's home folder, whose path mostly has the user's name."""
     return re.sub(rf"{re.escape(home.rstrip('/'))}(?=[/\s\"']|\Z)", "~", text) if len(home) > 1 else text
 
 
@@ -93,7 +93,7 @@ def _is_script(word: str, script: Path) -> bool:
 def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
     """Return ``git/commit``, ``git/dirty``, ``git/branch`` and ``git/repository`` of a script, as far as git says them.
 
-    ``git/dirty`` says whether a file that git knows differs from the commit, or git does not know the script.
+    ``git/dirty`` says whether a file that git tracks differs from the commit, or git does not track the script.
     Empty if the script is in no repository, or there is no git. Blocks up to ``timeout_s``.
     """
     folder = script.parent

@@ -26,7 +26,7 @@ _GIB = 1 << 30
 def describe_machine() -> dict[str, str | int | bool]:
     """Return ``versions/...`` and ``host/...`` of this process. Takes some milliseconds.
 
-    It tells the kind of machine, and nothing that names one: no host name, address, user or kernel release.
+    It describes the kind of machine, and nothing that identifies one: no host name, address, user or kernel release.
     """
     found: dict[str, str | int | bool] = {"versions/python": platform.python_version()}
     found |= {f"versions/{name}": version for name, version in _versions((*_PACKAGES, _TRACKHUB, *_plugins()))}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries records from a site's spool to a receiver and on to the backends: the public interface for a transport.
 
-A transport is what connects the two ends in some system, such as FLARE, Flower, Ray, MPI or a web service. Neither end
-knows which one it is. ``docs/receiver-api.md`` shows a whole transport over HTTP.
+A transport connects the two ends, the sender and the receiver, in a system such as FLARE, Flower, Ray, MPI or a web
+service. Neither end knows which system that is. ``docs/receiver-api.md`` shows a whole transport over HTTP.
 
 At a site::
 
@@ -119,7 +119,10 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used. A site then does not load SQLite, nor `trackhub status` the lanes."""
+    """Import a public name when it is first used.
+
+    So a site does not load SQLite, and ``trackhub status`` does not load the lanes.
+    """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)

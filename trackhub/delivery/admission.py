@@ -24,8 +24,9 @@ class Admission:
     journal pile up in the transport's threads. FLARE's pool has 64 of them, for all that the job sends.
 
     A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. A site
-    that crowds all the time has a request ready whenever one of its own is done. It would get most turns, since those
-    of other sites are still on their way. So it gets a turn only if it has had no more than each other busy site.
+    that crowds all the time has its next request here already when one is done. The next requests of other sites are
+    still on their way then, so the crowding site would get most turns. So it gets a turn only if it has had no more
+    turns than each other busy site.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -60,7 +61,10 @@ class Admission:
             self._asked_at[site] = time.monotonic()  # its next request is on its way
 
     def _begin(self, site: str, now: float) -> None:
-        """Give a site that was idle as many turns as the busiest one has: it has no claim to those it did not use."""
+        """Set the turns of a site that was idle to those of the busiest site.
+
+        It has no claim to turns that it missed.
+        """
         self._turns[site] = max((self._turns[other] for other in self._busy(site, now)), default=0)
 
     def _must_wait(self, site: str, now: float) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes a batch has, and how long its reply is waited for, by what earlier batches showed of the link.
+"""Adapts the size of a sender's batches, and the time limit for a reply, to the speed of the channel.
 
-`Exchange` has one and tells it what came of each batch. `Sender` asks it before it cuts a batch.
+`Exchange` has a `BatchPace`, and tells it how long each batch took. `Sender` asks it how large the next batch may be.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 __all__ = ["BatchPace"]
 
 _SLOWEST_BYTES_PER_S = 16 << 10
-"""A single record is waited for as if the link were not slower than this."""
+"""The slowest channel that is reckoned with. It gives the longest wait for the reply to a single large record."""
 
 
 class BatchPace:
     """Makes batches smaller when no reply comes in time, and larger again when replies come fast.
 
-    Otherwise a batch that takes longer than the time limit of a request is sent again for ever. A reply that comes in
-    time never makes them smaller: some receivers take a second for each request, whatever its size.
+    Without this, a batch that takes longer than the time limit of a request would be sent again for ever. A reply that
+    comes in time never makes batches smaller: some receivers take a second for each request, whatever its size.
 
     Attributes:
         max_bytes: the most bytes of the next batch. A batch always has one record at least.
@@ -42,7 +42,7 @@ class BatchPace:
 
         Args:
             size: how many bytes the batch had.
-            is_single: it had one record, so it cannot be made smaller.
+            is_single: whether the batch had one record, so that it cannot be made smaller.
         """
         self.max_bytes = max(1, min(self.max_bytes, size) // 2)
         if is_single:
@@ -51,7 +51,7 @@ class BatchPace:
             self.wait_s = max(self._timeout_s, min(2 * self.wait_s, longest_s))
 
     def arrived(self, size: int, took_s: float) -> None:
-        """Note that a batch of so many bytes was answered in so many seconds."""
+        """Note that the reply to a batch of ``size`` bytes came after ``took_s`` seconds."""
         self.wait_s = self._timeout_s
         if took_s < self._timeout_s / 4:
             self._grow(2 * size)

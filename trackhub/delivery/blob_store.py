@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes of images and artifacts at the receiver: it puts the pieces that a site sends together, and checks them.
+"""The receiver's store for the bytes of images and artifacts. It joins the pieces that a site sends, and checks them.
 
 `Receiver` calls `BlobStore`, which keeps one file per blob beside the journal. `trackhub.delivery.file_sender` sends
 the pieces.
@@ -28,7 +28,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _COPY_BYTES = 1 << 20
 _MAX_PARTS = 16
-"""Most blobs of a site that are there in part. A sender sends one after another; a crash may leave one behind."""
+"""Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
 
 
 class BlobStore:
@@ -55,7 +55,7 @@ class BlobStore:
         return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
 
     def delete_parts(self) -> None:
-        """Delete the blobs that are there in part, of all sites. Call it when no more pieces come. Never raises."""
+        """Delete the incomplete blobs of all sites. Call it when no more pieces come. Never raises."""
         for path in self._folder.glob("*/*.part"):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -76,7 +76,7 @@ class BlobStore:
             return None
         if chunk.offset + len(chunk.data) > chunk.size:
             return None
-        # A site sends a piece again when the reply is late, and the first one may still be being stored then.
+        # A site sends a piece again when the reply is late. Another thread may still be storing the first one then.
         with self._locks[site]:
             return self._add(site, chunk)
 
@@ -114,7 +114,7 @@ class BlobStore:
         return Blob(name, size, digest.hexdigest(), media_type)
 
     def _make_room_for_part(self, site: str, folder: Path, name: str) -> None:
-        """Note that a blob of this site is there in part. Delete the oldest part, if there are too many."""
+        """Note an incomplete blob of this site. If there are too many, delete the oldest one."""
         parts = self._parts.get(site)
         if parts is None:  # an earlier receiver may have left some
             parts = self._parts[site] = dict.fromkeys(sorted(path.name for path in folder.glob("*.part")))
@@ -138,7 +138,8 @@ class BlobStore:
                 reached += file.write(chunk.data)
         if reached < chunk.size:
             return reached
-        # After an unexpected piece as well: a receiver may have died after the last piece, before it renamed the file.
+        # An unexpected piece gets here, too. An earlier receiver may have died after the last piece, and before it
+        # renamed the file.
         with open(partial, "rb", opener=open_plain) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares what is left of the receiver's disk among the sites. `Receiver` asks it before it stores what a site sent.
+"""Shares the last free part of the receiver's disk among the sites. `Receiver` asks it before it stores a request.
 
-While there is room, a site may store as much as it likes. Without the rule for the rest, one site could fill the disk,
-and nothing of the others could be stored any more.
+While there is more room than that, a site may store as much as it likes. Without a rule for the last part, one site
+could fill the disk, and the receiver could store nothing of the other sites any more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ASK_EVERY_S = 1.0
 class DiskRoom:
     """Says who may store in the last part of the disk: 5 % of it, 1 GiB at most. Thread-safe.
 
-    There, only those sites may store that have not stored more than the average of all sites. A site that is alone may
-    use all.
+    In that part, a site may store only if it has not stored more than the average of all sites. A site that is alone
+    may use all of it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class DiskRoom:
         self._asked_at = now
         try:
             disk = os.statvfs(self._folder)
-        except OSError:  # whoever writes there learns why
+        except OSError:  # the next write to this disk fails as well, and its error says why
             return
         reserve = min(_RESERVE_BYTES, int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE))
         self._is_scarce = disk.f_bavail * disk.f_frsize < reserve

@@ -2,7 +2,7 @@
 """Sends the bytes of images and artifacts in pieces, beside the records that have none.
 
 `Sender` gives a `FileSender` each batch whose files the receiver may lack, and sends other batches between two pieces.
-It asks through an `Exchange`, and holds the batch's stream in the `SpoolReader` meanwhile.
+The `FileSender` sends each piece through an `Exchange`. Meanwhile the `SpoolReader` holds the stream of the batch.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Pace:
         self.piece_bytes = min(_FIRST_PIECE_BYTES, max_bytes)
 
     def arrived(self, size: int, took_s: float) -> None:
-        """Note that a piece of so many bytes was answered in so many seconds."""
+        """Note that the reply to a piece of ``size`` bytes came after ``took_s`` seconds."""
         if size < self.piece_bytes and took_s < self._piece_s:
-            return  # the end of a file says nothing of larger pieces
+            return  # a short last piece does not show whether a larger piece would be as quick
         self._set(size * min(2.0, self._piece_s / max(took_s, 1e-6)))
 
     def timed_out(self) -> None:
@@ -69,8 +69,8 @@ class Ready(NamedTuple):
     """Records that can be sent now.
 
     Attributes:
-        stream: whose they are.
-        records: how many of its next records; the next one after them waits for its file.
+        stream: the stream that has them.
+        records: how many of the stream's next records can be sent. The record after them waits for its file.
     """
 
     stream: str
@@ -83,9 +83,9 @@ class _Held:
 
     Attributes:
         batch: the batch.
-        whole: the receiver has so many of its first files.
-        offset: where the next piece of the file after these starts; None if the receiver must be asked.
-        whole_at: when the first of the files that were sent for this batch was whole, on the monotonic clock.
+        whole: how many of the batch's first files the receiver has whole.
+        offset: where the next piece of the next file starts. None if the receiver must be asked first.
+        whole_at: when the first file of this batch became whole, on the monotonic clock.
     """
 
     batch: SpoolBatch
@@ -97,8 +97,8 @@ class _Held:
 class FileSender:
     """Sends the files of one site, one piece at a time. Used by the sender's thread.
 
-    A file goes on where the receiver says that it has it, also after a restart of either side. What is not whole at the
-    receiver stays in the spool.
+    The receiver says how much of a file it has, and the sender goes on from there. So a restart of either side costs no
+    piece twice. A file that the receiver does not have whole stays in the spool.
     """
 
     def __init__(self, reader: SpoolReader, exchange: Exchange, max_bytes: int) -> None:
@@ -167,7 +167,7 @@ class FileSender:
         if is_done or time.monotonic() >= held.whole_at + _BATCH_S:
             # At least one: if the first file was given up, a gap takes the place of its record.
             return Ready(held.batch.stream, max(1, held.whole))
-        # One file after another: a receiver keeps few that are there in part.
+        # One file after another, since a receiver keeps only a few incomplete files.
         if held.offset is None and blob.name in self._whole:
             self._held.append(held)
         else:
@@ -175,7 +175,7 @@ class FileSender:
         return None
 
     def _send(self, held: _Held, blob: Blob) -> bool:
-        """Send a piece of a file. Return False if the file must be given up, of which the reader is told."""
+        """Send a piece of a file. If the file must be given up, tell the reader so, and return False."""
         may_have_begun = blob.name in self._reached or blob.size > self._pace.piece_bytes
         must_ask = held.offset is None and may_have_begun
         offset = held.offset or 0
@@ -186,7 +186,7 @@ class FileSender:
         if reply is None or isinstance(reply, Busy):
             if reply is None and took_s >= self._exchange.timeout_s:
                 self._pace.timed_out()
-            held.offset = None  # the receiver may have taken the piece all the same
+            held.offset = None  # the receiver may have stored the piece although no reply came
             self._not_before = time.monotonic() + self._backoff.next_wait_s()
             return True
         self._backoff.reset()
@@ -218,6 +218,6 @@ class FileSender:
                 file.seek(offset)
                 return file.read(self._pace.piece_bytes), f"the file ends after {offset} of {blob.size} bytes"
         except OSError as e:
-            # An empty piece asks whether the receiver has the blob. It may: after a crash a record is sent again whose
-            # blob was acknowledged, and so deleted here.
+            # An empty piece asks whether the receiver has the blob. It may have it: after a crash, a record is sent
+            # again although its blob was acknowledged and then deleted here.
             return b"", str(e)

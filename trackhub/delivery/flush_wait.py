@@ -12,18 +12,18 @@ class SpoolPasses:
     """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended.
 
     Attributes:
-        changed: the lock around the other attributes. It notifies when a pass has ended, or the sender has.
-        done: passes that sent all that they could read.
-        was_complete: whether the last of them could read everything.
-        running: a pass has begun and has not sent all that it found.
-        files_left: what the last pass found has files that are still on their way.
-        is_slow: a flush has waited for these files in vain.
-        waiting: calls of ``flush`` that wait.
-        gave_up_at: `Exchange.replies` when a flush last timed out, None if none did.
+        changed: the lock around the other attributes. It notifies when a pass ends, and when the sender ends.
+        done: how many passes have sent everything that they could read.
+        was_complete: whether the last of these passes could read everything.
+        running: whether a pass has begun and has not ended.
+        files_left: whether files of the last pass are still on their way.
+        is_slow: whether a flush has waited for these files, and they did not arrive in time.
+        waiting: how many calls of ``flush`` wait now.
+        gave_up_at: the value of `Exchange.replies` when a flush last timed out. None if no flush did.
     """
 
     def __init__(self) -> None:
-        """No pass has begun."""
+        """Start before the first pass."""
         self.changed = threading.Condition()
         self.done = 0
         self.was_complete = True

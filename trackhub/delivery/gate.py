@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate: the one check of what a site sent. `Receiver` examines each batch with it before anything is stored.
 
-A lane checks each record again when it reads the journal, since that may come from elsewhere. What the check needs:
+A lane checks each record again when it reads the journal, since somebody may have copied the journal from elsewhere.
+The check has three parts:
 
-1. The messages' fields have types and ranges. `trackhub.delivery.wire` declares them, and its decoder checks them.
-2. So have the fields of a record. `trackhub.records` declares them, and the decoder of `trackhub.framing` checks them.
-3. This module checks what a type cannot say: kinds, keys, numbers, shapes, and names of blobs.
+1. The types and ranges of a message's fields. `trackhub.delivery.wire` declares them, and its decoder checks them.
+2. The types and ranges of a record's fields. `trackhub.records` declares them, and `trackhub.framing` checks them.
+3. What a type cannot say: kinds, keys, numbers, shapes, and names of blobs. This module checks it.
 
 A record that fails is refused alone, and is counted by reason. A batch is refused as a whole if its numbers do not
-agree with its frames, or if a gap fails. Nobody could tell then which records it holds.
+agree with its frames, or if a gap fails the check: nobody can tell then which records the batch holds.
 
 ==================  ================================================================================
 reason              the record is refused, because
 ==================  ================================================================================
 ``undecodable``     it is not msgpack, not UTF-8, or a field is of another type or out of its range
 ``wrong_kind``      its frame says another kind than its payload
-``bad_key``         a key is none by `trackhub.records.key_problem`
-``bad_value``       a param or cell is no plain value, a histogram has no rising edges, a table's rows differ
+``bad_key``         `trackhub.records.key_problem` finds a problem in a key
+``bad_value``       a param or cell is not a plain value, a histogram's edges do not rise, a table's rows differ
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
-``bad_blob``        its blob does not have the name that its sender makes: stream and number of the record
+``bad_blob``        the name of its blob does not consist of the record's stream and number
 ``too_many_keys``   the site has used more keys than a receiver remembers
 ``too_many_values`` its batch has more values than fit into memory
 ==================  ================================================================================
@@ -66,11 +67,11 @@ __all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_record", "exami
 
 MAX_KEYS = 100_000
 MAX_KEY_CHARS_IN_ALL = 16 << 20
-"""How many different keys of one site a receiver remembers, and their length altogether. Every lane remembers them."""
+"""How many different keys of one site a receiver remembers, and the sum of their lengths. Each lane does the same."""
 
 MAX_VALUES = 1 << 20
-"""Most values in params, tables and histograms of one batch. A byte can stand for one that takes 60 bytes of memory.
-Neither the largest record nor a batch of the default size can have so many."""
+"""Most values in params, tables and histograms of one batch. A value of one byte can take 60 bytes once it is decoded.
+Neither the largest record nor a batch of the default size reaches this limit."""
 
 _AT_ONCE = 256  # records that are decoded before they are checked. With more, Python would collect garbage each time.
 _KINDS = frozenset(map(int, Kind))
@@ -78,7 +79,7 @@ _NOT_IN_FILENAMES = frozenset("/\0")
 
 
 class RefusedRecordError(ValueError):
-    """A record is none that a site may send.
+    """A record that a site may not send.
 
     Attributes:
         reason: the word under which it is counted.
@@ -90,7 +91,7 @@ class RefusedRecordError(ValueError):
 
 
 class Contents(NamedTuple):
-    """What the receiver must know of a batch before it stores it.
+    """What the receiver must know before it stores a batch.
 
     Attributes:
         batch: the batch without the refused records.
@@ -123,7 +124,7 @@ class KnownKeys:
         """Check these keys, and remember them.
 
         Raises:
-            RefusedRecordError: one of them is no key, or the site has used too many.
+            RefusedRecordError: one of them is not a valid key, or the site has used too many.
         """
         for key in keys:
             if key in self.keys:
@@ -151,17 +152,17 @@ class _Room:
 
 
 def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Room | None = None) -> Record:
-    """Return the record in a frame's body. It is one that a site may send.
+    """Decode and check the record in a frame's body, and return it.
 
     Args:
         stream: the stream that it comes from.
-        kind: the kind that the frame says, one of `Kind`.
+        kind: the kind in the frame's header, one of `Kind`.
         body: the frame's body.
         keys: the keys that the site has used.
         room: counts the values of the batch.
 
     Raises:
-        RefusedRecordError: it is none.
+        RefusedRecordError: a site may not send this record.
     """
     try:
         record = decode_body(body)
@@ -171,7 +172,7 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
     if KIND_OF[type(payload)] != kind:
         raise RefusedRecordError("wrong_kind", f"its frame says kind {kind}, and it is {type(payload).__name__}")
     if type(payload) is Metrics and keys.keys.issuperset(payload.values):
-        return record  # nearly all are: docs/adr/0004
+        return record  # nearly all records need no further check (docs/adr/0004)
     try:
         _check_payload(stream, record.seq, payload, keys, room or _Room())
     except RecursionError as e:
@@ -220,7 +221,7 @@ def _check_value(value: Any, depth: int, room: _Room) -> None:
     for item in value:
         if type(value) is dict:
             if type(item) is not str or key_problem(item):
-                raise RefusedRecordError("bad_key", f"key {str(item)[:80]!r} in a param is none")
+                raise RefusedRecordError("bad_key", f"a param has the key {str(item)[:80]!r}, which cannot be a key")
             _check_value(value[item], depth + 1, room)
         else:
             _check_value(item, depth + 1, room)
@@ -234,7 +235,7 @@ def examine(batch: Batch, keys: KnownKeys) -> Contents | Refused:
         keys: the keys that the site has used.
 
     Returns:
-        What is in it; or why nothing of it can be accepted.
+        The contents of the batch, or the reason why the whole batch is refused.
     """
     examination = _Examination(batch, keys)
     try:
@@ -271,14 +272,14 @@ class _Examination:
         self._refused: list[tuple[int, str]] = []
         self._detail = ""
         self._metric_keys: set[str] = set()
-        self._kept: list[tuple[int, int]] = []  # where frames stand that go on; if none is refused, all do
+        self._kept: list[tuple[int, int]] = []  # start and end of the accepted frames before each refused one
         self._keep_from = 0
 
     def run(self) -> None:
         """Walk to the end.
 
         Raises:
-            CorruptFrameError: what follows is no frame, or has not the next number, or is a gap that is not in order.
+            CorruptFrameError: the next bytes are not a frame, a record has the wrong number, or a gap is not valid.
         """
         frames, offset = self._batch.frames, 0
         while offset < len(frames):
@@ -293,9 +294,10 @@ class _Examination:
             offset = end
 
     def _are_plain_metrics(self, bodies: list[bytes]) -> bool:
-        """Return whether these are the next records of the stream, all of them metrics in order, and count them.
+        """Return whether all of these are valid metrics with the next numbers of the stream. If so, count them.
 
-        Nearly all batches consist of them. `_take` would take three times as long, and finds out what is wrong.
+        Nearly all batches consist of such records, and `_take` would need three times as long for them. If this returns
+        False, `_take` finds out what is wrong.
         """
         try:
             records = decode_metrics(bodies)
@@ -303,7 +305,7 @@ class _Examination:
                 return False
             keys = set[str]().union(*[record.payload.values for record in records])
             new = keys - self._keys.keys
-            if new:  # in their order, so that the first ones are known if there are too many
+            if new:  # in the order of the records: if the site has too many keys, the first ones are remembered
                 self._keys.check(dict.fromkeys(key for r in records for key in r.payload.values if key in new))
         except (msgspec.DecodeError, RefusedRecordError):
             return False
@@ -336,7 +338,7 @@ class _Examination:
             raise RefusedRecordError("undecodable", str(e)) from e
         if seq != self.seq - 1:
             raise CorruptFrameError(f"a record has seq {seq}; expected {self.seq - 1}", 0)
-        if kind not in _KINDS:  # of a newer version. No lane decodes it.
+        if kind not in _KINDS:  # a site with a newer trackhub sent it. Each lane rejects it, and counts it.
             return
         record = check_record(self._batch.stream, kind, body, self._keys, self._room)
         self._time = time if self._time is None else self._time
@@ -349,7 +351,7 @@ class _Examination:
         try:
             record = check_record(self._batch.stream, Kind.GAP, body, self._keys)
         except RefusedRecordError as e:
-            raise CorruptFrameError(f"the gap at offset {frame.start} is not in order: {e}", frame.start) from e
+            raise CorruptFrameError(f"the gap at offset {frame.start} is not valid: {e}", frame.start) from e
         gap = record.payload
         assert isinstance(gap, Gap)
         if record.seq != self.seq:

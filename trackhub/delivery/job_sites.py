@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sites of a running job: which were heard, which have ended, and how. The receiver asks it, and waits with it."""
+"""The sites of a running job: which the receiver has heard from, which have ended, and how they ended.
+
+The receiver notes here what each site sends. At the end of the job it waits here for the sites' final messages.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class JobSites:
         """Know of no site yet.
 
         Args:
-            silence_s: how long a site may say nothing before it is no longer waited for, in seconds.
+            silence_s: how long a site may send nothing, in seconds. After that, nobody waits for the site any more.
         """
         self.without_sender: set[str] = set()
         self._silence_s = silence_s
@@ -38,7 +41,7 @@ class JobSites:
         self._expected: set[str] = set()
 
     def known(self) -> set[str]:
-        """Return the sites that were waited for, and those that sent something, be it that nothing could be stored."""
+        """Return the sites that somebody waited for, and the sites that sent something, even if nothing was stored."""
         with self._changed:
             return self._expected | self._heard_at.keys() | self.without_sender
 
@@ -62,7 +65,10 @@ class JobSites:
             self._progress_at[site] = time.monotonic()
 
     def note_hello(self, site: str, session: str) -> None:
-        """Note that a sender begins. A site that had ended runs again then, unless the message is an old one."""
+        """Note the first message of a sender.
+
+        If the site had ended, it now runs again, unless the message is an old one.
+        """
         with self._changed:
             known = self._sessions[site]
             if session and session not in known and len(known) < _MAX_SESSIONS:
@@ -80,10 +86,17 @@ class JobSites:
         self._failed.setdefault(site, False)
 
     def status(self, site: str, job: RunStatus, *, was_killed: bool) -> RunStatus:
-        """Return how a site's run ended. Where the job ``was_killed``, the site may have said it of itself."""
+        """Return how a site's run ended.
+
+        Args:
+            site: the site's name.
+            job: how the job ended.
+            was_killed: whether the job's processes were killed. Then the site's own final message counts, if there was
+                one.
+        """
         if was_killed and site in self._failed:
             return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED
-        if job is RunStatus.FINISHED and self._failed.get(site, True):  # or fell silent
+        if job is RunStatus.FINISHED and self._failed.get(site, True):  # a site that fell silent counts as failed
             return RunStatus.FAILED
         return job
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
-Whoever carries requests calls it: the FLARE widget, `trackhub.local_tracking`, `trackhub.delivery.replay`, or another
-system's transport. It knows nothing of any of them. It takes the site of a request as given, so that must be an
-identity that the transport has verified.
+A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `trackhub.delivery.replay`, or that
+of another system. The receiver does not know which one. It trusts the site's name that the transport gives it, so the
+transport must have verified that name.
 """
 
 from __future__ import annotations
@@ -107,15 +107,15 @@ class Receiver:
 
         Args:
             run_dir: the job's folder. Each backend has the folder of its name in it.
-            job: the group that all runs of this receiver belong to; a string is the job's id. A journal belongs to one
+            job: the job that all runs of this receiver belong to; a string is the job's id. A journal belongs to one
                 job.
             side: where the receiver is. Receivers of one job on two sides write to different runs.
             backends: the name of each backend, and its options. Secrets are best given as ``${secret:NAME}``, which is
                 resolved here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
-            ended: for a replay, how the job ended. What the sites send then says nothing of how their training ended,
-                since a replay sends it. None for a job that runs.
+            ended: for a replay, how the job ended. The final messages then come from the replay and not from the sites,
+                so they do not say how training ended. None for a job that runs.
             federation: what the job's federation run holds; None for none. It needs the records of all sites.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
@@ -237,9 +237,9 @@ class Receiver:
         """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. It is
-        `Busy` at once if a request of the same site is still being worked on, or if there are 16 of other sites. So a
-        disk that does not answer costs few threads, however often the sites ask.
+        ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. The reply
+        is `Busy` at once while another request of the same site is being worked on, or 16 requests of other sites. So a
+        disk that does not answer blocks few threads, however often the sites ask.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
@@ -254,14 +254,14 @@ class Receiver:
             self._warn_of(site, f"the receiver cannot store what it sent: {e}; the site keeps it and tries again")
             return busy(str(e))
         except Exception as e:
-            # A defect of trackhub. A refusal would cost the records; after "busy" the site keeps them and asks again.
+            # A defect of trackhub. The site keeps the records after "busy"; after a refusal, it would drop them.
             self._warn_of(site, f"a request failed: {type(e).__name__}: {e}; the site tries again", exc_info=True)
             return busy(type(e).__name__)
 
     def _reply(self, site: str, request: bytes) -> Reply:
         if self._state != _OPEN:
             return Busy(f"the receiver is {self._state}")
-        if problem := "is that of the federation run" if site == FEDERATION else key_problem(site):
+        if problem := "is the name of the federation run" if site == FEDERATION else key_problem(site):
             return Refused("bad_site", f"the site's name {site!r} {problem}")
         self.sites.note_heard(site)
         if not self._admission.enter(site):
@@ -275,7 +275,7 @@ class Receiver:
         return reply
 
     def _warn_of(self, site: str, problem: str, *, exc_info: bool = False) -> None:
-        """Warn of what a site sent, once a minute for each site: it may send thousands of requests a second."""
+        """Warn about a site's request, at most once a minute for each site, since it may send thousands in a second."""
         now = time.monotonic()
         if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
             self._warned_at[site] = now
@@ -395,7 +395,7 @@ class Receiver:
         self._journal.set_facts({"status": status})
 
     def assume_ended(self, site: str) -> None:
-        """Assume that a site's training ended well, unless it said otherwise. A replay knows that no message came."""
+        """Assume that a site's training ended well. A replay calls it if the site's final message never came."""
         self.sites.assume_ended(site)
 
     def wait_for_sites(self, sites: Iterable[str], timeout_s: float | None = None) -> set[str]:
@@ -408,7 +408,7 @@ class Receiver:
             timeout_s: the longest wait, in seconds; by default ``limits.gate_s``. Longer while files still arrive.
 
         Returns:
-            The sites whose final message has not come. What they did not send is in their spools.
+            The sites whose final message has not come. Their spools hold whatever they have not sent.
         """
         return self.sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s, self._limits.files_s)
 
@@ -422,7 +422,7 @@ class Receiver:
             status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
                 or when its final message did not come.
             deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
-            moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of dead commands.
+            moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of commands.
 
         Raises:
             JournalError: the receiver was not started.
@@ -445,7 +445,7 @@ class Receiver:
         self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float, moves_to: str = ""
     ) -> DeliveryReport:
         assert self._journal is not None
-        # First, or a batch could be accepted after a lane has looked for the last time.
+        # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         # Waits for a locked journal end before `join` gives up. Otherwise such a lane would count as hanging.
@@ -461,7 +461,7 @@ class Receiver:
                     "backend %s does not return from a call. Its records stay in the journal. Deliver them with "
                     "`trackhub replay %s`", lane.name, self.folder,
                 )  # fmt: skip
-        # All that follows waits a second altogether. A second for each run would be minutes with many runs.
+        # From here on, all waits together take a second at most. A second for each run would be minutes with many runs.
         self._journal.limit_waits(time.monotonic() + _END_S)
         self._store_ends(self._journal)
         report = self._report(self._journal, status)

@@ -46,7 +46,7 @@ NO_FILE = OperatorFile()
 """The strictest rules: those of a site whose operator wrote no file."""
 
 _STAND_IN = "replay-server"
-"""The folder beside a site's spool for the journal that replaces the server's, where that is not available."""
+"""The folder, beside a site's spool, of the journal that replaces the server's journal where that is not available."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,17 +67,17 @@ def replay_journal(
 
     Args:
         journal: the receiver's ``trackhub.db``. The job must have ended.
-        backends: where to deliver; by default the backends of the job, with the options that the job gave. Options
-            given here for a backend of the job replace single ones of the job's.
-        from_start: deliver everything again. A backend that recognises what it has stores nothing twice; for others,
-            possible duplicates are counted.
+        backends: where to deliver; by default the backends of the job, with the options that the job gave. An option
+            given here replaces the job's option of the same name.
+        from_start: deliver everything again. A backend that recognises its records stores nothing twice. For other
+            backends, the report counts possible duplicates.
         timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
-        operator: what the options that stand in the journal may reach, as those of a job at a provisioned site. None
-            trusts them. What ``backends`` says is trusted in any case.
+        operator: the rules for the options in the journal: which hosts, folders and secrets they may name. None trusts
+            them. The options in ``backends`` are always trusted.
 
     Raises:
-        JournalError: it is no journal, or in use by a running job or another replay.
+        JournalError: it is not a journal, or in use by a running job or another replay.
         ConfigError: a backend or an option is wrong, or a backend cannot be used as configured.
         PluginError: the plugin of a backend cannot be used.
     """
@@ -116,20 +116,19 @@ def replay_spool(
             not available, since a site does not know the server's backends.
         timeout_s: the longest time to try, in seconds.
         limits: how much and how often.
-        operator: what the options that stand in the journal may reach, as those of a job at a provisioned site. None
-            trusts them. What ``backends`` says is trusted in any case.
+        operator: the rules for the options in the journal, as for `replay_journal`.
 
     Returns:
         The report. None if nothing is left for this receiver, and its journal has the site's last counts.
 
     Raises:
-        SpoolError: it is no spool, no receiver of this name reads it, it cannot be read, the site's own receiver left
-            no journal, or the job still runs.
+        SpoolError: it is not a spool, no receiver of this name reads it, it cannot be read, the site's own receiver
+            left no journal, or the job still runs.
         JournalError: the journal cannot be used, or is in use by a running job or another replay.
         ConfigError: a backend, an option, or the policy of the site is wrong, or the backends must be given.
         PluginError: the plugin of a backend cannot be used.
     """
-    # The sender of a running job has it. Two that send one spool would each deliver what the other one delivers.
+    # The sender of a running job holds this lock. Two senders of one spool would both deliver the same records.
     lock = hold_ended_spool(spool, cursor)
     try:
         acked = _left_after_rewind(spool, cursor, journal)
@@ -159,7 +158,9 @@ def replay_spool(
 
 
 def _add_operators_rules(spool: Path, info: SpoolInfo) -> None:
-    """Add what the operator's file says now to the rules that the spool keeps since the job. Nothing is loosened.
+    """Add the rules that the operator's file has now to those that the spool has kept since the job.
+
+    No rule becomes less strict.
 
     Raises:
         ConfigError: the rules or the file cannot be read.
@@ -177,8 +178,8 @@ def _add_operators_rules(spool: Path, info: SpoolInfo) -> None:
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
     """Return how many records of the spool the receiver acknowledged. None if there is nothing to send.
 
-    Records that the receiver's disk lost later must be sent again. So must the site's last counts if the journal lacks
-    them, as after the death of the site.
+    Records that the receiver's disk lost later must be sent again. If the journal lacks the site's last counts, for
+    example because the site's process died, these must be sent again, too.
     """
     lacks_counts = False
     if is_journal_left(journal):
@@ -193,7 +194,7 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
 
 
 def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
-    """Return what the journal says about the job; nothing if a new journal is going to stand in for the server's."""
+    """Return what the journal says about the job. Empty if a new journal is going to replace the server's."""
     if journal.exists():
         return read_journal_meta(journal)
     if not _stands_in(journal):
@@ -210,10 +211,10 @@ def _stands_in(journal: Path) -> bool:
 
 
 def count_spooled(spool: Path, cursor: str) -> int:
-    """Return how many records a spool still holds for one of its receivers, with those that cannot be read.
+    """Return how many records a spool still holds for one of its receivers. Unreadable records count as well.
 
     Raises:
-        SpoolError: it is no spool, no receiver of this name reads it, or its folder cannot be read.
+        SpoolError: it is not a spool, no receiver of this name reads it, or its folder cannot be read.
     """
     return sum(count.spooled + count.unreadable for count in _counts(spool, cursor))
 
@@ -232,10 +233,10 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         spool: the spool's folder.
         cursor: the receiver that did not get the records.
         journals: the available journals. The server's is used if it is among them. Otherwise a journal beside the spool
-            replaces it. That one may not exist yet.
+            replaces it. The journal beside the spool may not exist yet.
 
     Raises:
-        SpoolError: it is no spool.
+        SpoolError: it is not a spool.
     """
     beside = spool.absolute().parent
     if cursor != Side.SERVER:
@@ -254,7 +255,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
 
 
 def _meta_of_damaged(journal: Path) -> dict[str, str]:
-    """Return what a journal says about its job. It is repaired if it cannot say that."""
+    """Return what a journal says about its job. If that cannot be read, repair the journal first."""
     try:
         return read_journal_meta(journal)
     except JournalError:
@@ -263,7 +264,7 @@ def _meta_of_damaged(journal: Path) -> dict[str, str]:
 
 
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
-    """Delete the cursor file of each stream of which the journal lost acknowledged records.
+    """Delete the cursor file of each stream whose acknowledged records the journal has lost.
 
     The sender then asks the receiver how far it got. A loss of power can take such records from the receiver's disk.
     """
@@ -315,7 +316,7 @@ def _job(meta: Mapping[str, str]) -> JobInfo:
 def _run_dir(journal: Path) -> Path:
     """Return the folder in which the backends' folders are, beside the receiver's."""
     state_dir = journal.absolute().parent
-    # The journal that stands in for the server's lies one deeper.
+    # The journal that replaces the server's is one folder deeper.
     return state_dir.parent.parent if state_dir.name == _STAND_IN else state_dir.parent
 
 
@@ -324,8 +325,8 @@ def _choose(
 ) -> dict[str, dict[str, Any]]:
     """Return the backends to deliver to: the job's, or the given ones on top of the options that the job gave.
 
-    Whoever made the journal chose the job's options. Unchecked, they could name any host, which would get the
-    credentials of whoever replays it, and any file.
+    The maker of the journal chose the job's options. Without a check, the options could name any host and any file.
+    That host would get the credentials of the person who replays the journal.
     """
     used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
     given: Backends = {name: {} for name in used} if backends is None else backends
@@ -338,7 +339,7 @@ def _permitted(
     name: str, used: Mapping[str, Any], given: Mapping[str, Any], operator: OperatorFile, journal: Path
 ) -> dict[str, Any]:
     rules = operator.backends.get(name, BackendRules())
-    # No rule holds for what whoever replays it says, except that the operator's own options win.
+    # The options that the person who replays gives need no check. Only the operator's own options win over them.
     rules = msgspec.structs.replace(rules, fixed={**given, **rules.fixed})
     operator = msgspec.structs.replace(operator, backends={**operator.backends, name: rules})
     try:

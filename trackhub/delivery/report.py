@@ -50,7 +50,7 @@ REPORT_NAME = "delivery.json"
 """The file beside the journal in which a receiver leaves its report."""
 
 NOT_ADDING_UP = "a defect of trackhub, a damaged disk, or a site that sent false counts; please report it"
-"""What it may mean if counts contradict each other."""
+"""What to tell a person when counts contradict each other."""
 
 _MAX_ERROR_CHARS = 120
 _log = logging.getLogger(__name__)
@@ -77,13 +77,14 @@ class SiteReport(msgspec.Struct, kw_only=True):
     Attributes:
         at_site: the site's own counts, as of its last message; None if no message with counts came.
         counted: how much is known of what the site logged.
-        received: records that arrived, those included that arrived again.
-        duplicates: of these, records that the journal had already.
+        received: records that arrived. A record that arrived twice counts twice.
+        duplicates: how many of these the journal had already.
         journaled: records in the journal.
-        earlier: records of the site before these, which another journal holds.
+        earlier: the site's earlier records, which are in another journal.
         missing: records that a stream skipped without a reason; 0 unless something is wrong.
-        refused: records that the receiver will never accept, by reason, without batches that it refused as a whole.
-        explained: records that a stream said it does not have, by reason.
+        refused: records that the receiver will never accept, by reason. Batches that it refused whole do not count
+            here.
+        explained: records that the site could not send, by reason, as the gaps in its streams say.
         final: whether the site's final message has come.
         has_sender: False if the site takes part in the job, and its app has no sender.
     """
@@ -105,7 +106,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         return self.counted in (Counted.FINAL, Counted.OPEN) and self.adds_up()
 
     def adds_up(self) -> bool:
-        """Return whether no count of this site contradicts another, be it the site's own or the receiver's."""
+        """Return whether the site's own counts and the receiver's counts of it do not contradict each other."""
         adds_up_there = self.at_site is None or self.at_site.adds_up()
         adds_up_here = self.received == self.duplicates + self.journaled + sum(self.refused.values())
         return adds_up_there and adds_up_here and not self.lacking()
@@ -116,7 +117,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         return {reason: max(there.get(reason, 0), self.refused.get(reason, 0)) for reason in {**there, **self.refused}}
 
     def lacking(self) -> int:
-        """Return how many records the site has as acknowledged that no journal has."""
+        """Return how many records the site counts as acknowledged, although no journal has them."""
         return max(0, self.at_site.acked - self.earlier - self.journaled) if self.at_site else 0
 
 
@@ -127,7 +128,7 @@ class RunReport(msgspec.Struct, kw_only=True):
         confirmed: records that are durable at the backend.
         client_confirmed: those of ``confirmed`` that only the SDK calls durable, because the store cannot be asked.
         rejected: records that the backend can never store, by reason.
-        pending: records that are only in the journal yet; ``trackhub replay`` delivers them.
+        pending: records that are in the journal only. ``trackhub replay`` delivers them.
         altered: confirmed records that are not stored as logged, by reason (``nonfinite_removed``, ...).
         possible_duplicates: confirmed records that the backend may hold twice, since it does not recognise them.
         state: ``open``, ``finished``, ``unfinished`` (not all was confirmed, or the run could not be ended) or
@@ -157,12 +158,12 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         status: how the job ended, as in `trackhub.job_and_run_info.RunStatus`; ``running`` if it has not.
         balanced: whether all counts are known, and add up.
         adds_up: whether no count contradicts another. False means a defect of trackhub, a damaged disk, or false counts
-            of a site. The counts of other sites hold all the same.
+            of a site. The counts of the other sites are right in any case.
         sites: what each site and the receiver counted, by site.
         lanes: what each lane counted, by backend and then by site.
         run_dir: the job's run folder. In ``delivery.json`` it is relative to the file's folder where possible, and the
             results in ``lanes`` are relative to the run folder. `read_report` makes all of them absolute.
-        error: why the journal could not be read. There are no counts then. Empty if it could.
+        error: why the journal could not be read, so that there are no counts. Empty if the journal could be read.
     """
 
     job: str
@@ -277,7 +278,7 @@ def resolve_results(report: DeliveryReport, folder: Path) -> DeliveryReport:
 
 
 def format_job(job: str, job_name: str) -> str:
-    """Return how a job is called in a line of text: its name with its id, or its id alone where it has no name.
+    """Return what to call a job in a line of text: its name with its id, or its id alone if it has no name.
 
     Args:
         job: the job's id.
@@ -293,7 +294,7 @@ def format_confirmed(run: RunReport) -> str:
 
 
 def format_logged(site: SiteReport) -> str:
-    """Return how many records a site logged: ``1,300``, ``1,300+`` if they may be more, ``?`` if nobody knows."""
+    """Return how many records a site logged: ``1,300``, or ``1,300+`` for at least so many, or ``?`` if unknown."""
     if site.at_site is None:
         return "?"
     return f"{site.at_site.logged:,}{'+' * (site.counted in (Counted.STALE, Counted.INCOMPLETE))}"
@@ -304,7 +305,7 @@ def format_doubts(report: DeliveryReport) -> str:
     if report.error:
         return f". NOTHING IS KNOWN OF ITS RECORDS: {report.error}"
     if not report.adds_up:
-        # Named, since a site may have sent false counts, and the counts of all others still hold.
+        # Name the sites: one site may have sent false counts, and the counts of all others are right then.
         sites = ", ".join(name for name, site in sorted(report.sites.items()) if not site.adds_up()) or "a backend"
         return f". THE COUNTS DO NOT ADD UP for {printable(sites)}: {NOT_ADDING_UP}"
     return "" if report.balanced else ". NOT ALL COUNTS ARE KNOWN: the table says of which sites"
@@ -314,8 +315,8 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     """Return how to look at what the backends stored: lines with a command, a URL or a path each.
 
     Args:
-        runs: the runs, each with the name of its backend. What opens several runs is shown once. A command that another
-            one of the same backend repeats with a flag more is left out: the flag was needed since.
+        runs: the runs, each with the name of its backend. A command that opens several runs is shown once. A command is
+            left out if the same backend has it with one more flag as well: a later run needed that flag.
     """
     backend_of: dict[str, str] = {}
     for backend, run in runs:
@@ -335,7 +336,8 @@ def format_report(report: DeliveryReport, moves_to: str = "") -> str:
 
     Args:
         report: the report, with absolute paths.
-        moves_to: where the job's folder moves to, as a sentence. It is shown in place of how to open what lies there.
+        moves_to: a sentence that says where the job's folder moves to. It is shown in place of commands and paths that
+            the move makes useless.
     """
     rows: list[tuple[str, ...]] = [
         ("site", "backend", "logged", "journaled", "confirmed", "rejected", "pending", "not delivered, and why")
@@ -388,7 +390,7 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
 
 
 def format_together(folders: Sequence[str]) -> list[str]:
-    """Return how to look at what several receivers stored in one page, as a line; nothing for a single receiver.
+    """Return a line with the command that shows all receivers' results on one page. No line for a single receiver.
 
     Args:
         folders: the receivers' run folders, or any folders that hold them, as absolute paths.
@@ -414,7 +416,7 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table; the first row is its head. Whatever is in a cell, it takes one line."""
+    """Return the lines of a table. The first row is its head. Each row is one line, whatever its cells hold."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -441,7 +443,7 @@ def _site_remarks(site: SiteReport) -> list[str]:
 
 
 def format_counted(site: SiteReport) -> list[str]:
-    """Return what is not known of a site's counts, and what contradicts them."""
+    """Return what is unknown about a site's counts, and where they contradict each other."""
     remarks = []
     if site.at_site is not None and not site.at_site.adds_up():
         remarks.append("the site's own counts do not add up")
@@ -465,7 +467,7 @@ def format_counted(site: SiteReport) -> list[str]:
 
 
 def _format_loggers(site: SiteReport) -> list[str]:
-    """Return why a site has no records, and what the job captures in vain."""
+    """Return why a site has no records, and which loggers the job captures although no script uses them."""
     if (counts := site.at_site) is None or not site.final:
         return []
     remarks = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
 
-`Sender` and `FileSender` ask through it. It knows when the sender is closing, and gives up at that deadline only.
-`BatchPace` tells it how large a batch may be.
+`Sender` and `FileSender` make their requests through an `Exchange`. It gives up only when the sender is closing and its
+deadline has passed. `BatchPace` tells it how large a batch may be.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Exchange:
 
     Attributes:
         replies: how many replies have come, without those that say `Busy`.
-        timeout_s: the longest wait for one reply, in seconds. A single large record on a slow link gets longer.
+        timeout_s: the longest wait for one reply, in seconds. A single large record on a slow channel gets longer.
         pace: how large the next batch may be.
     """
 
@@ -60,11 +60,13 @@ class Exchange:
         self._last_warning = ""
 
     def close_by(self, deadline: float, last: float = 0.0) -> None:
-        """Give up at a moment, and wait only briefly until then. From any thread.
+        """Set the deadline at which requests are given up. Any thread may call it.
+
+        Until then, the pauses between attempts are short.
 
         Args:
-            deadline: the moment, on the monotonic clock.
-            last: while a file progresses, the moment moves, but not beyond this one.
+            deadline: the deadline, on the monotonic clock.
+            last: the latest deadline. While a file progresses, the deadline moves on, but not beyond this moment.
         """
         self._deadline = deadline
         self._last_deadline = last
@@ -72,7 +74,10 @@ class Exchange:
         self._closing.set()
 
     def note_progress(self) -> None:
-        """Say that more of a file has arrived. The next piece then has the time of two requests, whatever is left."""
+        """Note that more of a file has arrived.
+
+        The deadline moves, so that the next piece has the time of two requests.
+        """
         self._progress_at = time.monotonic()
         self._move_deadline()
 
@@ -98,8 +103,8 @@ class Exchange:
 
         Args:
             request: what to send first.
-            shorten: for a batch, gives what to send after a reply did not come in time: the batch's first records, as
-                many as ``pace`` allows. The receiver may have all of it, and recognises what comes again.
+            shorten: returns a shorter batch, to send when no reply came in time: the first records of the batch, as
+                many as ``pace`` allows. The receiver may already have all records, and recognises them.
         """
         # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.
         backoff = Backoff(first_s=0.1, max_s=5.0)
@@ -148,7 +153,8 @@ class Exchange:
             _log.warning("site %s: the receiver's reply cannot be decoded: %s; trying again", self._site, e)
             return None
         except Exception as e:
-            # A defect of the channel must not end the sender: the next attempt may work, and the records are waiting.
+            # A defect of the channel must not end the sender. The records stay in the spool, and the next attempt may
+            # work.
             self._warn_once(f"the channel to the receiver failed: {type(e).__name__}: {e}")
             return None
         if not isinstance(reply, Busy):

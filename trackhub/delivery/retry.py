@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long to wait before the next attempt: of a sender between requests, of a lane between calls of its backend."""
+"""How long to wait before the next attempt. Senders wait so between requests, and lanes between calls of a backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import random
 __all__ = ["Backoff"]
 
 _JITTER = random.Random()
-"""Of trackhub alone. Drawing from the shared generator would change what training draws from it, and so the model."""
+"""A random generator that only trackhub uses. Training draws from Python's shared generator. If trackhub drew from it,
+too, training would get other numbers, and the model would change."""
 
 
 class Backoff:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sender: follows a site's spool, and sends what appears in it to one receiver, batch by batch.
 
-Whoever runs the site creates it: the FLARE widget, `trackhub.local_tracking`, or another system's transport. It reads
-with `trackhub.spool.reading`, asks through a `Channel`, and marks in the spool what the receiver has accepted.
+The FLARE widget, `trackhub.local_tracking` or another system's transport creates it at the site. It reads the spool
+with `trackhub.spool.reading`, makes its requests through a `Channel`, and marks in the spool what the receiver has
+accepted.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from trackhub.spool.round_file import RoundFile
 __all__ = ["Sender"]
 
 _ENOUGH_BYTES = 64 << 10  # a thousand records of one metric; the sender does not wait for more than this
-_FILES_S = 1.0  # how long a round waits for files. A large one on a slow link must not delay each round.
-_JOIN_MARGIN_S = 1.0  # for what the thread does after its last request.
-_COUNT_S = 1.0  # for reading a spool to count it. What is left then is counted by the ledgers.
+_FILES_S = 1.0  # how long a round waits for files. A large file on a slow channel must not delay each round.
+_JOIN_MARGIN_S = 1.0  # for the work of the thread after its last request
+_COUNT_S = 1.0  # for reading a spool to count its records. The ledgers count whatever is left unread.
 _log = logging.getLogger(__name__)
 
 
@@ -60,14 +61,14 @@ class Sender:
     pieces, and between two pieces go the batches that are due. Nothing raises into training: what cannot be sent stays
     in the spool, and the log says so.
 
-    A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds it, this
-    one waits and sends nothing.
+    A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds that
+    lock, this sender waits and sends nothing.
 
     Attributes:
         site: the site that the spool belongs to.
         folder: the spool's folder.
-        facts: what whoever runs the sender knows of the site. It may change until ``close``.
-        job_status: how the job ends, as the receiver said in reply to the final message; None if it did not say it.
+        facts: further facts about the site, which the transport sets. They may change until ``close``.
+        job_status: how the job ends, as the receiver said in reply to the final message. None if it did not say so.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Sender:
 
         Raises:
             SpoolError: the folder holds no spool and none is expected there, or the spool has no such cursor.
-            ConfigError: what the spool says may leave the site cannot be read.
+            ConfigError: the spool's rules for what may leave the site cannot be read.
         """
         self.folder = spool
         self.facts = SiteFacts()
@@ -101,8 +102,8 @@ class Sender:
         self.site = self._reader.info.site
         self._round = RoundFile(spool, sets=True)
         self._hold = SpoolHold(spool, cursor, lock)
-        # At most half the silence that the receiver tolerates. The sender says nothing while it waits for a reply, so
-        # that one lost reply would otherwise make the site look dead.
+        # At most half of the silence that the receiver tolerates. A sender that waits for a reply sends nothing else.
+        # With a longer wait, one lost reply would make the site look dead.
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
         self._exchange = Exchange(
             channel, site=self.site, timeout_s=request_s, longest_s=self._limits.gate_s,
@@ -129,17 +130,17 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call. For files it waits a second, once.
+        """Wait until the receiver has all that was logged before this call. It waits for files a second at most.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
-        is away costs one timeout, not one per round. Also False at once if the receiver refused the site. If a part of
-        the spool cannot be read, it returns False as soon as the receiver has the rest.
+        is away costs one timeout, not one per round. Returns False at once, too, if the receiver refused the site. If a
+        part of the spool cannot be read, it returns False as soon as the receiver has the rest.
 
         Args:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
 
         Returns:
-            Whether the receiver has it, without images and artifacts that are still on their way.
+            Whether the receiver has all of it, except for images and artifacts that are still on their way.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         try:
@@ -150,7 +151,7 @@ class Sender:
         with passes.changed:
             if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
                 return False
-            # A pass that is running may have looked at the spool before this call; the pass after it has not.
+            # A running pass may have looked at the spool before this call. The pass after it looks later.
             target = passes.done + (2 if passes.running else 1)
             passes.waiting += 1
             was_complete = True
@@ -163,7 +164,8 @@ class Sender:
                     if left_s <= 0 or not self._thread.is_alive():
                         self._give_up_flush()
                         return False
-                    # Not longer than a poll: the reader gets past the ends in the middle of a pass, without a notice.
+                    # Wait for one poll at most. The reader may get past the ends in the middle of a pass, and nothing
+                    # notifies this thread then.
                     passes.changed.wait(min(left_s, self._limits.poll_s))
                 else:
                     was_complete = passes.was_complete
@@ -184,12 +186,12 @@ class Sender:
     def close(self, timeout_s: float, *, failed: bool = False) -> SiteCounts:
         """Send the final message and stop. Close all of the site's writers first.
 
-        Blocks up to ``timeout_s`` plus the time for one request; longer while a file still progresses, up to
+        Blocks up to ``timeout_s`` plus the time for one request. While a file still progresses, it blocks up to
         ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no writer opens it any more.
         Does not raise. Idempotent.
 
         Args:
-            timeout_s: the longest time to try, in seconds. What is then not acknowledged stays in the spool.
+            timeout_s: the longest time to try, in seconds. Records that are not acknowledged by then stay in the spool.
             failed: the site's training ended with an error.
 
         Returns:
@@ -206,7 +208,7 @@ class Sender:
         else:
             self._join()
         if self._thread.is_alive():
-            # The channel does not come back. The thread alone uses the reader, so its last counts are all there is.
+            # The channel does not return. Only the sender's thread may use the reader, so nobody can count again.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.warning(
                 "the sender of site %s does not return from a request. After the job, deliver what is left with "
@@ -279,7 +281,7 @@ class Sender:
         if time.monotonic() >= self._keep_alive_at:
             self._keep_alive_at = time.monotonic() + self._limits.keepalive_s
             self._count()
-            # Once: the next one carries newer counts.
+            # One attempt is enough, since the next keep-alive carries newer counts.
             self._exchange.ask_once(self._session.keep_alive(self._counts))
 
     def _send_files(self) -> None:
@@ -382,7 +384,8 @@ class Sender:
     def _place_streams(self) -> bool:
         """Ask the receiver what it has of the streams whose cursor file is lost. Return False if it does not reply.
 
-        Without this, what the receiver has and the spool has deleted would count as lost, and the rest be sent again.
+        Without this, records that the receiver has and the spool has deleted would count as lost. The sender would also
+        send the other records again.
         """
         unplaced = self._reader.unplaced_streams() if self._session.may_ask else []
         for i in range(0, len(unplaced), MAX_STREAMS):
@@ -391,7 +394,8 @@ class Sender:
             if reply is None:
                 return False
             if not isinstance(reply, Accepted) or reply.job != self._reader.info.job:
-                # It has another job, or its journal begins in the middle of this one. All that is there is sent.
+                # It is the receiver of another job, or its journal begins in the middle of this job. So the sender
+                # sends all that the spool has.
                 self._session.may_ask = False
                 self._session.is_unsure = self._reader.has_lost_beginning()
                 return True
@@ -415,7 +419,7 @@ class Sender:
             return False
         if isinstance(reply, NeedBlob):
             if any(blob.name == reply.name for blob in batch.blobs):
-                # The receiver has lost the blob since it acknowledged it. Send both again.
+                # The receiver had acknowledged the blob, and has lost it. Send the blob and the batch again.
                 self._files.lost(reply.name)
                 self._files.hold(batch)
                 return True
@@ -435,7 +439,10 @@ class Sender:
         return True
 
     def _ask(self, batch: SpoolBatch) -> tuple[SpoolBatch, Reply | None]:
-        """Send a batch, or its first records if it is too large for the link. Return what was sent, and the reply."""
+        """Send a batch, or only its first records if the channel is too slow for it.
+
+        Return what was sent, and the reply.
+        """
 
         def shorten() -> Batch:
             nonlocal batch
@@ -448,7 +455,7 @@ class Sender:
         return batch, reply
 
     def _settle(self, batch: SpoolBatch, refused: Mapping[str, int]) -> None:
-        """Mark a batch in the spool as accepted, but for the records that were refused."""
+        """Mark a batch in the spool as accepted, except for the records that the receiver refused."""
         self._sent_at = time.monotonic()
         self._files.settled(batch)
         try:
@@ -458,7 +465,7 @@ class Sender:
             self._warnings.warn("settle", f"site {self.site} cannot store how far it got: {e}; {again}")
 
     def _count(self, until: float | None = None) -> None:
-        """Count the site's records. Without ``until``, read no records: count by the ledgers, which is fast."""
+        """Count the site's records. Without ``until``, only the ledgers are read, which is fast."""
         try:
             counts = _site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:

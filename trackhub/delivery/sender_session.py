@@ -12,13 +12,14 @@ __all__ = ["Session"]
 
 
 class Session:
-    """What a sender says of itself to its receiver, and what the receiver has said. Used by the sender's thread.
+    """Makes the sender's messages, and remembers what the receiver said. Used by the sender's thread.
 
     Attributes:
-        name: names the sender, for the receiver.
-        is_greeted: the receiver has replied to a hello.
-        may_ask: the receiver can say what it has of a stream, as far as is known.
-        is_unsure: it could not say it, and the first records of a stream are not in the spool: delivered, or lost.
+        name: the name of this sender. Each sender has another one, so the receiver can tell two senders apart.
+        is_greeted: whether the receiver has replied to a hello.
+        may_ask: False once the receiver could not say what it has of a stream.
+        is_unsure: True if nobody knows whether a stream's first records were delivered. The spool does not have them,
+            and the receiver could not say what it has.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 """The wire format: the requests that a sender makes, and the replies that a receiver gives.
 
 The sender encodes a request to bytes, a channel carries it, and `Receiver.handle` decodes it and returns an encoded
-reply. A sender may make every request again after a lost reply: the receiver recognises what it has already.
+reply. After a lost reply, a sender may make any request again: the receiver recognises what it has already.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 MAX_REQUEST_BYTES = (8 << 20) + (64 << 10)
-"""No sender makes a larger request: the largest ``Limits.batch_bytes`` of frames, and what stands around them.
+"""The largest request that a sender makes: frames of the largest ``Limits.batch_bytes``, and the message around them.
 
 A server may answer a larger body with an error before it reads it.
 """
@@ -54,7 +54,7 @@ MAX_BATCH_RECORDS = 100_000
 """Most records in one batch: the largest ``Limits.batch_records``."""
 
 MAX_REASONS = 64
-"""Most reasons under which one site's records are counted. What a site sends beyond is refused or counted together."""
+"""Most reasons under which one site's records are counted. Further reasons are refused, or counted as one."""
 
 MAX_STREAMS = 500
 """How many streams one `Hello` may ask for. The reply is then less than 32 KiB."""
@@ -76,14 +76,14 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         refused: records that the receiver did not accept, by reason.
         acked: records that the receiver accepted.
         spooled: records that are still in the spool.
-        unreadable: as ``spooled``, but the site's sender is not allowed to read them, or its disk fails.
+        unreadable: records that are in the spool and that the site's sender cannot read: it may not, or the disk fails.
         complete: False if the site may have logged more than it could count.
-        altered: values, not records, that were left out of records that go on, by reason.
-        at_source: the site takes what FLARE's own writers log in the call itself, where the trainer lets it.
-        by_message: of ``logged``, how many came in messages from another process that logs. Such a message is counted
-            when it arrives, so nobody knows how many were lost.
+        altered: values, not records, by reason. They were left out of records that were delivered without them.
+        at_source: whether the site records FLARE's own log calls where they are made, and not from FLARE's messages.
+        by_message: how many of the records in ``logged`` came in messages of another process. Such a record is counted
+            when its message arrives, so nobody knows how many were lost.
         not_captured: other loggers that the site's scripts used, and that the job does not capture.
-        not_used: loggers that the job captures, and that no process of the site was seen to use.
+        not_used: loggers that the job captures, although no process of the site was seen to use them.
     """
 
     logged: Count = 0
@@ -111,11 +111,13 @@ class SiteCounts(msgspec.Struct, kw_only=True):
 
 
 class SiteFacts(msgspec.Struct, kw_only=True):
-    """What whoever runs a sender knows of the site beyond its spool. The sender puts it into the site's counts.
+    """Facts about the site that its spool does not show.
+
+    The transport sets them, and the sender adds them to the counts.
 
     Attributes:
         at_source, by_message, not_captured, not_used: as in `SiteCounts`.
-        may_log_more: the site may log what never reaches the spool, so that its counts are not complete.
+        may_log_more: whether the site may log records that never reach the spool. Then its counts are not complete.
     """
 
     at_source: bool = False
@@ -139,8 +141,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     Attributes:
         version: the sender's version of the format.
-        session: names the sender; each has another. Empty if the sender does not say.
-        streams: the streams of which the sender does not know how far the receiver has them. `MAX_STREAMS` at most.
+        session: the sender's name. No two senders have the same one. Empty if the sender does not say it.
+        streams: the streams for which the sender asks how much the receiver has. `MAX_STREAMS` at most.
     """
 
     version: tuple[int, int] = FORMAT_VERSION
@@ -187,7 +189,7 @@ class KeepAlive(msgspec.Struct, frozen=True, array_like=True, tag=4):
     Attributes:
         counts: what became of the site's records.
         session: as in `Hello`.
-        number: is larger in each message with counts of a session. So a receiver knows which of two is older.
+        number: it grows with each message of a session that has counts. So a receiver knows which of two is older.
     """
 
     counts: SiteCounts
@@ -227,8 +229,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     Attributes:
         next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
-        job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the first ones,
-            so that this receiver does not know how the streams began.
+        job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the job's first
+            records, so that this receiver does not know how the streams began.
         streams: in reply to Hello, what the receiver has of the streams that were asked for, from their first record
             on. A stream of which it has nothing is left out.
         refused: in reply to a batch, how many of its records the receiver will never accept, by reason. It has the

@@ -25,10 +25,13 @@ __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_m
 CLIENTS, SERVER = "clients", "server"
 
 _SENT = "flare"
-"""What the key of a metric begins with that a trainer sent with its model: the script may log one of the same name."""
+"""The keys of metrics that a trainer sent with its model begin with this.
+
+The script may log metrics of the same names.
+"""
 
 _EVALUATED = "cross_site"
-"""What the key of a result of cross-site evaluation begins with. The owner of the model comes next."""
+"""The keys of results of cross-site evaluation begin with this. The owner of the model comes next."""
 
 _MAX_WARNINGS = 20
 
@@ -37,7 +40,7 @@ def check_flare_metrics(value: object, *, has_server_side: bool = True) -> None:
     """Check a job's ``flare_metrics`` where the job is written.
 
     Raises:
-        ConfigError: it is no list of sides, or it has the server, which tracks nothing.
+        ConfigError: it is not a list of sides, or it has the server though the server tracks nothing.
     """
     if value is None:
         return
@@ -79,7 +82,7 @@ class ClientMetrics:
     """Records what this client's executors return. Thread-safe; no method raises."""
 
     def __init__(self, records: StockRecords) -> None:
-        """Use the writer of these records. They must be open before a result is taken."""
+        """Use the writer of these records. Its spool must be open before a result is taken."""
         self._metrics = _Metrics(records)
 
     def take_result(self, task: Any, result: Any) -> None:
@@ -137,5 +140,5 @@ def _holds_dxo(data: Any) -> bool:
 
 
 def _metrics_of(dxo: DXO) -> Any:
-    """Return the metrics in a result: they are all of it, or they are beside a model. None if there are none."""
+    """Return the metrics in a result, which may hold only metrics, or metrics beside a model. None if it has none."""
     return dxo.data if dxo.data_kind == DataKind.METRICS else dxo.get_meta_prop(MetaKey.INITIAL_METRICS)

@@ -160,7 +160,12 @@ def answer_for_sender(engine: Any) -> None:
 def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bool]:
     """Server: ask sites whether they have a `TrackhubSender`. Return the answers of those that answered.
 
-    A client answers "no" also while its job process is still starting, and FLARE logs an error there.
+    A client also answers "no" while its job process is still starting, and FLARE logs an error there.
+
+    Args:
+        engine: FLARE's engine on the server.
+        sites: the names of the sites.
+        timeout_s: the longest wait for the answers, in seconds.
     """
     with engine.new_context() as fl_ctx:
         _hide_abort_signal(fl_ctx)
@@ -177,7 +182,7 @@ def note_sites_of_events(engine: Any) -> None:
 
     FLARE itself takes the site's name from what the sender says of itself, and any site can claim any name there.
     """
-    # Not ``engine.get_cell()``, which is another cell in the simulator.
+    # ``engine.get_cell()`` would be another cell in the simulator.
     agent = engine.server.command_agent
 
     def on_event(message: Any) -> Any:
@@ -186,7 +191,7 @@ def note_sites_of_events(engine: Any) -> None:
             message.payload.set_header(EVENT_SITE, site or "")
         return agent.aux_communicate(message)
 
-    # For this topic alone, before the agent's own callback for all topics.
+    # A callback for one topic takes precedence over the agent's own callback for all topics.
     agent.cell.register_request_cb(channel=FlareChannel.AUX_COMMUNICATION, topic=FED_EVENT_TOPIC, cb=on_event)
 
 

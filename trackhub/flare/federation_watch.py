@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the federation run how the federation runs: rounds, sites, waits, bytes of model, and FLARE's own metrics.
+"""Logs into the federation run how the job proceeds: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
-`trackhub.flare.receiver_widget` has one on the server. It learns everything from FLARE's events, so a training script
-needs no line for it. `trackhub.flare.task_events` reads the events.
+`trackhub.flare.receiver_widget` has a watch on the server. The watch learns everything from FLARE's events, so a
+training script needs no line for it. `trackhub.flare.task_events` reads the events.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
     def _note_metrics(self, metrics: dict[str, float]) -> None:
         with self._lock:
             if self._round is not None and metrics:
-                # Not below "fl/": a page that sorts keys, as TensorBoard's and MLflow's, then begins with these curves.
+                # The keys do not begin with "fl/". So a page that sorts keys, as in TensorBoard or MLflow, shows them
+                # first.
                 named = {f"aggregated/{name}": value for name, value in metrics.items()}
                 self._federation.log(named, self._round.number)
 

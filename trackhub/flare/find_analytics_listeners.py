@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the components of a job that listen to FLARE's analytics events: FLARE's receivers, and the user's own.
 
-Taking over what FLARE's writers log keeps these events from them. So the recipe warns of them, the receiver's widget
-warns of those on the server, and a client that has one stays with FLARE's events.
+Taking over what FLARE's writers log keeps these events from them. So the recipe warns of all listeners, the
+receiver's widget warns of those on the server, and a client that has a listener keeps FLARE's events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["client_warning", "listeners", "server_warning"]
 
 
 def listeners(components: Mapping[str, Any]) -> list[str]:
-    """Return those that listen to analytics events, as far as can be seen, each as ``id (class)``.
+    """Return the components that listen to analytics events, as far as can be seen, each as ``id (class)``.
 
     A component listens if it is one of FLARE's receivers, or a class of the user's that names the event in its code or
     in an attribute.

@@ -360,7 +360,7 @@ def event_of_site(fl_ctx: FLContext) -> tuple[str, Shareable] | None:
     event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
     if not isinstance(event, Shareable) or event.get_header(FedEventHeader.DIRECTION, "out") == "out":
         return None
-    # Of the cell's origin. FLARE's own headers of an event are what its sender says of itself.
+    # This header is set from the cell's origin. FLARE's own headers are only what the sender says of itself.
     site = event.get_header(EVENT_SITE)
     return (site, event) if isinstance(site, str) and site else None
 

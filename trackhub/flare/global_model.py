@@ -18,7 +18,7 @@ from trackhub.flare import flare_internals
 __all__ = ["FoundModel", "find_model"]
 
 _MAX_FILES = 1000
-# Where FLARE's persistors keep the paths to which they save. The names of the first that has one are used.
+# The attributes in which FLARE's persistors keep the paths of the models that they save.
 _PATHS = {
     "best": ("_best_ckpt_save_path",),
     "last": ("_ckpt_save_path", "_model_save_path", "save_path"),
@@ -31,7 +31,7 @@ class FoundModel(NamedTuple):
 
     Attributes:
         files: each file of the model, and the key of its artifact. A model may be a folder.
-        problem: why there is none; empty if there is one.
+        problem: why there is no model; empty if there is one.
     """
 
     files: list[tuple[Path, str]]
@@ -62,7 +62,7 @@ def _paths(persistor: Any, which: str, fl_ctx: FLContext) -> Iterator[Path]:
     if which == "last" and isinstance(name := getattr(persistor, "model_name", None), str):
         root = Path(fl_ctx.get_workspace().get_result_root(fl_ctx.get_job_id()))  # as NPModelPersistor saves
         yield root / str(getattr(persistor, "model_dir", "")) / name
-    # What a persistor says of itself, such as one of the user's. It may name models that the job began with, too.
+    # Any persistor, also one of the user's, may list its models. The list may include models that the job began with.
     for name, model in (persistor.get_model_inventory(fl_ctx) or {}).items():
         is_input = "source" in (getattr(model, "props", None) or {})
         if not is_input and str(name).startswith(_BEST) is (which == _BEST):

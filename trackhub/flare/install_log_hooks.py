@@ -64,7 +64,7 @@ class LogCallSource:
         self._announce(CAPTURE_ENV, setting.written())
         self._capture_in_process(setting, spool)
         sys.path.insert(0, _FOLDER)
-        # For the processes that are not started by FLARE's executor, and inherit the environment as it is.
+        # Processes that FLARE's executor does not start inherit the environment as it is.
         os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, *_python_path()])
         self._undo.append(_take_folder_out)
         return take_over

@@ -25,7 +25,7 @@ from trackhub.secrets import is_secret_name, without_secrets
 __all__ = ["PREFIX", "check_context", "context_of_job", "log_context", "with_federation", "with_machine"]
 
 PREFIX = "context/"
-"""The keys of all params that this module logs begin so. A policy can withhold them by it."""
+"""The keys of all params that this module logs begin with this. A policy can withhold them by it."""
 
 _TAGS = {
     "git/commit": "source.git.commit",
@@ -33,7 +33,7 @@ _TAGS = {
     "git/dirty": "source.git.dirty",
     "git/repository": "source.git.repoURL",
 }
-_COMMIT = "git:"  # FLARE's search for secrets in a job's files takes a bare commit for a key
+_COMMIT = "git:"  # without it, FLARE's search for secrets in a job's files would take a commit for a key
 _MAX_ARGUMENTS = 100
 _MAX_CHARS = 2000
 _MAX_SITES = 100
@@ -56,7 +56,7 @@ def check_context(context: object) -> None:
 
 
 def context_of_job(recipe_or_job: Any) -> Context:
-    """Return what the process knows that writes the job: the script and the recipe's arguments. Without secrets."""
+    """Return what the process that writes the job knows: the script and the recipe's arguments. Without secrets."""
     found: Context = dict(job_script())
     if "git/commit" in found:
         found["git/commit"] = f"{_COMMIT}{found['git/commit']}"
@@ -69,7 +69,7 @@ def context_of_job(recipe_or_job: Any) -> Context:
 
 
 def _argument(name: str, value: Any) -> bool | int | float | str | None:
-    """Return an argument of a recipe as a plain value; None if it says nothing, or is too much."""
+    """Return an argument of a recipe as a plain value; None if it is empty, or of another type."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, bool | int | float):
@@ -109,7 +109,7 @@ def log_context(
     log_params: Callable[[dict[str, Any]], None],
     set_tags: Callable[[dict[str, str]], None],
 ) -> None:
-    """Log the facts: all as params, and those of git as tags, too, which MLflow shows beside the run's source.
+    """Log all facts as params, and those of git also as the tags that MLflow shows beside the run's source.
 
     Args:
         context: the facts.

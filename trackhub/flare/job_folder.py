@@ -75,7 +75,7 @@ def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[B
         components: what to insert.
 
     Raises:
-        ConfigError: this is no job's folder, an app has no configuration, or the job has tracking already.
+        ConfigError: the folder holds no job, an app has no configuration, or the job has tracking already.
     """
     changes, by_hand = [], []
     for folder, sides in _apps(job):

@@ -48,7 +48,7 @@ class JobLabels(NamedTuple):
             raise ConfigError(f"tracking: job: expected {{'name': ..., 'notes': ..., 'tags': [...]}}, got {labels!r}")
         given = {label: value for label, value in (labels or {}).items() if value is not None}
         if unknown := given.keys() - set(cls._fields):
-            raise ConfigError(f"tracking: job: {sorted(unknown)[0]!r} is none of {', '.join(cls._fields)}")
+            raise ConfigError(f"tracking: job: {sorted(unknown)[0]!r} is not one of {', '.join(cls._fields)}")
         name, notes, tags = given.get("name", ""), given.get("notes", ""), given.get("tags", ())
         if name != "":
             _check_text("name", name)

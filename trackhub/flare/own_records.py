@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trackhub logs itself, beside what the job's code logs: context, system metrics, and FLARE's global model.
 
-Both widgets take it as one argument. `SiteRecords` logs at a client, through the site's own writer, so that the site's
-policy holds. `ServerRecords` logs into the federation run.
+Both widgets take an `OwnRecords` as one of their arguments. `SiteRecords` logs at a client, through the site's own
+writer, so that the site's policy holds. `ServerRecords` logs on the server, into the federation run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OwnRecords(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return convert(values, cls, "tracking")
 
     def plain(self) -> dict[str, Any] | None:
-        """Return it as plain JSON values. None if it says nothing."""
+        """Return it as plain JSON values; None if all values are the defaults."""
         return msgspec.to_builtins(self) or None
 
 
@@ -79,7 +79,7 @@ class SiteRecords:
             fl_ctx: FLARE's context.
         """
         try:
-            # An earlier process of this site and job has logged it. FLARE may start a client process again.
+            # FLARE may start a client process again. If there are streams, an earlier process has logged the context.
             if self._own.context is not None and not has_streams(spool):
                 context = with_machine(self._own.context)
                 log_context(context, writer().log_params, writer().set_tags)
@@ -92,7 +92,7 @@ class SiteRecords:
             )
 
     def stop(self) -> None:
-        """Measure no more. Call it when the trainer has ended, and before the spool is closed."""
+        """Stop measuring. Call it when the trainer has ended, and before the spool is closed."""
         if self._metrics is not None:
             self._metrics.stop()
 
@@ -121,7 +121,7 @@ class ServerRecords:
             self._component.log_exception(fl_ctx, f"the context of the job is not recorded: {e}", fire_event=False)
 
     def end(self, federation: FederationRun, fl_ctx: FLContext) -> None:
-        """Log the model that FLARE's persistor has saved. Reads and copies it. Never raises, and warns without one."""
+        """Log the model that FLARE's persistor has saved, or warn if there is none. Never raises."""
         if self._own.log_model is None:
             return
         try:

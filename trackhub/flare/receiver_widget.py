@@ -63,7 +63,7 @@ def check_aggregate(patterns: object) -> None:
     """Check the patterns of the keys to aggregate where the job is written.
 
     Raises:
-        ConfigError: it is no list of texts.
+        ConfigError: it is not a list of texts.
     """
     is_list = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in patterns)
     if patterns is not None and not is_list:
@@ -182,7 +182,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._failed = True
             self._note_status(RunStatus.FAILED)
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            # Later would be too late. In the simulator the abort signal triggers while the server waits for the sites.
+            # Decide now: in the simulator, the abort signal also triggers later, while the server waits for the sites.
             if self._failed:
                 self._status = RunStatus.FAILED
             elif self._aborted:

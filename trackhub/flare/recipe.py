@@ -29,7 +29,7 @@ __all__ = ["add_tracking", "tracking_components"]
 RECEIVER_ID = "trackhub_receiver"
 SENDER_ID = "trackhub_sender"
 MIN_SHUTDOWN_TIMEOUT_S = 30.0
-"""FLARE stops an external trainer so many seconds after the last round. FLARE's recipes say 0, which means at once."""
+"""How many seconds FLARE waits after the last round before it stops an external trainer. FLARE's recipes set 0."""
 
 Backends = Mapping[str, Mapping[str, Any]] | Sequence[str]
 """Backend names and their options; a plain list of names for backends without options."""
@@ -76,44 +76,45 @@ def add_tracking(
         sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
             client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
             recipe. At a site that tracks on neither side, ``Writer()`` records nothing and warns once.
-        name: what a person reads as the job's name in every backend; by default the name of the recipe or FedJob. Two
-            jobs may have one name: the job's id stays beside it.
+        name: the job's name as people see it in every backend; by default the name of the recipe or FedJob. Two jobs
+            may have the same name, since the job's id stays beside it.
         notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
         take_over: whether and how to record what FLARE's own writers log. ``True``: the log call itself writes the
-            record, with its time and in its order. Receivers of FLARE's on the server then get nothing.
+            record, with its time and in its order. FLARE's own receivers on the server then get nothing.
             ``"events"``: trainers stay as they are, and trackhub takes the record when FLARE's event comes.
-            ``"copy"``: so, too, and the event goes on, so that FLARE's receivers and your own components get
-            everything as without trackhub. ``False``: trackhub records nothing of it.
-        capture: other loggers of the training script to record from, ``tensorboard``, ``wandb`` or ``mlflow``: what it
-            logs with a ``SummaryWriter`` of torch or tensorboardX, with ``wandb`` or with ``mlflow``.
-        capture_only: these loggers then do nothing themselves. By default, they do what they do without trackhub.
-        limits: values of `trackhub.limits.Limits` that differ from the defaults, for all sites.
+            ``"copy"``: as ``"events"``, but the event also goes on, so FLARE's receivers and your own components get
+            everything as without trackhub. ``False``: trackhub does not record it.
+        capture: other loggers of the training script to record from: ``tensorboard`` (a ``SummaryWriter`` of torch or
+            tensorboardX), ``wandb`` and ``mlflow``.
+        capture_only: the loggers in ``capture`` then write nothing themselves. By default, they work as without
+            trackhub.
+        limits: the `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
-        policy: what may leave a site for the server: the rules of `trackhub.policy.Policy`, such as
-            ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and the stricter one holds.
+        policy: what may leave a site for the server. The rules are those of `trackhub.policy.Policy`, such as
+            ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and all of them apply.
             ``docs/policy.md`` explains each rule.
         federation: where there are backends on the server, write the job's *federation run*: statistics over the sites
             by round, and how the federation ran, as ``fl/...``.
-        aggregate: the keys whose statistics it holds: patterns such as ``"val/*"``. By default these are the keys that
-            all sites log with the round as their step. An empty list is for none.
+        aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
+            are the keys that all sites log with the round as their step. An empty list means no statistics.
         flare_metrics: where to record the metrics that FLARE carries itself: ``"clients"``, ``"server"`` or both. A
             client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
             cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
             ``cross_site/<client>/<model>/<metric>``.
-        context: log once in each run what it was made with: recipe and arguments, the job's script with its command
-            line and git commit, versions, and the kind of machine. Secrets are taken out. ``docs/federation.md`` lists
-            the keys. They all begin with ``context/`` and ``source.git.``, so that a policy can withhold them.
-        system_metrics: measure CPU, memory, disk, network and GPUs of each site's host and of the job there, every so
-            many seconds, as ``system/...``. None for not at all.
-        log_model: which of the global models that FLARE's persistor saves the federation run gets as an artifact.
-            None for none.
+        context: log once in each run how the job was made: the recipe's arguments, the job's script, command line and
+            git commit, versions, and the kind of machine. Secrets are taken out. ``docs/federation.md`` lists the keys.
+            Each begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
+        system_metrics: the number of seconds between two measurements of CPU, memory, disk, network and GPUs of each
+            site's host and of the job there, logged as ``system/...``. None measures nothing.
+        log_model: the federation run gets this model as an artifact: the ``"best"`` or the ``"last"`` global model that
+            FLARE's persistor has saved. None logs no model.
 
     Raises:
-        ConfigError: there is nothing to track with. Or ``take_over`` is off or ``"copy"``, or ``flare_metrics`` has the
-            server, and tracking is on the client side only or has a policy. Or a rule of the policy, an option, a
-            limit, the name, the notes or the tags are wrong, or an option holds a literal secret. A backend that is not
-            installed here gives a warning, and its sites check its options.
+        ConfigError: there is no backend, an argument is wrong, or an option holds a literal secret. Also if records
+            would pass the policy, or would go to a server that tracks nothing, because ``take_over`` is off or
+            ``"copy"`` or ``flare_metrics`` has ``"server"``. A backend that is not installed here only gives a warning;
+            its sites check its options.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -172,7 +173,7 @@ def tracking_components(
         policy, federation, aggregate, flare_metrics: as for `add_tracking`.
         context: as for `add_tracking`, without recipe and script: a job that is written in JSON has none.
         system_metrics, log_model: as for `add_tracking`.
-        name: what a person reads as the job's name in every backend; by default the name in the job's ``meta.json``.
+        name: the job's name as people see it in every backend; by default the name in the job's ``meta.json``.
 
     Returns:
         ``{"config_fed_server.json": [component, ...], "config_fed_client.json": [component, ...]}``. An executor that
@@ -256,7 +257,7 @@ def _own_records(
     *,
     has_run: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments by which senders, and the server's receiver, know what trackhub logs itself.
+    """Return the arguments that tell the senders and the server's receiver what trackhub logs itself.
 
     Args:
         context, log_model, system_metrics: as in `OwnRecords`.
@@ -270,7 +271,7 @@ def _own_records(
         raise ConfigError(f"tracking: log_model: expected 'best', 'last' or None, got {log_model!r}")
     if log_model is not None and not has_run:
         raise ConfigError(
-            "tracking: log_model: the model goes into the federation run, which this job has not. Track on the server, "
+            "tracking: log_model: the model goes into the federation run, and this job has none. Track on the server, "
             "and leave federation on"
         )
     of_site = OwnRecords(context=context, system_metrics=system_metrics).plain()
@@ -285,7 +286,7 @@ def _capture(capture: Sequence[str], capture_only: bool) -> dict[str, Any]:
 
 
 def _warn_of_job(job: Any, take_over: TakeOver, *, has_server_side: bool) -> None:
-    """Warn of components that get nothing, or change how trackhub works, and of apps that FLARE leaves out."""
+    """Warn of components that get no events or that change how trackhub works, and of apps that FLARE leaves out."""
     on_server = listeners(flare_internals.app_components(job, server=True))
     at_clients = listeners(flare_internals.app_components(job, server=False))
     messages = [
@@ -350,7 +351,8 @@ def _checked(backends: Backends | None, where: str) -> _Checked:
 def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the limits that the job's configuration holds. A site's environment may set the others.
 
-    Of a mapping, these are all limits that it names. Of `Limits`, these are the values that differ from the defaults.
+    From a mapping, these are all limits that it names. From `Limits`, these are the values that differ from the
+    defaults.
     """
     if limits is None:
         return None

@@ -213,10 +213,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         ClientRounds(engine, self._set_round, self._end_task, metrics)
 
     def _check_rules(self, rules: SiteRules) -> None:
-        """Check that nothing passes by the rules.
+        """Check that no setting of the job lets records bypass the rules.
 
         Raises:
-            ConfigError: something does.
+            ConfigError: one does.
         """
         if rules and self.take_over in (False, "copy"):
             raise ConfigError(
@@ -231,7 +231,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             )
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
-        """Take log calls where they are made, if job and operator let it. Return whether FLARE's own are taken so."""
+        """Take log calls where they are made, if job and operator allow it.
+
+        Return whether this includes FLARE's own.
+        """
         take_over = self.take_over is True and not self._leaves_trainers()
         setting = self._capture_setting()
         if self.capture and not setting.names:
@@ -248,7 +251,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             return False
 
     def _leaves_trainers(self) -> bool:
-        """Return whether the operator wants trainers as they are."""
+        """Return whether the operator forbids changing trainers."""
         return self._operator is not None and self._operator.take_over == "events"
 
     def _capture_setting(self) -> CaptureSetting:
@@ -326,7 +329,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 sender.facts.not_used = tuple(sorted(captured - seen))
             with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
                 close_spool(self._spool)
-        # In a thread of its own. The server waits for this site's final message, and a local backend may take long.
+        # Both ends run at once: the server waits for this site's final message, and a local backend may take long.
         server = self._senders.get("server")
         remote = threading.Thread(target=self._close, args=("server",))
         remote.start()

@@ -103,7 +103,7 @@ class StockRecords:
         A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
         reason is logged once.
         """
-        # Taken in any case. If the spool could not be created, FLARE would send the record past the site's policy.
+        # Take the event even if the spool could not be created: FLARE would send it past the site's policy.
         event = flare_internals.take_stock_event(fl_ctx, keep=self._keep_events)
         if event is not None:
             self.write(event, by_message=flare_internals.came_as_message(fl_ctx))

@@ -90,7 +90,7 @@ def asking_site(fl_ctx: FLContext) -> str:
 def handed_task(fl_ctx: FLContext) -> HandedTask | None:
     """Return the task that is being handed out. Call it on the server, at BEFORE_TASK_DATA_FILTER."""
     task_id = fl_ctx.get_prop(FLContextKey.TASK_ID)
-    # From FLARE's own table, since the site's name in the context is what the peer says of itself.
+    # Use FLARE's own table: the site's name in the context is only what the peer says of itself.
     communicator = fl_ctx.get_prop(FLContextKey.RUNNER).current_wf.controller.communicator
     client_task = communicator.process_task_check(task_id, fl_ctx)
     if client_task is None:
@@ -148,7 +148,7 @@ def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:
 
 
 def evaluated_model(task: Any) -> str | None:
-    """Return whose model a task of cross-site evaluation is about, or None if the task is none of that.
+    """Return whose model a task of cross-site evaluation is about, or None if it is another task.
 
     Controllers put the owner into the task's header or beside the model. Where the clients control the workflow, they
     name no owner of a global model.
@@ -180,7 +180,7 @@ def _numbers(values: Any) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number as a float; None for what is none, such as a text or an array of several."""
+    """Return a number as a float; None for anything else, such as a text or an array of several numbers."""
     try:
         return None if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):

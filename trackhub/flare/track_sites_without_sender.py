@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the sites whose app has no `TrackhubSender`, and records what FLARE's own writers send from there.
 
-The receiver's widget on the server has one. Such a site has no spool and sends no final message, so nobody waits for
-it, and the delivery report names it. Its events, if its app sends any, become records of its run.
+The receiver's widget on the server uses it. A site without a sender has no spool and sends no final message. So the
+server does not wait for it, and the delivery report names it. Its events, if its app sends any, become records of its
+run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ANSWER_S = 1.0
 
 
 class SitesWithoutSender:
-    """Asks the sites that no sender has spoken for, and keeps a spool for each that has none. Thread-safe."""
+    """Asks silent sites whether they have a sender, and keeps a spool for each site that has none. Thread-safe."""
 
     def __init__(self, component: FLComponent, engine: Any, receiver: Receiver, limits: Limits) -> None:
         """Begin to ask, in a thread.
@@ -51,7 +52,7 @@ class SitesWithoutSender:
         self._warned: set[str] = set()
         self._spools: dict[str, _SpoolOfSite] = {}
         self._stopped = threading.Event()
-        # A job has such sites or not from its start. Most sites are heard before the first question.
+        # Whether a site has a sender is fixed when the job starts. Most sites send something before the first question.
         OwnThread(target=self._ask_again, name="trackhub-sites", daemon=True).start()
 
     def found(self) -> set[str]:
@@ -78,7 +79,7 @@ class SitesWithoutSender:
             self._spools[site].write(event)
 
     def ask_now(self) -> None:
-        """Ask the sites that no sender has spoken for. Blocks for a second at most."""
+        """Ask the sites from which no sender has sent anything. Blocks for a second at most."""
         with self._lock:
             started = participants(self._engine).keys() & self._started
             self._ask(sorted(started - self._heard() - self._with_sender - self._noes))
@@ -93,7 +94,7 @@ class SitesWithoutSender:
                 spool.close(timeout_s)
 
     def _heard(self) -> set[str]:
-        """Return the sites that their own sender has spoken for."""
+        """Return the sites whose own sender has sent something."""
         return self._receiver.sites.heard() - self._spools.keys()
 
     def _ask_again(self) -> None:

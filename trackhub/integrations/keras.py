@@ -37,7 +37,7 @@ class TrackhubCallback(Callback):
 
         Args:
             writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
-            batches: log every so many batches as well, under keys such as ``batch/loss``; None for none.
+            batches: also log each time after this many batches, under keys such as ``batch/loss``; None logs none.
             histograms: log a histogram of each weight after each epoch.
             first_step: the step of the first epoch, for training that goes on.
             strict: make a new writer strict, as for ``Writer``.
@@ -61,7 +61,7 @@ class TrackhubCallback(Callback):
         self.writer.log_params(params)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Log every so many batches. Keras calls it after each."""
+        """Log a batch if ``batches`` says so. Keras calls it after each batch."""
         if self._batches and self._batch % self._batches == 0:
             self.writer.log({"batch": dict(logs or {})}, self._batch)
         self._batch += 1

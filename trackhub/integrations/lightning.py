@@ -19,7 +19,7 @@ from typing import Any
 
 from trackhub.writer.writer import Writer
 
-# A script has one of the two, and a logger of the other one is none to it.
+# Lightning exists as two packages, and a Trainer of one does not accept loggers of the other.
 if "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None:
     from pytorch_lightning.loggers import Logger
     from pytorch_lightning.utilities import rank_zero_only

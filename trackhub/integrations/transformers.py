@@ -44,19 +44,33 @@ class TrackhubCallback(TrainerCallback):
         self.writer = Writer(strict=strict) if writer is None else writer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Log the training arguments and the model's configuration as params. ``Trainer`` calls it."""
+        """Log the training arguments and the model's configuration as params. ``Trainer`` calls it.
+
+        Args:
+            args, state, control, kwargs: what ``Trainer`` gives to every callback.
+            model: the model.
+        """
         if state.is_world_process_zero:
             config: Any = getattr(model, "config", None)
             about = {"model": config.to_dict()} if hasattr(config, "to_dict") else {}
             self.writer.log_params({"args": args.to_dict(), **about})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Log the numbers of one call of ``Trainer.log``. ``Trainer`` calls it."""
+        """Log the numbers of one call of ``Trainer.log``. ``Trainer`` calls it.
+
+        Args:
+            args, state, control, kwargs: what ``Trainer`` gives to every callback.
+            logs: the numbers by name.
+        """
         if state.is_world_process_zero:
             self.writer.log({_key(name): value for name, value in (logs or {}).items()}, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the best metric as a final value, where the trainer knows one. ``Trainer`` calls it."""
+        """Set the best metric as a final value, where the trainer knows one. ``Trainer`` calls it.
+
+        Args:
+            args, state, control, kwargs: what ``Trainer`` gives to every callback.
+        """
         if state.is_world_process_zero and state.best_metric is not None:
             self.writer.summarize({"best_metric": state.best_metric, "best_step": state.best_global_step})
 

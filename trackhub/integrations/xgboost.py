@@ -51,7 +51,13 @@ class TrackhubCallback(TrainingCallback):
         return model
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        """Log the metrics of one round. XGBoost calls it, and goes on since this returns False."""
+        """Log the metrics of one round. XGBoost calls it, and goes on since this returns False.
+
+        Args:
+            model: the booster.
+            epoch: the number of the round.
+            evals_log: all scores so far, by data set and metric.
+        """
         found: dict[str, Any] = {}
         for data, metrics in evals_log.items():
             for name, scores in metrics.items():

@@ -35,7 +35,7 @@ def metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[d
 
 
 def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Return the charts of the federation runs that are no bands, with a line for each job and site that it is about.
+    """Return the charts of the federation runs other than bands, with a line for each job and for each site it names.
 
     Args:
         runs: the runs of all jobs.
@@ -47,7 +47,7 @@ def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> li
             for chart in own_charts(_of(runs, run.job)):
                 lines = [(run, about, run.metrics[key]) for about, key in chart.lines.items()]
                 found.setdefault(chart.key, []).extend(lines)
-    # What tells how the federation ran is many charts. The page keeps them in a fold.
+    # There are many charts about how the federation ran, so the page shows them folded.
     return [_chart(key, lines, began) | {"is_about_the_run": key.startswith("fl/")} for key, lines in found.items()]
 
 
@@ -72,7 +72,7 @@ def _by_group(key: str) -> tuple[str, str]:
 def groups(charts: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the charts by the first part of their keys, such as ``train``.
 
-    Those without one come after them, and what trackhub measures itself (``system``) comes last.
+    Charts without a first part come after them, and what trackhub measures itself (``system``) comes last.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:
@@ -99,7 +99,7 @@ def _digits(value: float) -> float:
 
 
 def _says(key: str, last: Sequence[tuple[str, float]]) -> str:
-    """Return what a chart shows, for who cannot see it."""
+    """Return what a chart shows, for readers who cannot see it."""
     if len(last) <= 4:
         ends = ", ".join(f"{about} ends at {number(value)}" for about, value in last)
     else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads jobs for the report page: every record once, into what the page shows of it.
+"""Reads every record of the jobs once, and keeps what the report page shows.
 
 `trackhub.page.render` calls it. However large the jobs are, what is kept has a limit: curves are reduced to some
-points, and of images, texts and tables the last ones stay.
+points, and only the last images, texts and tables are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_ROUNDS = 5000
 
 @dataclass(slots=True)
 class Logged:
-    """A payload with the place that it was logged at."""
+    """A payload, and the step and round at which it was logged."""
 
     step: int | None
     round: int | None
@@ -63,7 +63,7 @@ class RunData:
         began, ended: unix seconds of its first and its last record.
         metrics: by key.
         rounds: for each round, unix seconds of the first and the last record in it.
-        params, tags, summary: the last value of each key. The third are the values that the script summarized.
+        params, tags, summary: the last value of each key.
         texts, tables, histograms: the last one of each key.
         images: the last ones of each key.
         artifacts: the last ones.

@@ -104,7 +104,7 @@ class Series:
             self._size *= 2
 
     def curve(self, max_points: int) -> Curve:
-        """Return the curve with so many points at most: the first, the last, the lowest and the highest are among them.
+        """Return the curve with at most this many points. The first, last, lowest and highest value are among them.
 
         Args:
             max_points: 8 or more.
@@ -112,26 +112,29 @@ class Series:
         pending = np.frombuffer(self._pending, dtype=np.float64).reshape(-1, _FIELDS)
         ends = np.array(self._ends, dtype=np.float64).reshape(-1, _FIELDS)
         points = np.concatenate([self._buckets.reshape(-1, _FIELDS), pending, ends])
-        points = points[np.unique(points[:, 0], return_index=True)[1]]  # one value may be lowest and highest
+        points = points[np.unique(points[:, 0], return_index=True)[1]]  # one value may be both extremes
         points = points[keep_extremes(points[:, _VALUE], max_points, points[:, 0])]
         return Curve(points[:, _STEP], points[:, _TIME], points[:, _VALUE])
 
 
 def _extremes(groups: Array) -> Array:
-    """Return the lowest and the highest point of each group: groups x points x fields to groups x 2 x fields."""
+    """Return the lowest and the highest point of each group.
+
+    The shape changes from groups x points x fields to groups x 2 x fields.
+    """
     values = groups[:, :, _VALUE]
     rows = np.arange(len(groups))
     return np.stack([groups[rows, values.argmin(axis=1)], groups[rows, values.argmax(axis=1)]], axis=1)
 
 
 def keep_extremes(values: Array, max_points: int, numbers: Array | None = None) -> NDArray[np.intp]:
-    """Return which values to draw, rising: the lowest and highest of each stretch, and the first and the last of all.
+    """Return the indices of the values to draw: the lowest and highest of each stretch, and the first and last of all.
 
     Args:
         values: finite.
         max_points: how many at most; 8 or more.
-        numbers: the places of the values in their series, rising, where some are missing already. All stretches are
-            equally long in these.
+        numbers: the index of each value in the whole series, rising, if some values are missing already. All
+            stretches are equally long, measured in these indices.
     """
     count = len(values)
     if count <= max_points:

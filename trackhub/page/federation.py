@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sites of a job did together: curves across the sites by round, who took part, and who was slow.
 
-`trackhub.page.render` calls it. What the job's federation run says goes before anything that is worked out here.
+`trackhub.page.render` calls it. Values in the job's federation run take precedence over values that are worked out
+here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Band(NamedTuple):
 
 
 class OwnChart(NamedTuple):
-    """A chart of what the federation run says beside the bands.
+    """A chart of other values of the federation run, beside the bands.
 
     Attributes:
         key: its title.
@@ -66,9 +67,9 @@ class Participation(NamedTuple):
         rounds: the rounds in which its result came; without a federation run, in which it logged.
         slowest: in how many rounds it was the last; None if that is not known.
         typical_s: the median time of its rounds, in seconds: from the round's start to its result; without a federation
-            run, from its own first to its last record. None as above.
-        factor: ``typical_s`` over the median of all sites; None as above.
-        is_logged: the federation run says so.
+            run, from its own first to its last record. None if that is not known.
+        factor: ``typical_s`` over the median of all sites; None if that is not known.
+        is_logged: the values come from the federation run. Otherwise they are worked out from the sites' records.
     """
 
     site: str
@@ -104,9 +105,9 @@ def bands(runs: Sequence[RunData]) -> list[Band]:
 
 
 def own_charts(runs: Sequence[RunData]) -> list[OwnChart]:
-    """Return the charts of what the federation run of one job says beside the bands, such as ``fl/round_seconds``.
+    """Return the charts of the other values of one job's federation run, such as ``fl/round_seconds``.
 
-    Keys that end in the name of a site become the lines of one chart. What tells whether a site took part is left out.
+    Keys that end in the name of a site become the lines of one chart. Keys about who took part are left out.
     """
     run = _federation(runs)
     if run is None:
@@ -128,7 +129,7 @@ def own_charts(runs: Sequence[RunData]) -> list[OwnChart]:
 
 
 def _by_round(run: RunData, key: str) -> Mapping[int, float]:
-    """Return the values of a key by round; of a run that logs rounds as steps, by step."""
+    """Return the values of a key by round. In a run that logs rounds as steps, the step counts as the round."""
     found = run.metrics.get(key)
     if found is None:
         return {}
@@ -178,8 +179,8 @@ def _worked_out(key: str, sites: Sequence[RunData]) -> Band | None:
 def participation(runs: Sequence[RunData]) -> list[Participation]:
     """Return each site's part in one job; nothing if no record has a round.
 
-    The federation run knows it from the server. Without one, how long a site took is the time between its own records,
-    so that the sites' clocks need not agree.
+    The federation run has the server's view. Without one, the time that a site took is measured between its own
+    records, since the clocks of the sites may differ.
     """
     run = _federation(runs)
     if run is not None and any(key.startswith(_RESULT_AFTER) for key in run.metrics):

@@ -40,7 +40,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(path: str | Path, to: str | Path) -> list[str]:
-    """Write the report page of the jobs at or under a path. What is there is replaced.
+    """Write the report page of the jobs at or under a path. An existing file is replaced.
 
     Args:
         path: as for `trackhub.load`.
@@ -130,7 +130,7 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
 
 
 def _names(jobs: Sequence[StoredJob]) -> list[str]:
-    """Return what the page calls each job: its name, with its id where two have one name."""
+    """Return what the page calls each job: its name, and also its id if several jobs have that name."""
     names = [job.name for job in jobs]
     return [f"{job.name} ({job.id})" if names.count(job.name) > 1 else job.name for job in jobs]
 
@@ -150,7 +150,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _thin(charts: Sequence[dict[str, Any]]) -> None:
-    """Give each line fewer points where the page has many lines, so that it opens quickly."""
+    """Give each line fewer points if the page has many lines, so that the page opens quickly."""
     lines = [line for chart in charts for line in chart["lines"]]
     most = max(_MIN_POINTS, min(_MAX_POINTS, _ALL_POINTS // max(1, len(lines))))
     for line in lines:
@@ -174,7 +174,7 @@ def _left_out(jobs: int, runs: Sequence[RunData], images: int) -> list[str]:
 
 
 def _script_json(value: Any) -> Any:
-    """Return JSON for a script element. No text in it can end the element, whatever it is."""
+    """Return JSON for a script element. No text in it can end the element."""
     from markupsafe import Markup
 
     text = msgspec.json.encode(value).decode()

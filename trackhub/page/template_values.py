@@ -32,7 +32,7 @@ MAX_IMAGE_BYTES = 2 << 20
 MAX_IMAGES_BYTES = 12 << 20
 MAX_TABLE_ROWS = 50
 SLOW = 1.5
-"""A site is called slow if its rounds typically take so many times as long as those of the median site."""
+"""A site is called slow if its typical round takes this many times as long as that of the median site."""
 
 _MAX_TEXT_CHARS = 4000
 _MAX_CELL_CHARS = 300
@@ -46,7 +46,13 @@ def label_of(run: RunData, jobs: Sequence[str]) -> str:
 
 
 def job_rows(jobs: Sequence[StoredJob], names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Return a row for each job: what it is called, how it ended, when, and how large it is."""
+    """Return a row for each job: what it is called, how it ended, when, and how large it is.
+
+    Args:
+        jobs: the jobs.
+        names: what the page calls each of them.
+        runs: the runs of all jobs.
+    """
     rows = []
     for place, job in enumerate(jobs):
         own = [run for run in runs if run.job == place]
@@ -123,9 +129,14 @@ def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 def settings(
     runs: Sequence[RunData], names: Sequence[str], what: Literal["params", "tags", "summary"]
 ) -> dict[str, Any]:
-    """Return the values that differ, with a column for each job or run, and those that are the same everywhere.
+    """Return the values that differ, with a column for each job or run, and the values that are the same everywhere.
 
-    A column is a whole job where the sites of each job agree.
+    If the sites of each job agree, a job has a single column.
+
+    Args:
+        runs: the runs of all jobs.
+        names: what the page calls each job.
+        what: which of a run's values.
     """
     values = [{key: _short(text_of(v)) for key, v in getattr(run, what).items()} for run in runs]
     having = [(run, found) for run, found in zip(runs, values, strict=True) if found]
@@ -200,7 +211,13 @@ def _summary(reports: Sequence[DeliveryReport]) -> str:
 
 
 def media(jobs: Mapping[int, StoredJob], runs: Sequence[RunData], names: Sequence[str]) -> dict[str, Any]:
-    """Return images, tables, texts and artifacts, and how many images are left out for the page's size."""
+    """Return images, tables, texts and artifacts, and how many images are left out for the page's size.
+
+    Args:
+        jobs: the jobs, by their place on the page.
+        runs: the runs of all jobs.
+        names: what the page calls each job.
+    """
     images, left_out = _images(jobs, runs, names)
 
     def each(attribute: str) -> Iterator[dict[str, Any]]:
@@ -257,7 +274,7 @@ def _image(job: StoredJob, site: str, logged: Logged) -> str | None:
     if path is None or path.stat().st_size > MAX_IMAGE_BYTES:
         return None
     data = path.read_bytes()
-    # By its content: a page must not open what a site merely calls an image, such as SVG, which may hold a script.
+    # The content decides, not the name: an SVG that a site calls a PNG may hold a script.
     kind = next((name for start, name in _IMAGE_TYPES if data.startswith(start)), None)
     return None if kind is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What may leave a site: rules of the job and of the site's operator, applied to each record before it is sent.
 
-A job gives its rules to `trackhub.flare.recipe.add_tracking`, and the operator writes his into ``local/trackhub.toml``.
-The spool keeps both, and its reader applies them (`trackhub.spool.withholding`). ``docs/policy.md`` is for users.
+A job gives its rules to `trackhub.flare.recipe.add_tracking`, and the operator writes rules into
+``local/trackhub.toml``. The spool keeps both, and its reader applies them (`trackhub.spool.withholding`).
+``docs/policy.md`` is the guide.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides for one record what of it may leave the site. `trackhub.spool.withholding` asks it for each record.
+"""Decides what may leave the site of one record. `trackhub.spool.withholding` asks it for each record.
 
-It looks at nothing but the record, so its answer does not depend on what came before. Thinning does
+It looks only at the record itself, so the answer does not depend on earlier records. Only thinning depends on them
 (`trackhub.policy.thinning`).
 """
 
@@ -25,14 +25,14 @@ UNREADABLE = "unreadable"
 
 _MAX_KNOWN = 100_000  # keys whose rules are remembered
 _NESTED = (Kind.PARAMS, Kind.SUMMARY)  # kinds whose values may be lists and dicts
-_NOTHING = object()  # in place of a param's value of which nothing may leave
+_NOTHING = object()  # stands for a value of a param that may not leave at all
 
 
 class Judgement(NamedTuple):
     """What may leave of one record.
 
     Attributes:
-        payload: what may leave; None if nothing may. The same object if everything may, unchanged.
+        payload: what may leave; None if nothing may. If everything may leave unchanged, this is the same object.
         rule: if nothing may leave, the rule that withheld the record; otherwise empty.
         altered: values that were left out or changed, by rule.
     """
@@ -73,7 +73,7 @@ class Judge:
         denied = [(f"{owner}.deny {text}", text) for owner, p in policies for text in p.deny]
         denied += [(f"{OPERATOR}.forbid_kinds {kind}", f"{kind}:*") for kind in forbidden]
         self._deny = [(rule, KeyPattern.parse(text, rule)) for rule, text in denied]
-        # The operator's come last, so that his range holds.
+        # The operator's ranges are applied last, so that they hold.
         self._clips = [
             (f"{owner}.clip {text}", KeyPattern.parse(text, "clip"), low, high)
             for owner, p in sorted(policies, key=lambda given: given[0] == OPERATOR)
@@ -119,7 +119,7 @@ class Judge:
         Args:
             value: what a record holds.
             clips: the ranges.
-            altered: counts by rule whether it was changed.
+            altered: counts changes by rule. It is changed.
         """
         if type(value) not in (float, int):
             return value
@@ -196,11 +196,11 @@ class _Case:
 
 
 def judge_of(rules: SiteRules, *, leaves_site: bool) -> Judge | None:
-    """Return what judges the records for one receiver. None if nothing is restricted.
+    """Return the judge of the records for one receiver; None if nothing is restricted.
 
     Args:
         rules: all rules of the site.
-        leaves_site: the receiver is not the site's own. If it is, only forbidden kinds are withheld.
+        leaves_site: the receiver is not the site's own. For the site's own receiver, only forbidden kinds are withheld.
     """
     policies = rules.policies if leaves_site else ()
     return Judge(policies, rules.forbid_kinds) if policies or rules.forbid_kinds else None
@@ -211,7 +211,10 @@ def _parsed(texts: tuple[str, ...]) -> list[KeyPattern]:
 
 
 def _with_parents(kind: Kind, key: str) -> Iterator[str]:
-    """Yield the key. For params, also yield what it is in: to deny ``model`` denies ``model/lr``."""
+    """Yield the key and, for params, the keys above it.
+
+    A rule that denies ``model`` also denies ``model/lr``.
+    """
     yield key
     while kind in _NESTED and "/" in key:
         key = key.rpartition("/")[0]

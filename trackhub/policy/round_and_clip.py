@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make numbers say less: significant digits and clipping, for single numbers and for histograms.
+"""Makes numbers less precise: rounds to significant digits and clips, for single numbers and for histograms.
 
-`trackhub.policy.judge` calls it. A result never has more digits than allowed, except for the bounds of a range,
-which say nothing of the data.
+`trackhub.policy.judge` calls it. A result never has more digits than allowed. Only the bounds of a range may have more,
+since they reveal nothing about the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def rounded(value: _Number, digits: int) -> _Number:
-    """Return the number with so many significant digits: the nearest one that can be stored.
+    """Return the number rounded to this many significant digits, as the nearest number that can be stored.
 
     NaN and infinities stay as they are.
     """
@@ -29,13 +29,18 @@ def rounded(value: _Number, digits: int) -> _Number:
         number = int(Context(prec=digits, rounding=ROUND_HALF_EVEN).create_decimal(value))
         is_too_large = not _MIN_INT <= number <= _MAX_INT
     else:
-        number = float(f"{value:.{digits - 1}e}")  # rounds half to even, too, in a tenth of the time
+        number = float(f"{value:.{digits - 1}e}")  # this also rounds half to even, and takes a tenth of the time
         is_too_large = not math.isfinite(number)
     return type(value)(Context(prec=digits, rounding=ROUND_DOWN).create_decimal(value) if is_too_large else number)
 
 
 def clipped(value: float, low: float, high: float) -> float:
-    """Return the number, or the bound that it is beyond. NaN stays NaN."""
+    """Return the number, or the nearest bound if it is outside the range. NaN stays NaN.
+
+    Args:
+        value: the number.
+        low, high: the range.
+    """
     if value < low:
         return low
     return high if value > high else value

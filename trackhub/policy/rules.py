@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules themselves: what a job or an operator may write, checked, and as plain values in a job or a spool.
+"""The rules themselves: what a job or an operator may write. They are checked here, and kept as plain values.
 
-The recipe, the operator's file and the FLARE widgets make them. `trackhub.policy.judge` decides by them.
+The recipe, the operator's file and the FLARE widgets make them. `trackhub.policy.judge` applies them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KeyPattern(NamedTuple):
             where: the path to the text, for messages.
 
         Raises:
-            ConfigError: what is in front of the colon is no kind. Otherwise a misspelt kind would deny nothing.
+            ConfigError: the text before the colon is not a kind. Without the error, a misspelt kind would deny nothing.
         """
         front, colon, rest = text.partition(":")
         kind, key = (front, rest) if colon else (_ANY_KIND, text)
@@ -73,15 +73,15 @@ class KeyPattern(NamedTuple):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What may leave a site, as a job or an operator says it. Without a value, nothing is restricted.
+    """What may leave a site, as a job or an operator says. The default restricts nothing.
 
     Attributes:
         allow: patterns of what may leave, ``KEY`` or ``KIND:KEY``; None for everything, an empty list for nothing.
-        deny: patterns of what may not leave, though ``allow`` names it.
+        deny: patterns of what may not leave, even if ``allow`` names it.
         digits: significant digits of numbers in metrics, params, tables and histograms.
         clip: for a pattern, the lowest and the highest value of these numbers.
-        every: of the values that one process logs under a key, only each so many-th may leave.
-        interval_s: of these values, at most one may leave in so many seconds.
+        every: a number N. Of the values that one process logs under a key, only every Nth may leave.
+        interval_s: a number of seconds. Of these values, at most one may leave in this time.
         keep_last: ``every`` and ``interval_s`` let the last value of a round pass.
 
     Raises:
@@ -102,7 +102,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 KeyPattern.parse(text, f"policy.{field}")
         for text, (low, high) in self.clip.items():
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise ConfigError(f"policy.clip: {text!r}: [{low}, {high}] is no range; expected [LOW, HIGH]")
+                raise ConfigError(f"policy.clip: {text!r}: [{low}, {high}] is not a range; expected [LOW, HIGH]")
         if self.keep_last and not self.thins:
             raise ConfigError("policy.keep_last: there is nothing to keep it from; give every or interval_s as well")
 
@@ -179,8 +179,8 @@ def check_kinds(where: str, names: Iterable[str]) -> None:
     """Check names of kinds.
 
     Raises:
-        ConfigError: one of them is none.
+        ConfigError: one of them is not the name of a kind.
     """
     for name in names:
         if name not in KINDS:
-            raise ConfigError(f"{where}: {name!r} is no kind of record; there are: {', '.join(KINDS)}")
+            raise ConfigError(f"{where}: {name!r} is not a kind of record; there are: {', '.join(KINDS)}")

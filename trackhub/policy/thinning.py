@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thinning: of the values that one process logs under a key, let only some pass.
 
-`trackhub.spool.withholding` asks it for each value, in the order of the stream. The reader stores what it remembers
-together with its place in the stream. So a batch that is sent again after a crash has the same records.
+`trackhub.spool.withholding` asks it for each value, in the order of the stream. The reader stores what thinning
+remembers together with its own place in the stream. So a batch that is sent again after a crash has the same records.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ MAX_KEYS = 10_000
 """How many keys of a stream are remembered. The values of further ones are withheld."""
 
 Seen = dict[str, tuple[int, float]]
-"""For each key of a stream: the number of its next value modulo ``every``, and the time of the last that passed."""
+"""By key of a stream: the number of the next value modulo ``every``, and the time of the last value that passed."""
 
 
 class Thinning(NamedTuple):
     """How values are thinned.
 
     Attributes:
-        every: each so many-th value passes.
-        interval_s: and at most one in so many seconds.
-        keep_last: so does the last one of a round.
-        every_rule, interval_rule: the names under which what does not pass is counted.
+        every: a number N. Every Nth value passes.
+        interval_s: at most one value passes in this many seconds.
+        keep_last: the last value of a round also passes.
+        every_rule, interval_rule: the names by which withheld values are counted.
     """
 
     every: int

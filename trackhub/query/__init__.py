@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads what jobs left on a disk: a job's records, params, files and delivery, from its journals.
 
-For scripts that look at finished or running jobs, and what ``trackhub export`` and ``trackhub report`` stand on::
+It is for scripts that look at finished or running jobs. ``trackhub export`` and ``trackhub report`` use it as well::
 
     with read_jobs("runs") as jobs:
         for job in jobs:

@@ -225,7 +225,10 @@ def _records_of(journal: JournalFile, site: str) -> int:
 
 
 def _status(reports: list[DeliveryReport]) -> str:
-    """Return how the job ended: as its server says; without one, the worst that a site says."""
+    """Return how the job ended, as its server says.
+
+    Without a server's journal, return the worst status of the sites.
+    """
     order = ["running", RunStatus.KILLED, RunStatus.FAILED, RunStatus.ABORTED]
     if reports[0].side == Side.SERVER:
         return reports[0].status

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the records of one journal, in pages, so that a journal of any size takes little memory.
 
-`trackhub.query.jobs` calls it. A journal that SQLite cannot read is rebuilt into a temporary file, and read from there:
-the journal itself stays as it is.
+`trackhub.query.jobs` calls it. A journal that SQLite cannot read is rebuilt into a temporary file, and read from
+there. The journal itself stays as it is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StreamRecord(NamedTuple):
 
 
 class JournalFile:
-    """One journal, open for reading. It may be written to meanwhile: then it is read as it was at the start.
+    """One journal, open for reading. If it is written to meanwhile, it is read as it was at the start.
 
     Attributes:
         path: the journal.
@@ -74,7 +74,7 @@ class JournalFile:
         """Read what the journal says of its job and sites.
 
         Raises:
-            JournalError: it is no journal, or nothing in it can be read.
+            JournalError: the file is not a journal, or nothing in it can be read.
         """
         self.path = path
         self._file = path
@@ -113,13 +113,13 @@ class JournalFile:
                 raise JournalError(f"cannot read the journal {self.path}: it does not say which job it is of") from e
 
     def _rebuild(self, error: JournalError) -> None:
-        """Read a rebuilt copy from here on. The caller lets the first error pass if that helps.
+        """Rebuild the journal after an error, and read the copy from here on.
 
         Raises:
             JournalError: nothing can be read, or the error is of another kind.
         """
         cause = error.__cause__
-        # The subclasses of DatabaseError are for errors that may pass.
+        # The subclasses of DatabaseError stand for errors that may be temporary.
         if self._temporary is not None or isinstance(cause, sqlite3.OperationalError):
             raise error
         self._temporary = tempfile.TemporaryDirectory(prefix="trackhub-")

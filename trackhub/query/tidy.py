@@ -48,8 +48,8 @@ _KIND_OF = {"params": Kind.PARAMS, "tags": Kind.TAGS, "summary": Kind.SUMMARY}
 def rows_of(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a table, by job, site and stream. Takes little memory for metrics.
 
-    Except of metrics, the last value of each key holds. A param or final value is None, a bool, an int, a float, a
-    string or a list of these; a dict becomes keys such as ``optimizer/lr``.
+    Of params, tags and final values, only the last value of each key is given. A param or final value is None, a bool,
+    an int, a float, a string or a list of these; a dict becomes keys such as ``optimizer/lr``.
 
     Args:
         table: ``metrics``, ``params``, ``tags`` or ``summary``.
@@ -114,7 +114,7 @@ def load(path: str | Path, table: TableName = "metrics", *, arrow: bool = False)
         JournalError: the journal cannot be read.
     """
     if table not in get_args(TableName):
-        raise ConfigError(f"table: {table!r} is none of {', '.join(get_args(TableName))}")
+        raise ConfigError(f"table: {table!r} is not one of {', '.join(get_args(TableName))}")
     try:
         import pyarrow as pa
     except ModuleNotFoundError as e:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader of a spool stores: how far it got in each stream, and the counts of the streams that are retired.
+"""The files that a reader of a spool stores: how far it got in each stream, and the counts of retired streams.
 
-`trackhub.spool.reading` writes both. Writers look into them to learn what was acknowledged.
+`trackhub.spool.reading` writes both. Writers read them to learn what was acknowledged.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Ack(msgspec.Struct, array_like=True):
         next_seq: the ``seq`` of the next record to be acknowledged.
         acked: records that the receiver acknowledged.
         refused: records that the receiver refused, by reason.
-        explained: records in gaps and in damaged places, by reason. Those that a policy withheld have ``withheld``.
-        withheld: these, by rule.
+        explained: records in gaps and in damaged places, by reason. Records that a policy withheld have the reason
+            ``withheld``.
+        withheld: the records with the reason ``withheld``, by rule.
         altered: values that a policy left out of other records or changed, by rule.
-        seen: what `trackhub.policy.thinning` remembers of the stream. With the place, since it belongs to it.
+        seen: what `trackhub.policy.thinning` remembers of the stream at this place.
     """
 
     segment: int = 0
@@ -52,7 +53,7 @@ class Ack(msgspec.Struct, array_like=True):
     seen: dict[str, tuple[int, float]] = {}
 
     def after(self, batch: SpoolBatch, refused: Mapping[str, int]) -> Ack:
-        """Return where the reader is when this batch was accepted.
+        """Return how far the reader has got after this batch was accepted.
 
         Args:
             batch: the batch.
@@ -84,7 +85,7 @@ class Retired(msgspec.Struct, array_like=True):
         streams: how many they are.
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
         dropped, refused: as there, by reason.
-        names: those of them that may still have files: another reader needs them, or a crash came between.
+        names: the streams among them that may still have files. Another reader needs these, or a crash left them.
         altered, withheld_by_rule, altered_by_rule: as in `trackhub.spool.counts.StreamCount`.
     """
 
@@ -104,7 +105,13 @@ prepare(Ack, Retired)
 
 
 def ack_file(folder: Path, stream: str, cursor: str) -> Path:
-    """Return the file that says how far a reader got in a stream."""
+    """Return the file that says how far a reader got in a stream.
+
+    Args:
+        folder: the spool's folder.
+        stream: the stream's id.
+        cursor: the reader's name.
+    """
     return folder / f"{stream}.{cursor}.ack"
 
 
@@ -126,7 +133,7 @@ def find_ack(folder: Path, stream: str, cursor: str) -> Ack | None:
 def read_ack(folder: Path, stream: str, cursor: str) -> Ack:
     """Return how far this reader got. Return the stream's beginning if the file is missing or damaged.
 
-    To begin anew is safe: the receiver recognises records that it has.
+    Starting again at the beginning is safe: the receiver recognises records that it has.
 
     Args:
         folder: the spool's folder.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Announce a spool to the writers of a site, and find the announced one.
+"""Announces a spool to the writers of a site, and finds the announced spool.
 
-Whoever runs the sender announces. ``spool_env`` makes the value of an environment variable that trainers inherit;
-``set_process_spool`` tells this process alone, and ``announce_to_children`` also what it starts.
+The transport that runs the sender announces it. ``spool_env`` makes the value of an environment variable that trainers
+inherit. ``set_process_spool`` tells only this process, and ``announce_to_children`` also the programs that it starts.
 `trackhub.writer.spool_choice` finds the spool for a new writer.
 """
 
@@ -42,7 +42,7 @@ class _Claim(msgspec.Struct, frozen=True, omit_defaults=True):
         dir: the spool's folder.
         site: the site that the spool belongs to.
         job: the job that the spool belongs to.
-        info: what the spool is, where its folder cannot be read just now; None if the announcer did not know it either.
+        info: what the spool is, in case its folder cannot be read just now. None if the announcer did not know it.
         reason: why the spool could not be created yet; empty if it is there.
     """
 
@@ -59,7 +59,7 @@ prepare(_Claim)
 def spool_env(folder: Path, site: str, job: str) -> str:
     """Return the value of ``SPOOL_ENV`` that leads a trainer of this site and job to the spool.
 
-    If `create_spool` could not create the spool yet, the value says so to the trainer, which counts what it drops.
+    If `create_spool` could not create the spool yet, the value says so. The trainer then counts what it drops.
 
     Args:
         folder: the spool's folder.
@@ -76,10 +76,10 @@ def spool_env(folder: Path, site: str, job: str) -> str:
 def set_process_spool(folder: Path | None) -> None:
     """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
 
-    The FLARE server announces its spool so. The simulator's clients inherit its environment: with an environment
-    variable, they would write as the server.
+    The FLARE server announces its spool this way. The simulator's clients inherit the server's environment. So with an
+    environment variable, they would write as the server.
     """
-    global _process_spool  # there is one per process by its nature: it says whose process this is
+    global _process_spool  # one per process, since a process logs for one site
     _process_spool = folder
 
 
@@ -138,7 +138,7 @@ def find_spool(announced: str | None = None) -> Path:
         is_missing = isinstance(e.__cause__, FileNotFoundError) or not isinstance(e.__cause__, OSError)
         if claim.info is None or (is_missing and not claim.reason):
             raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
-        # The disk is full, or this process has no free descriptor. What it logs is dropped and counted until it can.
+        # The disk is full, or this process has no free descriptor. Meanwhile, its records are dropped and counted.
         info = claim.info
         expect_spool(folder, info, claim.reason or "io_error")
     if (info.site, info.job) != (claim.site, claim.job) or not info.open:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a batch of the frames that stand in a row in a segment. The sender's end of the spool calls it.
+"""Makes a batch of consecutive frames in a segment. The sender's end of the spool calls it.
 
 Frames are passed on as they are. Only three things are decoded: the ``seq`` of the first record, gaps, and records
 that refer to a blob.
@@ -54,8 +54,9 @@ class SpoolBatch(msgspec.Struct, frozen=True):
         records: how many records the frames hold, gaps not counted.
         frames: the frames, one after another.
         blobs: the blobs that the frames refer to, in order.
-        lost_blobs: the blobs of records that a gap replaced: their bytes cannot be had, or a policy withholds them.
-        explained: how many records are not in the frames, by reason: gaps in the stream, damaged places, a policy.
+        lost_blobs: the blobs of records that a gap replaced. Their bytes cannot be read, or a policy withholds them.
+        explained: how many records are not in the frames, by reason. They are in gaps, damaged, or withheld by a
+            policy.
         segment: the segment where the next batch starts.
         offset: where it starts in that segment.
         withheld: how many records a policy withholds, by rule. ``explained`` has their sum.
@@ -96,10 +97,10 @@ def assemble(
         start: where the first sound frame starts in ``data``.
         max_records: most records in the batch.
         max_bytes: most bytes of frames, but never less than one frame.
-        lost_blobs: names of blobs whose bytes cannot be had. A gap takes the place of their records.
+        lost_blobs: names of blobs whose bytes cannot be read. A gap takes the place of their records.
     """
     assembly = _Assembly(data, start, place.seq, lost_blobs)
-    # The sound frames before a corrupt one make a batch. The next batch starts with the damage.
+    # If a frame is corrupt, the sound frames before it are a batch of their own. The next batch starts with the damage.
     with contextlib.suppress(CorruptFrameError):
         assembly.take_frames(max_records, max_bytes)
     return SpoolBatch(

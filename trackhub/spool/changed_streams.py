@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader knows of each stream, and how it looks through the folder for what has changed.
+"""What a reader knows of each stream, and how it looks through the folder for changes.
 
 `SpoolReader` calls it once in a pass, so that many streams cost one look at the folder and not one for each batch.
 """
@@ -31,16 +31,16 @@ class FollowedStream:
     Attributes:
         name: the stream's id.
         ack: how far the reader got. Other threads may read it.
-        is_placed: False if the reader's file does not say how far it got, though an earlier reader may have got far.
-        first_segment, last_segment: the segments that were there at the last look; -1 if there were none.
-        end: where the stream ended then.
-        size: how many bytes its segments have: then, or when it was done.
-        files: its blobs, and parts of blobs, that were there then.
-        state: whether its writer lives, as of the last time that this was asked.
-        problem: why it could not be read in this pass; empty if it could.
-        is_done: its writer has ended, and all that can be read was acknowledged.
-        is_held: its next records wait for their files, and are not handed out.
-        undecided_end: where it ended when nobody could decide yet whether its next record may leave.
+        is_placed: False if the reader's file is lost, so that nobody knows how far an earlier reader got.
+        first_segment, last_segment: its segments at the last look; -1 if there were none.
+        end: where the stream ended at the last look.
+        size: how many bytes its segments had at the last look, or when the stream was done.
+        files: its blobs, and parts of blobs, at the last look.
+        state: whether its writer lives, as of the last time that the reader asked.
+        problem: why it could not be read in this pass; empty if it could be read.
+        is_done: whether its writer has ended and all readable records are acknowledged.
+        is_held: whether its next records wait for their files, and are not handed out.
+        undecided_end: where the stream ended when the policy could not decide yet about its next record.
     """
 
     __slots__ = (
@@ -140,7 +140,7 @@ def stream_ends(folder: Path, is_passed_over: Callable[[str], bool]) -> dict[str
 
     Args:
         folder: the spool's folder.
-        is_passed_over: returns whether to leave a stream out, since nothing of it is to be sent now.
+        is_passed_over: returns whether to leave a stream out, since nothing of it can be sent now.
 
     Raises:
         OSError: the folder cannot be read.

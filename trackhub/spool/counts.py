@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count what became of a stream's records. The sender's end of the spool calls it for the delivery report."""
+"""Counts what became of a stream's records. The sender's end of the spool calls it for the delivery report."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class StreamCount(msgspec.Struct, frozen=True):
 
     Attributes:
         logged: log calls that returned.
-        dropped: what the writer dropped or damage took, by reason.
-        withheld: what a policy of the site kept back.
-        acked: what the receiver acknowledged.
-        refused: what the receiver refused, by reason.
-        spooled: what is in the spool and not acknowledged yet.
-        unreadable: as ``spooled``, but the file system does not let the reader read it.
-        altered: values that the writer left out of records that go on, by reason. They are no records.
+        dropped: records that the writer dropped, or that damage destroyed, by reason.
+        withheld: records that a policy of the site withheld.
+        acked: records that the receiver acknowledged.
+        refused: records that the receiver refused, by reason.
+        spooled: records in the spool that are not acknowledged yet.
+        unreadable: records in the spool that the file system does not let the reader read.
+        altered: values, not records, that the writer left out of records, by reason.
         is_complete: False if the stream may have records that are not counted here.
-        withheld_by_rule: ``withheld`` by rule of the policy. It stays at the site.
-        altered_by_rule: values that a policy left out of records that go on or changed. It stays at the site, too.
+        withheld_by_rule: ``withheld`` by rule of the policy. This count does not leave the site.
+        altered_by_rule: values that a policy left out of records, or changed, by rule. It does not leave the site,
+            either.
     """
 
     logged: int
@@ -56,7 +57,7 @@ def count_stream(
 
     Args:
         ack: how far the reader got.
-        logged: log calls that the writer counted or that are in the spool, whichever are more.
+        logged: the log calls that the writer counted, or those in the spool, whichever number is higher.
         dropped: what the writer's ledger counts as dropped, by reason.
         spooled: readable records in the spool after ``ack``.
         explained: records that gaps account for, before and after ``ack``, by reason.
@@ -65,7 +66,7 @@ def count_stream(
     # The writer's ledger counts its drops even if their gap never got into the stream.
     reasons = {*dropped, *explained} - {DAMAGED, _WITHHELD}
     drops = {reason: max(dropped.get(reason, 0), explained.get(reason, 0)) for reason in reasons}
-    # What has no other explanation was in a damaged place.
+    # A record without any other explanation was in a damaged place.
     damaged = logged - withheld - sum(drops.values()) - sum(ack.refused.values()) - ack.acked - spooled
     if damaged > 0:
         drops[DAMAGED] = damaged
@@ -93,7 +94,7 @@ def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True)
     drops = {reason: max(n, explained.get(reason, 0)) for reason, n in ledger.dropped.items()}
     drops.update({reason: n for reason, n in explained.items() if reason not in drops and reason != _WITHHELD})
     passed = sum(n for reason, n in explained.items() if reason != _WITHHELD)
-    # Up to ``ack``, every record is accounted for. After it come the drops whose gap was not read yet, and the rest.
+    # Up to ``ack``, every record is counted. After it are drops whose gap was not read yet, and all other records.
     rest = max(0, ledger.logged - ack.next_seq - (sum(drops.values()) - passed))
     gone = explained.get(_WITHHELD, 0) + sum(drops.values()) + ack.acked + sum(ack.refused.values())
     return StreamCount(

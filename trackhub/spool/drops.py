@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Account for the records that a writer cannot store: count them, keep the gaps for the stream, and prepare a warning.
+"""Counts the records that a writer cannot store, keeps the gaps for the stream, and prepares a warning.
 
 The writer's end of the spool calls it under its lock. It writes to the stream's ledger.
 """
@@ -23,10 +23,10 @@ _WARN_EVERY_S = 60.0
 
 
 class DropsTold:
-    """What a writer has said of its drops in the log. The writer's streams share it, since it warns once a minute.
+    """What a writer has logged about its drops. Its streams share this, so that it warns at most once a minute.
 
     Attributes:
-        at: when it last warned.
+        at: when the writer last warned.
         dropped: how many records its streams have dropped so far.
     """
 
@@ -41,8 +41,8 @@ class Drops:
     Attributes:
         gaps: each gap that is not in the stream yet, with its ``seq``. The next record that fits takes them along.
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
-        warning: what to say about the last drop: reason, detail and number of drops so far. None if a warning is not
-            due.
+        warning: what to warn about: reason and detail of the last drop, and the number of drops so far. None if no
+            warning is due.
     """
 
     def __init__(self, ledger: Path, clock: Callable[[], float], told: DropsTold) -> None:
@@ -74,7 +74,7 @@ class Drops:
         Args:
             seq: the number that the record would have had.
             reason: one of ``DROP_REASONS``.
-            detail: what happened, for the warning; empty if there is to be none.
+            detail: what happened, for the warning. Empty for no warning.
         """
         self._counts[DROP_REASONS.index(reason)] += 1
         if self.gaps and self.gaps[-1][1].reason == reason:
@@ -82,7 +82,7 @@ class Drops:
             self.gaps[-1] = (first, Gap(gap.count + 1, reason))
         else:
             self.gaps.append((seq, Gap(1, reason)))
-        with contextlib.suppress(OSError):  # the disk is full; the gap in the stream will tell
+        with contextlib.suppress(OSError):  # the disk is full; the gap in the stream counts this drop later
             self.open_ledger()
         if self.ledger is not None:
             self.ledger.set(seq + 1, self._counts, self._left_out)
@@ -120,7 +120,7 @@ class Drops:
             ledger.set(
                 self._logged, self._counts, self._left_out
             )  # all that was counted while the disk had no room for it
-            if self._path is None:  # a signal handler has forked in between, and this is the child
+            if self._path is None:  # a signal handler has forked during these lines, and this is the child
                 ledger.abandon()
             self.ledger = ledger
         return ledger

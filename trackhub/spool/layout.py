@@ -74,12 +74,13 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         site: the site that logs here.
         job: the job that it logs for.
         cursors: the names of the readers. A segment is deleted when all of them have had it acknowledged.
-        max_bytes: limit of all files together.
-        open: False once the job has ended; no new writer may start then.
+        max_bytes: the limit of all files together.
+        open: False once the job has ended. Then no new writer may start.
         format: version of the frames.
         name, notes, tags: what a person reads of the job, as in `trackhub.job_and_run_info.JobInfo`. A replay of this
-            spool needs them where the receiver's journal is not at hand, or it would write to runs of another name.
-        policy: what may leave the site: `trackhub.policy.SiteRules.plain`. Whoever sends this spool applies it.
+            spool needs them if the receiver's journal is not available. Otherwise it would write to runs of other
+            names.
+        policy: what may leave the site: `trackhub.policy.SiteRules.plain`. The spool's reader applies it.
     """
 
     site: str
@@ -97,7 +98,7 @@ class SpoolInfo(msgspec.Struct, frozen=True):
 prepare(SpoolInfo)
 
 _known: dict[str, SpoolInfo] = {}
-"""What this process has stored in the ``spool.json`` of each folder, or wants to."""
+"""For each folder, what this process has stored in ``spool.json``, or could not store yet."""
 
 _expected: dict[str, str] = {}
 """The folders whose ``spool.json`` could not be stored yet, and why: one of `writer_ledger.DROP_REASONS`."""
@@ -248,7 +249,8 @@ def spool_info(folder: Path) -> SpoolInfo:
         return read_spool_info(folder)
     except SpoolError as e:
         known = _known.get(_key(folder))
-        # Such as a process that has no descriptor left just now. Its writers count what they drop, and go on later.
+        # The file may be there and unreadable for a moment, for example if this process has no free descriptor. Its
+        # writers count what they drop, and go on later.
         if known is not None and isinstance(e.__cause__, OSError) and e.__cause__.errno != errno.ENOENT:
             return known
         raise
@@ -304,8 +306,7 @@ def set_policy(folder: Path, policy: dict[str, Any]) -> None:
 def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
     """Lock one reader's end of a spool for this process. A killed process leaves no lock.
 
-    Whoever sends a spool has this lock: the sender of a running job, or a replay. Two at once would each send what the
-    other one is sending.
+    The sender of a running job holds this lock, or a replay does. Two senders at once would both send the same records.
 
     Args:
         folder: the spool's folder.

@@ -36,7 +36,7 @@ __all__ = ["RETIRED", "SpoolReader"]
 RETIRED = "retired"
 """The name under which `SpoolReader.counts` has the counts of all retired streams together."""
 
-_ASK_EVERY_S = 1.0  # whether a stream's writer lives: some ten microseconds for each stream
+_ASK_EVERY_S = 1.0  # how often to ask whether each stream's writer lives. It takes some 10 us for each stream
 _KEPT_STREAMS = 32
 """When more streams than this are done, the reader retires some until half as many are left. It keeps the last segment
 of each: if the receiver's disk loses records that it had acknowledged, a replay sends them again from there."""
@@ -49,8 +49,8 @@ class SpoolReader:
 
     Each receiver of a site has a reader with a cursor of its own. Files are deleted when all cursors are past them.
 
-    A stream that cannot be read does not hold up the others. It is passed over, named in the log, and tried again in
-    the next pass.
+    A stream that cannot be read does not hold up the others. The reader passes it over, names it in the log, and tries
+    it again in the next pass.
 
     Attributes:
         folder: the spool's folder.
@@ -67,7 +67,7 @@ class SpoolReader:
 
         Raises:
             SpoolError: there is no spool in the folder, and none is expected there; or it is not read by this cursor.
-            ConfigError: what the spool says may leave the site cannot be read.
+            ConfigError: the spool's rules for what may leave the site cannot be read.
         """
         self.folder = folder
         self.cursor = cursor
@@ -95,12 +95,13 @@ class SpoolReader:
     def begin_pass(self, *, final: bool = False, round_ends: bool = False) -> None:
         """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
 
-        What is logged meanwhile is left for the next pass. Otherwise each record of a busy trainer would travel alone,
-        directly after the one before it.
+        Records that are logged during a pass are left for the next pass. Otherwise each record of a busy trainer would
+        travel in a message of its own.
 
         Args:
-            final: all writers have ended, so an incomplete frame at the end of a stream is damage.
-            round_ends: what is in the spool now may be the last of its round. A policy may let it leave for that.
+            final: whether all writers have ended. Then an incomplete frame at the end of a stream is damage.
+            round_ends: whether the last records in the spool may be the last of their round. A policy may let the last
+                value of a round leave.
 
         Raises:
             OSError: the folder cannot be read.
@@ -113,7 +114,7 @@ class SpoolReader:
         """Return the next unacknowledged frames of some stream, or None if there are none. Streams take turns.
 
         Until ``settle`` is called for a stream, that stream's next batch starts with the same frame. Without
-        ``begin_pass``, all that comes is handed out.
+        ``begin_pass``, there is no end of a pass: new records are handed out as they come.
 
         Args:
             max_records: most records in the batch.
@@ -164,9 +165,9 @@ class SpoolReader:
         return any(stream.problem for stream in self._streams.values())
 
     def unplaced_streams(self) -> list[str]:
-        """Return the streams of which the files do not say how far this cursor got. `place` takes what a receiver says.
+        """Return the streams whose files do not say how far this cursor got. Ask the receiver, and call `place`.
 
-        They were there at this reader's first look. A later one is new: only this reader hands it out.
+        Only streams of this reader's first look are among them. A stream that appears later starts at its beginning.
         """
         return [stream.name for stream in self._streams.values() if not stream.is_placed]
 
@@ -175,7 +176,7 @@ class SpoolReader:
         return any(stream.first_segment > 0 for stream in self._streams.values() if not stream.is_placed)
 
     def place(self, name: str, next_seq: int, acked: int) -> None:
-        """Go on in an unplaced stream behind the records that its receiver has.
+        """Place an unplaced stream: go on after the records that its receiver has.
 
         If a segment cannot be read, the stream stays unplaced, and is passed over until the next look at the folder.
 
@@ -214,17 +215,17 @@ class SpoolReader:
         try:
             write_ack(self.folder, batch.stream, self.cursor, ack)
         finally:
-            # Not earlier: a thread that waits for this may then ask a writer, which looks at the file.
+            # Set this after the file is written: a thread that waits for it may ask a writer, which reads the file.
             stream.ack = ack
         stream.is_placed = True
         self._delete_settled(batch, old)
 
     def give_up_blob(self, name: str) -> None:
-        """Say that a blob's bytes cannot be had. A gap takes the place of its record, counted as dropped(damaged)."""
+        """Note that a blob's bytes cannot be read. A gap replaces its record, which is counted as dropped(damaged)."""
         self._segments.lost_blobs.add(name)
 
     def ends(self) -> dict[str, End]:
-        """Return where each stream ends now, without those that are done or held. May be called from any thread.
+        """Return where each stream ends now. Streams that are done or held are left out. May be called from any thread.
 
         Raises:
             OSError: the folder cannot be read.
@@ -276,9 +277,8 @@ class SpoolReader:
         """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
 
         Args:
-            until: read no longer than until this moment of the monotonic clock. What is left is counted by its ledger,
-                and damage in it is not seen.
-            by_ledger: read nothing, and count everything by its ledger.
+            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, without damage.
+            by_ledger: read no records, and count everything by the ledgers.
 
         Returns:
             The counts by stream. `RETIRED` has the counts of all retired streams.
@@ -298,7 +298,7 @@ class SpoolReader:
         return 0 if self._retirement is None else self._retirement.total.streams
 
     def tidy_up(self) -> None:
-        """Delete what a crash left over, and the files of ended streams if these are many or take much room.
+        """Delete files that a crash left over, and the files of ended streams if these are many or large.
 
         Call it after a pass, and only as the owner of this end of the spool. Never raises.
         """
@@ -337,7 +337,10 @@ class SpoolReader:
         )
 
     def _ask_writers(self, final: bool) -> None:
-        """Ask whose writers live. Before the look, since only then the look shows all that an ended writer has left."""
+        """Ask which writers live.
+
+        Do it before the look, so that the look shows everything that an ended writer has left.
+        """
         now = time.monotonic()
         if final or now >= self._ask_at:
             self._ask_at = now + _ASK_EVERY_S
@@ -352,8 +355,8 @@ class SpoolReader:
         ack = find_ack(self.folder, name, self.cursor)
         stream = FollowedStream(name, ack or Ack())
         stream.is_placed = ack is not None or self._has_looked
-        # This look may miss what the writer appends just now. So do not note here that the writer has ended: a later
-        # look notes it, when it has found all that the writer left.
+        # This look may miss what the writer appends just now. So do not note here that the writer has ended. A later
+        # look does, after it has found everything that the writer left.
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
         return stream
@@ -378,7 +381,10 @@ class SpoolReader:
         return None
 
     def _withhold(self, withholding: Withholding, stream: FollowedStream, batch: SpoolBatch) -> SpoolBatch | None:
-        """Return what may leave of a batch. None if that cannot be decided before more is logged, or the round ends."""
+        """Return the part of a batch that may leave.
+
+        Return None if that depends on later records, or on the end of the round.
+        """
         ended = self._round_ends or self._is_final or stream.state is WriterState.ENDED
         if stream.undecided_end == stream.end and not ended:
             return None
@@ -431,7 +437,7 @@ class SpoolReader:
         """If many streams are done, retire some: until at most 16 are left, with at most an eighth of the spool."""
         done = [stream for stream in self._streams.values() if stream.is_done]
         for part in (name for stream in done for name in stream.files if name.endswith(".part")):
-            (self.folder / part).unlink(missing_ok=True)  # its writer was killed while it wrote it
+            (self.folder / part).unlink(missing_ok=True)  # the writer was killed while it wrote this file
         size = sum(stream.size for stream in done)
         most = self.info.max_bytes // _KEPT_SHARE
         if self._retirement is None or (len(done) <= _KEPT_STREAMS and size <= most):
@@ -442,8 +448,8 @@ class SpoolReader:
                 break
             chosen.append(stream)
             size -= stream.size
-        # First their counts, for which the files are looked at. Then the data, since on a full disk that makes the room
-        # in which the counts are stored.
+        # First count, since that reads the files. Then delete the data, which makes room on a full disk. Then store the
+        # counts in that room.
         counts = {stream.name: self._count(stream, None, by_ledger=False) for stream in chosen}
         self._retirement.free({stream.name: stream.ack for stream in chosen})
         self._retirement.retire(counts)
@@ -452,7 +458,7 @@ class SpoolReader:
             self._turns.remove(stream.name)
 
     def _count(self, stream: FollowedStream, until: float | None, by_ledger: bool) -> StreamCount:
-        # The ledger is read first: otherwise, what is logged while the frames are counted would seem to be missing.
+        # Read the ledger first. Otherwise records that are logged during the count would seem to be missing.
         try:
             ledger = read_ledger(ledger_file(self.folder, stream.name))
         except OSError as e:
@@ -485,7 +491,7 @@ class SpoolReader:
         count = count_stream(ack, logged=logged, dropped=ledger.dropped, spooled=spooled, explained=explained)
         if (tail := count.dropped.get(DAMAGED, 0) - explained[DAMAGED]) > 0:
             self._damage.missing_tail(self.folder, stream.name, tail, logged)
-        # What is missing at the beginning of an unplaced stream was delivered, or is lost. Only the receiver knows.
+        # Only the receiver knows whether missing records at the start of an unplaced stream were delivered or lost.
         knows_begin = stream.is_placed or stream.first_segment == 0 or count.logged == 0
         is_complete = knows_begin and (ledger.is_counted or place.seq > 0)
         return msgspec.structs.replace(count, altered=ledger.left_out, is_complete=is_complete)

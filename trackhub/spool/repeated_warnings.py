@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs a warning that would come again and again once, and then at most once a minute.
+"""Logs a repeated warning at most once a minute.
 
-The sender and the reader of a spool look at it 20 times a second. A folder that is gone would otherwise fill the log.
+The sender and the reader of a spool look at the folder 20 times a second. If the folder is gone, the log would
+otherwise fill with the same warning.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class RepeatedWarnings:
     """Remembers when it last warned about what. Use it from one thread."""
 
     def __init__(self, log: logging.Logger) -> None:
-        """Nothing was warned about.
+        """Start without an earlier warning.
 
         Args:
             log: where the warnings go.

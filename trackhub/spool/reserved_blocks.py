@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the small files of a spool, each of which must be written also when the disk is full.
+"""Writes the small files of a spool that must be written even when the disk is full.
 
-Counting drops and deleting what is acknowledged must go on then, and each needs a file per stream. `create_spool`
-reserves blocks for them, the spares. Ledgers and cursors are written through this module.
+On a full disk, writers must go on counting drops, and the sender must go on deleting acknowledged files. Both need one
+small file per stream. `create_spool` reserves blocks of the disk for them, the spares. Ledgers and cursors are written
+through this module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SPARES = 16
 """A ledger and a cursor for each of eight streams on one machine."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a disk, or of a user's share of it, that has no free blocks or no free inodes."""
+"""Error numbers if a disk, or a user's quota on it, has no free blocks or no free inodes."""
 
 
 def reason_of(error: OSError) -> str:
@@ -36,7 +37,7 @@ def make_spare(folder: Path, number: int) -> None:
     """
     path = folder / f"{number}.spare"
     try:
-        # Never written again: it would lose its block for a moment, and on a full disk somebody else would take it.
+        # Never write an existing spare again. It would lose its block for a moment, and another program could take it.
         with open(path, "xb", buffering=0, opener=open_plain) as file:
             file.write(bytes(1))
     except FileExistsError:

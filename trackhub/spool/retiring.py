@@ -11,8 +11,8 @@ For each reader, a stream goes through these states. It skips ``freed`` if anoth
     retired     The reader's ``.retired`` file has the counts, and names the stream. Its ``.ack`` is deleted.
     gone        All readers have retired the stream: what is left of its files is deleted, and its name is forgotten.
 
-After a crash between two states, the next reader goes on from the earlier one: the names say whose counts are added
-up already.
+After a crash between two states, the next reader goes on from the earlier state. The names in the ``.retired`` file say
+which streams' counts are added up already.
 """
 
 from __future__ import annotations

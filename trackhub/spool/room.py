@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep a spool within its limit, however many processes write to it. The writer's end of the spool asks.
 
-No process waits for another one. A writer first says in its ledger up to where it is going to write. For a blob, the
-name of its file says how large it is going to be. Then the writer measures the folder with all that was said there. If
-it is too much, the writer takes back what it said.
+No process waits for another one. A writer first reserves room: its ledger says up to which offset it is going to write,
+and the name of a blob's file says how large the blob is going to be. Then the writer measures the folder, with all that
+is reserved. If that is more than the limit, the writer takes its reservation back.
 
 To measure means to look at every file. So a writer that measures leaves the result in the file ``usage``. While that is
 fresh and at most half of the spool is used, other writers take a small share without measuring.
@@ -34,7 +34,7 @@ _SEGMENT = re.compile(r"(.+)-(\d{6,})\.spool")
 _PART = re.compile(r".+-(\d+)-[0-9a-f]{32}\.part")
 _USAGE = struct.Struct("=4Q")
 _USAGE_FILE = "usage"
-_NEW_WRITERS = 16  # so many may come in the time in which a measurement is fresh
+_NEW_WRITERS = 16  # how many writers may start while a measurement is fresh
 
 
 class _Usage(NamedTuple):
@@ -76,11 +76,11 @@ class Room:
         self._full_at = 0
 
     def may_ask_for(self, size: int) -> bool:
-        """Return False if the spool had no room for as many bytes a moment ago. It is measured twice a second then."""
+        """Return False if the spool had no room for this many bytes less than half a second ago."""
         return size < self._full_at or self._clock() >= self._full_until
 
     def note_full(self, size: int) -> None:
-        """Note that there was no room for so many bytes."""
+        """Note that there was no room for this many bytes."""
         self._full_at = size
         self._full_until = self._clock() + _RESCAN_S
 
@@ -97,7 +97,7 @@ class Room:
         return self._fitted_lately(share + more) or self._measure() + more <= self._max_bytes
 
     def _fitted_lately(self, share: int) -> bool:
-        """Return whether it is certain without a look at the folder. Then the share counts as taken."""
+        """Return whether the last measurement shows that the share fits. If so, the share counts as taken."""
         usage = _read_usage(self._folder)
         if usage is None or usage.used > self._max_bytes // 2:
             return False
@@ -133,7 +133,8 @@ class Room:
                 elif match := _PART.fullmatch(name):
                     used += max(0, int(match[1]) - size)
         written = {stream: last.get(stream, (0, 0))[1] for stream in ledgers}
-        # No stream reserves more than this, except for a single record. Only if it matters, look what each reserves.
+        # No stream reserves more than this, except for a single record. What each really reserves is read only if the
+        # spool may be more than half full.
         most = sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values())
         if used + most > self._max_bytes // 2:
             most = sum(self._reserved(stream, size) for stream, size in written.items())
@@ -170,7 +171,7 @@ def _read_usage(folder: Path) -> _Usage | None:
 
 
 def _write_usage(folder: Path, usage: _Usage) -> None:
-    """Store a measurement. If that is not possible, everybody measures for himself."""
+    """Store a measurement. If that is not possible, each writer measures the folder itself."""
     with contextlib.suppress(OSError):
         fd = open_plain(folder / _USAGE_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -180,5 +181,11 @@ def _write_usage(folder: Path, usage: _Usage) -> None:
 
 
 def new_part(folder: Path, stream: str, size: int) -> Path:
-    """Return the name of a new file for the bytes of a blob. Until they are written, the name reserves their room."""
+    """Return the name of a new file for the bytes of a blob. Until they are written, the name reserves their room.
+
+    Args:
+        folder: the spool's folder.
+        stream: the id of the stream that logs the blob.
+        size: how many bytes the blob has.
+    """
     return folder / f"{stream}-{size}-{uuid.uuid4().hex}.part"

@@ -23,8 +23,8 @@ _LOOK_EVERY_S = 0.5
 class RoundFile:
     """One end of the file. It is safe between processes, since it is one aligned 8-byte value.
 
-    Nothing raises: while the file cannot be mapped, such as on a full disk, there is no round. It is looked for again
-    twice a second at most.
+    Nothing raises. While the file cannot be mapped, for example on a full disk, there is no round. Mapping is tried
+    again twice a second at most.
     """
 
     def __init__(self, folder: Path, *, sets: bool = False) -> None:
@@ -42,7 +42,7 @@ class RoundFile:
         self.look_again()
 
     def look_again(self) -> None:
-        """Map the file if that was not possible before. The round that was set meanwhile is stored then."""
+        """Map the file if that was not possible before, and then store the round that was set meanwhile."""
         if isinstance(self._value, _NotMapped):
             try:
                 self._value = self._mapped()
@@ -61,7 +61,7 @@ class RoundFile:
         fd = open_plain(self._path, os.O_RDWR | os.O_CREAT if self._sets else os.O_RDONLY, _MODE)
         try:
             if self._sets and os.fstat(fd).st_size != _FORMAT.size:
-                # Written, since a file that is only given a size gets its block later, when the disk may be full.
+                # Write the value: a file that is only given a size gets its block later, when the disk may be full.
                 os.close(fd)
                 fd = write_start(self._path, _FORMAT.pack(_NO_ROUND), _MODE)
                 os.ftruncate(fd, _FORMAT.size)
@@ -88,7 +88,7 @@ class RoundFile:
 
 
 class _NotMapped:
-    """Stands in for the view of the mapped integer while there is none, and looks for the file now and then."""
+    """Takes the place of the view while the file is not mapped, and tries now and then to map it."""
 
     def __init__(self, file: RoundFile) -> None:
         self._file = file

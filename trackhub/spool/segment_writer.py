@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segment file that a writer appends to. The writer's end of the spool writes to it and has the next one opened."""
+"""The segment file that a writer appends to.
+
+The writer's end of the spool writes to it, and opens the next one through it.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ class SegmentFile:
     """The current segment of one stream.
 
     Attributes:
-        fd: its descriptor; -1 before the first segment is open and after ``close``.
-        offset: where its next frame starts.
-        limit: where the room ends that the stream has in this file.
+        fd: the file's descriptor; -1 before the first segment is open and after ``close``.
+        offset: where the next frame starts.
+        limit: up to which offset the stream has reserved room in this file.
     """
 
     def __init__(self, folder: Path, stream: str, max_bytes: int) -> None:
-        """Open no file yet. A stream without records makes none.
+        """Open no file yet: a stream without records has none.
 
         Args:
             folder: the spool's folder.
             stream: the stream's id.
-            max_bytes: the size from which on a segment takes no more frames. A single larger frame makes a larger one.
+            max_bytes: the largest size of a segment. Only a segment with a single large frame may be larger.
         """
         self.fd = -1
         self.offset = 0
@@ -46,10 +49,10 @@ class SegmentFile:
         return self.fd < 0 or (self.offset + size > self._max_bytes and self.offset > len(SEGMENT_HEADER))
 
     def ends(self, size: int) -> tuple[int, int]:
-        """Return up to where to ask for room for a frame of this size: as far as makes sense, and as far as it must be.
+        """Return two offsets up to which to reserve room for a frame of this size: the wanted one, and the least one.
 
-        A stream asks for as much again as its segment holds. So a process that logs little keeps little room from the
-        others, and one that logs much seldom asks.
+        A stream wants as much room again as its segment holds. So a process that logs little takes little room from the
+        others, and a process that logs much seldom has to reserve.
         """
         least = self.offset + size
         return max(least, min(self._max_bytes, self.offset + max(self.offset, _SHARE_BYTES))), least
@@ -69,8 +72,8 @@ class SegmentFile:
                 break
             except FileExistsError:
                 self._number += 1  # left over by an attempt that a signal handler interrupted
-        # A signal handler may have forked in each call here, and this may be the child. It must not write to the file.
-        # `abandon` could not close the descriptor, which nothing but this function has yet.
+        # A signal handler may have forked in any call here, and this may be the child, which must not write to the
+        # file. `abandon` could not close the descriptor, since only this function knows it so far.
         if self._path is None:
             os.close(fd)
             raise _not_ours()
@@ -89,7 +92,7 @@ class SegmentFile:
         self._number += 1
         self.offset = self.limit = len(SEGMENT_HEADER)
         if old >= 0:
-            # An error now is of earlier writes, which returned long ago; the new segment is in use already.
+            # An error here belongs to earlier writes, which returned long ago. The new segment is in use already.
             with contextlib.suppress(OSError):
                 os.close(old)
 
@@ -101,7 +104,7 @@ class SegmentFile:
             self.offset = self.limit = max(self._max_bytes, self.offset, len(SEGMENT_HEADER) + 1)
 
     def has_grown_by(self, size: int) -> bool:
-        """Return whether the file has exactly so many bytes more than were counted."""
+        """Return whether the file is exactly this many bytes longer than ``offset``."""
         try:
             return self.fd >= 0 and os.fstat(self.fd).st_size == self.offset + size
         except OSError:
@@ -109,15 +112,15 @@ class SegmentFile:
 
     def close(self) -> None:
         """Close the file. Never raises. Idempotent."""
-        # The descriptor is forgotten first. A child that another thread forks in between must not close it as well: by
-        # then, the number may be that of another file.
+        # Forget the descriptor before closing it. Another thread may fork in between, and the child must not close it
+        # again: by then, the number may belong to another file.
         fd, self.fd = self.fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
     def abandon(self) -> None:
-        """Leave the stream to the process that this one was forked from: close the file, and open no further one."""
+        """Leave the stream to the process that this one was forked from. Close the file, and open no other one."""
         self._path = None
         self.close()
 

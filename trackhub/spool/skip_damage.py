@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read on after damage: find the next sound frame, and say once what could not be read.
+"""Read on after damage: find the next intact frame, and warn once of what could not be read.
 
 The sender's end of the spool calls it. A torn write, a bad disk or a lost file costs the records in the damaged place.
-They are counted as dropped(damaged), and a gap takes their place in the stream.
+These records are counted as dropped(damaged), and a gap takes their place in the stream.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["DAMAGED", "DamageLog", "damage_gap", "find_sound_frame"]
 DAMAGED = "damaged"
 """The reason of a gap that takes the place of records that cannot be read."""
 
-# Checksum; a size up to MAX_BODY_BYTES; a kind; and the first byte of the body, which is a msgpack array.
+# What a header looks like: a checksum, a size up to MAX_BODY_BYTES, and a kind. The body follows, a msgpack array.
 _HEADER_LIKE = re.compile(rb"(?s)(?=.{4}..[\x00-\x10]\x00[^\x00][\x90-\x9f])")
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def find_sound_frame(data: bytes, seq: int, *, closed: bool) -> int | None:
     """Return where the first intact frame starts whose record has this ``seq`` or a later one. None if there is none.
 
-    In a sound spool that is 0. After damage nothing tells where the next frame starts. So every place is tried that
+    Without damage that is 0. After damage nothing tells where the next frame starts, so this tries every place that
     looks like a frame's header.
 
     Args:
@@ -52,7 +52,7 @@ def damage_gap(seq: int, time: float, count: int) -> bytes:
     Args:
         seq: the number of the first of them.
         time: unix seconds for the gap's record.
-        count: how many they are.
+        count: how many of them there are.
     """
     return encode_frame(Record(seq, time, None, None, Gap(count, DAMAGED)))
 
@@ -73,13 +73,18 @@ def _is_incomplete(data: bytes) -> bool:
 
 
 class DamageLog:
-    """Warns of damage, once for each place: a reader meets the same place again and again."""
+    """Warns of damage once for each place, since a reader may come to the same place many times."""
 
     def __init__(self) -> None:
         self._named: set[Hashable] = set()
 
     def unreadable(self, segment: Path, start: int, end: int) -> None:
-        """Warn that these bytes of a segment cannot be read."""
+        """Warn that these bytes of a segment cannot be read.
+
+        Args:
+            segment: the segment's file.
+            start, end: the offsets of the bytes.
+        """
         if self._is_new((segment, start)):
             _log.warning(
                 "%s: bytes %d to %d cannot be read (damaged, or cut off when their writer died); the records in them, "

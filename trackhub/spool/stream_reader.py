@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a stream's segments from a place on: the next batch, and the way on after damage. `SpoolReader` calls it."""
+"""Reads the next batch of a stream's segments from a given place, past damage. `SpoolReader` calls it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Extent(NamedTuple):
     Attributes:
         stream: the stream's id.
         last_segment: its last segment; -1 if it has none.
-        has_ended: nothing follows any more, so an incomplete frame at its end is damage.
+        has_ended: its writer has ended, so an incomplete frame at the end is damage.
     """
 
     stream: str
@@ -39,12 +39,12 @@ class Extent(NamedTuple):
 
 
 def find_place(folder: Path, stream: str, segments: Iterable[int], seq: int) -> Place:
-    """Return where the record with this ``seq`` is, or the first record behind it. Frames before it are passed over.
+    """Return the place of the first record with this ``seq`` or a later one.
 
     Args:
         folder: the spool's folder.
         stream: the stream's id.
-        segments: its segments that are there, in order.
+        segments: the numbers of its segments that exist, in order.
         seq: the number of the record.
 
     Raises:
@@ -68,7 +68,7 @@ class SegmentReader:
     """Reads the segments of one spool.
 
     Attributes:
-        lost_blobs: names of blobs whose bytes cannot be had. A gap takes the place of their records.
+        lost_blobs: names of blobs whose bytes are lost. A gap takes the place of their records.
     """
 
     def __init__(self, folder: Path, damage: DamageLog) -> None:
@@ -110,13 +110,13 @@ class SegmentReader:
     def _read_batch(
         self, stream: str, place: Place, max_records: int, max_bytes: int, closed: bool
     ) -> tuple[SpoolBatch | None, int]:
-        """Return the first batch in the rest of this segment, if there is one, and how many bytes were looked at."""
+        """Return the first batch in the rest of this segment, if there is one, and how many bytes were read."""
         path = self._folder / segment_name(stream, place.segment)
-        # Read a little first: that is mostly enough. The last size is for damage that is longer than a frame.
+        # A small read is mostly enough. The largest one is for damage that is longer than a frame.
         for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
             data = _read(path, place.offset, limit)
             is_rest = len(data) < limit
-            # A frame that does not end within a few bytes may just be a large one.
+            # A frame that does not end within a small read may just be large, so it is not yet certain to be damage.
             can_tell = is_rest or limit > _FEW_BYTES
             start = find_sound_frame(data, place.seq, closed=closed and can_tell)
             if start:

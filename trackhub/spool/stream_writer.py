@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process's stream in a spool: numbers its records, appends them to segments, and counts what it must drop.
 
-`trackhub.spool.writing` has one at a time, and a new one after a fork. It decides whose turn it is to append.
+`trackhub.spool.writing` has one stream at a time, and a new one after a fork. It decides which thread may append.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Stream:
 
     Attributes:
         id: the stream's id.
-        lock, busy, deferred: say whose turn it is; see `trackhub.spool.writing.SpoolWriter`.
-        next_seq: how many records were logged to it so far, with the dropped ones.
+        lock, busy, deferred: say which thread may append; see `trackhub.spool.writing.SpoolWriter`.
+        next_seq: how many records were logged to it so far, including the dropped ones.
         drops: what it has dropped.
         room: how much room there is in the spool.
         is_closed: nothing may be logged to it any more.
@@ -53,14 +53,14 @@ class Stream:
         clock: Callable[[], float],
         told: DropsTold,
     ) -> None:
-        """Begin a stream. Files are made with the first record.
+        """Begin a stream. Its files are made with the first record.
 
         Args:
             folder: the spool's folder.
-            info: the spool's limit is of interest.
+            info: has the spool's limit.
             round_file: says which round the records belong to.
             clock: seconds that only grow.
-            told: what the writer has said of its drops.
+            told: which drops the writer has warned of already.
         """
         self.id = uuid.uuid4().hex
         self.lock = threading.RLock()
@@ -81,6 +81,11 @@ class Stream:
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> bool:
         """Append one record, or drop it. Return whether it is in the stream.
+
+        Args:
+            payload: what was logged.
+            step: its step, if it has one.
+            log_time: unix seconds of the log call.
 
         Raises:
             RecordError: as ``encode_frame``; nothing was logged.
@@ -114,8 +119,8 @@ class Stream:
             segment.cut_torn_frame()
             self.drop("disk_full", f"{written} of {size} bytes could be written")
             return False
-        # No call stands between these lines: a signal handler, which may raise, runs only at a call, and they must all
-        # be done or none.
+        # No call may stand between these lines. All of them must run or none, and a signal handler, which may raise,
+        # runs only at a call.
         self.next_seq = seq + 1
         segment.offset += size
         drops.gaps = []
@@ -183,8 +188,8 @@ class Stream:
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked from. Never raises.
 
-        A signal handler may have forked in the middle of a log call, which then goes on in the child as well. It ends
-        there without an effect: its record is the parent's.
+        A signal handler may have forked in the middle of a log call, which then goes on in the child as well. There it
+        has no effect: the record belongs to the parent.
         """
         self.is_abandoned = True
         self._segment.abandon()

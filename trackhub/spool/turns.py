@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which the streams of a spool take turns, and a file that says whose turn was last.
+"""The order in which the streams of a spool take turns, and a file that says which stream had the last turn.
 
 `SpoolReader` asks it which stream to read next, and tells it which stream's batch it hands out.
 """
@@ -22,7 +22,7 @@ class Turns:
         """Know of no stream yet.
 
         Args:
-            file: where the name of the stream is kept whose batch was handed out last.
+            file: holds the name of the stream whose batch was handed out last.
         """
         self._file = file
         self._order: dict[str, None] = {}
@@ -39,7 +39,7 @@ class Turns:
                 self._order[self._last] = None
 
     def add(self, streams: Iterable[str]) -> None:
-        """Put new streams behind the others."""
+        """Add new streams behind the others."""
         for name in streams:
             self._order.setdefault(name)
 
@@ -48,11 +48,11 @@ class Turns:
         del self._order[stream]
 
     def take(self, stream: str) -> None:
-        """Note that a batch of this stream is handed out. It goes behind the others.
+        """Note that a batch of this stream is handed out, and move the stream behind the others.
 
-        After a crash, the batch that may have arrived is then sent again before others. The receiver recognises that
-        batch in any case. A replay from the site's side, however, gives its records new positions, and these must be
-        the positions that the receiver gave them.
+        The file lets a crashed sender send the batch that may have arrived first again. A receiver recognises the batch
+        in any order. But a replay at the site gives the records new positions, which must be the same as the
+        receiver's.
         """
         self._order[stream] = self._order.pop(stream, None)
         if stream != self._last:

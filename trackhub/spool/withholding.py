@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies a site's rules to the batches that a reader hands out. So nothing else leaves the spool.
+"""Applies a site's rules to the batches that a reader hands out, so that only what the rules allow leaves the spool.
 
 `SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that may not leave is replaced by a gap
-with the reason ``withheld``, without its key, time, step and round. Its file is not handed out either.
+with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
-``keep_last`` needs to know which value is the last of its round. That shows when a later value of its key comes, or
-when the round ends. The stream waits at such a record meanwhile.
+``keep_last`` needs to know which value is the last of its round. This is known when a later value of the same key
+comes, or when the round ends. Until then, the stream waits at this record.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _Item:
         frame: its bytes.
         record: what is in it; None if that cannot be read.
         judgement: what may leave of it.
-        thinned: its keys that thinning withholds, and by which rule.
-        seen: what is remembered of its keys from now on.
+        thinned: the rule by which thinning withholds a value, by key.
+        seen: what thinning remembers of its keys from now on.
     """
 
     seq: int
@@ -68,8 +68,8 @@ class Withholding:
     def __init__(self, judge: Judge) -> None:
         """Apply what ``judge`` decides."""
         self._judge = judge
-        # For each stream, whether a value that thinning withholds leaves as the last of its round. A batch that is read
-        # again, in part, must get the same answer. Otherwise a file would leave whose record does not, or both.
+        # For each stream: whether a value that thinning withholds leaves after all, as the last of its round. A batch
+        # that is partly read again must get the same answer. Otherwise a file could leave without its record.
         self._is_last: dict[str, dict[tuple[int, str], bool]] = {}
 
     @classmethod
@@ -93,7 +93,7 @@ class Withholding:
             batch: what the spool holds.
             seen: what thinning remembers of the stream before this batch.
             more: the stream goes on behind the batch already.
-            ended: the batch reaches the end of the stream, and the round has ended there, or the stream.
+            ended: the batch reaches the end of the stream, and either the round or the stream has ended there.
 
         Returns:
             The batch. None if nobody can decide about its first record yet.
@@ -190,16 +190,19 @@ class _Made:
     """A batch in the making.
 
     Attributes:
-        records: how many leave.
+        records: how many records leave.
         blobs: the blobs that leave.
         withheld_blobs: the blobs that do not.
-        explained: records that gaps account for, by reason.
-        withheld: records that do not leave, by rule.
-        altered: values of other records that do not leave or were changed, by rule.
+        explained: how many records gaps account for, by reason.
+        withheld: how many records do not leave, by rule.
+        altered: how many values of the other records do not leave or were changed, by rule.
     """
 
     def __init__(self, time: float) -> None:
-        """Start. All gaps for withheld records get this time, since their own says when something was logged."""
+        """Start.
+
+        All gaps for withheld records get this time, since a record's own time would tell when it was logged.
+        """
         self.records = 0
         self.blobs: list[Blob] = []
         self.withheld_blobs: list[Blob] = []
@@ -222,9 +225,7 @@ class _Made:
         if payload is not None and item.record is not None and altered:
             try:
                 frame = encode_frame(msgspec.structs.replace(item.record, payload=payload))
-            except (
-                RecordError
-            ):  # a rounded integer may take more bytes, so the largest of all records may get too large
+            except RecordError:  # a rounded integer may take more bytes, so a record may become too large
                 payload, rule = None, UNREADABLE
         if payload is None:
             self._withhold(item.seq, rule)
@@ -258,7 +259,12 @@ class _Made:
 
 
 def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
-    """Return what leaves of an item: payload, the rule if there is none, and what was left out or changed by rule."""
+    """Return what leaves of an item.
+
+    Returns:
+        The payload, or None. Then the rule that withholds it, or an empty string. Then how many values were left out or
+        changed, by rule.
+    """
     payload, rule, altered = item.judgement
     if not item.thinned or payload is None:
         return payload, rule, altered
@@ -271,7 +277,7 @@ def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
 
 
 def _series(payload: Payload | None) -> list[str]:
-    """Return the keys, with their kind, to whose series a record adds. What has no step adds to none."""
+    """Return the series that a record adds to, each named by kind and key. A record without a step adds to none."""
     if payload is None or isinstance(payload, (*STEPLESS, Artifact, Gap)):
         return []
     kind = KIND_OF[type(payload)]

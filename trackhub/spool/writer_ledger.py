@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream's ledger: what its writer counted, how much room it took, and whether it still lives.
+"""A stream's ledger: what its writer counted, how much room it reserved, and whether it still lives.
 
-The writer maps the file and holds a lock on it. Readers count by it, measure the spool by it, and learn from the lock
-that a stream has ended.
+The writer maps the file and holds a lock on it. Readers take its counts, use it to measure the spool, and learn from
+the lock that a stream has ended.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DROP_REASONS = (
 )
 """Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
 otherwise, what another library logged cannot be converted into a record, none of its values can be stored, the log call
-was wrong in itself, or it came after ``close``."""
+has a wrong argument, or it came after ``close``."""
 
 LEFT_OUT_REASONS = ("invalid_value",)
 """Why a writer leaves single values out of a record that goes on: they cannot be stored."""
@@ -44,11 +44,14 @@ _DROPS, _LEFT_OUT = len(DROP_REASONS), len(LEFT_OUT_REASONS)
 _COUNTS = struct.Struct(f"={1 + _DROPS + _LEFT_OUT}Q")
 _FORMAT = struct.Struct(f"={1 + _DROPS + _LEFT_OUT + 2}Q")
 _LOGGED, _RESERVED, _MACHINE = 0, 1 + _DROPS + _LEFT_OUT, 2 + _DROPS + _LEFT_OUT  # where these fields are
-_MODE = 0o644  # the counts are no secret: a sender under another user counts what it must not read
+_MODE = 0o644  # the counts are not secret, and a sender under another user needs them
 
 
 class Ledger:
-    """The writer's end: a mapped file, in which it counts on while the disk is full, since the file has its block."""
+    """The writer's end of a ledger: a mapped file.
+
+    Its block is on the disk from the start, so a full disk stops no count.
+    """
 
     def __init__(self, path: Path) -> None:
         """Create the file with zeros, map it, and lock it.
@@ -64,10 +67,11 @@ class Ledger:
             os.close(fd)
             raise
         self._lock: ProcessLock | None = None
-        with contextlib.suppress(BlockingIOError):  # held by what a signal handler interrupted; nobody retires it then
+        # A call that a signal handler interrupted may hold the lock. The stream is then never retired.
+        with contextlib.suppress(BlockingIOError):
             self._lock = ProcessLock(fd)
             if self._lock.is_locked:
-                # Last, so that whoever finds this field set and the lock free knows that the writer has ended.
+                # This field is set last: a reader that finds it set and the lock free knows that the writer has ended.
                 self._fields[_MACHINE] = this_machine()
 
     def set(self, logged: int, dropped: list[int], left_out: list[int]) -> None:
@@ -90,24 +94,25 @@ class Ledger:
         self._fields[_LOGGED] = logged
 
     def reserve(self, end: int) -> None:
-        """Say up to which offset this stream's last segment may be written. Others then leave that room to it."""
+        """Reserve room in this stream's last segment up to this offset."""
         self._fields[_RESERVED] = end
 
     def close(self) -> None:
-        """Give the rest of the room back, unmap the file and unlock it. The stream has ended. Idempotent."""
+        """End the stream: give the rest of the room back, unmap the file and unlock it. Idempotent."""
         self.reserve(0)
         self._let_go()
         if self._lock is not None:
             self._lock.release()
 
     def abandon(self) -> None:
-        """Leave the file to the process that this one was forked from. What is counted from here on goes nowhere."""
+        """Leave the file to the process that this one was forked from. Later counts are ignored."""
         self._let_go()
         if self._lock is not None:
             self._lock.abandon()
 
     def _let_go(self) -> None:
-        # A log call may still count. In a forked child it was interrupted by the signal handler that forked.
+        # A log call may still count: a signal handler may have interrupted it and forked. So keep something to count
+        # in.
         self._fields = memoryview(bytearray(_FORMAT.size)).cast("Q")
 
 
@@ -119,7 +124,7 @@ class LedgerCounts(NamedTuple):
         dropped: drops by reason.
         left_out: values that were left out of records, by reason.
         reserved: up to which offset the stream's last segment may be written.
-        is_counted: False if the file is empty: its writer lives or lived, and the disk had no room for its counts.
+        is_counted: False if the file is empty, since the disk had no room for the counts of its writer.
     """
 
     logged: int
@@ -167,7 +172,7 @@ def writer_state(path: Path) -> WriterState:
         data = os.pread(fd, _FORMAT.size, 0)
         machine = _FORMAT.unpack(data)[_MACHINE] if len(data) == _FORMAT.size else 0
         if machine == 0:
-            # Its writer may be about to lock it. It must not find the lock taken for a look.
+            # The writer may be about to lock the file, and must not find it locked by this look.
             return WriterState.UNKNOWN
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

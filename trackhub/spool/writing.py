@@ -56,8 +56,8 @@ class NewBlob(NamedTuple):
 class SpoolWriter:
     """Appends this process's records to two streams. Thread-safe. After a fork, the child writes streams of its own.
 
-    So does a copy, and a writer that was pickled and read in another process. Images and artifacts are in a stream of
-    their own, so that what waits for the bytes of a large file are other files only.
+    A copy of a writer writes streams of its own, too, and so does one that was pickled into another process. Images and
+    artifacts have the second stream. So only other files wait for the bytes of a large file.
 
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
     its ``seq``. Once there is room again, it writes the gap into the stream.
@@ -67,15 +67,16 @@ class SpoolWriter:
         info: what the spool is, as known when the writer was made.
     """
 
-    # Whose turn it is. The lock is re-entrant, since a signal handler that logs may interrupt a call of its own thread.
+    # The states of a stream's lock. The lock is re-entrant, since a signal handler that logs may interrupt a call of
+    # its own thread.
     #
-    #   idle     busy is False: nobody appends.
-    #   busy     A call took the lock and set busy. It appends, and then does what was deferred meanwhile.
-    #   deferred A call takes the lock and finds busy set: it runs in a signal handler that interrupted the busy call
-    #            below it on the same stack. It puts its work into deferred and returns.
+    #   idle      `busy` is False: nobody appends.
+    #   busy      A call took the lock and set `busy`. It appends, and then does the work in `deferred`.
+    #   deferred  A call takes the lock and finds `busy` set. So it runs in a signal handler, which interrupted the busy
+    #             call on the same stack. It puts its work into `deferred` and returns.
     #
-    # Lock, busy and deferred belong to the stream, since a forked child gets a new stream, and with it a free lock. So
-    # no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
+    # So no append starts in the middle of another one, and no signal handler waits for the call that it interrupted.
+    # Lock, `busy` and `deferred` belong to the stream: a forked child gets a new stream, and with it a free lock.
 
     def __init__(
         self, folder: Path, *, info: SpoolInfo | None = None, clock: Callable[[], float] = time.monotonic
@@ -140,14 +141,18 @@ class SpoolWriter:
         return self._stream.next_seq + self._files.next_seq
 
     def last_written(self) -> tuple[int, int]:
-        """Return the ``seq`` after the last record in each of the two streams, without a gap that is not written."""
+        """Return the ``seq`` after the last record in each of the two streams.
+
+        Gaps that are not written do not count.
+        """
         return _last_written(self._stream), _last_written(self._files)
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. Afterwards, the record survives SIGKILL of this process, or was counted as dropped.
 
         It takes one ``write(2)``, measured at 2 us in the median. One case is different: a signal handler interrupts a
-        call of its own thread, and logs. Its call returns first, and the interrupted call writes the record.
+        log call of its own thread, and logs. The handler's call returns at once, and the interrupted call then writes
+        the handler's record.
 
         Args:
             payload: what was logged.
@@ -161,7 +166,7 @@ class SpoolWriter:
         stream = self._stream
         with stream.lock:
             if stream.busy:
-                # So that a bad record raises in this call.
+                # Encode the record here, so that a bad one raises in this call.
                 encode_frame(Record(stream.next_seq, log_time, step, None, payload))
                 kept = copy.deepcopy(payload)  # it may hold the caller's own dict
                 stream.deferred.append(lambda: stream.append(kept, step, log_time))
@@ -250,7 +255,7 @@ class SpoolWriter:
 
     def _acked(self, stream: Stream, cursor: str) -> int:
         reached = read_ack(self.folder, stream.id, cursor).next_seq
-        # After ``close``, the reader may have done with the stream and deleted its own file.
+        # After ``close``, the reader may have finished the stream and deleted its own file.
         if reached == 0 and stream.is_closed and not ack_file(self.folder, stream.id, cursor).exists():
             is_retired = not ledger_file(self.folder, stream.id).exists() and read_retired(self.folder, cursor).streams
             return stream.next_seq if is_retired else 0
@@ -262,7 +267,7 @@ class SpoolWriter:
             self._in_turn(stream, stream.close)
 
     def _in_turn(self, stream: Stream, action: Callable[[], object]) -> None:
-        """Act under the lock. In a signal handler that interrupted another action, the interrupted call acts later."""
+        """Call ``action`` under the lock. In a signal handler, the call that it interrupted may do so later."""
         with stream.lock:
             stream.deferred.append(action)
             if not stream.busy:
@@ -273,7 +278,7 @@ class SpoolWriter:
     def _append_stored(self, stream: Stream, partial: Path, blob: NewBlob, step: int | None, log_time: float) -> None:
         """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
         if stream.is_abandoned:
-            return  # the file, too, is the parent's
+            return  # the file belongs to the parent process, too
         path = blob_file(self.folder, f"{stream.id}-{stream.next_seq}")
         is_appended = False
         try:
@@ -295,7 +300,8 @@ class SpoolWriter:
         """
         if stream.is_closed:
             raise SpoolError(CLOSED)
-        self._in_turn(stream, stream.open_ledger)  # it says whose file it is, should this process be killed
+        # If this process is killed, its ledger shows that nobody writes the file any more.
+        self._in_turn(stream, stream.open_ledger)
         partial.touch(mode=0o600)
         if stream.room.fits(size):
             return True
@@ -306,14 +312,14 @@ class SpoolWriter:
         self._in_turn(stream, lambda: stream.drop(reason, detail))
 
     def _warn(self, stream: Stream) -> None:
-        """Say that a record was dropped. The lock is not held, since a log handler may itself log to the run.
+        """Log that a record was dropped. Do not hold the stream's lock, since a log handler may itself log to the run.
 
-        With the lock held, this thread would take this lock and then the handler's. Another thread that logs a line
-        takes them in the other order, and the two would wait for each other for ever.
+        With the lock held, this thread would take the stream's lock first and the handler's lock second. Another thread
+        that logs a line takes them in the other order. The two would wait for each other for ever.
         """
         if stream.busy or stream.is_abandoned:
-            # In a signal handler: the call that it interrupted holds the lock, and warns afterwards. Or in a child that
-            # was forked in the middle of a call: the parent logs that record.
+            # This may be a signal handler. Then the call that it interrupted holds the lock, and warns afterwards. Or
+            # this may be a child that was forked in the middle of a call. Then the parent warns.
             return
         warning, stream.drops.warning = stream.drops.warning, None
         if warning is not None:
@@ -372,7 +378,7 @@ _open_writers: weakref.WeakSet[SpoolWriter] = weakref.WeakSet()
 
 def _start_streams_after_fork() -> None:
     for writer in list(_open_writers):
-        with contextlib.suppress(Exception):  # one that fails has left its parent's stream, and the others must as well
+        with contextlib.suppress(Exception):  # if one fails, the others must still leave their parent's streams
             writer._after_fork()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import pytest
 
-# Before these modules are imported: a failing `assert` in the kit then shows its values, as it does in a test file.
+# This must run before these modules are imported. A failing `assert` in the kit then shows its values.
 pytest.register_assert_rewrite(
     "trackhub.testing.checks",
     "trackhub.testing.contract",

@@ -97,9 +97,9 @@ def expect(
 
 
 class _Core:
-    """What the core promises to do with records that a backend cannot store, written a second time.
+    """What the core promises to do with records that a backend cannot store, written independently of the core.
 
-    Only the fitting of keys is not: it is the core's own, which has tests elsewhere.
+    Only the fitting of keys is the core's own code, which has other tests.
     """
 
     def __init__(self, can: Capabilities) -> None:

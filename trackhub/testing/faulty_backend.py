@@ -129,6 +129,9 @@ class FaultyBackend:
             run: the backend's run.
             batch: the entries.
             confirms: whether returning from ``write`` confirms them.
+
+        Raises:
+            BackendError: a fault that the check has set.
         """
         self.attempts += 1
         if self._before:

@@ -168,13 +168,13 @@ class ReceiverRig:
         return self._receiver.handle(site, request)
 
     def _send(self, site: str, request: Request) -> None:
-        if site == FEDERATION:  # nobody may send as this run, which the receiver itself writes behind its door
+        if site == FEDERATION:  # the receiver refuses requests for this run, which it writes itself
             reply = self._receiver._answer(site, encode(request))
         else:
             reply = decode_reply(self._receiver.handle(site, encode(request)))
         if not isinstance(reply, Accepted):
             message = f"the receiver did not accept a request of the contract kit: {reply}"
-            raise AssertionError(message)  # noqa: TRY004 - it is no argument that has a wrong type
+            raise AssertionError(message)  # noqa: TRY004 - the reply is wrong, not an argument's type
 
     def settle(self, site: str) -> RunReport:
         """Wait until the backend has confirmed or rejected all that this site logged, and return the counts.

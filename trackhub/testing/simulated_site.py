@@ -103,7 +103,13 @@ def series(key: str, steps: Iterable[int | None], scale: float = 0.125) -> list[
 
 
 def text(key: str, content: str, step: int | None = None) -> Call:
-    """Return a call that logs a text."""
+    """Return a call that logs a text.
+
+    Args:
+        key: the text's key.
+        content: the text.
+        step: its step, if it has one.
+    """
     return Call(Text(key, content), step)
 
 
@@ -121,12 +127,24 @@ def image(key: str, step: int | None = None, *, shade: int = 0, caption: str = "
 
 
 def histogram(key: str, step: int | None = None, *, counts: Sequence[float] = (1.0, 4.0, 2.0)) -> Call:
-    """Return a call that logs a histogram, whose bins begin at -1 and are 0.5 wide."""
+    """Return a call that logs a histogram, whose bins begin at -1 and are 0.5 wide.
+
+    Args:
+        key: the histogram's key.
+        step: its step, if it has one.
+        counts: the count of each bin.
+    """
     return Call(Histogram(key, [-1.0 + 0.5 * i for i in range(len(counts) + 1)], list(counts)), step)
 
 
 def table(key: str, step: int | None = None, *, count: int = 7) -> Call:
-    """Return a call that logs a table with a cell of each type; ``count`` is one of the cells."""
+    """Return a call that logs a table with a cell of each type; ``count`` is one of the cells.
+
+    Args:
+        key: the table's key.
+        step: its step, if it has one.
+        count: the value of one of the cells.
+    """
     rows = [[None, True, count, 0.5, "cat"], [None, False, -1, 2.25, "a|b `c` <d> & e_f"]]
     return Call(Table(key, ["nothing", "flag", "count", "score", "name"], rows), step)
 

@@ -28,7 +28,7 @@ def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, l
         folder: the job's folder, or any above. It need not exist yet.
         stop: ends the show.
         file: where to write; stdout by default.
-        log: the file in which FLARE's own lines are; None if they are nowhere in particular.
+        log: the file that has FLARE's own lines; None if the caller does not know of one.
     """
     file = sys.stdout if file is None else file
     console = Console(file=file)
@@ -42,7 +42,7 @@ def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, l
             live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
             if state.status != RUNNING or stop.wait(_DRAW_EVERY_S):
                 break
-        state = follower.look()  # what came in since
+        state = follower.look()  # it may have changed during the wait
         live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
     return state
 

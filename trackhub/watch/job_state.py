@@ -45,9 +45,9 @@ class SiteState:
 
     Attributes:
         name: its name.
-        round, step: those of its newest metrics; None where there are none.
+        round, step: the round and step of its newest metrics; None if it has no metrics.
         values: the newest value of each key, the newest last.
-        logged: records that it logged, as it last said; None if it said nothing yet.
+        logged: how many records it has logged, by its last message; None before the first one.
         dropped: records that will not be delivered, by reason.
         lanes: by backend, with ``@client`` behind it for the backend at the site itself.
     """
@@ -113,7 +113,7 @@ class JobFollower:
         return state
 
     def _find(self) -> str:
-        """Find the journals, from time to time: clients may begin later. Return why there are none."""
+        """Look for journals from time to time, since clients may begin later. Return why there are none."""
         if time.monotonic() < self._look_at and self._journals:
             return ""
         self._look_at = time.monotonic() + _LOOK_EVERY_S

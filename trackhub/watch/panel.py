@@ -47,7 +47,7 @@ def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> Ren
 
 
 def job_line(state: JobState) -> str:
-    """Return a job's state as one line, for output that is no terminal."""
+    """Return a job's state as one line, for output that is not a terminal."""
     parts = [f"{printable(state.name) or 'job'}: {state.status}"]
     rounds = [site.round for site in state.sites.values() if site.round is not None]
     if rounds:

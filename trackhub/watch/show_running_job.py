@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows a job while a script runs it, and keeps the many lines of what runs it in a file.
+"""Shows a job while a script runs it, and writes FLARE's many log lines to a file meanwhile.
 
-The script that makes a job calls `show_job`. On a terminal it draws the job's state. Elsewhere it changes nothing.
+The script that makes a job calls `show_job`. On a terminal, it draws the job's state. Otherwise, it changes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Show:
     was_interrupted: bool = False
 
     def last_lines(self) -> list[str]:
-        """Return the lines of the log that say what went wrong: its last errors, or else its last lines."""
+        """Return the lines of the log that say what went wrong: its last errors; without errors, its last lines."""
         if self.log is None:
             return []
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -53,11 +53,11 @@ class Show:
 def show_job(folder: Path, log: Path) -> Iterator[Show]:
     """Show the job that the ``with`` block runs, if stdout is a terminal. Call it in the main thread.
 
-    Meanwhile, all that this process and its children write to stdout and stderr goes to a file. Without a terminal, the
-    block runs as if it stood alone, and its lines come as usual.
+    Meanwhile, all that this process and its children write to stdout and stderr goes to a file. Without a terminal,
+    nothing is redirected.
 
     Args:
-        folder: where the job's journals will be: its folder, or any above.
+        folder: a folder in which the job's journals will be, at any depth.
         log: the file for what is written meanwhile. It is replaced.
     """
     show = Show(log if sys.stdout.isatty() else None)
@@ -84,7 +84,7 @@ def _on_terminal(folder: Path, log: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Of the descriptors and not of sys.stdout, since FLARE runs the job in other processes, which inherit them.
+    # Redirect the descriptors, not sys.stdout: FLARE runs the job in other processes, which inherit the descriptors.
     screen, errors = os.dup(1), os.dup(2)
     stop = threading.Event()
     with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", closefd=True) as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all adapters have in common: the writer that they call, and what becomes of calls that mean no record.
+"""What all adapters have in common: the writer that they call, and the SDK methods for which there is no record.
 
 `trackhub.writer.adapters` and `trackhub.writer.summary_writer` build on it. It calls `trackhub.Writer`.
 """
@@ -22,18 +22,18 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterBase:
-    """Calls a writer. A method of the imitated SDK that trackhub has no record for is counted, with one warning.
+    """Calls a writer. If trackhub has no record for a method of the imitated SDK, its calls are counted as dropped.
 
     Attributes:
         writer: the writer.
     """
 
     COUNTED: ClassVar[tuple[str, ...]] = ()
-    """Names of the SDK's methods that log what no record can hold. One that ends in ``_`` stands for all names that
-    begin so: a later release of the SDK may have more of them."""
+    """Names of the SDK's methods that log what no record can hold. A name that ends in ``_`` is a prefix: it stands for
+    all methods with it, since a later release of the SDK may have more of them."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ()
-    """Names of the SDK's methods that log nothing: they do nothing here. As above for ``_``."""
+    """Names of the SDK's methods that log nothing. They do nothing here. A name that ends in ``_`` is a prefix."""
 
     def __init__(
         self, ctx: Any = None, *args: Any, writer: Writer | None = None, strict: bool = False, **kwargs: Any
@@ -41,7 +41,7 @@ class AdapterBase:
         """Use a writer, by default a new one.
 
         Args:
-            ctx: not used; it is here since FLARE's writers take it.
+            ctx: not used. FLARE's writers have this argument.
             args, kwargs: not used; the SDK's own arguments, which say where it stores.
             writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
                 nothing where there is no tracking.
@@ -69,10 +69,10 @@ class AdapterBase:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        """Return a method of the imitated SDK that means no record. Python calls this for names that are not defined.
+        """Return a method of the imitated SDK for which there is no record. Python calls this for undefined names.
 
         Raises:
-            AttributeError: the SDK has no such method, or it is no log call.
+            AttributeError: the SDK has no such method, or the method is not a log call.
         """
         if not name.startswith("_"):
             if _is_one_of(name, self.IGNORED):
@@ -100,7 +100,7 @@ class AdapterBase:
     def _log_converted(
         self, method: str, key: Any, convert: Callable[[], _Value], log: Callable[[_Value], None]
     ) -> None:
-        """Convert the arguments of a call, and log what came out. A call that cannot be converted is counted.
+        """Convert the arguments of a call, and log the result. A call that cannot be converted is counted.
 
         Args:
             method: the method that was called.

@@ -7,8 +7,8 @@ They take the calls of the writers in ``nvflare.client.tracking``, and those of 
 
     WandBWriter().log({"train_loss": loss}, step)
 
-Each calls a `trackhub.Writer`, so its records go to every backend of the job, and a bad argument raises `RecordError`.
-New code should use `trackhub.Writer`.
+Each adapter calls a `trackhub.Writer`, so its records go to every backend of the job. A bad argument is counted, and
+raises `RecordError` only if the writer is strict. New code should use `trackhub.Writer`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _local_files(artifact: Any, manifest: Any) -> list[tuple[str, str, str]]:
     """Return path, name in the run and type of each local file of a ``wandb.Artifact``.
 
     Raises:
-        RecordError: it has none.
+        RecordError: it has no local files.
     """
     name, kind = str(artifact.name).partition(":")[0], str(artifact.type)
     entries = manifest.entries.items()
@@ -196,7 +196,7 @@ class MLflowWriter(AdapterBase):
     IGNORED = ("autolog", "disable_", "enable_", "end_run", "set_")
 
     def start_run(self, *args: Any, **kwargs: Any) -> _SameRun:
-        """Return a context manager that changes nothing: the run is that of the site, and the job ends it."""
+        """Return a context manager that does nothing: the site's run exists already, and the job ends it."""
         return _SameRun()
 
     def log_param(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -366,7 +366,12 @@ class MLflowWriter(AdapterBase):
         self.writer.set_tags({key: first_given(tag, kwargs, "value")})
 
     def set_tags(self, tags: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Label the run, as ``set_tag`` does. An empty mapping logs nothing."""
+        """Label the run, as ``set_tag`` does.
+
+        Args:
+            tags: the tags. An empty mapping logs nothing.
+            args, kwargs: MLflow's further arguments, without effect.
+        """
         self.writer.set_tags(tags)
 
 
@@ -384,7 +389,7 @@ def _files_below(folder: Path, artifact_path: str | None) -> list[tuple[Path, st
     """Return the files below a folder, and the folder in the run of each.
 
     Raises:
-        RecordError: it is no folder, or has no file.
+        RecordError: this is not a folder, or there is no file in it.
     """
     found: list[tuple[Path, str | None]] = []
     for path in sorted(folder.rglob("*")):
@@ -393,5 +398,5 @@ def _files_below(folder: Path, artifact_path: str | None) -> list[tuple[Path, st
             parts = [part for part in (artifact_path, "" if inner == "." else inner) if part]
             found.append((path, "/".join(parts) or None))
     if not found:
-        raise RecordError(f"log_artifacts: {str(folder)!r} is no folder with files")
+        raise RecordError(f"log_artifacts: {str(folder)!r} is not a folder with files")
     return found

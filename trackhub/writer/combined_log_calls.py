@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log calls that consist of others: figures, several images, and histograms of a whole model.
+"""The log calls for figures, several images, and histograms of a whole model. Each makes several simpler log calls.
 
-`Writer` inherits them. They turn what matplotlib, plotly, torch and pandas have into calls of `Writer`'s own methods.
-None of these libraries is imported here: who passes a figure has its library.
+`Writer` inherits them. They call `Writer`'s own methods with what they find in objects of matplotlib, plotly and torch.
+None of these libraries is imported here: a script that passes a figure has imported its library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RichCalls"]
 
 _DRAWING_S = 10.0
-_can_draw_plotly: bool | None = None  # None until the first figure. To fail takes seconds, so it is tried once.
+_can_draw_plotly: bool | None = None  # None until the first figure. A failure takes seconds, so it is tried once.
 
 
 class RichCalls:
@@ -37,12 +37,13 @@ class RichCalls:
     def log_figure(self, key: str, figure: Any, step: int | None = None, caption: str = "") -> None:
         """Log a figure of matplotlib or plotly, such as a confusion matrix, an ROC or a PR curve.
 
-        matplotlib's becomes an image. plotly's becomes an HTML file, the artifact ``<key>.html``, which loads plotly.js
-        from its network. It becomes an image as well if kaleido is installed and draws it within 10 s.
+        A figure of matplotlib becomes an image. A figure of plotly becomes an HTML file, the artifact ``<key>.html``.
+        That page loads plotly.js from the internet. The figure also becomes an image if kaleido is installed and draws
+        it within 10 s.
 
         Args:
             key: the figure's key.
-            figure: a figure; or what has one: matplotlib's axes, or a display of scikit-learn that was plotted.
+            figure: a figure, or an object that has one: matplotlib's axes, or a plotted display of scikit-learn.
             step: as for ``log``.
             caption: a line of text below the image.
 
@@ -67,10 +68,12 @@ class RichCalls:
         captions: Sequence[str] = (),
         columns: int | None = None,
     ) -> None:
-        """Log several images, each under a key such as ``<key>/0``; or all as one, a grid under the key itself.
+        """Log several images, each under a key such as ``<key>/0``.
+
+        With ``columns``, log them as one grid under the key itself.
 
         Args:
-            key: what their keys begin with.
+            key: the key of the grid, or the beginning of each image's key.
             images: a sequence of images, or a batch ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``. Each is as for
                 ``log_image``.
             step: as for ``log``.
@@ -163,7 +166,7 @@ def _drawn(figure: Any) -> bytes | None:
     found: list[bytes] = []
 
     def draw() -> None:
-        with contextlib.suppress(Exception):  # the HTML file is logged
+        with contextlib.suppress(Exception):  # the HTML file is logged already, so the figure is not lost
             found.append(figure_png(figure))
 
     thread = threading.Thread(target=draw, name="trackhub-plotly", daemon=True)
@@ -173,10 +176,10 @@ def _drawn(figure: Any) -> bytes | None:
 
 
 def _figure_of(value: Any) -> Any:
-    """Return the figure that this is or has.
+    """Return the figure: the value itself, or the figure that it has.
 
     Raises:
-        RecordError: it is none, and has none.
+        RecordError: the value is not a figure, and does not have one.
     """
     for found in (value, getattr(value, "figure_", None), getattr(value, "figure", None)):
         if hasattr(found, "savefig") or (hasattr(found, "to_html") and hasattr(found, "to_plotly_json")):
@@ -185,10 +188,10 @@ def _figure_of(value: Any) -> Any:
 
 
 def _parameters_of(model: Any) -> list[tuple[str, Any]]:
-    """Return name and values of each parameter.
+    """Return the name and the values of each parameter.
 
     Raises:
-        RecordError: it has none.
+        RecordError: this is not a model, and not a mapping.
     """
     if isinstance(model, Mapping):
         return [(key_text(name), values) for name, values in model.items()]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns what the log calls of other SDKs take into what `trackhub.Writer` takes: figures, batches, PR curves.
+"""Converts figures, batches of images and tables of other libraries into values that `trackhub.Writer` takes.
 
-The adapters call it. Each function may raise whatever a foreign object raises, and the adapter counts the call.
-NumPy is imported with the first call: whoever passes an array has it.
+The adapters and the writer call it. Each function may raise whatever a foreign object raises, and the caller counts the
+log call as dropped. NumPy is imported with the first call: a script that passes an array has NumPy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, clo
         close: close a figure of matplotlib afterwards, so that pyplot does not keep it.
 
     Raises:
-        TypeError: it is no figure.
+        TypeError: this is not a figure.
     """
     more = {name: value for name, value in (save_kwargs or {}).items() if name != "format"}
     if hasattr(figure, "savefig"):
@@ -41,7 +41,7 @@ def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, clo
         return buffer.getvalue()
     if hasattr(figure, "to_image"):
         return bytes(figure.to_image(format="png", **more))
-    raise TypeError(f"a {type(figure).__name__} is no figure; expected one of matplotlib or plotly")
+    raise TypeError(f"a {type(figure).__name__} is not a figure; expected one of matplotlib or plotly")
 
 
 def with_channels_last(image: Any, dataformats: str | None) -> Any:
@@ -78,7 +78,7 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
     if "N" not in axes:
         return with_channels_last(array, axes)
     if len(axes) != array.ndim or not array.shape[axes.index("N")]:
-        raise ValueError(f"an array with the shape {list(array.shape)} is no batch with the axes {dataformats!r}")
+        raise ValueError(f"an array with the shape {list(array.shape)} is not a batch with the axes {dataformats!r}")
     images = array.transpose([axes.index(axis) for axis in "NHWC" if axis in axes])
     columns = min(len(images), _GRID_COLUMNS)
     rows = math.ceil(len(images) / columns)
@@ -129,10 +129,10 @@ def pr_curve(
 def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     """Return the columns and rows of a DataFrame, of a mapping of columns, or of a list of mappings.
 
-    An index of pandas that is not just the numbers of the rows becomes the first columns.
+    A pandas index becomes the first columns, unless it only numbers the rows.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: this is not a table.
     """
     if hasattr(data, "iter_rows"):  # polars
         return list(map(str, data.columns)), data.iter_rows()
@@ -146,7 +146,7 @@ def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
         names = list(dict.fromkeys(name for row in data for name in row))
         return list(map(str, names)), [[row.get(name) for name in names] for row in data]
     if isinstance(data, str | bytes) or not hasattr(data, "__getitem__") or not hasattr(data, "keys"):
-        raise TypeError(f"a {type(data).__name__} is no table")
+        raise TypeError(f"a {type(data).__name__} is not a table")
     columns = {str(name): _column(data[name]) for name in data}
     return list(columns), zip(*columns.values(), strict=True)
 

@@ -29,7 +29,7 @@ _ALPHA_MODES = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}
 _CHANNELS = (1, 2, 3, 4)
 _MAX_16_BITS = 65535
 _GRID_GAP = 2  # pixels between two images
-_ROUNDING = 0.001  # of floats in 0..1; less than a step of a pixel's 256
+_ROUNDING = 0.001  # how far floats may lie outside 0..1; less than one of a pixel's 256 steps
 _pillow_lock = threading.Lock()
 
 
@@ -113,7 +113,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
         image: as `Writer.log_image` describes it.
 
     Raises:
-        RecordError: it is none of what is described there, or Pillow is not installed.
+        RecordError: the image is not of a kind that is described there, or Pillow is not installed.
     """
     pil = _load_pillow(key)
     if isinstance(image, bytes | bytearray | str | os.PathLike):
@@ -140,8 +140,8 @@ def _load_pillow(key: str) -> Any:
         with _pillow_lock:
             from PIL import Image as pil  # lazy: only who logs images needs Pillow
 
-            # Otherwise Pillow loads its formats with the first image. If two threads open one at the same time, it says
-            # to one of them that it cannot identify a good image (Pillow 13.0).
+            # Otherwise Pillow loads its formats with the first image. If two threads open an image at the same time
+            # then, Pillow fails in one of them: it "cannot identify" a good image (Pillow 13.0).
             pil.init()
     except ImportError as e:
         raise RecordError(
@@ -208,7 +208,7 @@ def _to_pixels(key: str, image: Any) -> Any:
 
 
 def _pixels_of_ints(key: str, array: Any) -> Any:
-    """Return ints as pixels: a mask of 0 and 1 becomes black and white, and what is above 255 has 16 bits."""
+    """Return ints as pixels. A mask of 0 and 1 becomes black and white. Values above 255 need 16 bits."""
     import numpy as np
 
     low, high = int(array.min()), int(array.max())
@@ -218,7 +218,7 @@ def _pixels_of_ints(key: str, array: Any) -> Any:
         )
     if array.dtype == np.uint16 or high > 255:
         wide = np.ascontiguousarray(array.astype(np.uint16))
-        return wide if wide.ndim == 2 else (wide // 257).astype(np.uint8)  # a PNG of Pillow's has 16 bits only in grey
+        return wide if wide.ndim == 2 else (wide // 257).astype(np.uint8)  # Pillow writes 16 bits for grey images only
     return np.ascontiguousarray(array.astype(np.uint8)) * (255 if high == 1 else 1)
 
 

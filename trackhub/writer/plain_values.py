@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make plain values of what training code has: numbers, texts, lists and dicts, which a record can hold.
+"""Turn the objects of training code into plain values that a record can hold: numbers, texts, lists and dicts.
 
-`trackhub.writer.values` calls it for single values. It knows numpy, torch and the libraries of configurations by what
-their objects look like, and imports none of them. A ``what`` parameter is the first word of an error's message.
+`trackhub.writer.values` calls it for single values. It recognises objects of numpy, torch and configuration libraries
+by their attributes, and imports none of these libraries. A ``what`` parameter is the first word of an error's message.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ __all__ = [
     "shown_error",
 ]
 
-_MAX_ITEMS = 1000  # of an array that becomes a list
-_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # what the encoder takes
+_MAX_ITEMS = 1000  # the longest array that becomes a list; a longer one becomes text
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the encoder raises for other integers
 _NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, complex numbers, texts, structures
-_MISSING = ("NAType", "NaTType")  # pandas' NA and NaT, and polars' null is None already
+_MISSING = ("NAType", "NaTType")  # the types of pandas' NA and NaT. The null of polars is None already
 _SHOWN_CHARS = 80
 _FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
 """Where the class of an object with fields names them: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
 
 
 def plain_text(what: str, key: Any, text: str) -> str:
-    """Return a text as a plain str: the encoder takes no subclass of it, such as numpy's and enums' strings.
+    """Return a text as a plain str.
+
+    The encoder does not take subclasses of str, such as the strings of numpy and enums.
 
     Args:
         what: what the text is, for the message.
@@ -77,7 +79,8 @@ def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
 def is_of_signal_handler(error: BaseException) -> bool:
     """Return whether a signal handler of the script raised this, while it interrupted a log call.
 
-    Such as a time limit that raises ``TimeoutError``. It is not about a value, and must reach the script.
+    A script's time limit may raise ``TimeoutError`` this way. Such an error is not about a value, and must reach the
+    script.
     """
     codes = set()
     for number in signal.valid_signals():
@@ -93,14 +96,14 @@ def is_of_signal_handler(error: BaseException) -> bool:
 
 
 def key_text(key: Any, *, is_inner: bool = False) -> str:
-    """Return a key as text: that of a number, a bool or an enum's member, too, since such are keys of many dicts.
+    """Return a key as text. Numbers, bools and enum members become text, since many dicts have such keys.
 
     Args:
         key: the key.
-        is_inner: it is the key of a dict in another one. Then it may also be None or a tuple.
+        is_inner: whether it is the key of a nested dict. Then it may also be None or a tuple.
 
     Raises:
-        RecordError: it is of another type.
+        RecordError: the key is of another type.
     """
     if isinstance(key, enum.Enum):
         key = key.value if isinstance(key.value, str | int) else key.name
@@ -138,7 +141,7 @@ def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
 
 
 def plain_number(what: str, key: Any, value: Any) -> float:
-    """Return a number as a float: whatever ``float()`` takes, but texts, dates and complex numbers.
+    """Return a number as a float: anything that ``float()`` takes, except texts, dates and complex numbers.
 
     Args:
         what: what the number is, for the message.
@@ -170,15 +173,15 @@ def _to_float(what: str, key: Any, value: Any) -> float:
 
 
 def plain_param(path: str, value: Any, depth: int = 0) -> Any:
-    """Return a plain value: None, bool, int, float, str, or lists and dicts of these. What is none of these is text.
+    """Return a plain value: None, bool, int, float, str, or lists and dicts of these. Anything else becomes text.
 
     Args:
         path: where the value is, for the message.
         value: any value.
-        depth: how many lists and dicts are around it.
+        depth: how many lists and dicts enclose the value.
 
     Raises:
-        RecordError: it is nested too deep, or has a text that cannot be encoded, or a key that cannot be one.
+        RecordError: the value is nested too deep, has a text that cannot be encoded, or has an invalid key.
     """
     if isinstance(value, enum.Enum):
         value = value.value if isinstance(value.value, bool | int | float | str) else value.name
@@ -188,12 +191,13 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
         raise RecordError(f"param {path[:80]!r}... is nested more than {MAX_DEPTH} deep; convert it with str()")
     if isinstance(value, os.PathLike):
         return plain_text("param", path, os.fsdecode(value))
-    if type(value).__name__ in _MISSING:  # NaT is a datetime, too
+    if type(value).__name__ in _MISSING:  # before the next test, since NaT is also a datetime
         return None
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, type | types.FunctionType):
-        return f"{value.__module__}.{value.__qualname__}"  # a function's own text has its address
+        # str() of a function has its address, which differs in each process.
+        return f"{value.__module__}.{value.__qualname__}"
     if _is_masked(value):
         return math.nan
     if (fields := as_mapping(value, has_fields=True)) is not None:
@@ -233,7 +237,7 @@ def _other_param(path: str, value: Any, depth: int) -> Any:
 
 
 def _read_plain(what: str, key: Any, value: Any) -> Any:
-    """Return a value of exactly the type None, bool, int, float or str: the encoder takes no subclasses of them."""
+    """Return a value whose type is exactly None, bool, int, float or str. The encoder does not take subclasses."""
     if isinstance(value, str):
         return plain_text(what, key, value)
     if isinstance(value, float):
@@ -241,7 +245,7 @@ def _read_plain(what: str, key: Any, value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     number = int(value)
-    return number if _MIN_INT <= number <= _MAX_INT else str(number)  # the encoder takes no larger ones
+    return number if _MIN_INT <= number <= _MAX_INT else str(number)  # the encoder raises for larger ones
 
 
 def _dtype_kind(value: Any) -> str:
@@ -251,7 +255,7 @@ def _dtype_kind(value: Any) -> str:
 
 
 def _is_masked(value: Any) -> bool:
-    """Return whether this is ``numpy.ma.masked``, which as a number would be 0.0, or an array with one masked value."""
+    """Return whether this is ``numpy.ma.masked``, or an array of one masked value. As numbers, both would be 0.0."""
     name = type(value).__name__
     return name == "MaskedConstant" or (name == "MaskedArray" and value.size == 1 and bool(value.mask.all()))
 

@@ -67,7 +67,8 @@ def _check_readable(path: Any) -> tuple[Path, Path, int]:
         if not source.is_file():
             raise FileNotFoundError("it does not exist, or is not an ordinary file")
         real = source.resolve()
-        # "last.ckpt" is often a link to the file beside it. A link to elsewhere may lead to what nobody meant to log.
+        # "last.ckpt" is often a link to a file beside it. A link to another folder may lead to a file that nobody meant
+        # to log.
         if source.is_symlink() and not real.is_relative_to(source.parent.resolve()):
             raise PermissionError("it is a symbolic link that leads out of its folder; log the file itself")
         with open(real, "rb", opener=open_plain) as file:

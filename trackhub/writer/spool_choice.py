@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide whether a writer records, and into which spool.
 
-`Writer` calls ``open_spool`` once. A training script runs unchanged with tracking, without it and outside a job, since
-a writer without a spool records nothing and does not fail.
+`Writer` calls ``open_spool`` once. A writer without a spool records nothing and does not fail. So a training script
+runs unchanged with tracking, without it, and outside a job.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _has_warned = False
 
 
 def open_spool(spool_dir: str | os.PathLike[str] | None, *, strict: bool) -> SpoolWriter | None:
-    """Open the spool of a new writer. Return None if the writer is to record nothing.
+    """Open the spool of a new writer. Return None if the writer must record nothing.
 
     Args:
         spool_dir: the spool's folder. None takes the one that was announced to this process, unless ``TRACKHUB_MODE``

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter with the methods of TensorBoard's ``SummaryWriter``: FLARE's, torch's and tensorboardX's.
 
-Training code calls it. It turns what they take into what `trackhub.Writer` takes.
+Training code calls it. It converts their arguments, and calls `trackhub.Writer`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SummaryWriter(AdapterBase):
 
         Args:
             log_dir: not used; torch's folder, or FLARE's context.
-            comment: not used, as all other arguments of torch's: ``purge_step``, ``max_queue``, ``flush_secs``, ....
+            comment: not used, like torch's other arguments (``purge_step``, ``max_queue``, ``flush_secs``, ...).
             args, kwargs: the others.
             writer, strict: as for the other adapters.
 
@@ -50,7 +50,7 @@ class SummaryWriter(AdapterBase):
         super().__init__(writer=writer, strict=strict)
 
     def get_logdir(self) -> str:
-        """Return an empty text: the backends of the job say where they store."""
+        """Return an empty text. There is no log folder here: each backend of the job has its own."""
         return ""
 
     def add_scalar(
@@ -93,7 +93,7 @@ class SummaryWriter(AdapterBase):
         run_name: str | None = None,
         global_step: int | None = None,
     ) -> None:
-        """Log hyperparameters, and the metrics that came of them.
+        """Log hyperparameters, and the metrics that were reached with them.
 
         Args:
             hparam_dict: the hyperparameters, as for ``Writer.log_params``.
@@ -231,12 +231,12 @@ class SummaryWriter(AdapterBase):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Log a distribution that is counted already.
+        """Log a histogram whose values are already counted in buckets.
 
         Args:
             tag: its key.
             min: the smallest value.
-            max, num, sum, sum_squares: not used: buckets and counts say them.
+            max, num, sum, sum_squares: not used, since the buckets and their counts are enough.
             bucket_limits: the right limit of each bucket.
             bucket_counts: how many values are in each.
             global_step: the step.

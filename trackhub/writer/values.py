@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read what training code hands to `Writer`: which values are accepted, and what plain values they become.
+"""Check the arguments of `Writer`'s methods, and turn them into plain values.
 
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
 an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
@@ -49,21 +49,21 @@ _Value = TypeVar("_Value")
 
 
 class WrongCallError(RecordError):
-    """The call is wrong in itself, such as a step that is none. It is not about one of its values."""
+    """The whole call is wrong, for example because its step is not a number. One bad value is a plain RecordError."""
 
 
 class BadValues:
     """The values of a log call that cannot be stored, each with its error.
 
     Attributes:
-        found: the key, or where there is none its text, and the error.
+        found: for each value the key, as text, and the error.
     """
 
     def __init__(self, *, strict: bool) -> None:
-        """Begin without any.
+        """Begin with no bad value.
 
         Args:
-            strict: raise the first one instead.
+            strict: raise the first error instead.
         """
         self.found: list[tuple[str, RecordError]] = []
         self._strict = strict
@@ -74,7 +74,7 @@ class BadValues:
         Args:
             what: what the value is, for the message.
             key: its key.
-            error: why; anything that the value's own methods have raised.
+            error: why. It may be anything that the value's own methods raise.
 
         Raises:
             RecordError: only if ``strict``.
@@ -92,7 +92,9 @@ class BadValues:
 
 
 def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
-    """Return scalars as key to float if all are Python's numbers under known keys. Otherwise `read_metrics` must look.
+    """Return scalars as key to float, if all are Python numbers under known keys. If not, return None.
+
+    The caller then calls `read_metrics`, which takes longer.
 
     Args:
         metrics: a mapping of key to number.
@@ -143,7 +145,7 @@ def read_params(params: Any, bad: BadValues) -> Params | None:
         bad: gets the values that are not accepted.
 
     Raises:
-        WrongCallError: it is none of these.
+        WrongCallError: ``params`` is neither a mapping nor such an object.
     """
     found = _accepted("param", _leaves("log_params", params, bad, has_fields=True), bad, plain_param)
     return Params(found) if found else None
@@ -157,7 +159,7 @@ def read_summary(values: Any, bad: BadValues) -> Summary | None:
         bad: gets the values that are not accepted.
 
     Raises:
-        WrongCallError: it is none of these.
+        WrongCallError: ``values`` is neither a mapping nor such an object.
     """
     found = _accepted("final value", _leaves("summarize", values, bad, has_fields=True), bad, plain_param)
     return Summary(found) if found else None
@@ -220,10 +222,10 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
         bins: how many equal bins to count the values into.
         edges: n + 1 finite, rising bin limits; None if values are given.
         counts: n counts >= 0; None if values are given.
-        bad: gets the values that are not finite, as one.
+        bad: gets one error for all values that are not finite.
 
     Raises:
-        RecordError: neither or both are given, or they are not as described.
+        RecordError: neither values nor edges and counts are given, or both are, or one of them is not as described.
     """
     key = read_key(key)
     if (values is None) == (edges is None) or (edges is None) != (counts is None):
@@ -308,7 +310,7 @@ def read_step(step: Any) -> int | None:
 
 
 def _whole(step: Any) -> int:
-    """Return an int, a whole float, or a numpy or torch value that is one, as a plain int. Raise for anything else."""
+    """Return a whole number as a plain int: an int, a float, or a numpy or torch value. Raise for anything else."""
     if isinstance(step, bool | str | bytes | bytearray):
         raise TypeError
     try:
@@ -323,14 +325,14 @@ def _whole(step: Any) -> int:
 def _leaves(
     method: str, values: Any, bad: BadValues, *, is_nested: bool = True, has_fields: bool = False
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield the values of a mapping with their keys. What is in a mapping in it gets a key such as ``a/b``.
+    """Yield the values of a mapping with their keys. The values of a nested mapping get keys such as ``a/b``.
 
     Args:
         method: the method that was called, for the message.
-        values: what it was given.
-        bad: gets what cannot be looked into.
-        is_nested: look into mappings in it.
-        has_fields: an object with fields is a mapping, too.
+        values: the mapping.
+        bad: gets the values that cannot be read.
+        is_nested: whether to look into nested mappings.
+        has_fields: whether an object with fields counts as a mapping.
 
     Raises:
         WrongCallError: ``values`` is not a mapping.
@@ -353,7 +355,7 @@ def _pairs(
             inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
             if inner is not None and depth == MAX_DEPTH:
                 raise RecordError(f"{path[:80]!r} is nested more than {MAX_DEPTH} deep; flatten it first")
-        except Exception as e:  # noqa: BLE001  # such as a missing value of OmegaConf
+        except Exception as e:  # noqa: BLE001  # for example, OmegaConf raises for a value that is missing
             bad.add("value", path, e)
             continue
         if inner is None:

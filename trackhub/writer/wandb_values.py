@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the values that ``wandb.log`` takes beside numbers into log calls: figures, texts and W&B's own types.
+"""Finds the log call for each value of ``wandb.log`` that is not a number: figures, texts and W&B's own types.
 
-`WandBWriter` calls it for what it is to log. W&B's types are known by their names, and W&B is not imported.
+`WandBWriter` calls it with the values that a script logs. It recognises W&B's types by their names, and does not import
+W&B.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _Call = Callable[[Writer, str, Any], None]
 
 
 def calls_for(values: Any) -> dict[str, _Call]:
-    """Return what logs each of the values that are no numbers, under a key and at a step. Never raises."""
+    """Return, for each value that is not a number, a function that logs it under a key and at a step. Never raises."""
     try:
         if not isinstance(values, Mapping) or all(isinstance(value, int | float) for value in values.values()):
             return {}
@@ -27,7 +28,7 @@ def calls_for(values: Any) -> dict[str, _Call]:
 
 
 def _call_for(value: Any) -> _Call | None:
-    """Return what logs this value; None if it is a number, or nothing that is known."""
+    """Return the function that logs this value. None if the value is a number, or of an unknown type."""
     if isinstance(value, int | float):
         return None
     if isinstance(value, str):
@@ -57,7 +58,7 @@ def _call_for(value: Any) -> _Call | None:
 
 
 def _image(value: Any) -> tuple[Any, str] | None:
-    """Return the pixels and the caption of an image of Pillow or W&B; None if it is none."""
+    """Return the pixels and the caption of an image of Pillow or W&B. None if the value is not an image."""
     kind = type(value)
     if kind.__module__.startswith("PIL."):
         return value, ""

@@ -101,9 +101,9 @@ class Writer(RichCalls):
 
         Args:
             metrics: key to number: bool, int, float, or anything with one element that ``float()`` takes, such as
-                numpy's, torch's and ``decimal.Decimal``. Stored as float64; NaN and infinities are kept. What is in a
-                dict in it gets a key such as ``train/loss``. A key has 1 to 1,000 characters and no control characters.
-                An empty mapping logs nothing.
+                numpy's, torch's and ``decimal.Decimal``. Stored as float64; NaN and infinities are kept. The values of
+                a nested dict get keys such as ``train/loss``. A key has 1 to 1,000 characters and no control
+                characters. An empty mapping logs nothing.
             step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
                 key.
 
@@ -140,8 +140,8 @@ class Writer(RichCalls):
         Args:
             params: key to value, or an object with fields: a dataclass, an ``argparse.Namespace``, a pydantic model, an
                 OmegaConf. None, bool, int, float, str and lists of these are stored as they are, and so are numpy's and
-                torch's values. What is in a dict or an object in it gets a key such as ``optim/lr``. An enum's member
-                becomes its value, and a path, a date and anything else its text.
+                torch's values. The values of a nested dict or object get keys such as ``optim/lr``. An enum's member
+                becomes its value. A path, a date and anything else become text.
 
         Raises:
             RecordError, SpoolError: only if strict, as for ``log``.
@@ -350,7 +350,7 @@ class Writer(RichCalls):
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> None:
-        """As ``_append``, for a record whose bytes go to a file of their own."""
+        """Append a record whose bytes go to a file of their own. Otherwise the same as ``_append``."""
         if self._spool is None:
             return
         now = time.time()
@@ -369,7 +369,7 @@ class Writer(RichCalls):
         return values
 
     def _note_left_out(self, bad: BadValues, *, has_rest: bool) -> None:
-        """Count the values that are left out of a call. If they are all that it has, its record is dropped."""
+        """Count the values that are left out of a call. If the call has no other values, its record is dropped."""
         if not bad.found or self._spool is None:
             return
         if has_rest:
@@ -413,12 +413,15 @@ class Writer(RichCalls):
             self._warned.add((reason, about))
             _log.warning(
                 "tracking left something out (%s): %s. Training goes on. What else is left out for the same reason is "
-                "counted, and not shown", reason, shown_error(error, 500),
+                "counted without a warning", reason, shown_error(error, 500),
             )  # fmt: skip
 
 
 def plain_writer(spool: SpoolWriter | None) -> Writer:
-    """Return a writer on this spool, for the copy of a writer that can do more. Without one, it records nothing."""
+    """Return a plain `Writer` on this spool: the copy of a subclass's writer, such as `LocalWriter`.
+
+    Without a spool, it records nothing.
+    """
     writer = Writer.__new__(Writer)
     writer._spool = spool
     writer._strict = is_strict()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The federation run: what a receiver that sees all sites can say of the job as a whole.
+"""The federation run: statistics over all sites of a job, and facts about its rounds.
 
 `trackhub.delivery.receiver` starts a `FederationRun`. It reads the journal like a lane, and stores its own records in
-the journal like a site's. It knows nothing of FLARE or of any backend.
+the journal like those of a site. It does not know FLARE or any backend.
 """

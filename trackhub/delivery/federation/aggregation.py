@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes mean, spread and count of the sites' metrics for each federated round. Pure computation, without a clock.
+"""Computes mean, spread and count of the sites' metrics for each federated round.
 
-`FederationRun` feeds it with the journal's records in their order, and stores what it returns. The same records in the
-same order give the same output, so a receiver that is started again goes on where the last one stopped.
+`FederationRun` gives it the journal's records in their order, and stores what it returns. It uses no clock: the same
+records in the same order give the same output. So a receiver that is started again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trackhub.records import MAX_KEY_CHARS, Metrics, Record
 __all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patterns"]
 
 FACTS = "fl/"
-"""The keys of the federation run's own facts begin so. The sites' keys that begin so are not aggregated."""
+"""The prefix of the federation run's own facts. Keys of sites with this prefix are not aggregated."""
 
-_SAMPLED = "fl/sampled/"  # + site: the round expects this site
-_REPORTED = "fl/result_after_seconds/"  # + site: its result of the round has arrived
-_FAILED = "fl/failed/"  # + site: it has sent no usable result
-_WEIGHT = "fl/steps/"  # + site: how much its values count in the weighted mean
+_SAMPLED = "fl/sampled/"  # then the site: the round expects a result of this site
+_REPORTED = "fl/result_after_seconds/"  # then the site: its result of the round has arrived
+_FAILED = "fl/failed/"  # then the site: it has sent no usable result
+_WEIGHT = "fl/steps/"  # then the site: the weight of its values in the weighted mean
 _ROUND_BEGAN = "fl/rounds_started"
 _ROUND_ENDED = "fl/round_seconds"
 JOB_ENDED = "fl/rounds"
@@ -43,19 +43,19 @@ MAX_KEYS = 5000
 """How many keys of all sites are aggregated."""
 
 _MAX_HELD = 500_000  # values that wait for the end of their round
-_MAX_HELD_OF_SITE = 50_000  # a site may send any rounds, and must leave room for the others
+_MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, and must leave room for other sites
 _MAX_IGNORED = 1_000_000
-_HELD_ROUNDS = 2  # closed rounds whose keys may still turn out to be ones that are aggregated
+_HELD_ROUNDS = 2  # closed rounds whose values are kept, since it is not yet certain which keys are aggregated
 _AT_ONCE = 1000  # numbers in one record
 _SUFFIX_CHARS = len("/weighted_mean")
 _log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
-    """What is to be stored as one record of the federation run.
+    """The content of one record of the federation run.
 
     Attributes:
-        round: the round that it is about, which is also its step.
+        round: the round that the record is about, which is also its step.
         time: unix seconds of the record that closed the round.
         values: the numbers.
     """
@@ -68,12 +68,13 @@ class Output(NamedTuple):
 def describe(values: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
     """Return mean, min, max, std and count of the finite values, and how many are not finite.
 
-    ``std`` is that of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it is 0, and all but
-    the counts if there is no finite value. ``weighted_mean`` is left out without usable weights.
+    ``std`` is the standard deviation of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it
+    is 0. ``weighted_mean`` is left out without usable weights. If there is no finite value, only the counts are
+    returned.
 
     Args:
         values: one for each site.
-        weights: as many; None if they are not known.
+        weights: one for each value; None if they are not known.
     """
     finite = [v for v in values if math.isfinite(v)]
     found: dict[str, float] = {}
@@ -110,7 +111,7 @@ def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """Return what matches the keys that one of these patterns names. ``*`` stands for any characters, ``?`` for one."""
+    """Return a pattern that matches each key that one of these names. ``*`` means any characters, ``?`` means one."""
     joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
     return re.compile(joined) if joined else None
 
@@ -128,12 +129,13 @@ class _Key:
 class _Keys:
     """Decides which keys are aggregated.
 
-    With patterns, those that match. Without, those whose records all have the round as their step, of two sites or
-    more, in some round above 0. In round 0 alone, a key that counts its own steps may look the same.
+    With patterns, these are the keys that match. Without patterns, these are the keys that two or more sites log with
+    the round as the step of every record, in some round above 0. Round 0 alone is not enough: the first step of a key
+    that counts its own steps is 0 as well.
 
     Attributes:
         ignored: keys that are not aggregated.
-        is_default: no patterns were given.
+        is_default: whether no patterns were given.
     """
 
     def __init__(self, patterns: Sequence[str] | None) -> None:
@@ -174,7 +176,7 @@ class _Keys:
         return True
 
     def _ignore(self, key: str) -> None:
-        if len(self.ignored) < _MAX_IGNORED:  # beyond, each record is looked at anew, which only takes longer
+        if len(self.ignored) < _MAX_IGNORED:  # further keys are checked again with each record, which only takes longer
             self.ignored.add(key)
 
     def is_ready(self, key: str, *, single_round: bool) -> bool:
@@ -182,7 +184,7 @@ class _Keys:
 
         Args:
             key: the key.
-            single_round: the job is over, and had one round.
+            single_round: whether the job has ended after one round.
         """
         if not self.is_default:
             return True
@@ -210,7 +212,8 @@ class Aggregation:
     """Aggregates the sites' metrics by round. Used by one thread.
 
     A round is closed when all sites that it expects have reported, or when it ends. Then its statistics are returned.
-    The last value of a site in the round counts. A value that comes after that is counted as late.
+    If a site logs a key several times in a round, the last value counts. A value that comes after the round is closed
+    is counted as late.
 
     Attributes:
         last_time: unix seconds of the newest record that it used; 0 before the first.
@@ -220,11 +223,11 @@ class Aggregation:
         """Begin with no record.
 
         Args:
-            patterns: the keys to aggregate; None for those that are logged once a round.
+            patterns: the keys to aggregate; None for the keys that are logged once a round.
         """
         self._keys = _Keys(patterns)
         self._rounds: dict[int, _Round] = {}
-        self._unsettled: set[int] = set()  # closed rounds with values of keys that are not certain yet
+        self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
         self._held = Counter[str]()  # values, by site
         self._held_in_all = 0
         self._late = 0
@@ -233,7 +236,7 @@ class Aggregation:
         self._has_warned = False
 
     def ignores(self, keys: Set[str]) -> bool:
-        """Return whether none of these keys is aggregated. It stays so. From any thread."""
+        """Return whether none of these keys is aggregated. Once True, it stays True. From any thread."""
         return self._keys.ignored.issuperset(keys)
 
     def add(self, site: str, records: Iterable[Record]) -> None:
@@ -254,7 +257,8 @@ class Aggregation:
     def _take_row(self, site: str, records: Sequence[Record]) -> None:
         """Take a row whose records are all of one round. The last value of each key counts.
 
-        A key that is named may be logged at every step. To take its records one by one costs three times as much.
+        A key that a pattern names may be logged at every step. Taking its records one by one would cost three times as
+        much.
         """
         number = records[0].round
         keys = set[str]().union(*(record.payload.values for record in records))  # type: ignore[union-attr]
@@ -302,7 +306,7 @@ class Aggregation:
         of_key[site] = value
 
     def _forget(self, key: str) -> None:
-        """Drop what is held of a key that turns out to be none that is aggregated."""
+        """Drop the values of a key that is not aggregated after all."""
         for current in self._rounds.values():
             self._release(current.values.pop(key, {}))
 
@@ -311,7 +315,7 @@ class Aggregation:
         self._held_in_all -= len(by_site)
 
     def add_facts(self, records: Iterable[Record]) -> list[Output]:
-        """Take facts of the federation run. Return what they complete."""
+        """Take facts of the federation run. Return the statistics of the rounds that they complete."""
         found: list[Output] = []
         for record in records:
             if record.round is None or not isinstance(record.payload, Metrics):
@@ -322,7 +326,7 @@ class Aggregation:
                 found += self._end(record.time)
                 continue
             current = self._rounds.setdefault(record.round, _Round())
-            if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or a job that FLARE started again
+            if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or FLARE has started the job again
                 self._drop(current)
                 self._unsettled.discard(record.round)
                 current = self._rounds[record.round] = _Round()
@@ -397,7 +401,7 @@ class Aggregation:
 
 
 def _all_reported(current: _Round) -> dict[str, float]:
-    """Return the fact whether all sites have reported, of a round that the server has announced."""
+    """Return the fact that says whether all sites have reported. Empty if the server did not announce the round."""
     return {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the federation run: facts about the rounds, and the statistics that `Aggregation` computes.
 
-The receiver of a job starts one, and tells it of new rows in the journal. Its records go into the journal as those of a
-site named `trackhub.job_and_run_info.FEDERATION`, so lanes, counts and replays treat them like any others. Statistics
-are stored in one transaction with the row up to which the journal was read. So a receiver that is killed repeats and
-skips none.
+The receiver of a job starts one, and tells it of new rows in the journal. The federation run's records go into the
+journal under the site name `trackhub.job_and_run_info.FEDERATION`. So lanes, counts and replays treat them like those
+of any site. One transaction stores statistics together with the row up to which the journal was read. So a receiver
+that was killed neither repeats nor skips statistics.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
 _RETRY_S = 1.0
 _MAX_WAITING = 10_000
-_MAX_SKIPPED = 1000  # rows that need not be read. After so many, the thread forgets them.
+_MAX_SKIPPED = 1000  # rows that need not be read. When there are more, the thread wakes up and passes over them
 _MAX_TEXT_CHARS = 100_000
 _LAST_ROW = 1 << 62
 _log = logging.getLogger(__name__)
@@ -78,12 +78,12 @@ class FederationRun:
         """Prepare it; ``start`` starts it.
 
         Args:
-            journal: where the sites' records are, and where its own go.
-            options: what it holds.
+            journal: the journal with the sites' records, which also gets the federation run's.
+            options: what the run holds.
             notify: called with the site's id in the journal when there are new rows of the federation run.
             job: the job's id.
             blobs: where the receiver keeps the bytes of files.
-            is_replay: the job has ended before, and a replay delivers the rest.
+            is_replay: whether a replay delivers the rest of a job that has ended.
         """
         self._journal = journal
         self._options = options
@@ -107,12 +107,12 @@ class FederationRun:
         self._thread = threading.Thread(target=self._main, name="trackhub-federation", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. It first reads what the journal has, then what comes.
+        """Start the thread. It reads the rows that the journal has, and then each new row.
 
         Raises:
             JournalError: the journal cannot be written.
         """
-        # A replay goes on with the same options.
+        # Store the options, so that a replay goes on with the same ones.
         self._journal.set_meta(FEDERATION_OPTIONS, msgspec.json.encode(self._options).decode())
         self._was_begun = bool(self._journal.stream_states(FEDERATION, (self._facts.name,)))
         self._thread.start()
@@ -124,8 +124,9 @@ class FederationRun:
             keys: the keys of all metrics in it.
             row: its id.
         """
-        # Most rows hold only keys that are not aggregated. To read and decode them again would cost a tenth of the
-        # receiver's time. A key that is ignored stays so, so nothing changes if a later process reads the row.
+        # Most rows hold only keys that are not aggregated. Reading and decoding them again would cost a tenth of the
+        # receiver's time. An ignored key is ignored for ever, so it makes no difference if a later process reads the
+        # row.
         if self._aggregation.ignores(keys):
             with self._lock:
                 self._skipped.add(row)
@@ -145,7 +146,7 @@ class FederationRun:
             self._add(Metrics(kept), round_number)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Add params of the job. Thread-safe; does not block. Has no effect if an earlier receiver began the run."""
+        """Add params of the job. Thread-safe; does not block. Does nothing if an earlier receiver began the run."""
         self._label(Params({key: value for key, value in params.items() if self._waiting.is_key(key)}))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -153,11 +154,17 @@ class FederationRun:
         self._label(Tags({key: value for key, value in tags.items() if self._waiting.is_key(key)}))
 
     def _label(self, payload: Params | Tags) -> None:
-        if payload.values and not self._was_begun:  # a label that differed the second time would be a second truth
+        if payload.values and not self._was_begun:  # an earlier receiver has logged them, perhaps with other values
             self._add(payload, None)
 
     def log_text(self, key: str, text: str, round_number: int) -> None:
-        """Add a text in Markdown. Thread-safe; does not block."""
+        """Add a text in Markdown. Thread-safe; does not block.
+
+        Args:
+            key: the key of the text.
+            text: the text. Only its first characters are kept if it is too long.
+            round_number: the step of the text.
+        """
         if self._waiting.is_key(key):
             self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
 
@@ -170,7 +177,7 @@ class FederationRun:
             artifact_type: what it is, in W&B's sense.
 
         Raises:
-            RefusedRecordError: it cannot be a key.
+            RefusedRecordError: ``key`` cannot be a key.
             OSError: the file cannot be read or copied.
             JournalError: the journal cannot be written.
         """
@@ -185,9 +192,9 @@ class FederationRun:
             self._wake.set()
 
     def finish(self, timeout_s: float) -> None:
-        """Write what the journal's last rows complete, and end. Blocks up to ``timeout_s``.
+        """Write the statistics that the journal's last rows complete, and end. Blocks up to ``timeout_s``.
 
-        What is not written by then, a replay writes.
+        A replay writes whatever is not written by then.
         """
         self._waiting.close()
         self._wake.set()
@@ -211,13 +218,13 @@ class FederationRun:
                     _log.warning("%s; the federation run waits until the journal can be used", e)
                 warned = True
                 self._stop.wait(_RETRY_S)
-            except Exception:  # a defect of trackhub. It costs this run, and not the job.
+            except Exception:  # a defect of trackhub. It must end this run only, and not the job.
                 _log.exception("the federation run ends here; all other runs go on")
                 return
 
     def _work(self) -> bool:
         """Do what there is to do, then wait for more. Return whether the job ends, and all is done."""
-        self._wake.clear()  # before anything is read: what comes later sets it again
+        self._wake.clear()  # before anything is read, so that later news sets it again
         ending = self._waiting.is_closed
         self._store_facts()
         self._read()
@@ -230,7 +237,7 @@ class FederationRun:
         return False
 
     def _restore(self) -> None:
-        """Read again what the last receiver had read, to know what it knew."""
+        """Read the rows again that the last receiver had read, to build up the same state."""
         upto = int(self._journal.meta().get(FEDERATION_ROW, "0"))
         while self._row < upto and (rows := self._journal.read_all(self._row, _READ_BYTES)):
             for site, row in rows:
@@ -239,7 +246,7 @@ class FederationRun:
                 self._take(site, row)
 
     def _read(self) -> None:
-        """Take the journal's new rows, and store what they complete."""
+        """Take the journal's new rows, and store the statistics that they complete."""
         while True:
             self._store_statistics()
             self._skip()
@@ -249,12 +256,12 @@ class FederationRun:
             for site, row in rows:
                 if self._skip() >= row.id:
                     continue
-                # Stored before the next row is taken. If that fails, the rows behind this one are read again.
+                # Store these before the next row is taken. If that fails, only the rows after this one are read again.
                 self._unstored += [_record_of(output) for output in self._take(site, row)]
                 self._store_statistics()
 
     def _skip(self) -> int:
-        """Pass over the next rows that need not be read. Return the id of the last row that is dealt with."""
+        """Pass over the next rows that need not be read. Return the id of the last row that was read or passed over."""
         with self._lock:
             while self._row + 1 in self._skipped:
                 self._row += 1
@@ -262,7 +269,7 @@ class FederationRun:
         return self._row
 
     def _take(self, site: int, row: Row) -> list[Output]:
-        """Have the aggregation take a row. Return what the row completes."""
+        """Give a row to the aggregation. Return the statistics that the row completes."""
         name = self._sites.get(site)
         if name is None:
             name = self._sites[site] = self._journal.site(site)[0]
@@ -285,7 +292,7 @@ class FederationRun:
                 self._store_health(stored[-1])
 
     def _store_health(self, last: Record) -> None:
-        """Say how delivery stands when a round's statistics are written."""
+        """Log how many records are dropped, refused, rejected or pending, after a round's statistics are written."""
         report = self._journal.report()
         counted = [site.at_site for site in report.sites.values() if site.at_site is not None]
         rejected = sum(sum(run.rejected.values()) for lane in report.lanes.values() for run in lane.values())
@@ -308,7 +315,7 @@ class FederationRun:
         self._counts.note(site, self._waiting.dropped, final=False)
 
     def _end(self) -> None:
-        """Close the rounds that are open, and say that nothing follows."""
+        """Close the rounds that are open, and store the final counts."""
         if self._aggregation.is_unfinished():
             values = {JOB_ENDED: float(self._aggregation.rounds())}
             number = self._aggregation.last_round()
@@ -320,11 +327,11 @@ class FederationRun:
 
 
 class _Waiting:
-    """What was logged and is not in the journal yet. Thread-safe.
+    """The records that were logged and are not in the journal yet. Thread-safe.
 
     Attributes:
         dropped: how many records came too late, or found no room.
-        is_closed: nothing more is taken.
+        is_closed: whether no further record is taken.
     """
 
     def __init__(self) -> None:
@@ -338,7 +345,7 @@ class _Waiting:
         """Check a key.
 
         Raises:
-            RefusedRecordError: it cannot be one.
+            RefusedRecordError: it cannot be a key.
         """
         with self._lock:
             self._keys.check((key,))
@@ -346,7 +353,8 @@ class _Waiting:
     def is_key(self, key: str) -> bool:
         """Return whether it can be a key.
 
-        Names of sites, tasks and metrics are in it, which others may choose. One bad one would cost the rest.
+        A key contains names of sites, tasks and metrics, which other people choose. One bad key must not cost the other
+        values of its record.
         """
         try:
             self.check_key(key)
@@ -381,7 +389,7 @@ class _Waiting:
 
 
 class _Counts:
-    """Stores the counts of the federation run, as a site's sender reports those of its site."""
+    """Stores the counts of the federation run in the way in which a site's sender reports its own."""
 
     def __init__(self, journal: Journal, *, is_replay: bool) -> None:
         self._journal = journal

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SQLite connections of an open journal: one that writes, and some that read. No wait for them is without a limit.
+"""The SQLite connections of an open journal: one that writes, and some that read. Every wait for them has a limit.
 
-`Journal` uses it for every query. Another program may have the file locked, or its disk may not answer. That must cost
-each thread of a receiver a moment, and not ten seconds. They are the threads of FLARE's pool, which the rounds need.
+`Journal` uses it for every query. Another program may have the file locked, or the disk may not answer. Then a thread
+of the receiver must wait only a moment, and not ten seconds: FLARE's rounds need the threads of FLARE's pool.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Connections:
         self._borrowed: set[sqlite3.Connection] = set()
         self._closed = False
         self._waits_end = math.inf
-        # SQLite would follow a link, and make a file that everybody may read. Its other files get the same mode.
+        # Make the file here. SQLite would follow a symbolic link, and would make a file that everybody may read. SQLite
+        # gives its other files the same mode.
         os.close(open_plain(path, os.O_RDWR | os.O_CREAT))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_OPEN_S)
         try:
@@ -70,7 +71,7 @@ class Connections:
             raise
 
     def limit_waits(self, until: float) -> None:
-        """End every wait at this moment of the monotonic clock at the latest, also those that have begun."""
+        """End every wait at this moment of the monotonic clock at the latest, even a wait that has begun."""
         self._waits_end = until
 
     @contextmanager
@@ -84,8 +85,9 @@ class Connections:
             JournalError: the journal is closed, locked for too long, or cannot be written.
         """
         try:
-            # All waiting is done here. A transaction that starts as a reader fails instead of waiting; one that is not
-            # exclusive waits for readers at its end, where there is no write-ahead log.
+            # These statements make the transaction wait at its beginning, and nowhere else. A plain BEGIN starts as a
+            # reader, and fails when it wants to write. Without a write-ahead log, IMMEDIATE waits for readers at the
+            # end.
             self._begin("BEGIN IMMEDIATE" if self._has_log else "BEGIN EXCLUSIVE", wait_s)
         except sqlite3.Error as e:
             raise JournalError(f"cannot write the journal {self.path}: {e}") from e
@@ -104,8 +106,8 @@ class Connections:
     def reading(self, wait_s: float = _READ_S) -> Iterator[sqlite3.Connection]:
         """Give a connection to read with.
 
-        With a write-ahead log, readers have connections of their own and do not wait for the writer. Without one, they
-        would shut the writer out for good, so all take turns with its connection.
+        With a write-ahead log, readers have connections of their own and do not wait for the writer. Without such a
+        log, readers would keep the writer out for ever, so all take turns with the writer's connection.
 
         Args:
             wait_s: the longest wait for other threads and other programs, in seconds.
@@ -131,7 +133,7 @@ class Connections:
             raise JournalError(f"cannot read the journal {self.path}: {e}") from e
 
     def _begin(self, statement: str, wait_s: float) -> None:
-        """Begin a transaction on the writer's connection. The caller has the turn then, and gives it back."""
+        """Take the turn, and begin a transaction on the writer's connection. The caller must give the turn back."""
         deadline, pause_s = time.monotonic() + wait_s, _FIRST_PAUSE_S
         while True:
             self._take_turn(deadline)
@@ -139,7 +141,8 @@ class Connections:
                 self._check_open()
                 self._db.execute(statement)
                 if statement == "BEGIN":
-                    self._db.execute("SELECT 1 FROM meta LIMIT 1").fetchone()  # only now it locks the file
+                    # SQLite locks the file with this first query.
+                    self._db.execute("SELECT 1 FROM meta LIMIT 1").fetchone()
                 return
             except BaseException as e:
                 self._roll_back()
@@ -147,24 +150,24 @@ class Connections:
                 left_s = self._left_s(deadline)
                 if not _is_busy(e) or left_s <= 0:
                     raise
-            # Without the turn: a wait here must not become a wait of all other threads.
+            # Wait without the turn. Otherwise all other threads would wait as well.
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
     def _take_turn(self, deadline: float) -> None:
-        # Tried at once first, which needs no clock: nobody has the turn in nearly all cases.
+        # The first try needs no clock. In nearly all cases nobody has the turn.
         while not self._turn.acquire(blocking=False):
             left_s = self._left_s(deadline)
             if left_s <= 0:
                 raise JournalError(f"cannot use the journal {self.path}: another thread has been using it for too long")
-            if self._turn.acquire(timeout=min(left_s, 0.1)):  # in parts, since `limit_waits` may be called meanwhile
+            if self._turn.acquire(timeout=min(left_s, 0.1)):  # short waits, since `limit_waits` may be called meanwhile
                 return
 
     def _left_s(self, deadline: float) -> float:
         return min(deadline, self._waits_end) - time.monotonic()
 
     def _roll_back(self) -> None:
-        with suppress(sqlite3.Error):  # when the disk is gone this fails as well; the first error says more
+        with suppress(sqlite3.Error):  # if the disk is gone, this fails as well, and the first error says more
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
 
@@ -178,8 +181,8 @@ class Connections:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=_READ_S)
         db.execute("PRAGMA query_only=1")
         with self._pool_lock:
-            # A lane that comes back after the end must not make new files: FLARE is archiving the folder then. The file
-            # is opened by the first query, which the lane does not come to.
+            # A lane may return from a call after the journal is closed. It must not make new files then, since FLARE is
+            # archiving the folder. SQLite opens the file with the first query, and the error below prevents that query.
             if self._closed:
                 db.close()
             self._check_open()
@@ -216,7 +219,7 @@ class Connections:
             for db in self._idle:
                 db.close()
             self._idle.clear()
-            # Another thread is in a query on each of these. To close one under it would crash the process.
+            # Another thread runs a query on each of these. Closing such a connection would crash the process.
             for db in self._borrowed:
                 db.interrupt()
         keep = "keep the -wal file beside it"

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 def find(path: Path) -> Found:
     """Return the journals and spools at this path: the file or folder itself, or all below it.
 
-    What an interrupted repair left of a journal is found as that journal.
+    If a repair of a journal was interrupted, the files that it left count as that journal.
 
     Args:
         path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
@@ -61,7 +61,7 @@ def find(path: Path) -> Found:
 def find_interrupted(folder: Path) -> list[Path]:
     """Return the run folders in this folder whose receiver died before it made its report, sorted.
 
-    Looks at names and locks only, since there may be thousands of runs. Never raises.
+    It looks at file names and locks only, since there may be thousands of runs. Never raises.
 
     Args:
         folder: the folder of the runs' folders.

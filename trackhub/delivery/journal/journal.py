@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal as its receiver uses it: stores what arrives, hands it to the lanes, and keeps how far each lane got.
+"""The journal as its receiver uses it. It stores each batch, gives the batches to the lanes, and keeps their cursors.
 
-A row is a batch, stored as it arrived. One transaction stores the batch and the stream's next ``seq``, so that a batch
-that is sent again after a lost acknowledgement is recognised. The receiver's threads and the lanes call it.
+A row is a batch, stored as it arrived. One transaction stores the batch and the stream's next ``seq``. So the journal
+recognises a batch that is sent again after a lost acknowledgement. The receiver's threads and the lanes call it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
 
 MAX_STREAMS_OF_SITE = 100_000
-"""Most streams of one site. Each process that logs has one, and each stays in memory in places."""
+"""Most streams of one site. Each process that logs has one, and the receiver keeps all streams of a site in memory."""
 
 _OTHER_REASONS = "other"
 _SET_FACT = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
@@ -55,12 +55,18 @@ class Journal:
     """One receiver's journal. Thread-safe. One process at a time may have it open for writing.
 
     A write blocks for one SQLite transaction: measured 0.1 ms with ``durability="normal"``. While another program has
-    the file locked, it blocks for ``wait_s`` at most, and no other thread waits behind it. All methods raise
-    JournalError when the file cannot be read or written, and when the journal is closed.
+    the file locked, a write blocks for ``wait_s`` at most, and delays no other thread. All methods raise JournalError
+    when the file cannot be read or written, and when the journal is closed.
     """
 
     def __init__(self, path: Path, connections: Connections, lock: ProcessLock) -> None:
-        """Use ``Journal.open``."""
+        """Use ``Journal.open``.
+
+        Args:
+            path: the file.
+            connections: the connections to the file.
+            lock: the lock that tells other processes that this one has the journal open.
+        """
         self.path = path
         self._connections = connections
         self._process_lock = lock
@@ -84,7 +90,7 @@ class Journal:
         Raises:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
         """
-        with suppress(OSError):  # then the lock's file cannot be opened either, and that error names the journal
+        with suppress(OSError):  # if this fails, opening the lock's file fails too, and that error names the journal
             make_private_folder(path.parent)
         lock = lock_journal(path)
         connections: Connections | None = None
@@ -129,9 +135,10 @@ class Journal:
 
         Args:
             site: its name.
-            created: when it was first heard, in unix seconds; kept if the site is new, until its first record.
-            first_position: the position of the site's first record in this journal, above 0 if another journal holds
-                the earlier ones. Used only if the site is new.
+            created: when the site was first heard, in unix seconds. Stored if the site is new; its first record
+                replaces it.
+            first_position: the position of the site's first record in this journal. It is above 0 if another journal
+                holds the earlier records. Used only if the site is new.
             wait_s: as for ``append``.
         """
         with self._connections.transaction(wait_s) as db:
@@ -143,9 +150,13 @@ class Journal:
             return int(row[0])
 
     def continue_site(self, site: str, created: float, first_position: int) -> int:
-        """Return the id of a site whose records before ``first_position`` are in another journal; see ``add_site``."""
-        # `first_position` does not show this. The other journal may hold only a batch whose reply was lost. Then this
-        # journal also begins at 0.
+        """Return the id of a site whose records before ``first_position`` are in another journal; see ``add_site``.
+
+        Args:
+            site, created, first_position: as for ``add_site``.
+        """
+        # Store the fact, since `first_position` may not show it: it is 0 if the other journal holds only one batch
+        # whose reply was lost.
         self.set_meta(_CONTINUES, "another journal")
         self._continues = True
         return self.add_site(site, created, first_position)
@@ -171,10 +182,10 @@ class Journal:
             batch: what the site sent, without the records that the gate refused.
             explained: the number of records that the batch's gaps stand for, by reason.
             refused: number and reason of each record that the gate refused.
-            began: the time of the batch's first record, in unix seconds. The site's run began then, if it has no record
-                yet.
+            began: the time of the batch's first record, in unix seconds. If the site has no record yet, its run began
+                then.
             facts: facts about the job to store with the batch, as ``set_facts`` does.
-            stored: called with the id of the new row, once it is stored, if there is one.
+            stored: called with the id of the new row once that is stored. Not called if no record is new.
             wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
@@ -257,16 +268,16 @@ class Journal:
             if same_sender and message.number <= number:
                 return
             known = _read_counts(counts)
-            # Only a FLARE client knows these. A replay, or a sender that was started again, does not.
+            # Only a FLARE client knows these facts. A replay, or a sender that was started again, does not send them.
             message.counts.at_source |= known.at_source
             message.counts.not_captured = message.counts.not_captured or known.not_captured
             message.counts.not_used = message.counts.not_used or known.not_used
             message.counts.by_message = max(message.counts.by_message, known.by_message)
             is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
             if last and not final and not same_sender and is_older:
-                return  # of a sender before the one that sent the final message
+                return  # an old message, from a sender before the one that sent the final message
             if not keep_end:
-                # A sign of life after the end: the site has begun again.
+                # A keep-alive after the end means that the site runs again.
                 ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
             db.execute(
                 "UPDATE sites SET counts = ?, counted_at = ?, session = ?, number = ?, last = ?, ended = ?"
@@ -290,7 +301,7 @@ class Journal:
     def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
         """Return what the journal has of these streams, from their first record on.
 
-        Streams of which it has nothing are left out. So are those whose beginning is in another journal.
+        A stream is left out if the journal has nothing of it, or if another journal has its beginning.
         """
         query = "SELECT s.id, s.name, s.next_seq FROM streams s JOIN sites ON sites.id = s.site WHERE sites.name = ?"
         found = {row[0]: row[1:] for row in self._fetch(query, site) if row[1] in streams}
@@ -321,7 +332,7 @@ class Journal:
         return {i: (name, created) for i, name, created in self._fetch(query)}
 
     def site(self, site: int) -> tuple[str, float]:
-        """Return one site's name, and when its run began in unix seconds. With many sites quicker than ``sites``."""
+        """Return one site's name, and when its run began in unix seconds. Faster than ``sites`` if there are many."""
         ((name, created),) = self._fetch("SELECT name, created FROM sites WHERE id = ?", site)
         return name, created
 
@@ -331,7 +342,7 @@ class Journal:
         Args:
             site: its id.
             after: the id of the last row to leave out; 0 starts with the first.
-            max_bytes: stop once the frames take as many bytes. The first row is returned in any case.
+            max_bytes: stop when the frames have this many bytes. The first row is returned in any case.
         """
         return [row for _, row in self._rows("b.site = ? AND b.id > ?", (site, after), max_bytes)]
 
@@ -358,11 +369,11 @@ class Journal:
                 size += len(row.frames)
                 if size >= max_bytes:
                     break
-            cursor.close()  # an open one would hold its snapshot, and the write-ahead log could not be folded in
+            cursor.close()  # an open cursor keeps its snapshot, and SQLite could not checkpoint the write-ahead log
         return rows
 
     def position_after(self, site: int, row: int) -> int:
-        """Return the position after the last record of a row. Without such a row, return that of the first record."""
+        """Return the position after the last record up to a row. If there is none, return the site's first position."""
         query = "SELECT first_position + records FROM batches WHERE site = ? AND id <= ? ORDER BY id DESC LIMIT 1"
         found = self._fetch(query, site, row) or self._fetch("SELECT first_position FROM sites WHERE id = ?", site)
         return int(found[0][0])
@@ -370,7 +381,7 @@ class Journal:
     def overlap(self, site: int) -> int:
         """Return how many of this site's first records another journal may hold as well; 0 if there is no other.
 
-        The site sends its last batch again, to this journal, if the reply of the other one's receiver was lost.
+        If the reply of the other journal's receiver was lost, the site sends its last batch again to this journal.
         """
         if not self._continues:
             return 0
@@ -437,7 +448,7 @@ class Journal:
 
         Args:
             lanes: lanes to include even if they have delivered nothing yet.
-            facts: as for ``set_facts``, where they could perhaps not be stored.
+            facts: facts about the job as for ``set_facts``, in case the journal could not store them.
         """
         with self._connections.reading() as db:
             return build_report(db, lanes, facts=facts)
@@ -449,7 +460,7 @@ class Journal:
 
 
 def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
-    """Cut off the records before ``seq`` ``known``. A sender that lost its cursor makes other batches than before.
+    """Cut off the records before ``seq`` ``known``. A sender that lost its cursor makes batches with other limits.
 
     Returns:
         The number of records left, their frames, and the gaps left by reason.
@@ -469,7 +480,7 @@ def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
 
 
 def _read_counts(stored: bytes | None) -> SiteCounts:
-    """Return a site's counts as a row has them. A damaged row counts nothing, so that the next message replaces it."""
+    """Return a site's stored counts. If they are damaged, return zeros, so that the next message replaces them."""
     try:
         return msgspec.msgpack.decode(stored, type=SiteCounts) if stored else SiteCounts()
     except (msgspec.DecodeError, UnicodeDecodeError):  # the latter is msgspec's error for text that is not UTF-8

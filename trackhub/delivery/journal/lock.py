@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock that one process holds while it may write to a journal. It ends with the process, however that dies.
+"""The lock that one process holds while it may write to a journal. It ends with the process, even if that is killed.
 
-`Journal` and `repair` take it. ``trackhub status`` asks whether somebody holds it: a job without an end and without the
-lock was killed.
+`Journal` and `repair` take it. ``trackhub status`` asks whether a process holds it. If nobody does, and the journal
+does not say how the job ended, the job was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def lock_journal(path: Path) -> ProcessLock:
     Raises:
         JournalError: another process has it, or the file ``trackhub.lock`` beside it cannot be opened.
     """
-    # A file of its own. SQLite locks for one transaction only, so two receivers could write to one journal in turn.
+    # The lock has a file of its own. SQLite locks the journal for one transaction only, so two receivers could write to
+    # one journal in turn.
     deadline = time.monotonic() + _PROBE_S
     while True:
         try:
@@ -48,14 +49,14 @@ def lock_journal(path: Path) -> ProcessLock:
 def is_journal_locked(path: Path) -> bool:
     """Return whether a process has this journal open for writing. Changes nothing on the disk.
 
-    On a file system without locks nobody can tell, and it returns True: a job that runs must not be called dead.
+    On a file system without locks nobody can tell. Then this returns True, so that no running job is called dead.
     """
     try:
         fd = os.open(_lock_file(path), os.O_RDONLY)
     except OSError:
         return False
     try:
-        # Shared, so that two processes that ask at the same time do not take each other for the owner.
+        # A shared lock. Two processes that ask at the same time must not take each other for the owner.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The newest metrics of each site in a journal that is being written. `trackhub.watch` shows them.
 
-Each look reads only rows that are new since the last one, and no more than a bounded number of each site.
+Each look reads only the rows that are new since the last look, up to a limit for each site.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class SiteMetrics:
     """What a site logged last.
 
     Attributes:
-        round: the round of its newest record; None if that has none.
-        step: the step of its newest metrics; None if they have none.
-        values: the newest value of each key. Those that were logged last come last.
+        round: the round of its newest metrics. None if they have no round.
+        step: the step of its newest metrics. None if they have no step.
+        values: the newest value of each key. Keys that were logged last come last.
     """
 
     round: int | None = None
@@ -50,7 +50,7 @@ class NewestMetrics:
         self.sites: dict[str, SiteMetrics] = {}
 
     def read(self) -> None:
-        """Read what is new. Of a site that logs more than fits into one look, only the newest records are read.
+        """Read the new rows. If a site has logged more than the limit of one look, read only its newest rows.
 
         Raises:
             JournalError: the journal cannot be read.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads rows from the pages of a damaged SQLite file, without its trees. `repair` calls it.
+"""Reads rows from the pages of a damaged SQLite file, without the trees that lead to them. `repair` calls it.
 
-SQLite finds a row through the pages above it. One of them that is damaged hides all rows below. Here every page is read
-for itself, and each gives the rows that it holds. A page in the write-ahead log counts more than that in the file.
+SQLite finds a row through the pages above it. If one of these is damaged, SQLite finds no row below it. This module
+reads each page alone, and yields the rows in it. A page in the write-ahead log replaces the same page of the file.
 
-Source: https://www.sqlite.org/fileformat.html (SQLite 3.50). Names in brackets are of that document.
+Source: https://www.sqlite.org/fileformat.html (SQLite 3.50). Names in brackets are those of that document.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
     Attributes:
         rowid: the row's id; None in an index, and in a table without ids.
-        values: the columns. The last one is cut short if the pages that go on with it cannot be read.
+        values: the columns. The last one is cut short if its overflow pages cannot be read.
     """
 
     rowid: int | None
@@ -75,7 +75,7 @@ class PageReader:
         os.close(self._fd)
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """Yield the place of each cell that may hold a row: the number of its page, and its number on the page."""
+        """Yield the place of each cell that may hold a row: the page's number, and the cell's number on that page."""
         last = max(-(-self._size // self._page_bytes), *self._logged, 0)
         for number in range(1, last + 1):
             page = None if number in self._free else self._page(number)
@@ -107,7 +107,7 @@ class PageReader:
             if at < pointer + 2:
                 return None
             if kind == _INDEX_INTERIOR:
-                at += 4  # the page with the smaller entries
+                at += 4  # these bytes are the number of the page with the smaller entries
             size, at = _varint(page, at)
             rowid = None
             if kind == _TABLE_LEAF:
@@ -120,7 +120,7 @@ class PageReader:
             return None
 
     def _payload(self, page: bytes, at: int, size: int, *, is_table: bool, first_bytes: bool) -> bytes:
-        """Return the bytes of a record, from its page and the pages that go on with it ("overflow pages")."""
+        """Return the bytes of a record, from its page and from its overflow pages."""
         usable = self._usable
         most_here = usable - 35 if is_table else (usable - 12) * 64 // 255 - 23  # [X]
         if size <= most_here:
@@ -165,7 +165,7 @@ class PageReader:
 
 
 def _page_bytes(header: bytes, log: bytes) -> int:
-    """Return the size of a page, as the first of file and write-ahead log says that can be read."""
+    """Return the size of a page, as the file says, or the write-ahead log if the file's header cannot be read."""
     size = int.from_bytes(header[16:18]) if header[:16] == _MAGIC else int.from_bytes(log[8:12])
     size = 65536 if size == 1 else size
     return size if 512 <= size <= 65536 and size & (size - 1) == 0 else _DEFAULT_PAGE_BYTES
@@ -187,7 +187,7 @@ def _committed_pages(log: bytes, page_bytes: int) -> dict[int, bytes]:
         page = log[at + _FRAME_HEADER_BYTES : at + _FRAME_HEADER_BYTES + page_bytes]
         checksum = _checksum(page, order, _checksum(log[at : at + 8], order, checksum))
         if tuple(rest) != (*struct.unpack_from(">2I", log, 16), *checksum):
-            break  # of an earlier use of the log, or damaged
+            break  # this frame is left from an earlier use of the log, or is damaged
         pending[number] = page
         if pages_after_commit:
             pages.update(pending)
@@ -216,10 +216,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _values(payload: bytes, size: int) -> list[Value]:
-    """Return the columns of a record of so many bytes. Only the last column may be cut short.
+    """Return the columns of a record of ``size`` bytes. Only the last column may be cut short.
 
     Raises:
-        ValueError, IndexError: the bytes are no record.
+        ValueError, IndexError: the bytes are not a record.
     """
     header_end, at = _varint(payload, 0)
     end = header_end

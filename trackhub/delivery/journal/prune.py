@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removes from a journal what its backends have: the content of delivered records, and the files of images.
+"""Removes the content of delivered records from a journal, and the files of images and artifacts beside it.
 
-``trackhub prune`` calls it, and a receiver for an operator who sets ``keep_days``. The rows stay, without content: so
-all counts, positions and cursors stay as they were, and a later replay knows what is delivered.
+``trackhub prune`` calls it. A receiver calls it, too, if the site's operator sets ``keep_days``. The rows stay, without
+content. So all counts, positions and cursors stay as they were, and a later replay knows what is delivered.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class PruneResult(NamedTuple):
 
 
 def prune_journal(path: Path) -> PruneResult:
-    """Remove the records of each site that all backends are done with. Blocks while the file is written anew.
+    """Remove the records of each site that are delivered to all backends. Blocks while SQLite writes the file anew.
 
-    A site's records stay if one is pending at a backend, or its run there is not finished. They stay as well if each
-    backend rejected some, or if the site may hold more. May be killed at any moment, and called again.
+    A site's records stay if one is pending at a backend, or if its run there is not finished. They also stay if each
+    backend rejected some of them, or if the site's spool may hold more. May be killed at any moment, and called again.
 
     Args:
         path: the journal of a job that has ended.
 
     Raises:
-        JournalError: it is no journal, is damaged, belongs to a running job, or cannot be written.
+        JournalError: it is not a journal, is damaged, belongs to a running job, or cannot be written.
     """
     if not is_journal_left(path):
         raise JournalError(f"there is no journal {path}")
@@ -69,7 +69,7 @@ def prune_journal(path: Path) -> PruneResult:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)) as db:
             db.isolation_level = None
             removed, kept = _empty_rows(db)
-            # Also for what an earlier call, which was killed, had left.
+            # Do this also if nothing was removed now: an earlier call may have been killed before it came to this.
             if db.execute("SELECT 1 FROM meta WHERE key = ?", (PRUNED,)).fetchone():
                 db.execute("VACUUM")
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -179,16 +179,16 @@ def prune_older(folder: Path, keep_days: float) -> None:
 
 
 def check_not_pruned(journal: Journal, backends: Collection[str], *, goes_on: bool, from_start: bool) -> None:
-    """Refuse to use a journal for what would need the records that were removed from it, and close it then.
+    """Close a pruned journal and raise, if the removed records would be needed. Otherwise do nothing.
 
     Args:
         journal: the open journal.
         backends: where to deliver.
-        goes_on: the job goes on, so that a backend may want its run from the start again.
-        from_start: everything is to be delivered again.
+        goes_on: whether the job goes on. A backend may then want its run from the start again.
+        from_start: whether everything must be delivered again.
 
     Raises:
-        ConfigError: these records would be needed.
+        ConfigError: the removed records would be needed.
         JournalError: the journal cannot be read.
     """
     meta = journal.meta()

@@ -23,7 +23,7 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a journal for reading, and close it at the end of the ``with`` block.
 
     Raises:
-        JournalError: it is no journal, or cannot be read; also for SQLite's errors within the block.
+        JournalError: it is not a journal, or cannot be read. SQLite's errors within the block also become one.
     """
     try:
         file = current_file(path)
@@ -33,7 +33,7 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
         finally:
             db.close()
     except (sqlite3.Error, UnicodeDecodeError) as e:
-        # The subclasses of DatabaseError are for errors that may pass.
+        # A subclass of DatabaseError means an error that may pass, such as a locked file.
         damaged = type(e) is sqlite3.DatabaseError or isinstance(e, UnicodeDecodeError)
         what_next = "; `trackhub replay` delivers what can still be read of it" if damaged else ""
         raise JournalError(f"cannot read the journal {path}: {e}{what_next}") from e
@@ -58,7 +58,7 @@ def read_journal_meta(path: Path) -> dict[str, str]:
     ``status`` is missing until the receiver has finished.
 
     Raises:
-        JournalError: it is no journal, or cannot be read.
+        JournalError: it is not a journal, or cannot be read.
     """
     with open_read_only(path) as db:
         return dict(db.execute("SELECT key, value FROM meta"))
@@ -68,7 +68,7 @@ def has_last_counts(path: Path, site: str) -> bool:
     """Return whether a journal has the counts that a site sent with its final message.
 
     Raises:
-        JournalError: it is no journal, or cannot be read.
+        JournalError: it is not a journal, or cannot be read.
     """
     with open_read_only(path) as db:
         return db.execute("SELECT 1 FROM sites WHERE name = ? AND last", (site,)).fetchone() is not None
@@ -78,7 +78,7 @@ def read_stream_positions(path: Path, site: str) -> dict[str, int]:
     """Return the ``seq`` of the next record that a journal expects, for each stream of a site.
 
     Raises:
-        JournalError: it is no journal, or cannot be read.
+        JournalError: it is not a journal, or cannot be read.
     """
     query = "SELECT streams.name, next_seq FROM streams JOIN sites ON sites.id = streams.site WHERE sites.name = ?"
     with open_read_only(path) as db:

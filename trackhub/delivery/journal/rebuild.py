@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a sound journal of what can still be read of a damaged one, table by table. `repair` calls it.
+"""Makes a new, sound journal from the readable rows of a damaged one, table by table. `repair` calls it.
 
 A range of records that cannot be read becomes a placeholder row without frames. So all other records keep their
-positions, by which backends recognise them, and every lane counts the lost records as ``damaged``. What else is lost is
-worked out from the other tables where that is possible; otherwise the report says that it is not known.
+positions, by which backends recognise them, and every lane counts the lost records as ``damaged``. Other lost values
+are worked out from the tables that can be read. Where that is not possible, the report says that they are not known.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Lost(NamedTuple):
-    """Positions of a site that no readable row has, and the ids of the rows between which they were."""
+    """A range of a site's positions that no readable row has, and the ids of the rows before and after it."""
 
     site: int
     first_position: int
@@ -45,16 +45,16 @@ class _Lost(NamedTuple):
 
 
 def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
-    """Write a new journal with what can be read of a damaged one. Reads every page of it once or twice.
+    """Write a new journal with everything that can be read in a damaged one. Reads each page once or twice.
 
     Args:
         path: the damaged journal.
-        new_path: the file to write; what is there is replaced.
-        runs_are_whole: SQLite can read the table ``runs``. If not, a missing row may have been there, and its lane may
-            have delivered.
+        new_path: the file to write. An existing file is replaced.
+        runs_are_whole: whether SQLite can read the table ``runs``. If not, a lane may have delivered although its row
+            is missing.
 
     Raises:
-        JournalError: nothing in it can be read, or not which job it belongs to.
+        JournalError: nothing in it can be read, or it does not say which job it belongs to.
         OSError: the damaged file cannot be opened, or the old ``new_path`` not removed.
         sqlite3.Error: the new file cannot be written.
     """
@@ -81,7 +81,7 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
 
 
 def _adds_up(counts: bytes | None) -> bool:
-    """Return whether these can be the counts of a site, or it has sent none."""
+    """Return whether these counts of a site are valid. No counts are valid, too: the site has sent none."""
     try:
         return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -89,7 +89,7 @@ def _adds_up(counts: bytes | None) -> bool:
 
 
 def _is_fact(key: str, value: str | None) -> bool:
-    """Return whether this can be what ``meta`` says of the job."""
+    """Return whether this is a valid fact of the table ``meta``."""
     if value is None or key not in JSON_FACTS:
         return value is not None
     try:
@@ -114,7 +114,7 @@ def _complete_facts(found: Found, path: Path) -> None:
 
 
 def _correct_ids(found: Found) -> None:
-    """Give a site or a stream back its id, if a bit of it has changed: the indexes have the name with another one."""
+    """Correct the id of a site or stream if a bit of it has changed. The indexes then have its name with another id."""
     for i, site in list(found.sites.items()):
         others = {j for (name, j), n in found.names.items() if n and name == site.name and j not in found.sites}
         if not found.names[site.name, i] and len(others) == 1:
@@ -128,7 +128,7 @@ def _correct_ids(found: Found) -> None:
 
 
 def _group(found: Found, reader: PageReader) -> dict[int, list[Batch]]:
-    """Return the batches of each site in order, without those whose numbers contradict the others'."""
+    """Return the batches of each site in order. A batch whose numbers contradict the other batches is left out."""
     by_site: dict[int, list[Batch]] = defaultdict(list)
     for i in sorted(found.batches):
         batch = found.batches[i]
@@ -143,10 +143,12 @@ def _group(found: Found, reader: PageReader) -> dict[int, list[Batch]]:
 
 
 def _longest_chain(batches: list[Batch]) -> list[Batch]:
-    """Return as many batches as possible of which each begins after the one before it."""
-    starts: list[int] = []  # of the last batch of each chain: of all chains of a length, the one that begins first
-    last: list[int] = []  # the number of that batch
-    before: list[int] = []
+    """Return the longest list of batches in which each batch begins after the one before it."""
+    # The usual algorithm for a longest rising subsequence. For each length of a chain, `starts` and `last` have the
+    # start and the number of its last batch. Of several chains of one length, the one with the lowest start counts.
+    starts: list[int] = []
+    last: list[int] = []
+    before: list[int] = []  # for each batch, the number of the batch before it in its chain
     for i, batch in enumerate(batches):
         length = bisect_left(starts, batch.first_position)
         before.append(last[length - 1] if length else -1)
@@ -168,13 +170,13 @@ def _fit(reader: PageReader, batch: Batch, following: Batch | None) -> Batch:
             records += frame.kind != Kind.GAP
             end = frame.end
     room = following.first_position - batch.first_position if following else max(records, batch.records)
-    if end < len(frames) or not records:  # some frames are damaged, and hold an unknown number of records
+    if end < len(frames) or not records:  # some frames are damaged, and nobody knows how many records they hold
         records = batch.records if records <= batch.records else room
     return batch._replace(records=min(records, room))
 
 
 def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
-    """Find the streams whose rows are lost by the index of their names, and where they ended by their last batch."""
+    """Restore lost rows of ``streams``. The index has a stream's name, and its last batch shows where it ended."""
     last: dict[int, Batch] = {}
     for batches in by_site.values():
         last.update((batch.stream, batch) for batch in batches)
@@ -186,7 +188,7 @@ def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[
                 _log.warning("the name of stream %d of site %d is lost; it is called %s", i, batch.site, name)
             found.streams[i] = (batch.site, name, _next_seq(reader, batch))
     for i, (site, name) in found.copied_streams.items():
-        found.streams.setdefault(i, (site, name, 0))  # it had gaps alone
+        found.streams.setdefault(i, (site, name, 0))  # a stream without batches: it had only gaps
 
 
 def _next_seq(reader: PageReader, batch: Batch) -> int:
@@ -202,7 +204,7 @@ def _next_seq(reader: PageReader, batch: Batch) -> int:
 
 
 def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
-    """Find the sites whose rows are lost by the copy in an index, and count their records by their batches."""
+    """Restore lost rows of ``sites``. An index has a copy, and the batches show how many records a site has."""
     confirmed: dict[int, int] = defaultdict(int)
     for (_, i), run in found.runs.items():
         progress = msgspec.msgpack.decode(run.progress, type=Progress)
@@ -226,12 +228,13 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
             good = next((row for row in (site, copied) if _adds_up(row.counts)), Site(""))
             site.counts, site.last = good.counts, good.last
             found.doubted.add(i)
-        if found.names[site.name, i] == 0:  # both indexes have another one: a bit of this one has changed
+        if found.names[site.name, i] == 0:  # both indexes have another name, so a bit of this name has changed
             others = [name for name, j in found.names if j == i and found.names[name, j] > 1]
             site.name = others[0] if len(others) == 1 else site.name
         contradicts = site.next_position - site.first_position != site.received - site.duplicates
         if contradicts or end > site.next_position:
-            # A changed bit; or the row is older than the last batch, since a newer version of its page is lost.
+            # Either a bit has changed, or the row is older than the last batch, since the newer version of its page is
+            # lost.
             site.next_position, site.received = end, site.duplicates + end - site.first_position
             if contradicts:
                 found.doubted.add(i)
@@ -247,7 +250,7 @@ def _begin(reader: PageReader, batch: Batch) -> float:
 
 
 def _cut(frames: bytes, records: int) -> bytes:
-    """Cut off what follows so many records. A page that was written to a wrong place may repeat some."""
+    """Keep only the first ``records`` records. A page that was written to a wrong place may repeat some."""
     seen = 0
     with suppress(CorruptFrameError):
         for frame in scan_frames(frames):
@@ -258,16 +261,16 @@ def _cut(frames: bytes, records: int) -> bytes:
 
 
 def _frames(reader: PageReader, batch: Batch) -> bytes:
-    """Return as much of a batch's frames as can be read."""
+    """Return the readable part of a batch's frames."""
     cell = reader.read(*batch.place)
     frames = cell.values[-1] if cell is not None else b""
     return frames if isinstance(frames, bytes) else b""
 
 
 def _complete_runs(found: Found, *, runs_are_whole: bool) -> None:
-    """Assume that a lane whose cursor is lost has handed over everything, and that nothing of it is confirmed.
+    """Restore lost cursors of lanes. Assume that the lane has handed over everything, and that nothing is confirmed.
 
-    It then delivers everything again, and counts possible duplicates where the backend does not recognise records.
+    The lane then delivers everything again. It counts possible duplicates if the backend does not recognise records.
     """
     if runs_are_whole:
         return
@@ -316,9 +319,9 @@ def _make_unique(found: Found) -> None:
 
 
 def _write_runs(db: sqlite3.Connection, found: Found) -> None:
-    """Write the lanes' cursors. They are ids of rows, and the rows that they named may be lost.
+    """Write the lanes' cursors. A cursor is the id of a row, and that row may be lost.
 
-    A cursor behind the last row would count rows as delivered that arrive later and get these ids.
+    A cursor must not be higher than the last row. Otherwise later rows would get ids up to it, and count as delivered.
     """
     last = db.execute("SELECT ifnull(max(id), 0) FROM batches").fetchone()[0]
     query = "SELECT ifnull(max(id), 0) FROM batches WHERE site = ? AND first_position + records <= ?"
@@ -352,7 +355,10 @@ def _write_batches(
 
 
 def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
-    """Yield the ranges of positions that no readable row has. A lane has settled all of such a range, or nothing."""
+    """Yield the ranges of positions that no readable row has.
+
+    They are divided so that each lane has settled all of a range, or nothing of it.
+    """
     settled = defaultdict(set)
     for (_, i), run in found.runs.items():
         if i in found.sites:
@@ -366,7 +372,7 @@ def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
 
 
 def _split(lost: _Lost, settled: set[int]) -> Iterator[_Lost]:
-    """Yield the parts of a range between the positions up to which lanes have settled it. None if it is empty."""
+    """Divide a range at the positions up to which lanes have settled it, and yield the parts that are not empty."""
     end = lost.first_position + lost.records
     bounds = [lost.first_position, *sorted(at for at in settled if lost.first_position < at < end), end]
     for start, stop in pairwise(bounds):

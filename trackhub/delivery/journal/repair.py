@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out whether a journal is damaged, and rebuilds it then. ``trackhub replay`` calls it before it opens a journal.
+"""Rebuilds a journal if it is damaged. ``trackhub replay`` calls it before it opens a journal.
 
-`rebuild` makes the new journal, and `swap` puts it into the place of the damaged one, which is kept.
+`rebuild` makes the new journal. `swap` puts it into the place of the damaged one, and keeps that beside it.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _CONTRADICTIONS = (
     " next_position - first_position != ifnull(records, 0) OR next_position != ifnull(next, first_position) LIMIT 1",
     "SELECT 1 FROM batches LEFT JOIN streams ON streams.id = stream WHERE streams.site IS NOT batches.site LIMIT 1",
 )
-"""Each gives a row if a bit has changed in a number that no index repeats."""
+"""Each query returns a row if two numbers contradict each other. It finds changed bits in numbers that no index has."""
 
 _log = logging.getLogger(__name__)
 
 
 def repair(path: Path) -> bool:
-    """Rebuild a journal that is damaged, and return whether that was needed. Reads all of it once.
+    """Rebuild a journal if it is damaged, and return whether it was. Reads the whole journal once.
 
     It may be killed at any moment, and called again. The damaged file stays beside the new one, as
     ``trackhub.db.damaged``.
 
     Raises:
-        JournalError: there is none, another process uses it, or nothing in it can be read; or the repaired one cannot
-            be written.
+        JournalError: there is no journal, another process uses it, nothing in it can be read, or the repaired one
+            cannot be written.
     """
     if not is_journal_left(path):
         raise JournalError(f"there is no journal {path}")
@@ -77,19 +77,19 @@ def _is_sound(path: Path) -> bool:
     """Return whether SQLite finds no damage, and trackhub can decode what is in the small tables.
 
     Raises:
-        JournalError: it cannot be said, for a reason that may pass: another program has the file locked.
+        JournalError: this cannot be checked now, for example because another program has the file locked.
     """
     try:
         db = _open(path)
         try:
-            # Also compares the tables with their indexes, which shows a changed bit that leaves the pages in order.
+            # This check also compares the tables with their indexes. So it finds a changed bit in a sound page.
             if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
                 return False
             return _is_understood(db) and not any(db.execute(query).fetchone() for query in _CONTRADICTIONS)
         finally:
             db.close()
     except (sqlite3.DatabaseError, UnicodeDecodeError) as e:  # SQLite's own message may hold damaged text
-        if getattr(e, "sqlite_errorcode", 0) & 0xFF in _PASSING:  # errors of Python's own module have none
+        if getattr(e, "sqlite_errorcode", 0) & 0xFF in _PASSING:  # an error of Python's own module has no code
             raise JournalError(f"cannot check the journal {path}: {e}") from e
         return False
 

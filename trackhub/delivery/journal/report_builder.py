@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the delivery report of a journal: counts its records by site, by backend and by outcome.
 
-The receiver asks for it when it finishes, ``trackhub status`` and ``trackhub replay`` at any time.
+The receiver calls it when it finishes. ``trackhub status`` and ``trackhub replay`` call it at any time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def read_journal_report(path: Path) -> DeliveryReport:
     Its results can be used as they are, also after the job's folder was moved.
 
     Raises:
-        JournalError: it is no journal, or cannot be read.
+        JournalError: it is not a journal, or cannot be read.
     """
-    # Asked first: a job that ends in between has then stored how it ended, and is not called killed.
+    # Ask this first. If the job ends after it, the journal already says how it ended. In the other order, such a job
+    # would be called killed.
     runs = is_journal_locked(path)
     with open_read_only(path) as db:
         return resolve_results(build_report(db, runs=runs), path.parent)
@@ -50,18 +51,19 @@ def read_journal_report(path: Path) -> DeliveryReport:
 def build_report(
     db: sqlite3.Connection, lanes: Sequence[str] = (), *, facts: Mapping[str, str] | None = None, runs: bool = True
 ) -> DeliveryReport:
-    """Return the report of the journal on this connection, as ``delivery.json`` is to hold it.
+    """Return the report of the journal on this connection, with relative paths, as ``delivery.json`` has it.
 
     Args:
         db: the connection.
         lanes: lanes to include even if they have delivered nothing yet.
-        facts: facts about the job that the journal should have, but perhaps could not store.
-        runs: whether the receiver's process runs. A job that has not ended is killed if it does not.
+        facts: facts about the job, in case the journal could not store them.
+        runs: whether the receiver's process runs. If not, a job without an end was killed.
 
     Raises:
         sqlite3.Error: the journal cannot be read.
     """
-    # In one transaction: a lane that confirms between two queries would otherwise have more outcomes than records.
+    # All queries are in one transaction. Otherwise a lane could confirm between two queries, and there would be more
+    # outcomes than records.
     own = not db.in_transaction
     if own:
         db.execute("BEGIN")
@@ -108,8 +110,8 @@ def _sites(db: sqlite3.Connection, meta: Mapping[str, str], *, is_running: bool)
         name, journaled, earlier, received, duplicates, missing, explained, refused, counts, counted_at, last = row
         at_site = _decoded(counts, SiteCounts)
         refused_here: dict[str, int] = _decoded(refused, dict[str, int]) or {}
-        # A batch that was refused as a whole leaves a hole in the journal's numbers. The site counts its records as
-        # refused, so they are not missing.
+        # If a whole batch was refused, its numbers are missing in the journal. The site counts these records as
+        # refused, so the report must not count them as missing.
         refused_batches = sum(at_site.refused.values()) - sum(refused_here.values()) if at_site else 0
         site = sites[name] = SiteReport(
             at_site=at_site,
@@ -128,7 +130,7 @@ def _sites(db: sqlite3.Connection, meta: Mapping[str, str], *, is_running: bool)
 
 
 def _decoded(stored: bytes | None, kind: type[_Kind]) -> _Kind | None:
-    """Return a stored value. None if there is none, or it makes no sense: the journal may come from elsewhere."""
+    """Return a stored value. None if there is none, or if it is invalid: the journal may come from somebody else."""
     try:
         return msgspec.msgpack.decode(stored, type=kind) if stored else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -140,8 +142,8 @@ def _counted(site: SiteReport, *, is_fresh: bool, is_doubted: bool) -> Counted:
 
     Args:
         site: its counts.
-        is_fresh: the job runs, and the site's last message is not too old.
-        is_doubted: a repair of the journal could not read what the receiver had counted.
+        is_fresh: whether the job runs, and the site's last message is not too old.
+        is_doubted: whether a repair of the journal could not read what the receiver had counted.
     """
     if site.at_site is None:
         return Counted.OPEN if is_fresh and not is_doubted else Counted.UNKNOWN
@@ -166,7 +168,7 @@ def _runs(
     query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
     for lane, name, blob in db.execute(query):
         progress = _decoded(blob, Progress) or Progress(state="stopped", last_error="the journal is damaged here")
-        # What has no outcome yet is pending. A negative number means that a lane counted a record twice.
+        # A record without an outcome is pending. A negative number means that a lane counted a record twice.
         runs.setdefault(lane, {})[name] = RunReport(
             confirmed=progress.confirmed,
             client_confirmed=progress.client_confirmed,

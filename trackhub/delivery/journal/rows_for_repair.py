@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the rows of a damaged journal page by page, and sorts them by table. `rebuild` makes a sound journal of them.
 
-Nothing in the file says which table a page belongs to, so each row is told by what it looks like.
+The file does not say which table a page belongs to. So the number and the types of a row's columns tell its table.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Found:
 
     Attributes:
         meta, sites, streams, runs, batches: the rows of the tables, by their keys.
-        doubted: the sites of which the receiver's counts are lost.
-        names: how often each name with this id is in an index.
-        copied_meta, copied_sites, copied_streams: what the indexes hold of the tables.
+        doubted: the sites for which the receiver's counts are lost.
+        names: how often an index has this name with this id.
+        copied_meta, copied_sites, copied_streams: the copies of rows that the indexes have.
     """
 
     meta: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Found:
 
 
 def collect(reader: PageReader) -> Found:
-    """Read all cells, and sort them by what they look like."""
+    """Read all cells, and sort them by table."""
     found = Found()
     for place in reader.places():
         cell = reader.read(*place, first_bytes=True)
@@ -111,7 +111,7 @@ def _take_batch(found: Found, cell: Cell, place: tuple[int, int]) -> bool:
 
 
 def _take_row(found: Found, cell: Cell) -> None:
-    """Take a row of a table with ids. Where an old copy of a page gives a second version, the later one stays."""
+    """Take a row of a table with ids. If an old copy of a page has an older version of the row, keep the newer one."""
     assert cell.rowid is not None
     match cell.values:
         case [str(key), str(value)]:
@@ -128,7 +128,7 @@ def _take_row(found: Found, cell: Cell) -> None:
 
 
 def _site(values: list[Value]) -> Site | None:
-    """Return a row of ``sites``, without the counts that make no sense. None if it is none."""
+    """Return a row of ``sites``, without invalid counts. None if these values are not such a row."""
     try:
         site = msgspec.convert(dict(zip(Site.__dataclass_fields__, values, strict=True)), Site)
     except msgspec.ValidationError:
@@ -159,7 +159,7 @@ def _take_entry(found: Found, cell: Cell) -> None:
                 confirmed, progress = 0, msgspec.msgpack.encode(Progress())
             run = Run(written, confirmed, progress)
             known = found.runs.setdefault((lane, site), run)
-            if run.confirmed < known.confirmed:  # of an old copy of a page: rather deliver twice than not at all
+            if run.confirmed < known.confirmed:  # one is from an old copy of a page. Delivering twice loses no record
                 known.confirmed, known.progress = run.confirmed, run.progress
             known.written = max(known.written, run.written)
 

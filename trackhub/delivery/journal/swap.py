@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a repaired journal into the place of the damaged one, so that a kill at any moment leaves one of the two.
+"""Puts a repaired journal into the place of the damaged one. A kill at any moment leaves one of the two.
 
-`repair` calls it, and `Journal.open` finishes what was interrupted. The files, beside ``trackhub.db``::
+`repair` calls it, and `Journal.open` finishes an interrupted swap. These are the files beside ``trackhub.db``::
 
-    trackhub.db.new             the repaired journal while it is being written; worthless after a kill
-    trackhub.db.damaged         the damaged journal, kept; with its write-ahead log as trackhub.db.damaged-wal
-    trackhub.db.repaired        the whole repaired journal, while the log of the damaged one is being removed
+    trackhub.db.new             the repaired journal while it is being written; useless after a kill
+    trackhub.db.damaged         the damaged journal, which is kept; its write-ahead log is trackhub.db.damaged-wal
+    trackhub.db.repaired        the complete repaired journal, until the damaged journal's log is removed
 
-Once ``trackhub.db.repaired`` is there, it is the journal.
+Once ``trackhub.db.repaired`` exists, it is the journal.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def finish_swap(path: Path) -> None:
     """
     repaired, damaged = _beside(path, ".repaired"), _beside(path, ".damaged")
     if repaired.exists():
-        # What they held was read with the damaged file. Left beside the repaired one, SQLite would apply them to it.
+        # These files belong to the damaged journal, and were read with it. If they stayed, SQLite would apply them to
+        # the repaired journal.
         for suffix in ("-wal", "-shm"):
             _beside(path, suffix).unlink(missing_ok=True)
         repaired.replace(path)
@@ -62,18 +63,18 @@ def finish_swap(path: Path) -> None:
 
 
 def current_file(path: Path) -> Path:
-    """Return the file that holds a journal now: another one while a repair is being finished."""
+    """Return the file that holds a journal now: the repaired one, while a swap is not finished."""
     repaired = _beside(path, ".repaired")
     return repaired if repaired.exists() else path
 
 
 def is_journal_left(path: Path) -> bool:
-    """Return whether a journal is here, or what an interrupted repair left of one."""
+    """Return whether there is a journal here, or files of an interrupted repair."""
     return any(_beside(path, suffix).exists() for suffix in ("", ".repaired", ".damaged"))
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Make a second name or a copy of a file, in place of what is there. Remove that if there is no such file."""
+    """Make ``target`` a second name, or a copy, of a file. If there is no such file, remove ``target``."""
     if not source.exists():
         target.unlink(missing_ok=True)
         return

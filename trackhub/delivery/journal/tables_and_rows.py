@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the journal's tables hold: the schema, and the rows that a lane reads and stores.
 
-`Journal` fills the tables. A lane takes the records of a row with `stored_records`, which also copes with a row that
-the disk has damaged. It stores what it must remember as `Progress`.
+`Journal` fills the tables. A lane reads the records of a row with `stored_records`, which also reads damaged rows as
+far as possible. The lane's own state is a `Progress`.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ CREATE TABLE IF NOT EXISTS runs (
 """
 """``sites.counts`` are the site's own counts, and ``last`` is 1 if they came with its final message. ``session`` and
 ``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then
-1, or 2 if it failed. ``explained`` and ``refused`` are counts by reason, encoded. ``received``
-does not contain those that were refused. ``runs.written`` and ``runs.confirmed`` are ids of batches.
+1, or 2 if it failed. ``explained`` and ``refused`` are counts by reason, encoded as msgpack. ``received`` counts no
+refused records. ``runs.written`` and ``runs.confirmed`` are ids of batches.
 
-The indexes ``meta_copy`` and ``sites_copy`` hold on other pages of the file what nothing else could restore: `repair`
-reads them where the page of a table is damaged. No column that changes with every batch is in them."""
+The indexes ``meta_copy`` and ``sites_copy`` are copies, on other pages of the file, of values that nothing else could
+restore. `repair` reads them if the page of a table is damaged. They have no column that changes with every batch."""
 
 EXPECTED_SITES = "expected_sites"
 """The key in ``meta`` of the sites that should send something: a JSON list of names."""
@@ -113,12 +113,12 @@ class Row(NamedTuple):
 
 
 class Shift(msgspec.Struct, frozen=True, array_like=True):
-    """The journal lost records that a resumable backend holds. Later records have other positions there.
+    """How positions shift after the journal lost records that a resumable backend holds.
 
     Attributes:
-        after: the last row that the journal had handed over when this was noticed.
-        by: how many records the backend holds that the journal lost.
-        doubted_to: the backend's position before which later records may be among these: they may be there twice.
+        after: the last row that the journal had handed over when the loss was noticed. Later rows are shifted.
+        by: how many records were lost. At the backend, later records have positions that are higher by this number.
+        doubted_to: a position at the backend. Later records before it may be there twice.
     """
 
     after: int
@@ -133,9 +133,9 @@ class Progress(msgspec.Struct, kw_only=True):
         confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in
             `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
-        stored_to: the backend's position after the last record that was confirmed.
-        aside: the entries up to the confirmed cursor that are neither stored nor rejected yet.
-        shifts: where positions at the backend are not those of the journal.
+        stored_to: the position, at the backend, after the last confirmed record.
+        aside: the entries before the confirmed cursor that are neither stored nor rejected yet.
+        shifts: from which rows on the backend's positions differ from the journal's.
     """
 
     confirmed: int = 0
@@ -156,7 +156,7 @@ class Progress(msgspec.Struct, kw_only=True):
         return sum(shift.by for shift in self.shifts)
 
     def concealed(self) -> Progress:
-        """Return a copy without secrets: what a backend says of an error, or of where its results are, may hold one."""
+        """Return a copy without secrets. An error of a backend, or the address of its results, may contain one."""
         results = self.results
         if results is not None:
             shown = (results.url, results.path, results.command)

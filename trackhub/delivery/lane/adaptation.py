@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every backend needs done to records, done once: reject what it cannot store; fit keys, steps and numbers.
+"""Adapts records to what a backend declares: rejects what it cannot store, and fits keys, steps and numbers.
 
-`entry_reader` calls it for each record of a run, in journal order. An adaptation remembers what it needs of earlier
-records. The lane stores that memory with its confirmed cursor, so that after a restart the same records become the same
-entries.
+`entry_reader` calls it for each record of a run, in journal order. An adaptation remembers facts about earlier records,
+such as their last steps. The lane stores that memory with its confirmed cursor. So after a restart, the same records
+become the same entries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Memory(msgspec.Struct):
     """What an adaptation remembers.
 
     Attributes:
-        ordinals: stream to key to the number of its records without a step.
+        ordinals: for each stream and key, how many records without a step there were.
         last_steps: key to the highest step, for backends that cannot store late steps.
         params: key to the first value, encoded, for backends that cannot change it.
     """
@@ -44,7 +44,7 @@ class Adaptation:
     """Turns records into entries that a backend with these capabilities can store. Used by one thread."""
 
     def __init__(self, capabilities: Capabilities, memory: bytes = b"") -> None:
-        """Start anew, or from the memory of an earlier adaptation of the same run and lane."""
+        """Start with no memory, or with that of an earlier adaptation of the same run and lane."""
         self._can = capabilities
         self._memory = msgspec.msgpack.decode(memory, type=_Memory) if memory else _Memory()
         self._keys = {kind: _Keys(capabilities.key_rules.get(kind, capabilities.key_rule)) for kind in Kind}
@@ -68,7 +68,7 @@ class Adaptation:
         """
         payload = record.payload
         if (
-            type(payload) is Metrics  # nearly all are, and these need no look at key, step or value (docs/adr/0004)
+            type(payload) is Metrics  # nearly all records are, and need no check of key, step or value (docs/adr/0004)
             and self._takes_any_metrics
             and record.step is not None
             and (self._keeps_metric_keys or self._fine_metric_keys.issuperset(payload.values))
@@ -100,7 +100,7 @@ class Adaptation:
         return Entry(position, record.time, step, record.round, payload, stream, record.seq), altered
 
     def _ordinal(self, stream: str, payload: Payload) -> int:
-        """Number the records without a step by key. Several keys in one record go on from the highest."""
+        """Return the next number of a record without a step. Each key has a count; a record takes its highest."""
         counts = self._memory.ordinals.setdefault(stream, {})
         keys = _keys_of(payload)
         ordinal = max((counts.get(key, 0) for key in keys), default=0)
@@ -121,7 +121,7 @@ class Adaptation:
         self, stream: str, record: Record, position: int, payload: Params, altered: list[str]
     ) -> tuple[Entry | Rejection, list[str]]:
         known = self._memory.params
-        # Compared as encoded: NaN is equal to itself, and 1, 1.0 and True differ, as they do where they are stored.
+        # Compare the encoded values. There NaN is equal to itself, and 1, 1.0 and True differ, as they do in a store.
         new = {key: _encode(value) for key, value in payload.values.items()}
         changed = [key for key, value in new.items() if known.get(key, value) != value]
         if changed:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evidence that one record is bad, and that the store is not away.
+"""Collects the evidence that one record is bad, or that the store is down.
 
-`Isolation` keeps one `Evidence` for the record that it suspects. It asks it what to write next, and tells it what came
-of that.
+`Isolation` keeps one `Evidence` for the record that it suspects. It asks the `Evidence` what to write next, and tells
+it whether that was stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EACH = 4
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _MAX_CAUSES = 10
 
-# Of trackhub alone: to draw from the shared generator would change what training draws from it.
+# Only trackhub uses this generator. If it drew from Python's shared one, training would get other random numbers.
 _chance = random.Random()
 
 
@@ -43,7 +43,7 @@ class Evidence:
     """
 
     def __init__(self, toss: Callable[[], bool] | None = None) -> None:
-        """Start with none. ``toss`` is the coin; True chooses the suspect."""
+        """Start with no evidence. ``toss`` is the coin: True chooses the suspect."""
         self._toss = toss or _toss
         self._stored = 0
         self._refused = 0
@@ -70,10 +70,11 @@ class Evidence:
 
 
 def sort_of(entry: Entry) -> str | None:
-    """Return which neighbours can speak against an entry: those of the same sort. None if there are none.
+    """Return the sort of an entry, or None if no neighbour can be evidence for it.
 
-    Stores often keep values in a database and everything else in files, and one of the two may be away alone. The way
-    to the store may also be too slow for a large file and fast enough for everything else.
+    Only neighbours of the same sort can be evidence. Stores often keep values in a database and everything else in
+    files, and one of the two may be down alone. The network may also be too slow for a large file and fast enough for
+    everything else.
     """
     if isinstance(entry.payload, Image | Artifact):
         return None
@@ -95,7 +96,7 @@ def _keys(entry: Entry) -> set[str]:
 def speaks_of_the_store(error: BaseException) -> bool:
     """Return whether an error itself says that the store is busy or full.
 
-    A full disk may still take small records, and so behave as if a large one were bad.
+    A full disk may still take small records. Then it looks as if a large record were bad.
     """
     if getattr(error, "retry_after_s", None) is not None:
         return True

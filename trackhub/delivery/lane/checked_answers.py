@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checking the types of what a plugin returned or raised: nothing else holds a plugin to the SPI's types.
+"""Checks the types of what a plugin returned or raised. Nothing else checks at run time that a plugin keeps the SPI.
 
-`RunDelivery` and `RetryTimer` pass every answer through here, so that a wrong one costs its own run and no other.
+`RunDelivery` and `RetryTimer` pass every answer through here, so that a wrong answer harms its own run and no other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def checked_confirmation(answer: object) -> Confirmation:
     """Return what ``flush`` returned.
 
     Raises:
-        TypeError: it is no `Confirmation`.
+        TypeError: it is not a `Confirmation`.
     """
     if not isinstance(answer, Confirmation):
         raise TypeError(f"flush() returned {answer!r}; expected Confirmation.STORE or Confirmation.CLIENT")
@@ -44,10 +44,11 @@ def checked_results(answer: object) -> Results | None:
     """Return what ``results`` returned.
 
     Raises:
-        TypeError: it holds an object that is no plain value.
+        TypeError: it holds an object that is not a plain value.
         msgspec.ValidationError: it is neither None nor a `Results` of strings.
     """
-    # Converted to plain values and back: the journal keeps it, and a field of another type would make it unreadable.
+    # Convert it to plain values and back. The journal stores it, and a field of a wrong type would make the journal
+    # unreadable.
     return msgspec.convert(msgspec.to_builtins(answer), Results | None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a lane got with one run: the written and the confirmed cursor, and the counts that belong to them.
+"""How far a lane got with one run: the written and the confirmed cursor, and the counts up to them.
 
 `RunDelivery` and `EntryReader` tell the cursor what became of each record. The cursor keeps its state in the journal,
 so that a later lane goes on from there.
@@ -28,10 +28,10 @@ class _Counts:
     """What became of the records that were read since the last confirmation.
 
     Attributes:
-        stored: the backend has them.
-        doubtful: of the stored ones, those that the backend may have had before: possible duplicates.
-        rejected: by reason.
-        altered: by alteration.
+        stored: how many records the backend has stored.
+        doubtful: how many of these the backend may have had before: possible duplicates.
+        rejected: how many records were rejected, by reason.
+        altered: how many records were altered, by alteration.
     """
 
     stored: int = 0
@@ -41,15 +41,15 @@ class _Counts:
 
 
 class Cursor:
-    """The two cursors of one run in one lane, its doubts and its counts. Used by one thread at a time.
+    """The two cursors of one run in one lane, its possible duplicates and its counts. Used by one thread at a time.
 
-    A cursor is the id of a journal row: all rows up to it count, and 0 stands before the first row.
+    A cursor is the id of a journal row. It includes that row and all rows before it. 0 stands before the first row.
 
     The journal keeps both cursors and ``progress``. They are stored together, on four occasions:
 
-    - `announce`: before rows are handed over, where a later lane must know which records the backend may have.
-    - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``, so that
-      records which are handed over again after a crash are counted once.
+    - `announce`: rows are handed over next. After a crash, a later lane must know which records the backend may have.
+    - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``. So records
+      that are handed over again after a crash are counted once.
     - `start_over`: the run is written again from its first record.
     - `end`: nothing more is delivered to the run. At the end of the job, the lane takes `state` instead, and the states
       of all runs are stored together.
@@ -83,8 +83,8 @@ class Cursor:
         written, self.confirmed, self.progress = journal.run_state(lane, site_id)
         self.must_rebuild = redelivery is Redelivery.REBUILD and self.confirmed > 0
         if self.must_rebuild and self.progress.state != "finished":
-            # Reset at once, not when the run is opened: the lane may be ended before, while it opens another run. What
-            # it then stores must not say that the records of a half-written run are delivered.
+            # Reset this now, and not when the run is opened. The lane may be ended before that, while it opens another
+            # run. The state that it then stores must not say that records of a half-written run are delivered.
             self.confirmed, self.progress = 0, self._empty_progress()
         self.written = self.confirmed
         self._ever_written = max(written, self.confirmed)  # by this lane or an earlier one
@@ -121,7 +121,7 @@ class Cursor:
     def announce(self, row: int) -> None:
         """Store that the rows up to this one are handed over next: after a crash the backend may have their records.
 
-        Does nothing where a later lane need not know: the backend recognises records, or the run is written again.
+        Does nothing if the backend recognises records, or if the run is written again as a whole.
 
         Raises:
             JournalError: the journal cannot be written. Hand over nothing then.
@@ -141,7 +141,7 @@ class Cursor:
             self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
 
     def count_held(self, position: int) -> None:
-        """Count a record that the opened run holds already: it was written, but not confirmed, before a crash."""
+        """Count a record that the opened run holds already. It was written before a crash, and was not confirmed."""
         self._since.stored += 1
         self._stored_to = max(self._stored_to, position + 1)
 
@@ -150,7 +150,7 @@ class Cursor:
         self._since.altered.update(names)
 
     def count_rejected(self, reason: str, records: int) -> None:
-        """Count records that are never delivered, without a message of its own."""
+        """Count records that are never delivered. The caller has logged why."""
         self._since.rejected[reason] += records
 
     def reject(self, rejection: Rejection) -> None:
@@ -182,14 +182,14 @@ class Cursor:
         return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
 
     def _trusts_client(self) -> bool:
-        """Return whether only the SDK confirmed some records. Then nobody knows whether the store recognises them."""
+        """Return whether only the SDK confirmed some records. The store may then not recognise them."""
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
-        """Check that the records before ``position``, which a resumable run says it holds, are of this journal.
+        """Check that a resumable run has the records before ``position`` from this journal, as the run says.
 
-        If the journal handed over fewer, it has lost the others: the disk lost its last transactions. Nobody knows
-        which records these are. So the next ones go behind them, and as many count as possible duplicates.
+        If the journal handed over fewer records, it has lost the others: the disk lost its last transactions. Nobody
+        knows which records these are. So the next records go behind them, and as many count as possible duplicates.
 
         Raises:
             PermanentError: another journal wrote some of them, so that delivery would skip or lose others.
@@ -197,7 +197,7 @@ class Cursor:
         """
         first = self._journal.position_after(self.site_id, 0)
         if 0 < position < first:
-            # The journal of the server has the records between the two. To go on here would count them as delivered.
+            # The server's journal has the records in between. If delivery went on here, they would count as delivered.
             raise PermanentError(
                 f"the run holds {position} records, and those before {first} are in the journal of the server's own "
                 "receiver: replay that one first"
@@ -206,7 +206,7 @@ class Cursor:
         if position <= limit:
             return
         if not self._ever_written or self._journal.continues:
-            # Delivery would skip as many new records, silently.
+            # Without this error, delivery would skip the same number of new records without a word.
             raise PermanentError(
                 f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
                 "Was the receiver's state folder lost? Move the backend's run away, and replay the journal"
@@ -258,7 +258,7 @@ class Cursor:
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.
-            by: whose word the confirmation is. What the client alone confirms is also counted apart.
+            by: who confirmed the records. Those that only the client confirmed are also counted separately.
             aside: the entries before the written cursor that are neither stored nor rejected. They stay pending.
         """
         progress, since = self.progress, self._since
@@ -276,7 +276,7 @@ class Cursor:
         self._save()
 
     def note_error(self, error: BaseException) -> None:
-        """Keep this error as the run's last one. It is stored with the next occasion."""
+        """Keep this error as the run's last one. It is stored together with the next change."""
         self.progress.last_error = f"{type(error).__name__}: {error}"
 
     def end(self, state: str) -> None:
@@ -285,11 +285,14 @@ class Cursor:
         self._save()
 
     def state(self) -> RunState:
-        """Return what the journal is to hold of this run."""
+        """Return the state of this run that the journal must store."""
         return self._state(self.written)
 
     def _save(self) -> None:
-        """Store cursors and progress. A failure is logged: after a crash it costs a repeated delivery, not a record."""
+        """Store cursors and progress.
+
+        A failure is logged only: after a crash, records are delivered again, and none is lost.
+        """
         try:
             self._store(self.written)
         except JournalError as e:
@@ -304,5 +307,5 @@ class Cursor:
         self._journal.save_run(self.lane, self.site_id, *self._state(written))
 
     def _state(self, written: int) -> RunState:
-        # Never less than an earlier lane announced, or its records would no longer count as possible duplicates.
+        # Never store less than an earlier lane announced. Otherwise its records would not count as possible duplicates.
         return RunState(max(written, self._ever_written), self.confirmed, self.progress)

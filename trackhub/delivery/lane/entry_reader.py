@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a run's records from the journal and making them entries that can be handed to one backend.
+"""Reads a run's records from the journal, and makes them entries that one backend can store.
 
 `RunDelivery` asks for the next entries. The reader decodes and adapts each record, and tells the run's `Cursor` about
 each one that does not become an entry.
@@ -22,8 +22,8 @@ from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["EntryReader"]
 
-_READ_BYTES = 4 << 20  # a query for each row would take longer than its records; all rows would not fit in memory
-_SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record takes 60 times as much memory.
+_READ_BYTES = 4 << 20  # read by one query. A query for each row would be slow, and all rows would not fit in memory
+_SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record takes 60 times as much memory
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class EntryReader:
         try:
             self._adaptation = Adaptation(capabilities, cursor.progress.memory)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            # A damaged disk. Records without a step would get numbers that others have.
+            # The disk is damaged. Without that memory, records without a step would get numbers that others have.
             _log.warning("lane %s: what it knew of run %s is damaged; it delivers all again", cursor.lane, cursor.site)
             cursor.start_over()
             self._adaptation = Adaptation(capabilities)
@@ -105,7 +105,7 @@ class EntryReader:
                 try:
                     self._adapt(row.stream, position, kind, body, entries)
                 except Exception as e:
-                    # A defect of trackhub. It costs this record, and not the lane.
+                    # A defect of trackhub. It must cost only this record, and not stop the lane.
                     _log.debug("record %d of run %s", position, self._cursor.site, exc_info=True)
                     self._cursor.reject(Rejection(position, "not_adaptable", f"{type(e).__name__}: {e}"))
                 found += 1
@@ -120,7 +120,7 @@ class EntryReader:
             self._cursor.reject(Rejection(position, "unknown_kind", detail))
             return
         try:
-            # The receiver has checked it already, unless the journal is another one's.
+            # The receiver has checked it already. But the journal may come from somebody else.
             record = check_record(stream, kind, body, self._keys)
         except RefusedRecordError as e:
             self._cursor.reject(Rejection(position, e.reason, str(e)))
@@ -129,7 +129,8 @@ class EntryReader:
         if isinstance(adapted, Rejection):
             self._cursor.reject(adapted)
             return
-        # Adapted also if the run holds it: the adaptation must remember it, to treat later records as before the crash.
+        # A record that the run holds already is adapted, too. The adaptation must remember it, so that it treats later
+        # records as before the crash.
         if position < self.skip_before:
             self._cursor.count_held(position)
         else:

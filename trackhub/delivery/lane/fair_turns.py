@@ -11,7 +11,7 @@ from collections.abc import Collection
 __all__ = ["FairTurns"]
 
 _AHEAD_S = 0.1
-"""How much more time than another busy run a run may take, in seconds, before it waits for that one."""
+"""How much more time a run may use than another busy run, in seconds, before it must wait for that run."""
 
 
 class FairTurns:

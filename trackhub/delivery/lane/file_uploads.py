@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing images and artifacts beside everything else, so that a large file holds up no metrics.
+"""Writes images and artifacts in a second thread, so that a large file holds up no metrics.
 
-`Lane` has one `FileUploads`, a thread, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files
-of its run through a `FileQueue`, and takes back what came of them.
+`Lane` has one `FileUploads`, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files of its run
+through a `FileQueue`, and gets the outcome of each file back.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def is_file(entry: Entry) -> bool:
 
 
 class FileOutcome(NamedTuple):
-    """What came of an attempt to write a file.
+    """The outcome of one attempt to write a file.
 
     Attributes:
         entry: the image or artifact.
         rejected: why it will never be stored, None if it was stored or is tried again.
         error: why it was not stored, None if it was stored or the backend reported it as rejected.
-        is_first: it is the first failure of this file.
+        is_first: whether it is the first failure of this file.
     """
 
     entry: Entry
@@ -74,7 +74,7 @@ class FileQueue:
         self._unsettled: dict[int, Entry] = {}
 
     def add(self, run: BackendRun, entries: list[Entry]) -> None:
-        """Have files of this run written. Does not block."""
+        """Queue files of this run for writing. Does not block."""
         with self._lock:
             self._run = run
             self._waiting.extend(map(_Waiting, entries))
@@ -83,15 +83,15 @@ class FileQueue:
             self._uploads.begin(self)
 
     def is_full(self) -> bool:
-        """Return whether no more files should be added: each confirmation stores those that are not settled."""
+        """Return whether no more files should be added. Each confirmation stores all unsettled files in the journal."""
         return len(self._unsettled) >= _MAX_WAITING
 
     def unsettled(self) -> list[Entry]:
-        """Return the files that are neither stored nor rejected, as far as `collect` has told."""
+        """Return the files that are neither stored nor rejected, as of the last call of `collect`."""
         return list(self._unsettled.values())
 
     def collect(self) -> list[FileOutcome]:
-        """Return what came of the files since the last call."""
+        """Return the outcomes since the last call."""
         with self._lock:
             found = list(self._outcomes)
             self._outcomes.clear()
@@ -135,7 +135,7 @@ class FileUploads:
     """One thread that writes the files of all runs of a lane, one at a time, in turn."""
 
     def __init__(self, lane: str, on_outcome: Callable[[int], None]) -> None:
-        """Prepare the thread; ``on_outcome`` is called in it with a site's id when something came of a file."""
+        """Prepare the thread. It calls ``on_outcome`` with a site's id after each attempt to write a file."""
         self._on_outcome = on_outcome
         self._queues: dict[int, FileQueue] = {}
         self._wake = threading.Event()
@@ -151,7 +151,7 @@ class FileUploads:
             self._thread.start()
 
     def hurry(self) -> None:
-        """Try once more, at once, all files that wait for their next attempt: the job ends. Later calls do nothing."""
+        """Try all waiting files at once, since the job ends. Later calls do nothing."""
         if not self._has_hurried:
             self._has_hurried = True
             for queue in list(self._queues.values()):
@@ -159,7 +159,7 @@ class FileUploads:
             self._wake.set()
 
     def stop(self, timeout_s: float) -> bool:
-        """Start no other file. Return whether the thread has ended; it may still be writing a file."""
+        """Start no further file. Return whether the thread has ended. If not, it is still writing a file."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():

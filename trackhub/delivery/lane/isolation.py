@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the one record that a backend cannot store, so that it does not hold up later records.
+"""Finds the one record that a backend cannot store, so that it does not hold up later records.
 
-`RunDelivery` puts batches in, writes what ``next`` returns, and says here what came of it. The rule by which an error
-rejects a record stands in `Isolation` and `Evidence`, and nowhere else; docs/adr/0011 gives the reasons.
+`RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. The rule by which an
+error rejects a record is in `Isolation` and `Evidence`, and nowhere else. docs/adr/0011 gives the reasons.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Verdict(NamedTuple):
 
     Attributes:
         wait: wait before the next attempt.
-        narrowed: the failing batch was split, or its only record rejected. The next attempt is a new one, which does
-            not wait longer because of the earlier ones.
-        rejected: the record that can never be stored.
-        blocks: it is time to say that a single record holds up all that come after it.
+        narrowed: whether the failing batch was split, or its only record rejected. Then the wait before the next
+            attempt starts small again.
+        rejected: the record that can never be stored. None if there is none.
+        blocks: whether to warn now that a single record holds up all records after it.
     """
 
     wait: bool
@@ -46,9 +46,9 @@ class _Piece:
 
     Attributes:
         entries: what is written.
-        is_part: they are a part of a batch that failed.
+        is_part: whether they are a part of a batch that failed.
         failures: how often they failed together.
-        is_suspect: there is one record, and it may be bad.
+        is_suspect: whether this is a single record that may be bad.
         detail: the last error.
     """
 
@@ -63,7 +63,7 @@ class _Piece:
 
 
 class Isolation:
-    """What waits to be written to one run, split where it fails. Used by one thread.
+    """Holds the entries that wait to be written to one run, and splits batches that fail. Used by one thread.
 
     The rule, by the error of a write:
 
@@ -84,12 +84,13 @@ class Isolation:
     - ``any_order``, and nothing suitable was stored yet, or it is ``at_least_once``: a later record. The suspect is set
       aside.
     - Otherwise the order must be kept. There is no neighbour. A batch that fails is halved, so that all records before
-      the failing one are stored. That one stays first. But an error that is neither a `TransientError` nor a
-      `PermanentError` is a defect of the plugin: the record is set aside, and later records are written. In a
-      ``resumable`` backend it stays first as well: such a backend takes a late record for one that it holds.
+      the failing one are stored. The failing record stays first, and later records wait. There is one exception: an
+      error that is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then the record is set
+      aside, and later records are written. A ``resumable`` backend is no exception: it would take the late record for
+      one that it holds already.
 
-    A record set aside is tried again now and then. So are images and artifacts, which are never suspected. What shares
-    a key with a record set aside waits with it, where the order of the two matters.
+    A record that is set aside is tried again now and then. Images and artifacts that fail are also set aside, but are
+    never suspects. An entry that shares a key with a record set aside waits with it, if their order matters.
     """
 
     def __init__(self, can: Capabilities, toss: Callable[[], bool] | None = None) -> None:
@@ -106,24 +107,24 @@ class Isolation:
         self._queue: deque[_Piece] = deque()
         self._aside: list[_Piece] = []
         self._held: list[Entry] = []
-        self._stored: dict[str, Entry] = {}  # of each sort the last one, to be written again as a neighbour
+        self._stored: dict[str, Entry] = {}  # the last stored entry of each sort, to write it again as a neighbour
         self._has_just_stored = False
         self._evidence = Evidence(toss)
-        self._judged: _Piece | None = None  # whose evidence it is
+        self._judged: _Piece | None = None  # the suspect that the evidence is about
         self._current: _Piece | None = None
-        self._is_step = False  # the coin chose the current one
-        self._is_neighbour = False  # it is written as the neighbour of a suspect
+        self._is_step = False  # whether the coin chose the current piece
+        self._is_neighbour = False  # whether the current piece is written as the neighbour of a suspect
 
     def add(self, entries: Sequence[Entry], max_batch: int) -> None:
         """Append entries to what waits to be written, in batches of up to ``max_batch``."""
         self._queue.extend(_Piece(list(entries[i : i + max_batch])) for i in range(0, len(entries), max_batch))
 
     def is_empty(self) -> bool:
-        """Return whether nothing waits but what is set aside."""
+        """Return whether no entry waits, except for those that are set aside."""
         return not self._queue
 
     def next(self) -> list[Entry] | None:
-        """Return the entries to write next. None if there are none, or none that may pass those set aside."""
+        """Return the entries to write next. None if there are none, or if all must wait for those set aside."""
         suspect = self._suspect()
         neighbour: _Piece | None
         if suspect is None or suspect in self._aside:
@@ -144,10 +145,10 @@ class Isolation:
         return self._current.entries
 
     def next_aside(self) -> list[Entry] | None:
-        """Return the next of those set aside, to try it without a neighbour. None if there is none."""
+        """Return the next entries that are set aside, to try them without a neighbour. None if there are none."""
         if not self._aside:
             return None
-        if sort_of(self._aside[0].entries[0]) is None:  # the turn goes round among files
+        if sort_of(self._aside[0].entries[0]) is None:  # files take turns, so that one bad file delays no other
             self._aside.append(self._aside.pop(0))
         self._current = self._aside[0]
         self._is_step = self._is_neighbour = False
@@ -163,13 +164,13 @@ class Isolation:
         return sorted(entries, key=lambda entry: entry.position)
 
     def succeeded(self, stored: Sequence[Entry]) -> list[Rejection]:
-        """Take out what ``next`` returned: the backend took it.
+        """Remove the entries that ``next`` returned, since the backend took them.
 
         Args:
-            stored: the entries of it that the backend did not reject itself.
+            stored: those of them that the backend did not reject.
 
         Returns:
-            The record that this shows to be bad, if there is one.
+            The suspect, if the evidence is now enough to reject it. Otherwise an empty list.
         """
         piece = self._take_current()
         self._has_just_stored = True
@@ -183,11 +184,11 @@ class Isolation:
             self._aside.remove(piece)
             self._put_back()
         elif any(sort_of(other.entries[0]) in self._stored for other in self._aside):
-            self._put_back()  # from now on, their neighbours are records that are stored already
+            self._put_back()  # now there is a stored record of their sort, which can be their neighbour
         return bad
 
     def failed(self, error: BaseException) -> Verdict:
-        """Apply the rule to the error with which writing what ``next`` returned failed, and return what to do now."""
+        """Apply the rule to the error with which a write of ``next``'s entries failed. Return what to do now."""
         piece = self._current
         assert piece is not None
         if isinstance(error, PermanentError):
@@ -206,7 +207,7 @@ class Isolation:
             return Verdict(wait=True)
         self._evidence.begin_again()
         if self.is_repeated():
-            return Verdict(wait=True)  # what was stored already fails as well: the store is away
+            return Verdict(wait=True)  # a record that was stored before fails as well, so the store is down
         return self._narrow(piece, error, has_just_stored)
 
     def _narrow(self, piece: _Piece, error: BaseException, has_just_stored: bool) -> Verdict:
@@ -234,7 +235,7 @@ class Isolation:
         """Reject the only record of a piece, or halve it."""
         if self.is_repeated():
             self._evidence.begin_again()
-            self._stored.pop(_sort(piece), None)  # a strange store: it refuses what it has stored
+            self._stored.pop(_sort(piece), None)  # the store refuses what it stored before, so it is no evidence
             return Verdict(wait=True)
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2)
@@ -255,7 +256,7 @@ class Isolation:
         return next((piece for piece in self._aside if piece.is_suspect), None)
 
     def _later_one(self, *, alone: bool) -> _Piece | None:
-        """Return the first piece of the queue that may be written now; one record of it if it must be alone."""
+        """Return the first piece of the queue that may be written now. With ``alone``, return only one record of it."""
         while self._queue:
             piece = self._queue[0]
             if alone and len(piece.entries) > 1:
@@ -286,7 +287,7 @@ class Isolation:
         return [Rejection(piece.entries[0].position, "backend_error", piece.detail)]
 
     def _remember(self, stored: Sequence[Entry]) -> None:
-        # A param, tag or final value that has its value already may cost the store no write. So it shows nothing.
+        # A store may skip the write of a param, tag or final value that has not changed. So these are no evidence.
         if stored and not isinstance(stored[-1].payload, STEPLESS) and (sort := sort_of(stored[-1])) is not None:
             self._stored[sort] = stored[-1]
 
@@ -303,7 +304,7 @@ class Isolation:
         return bool(self._queue) and self._queue[0] is piece
 
     def _remove(self, piece: _Piece) -> None:
-        """Take a record out that is rejected. What was held back because of it is tried again."""
+        """Remove a rejected record. The entries that waited for it are written again."""
         self._judged = None
         if piece in self._aside:
             self._aside.remove(piece)
@@ -314,7 +315,10 @@ class Isolation:
             self._queue.appendleft(_Piece(held, is_part=True))
 
     def _put_back(self) -> None:
-        """Put suspects and what they held back to the front again, in order: they may be good. Files stay aside."""
+        """Put suspects, and the entries that wait for them, back to the front in order: they may be good.
+
+        Files stay set aside.
+        """
         files = [piece for piece in self._aside if not piece.is_suspect]
         entries = [entry for piece in self._aside if piece.is_suspect for entry in piece.entries] + self._held
         self._aside, self._held, self._judged = files, [], None

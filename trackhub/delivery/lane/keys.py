@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a key that a site logged becomes a key that a backend can store, so that two keys never become one.
+"""Turns the keys that a site logged into keys that a backend can store, so that two keys never become one.
 
-`adaptation` calls it for every new key of a run. A backend declares what it can store by `trackhub.spi.KeyRule`.
+`adaptation` calls it for every new key of a run. A backend declares its rule for keys as a `trackhub.spi.KeyRule`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
         if rule.is_path:
             fitted = _without_path_rules(fitted)
         if rule.reserved_as:
-            # Before the edges: the prefix also helps a key whose first character may not come first.
+            # Add the prefix before the edges are escaped: it also helps a key whose first character may not be first.
             fitted = _with_prefix(fitted, rule, edge)
         if edge is not None:
             fitted = _with_fitted_edges(fitted, edge)
@@ -77,7 +77,7 @@ def _with_prefix(key: str, rule: KeyRule, edge: re.Pattern[str] | None) -> str:
 
 
 def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
-    """Escape what may not come first or last: all of it at both ends, since an SDK may strip repeatedly."""
+    """Escape all characters at both ends that may not stand there. An SDK may strip more than one."""
     start, end = 0, len(key)
     while start < end and not edge.fullmatch(key[start]):
         start += 1
@@ -87,7 +87,7 @@ def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
 
 
 def _without_path_rules(key: str) -> str:
-    """Escape what would make the key, read as a path, mean another one: ``a//b``, ``/a``, ``a/``, ``.``, ``..``."""
+    """Escape the parts with which the key, read as a path, would mean another path: ``a//b``, ``/a``, ``.``, ``..``."""
     out: list[str] = []
     named = False  # whether the part at hand has a character yet
     last = len(key) - 1

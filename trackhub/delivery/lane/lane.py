@@ -2,8 +2,8 @@
 """A lane: the thread that moves records from the journal into one backend.
 
 A receiver starts one lane for each backend, and notifies it of new rows in the journal. The lane has a `RunDelivery`
-for each site and calls them in turn, so that a run that has to wait delays no other. Lanes know nothing of each other.
-`FileUploads` writes files beside the rest.
+for each site and calls them in turn, so that a run that has to wait delays no other run. Lanes do not know each other.
+`FileUploads` writes images and artifacts in a second thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Lane"]
 _IDLE_S = 3600.0
 _JOURNAL_RETRY_S = 1.0
 _END_WAIT_S = 0.2
-_END_SHARE = 0.25  # of the time that is left at the end of the job, for ending runs that are not delivered by then
+_END_SHARE = 0.25  # the part of the time at the end of the job that is kept for ending runs that are not delivered
 _END_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class _Ending(NamedTuple):
     """How the runs end.
 
     Attributes:
-        statuses: by site.
-        otherwise: that of the sites that are not in it.
+        statuses: the status of each run, by site.
+        otherwise: the status of the runs whose sites are not in ``statuses``.
         deliver_until: when to stop delivering, and to end the runs that are still open, on the monotonic clock.
     """
 
@@ -127,10 +127,10 @@ class Lane:
         """Have the lane deliver what is left, finish each run with its status, and end. Does not block.
 
         Args:
-            status: by site.
-            otherwise: that of the sites that are not in it.
-            deadline_s: when ``join`` will be called at the latest, in seconds from now. Shortly before, the lane ends
-                the runs that are not delivered: the backend must know how they ended.
+            status: the status of each run, by site.
+            otherwise: the status of the runs whose sites are not in ``status``.
+            deadline_s: when ``join`` will be called at the latest, in seconds from now. Shortly before that, the lane
+                ends the runs that are not delivered, so that the backend knows how they ended.
         """
         left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
         self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
@@ -139,7 +139,7 @@ class Lane:
     def join(self, timeout_s: float) -> bool:
         """Wait for the lane to end. After ``timeout_s`` stop it between two calls of the backend.
 
-        Call `unstored_ends` then, and store what it returns.
+        Afterwards call `unstored_ends`, and store what it returns.
 
         Returns:
             True if it has ended. False if the backend does not return from a call: its thread is left behind.
@@ -156,15 +156,15 @@ class Lane:
         try:
             for run in list(self._runs.values()):  # a copy: a thread that is left behind may add a run
                 run.give_up(reason)
-            if reason:  # also for the runs that the lane never came to
+            if reason:  # the runs that the lane never reached must show the reason as well
                 for site in self._journal.sites().keys() - self._runs.keys():
                     self._run(site).give_up(reason)
         except JournalError as e:
-            _log.warning("lane %s cannot read which runs it did not come to: %s", self.name, e)
+            _log.warning("lane %s cannot read which runs it did not reach: %s", self.name, e)
         return ended
 
     def unstored_ends(self) -> dict[tuple[str, int], RunState]:
-        """Return how the runs ended, as `Journal.save_runs` takes it, without those that the journal has already."""
+        """Return how the runs ended that the journal does not have yet, in the form that `Journal.save_runs` takes."""
         ends = {(self.name, run.site_id): run.unstored_end() for run in list(self._runs.values())}
         return {key: end for key, end in ends.items() if end is not None}
 
@@ -214,15 +214,16 @@ class Lane:
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
-        can = self._backend.capabilities  # read here: the preflight may have decided them
+        can = self._backend.capabilities  # only now, since the preflight may have changed them
         if can.files_beside and can.any_order:
             self._uploads = FileUploads(self.name, self.notify)
         active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():
-            # Cleared before anything is read: what comes later sets it again. Otherwise the lane could sleep through
-            # `begin_finish`, and the job would end at its deadline.
+            # Clear the event before anything is read, so that later news sets it again. Otherwise the lane could sleep
+            # through `begin_finish`, and the job would end only at its deadline.
             self._wake.clear()
-            # Read before the news: whoever calls `begin_finish` has notified of all rows, and none may be left out.
+            # Read `_ending` before the news. The caller of `begin_finish` has notified of all rows before. In the other
+            # order, the lane could miss the last rows.
             ending = self._ending
             with self._news_lock:
                 active |= self._news
@@ -232,7 +233,8 @@ class Lane:
                 self._store_ends()
                 return
             progressed, due = self._advance_runs(active, finishing=ending is not None)
-            # While others still deliver: a site that has sent much must not keep the others' runs from ending in time.
+            # Finish idle runs while others still deliver. Otherwise one site with many records would keep the runs of
+            # all other sites from ending in time.
             finish_due = None if ending is None else self._finish_idle_runs(active, ending)
             if progressed or self._stop.is_set():
                 continue
@@ -258,7 +260,7 @@ class Lane:
                 _log.warning("lane %s cannot read how far a run got: %s; it tries again", self.name, e)
                 due = min(due, now + _JOURNAL_RETRY_S)
                 continue
-            except Exception:  # what an earlier lane stored of it makes no sense. It costs this run, and not the lane.
+            except Exception:  # an earlier lane stored an invalid state of this run. Only this run must suffer from it.
                 _log.exception("lane %s cannot take up a run; its records stay in the journal", self.name)
                 active.discard(site)
                 continue
@@ -301,7 +303,7 @@ class Lane:
         return due
 
     def _end_runs(self, ending: _Ending) -> None:
-        """End the runs that are open although not all of them is confirmed: nobody may ever replay the job."""
+        """End the runs that are still open, although some records are not confirmed. Perhaps nobody replays the job."""
         left = [run for run in self._runs.values() if run.is_open()]
         while left and not self._stop.is_set():
             for run in left:

@@ -32,9 +32,9 @@ class RetryTimer:
     def failed(self, error: BaseException) -> bool:
         """Set the time of the next attempt. Return whether this is the first failure after a success.
 
-        A wait that the error names as ``retry_after_s`` is kept, whatever type a plugin gave it.
+        If the error names a wait as ``retry_after_s``, that wait is kept, whatever type the plugin gave it.
         """
-        # Of any error: open_run and flush may let one of the SDK's through that names a wait.
+        # Look at every type of error: open_run and flush may let an error of the SDK through that names a wait.
         asked = getattr(error, "retry_after_s", None)
         self._backend_asked = asked is not None
         self.not_before = time.monotonic() + self._backoff.next_wait_s(checked_wait_s(asked))

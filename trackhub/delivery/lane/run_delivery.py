@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delivering one run to one backend: open it, write its records, have them confirmed, finish it.
+"""Delivers one run to one backend: opens the run, writes its records, lets the backend confirm them, finishes the run.
 
-A `Lane` has one `RunDelivery` for each site, and has it do one piece of work at a time. Four parts do the details:
-`EntryReader` reads, `Isolation` holds what is to be written, `Cursor` counts, `RetryTimer` says when to try again.
+A `Lane` has one `RunDelivery` for each site, and calls it for one piece of work at a time. Four parts do the details:
+`EntryReader` reads records, `Isolation` holds what must be written, `Cursor` counts, and `RetryTimer` says when to try
+again.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ _TURN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
-# The states of a RunDelivery, and what leads from one to the next. In the last three, nothing more is done.
+# The states of a RunDelivery, and what leads from one state to the next. "stopped", "finished" and "unfinished" are
+# final: nothing more is done in them.
 #
-#   closed ──> open         open_run returned. A run is opened when it has records to deliver, or when an earlier
-#                           receiver opened it and could not finish it. Otherwise the store would show it as running.
+#   closed ──> open         open_run returned. A run is opened when it has records to deliver. It is also opened when an
+#                           earlier receiver opened it and could not finish it, since the store shows it as running.
 #   closed ──> closed       open_run failed. It is called again later.
 #   closed ──> stopped      open_run raised PermanentError, or the run holds records of another journal.
 #   closed ──> finished     The job ends, and the run has nothing to deliver.
-#   open   ──> open         Entries are written and confirmed. What fails is called again later.
-#   open   ──> stopped      trackhub itself raised, by a defect.
+#   open   ──> open         Entries are written and confirmed. A call that fails is made again later.
+#   open   ──> stopped      trackhub itself raised an error: a defect.
 #   open   ──> finished     The job ends, all is confirmed, and finish returned.
 #   open   ──> unfinished   The job ends, and not all is confirmed, or finish raised another error than TransientError.
 #   closed, open ──> unfinished    give_up: the lane ended before the run was finished, or it hangs.
@@ -86,7 +88,7 @@ class RunDelivery:
             info: what the backend is told of the run; ``resume_from`` is filled in here.
             flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
             stop: once set, no further batch is written.
-            uploads: writes files beside the rest; None to write everything in one order.
+            uploads: writes files in a second thread. None if this lane writes everything in one order.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -113,7 +115,7 @@ class RunDelivery:
 
     @property
     def results(self) -> Results | None:
-        """How a person looks at the run, as the backend last said it; None before it is open."""
+        """How a person looks at the run, as the backend said last. None before the run is open."""
         return self._cursor.progress.results
 
     def advance(self, *, flush_now: bool) -> bool:
@@ -130,14 +132,14 @@ class RunDelivery:
         if self._over:
             return False
         try:
-            if self._run is None:  # nothing is read before the run is open: only then is it known what to skip
+            if self._run is None:  # do not read before the run is open: only the open run says which records to skip
                 return (self._reader.has_more() or self._was_left_open or self._has_entries()) and self._open()
             return self._collect_files(self._run) or self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
             return False
         except Exception as e:
-            # A defect of trackhub. It costs this run, and not the lane with all runs.
+            # A defect of trackhub. It must stop this run only, and not the lane with all its runs.
             _log.exception("backend %s, run %s: it is stopped; its records stay in the journal", self._lane, self.site)
             self._cursor.note_error(e)
             self._end("stopped")
@@ -158,7 +160,7 @@ class RunDelivery:
             self._cursor.announce(self._reader.upto)
             if not self._write(run, batch):
                 return False
-        if not self._isolation.is_empty():  # all of it must wait for what is set aside
+        if not self._isolation.is_empty():  # every entry that is left must wait for an entry that is set aside
             return self._try_aside(run)
         return self._all_written(run)
 
@@ -190,7 +192,7 @@ class RunDelivery:
         return not self._isolation.is_empty() or bool(self._aside() or self._to_write)
 
     def _aside(self) -> list[Entry]:
-        """Return the entries that were read, and are neither stored nor rejected, while those behind them go on."""
+        """Return the entries that are neither stored nor rejected, although later entries are written already."""
         return self._isolation.aside() + (self._files.unsettled() if self._files is not None else [])
 
     def _new_isolation(self) -> Isolation:
@@ -210,18 +212,18 @@ class RunDelivery:
         if self._isolation.aside():
             dues.append(self._aside_timer.not_before)
         if not dues and self._isolation.is_empty() and self._files is not None and self._files.unsettled():
-            return math.inf  # the lane is notified when something came of a file
+            return math.inf  # the lane is notified when a file is written or has failed
         return max(self.timer.not_before, min(dues, default=0.0))
 
     def finish(self, status: RunStatus) -> None:
-        """End the run with this status, also if not all of it is confirmed. It is then marked as unfinished.
+        """End the run with this status. If some records are not confirmed, mark the run as unfinished.
 
-        How it ended is not stored yet: see `unstored_end`. If `is_over` is still False afterwards, call this again at
-        ``timer.not_before``.
+        This does not store how the run ended: see `unstored_end`. If `is_over` is still False afterwards, call this
+        again at ``timer.not_before``.
         """
         if self._run is None:
             self._over = self.is_idle()
-            if self._over and self._cursor.progress.state != "finished":  # by an earlier receiver
+            if self._over and self._cursor.progress.state != "finished":  # else an earlier receiver has finished it
                 self._end("finished")
             return
         state = "finished" if self.is_idle() else "unfinished"
@@ -240,7 +242,8 @@ class RunDelivery:
     def give_up(self, reason: str) -> None:
         """Mark the run as unfinished, unless it is over already.
 
-        Called by another thread, after the lane ended or while it hangs. That is not stored yet: see `unstored_end`.
+        Another thread calls it after the lane ended, or while the lane hangs. This does not store how the run ended:
+        see `unstored_end`.
 
         Args:
             reason: why; empty to keep the run's last error.
@@ -257,9 +260,10 @@ class RunDelivery:
             self._end("unfinished")
 
     def unstored_end(self) -> RunState | None:
-        """Return how the run ended, if the journal does not have that yet. The caller stores it, for all runs at once.
+        """Return how the run ended, if the journal does not have that yet. The caller stores it for all runs at once.
 
-        A transaction for each run would have to wait for each, if another program has the journal locked.
+        If another program has the journal locked, one transaction waits once. A transaction for each run would wait
+        each time.
         """
         return None if self._end_is_stored else self._cursor.state()
 
@@ -292,7 +296,7 @@ class RunDelivery:
             self._failed(e)
             return False
         self._run = run
-        self._cursor.progress.results = self._results()  # for whoever looks while the job runs; and again at its end
+        self._cursor.progress.results = self._results()  # a person may look while the job runs; asked again at its end
         self.timer.succeeded()
         if self._to_write:  # what an earlier lane had set aside
             self._add(run, self._to_write)
@@ -330,7 +334,7 @@ class RunDelivery:
         self._isolation.add(entries, self._backend.capabilities.max_batch)
 
     def _collect_files(self, run: BackendRun) -> bool:
-        """Count what came of the files that are written beside the rest. Return whether one is settled."""
+        """Count which files the second thread has stored, and which failed. Return whether one is settled."""
         outcomes = self._files.collect() if self._files is not None else []
         for outcome in outcomes:
             if outcome.error is not None:
@@ -352,7 +356,7 @@ class RunDelivery:
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write the first batch. Return False if the lane must wait before it writes the next one."""
         try:
-            # A copy, since a plugin may empty its list, and the counts are of this one.
+            # Hand over a copy. A plugin may change its list, and this one is counted afterwards.
             report = checked_report(run.write(list(batch)))
         except BaseException as e:
             return self._write_failed(batch, e)
@@ -361,7 +365,7 @@ class RunDelivery:
         return True
 
     def _take(self, batch: list[Entry], report: WriteReport | None) -> None:
-        """Count what came of a batch that the backend took."""
+        """Count the records of a batch that the backend took: which are stored, and which it rejected."""
         is_repeated = self._isolation.is_repeated()
         rejected: list[Rejection] = []
         if report is not None and report.rejected and not is_repeated:
@@ -374,7 +378,7 @@ class RunDelivery:
             self._cursor.count_stored(batch)
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
-        self._cursor.doubt(batch)  # a backend that stores record by record may have the first ones
+        self._cursor.doubt(batch)  # a backend that stores one record after another may have stored the first ones
         verdict = self._isolation.failed(error)
         if verdict.wait:
             self._failed(error)
@@ -393,7 +397,10 @@ class RunDelivery:
         return not verdict.wait
 
     def _try_aside(self, run: BackendRun) -> bool:
-        """Try one of the entries that are set aside. Their waits delay no other record. Return whether it has gone."""
+        """Try one of the entries that are set aside.
+
+        Their waits delay no other record. Return whether it is settled.
+        """
         if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
             return False
         if not (batch := self._isolation.next_aside()):

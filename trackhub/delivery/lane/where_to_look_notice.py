@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says how to look at the results of a job that runs, once its first runs are open at a backend.
+"""Logs how to look at the results of a running job, as soon as its first runs are open at a backend.
 
-A lane calls it. A job of a thousand sites gets a few lines, and not a thousand.
+A lane calls it. For a job of a thousand sites it logs a few lines, and not a thousand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class OpeningNotice:
-    """Logs each command, URL or path that opens runs of one backend, once. Used by the lane's thread alone."""
+    """Logs once each command, URL or path that opens runs of one backend. Used by the lane's thread alone."""
 
     def __init__(self, backend: str, run_folder: Path) -> None:
         """Log nothing yet.
@@ -34,11 +34,12 @@ class OpeningNotice:
         self._said: set[str] = set()
 
     def note(self, site_id: int, results: Results | None) -> None:
-        """Log how to open a run, unless that was logged before. None means that the run is not open, or has nothing.
+        """Log how to open a run, unless that was logged before.
 
         Args:
             site_id: the site's id in the journal.
-            results: what the backend says of the run.
+            results: how to look at the run, as the backend says it. None if the run is not open, or cannot be looked
+                at.
         """
         if results is None or site_id in self._sites:
             return

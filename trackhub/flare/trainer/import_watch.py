@@ -22,7 +22,11 @@ class ImportWatch:
         self._meta_path = meta_path
 
     def find_spec(self, name, path=None, target=None):
-        """Find a module. Python calls it for each import of a module that is not loaded yet."""
+        """Find a module. Python calls it for each import of a module that is not loaded yet.
+
+        Args:
+            name, path, target: as for the finders in ``sys.meta_path``.
+        """
         if name not in self._modules:
             return None
         for finder in list(self._meta_path):

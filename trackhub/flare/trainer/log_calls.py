@@ -73,8 +73,8 @@ class LogCalls:
 
         Args:
             original: FLARE's function.
-            attribute, taken: take the calls of a client API whose attribute of this name has this value. It is no
-                function, as for ``log_method``, since a call of one would cost a twentieth of the whole.
+            attribute, taken: take the calls of a client API whose attribute of this name has this value. A function, as
+                ``log_method`` has it, would cost a twentieth of the whole.
         """
         append, count_lost = self.writer.log, self.count_lost
 
@@ -93,7 +93,7 @@ class LogCalls:
         return log
 
     def count_lost(self, error: RecordError | SpoolError) -> None:
-        """Count and name a call that is no record, or that came after ``close``."""
+        """Count a call that cannot become a record or came after ``close``, and warn of it."""
         if isinstance(error, RecordError):
             self.writer.count_unconvertible(str(error))
             self._warn(f"a stock record was dropped: {error}")
@@ -171,7 +171,7 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
     if module.__name__ == "nvflare.client.tracking":
         module.log = calls.log_function(module.log, "_cj_fqcn", cell)  # type: ignore[attr-defined]
     elif hasattr(module, "CellClientAPI"):
-        # Of every rank, and also after the session has ended.
+        # Calls of every rank are taken, also after the session has ended.
         module.CellClientAPI.log = calls.log_method(module.CellClientAPI.log, is_taken)
     else:
         _take_metrics_sender(module.MetricsSender, cell, calls)

@@ -22,7 +22,7 @@ from trackhub.testing.version import KIT_VERSION
 
 __all__ = ["DeclarationChecks"]
 
-# Only the last word of a name decides: `server_url` is a URL, and `url_timeout_s` is none.
+# Only the last word of a name decides: `server_url` is a URL, and `url_timeout_s` is not.
 _HOST_NAME = re.compile(r"(?:^|_)(?:\w*(?:url|uri)|host(?:name)?|endpoint|server|address)s?$")
 _PATH_NAME = re.compile(r"(?:^|_)(?:\w*(?:path|dir)|file(?:name)?|folder)s?$")
 

@@ -22,7 +22,7 @@ _SIMILARITY = 0.75
 
 
 def contract_problems(cls: type, contract: type) -> Iterator[str]:
-    """Yield what is wrong with a contract class: checks that it removes or replaces, names that are no hook.
+    """Yield what is wrong with a contract class: checks that it removes or replaces, and names that are not hooks.
 
     Args:
         cls: the author's class.
@@ -31,7 +31,7 @@ def contract_problems(cls: type, contract: type) -> Iterator[str]:
     for name in sorted(set(dir(contract)) - _HOOKS):
         if name.startswith("__") or name == "pytestmark":
             continue
-        # Static, since looking up a fixture makes a new object every time.
+        # `getattr` would make a new object of a fixture at each lookup.
         theirs, ours = inspect.getattr_static(cls, name, None), inspect.getattr_static(contract, name)
         if theirs is ours:
             continue
@@ -59,7 +59,7 @@ def _unknown_names(cls: type, contract: type) -> Iterator[str]:
                 continue
             near = difflib.get_close_matches(name, _HOOKS, n=1)
             hint = f"Did you mean {near[0]}?" if near else "Begin a helper's name with an underscore"
-            yield f"{name} is no hook of the contract. {hint}"
+            yield f"{name} is not a hook of the contract. {hint}"
 
 
 def misspelt_methods(classes: Iterable[type], base: type[Backend[Any]] | type[BackendRun]) -> Iterator[str]:

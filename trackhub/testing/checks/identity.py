@@ -65,7 +65,7 @@ class IdentityChecks(ContractFixtures):
         scenarios[f"a site: {_DIFFICULT}"].check()
 
     def test_job_with_a_difficult_name(self, kit: Kit) -> None:
-        """So may a job's name."""
+        """A job's name may hold any characters, too."""
         rig = kit.rig(shared=True, job=new_job(_DIFFICULT)).start()
         _log_and_check([rig], "a job with a difficult name logged")
 

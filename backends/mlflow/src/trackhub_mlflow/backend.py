@@ -89,7 +89,7 @@ class MLflowBackend(Backend[MLflowOptions]):
         self._store: Store
         if self._file is None:
             self._store = RestStore(options.tracking_uri, timeout_s=options.timeout_s)
-            # Not with a file: two threads would wait for SQLite's lock, and a copy on this machine is quick.
+            # Only a server gets files beside metrics. In a file, both threads would wait for SQLite's lock.
             self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=True)
         else:
             self._store = SqliteStore(self._file)

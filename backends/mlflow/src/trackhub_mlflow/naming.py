@@ -2,8 +2,8 @@
 """How keys, tags and files are named in MLflow, so that two keys never become one.
 
 The core fits every logged key to `KEY_RULE` or `TAG_RULE` before this backend sees it. The functions here name what the
-core cannot know of: the parts of nested params, the tags of a job or an option, and the files among a run's artifacts.
-They escape a character in the way of the core, as ``_xHHHH_``.
+core does not know: parts of nested params, tags of a job or an option, and files of artifacts. They escape a character
+as the core does, as ``_xHHHH_``.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST"})
 class SqliteStore:
     """The store in one SQLite file, created when it is first used.
 
-    It implements `Store`, whose docstrings say what each method does.
+    It implements `Store`, whose docstrings say what each method does, takes and raises.
     """
 
     def __init__(self, file: Path) -> None:
@@ -147,7 +147,7 @@ class SqliteStore:
         if target is None:
             put_by_client(run.artifact_uri, path, content)
             return
-        # Written beside and renamed: a process that is killed here leaves no half of it under its name.
+        # Write another file and rename it, so that a killed process leaves no half of the artifact under its name.
         part = target.with_name(f".{uuid.uuid4().hex}.part")
         with _disk_errors(f"artifact {path}"):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ class ArtifactPaths:
     """Gives each artifact record of one run its path.
 
     The path is the artifact's key, with the step before the extension unless the step is 0. The record's position is
-    added if that path is taken: by another content, by a name that differs in case alone, or by a file where a folder
-    is needed. A record that is handed over again gets the same path again.
+    added if that path is taken. It is taken by another content, by a name that differs only in case, or by a file where
+    a folder is needed. A record that is handed over again gets the same path.
     """
 
     def __init__(self, store: Store, run: StoredRun, *, is_new: bool) -> None:

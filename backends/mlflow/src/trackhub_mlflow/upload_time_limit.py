@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the upload of an artifact may take, by the rate that was seen.
+"""How long the upload of an artifact may take, by the rate of earlier uploads.
 
-`RestStore` asks before each upload, and tells how it went. A proxy may take the whole file at once and pass it on
-slowly, so a silence says nothing until much time has passed. The lane uploads files beside metrics, so a long wait
-holds up none.
+`RestStore` asks before each upload, and reports the result. A proxy may take the whole file at once and pass it on
+slowly, so a long silence need not be an error. The lane uploads files beside metrics, so a long wait delays no metrics.
 """
 
 from __future__ import annotations
 
 __all__ = ["UploadLimit"]
 
-_FIRST_RATE = 64 << 10  # bytes per second: a slow line, before anything was seen
+_FIRST_RATE = 64 << 10  # bytes per second: a slow network, until the first upload
 _LOWEST_RATE = 1 << 10
-_SLACK = 4.0  # an upload may take so many times as long as the slowest one seen lately
+_SLACK = 4.0  # an upload may take this many times as long as the last one, byte for byte
 _MIN_BYTES = 256 << 10  # a smaller file says nothing of the rate
 
 
@@ -20,11 +19,11 @@ class UploadLimit:
     """The time limit of uploads to one server. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        """Start with a slow line."""
+        """Start with the rate of a slow network."""
         self._rate = float(_FIRST_RATE)
 
     def seconds(self, size: int) -> float:
-        """Return how long the upload of so many bytes may take."""
+        """Return how long the upload of this many bytes may take."""
         return size / self._rate
 
     def succeeded(self, size: int, took_s: float) -> None:

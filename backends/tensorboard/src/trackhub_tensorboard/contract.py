@@ -141,7 +141,7 @@ def _names(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 class _Tensors:
-    """The values in one run's event files that are no scalars, by kind."""
+    """The values in one run's event files that are not scalars, by kind."""
 
     def __init__(self, accumulator: EventAccumulator, names: Mapping[str, tuple[str, str]]) -> None:
         """Read the tensors of these tags, each given with its kind and key."""

@@ -76,7 +76,7 @@ def read_log(path: Path) -> LoggedRun:
     """Return what one ``.wandb`` file holds. The file may be open, or a crash may have torn it.
 
     Raises:
-        ValueError: the file is no such log, or a checksum is wrong.
+        ValueError: the file is not such a log, or a checksum is wrong.
     """
     run = LoggedRun(path.parent)
     for record in read_records(path):
@@ -89,14 +89,14 @@ def read_records(path: Path) -> Iterator[Any]:
     """Yield the records of a log, and stop before a record that is not whole.
 
     Raises:
-        ValueError: the file is no such log, or a checksum is wrong.
+        ValueError: the file is not such a log, or a checksum is wrong.
     """
     from wandb.proto import wandb_internal_pb2
 
     parse = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]  # made at import time
     data = path.read_bytes()
     if data[:4] != _MAGIC:
-        raise ValueError(f"{path} is no transaction log of W&B: it does not begin with {_MAGIC!r}")
+        raise ValueError(f"{path} is not a transaction log of W&B: it does not begin with {_MAGIC!r}")
     parts: list[bytes] = []
     for kind, body in _fragments(data):
         if kind in (1, 2):

@@ -106,7 +106,7 @@ class SdkRun:
         self._tags: dict[str, str] = dict(self.config.get("tags") or {})
         self._summary: dict[str, Any] = dict(self.config.get("summary") or {})
         for metric in (self._step_metric, self._round_metric):
-            # Without a summary: the last step and round of a run mean nothing beside its last loss.
+            # These metrics get no summary: the last step and round of a run say nothing about the result.
             run.define_metric(metric, summary="none")
         # With step_sync, the SDK would put the last step into rows that have none.
         run.define_metric("*", step_metric=self._step_metric, step_sync=False)

@@ -63,7 +63,7 @@ class UploadLog:
             try:
                 found = json.loads(line)
             except ValueError:
-                continue  # it is none of those that count
+                continue  # lines of another form do not count
             if isinstance(found, dict):
                 lines.append(found)
         return lines

@@ -105,7 +105,7 @@ class Server:
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._session is None:
             self._session = self._log_in()
-        # Not `allow_redirects`: requests would make a GET of it, and pass on the login.
+        # No redirect is followed: `requests` would change the POST into a GET, and pass on the login.
         reply = self._session.post(
             f"{self.login.base_url.rstrip('/')}/graphql", json=body, timeout=_TIMEOUT_S, allow_redirects=False
         )

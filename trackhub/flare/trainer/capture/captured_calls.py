@@ -29,7 +29,13 @@ class Replacements:
         self._done: list[tuple[Any, str, Any]] = []
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of a module or class."""
+        """Replace an attribute of a module or class.
+
+        Args:
+            owner: the module or class.
+            name: the attribute's name.
+            value: its new value.
+        """
         self._done.append((owner, name, vars(owner).get(name, _MISSING)))
         setattr(owner, name, value)
 
@@ -50,12 +56,12 @@ class Replacements:
 class CapturedCalls:
     """Makes the wrappers of one process. Thread-safe.
 
-    A wrapper leaves three kinds of calls to the SDK: those of trackhub's own threads, those of objects that were made
-    there, and those that an SDK makes of itself inside a call that is recorded.
+    A wrapper records the script's calls only. It passes three kinds of calls to the SDK unrecorded: calls in trackhub's
+    own threads, calls of objects that were made there, and calls that the SDK itself makes inside a recorded call.
 
     Attributes:
         writer: writes the records.
-        only: the calls are recorded in place of what the SDK does, not beside it.
+        only: the calls are recorded, and the SDK does nothing.
     """
 
     def __init__(self, writer: Writer, warn: Callable[[str], None], *, only: bool) -> None:
@@ -64,7 +70,7 @@ class CapturedCalls:
         Args:
             writer: writes the records. Somebody else closes it.
             warn: called with what the log should say. Each text is passed once.
-            only: record the calls in place of what the SDK does.
+            only: record the calls, and let the SDK do nothing.
         """
         self.writer = writer
         self.only = only
@@ -73,7 +79,7 @@ class CapturedCalls:
         self._inside = threading.local()
 
     def is_left_alone(self) -> bool:
-        """Return whether the present call is not one of the script."""
+        """Return whether the present call is not the script's own."""
         return getattr(self._inside, "busy", False) or is_own_thread()
 
     def wrap(
@@ -89,8 +95,8 @@ class CapturedCalls:
         Args:
             original: the SDK's function.
             record: called with the same arguments. It may raise anything.
-            instead: what to call in place of ``original`` where calls are only recorded. None returns None.
-            is_own: called with the same arguments: whether the object of the call is one of trackhub's own.
+            instead: with ``only``, what to call in place of ``original``. By default a function that returns None.
+            is_own: called with the same arguments; says whether the called object is trackhub's own.
         """
         inside, end = self._inside, (instead or _nothing) if self.only else original
 
@@ -108,7 +114,12 @@ class CapturedCalls:
         return call
 
     def quietly(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function of the SDK. What it logs of itself on the way is not recorded."""
+        """Call a function of the SDK. What the SDK logs meanwhile is not recorded.
+
+        Args:
+            function: the function.
+            args, kwargs: its arguments.
+        """
         before, self._inside.busy = getattr(self._inside, "busy", False), True
         try:
             return function(*args, **kwargs)
@@ -116,7 +127,9 @@ class CapturedCalls:
             self._inside.busy = before
 
     def attempt(self, about: Callable[..., Any], record: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Write a record. What raises is counted, with one warning for each function and kind of error.
+        """Write a record, or count the call if it cannot be recorded.
+
+        There is one warning for each function and type of error.
 
         Args:
             about: the SDK's function, for the message.
@@ -128,7 +141,7 @@ class CapturedCalls:
         """
         try:
             record(*args, **kwargs)
-        except Exception as e:  # whatever it was given, the script goes on
+        except Exception as e:  # the script must go on, whatever it has logged
             if is_of_signal_handler(e):
                 raise
             name = getattr(about, "__qualname__", repr(about))
@@ -138,7 +151,7 @@ class CapturedCalls:
                 self._warned.add(kind)
                 self._warn(
                     f"trackhub captured no record of a call of {name}: {detail}. It is counted as dropped, and the "
-                    "script goes on. Further calls like it are counted, and not shown"
+                    "script goes on. Further calls like it are counted without a warning"
                 )
 
 

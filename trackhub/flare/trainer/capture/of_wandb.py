@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures W&B: ``wandb.init(config=...)``, ``run.log``, ``run.config`` and ``run.summary``.
 
-A call of ``log`` without a step gets the one that W&B gives it. What a script puts into the summary gets keys such as
-``summary/best``, since it is no point of the curve of that name.
+A call of ``log`` without a step gets the step that W&B gives it. What a script puts into the summary gets keys such as
+``summary/best``, so that it does not become a point of the curve ``best``.
 """
 
 from __future__ import annotations

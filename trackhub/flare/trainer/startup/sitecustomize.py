@@ -31,8 +31,8 @@ _SDK_MODULES = (
 )  # as Capture.MODULES, which cannot be imported here
 
 
-class _Door:
-    """Has modules changed once they are loaded."""
+class _LogCallHooks:
+    """Changes modules that log once they are loaded, so that trackhub takes their log calls."""
 
     def __init__(self, cell, capture, spool):
         # Kept here, since a script may clear its environment.
@@ -80,12 +80,12 @@ def _prepare():
     cell, capture = os.environ.get("TRACKHUB_TAKE_OVER"), os.environ.get("TRACKHUB_CAPTURE")
     modules = (_FLARE_MODULES if cell else ()) + (_SDK_MODULES if capture else ())
     if modules and spool and sys.version_info >= (3, 11):
-        # Run and not imported, so that no module more is loaded.
+        # Run the file instead of importing it, so that no further module is loaded.
         names = {}
         with open(os.path.join(os.path.dirname(_FOLDER), "import_watch.py")) as file:
             exec(compile(file.read(), file.name, "exec"), names)
         watch = names.get("ImportWatch")
-        sys.meta_path.insert(0, watch(modules, _Door(cell, capture, spool).take, sys.meta_path))
+        sys.meta_path.insert(0, watch(modules, _LogCallHooks(cell, capture, spool).take, sys.meta_path))
     # The script then finds the path that it has without tracking. Its children get this folder from PYTHONPATH again.
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
 
@@ -97,6 +97,6 @@ except Exception:
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
 
 if _FOLDER not in sys.path:
-    # Where there is no other one, this raises the error that Python expects there, and Python goes on.
+    # If there is no other sitecustomize, this raises the error that Python expects, and Python goes on.
     sys.modules.pop("sitecustomize", None)
     import sitecustomize  # noqa: F401

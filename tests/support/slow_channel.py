@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A channel over a slow link that buffers: what was sent arrives in the end, also after its sender gave up waiting."""
+"""A slow channel that buffers: what was sent arrives in the end, also after the sender has given up waiting."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from concurrent.futures import Future
 
 from trackhub.delivery.channel import ChannelError
 
-__all__ = ["SlowLink"]
+__all__ = ["SlowChannel"]
 
 
-class SlowLink:
-    """Carries one request after another at so many bytes per second. Call ``close`` at the end.
+class SlowChannel:
+    """Carries one request after another at a given rate. Call ``close`` at the end.
 
     Attributes:
         is_cut: requests are lost.
@@ -31,7 +31,7 @@ class SlowLink:
 
     def __call__(self, data: bytes, timeout_s: float) -> bytes:
         if self.is_cut:
-            raise ChannelError("the link is cut")
+            raise ChannelError("the channel is cut")
         reply: Future[bytes] = Future()
         self._queue.put((data, reply))
         try:
@@ -40,7 +40,7 @@ class SlowLink:
             raise ChannelError(f"no reply within {timeout_s:g} s") from None
 
     def close(self) -> None:
-        """Lose what is still on its way."""
+        """Lose the requests that are still on their way."""
         self._closed.set()
         self._queue.put(None)
         self._thread.join()
