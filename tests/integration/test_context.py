@@ -17,7 +17,7 @@ from trackhub_wandb.offline_readback import read_log
 
 from tests.integration.harness import Job, JobResult, files_with
 from trackhub.errors import ConfigError
-from trackhub.flare.job_context import check_context, context_of_job, log_context
+from trackhub.flare.log_job_context import check_context, context_of_job, log_context
 from trackhub.flare.recipe import add_tracking
 from trackhub.flare.sender_widget import TrackhubSender
 

@@ -15,9 +15,9 @@ from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 
 from trackhub.errors import ConfigError
-from trackhub.flare.global_model import find_model
-from trackhub.flare.own_records import OwnRecords, ServerRecords
+from trackhub.flare.find_global_model import find_model
 from trackhub.flare.recipe import add_tracking
+from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
 
 
 class UsersPersistor(ModelPersistor):  # type: ignore[misc]  # FLARE has no types

@@ -12,8 +12,8 @@ from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, Rese
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.flare import receiver_widget, sender_widget
-from trackhub.flare.own_records import OwnRecords, SiteRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
 from trackhub.flare.sender_widget import TrackhubSender
 
 LIFECYCLE = [

@@ -21,7 +21,7 @@ from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payloa
 from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
-from trackhub.writer import adapters, figures_and_batches
+from trackhub.writer import adapters, convert_figures_and_tables
 
 NAMES = ["SummaryWriter", "WandBWriter", "MLflowWriter"]
 
@@ -206,9 +206,10 @@ def test_a_batch_of_images_is_the_grid_that_torch_makes() -> None:
     from torch.utils.tensorboard._utils import convert_to_HWC
 
     batch = np.arange(11 * 3 * 4 * 5, dtype=np.uint8).reshape(11, 3, 4, 5)
-    assert np.array_equal(figures_and_batches.image_grid(batch), convert_to_HWC(batch, "NCHW"))
+    assert np.array_equal(convert_figures_and_tables.image_grid(batch), convert_to_HWC(batch, "NCHW"))
     assert np.array_equal(
-        figures_and_batches.image_grid(batch[:3].transpose(0, 2, 3, 1), "NHWC"), convert_to_HWC(batch[:3], "NCHW")
+        convert_figures_and_tables.image_grid(batch[:3].transpose(0, 2, 3, 1), "NHWC"),
+        convert_to_HWC(batch[:3], "NCHW"),
     )
 
 
@@ -217,7 +218,7 @@ def test_a_pr_curve_is_the_one_that_torch_computes() -> None:
 
     generator = np.random.default_rng(7)
     labels, predictions, weights = generator.integers(0, 2, 200), generator.random(200), generator.random(200)
-    _, rows = figures_and_batches.pr_curve(labels, predictions, 100, weights)
+    _, rows = convert_figures_and_tables.pr_curve(labels, predictions, 100, weights)
     expected = compute_curve(labels, predictions, num_thresholds=100, weights=weights)
 
     # Torch puts a prediction into the bucket below it: the same curve to within one bucket of 100.

@@ -13,7 +13,7 @@ from tests.support.slow_channel import SlowChannel
 from tests.unit.helpers import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.delivery import wire
-from trackhub.delivery.batch_size_and_wait import BatchPace
+from trackhub.delivery.batch_size_and_timeout import BatchPace
 from trackhub.delivery.channel import ChannelError
 from trackhub.limits import Limits
 from trackhub.writer.writer import Writer

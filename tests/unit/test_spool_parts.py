@@ -17,10 +17,10 @@ from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.counts import count_stream
 from trackhub.spool.drops import Drops, DropsTold
 from trackhub.spool.layout import SEGMENT_HEADER, ledger_file
-from trackhub.spool.reserved_blocks import reason_of
 from trackhub.spool.room import Room, new_part
 from trackhub.spool.segment_writer import SegmentFile
 from trackhub.spool.skip_damage import DamageLog, find_sound_frame
+from trackhub.spool.write_on_full_disk import reason_of
 from trackhub.spool.writer_ledger import Ledger, read_ledger
 
 PLACE = Place(seq=0, segment=3, offset=100)

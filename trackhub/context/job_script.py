@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describes the script of this process: its command line without secrets, and the git commit that it is from.
 
-`trackhub.flare.job_context` calls it where a job is written. It runs git for up to three seconds, so nothing that
+`trackhub.flare.log_job_context` calls it where a job is written. It runs git for up to three seconds, so nothing that
 trains calls it.
 """
 

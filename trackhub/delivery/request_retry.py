@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from trackhub.delivery.batch_size_and_wait import BatchPace
+from trackhub.delivery.batch_size_and_timeout import BatchPace
 from trackhub.delivery.channel import Channel, ChannelError
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch, Busy, Reply, Request, decode_reply, encode

@@ -19,9 +19,9 @@ import msgspec
 
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.file_sender import FileSender, Ready
-from trackhub.delivery.flush_wait import SpoolPasses
 from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.sender_session import Session
+from trackhub.delivery.spool_passes import SpoolPasses
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,

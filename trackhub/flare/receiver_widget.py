@@ -41,7 +41,7 @@ from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
-from trackhub.flare.own_records import OwnRecords, ServerRecords
+from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 from trackhub.flare.task_events import asking_site

@@ -15,9 +15,9 @@ from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
-from trackhub.flare.job_context import context_of_job
-from trackhub.flare.own_records import OwnRecords
+from trackhub.flare.log_job_context import context_of_job
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.records_made_by_trackhub import OwnRecords
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.flare.stock_records import TakeOver
 from trackhub.limits import Limits

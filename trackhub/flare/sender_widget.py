@@ -37,8 +37,8 @@ from trackhub.flare.carried_metrics import CLIENTS, SERVER, ClientMetrics, check
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
 from trackhub.flare.install_log_hooks import LogCallSource
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
-from trackhub.flare.own_records import OwnRecords, SiteRecords
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 from trackhub.flare.trainer.capture import CaptureSetting

@@ -19,7 +19,7 @@ from trackhub.plain_files import read_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.layout import SEGMENT_HEADER
-from trackhub.spool.reserved_blocks import write_start
+from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["Ack", "Retired", "ack_file", "find_ack", "read_ack", "read_retired", "write_ack", "write_retired"]
 

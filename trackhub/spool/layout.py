@@ -37,8 +37,8 @@ from trackhub.framing import FORMAT_VERSION
 from trackhub.plain_files import make_private_folder, read_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.process_lock import ProcessLock
-from trackhub.spool.reserved_blocks import SPARES, make_spare, reason_of, write_start
 from trackhub.spool.round_file import RoundFile
+from trackhub.spool.write_on_full_disk import SPARES, make_spare, reason_of, write_start
 
 __all__ = [
     "SEGMENT_HEADER",

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from trackhub.plain_files import open_plain
-from trackhub.spool.reserved_blocks import write_start
+from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["RoundFile"]
 

@@ -18,10 +18,10 @@ from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.drops import Drops, DropsTold
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
-from trackhub.spool.reserved_blocks import reason_of
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.segment_writer import SegmentFile
+from trackhub.spool.write_on_full_disk import reason_of
 
 __all__ = ["CLOSED", "Stream"]
 

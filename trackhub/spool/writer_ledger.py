@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from trackhub.plain_files import open_plain
 from trackhub.process_lock import ProcessLock
-from trackhub.spool.reserved_blocks import write_start
+from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["DROP_REASONS", "LEFT_OUT_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trackhub.errors import RecordError
-from trackhub.writer import figures_and_batches
+from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
@@ -279,7 +279,7 @@ class MLflowWriter(AdapterBase):
         self._log_converted(
             "log_figure",
             artifact_file,
-            lambda: figures_and_batches.figure_png(figure, save_kwargs),
+            lambda: convert_figures_and_tables.figure_png(figure, save_kwargs),
             lambda png: self.writer.log_image(artifact_file, png),
         )
 
@@ -321,7 +321,7 @@ class MLflowWriter(AdapterBase):
         self._log_converted(
             "log_table",
             artifact_file,
-            lambda: figures_and_batches.table_of(data),
+            lambda: convert_figures_and_tables.table_of(data),
             lambda found: self.writer.log_table(artifact_file, *found),
         )
 

@@ -21,11 +21,11 @@ from trackhub.records import MAX_DEPTH, key_problem
 
 __all__ = [
     "as_mapping",
-    "is_of_signal_handler",
     "key_text",
     "plain_number",
     "plain_param",
     "plain_text",
+    "raised_by_signal_handler",
     "shown",
     "shown_error",
 ]
@@ -76,7 +76,7 @@ def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
         return "it has no text"
 
 
-def is_of_signal_handler(error: BaseException) -> bool:
+def raised_by_signal_handler(error: BaseException) -> bool:
     """Return whether a signal handler of the script raised this, while it interrupted a log call.
 
     A script's time limit may raise ``TimeoutError`` this way. Such an error is not about a value, and must reach the

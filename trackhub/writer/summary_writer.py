@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trackhub.writer import figures_and_batches
+from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.writer import Writer
 
@@ -134,7 +134,9 @@ class SummaryWriter(AdapterBase):
             dataformats: the names of its axes, such as ``HWC``. By default the shape says it.
             kwargs: as for ``add_scalar``.
         """
-        self._log_image("add_image", tag, global_step, figures_and_batches.with_channels_last, img_tensor, dataformats)
+        self._log_image(
+            "add_image", tag, global_step, convert_figures_and_tables.with_channels_last, img_tensor, dataformats
+        )
 
     def add_images(
         self,
@@ -155,7 +157,7 @@ class SummaryWriter(AdapterBase):
             dataformats: the names of its axes.
             kwargs: as for ``add_scalar``.
         """
-        self._log_image("add_images", tag, global_step, figures_and_batches.image_grid, img_tensor, dataformats)
+        self._log_image("add_images", tag, global_step, convert_figures_and_tables.image_grid, img_tensor, dataformats)
 
     def add_image_with_boxes(
         self, tag: str, img_tensor: Any, box_tensor: Any, global_step: int | None = None, *args: Any, **kwargs: Any
@@ -191,7 +193,7 @@ class SummaryWriter(AdapterBase):
             self._log_converted(
                 "add_figure",
                 key,
-                lambda one=one: figures_and_batches.figure_png(one, close=close),  # type: ignore[misc]
+                lambda one=one: convert_figures_and_tables.figure_png(one, close=close),  # type: ignore[misc]
                 lambda png, key=key: self.writer.log_image(key, png, global_step),  # type: ignore[misc]
             )
 
@@ -245,7 +247,7 @@ class SummaryWriter(AdapterBase):
         self._log_converted(
             "add_histogram_raw",
             tag,
-            lambda: figures_and_batches.histogram_of_buckets(min, bucket_limits, bucket_counts),
+            lambda: convert_figures_and_tables.histogram_of_buckets(min, bucket_limits, bucket_counts),
             lambda found: self.writer.log_histogram(tag, step=global_step, edges=found[0], counts=found[1]),
         )
 
@@ -274,7 +276,7 @@ class SummaryWriter(AdapterBase):
         self._log_converted(
             "add_pr_curve",
             tag,
-            lambda: figures_and_batches.pr_curve(labels, predictions, num_thresholds, weights),
+            lambda: convert_figures_and_tables.pr_curve(labels, predictions, num_thresholds, weights),
             lambda found: self.writer.log_table(tag, found[0], found[1], global_step),
         )
 
@@ -312,7 +314,7 @@ class SummaryWriter(AdapterBase):
         self._log_converted(
             "add_pr_curve_raw",
             tag,
-            lambda: figures_and_batches.table_of(columns),
+            lambda: convert_figures_and_tables.table_of(columns),
             lambda found: self.writer.log_table(tag, *found, global_step),
         )
 

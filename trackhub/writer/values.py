@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Summary, Table, Tags, Text, key_problem
-from trackhub.writer.figures_and_batches import table_of
+from trackhub.writer.convert_figures_and_tables import table_of
 from trackhub.writer.plain_values import (
     as_mapping,
-    is_of_signal_handler,
     key_text,
     plain_number,
     plain_param,
     plain_text,
+    raised_by_signal_handler,
     shown,
     shown_error,
 )
@@ -80,7 +80,7 @@ class BadValues:
             RecordError: only if ``strict``.
             Exception: a signal handler of the script raised it.
         """
-        if is_of_signal_handler(error):
+        if raised_by_signal_handler(error):
             raise error
         if not isinstance(error, RecordError):
             cause = error

@@ -18,9 +18,9 @@ from typing import Any, ParamSpec, Self
 from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.spool.writing import NewBlob, SpoolWriter
-from trackhub.writer.combined_log_calls import RichCalls
 from trackhub.writer.images import read_image
-from trackhub.writer.plain_values import is_of_signal_handler, shown, shown_error
+from trackhub.writer.log_figures_and_models import FigureAndModelCalls
+from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
@@ -46,7 +46,7 @@ _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
 
-class Writer(RichCalls):
+class Writer(FigureAndModelCalls):
     """Logs metrics, params, images and more from a training script, whatever the backend.
 
     Use it as a context manager, or call ``close``::
@@ -391,7 +391,7 @@ class Writer(RichCalls):
             RecordError, SpoolError: the writer is strict.
             Exception: a signal handler of the script raised it.
         """
-        if is_of_signal_handler(error):
+        if raised_by_signal_handler(error):
             raise error
         if not isinstance(error, RecordError | SpoolError):
             wrong = WrongCallError(f"{method}: {type(error).__name__}: {shown_error(error)}")

@@ -55,7 +55,9 @@ class _TimedOutError(TransientError):
 
 
 class RestStore:
-    """The store behind an MLflow server. It implements `Store`, whose docstrings say what each method does, takes and raises.
+    """The store behind an MLflow server.
+
+    It implements `Store`, whose docstrings say what each method does, takes and raises.
 
     Several threads may use it. Each has connections of its own, since a session of ``requests`` is for one thread.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.own_threads import is_own_thread
-from trackhub.writer.plain_values import is_of_signal_handler, shown_error
+from trackhub.writer.plain_values import raised_by_signal_handler, shown_error
 from trackhub.writer.writer import Writer
 
 __all__ = ["CapturedCalls", "Replacements"]
@@ -142,7 +142,7 @@ class CapturedCalls:
         try:
             record(*args, **kwargs)
         except Exception as e:  # the script must go on, whatever it has logged
-            if is_of_signal_handler(e):
+            if raised_by_signal_handler(e):
                 raise
             name = getattr(about, "__qualname__", repr(about))
             detail = str(e) if isinstance(e, RecordError) else f"{type(e).__name__}: {shown_error(e, 200)}"

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackhub.errors import RecordError
-from trackhub.writer.figures_and_batches import figure_png
+from trackhub.writer.convert_figures_and_tables import figure_png
 from trackhub.writer.plain_values import key_text, shown
 
 if TYPE_CHECKING:
     from trackhub.spool.writing import SpoolWriter
 
-__all__ = ["RichCalls"]
+__all__ = ["FigureAndModelCalls"]
 
 _DRAWING_S = 10.0
 _can_draw_plotly: bool | None = None  # None until the first figure. A failure takes seconds, so it is tried once.
 
 
-class RichCalls:
+class FigureAndModelCalls:
     """The methods of `Writer` that call its other methods."""
 
     _spool: SpoolWriter | None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the files in which FLARE's persistor has saved the global model. Written for nvflare 2.9.
 
-`trackhub.flare.own_records` asks for the best or the last model at the end of a job, on the server.
+`trackhub.flare.records_made_by_trackhub` asks for the best or the last model at the end of a job, on the server.
 """
 
 from __future__ import annotations

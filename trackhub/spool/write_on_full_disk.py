@@ -2,8 +2,8 @@
 """Writes the small files of a spool that must be written even when the disk is full.
 
 On a full disk, writers must go on counting drops, and the sender must go on deleting acknowledged files. Both need one
-small file per stream. `create_spool` reserves blocks of the disk for them, the spares. Ledgers and cursors are written
-through this module.
+small file per stream. For these files, `create_spool` reserves blocks of the disk, which are called spares. Ledgers and
+cursors are written through this module.
 """
 
 from __future__ import annotations

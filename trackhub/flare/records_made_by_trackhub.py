@@ -16,8 +16,8 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.delivery import FederationRun, has_streams
-from trackhub.flare.global_model import find_model
-from trackhub.flare.job_context import check_context, log_context, with_federation, with_machine
+from trackhub.flare.find_global_model import find_model
+from trackhub.flare.log_job_context import check_context, log_context, with_federation, with_machine
 from trackhub.plain_values_to_structs import convert
 from trackhub.system_metrics import SystemMetrics, check_interval
 from trackhub.writer.writer import Writer
@@ -56,19 +56,24 @@ class OwnRecords(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return msgspec.to_builtins(self) or None
 
 
-class SiteRecords:
-    """Logs at a client: its context once, and system metrics while the job runs."""
+class _Logs:
+    """What `SiteRecords` and `ServerRecords` have in common: what to log, and where to warn."""
 
     def __init__(self, own: OwnRecords, component: FLComponent) -> None:
-        """Prepare; ``start`` starts it.
+        """Log nothing yet.
 
         Args:
             own: what to log.
-            component: says in its log what could not be logged.
+            component: its log gets a warning for what cannot be recorded.
         """
         self._own = own
         self._component = component
-        self._metrics: SystemMetrics | None = None
+
+
+class SiteRecords(_Logs):
+    """Logs at a client: its context once, and system metrics while the job runs."""
+
+    _metrics: SystemMetrics | None = None
 
     def start(self, writer: Callable[[], Writer], spool: Path, fl_ctx: FLContext) -> None:
         """Log the context, and begin to measure. Never raises.
@@ -97,18 +102,8 @@ class SiteRecords:
             self._metrics.stop()
 
 
-class ServerRecords:
+class ServerRecords(_Logs):
     """Logs on the server into the federation run: the job's context when it starts, the global model when it ends."""
-
-    def __init__(self, own: OwnRecords, component: FLComponent) -> None:
-        """Prepare.
-
-        Args:
-            own: what to log.
-            component: says in its log what could not be logged.
-        """
-        self._own = own
-        self._component = component
 
     def begin(self, federation: FederationRun, fl_ctx: FLContext) -> None:
         """Log the context. Never raises."""
