@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_interval(interval_s: object) -> None:
-    """Check the seconds between two measurements where the job is written.
+    """Check the seconds between two measurements when the job is written.
 
     Raises:
         ConfigError: they are neither None nor a number of at least `MIN_INTERVAL_S`.

@@ -37,7 +37,7 @@ _MAX_WARNINGS = 20
 
 
 def check_flare_metrics(value: object, *, has_server_side: bool = True) -> None:
-    """Check a job's ``flare_metrics`` where the job is written.
+    """Check a job's ``flare_metrics`` when the job is written.
 
     Raises:
         ConfigError: it is not a list of sides, or it has the server though the server tracks nothing.

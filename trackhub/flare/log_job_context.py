@@ -43,7 +43,7 @@ Context = dict[str, Any]
 
 
 def check_context(context: object) -> None:
-    """Check a component's argument ``context`` where the job is written.
+    """Check a component's argument ``context`` when the job is written.
 
     Raises:
         ConfigError: it is neither None nor a mapping of names to plain values.

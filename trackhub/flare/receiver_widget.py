@@ -60,7 +60,7 @@ _IN_JOB_STORE = (
 
 
 def check_aggregate(patterns: object) -> None:
-    """Check the patterns of the keys to aggregate where the job is written.
+    """Check a job's ``aggregate`` when the job is written: patterns of the keys to aggregate.
 
     Raises:
         ConfigError: it is not a list of texts.
@@ -77,7 +77,7 @@ def _tuple(patterns: list[str] | None) -> tuple[str, ...] | None:
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     """Stores the records that arrive in a journal, and delivers them to the job's backends.
 
-    On the server it receives the records of all clients, and those that the server itself logs, as the run ``server``.
+    On the server it receives the records of all clients. Records that the server itself logs become the run ``server``.
     At a client it receives the records of that client's `TrackhubSender`, without a network. A wrong configuration or
     an unusable plugin stops the job before training. No other error of tracking stops a job.
     """
@@ -103,7 +103,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             federation: on the server, write the job's federation run.
-            aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
+            aggregate: patterns of the keys whose statistics the federation run has; None for the keys that are logged
+                once a round.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
                 gets. It then also records analytics events that its components fire with a type of their own.
             own_records: what trackhub logs itself into the federation run: ``context`` and ``log_model`` of
@@ -116,11 +117,11 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if not isinstance(backends, dict) or not all(isinstance(o, dict) for o in backends.values()):
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
         check_take_over(take_over)
-        JobLabels.of(job)  # checks them where the job is written
+        JobLabels.of(job)  # checks them when the job is written
         check_aggregate(aggregate)
         carried_metrics.check_flare_metrics(flare_metrics)
         self._own = ServerRecords(OwnRecords.of(own_records), self)
-        # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
+        # FLARE writes each argument into the job's configuration. It reads the value from the attribute of that name.
         self.backends = backends
         self.take_over = take_over
         self.limits = limits
@@ -266,7 +267,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             if operator.keep_days is not None and operator.state_dir is not None:
                 older = (Path(operator.state_dir), operator.keep_days)
                 threading.Thread(target=prune_older, args=older, name="trackhub-prune", daemon=True).start()
-        is_server = flare_internals.is_server(fl_ctx)  # only its receiver gets the records of all sites
+        is_server = flare_internals.is_server(fl_ctx)  # only the server's receiver gets the records of all sites
         core = Receiver(
             run_dir,
             state_dir=flare_internals.state_folder(fl_ctx, state_dir, job),
@@ -337,7 +338,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._others.close(_MIN_OWN_CLOSE_S)
         if self._own_sender is not None:
             left_s = self._limits.gate_s
-            if self._wait_end is not None:  # the time that the wait for the sites has left
+            if self._wait_end is not None:  # use what is left of the time for waiting
                 left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
             assert self._core is not None
             self._own_sender.close(left_s if has_streams(self._core.folder / "spool") else 0.0)

@@ -29,9 +29,9 @@ class OwnRecords(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     """What trackhub logs itself.
 
     Attributes:
-        context: what the job was made with, as plain values by name. None logs no context.
-        system_metrics: seconds between two measurements of a site's process and host; None for none.
-        log_model: which of FLARE's global models the federation run gets; None for none.
+        context: how the job was made, as plain values by name. None logs no context.
+        system_metrics: seconds between two measurements of a site's process and host. None measures nothing.
+        log_model: which of FLARE's global models the federation run gets. None logs no model.
     """
 
     context: dict[str, Any] | None = None

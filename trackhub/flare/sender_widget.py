@@ -105,14 +105,14 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
-            capture_only: record these calls in place of what the loggers do, not beside it.
+            capture_only: only record these calls; the loggers themselves then write nothing.
             flare_metrics: with ``"clients"`` in it, record the metrics that FLARE carries from here to the server.
             own_records: what trackhub logs itself at this site: ``context`` and ``system_metrics`` of `OwnRecords`.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if ``take_over`` is False or
-                ``"copy"``, and ``server_receiver`` is None or there is a policy: FLARE would then send what its own
-                writers log to the server. Also if ``flare_metrics`` names the server in such a case.
+            ConfigError: no receiver is named, or another argument is wrong. Also if the server must not get all that is
+                logged, since ``server_receiver`` is None or there is a policy, but FLARE would send it there, since
+                ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -124,10 +124,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 "send what its own writers log to the server. Leave take_over on, or track on the server as well"
             )
         check_flare_metrics(flare_metrics, has_server_side=server_receiver is not None)
-        CaptureSetting.of(capture, capture_only)  # checks it where the job is written
-        JobLabels.of(job)  # checks them where the job is written
+        CaptureSetting.of(capture, capture_only)  # checks it when the job is written
+        JobLabels.of(job)  # checks them when the job is written
         OwnRecords.of(own_records)
-        # FLARE writes into the job's configuration what it finds in attributes of the arguments' names.
+        # FLARE writes each argument into the job's configuration. It reads the value from the attribute of that name.
         self.server_receiver = server_receiver
         self.client_receiver = client_receiver
         self.take_over = take_over
@@ -287,7 +287,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             state_dir = self._operator.state_dir_for(state_dir, flare_internals.run_dir(fl_ctx))
         folder = flare_internals.state_folder(fl_ctx, state_dir, job) / "spool"
         spool = create_spool_anywhere(folder, info)
-        # An external trainer inherits the variable, and one in process reads it here. Both start later, at START_RUN.
+        # Trainers start later, at START_RUN. An external one inherits the variable, and one in this process reads it.
         self._spool = spool
         self._announced = spool_env(spool, site, job.id)
         os.environ[SPOOL_ENV] = self._announced
@@ -342,7 +342,10 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             remote.join()
 
     def _outcome(self, server: Sender | None) -> RunStatus:
-        """Return how this site's own receiver ends the run: as the server does, where the server has said it."""
+        """Return the status with which this site's own receiver ends the run.
+
+        If the server has said one, it is the same.
+        """
         told = server.job_status if server is not None else None
         return self._ending.status if told in (None, RunStatus.FINISHED) else told
 

@@ -44,7 +44,7 @@ TakeOver = bool | Literal["events", "copy"]
 
 
 def check_take_over(value: object) -> None:
-    """Check a job's ``take_over`` where the job is written.
+    """Check a job's ``take_over`` when the job is written.
 
     Raises:
         ConfigError: it has another value.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads from FLARE's events what the server hands to sites, what comes back, and what FLARE makes of it.
+"""Reads from FLARE's events which tasks the server hands to sites, which results come back, and what FLARE computes.
 
 `trackhub.flare.federation_watch`, `trackhub.flare.carried_metrics` and the receiver's widget call it. Written for
 nvflare 2.9, like `trackhub.flare.flare_internals`. It changes nothing in FLARE.
@@ -82,7 +82,7 @@ class ReturnedTask(NamedTuple):
 
 
 def asking_site(fl_ctx: FLContext) -> str:
-    """Return the site that asks the server for a task, by what it says of itself. Empty if it says nothing."""
+    """Return the site that asks the server for a task, as it names itself. Empty if it does not."""
     peer = fl_ctx.get_peer_context()
     return "" if peer is None else str(peer.get_identity_name(default=""))
 
@@ -150,8 +150,8 @@ def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:
 def evaluated_model(task: Any) -> str | None:
     """Return whose model a task of cross-site evaluation is about, or None if it is another task.
 
-    Controllers put the owner into the task's header or beside the model. Where the clients control the workflow, they
-    name no owner of a global model.
+    Controllers put the owner into the task's header or beside the model. In a workflow that the clients control, a
+    global model has no owner, so this returns ``global``.
     """
     if not isinstance(task, Shareable):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls back when Python has loaded one of some modules, before anybody uses it.
+"""Calls a function when Python has loaded a given module, before the importing code can use it.
 
 ``startup/sitecustomize.py`` runs this file, and `trackhub.flare.install_log_hooks` imports it. It imports no module,
 since a trainer's process must be as it would be without tracking.
@@ -7,13 +7,16 @@ since a trainer's process must be as it would be without tracking.
 
 
 class ImportWatch:
-    """Finds modules as Python does, and calls back when one of them is loaded. ``sys.meta_path`` holds it."""
+    """Finds modules as Python does, and calls a function when one of them is loaded.
+
+    It is put into ``sys.meta_path``.
+    """
 
     def __init__(self, modules, loaded, meta_path):
         """Watch for some modules.
 
         Args:
-            modules: their full names.
+            modules: the full names of the modules.
             loaded: called with each module once, in the thread that imports it. It must not raise.
             meta_path: ``sys.meta_path``.
         """
@@ -38,7 +41,7 @@ class ImportWatch:
         return None
 
     def _watch(self, loader):
-        """Make a loader call back after it has loaded its module."""
+        """Change a loader, so that it calls the function after it has loaded its module."""
         load = getattr(loader, "exec_module", None)
         if load is None:
             return

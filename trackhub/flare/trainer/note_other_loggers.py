@@ -2,7 +2,7 @@
 """Notes beside the spool which other loggers a site's scripts use, so that the report can name them.
 
 `trackhub.flare.trainer.capture` notes a logger in the process that uses it. The sender's widget reads the notes at the
-end of the job, and the delivery report says of a site without records what its scripts logged with.
+end of the job. If a site has no records, the delivery report names the loggers that its scripts used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sending metrics, params and tags in as few requests as MLflow's limits allow.
 
-`MLflowRun` calls ``send`` with what a batch of records became. If MLflow refuses a request, ``send`` halves it until it
-has found the item that MLflow refuses, and stores the rest.
+`MLflowRun` calls ``send`` with the items that it made from a batch of records. If MLflow refuses a request, ``send``
+halves it until it has found the item that MLflow refuses, and stores the rest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def send(store: Store, run_id: str, items: Sequence[Item]) -> list[Rejection]:
         items: what to store.
 
     Raises:
-        TransientError: at least one item is not stored. Send all of them again; MLflow recognizes those that it has.
+        TransientError: at least one item is not stored. Send all of them again; MLflow recognises those that it has.
     """
     rejections: list[Rejection] = []
     for batch in _batches(items):
@@ -69,7 +69,7 @@ def _send(store: Store, run_id: str, batch: Sequence[Item], rejections: list[Rej
             item = batch[0]
             rejections.append(Rejection(item.position, "refused_by_mlflow", f"{item.kind} {item.what.key!r}: {error}"))
             return
-        # Sending parts again is safe: MLflow checks a request before it stores any of it, and recognizes what it has.
+        # Sending parts again is safe: MLflow checks a request before it stores any of it, and recognises what it has.
         middle = len(batch) // 2
         _send(store, run_id, batch[:middle], rejections)
         _send(store, run_id, batch[middle:], rejections)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MLflow store in an SQLite file, written without a server by MLflow's own classes.
 
-The backend uses it where no server is configured. The artifacts lie in the folder ``mlartifacts`` beside the file, and
-``mlflow ui`` shows both wherever the folder is moved. For that, runs name their artifacts ``mlflow-artifacts:/…``, as
-on a server. MLflow would make a path absolute. A server that is started in the folder looks in ``./mlartifacts``.
+The backend uses it if no server is configured. The artifacts are in the folder ``mlartifacts`` beside the file. Both
+can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server, and not by a path, which would be
+absolute. ``mlflow ui``, started beside the file, looks for them in ``./mlartifacts``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SqliteStore:
                 try:
                     store.create_experiment(name, tags=tags)
                 except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another receiver was quicker
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # otherwise another receiver was quicker
                         raise
                 found = store.get_experiment_by_name(name)
             return Experiment(found.experiment_id, found.lifecycle_stage == "active", found.artifact_location)

@@ -45,7 +45,7 @@ def image_files(entry: Entry, image: Image, blob: Path, run_id: str) -> Iterator
         entry: the record, for its position, step and time.
         image: its payload.
         blob: the file that holds the image, PNG or JPEG.
-        run_id: ``RunInfo.run_id``. With the position it gives the same path on every delivery.
+        run_id: ``RunInfo.run_id``. Together with the position, it makes the paths the same on every delivery.
 
     Raises:
         UnreadableImageError: the content cannot be decoded.
@@ -95,7 +95,10 @@ def _cell(cell: Any) -> Any:
 
 
 def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield suffix and content of the image as PNG and of its thumbnail; of a huge image, only the logged content."""
+    """Yield suffix and content of the image as PNG, and of its thumbnail.
+
+    A huge image is yielded as it was logged, alone.
+    """
     from PIL import Image as Pillow
 
     try:

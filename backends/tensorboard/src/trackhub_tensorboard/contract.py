@@ -44,7 +44,7 @@ _ENTITIES = (("<br>", "\n"), ("&lt;", "<"), ("&amp;", "&"))
 
 
 class TensorBoardContract(BackendContract):
-    """What `TensorBoardBackend` passes."""
+    """The contract that `TensorBoardBackend` passes."""
 
     backend = TensorBoardBackend
     name = "tensorboard"
@@ -127,9 +127,9 @@ def read_folder(folder: Path) -> ReadBack:
 
 
 def _names(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return the kind and the key that each tag stands for, which the marks in the files say.
+    """Return the kind and the key that each tag stands for, as the marks in the files say.
 
-    A tag that no mark names was first used by a batch that is not whole.
+    A tag without a mark belongs to a batch that was not written completely.
     """
     names = {}
     for path in folder.glob("*.trackhub"):

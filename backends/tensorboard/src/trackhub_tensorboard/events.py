@@ -46,8 +46,8 @@ class Encoder:
 
     Attributes:
         new_tags: the tags that were given since the caller last emptied this list.
-        has_late_steps: whether a tag got a step that is not above its last one. It may be true where this did not
-            happen, and is never false where it did. TensorBoard's fast loader does not show all points then.
+        has_late_steps: whether a tag got a step that is not above its last one. Then TensorBoard's fast loader does not
+            show all points. It may be true although no tag did, but it is never false if one did.
     """
 
     def __init__(self, info: RunInfo, tags: Sequence[NewTag]) -> None:
@@ -76,8 +76,8 @@ class Encoder:
             OSError: an image's file cannot be read.
             TypeError: the entry holds a payload that TensorBoard cannot show. The caller rejects such entries.
         """
-        # Params and tags have no step. Their position is one that never repeats: TensorBoard's fast loader shows only
-        # the last value of a repeated step.
+        # Params and tags have no step, so their position takes its place. It never repeats: TensorBoard's fast loader
+        # shows only the last value of a repeated step.
         step = entry.position if entry.step is None else entry.step
         payload = entry.payload
         if isinstance(payload, Metrics):
@@ -114,7 +114,7 @@ class Encoder:
     def _scalars(self, time: float, step: int, values: dict[str, float]) -> bytes:
         """Return the frame of an event of scalars.
 
-        It fills in the last event with these keys again, which takes a third of the time of a new event.
+        The event of the last record with these keys is used again. That takes a third of the time of a new event.
         """
         keys = tuple(values)
         event, slots, last_step = self._scalar_events.get(keys) or self._scalar_event(keys)
@@ -137,15 +137,15 @@ class Encoder:
         return event, slots, last_step
 
     def _last_step(self, keys: tuple[str, ...]) -> list[int]:
-        """Return where the last step of these keys is kept: one list of one number for all that are logged together.
+        """Return a list of one number: the last step of these keys.
 
-        So a record is compared once, and not once for each key.
+        All keys that were logged together share one list. So a record's step is compared once, not for each key.
         """
         found = {id(known): known for key in keys if (known := self._scalar_steps.get(key))}
         last_step = [max((known[0] for known in found.values()), default=-1)]
         joined = {key for key, known in self._scalar_steps.items() if id(known) in found}
         self._scalar_steps.update(dict.fromkeys([*joined, *keys], last_step))
-        if found:  # the events that were made before keep their steps elsewhere
+        if found:  # the events made so far refer to the lists that this one replaces
             self._scalar_events.clear()
         return last_step
 

@@ -5,8 +5,8 @@
 
     frame = size (uint64) · crc of size (uint32) · payload (size bytes) · crc of payload (uint32)     little-endian
 
-Both checksums are CRC-32C, rotated and offset ("masked"), so that a checksum of data that holds checksums stays useful.
-`event_files`, `events` and `hparams_file` call this module.
+Both checksums are CRC-32C, rotated and offset ("masked"), since a plain checksum of data that holds its own checksum is
+weak. `event_files`, `events` and `hparams_file` call this module.
 
 Source: TensorFlow, ``core/lib/io/record_writer.h``; the same in ``tensorboard/summary/writer/record_writer.py`` 2.21.
 """

@@ -38,7 +38,7 @@ _TEXT = re.compile(r"<pre[^>]*>(.*)</pre>", re.DOTALL)
 
 
 class WandBContract(BackendContract):
-    """What `WandBBackend` passes when it writes files for ``wandb sync``."""
+    """The contract that `WandBBackend` passes when it writes files for ``wandb sync``."""
 
     backend = WandBBackend
     name = "wandb"
@@ -72,7 +72,10 @@ class WandBContract(BackendContract):
         return found
 
     def canonical_params(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A config is plain JSON, kept as a tree of its leaves. A value that refers to an artifact is its JSON text."""
+        """A config is plain JSON, kept as a tree of its leaves.
+
+        A value that refers to an artifact becomes JSON text.
+        """
         return {key: self._param(value) for key, value in params.items()}
 
     def _param(self, value: Any) -> Any:

@@ -83,7 +83,10 @@ def row_rule(step_metric: str, round_metric: str) -> KeyRule:
 
 
 def file_stem(key: str) -> str:
-    """Return the stem of a file name for a key: short, one path component, without ``..``, another one for each key."""
+    """Return the stem of a file name for a key.
+
+    It is short, one path component without ``..``, and unique for each key.
+    """
     stem = _UNSAFE.sub("_", key)[:_STEM_CHARS].lstrip(".")
     return stem if stem == key else f"{stem}-{_digest(key)}"
 

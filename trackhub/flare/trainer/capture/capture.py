@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures the SDKs that a job names, in one process, and notes the use of the others.
+"""Captures in one process the SDKs that a job names, and notes the use of other SDKs.
 
 An import watch calls it with each module of an SDK that Python has loaded. It hands the module to `of_tensorboard`,
 `of_wandb` or `of_mlflow`.
@@ -40,7 +40,7 @@ class CaptureSetting:
 
     Attributes:
         names: the SDKs: ``tensorboard``, ``wandb``, ``mlflow``.
-        only: record the calls in place of what the SDK does, not beside it.
+        only: record the calls, and let the SDK do nothing.
     """
 
     names: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class CaptureSetting:
         """Return what a job's configuration says.
 
         Args:
-            capture: the SDKs; None and empty for none.
+            capture: the SDKs; None or an empty list for none.
             capture_only: whether the SDKs' own destinations get nothing.
 
         Raises:
@@ -90,7 +90,7 @@ class Capture:
         """Prepare the capture. ``take`` does the work.
 
         Args:
-            setting: what to capture. Of the other SDKs, their use is noted in the spool's folder.
+            setting: what to capture. If the script uses another SDK, this is noted in the spool's folder.
             spool: the site's spool.
             writer: writes the records. Somebody else closes it.
             warn: called with what the log should say.
@@ -111,7 +111,7 @@ class Capture:
         name = _SDK_OF[module.__name__]
         replaced, note = Replacements(), functools.partial(self._note, name)
         try:
-            # Always noted: a captured SDK that is never used is worth a remark as well.
+            # The use of a captured SDK is noted, too: the report says if it was never used.
             _SDKS[name].watch(module, note, replaced)
             if name in self._setting.names:
                 _SDKS[name].capture(module, self._calls, replaced)

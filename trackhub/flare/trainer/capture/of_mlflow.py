@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures MLflow's log functions: the fluent ones (``mlflow.log_metric``), and those of ``MlflowClient``.
 
-Lightning's and Hugging Face's loggers and MLflow's autologging end in one of these.
+The loggers of Lightning and Hugging Face call these functions, and so does MLflow's autologging.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ARGUMENTS = {
     "log_artifact": ("local_path", "artifact_path"),
     "log_artifacts": ("local_dir", "artifact_path"),
 }
-"""The log functions, and those of their arguments that a record has, in the order in which the adapter takes them."""
+"""The log functions, and which of their arguments to pass to the adapter, in this order."""
 
 _WITHOUT_RECORD = ("log_stream", "log_input", "log_inputs", "log_outputs")
 _OWN_TAGS = "mlflow."  # tags that MLflow sets itself
@@ -103,7 +103,7 @@ def _record(adapter: MLflowWriter, name: str, given: Mapping[str, Any]) -> None:
 def _record_batch(adapter: MLflowWriter, given: Mapping[str, Any]) -> None:
     by_step: defaultdict[Any, dict[str, float]] = defaultdict(dict)
     for metric in given.get("metrics", ()):
-        if metric.key in by_step[metric.step]:  # the same metric twice in one step: two records
+        if metric.key in by_step[metric.step]:  # a metric twice in one step makes two records
             adapter.log_metrics(by_step.pop(metric.step), metric.step)
         by_step[metric.step][metric.key] = metric.value
     for step, metrics in by_step.items():
@@ -150,7 +150,7 @@ def watch(module: ModuleType, note: Callable[[], None], replaced: Replacements) 
 
 
 def _replace(replaced: Replacements, owner: Any, name: str, value: Any) -> None:
-    """Replace a function, also in the package that has handed it out already."""
+    """Replace a function in its module, and also in the package ``mlflow`` if that has imported it already."""
     package = sys.modules.get("mlflow")
     if isinstance(owner, ModuleType) and package is not None and vars(package).get(name) is getattr(owner, name):
         replaced.replace(package, name, value)

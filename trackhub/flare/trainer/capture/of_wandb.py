@@ -25,7 +25,7 @@ __all__ = ["MODULES", "capture", "watch"]
 _INIT, _RUN, _NOOP = "wandb.sdk.wandb_init", "wandb.sdk.wandb_run", "wandb.sdk.lib.noop_run"
 _CONFIG, _SUMMARY, _NO_SUMMARY = "wandb.sdk.wandb_config", "wandb.sdk.wandb_summary", "wandb.sdk.lib.disabled"
 MODULES = (_INIT, _RUN, _NOOP, _CONFIG, _SUMMARY, _NO_SUMMARY)
-"""The modules that define what a script calls. The last but two are those of a run with ``mode="disabled"``."""
+"""The modules that define what a script calls. ``_NOOP`` and ``_NO_SUMMARY`` are for runs with ``mode="disabled"``."""
 
 _own_runs: weakref.WeakSet[Any] = weakref.WeakSet()
 _steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -74,7 +74,7 @@ def watch(module: ModuleType, note: Callable[[], None], replaced: Replacements) 
 
 
 def _replace_init(module: ModuleType, call: Callable[..., Any], replaced: Replacements) -> None:
-    """Replace ``wandb.init``, also in the packages that have handed it out already."""
+    """Replace ``wandb.init`` in its module, and also in the packages that have imported it already."""
     original = module.init
     init = functools.wraps(original)(functools.partial(call, original))
     for owner in (module, sys.modules.get("wandb.sdk"), sys.modules.get("wandb")):
@@ -92,10 +92,10 @@ def _init(calls: CapturedCalls, original: Callable[..., Any], *args: Any, **kwar
         try:
             bound = inspect.signature(original).bind(*args, **kwargs)
         except TypeError:
-            return original(*args, **kwargs)  # which raises it, as without tracking
+            return original(*args, **kwargs)  # it raises the same error as without tracking
         bound.arguments["mode"] = "disabled"
         args, kwargs = bound.args, bound.kwargs
-    # On its way it sets config entries of its own, and those of the script again and again.
+    # `init` itself sets entries of the config, some of them several times. They are read once, when it has returned.
     run = calls.quietly(original, *args, **kwargs)
     calls.attempt(original, lambda: _log_config(calls.writer, None, dict(run.config.items())))
     return run
@@ -109,7 +109,7 @@ def _wrap(of: Any, calls: CapturedCalls, replaced: Replacements, record: Callabl
 
 
 def _log_config(writer: Writer, _: Any, key: Any, *value: Any, **more: Any) -> None:
-    """Record entries of a config. They are params: the first value of each key holds in most backends."""
+    """Record entries of a config. They become params, of which most backends keep the first value of each key."""
     entries = _entries(key, value)
     writer.log_params({k: v for k, v in entries.items() if not str(k).startswith("_")})
 
@@ -135,7 +135,7 @@ def _entries(key: Any, value: tuple[Any, ...]) -> Mapping[Any, Any]:
 def _log(
     writer: Writer, run: Any, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None, **more: Any
 ) -> None:
-    """Record a call of ``run.log``: its numbers as one record, and what else it has as texts, images and tables."""
+    """Record a call of ``run.log``: its numbers as one record, and its other values as texts, images and tables."""
     current = max(_steps.get(run, 0), getattr(run, "_local_step", 0)) if step is None else int(step)
     _steps[run] = current + 1 if (step is None and commit is None) or commit else current
     numbers = {}
@@ -164,7 +164,7 @@ def _named(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _log_media(writer: Writer, key: str, value: Any, step: int) -> None:
-    """Record one of W&B's media, or a figure of matplotlib. What no record can hold is counted."""
+    """Record one of W&B's media, or a figure of matplotlib. A value that no record can hold is counted."""
     kinds = {cls.__name__ for cls in type(value).__mro__ if cls.__module__.startswith("wandb.")}
     if hasattr(value, "savefig"):
         png = io.BytesIO()
@@ -177,5 +177,5 @@ def _log_media(writer: Writer, key: str, value: Any, step: int) -> None:
     elif "Table" in kinds:
         writer.log_table(key, [str(column) for column in value.columns], value.data, step)
     else:
-        # The other values of the call are recorded all the same, so the call is not an error.
+        # The other values of the call are recorded, so this does not raise.
         writer.count_unconvertible(f"{key!r}: trackhub has no kind of record for a {type(value).__name__}")

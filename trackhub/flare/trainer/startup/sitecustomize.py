@@ -3,9 +3,9 @@
 
 `trackhub.flare.install_log_hooks` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool. When
 the script imports a module that logs, of FLARE or of an SDK that the job captures, ``trackhub.flare.trainer`` is
-called. This file imports nothing that Python has not loaded by then, leaves no trace where nothing is announced, and
-runs the ``sitecustomize`` that it hides. Any Python may run it, also an old one, so it has no annotations and no
-f-strings.
+called. This file imports nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It
+hides another ``sitecustomize``, so it runs that one as well. An old Python may run this file, so it has no annotations
+and no f-strings.
 """
 
 import os
@@ -35,7 +35,7 @@ class _LogCallHooks:
     """Changes modules that log once they are loaded, so that trackhub takes their log calls."""
 
     def __init__(self, cell, capture, spool):
-        # Kept here, since a script may clear its environment.
+        # The values are kept here, since a script may clear its environment.
         self._cell = cell
         self._capture = capture
         self._spool = spool
@@ -86,14 +86,15 @@ def _prepare():
             exec(compile(file.read(), file.name, "exec"), names)
         watch = names.get("ImportWatch")
         sys.meta_path.insert(0, watch(modules, _LogCallHooks(cell, capture, spool).take, sys.meta_path))
-    # The script then finds the path that it has without tracking. Its children get this folder from PYTHONPATH again.
+    # Take this folder out again, so that the script's path is the same as without tracking. Its child processes get
+    # the folder from PYTHONPATH.
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
 
 
 try:
     _prepare()
 except Exception:
-    # It must neither fail a trainer nor print where its output is parsed; FLARE's messages carry the records.
+    # The trainer must go on, and its output may be parsed, so nothing is printed. FLARE's messages carry the records.
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
 
 if _FOLDER not in sys.path:
