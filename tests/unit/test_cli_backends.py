@@ -235,10 +235,10 @@ def test_without_an_operator_s_file_the_check_says_what_holds(tmp_path: Path, ma
         (
             'backends_allowed = ["goood", "jsonl"]\n'
             '[backends.good]\noptions = ["uri"]\n[backends.jsonl.fixed]\npath = 1',
-            ["no backend 'goood'", "'good' is not in backends_allowed", "'uri' is no option", "jsonl.path: expected"],
+            ["no backend 'goood'", "'good' is not in backends_allowed", "'uri' is not an option", "jsonl.path: expected"],
         ),
         ('[backends.good.fixed]\napi_key = "literal"', ["good.api_key: a secret must not be written"]),
-        ('[backends.good.values]\nno = ["*"]', ["backends.good.values: 'no' is no option; there are: api_key"]),
+        ('[backends.good.values]\nno = ["*"]', ["backends.good.values: 'no' is not an option; there are: api_key"]),
     ],
 )  # fmt: skip
 def test_a_wrong_operator_s_file_is_refused_with_all_its_problems(
@@ -255,7 +255,7 @@ def test_the_check_needs_the_workspace_of_a_site(tmp_path: Path) -> None:
     done = trackhub("backends", "--check", "--workspace", str(tmp_path))
 
     assert done.returncode == 1
-    assert "is no workspace of a FLARE site" in done.stderr
+    assert "is not the workspace of a FLARE site" in done.stderr
 
 
 def test_an_option_is_shown_with_its_default_and_its_meaning() -> None:

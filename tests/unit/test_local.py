@@ -377,7 +377,7 @@ def test_a_script_whose_disk_never_has_room_ends_as_it_would_without_tracking(
         assert writer.report is None
     assert threading.active_count() == before
     assert "database or disk is full. Training goes on" in caplog.text
-    assert "tracking could not end in order" in caplog.text
+    assert "tracking could not end normally" in caplog.text
 
 
 def test_to_close_never_raises_for_a_damaged_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

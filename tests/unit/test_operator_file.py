@@ -236,14 +236,14 @@ def test_state_dir_is_the_operator_s_or_in_the_job_s_folder(tmp_path: Path) -> N
     ("toml", "message"),
     [
         ("state_dir = 1", "state_dir: expected `str | null`"),
-        ('state_dir = "srv"', "state_dir: 'srv' is no absolute path"),
+        ('state_dir = "srv"', "state_dir: 'srv' is not an absolute path"),
         ("gate_s = 1", "unknown field `gate_s`"),
         ("[limits]\ngate_s = -1", "limits.gate_s"),
         ("[limits]\nno = 1", "limits.no: unknown limit"),
         ('[backends.wandb]\nhost = "x"', "backends"),
         ('[backends.wandb]\nhosts = "x"', "expected `array`"),
-        ('[backends.wandb]\nhosts = ["https://u@h"]', "backends.wandb.hosts: 'https://u@h' is no host"),
-        ('[backends.wandb]\npaths = ["x"]', "backends.wandb.paths: 'x' is no absolute path"),
+        ('[backends.wandb]\nhosts = ["https://u@h"]', "backends.wandb.hosts: 'https://u@h' is not a host"),
+        ('[backends.wandb]\npaths = ["x"]', "backends.wandb.paths: 'x' is not an absolute path"),
         ('[backends.wandb]\nsecrets = ["A B"]', "backends.wandb.secrets: 'A B' is neither"),
         ("x = ", "is not valid TOML"),
     ],
@@ -295,7 +295,7 @@ def test_the_operators_policy_and_the_jobs_both_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('forbid_kinds = ["images"]', "forbid_kinds: 'images' is no kind of record; there are: metrics, params"),
+        ('forbid_kinds = ["images"]', "forbid_kinds: 'images' is not a kind of record; there are: metrics, params"),
         ("[policy]\ndigit = 3", "policy: .*unknown field `digit`"),
         ('[policy]\ndeny = ["images:*"]', "policy.deny: .*expected one of metrics"),
         ("[policy]\ndigits = 0", "policy.digits: expected `int` >= 1"),
