@@ -235,7 +235,12 @@ def test_without_an_operator_s_file_the_check_says_what_holds(tmp_path: Path, ma
         (
             'backends_allowed = ["goood", "jsonl"]\n'
             '[backends.good]\noptions = ["uri"]\n[backends.jsonl.fixed]\npath = 1',
-            ["no backend 'goood'", "'good' is not in backends_allowed", "'uri' is not an option", "jsonl.path: expected"],
+            [
+                "no backend 'goood'",
+                "'good' is not in backends_allowed",
+                "'uri' is not an option",
+                "jsonl.path: expected",
+            ],
         ),
         ('[backends.good.fixed]\napi_key = "literal"', ["good.api_key: a secret must not be written"]),
         ('[backends.good.values]\nno = ["*"]', ["backends.good.values: 'no' is not an option; there are: api_key"]),
