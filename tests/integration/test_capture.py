@@ -22,7 +22,7 @@ import trackhub
 from tests.integration.harness import Job, read_tensorboard
 from trackhub.flare.trainer.capture import Capture
 from trackhub.framing import decode_body, scan_frames
-from trackhub.records import Histogram, Image, Metrics, Params, Record, Table, Tags, Text
+from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record, Table, Tags, Text
 from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
@@ -155,7 +155,12 @@ run = wandb.init(project="p", config={"lr": 1, "optim": {"a": 2}})
 wandb.log({"loss": 1.0})
 wandb.log({"loss": 0.5, "n": {"k": 3}}, commit=False)
 wandb.log({"accuracy": 0.25})
+try:
+    wandb.log({3: 1})
+except TypeError:
+    assert wandb.run.settings.mode != "disabled"  # as without trackhub. W&B has counted no step
 run.log({"late": 1.0}, step=7)
+run.log({"early": 1.0}, step=5)
 run.log({"note": "text", "image": wandb.Image(np.zeros((4, 4, 3), np.uint8), caption="c"),
          "h": wandb.Histogram(np.arange(5.0)), "t": wandb.Table(columns=["a"], data=[[1]]), "html": wandb.Html("<a>"),
          "two": [wandb.Image(np.zeros((4, 4, 3), np.uint8))] * 2, "x": 2.0})
@@ -164,6 +169,10 @@ wandb.config.z = 4
 run.config["y"] = 5
 wandb.run.summary["best"] = 0.9
 wandb.summary.update({"name": "x"})
+own = wandb.log_artifact("script.py", name="code", type="dataset")
+run.log_model("script.py", name="model")
+run.alert("title", "text")
+assert own is not None
 step = run.step
 wandb.finish()
 print(step)
@@ -179,7 +188,9 @@ def test_calls_of_wandb_become_records_with_the_steps_that_wandb_gives(spool: Pa
         (Metrics({"loss": 1.0}), 0),
         (Metrics({"loss": 0.5, "n/k": 3.0}), 1),
         (Metrics({"accuracy": 0.25}), 1),
+        (Metrics({"3": 1.0}), 2),
         (Metrics({"late": 1.0}), 7),
+        (Metrics({"early": 1.0}), 5),
         (Metrics({"x": 2.0}), 7),
         (Metrics({"summary/best": 0.9}), None),
     ]
@@ -189,7 +200,8 @@ def test_calls_of_wandb_become_records_with_the_steps_that_wandb_gives(spool: Pa
     assert [(p.key, step) for p, step in _of(records, Image)] == [("image", 7), ("two/0", 7), ("two/1", 7)]
     assert _of(records, Table) == [(Table("t", ["a"], [[1]]), 7)]
     assert [p.key for p, _ in _of(records, Histogram)] == ["h"]
-    assert _dropped(spool) == {"unconvertible": 1}
+    assert [(p.key, p.artifact_type) for p, _ in _of(records, Artifact)] == [("code", "dataset"), ("model", "model")]
+    assert _dropped(spool) == {"unconvertible": 2}
     assert bool(list((spool.parent / "work").glob("wandb/offline-run-*"))) is (mode == "beside")
 
 
@@ -205,7 +217,7 @@ with mlflow.start_run() as run:
     for _ in range(3):
         log_metric("m", 1.5)
     mlflow.log_metric("s", 2.0, step=4)
-    mlflow.log_metrics({"n": 2.5}, step=3)
+    mlflow.log_metrics({"n": 2.5}, step=3, synchronous=False).wait()
     mlflow.set_tag("t", "v")
     mlflow.log_text("hello", "a.txt")
     mlflow.log_dict({"a": 1}, "d.json")

@@ -6,18 +6,25 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.dxo import DXO, DataKind, MetaKey
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import EventScope, FedEventHeader, FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo
+from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants, ValidateType
+from nvflare.app_common.workflows.cross_site_eval import CrossSiteEval
 
 from tests.unit.helpers import read_spool
 from trackhub.errors import ConfigError
@@ -160,12 +167,54 @@ def test_the_server_records_what_it_gets_of_each_client(rig: Rig) -> None:
     assert len(rig.warned) == 1
 
 
+def submission(
+    name: str, props: dict[str, Any], *, received: float | None = None, result: Shareable | None = None
+) -> FLContext:
+    """Return the context of a result that the server gets, with FLARE's own entry of its task."""
+    given = Task(name, Shareable(), props=props)
+    client_task = ClientTask(Client("site-1", ""), given)
+    client_task.result_received_time = received
+    communicator = SimpleNamespace(process_task_check=lambda task_id, fl_ctx: client_task)
+    controller = SimpleNamespace(communicator=communicator)
+    context = FLContext()
+    runner = SimpleNamespace(current_wf=SimpleNamespace(controller=controller))
+    context.set_prop(FLContextKey.RUNNER, runner, private=True, sticky=False)
+    context.set_prop(FLContextKey.TASK_RESULT, result or metrics({"acc": 0.5}), private=True, sticky=False)
+    return context
+
+
+def test_an_evaluation_without_an_event_is_taken_from_its_task_once(rig: Rig) -> None:
+    watch, of_best = ServerMetrics(Engine(), rig), {AppConstants.META_DATA: {AppConstants.MODEL_OWNER: "best"}}
+    for context in (
+        submission("validate", of_best),
+        submission("validate", of_best, received=1.0),  # FLARE drops a second result of one task
+        submission("validate", of_best, result=make_reply(ReturnCode.EXECUTION_EXCEPTION)),
+        submission("train", of_best),
+        submission("validate", {AppConstants.META_DATA: {}}),
+        submission("validate", {AppConstants.MODEL_OWNER: "best"}),  # CrossSiteModelEval, which fires an event
+    ):
+        watch.handle_event(EventType.BEFORE_PROCESS_SUBMISSION, context)
+
+    assert rig.logged() == [({"cross_site/site-1/best/acc": 0.5}, None)]
+    assert rig.warned == []
+
+
+def test_cross_site_eval_keeps_the_owner_of_a_model_with_the_task() -> None:
+    model = FLModel(params={}, meta={AppConstants.MODEL_OWNER: "site-1"})
+
+    task = CrossSiteEval.__new__(CrossSiteEval)._prepare_task(model, AppConstants.TASK_VALIDATION, 0, print)
+
+    assert task.get_prop(AppConstants.META_DATA)[AppConstants.MODEL_OWNER] == "site-1"
+    assert "task_name=AppConstants.TASK_VALIDATION" in inspect.getsource(CrossSiteEval._send_validation_task)
+
+
 def test_an_event_of_another_type_is_recorded_once_and_goes_on(rig: Rig) -> None:
     context = event(analytics("mine"))
-    rig.take_custom(context)
-    rig.take_custom(context)  # FLARE's next event in this context finds the data again
-    rig.take_custom(event(None))
-    rig.take_custom(event(DXO(DataKind.WEIGHTS, {"w": 1.0})))
+    rig.take_custom("my_own", context)
+    rig.take_custom("my_own", context)  # FLARE's next event in this context finds the data again
+    rig.take_custom("my_own", event(None))
+    rig.take_custom("my_own", event(DXO(DataKind.WEIGHTS, {"w": 1.0})))
+    rig.take_custom(EventType.BEFORE_PULL_TASK, event(analytics("another")))  # FLARE's events carry none
 
     assert rig.logged() == [({"mine": 0.5}, 3)]
     assert context.get_prop(FLContextKey.EVENT_DATA).get_header(FedEventHeader.DIRECTION, "out") == "out"
@@ -178,7 +227,7 @@ def test_a_line_that_flare_logs_is_no_record_and_stays_at_the_site(rig: Rig, lev
     getattr(FLComponent(), level)(context, "a planted path", fire_event=True)
     assert context.get_prop(FLContextKey.EVENT_DATA) is not None
 
-    rig.take_custom(context)
+    rig.take_custom("my_own", context)
 
     assert read_spool(rig.folder) == {}
 

@@ -322,6 +322,89 @@ def test_a_virtual_environment_uses_the_trackhub_of_the_client_or_none(
     assert _metrics(spool) == ([({"a": 1.0}, None)] if has_trackhub else [])
 
 
+HOSTILE = """
+class Hostile:
+    def __eq__(self, other):
+        raise ValueError("mine")
+    __float__ = __str__ = __repr__ = __index__ = __hash__ = __len__ = __iter__ = __bool__ = __getattr__ = __eq__
+
+
+from types import SimpleNamespace
+from nvflare.client import tracking
+
+context, hostile, nested = SimpleNamespace(api=api()), Hostile(), {}
+nested["nested"] = nested
+tensorboard, wandb = tracking.SummaryWriter(context), tracking.WandBWriter(context)
+mlflow = tracking.MLflowWriter(context)
+api().log(hostile, hostile, hostile)
+api().log("key", 1.0, Type.SCALAR, global_step=hostile)
+api().log("model", object(), Type.MODEL)
+tensorboard.add_scalar(hostile, hostile, hostile)
+tensorboard.add_scalars("key", hostile)
+wandb.log(hostile)
+wandb.log(nested)
+mlflow.log_param(hostile, hostile)
+mlflow.log_text("text", hostile)
+tensorboard.add_scalar("key", 1.0, 1)
+print(left_to_flare)
+"""
+
+
+def test_no_call_raises_whatever_it_is_given(spool: Path) -> None:
+    assert _run(API + HOSTILE, _announced(spool)).strip() == "[]"
+    assert _metrics(spool) == [({"key": 1.0}, 1)]
+    (count,) = SpoolReader(spool, "server").counts().values()
+    assert (count.logged, sum(count.dropped.values())) == (10, 9)
+
+
+@pytest.mark.long
+def test_a_signal_handler_that_raises_in_a_call_reaches_the_script(spool: Path) -> None:
+    source = """
+    import signal
+
+    class Slow:
+        def __float__(self):
+            signal.raise_signal(signal.SIGALRM)
+            return 1.0
+
+    def handler(*args):
+        raise TimeoutError("the script's own time limit")
+
+    signal.signal(signal.SIGALRM, handler)
+    try:
+        scalar("a", Slow())
+    except TimeoutError as e:
+        print(e)
+    """
+
+    assert _run(API + textwrap.dedent(source), _announced(spool)).strip() == "the script's own time limit"
+
+
+def test_a_second_copy_of_trackhub_in_the_path_changes_nothing(spool: Path, tmp_path: Path) -> None:
+    """As where a trainer runs a job of its own: both copies watch the same imports."""
+    shutil.copytree(Path(trackhub.__file__).parent, tmp_path / "trackhub")
+    other = tmp_path / "trackhub" / "flare" / "trainer" / "startup"
+
+    assert _run(API + "scalar('a', 1.0)\nprint(left_to_flare)", _announced(spool, other)).strip() == "[]"
+    assert _metrics(spool) == [({"a": 1.0}, None)]
+
+
+@pytest.mark.long
+def test_exec_reload_and_the_end_of_the_process_lose_no_call(spool: Path) -> None:
+    """The script begins another one in its place, which loads FLARE's module anew, and logs when it ends."""
+    second = API + (
+        "import atexit, importlib, nvflare.client.cell.api as loaded\n"
+        "atexit.register(lambda: (scalar('end', 3.0), print(left_to_flare)))\n"
+        "scalar('a', 1.0)\n"
+        "CellClientAPI = importlib.reload(loaded).CellClientAPI\n"
+        "scalar('reloaded', 2.0)\n"
+    )
+    out = _run(f"import os, sys\nos.execv(sys.executable, [sys.executable, '-c', {second!r}])", _announced(spool))
+
+    assert out.strip() == "[]"
+    assert _metrics(spool) == [({"a": 1.0}, None), ({"reloaded": 2.0}, None), ({"end": 3.0}, None)]
+
+
 METRICS_SENDER = """
 import json
 from nvflare.apis.analytix import AnalyticsDataType as Type

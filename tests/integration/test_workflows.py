@@ -7,6 +7,7 @@ FLARE gave none, the trainer logs -1, and the record has no round.
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from nvflare.app_common.ccwf.comps.np_file_model_persistor import NPFileModelPer
 from nvflare.app_common.ccwf.comps.simple_model_shareable_generator import SimpleModelShareableGenerator
 from nvflare.app_common.np.np_model_persistor import NPModelPersistor
 from nvflare.app_common.shareablegenerators.full_model_shareable_generator import FullModelShareableGenerator
-from nvflare.app_common.workflows.cyclic_ctl import CyclicController
 from nvflare.app_common.np.np_model_locator import NPModelLocator
+from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator
+from nvflare.app_common.workflows.cross_site_eval import CrossSiteEval
 from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
+from nvflare.app_common.workflows.cyclic import Cyclic
+from nvflare.app_common.workflows.cyclic_ctl import CyclicController
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_common.workflows.scaffold import Scaffold
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
@@ -65,6 +69,7 @@ def client_controlled(workflow, external):
         )
     if workflow == "swarm, then evaluation":
         job.add_cross_site_eval(ccwf_job.CrossSiteEvalConfig(eval_task_timeout=60), persistor_id="persistor")
+        job.to_server(ValidationJsonGenerator())
     return job
 
 
@@ -72,7 +77,9 @@ def server_controlled(workflow, external):
     job = FedJob(name="job", min_clients=N)
     persistor = job.to_server(NPModelPersistor(model=MODEL), id="persistor")
     job.to_server(FullModelShareableGenerator(), id="generator")
-    if workflow == "cyclic":
+    if workflow == "Cyclic":
+        job.to_server(Cyclic(num_clients=N, num_rounds=3, persistor_id="persistor"))
+    elif workflow == "CyclicController":
         job.to_server(CyclicController(
             num_rounds=3, task_assignment_timeout=60, persistor_id="persistor", shareable_generator_id="generator"))
     elif workflow == "scatter and gather":
@@ -87,6 +94,9 @@ def server_controlled(workflow, external):
     if workflow == "FedAvg, then evaluation":
         job.to_server(NPModelLocator(), id="locator")
         job.to_server(CrossSiteModelEval(model_locator_id="locator"))
+        job.to_server(ValidationJsonGenerator())
+    if workflow == "FedAvg, then CrossSiteEval":
+        job.to_server(CrossSiteEval(server_models=[]))
     if workflow == "a controller that ends by itself":
         job.to_server(EndsByItself())
     job.to_clients(runner(external))
@@ -108,7 +118,7 @@ if __name__ == "__main__":
     make = client_controlled if workflow.startswith(("swarm", "cyclic by")) else server_controlled
     job = fedopt(external) if workflow == "FedOpt" else make(workflow, external)
     job.to_server(ServerLogger(), id="before_the_receiver")
-    sides = {"server": {"jsonl": {}}, "clients": {"jsonl": {}}}
+    sides = {"server": {"jsonl": {}, "tensorboard": {}}, "clients": {"jsonl": {}}}
     if sys.argv[4:] == ["flare_metrics"]:
         job.to_server(CustomSender(), id="a_sender")
         job.to_clients(CustomSender(), id="a_sender")
@@ -264,7 +274,8 @@ def _seen_and_round(job: JobResult, site: str) -> list[tuple[int, int | None]]:
 
 def _end(job: JobResult, site: str) -> str:
     """Return how the run of this site ended. Its own receiver and the server's must agree."""
-    ends = {read_jsonl(job.jsonl_file(receiver, site))[-1]["status"] for receiver in {"server", site}}
+    receivers = {"server"} if site == "federation" else {"server", site}
+    ends = {read_jsonl(job.jsonl_file(receiver, site))[-1]["status"] for receiver in receivers}
     assert len(ends) == 1, ends
     status: str = ends.pop()
     return status
@@ -275,6 +286,7 @@ def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> Non
     for site in [f"site-{i + 1}" for i in range(n_clients)]:
         points = _seen_and_round(job, site)
         assert [seen for seen, _ in points] == [int(fact.value) for fact in job.facts(site)]
+        assert [int(point.value) for point in job.tensorboard_points("server", site)] == [seen for seen, _ in points]
         assert points
         assert [(seen, number) for seen, number in points if seen != (-1 if number is None else number)] == []
 
@@ -283,18 +295,28 @@ def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> Non
     ("workflow", "external", "n_clients"),
     [
         ("swarm", False, 2),
-        pytest.param("cyclic by clients", False, 2, marks=pytest.mark.long),
-        pytest.param("swarm, then evaluation", False, 2, marks=pytest.mark.long),
         pytest.param("swarm", True, 2, marks=pytest.mark.long),
         pytest.param("swarm", False, 3, marks=pytest.mark.long),
+        pytest.param("cyclic by clients", False, 2, marks=pytest.mark.long),
         pytest.param("cyclic by clients", True, 3, marks=pytest.mark.long),
-        pytest.param("cyclic", False, 2, marks=pytest.mark.long),
-        pytest.param("cyclic", True, 3, marks=pytest.mark.long),
+        pytest.param("swarm, then evaluation", False, 2, marks=pytest.mark.long),
+        pytest.param("swarm, then evaluation", True, 3, marks=pytest.mark.long),
+        pytest.param("CyclicController", False, 2, marks=pytest.mark.long),
+        pytest.param("CyclicController", True, 3, marks=pytest.mark.long),
+        pytest.param("Cyclic", False, 3, marks=pytest.mark.long),
+        pytest.param("Cyclic", True, 2, marks=pytest.mark.long),
         pytest.param("scatter and gather", False, 3, marks=pytest.mark.long),
+        pytest.param("scatter and gather", True, 2, marks=pytest.mark.long),
+        pytest.param("FedAvg", False, 2, marks=pytest.mark.long),
         pytest.param("FedAvg", True, 3, marks=pytest.mark.long),
         pytest.param("FedAvg, then evaluation", False, 2, marks=pytest.mark.long),
+        pytest.param("FedAvg, then evaluation", True, 3, marks=pytest.mark.long),
+        pytest.param("FedAvg, then CrossSiteEval", False, 3, marks=pytest.mark.long),
+        pytest.param("FedAvg, then CrossSiteEval", True, 2, marks=pytest.mark.long),
         pytest.param("FedOpt", False, 2, marks=pytest.mark.long),
+        pytest.param("FedOpt", True, 3, marks=pytest.mark.long),
         pytest.param("Scaffold", False, 2, marks=pytest.mark.long),
+        pytest.param("Scaffold", True, 3, marks=pytest.mark.long),
     ],
 )
 def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, external: bool, n_clients: int) -> None:
@@ -322,14 +344,29 @@ def _values(job: JobResult, receiver: str, site: str) -> list[tuple[str, float, 
     return [(point.key, point.value, point.step, point.round) for point in job.jsonl_points(receiver, site)]
 
 
+def _evaluations_in_flares_file(job: JobResult) -> list[tuple[str, float, None]]:
+    """Return what FLARE itself says of cross-site evaluation, as the points that the server should have."""
+    found = json.loads((job.run_dir("server") / "cross_site_val" / "cross_val_results.json").read_text())
+    pairs = {(client, owner) for client, owners in found.items() for owner in owners}
+    assert pairs >= {(a, b) for a in ("site-1", "site-2") for b in ("site-1", "site-2")}
+    return [
+        (f"cross_site/{client}/{owner}/{metric}", value, None)
+        for client, owner in pairs
+        for metric, value in (
+            ("accuracy", found[client][owner]["accuracy"]), ("per/cat", found[client][owner]["per"]["cat"])
+        )
+    ]  # fmt: skip
+
+
 _SENT = [("flare/accuracy", 0.734512, number, number) for number in range(3)]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("external", [False, True])
-def test_metrics_that_flare_carries_are_records(tmp_path: Path, external: bool) -> None:
+@pytest.mark.parametrize("workflow", ["FedAvg, then evaluation", "FedAvg, then CrossSiteEval"])
+@pytest.mark.parametrize("external", [False, True], ids=["in process", "external"])
+def test_metrics_that_flare_carries_are_records(tmp_path: Path, workflow: str, external: bool) -> None:
     """Those of each model, of cross-site evaluation, of analytics events of another type, and early ones."""
-    job = _run(tmp_path, "FedAvg, then evaluation", external, 2, trainer=_EVALUATING_TRAINER, mode="flare_metrics")
+    job = _run(tmp_path, workflow, external, 2, trainer=_EVALUATING_TRAINER, mode="flare_metrics")
 
     assert job.rc == 0, job.log[-6000:]
     for site in ("site-1", "site-2"):
@@ -341,15 +378,28 @@ def test_metrics_that_flare_carries_are_records(tmp_path: Path, external: bool) 
         assert custom[:3] == [(0.125, 3, number) for number in range(3)]
         evaluated = {key: value for key, value, *_ in values if key.startswith("cross_site/")}
         assert {f"cross_site/{owner}/accuracy": 0.734512 for owner in ("site-1", "site-2")}.items() <= evaluated.items()
-    seen = dict(value[:2] for value in _values(job, "server", "server") if value[0].startswith("cross_site/"))
-    expected = [(a, b, m) for a in ("site-1", "site-2") for b in ("site-1", "site-2") for m in ("accuracy", "per/cat")]
-    assert seen.keys() >= {f"cross_site/{client}/{owner}/{metric}" for client, owner, metric in expected}
-    assert set(seen.values()) == {0.734512, 0.5}
+    seen = [value[:3] for value in _values(job, "server", "server") if value[0].startswith("cross_site/")]
+    assert sorted(seen, key=str) == sorted(_evaluations_in_flares_file(job), key=str)
     server = [value[:3] for value in _values(job, "server", "server") if value[0].startswith("planted")]
     assert server == [("planted_early", 0.25, 3), *[("planted_custom", 0.125, 3)] * 3]
     averages = {point.key: point.value for point in job.jsonl_points("server", "federation")}
     assert averages["aggregated/accuracy"] == averages["flare/accuracy/mean"] == pytest.approx(0.734512)
     assert job.report("server")["balanced"]
+
+
+@pytest.mark.long
+def test_metrics_are_records_where_clients_control_the_workflow(tmp_path: Path) -> None:
+    job = _run(tmp_path, "swarm, then evaluation", False, 2, trainer=_EVALUATING_TRAINER, mode="flare_metrics")
+
+    assert job.rc == 0, job.log[-6000:]
+    for site in ("site-1", "site-2"):
+        values = _values(job, "server", site)
+        assert values == _values(job, site, site)
+        assert [value for value in values if value[0] == "flare/accuracy"] == _SENT
+        evaluated = {key for key, *_ in values if key.startswith("cross_site/") and key.endswith("/accuracy")}
+        assert evaluated >= {f"cross_site/{owner}/accuracy" for owner in ("site-1", "site-2")}
+    seen = [value[:3] for value in _values(job, "server", "server") if value[0].startswith("cross_site/")]
+    assert sorted(seen, key=str) == sorted(_evaluations_in_flares_file(job), key=str)
 
 
 @pytest.mark.long

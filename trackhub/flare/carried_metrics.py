@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable, get_leaf_dxos
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
@@ -34,6 +35,7 @@ _EVALUATED = "cross_site"
 """The keys of results of cross-site evaluation begin with this. The owner of the model comes next."""
 
 _MAX_WARNINGS = 20
+_RESULT = "the result of an evaluation"
 
 
 def check_flare_metrics(value: object, *, has_server_side: bool = True) -> None:
@@ -120,11 +122,18 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
-        if event_type == task_events.EVALUATED and not flare_internals.is_from_another_process(fl_ctx):
-            self._metrics.attempt("the result of an evaluation", lambda: self._take(fl_ctx))
+        if flare_internals.is_from_another_process(fl_ctx):
+            return
+        if event_type == task_events.EVALUATED:
+            self._metrics.attempt(_RESULT, lambda: self._take(*task_events.evaluation_result(fl_ctx)))
+        elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
+            self._metrics.attempt(_RESULT, lambda: self._take_silent(fl_ctx))
 
-    def _take(self, fl_ctx: FLContext) -> None:
-        site, owner, result = task_events.evaluation_result(fl_ctx)
+    def _take_silent(self, fl_ctx: FLContext) -> None:
+        if (found := task_events.silent_evaluation_result(fl_ctx)) is not None:
+            self._take(*found)
+
+    def _take(self, site: str, owner: str, result: Any) -> None:
         if not site or not owner or not _holds_dxo(result):
             return  # a task that failed, which FLARE's log says
         # A relay sends a collection: the results of several clients.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. `cell_channel` also uses FLARE's
-cells, `trainer.log_calls` the log functions of an external trainer, which must load nothing else, and `task_events`
-the server's tasks. So these four files and their tests, ``tests/integration/test_flare_internals.py`` and
-``test_federation.py``, show whether a new release of FLARE still fits.
+The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. Four use more of FLARE:
+`cell_channel` the cells, `task_events` the server's tasks, `collab_calls` the calls of the Collab API, and
+`trainer.log_calls` the log functions of an external trainer. So these five files and their tests, of which
+``tests/integration/test_flare_internals.py`` is the first, show whether a new release still fits.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
         elif self.take_over and self._records_flare_metrics():
-            self._stock.take_custom(fl_ctx)
+            self._stock.take_custom(event_type, fl_ctx)
 
     def _records_flare_metrics(self) -> bool:
         return carried_metrics.SERVER in (self.flare_metrics or ())

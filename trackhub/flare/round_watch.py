@@ -18,6 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
 from trackhub.flare import flare_internals
+from trackhub.flare.collab_calls import watch_calls
 from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["ClientRounds", "ServerRounds"]
@@ -38,7 +39,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         Args:
             engine: FLARE's engine in this process.
             set_round: called with the round whenever it may have changed. It must not raise.
-            end: called with how a task ended. It must not raise.
+            end: called with how a task ended, or a call of the Collab API. It must not raise.
             take_result: called with a task's data and its result, where there is one. It must not raise.
         """
         super().__init__()
@@ -51,6 +52,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 self._controls_workflow = True
             else:
                 executor.execute = self._watched(executor.execute)
+                watch_calls(executor, end)
         flare_internals.add_first_handler(engine, self)
 
     def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:

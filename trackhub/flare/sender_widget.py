@@ -181,7 +181,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.ABOUT_TO_END_RUN:
             self._ending.decide(aborted=flare_internals.was_aborted(fl_ctx))
         elif self.take_over:
-            self._stock.take_custom(fl_ctx)
+            self._stock.take_custom(event_type, fl_ctx)
 
     def _job_policy(self) -> Policy | None:
         return None if self.policy is None else Policy.from_mapping(self.policy)

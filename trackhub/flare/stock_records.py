@@ -16,10 +16,12 @@ from typing import Literal
 
 from nvflare.apis.analytix import AnalyticsDataType, TrackConst
 from nvflare.apis.dxo import DataKind, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, LogMessageTag
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.app_common.app_event_type import AppEventType
 
 from trackhub.errors import ConfigError, RecordError, SpoolError
 from trackhub.flare import flare_internals
@@ -30,6 +32,11 @@ __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
 
 _LOG_LINES = frozenset(tag for name, tag in vars(LogMessageTag).items() if name.isupper())
 """The keys under which FLARE fires what its components write to the log."""
+_FLARES_EVENTS = frozenset(
+    value for owner in (EventType, AppEventType) for name, value in vars(owner).items() if name.isupper()
+)
+"""The types of the events that FLARE fires itself. None of them carries a record, and there are many of them."""
+
 _MAX_EARLY = 1000
 """How many records are kept until the spool is there. Further ones are counted as dropped."""
 
@@ -108,11 +115,13 @@ class StockRecords:
         if event is not None:
             self.write(event, by_message=flare_internals.came_as_message(fl_ctx))
 
-    def take_custom(self, fl_ctx: FLContext) -> None:
+    def take_custom(self, event_type: str, fl_ctx: FLContext) -> None:
         """Take the record in an event of another type, if it has one. FLARE goes on with the event.
 
         An ``AnalyticsSender`` with its own event type fires such events, for a component of the user.
         """
+        if event_type in _FLARES_EVENTS:
+            return
         event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
         if not isinstance(event, Shareable):
             return

@@ -35,6 +35,7 @@ __all__ = [
     "evaluation_result",
     "handed_task",
     "returned_task",
+    "silent_evaluation_result",
 ]
 
 ROUND_DONE: str = AppEventType.ROUND_DONE
@@ -89,21 +90,27 @@ def asking_site(fl_ctx: FLContext) -> str:
 
 def handed_task(fl_ctx: FLContext) -> HandedTask | None:
     """Return the task that is being handed out. Call it on the server, at BEFORE_TASK_DATA_FILTER."""
-    task_id = fl_ctx.get_prop(FLContextKey.TASK_ID)
-    # Use FLARE's own table: the site's name in the context is only what the peer says of itself.
-    communicator = fl_ctx.get_prop(FLContextKey.RUNNER).current_wf.controller.communicator
-    client_task = communicator.process_task_check(task_id, fl_ctx)
+    client_task = _client_task(fl_ctx)
     if client_task is None:
         return None
     data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
     return HandedTask(
-        id=str(task_id),
+        id=str(fl_ctx.get_prop(FLContextKey.TASK_ID)),
         name=str(client_task.task.name),
         site=str(client_task.client.name),
         targets=tuple(map(str, client_task.task.targets or ())),
         round=round_of_task(data),
         model_bytes=_array_bytes(data),
     )
+
+
+def _client_task(fl_ctx: FLContext) -> Any:
+    """Return FLARE's own entry of the present task, or None if the workflow does not wait for it.
+
+    Use it for the site: the site's name in the context is only what the peer says of itself.
+    """
+    communicator = fl_ctx.get_prop(FLContextKey.RUNNER).current_wf.controller.communicator
+    return communicator.process_task_check(fl_ctx.get_prop(FLContextKey.TASK_ID), fl_ctx)
 
 
 def returned_task(fl_ctx: FLContext) -> ReturnedTask | None:
@@ -170,6 +177,25 @@ def evaluation_result(fl_ctx: FLContext) -> tuple[str, str, Any]:
     """Return client, owner of the model and result of an evaluation. Call it on the server, at EVALUATED."""
     site, owner = fl_ctx.get_prop(AppConstants.DATA_CLIENT), fl_ctx.get_prop(AppConstants.MODEL_OWNER)
     return str(site or ""), str(owner or ""), fl_ctx.get_prop(AppConstants.VALIDATION_RESULT)
+
+
+def silent_evaluation_result(fl_ctx: FLContext) -> tuple[str, str, Any] | None:
+    """Return client, owner of the model and result of an evaluation for which FLARE fires no event of its own.
+
+    ``CrossSiteEval`` is such a workflow: like all that build on ``ModelController``, it keeps what belongs to a model
+    with the task. Call it on the server, at BEFORE_PROCESS_SUBMISSION. None if the result is another one, or one that
+    the workflow does not take, such as the second one of a task.
+    """
+    client_task = _client_task(fl_ctx)
+    if client_task is None or client_task.task.name != AppConstants.TASK_VALIDATION:
+        return None
+    if client_task.result_received_time is not None or client_task.task.completion_status is not None:
+        return None
+    meta = client_task.task.get_prop(AppConstants.META_DATA)
+    owner = meta.get(AppConstants.MODEL_OWNER) if isinstance(meta, Mapping) else None
+    return (
+        None if owner is None else (str(client_task.client.name), str(owner), fl_ctx.get_prop(FLContextKey.TASK_RESULT))
+    )
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -32,8 +32,12 @@ class ImportWatch:
         """
         if name not in self._modules:
             return None
+        # Python has asked those before this one. To ask them again would never end if one of them is another watch.
+        is_later = False
         for finder in list(self._meta_path):
-            if finder is not self and hasattr(finder, "find_spec"):
+            if finder is self:
+                is_later = True
+            elif is_later and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(name, path, target)
                 if spec:
                     self._watch(spec.loader)

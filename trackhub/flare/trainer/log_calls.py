@@ -19,6 +19,7 @@ from nvflare.apis.analytix import AnalyticsDataType
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.flare.trainer.process_writer import process_writer
+from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
 from trackhub.writer.writer import Writer
 
 __all__ = ["LogCalls", "take_in_trainer", "write_call"]
@@ -60,7 +61,7 @@ class LogCalls:
                 return
             try:
                 write_call(writer, key, value, data_type, more)
-            except (RecordError, SpoolError) as e:
+            except Exception as e:
                 count_lost(e)
 
         return log
@@ -86,19 +87,27 @@ class LogCalls:
                         return append({key: value}, more.get("global_step"))
                     if data_type is _METRICS:
                         return append(value, more.get("global_step"))
-                except (RecordError, SpoolError) as e:
+                except Exception as e:
                     return count_lost(e)
             return original(key, value, data_type, ctx=ctx, **more)
 
         return log
 
-    def count_lost(self, error: RecordError | SpoolError) -> None:
-        """Count a call that cannot become a record or came after ``close``, and warn of it."""
-        if isinstance(error, RecordError):
-            self.writer.count_unconvertible(str(error))
-            self._warn(f"a stock record was dropped: {error}")
-        else:
+    def count_lost(self, error: Exception) -> None:
+        """Count a call that cannot become a record or came after ``close``, and warn of it. Call it in ``except``.
+
+        Raises:
+            Exception: a signal handler of the script raised the error.
+        """
+        if isinstance(error, SpoolError):
             self._warn(f"a stock record came after the end of tracking: {error}")
+            return
+        if not isinstance(error, RecordError) and raised_by_signal_handler(error):
+            raise error
+        # What is no RecordError comes of a foreign object, such as a key that raises when it is hashed.
+        reason = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {shown_error(error)}"
+        self.writer.count_unconvertible(reason)
+        self._warn(f"a stock record was dropped: {reason}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
@@ -145,7 +154,7 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
             writer.log_image(key, value, step)
         case _:
             kind = getattr(data_type, "value", data_type)
-            raise RecordError(f"{key!r}: trackhub has no kind of record for FLARE's type {kind}")
+            raise RecordError(f"{shown(key)}: trackhub has no kind of record for FLARE's type {kind}")
 
 
 def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:

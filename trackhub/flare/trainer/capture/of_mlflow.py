@@ -43,6 +43,7 @@ _ARGUMENTS = {
 """The log functions, and which of their arguments to pass to the adapter, in this order."""
 
 _WITHOUT_RECORD = ("log_stream", "log_input", "log_inputs", "log_outputs")
+_ASYNC = "mlflow.utils.async_logging.run_operations"  # the modules that log import it
 _OWN_TAGS = "mlflow."  # tags that MLflow sets itself
 
 
@@ -87,7 +88,9 @@ def _given(signature: inspect.Signature, *args: Any, **kwargs: Any) -> Mapping[s
 
 
 def _answer(given: Mapping[str, Any]) -> Any:
-    """Return what ``log_param`` returns; None for all others."""
+    """Return what MLflow would: the value of a param, and something to wait for after an asynchronous call."""
+    if given.get("synchronous") is False:
+        return sys.modules[_ASYNC].RunOperations([])
     return given.get("value") if {"key", "value", "step"} & given.keys() == {"key", "value"} else None
 
 

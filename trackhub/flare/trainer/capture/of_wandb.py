@@ -18,6 +18,7 @@ from typing import Any
 
 from trackhub.flare.trainer.capture.captured_calls import CapturedCalls, Replacements
 from trackhub.own_threads import is_own_thread
+from trackhub.writer.adapters import WandBWriter
 from trackhub.writer.writer import Writer
 
 __all__ = ["MODULES", "capture", "watch"]
@@ -26,6 +27,10 @@ _INIT, _RUN, _NOOP = "wandb.sdk.wandb_init", "wandb.sdk.wandb_run", "wandb.sdk.l
 _CONFIG, _SUMMARY, _NO_SUMMARY = "wandb.sdk.wandb_config", "wandb.sdk.wandb_summary", "wandb.sdk.lib.disabled"
 MODULES = (_INIT, _RUN, _NOOP, _CONFIG, _SUMMARY, _NO_SUMMARY)
 """The modules that define what a script calls. ``_NOOP`` and ``_NO_SUMMARY`` are for runs with ``mode="disabled"``."""
+
+_FILES = ("log_artifact", "log_model")
+_WITHOUT_RECORD = ("alert", "log_code", "save", "watch")
+"""Further methods of a run that log. `WandBWriter` knows what they mean, and counts those that no record can hold."""
 
 _own_runs: weakref.WeakSet[Any] = weakref.WeakSet()
 _steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -45,14 +50,38 @@ def capture(module: ModuleType, calls: CapturedCalls, replaced: Replacements) ->
             _replace_init(module, functools.partial(_init, calls), replaced)
         case name if name in (_RUN, _NOOP):
             run = module.Run if name == _RUN else module.NoopRun
-            log = functools.partial(_log, writer)
-            replaced.replace(run, "log", calls.wrap(run.log, log, is_own=lambda run, *a, **k: run in _own_runs))
+            _replace_method(run, "log", functools.partial(_log, writer), calls, replaced)
+            adapter = WandBWriter(writer=writer)
+            for name in (*_FILES, *_WITHOUT_RECORD):
+                # It returns something to the script also where the run is disabled.
+                _replace_method(
+                    run, name, functools.partial(_call, getattr(adapter, name)), calls, replaced, goes_on=True
+                )
         case name if name == _CONFIG:
             _wrap(module.Config, calls, replaced, functools.partial(_log_config, writer))
         case name if name == _SUMMARY:
             _wrap(module.SummaryDict, calls, replaced, functools.partial(_log_summary, writer), "update")
         case _:
             _wrap(module.SummaryDisabled, calls, replaced, functools.partial(_log_summary, writer))
+
+
+def _replace_method(
+    run: Any,
+    name: str,
+    record: Callable[..., Any],
+    calls: CapturedCalls,
+    replaced: Replacements,
+    *,
+    goes_on: bool = False,
+) -> None:
+    if (original := vars(run).get(name)) is not None:
+        instead = original if goes_on else None
+        wrapped = calls.wrap(original, record, instead=instead, is_own=lambda run, *a, **k: run in _own_runs)
+        replaced.replace(run, name, wrapped)
+
+
+def _call(log: Callable[..., Any], _: Any, *args: Any, **kwargs: Any) -> None:
+    log(*args, **kwargs)
 
 
 def watch(module: ModuleType, note: Callable[[], None], replaced: Replacements) -> None:
@@ -136,8 +165,11 @@ def _log(
     writer: Writer, run: Any, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None, **more: Any
 ) -> None:
     """Record a call of ``run.log``: its numbers as one record, and its other values as texts, images and tables."""
-    current = max(_steps.get(run, 0), getattr(run, "_local_step", 0)) if step is None else int(step)
-    _steps[run] = current + 1 if (step is None and commit is None) or commit else current
+    # W&B's own counter, as it is before this call. A run that is disabled has none.
+    before = getattr(run, "_local_step", None)
+    before = _steps.get(run, 0) if before is None else before
+    current = before if step is None else int(step)
+    _steps[run] = max(before, current) + int(commit or (step is None and commit is None))
     numbers = {}
     for key, value in data.items():
         if isinstance(value, str):
