@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 TRAINERS := .venv-trainers
+NEWEST := .venv-newest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
@@ -11,7 +12,7 @@ SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests docs .ci/raise_versions.py $(wildcard backends/*/src backends/*/tests)
 
 # The long tests in parts, each of which runs alone as well: `make test-hostile`.
-LONG_PARTS := flare products kit faults seeds hostile trainers
+LONG_PARTS := flare products kit faults seeds hostile trainers newest
 SEEDS := tests/faults/test_random.py tests/faults/test_kills.py tests/faults/test_damaged_pages.py
 long_flare := tests/integration
 long_products := tests/e2e
@@ -23,7 +24,7 @@ long_hostile := tests/hostile
 test-seeds test-hostile test-kit: SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test trainers $(addprefix test-,all $(LONG_PARTS)) faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
+.PHONY: help setup demo test trainers newest $(addprefix test-,all $(LONG_PARTS)) faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -47,15 +48,26 @@ test: $(INSTALLED) ## run every test but the long ones
 
 trainers: $(TRAINERS)/.installed ## create .venv-trainers, with the trainers' libraries beside what .venv has
 
-# It sees all that .venv has, and what it installs itself comes first. So these libraries never change what the backends
-# are tested with. Python reads .pth files in the order of their names, and the one of the editable trackhub needs
-# `editables` from .venv.
+# An environment that sees all that .venv has, and in which what it installs itself comes first. So what it installs never
+# changes what the other tests run with. Python reads .pth files in the order of their names, and the one of the editable
+# trackhub needs `editables` from .venv.
+define beside
+$(BIN)/python -m venv $(1)
+$(1)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "00-beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
+endef
+
 $(TRAINERS)/.installed: $(INSTALLED)
 	@rm -f $@
-	$(BIN)/python -m venv $(TRAINERS)
-	$(TRAINERS)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "00-beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
+	$(call beside,$(TRAINERS))
 	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
 	@touch $@
+
+# Made anew each time, since the index may have newer ones by now. The upper bounds of the backends do not hold here.
+newest: $(INSTALLED) ## create .venv-newest, with the newest mlflow, wandb and tensorboard beside what .venv has
+	rm -rf $(NEWEST)
+	$(call beside,$(NEWEST))
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade mlflow wandb tensorboard
+	@$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(mlflow|wandb|tensorboard) '
 
 test-all: ## run every test: `test`, then the long ones in parts; about an hour and a half
 # A part that fails does not keep the next ones from running.
@@ -68,6 +80,10 @@ test-flare test-products test-kit test-faults test-seeds test-hostile: test-%: $
 
 test-trainers: $(TRAINERS)/.installed
 	$(TRAINERS)/bin/python -m pytest -m long tests/trainers $(ARGS)
+
+# Jobs with all backends, and what the backends' own tests check. A warning of a newer SDK is no failure here.
+test-newest: newest
+	PATH="$(abspath $(NEWEST))/bin:$(abspath $(BIN)):$$PATH" $(NEWEST)/bin/python -m pytest -m "" -W default $(SIDE_BY_SIDE) tests/e2e/test_all_backends.py $(wildcard backends/*/tests) $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
@@ -130,4 +146,4 @@ changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next
 
 clean: ## remove .venv and what the tools left behind
-	rm -rf $(VENV) $(TRAINERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(TRAINERS) $(NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

@@ -123,7 +123,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"limits.{unknown[0]}: unknown limit; there are: {', '.join(cls.__struct_fields__)}")
         found = {}
         for name in cls.__struct_fields__:
-            if environ is not None and (variable := ENV_PREFIX + name.upper()) in environ:
+            variable = ENV_PREFIX + name.upper()
+            if environ is not None and variable in environ and name not in values:
+                try:
+                    convert({name: environ[variable]}, cls, "limits")
+                except ConfigError as error:
+                    raise ConfigError(f"the environment variable {variable}: {error}") from error
                 found[name] = environ[variable]
         return convert({**found, **values}, cls, "limits")
 

@@ -287,7 +287,7 @@ class Results(msgspec.Struct, frozen=True):
     Attributes:
         url: the page that shows it.
         path: the file or folder that holds it, relative to the run folder; absolute where it lies outside.
-        command: the shell command that opens it, to be run in the run folder.
+        command: the shell command that opens it, to be run in the run folder. If there are several, each is a line.
     """
 
     url: str | None = None
@@ -301,8 +301,14 @@ class Results(msgspec.Struct, frozen=True):
             run_folder: where the job's run folder lies now.
         """
         path = None if self.path is None else str(run_folder.absolute() / self.path)
-        command = None if self.command is None else f"cd {shlex.quote(str(run_folder.absolute()))} && {self.command}"
+        go_there = f"cd {shlex.quote(str(run_folder.absolute()))} && "
+        command = None if self.command is None else "\n".join(go_there + line for line in self.command.split("\n"))
         return Results(self.url, path, command)
+
+    def openings(self) -> list[str]:
+        """Return what a person is shown: the commands, or else the page, or else the path. Empty if there is none."""
+        shown = self.url or self.path
+        return self.command.split("\n") if self.command else [shown] if shown else []
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Batch
 from trackhub.framing import encode_frame
 from trackhub.page.render import write_report
-from trackhub.records import Metrics, Params, Record, Text
+from trackhub.records import Metrics, Params, Payload, Record, Text
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request
@@ -36,10 +36,7 @@ FLAGS = (
 )
 WAIT_MS = 120_000  # a page takes a second; a busy machine may take very much longer
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; install it: apt-get install -y chromium"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install -y chromium")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-def opened(browser: Browser, path: Path, **options: Any) -> Page:
+def opened(browser: Browser, path: Path, *, has_charts: bool = True, **options: Any) -> Page:
     """Open a page whose every error and request to anywhere fails the test when it is closed."""
     page = browser.new_context(**options).new_page()
     page.set_default_timeout(WAIT_MS)
@@ -91,7 +88,8 @@ def opened(browser: Browser, path: Path, **options: Any) -> Page:
     page.on("console", note)
     page.on("request", ask)
     page.goto(path.as_uri())
-    page.wait_for_selector(".chart .main-svg")
+    if has_charts:
+        page.wait_for_selector(".chart .main-svg")
     page.faults = faults
     return page
 
@@ -134,6 +132,7 @@ def test_the_charts_and_tables_show_the_numbers_that_were_logged(browser: Browse
     close(page)
 
 
+@pytest.mark.long
 def test_the_controls_change_the_charts_by_keyboard_too(browser: Browser, report: Path) -> None:
     page = opened(browser, report)
     drawn(page, "val/acc")
@@ -156,6 +155,7 @@ def test_the_controls_change_the_charts_by_keyboard_too(browser: Browser, report
     close(page)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_a_site_has_one_colour(browser: Browser, report: Path, scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
@@ -175,6 +175,7 @@ def test_axe_finds_nothing_and_a_site_has_one_colour(browser: Browser, report: P
     close(page)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [360, 1400])
 def test_nothing_is_wider_than_the_screen_and_print_draws_every_chart(
     browser: Browser, report: Path, width: int
@@ -187,6 +188,7 @@ def test_nothing_is_wider_than_the_screen_and_print_draws_every_chart(
     close(page)
 
 
+@pytest.mark.long
 def test_hostile_names_and_texts_do_nothing(browser: Browser, tmp_path: Path) -> None:
     texts = [
         "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", '" onmouseover="alert(3)',
@@ -215,6 +217,67 @@ def test_hostile_names_and_texts_do_nothing(browser: Browser, tmp_path: Path) ->
     close(page)
 
 
+NAN = float("nan")
+ODD_JOBS: dict[str, dict[str, list[Payload]]] = {
+    "no record": {},
+    "params only": {"a": [Params({"lr": 0.1})], "b": [Params({"lr": 0.2})]},
+    "texts only": {"a": [Text("note", "")]},
+    "one point": {"a": [Metrics({"loss": 1.0})]},
+    "not a number": {"a": [Metrics({"loss": NAN})] * 3, "b": [Metrics({"loss": math.inf, "": NAN})]},
+    "long names": {"s" * 300: [Metrics({"k" * 500: 1.0, "a/" * 200: 2.0}), Params({"p" * 500: "v" * 5000})]},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ODD_JOBS)
+def test_a_job_with_little_in_it_is_a_page_without_errors(browser: Browser, tmp_path: Path, name: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    journal = Journal.open(tmp_path / "run" / "trackhub" / "trackhub.db", job=name, side="server")
+    for site, payloads in ODD_JOBS[name].items():
+        records = [Record(i, 1000.0 + i, None, None, payload) for i, payload in enumerate(payloads)]
+        journal.append(journal.add_site(site, 1000.0), batch_of(records), {})
+    journal.close()
+    write_report(tmp_path / "run", tmp_path / "page.html")
+    keys = {key for payloads in ODD_JOBS[name].values() for p in payloads if isinstance(p, Metrics) for key in p.values}
+
+    page = opened(
+        browser, tmp_path / "page.html", has_charts=bool(keys), viewport={"width": 360, "height": 700}, bypass_csp=True
+    )
+    for summary in page.locator("summary").all():
+        summary.click()
+    violations = Axe().run(page).response["violations"]
+
+    assert page.locator("#metrics article").count() == len(keys)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert [(found["id"], [node["target"] for node in found["nodes"]]) for found in violations] == []
+    close(page)
+
+
+@pytest.mark.long
+def test_a_job_of_hundreds_of_sites_and_thousands_of_keys_opens_in_seconds(browser: Browser, tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "run" / "trackhub" / "trackhub.db", job="big", side="server")
+    for number in range(200):
+        records = [
+            Record(step, 1000.0 + step, step, step, Metrics({f"group-{k % 9}/k{k:04}": k + step for k in range(2000)}))
+            for step in range(2)
+        ]
+        journal.append(journal.add_site(f"site-{number}", 1000.0), batch_of(records), {})
+    journal.close()
+    write_report(tmp_path / "run", tmp_path / "page.html")
+
+    page = opened(browser, tmp_path / "page.html", viewport={"width": 360, "height": 700})
+
+    assert (tmp_path / "page.html").stat().st_size < 30_000_000
+    assert page.locator("#metrics article").count() == 100
+    assert [len(drawn(page, "group-0/k0000")), page.locator(".chip").count()] == [200, 200]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert "760,000 values are not shown" in page.locator(".problems").inner_text()
+    assert page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd") < WAIT_MS / 4
+    close(page)
+
+
+@pytest.mark.long
 def test_a_million_points_are_drawn_from_two_thousand_with_their_peaks(browser: Browser, tmp_path: Path) -> None:
     journal = Journal.open(tmp_path / "run" / "trackhub" / "trackhub.db", job="m", side="server")
     site = journal.add_site("s", 0.0)

@@ -22,7 +22,7 @@ from tests.integration.poc import SITES, Poc, PocResult, poc, wandb
 
 __all__ = ["poc", "wandb"]  # the fixtures: pytest finds them by their names here
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")]
+pytestmark = pytest.mark.long
 
 TRAINER = """
 from trackhub import Writer

@@ -418,7 +418,6 @@ def test_in_process_each_call_is_there_once_beside_a_lane_that_calls_the_same_sd
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 @pytest.mark.parametrize("external", [False, True], ids=["in_process", "external"])
 def test_a_site_that_logged_nothing_is_named_with_the_likely_reason(tmp_path: Path, external: bool) -> None:
     trainer = """
@@ -440,7 +439,6 @@ def test_a_site_that_logged_nothing_is_named_with_the_likely_reason(tmp_path: Pa
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 def test_an_external_trainer_is_captured_and_client_side_only_sends_nothing(tmp_path: Path) -> None:
     from tests.integration.harness import files_with
 

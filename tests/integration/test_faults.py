@@ -191,7 +191,6 @@ def test_a_receiver_that_never_answers_is_waited_for_once_and_not_in_every_round
     assert "site site-1: 60 records were not acknowledged; they stay in" in result.log
 
 
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 def test_a_killed_external_trainer_loses_no_record_whose_call_had_returned(tmp_path: Path) -> None:
     trainer = """
     import random, signal, threading

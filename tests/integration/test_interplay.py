@@ -68,7 +68,6 @@ writer.log({"last": 1.0})
 """
 
 
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 @pytest.mark.parametrize(
     ("external", "count", "pause_s"),
     [

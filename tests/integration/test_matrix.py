@@ -123,7 +123,6 @@ def _run(folder: Path, tracking: dict[str, Any], external: bool) -> JobResult:
     return job.run()
 
 
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 @pytest.mark.parametrize(
     ("sides", "external"),
     [

@@ -66,7 +66,6 @@ def _collected(result: JobResult, name: str) -> Counter[tuple[int, float]]:
 @pytest.mark.parametrize(
     "external", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in_process", "external"]
 )
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 def test_with_copy_all_consumers_get_all_and_a_site_without_sender_is_recorded(tmp_path: Path, external: bool) -> None:
     """The consumers of both sites get everything once, trackhub too, and the report names the site without a sender."""
     tracking = {"server": ["jsonl", "tensorboard"], "take_over": "copy"}

@@ -74,7 +74,6 @@ class Forger(Widget):
 TRAINER = FIFTY_CALLS + 'fact(lambda: writer.log({"last": 1.0}), {"last": 1.0})\n'
 
 
-@pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 @pytest.mark.parametrize(
     ("external", "swap_cell"),
     [

@@ -216,12 +216,17 @@ def test_a_plain_fed_job_is_served_as_a_recipe_is(script: str, tmp_path: Path) -
     assert client["trackhub_sender"]["args"] == {"server_receiver": None, "client_receiver": "trackhub_receiver"}
 
 
-def test_an_external_trainer_gets_time_to_finish_its_script(script: str, tmp_path: Path) -> None:
+def test_an_external_trainer_gets_time_to_finish_its_script_without_a_warning(
+    script: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FLARE's own default is 0, so a warning would greet everybody who did nothing wrong."""
+    caplog.set_level("INFO", "trackhub")
     recipe = _recipe(script, launch_external_process=True)
 
-    with pytest.warns(UserWarning, match="shutdown_timeout of 1 external trainer"):
-        add_tracking(recipe, server=["jsonl"])
+    add_tracking(recipe, server=["jsonl"])
 
+    (said,) = [record for record in caplog.records if "shutdown_timeout of 1 external trainer" in record.getMessage()]
+    assert said.levelname == "INFO"
     executors = _config(_export(recipe, tmp_path / "out"), "app", "config_fed_client.json")["executors"]
     assert executors[0]["executor"]["args"]["shutdown_timeout"] == 30.0
 

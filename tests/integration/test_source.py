@@ -19,7 +19,6 @@ import pytest
 from tests.integration.harness import Job, JobResult, files_with
 from tests.integration.test_matrix import SERVER_PARTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:trackhub. shutdown_timeout")
 SITES = ("site-1", "site-2")
 
 TRAINER = """

@@ -279,6 +279,27 @@ def test_a_running_job_and_a_site_with_too_many_keys_are_named(tmp_path: Path) -
     assert len(page.charts("lines")) == 2000
 
 
+def test_of_hundreds_of_sites_fewer_keys_are_shown_and_the_page_says_so(tmp_path: Path) -> None:
+    values = {f"k{i:03}": float(i) for i in range(150)}
+
+    page = page_of(job(tmp_path, {f"s{n}": [Metrics(values)] for n in range(200)}))
+
+    charts = page.charts("lines")
+    assert sorted(charts) == [f"k{i:03}" for i in range(100)]
+    assert {len(chart["lines"]) for chart in charts.values()} == {200}
+    assert "10,000 values are not shown" in page.text
+
+
+def test_of_very_many_rounds_a_line_keeps_its_peaks(tmp_path: Path) -> None:
+    values = [float(r == 2345) for r in range(4000)]
+
+    page = page_of(job(tmp_path, {"s1": [(r, Metrics({"k": v})) for r, v in enumerate(values)]}))
+
+    (line,) = page.charts("lines")["k"]["lines"]
+    assert len(line["r"]) == len(line["ry"]) <= 2000
+    assert (line["r"][0], line["r"][-1], line["r"][line["ry"].index(1.0)]) == (0, 3999, 2345)
+
+
 def test_the_command_writes_the_page_and_says_where_it_is(tmp_path: Path) -> None:
     path = job(tmp_path, {"s1": accuracy(A)})
     command = [sys.executable, "-m", "trackhub.cli", "report", str(path), "-o", str(tmp_path / "r.html")]

@@ -100,3 +100,15 @@ def test_what_several_receivers_have_opens_together_by_one_command(tmp_path: Pat
     lines = format_results(reports).splitlines()
 
     assert lines[-1] == f"  all together: trackhub report '{tmp_path}/my job'"
+
+
+def test_each_of_several_commands_is_a_line_and_what_opens_all_runs_is_there_once(tmp_path: Path) -> None:
+    runs = {
+        site: RunReport(results=Results(command=f"acme show all\nacme upload {site}")) for site in ("site-1", "site-2")
+    }
+
+    screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
+
+    assert screen.partition("Open the results\n")[2].splitlines() == [
+        f"  acme: cd {tmp_path} && acme {what}" for what in ("show all", "upload site-1", "upload site-2")
+    ]

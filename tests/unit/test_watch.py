@@ -117,6 +117,28 @@ def test_of_many_sites_those_that_need_a_look_are_shown() -> None:
     assert "and 485 more" in table
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (100, {"step", "train/loss", "val/acc", "logged", "jsonl"}),
+        (60, {"train/loss", "jsonl"}),
+        (45, {"jsonl"}),
+        (34, set()),
+    ],
+)
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_number(width: int, shown: set[str]) -> None:
+    lanes = {"jsonl": LaneState(123_456, 0, "open", "")}
+    values = {"train/loss": 0.12345, "val/acc": 0.5}
+    state = JobState("a job", sites={"site-1": SiteState("site-1", 3, 42_000, values, 654_321, {}, lanes)})
+
+    table = drawn(state, width)
+
+    assert "…" not in table
+    assert {name for name in ("step", "val/acc", "train/loss", "logged", "jsonl") if name in table} == shown
+    assert ("123,456" in table) == ("jsonl" in shown)
+    assert max(map(len, table.splitlines())) <= width
+
+
 @pytest.mark.parametrize("markup", ["[bold red]", "[/]", "[link=http://evil]x[/link]", "[/x]"])
 def test_names_and_keys_of_a_hostile_site_are_inert(markup: str) -> None:
     evil = f"\x1b]0;pwned\x07{markup}\u202e"

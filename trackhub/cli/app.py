@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ import click
 
 from trackhub.cli.output import print_error
 from trackhub.errors import TrackhubError
+from trackhub.printable import printable
 
 __all__ = ["run"]
 
@@ -31,6 +33,15 @@ class _Commands(click.Group):
             # click would exit with 1, which for `replay` means that records are left.
             print_error("interrupted")
             ctx.exit(_INTERRUPTED)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"There is no command {printable(args[0])!r}.{meant} There are: {', '.join(_COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

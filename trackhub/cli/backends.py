@@ -63,13 +63,16 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path | Non
     capabilities. contract is the version of the contract kit that the backend passed, 0 for none. options are their
     names. option_marks has the marks of each option: "secret", "host", "path", "shared". option_help has for each
     option default, which is text or null if it must be given, and meaning. capabilities are those of
-    trackhub.spi.Capabilities; kinds are names, also in key_rules.
+    trackhub.spi.Capabilities; kinds are names, also in key_rules. With --check it is {"version": 1, "checked": [...]}:
+    each has name, ready ("yes", "no" or "not now") and remark.
     """
-    if check and workspace is not None:
+    if workspace is not None:
+        if not check or name is not None or as_json:
+            raise click.UsageError("--workspace goes with --check, and with neither NAME nor --json")
         check_operator_file(workspace)
         return
     if check:
-        _check(name)
+        _check(name, as_json)
         return
     found = describe(name)
     if as_json:
@@ -82,13 +85,19 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path | Non
         print_lines("No backend is installed.")
 
 
-def _check(name: str | None) -> None:
+def _check(name: str | None, as_json: bool) -> None:
     """Say which backends are ready. Exit with 1 if one is not."""
     from trackhub.preflight import Readiness, check_ready  # here, since only this loads SDKs
 
-    names = [entry.name for entry in registry.available()] if name is None else [name]
-    found = {each: check_ready(each, {}) for each in names}
-    print_table(["backend", "ready", "remarks"], [[each, was.word, was.remark] for each, was in found.items()])
+    entries = registry.available()
+    if name is not None and not any(entry.name == name for entry in entries):
+        registry.load_entry(name, entries)  # raises the error that names the installed backends
+    found = {entry.name: check_ready(entry.name, {}) for entry in entries if name in (None, entry.name)}
+    if as_json:
+        backends = [{"name": each, "ready": str(was.word), "remark": was.remark} for each, was in found.items()]
+        print_json({"version": JSON_VERSION, "checked": backends})
+    else:
+        print_table(["backend", "ready", "remarks"], [[each, was.word, was.remark] for each, was in found.items()])
     if any(was.word != Readiness.YES for was in found.values()):
         sys.exit(1)
 

@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from trackhub.cli.output import print_error, print_lines
+from trackhub.cli.output import print_error, print_json, print_lines
+from trackhub.cli.status import journal_status
 from trackhub.config import parse_option_flags
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
@@ -37,6 +38,9 @@ from trackhub.spool.layout import read_spool_info
 
 __all__ = ["replay"]
 
+JSON_VERSION = 1
+"""Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
+
 T = TypeVar("T")
 
 _REFRESH_S = 0.5
@@ -54,11 +58,12 @@ _REFRESH_S = 0.5
 @click.option("--from-start", is_flag=True, help="Deliver again what was delivered already.")
 @click.option(
     "--workspace",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Read the operator's file local/trackhub.toml in this workspace of a FLARE site.",
 )
 @click.option("--trust-journal", is_flag=True, help="Use the options in the journal as they are: the job was your own.")
-@click.option("--timeout-s", type=float, help="Give up after so many seconds. Default: never.")
+@click.option("--timeout-s", type=click.FloatRange(min=0), help="Give up after so many seconds. Default: never.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
 def replay(
     path: Path,
     backend: Sequence[str],
@@ -67,6 +72,7 @@ def replay(
     workspace: Path | None,
     trust_journal: bool,
     timeout_s: float | None,
+    as_json: bool,
 ) -> None:
     """Deliver what a finished job did not deliver. You can interrupt it; called again, it goes on.
 
@@ -79,8 +85,11 @@ def replay(
     The options in a journal may reach what a job's options may at a provisioned site: the job's own folder,
     and the hosts that the environment or the operator's file names. What --option says is not restricted.
 
-    Environment variables set limits, such as TRACKHUB_FLUSH_S. The
-    exit status is 1 if something is still not delivered.
+    The JSON document is {"version": 1, "journals": [...], "undelivered": N, "errors": [...]}. journals are those that
+    records went through, as in `trackhub status --json`.
+
+    Environment variables set limits, such as TRACKHUB_FLUSH_S. The exit status is 1 if something is still not
+    delivered.
     """
     backends = _backends(backend, option)
     found = find(path)
@@ -103,8 +112,11 @@ def replay(
         for journal in work.journals:
             work.deliver_journal(journal)
     finally:
-        work.show()  # also what was delivered before an interruption
-    if looked := work.nothing_to_do():
+        if as_json:
+            print_json({"version": JSON_VERSION, **work.plain()})
+        else:
+            work.show()  # also what was delivered before an interruption
+    if not as_json and (looked := work.nothing_to_do()):
         print_lines("There is nothing to deliver. Looked at", *looked)
     for error in work.errors:
         print_error(str(error))
@@ -218,6 +230,15 @@ class _Work:
         """Print the last report of each journal, once."""
         for journal, report in self._reports.items():
             print_lines(f"{journal}:", *self._from_spools.get(journal, ()), format_report(report))
+
+    def plain(self) -> dict[str, Any]:
+        """Return as plain values what was delivered and what is left."""
+        errors = [str(error) for error in self.errors]
+        return {
+            "journals": [journal_status(journal) for journal in self._reports],
+            "undelivered": self.left(),
+            "errors": errors,
+        }
 
     def nothing_to_do(self) -> list[str]:
         """Return where there was nothing to deliver, if that was so everywhere."""

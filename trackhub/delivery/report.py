@@ -320,7 +320,7 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     """
     backend_of: dict[str, str] = {}
     for backend, run in runs:
-        if run.results and (opening := run.results.command or run.results.url or run.results.path):
+        for opening in run.results.openings() if run.results else ():
             backend_of.setdefault(opening, backend)
     words = {opening: (backend, set(opening.split())) for opening, backend in backend_of.items() if " " in opening}
     repeated = {

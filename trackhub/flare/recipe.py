@@ -7,6 +7,7 @@ The script that makes the job calls it. It checks the backends' options through 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -35,6 +36,7 @@ Backends = Mapping[str, Mapping[str, Any]] | Sequence[str]
 """Backend names and their options; a plain list of names for backends without options."""
 
 _Checked = dict[str, dict[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 def add_tracking(
@@ -365,12 +367,12 @@ def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _let_trainers_finish(job: Any) -> None:
-    """Raise a ``shutdown_timeout`` of 0, with a warning."""
+    """Raise a ``shutdown_timeout`` of 0, which is the default of FLARE's recipes. So it is no reason to warn."""
     raised = flare_internals.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
-        warnings.warn(
-            f"trackhub: shutdown_timeout of {raised} external trainer(s) was 0, so FLARE would kill a trainer before "
-            f"its last lines run. It is now {MIN_SHUTDOWN_TIMEOUT_S:.0f} s. Set shutdown_timeout to choose another one",
-            UserWarning,
-            stacklevel=3,
+        _log.info(
+            "shutdown_timeout of %d external trainer(s) was 0, so FLARE would kill a trainer before its last lines "
+            "run. It is now %.0f s. Set shutdown_timeout to choose another one",
+            raised,
+            MIN_SHUTDOWN_TIMEOUT_S,
         )

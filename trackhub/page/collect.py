@@ -20,9 +20,14 @@ from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record
 __all__ = ["Logged", "RunData", "SeriesData", "collect"]
 
 MAX_KEYS = 2000
-"""Most keys of a site of each kind that the page shows. The page says how many it leaves out."""
+"""Most keys of a site of each kind that the page shows, if there are few sites. It says how many it leaves out."""
 
 MAX_IMAGES = 6
+_MAX_LINES = 20_000  # of all sites together: a browser still opens the page at once
+_MIN_KEYS = 20
+_MAX_PAYLOADS = 2_000  # of texts, of tables and of histograms, as above
+_MIN_PAYLOADS = 5
+_MIN_POINTS = 100
 MAX_ARTIFACTS = 200
 _MAX_ROUNDS = 5000
 
@@ -68,10 +73,14 @@ class RunData:
         images: the last ones of each key.
         artifacts: the last ones.
         left_out: how many values and payloads are not kept, since the site has too many keys.
+        max_keys: the most keys of metrics, params, tags, final values and images.
+        max_payloads: the most keys of texts, of tables and of histograms.
     """
 
     job: int
     site: str
+    max_keys: int = MAX_KEYS
+    max_payloads: int = MAX_KEYS
     records: int = 0
     began: float = 0.0
     ended: float = 0.0
@@ -98,13 +107,18 @@ def collect(jobs: Mapping[int, StoredJob], max_points: int) -> Iterator[RunData]
     Raises:
         JournalError: a journal cannot be read any more.
     """
+    count = max(1, sum(len(job.sites) for job in jobs.values()))
+    max_keys = max(_MIN_KEYS, min(MAX_KEYS, _MAX_LINES // count))
+    max_payloads = max(_MIN_PAYLOADS, min(MAX_KEYS, _MAX_PAYLOADS // count))
     for number, job in jobs.items():
         for site in job.sites:
-            run = RunData(number, site)
+            run = RunData(number, site, max_keys, max_payloads)
             series: dict[str, Series] = {}
             for _, _, record in job.records(site):
                 _take(run, series, record)
-            run.metrics = {key: _finished(found, max_points) for key, found in series.items()}
+            # What is kept of all lines has a limit as well. The page draws fewer points than that.
+            points = max(_MIN_POINTS, min(max_points, max_points * 500 // (count * max(1, len(series)))))
+            run.metrics = {key: _finished(found, points) for key, found in series.items()}
             yield run
 
 
@@ -127,7 +141,7 @@ def _take(run: RunData, series: dict[str, Series], record: Record) -> None:
         for key, value in payload.values.items():
             found = series.get(key)
             if found is None:
-                if len(series) >= MAX_KEYS:
+                if len(series) >= run.max_keys:
                     run.left_out += 1
                     continue
                 found = series[key] = Series()
@@ -145,7 +159,7 @@ def _take_other(run: RunData, logged: Logged) -> None:
         case Summary(values):
             _take_last(run, run.summary, dict(flat(values)))
         case Image(key):
-            if key in run.images or len(run.images) < MAX_KEYS:
+            if key in run.images or len(run.images) < run.max_keys:
                 run.images.setdefault(key, deque(maxlen=MAX_IMAGES)).append(logged)
             else:
                 run.left_out += 1
@@ -161,7 +175,7 @@ def _take_other(run: RunData, logged: Logged) -> None:
 
 def _take_last(run: RunData, kept: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if key in kept or len(kept) < MAX_KEYS:
+        if key in kept or len(kept) < run.max_keys:
             kept[key] = value
         else:
             run.left_out += 1
@@ -170,7 +184,7 @@ def _take_last(run: RunData, kept: dict[str, Any], values: Mapping[str, Any]) ->
 def _take_payload(run: RunData, kept: dict[str, Logged], key: str, logged: Logged) -> None:
     if key in kept:
         logged.count = kept[key].count + 1
-    elif len(kept) >= MAX_KEYS:
+    elif len(kept) >= run.max_payloads:
         run.left_out += 1
         return
     kept[key] = logged

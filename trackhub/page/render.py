@@ -35,7 +35,7 @@ MAX_JOBS = 12
 
 _MAX_POINTS = 2000
 _ALL_POINTS = 240_000
-_MIN_POINTS = 100
+_MIN_POINTS = 20
 _HERE = Path(__file__).parent
 
 
@@ -64,7 +64,8 @@ def write_report(path: str | Path, to: str | Path) -> list[str]:
         numbered = dict(enumerate(found[-MAX_JOBS:]))
         runs = sorted(collect(numbered, _MAX_POINTS), key=lambda run: (run.job, _natural(run.site)))
         context = _context(numbered, runs)
-        context["problems"] = found.problems() + _left_out(len(found), runs, context["media"]["images_left_out"])
+        left_out = _left_out(len(found), runs, context["media"]["images_left_out"])
+        context["problems"] = left_out + found.problems()  # of many sites there may be many problems
     scripts = [get_plotlyjs(), (_HERE / "report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -154,10 +155,12 @@ def _thin(charts: Sequence[dict[str, Any]]) -> None:
     lines = [line for chart in charts for line in chart["lines"]]
     most = max(_MIN_POINTS, min(_MAX_POINTS, _ALL_POINTS // max(1, len(lines))))
     for line in lines:
-        if len(line["y"]) > most:
-            kept = keep_extremes(np.array(line["y"]), most)
-            for name in ("x", "t", "y"):
-                line[name] = [line[name][i] for i in kept]
+        for values, others in (("y", ("x", "t")), ("ry", ("r",))):
+            if len(line[values]) > most:
+                # None stands for a value that is not finite.
+                kept = keep_extremes(np.array([0.0 if v is None else v for v in line[values]]), most)
+                for name in (values, *others):
+                    line[name] = [line[name][i] for i in kept]
 
 
 def _left_out(jobs: int, runs: Sequence[RunData], images: int) -> list[str]:
@@ -165,9 +168,7 @@ def _left_out(jobs: int, runs: Sequence[RunData], images: int) -> list[str]:
     if jobs > MAX_JOBS:
         found.append(f"{jobs} jobs were found. The page shows the newest {MAX_JOBS}; give the path of others.")
     if keys := sum(run.left_out for run in runs):
-        found.append(
-            f"{keys:,} values are not shown, since their sites have too many keys; `trackhub export` has them."
-        )
+        found.append(f"{keys:,} values are not shown, since there are too many keys; `trackhub export` has them.")
     if images:
         found.append(f"{images:,} images are not shown: too many, too large, missing, or neither PNG nor JPEG.")
     return found

@@ -25,7 +25,7 @@
   // plotly.js reads some HTML in labels. With entities in place of these characters it shows any text as it is.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const label = (line) => (several ? `${data.jobs[line.job]} · ${line.site}` : line.site);
-  const format = (value) => (value === null || value === undefined ? "" : Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5))));
+  const format = (value) => (value === null || value === undefined ? "" : typeof value === "string" ? value : Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5))));
 
   function unit(charts) {
     const longest = Math.max(1, ...charts.lines.map((line) => line.t.reduce((a, b) => Math.max(a, b), 0)));
@@ -147,7 +147,8 @@
   // What a chart shows, as a table: a row for each step, or each round, and a column for each line.
   function values(chart) {
     if (chart.type === "histogram") {
-      return table(["from", "to", ...chart.lines.slice(0, 1).map(label)], chart.lines[0].counts.map((n, i) => [chart.lines[0].edges[i], chart.lines[0].edges[i + 1], n]));
+      const rows = chart.lines.flatMap((line) => line.counts.map((n, i) => [label(line), line.edges[i], line.edges[i + 1], n]));
+      return table([several ? "job · site" : "site", "from", "to", "count"], rows.slice(0, 2000));
     }
     if (chart.type === "band") {
       const heads = chart.bands.flatMap((band) => ["mean", "lowest", "highest", ...(band.weighted.length ? ["weighted mean"] : []), ...(band.sites.length ? ["sites"] : [])].map((name) => (several ? `${data.jobs[band.job]} ${name}` : name)));

@@ -36,7 +36,8 @@ def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, l
     if not console.is_terminal:
         return _write_lines(follower, stop, file)
     # The alternate screen is not used: the last state stays on the terminal, above what is printed next.
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+    # Nor are what the script prints redirected to it: where they go is decided by the descriptors.
+    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         while True:
             state = follower.look()
             live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)

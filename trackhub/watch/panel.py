@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +21,7 @@ from trackhub.watch.job_state import RUNNING, JobState, LaneState, SiteState
 
 __all__ = ["job_line", "job_panel"]
 
+_ANY_WIDTH = 10_000
 _MAX_METRICS = 3
 _MAX_SITES = 15
 _PREFERRED = ("loss", "acc", "auc", "f1", "dice", "error")
@@ -37,7 +39,7 @@ def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> Ren
     """
     parts: list[RenderableType] = [_head(state, elapsed_s)]
     if state.sites:
-        parts.append(_table(state))
+        parts.append(_FittingTable(state))
     if state.problem:
         parts.append(Text(f" {printable(state.problem)}", "dim" if not state.reports else "yellow"))
     parts += [Text(f" {printable(label)}: {printable(error)}", "yellow") for label, error in _errors(state)]
@@ -72,22 +74,49 @@ def _head(state: JobState, elapsed_s: float) -> Text:
     return head
 
 
-def _table(state: JobState) -> Table:
-    keys = _shown_keys(state)
-    backends = list(_totals(state))
+class _FittingTable:
+    """The table of sites, with as many columns as the terminal has room for."""
+
+    def __init__(self, state: JobState) -> None:
+        self._state = state
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        keys, backends = _shown_keys(self._state), list(_totals(self._state))
+        # What is left out first is needed least: metrics from the last one, the step, what was logged, the backends.
+        choices = [(keys[:n], ["step", "logged"], backends) for n in range(len(keys), 0, -1)]
+        choices += [(keys[:1], ["logged"], backends), (keys[:1], [], backends), ([], [], backends), (keys[:1], [], [])]
+        for choice in [*choices, ([], [], [])]:
+            table = _table(self._state, *choice)
+            if Measurement.get(console, options.update(max_width=_ANY_WIDTH), table).maximum <= options.max_width:
+                break
+        yield table
+
+
+def _table(state: JobState, keys: Sequence[str], counts: Sequence[str], backends: Sequence[str]) -> Table:
+    """Return the table of sites.
+
+    Args:
+        state: the job.
+        keys: the metrics to show.
+        counts: which of ``step`` and ``logged`` to show.
+        backends: the backends to show.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("site", no_wrap=True, max_width=24)
-    for name in ("round", "step", *map(printable, keys), "logged", *map(printable, backends), "not delivered"):
+    names = ["round", *(["step"] if "step" in counts else []), *map(printable, keys)]
+    names += [*(["logged"] if "logged" in counts else []), *map(printable, backends)]
+    for name in names:
         # A text, since rich reads markup in a string: the key ``loss[/x]`` would raise.
-        table.add_column(Text(name), justify="right" if name != "not delivered" else "left", no_wrap=True, max_width=30)
+        table.add_column(Text(name), justify="right", no_wrap=True, max_width=30)
+    table.add_column("not delivered", no_wrap=True, max_width=30)
     sites = _shown_sites(state)
     for site in sites:
         table.add_row(
             Text(printable(site.name)),
             _number(site.round),
-            _number(site.step),
+            *([_number(site.step)] if "step" in counts else []),
             *(f"{site.values[key]:.4g}" if key in site.values else "-" for key in keys),
-            _number(site.logged),
+            *([_number(site.logged)] if "logged" in counts else []),
             *(_lane(site.lanes.get(backend)) for backend in backends),
             Text(_reasons(site.dropped), _BAD) if site.dropped else Text("-", "dim"),
         )

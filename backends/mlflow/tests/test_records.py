@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -284,6 +285,21 @@ def test_images_are_where_mlflows_charts_look_for_them(rig: Rig, entry: MakeEntr
     with Pillow.open(io.BytesIO(found[f"{stem}+compressed.webp"])) as thumbnail:
         assert thumbnail.size == (256, 17)
     assert rig.database.tags(rig.database.site_run().id)["mlflow.loggedImages"] == "True"
+
+
+def test_the_thumbnail_of_an_image_of_16_bits_has_its_greys(rig: Rig, entry: MakeEntry) -> None:
+    ramp = Pillow.frombytes("I;16", (256, 1), b"".join(struct.pack("<H", grey * 257) for grey in range(256)))
+    buffer = io.BytesIO()
+    ramp.save(buffer, "PNG")
+
+    rig.open().write([entry(0, Image("x", rig.blob("blob", buffer.getvalue()), 256, 1))])
+
+    (thumbnail,) = (content for path, content in rig.artifacts().items() if path.endswith(".webp"))
+    with Pillow.open(io.BytesIO(thumbnail)) as shown:
+        greys = shown.convert("L").tobytes()
+    assert [greys[x] for x in (0, 64, 128, 192, 255)] == pytest.approx(
+        [0, 64, 128, 192, 255], abs=6
+    )  # WebP loses a little
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg")])

@@ -362,19 +362,19 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
     assert results.command is not None
     assert results.path is not None
     folder = only_run(rig).folder.name
-    assert (results.path, results.command) == (f"wandb/{folder}", f"wandb sync wandb/{folder}")
+    assert (results.path, results.command) == (f"wandb/{folder}", f"wandb leet wandb\nwandb sync wandb/{folder}")
     moved = rig.folder.with_name("moved to")
     shutil.rmtree(rig.blobs)
     rig.folder.rename(moved)
-    command = results.resolved(moved).command
-    assert command is not None
+    shows, uploads = results.resolved(moved).openings()
+    assert shows == f"cd '{moved}' && wandb leet wandb"
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "WANDB_BASE_URL": emulator.url,
         "WANDB_API_KEY": emulator.state.api_key,
     }
-    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(uploads, shell=True, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     uploaded = emulator.state.run(rig.info().run_id)
     assert (uploaded.project, uploaded.fields["displayName"], uploaded.state) == (

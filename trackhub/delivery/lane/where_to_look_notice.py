@@ -44,10 +44,11 @@ class OpeningNotice:
         if results is None or site_id in self._sites:
             return
         self._sites.add(site_id)
-        there = results.resolved(self._run_folder)
-        opening = there.command or there.url or there.path
-        if opening is None or opening in self._said or len(self._said) > _MAX_SAID:
-            return
+        for opening in results.resolved(self._run_folder).openings():
+            if opening not in self._said and len(self._said) <= _MAX_SAID:
+                self._say(opening)
+
+    def _say(self, opening: str) -> None:
         self._said.add(opening)
         if len(self._said) > _MAX_SAID:
             opening = f"`trackhub status {self._run_folder}` names the other runs"

@@ -107,7 +107,9 @@ def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
             if image.width * image.height > _MAX_DECODED_PIXELS:
                 yield (".png" if is_png else ".jpg"), content
                 return
-            small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            # Pillow's own conversion cuts the 16 bits of a pixel off at 255, and nearly all would be white.
+            shown = image.convert("I").point(lambda value: value * (1 / 257)) if image.mode.startswith("I") else image
+            small = shown.convert("RGBA" if image.has_transparency_data else "RGB")
             yield ".png", content if is_png else _encoded(image, "PNG")
         small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
         yield "+compressed.webp", _encoded(small, "WEBP")

@@ -140,13 +140,14 @@ class WandBBackend(Backend[WandBOptions]):
         return online
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return the URL of an online run, or the folder of an offline run and the command that uploads it."""
+        """Return the URL of an online run, or the folder of an offline run and the commands that show and upload it."""
         if info.run_id in self._urls:
             return Results(url=self._urls[info.run_id])
         folders = [self.context.shown(folder) for folder in offline_folders(self._wandb_dir, info.run_id)]
         if not folders:
             return None
-        return Results(path=folders[-1], command=f"wandb sync {' '.join(map(shlex.quote, folders))}")
+        show = f"wandb leet {shlex.quote(self.context.shown(self._wandb_dir))}"  # in the terminal, without a login
+        return Results(path=folders[-1], command=f"{show}\nwandb sync {' '.join(map(shlex.quote, folders))}")
 
     def close(self) -> None:
         """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no server."""
