@@ -47,6 +47,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limits: how much, how often and how long.
         aggregate: patterns of the keys whose statistics the federation run holds; None for the keys that are logged
             once a round.
+        aggregate_weight: the key of the metric by which sites weigh in weighted means; None for the number of steps.
+        update_statistics: measure what each site changed in the model.
         context: log in each run what it was made with.
         system_metrics: seconds between two measurements of each site's host and processes; None for none.
         log_model: which of FLARE's global models the federation run gets; None for none.
@@ -61,6 +63,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     sides: tuple[_Side, ...] = ("server",)
     limits: Limits = Limits()
     aggregate: tuple[str, ...] | None = None
+    aggregate_weight: str | None = None
+    update_statistics: bool = False
     context: bool = True
     system_metrics: float | None = None
     log_model: Literal["best", "last"] | None = None
@@ -107,6 +111,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         streamed_to_clients: bool = False,
         limits: Limits | None = None,
         aggregate: Iterable[str] | None = None,
+        aggregate_weight: str | None = None,
+        update_statistics: bool = False,
         context: bool = True,
         system_metrics: float | None = None,
         log_model: str | None = None,
@@ -121,6 +127,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             streamed_to_clients: run the backends at each client.
             limits: how much, how often and how long; None for the defaults.
             aggregate: patterns of the keys whose statistics the federation run holds; None for the default.
+            aggregate_weight, update_statistics: the attributes of this class.
             context, system_metrics, log_model: the attributes of this class.
 
         Raises:
@@ -142,6 +149,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 "sides": sides,
                 "limits": limits or Limits(),
                 "aggregate": None if aggregate is None else list(aggregate),
+                "aggregate_weight": aggregate_weight,
+                "update_statistics": update_statistics,
                 "context": context,
                 "system_metrics": system_metrics,
                 "log_model": log_model,

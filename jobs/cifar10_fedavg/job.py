@@ -40,6 +40,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--streamed_to_server", action=switch, default=True, help="run the backends on the server; default on")
     add("--streamed_to_clients", action=switch, default=False, help="run the backends at each client; default off")
     add("--aggregate", action="append", metavar="PATTERN", help="repeatable; keys whose mean over the sites is tracked")
+    add("--aggregate_weight", metavar="KEY", help="the metric by which a site weighs in weighted means")
+    add("--update_statistics", action="store_true", help="measure what each site changed in the model")
     add("--context", action=switch, default=True, help="log in each run what it was made with; default on")
     add("--system_metrics", type=float, metavar="SECONDS", help="measure each site's host and processes so often")
     add("--log_model", choices=("best", "last"), help="keep this global model in the federation run")
@@ -80,6 +82,8 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         streamed_to_server=args.streamed_to_server,
         streamed_to_clients=args.streamed_to_clients,
         aggregate=args.aggregate,
+        aggregate_weight=args.aggregate_weight,
+        update_statistics=args.update_statistics,
         context=args.context,
         system_metrics=args.system_metrics,
         log_model=args.log_model,
@@ -163,7 +167,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
         if config.server and args.dataset != "auto":  # which the server must not decide for itself either
             # A recipe has no public call yet that adds a component of one's own to the server.
             recipe._job.to_server(EvaluateLastModel(args.dataset, args.seed), id="last_model")
-        more = ("aggregate", "context", "system_metrics", "log_model")
+        more = ("aggregate", "aggregate_weight", "update_statistics", "context", "system_metrics", "log_model")
         add_tracking(recipe, config.server, config.clients, **{name: getattr(config, name) for name in more})
     return recipe
 

@@ -20,10 +20,6 @@ from trackhub.limits import Limits
 __all__ = ["aggregates"]
 
 _SITES = 2
-_WHY = (
-    "to aggregate a key of every step, the federation run reads each row of the journal again and decodes its records, "
-    "which is most of this"
-)
 _ARMS: dict[str, FederationOptions | None] = {
     "no federation run": None,
     "keys of a round": FederationOptions(),
@@ -36,7 +32,7 @@ def aggregates(quick: bool) -> list[Experiment]:
     records = 40_000 if quick else 400_000
     figures = [
         Figure(f"CPU of the receiver, {arm}", "no federation run", "us", arm, "no federation run", "us/record",
-               "times less", 1 / 1.05, _WHY if arm == "a key of every step" else "")
+               "times less", 1 / 1.05)
         for arm in list(_ARMS)[1:]
     ]  # fmt: skip
     return [Experiment("aggregates", {arm: _arm(arm, records) for arm in _ARMS}, figures, 2 if quick else 5)]

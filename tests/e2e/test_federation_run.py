@@ -47,7 +47,7 @@ def test_each_backend_has_numpys_statistics_over_the_points_that_it_has_of_the_s
     flags = [flag for name in BACKENDS for flag in ("--backend", name)]
     uneven = ("--n_clients", "4", "--partition", "dirichlet", "--alpha", "0.3", "--num_rounds", str(ROUNDS))
 
-    done = run_job(tmp_path, *flags, "--option", "wandb.mode=offline", *uneven, "--strict")
+    done = run_job(tmp_path, *flags, "--option", "wandb.mode=offline", *uneven, "--update_statistics", "--strict")
 
     assert done.status == 0, done.output
     job = JobInfo((done.result / ".trackhub" / "execution").read_text(), "cifar10_fedavg")
@@ -63,4 +63,18 @@ def test_each_backend_has_numpys_statistics_over_the_points_that_it_has_of_the_s
                     values = np.array([site[key][round_] for site in sites], dtype=np.float64)
                     # TensorBoard has 32-bit floats of both.
                     assert value == pytest.approx(float(statistic(values)), rel=1e-5, abs=1e-6), (backend, key, name)
+        steps = {round_: [federation[f"fl/steps/{site}"][round_] for site in SITES] for round_ in range(ROUNDS)}
+        assert len(set(steps[0])) > 1  # the sites are uneven
+        for key in KEYS:
+            for round_, value in federation[f"{key}/weighted_mean"].items():
+                expected = np.average([site[key][round_] for site in sites], weights=steps[round_ or 0])
+                assert value == pytest.approx(float(expected), rel=1e-5, abs=1e-6), (backend, key)
         assert set(federation["fl/sites_reported"].values()) == {4.0}
+        for site in SITES:
+            assert federation[f"fl/weight/{site}"] == federation[f"fl/steps/{site}"]
+            assert set(federation[f"fl/update_norm/{site}"]) == set(range(ROUNDS))
+            assert all(-1 <= cosine <= 1 for cosine in federation[f"fl/update_cosine/{site}"].values())
+            assert len(federation[f"fl/update_cosine/{site}"]) == ROUNDS
+            assert federation[f"fl/delivery/sent_again/{site}"]
+        assert all(lag >= 0 for name in BACKENDS for lag in federation[f"fl/delivery/lag_seconds/{name}"].values())
+        assert "fl/updates_left_out" not in federation

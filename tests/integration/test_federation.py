@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,6 +17,8 @@ SITES = ("site-1", "site-2", "site-3", "site-4")
 SLOW, ROUNDS, PAUSE_S = "site-3", 2, 3.0
 
 TRAINER = f"""
+import numpy as np
+
 from trackhub import Writer
 
 number = int(SITE[-1])
@@ -32,7 +35,7 @@ with Writer() as writer:
         for step in range(3 * now, 3 * now + 3):
             writer.log({{"train/loss": 1.0 / (step + 1)}}, step)
         time.sleep({PAUSE_S} if SITE == "{SLOW}" else 0)
-        params = {{name: array + 1 for name, array in model.params.items()}}
+        params = {{name: array + np.array([[1, 0], [number, -0.5]], array.dtype) for name, array in model.params.items()}}
         meta = {{"NUM_STEPS_CURRENT_ROUND": number}}
         flare.send(flare.FLModel(params=params, params_type="FULL", metrics={{"accuracy": 0.1 * number}}, meta=meta))
 """
@@ -41,7 +44,7 @@ with Writer() as writer:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
     """A job with four sites, of which one sleeps in each round."""
-    tracking = {"server": ["jsonl", "tensorboard"], "clients": ["jsonl"]}
+    tracking = {"server": ["jsonl", "tensorboard"], "clients": ["jsonl"], "update_statistics": True}
     done = Job(tmp_path_factory.mktemp("federation"), TRAINER, tracking, n_clients=len(SITES), rounds=ROUNDS).run()
     assert done.rc == 0, done.log[-6000:]
     return done
@@ -112,6 +115,26 @@ def test_flares_own_averages_and_the_best_round_are_there(points: list[Point]) -
     average = np.average([0.1, 0.2, 0.3, 0.4], weights=[1, 2, 3, 4])
 
     assert of(points, "aggregated/accuracy") == dict.fromkeys((0, 1), pytest.approx(average, rel=1e-6))
+
+
+def test_the_weights_are_those_of_flares_aggregator(result: JobResult, points: list[Point]) -> None:
+    for site in SITES:
+        assert of(points, f"fl/weight/{site}") == dict.fromkeys(range(ROUNDS), float(site[-1]))
+    file = result.run_dir("server") / "metrics" / "round_metrics.jsonl"
+    for line in map(json.loads, file.read_text().splitlines()):
+        weights = {site["name"]: site["weight"] for site in line["sites"]}
+        assert weights == {site: of(points, f"fl/weight/{site}")[line["round"]] for site in SITES}
+
+
+def test_updates_have_the_norm_and_cosine_that_numpy_finds(points: list[Point]) -> None:
+    updates = {site: np.array([1, 0, int(site[-1]), -0.5]) for site in SITES}
+    mean = np.mean([*updates.values()], axis=0)
+    for site, update in updates.items():
+        norm = np.linalg.norm(update)
+        assert of(points, f"fl/update_norm/{site}") == dict.fromkeys(range(ROUNDS), pytest.approx(norm, rel=1e-6))
+        cosine = update @ mean / norm / np.linalg.norm(mean)
+        assert of(points, f"fl/update_cosine/{site}") == dict.fromkeys(range(ROUNDS), pytest.approx(cosine, rel=1e-6))
+    assert not of(points, "fl/updates_left_out")
 
 
 def test_the_rounds_agree_with_flares_log(result: JobResult, points: list[Point]) -> None:

@@ -99,6 +99,8 @@ def test_the_helper_for_json_jobs_gives_what_a_recipe_exports(script: str, tmp_p
         "notes": "with *momentum*",
         "tags": ("sgd", "demo"),
         "aggregate": ("val/*",),
+        "aggregate_weight": "train/samples",
+        "update_statistics": True,
     }
     recipe = _recipe(script)
     add_tracking(recipe, **given)
@@ -316,6 +318,9 @@ def test_a_policy_is_in_the_configuration_of_the_senders_alone(script: str, tmp_
         ({"server": ["jsonl"], "limits": {"deadline": 5}}, "limits.deadline: unknown limit"),
         ({"server": {"jsonl": {"path": object()}}}, "what JSON can hold"),
         ({"server": ["jsonl"], "aggregate": "val/*"}, "aggregate: expected a list of patterns such as 'val/"),
+        ({"server": ["jsonl"], "aggregate": ["a", ""]}, "aggregate: expected a list of patterns such as 'val/"),
+        ({"server": ["jsonl"], "aggregate_weight": 3}, "aggregate_weight: expected a key such as 'train/samples'"),
+        ({"server": ["jsonl"], "aggregate_weight": ""}, "aggregate_weight: expected a key"),
         ({"server": ["jsonl"], "name": 7}, "name: expected a text that is not empty, got 7"),
         ({"server": ["jsonl"], "name": "a\nb"}, "name: .* contains U.000A"),
         ({"server": ["jsonl"], "notes": ["a"]}, "notes: expected a text"),

@@ -71,35 +71,122 @@ def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(SITES), st.integers(0, 2), st.sampled_from(["a", "b", "c"]), FLOATS),
+        st.tuples(st.sampled_from(SITES), st.integers(0, 2), st.sampled_from("abcn"), FLOATS, st.booleans()),
         min_size=1,
         max_size=60,
     ),
     st.integers(1, 10),
     st.integers(0, 60),
+    st.sampled_from([None, ("a", "b"), ("a", "n"), ("*",)]),
+    st.sampled_from([None, "n"]),
+    st.integers(1, 4),
 )
-def test_rows_of_many_records_give_what_single_records_give(
-    logged: list[tuple[str, int, str, float]], size: int, closes_at: int
+def test_rows_and_digests_of_rows_give_what_single_records_give(
+    logged: list[tuple[str, int, str, float, bool]],
+    size: int,
+    closes_at: int,
+    patterns: tuple[str, ...] | None,
+    weight: str | None,
+    piece: int,
 ) -> None:
     """A row of one round is taken as a whole. A round that has been closed counts each late value."""
-    whole, single = Aggregation(("a", "b")), Aggregation(("a", "b"))
-    found: dict[Aggregation, list[Output]] = {whole: [], single: []}
+    single, whole, digested = (Aggregation(patterns, weight) for _ in range(3))
+    found: dict[Aggregation, list[Output]] = {single: [], whole: [], digested: []}
     for begin in range(0, len(logged), size):
         if begin <= closes_at < begin + size:
-            for aggregation in (whole, single):
+            for aggregation in found:
+                aggregation.add_facts([record({"fl/steps/site-1": 1.0, "fl/steps/site-2": 2.0}, 0, 0)])
                 sampled(aggregation, 0)
                 found[aggregation] += reported(aggregation, 0)
         for site in SITES:
-            row = [record({key: value}, i, n) for i, (s, n, key, value) in enumerate(logged[begin : begin + size])
-                   if s == site]  # fmt: skip
+            own = [(i, one) for i, one in enumerate(logged[begin : begin + size]) if one[0] == site]
+            row = [record({key: value}, n if counts_rounds else i, n) for i, (_, n, key, value, counts_rounds) in own]
             whole.add(site, row)
+            digest = digested.digest()  # as the gate fills it
+            for first in range(0, len(row), piece):
+                part = row[first : first + piece]
+                digest.add(set().union(*(r.payload.values for r in part)), part)  # type: ignore[union-attr]
+            if not digested.add_digest(site, digest):
+                digested.add(site, row)
             for one in row:
                 single.add(site, [one])
 
-    assert whole.rounds() == single.rounds()
-    for aggregation in (whole, single):
+    assert whole.rounds() == single.rounds() == digested.rounds()
+    for aggregation in found:
         found[aggregation] += end(aggregation)
-    assert [(o.round, o.values) for o in found[whole]] == [(o.round, o.values) for o in found[single]]
+    expected = [(o.round, o.values) for o in found[single]]
+    assert [(o.round, o.values) for o in found[whole]] == expected
+    assert [(o.round, o.values) for o in found[digested]] == expected
+
+
+@given(
+    st.dictionaries(st.sampled_from(SITES), st.tuples(FLOATS, st.floats(min_value=1e-3, max_value=1e9)), min_size=1),
+    st.sampled_from([None, ["val/*"], ["*"]]),
+)
+def test_a_named_metric_weighs_as_in_numpy(logged: dict[str, tuple[float, float]], patterns: list[str] | None) -> None:
+    aggregation = Aggregation(patterns, "train/samples")
+    found: list[Output] = []
+    for round_ in range(2):
+        sampled(aggregation, round_, [*logged])
+        aggregation.add_facts([record({f"fl/steps/{site}": 7.0 for site in logged}, round_, round_)])
+        for site, (value, weight) in logged.items():
+            steps = [record({"train/samples": w}, 10 * round_ + i, round_) for i, w in enumerate((1e12, weight))]
+            aggregation.add(site, [*steps, record({"val/loss": value}, round_, round_)])
+        found += reported(aggregation, round_, [*logged])
+
+    values, weights = (np.array([pair[i] for pair in logged.values()]) for i in range(2))
+    scale = float(np.abs(values).max()) + 1e-290
+    written = [o.values["val/loss/weighted_mean"] for o in found if "val/loss/weighted_mean" in o.values]
+    assert len(written) == (2 if patterns or len(logged) > 1 else 0)  # by default a key of two sites or more
+    for mean in written:
+        assert mean == pytest.approx(np.average(values, weights=weights), rel=1e-12, abs=scale * 1e-14)
+    assert ("train/samples/mean" in {key for o in found for key in o.values}) is (patterns == ["*"])
+
+
+def test_without_the_named_weight_of_each_site_there_is_no_weighted_mean() -> None:
+    aggregation = Aggregation(["a"], "n")
+    sampled(aggregation, 0, ["site-1", "site-2"])
+    aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, 0, 0)])
+    aggregation.add("site-2", [record({"a": 3.0}, 0, 0)])
+
+    found = by_round(reported(aggregation, 0, ["site-1", "site-2"]))
+
+    assert found[0]["a/mean"] == 2.0
+    assert "a/weighted_mean" not in found[0]
+
+
+def test_a_row_with_a_weight_of_each_step_need_not_be_read() -> None:
+    """The key of the weights is none that is aggregated here. Still, no row with it may be passed over."""
+    aggregation = Aggregation(None, "n")
+    aggregation.add("site-1", [record({"n": 1.0, "loss": 1.0}, step, 0) for step in range(5)])
+    rows = [record({"n": float(step), "loss": 1.0}, step, 0) for step in range(5, 10)]
+
+    digest = aggregation.digest()
+    digest.add({"n", "loss"}, rows)
+
+    assert digest.keys == {"n"}
+    assert aggregation.add_digest("site-1", digest)
+
+
+def test_a_site_that_weighs_in_any_rounds_takes_no_room_from_the_others() -> None:
+    aggregation = Aggregation(["a"], "n")
+    aggregation.add("hostile", [record({"n": 1.0}, round_, round_) for round_ in range(10**6, 10**6 + 60_000)])
+
+    sampled(aggregation, 0, ["site-1"])
+    aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, 0, 0)])
+
+    assert aggregation.rounds() == 50_001
+    assert by_round(reported(aggregation, 0, ["site-1"]))[0]["a/weighted_mean"] == 1.0
+
+
+def test_weights_are_forgotten_when_their_round_is_written() -> None:
+    aggregation = Aggregation(["a"], "n")
+    for round_ in range(60_000):
+        aggregation.add_facts([record({"fl/sampled/site-1": 1.0}, round_, round_)])
+        aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, round_, round_)])
+        (output,) = aggregation.add_facts([record({"fl/result_after_seconds/site-1": 1.0}, round_, round_)])
+
+    assert output.values["a/weighted_mean"] == 1.0
 
 
 @given(st.lists(st.one_of(FLOATS, st.sampled_from([math.nan, math.inf, -math.inf])), min_size=1, max_size=20))

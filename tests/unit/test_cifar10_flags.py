@@ -60,6 +60,13 @@ def test_aggregate_may_be_given_several_times() -> None:
     assert config("--aggregate", "val/*", "--aggregate", "train/loss").aggregate == ("val/*", "train/loss")
 
 
+def test_a_weight_may_be_named_and_updates_measured() -> None:
+    given = config("--aggregate_weight", "train/accuracy", "--update_statistics")
+
+    assert (config().aggregate_weight, config().update_statistics) == (None, False)
+    assert (given.aggregate_weight, given.update_statistics) == ("train/accuracy", True)
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

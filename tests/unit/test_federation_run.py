@@ -226,19 +226,49 @@ def test_a_replay_completes_what_a_killed_receiver_did_not_write(tmp_path: Path)
     assert again.sites["federation"].journaled == report.sites["federation"].journaled
 
 
-def test_the_run_says_how_many_records_wait_at_each_site(tmp_path: Path) -> None:
+def health(folder: Path, what: str) -> dict[str, float]:
+    """The last value of each key below ``fl/delivery/`` that begins so."""
+    prefix = f"fl/delivery/{what}/"
+    return {
+        key.removeprefix(prefix): value
+        for line in stored(folder)
+        if line["kind"] == "metrics"
+        for key, value in line["values"].items()
+        if key.startswith(prefix)
+    }
+
+
+def test_the_run_says_how_many_records_wait_at_each_site_and_how_often_it_asked_again(tmp_path: Path) -> None:
     receiver = make_receiver(tmp_path)
     receiver.start()
-    counts = wire.SiteCounts(logged=9, acked=2, spooled=7)
-    receiver.handle("site-2", wire.encode(wire.KeepAlive(counts, "session", 1)))
+    for number, sent_again in enumerate((5, 3)):  # a sender that was started again begins at 0
+        counts = wire.SiteCounts(logged=9, acked=2, spooled=7, sent_again=sent_again)
+        receiver.handle("site-2", wire.encode(wire.KeepAlive(counts, f"session {number}", 1)))
     run_calls(receiver)
     receiver.finish(RunStatus.FINISHED)
 
-    waiting = {
-        key: value
-        for line in stored(tmp_path)
-        if line["kind"] == "metrics"
-        for key, value in line["values"].items()
-        if key.startswith("fl/delivery/spooled/")
-    }
-    assert waiting == {"fl/delivery/spooled/site-2": 7}  # the others have not said it
+    assert health(tmp_path, "spooled") == {"site-2": 7}  # the others have not said it
+    assert health(tmp_path, "sent_again") == {"site-2": 5}
+
+
+def test_the_lag_of_each_backend_is_there_from_the_first_round_on(tmp_path: Path) -> None:
+    receiver = make_receiver(tmp_path)
+    began = time.monotonic()
+    receiver.start()
+    run_calls(receiver)
+    receiver.finish(RunStatus.FINISHED)
+
+    lines = [line["values"] for line in stored(tmp_path) if line["kind"] == "metrics"]
+    lags = [line["fl/delivery/lag_seconds/jsonl"] for line in lines if "fl/delivery/lag_seconds/jsonl" in line]
+    assert lags
+    assert all(0 <= lag <= time.monotonic() - began for lag in lags)
+
+
+def test_the_federation_run_weighs_by_a_named_metric(tmp_path: Path) -> None:
+    receiver = make_receiver(tmp_path, FederationOptions(aggregate_weight="loss"))
+    receiver.start()
+    run_calls(receiver)
+    receiver.finish(RunStatus.FINISHED)
+
+    means = {r: v for r, key, v in statistics(tmp_path) if key == "val/loss/weighted_mean"}
+    assert means == {r: pytest.approx(np.mean([value(site, r) for site in SITES])) for r in range(ROUNDS)}

@@ -54,6 +54,27 @@ def test_no_record_is_lost_on_a_channel_that_loses_and_doubles_messages(rig: Sen
     assert report.sites[SITE].final
 
 
+def test_requests_that_had_to_be_sent_again_are_counted(rig: SenderRig) -> None:
+    lost = iter([True, True, False])  # of each request: the first two attempts
+    attempts: list[bytes] = []
+
+    def channel(data: bytes, timeout_s: float) -> bytes:
+        if not isinstance(wire.decode_request(data), wire.Batch):
+            return rig.channel(data, timeout_s)
+        attempts.append(data)
+        if next(lost, False):
+            raise ChannelError("lost") if len(attempts) == 1 else TimeoutError
+        return rig.channel(data, timeout_s)
+
+    log(rig.spool, 10)
+    counts = rig.sender(channel).close(WAIT_S)
+    report = rig.finish()
+
+    assert len(attempts) == 3
+    assert counts.sent_again == 2
+    assert report.sites[SITE].at_site == counts
+
+
 def test_a_refused_batch_is_counted_by_reason_and_the_next_one_is_sent(rig: SenderRig) -> None:
     def channel(data: bytes, timeout_s: float) -> bytes:
         request = wire.decode_request(data)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,7 +100,6 @@ class Contents(NamedTuple):
         blobs: the names of the blobs that the records refer to.
         refused: number and reason of each refused record, in order.
         detail: what was wrong with the first of them, for the log; empty if there is none.
-        metric_keys: the keys of all metrics in it.
     """
 
     batch: Batch
@@ -109,7 +108,6 @@ class Contents(NamedTuple):
     blobs: list[str]
     refused: list[tuple[int, str]]
     detail: str
-    metric_keys: set[str]
 
 
 class KnownKeys:
@@ -227,17 +225,21 @@ def _check_value(value: Any, depth: int, room: _Room) -> None:
             _check_value(item, depth + 1, room)
 
 
-def examine(batch: Batch, keys: KnownKeys) -> Contents | Refused:
+def examine(
+    batch: Batch, keys: KnownKeys, on_metrics: Callable[[set[str], Sequence[Record]], None] | None = None
+) -> Contents | Refused:
     """Check a batch: its numbers, and each of its records.
 
     Args:
         batch: what the site sent.
         keys: the keys that the site has used.
+        on_metrics: called with the keys and the records of all accepted metrics, piece by piece in their order. None
+            if nobody needs them. The batch may be refused all the same.
 
     Returns:
         The contents of the batch, or the reason why the whole batch is refused.
     """
-    examination = _Examination(batch, keys)
+    examination = _Examination(batch, keys, on_metrics)
     try:
         examination.run()
     except CorruptFrameError as e:
@@ -260,18 +262,20 @@ class _Examination:
         records: how many were seen, refused ones included.
     """
 
-    def __init__(self, batch: Batch, keys: KnownKeys) -> None:
+    def __init__(
+        self, batch: Batch, keys: KnownKeys, on_metrics: Callable[[set[str], Sequence[Record]], None] | None
+    ) -> None:
         self.seq = batch.first_seq
         self.records = 0
         self._batch = batch
         self._keys = keys
+        self._on_metrics = on_metrics
         self._room = _Room()
         self._time: float | None = None
         self._gaps: Counter[str] = Counter()
         self._blobs: list[str] = []
         self._refused: list[tuple[int, str]] = []
         self._detail = ""
-        self._metric_keys: set[str] = set()
         self._kept: list[tuple[int, int]] = []  # start and end of the accepted frames before each refused one
         self._keep_from = 0
 
@@ -309,7 +313,8 @@ class _Examination:
                 self._keys.check(dict.fromkeys(key for r in records for key in r.payload.values if key in new))
         except (msgspec.DecodeError, RefusedRecordError):
             return False
-        self._metric_keys |= keys
+        if self._on_metrics is not None:
+            self._on_metrics(keys, records)
         self.seq += len(bodies)
         self.records += len(bodies)
         self._time = records[0].time if self._time is None else self._time
@@ -343,7 +348,8 @@ class _Examination:
         record = check_record(self._batch.stream, kind, body, self._keys, self._room)
         self._time = time if self._time is None else self._time
         if isinstance(record.payload, Metrics):
-            self._metric_keys |= record.payload.values.keys()
+            if self._on_metrics is not None:
+                self._on_metrics(set(record.payload.values), [record])
         elif isinstance(record.payload, Image | Artifact):
             self._blobs.append(record.payload.blob.name)
 
@@ -368,4 +374,4 @@ class _Examination:
             kept = [*self._kept, (self._keep_from, len(view))]
             frames = b"".join(view[start:end] for start, end in kept)
             batch = msgspec.structs.replace(batch, records=batch.records - len(self._refused), frames=frames)
-        return Contents(batch, self._time, self._gaps, self._blobs, self._refused, self._detail, self._metric_keys)
+        return Contents(batch, self._time, self._gaps, self._blobs, self._refused, self._detail)

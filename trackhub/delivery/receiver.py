@@ -180,7 +180,7 @@ class Receiver:
         if self._federation_options is not None:
             self.federation = FederationRun(
                 self._journal, self._federation_options, self._notify_lanes, self.job.id, self._blobs,
-                is_replay=bool(self._ended),
+                lanes=list(backends), is_replay=bool(self._ended),
             )  # fmt: skip
             self.federation.start()
         self._state = _OPEN
@@ -216,15 +216,9 @@ class Receiver:
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
-            name,
-            backend,
-            journal,
-            job=self.job,
-            side=self._side,
-            blob_dir=self._blobs.folder,
-            run_folder=self._run_dir,
-            flush_s=self._limits.flush_s,
-        )
+            name, backend, journal, job=self.job, side=self._side,
+            blob_dir=self._blobs.folder, run_folder=self._run_dir, flush_s=self._limits.flush_s,
+        )  # fmt: skip
 
     def channel(self, site: str) -> Channel:
         """Return a channel for a sender of this site in the receiver's own process.
@@ -337,7 +331,9 @@ class Receiver:
         self._journal.note_counts(site_id, message, keep_end=is_replay, wait_s=_WAIT_S)
 
     def _accept(self, site: str, batch: Batch) -> Reply:
-        contents = examine(batch, self._keys[site])
+        federation = self.federation
+        digest = None if federation is None else federation.digest()
+        contents = examine(batch, self._keys[site], None if digest is None else digest.add)
         if isinstance(contents, Refused):
             return contents
         if not self._room.allows(site, len(batch.frames)):
@@ -348,7 +344,7 @@ class Receiver:
                 return NeedBlob(name)
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
-        stored = None if self.federation is None else partial(self.federation.notify, contents.metric_keys)
+        stored = partial(federation.notify, site, digest, contents.batch.records) if federation and digest else None
         # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
         try:
             new = self._journal.append(

@@ -13,10 +13,12 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.delivery import FederationRun
 from trackhub.flare import flare_internals, task_events
+from trackhub.flare.model_updates import ModelUpdates
 from trackhub.flare.task_events import HandedTask, ReturnedTask
 from trackhub.printable import printable
 
@@ -84,15 +86,17 @@ class _Round:
 class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """Watches the rounds of the server's workflows. FLARE calls it from several threads."""
 
-    def __init__(self, engine: Any, federation: FederationRun) -> None:
+    def __init__(self, engine: Any, federation: FederationRun, *, update_statistics: bool = False) -> None:
         """Watch the server's events from now on.
 
         Args:
             engine: FLARE's engine in this process.
             federation: where to write what is seen.
+            update_statistics: measure what each site changed in the model. It takes a pass or two over each result.
         """
         super().__init__()
         self._federation = federation
+        self._updates = ModelUpdates(self.logger.warning) if update_statistics else None
         self._lock = threading.Lock()
         self._round: _Round | None = None
         self._best: tuple[int, dict[str, float]] | None = None
@@ -124,11 +128,13 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
             if (handed := task_events.handed_task(fl_ctx)) is not None:
                 self._hand(handed)
+                if self._updates is not None:  # behind the other, which may begin a round
+                    self._updates.note_sent(handed.id, fl_ctx.get_prop(FLContextKey.TASK_DATA))
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
-            if (returned := task_events.returned_task(fl_ctx)) is not None:
-                self._take(returned)
+            if (returned := task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
+                self._measure(returned.id, *took_part, fl_ctx.get_prop(FLContextKey.TASK_RESULT))
         elif event_type == task_events.AFTER_AGGREGATION:
-            self._note_metrics(task_events.aggregated_metrics(fl_ctx))
+            self._note_aggregation(task_events.aggregated_metrics(fl_ctx), task_events.site_weights(fl_ctx))
         elif event_type == task_events.BEST_MODEL:
             number, metrics = task_events.best_metrics(fl_ctx)
             if number is not None:
@@ -141,6 +147,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
     def _begin(self, number: int | None) -> None:
         """End the present round, and begin this one."""
+        self._end_updates()
         with self._lock:
             ended, self._round = self._round, None if number is None else _Round(number)
             if ended is not None and ended.sampled:
@@ -169,12 +176,13 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 facts = {f"fl/sampled/{site}": 1.0 for site in sorted(new)}
                 self._federation.log({**facts, "fl/sites_sampled": len(current.sampled)}, current.number)
 
-    def _take(self, result: ReturnedTask) -> None:
+    def _take(self, result: ReturnedTask) -> tuple[str, int] | None:
+        """Take a result. Return its site and round if it is a good one of the present round."""
         now = time.monotonic()
         with self._lock:
             current = self._round
             if current is None or result.id not in current.handed:
-                return  # of an earlier round, which has ended without it
+                return None  # of an earlier round, which has ended without it
             task, handed_at = current.handed[result.id]
             current.bytes_received += result.model_bytes
             facts = {f"fl/seconds/{task.name}/{task.site}": now - handed_at}
@@ -187,13 +195,26 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             if result.steps is not None:
                 facts[f"fl/steps/{task.site}"] = result.steps
             self._federation.log(facts, current.number)
+            return (task.site, current.number) if result.is_ok else None
 
-    def _note_metrics(self, metrics: dict[str, float]) -> None:
+    def _measure(self, task_id: str, site: str, number: int, result: Any) -> None:
+        """Measure an update, outside of the lock: FLARE hands out tasks meanwhile."""
+        if self._updates is not None:
+            self._federation.log(self._updates.take(task_id, site, result), number)
+
+    def _end_updates(self) -> None:
+        current = self._round
+        if self._updates is not None and current is not None:
+            self._federation.log(self._updates.end(), current.number)
+
+    def _note_aggregation(self, metrics: dict[str, float], weights: dict[str, float]) -> None:
+        self._end_updates()
         with self._lock:
-            if self._round is not None and metrics:
+            if self._round is not None and (metrics or weights):
                 # The keys do not begin with "fl/". So a page that sorts keys, as in TensorBoard or MLflow, shows them
                 # first.
                 named = {f"aggregated/{name}": value for name, value in metrics.items()}
+                named |= {f"fl/weight/{site}": weight for site, weight in weights.items()}
                 self._federation.log(named, self._round.number)
 
     def _summarise(self) -> None:

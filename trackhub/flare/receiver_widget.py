@@ -24,7 +24,6 @@ from trackhub.delivery import (
     SERVER,
     Channel,
     ChannelError,
-    FederationOptions,
     Limits,
     Receiver,
     RunStatus,
@@ -38,6 +37,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
+from trackhub.flare.federation_settings import FederationSettings
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.job_labels import JobLabels, job_info, spool_info
@@ -59,21 +59,6 @@ _IN_JOB_STORE = (
 )
 
 
-def check_aggregate(patterns: object) -> None:
-    """Check a job's ``aggregate`` when the job is written: patterns of the keys to aggregate.
-
-    Raises:
-        ConfigError: it is not a list of texts.
-    """
-    is_list = isinstance(patterns, list | tuple) and all(isinstance(pattern, str) and pattern for pattern in patterns)
-    if patterns is not None and not is_list:
-        raise ConfigError(f"tracking: aggregate: expected a list of patterns such as 'val/*', got {patterns!r}")
-
-
-def _tuple(patterns: list[str] | None) -> tuple[str, ...] | None:
-    return None if patterns is None else tuple(patterns)
-
-
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     """Stores the records that arrive in a journal, and delivers them to the job's backends.
 
@@ -89,8 +74,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         limits: dict[str, Any] | None = None,
         state_dir: str | None = None,
         job: dict[str, Any] | None = None,
-        federation: bool = True,
-        aggregate: list[str] | None = None,
+        federation: bool | dict[str, Any] = True,
         flare_metrics: list[str] | None = None,
         own_records: dict[str, Any] | None = None,
     ) -> None:
@@ -102,9 +86,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
-            federation: on the server, write the job's federation run.
-            aggregate: patterns of the keys whose statistics the federation run has; None for the keys that are logged
-                once a round.
+            federation: on the server, whether to write the job's federation run, or what it holds, as
+                `FederationSettings` says.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
                 gets. It then also records analytics events that its components fire with a type of their own.
             own_records: what trackhub logs itself into the federation run: ``context`` and ``log_model`` of
@@ -118,7 +101,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             raise ConfigError(f"TrackhubReceiver: backends: expected {{name: {{option: value}}}}, got {backends!r}")
         check_take_over(take_over)
         JobLabels.of(job)  # checks them when the job is written
-        check_aggregate(aggregate)
+        self._settings = FederationSettings.of(federation)
         carried_metrics.check_flare_metrics(flare_metrics)
         self._own = ServerRecords(OwnRecords.of(own_records), self)
         # FLARE writes each argument into the job's configuration. It reads the value from the attribute of that name.
@@ -128,7 +111,6 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.state_dir = state_dir
         self.job = job
         self.federation = federation
-        self.aggregate = aggregate
         self.flare_metrics = flare_metrics
         self.own_records = own_records
         self._limits = Limits.from_mapping(limits or {}, environ=os.environ)
@@ -219,7 +201,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
         if self._core.federation is not None:
-            FederationWatch(engine, self._core.federation)
+            assert self._settings is not None
+            FederationWatch(engine, self._core.federation, update_statistics=self._settings.update_statistics)
             self._own.begin(self._core.federation, fl_ctx)
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
@@ -275,7 +258,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             side=Side.SERVER if is_server else Side.CLIENT,
             backends=backends,
             limits=self._limits,
-            federation=FederationOptions(_tuple(self.aggregate)) if is_server and self.federation else None,
+            federation=self._settings.options() if is_server and self._settings is not None else None,
         )
         core.start()
         self._core = core

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
+from trackhub.flare.federation_settings import FederationSettings
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
 from trackhub.flare.log_job_context import context_of_job
 from trackhub.flare.receiver_widget import TrackhubReceiver
@@ -56,6 +57,8 @@ def add_tracking(
     policy: Mapping[str, Any] | None = None,
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
+    aggregate_weight: str | None = None,
+    update_statistics: bool = False,
     flare_metrics: Sequence[str] = (),
     context: bool = True,
     system_metrics: float | None = None,
@@ -100,6 +103,10 @@ def add_tracking(
             by round, and how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
             are the keys that all sites log with the round as their step. An empty list means no statistics.
+        aggregate_weight: the key of the metric by which a site weighs in ``.../weighted_mean``, such as
+            ``"train/samples"``. By default FLARE's number of training steps weighs.
+        update_statistics: measure at each round how much each site changed the model, and how far it agrees with the
+            others. The server then looks at each result once or twice, and keeps up to 1 GiB of them for the round.
         flare_metrics: where to record the metrics that FLARE carries itself: ``"clients"``, ``"server"`` or both. A
             client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
             cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
@@ -129,14 +136,15 @@ def add_tracking(
     if not server_backends and not any(backends for _, backends in plan):
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
+    settings = FederationSettings.argument(federation, aggregate, aggregate_weight, update_statistics)
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     facts = context_of_job(recipe_or_job) if context else None
     of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
     of_sender = {**common, **of_site, **_capture(capture, capture_only), "policy": _policy(policy)}
     _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
-        own = _federation(federation, aggregate)
-        job.to_server(TrackhubReceiver(server_backends, **common, **of_server, **own), id=RECEIVER_ID)
+        receiver = TrackhubReceiver(server_backends, **common, **of_server, federation=settings)
+        job.to_server(receiver, id=RECEIVER_ID)
     for names, backends in plan:
         if not server_backends and not backends:
             continue
@@ -163,6 +171,8 @@ def tracking_components(
     policy: Mapping[str, Any] | None = None,
     federation: bool = True,
     aggregate: Sequence[str] | None = None,
+    aggregate_weight: str | None = None,
+    update_statistics: bool = False,
     flare_metrics: Sequence[str] = (),
     context: bool = True,
     system_metrics: float | None = None,
@@ -172,7 +182,8 @@ def tracking_components(
 
     Args:
         server, clients, notes, tags, take_over, capture, capture_only, limits, state_dir: as for `add_tracking`.
-        policy, federation, aggregate, flare_metrics: as for `add_tracking`.
+        policy, federation, aggregate, aggregate_weight, update_statistics: as for `add_tracking`.
+        flare_metrics: as for `add_tracking`.
         context: as for `add_tracking`, without recipe and script: a job that is written in JSON has none.
         system_metrics, log_model: as for `add_tracking`.
         name: the job's name as people see it in every backend; by default the name in the job's ``meta.json``.
@@ -188,6 +199,7 @@ def tracking_components(
     server_backends, client_backends = _checked(server, "server"), _checked(clients, "clients")
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
+    settings = FederationSettings.argument(federation, aggregate, aggregate_weight, update_statistics)
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     facts: dict[str, Any] | None = {} if context else None
     of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
@@ -199,7 +211,7 @@ def tracking_components(
         return [_component(RECEIVER_ID, TrackhubReceiver, args)] if backends else []
 
     return {
-        "config_fed_server.json": receiver(server_backends, **of_server, **_federation(federation, aggregate)),
+        "config_fed_server.json": receiver(server_backends, **of_server, federation=settings),
         "config_fed_client.json": [*receiver(client_backends), sender],
     }
 
@@ -245,11 +257,6 @@ def _common(
 def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the rules of a policy as JSON values. They are checked here, and once more at each site."""
     return None if policy is None else Policy.from_mapping(policy).plain()
-
-
-def _federation(federation: bool, aggregate: Sequence[str] | None) -> dict[str, Any]:
-    """Return the arguments of the server's receiver alone. It checks them."""
-    return {"federation": federation, "aggregate": list(aggregate) if isinstance(aggregate, tuple) else aggregate}
 
 
 def _own_records(

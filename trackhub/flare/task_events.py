@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nvflare.apis.dxo import from_shareable
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
@@ -34,8 +34,10 @@ __all__ = [
     "evaluated_model",
     "evaluation_result",
     "handed_task",
+    "model_in",
     "returned_task",
     "silent_evaluation_result",
+    "site_weights",
 ]
 
 ROUND_DONE: str = AppEventType.ROUND_DONE
@@ -140,6 +142,31 @@ def aggregated_metrics(fl_ctx: FLContext) -> dict[str, float]:
         except Exception:  # an aggregator may return anything
             return {}
     return _numbers(result.metrics) if isinstance(result, FLModel) else {}
+
+
+def site_weights(fl_ctx: FLContext) -> dict[str, float]:
+    """Return by how much FLARE's aggregator weighed each site. Call it on the server, at AFTER_AGGREGATION.
+
+    Only FedAvg with its own aggregator says so (``app_common/workflows/fedavg.py``), unless another aggregator puts the
+    same into its result. The controller names the sites, so that no site can speak for another.
+    """
+    result = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT)
+    info = (result.meta or {}).get(AppConstants.METRICS_AGGREGATION_INFO) if isinstance(result, FLModel) else None
+    listed = info.get("site_weights") if isinstance(info, Mapping) else None
+    if not isinstance(listed, list):
+        return {}
+    return _numbers({one.get("name"): one.get("weight") for one in listed if isinstance(one, Mapping)})
+
+
+def model_in(data: Any) -> DXO | None:
+    """Return the model in a task or a result, whatever form it has. None if there is none, as with metrics alone."""
+    if not isinstance(data, Shareable):
+        return None
+    try:
+        dxo = from_shareable(data)
+    except Exception:  # it holds something else
+        return None
+    return dxo if dxo.data_kind in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF, DataKind.COLLECTION) else None
 
 
 def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:

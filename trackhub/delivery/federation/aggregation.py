@@ -12,9 +12,10 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from trackhub.delivery.federation.row_digest import RowDigest
 from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
@@ -134,31 +135,42 @@ class _Keys:
     that counts its own steps is 0 as well.
 
     Attributes:
-        ignored: keys that are not aggregated.
+        ignored: keys that need not be looked at: those that are not aggregated, without that of the weights.
         is_default: whether no patterns were given.
+        weight: the key of the weights; None for the number of steps in the facts.
+        weight_is_refused: whether that key is not aggregated.
     """
 
-    def __init__(self, patterns: Sequence[str] | None) -> None:
+    def __init__(self, patterns: Sequence[str] | None, weight: str | None) -> None:
         self.ignored: set[str] = set()
         self._patterns = None if patterns is None else key_patterns(patterns)
         self.is_default = patterns is None
+        self.weight = weight
+        self.weight_is_refused = False
         self._keys: dict[str, _Key] = {}
         self._of_site: dict[str, int] = {}
 
-    def takes(self, site: str, key: str, record: Record) -> bool:
-        """Return whether the key may be aggregated, after this record of it."""
+    def takes(self, site: str, key: str, number: int | None, *, step_is_round: bool) -> bool:
+        """Return whether the key may be aggregated, after what this site logged of it.
+
+        Args:
+            site: the site.
+            key: the key.
+            number: the round in which the site logged it.
+            step_is_round: all records had their round as their step.
+        """
         known = self._keys.get(key)
         if known is None:
             if not self._may_begin(site, key):
                 return False
             known = self._keys[key] = _Key()
             self._of_site[site] = self._of_site.get(site, 0) + 1
-        if self.is_default and record.step != record.round:
+        if self.is_default and not step_is_round:
             self._ignore(key)
             del self._keys[key]
             return False
         known.sites.add(site)
-        known.above_0 = known.above_0 or bool(record.round)
+        known.above_0 = known.above_0 or bool(number)
         return True
 
     def _may_begin(self, site: str, key: str) -> bool:
@@ -176,7 +188,9 @@ class _Keys:
         return True
 
     def _ignore(self, key: str) -> None:
-        if len(self.ignored) < _MAX_IGNORED:  # further keys are checked again with each record, which only takes longer
+        if key == self.weight:
+            self.weight_is_refused = True
+        elif len(self.ignored) < _MAX_IGNORED:  # further keys are checked again with each record, which only takes longer
             self.ignored.add(key)
 
     def is_ready(self, key: str, *, single_round: bool) -> bool:
@@ -219,91 +233,116 @@ class Aggregation:
         last_time: unix seconds of the newest record that it used; 0 before the first.
     """
 
-    def __init__(self, patterns: Sequence[str] | None = None) -> None:
+    def __init__(self, patterns: Sequence[str] | None = None, weight: str | None = None) -> None:
         """Begin with no record.
 
         Args:
             patterns: the keys to aggregate; None for the keys that are logged once a round.
+            weight: the key of the metric by which a site weighs in the weighted means of a round; None for the number
+                of training steps in the facts.
         """
-        self._keys = _Keys(patterns)
+        self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
         self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
-        self._held = Counter[str]()  # values, by site
+        self._held = Counter[str]()  # values and weights, by site
         self._held_in_all = 0
         self._late = 0
         self._late_told = 0
         self.last_time = 0.0
         self._has_warned = False
 
-    def ignores(self, keys: Set[str]) -> bool:
-        """Return whether none of these keys is aggregated. Once True, it stays True. From any thread."""
-        return self._keys.ignored.issuperset(keys)
+    def digest(self) -> RowDigest:
+        """Return a digest for the records of a row, which ``add_digest`` takes. From any thread."""
+        return RowDigest(self._keys.ignored)
 
     def add(self, site: str, records: Iterable[Record]) -> None:
         """Take metrics that a site logged: those of one row of the journal, in their order."""
-        if site in (SERVER, FEDERATION):
+        records = list(records)
+        if not records:
             return
-        if not self._keys.is_default:
-            records = list(records)
-            if len({record.round for record in records}) == 1:
-                self._take_row(site, records)
-                return
+        digest = self.digest()
+        digest.add(set[str]().union(*(r.payload.values for r in records)), records)  # type: ignore[union-attr]
+        if self.add_digest(site, digest):
+            return
         ignored = self._keys.ignored
         for record in records:
-            # Nearly all records hold only keys that are not aggregated, such as a loss of each step.
             if not ignored.issuperset(record.payload.values):  # type: ignore[union-attr]
-                self._take(site, record)
+                self._take(site, record, digest.time)
 
-    def _take_row(self, site: str, records: Sequence[Record]) -> None:
-        """Take a row whose records are all of one round. The last value of each key counts.
+    def add_digest(self, site: str, digest: RowDigest) -> bool:
+        """Take what a digest says of a row, as ``add`` takes the row's records.
 
-        A key that a pattern names may be logged at every step. Taking its records one by one would cost three times as
-        much.
+        Returns:
+            Whether the digest says enough. If not, nothing was taken, and ``add`` must have the records.
         """
-        number = records[0].round
-        keys = set[str]().union(*(record.payload.values for record in records))  # type: ignore[union-attr]
-        for key in sorted(keys - self._keys.ignored):
-            last = next(record for record in reversed(records) if key in record.payload.values)  # type: ignore[union-attr]
-            assert isinstance(last.payload, Metrics)
-            if not self._keys.takes(site, key, last):
-                self._forget(key)
-            elif number is None:
-                continue
-            elif number in self._rounds and self._rounds[number].is_closed:
-                self._late += sum(key in record.payload.values for record in records)  # type: ignore[union-attr]
-            else:
-                self._hold(number, site, key, last.payload.values[key], last.time)
+        keys = digest.keys - self._keys.ignored
+        if not keys or site in (SERVER, FEDERATION):
+            return True
+        if not digest.is_usable():
+            return False
+        (number,) = digest.rounds
+        if number is not None and number in self._rounds and self._rounds[number].is_closed:
+            return False  # each value counts as late
+        if self._keys.is_default and not digest.steps_are_rounds and keys != {self._keys.weight}:
+            return False  # some of the keys count steps
+        for key in sorted(keys):
+            self._take_value(site, key, digest.values[key], number, digest.time, digest.steps_are_rounds)
+        return True
 
-    def _take(self, site: str, record: Record) -> None:
+    def _take(self, site: str, record: Record, time: float) -> None:
         assert isinstance(record.payload, Metrics)
         for key, value in record.payload.values.items():
-            if key in self._keys.ignored:
-                continue
-            if not self._keys.takes(site, key, record):
-                self._forget(key)
-                continue
-            if record.round is None:
-                continue
-            current = self._rounds.get(record.round)
-            if current is None or not current.is_closed:
-                self._hold(record.round, site, key, value, record.time)
-            else:
-                self._late += 1
+            if key not in self._keys.ignored:
+                self._take_value(site, key, value, record.round, time, record.step == record.round)
 
-    def _hold(self, number: int, site: str, key: str, value: float, time: float) -> None:
+    def _take_value(
+        self, site: str, key: str, value: float, number: int | None, time: float, step_is_round: bool
+    ) -> None:
+        """Take a value of a key that is not ignored.
+
+        Args:
+            site, key, value: what the site logged.
+            number: the round in which it did.
+            time: unix seconds of the row.
+            step_is_round: it was logged with the round as its step.
+        """
+        current = None if number is None else self._rounds.get(number)
+        is_closed = current is not None and current.is_closed
+        if key == self._keys.weight:
+            if number is not None and not is_closed:
+                self._hold(number, None, site, value, time)
+            if self._keys.weight_is_refused:
+                return
+        if not self._keys.takes(site, key, number, step_is_round=step_is_round):
+            self._forget(key)
+        elif is_closed:
+            self._late += 1
+        elif number is not None:
+            self._hold(number, key, site, value, time)
+
+    def _hold(self, number: int, key: str | None, site: str, value: float, time: float) -> None:
+        """Hold a value until its round is closed, if there is room for it.
+
+        Args:
+            number: the round.
+            key: its key; None for the site's weight.
+            site, value: as the site logged it.
+            time: unix seconds of the row.
+        """
         if self._held_in_all >= _MAX_HELD or self._held[site] >= _MAX_HELD_OF_SITE:
             if not self._has_warned:
                 self._has_warned = True
                 _log.warning("%d metrics of site %s wait for the end of their round; no more of it are aggregated",
                              self._held[site], printable(site))  # fmt: skip
-            self._late += 1
+            self._late += key is not None
             return
+        current = self._rounds.setdefault(number, _Round())
+        by_site = current.weights if key is None else current.values.setdefault(key, {})
         self.last_time = max(self.last_time, time)
-        of_key = self._rounds.setdefault(number, _Round()).values.setdefault(key, {})
-        if site not in of_key:
+        if site not in by_site:
             self._held[site] += 1
             self._held_in_all += 1
-        of_key[site] = value
+        by_site[site] = value
 
     def _forget(self, key: str) -> None:
         """Drop the values of a key that is not aggregated after all."""
@@ -331,7 +370,7 @@ class Aggregation:
                 self._unsettled.discard(record.round)
                 current = self._rounds[record.round] = _Round()
             current.is_announced = True
-            _note_facts(current, values)
+            _note_facts(current, values, steps_weigh=self._keys.weight is None)
             if not current.is_closed and (_ROUND_ENDED in values or current.is_complete()):
                 found += self._close(record.round, current, record.time)
         return found
@@ -365,13 +404,14 @@ class Aggregation:
         found: list[Output] = []
         for earlier in sorted(n for n in self._unsettled if n < number):
             found += self._emit(earlier, time, {})
-            if earlier <= number - _HELD_ROUNDS:
+            if earlier <= number - _HELD_ROUNDS or not self._rounds[earlier].values:
                 self._drop(self._rounds[earlier])
-            if not self._rounds[earlier].values:
                 self._unsettled.discard(earlier)
         found += self._emit(number, time, _all_reported(current))
         if current.values:
             self._unsettled.add(number)
+        else:
+            self._drop(current)
         return found + self._tell_late(number, time)
 
     def _tell_late(self, number: int, time: float) -> list[Output]:
@@ -384,6 +424,9 @@ class Aggregation:
         for by_site in current.values.values():
             self._release(by_site)
         current.values = {}
+        if self._keys.weight is not None:
+            self._release(current.weights)
+        current.weights = {}
 
     def _emit(self, number: int, time: float, first: dict[str, float], *, single_round: bool = False) -> list[Output]:
         """Return the statistics of a round's keys that are certain by now, and drop their values."""
@@ -405,7 +448,7 @@ def _all_reported(current: _Round) -> dict[str, float]:
     return {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
 
 
-def _note_facts(current: _Round, values: Mapping[str, float]) -> None:
+def _note_facts(current: _Round, values: Mapping[str, float], *, steps_weigh: bool) -> None:
     for key, value in values.items():
         if key.startswith(_SAMPLED):
             current.expected.add(key[len(_SAMPLED) :])
@@ -413,5 +456,5 @@ def _note_facts(current: _Round, values: Mapping[str, float]) -> None:
             current.reported.add(key[len(_REPORTED) :])
         elif key.startswith(_FAILED):
             current.reported.add(key[len(_FAILED) :])
-        elif key.startswith(_WEIGHT):
+        elif steps_weigh and key.startswith(_WEIGHT):
             current.weights[key[len(_WEIGHT) :]] = value

@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import msgspec
 
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
+from trackhub.delivery.federation.delivery_health import DeliveryHealth
+from trackhub.delivery.federation.row_digest import KnownRows, RowDigest
 from trackhub.delivery.gate import KnownKeys, RefusedRecordError
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERATION_ROW, Row, stored_records
@@ -40,7 +41,7 @@ _READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
 _RETRY_S = 1.0
 _MAX_WAITING = 10_000
-_MAX_SKIPPED = 1000  # rows that need not be read. When there are more, the thread wakes up and passes over them
+_AT_ONCE = 1000  # numbers in one record
 _MAX_TEXT_CHARS = 100_000
 _LAST_ROW = 1 << 62
 _log = logging.getLogger(__name__)
@@ -51,9 +52,11 @@ class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     Attributes:
         aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
+        aggregate_weight: the key of the metric by which sites weigh in weighted means; None for the number of steps.
     """
 
     aggregate: tuple[str, ...] | None = None
+    aggregate_weight: str | None = None
 
 
 prepare(FederationOptions)
@@ -73,6 +76,7 @@ class FederationRun:
         job: str,
         blobs: BlobStore,
         *,
+        lanes: Sequence[str] = (),
         is_replay: bool = False,
     ) -> None:
         """Prepare it; ``start`` starts it.
@@ -83,23 +87,24 @@ class FederationRun:
             notify: called with the site's id in the journal when there are new rows of the federation run.
             job: the job's id.
             blobs: where the receiver keeps the bytes of files.
+            lanes: the names of all lanes.
             is_replay: whether a replay delivers the rest of a job that has ended.
         """
         self._journal = journal
         self._options = options
         self._notify_lanes = notify
         self._is_replay = is_replay
-        self._aggregation = Aggregation(options.aggregate)
-        self._facts = _Stream(journal, hashlib.sha256(f"{job}\0facts".encode()).hexdigest()[:32])
-        self._statistics = _Stream(journal, hashlib.sha256(f"{job}\0statistics".encode()).hexdigest()[:32])
-        self._files = _Stream(journal, hashlib.sha256(f"{job}\0files".encode()).hexdigest()[:32])
+        self._aggregation = Aggregation(options.aggregate, options.aggregate_weight)
+        self._health = DeliveryHealth(journal, lanes)
+        self._facts = _Stream(journal, job, "facts", self._health)
+        self._statistics = _Stream(journal, job, "statistics", self._health)
+        self._files = _Stream(journal, job, "files", self._health)
         self._blobs = blobs
         self._counts = _Counts(journal, is_replay=is_replay)
         self._row = 0
-        self._skipped: set[int] = set()
+        self._known = KnownRows()
         self._unstored: list[Record] = []
         self._sites: dict[int, str] = {}
-        self._lock = threading.Lock()  # of the rows to skip
         self._waiting = _Waiting()
         self._was_begun = False
         self._wake = threading.Event()
@@ -117,22 +122,26 @@ class FederationRun:
         self._was_begun = bool(self._journal.stream_states(FEDERATION, (self._facts.name,)))
         self._thread.start()
 
-    def notify(self, keys: AbstractSet[str], row: int) -> None:
+    def digest(self) -> RowDigest:
+        """Return what takes the metrics of a batch while the gate looks at them. From any thread."""
+        return self._aggregation.digest()
+
+    def notify(self, site: str, digest: RowDigest, records: int, row: int, stored: int) -> None:
         """Say that the journal has a new row of a site. Thread-safe; does not block.
 
         Args:
-            keys: the keys of all metrics in it.
-            row: its id.
+            site: who logged it.
+            digest: what was in the batch.
+            records: the number of records in the batch.
+            row: the row's id.
+            stored: the number of records in the row. The batch may have begun with some that the journal had.
         """
-        # Most rows hold only keys that are not aggregated. Reading and decoding them again would cost a tenth of the
-        # receiver's time. An ignored key is ignored for ever, so it makes no difference if a later process reads the
-        # row.
-        if self._aggregation.ignores(keys):
-            with self._lock:
-                self._skipped.add(row)
-                if len(self._skipped) % _MAX_SKIPPED:
-                    return
-        self._wake.set()
+        self._health.note_stored(row)
+        # To read and decode a row again would cost a fifth of the receiver's time.
+        is_known = stored == records and self._known.add(row, site, digest)
+        # Most rows hold only keys that are not aggregated. A key that is ignored stays so, so nobody waits for them.
+        if digest.keys or not is_known:
+            self._wake.set()
 
     def log(self, values: Mapping[str, float], round_number: int) -> None:
         """Add facts about a round, with the round as their step. Thread-safe; does not block.
@@ -249,24 +258,25 @@ class FederationRun:
         """Take the journal's new rows, and store the statistics that they complete."""
         while True:
             self._store_statistics()
-            self._skip()
+            self._known.forget_to(self._row)
+            self._take_known()
             rows = self._journal.read_all(self._row, _READ_BYTES)
             if not rows:
                 return
             for site, row in rows:
-                if self._skip() >= row.id:
+                if self._take_known() >= row.id:
                     continue
                 # Store these before the next row is taken. If that fails, only the rows after this one are read again.
                 self._unstored += [_record_of(output) for output in self._take(site, row)]
                 self._store_statistics()
 
-    def _skip(self) -> int:
-        """Pass over the next rows that need not be read. Return the id of the last row that was read or passed over."""
-        with self._lock:
-            while self._row + 1 in self._skipped:
-                self._row += 1
-                self._skipped.discard(self._row)
-        return self._row
+    def _take_known(self) -> int:
+        """Take the next rows as far as their digests say enough. Return the id of the last row that is dealt with."""
+        while True:
+            known = self._known.pop(self._row + 1)
+            if known is None or not self._aggregation.add_digest(*known):
+                return self._row
+            self._row += 1
 
     def _take(self, site: int, row: Row) -> list[Output]:
         """Give a row to the aggregation. Return the statistics that the row completes."""
@@ -292,22 +302,11 @@ class FederationRun:
                 self._store_health(stored[-1])
 
     def _store_health(self, last: Record) -> None:
-        """Log how many records are dropped, refused, rejected or pending, after a round's statistics are written."""
-        report = self._journal.report()
-        counted = [site.at_site for site in report.sites.values() if site.at_site is not None]
-        rejected = sum(sum(run.rejected.values()) for lane in report.lanes.values() for run in lane.values())
-        values = {
-            "fl/delivery/dropped": float(sum(sum(counts.dropped.values()) for counts in counted)),
-            "fl/delivery/refused": float(sum(sum(site.all_refused().values()) for site in report.sites.values())),
-            "fl/delivery/rejected": float(rejected),
-        }
-        for lane, runs in report.lanes.items():
-            values[f"fl/delivery/pending/{lane}"] = float(sum(run.pending for run in runs.values()))
-        for name, site in report.sites.items():
-            key = f"fl/delivery/spooled/{name}"
-            if site.at_site is not None and name != FEDERATION and self._waiting.is_key(key):
-                values[key] = float(site.at_site.spooled)
-        self._store(self._facts, [msgspec.structs.replace(last, time=time.time(), payload=Metrics(values))], {})
+        """Say how delivery stands when a round's statistics are written."""
+        items = [item for item in self._health.values().items() if self._waiting.is_key(item[0])]
+        parts = [Metrics(dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
+        record = msgspec.structs.replace(last, time=time.time())
+        self._store(self._facts, [msgspec.structs.replace(record, payload=part) for part in parts], {})
 
     def _store(self, stream: _Stream, records: Sequence[Record], facts: Mapping[str, str]) -> None:
         site = stream.append(records, facts)
@@ -418,9 +417,10 @@ class _Counts:
 class _Stream:
     """One stream of the federation run. Its id is the same in every process, so its numbers go on after a restart."""
 
-    def __init__(self, journal: Journal, name: str) -> None:
-        self.name = name
+    def __init__(self, journal: Journal, job: str, what: str, health: DeliveryHealth) -> None:
+        self.name = hashlib.sha256(f"{job}\0{what}".encode()).hexdigest()[:32]
         self._journal = journal
+        self._health = health
         self._site: int | None = None
         self._next_seq = 0
 
@@ -452,7 +452,8 @@ class _Stream:
         after = first + len(records)
         frames = [encode_frame(msgspec.structs.replace(r, seq=first + i)) for i, r in enumerate(records)]
         batch = Batch(self.name, first, after, len(records), b"".join(frames))
-        self._journal.append(self._site, batch, {}, began=began, facts=facts)
+        stored = lambda row, _: self._health.note_stored(row)  # noqa: E731
+        self._journal.append(self._site, batch, {}, began=began, facts=facts, stored=stored)
         self._next_seq = after
         return self._site
 

@@ -170,7 +170,7 @@ class Journal:
         refused: Sequence[tuple[int, str]] = (),
         began: float | None = None,
         facts: Mapping[str, str] | None = None,
-        stored: Callable[[int], None] | None = None,
+        stored: Callable[[int, int], None] | None = None,
         wait_s: float = WAIT_S,
     ) -> int:
         """Store a batch, and return how many of its records are new.
@@ -185,7 +185,8 @@ class Journal:
             began: the time of the batch's first record, in unix seconds. If the site has no record yet, its run began
                 then.
             facts: facts about the job to store with the batch, as ``set_facts`` does.
-            stored: called with the id of the new row once that is stored. Not called if no record is new.
+            stored: called with the id of the new row and the number of its records, once that is stored. Not called if
+                no record is new.
             wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
@@ -221,7 +222,7 @@ class Journal:
             )
             db.executemany(_SET_FACT, (facts or {}).items())
         if row is not None and stored is not None:
-            stored(row)
+            stored(row, new)
         return new
 
     def _stream(self, db: sqlite3.Connection, site: int, batch: Batch) -> tuple[int, int]:
@@ -273,6 +274,7 @@ class Journal:
             message.counts.not_captured = message.counts.not_captured or known.not_captured
             message.counts.not_used = message.counts.not_used or known.not_used
             message.counts.by_message = max(message.counts.by_message, known.by_message)
+            message.counts.sent_again = max(message.counts.sent_again, known.sent_again)
             is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
             if last and not final and not same_sender and is_older:
                 return  # an old message, from a sender before the one that sent the final message
@@ -392,6 +394,15 @@ class Journal:
         """Return whether this site has a row after ``after``."""
         query = "SELECT EXISTS (SELECT 1 FROM batches WHERE site = ? AND id > ?)"
         return bool(self._fetch(query, site, after)[0][0])
+
+    def oldest_unconfirmed(self, lane: str) -> int | None:
+        """Return the id of the oldest row that this lane has not confirmed. None if it has confirmed all."""
+        query = (
+            "SELECT min((SELECT id FROM batches WHERE site = sites.id AND id > coalesce(runs.confirmed, 0) ORDER BY id"
+            " LIMIT 1)) FROM sites LEFT JOIN runs ON runs.site = sites.id AND runs.lane = ?"
+        )
+        ((found,),) = self._fetch(query, lane)
+        return None if found is None else int(found)
 
     def run_state(self, lane: str, site: int) -> RunState:
         """Return how far a lane got with a site's run."""

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server's receiver is told of the federation run, as one argument in the job's configuration.
+
+`trackhub.flare.recipe` writes it, and `trackhub.flare.receiver_widget` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import msgspec
+
+from trackhub.delivery import FederationOptions
+from trackhub.errors import ConfigError
+from trackhub.plain_values_to_structs import convert
+
+__all__ = ["FederationSettings"]
+
+
+class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the federation run holds.
+
+    Attributes:
+        aggregate, aggregate_weight: as in `FederationOptions`.
+        update_statistics: measure what each site changed in the model.
+    """
+
+    aggregate: tuple[str, ...] | None = None
+    aggregate_weight: str | None = None
+    update_statistics: bool = False
+
+    @classmethod
+    def of(cls, value: object) -> Self | None:
+        """Return what a component's argument says: settings by name, or whether there is a federation run.
+
+        Raises:
+            ConfigError: it has another form.
+        """
+        if isinstance(value, bool):
+            return cls() if value else None
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"tracking: federation: expected true, false or settings by name, got {value!r}")
+        patterns, weight = value.get("aggregate"), value.get("aggregate_weight")
+        is_list = isinstance(patterns, list | tuple) and all(isinstance(p, str) and p for p in patterns)
+        if patterns is not None and not is_list:
+            raise ConfigError(f"tracking: aggregate: expected a list of patterns such as 'val/*', got {patterns!r}")
+        if weight is not None and not (isinstance(weight, str) and weight):
+            raise ConfigError(f"tracking: aggregate_weight: expected a key such as 'train/samples', got {weight!r}")
+        return convert(value, cls, "tracking")
+
+    def options(self) -> FederationOptions:
+        """Return the part that is the receiver's own."""
+        return FederationOptions(self.aggregate, self.aggregate_weight)
+
+    @classmethod
+    def argument(
+        cls, federation: bool, aggregate: Sequence[str] | None, aggregate_weight: str | None, update_statistics: bool
+    ) -> bool | dict[str, Any]:
+        """Return the component's argument for these arguments of `add_tracking`, as JSON values. It is checked.
+
+        Raises:
+            ConfigError: one of them is wrong.
+        """
+        given = {
+            "aggregate": aggregate, "aggregate_weight": aggregate_weight, "update_statistics": bool(update_statistics)
+        }  # fmt: skip
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(cls.of(given)))
+        return (plain or True) if federation else False

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what each site changed in the model, and how far the sites agree: the update's norm, and its cosine.
+
+`trackhub.flare.federation_watch` calls it on the server if the job asks for it. An *update* is what a site sends minus
+the model that it got, or the difference that it sends. It is in memory until the round's aggregation is done.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from nvflare.apis.dxo import DXO, DataKind, MetaKey
+
+from trackhub.flare.task_events import model_in
+from trackhub.printable import printable
+
+__all__ = ["MAX_KEPT_BYTES", "ModelUpdates"]
+
+MAX_KEPT_BYTES = 1 << 30
+"""How much memory the updates of one round may take, in bytes: 8 a number for their sum, and 4 for each update."""
+
+_BLOCK = 1 << 20  # numbers that are looked at together, so that a large array needs no second one of its size
+_MAX_WARNINGS = 20
+_Array = np.ndarray[Any, Any]
+_Pairs = dict[str, tuple[_Array, _Array | None]]
+
+
+class _UnreadableError(Exception):
+    """A result cannot be measured, for a reason that the log says."""
+
+
+class ModelUpdates:
+    """Measures the updates of one round at a time. FLARE may call it from several threads. No method raises."""
+
+    def __init__(self, warn: Callable[[str], None], max_bytes: int = MAX_KEPT_BYTES) -> None:
+        """Begin without a round.
+
+        Args:
+            warn: writes a line into the log.
+            max_bytes: as `MAX_KEPT_BYTES`.
+        """
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._max_bytes = max_bytes
+        self._sent: dict[str, Mapping[str, Any]] = {}
+        self._lock = threading.Lock()  # of all that follows
+        self._seen: set[str] = set()
+        self._norms: dict[str, float] = {}
+        self._kept: dict[str, dict[str, _Array]] = {}
+        self._sum: dict[str, _Array] = {}
+        self._bytes = 0
+        self._left_out: set[str] = set()
+
+    def note_sent(self, task_id: str, data: Any) -> None:
+        """Note the model in a task that a site gets. Keeps FLARE's own arrays, and copies none."""
+        model = model_in(data)
+        if model is not None and isinstance(model.data, Mapping):
+            self._sent[task_id] = model.data
+
+    def take(self, task_id: str, site: str, result: Any) -> dict[str, float]:
+        """Measure the update in a site's result. Blocks for a pass or two over the model.
+
+        Args:
+            task_id: the task, as for ``note_sent``.
+            site: the site. The first result with a model in a round counts.
+            result: the result.
+
+        Returns:
+            The update's norm by key. Empty if the result has no model, or none that can be read.
+        """
+        sent, model = self._sent.pop(task_id, None), model_in(result)
+        if model is None or (sent is None and model.data_kind == DataKind.WEIGHTS):
+            return {}  # metrics, or a model that answers no model, as for cross-site evaluation
+        with self._lock:
+            if site in self._seen:
+                return {}
+            self._seen.add(site)
+            try:
+                norm = self._measure(site, _pairs(model, sent))
+            except Exception as e:  # a model of a form that is not known here must not harm the job
+                self._leave_out(site, str(e) if isinstance(e, _UnreadableError) else f"{type(e).__name__}: {e}")
+                return {}
+            return {f"fl/update_norm/{site}": norm}
+
+    def end(self) -> dict[str, float]:
+        """Return what is known of the round as a whole, and forget it. Blocks for a pass over each update."""
+        self._sent.clear()
+        with self._lock:
+            try:
+                found = {f"fl/update_cosine/{site}": cosine for site, cosine in self._cosines()}
+            except Exception as e:  # no memory, for example
+                found = {}
+                for site in self._norms:
+                    self._leave_out(site, f"{type(e).__name__}: {e}")
+            if self._left_out:
+                found["fl/updates_left_out"] = float(len(self._left_out))
+            self._seen, self._norms, self._kept, self._sum, self._left_out = set(), {}, {}, {}, set()
+            self._bytes = 0
+            return found
+
+    def _leave_out(self, site: str, reason: str) -> None:
+        self._left_out.add(site)
+        message = f"the update of site {printable(site)} has no norm or no cosine: {printable(reason)[:300]}"
+        if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add(message)
+            self._warn(message)
+
+    def _measure(self, site: str, pairs: _Pairs) -> float:
+        """Return an update's norm. Keep the update, and add it to the sum, as far as there is room."""
+        for name, total in self._sum.items():
+            if name in pairs and pairs[name][0].size != total.size:
+                raise _UnreadableError(f"its array {name!r} has another shape than that of another site")
+        numbers = sum(after.size for after, _ in pairs.values())
+        new = 8 * sum(after.size for name, (after, _) in pairs.items() if name not in self._sum)
+        is_kept = self._bytes + new + 4 * numbers <= self._max_bytes
+        kept = {name: np.empty(after.size, np.float32) for name, (after, _) in pairs.items()} if is_kept else {}
+        squares = 0.0
+        with np.errstate(all="ignore"):
+            for name, (after, before) in pairs.items():
+                for at, block in _blocks(after, before):
+                    squares += float(block @ block)
+                    if is_kept:
+                        kept[name][at] = block
+            if not math.isfinite(squares):
+                self._leave_out(site, "it holds numbers that are not finite, or too large")
+                return math.sqrt(squares) if squares >= 0 else math.nan
+            if self._bytes + new > self._max_bytes:
+                self._leave_out(site, f"the model is larger than the {self._max_bytes} bytes that updates may take")
+                return math.sqrt(squares)
+            for name, (after, before) in pairs.items():
+                total = self._sum.setdefault(name, np.zeros(after.size))
+                for at, block in _blocks(after, before):
+                    total[at] += block
+        self._bytes += new
+        self._norms[site] = math.sqrt(squares)
+        if is_kept:
+            self._kept[site] = kept
+            self._bytes += 4 * numbers
+        else:
+            self._leave_out(site, f"the round's updates take more than {self._max_bytes} bytes; the mean counts it")
+        return self._norms[site]
+
+    def _cosines(self) -> Iterator[tuple[str, float]]:
+        """Yield the cosine between each kept update and the mean of all. A zero has none."""
+        with np.errstate(all="ignore"):
+            length = math.sqrt(sum(float(block @ block) for a in self._sum.values() for _, block in _blocks(a, None)))
+            for site, arrays in self._kept.items():
+                product = sum(
+                    float(block @ self._sum[name][at]) for name, a in arrays.items() for at, block in _blocks(a, None)
+                )
+                both = self._norms[site] * length
+                if both > 0 and math.isfinite(product / both):
+                    yield site, max(-1.0, min(1.0, product / both))
+
+
+def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
+    """Return each array of an update: as it came back and as it was sent, flat. None for the latter in a difference.
+
+    Arrays of integers, and such as only one side has or in another shape, are left out: they count as unchanged.
+
+    Raises:
+        _UnreadableError: nothing is left, or the model is in a form that is not known here.
+    """
+    algorithm = model.get_meta_prop(MetaKey.PROCESSED_ALGORITHM)
+    if algorithm is not None:
+        raise _UnreadableError(f"it is encrypted, quantized or otherwise processed ({algorithm})")
+    if model.data_kind == DataKind.COLLECTION or not isinstance(model.data, Mapping):
+        raise _UnreadableError("it holds the models of several clients, or something else that is no model of arrays")
+    pairs: _Pairs = {}
+    for name, value in model.data.items():
+        after = _floats(value)
+        before = None if sent is None else _floats(sent.get(name))
+        if after is None or (sent is not None and (before is None or before.shape != after.shape)):
+            continue
+        if before is not None:
+            before = None if model.data_kind == DataKind.WEIGHT_DIFF else before.reshape(-1)
+        pairs[str(name)] = after.reshape(-1), before
+    if not pairs:
+        raise _UnreadableError("none of its arrays has floating-point numbers, and the name and shape of one sent")
+    return pairs
+
+
+def _floats(value: Any) -> _Array | None:
+    """Return an array of floating-point numbers as numpy has it. None for everything else.
+
+    Raises:
+        _UnreadableError: it is no array, such as a tensor on a disk, or an encrypted one.
+    """
+    if value is None or isinstance(value, int | str):
+        return None
+    if isinstance(value, float | np.ndarray | np.generic):
+        array = np.asarray(value)
+        return array if array.dtype.kind == "f" else None
+    if callable(getattr(value, "detach", None)) and callable(getattr(value, "is_floating_point", None)):
+        if not value.is_floating_point():
+            return None
+        tensor = value.detach().cpu()
+        # numpy has no bfloat16.
+        found: _Array = (tensor if tensor.element_size() >= 4 else tensor.float()).numpy()
+        return found
+    raise _UnreadableError(f"it holds a {type(value).__name__}, and not only arrays")
+
+
+def _blocks(after: _Array, before: _Array | None) -> Iterator[tuple[slice, _Array]]:
+    """Yield the difference of two arrays piece by piece, as 64-bit floats, and where each piece is."""
+    for begin in range(0, after.size, _BLOCK):
+        at = slice(begin, begin + _BLOCK)
+        block = after[at].astype(np.float64)
+        if before is not None:
+            block -= before[at]
+        yield at, block
