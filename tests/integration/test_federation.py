@@ -35,7 +35,8 @@ with Writer() as writer:
         for step in range(3 * now, 3 * now + 3):
             writer.log({{"train/loss": 1.0 / (step + 1)}}, step)
         time.sleep({PAUSE_S} if SITE == "{SLOW}" else 0)
-        params = {{name: array + np.array([[1, 0], [number, -0.5]], array.dtype) for name, array in model.params.items()}}
+        update = np.array([[1, 0], [number, -0.5]], np.float32)
+        params = {{name: array + update for name, array in model.params.items()}}
         meta = {{"NUM_STEPS_CURRENT_ROUND": number}}
         flare.send(flare.FLModel(params=params, params_type="FULL", metrics={{"accuracy": 0.1 * number}}, meta=meta))
 """
