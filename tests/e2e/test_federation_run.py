@@ -64,7 +64,6 @@ def test_each_backend_has_numpys_statistics_over_the_points_that_it_has_of_the_s
                     # TensorBoard has 32-bit floats of both.
                     assert value == pytest.approx(float(statistic(values)), rel=1e-5, abs=1e-6), (backend, key, name)
         steps = {round_: [federation[f"fl/steps/{site}"][round_] for site in SITES] for round_ in range(ROUNDS)}
-        assert len(set(steps[0])) > 1  # the sites are uneven
         for key in KEYS:
             for round_, value in federation[f"{key}/weighted_mean"].items():
                 expected = np.average([site[key][round_] for site in sites], weights=steps[round_ or 0])
