@@ -190,7 +190,7 @@ class _Keys:
     def _ignore(self, key: str) -> None:
         if key == self.weight:
             self.weight_is_refused = True
-        elif len(self.ignored) < _MAX_IGNORED:  # further keys are checked again with each record, which only takes longer
+        elif len(self.ignored) < _MAX_IGNORED:  # further keys are checked again each time, which takes longer
             self.ignored.add(key)
 
     def is_ready(self, key: str, *, single_round: bool) -> bool:
