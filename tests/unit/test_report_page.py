@@ -288,6 +288,7 @@ def test_of_hundreds_of_sites_fewer_keys_are_shown_and_the_page_says_so(tmp_path
     assert sorted(charts) == [f"k{i:03}" for i in range(100)]
     assert {len(chart["lines"]) for chart in charts.values()} == {200}
     assert "10,000 values are not shown" in page.text
+    assert "s0, s1, s10, s100, s101 and 195 more: the site sent no counts." in page.text
 
 
 def test_of_very_many_rounds_a_line_keeps_its_peaks(tmp_path: Path) -> None:

@@ -72,6 +72,17 @@ def test_metrics_that_came_in_since_the_last_look_are_seen_at_the_next(tmp_path:
     assert (second.values, second.step) == ({"acc": 0.5, "loss": 0.5}, 2)
 
 
+def test_the_step_is_that_of_training_whatever_else_was_logged_last(tmp_path: Path) -> None:
+    follower = JobFollower(tmp_path)
+    with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
+        writer.log({"train/loss": 1.0}, step=70)
+        writer.log({"val/loss": 1.0}, step=2)
+        writer.log({"system/cpu": 9.0})
+        assert writer.flush(20)
+
+        assert follower.look().sites["local"].step == 70
+
+
 def test_a_folder_in_which_nothing_has_begun_is_no_error(tmp_path: Path) -> None:
     state = JobFollower(tmp_path / "not there").look()
 

@@ -22,6 +22,8 @@ from trackhub.records import Blob, Kind, Record
 
 __all__ = ["StoredJob", "StoredJobs", "StoredRecord", "read_jobs"]
 
+_MAX_NAMES = 5
+
 
 class StoredRecord(NamedTuple):
     """A record, and where it comes from.
@@ -126,12 +128,15 @@ class StoredJob:
                 f"{n:,} records of {site} were removed by `trackhub prune` after their delivery."
                 for site, n in sorted(journal.pruned.items())
             ]
+        doubts: dict[str, list[str]] = {}
         for report in self.reports.values():
             for name, site in sorted(report.sites.items()):
                 waiting = site.at_site.spooled + site.at_site.unreadable if site.at_site is not None else 0
                 if waiting and site.final:
                     found.append(f"{waiting:,} records of {name} are still in its spool.")
-                found += [f"{name}: {doubt}." for doubt in format_counted(site)]
+                for doubt in format_counted(site):
+                    doubts.setdefault(doubt, []).append(name)
+        found += [f"{_some(list(dict.fromkeys(names)))}: {doubt}." for doubt, names in doubts.items()]
         return list(dict.fromkeys(found))
 
 
@@ -211,6 +216,12 @@ def read_jobs(path: str | Path) -> StoredJobs:
         raise errors[0]
     jobs = [StoredJob(journals) for journals in by_job.values()]
     return StoredJobs(sorted(jobs, key=lambda job: (job.created, job.id)), errors)
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _receiver_name(journal: JournalFile) -> str:

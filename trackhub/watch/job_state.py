@@ -45,7 +45,7 @@ class SiteState:
 
     Attributes:
         name: its name.
-        round, step: the round and step of its newest metrics; None if it has no metrics.
+        round, step: its newest round and its highest step; None where its metrics have none.
         values: the newest value of each key, the newest last.
         logged: how many records it has logged, by its last message; None before the first one.
         dropped: records that will not be delivered, by reason.

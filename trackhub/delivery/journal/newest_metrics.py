@@ -26,8 +26,9 @@ class SiteMetrics:
     """What a site logged last.
 
     Attributes:
-        round: the round of its newest metrics. None if they have no round.
-        step: the step of its newest metrics. None if they have no step.
+        round: the newest round of its metrics. None if they have no round.
+        step: the highest step of its metrics, which is how far training got: validation counts rounds, and what
+            measures the host counts nothing. None if they have no step.
         values: the newest value of each key. Keys that were logged last come last.
     """
 
@@ -82,8 +83,10 @@ class NewestMetrics:
                 except RefusedRecordError:
                     continue
                 assert isinstance(record.payload, Metrics)
-                newest.round = record.round
-                newest.step = record.step
+                if record.round is not None:
+                    newest.round = record.round
+                if record.step is not None:
+                    newest.step = max(record.step, newest.step or 0)
                 for key, value in record.payload.values.items():
                     newest.values.pop(key, None)
                     newest.values[key] = value
