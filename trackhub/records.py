@@ -19,6 +19,7 @@ __all__ = [
     "KIND_OF",
     "MAX_COUNT",
     "MAX_DEPTH",
+    "MAX_IMAGE_BYTES",
     "MAX_KEY_CHARS",
     "MAX_STEP",
     "STEPLESS",
@@ -53,6 +54,9 @@ MAX_COUNT = 2**53 - 1
 
 MAX_DEPTH = 20
 """How many lists and dicts may enclose a value of a param."""
+
+MAX_IMAGE_BYTES = 64 << 20
+"""Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
 
 STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
@@ -150,9 +154,13 @@ class Text(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
 class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
     """One encoded image.
 
+    The receiver and each lane check that the file begins as a PNG or JPEG file does, and that its header agrees with
+    the media type, the width and the height. Nobody has decoded it: the rest of the file may be damaged, or may be
+    a few bytes that become gigabytes of pixels.
+
     Attributes:
         key: its key.
-        blob: the bytes of the PNG or JPEG file.
+        blob: the bytes of the PNG or JPEG file, at most ``MAX_IMAGE_BYTES``.
         width: in pixels.
         height: in pixels.
         caption: a line of text below it; may be empty.

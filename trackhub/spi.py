@@ -28,6 +28,7 @@ import msgspec
 
 from trackhub.conceal import remember_secret
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
+from trackhub.image_header import BadImageError, ImageHeader, read_image_header
 from trackhub.job_and_run_info import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
 from trackhub.records import (
     Artifact,
@@ -54,6 +55,7 @@ __all__ = [
     "BackendContext",
     "BackendError",
     "BackendRun",
+    "BadImageError",
     "Blob",
     "Capabilities",
     "ConfigError",
@@ -63,6 +65,7 @@ __all__ = [
     "Entry",
     "Histogram",
     "Image",
+    "ImageHeader",
     "InvalidOptionError",
     "JobInfo",
     "KeyRule",
@@ -87,6 +90,7 @@ __all__ = [
     "TransientError",
     "WriteReport",
     "path_component",
+    "read_image_header",
     "remember_secret",
 ]
 

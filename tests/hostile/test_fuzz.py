@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hostile.decoder_rules import real_requests
+from tests.hostile.decoder_rules import no_file, real_requests
 from tests.hostile.hostile_site import HOSTILE, OTHER_STREAM, Job, batch, frame, metrics, record
 from tests.unit.helpers import STREAM
 from trackhub.delivery import wire
@@ -238,7 +238,7 @@ def odd_frames(draw: st.DrawFn, seq: int) -> bytes:
 def test_what_the_gate_lets_pass_it_lets_pass_again_whatever_comes(data: st.DataObject, size: int) -> None:
     frames = [data.draw(odd_frames(seq)) for seq in range(size)]
 
-    found = examine(batch(frames), KnownKeys())
+    found = examine(batch(frames), KnownKeys(), no_file)
 
     assert isinstance(found, Contents)
     assert found.batch.records + len(found.refused) == size
@@ -255,6 +255,6 @@ def test_what_the_gate_lets_pass_it_lets_pass_again_whatever_comes(data: st.Data
 def test_bytes_put_anywhere_into_a_batch_raise_nothing_in_the_gate(extra: bytes, at: int, byte: int) -> None:
     good = b"".join(metrics(seq) for seq in range(5))
     for changed in (good[:at] + extra + good[at:], good[:at] + bytes([byte]) + good[at + 1 :], good[:at]):
-        found = examine(wire.Batch(STREAM, 0, 5, 5, changed), KnownKeys())
+        found = examine(wire.Batch(STREAM, 0, 5, 5, changed), KnownKeys(), no_file)
         if changed != good:
             assert isinstance(found, wire.Refused)

@@ -30,7 +30,7 @@ from trackhub.delivery.report import format_report
 from trackhub.framing import decode_body, encode_frame
 from trackhub.job_and_run_info import Side
 from trackhub.printable import printable
-from trackhub.records import MAX_COUNT, Kind, Metrics, Params, Record
+from trackhub.records import MAX_COUNT, MAX_IMAGE_BYTES, Kind, Metrics, Params, Record
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 
@@ -77,6 +77,14 @@ BAD: dict[str, tuple[str, bytes]] = {
     "a blob of 2^62 bytes": (
         "undecodable",
         frame(Kind.ARTIFACT, record(1, Kind.ARTIFACT, "a", blob(size=2**62), "f", "file")),
+    ),
+    "an image of more bytes than an image may have": (
+        "too_large",
+        frame(Kind.IMAGE, record(1, Kind.IMAGE, "a", blob(size=MAX_IMAGE_BYTES + 1), 1, 1, "")),
+    ),
+    "an image that is neither PNG nor JPEG": (
+        "bad_image",
+        frame(Kind.IMAGE, record(1, Kind.IMAGE, "a", [*blob()[:3], "application/postscript"], 1, 1, "")),
     ),
     "a file name with a folder": (
         "bad_blob",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from trackhub.spi import Redelivery
 def reader_on(bench: Bench, **can: Any) -> tuple[EntryReader, Cursor]:
     cursor = Cursor(bench.journal, "memory", 1, SITE, Redelivery.IDEMPOTENT)
     capabilities = msgspec.structs.replace(MemoryBackend.capabilities, **can)
-    return EntryReader(bench.journal, cursor, capabilities), cursor
+    return EntryReader(bench.journal, cursor, capabilities, Path()), cursor
 
 
 def positions(reader: EntryReader) -> list[int] | None:

@@ -302,10 +302,22 @@ def test_an_image_that_is_a_bomb_is_a_record_error(writer: Writer, monkeypatch: 
     from PIL import Image as pil
 
     buffer = io.BytesIO()
-    pil.new("L", (64, 64)).save(buffer, "PNG")
+    pil.new("L", (64, 64)).save(buffer, "BMP")
     monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(RecordError, match="'i'"):
         Writer(spool_of(writer).folder, strict=True).log_image("i", buffer.getvalue())
+
+
+def test_a_huge_png_file_is_logged_as_it_is_without_a_decoder(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image as pil
+
+    buffer = io.BytesIO()
+    pil.new("L", (64, 48)).save(buffer, "PNG")
+    monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 16)
+    writer.log_image("i", buffer.getvalue())
+    image = payload(writer)
+    assert isinstance(image, Image)
+    assert (image.width, image.height, image.blob.size) == (64, 48, len(buffer.getvalue()))
 
 
 def test_an_artifact_is_copied_at_once(writer: Writer, tmp_path: Path) -> None:

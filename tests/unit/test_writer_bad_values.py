@@ -9,6 +9,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import io
 import logging
 import math
 import os
@@ -392,3 +393,18 @@ def test_nothing_is_raised_whatever_is_logged_and_all_of_it_is_counted(
     acked = settle_all(reader, final=True)
     counts = reader.counts().values()
     assert sum(count.logged - sum(count.dropped.values()) for count in counts) == acked
+
+
+def test_an_image_file_above_the_limit_is_counted_with_one_warning(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image as pil
+
+    buffer = io.BytesIO()
+    pil.new("L", (64, 48)).save(buffer, "PNG")
+    monkeypatch.setattr("trackhub.writer.images.MAX_IMAGE_BYTES", len(buffer.getvalue()) - 1)
+    for _ in range(3):
+        writer.log_image("i", buffer.getvalue())
+    (warning,) = [message for message in caplog.messages if "log_artifact" in message]
+    assert "expected at most" in warning
+    assert count_of(writer).dropped == {"invalid_value": 3}

@@ -54,6 +54,10 @@ class BlobStore:
         """Return whether this blob is here whole. False for a name that no blob can have."""
         return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
 
+    def path(self, site: str, name: str) -> Path | None:
+        """Return the file of this blob; None if the blob is not here whole."""
+        return self.folder(site) / name if self.has(site, name) else None
+
     def delete_parts(self) -> None:
         """Delete the incomplete blobs of all sites. Call it when no more pieces come. Never raises."""
         for path in self._folder.glob("*/*.part"):

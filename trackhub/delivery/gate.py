@@ -19,7 +19,9 @@ reason              the record is refused, because
 ``bad_key``         `trackhub.records.key_problem` finds a problem in a key
 ``bad_value``       a param or cell is not a plain value, a histogram's edges do not rise, a table's rows differ
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
-``bad_blob``        the name of its blob does not consist of the record's stream and number
+``bad_blob``        the name of its blob does not consist of the record's stream and number, or its size is wrong
+``bad_image``       the file of an image has no header of a PNG or JPEG file, or the header says something else
+``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`
 ``too_many_keys``   the site has used more keys than a receiver remembers
 ``too_many_values`` its batch has more values than fit into memory
 ==================  ================================================================================
@@ -29,8 +31,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -45,10 +49,13 @@ from trackhub.framing import (
     metrics_bodies,
     scan_frames,
 )
+from trackhub.image_header import IMAGE_TYPES, BadImageError, ImageHeader, read_image_header
+from trackhub.plain_files import open_plain
 from trackhub.records import (
     KEYED,
     KIND_OF,
     MAX_DEPTH,
+    MAX_IMAGE_BYTES,
     Artifact,
     Gap,
     Histogram,
@@ -63,7 +70,7 @@ from trackhub.records import (
     key_problem,
 )
 
-__all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_record", "examine"]
+__all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_blob", "check_record", "examine"]
 
 MAX_KEYS = 100_000
 MAX_KEY_CHARS_IN_ALL = 16 << 20
@@ -190,6 +197,11 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
             raise RefusedRecordError("bad_blob", f"blob {payload.blob.name!r}; expected {stream}-{seq}")
         if isinstance(payload, Artifact) and not _NOT_IN_FILENAMES.isdisjoint(payload.filename):
             raise RefusedRecordError("bad_blob", f"file name {payload.filename!r}; expected the last part of a path")
+        if isinstance(payload, Image):
+            if payload.blob.size > MAX_IMAGE_BYTES:
+                raise RefusedRecordError("too_large", f"an image of {payload.blob.size} bytes; limit {MAX_IMAGE_BYTES}")
+            if payload.blob.media_type not in IMAGE_TYPES:
+                raise RefusedRecordError("bad_image", f"it is {payload.blob.media_type[:80]!r}; expected PNG or JPEG")
     elif isinstance(payload, Histogram):
         edges, counts = payload.edges, payload.counts
         room.take(len(edges) + len(counts))
@@ -225,21 +237,47 @@ def _check_value(value: Any, depth: int, room: _Room) -> None:
             _check_value(item, depth + 1, room)
 
 
+def check_blob(payload: Image | Artifact, path: Path) -> None:
+    """Check the file of a blob: its size and, for an image, its header. No decoder may see it before.
+
+    Raises:
+        RefusedRecordError: a site may not send this record.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb", opener=open_plain) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != payload.blob.size:
+            raise RefusedRecordError("bad_blob", f"its file has {size} bytes; the record says {payload.blob.size}")
+        if isinstance(payload, Artifact):
+            return
+        try:
+            header = read_image_header(file)
+        except BadImageError as e:
+            raise RefusedRecordError("bad_image", str(e)) from e
+    said = ImageHeader(payload.blob.media_type, payload.width, payload.height)
+    if header != said:
+        raise RefusedRecordError("bad_image", f"its file is {header}; the record says {said}")
+
+
 def examine(
-    batch: Batch, keys: KnownKeys, on_metrics: Callable[[set[str], Sequence[Record]], None] | None = None
+    batch: Batch,
+    keys: KnownKeys,
+    path_of: Callable[[str], Path | None],
+    on_metrics: Callable[[set[str], Sequence[Record]], None] | None = None,
 ) -> Contents | Refused:
     """Check a batch: its numbers, and each of its records.
 
     Args:
         batch: what the site sent.
         keys: the keys that the site has used.
+        path_of: returns the file of a blob by its name; None if it is not there yet.
         on_metrics: called with the keys and the records of all accepted metrics, piece by piece in their order. None
             if nobody needs them. The batch may be refused all the same.
 
     Returns:
         The contents of the batch, or the reason why the whole batch is refused.
     """
-    examination = _Examination(batch, keys, on_metrics)
+    examination = _Examination(batch, keys, path_of, on_metrics)
     try:
         examination.run()
     except CorruptFrameError as e:
@@ -263,12 +301,17 @@ class _Examination:
     """
 
     def __init__(
-        self, batch: Batch, keys: KnownKeys, on_metrics: Callable[[set[str], Sequence[Record]], None] | None
+        self,
+        batch: Batch,
+        keys: KnownKeys,
+        path_of: Callable[[str], Path | None],
+        on_metrics: Callable[[set[str], Sequence[Record]], None] | None,
     ) -> None:
         self.seq = batch.first_seq
         self.records = 0
         self._batch = batch
         self._keys = keys
+        self._path_of = path_of
         self._on_metrics = on_metrics
         self._room = _Room()
         self._time: float | None = None
@@ -351,7 +394,10 @@ class _Examination:
             if self._on_metrics is not None:
                 self._on_metrics(set(record.payload.values), [record])
         elif isinstance(record.payload, Image | Artifact):
-            self._blobs.append(record.payload.blob.name)
+            name = record.payload.blob.name
+            if (path := self._path_of(name)) is not None:
+                check_blob(record.payload, path)
+            self._blobs.append(name)
 
     def _take_gap(self, frame: Frame, body: bytes) -> None:
         try:

@@ -333,7 +333,9 @@ class Receiver:
     def _accept(self, site: str, batch: Batch) -> Reply:
         federation = self.federation
         digest = None if federation is None else federation.digest()
-        contents = examine(batch, self._keys[site], None if digest is None else digest.add)
+        contents = examine(
+            batch, self._keys[site], partial(self._blobs.path, site), None if digest is None else digest.add
+        )
         if isinstance(contents, Refused):
             return contents
         if not self._room.allows(site, len(batch.frames)):

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.errors import RecordError
-from trackhub.records import Blob, Image
+from trackhub.image_header import BadImageError, read_image_header
+from trackhub.records import MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
 from trackhub.writer.values import read_key
 
 __all__ = ["grid_of", "read_image"]
 
-_MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _NUMBER_MODES = ("F", "I", "I;16B", "I;16L", "I;16N")  # Pillow would cut their pixels off at 255
 _ALPHA_MODES = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}
@@ -60,6 +60,11 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
         raise RecordError(f"log_image({key!r}): caption {shown(caption)} is a {type(caption).__name__}; expected a str")
     caption = plain_text("caption of image", key, caption)
     data, media_type, width, height = _encode_image(key, image)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise RecordError(
+            f"log_image({key!r}): the image file has {len(data):,} bytes; expected at most {MAX_IMAGE_BYTES:,}. Log a "
+            "smaller version, or the file with log_artifact"
+        )
     digest = hashlib.sha256(data).hexdigest()
 
     def write(path: Path) -> None:
@@ -154,10 +159,11 @@ def _load_pillow(key: str) -> Any:
 def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     try:
         data = bytes(source) if isinstance(source, bytes | bytearray) else Path(os.fsdecode(source)).read_bytes()
+        try:
+            return _EncodedImage(data, *read_image_header(io.BytesIO(data)))
+        except BadImageError:
+            pass  # another format, which becomes PNG
         with pil.open(io.BytesIO(data)) as image:
-            media_type = _MEDIA_TYPES.get(image.format)
-            if media_type is not None:
-                return _EncodedImage(data, media_type, image.width, image.height)
             return _encode_image(key, image.convert("RGBA" if "A" in image.mode else "RGB"))
     except RecordError:
         raise

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
+from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_blob, check_record
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
-from trackhub.records import Kind
+from trackhub.records import Artifact, Image, Kind
 from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["EntryReader"]
@@ -37,13 +38,14 @@ class EntryReader:
         skip_before: the opened run holds the records before this position already.
     """
 
-    def __init__(self, journal: Journal, cursor: Cursor, capabilities: Capabilities) -> None:
+    def __init__(self, journal: Journal, cursor: Cursor, capabilities: Capabilities, blob_dir: Path) -> None:
         """Start after the last confirmed row.
 
         Args:
             journal: where the records are.
             cursor: the run's cursor, for its place and for what becomes of the records.
             capabilities: what the backend can store.
+            blob_dir: where the site's blobs are.
 
         Raises:
             JournalError: the journal cannot be written, which is needed only if the cursor is damaged.
@@ -52,6 +54,7 @@ class EntryReader:
         self._journal = journal
         self._cursor = cursor
         self._can = capabilities
+        self._blob_dir = blob_dir
         try:
             self._adaptation = Adaptation(capabilities, cursor.progress.memory)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -122,6 +125,8 @@ class EntryReader:
         try:
             # The receiver has checked it already. But the journal may come from somebody else.
             record = check_record(stream, kind, body, self._keys)
+            if isinstance(record.payload, Image | Artifact):
+                self._check_blob(record.payload)
         except RefusedRecordError as e:
             self._cursor.reject(Rejection(position, e.reason, str(e)))
             return
@@ -137,6 +142,15 @@ class EntryReader:
             entries.append(adapted)
         if altered:
             self._cursor.count_altered(altered)
+
+    def _check_blob(self, payload: Image | Artifact) -> None:
+        path = self._blob_dir / payload.blob.name
+        if path.is_symlink() or not path.is_file():
+            return  # the backend says what is missing, and `RunInfo.blob_path` refuses links
+        try:
+            check_blob(payload, path)
+        except OSError as e:  # the disk, and not the record
+            _log.debug("blob %s of run %s: %s", path, self._cursor.site, e)
 
     def _reject_damaged(self, row: Row, count: int) -> None:
         last = row.first_position + row.records - 1

@@ -102,7 +102,7 @@ class RunDelivery:
         self._flush_s = flush_s
         self._stop = stop
         self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
-        self._reader = EntryReader(journal, self._cursor, backend.capabilities)
+        self._reader = EntryReader(journal, self._cursor, backend.capabilities, info.blob_dir)
         self._isolation = self._new_isolation()
         self._files = FileQueue(uploads, site_id) if uploads is not None else None
         self._to_write: list[Entry] = list(self._cursor.progress.aside)

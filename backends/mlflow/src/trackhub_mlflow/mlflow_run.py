@@ -16,6 +16,7 @@ from typing import Any
 from trackhub.spi import (
     Artifact,
     BackendRun,
+    BadImageError,
     Blob,
     Entry,
     Histogram,
@@ -156,7 +157,7 @@ class MLflowRun(BackendRun):
             try:
                 for path, content in ui_files.image_files(entry, payload, blob, self._info.run_id):
                     self._put(path, content)
-            except ui_files.UnreadableImageError as error:
+            except BadImageError as error:
                 raise _RejectedError("invalid_image", f"{payload.key!r}: {error}") from error
             if not self._has_images:
                 yield Item(entry.position, "tag", _HAS_IMAGES)

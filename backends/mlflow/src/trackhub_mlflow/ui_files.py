@@ -15,19 +15,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from trackhub.spi import Entry, Histogram, Image, Table, Text
+from trackhub.spi import BadImageError, Entry, Histogram, Image, Table, Text, read_image_header
 from trackhub_mlflow.naming import file_part
 from trackhub_mlflow.points import milliseconds
 
-__all__ = ["UnreadableImageError", "histogram_files", "image_files", "table_file", "table_path", "text_file"]
+__all__ = ["histogram_files", "image_files", "table_file", "table_path", "text_file"]
 
 _THUMBNAIL_PIXELS = 256
 _MAX_DECODED_PIXELS = 50_000_000  # 200 MB of memory; a larger image is stored without being decoded
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 40
-
-
-class UnreadableImageError(Exception):
-    """The content cannot be decoded as an image."""
 
 
 def text_file(entry: Entry, text: Text) -> tuple[str, bytes]:
@@ -48,7 +44,7 @@ def image_files(entry: Entry, image: Image, blob: Path, run_id: str) -> Iterator
         run_id: ``RunInfo.run_id``. Together with the position, it makes the paths the same on every delivery.
 
     Raises:
-        UnreadableImageError: the content cannot be decoded.
+        BadImageError: the content cannot be decoded.
     """
     unique = uuid.uuid5(uuid.UUID(run_id), str(entry.position))
     stem = f"images/{file_part(image.key)}+step+{entry.step or 0}+timestamp+{milliseconds(entry.time)}+{unique}"
@@ -94,27 +90,32 @@ def _cell(cell: Any) -> Any:
     return cell
 
 
-def _versions(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield suffix and content of the image as PNG, and of its thumbnail.
+def _versions(content: bytes) -> list[tuple[str, bytes]]:
+    """Return suffix and content of the image as PNG, and of its thumbnail.
 
-    A huge image is yielded as it was logged, alone.
+    A huge image is returned as it was logged, alone. Pillow would refuse it as soon as it opens it.
+
+    Raises:
+        BadImageError: the content cannot be decoded.
     """
+    header = read_image_header(io.BytesIO(content))
+    is_png = header.media_type == "image/png"
+    if header.width * header.height > _MAX_DECODED_PIXELS:
+        return [(".png" if is_png else ".jpg", content)]
     from PIL import Image as Pillow
 
     try:
-        with Pillow.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            is_png = image.format == "PNG"
-            if image.width * image.height > _MAX_DECODED_PIXELS:
-                yield (".png" if is_png else ".jpg"), content
-                return
+        with Pillow.open(io.BytesIO(content), formats=("PNG",) if is_png else ("JPEG",)) as image:
+            if image.size != (header.width, header.height):
+                raise BadImageError(f"Pillow reads another size than the header says: {image.size}, {header}")
             # Pillow's own conversion cuts the 16 bits of a pixel off at 255, and nearly all would be white.
             shown = image.convert("I").point(lambda value: value * (1 / 257)) if image.mode.startswith("I") else image
             small = shown.convert("RGBA" if image.has_transparency_data else "RGB")
-            yield ".png", content if is_png else _encoded(image, "PNG")
+            whole = content if is_png else _encoded(image, "PNG")
         small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
-        yield "+compressed.webp", _encoded(small, "WEBP")
-    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise UnreadableImageError(f"the content cannot be decoded as PNG or JPEG: {error}") from error
+        return [(".png", whole), ("+compressed.webp", _encoded(small, "WEBP"))]
+    except Exception as error:  # a decoder raises anything for a damaged file, also AssertionError and struct.error
+        raise BadImageError(f"the content cannot be decoded as PNG or JPEG: {type(error).__name__}: {error}") from error
 
 
 def _encoded(image: Any, form: str) -> bytes:

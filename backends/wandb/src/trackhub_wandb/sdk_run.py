@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trackhub.spi import (
     Artifact,
+    BadImageError,
     Entry,
     Histogram,
     Image,
@@ -29,7 +30,9 @@ from trackhub.spi import (
     Table,
     Tags,
     Text,
+    read_image_header,
 )
+from trackhub_wandb.image_without_decoder import image_of_file
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
 from trackhub_wandb.sdk_start_and_stop import remove_from_config
 
@@ -214,21 +217,18 @@ class SdkRun:
         return wandb.Html(_HTML.format(html.escape(payload.text)), inject=False, data_is_not_path=True)
 
     def _image(self, entry: Entry, payload: Image) -> None:
-        import wandb
-
-        suffix = _IMAGE_SUFFIXES.get(payload.blob.media_type)
-        if suffix is None:
-            raise _Unstorable("invalid_value", f"image {payload.key!r} is {payload.blob.media_type}, not PNG or JPEG")
         source = self._content(payload)
+        try:
+            with source.open("rb") as file:
+                header = read_image_header(file)
+        except BadImageError as error:
+            raise _Unstorable("invalid_value", f"image {payload.key!r}: {error}") from error
+        suffix = _IMAGE_SUFFIXES[header.media_type]
         with tempfile.TemporaryDirectory(prefix="trackhub-wandb-") as folder:
             # The SDK tells the format by the suffix, and blobs have none.
             named = Path(folder, f"image{suffix}")
             link_or_copy(source, named)
-            try:
-                image = wandb.Image(str(named), caption=payload.caption or None)
-            except (ValueError, SyntaxError, OSError) as error:
-                raise _Unstorable("invalid_value", f"image {payload.key!r} cannot be read: {error}") from error
-            self._media(entry, payload.key, image)
+            self._media(entry, payload.key, image_of_file(named, header, payload.caption))
 
     def _content(self, payload: Image | Artifact) -> Path:
         path = self._info.blob_path(payload.blob)
