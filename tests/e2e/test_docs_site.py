@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import trackhub
+from tests.e2e.browser import CHROMIUM, FLAGS, needs_chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(?:href|src)=\"(?!https?:|mailto:|data:)([^\"#]*)(?:#([^\"]*))?\"")
@@ -71,3 +72,26 @@ def test_the_side_bar_leads_to_every_page_that_the_index_names(site: Path) -> No
 
     for page in ("getting-started", "writer", "troubleshooting", "cli", "api", "adr/0001-cursors-per-run"):
         assert f'href="{page}.html"' in side_bar
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_with_code_fits_a_phone_and_is_open_to_keyboard_and_eyes(site: Path, scheme: str) -> None:
+    """What axe says of the theme's own side bar is left to the theme."""
+    playwright_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed; it is in the extra dev"
+    )
+    from axe_playwright_python.sync_playwright import Axe
+
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_context(viewport={"width": 360, "height": 700}, color_scheme=scheme).new_page()
+        found = {}
+        for name in ("README", "docs/getting-started", "docs/writer", "docs/cli"):
+            page.goto((site / f"{name}.html").as_uri())
+            rules = {"runOnly": ["color-contrast", "scrollable-region-focusable", "image-alt", "link-name"]}
+            violations = Axe().run(page, options=rules).response["violations"]
+            found[name] = (page.evaluate("document.documentElement.scrollWidth"), [v["id"] for v in violations])
+        browser.close()
+
+    assert found == dict.fromkeys(found, (360, []))

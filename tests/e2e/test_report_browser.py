@@ -7,7 +7,6 @@ Needs Debian's `chromium` (or another one in PATH), which is no Python package: 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import trackhub
+from tests.e2e.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.unit.helpers import STREAM, batch_of
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Batch
@@ -29,20 +29,15 @@ playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed; it is in the extra dev"
 )
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 WAIT_MS = 120_000  # a page takes a second; a busy machine may take very much longer
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install -y chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 

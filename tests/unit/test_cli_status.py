@@ -120,6 +120,12 @@ def test_a_job_is_shown_by_its_name_beside_its_id(tmp_path: Path) -> None:
     assert f"{tmp_path / 'spool'}: spool of site site-1, job cifar10 (job-1), open" in shown
 
 
+def test_a_spool_without_a_record_is_one_line(tmp_path: Path) -> None:
+    create_spool(tmp_path / "spool", SpoolInfo("server", "job-1", ("server",)))
+
+    assert status(tmp_path).stdout == f"{tmp_path / 'spool'}: spool of site server, job job-1, open, without a record\n"
+
+
 def test_what_the_client_alone_confirmed_is_shown_as_a_part_of_confirmed(job: Path) -> None:
     journal = Journal.open(job / "server" / "trackhub" / "trackhub.db", job="job-1", side="server")
     journal.save_run("acme", 1, 1, 1, Progress(confirmed=4, client_confirmed=3))

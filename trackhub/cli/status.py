@@ -217,7 +217,13 @@ def _show_spool(spool: Mapping[str, Any]) -> None:
     if "error" in spool:
         return
     job = format_job(spool["job"], spool["job_name"])
-    print_lines(f"{spool['path']}: spool of site {spool['site']}, job {job}{', open' * spool['open']}")
+    is_empty = not any(count["logged"] for count in spool["receivers"].values())
+    print_lines(
+        f"{spool['path']}: spool of site {spool['site']}, job {job}{', open' * spool['open']}"
+        f"{', without a record' * is_empty}"
+    )
+    if is_empty:
+        return
     print_table(
         ["receiver", "logged", "acked", "refused", "dropped", "withheld", "pending", "values altered by policy"],
         [
