@@ -34,9 +34,10 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from tests.unit.test_federation_run import batch, make_receiver
+from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.job_and_run_info import RunStatus
 
-receiver = make_receiver(Path(sys.argv[1]))
+receiver = make_receiver(Path(sys.argv[1]), FederationOptions(*json.loads(sys.argv[2])))
 receiver.start()
 for line in sys.stdin:
     call = json.loads(line)
@@ -177,10 +178,12 @@ def test_keys_that_cannot_be_ones_cost_no_other_fact(tmp_path: Path) -> None:
 class Child:
     """A receiver in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: FederationOptions = FederationOptions()) -> None:  # noqa: B008
+        arguments = json.dumps([options.aggregate, options.aggregate_weight])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", CHILD, str(folder), arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def call(self, call: list[Any]) -> None:
         assert self.process.stdin is not None
@@ -193,21 +196,35 @@ class Child:
         self.process.communicate()
 
 
-def test_a_killed_receiver_goes_on_without_a_double_or_a_gap(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        FederationOptions(),
+        pytest.param(FederationOptions(("*",), "loss"), marks=pytest.mark.long),  # rows that are not read again
+        pytest.param(FederationOptions(None, "loss"), marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_receiver_goes_on_without_a_double_or_a_gap(tmp_path: Path, options: FederationOptions) -> None:
+    whole = make_receiver(tmp_path / "whole", options)
+    whole.start()
+    run_calls(whole)
+    whole.finish(RunStatus.FINISHED)
     randomly = random.Random(17)
     kills = sorted(randomly.sample(range(6, len(calls()) - 1), 3))
-    child = Child(tmp_path)
+    child = Child(tmp_path, options)
     for number, call in enumerate(calls()):
         child.call(call)
         if number in kills:
             time.sleep(randomly.uniform(0, 0.2))  # any moment of its work
             child.kill()
-            child = Child(tmp_path)
+            child = Child(tmp_path, options)
             child.call(call)  # as a site does whose reply was lost
     child.call(["finish"])
     child.process.communicate(timeout=WAIT_S)
 
-    assert statistics(tmp_path) == expected_statistics()
+    assert statistics(tmp_path) == statistics(tmp_path / "whole")
+    if options == FederationOptions():
+        assert statistics(tmp_path) == expected_statistics()
 
 
 def test_a_replay_completes_what_a_killed_receiver_did_not_write(tmp_path: Path) -> None:
