@@ -74,6 +74,6 @@ def test_each_backend_has_numpys_statistics_over_the_points_that_it_has_of_the_s
             assert set(federation[f"fl/update_norm/{site}"]) == set(range(ROUNDS))
             assert all(-1 <= cosine <= 1 for cosine in federation[f"fl/update_cosine/{site}"].values())
             assert len(federation[f"fl/update_cosine/{site}"]) == ROUNDS
-            assert federation[f"fl/delivery/sent_again/{site}"]
+            assert federation[f"fl/delivery/retries/{site}"]
         assert all(lag >= 0 for name in BACKENDS for lag in federation[f"fl/delivery/lag_seconds/{name}"].values())
         assert "fl/updates_left_out" not in federation

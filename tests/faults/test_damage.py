@@ -145,7 +145,7 @@ def test_a_replay_says_that_nothing_in_a_journal_can_be_read(make_job: MakeJob) 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_records_that_a_receiver_acknowledged_and_its_disk_lost_are_sent_again(make_job: MakeJob, seed: int) -> None:
+def test_records_that_a_receiver_acknowledged_and_its_disk_lost_are_retries(make_job: MakeJob, seed: int) -> None:
     """Cutting the write-ahead log short has the same effect as a loss of power under durability=normal."""
     chance = random.Random(seed)
     job = make_job({"jsonl": {}}, files=seed % 2 == 0)

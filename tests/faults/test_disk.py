@@ -61,7 +61,7 @@ def test_a_site_whose_disk_is_full_before_training_starts_counts_every_record(
     assert answer["report"]["sites"]["site-1"]["at_site"] == {
         "logged": 500, "dropped": {"disk_full": 500}, "refused": {}, "withheld": 0, "acked": 0, "spooled": 0,
         "unreadable": 0, "complete": True, "altered": {}, "at_source": False, "by_message": 0, "not_captured": [],
-        "not_used": [], "sent_again": 0,
+        "not_used": [], "retries": 0,
     }  # fmt: skip
     job.check_equations()
 

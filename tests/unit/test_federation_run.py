@@ -258,14 +258,14 @@ def health(folder: Path, what: str) -> dict[str, float]:
 def test_the_run_says_how_many_records_wait_at_each_site_and_how_often_it_asked_again(tmp_path: Path) -> None:
     receiver = make_receiver(tmp_path)
     receiver.start()
-    for number, sent_again in enumerate((5, 3)):  # a sender that was started again begins at 0
-        counts = wire.SiteCounts(logged=9, acked=2, spooled=7, sent_again=sent_again)
+    for number, retries in enumerate((5, 3)):  # a sender that was started again begins at 0
+        counts = wire.SiteCounts(logged=9, acked=2, spooled=7, retries=retries)
         receiver.handle("site-2", wire.encode(wire.KeepAlive(counts, f"session {number}", 1)))
     run_calls(receiver)
     receiver.finish(RunStatus.FINISHED)
 
     assert health(tmp_path, "spooled") == {"site-2": 7}  # the others have not said it
-    assert health(tmp_path, "sent_again") == {"site-2": 5}
+    assert health(tmp_path, "retries") == {"site-2": 5}
 
 
 def test_the_lag_of_each_backend_is_there_from_the_first_round_on(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_record_is_accepted_only_after_the_bytes_of_its_blob(rig: Rig) -> None
     assert blob_file(rig).read_bytes() == DATA
 
 
-def test_bytes_that_do_not_match_their_digest_are_refused_and_may_be_sent_again(rig: Rig) -> None:
+def test_bytes_that_do_not_match_their_digest_are_refused_and_may_be_retries(rig: Rig) -> None:
     assert rig.ask(chunk(0, 5000)) == wire.Accepted(5000)
     reply = rig.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
     assert isinstance(reply, wire.Refused)

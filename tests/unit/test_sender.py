@@ -71,7 +71,7 @@ def test_requests_that_had_to_be_sent_again_are_counted(rig: SenderRig) -> None:
     report = rig.finish()
 
     assert len(attempts) == 3
-    assert counts.sent_again == 2
+    assert counts.retries == 2
     assert report.sites[SITE].at_site == counts
 
 

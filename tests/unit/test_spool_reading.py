@@ -110,7 +110,7 @@ def test_streams_take_turns(tmp_path: Path) -> None:
     assert set(order) == {s.stream for s in spools}
 
 
-def test_a_refused_batch_is_counted_by_reason_and_not_sent_again(tmp_path: Path) -> None:
+def test_a_refused_batch_is_counted_by_reason_and_not_retries(tmp_path: Path) -> None:
     write(new_spool(tmp_path), 10)
     reader = SpoolReader(tmp_path, "server")
     batch = reader.next_batch(4, 1 << 20)

@@ -171,7 +171,7 @@ def test_what_a_policy_lets_pass_leaves_byte_for_byte(rig: SenderRig) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_batch_that_is_sent_again_after_a_crash_is_thinned_alike(rig: SenderRig, when: str) -> None:
+def test_a_batch_that_is_retries_after_a_crash_is_thinned_alike(rig: SenderRig, when: str) -> None:
     """The site's counts and the receiver's agree, also if the site died before it could store a reply."""
     restrict(rig.spool, Policy(every=7, interval_s=0.0001))
     with Writer(rig.spool) as writer:

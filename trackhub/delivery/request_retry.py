@@ -32,7 +32,7 @@ class Exchange:
 
     Attributes:
         replies: how many replies have come, without those that say `Busy`.
-        sent_again: how many requests had to be sent again.
+        retries: how many requests had to be sent again.
         timeout_s: the longest wait for one reply, in seconds. A single large record on a slow channel gets longer.
         pace: how large the next batch may be.
     """
@@ -48,7 +48,7 @@ class Exchange:
             max_bytes: the most bytes of a batch.
         """
         self.replies = 0
-        self.sent_again = 0
+        self.retries = 0
         self.timeout_s = timeout_s
         self.pace = BatchPace(max_bytes, timeout_s, longest_s)
         self._reply_by = 0.0
@@ -126,7 +126,7 @@ class Exchange:
                 self.pace.timed_out(len(batch.frames), is_single=batch.records <= 1)
                 request = shorten() if shorten is not None else request
             self.pause(backoff.next_wait_s())
-            self.sent_again += 1
+            self.retries += 1
 
     def in_flight_s(self) -> float:
         """Return for how many seconds the thread may still wait for a reply. From any thread."""

@@ -473,7 +473,7 @@ class Sender:
             self._warnings.warn("count", f"site {self.site} cannot count its spool: {e}; trying again")
         if self._hold.is_waiting_for_room() or self._session.is_unsure:
             counts.complete = False
-        counts.sent_again = self._exchange.sent_again
+        counts.retries = self._exchange.retries
         self.facts.add_to(counts)
         self._counts = counts
 

@@ -84,7 +84,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
             when its message arrives, so nobody knows how many were lost.
         not_captured: other loggers that the site's scripts used, and that the job does not capture.
         not_used: loggers that the job captures, although no process of the site was seen to use them.
-        sent_again: requests that the site's sender had to send again, since no reply came in time or the receiver was
+        retries: requests that the site's sender had to send again, since no reply came in time or the receiver was
             busy. A sender that is started again begins at 0.
     """
 
@@ -101,7 +101,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     by_message: Count = 0
     not_captured: _Loggers = ()
     not_used: _Loggers = ()
-    sent_again: Count = 0
+    retries: Count = 0
 
     def is_balanced(self) -> bool:
         """Return whether every record of the site is counted, and has exactly one outcome."""

@@ -87,7 +87,7 @@ def test_upload_that_the_sdk_gave_up_is_started_again(online: Online, rig: Rig, 
 
 
 @pytest.mark.long
-def test_file_and_config_that_were_refused_are_sent_again(online: Online, rig: Rig, emulator: Emulator) -> None:
+def test_file_and_config_that_were_refused_are_retries(online: Online, rig: Rig, emulator: Emulator) -> None:
     """The SDK drops a file or a config that it could not upload. Flush notices that it is missing."""
     run = online(flush_timeout_s=8.0).open_run(rig.info())
     emulator.fail(Fault("upload", status=403))

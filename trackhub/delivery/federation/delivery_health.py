@@ -94,7 +94,7 @@ class DeliveryHealth:
             values[f"fl/delivery/lag_seconds/{lane}"] = self._lag_s(lane)
         for name, counts in at_sites.items():
             values[f"fl/delivery/spooled/{name}"] = counts.spooled
-            values[f"fl/delivery/sent_again/{name}"] = counts.sent_again
+            values[f"fl/delivery/retries/{name}"] = counts.retries
         return {key: float(value) for key, value in values.items()}
 
     def _lag_s(self, lane: str) -> float:

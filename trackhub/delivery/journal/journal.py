@@ -274,7 +274,7 @@ class Journal:
             message.counts.not_captured = message.counts.not_captured or known.not_captured
             message.counts.not_used = message.counts.not_used or known.not_used
             message.counts.by_message = max(message.counts.by_message, known.by_message)
-            message.counts.sent_again = max(message.counts.sent_again, known.sent_again)
+            message.counts.retries = max(message.counts.retries, known.retries)
             is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
             if last and not final and not same_sender and is_older:
                 return  # an old message, from a sender before the one that sent the final message
