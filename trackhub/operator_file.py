@@ -39,7 +39,7 @@ from trackhub.errors import ConfigError
 from trackhub.limits import ENV_PREFIX, Limits
 from trackhub.plain_values_to_structs import convert
 from trackhub.policy import Policy, SiteRules, check_kinds
-from trackhub.secrets import references
+from trackhub.secrets import references, without_login
 from trackhub.spi import Credentials, OptionMark
 
 __all__ = ["FILE_NAME", "BackendRules", "OperatorFile", "named_hosts", "read_operator_file"]
@@ -278,7 +278,7 @@ class _Check:
             variables = self._credentials.host_variables
             environment = f", or set {variables[0]} in the environment of this site's process" if variables else ""
             _refuse(
-                f"{where} {value!r} is not a host that the operator named; named: {named}",
+                f"{where} {without_login(value)!r} is not a host that the operator named; named: {named}",
                 f'allow it by backends.{self._name}.hosts = ["https://HOST"]{environment}',
             )
 
@@ -331,7 +331,7 @@ def named_hosts(rules: BackendRules, credentials: Credentials, environ: Mapping[
 
 
 def _named_by(environ: Mapping[str, str], credentials: Credentials) -> list[str]:
-    return [environ[variable] for variable in credentials.host_variables if environ.get(variable)]
+    return [without_login(environ[variable]) for variable in credentials.host_variables if environ.get(variable)]
 
 
 def _refuse(problem: str, remedy: str) -> NoReturn:

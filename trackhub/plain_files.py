@@ -13,10 +13,11 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["make_private_folder", "open_plain", "read_plain"]
+__all__ = ["find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_FOLDER = 0o700
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
@@ -32,8 +33,40 @@ def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
     Raises:
         OSError: it cannot be opened, or it is not an ordinary file but a symbolic link, a FIFO or something else.
     """
+    return _open_plain(path, flags, mode)
+
+
+def open_plain_inside(folder: Path, path: Path) -> int:
+    """Open an ordinary file for reading that is somewhere below a folder, and return its descriptor. Never waits.
+
+    No part of the path below the folder may be a symbolic link. So the file is in the folder also if somebody changes
+    the path meanwhile.
+
+    Args:
+        folder: the folder. It may be reached through links.
+        path: the file, below ``folder``.
+
+    Raises:
+        OSError: it cannot be opened, is not an ordinary file, or a part of its path is a symbolic link.
+        ValueError: ``path`` is not below ``folder``.
+    """
+    *parents, name = path.relative_to(folder).parts
+    if ".." in (*parents, name):
+        raise ValueError(f"{path} has .. in it; give the path without")
+    at = os.open(folder, _FOLDER)
+    try:
+        for parent in parents:
+            below = os.open(parent, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = below
+        return _open_plain(name, os.O_RDONLY, _PRIVATE_FILE, at)
+    finally:
+        os.close(at)
+
+
+def _open_plain(path: str | Path, flags: int, mode: int, dir_fd: int | None = None) -> int:
     # O_NONBLOCK has no effect on an ordinary file. `open` calls its opener without a mode, so the default mode holds.
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
@@ -50,6 +83,29 @@ def read_plain(path: Path) -> bytes:
     """
     with open(path, "rb", opener=open_plain) as file:
         return file.read()
+
+
+def find_way_out(folder: Path) -> str:
+    """Return what in this folder would make a program write or wait elsewhere; empty if there is nothing.
+
+    That is a symbolic link that leads out of the folder, a FIFO or a device. The folder itself may be reached by a
+    link. Whoever writes below a folder without such things writes into the folder, however it opens its files.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    root, left = os.path.realpath(folder), [os.fspath(folder)]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    if not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                        return f"{entry.path} is a symbolic link that leads out of {folder}"
+                elif entry.is_dir():
+                    left.append(entry.path)
+                elif not entry.is_file():
+                    return f"{entry.path} is neither a file nor a folder"
+    return ""
 
 
 def make_private_folder(path: Path) -> None:

@@ -30,7 +30,13 @@ from trackhub.errors import (
 )
 from trackhub.operator_file import FILE_NAME, OperatorFile
 from trackhub.plain_values_to_structs import describe, one_at_a_time
-from trackhub.secrets import refuse_literal_secrets, refuse_references, require_reference, resolve_secrets
+from trackhub.secrets import (
+    refuse_literal_secrets,
+    refuse_references,
+    remember_logins_in_urls,
+    require_reference,
+    resolve_secrets,
+)
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, Credentials, Kind, OptionMark
 
 __all__ = [
@@ -233,8 +239,7 @@ def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]
     """
     refuse_literal_secrets(name, options)
     _check_names(name, cls, options)
-    for variable in cls.credentials.variables:
-        remember_secret(os.environ.get(variable))
+    _remember_environment(cls)
     return _convert(name, cls, {key: resolve_secrets(f"{name}.{key}", value) for key, value in options.items()})
 
 
@@ -259,6 +264,7 @@ def permitted_options(
     refuse_literal_secrets(name, options)
     cls = load(name, allowed=operator.backends_allowed)
     _check_names(name, cls, options)
+    _remember_environment(cls)
     return operator.permitted_options(
         name,
         options,
@@ -267,6 +273,13 @@ def permitted_options(
         run_folder=run_folder,
         environ=os.environ,
     )
+
+
+def _remember_environment(cls: type[Backend[Any]]) -> None:
+    """Conceal the secrets that the backend, and the network libraries below it, find in this process's environment."""
+    for variable in cls.credentials.variables:
+        remember_secret(os.environ.get(variable))
+    remember_logins_in_urls(os.environ, cls.credentials.host_variables)
 
 
 def option_marks(cls: type[Backend[Any]]) -> dict[str, frozenset[OptionMark]]:

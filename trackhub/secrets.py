@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from trackhub.conceal import remember_secret
 from trackhub.errors import ConfigError, InvalidOptionError
@@ -27,8 +28,10 @@ __all__ = [
     "references",
     "refuse_literal_secrets",
     "refuse_references",
+    "remember_logins_in_urls",
     "require_reference",
     "resolve_secrets",
+    "without_login",
     "without_secrets",
 ]
 
@@ -129,6 +132,39 @@ def without_secrets(text: str) -> str:
     for _, shape in _SECRET_SHAPES[:-1]:  # `_URL_KEY` covers the last one
         text = shape.sub(_HIDDEN, text)
     return text
+
+
+def without_login(url: str) -> str:
+    """Return a URL without the user and the password that stand in it."""
+    return _split_login(url)[0]
+
+
+def remember_logins_in_urls(environ: Mapping[str, str], names: Iterable[str]) -> None:
+    """Conceal the passwords in URLs of the environment from now on: in those of proxies, and in variables by name.
+
+    Args:
+        environ: the environment.
+        names: further variables that may hold a URL.
+    """
+    proxies = (name for name in environ if name.lower().endswith("_proxy"))
+    for name in (*names, *proxies):
+        _, password = _split_login(environ.get(name, ""))
+        remember_secret(password)
+        remember_secret(unquote(password))
+
+
+def _split_login(url: str) -> tuple[str, str]:
+    """Return a URL without its login, and the password in it. A user without a password is one: it is a token then."""
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:
+        return url, ""
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, ""
+    user, colon, password = login.partition(":")
+    clean = urlunsplit(parts._replace(netloc=host))
+    return (clean if "://" in url else clean.removeprefix("//")), password if colon else user
 
 
 def _hide_named(match: re.Match[str]) -> str:

@@ -16,8 +16,13 @@ from typing import Any
 import pytest
 
 from tests.unit.helpers import batch_of, json_lines, metric
+from trackhub import Writer
+from trackhub.delivery import create_spool
 from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.replay import journal_for_spool, replay_journal, replay_spool
+from trackhub.errors import ConfigError
 from trackhub.job_and_run_info import RunStatus
+from trackhub.spool.layout import SpoolInfo
 
 TOKEN = "planted-token-0123456789"
 
@@ -142,6 +147,109 @@ def test_a_link_in_the_place_of_a_backends_folder_is_not_followed(tmp_path: Path
 
     assert done.returncode == 1
     assert list(outside.iterdir()) == []
+
+
+WRITTEN = [
+    ("jsonl", "jsonl/job-1"),
+    ("jsonl", "jsonl/job-1/job.json"),
+    ("jsonl", "jsonl/job-1/site-1.jsonl"),
+    ("jsonl", "jsonl/job-1/site-1.files"),
+    ("tensorboard", "tensorboard/job-1"),
+    ("tensorboard", "tensorboard/job-1/site-1"),
+    ("tensorboard", "tensorboard/job-1/site-1/.hparams.part"),
+    ("mlflow", "mlflow/mlflow.db"),
+    ("mlflow", "mlflow/mlartifacts"),
+    ("mlflow", "mlflow/mlartifacts/1"),
+    ("wandb", "wandb/offline-run-20251124_160000-abc"),
+    ("wandb", "wandb/settings"),
+    ("jsonl", "trackhub/blobs"),
+    ("jsonl", "trackhub/blobs/federation"),
+    ("jsonl", "trackhub/delivery.json"),
+]
+"""Backends, and what trackhub or these write below a job's run folder."""
+
+
+@pytest.mark.parametrize(("backend", "link"), WRITTEN, ids=[link for _, link in WRITTEN])
+def test_a_link_below_the_jobs_folder_leads_no_replay_out_of_it(tmp_path: Path, backend: str, link: str) -> None:
+    path = journal_from_elsewhere(tmp_path, {backend: {}})
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    place = tmp_path / "job" / link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(outside / "file" if place.suffix else outside)
+
+    with pytest.raises(ConfigError, match="leads out of") as refused:
+        replay_journal(path, timeout_s=0)
+
+    assert str(place) in str(refused.value)
+    assert list(outside.iterdir()) == []
+
+
+def test_a_link_in_a_folder_that_the_journals_options_name_is_not_followed(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {"path": "results"}})
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "job" / "results").mkdir()
+    (tmp_path / "job" / "results" / "job-1").symlink_to(outside)
+
+    with pytest.raises(ConfigError, match="leads out of"):
+        replay_journal(path, timeout_s=0)
+
+    assert list(outside.iterdir()) == []
+
+
+def test_a_pipe_in_the_place_of_a_backends_file_holds_no_replay_up(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {}})
+    (tmp_path / "job" / "jsonl" / "job-1").mkdir(parents=True)
+    os.mkfifo(tmp_path / "job" / "jsonl" / "job-1" / "site-1.jsonl")
+
+    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+        replay_journal(path, timeout_s=0)
+
+
+def test_a_spools_new_journal_is_made_through_no_link(tmp_path: Path) -> None:
+    spool, outside = tmp_path / "job" / "trackhub" / "spool", tmp_path / "outside"
+    outside.mkdir()
+    create_spool(spool, SpoolInfo("job-1", "site-1", ("server",)))
+    with Writer(spool) as writer:
+        writer.log({"loss": 0.5}, step=0)
+    (spool.parent / "replay-server").symlink_to(outside)
+    journal = journal_for_spool(spool, "server", [])
+
+    with pytest.raises(ConfigError, match="leads out of"):
+        replay_spool(spool, cursor="server", journal=journal, backends={"jsonl": {}}, timeout_s=0)
+
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("linked", ["job", "tensorboard"])
+def test_a_users_own_links_are_followed(tmp_path: Path, linked: str) -> None:
+    """A whole job may be on another disk; a link that stays in a backend's folder, as W&B makes them, hurts nobody."""
+    path = journal_from_elsewhere(tmp_path, {"tensorboard": {}})
+    runs = tmp_path / "job" / "tensorboard"
+    runs.mkdir()
+    if linked == "job":
+        (tmp_path / "job").rename(tmp_path / "disk")
+        (tmp_path / "job").symlink_to(tmp_path / "disk")
+    else:
+        (runs / "first").mkdir()
+        (runs / "latest").symlink_to("first")
+
+    report = replay_journal(path)
+
+    assert report.lanes["tensorboard"]["site-1"].confirmed == 3
+    assert list(runs.rglob("events.out.tfevents*"))
+
+
+def test_a_trusted_job_may_have_links_that_lead_out_of_it(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"tensorboard": {}})
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "job" / "tensorboard").mkdir()
+    (tmp_path / "job" / "tensorboard" / "baseline").symlink_to(tmp_path / "baseline")
+
+    report = replay_journal(path, operator=None)
+
+    assert report.lanes["tensorboard"]["site-1"].confirmed == 3
 
 
 def test_a_journal_that_is_only_looked_at_reaches_nothing(tmp_path: Path, stranger: tuple[str, list[str]]) -> None:

@@ -59,7 +59,8 @@ rounds(train)
 ADMIN, LEAD = "admin@nvidia.com", "lead@nvidia.com"
 SITES = ("site-1", "site-2")
 ALLOWED_CLASSES = [
-    "trackhub.flare.",
+    "trackhub.flare.receiver_widget.TrackhubReceiver",
+    "trackhub.flare.sender_widget.TrackhubSender",
     "nvflare.app_common.executors.client_api_executor.ClientAPIExecutor",
 ]
 """What a site's operator adds to the list of classes that a job without code of its own may name."""
@@ -186,7 +187,8 @@ def wandb() -> Iterator[Emulator]:
 
 
 @pytest.fixture(scope="module")
-def poc(tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[Poc]:
+def poc(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[Poc]:
+    """The federation. A module's ``ENVIRONMENT`` has further variables of all services; None removes one."""
     root = tmp_path_factory.mktemp("poc")
     (root / "home").mkdir()
     out = root / "out"
@@ -197,6 +199,8 @@ def poc(tmp_path_factory: pytest.TempPathFactory, wandb: Emulator) -> Iterator[P
         "WANDB_API_KEY": wandb.state.api_key,
         "WANDB_BASE_URL": wandb.url,
     }
+    changed = {**env, **getattr(request.module, "ENVIRONMENT", {})}
+    env = {name: value for name, value in changed.items() if value is not None}
 
     def poc(*args: str) -> None:
         done = subprocess.run(["nvflare", "poc", *args], env=env, stdin=subprocess.DEVNULL, capture_output=True,

@@ -119,7 +119,7 @@ def no_classes_of_trackhub(poc: Poc) -> Iterator[None]:
     file = poc.kits / "server" / "local" / "resources.json"
     text = file.read_text()
     resources = json.loads(text)
-    resources["class_allow_list"].remove("trackhub.flare.")
+    resources["class_allow_list"] = [name for name in resources["class_allow_list"] if not name.startswith("trackhub.")]
     file.write_text(json.dumps(resources))
     yield
     file.write_text(text)

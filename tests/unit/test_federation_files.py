@@ -19,7 +19,8 @@ def test_a_file_becomes_an_artifact_of_the_federation_run(tmp_path: Path) -> Non
     receiver.start()
     assert receiver.federation is not None
 
-    receiver.federation.log_file(model, "model/model.pt", "model")
+    with model.open("rb") as file:
+        receiver.federation.log_file(file, "model/model.pt", "model")
     report = receiver.finish(RunStatus.FINISHED)
 
     (line,) = [line for line in stored(tmp_path / "job") if line["kind"] == "artifact"]
@@ -49,9 +50,11 @@ def test_a_later_receiver_of_the_job_labels_the_run_no_second_time(tmp_path: Pat
 def test_a_file_that_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs")
 
-    with pytest.raises(OSError):
-        store.keep("federation", f"{'a' * 32}-1", tmp_path / "missing")
-    with pytest.raises(OSError):
-        store.keep("federation", f"{'a' * 32}-1", tmp_path)
+    (tmp_path / "closed").write_bytes(b"x")
+    with (tmp_path / "closed").open("rb") as file:
+        pass
+
+    with pytest.raises(ValueError, match="closed file"):
+        store.keep("federation", f"{'a' * 32}-1", file, "model.pt")
 
     assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()] == []

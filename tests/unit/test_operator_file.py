@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from trackhub import conceal as conceal_module
 from trackhub import registry
+from trackhub.conceal import conceal
 from trackhub.errors import ConfigError
 from trackhub.limits import Limits
 from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
@@ -49,6 +53,14 @@ ACME = """
 def acme(make_plugin: MakePlugin, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = make_plugin("acme", {"acme": "acme_p:Acme", "files": "acme_p:Files"}, {"acme_p": ACME})
     monkeypatch.syspath_prepend(str(plugin))
+
+
+@pytest.fixture(autouse=True)
+def no_known_secrets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setattr(conceal_module, "_known", ())
+    yield
+    logging.setLogRecordFactory(factory)
 
 
 def ask(tmp_path: Path, options: dict[str, Any], toml: str = "", name: str = "acme") -> dict[str, Any]:
@@ -146,6 +158,39 @@ def test_the_environment_names_the_host_in_place_of_the_default(
     assert ask(tmp_path, {"url": "https://acme.hospital.org"})
     with pytest.raises(ConfigError, match=re.escape("acme.hospital.org")):
         ask(tmp_path, {"url": "https://acme.example"})
+
+
+@pytest.mark.parametrize("login", ["me:hunter2x", "hunter2x", "me:hunter2x%2F", "a@b:hunter2x"])
+def test_a_login_in_the_environments_url_is_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    monkeypatch.setenv("ACME_URL", f"https://{login}@acme.corp/api")
+
+    assert ask(tmp_path, {"url": "https://acme.corp/api"}) == {"url": "https://acme.corp/api"}
+    with pytest.raises(ConfigError, match=r"https://acme\.corp/api") as refused:
+        ask(tmp_path, {"url": "https://evil.example"})
+    assert "hunter2x" not in str(refused.value)
+    assert "hunter2x" not in conceal(f"cannot connect to https://{login}@acme.corp/api")
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "http_proxy", "ALL_PROXY"])
+def test_the_password_of_a_proxy_is_concealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "http://me:hunter%2F3y@proxy.corp:8080")
+
+    registry.build_options("acme", registry.load("acme"), {})
+
+    shown = conceal("cannot reach http://me:hunter%2F3y@proxy.corp:8080, login hunter/3y")
+    assert shown == "cannot reach http://me:***@proxy.corp:8080, login ***"
+
+
+def test_a_url_of_the_environment_that_cannot_be_read_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACME_URL", "https://[acme")
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.corp:8080")
+
+    with pytest.raises(ConfigError, match="not a host"):
+        ask(tmp_path, {})
 
 
 def test_the_file_allows_hosts_paths_secrets_and_values(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
@@ -82,6 +83,32 @@ def test_a_blob_that_is_damaged_at_the_site_costs_its_own_record_alone(
     assert_balanced(report, {SITE: 6}, {("jsonl", SITE): 5})
     assert report.sites[SITE].explained == {"damaged": 1}
     assert list(rig.spool.glob("*.blob")) == []
+
+
+@pytest.mark.parametrize("position", [-1, -(2**63), 2**63])
+def test_a_position_that_no_file_has_costs_no_record(rig: SenderRig, tmp_path: Path, position: int) -> None:
+    """A hostile server may reply anything. The site's sender goes on, and its records are delivered later."""
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    lies = [3]
+
+    def channel(data: bytes, timeout_s: float) -> bytes:
+        try:
+            is_piece = isinstance(wire.decode_request(data), wire.Chunk)
+        except msgspec.DecodeError:
+            is_piece = True
+        if is_piece and lies[0]:
+            lies[0] -= 1
+            return wire.encode(wire.Accepted(position))
+        return rig.channel(data, timeout_s)
+
+    with Writer(rig.spool) as writer:
+        writer.log_artifact(tmp_path / "model.bin")
+        writer.log({"a": 0}, 0)
+    counts = rig.sender(channel).close(WAIT_S)
+    report = rig.finish()
+
+    assert (counts.logged, counts.acked, counts.spooled, counts.complete) == (2, 2, 0, True)
+    assert_balanced(report, {SITE: 2}, {("jsonl", SITE): 2})
 
 
 def test_close_ends_in_time_though_the_receiver_asks_for_a_blob_again_and_again(rig: SenderRig, tmp_path: Path) -> None:

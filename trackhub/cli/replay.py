@@ -61,7 +61,11 @@ _REFRESH_S = 0.5
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Read the operator's file local/trackhub.toml in this workspace of a FLARE site.",
 )
-@click.option("--trust-journal", is_flag=True, help="Use the options in the journal as they are: the job was your own.")
+@click.option(
+    "--trust-journal",
+    is_flag=True,
+    help="Use the options in the journal as they are, and follow links in the job's folder: the job was your own.",
+)
 @click.option("--timeout-s", type=click.FloatRange(min=0), help="Give up after so many seconds. Default: never.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
 def replay(

@@ -15,6 +15,7 @@ import re
 import threading
 from collections import defaultdict
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 from trackhub.delivery.wire import Chunk
@@ -84,13 +85,14 @@ class BlobStore:
         with self._locks[site]:
             return self._add(site, chunk)
 
-    def keep(self, site: str, name: str, path: Path) -> Blob:
+    def keep(self, site: str, name: str, source: BinaryIO, filename: str) -> Blob:
         """Copy a file of this machine into the store, whole or not at all. Return the blob that refers to it.
 
         Args:
             site: whose blob it is.
             name: the blob's name, which no other one has.
-            path: the file.
+            source: the file, open for reading.
+            filename: the file's name, from which its media type is guessed.
 
         Raises:
             OSError: it cannot be read, or not be written.
@@ -100,7 +102,7 @@ class BlobStore:
         target, partial = folder / name, folder / f"{name}.part"
         digest, size = hashlib.sha256(), 0
         try:
-            with open(path, "rb") as source, open(partial, "wb", opener=open_plain) as file:
+            with open(partial, "wb", opener=open_plain) as file:
                 while data := source.read(_COPY_BYTES):
                     digest.update(data)
                     size += len(data)
@@ -114,7 +116,7 @@ class BlobStore:
         if self._sync:
             for synced in (folder, self._folder, self._folder.parent):
                 _sync(synced)
-        media_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        media_type = mimetypes.guess_type(filename)[0] or "application/octet-stream"
         return Blob(name, size, digest.hexdigest(), media_type)
 
     def _make_room_for_part(self, site: str, folder: Path, name: str) -> None:

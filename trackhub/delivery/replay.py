@@ -27,7 +27,9 @@ from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
+from trackhub.plain_files import find_way_out
 from trackhub.policy import SiteRules
+from trackhub.spi import OptionMark
 from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
 from trackhub.spool.layout import SpoolInfo, read_spool_info, set_policy
@@ -332,7 +334,29 @@ def _choose(
     given: Backends = {name: {} for name in used} if backends is None else backends
     if operator is None:
         return {name: {**used.get(name, {}), **options} for name, options in given.items()}
+    own = journal.absolute().parent
+    for folder in (own.parent if _stands_in(journal) else own, *(_run_dir(journal) / name for name in given)):
+        _refuse_ways_out(folder)
     return {name: _permitted(name, used.get(name, {}), options, operator, journal) for name, options in given.items()}
+
+
+def _refuse_ways_out(folder: Path) -> None:
+    """Check a folder in which trackhub or a backend is going to write, and which may come from the journal's maker.
+
+    Raises:
+        ConfigError: something in it, such as a symbolic link, leads what is written there elsewhere.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return  # the receiver makes the folder, and follows no link in its place
+    try:
+        problem = find_way_out(folder)
+    except OSError as e:
+        problem = f"{folder} cannot be checked: {e}"
+    if problem:
+        raise ConfigError(
+            f"{problem}. What `trackhub replay` writes could end up anywhere, and a job's folder may be anybody's. "
+            "Remove it. If the job was your own, give --trust-journal"
+        )
 
 
 def _permitted(
@@ -343,7 +367,7 @@ def _permitted(
     rules = msgspec.structs.replace(rules, fixed={**given, **rules.fixed})
     operator = msgspec.structs.replace(operator, backends={**operator.backends, name: rules})
     try:
-        return registry.permitted_options(name, used, operator, _run_dir(journal))
+        options = registry.permitted_options(name, used, operator, _run_dir(journal))
     except ConfigError as e:
         if not used:
             raise
@@ -352,6 +376,10 @@ def _permitted(
             "option to `trackhub replay` yourself, as --option NAME.KEY=VALUE. If the job was your own, give "
             "--trust-journal"
         ) from e
+    marks = registry.option_marks(registry.load(name))
+    if any(OptionMark.PATH in marks[key] for key, value in used.items() if value and key not in rules.fixed):
+        _refuse_ways_out(_run_dir(journal))  # the backend writes elsewhere in the run folder than in its own folder
+    return options
 
 
 def _job_status(meta: Mapping[str, str]) -> RunStatus:

@@ -223,8 +223,8 @@ class StreamState(msgspec.Struct, frozen=True, array_like=True):
         records: how many records of this stream are in its journal.
     """
 
-    next_seq: int
-    records: int
+    next_seq: Count
+    records: Count
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -241,7 +241,7 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
         status: in reply to Final, how the job ends: a value of `RunStatus`, or empty if the receiver does not know yet.
     """
 
-    next: int = 0
+    next: Count = 0
     job: str = ""
     streams: dict[str, StreamState] = {}
     refused: _Reasons = {}

@@ -121,8 +121,9 @@ class ServerRecords(_Logs):
             return
         try:
             found = find_model(self._own.log_model, fl_ctx)
-            for file, key in found.files:
-                federation.log_file(file, key, "model")
+            for file in found.files:
+                with file.open() as content:
+                    federation.log_file(content, file.key, "model")
             problem = found.problem
         except Exception as e:
             problem = f"{type(e).__name__}: {e}"

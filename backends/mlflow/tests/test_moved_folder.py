@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,3 +47,24 @@ def test_a_moved_folder_opens_with_all_its_artifacts(
     listed = server.call(f"artifacts/list?run_id={run_id}&path=model")["files"]
     assert [file["path"] for file in listed] == ["model/best.pt"]
     assert server.call(f"metrics/get-history?run_id={run_id}&metric_key=x")["metrics"][0]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "place", ["file://{outside}", "{outside}", "mlflow-artifacts:/../../../outside", "mlflow-artifacts://host/1"]
+)
+def test_a_store_in_the_jobs_folder_sends_no_artifact_elsewhere(
+    rig: Rig, entry: Callable[..., Entry], tmp_path: Path, place: str
+) -> None:
+    """Somebody may have made the store of a job that is replayed."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    rig.backend.preflight()
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as store, store:
+        store.execute("UPDATE experiments SET artifact_location = ?", (place.format(outside=outside),))
+    run = rig.open()
+
+    report = run.write([entry(0, Artifact("a", rig.blob("b", b"x"), "a.desktop")), entry(1, Metrics({"x": 1.0}))])
+
+    assert report is not None
+    assert [(r.position, r.reason) for r in report.rejected] == [(0, "refused_by_mlflow")]
+    assert list(tmp_path.rglob("a.desktop")) == []

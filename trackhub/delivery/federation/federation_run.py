@@ -16,8 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -177,12 +176,12 @@ class FederationRun:
         if self._waiting.is_key(key):
             self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
 
-    def log_file(self, path: Path, key: str, artifact_type: str) -> None:
+    def log_file(self, file: BinaryIO, key: str, artifact_type: str) -> None:
         """Add a file as an artifact. Copies it, and stores the record before it returns. From one thread.
 
         Args:
-            path: the file. Nobody may write to it meanwhile.
-            key: the artifact's name.
+            file: the file, open for reading. Nobody may write to it meanwhile.
+            key: the artifact's name. Its last part is the name of the file.
             artifact_type: what it is, in W&B's sense.
 
         Raises:
@@ -191,9 +190,9 @@ class FederationRun:
             JournalError: the journal cannot be written.
         """
         self._waiting.check_key(key)
-        now = time.time()
-        blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", path)
-        record = Record(0, now, None, None, Artifact(key, blob, path.name, artifact_type))
+        now, filename = time.time(), key.rpartition("/")[2]
+        blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", file, filename)
+        record = Record(0, now, None, None, Artifact(key, blob, filename, artifact_type))
         self._notify_lanes(self._files.append([record], {}))  # the counts follow when the job ends
 
     def _add(self, payload: Payload, round_number: int | None) -> None:

@@ -92,7 +92,8 @@ class MLflowBackend(Backend[MLflowOptions]):
             # Only a server gets files beside metrics. In a file, both threads would wait for SQLite's lock.
             self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=True)
         else:
-            self._store = SqliteStore(self._file)
+            is_own = Path(os.path.abspath(self._file)).is_relative_to(os.path.abspath(context.run_folder))
+            self._store = SqliteStore(self._file, is_own=is_own)
         self._stored_runs: dict[str, StoredRun] = {}
         self._job_runs = JobRuns(self._store, self._experiment, _common_tags(options, context.job))
 

@@ -34,6 +34,7 @@ __all__ = ["ARTIFACTS", "SqliteStore"]
 ARTIFACTS = "mlartifacts"
 """The folder of the artifacts. Source: the default of ``mlflow server --artifacts-destination``, mlflow 3.17."""
 
+_SCHEME = "mlflow-artifacts"
 _PAGE = 1000
 _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST"})
 
@@ -44,9 +45,16 @@ class SqliteStore:
     It implements `Store`, whose docstrings say what each method does, takes and raises.
     """
 
-    def __init__(self, file: Path) -> None:
-        """Keep the path. Nothing is opened yet."""
+    def __init__(self, file: Path, *, is_own: bool = True) -> None:
+        """Keep the path. Nothing is opened yet.
+
+        Args:
+            file: the store.
+            is_own: whether it is in the job's own folder. Such a folder may come from anybody. So the places that the
+                store gives for artifacts must then be beside the store.
+        """
         self._file = file
+        self._is_own = is_own
         self._open_store: SqlAlchemyStore | None = None
 
     def experiment(self, name: str) -> Experiment:
@@ -145,6 +153,11 @@ class SqliteStore:
         """Store one artifact of a run. An artifact that has this path already is replaced."""
         target = self._local(run, path)
         if target is None:
+            if self._is_own or urlsplit(run.artifact_uri).scheme == _SCHEME:
+                raise RefusedError(
+                    f"the store {self._file} says that the run's artifacts are at {run.artifact_uri}, which is not in "
+                    f"the folder {ARTIFACTS} beside it"
+                )
             put_by_client(run.artifact_uri, path, content)
             return
         # Write another file and rename it, so that a killed process leaves no half of the artifact under its name.
@@ -189,7 +202,7 @@ class SqliteStore:
     def _local(self, run: StoredRun, path: str) -> Path | None:
         """Return the file of an artifact; None if somebody gave the experiment another place for its artifacts."""
         root = urlsplit(run.artifact_uri)
-        if root.scheme != "mlflow-artifacts":
+        if root.scheme != _SCHEME or root.netloc or ".." in root.path.split("/"):
             return None
         return self._file.parent.joinpath(ARTIFACTS, root.path.strip("/"), path)
 
