@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TRAINERS := .venv-trainers
 NEWEST := .venv-newest
+FLOWER := .venv-flower
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS := $(patsubst %/pyproject.toml,%,$(wildcard backends/*/pyproject.toml))
@@ -12,7 +13,7 @@ SIDE_BY_SIDE := -n 3 --dist loadfile
 SOURCES := trackhub jobs tests docs .ci/raise_versions.py $(wildcard backends/*/src backends/*/tests)
 
 # The long tests in parts, each of which runs alone as well: `make test-hostile`.
-LONG_PARTS := flare products kit faults seeds hostile trainers newest
+LONG_PARTS := flare products kit faults seeds hostile trainers flower newest
 SEEDS := tests/faults/test_random.py tests/faults/test_kills.py tests/faults/test_damaged_pages.py
 long_flare := tests/integration
 long_products := tests/e2e
@@ -24,7 +25,7 @@ long_hostile := tests/hostile
 test-seeds test-hostile test-kit: SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test trainers newest $(addprefix test-,all $(LONG_PARTS)) faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
+.PHONY: help setup demo test trainers flower newest $(addprefix test-,all $(LONG_PARTS)) faults check-wandb lint format types arch coverage bench bench-quick bench-curves docs pages dist versions changelog clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -48,6 +49,8 @@ test: $(INSTALLED) ## run every test but the long ones
 
 trainers: $(TRAINERS)/.installed ## create .venv-trainers, with the trainers' libraries beside what .venv has
 
+flower: $(FLOWER)/.installed ## create .venv-flower, with the Flower that FLARE can run beside what .venv has
+
 # An environment that sees all that .venv has, and in which what it installs itself comes first. So what it installs never
 # changes what the other tests run with. Python reads .pth files in the order of their names, and the one of the editable
 # trackhub needs `editables` from .venv.
@@ -56,10 +59,10 @@ $(BIN)/python -m venv $(1)
 $(1)/bin/python -c 'import sys, sysconfig, pathlib; here = sysconfig.get_path("purelib"); beside = here.replace(sys.prefix, sys.argv[1]); pathlib.Path(here, "00-beside.pth").write_text(f"import site; site.addsitedir({beside!r})\n")' $(abspath $(VENV))
 endef
 
-$(TRAINERS)/.installed: $(INSTALLED)
+$(TRAINERS)/.installed $(FLOWER)/.installed: .venv-%/.installed: $(INSTALLED)
 	@rm -f $@
-	$(call beside,$(TRAINERS))
-	$(TRAINERS)/bin/python -m pip install -e '.[trainers]'
+	$(call beside,$(@D))
+	$(@D)/bin/python -m pip install -e '.[$*]'
 	@touch $@
 
 # Made anew each time, since the index may have newer ones by now. The upper bounds of the backends do not hold here.
@@ -75,6 +78,9 @@ test-all: ## run every test: `test`, then the long ones in parts; about an hour 
 	    echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
+# Its tests of XGBoost and Lightning in FLARE start Python there, and are skipped where it is missing.
+test-flare: $(TRAINERS)/.installed
+
 test-flare test-products test-kit test-faults test-seeds test-hostile: test-%: $(VENV)/.installed-tools
 	$(BIN)/python -m pytest -m long $(SIDE_BY_SIDE) $(long_$*) $(ARGS)
 
@@ -84,6 +90,9 @@ test-trainers: $(TRAINERS)/.installed
 # Jobs with all backends, and what the backends' own tests check. A warning of a newer SDK is no failure here.
 test-newest: newest
 	PATH="$(abspath $(NEWEST))/bin:$(abspath $(BIN)):$$PATH" $(NEWEST)/bin/python -m pytest -m "" -W default $(SIDE_BY_SIDE) tests/e2e/test_all_backends.py $(wildcard backends/*/tests) $(ARGS)
+
+test-flower: $(FLOWER)/.installed
+	$(FLOWER)/bin/python -m pytest -m long tests/trainers/test_flower.py $(ARGS)
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .
@@ -146,4 +155,4 @@ changelog: $(INSTALLED) ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft --version next
 
 clean: ## remove .venv and what the tools left behind
-	rm -rf $(VENV) $(TRAINERS) $(NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(TRAINERS) $(FLOWER) $(NEWEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import JobResult, read_jsonl, read_tensorboard, run_script
+from tests.integration.harness import JobResult, Point, read_jsonl, read_tensorboard, run_script
 
 PYTHON = Path(__file__).parents[2] / ".venv-trainers" / "bin" / "python"
 
@@ -29,7 +29,7 @@ from nvflare.recipe import SimEnv, set_per_site_config
 from trackhub.flare.recipe import add_tracking
 
 HERE = Path(__file__).parent
-SITES = ["site-1", "site-2"]
+SITES = [f"site-{i + 1}" for i in range(int(sys.argv[2]))]
 
 
 def xgboost(kind):
@@ -39,11 +39,12 @@ def xgboost(kind):
         from nvflare.app_opt.xgboost.recipes import XGBHorizontalRecipe
 
         params = {"max_depth": 2, "eta": 0.1, "objective": "binary:logistic", "eval_metric": "auc", "nthread": 1}
-        recipe = XGBHorizontalRecipe(name="job", min_clients=2, num_rounds=3, xgb_params=params)
+        recipe = XGBHorizontalRecipe(name="job", min_clients=len(SITES), num_rounds=3, xgb_params=params)
     else:
         from nvflare.app_opt.xgboost.recipes import XGBBaggingRecipe
 
-        recipe = XGBBaggingRecipe(name="job", min_clients=2, num_rounds=3, training_mode="bagging", nthread=1)
+        mode = kind.removeprefix("XGBoost ")
+        recipe = XGBBaggingRecipe(name="job", min_clients=len(SITES), num_rounds=3, training_mode=mode, nthread=1)
     set_per_site_config(recipe, {site: {"data_loader": Numbers()} for site in SITES})
     return recipe
 
@@ -62,7 +63,7 @@ if __name__ == "__main__":
     if kind == "Lightning":
         add_tracking(recipe, server=["jsonl", "tensorboard"], clients=["jsonl"], capture=["tensorboard"])
     elif kind != "Lightning untracked":
-        add_tracking(recipe, server=["jsonl"], clients=["jsonl"])
+        add_tracking(recipe, server=["jsonl", "tensorboard"], clients=["jsonl"], capture=["tensorboard"])
     sites = {"clients": SITES} if kind.startswith("XGBoost") else {"num_clients": 2}
     recipe.execute(SimEnv(**sites, workspace_root=str(HERE / "workspace")))
 """
@@ -82,10 +83,10 @@ class Numbers(XGBDataLoader):
         Writer().log({"loads": 1}, 0)
         if os.environ.get("TRACKHUB_TEST_TRAINER") == f"{self.client_id} fails":
             raise RuntimeError("this data loader fails")
-        generator = np.random.default_rng(int(self.client_id[-1]))
-        x = generator.normal(size=(200, 4))
+        number = int(self.client_id[-1])  # sites of different size
+        x = np.random.default_rng(number).normal(size=(100 + 100 * number, 4))
         y = (x.sum(axis=1) > 0).astype(int)
-        return xgb.DMatrix(x[:150], label=y[:150]), xgb.DMatrix(x[150:], label=y[150:])
+        return xgb.DMatrix(x[50:], label=y[50:]), xgb.DMatrix(x[:50], label=y[:50])
 """
 
 _NET = """
@@ -129,50 +130,68 @@ while flare.is_running():
 """
 
 
-def _run(folder: Path, kind: str, trainer: str = "") -> JobResult:
+def _run(folder: Path, kind: str, trainer: str = "", *, n_clients: int = 2) -> JobResult:
     folder.mkdir(exist_ok=True)
     files = {"job.py": _JOB, "parts.py": _PARTS, "net.py": _NET, "client.py": _LIGHTNING_CLIENT}
     for name, text in files.items():
         (folder / name).write_text(textwrap.dedent(text))
     env = {"PYTHONPATH": str(folder), "TRACKHUB_TEST_TRAINER": trainer}
-    rc, log = run_script(["job.py", kind], folder, folder / "out", env, 280, python=str(PYTHON))
+    rc, log = run_script(["job.py", kind, str(n_clients)], folder, folder / "out", env, 280, python=str(PYTHON))
     assert trainer or rc == 0, log[-6000:]
     return JobResult(rc, log, folder / "workspace" / "job", folder / "out")
 
 
-def _status(job: JobResult) -> dict[str, str]:
+def _sites(n_clients: int = 2) -> list[str]:
+    return [f"site-{i + 1}" for i in range(n_clients)]
+
+
+def _status(job: JobResult, n_clients: int = 2) -> dict[str, str]:
     """Return the status that each receiver reports, and in which each run ended."""
-    found: dict[str, str] = {name: job.report(name)["status"] for name in ("server", "site-1", "site-2")}
-    for receiver, site in (("server", "site-1"), ("server", "site-2"), ("site-1", "site-1"), ("site-2", "site-2")):
+    sites = _sites(n_clients)
+    found: dict[str, str] = {name: job.report(name)["status"] for name in ("server", *sites)}
+    for receiver, site in (*(("server", site) for site in sites), *((site, site) for site in sites)):
         found[f"run of {site} at {receiver}"] = read_jsonl(job.jsonl_file(receiver, site))[-1]["status"]
     return found
 
 
-def _assert_drawn_as_stored(job: JobResult) -> None:
-    for site in ("site-1", "site-2"):
-        stored = sorted((p.key, p.step, round(p.value, 5)) for p in job.jsonl_points("server", site))
-        assert sorted((p.key, p.step, round(p.value, 5)) for p in job.tensorboard_points("server", site)) == stored
-        assert sorted((p.key, p.step, round(p.value, 5)) for p in job.jsonl_points(site, site)) == stored
+def _rounded(points: list[Point]) -> list[tuple[str, int | None, float]]:
+    return sorted((p.key, p.step, round(p.value, 5)) for p in points)
 
 
-def test_xgboost_by_histograms_is_tracked_and_finished(tmp_path: Path) -> None:
+def _assert_drawn_as_stored(job: JobResult, n_clients: int = 2) -> None:
+    for site in _sites(n_clients):
+        stored = _rounded(job.jsonl_points("server", site))
+        assert _rounded(job.tensorboard_points("server", site)) == stored
+        assert _rounded(job.jsonl_points(site, site)) == stored
+
+
+@pytest.mark.parametrize("n_clients", [2, 3])
+def test_xgboost_by_histograms_is_tracked_and_finished(tmp_path: Path, n_clients: int) -> None:
     """FLARE's callback logs two metrics in each boosting round. That is a step: FLARE itself has no round here.
 
     FLARE's controller triggers the abort signal when it is done.
     """
-    job = _run(tmp_path, "XGBoost histogram")
+    job = _run(tmp_path, "XGBoost histogram", n_clients=n_clients)
 
-    assert set(_status(job).values()) == {"finished"}
-    for receiver, site in (("server", "site-1"), ("server", "site-2"), ("site-1", "site-1")):
-        points = [(point.step, point.round) for point in job.jsonl_points(receiver, site) if point.key != "loads"]
+    assert set(_status(job, n_clients).values()) == {"finished"}
+    _assert_drawn_as_stored(job, n_clients)
+    for site in _sites(n_clients):
+        points = [(point.step, point.round) for point in job.jsonl_points("server", site) if point.key != "loads"]
         assert sorted(points) == [(step, None) for step in range(3) for _ in range(2)]
 
 
-def test_xgboost_by_trees_is_tracked_and_finished(tmp_path: Path) -> None:
-    job = _run(tmp_path, "XGBoost trees")
+@pytest.mark.parametrize(("mode", "n_clients"), [("bagging", 3), ("cyclic", 2)])
+def test_xgboost_by_trees_is_tracked_and_finished(tmp_path: Path, mode: str, n_clients: int) -> None:
+    """FLARE's executor logs with a ``SummaryWriter`` of torch, which is captured, from the second round on."""
+    job = _run(tmp_path, f"XGBoost {mode}", n_clients=n_clients)
 
-    assert set(_status(job).values()) == {"finished"}
-    assert {point.key for point in job.jsonl_points("server", "site-1")} == {"loads"}
+    assert set(_status(job, n_clients).values()) == {"finished"}
+    _assert_drawn_as_stored(job, n_clients)
+    for site in _sites(n_clients):
+        points = job.jsonl_points("server", site)
+        assert [point.round for point in points if point.key == "train_metrics"] == [1, 2]
+        (folder,) = {path.parent for path in job.run_dir(site).rglob("events.out.tfevents.*")}
+        assert _rounded([point for point in points if point.key != "loads"]) == _rounded(read_tensorboard(folder))
 
 
 def test_xgboost_that_fails_at_one_site_failed_at_all(tmp_path: Path) -> None:
@@ -188,7 +207,7 @@ def test_a_lightning_job_stores_what_its_own_logger_writes(tmp_path: Path) -> No
     def own(job: JobResult) -> list[tuple[str, int | None, float]]:
         """Return what the logger of one site wrote; both sites have the same data."""
         folders = sorted({path.parent for path in job.out.rglob("events.out.tfevents.*")})
-        found = [sorted((p.key, p.step, round(p.value, 5)) for p in read_tensorboard(folder)) for folder in folders]
+        found = [_rounded(read_tensorboard(folder)) for folder in folders]
         longest: list[tuple[str, int | None, float]] = max(found, key=len)
         return longest
 
@@ -197,8 +216,7 @@ def test_a_lightning_job_stores_what_its_own_logger_writes(tmp_path: Path) -> No
     assert [step for key, step, _ in own(after) if key == "train_loss"] == list(range(8))
     for site in ("site-1", "site-2"):
         points = after.jsonl_points("server", site)
-        stored = sorted((p.key, p.step, round(p.value, 5)) for p in points)
-        assert [point for point in stored if point[0] == "train_loss"] == [
+        assert [point for point in _rounded(points) if point[0] == "train_loss"] == [
             point for point in own(after) if point[0] == "train_loss"
         ]
         assert [(p.step, p.round) for p in points if p.key == "train_loss"] == [(step, step // 4) for step in range(8)]

@@ -109,7 +109,9 @@ def fedopt(external):
     from net import Net
     from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 
+    # FLARE's default for the optimizer is one that its server cannot read.
     return FedOptRecipe(name="job", model=Net(), min_clients=N, num_rounds=3,
+                        optimizer_args={"path": "torch.optim.SGD", "args": {"lr": 1.0}, "config_type": "dict"},
                         train_script=str(HERE / "client.py"), launch_external_process=external)._job
 
 
@@ -229,7 +231,7 @@ while flare.is_running():
     if os.environ.get("TRACKHUB_TEST_TRAINER") in ("fails", f"{SITE} fails") and seen == 1:
         raise RuntimeError("this training script fails in round 1")
     params = {name: array + 1 for name, array in (model.params or {}).items()}
-    meta = {"scaffold_c_diff": {name: array * 0 for name, array in params.items()}}
+    meta = {"scaffold_c_diff": {name: np.asarray(array) * 0 for name, array in params.items()}}
     flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}, meta=meta))
 """
 
