@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLARE's lifecycle events count only when FLARE fired them in this process: any site can send one of any type."""
+"""FLARE's lifecycle events count only when FLARE fired them in this process: any site can send one of any type.
+
+And how a client's job ends, by its tasks and by these events.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, ReservedKey
+from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
 
 from trackhub.flare import receiver_widget, sender_widget
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
+from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.sender_widget import TrackhubSender
+from trackhub.job_and_run_info import RunStatus
 
 LIFECYCLE = [
     EventType.ABOUT_TO_START_RUN, EventType.START_RUN, EventType.ABORT_TASK, EventType.ABOUT_TO_END_RUN,
@@ -63,3 +73,59 @@ def test_a_lifecycle_event_of_another_site_does_nothing_at_the_sender(event: str
     assert handled(widget, parts, event, own) == ["_handle"]
     ends = {EventType.END_RUN: ["finish"], EventType.SWAP_OUT: ["pause"]}
     assert handled(tail, parts, event, own) == ends.get(event, [])
+
+
+class AnExecutor(Executor):  # type: ignore[misc]  # FLARE has no types
+    code = ReturnCode.OK
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        if self.code == "raises":
+            raise RuntimeError("an executor that raises")
+        return make_reply(self.code)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_cut_off", "status"),
+    [
+        (ReturnCode.OK, False, RunStatus.FINISHED),
+        (ReturnCode.OK, True, RunStatus.FINISHED),
+        (ReturnCode.EXECUTION_EXCEPTION, False, RunStatus.FAILED),
+        (ReturnCode.EXECUTION_EXCEPTION, True, RunStatus.ABORTED),
+        (ReturnCode.TASK_ABORTED, True, RunStatus.ABORTED),
+        (ReturnCode.TASK_ABORTED, False, RunStatus.FAILED),  # FLARE's answer when a script in process raised
+        ("raises", False, RunStatus.FAILED),
+    ],
+)
+def test_a_task_that_nobody_cut_off_has_failed_or_finished(code: str, is_cut_off: bool, status: RunStatus) -> None:
+    executor, signal, ends = AnExecutor(), Signal(), list[RunStatus]()
+    executor.code = code
+    ClientRounds(SimpleNamespace(handlers=[executor], add_handler=None), lambda number: None, ends.append)
+    if is_cut_off:
+        signal.trigger(True)
+
+    with contextlib.suppress(RuntimeError):
+        executor.execute("train", Shareable(), FLContext(), signal)
+
+    assert ends == [status]
+
+
+@pytest.mark.parametrize(
+    ("panicked", "task", "aborted", "status"),
+    [
+        (False, RunStatus.FINISHED, False, RunStatus.FINISHED),
+        (False, RunStatus.FINISHED, True, RunStatus.ABORTED),
+        (False, RunStatus.ABORTED, True, RunStatus.ABORTED),
+        (False, RunStatus.ABORTED, False, RunStatus.FINISHED),  # the workflow cut off a slow site, and ended well
+        (False, RunStatus.FAILED, False, RunStatus.FAILED),
+        (False, RunStatus.FAILED, True, RunStatus.ABORTED),
+        (True, RunStatus.FINISHED, True, RunStatus.FAILED),
+    ],
+)
+def test_the_end_of_a_site_is_that_of_the_job_or_of_its_last_task(
+    panicked: bool, task: RunStatus, aborted: bool, status: RunStatus
+) -> None:
+    ending = sender_widget._Ending(panicked, task)
+
+    ending.decide(aborted=aborted)
+
+    assert ending.status is status

@@ -439,6 +439,17 @@ def test_a_learner_that_raised_is_failed_in_a_swarm_too(tmp_path: Path) -> None:
     assert {_end(job, site) for site in ("site-1", "site-2")} == {"failed"}
 
 
+@pytest.mark.long
+def test_a_site_that_raised_has_failed_where_the_workflow_ends_well(tmp_path: Path) -> None:
+    """FLARE's cyclic controller ends without an error then, and the job counts as finished."""
+    env = {"TRACKHUB_TEST_TRAINER": "site-2 fails"}
+    job = _run(tmp_path, "CyclicController", external=False, n_clients=2, env=env)
+
+    assert job.rc == 0, job.log[-6000:]
+    assert [_end(job, site) for site in ("server", "site-1", "site-2")] == ["finished", "finished", "failed"]
+    assert job.report("site-2")["status"] == "failed"
+
+
 def test_a_client_cannot_end_the_servers_tracking(tmp_path: Path) -> None:
     """Any component of a client can send a federated event of any type. FLARE then fires it on the server.
 

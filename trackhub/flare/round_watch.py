@@ -70,8 +70,11 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 if self._take_result is not None:
                     self._take_result(shareable, result)
             finally:
-                # If the abort signal is set, the abort made the executor fail: the task is aborted, not failed.
-                self._end(RunStatus.ABORTED if status is RunStatus.FAILED and abort_signal.triggered else status)
+                # The signal says whether the task was cut off. The return code does not: FLARE's executor for trainers
+                # in process answers "aborted" when the script raises, too.
+                if status is not RunStatus.FINISHED:
+                    status = RunStatus.ABORTED if abort_signal.triggered else RunStatus.FAILED
+                self._end(status)
             return result
 
         return watched

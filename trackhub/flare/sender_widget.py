@@ -67,8 +67,12 @@ class _Ending:
     status: RunStatus = RunStatus.FINISHED
 
     def decide(self, *, aborted: bool) -> None:
-        """Settle the status at the end of the run."""
-        self.status = RunStatus.FAILED if self.panicked else RunStatus.ABORTED if aborted else self.task
+        """Settle the status at the end of the run.
+
+        A workflow may cut off a task and end well, as swarm does with that of a slow site. The site has not failed.
+        """
+        failed = self.panicked or (self.task is RunStatus.FAILED and not aborted)
+        self.status = RunStatus.FAILED if failed else RunStatus.ABORTED if aborted else RunStatus.FINISHED
 
 
 class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
