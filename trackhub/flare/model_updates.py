@@ -132,8 +132,9 @@ class ModelUpdates:
                 self._leave_out(site, f"the model is larger than the {self._max_bytes} bytes that updates may take")
                 return math.sqrt(squares)
             for name, (after, before) in pairs.items():
-                if (total := self._sum.get(name)) is None:
-                    total = self._sum[name] = np.zeros(after.size)
+                if name not in self._sum:
+                    self._sum[name] = np.zeros(after.size)
+                total = self._sum[name]
                 if is_kept:
                     total += kept[name]
                 else:
