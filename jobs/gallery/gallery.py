@@ -22,11 +22,11 @@ import trackhub
 BACKENDS: dict[str, dict[str, Any]] = {"tensorboard": {}, "mlflow": {}, "wandb": {"mode": "offline"}, "jsonl": {}}
 
 
-def curves(writer: trackhub.Writer) -> None:
-    """Log metrics, a text and histograms at several steps."""
+def curves(writer: trackhub.Writer, group: str = "train") -> None:
+    """Log metrics, a text and histograms at several steps. The keys of the metrics begin with the group."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
     for step in range(20):
-        writer.log({"train": {"loss": math.exp(-step / 6), "accuracy": 1 - math.exp(-step / 8)}}, step)
+        writer.log({group: {"loss": math.exp(-step / 6), "accuracy": 1 - math.exp(-step / 8)}}, step)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -70,15 +70,20 @@ def rest(writer: trackhub.Writer) -> None:
     writer.summarize({"best/accuracy": 0.93, "best/step": 17, "reason": "early stopping"})
 
 
+def everything(writer: trackhub.Writer, group: str = "train") -> None:
+    """Log every kind of record. The group is as for `curves`."""
+    rest(writer)
+    curves(writer, group)
+    pictures(writer)
+
+
 def main() -> None:
     """Log everything, deliver it, and say how to look at it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="runs", help="where the run's folder is made")
     arguments = parser.parse_args()
     with trackhub.local(BACKENDS, folder=arguments.folder, name="gallery", tags=["gallery"]) as writer:
-        rest(writer)
-        curves(writer)
-        pictures(writer)
+        everything(writer)
     print(f"The run is in {writer.folder}. To look at it: trackhub status {writer.folder}")
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each trainer's own library logs through its logger: alone in ``trackhub.local``, and all of them in one FLARE job.
 
+In the job, each also logs every other kind of record into every backend: a gallery of what can be logged, which
+``TRACKHUB_GALLERY=FOLDER`` keeps for whoever wants to look at it.
+
 `make trainers` installs the libraries into ``.venv-trainers``, and `make test-all` runs these tests there.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +20,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import Job, read_jsonl
+from tests.e2e.stores import BACKENDS, canonical, own_home, read_run, same_points
+from tests.integration.harness import Job, JobResult, read_jsonl
+from trackhub.job_and_run_info import Side
 
 pytestmark = pytest.mark.long
 
@@ -179,26 +185,56 @@ def test_a_trainers_own_logger_delivers_what_it_logs(trainer: str, tmp_path: Pat
     check(trainer, read_jsonl(tmp_path / "runs/j/jsonl/j/local.jsonl"), trainings=1)
 
 
-def test_every_trainer_logs_in_a_federated_job(tmp_path: Path) -> None:
+GALLERY = Path(__file__).parents[2] / "jobs" / "gallery" / "gallery.py"
+OTHER_KINDS = ("params", "tags", "summary", "texts", "images", "histograms", "tables", "artifacts")
+
+
+def check_stored(result: JobResult, site: str) -> None:
+    """Each backend has the points of the lines of JSON, and as many records of each other kind, by its own reader."""
+    run_dir = result.run_dir("server")
+    lines = read_run("jsonl", run_dir, result.job, site, Side.SERVER)
+    for backend in BACKENDS:
+        found = read_run(backend, run_dir, result.job, site, Side.SERVER)
+        same_points(found.points, canonical(backend, lines.points))
+        for kind in OTHER_KINDS:
+            stored, logged = getattr(found, kind), getattr(lines, kind)
+            assert logged, (site, kind)
+            assert stored is None or len(stored) == len(logged), (backend, site, kind)  # None: this store cannot tell
+
+
+def test_every_trainer_logs_every_kind_of_record_in_a_federated_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each site has another trainer."""
+    own_home(tmp_path / "home", monkeypatch)
     for trainer in SCRIPTS:
         skip_without(trainer)
     trainers = list(SCRIPTS)
     script = f"""
         import importlib
-        train = importlib.import_module("train_" + {trainers}[int(SITE.removeprefix("site-")) - 1]).train
+        import gallery, trackhub
+        own = importlib.import_module("train_" + {trainers}[int(SITE.removeprefix("site-")) - 1]).train
+
+        def train(number):
+            if number == 0:
+                gallery.everything(trackhub.Writer(), "gallery")
+            own(number)
+
         rounds(train)
     """
-    modules = {f"train_{trainer}": source(trainer) for trainer in trainers}
+    modules = {f"train_{trainer}": source(trainer) for trainer in trainers} | {"gallery": GALLERY.read_text()}
     env = {"PYTHONPATH": str(tmp_path / "job"), "HF_HUB_OFFLINE": "1"}
     # Six libraries that load for long share two cores, so the last trainer may end long after the first.
-    tracking = {"server": ["jsonl"], "limits": {"gate_s": 120.0}}
+    tracking = {"server": BACKENDS, "limits": {"gate_s": 120.0, "deadline_s": 120.0}, "name": "gallery"}
     job = Job(tmp_path / "job", script, tracking, n_clients=len(trainers), modules=modules, env=env, external=True)
 
     result = job.run(timeout_s=280)
 
     assert result.rc == 0, result.log[-4000:]
+    if kept := os.environ.get("TRACKHUB_GALLERY"):
+        shutil.copytree(result.workspace, kept)
     report = result.report("server")
     assert report["balanced"], {name: site["counted"] for name, site in report["sites"].items()}
     for number, trainer in enumerate(trainers):
         check(trainer, result.jsonl("server", f"site-{number + 1}"), trainings=2)
+        check_stored(result, f"site-{number + 1}")

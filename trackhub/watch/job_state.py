@@ -138,7 +138,8 @@ def _merge(state: JobState, report: DeliveryReport, metrics: NewestMetrics) -> N
     for name, site in report.sites.items():
         seen = state.sites.setdefault(name, SiteState(name))
         if site.at_site is not None:
-            seen.logged = max(seen.logged or 0, site.at_site.logged)
+            # What the site says may be a second old, and what the receiver has was logged.
+            seen.logged = max(seen.logged or 0, site.at_site.logged, site.journaled)
             for reason, number in site.at_site.dropped.items():  # the site tells each of its receivers
                 seen.dropped[reason] = max(seen.dropped.get(reason, 0), number)
         _add(seen.dropped, site.all_refused())
