@@ -109,7 +109,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> Self:
-        """Return limits with these values. Those not given come from ``environ`` where set there, else the defaults.
+        """Return limits with these values. Other limits come from ``environ``, or are the defaults.
 
         Args:
             values: limit name to value; strings are accepted for numbers.

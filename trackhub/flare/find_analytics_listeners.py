@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the components of a job that listen to FLARE's analytics events: FLARE's receivers, and the user's own.
 
-Taking over what FLARE's writers log keeps these events from them. So the recipe warns of all listeners, the
+If trackhub takes over what FLARE's writers log, listeners get no events. So the recipe warns of all listeners, the
 receiver's widget warns of those on the server, and a client that has a listener keeps FLARE's events.
 """
 
@@ -52,7 +52,7 @@ def server_warning(found: list[str], take_over: object, *, has_server_side: bool
 
 
 def client_warning(found: list[str], take_over: object) -> str:
-    """Return what happens because clients have listeners. Empty if nothing does; the arguments are as above."""
+    """Return what happens because clients have listeners. Empty if nothing does."""
     if not found or take_over is not True:
         return ""
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job was made with and runs on, as params and tags: recipe, script, versions, kind of machine.
+"""Logs how a job was made, and on what it runs, as params and tags: recipe, script, versions, kind of machine.
 
 `trackhub.flare.recipe` collects what the job's script knows, and puts it into the job's configuration. Both widgets add
 what their process knows, and log it once, before training. `trackhub.context` reads script and machine.
@@ -82,12 +82,12 @@ def _argument(name: str, value: Any) -> bool | int | float | str | None:
 
 
 def with_machine(context: Mapping[str, Any]) -> Context:
-    """Return the facts with those of this process: versions and the kind of machine."""
+    """Return the facts, and those of this process: versions and the kind of machine."""
     return {**context, **describe_machine()}
 
 
 def with_federation(context: Mapping[str, Any], fl_ctx: FLContext) -> Context:
-    """Return the facts with those that the server knows of the job that it runs. Call it on the server."""
+    """Return the facts, and those that the server knows of its job. Call it on the server."""
     found: Context = {**context}
     sites = sorted(flare_internals.participants(fl_ctx.get_engine()))
     found |= {"flare/n_sites": len(sites), "flare/sites": ", ".join(sites[:_MAX_SITES])}

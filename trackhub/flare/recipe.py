@@ -99,7 +99,7 @@ def add_tracking(
         policy: what may leave a site for the server. The rules are those of `trackhub.policy.Policy`, such as
             ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and all of them apply.
             ``docs/policy.md`` explains each rule.
-        federation: where there are backends on the server, write the job's *federation run*: statistics over the sites
+        federation: if there are backends on the server, write the job's *federation run*: statistics over the sites
             by round, and how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
             are the keys that all sites log with the round as their step. An empty list means no statistics.
@@ -120,10 +120,10 @@ def add_tracking(
             FLARE's persistor has saved. None logs no model.
 
     Raises:
-        ConfigError: there is no backend, an argument is wrong, or an option holds a literal secret. Also if records
-            would pass the policy, or would go to a server that tracks nothing, because ``take_over`` is off or
-            ``"copy"`` or ``flare_metrics`` has ``"server"``. A backend that is not installed here only gives a warning;
-            its sites check its options.
+        ConfigError: there is no backend, an argument is wrong, or an option holds a literal secret. Also if the
+            server must not get all that is logged, since there is a policy or no backend there, but FLARE would send it
+            there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``. A backend that is
+            not installed here only gives a warning; its sites check its options.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")

@@ -40,7 +40,7 @@ class Series:
         count: how many values were added.
         nonfinite: how many of them are NaN or infinite. They are in no curve.
         by_round: the last value of each round, up to `MAX_ROUNDS` rounds.
-        first, last: the first and the last value, whatever they are.
+        first, last: the first and the last value, also if they are not finite.
         low, high: the lowest and the highest finite value; infinities if there is none.
     """
 

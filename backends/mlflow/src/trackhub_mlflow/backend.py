@@ -48,7 +48,7 @@ _MOVED_OPTIONS = {
     "SQLite store they are in the folder `mlartifacts` beside it.",
     "buffer_flush_time": "Leave it out: the limits `linger_s` and `flush_s` of add_tracking say how long records wait.",
 }
-"""Arguments of FLARE's receiver, and where each went."""
+"""Arguments of FLARE's receiver, and what to use in place of each."""
 
 
 class MLflowBackend(Backend[MLflowOptions]):
@@ -133,7 +133,7 @@ class MLflowBackend(Backend[MLflowOptions]):
         store = shlex.quote(f"sqlite:///{self._file.name}")
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
         if self.context.side == Side.CLIENT:
-            command += " --port 0"  # a free one, which MLflow prints: each site has a store, and all may be looked at
+            command += " --port 0"  # MLflow then takes a free port and prints it, since each site has a store to show
         if folder != ".":
             command = f"cd {shlex.quote(folder)} && {command}"
         return Results(path=self.context.shown(self._file), command=command)
@@ -147,7 +147,7 @@ class MLflowBackend(Backend[MLflowOptions]):
         experiment = self._store.experiment(name)
         if not experiment.active:
             raise SetupError(
-                f"the experiment {name!r} was deleted, which keeps its name taken. Restore it by "
+                f"the experiment {name!r} was deleted, and its name cannot be used again. Restore it by "
                 f"`{restore_command(experiment.id)}`, or set the option experiment_name"
             )
         return experiment
@@ -175,7 +175,7 @@ def _store_file(options: MLflowOptions, context: BackendContext) -> Path | None:
 
 
 def _common_tags(options: MLflowOptions, job: JobInfo) -> dict[str, str]:
-    """Return the tags that every run gets: the job's tags and description, and what the options say instead."""
+    """Return the tags that every run gets: the job's tags and description, or those of the options in place of them."""
     tags = {job_tag_name(tag): "" for tag in job.tags if tag}  # the UI shows a tag without a value as its name alone
     if job.notes:
         tags[NOTE_TAG] = job.notes

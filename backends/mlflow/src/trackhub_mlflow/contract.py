@@ -262,7 +262,10 @@ def _add_file(items: dict[str, list[Any]], path: str, content: bytes, files: Map
 
 
 def _artifact_key(path: str) -> str:
-    """Return the key of an artifact. The path holds the record's position where the key alone was another's path."""
+    """Return the key of an artifact.
+
+    The path holds the record's position if another artifact had the path of the key alone.
+    """
     key, had_position = _POSITION.subn(r"\g<suffix>", path)
     return key.replace("~", "/") if had_position else key
 

@@ -20,7 +20,7 @@ MAX_TAG_CHARS = 8000
 _SHOWN_CHARS = 200
 
 _REFUSED = {0: "\u2400"}
-"""The characters that a database behind MLflow is known to refuse, and what is stored in their place.
+"""The characters that some databases behind MLflow refuse, and what is stored in their place.
 
 PostgreSQL refuses a NUL in any text. MLflow's server then answers HTTP 500 each time. U+2400 is the symbol for NUL.
 """
@@ -31,7 +31,7 @@ LeafPath = tuple[str, ...]
 def flatten(key: str, value: Any) -> Iterator[tuple[LeafPath, str]]:
     """Yield each leaf of a param's value: its path, and its text as ``mlflow.log_param`` would store it.
 
-    A dict branches; an empty dict is a leaf.
+    Each entry of a dict has its own leaves. An empty dict is a leaf.
 
     Args:
         key: the param's key, or an inner key as `escape_name` returns it.
@@ -51,7 +51,7 @@ def stored_text(text: str) -> str:
 
 
 def pointer(text: str, path: str) -> str:
-    """Return what stands in place of a value that is too long: its beginning, and the artifact that holds all of it."""
+    """Return what replaces a value that is too long: its beginning, and the path of the artifact with all of it."""
     return f"{text[:_SHOWN_CHARS]}… ({len(text)} characters, whole in artifact {path})"
 
 
@@ -63,10 +63,11 @@ class ParamNames:
     """
 
     def __init__(self, stored: Mapping[str, str]) -> None:
-        """Begin with the params that the run has already.
+        """Start with the params that the run has already.
 
         Args:
-            stored: name to value. Which paths they belong to is not known; a leaf of equal value is taken for theirs.
+            stored: name to value. Their paths are not known. If a leaf has the same name and value, it counts as this
+                one.
         """
         self._stored = dict(stored)
         self._owners: dict[str, LeafPath] = {}

@@ -2,8 +2,8 @@
 """The login to an MLflow server: an HTTP session with the settings that MLflow's own client would use.
 
 `RestStore` calls ``open_session``, which reads the receiver's environment and ``~/.mlflow/credentials``. It does so
-without importing mlflow, because that takes seconds and a few hundred megabytes. Only an MLflow plugin for logins or
-request headers makes the import necessary.
+without importing mlflow, because that takes seconds and a few hundred megabytes. It imports mlflow only if an
+MLflow plugin for logins or request headers is in use.
 
 Source: ``mlflow.utils.credentials`` and ``mlflow.utils.rest_utils.http_request``, mlflow 3.17.
 """
@@ -29,7 +29,7 @@ def open_session(login: tuple[str, str] | None) -> requests.Session:
     """Return a session that logs in as MLflow's client would.
 
     Args:
-        login: user and password from the server's URI. They win over those of the environment.
+        login: user and password from the server's URI, used in place of those in the environment.
 
     Raises:
         SetupError: the settings contradict each other, or need a package that is not installed.
@@ -61,7 +61,7 @@ def _user_and_password() -> tuple[str | None, str | None]:
     stored = file["mlflow"] if file.has_section("mlflow") else {}
     user = os.environ.get("MLFLOW_TRACKING_USERNAME") or stored.get("mlflow_tracking_username")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or stored.get("mlflow_tracking_password")
-    remember_secret(password)  # the core knows the environment's, and not that of the file
+    remember_secret(password)  # the core knows secrets in the environment, but not in this file
     return user, password
 
 
@@ -93,7 +93,7 @@ def _is_on(name: str) -> bool:
 
 
 class _Bearer:
-    """Sends a token. As a header of the session, it would lose against a login in the user's ``.netrc``."""
+    """Sends a token. ``requests`` would replace a header of the session by a login in the user's ``.netrc``."""
 
     def __init__(self, token: str) -> None:
         self._token = token

@@ -3,7 +3,7 @@
 
 The backend has one `JobRuns`. It opens the runs, names and tags them, and ends them. The parent run is the job's
 federation run (``RunInfo.parent``), and receivers on the server and at the clients share it. They agree on one by
-`find_or_create`. Only one receiver writes a site's run, so the simple search of `JobRuns` is enough there.
+`find_or_create`. Only one receiver writes a site's run, so `JobRuns` finds or creates it by a simple search.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trackhub_mlflow.store import Experiment, Pair, Store, StoredRun, deleted_er
 __all__ = ["NESTING_TAG", "PARENT_TAG", "RUN_TAG", "JobRuns"]
 
 PARENT_TAG = "trackhub.job_id"
-"""On a job's parent run: a digest of ``RunInfo.parent``, without a side, since both sides share the parent run."""
+"""A tag of a job's parent run: a digest of ``RunInfo.parent`` without the side, since both sides share the run."""
 
 RUN_TAG = "trackhub.run_id"
-"""On a site's run: ``RunInfo.run_id``."""
+"""A tag of a site's run: ``RunInfo.run_id``."""
 
 NESTING_TAG = "mlflow.parentRunId"
 """MLflow's own tag: the UI shows a run below the run that this tag names."""
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a job's runs are: their experiment, and the parent run with its identity."""
+    """Where a job's runs are: their experiment and their parent run."""
 
     experiment: Experiment
     parent: StoredRun
@@ -58,7 +58,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How and when a run ended; ``end_ms`` is 0 where no time is known."""
+    """How and when a run ended; ``end_ms`` is 0 if the time is not known."""
 
     status: str
     end_ms: int
@@ -71,7 +71,7 @@ class JobRuns:
     """
 
     def __init__(self, store: Store, find_experiment: Callable[[], Experiment], common_tags: Mapping[str, str]) -> None:
-        """Keep these. Nothing is read or created yet.
+        """Keep the arguments. Nothing is read or created yet.
 
         Args:
             store: where the runs are.
@@ -89,7 +89,7 @@ class JobRuns:
     def open_run(self, info: RunInfo) -> StoredRun:
         """Return the run of a site, or the parent run for the federation. Create it if there is none.
 
-        The run and the parent run are running afterwards, also if they had ended.
+        Afterwards, the run and the parent run have the status running, even if they had ended.
         """
         parent_key = info.parent or RunKey(info.job.id, FEDERATION)
         is_parent = info.key == parent_key
@@ -108,7 +108,8 @@ class JobRuns:
     def close_run(self, run: StoredRun, status: RunStatus, end_ms: int | None) -> None:
         """End a run. If it is this receiver's last open run, end the parent run, too, unless a run below it still runs.
 
-        Only the last open run looks at the job's other runs. With a thousand sites, it would take hours if each did.
+        The job's other runs are searched only for the last one. With a thousand sites, a search for each would take
+        hours.
 
         Args:
             run: what ``open_run`` returned.
@@ -139,7 +140,7 @@ class JobRuns:
         return _Place(experiment, parent, identity)
 
     def _current(self, run: StoredRun) -> StoredRun:
-        """Return the run as the store has it now: its tags and params may be newer than those of the search."""
+        """Return the run as the store has it now. A search may return older tags and params."""
         current = self._store.run(run.id)
         if current is None or not current.active:
             raise deleted_error(self._store, run)
@@ -154,8 +155,8 @@ class JobRuns:
             if info.resume_from > 0:
                 self._require_not_deleted(experiment, info, RUN_TAG, info.run_id)
             own = {RUN_TAG: info.run_id, NESTING_TAG: parent.id, "site": info.site, "side": info.side.value}
-            # The site comes first because MLflow's run table cuts long names. The charts show nothing but the name, so
-            # it holds the job's id as well: two jobs of one name stay two.
+            # The site comes first because MLflow's run table cuts long names. The charts show only the name, so it
+            # also holds the job's id: two jobs may have the same name.
             run = self._create(experiment, info, f"{info.site} · {info.job.unique_name}", own)
         settle(store, run)
         if run.status != "RUNNING":
@@ -165,7 +166,10 @@ class JobRuns:
         return run
 
     def _create(self, experiment: Experiment, info: RunInfo, name: str, own_tags: Mapping[str, str]) -> StoredRun:
-        """Create a run that is pending. The run table shows its source, the job's id, so jobs of one name differ."""
+        """Create a run that is pending.
+
+        The run table shows its source, the job's id, so jobs of the same name can be told apart.
+        """
         job = info.job
         tags = {
             **self._common_tags,
@@ -173,14 +177,17 @@ class JobRuns:
             PENDING_TAG: "true",
             "job": job.id,
             "job_name": job.name,
-            "mlflow.source.name": job.unique_name.removeprefix(f"{job.name}-"),  # the id, of a UUID its first digits
+            "mlflow.source.name": job.unique_name.removeprefix(f"{job.name}-"),  # the id, or the first digits of a UUID
             "mlflow.source.type": "JOB",
         }
         pairs = [Pair(key, _within(value, MAX_TAG_CHARS)) for key, value in tags.items()]
         return self._store.create_run(experiment.id, _within(name, _MAX_NAME_CHARS), int(info.created * 1000), pairs)
 
     def _require_not_deleted(self, experiment: Experiment, info: RunInfo, tag: str, identity: str) -> None:
-        """Raise TransientError if somebody deleted the run, so that no new run begins in its middle."""
+        """Raise TransientError if somebody deleted the run.
+
+        Otherwise a new run would begin in the middle of the records.
+        """
         for run in self._store.find_runs(experiment.id, tag, identity, deleted=True):
             raise deleted_error(self._store, run)
         _log.warning(
@@ -190,10 +197,10 @@ class JobRuns:
         )  # fmt: skip
 
     def _close_parent(self, place: _Place) -> None:
-        """End the parent run if none of its runs is running. It failed if one of them failed, or was killed if one was.
+        """End the parent run if none of its runs is running. It gets the worst status of these runs.
 
-        The last receiver that ends a run does this. A site that still runs keeps the parent running, and so does a site
-        that joins later.
+        The last receiver that ends a run does this. The parent keeps running while a site runs, and runs again when a
+        site joins later.
         """
         store, used = self._store, place.parent
         children = store.find_runs(used.experiment_id, NESTING_TAG, used.id)
@@ -203,7 +210,7 @@ class JobRuns:
         parent = min(parents, key=settled_first, default=None)
         if parent is None:
             return  # somebody deleted it
-        if parent.id != used.id:  # two receivers made a parent run each, since neither found the other one's in time
+        if parent.id != used.id:  # two receivers each made a parent run, since neither found the other's in time
             for child in filter(is_settled, own):
                 store.log_batch(child.id, (), (), [Pair(NESTING_TAG, parent.id)])
             children = store.find_runs(used.experiment_id, NESTING_TAG, parent.id)

@@ -50,7 +50,7 @@ _TABLES_TAG = "mlflow.loggedArtifacts"
 class MLflowRun(BackendRun):
     """Writes one run. When ``write`` returns, the store has everything, so no flush is needed.
 
-    Images and artifacts may come in a second thread. Only they use the paths of artifacts and the tag for images.
+    A second thread may write images and artifacts. The other thread uses neither artifact paths nor the tag for images.
     """
 
     def __init__(self, store: Store, run: StoredRun, info: RunInfo, job_runs: JobRuns) -> None:
@@ -75,7 +75,7 @@ class MLflowRun(BackendRun):
         self._lock = threading.Lock()
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Store these entries. A record that MLflow refuses is rejected by name and costs no other record.
+        """Store these entries. If MLflow refuses a record, only this record is rejected.
 
         Raises:
             TransientError: the store cannot take them now, or somebody deleted the run.
@@ -140,7 +140,7 @@ class MLflowRun(BackendRun):
             yield Item(entry.position, "tag", Pair(name, shown))
 
     def _store_files(self, entry: Entry) -> Iterator[Item]:
-        """Store a record that becomes artifacts. Yield the tag by which the UI knows of them, where there is one."""
+        """Store a record that becomes artifacts. Yield the tag that tells the UI about them, if there is one."""
         payload = entry.payload
         if isinstance(payload, Text):
             self._put(*ui_files.text_file(entry, payload))
@@ -208,12 +208,12 @@ def _shown(folder: str, text: str, limit: int, name: str) -> str:
 
 
 def _path_of_whole(folder: str, name: str, text: str) -> str:
-    """Return the path of the artifact for a value that is too long. It names the content, since values may change."""
+    """Return the path of the artifact for a value that is too long. A new value gets a new path, by its digest."""
     return f"{folder}/{file_part(name)}-{digest(text, 8)}.txt"
 
 
 def _tables_in(tag: str) -> list[dict[str, str]]:
-    """Return the tables that the tag lists; none if somebody changed it to something else."""
+    """Return the tables that the tag lists; none if somebody has changed the tag to another form."""
     try:
         listed = json.loads(tag)
     except ValueError:

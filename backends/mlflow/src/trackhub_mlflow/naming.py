@@ -44,7 +44,7 @@ _MAX_NAME_CHARS = 250
 _NAME_CHARS = r"\w./ :\-"
 _OWN_TAGS = frozenset({"job", "job_name", "site", "side"})
 SUMMARY_PREFIX = "summary."
-"""What the tag of a final value begins with."""
+"""The tags of final values begin with this."""
 
 _OWN_PREFIXES = ("mlflow.", "trackhub.", SUMMARY_PREFIX)
 _OWN_FOLDERS = frozenset({"images", "text", "histograms", "tables", "params", "tags"})
@@ -77,7 +77,7 @@ _LOOKS_ESCAPED = re.compile(r"_(?=x[0-9A-F]{4})")
 
 
 def escape_name(text: str) -> str:
-    """Return a name, or a part of one, that the core has not seen, as MLflow accepts it; an empty one stays empty."""
+    """Escape a name, or a part of one, that the core has not fitted, so that MLflow accepts it."""
     name = _ILLEGAL.sub(lambda match: _escape(match[0]), _LOOKS_ESCAPED.sub("_x005F_", text))
     if name.startswith(("/", "..")) or name == "." or posixpath.normpath(name) != name:
         name = name.replace("/", _escape("/"))
@@ -89,7 +89,10 @@ def escape_name(text: str) -> str:
 
 
 def cut_name(name: str) -> str:
-    """Return a name of a param or tag as long as MLflow allows; one that is cut ends in a hash of the whole."""
+    """Return the name of a param or tag, cut to the length that MLflow allows.
+
+    A cut name ends in a hash of the whole name.
+    """
     return _cut(name, _MAX_NAME_CHARS, len)
 
 
@@ -97,7 +100,7 @@ def logged_tag_name(key: str) -> str:
     """Return the name of a tag that was logged, given its key as the core fitted it.
 
     The core has escaped the reserved names. Some databases take ``Site`` and ``site`` for one name, or ``síte`` and
-    ``site``, so names that differ in case or accents alone are escaped, too.
+    ``site``, so names that differ from these only in case or accents are escaped, too.
     """
     if key == _FITTED_NOTE:
         return NOTE_TAG
@@ -150,7 +153,7 @@ def _is_own_tag(name: str) -> bool:
 
 
 def _file_name(text: str) -> str:
-    """Escape what a file name cannot have everywhere, and what MLflow strips from a path: spaces at its ends."""
+    """Escape what some file systems do not allow in a name, and the spaces at its ends, which MLflow would strip."""
     text = text.replace(":", _escape(":"))
     if text[0] == " ":
         text = _escape_first(text)
@@ -182,4 +185,4 @@ def _escape(char: str) -> str:
 
 
 _FITTED_NOTE = _escape_first(NOTE_TAG)
-"""What the core makes of `NOTE_TAG`, which begins like a reserved name."""
+"""`NOTE_TAG` as the core hands it over: escaped, since it begins like a reserved name."""

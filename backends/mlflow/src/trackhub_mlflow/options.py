@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the MLflow backend, and what a tracking URI means.
 
-The core builds `MLflowOptions` where a job is written and again at the receiver. The backend and its stores read it.
+The core builds `MLflowOptions` when a job is written, and again at the receiver. The backend and its stores read it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MLflowOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"tracking_uri {shown_uri(self.tracking_uri)!r} {problem}")
 
     def __repr__(self) -> str:
-        """Show the options that are set, the URI without its login: a traceback or log line must not hold that."""
+        """Show the options that are set. The login in the URI is left out: no traceback or log line may hold it."""
         fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
         shown = (f"{n}={shown_uri(v) if n == 'tracking_uri' else v!r}" for n, v in fields if v)
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -91,7 +91,7 @@ def shown_uri(uri: str) -> str:
 
 
 def server_url(uri: str) -> tuple[str, tuple[str, str] | None]:
-    """Return a server's URL without a trailing slash, and the user and password that stood in it."""
+    """Return a server's URL without a trailing slash, and the user and password in it."""
     parts = urlsplit(uri)
     login = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
     return shown_uri(uri).rstrip("/"), login

@@ -27,13 +27,13 @@ def milliseconds(time: float) -> int:
 class PointMaker:
     """Makes the points of one run.
 
-    MLflow tells points apart by key, step, value and millisecond. It takes a point that agrees in all four for the same
-    point sent again. Where two records agree in all four, the later one gets a time one millisecond later. It gets the
-    same time on every delivery, because the lane hands over records in the same order.
+    MLflow tells points apart by key, step, value and millisecond. If a point agrees in all four with a stored one,
+    MLflow drops it, as the same point sent again. If two records agree in all four, the later one gets a time one
+    millisecond later. It gets the same time on every delivery, because the lane hands over records in the same order.
     """
 
     def __init__(self) -> None:
-        """Begin with no point remembered."""
+        """Start without points."""
         self._owners: dict[_Identity, int] = {}
 
     def forget_old(self) -> None:

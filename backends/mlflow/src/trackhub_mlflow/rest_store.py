@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MLflow store behind a server, reached over MLflow's public REST API.
 
-The backend uses it where ``tracking_uri`` names a server. It makes each request once, with the login that MLflow's own
+The backend uses it if ``tracking_uri`` names a server. It makes each request once, with the login that MLflow's own
 client would use, and the lane retries. MLflow's own client would retry a request 7 times with growing pauses, and wait
 120 s for each. Only environment variables change that, and they belong to the whole process (docs/adr/0003).
 
@@ -40,14 +40,14 @@ _ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 _CONNECT_S = 3.0
 _PAGE = 1000
 
-# Error codes of the store itself, not of a proxy on the way, for a request that it will never accept.
+# Error codes for a request that the store will never accept. They come from the store itself, not from a proxy.
 _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"})
 _TOO_LARGE = frozenset({413, 414, 431})
 _LOGIN = frozenset({401, 403, 407})
 
 
 class _NotFoundError(TransientError):
-    """The server does not have it. Somebody may have deleted it, or has yet to restore it."""
+    """The server does not have what was asked for. Somebody may have deleted it, and may restore it."""
 
 
 class _TimedOutError(TransientError):
@@ -66,9 +66,9 @@ class RestStore:
         """Keep the address. Nothing is sent yet.
 
         Args:
-            uri: the server's URI, with a user and password in it or without.
-            timeout_s: longest time in seconds that one request waits. The upload of an artifact may take longer, as
-                long as the rate that was seen lets it.
+            uri: the server's URI. It may hold a user and a password.
+            timeout_s: longest time in seconds that one request waits. The upload of an artifact may take longer, by
+                the rate of earlier uploads.
         """
         self._url, self._login = server_url(uri)
         self._timeout_s = timeout_s
@@ -218,7 +218,7 @@ class RestStore:
         try:
             self._post("/experiments/create", {"name": name, "tags": tags})
         except RefusedError as error:
-            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # else another receiver was quicker
+            if "RESOURCE_ALREADY_EXISTS" not in str(error):  # otherwise another receiver was quicker
                 raise SetupError(f"MLflow refuses the experiment {name!r}: {error}") from error
 
     def _get(self, path: str, query: Mapping[str, str]) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class RestStore:
         if status in _TOO_LARGE or (400 <= status < 500 and code in _NEVER | {"RESOURCE_ALREADY_EXISTS"}):
             return RefusedError(said)
         if status in _LOGIN:
-            self.close()  # the next attempt reads the login again, which somebody may have set by then
+            self.close()  # the next attempt reads the login again: somebody may have changed it
             return SetupError(
                 f"MLflow server {self._url} refuses access (HTTP {status}: {said}). Set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment of the receiver"

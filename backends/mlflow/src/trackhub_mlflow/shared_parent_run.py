@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding or creating one run that many receivers share, also when they create it at the same moment.
+"""Finds or creates one run that many receivers share, even if they create it at the same moment.
 
 `JobRuns` calls it for a job's parent run. MLflow chooses a run's id itself and cannot create a run "only if there is
 none". So a run is found by a tag that holds its identity, and receivers that create one at the same time agree:
 
-1. Search. A run without the tag ``trackhub.pending`` is *settled*, and it is the one. If there is no run at all, create
-   one that is pending.
+1. Search. A run without the tag ``trackhub.pending`` is *settled*: all receivers use it. If there is no run at all,
+   create one with this tag, which is then pending.
 2. Search again. If my run is the only one, settle it. If there are several and none is settled, the first by start time
    and id stays. The receivers that created the others withdraw them.
 
-Two receivers cannot both find their own run alone, because each searches after it has created its run. A receiver that
-dies between creating and settling holds up the others for ``PATIENCE_S``. Then one of them settles the first run.
+Each receiver searches after it has created its run, so two receivers cannot both find only their own run. If a receiver
+dies between creating and settling, the others wait for ``PATIENCE_S``. Then one of them settles the first run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trackhub_mlflow.store import Store, StoredRun
 __all__ = ["PATIENCE_S", "PENDING_TAG", "find_or_create", "is_settled", "settle", "settled_first", "withdraw_unsettled"]
 
 PENDING_TAG = "trackhub.pending"
-"""On a run that may yet give way to another of the same identity."""
+"""The tag of a run that may still be withdrawn in favour of another run of the same identity."""
 
 PATIENCE_S = 2.0
 _SEARCH_AGAIN_S = 0.05
@@ -39,7 +39,7 @@ def find_or_create(
     *,
     patience_s: float = PATIENCE_S,
 ) -> StoredRun:
-    """Return the one run with this tag, the same to every receiver that asks. Create it if there is none.
+    """Return the one run with this tag, the same for every receiver. Create it if there is none.
 
     Blocks on the store, and up to ``patience_s`` on other receivers.
 
@@ -78,12 +78,12 @@ def find_or_create(
 
 
 def is_settled(run: StoredRun) -> bool:
-    """Return whether this run will not give way to another of its identity."""
+    """Return whether this run is the final one of its identity."""
     return PENDING_TAG not in run.tags
 
 
 def settle(store: Store, run: StoredRun) -> None:
-    """Make this run the one of its identity. Do nothing if it is already."""
+    """Make this run the final one of its identity. Do nothing if it is already."""
     if not is_settled(run):
         store.delete_tag(run.id, PENDING_TAG)
 

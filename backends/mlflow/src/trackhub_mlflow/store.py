@@ -103,7 +103,7 @@ class Experiment:
 
     Attributes:
         id: MLflow's own id.
-        active: False once somebody deleted it. A deleted experiment keeps its name taken.
+        active: False once somebody deleted it. Nobody else can use the name of a deleted experiment.
         artifact_root: the URI below which the artifacts of its runs lie.
     """
 

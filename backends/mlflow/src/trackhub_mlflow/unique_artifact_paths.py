@@ -24,7 +24,7 @@ class ArtifactPaths:
     """
 
     def __init__(self, store: Store, run: StoredRun, *, is_new: bool) -> None:
-        """Begin with a run.
+        """Give paths to the artifacts of a run.
 
         Args:
             store: where the run is.
@@ -39,7 +39,7 @@ class ArtifactPaths:
         self._stored: dict[str, dict[str, int]] = {}
 
     def path(self, entry: Entry, artifact: Artifact) -> str:
-        """Return the path for this record. Blocks on the store where a run goes on.
+        """Return the path for this record. Blocks on the store if the run was continued.
 
         Raises:
             TransientError: the store cannot say what lies there.
@@ -70,7 +70,10 @@ class ArtifactPaths:
         return there[path] == blob.size and self._store.artifact_sha256(self._run, path) == blob.sha256
 
     def _sizes_of(self, path: str) -> dict[str, int]:
-        """Return what the store had of this name when the run was opened, in any capitalization, with its size."""
+        """Return the paths that equal this one except for upper and lower case, with the sizes of their files.
+
+        These are the paths that the store had when the run was opened.
+        """
         folder, slash, name = path.rpartition("/")
         if folder not in self._stored:
             self._stored[folder] = self._store.artifact_sizes(self._run, folder)

@@ -56,8 +56,8 @@ class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     Attributes:
         logdir: the folder for the event files of all jobs, absolute or relative to the job's run folder. By default it
-            is ``tensorboard`` in the run folder. A folder elsewhere may be shared: there, a client writes to
-            ``<logdir>/<job>@client/<site>/``, since the server may write the same site's records.
+            is ``tensorboard`` in the run folder. Another folder may be shared with the server, which may write the
+            same site's records. So a client writes to ``<logdir>/<job>@client/<site>/`` there.
     """
 
     logdir: Annotated[str | None, OptionMark.PATH] = None
@@ -66,7 +66,7 @@ class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 _MOVED_OPTIONS = {
     "tb_folder": "Give `logdir` in place of FLARE's tb_folder. A relative one is in the job's run folder, as there.",
 }
-"""Arguments of FLARE's receiver, and where each went."""
+"""Arguments of FLARE's receiver, and what to use in place of each."""
 
 
 class TensorBoardBackend(Backend[TensorBoardOptions]):
@@ -143,8 +143,8 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
     def results(self, info: RunInfo) -> Results:
         """Return the run's folder, and the command that shows it beside all other runs of the log folder.
 
-        TensorBoard's fast loader takes a step that does not rise for a restart, and hides the points before it. Where
-        there are such steps, the command turns it off. Elsewhere it stays, since it loads a large run much faster.
+        TensorBoard's fast loader takes a step that does not rise for a restart, and hides the points before it. If
+        there are such steps, the command turns the fast loader off. Otherwise it stays on, since it is much faster.
         """
         shown = self.context.shown
         loader = "--load_fast=false " if any(run.has_late_steps for run in self._runs) else ""
@@ -157,7 +157,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
 
 
 class TensorBoardRun(BackendRun):
-    """A folder of event files. When ``write`` returns, the operating system holds the records: SIGKILL loses none."""
+    """A folder of event files. When ``write`` returns, the operating system has the records, so SIGKILL loses none."""
 
     def __init__(self, folder: Path, info: RunInfo) -> None:
         """Open the folder.
@@ -245,7 +245,7 @@ class TensorBoardRun(BackendRun):
         payload = entry.payload
         if not isinstance(payload, Params | Tags | Summary | Text | Image | Histogram | Table | Artifact):
             return Rejection(entry.position, "unsupported_kind", f"{type(payload).__name__} cannot be stored")
-        # An artifact is only named here. Where its bytes are gone, its name and digest would promise what nobody has.
+        # TensorBoard gets an artifact's name and digest. Without the bytes, they would promise a file that nobody has.
         if isinstance(payload, Image | Artifact) and not self._info.blob_path(payload.blob).is_file():
             return Rejection(entry.position, "blob_missing", f"no file for {payload.key!r}")
         return None

@@ -65,7 +65,7 @@ class EventFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder if it is missing, and read where its files stand.
+        """Make the folder if it is missing, and read up to where the run is in its files.
 
         Raises:
             OSError: the file system refuses.
@@ -120,7 +120,7 @@ class EventFiles:
                 os.fsync(file.fileno())
 
     def _recover(self) -> None:
-        """Cut off what follows the last mark of each file. Learn from the marks where the run stands."""
+        """Cut off what follows the last mark of each file. Read from the marks which records the files have."""
         self.tags = []
         for path in sorted(self._folder.glob(_PATTERN)):
             end = 0
@@ -135,7 +135,7 @@ class EventFiles:
 
 
 def _append(path: Path, content: bytes, flags: int = 0) -> None:
-    """Append by one ``write(2)``, and not through a symbolic link, which somebody else may put into a shared folder."""
+    """Append by one ``write(2)``, and refuse a symbolic link, which somebody else may have put into a shared folder."""
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
     try:
         written = os.write(file, content)

@@ -2,8 +2,8 @@
 """The file with a run's row in the HPARAMS tab: its params, and how the run ended.
 
 TensorBoard reads the params from the first event of their tag and ignores later ones. But a site may log params in
-several calls, and change them. So `backend` keeps them in an event file of their own, which this module replaces as a
-whole. A TensorBoard that has read the file already shows new params after it is started again.
+several calls, and change them. So `backend` keeps params in a separate event file, which this module replaces as a
+whole. If TensorBoard has read the file already, it shows new params only after it is started again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trackhub_tensorboard.tfrecord import frame, frames
 
 __all__ = ["SESSION_TAGS", "HParamsFile"]
 
-# The name sorts before the other event files: TensorBoard's own reader goes through the files once and never back.
+# The name sorts before the other event files: TensorBoard's own reader goes through the files only once.
 _NAME = "events.out.tfevents.000000000000.hparams"
 _PLUGIN = "hparams"
 _START_TAG = "_hparams_/session_start_info"
@@ -104,9 +104,9 @@ class HParamsFile:
 
 
 def _trial_name(info: RunInfo) -> str:
-    """Return the name in the tab's first column, which shows about fifteen characters: so the site comes first.
+    """Return the name in the tab's first column. It shows about fifteen characters, so the site comes first.
 
-    TensorBoard makes one row of all sessions with one name, so the name must differ for every run.
+    TensorBoard makes one row of all sessions of the same name, so each run needs its own name.
     """
     job = info.job.unique_name + (" at the client" if info.side is Side.CLIENT else "")
     return f"{info.site} ({job})"

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend class that the entry point names.
 
-It decides the mode with `mode_and_login`. It opens runs of `offline` or `online` with the settings that the options ask
-for.
+It decides the mode with `mode_and_login`. It opens runs of `offline` or `online` with settings from the options.
 """
 
 from __future__ import annotations
@@ -77,11 +76,11 @@ _MOVED_OPTIONS = {
     "Its name is `add_tracking(name=...)`, its config is `Writer.log_params`, and the rest goes into `settings`.",
     "process_timeout": "Give `init_timeout_s`, `flush_timeout_s` or `finish_timeout_s`.",
 }
-"""Arguments of FLARE's receiver, and where each went."""
+"""Arguments of FLARE's receiver, and what to use in place of each."""
 
 
 class WandBBackend(Backend[WandBOptions]):
-    """One W&B run per site. Its name is that of the job and the site, and all runs of a job are one group.
+    """Writes one W&B run per site. The run is named after job and site, and all runs of a job are in one group.
 
     The class declares the capabilities of the offline mode with the default options. An instance declares its own. If
     the options leave the mode open, ``preflight`` decides it.
@@ -102,7 +101,7 @@ class WandBBackend(Backend[WandBOptions]):
         self._server: Server | None = None
         self._runs: list[OfflineRun | OnlineRun] = []
         self._urls: dict[str, str] = {}
-        # W&B writes to <root>/wandb, which is this backend's folder, unless its entry point has another name.
+        # W&B writes to <root>/wandb. That is this backend's folder if its entry point is named wandb, as usual.
         self._root = context.run_folder if context.workdir.name == _FOLDER else context.workdir
 
     def preflight(self) -> None:
@@ -123,7 +122,7 @@ class WandBBackend(Backend[WandBOptions]):
 
         Raises:
             TransientError: the SDK failed, or the server cannot be reached.
-            PermanentError: the server will not have this run.
+            PermanentError: the server refuses this run for good.
         """
         settings = self._run_settings(info)
         if self._decide() == "offline":
@@ -150,7 +149,7 @@ class WandBBackend(Backend[WandBOptions]):
         return Results(path=folders[-1], command=f"{show}\nwandb sync {' '.join(map(shlex.quote, folders))}")
 
     def close(self) -> None:
-        """End the SDK's service, and with it the uploads of runs that could not be ended. Waits for no server."""
+        """End the SDK's service, and so the uploads of runs that could not be ended. Does not wait for the server."""
         for run in self._runs:
             run.abandon()
         if self._server is not None:
@@ -194,8 +193,8 @@ class WandBBackend(Backend[WandBOptions]):
 
     def _run_settings(self, info: RunInfo) -> dict[str, Any]:
         options, extra = self.options, self.options.settings
-        # What the environment and W&B's own settings files say. `online` asks the server for a run by its full name
-        # before the SDK opens it, so entity and project must be known here.
+        # Read the environment and W&B's own settings files. `online` asks the server for a run by its full name before
+        # the SDK opens the run, so entity and project must be known here.
         found = import_sdk().sdk.wandb_setup.singleton().settings
         chosen: dict[str, Any] = {
             "project": options.project or extra.get("project") or found.project or _DEFAULT_PROJECT,

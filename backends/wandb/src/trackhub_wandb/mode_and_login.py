@@ -28,7 +28,7 @@ def chosen_mode(options: WandBOptions) -> Mode | None:
     """Return the mode that the options or ``WANDB_MODE`` ask for, or None if neither does.
 
     Raises:
-        ConfigError: ``WANDB_MODE`` is another one, such as ``disabled``, in which every record would be lost.
+        ConfigError: ``WANDB_MODE`` has another value, such as ``disabled``, with which every record would be lost.
     """
     if options.mode is not None:
         return options.mode
@@ -68,7 +68,7 @@ def find_login(options: WandBOptions) -> Login | None:
     if auth is None:
         return None
     login = Login(str(settings.base_url), auth)
-    remember_secret(login.api_key)  # the core knows the environment's, and not that of a netrc file
+    remember_secret(login.api_key)  # the core knows secrets in the environment, but not in a netrc file
     return login
 
 
@@ -88,7 +88,7 @@ def require_login(options: WandBOptions) -> Login:
 
 
 def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
-    """Ask the server whose login this is. Return the entity that its runs go to by default.
+    """Ask the server whether it accepts this login. Return the entity that its runs go to by default.
 
     Args:
         options: the backend's options.

@@ -36,7 +36,7 @@ _POLL_S = 0.02
 def offline_folders(wandb_dir: Path, run_id: str) -> list[Path]:
     """Return the folders that hold this run, oldest first.
 
-    There are several if the run was opened again without a rebuild.
+    There are several folders if the run was opened again without ``Redelivery.REBUILD``.
 
     Args:
         wandb_dir: the folder ``wandb`` that the SDK writes to.
@@ -144,7 +144,7 @@ class OfflineRun(BackendRun):
         stop_service(self._finish_timeout_s)
 
     def abandon(self) -> None:
-        """Let go of the run without ending it. What was flushed is in its file."""
+        """Give up the run without ending it. What was flushed is in its file."""
         if not self._ended:
             abandon_runs([self._run.run])
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a W&B server. `backend` opens it in the mode online.
 
-It writes with `sdk_run` and confirms by what `server_state` says, or else by what `sdk_upload_log` says.
+It writes with `sdk_run`. It confirms by what `server_state` says, or if that is not possible, `sdk_upload_log`.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _FILES_AT_ONCE = 50
 _MAX_UNCONFIRMED = 5000
 _STALLED_FLUSHES = 3
 _COUNT_LAG_S = 2.0
-"""How long the server's count may lag behind its own acknowledgement, before the acknowledgement is taken."""
+"""If the server's count lags behind its own acknowledgement for longer, the acknowledgement is used instead."""
 
 
 class OnlineRun(BackendRun):
-    """Writes to a server through the SDK, and confirms what the server says that it has.
+    """Writes to a server through the SDK, and confirms the records that the server says it has.
 
     ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
-    arrived. For an artifact, the SDK passes on the server's own acknowledgement.
+    arrived. The SDK itself passes on the server's acknowledgement of an artifact.
 
-    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` goes by
-    the SDK. Its service notes which rows it has sent, and that the server acknowledged them. Such a flush returns
+    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` relies on
+    the SDK, whose service notes which of the rows that it sent the server has acknowledged. Such a flush returns
     ``Confirmation.CLIENT``.
 
     The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``
     is. Rows before that are not sent again (``Redelivery.IDEMPOTENT``).
 
-    The class keeps unconfirmed entries in memory. So it can open the run again under the lane, if the SDK's service
-    died or gave up an upload.
+    The class keeps unconfirmed entries in memory. So it can open the run again without the lane's help if the
+    SDK's service died or gave up an upload.
 
     Attributes:
         url: the run's page, or None before the SDK opened the run.
@@ -73,7 +73,7 @@ class OnlineRun(BackendRun):
 
         Raises:
             TransientError: the server cannot be reached, or refuses now.
-            PermanentError: the server will not have this run.
+            PermanentError: the server refuses this run for good.
         """
         self._info = info
         self._options = options
@@ -150,7 +150,7 @@ class OnlineRun(BackendRun):
         stop_service(self._options.finish_timeout_s)
 
     def abandon(self) -> None:
-        """Let go of the run without ending it. Waits for no server."""
+        """Give up the run without ending it. Does not wait for the server."""
         if self._run is not None:
             self._let_go(self._run)
 
@@ -189,7 +189,7 @@ class OnlineRun(BackendRun):
         self._log = UploadLog(Path(opened.settings.log_internal))
         last_step = _last_step(state)
         if last_step is not None and opened.starting_step > last_step + 1:
-            # The SDK goes on behind the count, and drops the rows in between without a word.
+            # The SDK continues after the counted rows. It would silently drop the rows in between.
             abandon_runs([opened])
             raise TransientError(
                 f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but "
@@ -206,7 +206,7 @@ class OnlineRun(BackendRun):
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
 
     def _before_artifact(self, artifact: SdkArtifact, folder: Path) -> None:
-        # Fails at once if the server is down. The SDK itself would wait 19 s for its answer here (wandb 0.31).
+        # This fails at once if the server is down. The SDK would wait 19 s for an answer here (wandb 0.31).
         self._server.state(self._path)
 
     def _hand_over(self, run: SdkRun, batch: Sequence[Entry]) -> list[Rejection]:
@@ -288,7 +288,7 @@ class OnlineRun(BackendRun):
         return None
 
     def _missing_rows(self, run: SdkRun, count: int | None) -> _Missing | None:
-        """Return how many rows are missing, by the server's count, or else by what the SDK's service noted."""
+        """Return how many rows are missing, by the server's count or by what the SDK's service noted."""
         if count is not None and count - self._rows_before == run.rows:
             return None
         assert self._log is not None
@@ -304,7 +304,7 @@ class OnlineRun(BackendRun):
             self._is_count_doubted = True
             _log.warning(
                 "W&B at %s says that the run of %s has %s rows, after it acknowledged %d to the SDK. From now on its "
-                "acknowledgements count where its number does not fit. The report shows such records as "
+                "acknowledgements are used if its number is wrong. The report shows such records as "
                 "client_confirmed",
                 self._server.login.base_url, self._info.site, "no number of" if count is None else count,
                 self._rows_before + run.rows,
@@ -314,7 +314,7 @@ class OnlineRun(BackendRun):
 
 
 def _count(state: dict[str, Any] | None) -> int | None:
-    """Return how many rows the server says that a run has; None if it does not say, or says nonsense."""
+    """Return how many rows the server says that a run has; None if it does not say, or not as a number."""
     count = (state or {}).get("historyLineCount")
     return count if isinstance(count, int) and count >= 0 else None
 
@@ -329,7 +329,7 @@ def _last_step(state: dict[str, Any] | None) -> int | None:
 
 
 class _Missing(NamedTuple):
-    """A part that the server lacks: rows; if no rows, a file; if no file, the config."""
+    """A part that the server lacks: rows. If it has all rows, a file. If it has all files, the config."""
 
     rows: int
     file: str | None = None

@@ -16,11 +16,11 @@ _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
 class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how the backend writes runs. The receiver's ``WANDB_*`` environment fills what is left out.
+    """Where and how the backend writes runs. Values that are left out come from the receiver's ``WANDB_*`` variables.
 
     Attributes:
         mode: ``online`` needs a login on the receiver's machine. ``offline`` writes files for ``wandb sync``. Left out:
-            ``WANDB_MODE``; else online if there is a login, else offline, which one warning says before training.
+            ``WANDB_MODE``. Without that variable: online if there is a login, otherwise offline with a warning.
         project: the W&B project. Left out: ``WANDB_PROJECT``, else ``trackhub``.
         entity: the user or team that owns the project. Left out: ``WANDB_ENTITY``, else the login's default.
         group: the W&B group of all sites' runs. Left out: ``WANDB_RUN_GROUP``, else the job's unique name.

@@ -59,13 +59,13 @@ class SdkRun:
     """One run of the SDK, from ``wandb.init`` to its end.
 
     An entry becomes a row. The row's ``_step`` is the entry's position, and its ``_timestamp`` is the time of the log
-    call. The step of the log call and the round are columns. So W&B stores late and equal steps like any other, and a
-    row that is stored already is known by its position.
+    call. The step of the log call and the round are columns. So W&B can store late and repeated steps, and the position
+    shows whether a row is stored already.
 
     Attributes:
         run: the SDK's run.
         next_position: the position after the last entry that the SDK got.
-        first_row: rows before this position are stored already, in a resumed run. Their files are sent once more.
+        first_row: in a resumed run, rows before this position are stored already. Their files are sent once more.
         rows: how many rows the SDK got.
         last: what the SDK got last, a row or the config, and its position.
         files: the media files that the SDK got and that are not confirmed: path below the run's files to bytes.
@@ -88,7 +88,7 @@ class SdkRun:
             run: what ``wandb.init`` returned.
             info: which run it is.
             options: the backend's options.
-            fixed_tags: the tags of the run beside those that are logged.
+            fixed_tags: the run's tags that were not logged.
             before_artifact: called with each artifact, and a folder for its files, before the SDK gets the artifact.
         """
         self.run = run
@@ -134,7 +134,10 @@ class SdkRun:
         return rejected
 
     def send_again(self, path: str | None) -> None:
-        """Hand a media file to the SDK once more, or the config if ``path`` is None: the SDK drops what failed."""
+        """Hand a media file to the SDK once more, or the config if ``path`` is None.
+
+        The SDK itself does not try again.
+        """
         if path is not None:
             self.run._publish_file(path)
         else:
@@ -146,7 +149,7 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
-        if self._summary:  # a later row of a key has taken the place of its final value
+        if self._summary:  # W&B replaces a key's final value by its last row
             self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
 
@@ -188,7 +191,7 @@ class SdkRun:
         self.last = ("row", entry.position)
 
     def _set_config(self, params: dict[str, Any], position: int) -> None:
-        # The position may fall only while a resumed run gets entries again that it holds already.
+        # The position falls only if a resumed run gets entries that it already has.
         self.config = {**self.config, "tags": dict(self._tags), "through": position}
         if self._summary:
             self.config["summary"] = dict(self._summary)
@@ -209,7 +212,7 @@ class SdkRun:
         plain = {key: config_value(value) for key, value in values.items()}
         self._summary.update(plain)
         self.run.summary.update(plain)
-        self._set_config({}, position)  # keeps them, too: the server confirms a config, and no summary
+        self._set_config({}, position)  # it has the final values, too: the server confirms a config, but no summary
 
     def _html(self, payload: Text) -> Media:
         import wandb
@@ -225,7 +228,7 @@ class SdkRun:
             raise _Unstorable("invalid_value", f"image {payload.key!r}: {error}") from error
         suffix = _IMAGE_SUFFIXES[header.media_type]
         with tempfile.TemporaryDirectory(prefix="trackhub-wandb-") as folder:
-            # The SDK tells the format by the suffix, and blobs have none.
+            # The SDK recognises the format by the suffix, and blobs have none.
             named = Path(folder, f"image{suffix}")
             link_or_copy(source, named)
             self._media(entry, payload.key, image_of_file(named, header, payload.caption))
@@ -244,7 +247,7 @@ class SdkRun:
                 "too_many_bins",
                 f"histogram {payload.key!r} has {len(payload.counts)} bins, W&B holds {wandb.Histogram.MAX_LENGTH}",
             )
-        # The SDK's type says arrays, but it takes lists as they are, and then needs no numpy.
+        # The SDK's type says arrays, but it also takes lists, for which it does not need numpy.
         bins: Any = (payload.counts, payload.edges)
         self._row(entry, {payload.key: wandb.Histogram(np_histogram=bins)})
 
@@ -259,8 +262,8 @@ class SdkRun:
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
-        # W&B's pages read a table from an artifact of its run, and its API reads it from a file: `run.log` makes both,
-        # and so does this. But `run.log` leaves two copies in the home folder of whoever runs the receiver.
+        # W&B's pages read a table from an artifact of its run, and its API reads it from a file. `run.log` would make
+        # both, but leave two copies in the home folder of the receiver's user. So make both here.
         name = file_stem(payload.key)
         artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
         path = self._artifact_folder(entry) / f"{name}.table.json"
@@ -276,8 +279,8 @@ class SdkRun:
         return folder
 
     def _media(self, entry: Entry, key: str, media: Media) -> None:
-        # `run.log` would bind the file too, but with the key in its name, which may be no safe file name. And a row
-        # that is stored already must not be written again, while its file may still be missing.
+        # `run.log` would name the file after the key, which may not be a safe file name. It would also write the row
+        # again, which may be stored already although its file is missing.
         media.bind_to_run(self.run, file_stem(key), entry.position)
         value = media.to_json(self.run)
         self.files[str(value["path"])] = int(value["size"])
@@ -299,7 +302,7 @@ class SdkRun:
             artifact = wandb.Artifact(
                 artifact_name(payload.key, self._info.site), type=payload.artifact_type, metadata=metadata
             )
-            # Nobody changes the blob, so the SDK needs no copy of it, during the upload or later.
+            # Nobody changes the blob, so the SDK needs no copy of it.
             artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
             self._log_artifact(entry, artifact)
         except ValueError as error:

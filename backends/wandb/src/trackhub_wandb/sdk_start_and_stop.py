@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W&B SDK and its service process: imported late, started once per process, and ended in bounded time.
+"""Starts and stops the W&B SDK and its service: imports it late, starts it once per process, and limits every wait.
 
-All other modules of this backend reach the SDK's process-wide state through this one.
+Only this module of the backend touches the process-wide state of the SDK.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _HTTP_TIMEOUT_S = 30.0
 _KILLED_WITHIN_S = 0.5
 
 QUIET_SETTINGS: dict[str, Any] = {
-    # Machine, console and code would be the receiver's, which is wrong in a site's run.
+    # The SDK would record the receiver's machine, console and code, which do not belong in a site's run.
     "console": "off",
     "disable_code": True,
     "disable_git": True,
@@ -110,11 +110,11 @@ def import_sdk() -> ModuleType:
     with _import_lock:
         import wandb
 
-        with contextlib.suppress(ImportError):  # then W&B rejects images, and says what to install
+        with contextlib.suppress(ImportError):  # without Pillow, W&B rejects images and says what to install
             from PIL import Image
 
-            # Pillow loads its formats with the first image. If two lanes open one at the same time, it says to one of
-            # them that it cannot identify a good image (Pillow 13.0).
+            # Otherwise Pillow loads its formats with the first image. If two lanes open an image at the same time then,
+            # it may tell one of them that it cannot identify the image (Pillow 13.0).
             Image.init()
     return wandb
 
@@ -126,8 +126,8 @@ def exclusive_sdk() -> Iterator[ModuleType]:
         wandb = import_sdk()
         singleton = wandb.sdk.wandb_setup.singleton()
         if singleton._connection is None:
-            # The SDK would use a service that the parent process announced, and the parent could end it under our runs.
-            # A trainer that this process starts would use ours in the same way.
+            # Otherwise the SDK would use a service that the parent process announced and may end at any time. In the
+            # same way, a trainer that this process starts would use the service of this process.
             os.environ.pop(_SERVICE_VARIABLE, None)
             singleton.ensure_service()
             os.environ.pop(_SERVICE_VARIABLE, None)
@@ -158,7 +158,7 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
 
 
 def remove_from_config(run: Run, keys: Sequence[str]) -> None:
-    """Remove entries from a run's config. The SDK's protocol can do that, but its ``run.config`` has no call for it."""
+    """Remove entries from a run's config. The SDK's protocol allows this, but ``run.config`` has no method for it."""
     if not keys:
         return
     from wandb.proto import wandb_internal_pb2 as pb
@@ -168,7 +168,7 @@ def remove_from_config(run: Run, keys: Sequence[str]) -> None:
 
 
 def service_is_lost() -> bool:
-    """Return whether the SDK's service ended unasked: somebody killed it, or it ran out of memory."""
+    """Return whether the SDK's service has died: somebody killed it, or it ran out of memory."""
     with _lock:
         process = _service_process(import_sdk().sdk.wandb_setup.singleton())
         return process is not None and process.poll() is not None
@@ -186,7 +186,10 @@ def stop_service(timeout_s: float) -> None:
 
 
 def abandon_runs(runs: Iterable[Run]) -> None:
-    """Let go of runs that could not be ended, and of the service that still tries. Waits for no server."""
+    """Give up runs that could not be ended, and the service that still tries to end them.
+
+    Does not wait for the server.
+    """
     with _lock:
         singleton = _own_singleton()
         if singleton is None:
@@ -206,25 +209,31 @@ def abandon_runs(runs: Iterable[Run]) -> None:
 
 
 def _use_login(wandb: ModuleType, login: Login) -> None:
-    """Make this the login of the SDK's session. An ``api_key`` in the settings of each run would warn each time."""
+    """Make this the login of the SDK's session.
+
+    With an ``api_key`` in the settings of each run, the SDK would warn each time.
+    """
     wbauth = wandb.sdk.lib.wbauth
     held = wbauth.session_credentials(host=login.base_url)
     same = Login(login.base_url, held)
     if held is not None and (same.api_key, same.token_path) == (login.api_key, login.token_path):
-        # The session outlives the settings, which the SDK makes anew with each service.
+        # The SDK makes new settings with each service, so the session is kept outside of them.
         wbauth.set_auth_settings(wandb.sdk.wandb_setup.singleton().settings, held)
         return
     wbauth.use_explicit_auth(login.auth, source="trackhub")
 
 
 def _forget_unopened(wandb: ModuleType, run_id: str) -> None:
-    """Take an unopened run out of the service, which would refuse its id the next time (wandb 0.31)."""
+    """Remove a run that could not be opened from the service.
+
+    Otherwise it would refuse the id next time (wandb 0.31).
+    """
     from wandb.sdk.interface.interface_sock import InterfaceSock
 
     singleton = wandb.sdk.wandb_setup.singleton()
     connection = singleton._connection
     with contextlib.suppress(Exception):
-        # Without an exit record, the service waits for one before it closes the run, and answers nothing else.
+        # The service waits for an exit record before it closes the run. Until then, it answers no other request.
         interface = InterfaceSock(singleton.asyncer, connection._client, stream_id=run_id)
         interface.deliver_exit(1).wait_or(timeout=_HTTP_TIMEOUT_S)
         connection.inform_finish(run_id=run_id)
@@ -260,13 +269,13 @@ def _end_service(singleton: Any, timeout_s: float, checkers: Sequence[Any] = ())
 def _teardown(singleton: Any, checkers: Sequence[Any]) -> None:
     process = _service_process(singleton)
     for checker in checkers:
-        # Otherwise its thread notices that the service is gone by an error that nobody catches.
+        # Otherwise its thread would end with an uncaught error when the service is gone.
         with contextlib.suppress(Exception):
             checker.join()
-    # The SDK passes on its service's exit code as SystemExit, which must not end this thread with an error.
+    # The SDK raises SystemExit with its service's exit code. That must not end this thread.
     with contextlib.suppress(Exception, SystemExit):
         import_sdk().teardown()
-    # If the service was dead, teardown failed before these two steps.
+    # If the service was dead, the teardown above has failed before it took these two steps.
     with contextlib.suppress(Exception):
         singleton.asyncer.join()
     if process is not None:

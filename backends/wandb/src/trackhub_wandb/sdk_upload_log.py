@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Follows the log of the SDK's service, to learn which rows of an open run the server has acknowledged.
 
-`online` calls it where the server's own count of rows cannot be used. The SDK tells its caller of no upload. But its
-service notes each request in ``debug-internal.log``, one JSON object a line. ``filestream: sending request`` has the
-number of rows. ``filestream: request sent`` follows with the server's status (wandb 0.31).
+`online` calls it if the server's own count of rows cannot be used. The SDK does not tell its caller about uploads. But
+its service logs each request in ``debug-internal.log``, with one JSON object in each line. The line ``filestream:
+sending request`` has the number of rows. ``filestream: request sent`` follows with the server's status (wandb 0.31).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FATAL = "filestream: fatal error"
 
 
 class UploadLog:
-    """Reads what was appended to the log since the last call. There is one request at a time.
+    """Reads what was appended to the log since the last call. The service sends one request at a time.
 
     Attributes:
         has_given_up: the service stopped the upload of rows for good.
@@ -37,7 +37,7 @@ class UploadLog:
         self._sending = 0
 
     def rows(self) -> int:
-        """Return how many rows of this opening of the run the server has acknowledged, as the service says."""
+        """Return how many rows the server has acknowledged since the run was opened, as the service says."""
         for line in self._new_lines():
             said = str(line.get("msg", ""))
             if said == _SENDING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a W&B server what it has of a run, since the SDK uploads in the background and tells nobody what arrived.
+"""Asks a W&B server what it has of a run. The SDK uploads in the background, and does not say what has arrived.
 
 `online` calls it before it opens a run and whenever it confirms.
 """
@@ -47,18 +47,18 @@ query TrackhubRunFiles($project: String!, $entity: String!, $name: String!, $nam
 class Server:
     """The server of one backend. It is asked over HTTP, with the SDK's login, proxies and certificates.
 
-    The SDK has a call for such questions, too. But that sends an empty ``operationName`` beside a query with a name.
-    The GraphQL specification forbids this, and some servers refuse it (wandb 0.31).
+    The SDK has a call for such questions, too. But the call sends an empty ``operationName`` with a named query. The
+    GraphQL specification forbids this, and some servers refuse it (wandb 0.31).
 
-    If the server does not answer, all runs take it for down for 3 seconds. Otherwise each of many runs would wait its
-    full time for the same dead server.
+    If the server does not answer, no run asks it again for 3 seconds. Otherwise each of many runs would wait for the
+    same dead server.
 
     Attributes:
         login: the server's address, and the login for it.
     """
 
     def __init__(self, options: WandBOptions, login: Login) -> None:
-        """Connect with the first question, not here."""
+        """Keep the login. The first question makes the connection."""
         self.login = login
         self._options = options
         self._session: requests.Session | None = None
@@ -74,7 +74,7 @@ class Server:
         return dict(bucket) if bucket is not None else None
 
     def file_sizes(self, path: RunPath, names: list[str]) -> dict[str, int]:
-        """Return name and size in bytes of those of these files of the run that the server has.
+        """Return which of these files of the run the server has, with their sizes in bytes.
 
         Raises:
             TransientError: the server does not answer.
@@ -96,7 +96,7 @@ class Server:
         try:
             return self._post({"operationName": name, "query": query, "variables": variables})
         except Exception as error:
-            self.close()  # the next question reads the login anew: a token may have expired
+            self.close()  # the next question reads the login again, since a token may have expired
             self._down_until = time.monotonic() + _DOWN_S
             if isinstance(error, TransientError):
                 raise
@@ -111,14 +111,14 @@ class Server:
         )
         if not reply.ok or reply.is_redirect:
             raise TransientError(
-                f"W&B at {self.login.base_url} answers HTTP {reply.status_code} to the question what it has: "
+                f"W&B at {self.login.base_url} answers HTTP {reply.status_code} when asked what it has: "
                 f"{' '.join(reply.text[:_MAX_TEXT].split())}"
             )
         answer = reply.json()
         data = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(data, dict):
             raise TransientError(
-                f"W&B at {self.login.base_url} does not answer what it has: {str(answer)[:_MAX_TEXT]}. Expected the "
+                f"W&B at {self.login.base_url} did not say what it has: {str(answer)[:_MAX_TEXT]}. Expected the "
                 "reply of a W&B server to a GraphQL query"
             )
         return data
@@ -144,7 +144,7 @@ class Server:
 
 
 class _Bearer:
-    """Sends an access token. As a header of the session, it would lose against a login in the user's ``.netrc``."""
+    """Sends an access token. ``requests`` would replace a header of the session by a login in the user's ``.netrc``."""
 
     def __init__(self, token: str) -> None:
         self._header = f"Bearer {token}"

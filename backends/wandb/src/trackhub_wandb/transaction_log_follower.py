@@ -2,9 +2,9 @@
 """Follows the ``.wandb`` file of an open run, to learn what the SDK's service has written to disk.
 
 `offline` calls it to confirm records. The file is W&B's transaction log: a 7-byte header, then LevelDB log records
-(https://github.com/google/leveldb/blob/main/doc/log_format.md). These are blocks of 32 KiB, made of fragments of
-checksum, length, type and data. A fragment is ``FULL``, or the ``FIRST``, ``MIDDLE`` or ``LAST`` of a record that spans
-blocks. A record's data is a protobuf ``wandb_internal.Record``.
+(https://github.com/google/leveldb/blob/main/doc/log_format.md). The log is divided into blocks of 32 KiB, and these
+into fragments of checksum, length, type and data. A fragment is ``FULL``, or the ``FIRST``, ``MIDDLE`` or ``LAST`` of a
+record that spans blocks. A record's data is a protobuf ``wandb_internal.Record``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TransactionLog:
         self._begun = b""
 
     def contains(self, wanted: Callable[[Any], bool]) -> bool:
-        """Return whether one of the records that are new since the last call is wanted.
+        """Return whether a wanted record was added since the last call.
 
         Raises:
             OSError: the file cannot be read.
@@ -42,7 +42,7 @@ class TransactionLog:
         from wandb.proto import wandb_internal_pb2
 
         parse = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]  # made at import time
-        # The newest come first: a caller waits for what it wrote last.
+        # Look at the newest records first, since callers wait for what they wrote last.
         return any(wanted(parse(data)) for data in reversed(self._new_records()))
 
     def _new_records(self) -> list[bytes]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures torch's and tensorboardX's ``SummaryWriter``, in which Lightning's and Hugging Face's loggers end, too."""
+"""Captures the ``SummaryWriter`` of torch and tensorboardX. The loggers of Lightning and Hugging Face use it, too."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def watch(module: ModuleType, note: Callable[[], None], replaced: Replacements) 
 
 
 class _NoFile:
-    """Takes the place of the writer of event files. It writes none."""
+    """Takes the place of the object that writes event files. It writes nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., str]:
         if name.startswith("__"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the threads and programs that a backend starts out of what is captured. `Capture` calls it once.
+"""Excludes the threads and programs that a backend starts from the capture. `Capture` calls it once.
 
-They run because of trackhub, so what they log with an SDK came from the spool: recorded again, it would go round for
-ever.
+What they log with an SDK comes from the spool. If it were captured, the same records would go into the spool again and
+again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["keep_out_children"]
 
 
 def keep_out_children(variable: str, replaced: Replacements) -> None:
-    """Mark threads that trackhub's own threads start, and take the announcement from programs that they start.
+    """Mark the threads that trackhub's own threads start, and start their programs without the announcement.
 
     Args:
         variable: the environment variable that announces the capture.
@@ -36,7 +36,7 @@ def keep_out_children(variable: str, replaced: Replacements) -> None:
 
     @functools.wraps(run)
     def run_program(self: Any, *args: Any, **kwargs: Any) -> None:
-        # ``env`` is the eleventh argument, which nobody gives by its place.
+        # ``env`` is the eleventh argument, which nobody gives by position.
         if is_own_thread() and len(args) <= 10:
             env = os.environ if kwargs.get("env") is None else kwargs["env"]
             kwargs["env"] = {name: value for name, value in env.items() if name != variable}
