@@ -41,7 +41,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         backends: names of the backends, on every side. Empty turns tracking off.
-        client_backends: names of the backends at the clients where those differ; None for the same.
+        client_backends: names of the backends at the clients, if they differ from ``backends``; otherwise None.
         options: backend name to its options, as plain values.
         sides: where the receivers are: ``server``, ``client`` or both.
         limits: how much, how often and how long.
@@ -49,9 +49,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             once a round.
         aggregate_weight: the key of the metric by which sites weigh in weighted means; None for the number of steps.
         update_statistics: measure what each site changed in the model.
-        context: log in each run what it was made with.
-        system_metrics: seconds between two measurements of each site's host and processes; None for none.
-        log_model: which of FLARE's global models the federation run gets; None for none.
+        context: log in each run how the job was made.
+        system_metrics: seconds between two measurements of each site's host and processes. None measures nothing.
+        log_model: which of FLARE's global models the federation run gets. None logs no model.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -121,7 +121,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
         Args:
             backends: names; the single name ``none`` turns tracking off.
-            client_backends: names at the clients, where they differ.
+            client_backends: names at the clients, if they differ.
             options: ``NAME.KEY=VALUE`` strings.
             streamed_to_server: run the backends on the server.
             streamed_to_clients: run the backends at each client.

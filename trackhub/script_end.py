@@ -35,12 +35,12 @@ class EndsWithScript(Protocol):
 
 
 class _State:
-    """What this process has open, and what was there before.
+    """What this process has open, and what to put back later.
 
     Attributes:
         open: what to end, in the order in which it was opened.
         handled: the signals that this module handles.
-        error_before: the uncaught exception that Python showed last, when the first was opened.
+        error_before: the last uncaught exception that Python had shown when the first run was opened.
         exit_failed: whether the script called ``sys.exit`` with another status than 0.
         python_exit: ``sys.exit`` as it was; None while it is unchanged.
         is_registered: whether the interpreter calls ``_at_exit``.
@@ -59,7 +59,7 @@ _state = _State()
 
 
 def end_with_script(item: EndsWithScript) -> None:
-    """End this when the script ends, unless `unregister` is called before. From any thread.
+    """End this item when the script ends, unless `unregister` is called before. Any thread may call it.
 
     Signals are handled only if the first call comes from the main thread: Python allows it nowhere else.
     """
@@ -71,9 +71,9 @@ def end_with_script(item: EndsWithScript) -> None:
 
 
 def unregister(item: EndsWithScript) -> None:
-    """Forget this: it has ended. May be called from any thread.
+    """Forget this item, since it has ended. Any thread may call it.
 
-    After the last one, ``sys.exit`` is as it was. The signals are, too, if the main thread calls this.
+    With the last item, ``sys.exit`` is put back. The signals are put back, too, if the main thread calls this.
     """
     with contextlib.suppress(ValueError):
         _state.open.remove(item)
@@ -89,9 +89,10 @@ def is_failure(error: BaseException | None) -> bool:
 def _watch_exit() -> None:
     if not _state.is_registered:
         _state.is_registered = True
-        # ``atexit`` calls last what was registered first. An SDK registers later than this. So ``atexit`` would end an
-        # SDK before its backend has delivered. Functions of `threading._register_atexit` run before ``atexit``. The
-        # import registers executors first, so they still work when our function runs.
+        # ``atexit`` calls last what was registered first, and SDKs register later than this. So ``atexit`` would end an
+        # SDK before its backend has delivered. Functions of `threading._register_atexit` run before ``atexit``. Such
+        # functions also run in reverse order. This import registers the one of the executors first, so executors still
+        # work when our function runs.
         import concurrent.futures.thread  # noqa: F401
 
         getattr(threading, "_register_atexit", atexit.register)(_at_exit)
@@ -101,7 +102,7 @@ def _watch_exit() -> None:
 
 
 def _exit(status: Any = None, /) -> NoReturn:
-    # The interpreter tells nobody with which status it exits.
+    # Python does not say to `atexit` functions with which status it exits, so note it here.
     if threading.current_thread() is threading.main_thread():
         _state.exit_failed = status not in (None, 0)
     raise SystemExit(status)
@@ -141,7 +142,7 @@ def _at_exit() -> None:
 
 def _last_error() -> BaseException | None:
     """Return the uncaught exception that Python showed last. Python stores it before it calls ``sys.excepthook``."""
-    found = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # since 3.12; before
+    found = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # `last_exc` exists since Python 3.12
     return found if isinstance(found, BaseException) else None
 
 

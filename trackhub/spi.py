@@ -137,7 +137,7 @@ class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Escaping is reversible. Only a key that is too long is cut, and ends in a hash. A character that is not allowed
     becomes ``_xHHHH_``, its code point in hex (the convention of ECMA-376 for names). So ``_``, ``x`` and hex digits
-    must be allowed. Every default is the weak answer: claim what the store can hold.
+    must be allowed. The defaults claim little: set what the store can hold.
 
     Attributes:
         max_chars: longest key; None for no limit. The core shortens a longer key and ends it in a hash of the whole.
@@ -166,9 +166,9 @@ ANY_KEY = KeyRule(max_chars=None, chars="")
 
 
 class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a backend can store, and how. Every default is the weak answer: claim what you have.
+    """What a backend can store, and how. The defaults claim little: set what the store can do.
 
-    The core acts on every field at run time. The contract kit tests every field, claimed or not.
+    The core acts on every field at run time. The contract kit tests every field, whatever its value.
 
     Attributes:
         kinds: the payload kinds that ``write`` accepts. The core rejects records of other kinds as
@@ -286,7 +286,7 @@ class WriteReport(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """How a person looks at a run. Relative to the job's run folder, so that the folder may be moved.
+    """How a person looks at a run. Paths are relative to the job's run folder, so that the folder may be moved.
 
     Attributes:
         url: the page that shows it.
@@ -379,7 +379,7 @@ class BackendRun:
             batch: 1 to ``capabilities.max_batch`` entries, positions rising.
 
         Returns:
-            None when everything was stored, else which entries never will be.
+            None if everything was stored. Otherwise the entries that can never be stored.
 
         Raises:
             TransientError: try the same entries again later.
@@ -430,8 +430,8 @@ class Backend(Generic[OptionsT_co]):
             lane reads it from the instance, after ``preflight``.
         credentials: what it takes from the environment to log in.
         contract: version of the contract kit that the plugin passed, 0 for none.
-        moved_options: options that people know from another integration, such as FLARE's own receiver. Each has a
-            sentence that says where it went. The error about an unknown option then ends with it.
+        moved_options: options that people know from another integration, such as FLARE's own receiver. For each, a
+            sentence that says what to use instead. The error about an unknown option ends with that sentence.
     """
 
     spi: ClassVar[int]

@@ -133,7 +133,7 @@ def replay(
 class _Work:
     """Delivers spools and journals one after the other, and then prints the report of each journal.
 
-    An error costs the spool or the journal that it is about, and not the others.
+    After an error with one spool or journal, the others are still delivered.
 
     Attributes:
         journals: the journals to deliver after the spools.
@@ -245,7 +245,7 @@ class _Work:
         }
 
     def nothing_to_do(self) -> list[str]:
-        """Return where there was nothing to deliver, if that was so everywhere."""
+        """Return the spools and journals that were looked at, if none of them had anything to deliver."""
         return [] if self._reports or self.errors else self._done
 
     def left(self) -> int:

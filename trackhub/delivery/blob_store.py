@@ -52,11 +52,11 @@ class BlobStore:
         return self._folder / quote(site, safe=" ").replace(".", "%2E")
 
     def has(self, site: str, name: str) -> bool:
-        """Return whether this blob is here whole. False for a name that no blob can have."""
+        """Return whether this blob is here and complete. False for a name that no blob can have."""
         return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
 
     def path(self, site: str, name: str) -> Path | None:
-        """Return the file of this blob; None if the blob is not here whole."""
+        """Return the file of this blob; None if the blob is not here completely."""
         return self.folder(site) / name if self.has(site, name) else None
 
     def delete_parts(self) -> None:
@@ -66,7 +66,7 @@ class BlobStore:
                 path.unlink()
 
     def add(self, site: str, chunk: Chunk) -> int | None:
-        """Store a piece, and return the offset that is expected next: the blob's size once it is whole.
+        """Store a piece, and return the offset that is expected next. For a complete blob, this is its size.
 
         A piece at another offset than the expected one is not stored. The sender goes on from the offset returned.
 
@@ -86,7 +86,7 @@ class BlobStore:
             return self._add(site, chunk)
 
     def keep(self, site: str, name: str, source: BinaryIO, filename: str) -> Blob:
-        """Copy a file of this machine into the store, whole or not at all. Return the blob that refers to it.
+        """Copy a file of this machine into the store, completely or not at all. Return the blob that refers to it.
 
         Args:
             site: whose blob it is.
@@ -157,7 +157,8 @@ class BlobStore:
         partial.replace(target)
         self._parts[site].pop(partial.name)
         if self._sync:
-            for path in (folder, self._folder, self._folder.parent):  # each may be new, and would be lost with its name
+            # Each of these may be new. A power cut loses a new folder if its parent is not synced.
+            for path in (folder, self._folder, self._folder.parent):
                 _sync(path)
         return reached
 

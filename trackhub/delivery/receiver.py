@@ -116,7 +116,7 @@ class Receiver:
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. The final messages then come from the replay and not from the sites,
                 so they do not say how training ended. None for a job that runs.
-            federation: what the job's federation run holds; None for none. It needs the records of all sites.
+            federation: what the job's federation run holds; None for no such run. It needs the records of all sites.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -228,7 +228,7 @@ class Receiver:
         return lambda request, timeout_s: self.handle(site, request)
 
     def handle(self, site: str, request: bytes) -> bytes:
-        """Answer one request of a site: what a transport calls. Never raises. From any thread, several at once.
+        """Answer one request of a site. A transport calls it, from several threads at once. Never raises.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
         ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. The reply

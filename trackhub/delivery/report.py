@@ -217,7 +217,7 @@ def report_without_counts(job: JobInfo, side: str, status: str, error: str) -> D
 
 
 def write_report(path: Path, report: DeliveryReport) -> None:
-    """Store the report as JSON, whole or not at all.
+    """Store the report as JSON, completely or not at all.
 
     Raises:
         OSError: it cannot be written.

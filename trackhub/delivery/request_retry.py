@@ -129,7 +129,7 @@ class Exchange:
             self.retries += 1
 
     def in_flight_s(self) -> float:
-        """Return for how many seconds the thread may still wait for a reply. From any thread."""
+        """Return for how many seconds the thread may still wait for a reply. Any thread may call it."""
         return max(0.0, self._reply_by - time.monotonic())
 
     def ask_once(self, request: Request) -> Reply | None:

@@ -77,7 +77,7 @@ def add_tracking(
         recipe_or_job: a FLARE recipe or FedJob, complete with its executors.
         server: backends on the FLARE server, which receive the records of all sites. With None, no record is sent to
             the server.
-        clients: backends at each client, which receive that client's records; None for none.
+        clients: backends at each client, which receive that client's records. With None, the clients have none.
         sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
             client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
             recipe. At a site that tracks on neither side, ``Writer()`` records nothing and warns once.

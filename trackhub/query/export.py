@@ -41,7 +41,7 @@ class Exported(NamedTuple):
 
 
 def export(path: str | Path, to: str | Path) -> Exported:
-    """Write the jobs at or under a path into files, each of which is there whole or not at all.
+    """Write the jobs at or under a path into files. Each file is written completely or not at all.
 
     ``out.csv`` gets the metrics, ``out.params.csv`` the params, ``out.tags.csv`` the tags and ``out.summary.csv`` the
     final values. What is there is replaced. Takes little memory. In CSV, an apostrophe stands before a text that a

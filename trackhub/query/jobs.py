@@ -2,7 +2,7 @@
 """Reads finished or running jobs from what they left on a disk: records, params, files and delivery.
 
 `read_jobs` finds the journals at or under a path, and puts those of one job together. Export, report and
-`trackhub.load` stand on it. Nothing on the disk is changed.
+`trackhub.load` use it. Nothing on the disk is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StoredRecord(NamedTuple):
 
     Attributes:
         site: the site that logged it, or ``server``, or ``federation``.
-        stream: the id of the writing process, 32 hex digits. Order holds within a stream.
+        stream: the id of the writing process, 32 hex digits. The records of a stream are in order.
         record: time, step, round and payload.
     """
 
@@ -59,9 +59,10 @@ class StoredJob:
         """Use `read_jobs`.
 
         Args:
-            journals: the journals of one job; one at least.
+            journals: the journals of one job; at least one.
         """
-        # A server's journal comes first. One that continues another comes last, since it has the later records only.
+        # A server's journal comes first. A journal that continues another one comes last, since it has only later
+        # records.
         self._journals = sorted(journals, key=lambda j: (j.continues, j.side != Side.SERVER, str(j.path)))
         job = self._journals[0].job
         self.id, self.name, self.notes, self.tags = job.id, job.name, job.notes, job.tags
@@ -79,7 +80,8 @@ class StoredJob:
     def records(self, site: str, kinds: Collection[Kind] | None = None) -> Iterator[StoredRecord]:
         """Yield each record of a site once, in the order of each stream. Takes little memory.
 
-        A record that two receivers have is yielded once. What cannot be read is left out; `problems` says so then.
+        A record that two receivers have is yielded once. A record that cannot be read is left out, and `problems` says
+        so.
 
         Args:
             site: its name.
@@ -111,7 +113,7 @@ class StoredJob:
         return None
 
     def problems(self) -> list[str]:
-        """Return why the records may not be all, as sentences. Call it after reading, which may find more."""
+        """Return why records may be missing, as sentences. Call it after reading, which may find more reasons."""
         found = []
         if self.status == "running":
             found.append("The job still runs. This is what had arrived when it was read.")
@@ -178,7 +180,7 @@ class StoredJobs(Sequence[StoredJob]):
             job.close()
 
     def problems(self) -> list[str]:
-        """Return why the records may not be all, as sentences. Call it after reading, which may find more."""
+        """Return why records may be missing, as sentences. Call it after reading, which may find more reasons."""
         found = [str(error) for error in self.errors]
         for job in self._jobs:
             about = f"{format_job(job.id, job.name)}: " if len(self._jobs) > 1 else ""

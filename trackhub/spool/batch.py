@@ -145,8 +145,8 @@ class _Assembly:
     def take_frames(self, max_records: int, max_bytes: int) -> None:
         """Take frames until the batch is full, the data ends, records are missing, or a record's blob is lost.
 
-        Missing records show in the numbers of those around them: damage can cost exactly one frame. The next batch
-        then starts behind them.
+        The numbers of the other records show that records are missing, even if damage destroyed a single whole frame.
+        The next batch then starts after the missing ones.
 
         Raises:
             CorruptFrameError: damage follows the frames that were taken.
@@ -188,7 +188,7 @@ class _Assembly:
         return self.end == self.start
 
     def _explain_missing(self, head: Head) -> None:
-        """Account for the records that should stand before the first frame."""
+        """Account for the records that are missing before the first frame."""
         self._add_gap(self.seq, head.time, head.seq - self.seq)
         self.seq = head.seq
 
@@ -205,7 +205,7 @@ class _Assembly:
         return True
 
     def _replace_record(self, frame: Frame, head: Head, payload: Payload | None) -> None:
-        """Put a gap in the place of the first record. It is a batch of its own, with none of the spool's frames."""
+        """Put a gap in the place of the first record. The batch then has this gap and no frame of the spool."""
         self._add_gap(self.seq, head.time, 1)
         self.seq += 1
         self.start = self.end = frame.end

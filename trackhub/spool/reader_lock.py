@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 
 
 class SpoolHold:
-    """A sender's hold on its end of a spool. Used by one thread at a time.
+    """A sender's ownership of its end of a spool. Used by one thread at a time.
 
     Attributes:
         is_owner: this sender may send: it has the lock, or the cursor cannot be locked here.
     """
 
     def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:
-        """Hold nothing yet, except for this lock.
+        """Own nothing yet, except what ``lock`` stands for.
 
         Args:
             folder: the spool's folder.
@@ -49,7 +49,7 @@ class SpoolHold:
         A spool that could not be created yet is created here as soon as that is possible. Never raises.
 
         Args:
-            at_once: try now. Otherwise, both are tried five times a second at most.
+            at_once: try now. Otherwise, this tries at most five times a second.
         """
         now = time.monotonic()
         if at_once or now >= self._try_at:
@@ -60,7 +60,7 @@ class SpoolHold:
         return self.is_owner
 
     def is_waiting_for_room(self) -> bool:
-        """Return whether the spool could not be created yet. Its writers alone count what is logged meanwhile."""
+        """Return whether the spool could not be created yet. Until then, only its writers count what is logged."""
         return expected_spool(self._folder) is not None
 
     def _take_lock(self) -> None:
@@ -85,7 +85,7 @@ class SpoolHold:
             _log.warning(message, *arguments)
 
     def release(self) -> None:
-        """Give the hold up. Idempotent."""
+        """Give the ownership up. Idempotent."""
         lock, self._lock, self.is_owner = self._lock, None, False
         if lock is not None:
             lock.release()

@@ -17,7 +17,7 @@ _EVERY_S = 60.0
 
 
 class RepeatedWarnings:
-    """Remembers when it last warned about what. Use it from one thread."""
+    """Remembers when it last warned about each subject. Use it from one thread."""
 
     def __init__(self, log: logging.Logger) -> None:
         """Start without an earlier warning.
@@ -29,10 +29,10 @@ class RepeatedWarnings:
         self._warned_at: dict[str, float] = {}
 
     def warn(self, about: str, message: str) -> None:
-        """Log this message, unless there was one about the same a minute ago or less.
+        """Log this message, unless one about the same subject was logged in the last minute.
 
         Args:
-            about: what it is about, such as the name of a stream. There must not be many.
+            about: the subject, such as the name of a stream. There must not be many subjects.
             message: what the log says.
         """
         now = time.monotonic()

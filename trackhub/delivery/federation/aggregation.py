@@ -252,7 +252,7 @@ class Aggregation:
         self._has_warned = False
 
     def digest(self) -> RowDigest:
-        """Return a digest for the records of a row, which ``add_digest`` takes. From any thread."""
+        """Return a digest for the records of a row, which ``add_digest`` takes. Any thread may call it."""
         return RowDigest(self._keys.ignored)
 
     def add(self, site: str, records: Iterable[Record]) -> None:

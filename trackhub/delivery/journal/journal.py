@@ -123,7 +123,7 @@ class Journal:
                 db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
 
     def limit_waits(self, until: float) -> None:
-        """End every wait for the file at this moment of the monotonic clock at the latest. From any thread."""
+        """End every wait for the file at this moment of the monotonic clock at the latest. Any thread may call it."""
         self._connections.limit_waits(until)
 
     def _fetch(self, query: str, *values: object) -> list[Any]:

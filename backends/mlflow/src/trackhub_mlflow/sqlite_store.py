@@ -261,7 +261,7 @@ class SqliteStore:
 
 
 def _create(file: Path) -> None:
-    """Create an empty MLflow store, whole or not at all, in about a second.
+    """Create an empty MLflow store, completely or not at all. This takes about a second.
 
     MLflow builds the tables by some fifty migrations. They take 5 s and more, because SQLite waits for the disk each
     time. Here they run without these waits on a temporary file, which then gets its name.
