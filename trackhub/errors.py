@@ -50,7 +50,10 @@ class TrackhubError(Exception):
 
 
 class ConfigError(TrackhubError, ValueError):
-    """The configuration is wrong. It stops a job before training starts. Of all errors only `PluginError` does, too."""
+    """The configuration is wrong.
+
+    It stops a job before training starts. The only other error that does so is `PluginError`.
+    """
 
 
 class UnknownBackendError(ConfigError):

@@ -139,7 +139,7 @@ def decode_metrics(bodies: Sequence[bytes]) -> list[MetricsRecord]:
     """Return the records in the bodies of several frames. All of them are metrics.
 
     Raises:
-        msgspec.DecodeError: one of them is not a record that this version knows, or none of metrics.
+        msgspec.DecodeError: one of them is not a record of metrics that this version knows.
     """
     try:
         return list(map(_decode_metrics, bodies))
@@ -155,7 +155,7 @@ def decode_head(body: bytes | memoryview) -> Head:
     """
     try:
         return _decode_head(body)
-    except RecursionError as e:  # in the fields behind, which are skipped
+    except RecursionError as e:  # the bad text is in later fields, which are skipped here
         raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
@@ -241,7 +241,7 @@ def metrics_bodies(buffer: bytes, offset: int, max_frames: int) -> tuple[list[by
     view, limit, header = memoryview(buffer), len(buffer), _HEADER.size
     crc32, unpack, metrics, heads, layouts = zlib.crc32, _HEADER.unpack_from, int(Kind.METRICS), _heads, _layouts
     bodies: list[bytes] = []
-    before = -1  # the size of the body before
+    before = -1  # the size of the last body
     while offset + header <= limit and len(bodies) < max_frames:
         crc, size, kind = unpack(buffer, offset)
         start, end = offset + header, offset + header + size
@@ -254,8 +254,8 @@ def metrics_bodies(buffer: bytes, offset: int, max_frames: int) -> tuple[list[by
             bodies.append(body)
             offset, before = end, size
             continue
-        # A second one of this size, so there may be many: a loop that logs one key makes them. This way of reading them
-        # takes 60 % of the time.
+        # This is a second frame of the same size, so there may be many, as a loop makes that logs one key. Reading them
+        # together takes 60 % of the time.
         layout, head, known = layouts[size], heads[size], len(bodies)
         most = min((limit - offset) // layout.size, max_frames - known)
         for crc, found, kind, body in layout.iter_unpack(view[offset : offset + most * layout.size]):
@@ -269,7 +269,7 @@ def metrics_bodies(buffer: bytes, offset: int, max_frames: int) -> tuple[list[by
 
 
 class _BySize(dict[int, _Value], Generic[_Value]):
-    """What is the same for all frames of metrics of a size, made once for each size."""
+    """The parts that all frames of metrics of one size have in common, made once for each size."""
 
     def __init__(self, make: Callable[[int], _Value]) -> None:
         super().__init__()
@@ -282,6 +282,6 @@ class _BySize(dict[int, _Value], Generic[_Value]):
         return made
 
 
-# The checksum of what stands before the body: that of the body goes on from it.
+# The checksum of the bytes before the body. The body's bytes are added to it later.
 _heads = _BySize(lambda size: zlib.crc32(_pack_checked(size, Kind.METRICS)))
 _layouts = _BySize(lambda size: struct.Struct(f"<IIB{size}s"))

@@ -60,7 +60,7 @@ class BackendRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Attributes:
         options: the options that a job may give; None for all. The other rules hold for these as well.
-        fixed: options that the operator gives. They win over the job's, and no other rule holds for them.
+        fixed: options that the operator gives. They are used in place of the job's, and no other rule applies to them.
         values: for an option, patterns of the values that a job may give, such as ``["team-a-*"]``.
         hosts: the hosts to which the backend may connect: ``https://HOST[:PORT]``, compared with scheme and port.
         paths: absolute folders, besides the job's own, in which the backend may read and write.
@@ -232,7 +232,7 @@ class _Check:
         if not value or not marks & _PLACES:
             return
         if not isinstance(value, str):
-            # Nobody but the backend knows where in a table or a list a host or a path stands.
+            # Only the backend knows where in a table or a list a host or a path is.
             if patterns is None:
                 _refuse(
                     f"{where}: it may hold a host or a path, which cannot be checked",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain values into Structs, with an error message that names the path to the wrong value.
+"""Converts plain values into Structs. An error message names the path to the wrong value.
 
 `config`, `limits` and `registry` call it for what comes from flags, TOML, JSON and the environment.
 """
@@ -26,8 +26,8 @@ one_at_a_time = threading.RLock()
 def prepare(*classes: type) -> None:
     """Let msgspec learn these Structs now, at import. Call it in the module that defines what threads decode.
 
-    msgspec learns a class when it is first decoded. If two threads do that at the same moment, one uses what the other
-    has learnt in part, and the process dies by SIGSEGV (msgspec 0.22). Imports are done by one thread.
+    msgspec learns a class when it is first decoded. If two threads do that at the same moment, one may use what the
+    other has only partly learnt, and the process dies by SIGSEGV (msgspec 0.22). Only one thread imports a module.
 
     Args:
         classes: Structs. Those in their fields are learnt as well.

@@ -90,8 +90,8 @@ def is_free(path: Path) -> bool:
     except OSError:
         return False
     try:
-        # Shared, so that two that look at once do not find each other. It is held for a moment only: whoever wants the
-        # lock just then would be refused.
+        # Ask with a shared lock, so that two processes that ask at the same time do not disturb each other. Hold it
+        # only for a moment: a process that wants the lock just then is refused.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(fd, fcntl.LOCK_UN)
         return True

@@ -70,7 +70,7 @@ Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
 """A word under which a report counts records. It goes to terminals, so it has no other characters."""
 
 _Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
-_Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # up to the end of the year 9999, and not NaN
+_Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # up to the end of the year 9999; NaN is excluded
 _Name = Annotated[str, Meta(max_length=255)]
 
 # Unicode category Cc, which will never have more members; the line and the paragraph separator; surrogates.

@@ -73,7 +73,7 @@ class BackendEntry(msgspec.Struct, frozen=True):
         distribution, version: which distribution provides it.
         value: what the entry point names: ``module:Class``.
         state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded, which shows
-            without importing it. Else ``ok``; an import may still fail.
+            without importing it. Otherwise ``ok``; an import may still fail.
         problem: why it is not ``ok``; empty if it is.
     """
 
@@ -188,13 +188,13 @@ def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
     if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
         raise BackendLoadError(f"{origin}: its `Options` must be a msgspec.Struct")
     if not options.__struct_config__.forbid_unknown_fields:
-        # Otherwise a misspelt option would be dropped without a word.
+        # Otherwise a misspelt option would silently be dropped.
         raise BackendLoadError(f"{origin}: its `Options` must be declared with forbid_unknown_fields=True")
     return loaded
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a backend's options where a job is written, and return them as JSON can hold them.
+    """Check a backend's options when a job is written, and return them as JSON can hold them.
 
     Literal secrets are refused in any case. The names and types of options can be checked only if the backend is
     installed here. If it is not, this raises what `load` raises, after the rest has been checked.
@@ -341,7 +341,7 @@ def _is_shadowed(distribution: metadata.Distribution) -> bool:
 
 
 def _visible_problem(name: str, value: str) -> str:
-    """Return what is wrong with an entry point as far as that shows without importing it, else an empty string."""
+    """Return what is wrong with an entry point, as far as this shows without importing it. Empty if nothing is."""
     if _NAME.fullmatch(name) is None:
         return "a backend's name is made of a-z, 0-9, - and _, starts with a letter and has at most 64 characters"
     if name in RESERVED:

@@ -109,14 +109,14 @@ def check_backends(config: TrackingConfig) -> None:
 
 
 def prepare_sites(args: argparse.Namespace) -> Any:
-    """Decide here, for all sites on this machine, what they must not decide each for itself. Return the test images.
+    """Make the decisions that must be the same for all sites on this machine. Return the test images.
 
     Raises:
         DataError: the images cannot be had.
     """
-    args.dataset, _, test_images = data.load(args)  # for "auto"
+    args.dataset, _, test_images = data.load(args)  # what "auto" means here
     if args.data_root is not None:
-        os.environ[data.DATA_ROOT_ENV] = str(args.data_root.resolve())  # which the sites inherit
+        os.environ[data.DATA_ROOT_ENV] = str(args.data_root.resolve())  # the sites inherit it
         args.data_root = None
     if args.torch_threads is None:
         args.torch_threads = max(1, (os.cpu_count() or 1) // args.n_clients)
@@ -154,17 +154,17 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
         model=SmallCNN(args.seed),
         min_clients=args.n_clients,
         num_rounds=args.num_rounds,
-        # Relative, so that each site runs the copy that the job brings along. FLARE looks for it where this process is.
+        # The path is relative, so that each site runs the copy in the job. FLARE looks for it in the current folder.
         train_script="client.py",
         train_args=" ".join(client_args),
-        key_metric="" if weights_only else "accuracy",  # by which FLARE keeps the best model; empty for not at all
+        key_metric="" if weights_only else "accuracy",  # FLARE keeps the best model by this metric; empty keeps none
         launch_external_process=args.launch_external_process,
         # Sites on this machine have this interpreter's packages; others have their own python3.
         command=f"{sys.executable} -u" if sites_are_here(args) else "python3 -u",
-        shutdown_timeout=30.0,  # for the last lines of an external trainer; then FLARE stops it
+        shutdown_timeout=30.0,  # time for the last lines of an external trainer, before FLARE stops it
     )
     if config.server or config.clients:
-        if config.server and args.dataset != "auto":  # which the server must not decide for itself either
+        if config.server and args.dataset != "auto":  # the server must not decide by itself what "auto" means
             # A recipe has no public call yet that adds a component of one's own to the server.
             recipe._job.to_server(EvaluateLastModel(args.dataset, args.seed), id="last_model")
         more = ("aggregate", "aggregate_weight", "update_statistics", "context", "system_metrics", "log_model")

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 WARMUP = 0.1  # the part of all steps in which the learning rate rises. Then it falls along a cosine
 
-# Without a limit, the first steps on a few hundred images go so far astray that five rounds do not mend it.
+# Without a limit, the first steps on a few hundred images go so far wrong that five rounds cannot correct it.
 MAX_GRADIENT_NORM = 2.0
 
 

@@ -160,7 +160,7 @@ class SenderRig:
         return sender
 
     def stored(self) -> list[dict[str, Any]]:
-        """Return what the backend has. Before the end its lane may not have come to its turn yet."""
+        """Return what the backend has. Before the end, its lane may not have delivered everything yet."""
         assert self.finished, "call finish() first"
         path = self.folder / "receiver" / "jsonl" / "job-1" / f"{SITE}.jsonl"
         return json_lines(path) if path.exists() else []

@@ -213,7 +213,10 @@ class JsonlRun(BackendRun):
             raise TransientError(f"cannot finish {self._path}: {error}") from error
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append lines. They are made only once the file is whole, since that says which entries it holds already."""
+        """Append lines.
+
+        They are made after an unfinished line is cut off: only then it is known which entries the file has.
+        """
         if self._torn:
             self._recover()
         content = b"".join(_encode(line) + b"\n" for line in lines)

@@ -113,7 +113,10 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
 
 
 def _without_defaults(components: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the components without the arguments that say nothing. A sender always names its server's receiver."""
+    """Return the components without the arguments that are None or empty.
+
+    A sender always names its server's receiver.
+    """
 
     def told(args: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in args.items() if k == "server_receiver" or v not in _SAYS_NOTHING}

@@ -20,7 +20,7 @@ from trackhub.errors import ConfigError
 __all__ = ["new_backend", "write_backend"]
 
 CONTRACT = 1
-"""Version of the contract kit that the new backend passes. The kit's own constant cannot be had without pytest."""
+"""Version of the contract kit that the new backend passes. The kit's own constant cannot be imported without pytest."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 _FILES = {

@@ -31,8 +31,9 @@ def prune(path: Path, as_json: bool) -> None:
 
     PATH is a journal, a job's run folder, or a folder of jobs.
 
-    The records of a site go once every backend is done with all of them. Counts stay, so `status` and `replay` work as
-    before. `export` and `report` no longer show the records, and no other backend can get them: export them first.
+    The records of a site are removed once every backend is done with all of them. Counts stay, so `status` and `replay`
+    work as before. `export` and `report` no longer show the records, and no other backend can get them: export them
+    first.
 
     Example: trackhub prune runs
 

@@ -22,7 +22,8 @@ def watch(path: Path) -> None:
     """Show a job while it runs: its round, its sites, and what became of their records.
 
     PATH is the job's folder, or a folder above, such as the simulator's workspace or that of a FLARE server. The job
-    may begin later. On a terminal the table is drawn anew each second. Elsewhere a line comes when something is new.
+    may begin later. On a terminal, the table is drawn again each second. Elsewhere, a line is printed when something
+    has changed.
 
     It ends when the job has ended, or by Ctrl-C, which does not touch the job. The exit status is 0 if all records are
     delivered, and 1 if not.

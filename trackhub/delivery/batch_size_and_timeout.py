@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["BatchPace"]
 
 _SLOWEST_BYTES_PER_S = 16 << 10
-"""The slowest channel that is reckoned with. It gives the longest wait for the reply to a single large record."""
+"""The slowest channel that is expected. The longest wait for the reply to a single large record follows from it."""
 
 
 class BatchPace:
@@ -19,7 +19,7 @@ class BatchPace:
     comes in time never makes batches smaller: some receivers take a second for each request, whatever its size.
 
     Attributes:
-        max_bytes: the most bytes of the next batch. A batch always has one record at least.
+        max_bytes: the most bytes of the next batch. A batch always has at least one record.
         wait_s: the longest wait for the reply to the next attempt, in seconds.
     """
 

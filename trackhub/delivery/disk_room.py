@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shares the last free part of the receiver's disk among the sites. `Receiver` asks it before it stores a request.
 
-While there is more room than that, a site may store as much as it likes. Without a rule for the last part, one site
+While the disk has more room than this last part, a site may store as much as it likes. Without a rule, one site
 could fill the disk, and the receiver could store nothing of the other sites any more.
 """
 

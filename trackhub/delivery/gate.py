@@ -121,7 +121,7 @@ class KnownKeys:
     """The keys that one site has used, each checked once. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        """Know none yet."""
+        """Start without keys."""
         self.keys: set[str] = set()
         self._chars = 0
 

@@ -15,7 +15,7 @@ from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["JobSites"]
 
-_MAX_SESSIONS = 10_000  # of one site, so that their names fit into memory. Each start of its sender is one.
+_MAX_SESSIONS = 10_000  # most of one site, so that they fit into memory; each start of a sender makes one
 
 
 class JobSites:
@@ -82,7 +82,7 @@ class JobSites:
             self._changed.notify_all()
 
     def assume_ended(self, site: str) -> None:
-        """Take a site as one whose training ended well, unless it has said otherwise."""
+        """Assume that a site's training ended well, unless the site has said otherwise."""
         self._failed.setdefault(site, False)
 
     def status(self, site: str, job: RunStatus, *, was_killed: bool) -> RunStatus:

@@ -136,7 +136,7 @@ class Receiver:
         self._site_ids: dict[str, int] = {}
         self._warned_at: dict[str, float] = {}
         self._outcome = ""
-        self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # admission lets one request of a site in
+        self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # one request of a site at a time
         self._room = DiskRoom(self.folder)
 
     @clean_errors()
@@ -208,7 +208,7 @@ class Receiver:
                 "run_dir": os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir),
                 # As they were given: a replay resolves their secrets anew.
                 "backends": msgspec.json.encode({**known, **self._backends}).decode(),
-                # Empty while the job runs, also if it goes on after its end. An empty status shows that it was killed.
+                # The status is empty while the job runs. If it is still empty afterwards, the job was killed.
                 "status": self._ended or "",
                 SILENCE_S: str(self._limits.silence_s),
             }
@@ -366,7 +366,7 @@ class Receiver:
             lane.notify(site_id)
 
     def _site_id(self, site: str, created: float | None = None) -> int:
-        found = self._site_ids.get(site)  # spares a transaction for each batch
+        found = self._site_ids.get(site)  # saves a transaction for each batch
         if found is None:
             assert self._journal is not None
             found = self._site_ids[site] = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)

@@ -250,7 +250,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         try:
             meta = _meta_of_damaged(journal)
         except JournalError:
-            continue  # the caller reads it later for itself, and reports the error then
+            continue  # the caller reads this journal later, and reports the error then
         if (meta.get("job"), meta.get("side")) == (job, Side.SERVER):
             return journal.absolute()
     return beside / _STAND_IN / JOURNAL_NAME

@@ -57,9 +57,9 @@ _log = logging.getLogger(__name__)
 class Sender:
     """Sends one spool to one receiver, from a thread of its own. Its methods may be called from any thread.
 
-    One request is on its way at a time. A batch is repeated until the receiver accepts or refuses it. Files go in
-    pieces, and between two pieces go the batches that are due. Nothing raises into training: what cannot be sent stays
-    in the spool, and the log says so.
+    One request is on its way at a time. A batch is repeated until the receiver accepts or refuses it. Files are sent in
+    pieces. Between two pieces, the sender sends the batches that are due. Nothing raises into training: what cannot be
+    sent stays in the spool, and the log says so.
 
     A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds that
     lock, this sender waits and sends nothing.
@@ -218,7 +218,7 @@ class Sender:
         return self._counts
 
     def _join(self) -> None:
-        """Wait until the thread has ended, or has not come back from a request."""
+        """Wait until the thread has ended, or until it is clear that a request does not return."""
         while self._thread.is_alive():
             request_s = max(self._exchange.timeout_s, self._exchange.in_flight_s())
             self._thread.join(self._exchange.left_s() + request_s + _COUNT_S + _JOIN_MARGIN_S)

@@ -138,7 +138,7 @@ def job_name(fl_ctx: FLContext) -> str:
 
 
 def execution_id(simulator_root: Path) -> str:
-    """Return the id of the execution in this root folder, and mint one if there is none. Safe between processes."""
+    """Return the id of the execution in this root folder, and make one if there is none. Safe between processes."""
     folder = simulator_root / _EXECUTION_FOLDER
     file = folder / "execution"
     if not file.exists():
@@ -482,7 +482,7 @@ def reference_package(job: Any, package: str) -> None:
 
 
 def raise_shutdown_timeout(job: Any, timeout_s: float) -> int:
-    """Give external trainers this time to end by themselves where the job gives none. Return how many got it."""
+    """Give external trainers this time to end by themselves if the job gives none. Return how many got it."""
     raised = 0
     for app in job._deploy_map.values():
         for definition in getattr(app.app_config, "executors", []):

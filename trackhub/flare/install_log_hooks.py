@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the way to log calls at their source: in this process, and in the trainers that it starts.
+"""Takes log calls where they are made: in this process, and in the trainers that it starts.
 
 The sender calls it before FLARE starts the trainer. In this process it replaces FLARE's log functions and those of the
 SDKs that the job captures. External trainers run ``trainer/startup/sitecustomize.py``, since FLARE makes their
@@ -32,7 +32,7 @@ _FOLDER = str(Path(__file__).parent / "trainer" / "startup")
 
 
 class LogCallSource:
-    """Takes log calls at their source, while it is open. FLARE then fires no event for its own, and sends nothing."""
+    """Takes log calls where they are made, while it is open. FLARE then fires no event for them, and sends nothing."""
 
     def __init__(self, records: StockRecords) -> None:
         """Prepare; ``open`` starts it.

@@ -193,7 +193,7 @@ def _with_components(before: Any, new: list[dict[str, Any]], path: Path) -> tupl
 
 
 def _trainers_without_time(config: Any) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of what starts external trainers and does not wait for their end."""
+    """Yield the arguments of each component that starts external trainers and does not wait for their end."""
     executors = [entry.get("executor") for entry in config.get("executors") or [] if isinstance(entry, dict)]
     parts = [part for part in [*executors, *_components(config)] if isinstance(part, dict)]
     for part in parts:

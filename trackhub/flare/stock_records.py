@@ -2,10 +2,10 @@
 """Turns what FLARE's own writers log into records of trackhub, unchanged and once. Both widgets call it.
 
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
-and Flower all end in one FLARE event with an analytics DXO. The event has no time of the log call. In process FLARE
-fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not keep
-the order. So `trackhub.flare.install_log_hooks` takes the call itself where that is possible, and FLARE fires no event
-for it.
+and Flower all make FLARE fire the same event, with an analytics DXO. The event has no time of the log call. In process
+FLARE fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not
+keep the order. So `trackhub.flare.install_log_hooks` takes the call itself where that is possible, and FLARE fires no
+event for it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class StockRecords:
     """Writes the stock records that are logged in this process into a spool. Thread-safe.
 
     Attributes:
-        by_message: records that came as messages of another process. What such a message lost is not known.
+        by_message: records that came as messages of another process. Nobody knows how many such messages were lost.
     """
 
     def __init__(self, component: FLComponent, *, keep_events: bool = False) -> None:

@@ -47,7 +47,7 @@ class TrackhubLogger(Logger):
         Args:
             writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
                 nothing where there is no tracking.
-            prefix: what the keys of metrics begin with; a slash is put behind it.
+            prefix: the keys of metrics begin with this and a slash.
             log_model: log the best checkpoint as an artifact of the type ``model`` when training ends.
             strict: make a new writer strict, as for ``Writer``.
 

@@ -44,12 +44,12 @@ def export(path: str | Path, to: str | Path) -> Exported:
     """Write the jobs at or under a path into files. Each file is written completely or not at all.
 
     ``out.csv`` gets the metrics, ``out.params.csv`` the params, ``out.tags.csv`` the tags and ``out.summary.csv`` the
-    final values. What is there is replaced. Takes little memory. In CSV, an apostrophe stands before a text that a
+    final values. Existing files are replaced. Takes little memory. In CSV, an apostrophe stands before a text that a
     spreadsheet would take for a formula.
 
     Args:
         path: as for `trackhub.load`.
-        to: the file for the metrics; ``.csv``, ``.jsonl`` or ``.parquet`` at its end says how to write it.
+        to: the file for the metrics. Its ending, ``.csv``, ``.jsonl`` or ``.parquet``, says how to write it.
 
     Raises:
         ConfigError: there is no journal, the file's ending is another one, its folder cannot be written to, or pyarrow

@@ -175,4 +175,4 @@ def text_of(value: Any) -> str:
 
 
 NONFINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-"""How files call the numbers that JSON lacks, by what Python calls them; as the backend ``jsonl`` does."""
+"""The names in files of numbers that JSON lacks, by Python's names for them. The backend ``jsonl`` uses the same."""

@@ -79,10 +79,10 @@ def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
 
 
 class Retired(msgspec.Struct, array_like=True):
-    """The streams whose writers are gone and which this reader has read to their ends, added up.
+    """The sums of all streams whose writers have ended and which this reader has read to their ends.
 
     Attributes:
-        streams: how many they are.
+        streams: how many streams there are.
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
         dropped, refused: as there, by reason.
         names: the streams among them that may still have files. Another reader needs these, or a crash left them.

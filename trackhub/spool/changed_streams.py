@@ -74,7 +74,7 @@ class FollowedStream:
         self.undecided_end: End | None = None
 
     def is_behind(self) -> bool:
-        """Return whether something was there at the last look that is not acknowledged yet."""
+        """Return whether the last look has found records that are not acknowledged yet."""
         return (self.ack.segment, self.ack.offset) < self.end
 
     def forget_files(self) -> None:

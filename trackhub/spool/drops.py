@@ -51,7 +51,7 @@ class Drops:
         Args:
             ledger: the path of the stream's ledger.
             clock: seconds that only grow.
-            told: what the writer has said of its drops.
+            told: which drops the writer has warned of already.
         """
         self.gaps: list[tuple[int, Gap]] = []
         self.ledger: Ledger | None = None

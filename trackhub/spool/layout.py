@@ -73,7 +73,7 @@ class SpoolInfo(msgspec.Struct, frozen=True):
     Attributes:
         site: the site that logs here.
         job: the job that it logs for.
-        cursors: the names of the readers. A segment is deleted when all of them have had it acknowledged.
+        cursors: the names of the readers. A segment is deleted when the receivers of all readers have acknowledged it.
         max_bytes: the limit of all files together.
         open: False once the job has ended. Then no new writer may start.
         format: version of the frames.

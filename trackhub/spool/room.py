@@ -64,8 +64,7 @@ class Room:
         Args:
             folder: the spool's folder.
             max_bytes: the limit of all its files together.
-            segment_bytes: the size of a segment. A stream reserves as much as its segment has, and no more than this,
-                or room for a single record.
+            segment_bytes: the size of a segment. A stream reserves at most this, except for a single larger record.
             clock: seconds that only grow.
         """
         self._folder = folder

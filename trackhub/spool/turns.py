@@ -50,9 +50,8 @@ class Turns:
     def take(self, stream: str) -> None:
         """Note that a batch of this stream is handed out, and move the stream behind the others.
 
-        The file lets a crashed sender send the batch that may have arrived first again. A receiver recognises the batch
-        in any order. But a replay at the site gives the records new positions, which must be the same as the
-        receiver's.
+        After a crash, the batch that may have arrived is sent again before all others. A receiver recognises it in any
+        order. But a replay at the site gives the records new positions, which must be the same as the receiver's.
         """
         self._order[stream] = self._order.pop(stream, None)
         if stream != self._last:

@@ -87,16 +87,16 @@ class Withholding:
         return None if judge is None else cls(judge)
 
     def apply(self, batch: SpoolBatch, seen: Seen, *, more: bool, ended: bool) -> SpoolBatch | None:
-        """Return what may leave of a batch: of all its records, or of its first ones.
+        """Return what may leave of a batch, or of its first records if the others cannot be decided yet.
 
         Args:
             batch: what the spool holds.
             seen: what thinning remembers of the stream before this batch.
-            more: the stream goes on behind the batch already.
+            more: the stream has records after this batch already.
             ended: the batch reaches the end of the stream, and either the round or the stream has ended there.
 
         Returns:
-            The batch. None if nobody can decide about its first record yet.
+            What may leave. None if not even the first record can be decided yet.
         """
         items = list(self._items(batch))
         end = len(items)

@@ -85,7 +85,7 @@ class SpoolWriter:
 
         Args:
             folder: the spool's folder.
-            info: what the spool is, where that is known.
+            info: what the spool is, if the caller knows.
             clock: seconds that only grow.
 
         Raises:
@@ -247,7 +247,7 @@ class SpoolWriter:
             self._in_turn(stream, lambda: stream.drops.leave_out(reason, values))
 
     def acked(self) -> tuple[int, int]:
-        """Return the ``seq`` up to which every receiver accepted or refused what is in each stream, gaps included."""
+        """Return, for both streams, the ``seq`` up to which every receiver has accepted or refused all records."""
         return self._acked_by_all(self._stream), self._acked_by_all(self._files)
 
     def _acked_by_all(self, stream: Stream) -> int:

@@ -58,7 +58,7 @@ class FaultyBackend:
         batches: the sizes of the batches that ``write`` was called with.
         attempts: the number of calls of ``write``.
         failures: what the backend raised, apart from what was injected.
-        broken_rules: what the backend does that no check can pass with, in words.
+        broken_rules: what the backend does wrong so that every check must fail, in words.
     """
 
     def __init__(
@@ -162,7 +162,10 @@ class FaultyBackend:
         return msgspec.structs.replace(entry, payload=payload)
 
     def flush(self, run: BackendRun) -> Confirmation:
-        """Flush the backend's run. An answer of a wrong type is a broken rule, and counts as the store's word here."""
+        """Flush the backend's run.
+
+        An answer of a wrong type is a broken rule, and here counts as a confirmation by the store.
+        """
         answer: object = Confirmation.STORE
         with self.noting():
             answer = run.flush()

@@ -46,7 +46,7 @@ class DeliveredScenario:
     """
 
     def __init__(self, name: str, rig: ReceiverRig, hooks: ContractHooks) -> None:
-        """Read the run back. An error in that is kept for the check that asks.
+        """Read the run back. If that fails, the error is kept, and raised when a check asks for the result.
 
         Args:
             name: the scenario's name.

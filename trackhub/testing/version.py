@@ -6,6 +6,6 @@ from __future__ import annotations
 __all__ = ["KIT_VERSION"]
 
 KIT_VERSION = 1
-"""Raised when a backend that passed may fail: a check was added or made stricter.
+"""This number rises when a check is added or made stricter, so that a backend that passed before may fail.
 
 ``Backend.contract`` names the version that a backend passed, and ``trackhub backends`` shows it."""

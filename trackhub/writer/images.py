@@ -104,7 +104,7 @@ def grid_of(key: str, images: Sequence[Any], columns: int) -> Any:
 
 
 def _narrow(image: Any) -> Any:
-    """Return the pixels of an image of 16 bits with 8 bits."""
+    """Return the pixels of a 16-bit image, reduced to 8 bits."""
     import numpy as np
 
     return (np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)

@@ -36,7 +36,7 @@ _NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, com
 _MISSING = ("NAType", "NaTType")  # the types of pandas' NA and NaT. The null of polars is None already
 _SHOWN_CHARS = 80
 _FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
-"""Where the class of an object with fields names them: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
+"""The attributes in which classes list their fields: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
 
 
 def plain_text(what: str, key: Any, text: str) -> str:
@@ -215,7 +215,7 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """Return a sequence, a set, or an array of a few elements as a list; None if it is none of these."""
+    """Return a sequence, a set, or an array of a few elements as a list; None for anything else."""
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):

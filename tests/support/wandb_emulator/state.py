@@ -230,7 +230,7 @@ class State:
             "config": json.dumps(run.config),
             "sweepName": None,
             "summaryMetrics": run.summary,
-            "historyLineCount": self._row_count(run),  # the last name in `requests` is that of who asks
+            "historyLineCount": self._row_count(run),  # the last name in `requests` is the one of the caller
             "eventsLineCount": len(run.events),
             "logLineCount": len(run.output),
             "historyTail": json.dumps(run.rows[-1:]),

@@ -41,8 +41,8 @@ class Connections:
         """Open the file, and create it and its tables if need be. Blocks up to 10 s while the file is locked.
 
         Raises:
-            sqlite3.Error: it cannot be opened, or is no journal.
-            OSError: it is no plain file, or cannot be opened.
+            sqlite3.Error: it cannot be opened, or is not a journal.
+            OSError: it is not an ordinary file, or cannot be opened.
         """
         self.path = path
         self._turn = threading.Lock()

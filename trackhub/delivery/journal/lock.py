@@ -56,7 +56,7 @@ def is_journal_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        # A shared lock. Two processes that ask at the same time must not take each other for the owner.
+        # Ask with a shared lock. Two processes that ask at the same time must not take each other for the owner.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True

@@ -69,7 +69,7 @@ def prune_journal(path: Path) -> PruneResult:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)) as db:
             db.isolation_level = None
             removed, kept = _empty_rows(db)
-            # Do this also if nothing was removed now: an earlier call may have been killed before it came to this.
+            # Do this also if nothing was removed now: an earlier call may have been killed before it did this.
             if db.execute("SELECT 1 FROM meta WHERE key = ?", (PRUNED,)).fetchone():
                 db.execute("VACUUM")
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -81,7 +81,7 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
 
 
 def _adds_up(counts: bytes | None) -> bool:
-    """Return whether these counts of a site are valid. No counts are valid, too: the site has sent none."""
+    """Return whether these counts of a site are valid. None is valid, too, since a site may have sent no counts."""
     try:
         return counts is None or msgspec.msgpack.decode(counts, type=SiteCounts).adds_up()
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -303,7 +303,7 @@ def _write_tables(db: sqlite3.Connection, found: Found) -> None:
 
 
 def _make_unique(found: Found) -> None:
-    """Give each site and each stream a name of its own. Of two with one name, the one with batches keeps it."""
+    """Give each site and each stream a unique name. If two have the same name, the one with batches keeps it."""
     sites, streams = {batch.site for batch in found.batches.values()}, {b.stream for b in found.batches.values()}
     taken: set[object] = set()
     for i in sorted(found.sites, key=lambda i: i not in sites):

@@ -100,7 +100,10 @@ class Adaptation:
         return Entry(position, record.time, step, record.round, payload, stream, record.seq), altered
 
     def _ordinal(self, stream: str, payload: Payload) -> int:
-        """Return the next number of a record without a step. Each key has a count; a record takes its highest."""
+        """Return the number that replaces the step of a record without one.
+
+        If the record has several keys, the highest counts.
+        """
         counts = self._memory.ordinals.setdefault(stream, {})
         keys = _keys_of(payload)
         ordinal = max((counts.get(key, 0) for key in keys), default=0)

@@ -206,7 +206,7 @@ class Cursor:
         if position <= limit:
             return
         if not self._ever_written or self._journal.continues:
-            # Without this error, delivery would skip the same number of new records without a word.
+            # Without this error, delivery would silently skip the same number of new records.
             raise PermanentError(
                 f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
                 "Was the receiver's state folder lost? Move the backend's run away, and replay the journal"

@@ -100,7 +100,7 @@ class Isolation:
             can: what the backend declares.
             toss: the coin of `Evidence`, for tests.
         """
-        self._rises = can.redelivery is Redelivery.RESUMABLE  # it takes a late record for one that it holds
+        self._rises = can.redelivery is Redelivery.RESUMABLE  # it takes a late record for one that it has
         self._keeps_steps = not can.late_steps
         self._any_order = can.any_order and can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
         self._rewrites = self._any_order and can.redelivery is Redelivery.IDEMPOTENT

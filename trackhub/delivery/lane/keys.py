@@ -87,7 +87,7 @@ def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
 
 
 def _without_path_rules(key: str) -> str:
-    """Escape the parts with which the key, read as a path, would mean another path: ``a//b``, ``/a``, ``.``, ``..``."""
+    """Escape the parts that would change the path if the key is read as one: ``a//b``, ``/a``, ``.``, ``..``."""
     out: list[str] = []
     named = False  # whether the part at hand has a character yet
     last = len(key) - 1
@@ -107,6 +107,6 @@ def _within(fitted: str, key: str, max_chars: int | None) -> str:
         return fitted
     if len(fitted) < max_chars or (len(fitted) == max_chars and not _LOOKS_CUT.search(fitted)):
         return fitted
-    # A cut key ends in a hash of all of it, so that two long keys with one beginning stay two.
+    # A cut key ends in a hash of the whole key, so that two long keys with the same beginning stay different.
     digest = hashlib.sha256(key.encode()).hexdigest()[:_HASH_CHARS]
     return f"{fitted[: max_chars - _HASH_CHARS - 1]}_{digest}"

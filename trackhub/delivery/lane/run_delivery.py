@@ -78,7 +78,7 @@ class RunDelivery:
         stop: Event,
         uploads: FileUploads | None = None,
     ) -> None:
-        """Take up the run where the journal's cursors stand.
+        """Continue the run from the cursors in the journal.
 
         Args:
             lane: the lane's name.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns FLARE's log calls into records, in the process that makes them.
 
-All of FLARE's writers end in one of three log functions, and most calls pass a fourth one before. In an external
+All of FLARE's writers call one of three log functions. Most of them call it through a fourth one. In an external
 trainer ``startup/sitecustomize.py`` calls `take_in_trainer`, which replaces them; in process
 `trackhub.flare.install_log_hooks` does. They are private in FLARE. ``tests/integration/test_flare_internals.py`` tests
 that they are as this module expects.
@@ -24,7 +24,7 @@ from trackhub.writer.writer import Writer
 
 __all__ = ["LogCalls", "take_in_trainer", "write_call"]
 
-_MAX_WARNINGS = 20  # different messages; a message may hold a key, and there may be many keys
+_MAX_WARNINGS = 20  # how many different warnings; each may name a key, and there may be many keys
 _SCALAR, _METRIC, _METRICS = AnalyticsDataType.SCALAR, AnalyticsDataType.METRIC, AnalyticsDataType.METRICS
 _log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
 def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
     """Replace the log function in a module of FLARE. Called when the trainer has imported the module.
 
-    Calls for another job than the announced one go FLARE's way. A trainer may run a job of its own.
+    Calls for another job than the announced one are left to FLARE, since a trainer may run a job of its own.
 
     Args:
         module: FLARE's module.

@@ -97,7 +97,7 @@ class DeclarationChecks(ContractFixtures):
         )
 
     def test_flush_as_declared(self, kit: Kit) -> None:
-        """Where ``flush`` confirms, the run has one, and it returns whose word the confirmation is."""
+        """If ``flush`` confirms, the run has one, and it returns who has confirmed."""
         rig = kit.rig().start()
         rig.log("site-1", series("loss", range(3)))
         rig.settle("site-1")  # fails on a run without flush, and on an answer of a wrong type

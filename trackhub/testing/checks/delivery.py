@@ -63,7 +63,10 @@ class ConfirmationChecks(ContractFixtures):
     def test_redelivery_after_sigkill_as_declared(
         self, kit: Kit, tmp_path: Path, when: Literal["written", "confirmed"]
     ) -> None:
-        """The receiver is killed in between, and another goes on. Nothing is lost, or there twice unless declared."""
+        """The receiver is killed in between, and another goes on.
+
+        Nothing is lost, or there twice without being declared.
+        """
         rig = _journal(kit)
         deliver_until_killed(rig, KillPoint(when, _BATCH - 1, str(tmp_path / "killed")), max_batch=_BATCH)
         again = kit.again(rig)

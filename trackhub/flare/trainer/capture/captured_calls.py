@@ -18,7 +18,7 @@ from trackhub.writer.writer import Writer
 
 __all__ = ["CapturedCalls", "Replacements"]
 
-_MAX_WARNINGS = 20  # different ones; a message may hold a key, and there may be many keys
+_MAX_WARNINGS = 20  # how many different warnings; each may name a key, and there may be many keys
 _MISSING = object()
 
 
