@@ -15,7 +15,8 @@ from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["JobSites"]
 
-_MAX_SESSIONS = 10_000  # most of one site, so that they fit into memory; each start of a sender makes one
+# Each start of a site's sender makes a session. More than this would not fit into memory.
+_MAX_SESSIONS = 10_000
 
 
 class JobSites:

@@ -2,8 +2,8 @@
 """The MLflow store in an SQLite file, written without a server by MLflow's own classes.
 
 The backend uses it if no server is configured. The artifacts are in the folder ``mlartifacts`` beside the file. Both
-can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server, and not by a path, which would be
-absolute. ``mlflow ui``, started beside the file, looks for them in ``./mlartifacts``.
+can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server. MLflow would store a path as an
+absolute one. ``mlflow ui``, started beside the file, looks for the artifacts in ``./mlartifacts``.
 """
 
 from __future__ import annotations

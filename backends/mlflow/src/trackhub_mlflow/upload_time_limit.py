@@ -11,7 +11,7 @@ __all__ = ["UploadLimit"]
 
 _FIRST_RATE = 64 << 10  # bytes per second: a slow network, until the first upload
 _LOWEST_RATE = 1 << 10
-_SLACK = 4.0  # an upload may take this many times as long as the last one, byte for byte
+_SLACK = 4.0  # an upload may be this many times as slow as the last one
 _MIN_BYTES = 256 << 10  # a smaller file says nothing of the rate
 
 
