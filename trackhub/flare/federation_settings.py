@@ -59,6 +59,9 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     ) -> bool | dict[str, Any]:
         """Return the component's argument for these arguments of `add_tracking`, as JSON values. It is checked.
 
+        Args:
+            federation, aggregate, aggregate_weight, update_statistics: as for `add_tracking`.
+
         Raises:
             ConfigError: one of them is wrong.
         """

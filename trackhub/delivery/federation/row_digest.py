@@ -91,7 +91,13 @@ class KnownRows:
         self._lock = threading.Lock()
 
     def add(self, row: int, site: str, digest: RowDigest) -> bool:
-        """Add a row's digest. Return whether there is room. If not, the row must be read."""
+        """Add a row's digest. Return whether there is room. If not, the row must be read.
+
+        Args:
+            row: the row's id in the journal.
+            site: the site that logged its records.
+            digest: what is kept of it.
+        """
         with self._lock:
             if len(self._rows) >= _MAX_ROWS or self._keys >= _MAX_KEYS:
                 return False
