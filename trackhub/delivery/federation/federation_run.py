@@ -136,7 +136,7 @@ class FederationRun:
             stored: the number of records in the row. The batch may have begun with some that the journal had.
         """
         self._health.note_stored(row)
-        # To read and decode a row again would cost a fifth of the receiver's time.
+        # To read and decode a row again would cost a tenth of the receiver's time or more.
         is_known = stored == records and self._known.add(row, site, digest)
         # Most rows hold only keys that are not aggregated. A key that is ignored stays so, so nobody waits for them.
         if digest.keys or not is_known:

@@ -2,7 +2,7 @@
 """What the aggregation must know of the metrics in one row of the journal: the last value of each key, and the round.
 
 The receiver has one filled for each batch while the gate looks at the batch's records. The aggregation then needs
-neither to read the row again nor to decode it, which would take a fifth of the receiver's time.
+neither to read the row again nor to decode it, which would take a tenth of the receiver's time or more.
 """
 
 from __future__ import annotations
