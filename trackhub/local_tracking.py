@@ -8,20 +8,17 @@ plain function call. `trackhub.script_end` ends a run that the script does not c
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from trackhub.delivery import (
-    ChannelError,
     DeliveryReport,
     JobInfo,
     Limits,
@@ -38,7 +35,7 @@ from trackhub.delivery import (
     has_streams,
     withdraw_process_spool,
 )
-from trackhub.errors import ConfigError, JournalError, PluginError, SpoolError, TrackhubError
+from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.job_and_run_info import path_component
 from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled, is_strict
@@ -47,99 +44,8 @@ from trackhub.writer.writer import Writer, plain_writer
 __all__ = ["LocalWriter", "open_local"]
 
 _CURSOR = "local"
-_TRY_EVERY_S = 2.0
 _MAX_NAMED = 3
 _log = logging.getLogger(__name__)
-
-
-class _LateReceiver:
-    """A run's receiver. If the disk has no room for its journal, it starts as soon as there is some.
-
-    The script's thread calls ``start`` and ``finish``, the sender's thread ``channel``, but not at the same time.
-    """
-
-    def __init__(self, make: Callable[[], Receiver], site: str) -> None:
-        """Start nothing yet.
-
-        Args:
-            make: makes a receiver that was not started.
-            site: the site that sends to it.
-        """
-        self._make = make
-        self._site = site
-        self._receiver: Receiver | None = None
-        self._try_at = 0.0
-
-    def start(self) -> None:
-        """Start the receiver, unless the disk is full.
-
-        Raises:
-            ConfigError, PluginError, JournalError: as ``Receiver.start``.
-        """
-        receiver = self._make()
-        try:
-            receiver.start()
-        except BaseException as e:
-            with contextlib.suppress(Exception):  # the first error says more
-                if not isinstance(e, ConfigError | PluginError):  # after which it has closed what it had opened
-                    receiver.finish(RunStatus.FAILED, deadline_s=0.0)
-            if not (isinstance(e, JournalError) and _is_disk_full(e)):
-                raise
-            if self._try_at == 0.0:
-                _log.warning("%s. Training goes on. What it logs is delivered once there is room", e)
-            self._try_at = time.monotonic() + _TRY_EVERY_S
-        else:
-            self._receiver = receiver
-
-    def channel(self, request: bytes, timeout_s: float) -> bytes:
-        """Answer a request of the run's sender.
-
-        Raises:
-            ChannelError: the receiver cannot start yet.
-        """
-        if self._receiver is None and time.monotonic() >= self._try_at:
-            try:
-                self.start()
-            except TrackhubError as e:
-                self._try_at = math.inf  # a wrong configuration, which could not be seen earlier
-                _log.error("%s. Nothing of this run is delivered; it stays in its folder", e)
-                raise ChannelError(str(e)) from e
-        if self._receiver is None:
-            raise ChannelError("the disk has no room for the journal")
-        return self._receiver.handle(self._site, request)
-
-    def note_status(self, status: RunStatus) -> None:
-        """Store how the run ends, so that a replay knows even if this process dies before ``finish`` returns."""
-        if self._receiver is not None:
-            with contextlib.suppress(JournalError):  # ``finish`` tries it again, and says so
-                self._receiver.note_status(status)
-
-    def finish(self, status: RunStatus, *, deadline_s: float | None = None) -> DeliveryReport:
-        """End the run, as ``Receiver.finish`` does.
-
-        Args:
-            status: how the run ended.
-            deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
-
-        Raises:
-            JournalError: the journal cannot be read, or there never was room for it.
-        """
-        if self._receiver is None:
-            raise JournalError("the disk had no room for the journal")
-        return self._receiver.finish(status, deadline_s=deadline_s)
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Return whether a full disk is at the bottom of this error."""
-    while error is not None:
-        # SQLite reports a full disk also as an error of its shared memory or of its log.
-        name = getattr(error, "sqlite_errorname", "")
-        if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
-            return True
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False
 
 
 class _Delivery:
@@ -150,7 +56,7 @@ class _Delivery:
         sender: the started sender, which sends the spool to the receiver.
     """
 
-    def __init__(self, spool: Path, receiver: _LateReceiver, sender: Sender, close_s: float) -> None:
+    def __init__(self, spool: Path, receiver: Receiver, sender: Sender, close_s: float) -> None:
         """Take over what was started.
 
         Args:
@@ -172,7 +78,8 @@ class _Delivery:
         """
         withdraw_process_spool(self.spool)
         # Note the status first, since the process may be killed at any time from here on.
-        self._receiver.note_status(status)
+        with contextlib.suppress(JournalError):  # ``finish`` tries it again, and says so
+            self._receiver.note_status(status)
         if (self.spool / "spool.json").exists():
             with contextlib.suppress(SpoolError):  # the sender tries it again
                 close_spool(self.spool)
@@ -349,13 +256,11 @@ def _start(
     limits: Limits,
 ) -> _Delivery:
     """Start the receiver, make the spool, and start the sender. If that fails, leave no thread and no lock."""
-    receiver = _LateReceiver(
-        lambda: Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits), site
-    )
+    receiver = Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits)
     receiver.start()  # first: with a wrong configuration no spool is made
     try:
         create_spool(spool, SpoolInfo(site, job.id, (_CURSOR,), limits.spool_bytes))
-        sender = Sender(spool, receiver.channel, cursor=_CURSOR, limits=limits)
+        sender = Sender(spool, receiver.channel(site), cursor=_CURSOR, limits=limits)
     except BaseException:
         with contextlib.suppress(JournalError):  # the first error says more
             receiver.finish(RunStatus.FAILED, deadline_s=0.0)

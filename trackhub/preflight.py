@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from trackhub import registry
 from trackhub.conceal import conceal
+from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, PluginError
 from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.spi import BackendContext, TransientError
@@ -35,7 +36,7 @@ class Readiness(StrEnum):
     NO = "no"
     """A job that names the backend would be stopped before training."""
     NOT_NOW = "not now"
-    """The store does not answer. A job would start, and its records would wait."""
+    """The store does not answer, or a disk is full. A job would start, and its records would wait."""
 
 
 class Ready(NamedTuple):
@@ -81,10 +82,10 @@ def _ask(name: str, options: Mapping[str, Any], folder: Path) -> Ready:
             backend.close()
     except TransientError as error:
         return Ready(Readiness.NOT_NOW, str(error))
-    except (ConfigError, PluginError) as error:
-        return Ready(Readiness.NO, str(error))
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything, and the others are still to be checked
-        return Ready(Readiness.NO, f"{type(error).__name__}: {error}")
+        word = Readiness.NOT_NOW if is_environment_trouble(error) else Readiness.NO
+        named = isinstance(error, ConfigError | PluginError)
+        return Ready(word, str(error) if named else f"{type(error).__name__}: {error}")
     return Ready(Readiness.YES, "")
 
 

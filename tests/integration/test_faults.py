@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.integration.harness import Job, JobResult, install_plugin, read_jsonl
+from tests.unit.helpers import small_disk
 
 SITES = ("site-1", "site-2")
 
@@ -172,6 +174,43 @@ def test_without_a_folder_for_the_receiver_training_goes_on_and_records_wait(tmp
     assert _model(result).tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert len(spooled) == 2
     assert "the receiver refuses site site-1 (no_receiver)" in result.log
+
+
+@pytest.mark.long
+def test_a_servers_disk_without_inodes_stops_no_job_and_tracking_begins_with_the_room(tmp_path: Path) -> None:
+    """Server and clients have their state on that disk. It gets inodes in the second round."""
+    with small_disk(tmp_path / "disk", 64 << 20, inodes=2) as disk, tempfile.TemporaryDirectory(prefix="th-") as spools:
+        trainer = f"""
+        import subprocess
+        from trackhub import Writer
+
+        writer = Writer()
+
+
+        def train(n):
+            if n == 1 and SITE == "site-1":
+                subprocess.run(["mount", "-o", "remount,nr_inodes=0", {str(disk)!r}], check=True)
+            for i in range(20):
+                values = {{"loss": n + i / 7}}
+                fact(lambda: writer.log(values, 20 * n + i), values, 20 * n + i)
+            time.sleep(3 * n)
+
+
+        rounds(train)
+        """
+        tracking = {"server": ["jsonl"], "state_dir": str(disk / "state"), "limits": {"barrier_s": 2}}
+
+        result = Job(tmp_path / "job", trainer, tracking, rounds=3, env={"TMPDIR": spools}).run()
+        reports = list(disk.glob("state/*/server/delivery.json"))
+        report = json.loads(reports[0].read_text()) if reports else None
+
+    assert result.rc == 0, result.log[-6000:]
+    assert "cannot start yet" in result.log
+    assert report is not None, result.log[-6000:]
+    assert report["balanced"]
+    for site in SITES:
+        _assert_all_in_jsonl(result, "server", site)
+    assert report["lanes"]["jsonl"]["federation"]["confirmed"] > 0
 
 
 def test_a_receiver_that_never_answers_is_waited_for_once_and_not_in_every_round(tmp_path: Path) -> None:

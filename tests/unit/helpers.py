@@ -141,10 +141,16 @@ def total(counts: SiteCounts) -> int:
 
 
 @contextmanager
-def small_disk(path: Path, size: int) -> Iterator[Path]:
-    """Mount a file system of this size in bytes, so that it can really be full. Skip the test where mounting fails."""
+def small_disk(path: Path, size: int, inodes: int = 0) -> Iterator[Path]:
+    """Mount a file system of this size in bytes, so that it can really be full. Skip the test where mounting fails.
+
+    Args:
+        path: where to mount it.
+        size: its size in bytes.
+        inodes: how many files and folders it may have; 0 is no limit.
+    """
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -155,6 +161,11 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def allow_inodes(disk: Path, inodes: int = 0) -> None:
+    """Change how many files a disk of `small_disk` may have."""
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={inodes}", str(disk)], check=True)
 
 
 class MemoryRun(BackendRun):

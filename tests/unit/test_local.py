@@ -22,7 +22,7 @@ import pytest
 import trackhub
 from tests.conftest import MakePlugin
 from tests.unit.helpers import assert_balanced, json_lines, small_disk
-from trackhub import local_tracking
+from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, format_report, read_report
@@ -339,7 +339,7 @@ def fill(disk: Path, free: int = 0) -> Path:
 def test_a_full_disk_at_the_start_fails_no_script_and_tracking_begins_with_the_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
-    monkeypatch.setattr(local_tracking, "_TRY_EVERY_S", 0.05)
+    monkeypatch.setattr(receiver_module, "_TRY_EVERY_S", 0.05)
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         filler = fill(disk, free)
         with open_local(disk / "runs", job="j") as writer:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import math
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from trackhub import registry
 from trackhub.conceal import clean_errors
 from trackhub.delivery.admission import Admission
 from trackhub.delivery.blob_store import BlobStore
@@ -31,9 +32,10 @@ from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
-from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES, SILENCE_S, SITES_WITHOUT_SENDER
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report, report_without_counts
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report
+from trackhub.delivery.set_up_backend import set_up_backend
+from trackhub.delivery.start_and_end import END_S, end_lanes, make_report, store_start
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -51,31 +53,42 @@ from trackhub.delivery.wire import (
     encode,
     is_compatible,
 )
-from trackhub.errors import BackendLoadError, ConfigError, JournalError, PluginError
+from trackhub.environment_trouble import is_environment_trouble
+from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.framing import FORMAT_VERSION
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.plain_files import make_private_folder
 from trackhub.printable import printable
 from trackhub.records import key_problem
-from trackhub.spi import Backend, BackendContext
+from trackhub.spi import Backend
 
 __all__ = ["Receiver"]
 
 _OPEN, _CLOSED = "open", "closed"
+_WAITING = "waiting until its disk has room"
 _AT_ONCE = 16
 """Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
 
 _WAIT_S = 0.25
 """The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
 
-_END_S = 1.0
-"""How long a receiver waits for a locked journal, in seconds, to store how the job and its runs ended."""
-
+_TRY_EVERY_S = 2.0  # how often a receiver that could not start tries it again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _KnownSite:
+    """What the receiver remembers of a site: its id in the journal, its keys, and when it last warned about it.
+
+    Admission lets one request of a site in, so one thread at a time uses it.
+    """
+
+    id: int | None = None
+    keys: KnownKeys = field(default_factory=KnownKeys)
+    warned_at: float = -math.inf
 
 
 class Receiver:
@@ -87,7 +100,7 @@ class Receiver:
     Attributes:
         job: the job whose records it receives.
         folder: where it keeps its journal, the blobs, and the delivery report as ``delivery.json``.
-        federation: the job's federation run, from ``start`` on. None if the job has none.
+        federation: the job's federation run, once the receiver has started. None if the job has none.
         sites: the job's sites: which were heard, which have ended, and which have no sender.
     """
 
@@ -133,11 +146,11 @@ class Receiver:
         self._state = "not started yet"
         self._admission = Admission(_AT_ONCE)
         self.sites = JobSites(self._limits.silence_s)
-        self._site_ids: dict[str, int] = {}
-        self._warned_at: dict[str, float] = {}
+        self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
         self._outcome = ""
-        self._keys: defaultdict[str, KnownKeys] = defaultdict(KnownKeys)  # one request of a site at a time
         self._room = DiskRoom(self.folder)
+        self._opening = threading.RLock()
+        self._try_at = 0.0
 
     @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
@@ -145,79 +158,97 @@ class Receiver:
 
         On an existing journal of the same job the receiver goes on where the last one stopped.
 
+        A full disk, or other trouble of the environment, raises nothing unless this is a replay. The receiver then asks
+        the sites to come again, and starts with the first request that it gets once it can.
+
         Args:
             from_start: deliver again what the lanes have delivered already.
 
         Raises:
             ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
             PluginError: the plugin of a backend cannot be used.
-            JournalError: the journal cannot be opened, or belongs to another job or side.
+            JournalError: the journal cannot be opened for another reason, or belongs to another job or side.
+            OSError: for a replay, the environment keeps a backend from being set up.
         """
-        backends = {name: self._load(name, options) for name, options in self._backends.items()}
-        self._journal = Journal.open(
+        try:
+            self._open(from_start=from_start)
+        except Exception as e:
+            # A replay raises, since somebody reads its error.
+            if self._ended is not None or not is_environment_trouble(e):
+                raise
+            if self._state != _WAITING:
+                _log.warning(
+                    "the receiver in %s cannot start yet: %s. Training goes on. What the sites log stays in their "
+                    "spools, and the receiver takes it as soon as it can start", self.folder, e,
+                )  # fmt: skip
+            self._try_at = time.monotonic() + _TRY_EVERY_S
+            self._state = _WAITING
+
+    def _open(self, *, from_start: bool) -> None:
+        backends = {
+            name: set_up_backend(name, options, workdir=self._run_dir / name, job=self.job, side=self._side)
+            for name, options in self._backends.items()
+        }
+        journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
-        check_not_pruned(self._journal, backends, goes_on=self._ended is None, from_start=from_start)
-        self._store_facts(self._journal)
+        try:
+            self._take_up(journal, backends, from_start=from_start)
+        except BaseException:
+            journal.close()
+            raise
+        self._journal = journal
+        for lane in self._lanes:
+            lane.start()
+        try:
+            # One deadline for all, since the lanes check their backends at the same time.
+            deadline = time.monotonic() + self._limits.preflight_s
+            for lane in self._lanes:
+                lane.wait_for_preflight(max(0.0, deadline - time.monotonic()))
+            if self._federation_options is not None:
+                federation = FederationRun(
+                    journal, self._federation_options, self._notify_lanes, self.job.id, self._blobs,
+                    lanes=list(backends), is_replay=bool(self._ended),
+                )  # fmt: skip
+                federation.start()
+                self.federation = federation
+        except (ConfigError, JournalError):
+            self._close(RunStatus.FAILED, {}, 0.0)
+            raise
+        self._state = _OPEN
+
+    def _take_up(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
+        """Take over what the journal knows, store what it must know, and make the lanes."""
+        check_not_pruned(journal, backends, goes_on=self._ended is None, from_start=from_start)
+        store_start(
+            journal, job=self.job, run_dir=self._run_dir, backends=self._backends,
+            status=self._ended or self._outcome, silence_s=self._limits.silence_s,
+        )  # fmt: skip
         if self._ended is None:
             with contextlib.suppress(OSError):  # an earlier report would hide that this receiver was killed
                 (self.folder / REPORT_NAME).unlink(missing_ok=True)
-        self.sites.restore(self._journal.ended())
-        if from_start:
-            for name in backends:
-                self._journal.rewind(name)  # before the lanes read their cursors
-        self._lanes = [self._lane(name, backend, self._journal) for name, backend in backends.items()]
-        for lane in self._lanes:
-            lane.start()
-        # One deadline for all, since the lanes check their backends at the same time.
-        deadline = time.monotonic() + self._limits.preflight_s
-        try:
-            for lane in self._lanes:
-                lane.wait_for_preflight(max(0.0, deadline - time.monotonic()))
-        except ConfigError:
-            self._close(RunStatus.FAILED, {}, 0.0)
-            raise
-        if self._federation_options is not None:
-            self.federation = FederationRun(
-                self._journal, self._federation_options, self._notify_lanes, self.job.id, self._blobs,
-                lanes=list(backends), is_replay=bool(self._ended),
-            )  # fmt: skip
-            self.federation.start()
-        self._state = _OPEN
+        self.sites.restore(journal.ended())
+        for name in backends if from_start else ():
+            journal.rewind(name)  # before the lanes read their cursors
+        self._lanes = [self._lane(name, backend, journal) for name, backend in backends.items()]
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
-        cls = registry.load(name)
-        context = BackendContext(self._run_dir / name, self.job, self._side)
+    def _try_again(self) -> None:
+        """Start, if the receiver waits for that and the pause is over. Another thread may be trying it: do nothing."""
+        if not self._opening.acquire(blocking=False):
+            return
         try:
-            make_private_folder(context.workdir)
-            return cls(registry.build_options(name, cls, options), context)
-        except (ConfigError, PluginError):
-            raise
-        except Exception as e:
-            # A plugin may raise anything. Nothing has been trained yet, so this may stop the job.
-            raise BackendLoadError(f"backend {name!r} cannot be set up: {type(e).__name__}: {e}") from e
-
-    def _store_facts(self, journal: Journal) -> None:
-        """Store in the journal what a later replay or report must know of the job, the run folder and the backends."""
-        # Relative where possible, so that a folder that was moved still leads to its results.
-        inside = self.folder.is_relative_to(self._run_dir)
-        known = msgspec.json.decode(journal.meta().get("backends", "{}"), type=dict[str, dict[str, Any]])
-        journal.set_facts(
-            {
-                "job_info": msgspec.json.encode(self.job).decode(),
-                "run_dir": os.path.relpath(self._run_dir, self.folder) if inside else str(self._run_dir),
-                # As they were given: a replay resolves their secrets anew.
-                "backends": msgspec.json.encode({**known, **self._backends}).decode(),
-                # The status is empty while the job runs. If it is still empty afterwards, the job was killed.
-                "status": self._ended or "",
-                SILENCE_S: str(self._limits.silence_s),
-            }
-        )
+            if self._state == _WAITING and time.monotonic() >= self._try_at:
+                self.start()
+        except TrackhubError as e:  # a wrong configuration, which could not be seen earlier
+            self._state = _CLOSED
+            _log.error("%s. The receiver does not start. What the sites log stays in their spools", e)
+        finally:
+            self._opening.release()
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
-            name, backend, journal, job=self.job, side=self._side,
-            blob_dir=self._blobs.folder, run_folder=self._run_dir, flush_s=self._limits.flush_s,
+            name, backend, journal, job=self.job, side=self._side, blob_dir=self._blobs.folder,
+            run_folder=self._run_dir, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
         )  # fmt: skip
 
     def channel(self, site: str) -> Channel:
@@ -253,6 +284,8 @@ class Receiver:
             return busy(type(e).__name__)
 
     def _reply(self, site: str, request: bytes) -> Reply:
+        if self._state == _WAITING:
+            self._try_again()
         if self._state != _OPEN:
             return Busy(f"the receiver is {self._state}")
         if problem := "is the name of the federation run" if site == FEDERATION else key_problem(site):
@@ -270,9 +303,9 @@ class Receiver:
 
     def _warn_of(self, site: str, problem: str, *, exc_info: bool = False) -> None:
         """Warn about a site's request, at most once a minute for each site, since it may send thousands in a second."""
-        now = time.monotonic()
-        if now - self._warned_at.get(site, -_WARN_EVERY_S) >= _WARN_EVERY_S:
-            self._warned_at[site] = now
+        now, known = time.monotonic(), self._known[site]
+        if now - known.warned_at >= _WARN_EVERY_S:
+            known.warned_at = now
             _log.warning("site %s: %s", printable(site), printable(problem), exc_info=exc_info or None)
 
     def _answer(self, site: str, data: bytes) -> Reply:
@@ -333,9 +366,8 @@ class Receiver:
     def _accept(self, site: str, batch: Batch) -> Reply:
         federation = self.federation
         digest = None if federation is None else federation.digest()
-        contents = examine(
-            batch, self._keys[site], partial(self._blobs.path, site), None if digest is None else digest.add
-        )
+        path = partial(self._blobs.path, site)
+        contents = examine(batch, self._known[site].keys, path, None if digest is None else digest.add)
         if isinstance(contents, Refused):
             return contents
         if not self._room.allows(site, len(batch.frames)):
@@ -366,11 +398,11 @@ class Receiver:
             lane.notify(site_id)
 
     def _site_id(self, site: str, created: float | None = None) -> int:
-        found = self._site_ids.get(site)  # saves a transaction for each batch
-        if found is None:
+        known = self._known[site]
+        if known.id is None:  # otherwise this spares a transaction for each batch
             assert self._journal is not None
-            found = self._site_ids[site] = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)
-        return found
+            known.id = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)
+        return known.id
 
     def continue_site(self, site: str, position: int) -> None:
         """Number the records of a new site from ``position`` on, because another journal holds those before.
@@ -379,7 +411,7 @@ class Receiver:
         knows already.
         """
         assert self._journal is not None
-        self._site_ids[site] = self._journal.continue_site(site, time.time(), position)
+        self._known[site].id = self._journal.continue_site(site, time.time(), position)
 
     def note_status(self, status: RunStatus) -> None:
         """Say how the job ends, before ``finish`` does: to each site whose final message comes, and to a later replay.
@@ -388,6 +420,8 @@ class Receiver:
             JournalError: the receiver was not started, or the journal cannot be written.
         """
         self._outcome = status.value
+        if self._state == _WAITING:
+            return  # stored once the journal can be opened
         if self._journal is None:
             raise JournalError("the receiver was not started; call start() first")
         self._journal.set_facts({"status": status})
@@ -423,11 +457,18 @@ class Receiver:
             moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of commands.
 
         Raises:
-            JournalError: the receiver was not started.
+            JournalError: the receiver was not started, or its disk never had room for the journal.
         """
+        with self._opening:  # another thread may be starting the receiver
+            if self._state == _WAITING:
+                self._try_at = 0.0
+                self._try_again()
+            if self._state == _WAITING:
+                self._state = _CLOSED
+                raise JournalError(f"the disk never had room for the receiver's journal in {self.folder}")
         if self._journal is None:
             raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
-        sites = {*self._site_ids, FEDERATION}
+        sites = {FEDERATION, *(name for name, known in self._known.copy().items() if known.id is not None)}
         if self._ended is None:
             self.sites.assume_ended(FEDERATION)
         try:
@@ -447,51 +488,13 @@ class Receiver:
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         # Waits for a locked journal end before `join` gives up. Otherwise such a lane would count as hanging.
-        self._journal.limit_waits(deadline + _END_S / 2)
+        self._journal.limit_waits(deadline + END_S / 2)
         if self.federation is not None:  # before the lanes look for the last time
-            self.federation.finish(max(_END_S, deadline_s * _FEDERATION_SHARE))
-        for lane in self._lanes:
-            # The second argument is the status of sites that are not in ``by_site``: nobody knows how they ended.
-            lane.begin_finish(by_site, self.sites.status("", status, was_killed=False), deadline_s)
-        for lane in self._lanes:
-            if not lane.join(deadline - time.monotonic()):
-                _log.warning(
-                    "backend %s does not return from a call. Its records stay in the journal. Deliver them with "
-                    "`trackhub replay %s`", lane.name, self.folder,
-                )  # fmt: skip
-        # From here on, all waits together take a second at most. A second for each run would be minutes with many runs.
-        self._journal.limit_waits(time.monotonic() + _END_S)
-        self._store_ends(self._journal)
-        report = self._report(self._journal, status)
+            self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))
+        # Nobody knows how the sites ended that are not in ``by_site``.
+        otherwise = self.sites.status("", status, was_killed=False)
+        end_lanes(self._journal, self._lanes, by_site, otherwise, deadline - time.monotonic())
+        report = make_report(self._journal, self._lanes, status, sites=self.sites, job=self.job, side=self._side)
         self._journal.close()
         self._blobs.delete_parts()
         return leave_report(self.folder, report, moves_to)
-
-    def _store_ends(self, journal: Journal) -> None:
-        """Store how the runs of all lanes ended, in one transaction."""
-        ends = {key: end for lane in self._lanes for key, end in lane.unstored_ends().items()}
-        if not ends:
-            return
-        try:
-            journal.save_runs(ends)
-        except JournalError as e:
-            _log.warning("the journal does not say how %d runs ended, nor why records are pending: %s", len(ends), e)
-
-    def _report(self, journal: Journal, status: RunStatus) -> DeliveryReport:
-        """Store how the job ended, and return the report. If the journal cannot be read, the report says so."""
-        facts: dict[str, str] = {"status": status}
-        for fact, names in ((EXPECTED_SITES, self.sites.known()), (SITES_WITHOUT_SENDER, self.sites.without_sender)):
-            if names:
-                facts[fact] = msgspec.json.encode(sorted(names)).decode()
-        try:
-            journal.set_facts(facts)
-        except JournalError as e:
-            _log.warning("the journal does not say how the job ended (%s): %s", status, e)
-        try:
-            return journal.report([lane.name for lane in self._lanes], facts)
-        except JournalError as e:
-            _log.warning(
-                "the report has no counts, since the journal cannot be read: %s. Run `trackhub replay %s`, which "
-                "repairs a damaged journal", e, self.folder,
-            )  # fmt: skip
-            return report_without_counts(self.job, self._side, status, str(e))

@@ -173,6 +173,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._note_status(self._status)
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
+        elif event_type == flare_internals.ROUND_STARTED:
+            self._begin_federation_run(fl_ctx)
         elif self.take_over and self._records_flare_metrics():
             self._stock.take_custom(event_type, fl_ctx)
 
@@ -200,10 +202,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         create_spool(spool, spool_info(self._core.job, SERVER, ("server",), self._limits.spool_bytes, rules))
         self._own_sender = Sender(spool, self._own_channel(spool), cursor="server", limits=self._limits)
         self._own_sender.start()
-        if self._core.federation is not None:
-            assert self._settings is not None
-            FederationWatch(engine, self._core.federation, update_statistics=self._settings.update_statistics)
-            self._own.begin(self._core.federation, fl_ctx)
+        self._begin_federation_run(fl_ctx)
         ServerRounds(engine, self._own_sender.set_round)
         self._stock.open(spool)
         set_process_spool(spool)
@@ -224,6 +223,14 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         gc.collect()
         gc.freeze()
 
+    def _begin_federation_run(self, fl_ctx: FLContext) -> None:
+        """Watch the job for the federation run. On a full disk the receiver has none yet, so try again each round."""
+        if not self._own.has_begun and self._core is not None and self._core.federation is not None:
+            assert self._settings is not None
+            update_statistics = self._settings.update_statistics
+            FederationWatch(fl_ctx.get_engine(), self._core.federation, update_statistics=update_statistics)
+            self._own.begin(self._core.federation, fl_ctx)
+
     def _id(self, engine: Any) -> str:
         """Return this component's id in the job's configuration, which senders address."""
         return next(
@@ -237,7 +244,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             ConfigError: a backend or an option is wrong, or a backend cannot be used as configured. The caller must
                 stop the job.
             PluginError: the plugin of a backend cannot be used. The caller must stop the job.
-            JournalError: the journal cannot be opened. Training goes on without this receiver.
+            JournalError: the journal cannot be opened, for another reason than a full disk. Training goes on without
+                this receiver.
         """
         self._opened = True
         job = job_info(fl_ctx, self.job)

@@ -103,10 +103,17 @@ class SiteRecords(_Logs):
 
 
 class ServerRecords(_Logs):
-    """Logs on the server into the federation run: the job's context when it starts, the global model when it ends."""
+    """Logs on the server into the federation run: the job's context when it starts, the global model when it ends.
+
+    Attributes:
+        has_begun: whether `begin` was called.
+    """
+
+    has_begun = False
 
     def begin(self, federation: FederationRun, fl_ctx: FLContext) -> None:
         """Log the context. Never raises."""
+        self.has_begun = True
         if self._own.context is None:
             return
         try:

@@ -11,14 +11,13 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from trackhub.delivery.journal.connections import Connections
-from trackhub.delivery.journal.lock import lock_journal
+from trackhub.delivery.journal.lock import lock_journal, make_journal_folder
 from trackhub.delivery.journal.report_builder import build_report
 from trackhub.delivery.journal.swap import finish_swap
 from trackhub.delivery.journal.tables_and_rows import Progress, Row, RunState
@@ -26,7 +25,6 @@ from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.wire import MAX_REASONS, Batch, Final, KeepAlive, SiteCounts, StreamState
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_head, scan_frames
-from trackhub.plain_files import make_private_folder
 from trackhub.process_lock import ProcessLock
 from trackhub.records import MAX_COUNT, Gap, Kind
 
@@ -90,8 +88,7 @@ class Journal:
         Raises:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
         """
-        with suppress(OSError):  # if this fails, opening the lock's file fails too, and that error names the journal
-            make_private_folder(path.parent)
+        make_journal_folder(path)
         lock = lock_journal(path)
         connections: Connections | None = None
         try:

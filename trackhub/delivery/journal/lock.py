@@ -12,12 +12,27 @@ import os
 import time
 from pathlib import Path
 
+from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import JournalError
+from trackhub.plain_files import make_private_folder
 from trackhub.process_lock import ProcessLock
 
-__all__ = ["is_journal_locked", "lock_journal"]
+__all__ = ["is_journal_locked", "lock_journal", "make_journal_folder"]
 
 _PROBE_S = 0.2  # how long `lock_journal` tries: another process may be asking whether the lock is held
+
+
+def make_journal_folder(path: Path) -> None:
+    """Make the folder of a journal. After another error than a full disk, `lock_journal` says what is wrong with it.
+
+    Raises:
+        JournalError: the environment, such as a full disk, keeps the folder from being made.
+    """
+    try:
+        make_private_folder(path.parent)
+    except OSError as e:
+        if is_environment_trouble(e):
+            raise JournalError(f"cannot create the journal {path}: {e}") from e
 
 
 def lock_journal(path: Path) -> ProcessLock:

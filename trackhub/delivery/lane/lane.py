@@ -23,6 +23,7 @@ from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
 from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
+from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.own_threads import OwnThread
@@ -66,6 +67,7 @@ class Lane:
         blob_dir: Callable[[str], Path],
         run_folder: Path,
         flush_s: float,
+        workdir: Path | None = None,
     ) -> None:
         """Prepare a lane; ``start`` starts it.
 
@@ -78,12 +80,15 @@ class Lane:
             blob_dir: gives the folder of a site's blobs.
             run_folder: the job's run folder, in which the backend's files lie.
             flush_s: longest time from handing records to a backend that buffers to asking it to confirm them.
+            workdir: the backend's folder, which a full disk may have kept the receiver from making. It is made before
+                a run is opened.
         """
         self.name = name
         self._backend = backend
         self._journal = journal
         self._run_info = partial(_run_info, job=job, side=side, blob_dir=blob_dir)
         self._flush_s = flush_s
+        self._workdir = workdir
         self._runs: dict[int, RunDelivery] = {}
         self._uploads: FileUploads | None = None
         self._news: set[int] = set()
@@ -204,13 +209,19 @@ class Lane:
         try:
             self._backend.preflight()
         except ConfigError as e:
-            self._preflight_error = e
+            if is_environment_trouble(e):  # a full disk is no wrong configuration, however a plugin reports it
+                self._warn_of_preflight(e)
+            else:
+                self._preflight_error = e
         except TransientError as e:
-            _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, e)
+            self._warn_of_preflight(e)
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
             _log.warning("the check of backend %s failed: %s: %s", self.name, type(e).__name__, e, exc_info=True)
         self._busy_since = None
         self._preflight_done.set()
+
+    def _warn_of_preflight(self, error: BaseException) -> None:
+        _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, error)
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
@@ -325,7 +336,7 @@ class Lane:
             info = self._run_info(*self._journal.site(site))
             run = self._runs[site] = RunDelivery(
                 self.name, self._backend, self._journal, site, info, flush_s=self._flush_s, stop=self._stop,
-                uploads=self._uploads,
+                uploads=self._uploads, workdir=self._workdir,
             )  # fmt: skip
         return run
 

@@ -8,9 +8,11 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -26,6 +28,7 @@ from trackhub.delivery.lane.isolation import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus
+from trackhub.plain_files import make_private_folder
 from trackhub.spi import (
     Backend,
     BackendRun,
@@ -77,6 +80,7 @@ class RunDelivery:
         flush_s: float,
         stop: Event,
         uploads: FileUploads | None = None,
+        workdir: Path | None = None,
     ) -> None:
         """Continue the run from the cursors in the journal.
 
@@ -89,6 +93,7 @@ class RunDelivery:
             flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
             stop: once set, no further batch is written.
             uploads: writes files in a second thread. None if this lane writes everything in one order.
+            workdir: the backend's folder, which is made before the run is opened if it is missing; None for none.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -100,6 +105,7 @@ class RunDelivery:
         self._info = info
         self._backend = backend
         self._flush_s = flush_s
+        self._workdir = workdir
         self._stop = stop
         self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
         self._reader = EntryReader(journal, self._cursor, backend.capabilities, info.blob_dir)
@@ -282,6 +288,9 @@ class RunDelivery:
             self._start_over()
         try:
             self._info = msgspec.structs.replace(self._info, resume_from=self._cursor.resume_from())
+            if self._workdir is not None:
+                with contextlib.suppress(OSError):  # a backend that writes elsewhere does not need it
+                    make_private_folder(self._workdir)
             run = self._backend.open_run(self._info)
             if self._backend.capabilities.redelivery is Redelivery.RESUMABLE:
                 self._resume(run.next_position())
