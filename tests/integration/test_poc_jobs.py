@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.stores import BACKENDS, read_run
-from tests.integration.harness import Fact, Job
+from tests.integration.harness import Fact, Job, files_with
 from tests.integration.poc import ALLOWED_CLASSES, FIFTY_CALLS, SITES, Poc, PocResult, poc, points, wandb
 from trackhub.job_and_run_info import JobInfo, Side
 
@@ -135,6 +135,29 @@ def test_a_job_without_code_is_refused_where_trackhub_is_not_in_the_list(
 
     assert result.status != "FINISHED:COMPLETED"
     assert not list((poc.out / result.job).glob("*.facts"))
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_job_without_code_gets_no_file_of_the_server_as_its_model(
+    poc: Poc, tmp_path: Path, at_the_sites: Path, is_absolute: bool
+) -> None:
+    """FLARE's own persistor, which every job may use, says that the model is the server's private key."""
+    secret = poc.kits / "server" / "startup" / "server.key"
+    tracking = {"server": ["jsonl"], "log_model": "last"}
+    job = without_code(at_the_sites, Job(tmp_path, FIFTY_CALLS, tracking).export())
+    file = job / "app" / "config" / "config_fed_server.json"
+    config = json.loads(file.read_text())
+    (persistor,) = [c for c in config["components"] if c["path"].endswith(".NPModelPersistor")]
+    folder = str(secret.parent) if is_absolute else "../startup"
+    persistor["args"] |= {"model_dir": folder, "model_name": secret.name}
+    file.write_text(json.dumps(config))
+
+    result = poc.result(poc.lead.ask("submit", str(job)), poc.lead)
+
+    assert list(files_with(result.server, secret.read_bytes())) == []
+    assert [*(result.server / "trackhub" / "blobs").rglob("*")] == []
+    log = "".join(path.read_text(errors="replace") for path in result.server.glob("log.txt"))
+    assert log.count("outside the job's folder") == 1, log[-4000:]
 
 
 DEATH = """

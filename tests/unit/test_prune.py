@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -54,6 +55,21 @@ def test_delivered_records_and_files_go_and_all_counts_stay(journal: Path) -> No
     with read_jobs(journal) as jobs:
         assert list(jobs[0].records("local")) == []
         assert jobs.problems() == ["3,001 records of local were removed by `trackhub prune` after their delivery."]
+
+
+@pytest.mark.parametrize("link", ["blobs", "blobs/local"])
+def test_no_file_is_deleted_through_a_link_among_the_blobs(journal: Path, tmp_path: Path, link: str) -> None:
+    """Somebody may have given you the job's folder."""
+    mine = tmp_path / "mine" / "local"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    place = journal.parent / link
+    shutil.rmtree(place)
+    place.symlink_to(mine.parent if link == "blobs" else mine)
+
+    prune_journal(journal)
+
+    assert (mine / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_second_prune_and_a_replay_find_nothing_to_do(journal: Path) -> None:

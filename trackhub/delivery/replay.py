@@ -80,9 +80,11 @@ def replay_journal(
 
     Raises:
         JournalError: it is not a journal, or in use by a running job or another replay.
-        ConfigError: a backend or an option is wrong, or a backend cannot be used as configured.
+        ConfigError: a backend or an option is wrong, a backend cannot be used as configured, or a folder is not safe
+            to write in.
         PluginError: the plugin of a backend cannot be used.
     """
+    _check_own_folder(journal, operator)
     repair(journal)
     meta = read_journal_meta(journal)
     chosen = _choose(meta, backends, operator, journal)
@@ -133,6 +135,7 @@ def replay_spool(
     # The sender of a running job holds this lock. Two senders of one spool would both deliver the same records.
     lock = hold_ended_spool(spool, cursor)
     try:
+        _check_own_folder(journal, operator)
         acked = _left_after_rewind(spool, cursor, journal)
         if acked is None:
             return None
@@ -334,10 +337,20 @@ def _choose(
     given: Backends = {name: {} for name in used} if backends is None else backends
     if operator is None:
         return {name: {**used.get(name, {}), **options} for name, options in given.items()}
-    own = journal.absolute().parent
-    for folder in (own.parent if _stands_in(journal) else own, *(_run_dir(journal) / name for name in given)):
-        _refuse_ways_out(folder)
+    for name in given:
+        _refuse_ways_out(_run_dir(journal) / name)
     return {name: _permitted(name, used.get(name, {}), options, operator, journal) for name, options in given.items()}
+
+
+def _check_own_folder(journal: Path, operator: OperatorFile | None) -> None:
+    """Check the folder that holds the journal and what trackhub writes beside it, unless the job is trusted.
+
+    Raises:
+        ConfigError: something in it leads elsewhere.
+    """
+    if operator is not None:
+        own = journal.absolute().parent
+        _refuse_ways_out(own.parent if _stands_in(journal) else own)
 
 
 def _refuse_ways_out(folder: Path) -> None:

@@ -146,3 +146,17 @@ def test_a_run_without_params_has_no_row(rig: Rig, entry: MakeEntry) -> None:
 
     assert hparams_tab(rig.workdir) == ([], {})
     assert [path.suffix for path in rig.folder().iterdir()] == [".trackhub"]
+
+
+def test_params_are_not_written_through_a_link(rig: Rig, entry: MakeEntry, tmp_path: Path) -> None:
+    """Somebody else may put one into a shared folder."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    run = rig.open("site-1")
+    folder = rig.workdir / JOB_FOLDER / "site-1"
+    (folder / ".hparams.part").symlink_to(mine)
+
+    run.write([entry(0, Params({"lr": 0.1}))])
+
+    assert mine.read_text() == "mine"
+    assert "lr" in hparams_tab(rig.workdir)[0]

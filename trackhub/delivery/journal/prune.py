@@ -144,7 +144,8 @@ def _pruned_before(meta: Mapping[str, str]) -> dict[str, int]:
 
 def _remove_blobs(path: Path, site: str) -> None:
     folder = BlobStore(path.parent / "blobs").folder(site)
-    if folder.is_dir() and not folder.is_symlink():
+    # Whoever made the job's folder may have put a link there, so that files of another folder would be deleted.
+    if folder.is_dir() and not folder.is_symlink() and not folder.parent.is_symlink():
         for blob in folder.iterdir():
             blob.unlink()
         folder.rmdir()

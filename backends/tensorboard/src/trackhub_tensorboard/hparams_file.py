@@ -97,7 +97,10 @@ class HParamsFile:
     def _replace(self, events: bytes) -> None:
         part = self._path.with_name(".hparams.part")  # TensorBoard does not take this name for an event file
         try:
-            part.write_bytes(first_event(self._created) + events)
+            # A new file: in a shared folder, somebody else may have put a link in its place.
+            part.unlink(missing_ok=True)
+            with part.open("xb") as file:
+                file.write(first_event(self._created) + events)
             part.replace(self._path)
         finally:
             part.unlink(missing_ok=True)
