@@ -163,7 +163,8 @@ run.log({"late": 1.0}, step=7)
 run.log({"early": 1.0}, step=5)
 run.log({"note": "text", "image": wandb.Image(np.zeros((4, 4, 3), np.uint8), caption="c"),
          "h": wandb.Histogram(np.arange(5.0)), "t": wandb.Table(columns=["a"], data=[[1]]), "html": wandb.Html("<a>"),
-         "two": [wandb.Image(np.zeros((4, 4, 3), np.uint8))] * 2, "x": 2.0})
+         "two": [wandb.Image(np.zeros((4, 4, 3), np.uint8))] * 2, "x": 2.0,
+         "deep": {"note": "inner", "of": {"image": wandb.Image(np.zeros((4, 4, 3), np.uint8)), "y": 3.0}}})
 wandb.config.update({"batch": 3})
 wandb.config.z = 4
 run.config["y"] = 5
@@ -191,13 +192,15 @@ def test_calls_of_wandb_become_records_with_the_steps_that_wandb_gives(spool: Pa
         (Metrics({"3": 1.0}), 2),
         (Metrics({"late": 1.0}), 7),
         (Metrics({"early": 1.0}), 5),
-        (Metrics({"x": 2.0}), 7),
+        (Metrics({"x": 2.0, "deep/of/y": 3.0}), 7),
         (Metrics({"summary/best": 0.9}), None),
     ]
     params = [payload.values for payload, _ in _of(records, Params)]
     assert params == [{"lr": 1, "optim/a": 2}, {"batch": 3}, {"z": 4}, {"y": 5}]
-    assert _of(records, Tags, Text) == [(Text("note", "text"), 7), (Tags({"summary/name": "x"}), None)]
-    assert [(p.key, step) for p, step in _of(records, Image)] == [("image", 7), ("two/0", 7), ("two/1", 7)]
+    texts = [(Text("note", "text"), 7), (Text("deep/note", "inner"), 7)]
+    assert _of(records, Tags, Text) == [*texts, (Tags({"summary/name": "x"}), None)]
+    images = ["image", "two/0", "two/1", "deep/of/image"]
+    assert [(p.key, step) for p, step in _of(records, Image)] == [(key, 7) for key in images]
     assert _of(records, Table) == [(Table("t", ["a"], [[1]]), 7)]
     assert [p.key for p, _ in _of(records, Histogram)] == ["h"]
     assert [(p.key, p.artifact_type) for p, _ in _of(records, Artifact)] == [("code", "dataset"), ("model", "model")]

@@ -171,7 +171,7 @@ def _log(
     current = before if step is None else int(step)
     _steps[run] = max(before, current) + int(commit or (step is None and commit is None))
     numbers = {}
-    for key, value in data.items():
+    for key, value in _flat(data):
         if isinstance(value, str):
             writer.log_text(key, value, current)
         elif _is_media(value) or (isinstance(value, list | tuple) and value and all(map(_is_media, value))):
@@ -181,6 +181,16 @@ def _log(
             numbers[key] = value
     if numbers:
         writer.log(numbers, current)
+
+
+def _flat(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[Any, Any]]:
+    """Yield the entries of a call. Those of a dict in it get keys such as ``eval/image``."""
+    for key, value in data.items():
+        name = f"{prefix}{key}" if prefix else key
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}/")
+        else:
+            yield name, value
 
 
 def _is_media(value: Any) -> bool:
