@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on what else the machine does. So no test of hypothesis fails because it is slow.
+settings.register_profile("trackhub", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trackhub")
 
 # Their failed assertions then show the values, as those of the test modules do.
 pytest.register_assert_rewrite("tests.faults.job_processes", "tests.faults.oracle", "tests.faults.random_faults")

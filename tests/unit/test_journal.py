@@ -134,7 +134,9 @@ def test_streams_and_sites_are_numbered_independently(journal: Journal) -> None:
     assert journal.sites() == {sites[0]: ("a", 0.0), sites[1]: ("b", 0.0)}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_each_record_is_stored_once_and_in_order_whatever_is_repeated(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / os.urandom(6).hex()

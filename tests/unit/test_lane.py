@@ -109,7 +109,9 @@ def test_a_transient_error_is_tried_again_and_the_time_that_the_backend_asks_for
     assert "busy" in run_of(report).last_error
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(bad=st.sets(st.integers(0, 59), max_size=6), size=st.sampled_from([1, 7, 1000]), permanent=st.booleans())
 def test_only_the_records_that_cannot_be_stored_are_rejected(
     tmp_path_factory: pytest.TempPathFactory, bad: set[int], size: int, permanent: bool

@@ -26,7 +26,9 @@ from trackhub.spi import Redelivery
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
-RUNS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RUNS = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 class Phase(NamedTuple):

@@ -98,7 +98,9 @@ def test_a_log_that_is_cut_gives_what_was_committed_before(journal: Journal, tmp
     assert rows_of(cells, 6) == sql(copy / "trackhub.db", "SELECT * FROM batches ORDER BY id")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(seed=st.integers(0, 2**32), kinds=st.lists(st.sampled_from([0x0D, 0x0A, 0x02, 0x05, 0]), min_size=1, max_size=5))
 def test_pages_of_garbage_give_nothing_that_is_no_cell_and_never_raise(
     tmp_path: Path, seed: int, kinds: list[int]

@@ -91,7 +91,9 @@ def test_repeated_batches_are_delivered_once(tmp_path: Path) -> None:
     assert read_report(tmp_path / "trackhub" / "delivery.json") == report
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(data=st.binary(max_size=100))
 def test_bytes_that_hold_no_request_are_refused(rig: Rig, data: bytes) -> None:
     reply = wire.decode_reply(rig.receiver.handle(SITE, data))

@@ -24,6 +24,7 @@ from trackhub.spool.write_on_full_disk import reason_of
 from trackhub.spool.writer_ledger import Ledger, read_ledger
 
 PLACE = Place(seq=0, segment=3, offset=100)
+USAGE_BYTES = 32  # of the file in which a spool keeps its last measurement
 
 
 class Clock:
@@ -34,14 +35,21 @@ class Clock:
 
 
 def test_a_folder_within_its_limit_has_room_for_what_is_left(tmp_path: Path) -> None:
-    room = Room(tmp_path, 1000, 100, Clock())
+    room = Room(tmp_path, 1000 + USAGE_BYTES, 100, Clock())
     (tmp_path / "file").write_bytes(b"x" * 900)
     assert room.fits(0, 100)
     assert not room.fits(0, 101)
 
 
+def test_the_file_of_the_measurement_is_within_the_limit_as_well(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 900)
+
+    assert not Room(tmp_path, 1000, 100, Clock()).fits(0, 100)  # which would fit if nobody had measured
+    assert (tmp_path / "usage").stat().st_size == USAGE_BYTES
+
+
 def test_room_that_a_writer_has_reserved_is_taken_until_it_ends(tmp_path: Path) -> None:
-    room = Room(tmp_path, 1000, 100, Clock())
+    room = Room(tmp_path, 1000 + USAGE_BYTES, 100, Clock())
     (tmp_path / f"{STREAM}-000000.spool").write_bytes(b"x" * 10)
     ledger = Ledger(ledger_file(tmp_path, STREAM))
     taken = ledger_file(tmp_path, STREAM).stat().st_size
@@ -53,7 +61,7 @@ def test_room_that_a_writer_has_reserved_is_taken_until_it_ends(tmp_path: Path) 
 
 
 def test_a_file_that_is_being_written_has_its_room_from_the_beginning(tmp_path: Path) -> None:
-    room = Room(tmp_path, 1000, 100, Clock())
+    room = Room(tmp_path, 1000 + USAGE_BYTES, 100, Clock())
     part = new_part(tmp_path, STREAM, 600)
     part.write_bytes(b"x" * 10)
     assert room.fits(0, 400)
@@ -64,7 +72,7 @@ def test_a_file_that_is_being_written_has_its_room_from_the_beginning(tmp_path: 
 
 def test_a_full_folder_is_measured_twice_a_second_at_most(tmp_path: Path) -> None:
     clock = Clock()
-    room = Room(tmp_path, 1000, 100, clock)
+    room = Room(tmp_path, 1000 + USAGE_BYTES, 100, clock)
     assert room.may_ask_for(10)
     room.note_full(10)
     assert not room.may_ask_for(10)

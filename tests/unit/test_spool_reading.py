@@ -221,7 +221,9 @@ def test_a_hole_of_exactly_one_frame_is_seen(tmp_path: Path, payload: Metrics | 
     assert_accounted(count, n)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_damage_costs_what_it_hits_and_the_count_is_exact(tmp_path: Path, data: st.DataObject) -> None:
     folder = new_spool(tmp_path / os.urandom(6).hex(), max_bytes=8000)  # a segment holds about 15 records

@@ -111,7 +111,9 @@ def test_numbers_of_every_kind_become_the_same_float(writer: Writer, value: Any,
     assert struct.pack("<d", found.values["x"]) == struct.pack("<d", expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50, deadline=None
+)
 @given(
     st.dictionaries(st.text(min_size=1, max_size=50).filter(lambda key: not key_problem(key)), st.floats(), min_size=1)
 )

@@ -354,7 +354,7 @@ ANYTHING = st.recursive(
 @settings(
     max_examples=int(os.environ.get("TRACKHUB_TEST_EXAMPLES", "150")),
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(value=ANYTHING, step=ANYTHING, key=ANYTHING)
 def test_nothing_is_raised_whatever_is_logged_and_all_of_it_is_counted(

@@ -116,12 +116,15 @@ class Room:
     def _measure(self) -> int:
         """Return how many bytes are used or reserved, and leave the result to others."""
         at_ns = time.monotonic_ns()
-        used, ledgers, last = 0, list[str](), dict[str, tuple[int, int]]()
+        # The result itself counts as well, although its file may not be there yet.
+        used, ledgers, last = _USAGE.size, list[str](), dict[str, tuple[int, int]]()
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 name = entry.name
+                if name == _USAGE_FILE:
+                    continue
                 try:
-                    size = entry.stat().st_size if name != _USAGE_FILE else 0
+                    size = entry.stat().st_size
                 except FileNotFoundError:
                     continue  # the sender deletes acknowledged files meanwhile
                 used += size
