@@ -187,8 +187,10 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             the store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
             these test entries may be stored already. So a second ``write`` of metrics must fail while the store takes
             no writes. This field has an effect with ``idempotent`` and ``at_least_once`` only.
-        files_beside: whether a second thread may call ``write`` with one image or artifact, while the lane's thread
-            calls the run's methods with everything else. Then a large file holds up no metrics. It needs ``any_order``.
+        files_beside: the kinds of files, images or artifacts, that a second thread may hand to ``write``, one at a
+            time, while the lane's thread calls the run's methods with everything else. Then a file that is large, or
+            that the store refuses, holds up no metrics. Such a file may be stored after later entries. This field has
+            an effect with ``idempotent`` and ``at_least_once`` only.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -202,7 +204,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional_step: bool = False
     changing_params: bool = False
     any_order: bool = False
-    files_beside: bool = False
+    files_beside: frozenset[Kind] = frozenset()
     key_rule: KeyRule = KeyRule()
     key_rules: dict[Kind, KeyRule] = {}
     max_batch: int = 1000

@@ -17,7 +17,7 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
-from trackhub.records import Kind
+from trackhub.records import Kind, Record
 
 HONEST, HOSTILE = "site-honest", "site-hostile"
 OTHER_STREAM = "f" * 32
@@ -48,12 +48,13 @@ class Job:
     """A receiver with an honest and a hostile site.
 
     Attributes:
-        sent: how many records the honest site has sent.
+        honest_records: what the honest site has sent.
+        sent: how many these are.
     """
 
     def __init__(self, folder: Path, backends: dict[str, dict[str, Any]] | None = None, **limits: Any) -> None:
         self.folder = folder
-        self.sent = 0
+        self.honest_records: list[Record] = []
         self.receiver = Receiver(
             folder, job=JobInfo("job-1"), side=Side.SERVER, backends=backends or {"jsonl": {}}, limits=Limits(**limits)
         )
@@ -65,7 +66,11 @@ class Job:
     def log_honestly(self, n: int = 20) -> None:
         records = [metric(self.sent + i, key=f"honest/{i % 3}") for i in range(n)]
         assert self.ask(batch_of(records), HONEST) == wire.Accepted()
-        self.sent += n
+        self.honest_records += records
+
+    @property
+    def sent(self) -> int:
+        return len(self.honest_records)
 
     def stored(self, site: str) -> list[dict[str, Any]]:
         path = self.folder / "jsonl" / "job-1" / f"{site}.jsonl"

@@ -90,6 +90,14 @@ BAD: dict[str, tuple[str, bytes]] = {
         "bad_blob",
         frame(Kind.ARTIFACT, record(1, Kind.ARTIFACT, "a", blob(), "../../f", "file")),
     ),
+    "a file name that is the folder above": (
+        "bad_blob",
+        frame(Kind.ARTIFACT, record(1, Kind.ARTIFACT, "a", blob(), "..", "file")),
+    ),
+    "a file name of more bytes than a file system takes": (
+        "bad_blob",
+        frame(Kind.ARTIFACT, record(1, Kind.ARTIFACT, "a", blob(), "\u00e9" * 200, "file")),
+    ),
     "a long file name": (
         "undecodable",
         frame(Kind.ARTIFACT, record(1, Kind.ARTIFACT, "a", blob(), "f" * 5000, "file")),
@@ -417,7 +425,8 @@ def test_beside_a_flooding_site_another_one_is_still_answered_and_loses_nothing(
         until = time.monotonic() + 30
         while job.sent < first + 500 and time.monotonic() < until:
             records = [metric(job.sent + i, key="honest/0") for i in range(50)]
-            job.sent += 50 if isinstance(job.ask(batch_of(records), HONEST), wire.Accepted) else 0
+            if isinstance(job.ask(batch_of(records), HONEST), wire.Accepted):
+                job.honest_records += records
         assert job.sent == first + 500
     finally:
         stop.set()

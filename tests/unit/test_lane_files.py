@@ -15,7 +15,7 @@ from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import PermanentError, TransientError
 from trackhub.job_and_run_info import RunStatus
-from trackhub.records import Artifact, Blob, Metrics, Record
+from trackhub.records import Artifact, Blob, Kind, Metrics, Record
 from trackhub.spi import Redelivery, Rejection, WriteReport
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -60,6 +60,9 @@ def gate() -> Iterator[Gate]:
     made.opened.set()
 
 
+FILES = frozenset({Kind.IMAGE, Kind.ARTIFACT})
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not holds():
@@ -73,7 +76,7 @@ def confirmed(bench: Bench) -> int:
 
 @pytest.mark.parametrize("buffering", [False, True], ids=["write confirms", "flush confirms"])
 def test_metrics_are_confirmed_while_a_file_is_being_written(bench: Bench, gate: Gate, buffering: bool) -> None:
-    backend = MemoryBackend(gate, files_beside=True, buffering=buffering)
+    backend = MemoryBackend(gate, files_beside=FILES, buffering=buffering)
     bench.lane(backend)
     bench.add(mixed("mmmmmfmmmmm"))
     assert gate.reached.wait(WAIT_S)
@@ -93,7 +96,7 @@ def test_at_the_end_only_the_file_is_pending_and_the_run_is_ended_with_its_statu
     bench: Bench, gate: Gate, redelivery: Redelivery, tmp_path: Path
 ) -> None:
     """A later receiver delivers the file, and nothing else again."""
-    backend = MemoryBackend(gate, files_beside=True, redelivery=redelivery)
+    backend = MemoryBackend(gate, files_beside=FILES, redelivery=redelivery)
     bench.lane(backend)
     bench.add(mixed("mmfmm"))
     assert gate.reached.wait(WAIT_S)
@@ -101,7 +104,7 @@ def test_at_the_end_only_the_file_is_pending_and_the_run_is_ended_with_its_statu
     first = run_of(bench.finish(1.0, RunStatus.FAILED))
     again = Bench(bench.folder)
     again.counts = dict(bench.counts)
-    second = MemoryBackend(files_beside=True, redelivery=redelivery, stored=dict(backend.stored))
+    second = MemoryBackend(files_beside=FILES, redelivery=redelivery, stored=dict(backend.stored))
     again.lane(second)
     last = run_of(again.finish(WAIT_S, RunStatus.FAILED))
 
@@ -119,7 +122,7 @@ def test_a_file_that_fails_is_tried_again_behind_the_others(bench: Bench) -> Non
         if is_upload(method, batch) and batch[0].position == 0 and failures:
             raise failures.pop(0)
 
-    backend = MemoryBackend(behave, files_beside=True)
+    backend = MemoryBackend(behave, files_beside=FILES)
     bench.lane(backend)
     bench.add(mixed("fff"))
     report = run_of(bench.finish())
@@ -140,7 +143,7 @@ def test_files_that_can_never_be_stored_are_rejected_and_counted(bench: Bench) -
         def take(self, site: str, batch: Any) -> None:
             super().take(site, [entry for entry in batch if entry.position != 1])
 
-    bench.lane(Backend(behave, files_beside=True))
+    bench.lane(Backend(behave, files_beside=FILES))
     bench.add(mixed("ffmf"))
     report = run_of(bench.finish())
 
@@ -148,7 +151,7 @@ def test_files_that_can_never_be_stored_are_rejected_and_counted(bench: Bench) -
 
 
 def test_more_files_than_may_wait_are_all_written(bench: Bench) -> None:
-    backend = MemoryBackend(files_beside=True)
+    backend = MemoryBackend(files_beside=FILES)
     bench.lane(backend)
     bench.add(mixed("f" * 300, "m" * 10))
     bench.add(mixed("m" * 10 + "f" * 100), "site-2")
@@ -207,7 +210,7 @@ def test_at_the_end_all_files_that_wait_are_tried_once_more(bench: Bench) -> Non
             failed.add(batch[0].position)
             raise TransientError("busy", retry_after_s=60)
 
-    bench.lane(MemoryBackend(fail_once, files_beside=True))
+    bench.lane(MemoryBackend(fail_once, files_beside=FILES))
     bench.add(mixed("mfff"))
     wait_until(lambda: len(failed) == 3)
 

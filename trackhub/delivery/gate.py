@@ -83,6 +83,8 @@ Neither the largest record nor a batch of the default size reaches this limit.""
 _AT_ONCE = 256  # records that are decoded before they are checked. With more, Python would collect garbage each time.
 _KINDS = frozenset(map(int, Kind))
 _NOT_IN_FILENAMES = frozenset("/\0")
+_NO_FILENAMES = frozenset({"", ".", ".."})
+_MAX_FILENAME_BYTES = 255
 
 
 class RefusedRecordError(ValueError):
@@ -195,7 +197,7 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
     elif isinstance(payload, Image | Artifact):
         if payload.blob.name != f"{stream}-{seq}":
             raise RefusedRecordError("bad_blob", f"blob {payload.blob.name!r}; expected {stream}-{seq}")
-        if isinstance(payload, Artifact) and not _NOT_IN_FILENAMES.isdisjoint(payload.filename):
+        if isinstance(payload, Artifact) and not _is_filename(payload.filename):
             raise RefusedRecordError("bad_blob", f"file name {payload.filename!r}; expected the last part of a path")
         if isinstance(payload, Image):
             if payload.blob.size > MAX_IMAGE_BYTES:
@@ -217,6 +219,12 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
         for cell in itertools.chain.from_iterable(payload.rows):
             if cell is not None and type(cell) not in (str, float, int, bool):
                 raise RefusedRecordError("bad_value", f"table: a cell is a {type(cell).__name__}")
+
+
+def _is_filename(name: str) -> bool:
+    """Return whether a file of a Linux system can have this name."""
+    may_be = name not in _NO_FILENAMES and _NOT_IN_FILENAMES.isdisjoint(name)
+    return may_be and len(name.encode()) <= _MAX_FILENAME_BYTES
 
 
 def _check_value(value: Any, depth: int, room: _Room) -> None:

@@ -2,20 +2,35 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from trackhub_wandb import WandBBackend
 from trackhub_wandb.sdk_start_and_stop import service_is_lost
 
+import trackhub
 from backends.wandb.tests.conftest import Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator, Fault
-from trackhub.spi import Artifact, BackendRun, Params, RunStatus, Text, TransientError
+from trackhub.limits import Limits
+from trackhub.spi import (
+    Artifact,
+    BackendRun,
+    Confirmation,
+    Params,
+    PermanentError,
+    RunStatus,
+    Table,
+    Text,
+    TransientError,
+)
 
 Online = Callable[..., WandBBackend]
 
@@ -190,3 +205,110 @@ def test_unended_run_is_ended_when_the_server_comes_back(online: Online, rig: Ri
     persist(lambda: run.finish(RunStatus.FAILED))
     held = emulator.state.run(rig.info().run_id)
     assert (held.state, held.exit_code, len(held.rows)) == ("failed", 1, 5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("operation", ["CreateArtifact", "CommitArtifact"])
+@pytest.mark.parametrize("status", [400, 403])
+def test_an_artifact_that_was_refused_is_sent_again_and_holds_up_no_metric(
+    online: Online, rig: Rig, emulator: Emulator, operation: str, status: int
+) -> None:
+    run = online().open_run(rig.info())
+    emulator.fail(Fault("graphql", operation=operation, status=status))
+    with pytest.raises(TransientError, match="refused the artifact"):
+        run.write([entry(5, Artifact("model", rig.blob(b"x", "a/b"), "m.bin"))])
+    run.write([*losses(range(5)), *losses(range(6, 10))])
+    assert run.flush() is Confirmation.STORE
+    assert persist(lambda: run.write([entry(5, Artifact("model", rig.blob(b"x", "a/b"), "m.bin"))])) == 0
+    run.finish(RunStatus.FINISHED)
+    assert steps(emulator, rig) == [*range(5), *range(6, 10)]
+    (model,) = [one for one in emulator.state.artifacts if one.state == "COMMITTED"]
+    assert (model.artifact_type, model.files["m.bin"]) == ("file", b"x")
+
+
+@pytest.mark.long
+def test_an_artifact_that_is_refused_for_good_is_rejected_and_nothing_else(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    run = online().open_run(rig.info())
+    emulator.fail(Fault("graphql", operation="CreateArtifact", status=400, times=100))
+    bad = entry(0, Artifact("model", rig.blob(b"x", "a/b"), "m.bin"))
+    for _ in range(2):
+        with pytest.raises(TransientError, match="refused"):
+            run.write([bad])
+    with pytest.raises(PermanentError, match="refused the artifact 3 times"):
+        run.write([bad])
+    run.write(losses(range(1, 5)))
+    assert run.flush() is Confirmation.STORE
+    run.finish(RunStatus.FINISHED)
+    assert steps(emulator, rig) == list(range(1, 5))
+
+
+@pytest.mark.long
+def test_an_artifact_that_is_forbidden_stays_pending_alone_at_the_end_of_the_job(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    """A forbidden request may be mended: the operator can renew the login. So the artifact waits for a replay."""
+    emulator.fail(Fault("graphql", operation="CreateArtifact", status=403, times=1000))
+    (tmp_path / "m.bin").write_bytes(b"x")
+    options = {"mode": "online", "base_url": emulator.url, "api_key": "${secret:KEY}", "upload_interval_s": 1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEY", emulator.state.api_key)
+        tracking = trackhub.local({"wandb": options}, folder=tmp_path / "run", job="j", limits=Limits(deadline_s=12))
+        with tracking as writer:
+            for step in range(10):
+                writer.log({"loss": 1.0}, step)
+                if step == 4:
+                    writer.log_artifact(tmp_path / "m.bin")
+    assert tracking.report is not None
+    (found,) = [run for run in tracking.report.lanes["wandb"].values() if run.confirmed >= 10]
+    assert (found.pending, found.rejected, found.state) == (1, {}, "unfinished")
+    assert "403" in found.last_error
+
+
+@pytest.mark.long
+def test_metrics_are_confirmed_while_an_artifact_is_uploaded_slowly(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    run = online().open_run(rig.info())
+    emulator.fail(Fault("upload", status=200, delay_s=5.0))
+    artifact = [entry(0, Artifact("model", rig.blob(b"x" * 1000, "a/b"), "m.bin"))]
+    thread = threading.Thread(target=run.write, args=(artifact,))
+    thread.start()
+    run.write(losses(range(1, 5)))
+    assert persist(run.flush) == 0
+    assert thread.is_alive()
+    thread.join()
+    run.finish(RunStatus.FINISHED)
+    assert [one.state for one in emulator.state.artifacts] == ["COMMITTED"]
+
+
+@pytest.mark.long
+def test_an_upload_that_takes_longer_than_a_flush_is_not_begun_again(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    """The SDK's own wait cancels an upload when its time is over."""
+    run = online(flush_timeout_s=1.0).open_run(rig.info())
+    emulator.fail(Fault("upload", status=200, delay_s=4.0))
+    artifact = [entry(0, Artifact("model", rig.blob(b"x" * 1000, "a/b"), "m.bin"))]
+    assert persist(lambda: run.write(artifact)) >= 2
+    run.finish(RunStatus.FINISHED)
+    assert [(one.state, one.files["m.bin"]) for one in emulator.state.artifacts] == [("COMMITTED", b"x" * 1000)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_table_whose_artifact_is_refused_holds_up_no_later_record(
+    online: Online, rig: Rig, emulator: Emulator, times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is sent again. If W&B refuses it each time, the table's row and its file are stored all the same."""
+    run = online(flush_timeout_s=6.0).open_run(rig.info())
+    emulator.fail(Fault("graphql", operation="CreateArtifact", status=403, times=times))
+    run.write([entry(0, Table("t", ["a"], [[1]])), *losses(range(1, 5))])
+    assert persist(run.flush) == min(times, 2)
+    run.finish(RunStatus.FINISHED)
+    held = emulator.state.run(rig.info().run_id)
+    assert steps(emulator, rig) == list(range(5))
+    assert json.loads(held.files[held.history()[0]["t"]["path"]])["data"] == [[1]]
+    assert [one.state for one in emulator.state.artifacts if one.state == "COMMITTED"] == ["COMMITTED"] * (times == 1)
+    assert ("W&B's pages will not show" in caplog.text) == (times > 1)

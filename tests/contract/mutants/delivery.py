@@ -21,6 +21,7 @@ from tests.contract.mutants.base import (
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
 from trackhub.spi import (
     Entry,
+    Kind,
     Payload,
     PermanentError,
     Redelivery,
@@ -134,7 +135,9 @@ class ClaimsAnyOrder(Bad):
 
 @caught_by("test_files_beside_as_declared", also=ANYTHING)
 class ClaimsThatTwoThreadsMayWrite(Bad):
-    capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE, any_order=True, files_beside=True)
+    capabilities = msgspec.structs.replace(
+        CAN, redelivery=Redelivery.AT_LEAST_ONCE, files_beside=frozenset({Kind.ARTIFACT})
+    )
 
     class run(_Repeating):
         def tamper(self, batch: Sequence[Entry]) -> list[Entry]:

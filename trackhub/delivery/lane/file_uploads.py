@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes images and artifacts in a second thread, so that a large file holds up no metrics.
+"""Writes images and artifacts in a second thread, so that a file that is large or refused holds up no metrics.
 
 `Lane` has one `FileUploads`, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files of its run
 through a `FileQueue`, and gets the outcome of each file back.
@@ -18,7 +18,7 @@ from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
 from trackhub.own_threads import OwnThread
-from trackhub.records import Artifact, Image
+from trackhub.records import KIND_OF, Artifact, Image, Kind
 from trackhub.spi import BackendRun, Entry, Rejection
 
 __all__ = ["FileOutcome", "FileQueue", "FileUploads", "is_file"]
@@ -27,9 +27,9 @@ _MAX_WAITING = 64
 _IDLE_S = 3600.0
 
 
-def is_file(entry: Entry) -> bool:
-    """Return whether an entry is an image or an artifact, whose content lies in a file of its own."""
-    return isinstance(entry.payload, Image | Artifact)
+def is_file(entry: Entry, kinds: frozenset[Kind]) -> bool:
+    """Return whether an entry has its content in a file of its own, and is of one of these kinds."""
+    return isinstance(entry.payload, Image | Artifact) and KIND_OF[type(entry.payload)] in kinds
 
 
 class FileOutcome(NamedTuple):

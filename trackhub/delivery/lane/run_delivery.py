@@ -336,10 +336,11 @@ class RunDelivery:
         return True
 
     def _add(self, run: BackendRun, entries: list[Entry]) -> None:
-        if self._files is not None and (files := list(filter(is_file, entries))):
+        beside = self._backend.capabilities.files_beside
+        if self._files is not None and (files := [entry for entry in entries if is_file(entry, beside)]):
             self._cursor.announce(self._reader.upto)
             self._files.add(run, files)
-            entries = [entry for entry in entries if not is_file(entry)]
+            entries = [entry for entry in entries if not is_file(entry, beside)]
         self._isolation.add(entries, self._backend.capabilities.max_batch)
 
     def _collect_files(self, run: BackendRun) -> bool:

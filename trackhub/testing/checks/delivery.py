@@ -199,13 +199,16 @@ class ErrorChecks(ContractFixtures):
         can = kit.capabilities()
         if not can.files_beside:
             return
-        assert can.any_order, "files_beside has no effect without any_order; claim both or none"
-        assert can.kinds & {Kind.IMAGE, Kind.ARTIFACT}, "files_beside has no effect without images and artifacts"
+        assert can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE), (
+            f"files_beside has no effect with redelivery={can.redelivery.value!r}; leave it out"
+        )
+        files = {Kind.IMAGE, Kind.ARTIFACT}
+        assert can.files_beside <= can.kinds & files, "files_beside names images or artifacts that are among the kinds"
         rig = kit.rig().start()
         for number in range(10):
-            files = [artifact(f"file-{number}", bytes([number]) * 1000)] if Kind.ARTIFACT in can.kinds else []
-            files += [image(f"image-{number}", number, shade=number)] if Kind.IMAGE in can.kinds else []
-            rig.log(_SITE, [*series(f"loss-{number}", range(20)), *files])
+            logged = [artifact(f"file-{number}", bytes([number]) * 1000)] if Kind.ARTIFACT in can.kinds else []
+            logged += [image(f"image-{number}", number, shade=number)] if Kind.IMAGE in can.kinds else []
+            rig.log(_SITE, [*series(f"loss-{number}", range(20)), *logged])
         rig.finish()
         check_run(rig, [_SITE], "a second thread wrote the files; leave files_beside out if that is a problem")
 

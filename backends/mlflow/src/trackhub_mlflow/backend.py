@@ -90,7 +90,8 @@ class MLflowBackend(Backend[MLflowOptions]):
         if self._file is None:
             self._store = RestStore(options.tracking_uri, timeout_s=options.timeout_s)
             # Only a server gets files beside metrics. In a file, both threads would wait for SQLite's lock.
-            self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=True)
+            files = frozenset({Kind.IMAGE, Kind.ARTIFACT})
+            self.capabilities = msgspec.structs.replace(type(self).capabilities, files_beside=files)
         else:
             is_own = Path(os.path.abspath(self._file)).is_relative_to(os.path.abspath(context.run_folder))
             self._store = SqliteStore(self._file, is_own=is_own)

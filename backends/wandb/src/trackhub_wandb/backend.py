@@ -65,6 +65,8 @@ def _capabilities(options: WandBOptions, mode: Mode) -> Capabilities:
         nonfinite=True,
         late_steps=True,
         changing_params=True,
+        # The server takes an artifact at any time. A picture is part of a row, and rows must come in order.
+        files_beside=frozenset({Kind.ARTIFACT}) if mode == "online" else frozenset(),
         key_rule=row_rule(options.step_metric, options.round_metric),
         # An artifact's key is a value in its metadata; `naming.artifact_name` makes its name.
         key_rules={Kind.PARAMS: PARAM_RULE, Kind.TAGS: TAG_RULE, Kind.ARTIFACT: ANY_KEY},

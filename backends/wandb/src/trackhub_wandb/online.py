@@ -11,10 +11,12 @@ import json
 import logging
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
+from trackhub.spi import Artifact, BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
+from trackhub_wandb.artifact_uploads import MAX_REFUSALS, ArtifactUpload
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk_run import SdkRun, first_config
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, service_is_lost, stop_service
@@ -46,7 +48,8 @@ class OnlineRun(BackendRun):
     """Writes to a server through the SDK, and confirms the records that the server says it has.
 
     ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
-    arrived. The SDK itself passes on the server's acknowledgement of an artifact.
+    arrived. An artifact comes from the lane's second thread, and ``write`` waits for it. The SDK passes on the server's
+    own acknowledgement.
 
     Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` relies on
     the SDK, whose service notes which of the rows that it sent the server has acknowledged. Such a flush returns
@@ -91,16 +94,28 @@ class OnlineRun(BackendRun):
         self._stalled = (0, 0)
         self._acknowledged_at: float | None = None
         self._by = Confirmation.STORE
-        self._ended = False
+        self._ended = self._is_closed = False
+        self._uploads: dict[int, tuple[SdkRun, ArtifactUpload]] = {}
+        self._lock = threading.RLock()  # the lane's thread holds it in each call, the second thread to get the run
         self.url: str | None = None
         self._run: SdkRun | None = self._open()
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Hand entries to the SDK. If too many are unconfirmed, confirm those first.
+        """Hand entries to the SDK. If too many are unconfirmed, confirm those first. Wait for artifacts.
 
         Raises:
             TransientError: the SDK failed, or the server did not confirm in time.
+            PermanentError: W&B refuses an artifact for good.
         """
+        others = [entry for entry in batch if not isinstance(entry.payload, Artifact)]
+        with self._lock:
+            report = self._write_others(others) if others else None
+        for entry in batch:
+            if isinstance(entry.payload, Artifact):
+                self._write_artifact(entry, entry.payload)
+        return report
+
+    def _write_others(self, batch: Sequence[Entry]) -> WriteReport | None:
         if len(self._unconfirmed) >= _MAX_UNCONFIRMED:
             self.flush()
         rejected = self._hand_over(self._opened(), batch)
@@ -114,9 +129,12 @@ class OnlineRun(BackendRun):
         Raises:
             TransientError: the server did not confirm in time, or cannot be asked.
         """
+        with self._lock:
+            return self._flush()
+
+    def _flush(self) -> Confirmation:
         run = self._opened()
         deadline = time.monotonic() + self._options.flush_timeout_s
-        self._await_artifacts(run, deadline)
         wait = threading.Event().wait
         pause = _POLL_S
         self._acknowledged_at, self._by = None, Confirmation.STORE
@@ -128,6 +146,7 @@ class OnlineRun(BackendRun):
                 )
             wait(pause)
             pause = min(2 * pause, _POLL_MAX_S)
+        self._await_tables(run, deadline)
         self._unconfirmed.clear()
         self._stalled = (0, 0)
         return self._by
@@ -138,6 +157,10 @@ class OnlineRun(BackendRun):
         Raises:
             TransientError: the SDK failed, or the server did not answer in time.
         """
+        with self._lock:
+            self._finish(status)
+
+    def _finish(self, status: RunStatus) -> None:
         if self._ended:
             return
         run, self._run = self._opened(), None
@@ -151,6 +174,7 @@ class OnlineRun(BackendRun):
 
     def abandon(self) -> None:
         """Give up the run without ending it. Does not wait for the server."""
+        self._is_closed = True
         if self._run is not None:
             self._let_go(self._run)
 
@@ -206,6 +230,9 @@ class OnlineRun(BackendRun):
             raise TransientError(f"the W&B run of {site} cannot be opened: {error}") from error
 
     def _before_artifact(self, artifact: SdkArtifact, folder: Path) -> None:
+        self._ask_first()
+
+    def _ask_first(self) -> None:
         # This fails at once if the server is down. The SDK would wait 19 s for an answer here (wandb 0.31).
         self._server.state(self._path)
 
@@ -244,24 +271,55 @@ class OnlineRun(BackendRun):
             return
         abandon_runs([run.run])
 
-    def _await_artifacts(self, run: SdkRun, deadline: float) -> None:
-        while run.artifacts:
-            handle = run.artifacts[0]._save_handle
-            if handle is not None:
-                try:
-                    result = handle.wait_or(timeout=max(0.0, deadline - time.monotonic()))
-                except TimeoutError:
-                    raise TransientError(
-                        f"W&B did not confirm an artifact within {self._options.flush_timeout_s:.0f} s"
-                    ) from None
-                except Exception as error:
-                    raise self._failed(run, error) from error
-                if message := result.response.log_artifact_response.error_message:
-                    raise TransientError(f"W&B refused an artifact: {message}")
-            run.artifacts.pop(0)
+    def _write_artifact(self, entry: Entry, payload: Artifact) -> None:
+        """Wait until the server has an artifact. After ``flush_timeout_s``, the next call goes on to wait."""
+        with self._lock:
+            if self._ended or self._is_closed:
+                raise TransientError("the W&B run is over; the artifact waits for `trackhub replay`")
+            run = self._opened()
+        sent_to, upload = self._uploads.get(entry.position, (None, None))
+        if upload is None or sent_to is not run:  # an upload dies with the SDK's run
+            upload = ArtifactUpload(partial(self._log_artifact, run, run.artifact_of(entry, payload)))
+            self._uploads[entry.position] = run, upload
+        try:
+            upload.wait(self._options.flush_timeout_s)
+        except TransientError:
+            raise
+        except Exception as error:
+            del self._uploads[entry.position]
+            if isinstance(error, PermanentError):
+                raise
+            if run.is_refusal(error):
+                raise PermanentError(f"W&B cannot hold artifact {payload.key!r}: {error}") from error
+            with self._lock:
+                raise self._failed(run, error) from error
+        del self._uploads[entry.position]
+
+    def _log_artifact(self, run: SdkRun, artifact: SdkArtifact) -> SdkArtifact:
+        self._ask_first()
+        return run.run.log_artifact(artifact)
+
+    def _await_tables(self, run: SdkRun, deadline: float) -> None:
+        """Wait until the server has the artifacts of all tables. Give up those that it refuses each time.
+
+        Such a table is not lost: its row, and its content as a file of the run, are at the server already.
+        """
+        while run.tables:
+            try:
+                run.tables[0].wait(max(0.0, deadline - time.monotonic()))
+            except (TransientError, PermanentError) as error:
+                if run.tables[0].refusals < MAX_REFUSALS:
+                    raise
+                _log.warning(
+                    "%s. It belongs to a table of %s, which W&B's pages will not show. The table's rows are in the "
+                    "file media/table of the run", error, self._info.site,
+                )  # fmt: skip
+            except Exception as error:
+                raise self._failed(run, error) from error
+            run.tables.pop(0)
 
     def _failed(self, run: SdkRun, error: Exception) -> TransientError:
-        if service_is_lost():
+        if service_is_lost() and run is self._run:
             self._let_go(run)
         if isinstance(error, TransientError):
             return error

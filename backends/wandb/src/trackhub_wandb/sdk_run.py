@@ -23,6 +23,7 @@ from trackhub.spi import (
     Image,
     Metrics,
     Params,
+    PermanentError,
     Rejection,
     RunInfo,
     RunStatus,
@@ -32,6 +33,7 @@ from trackhub.spi import (
     Text,
     read_image_header,
 )
+from trackhub_wandb.artifact_uploads import ArtifactUpload
 from trackhub_wandb.image_without_decoder import image_of_file
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
 from trackhub_wandb.sdk_start_and_stop import remove_from_config
@@ -69,7 +71,7 @@ class SdkRun:
         rows: how many rows the SDK got.
         last: what the SDK got last, a row or the config, and its position.
         files: the media files that the SDK got and that are not confirmed: path below the run's files to bytes.
-        artifacts: the artifacts that the SDK got and that are not confirmed.
+        tables: the uploads of the artifacts of tables, as long as they are not confirmed.
         config: this backend's entry in the run's config, as the SDK last got it.
         config_changed: whether the config changed since the last confirmation.
     """
@@ -97,7 +99,7 @@ class SdkRun:
         self.rows = 0
         self.last: tuple[Literal["row", "config"], int] = ("config", -1)
         self.files: dict[str, int] = {}
-        self.artifacts: list[SdkArtifact] = []
+        self.tables: list[ArtifactUpload] = []
         self._info = info
         self._before_artifact = before_artifact
         self._step_metric = options.step_metric
@@ -128,10 +130,20 @@ class SdkRun:
                 self._store(entry)
             except _Unstorable as error:
                 rejected.append(Rejection(entry.position, error.reason, str(error)))
-            except (ValueError, TypeError) as error:
-                rejected.append(Rejection(entry.position, "invalid_value", str(error)))
+            except Exception as error:
+                if not self.is_refusal(error):
+                    raise
+                rejected.append(Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}"))
             self.next_position = entry.position + 1
         return rejected
+
+    def is_refusal(self, error: Exception) -> bool:
+        """Return whether the SDK refused a value, which no other attempt could change."""
+        import wandb
+
+        # The SDK also raises UsageError for a run that is over.
+        kinds = (ValueError, TypeError, ArithmeticError, RecursionError, wandb.errors.UsageError)
+        return isinstance(error, kinds) and not self.run._is_finished
 
     def send_again(self, path: str | None) -> None:
         """Hand a media file to the SDK once more, or the config if ``path`` is None.
@@ -271,6 +283,7 @@ class SdkRun:
         held = artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
         table._set_artifact_target(artifact, held.path)
         self._log_artifact(entry, artifact)
+        self.tables.append(ArtifactUpload(lambda: self.run.log_artifact(artifact), artifact))
         self._media(entry, payload.key, table)
 
     def _artifact_folder(self, entry: Entry) -> Path:
@@ -287,6 +300,16 @@ class SdkRun:
         self._row(entry, {key: value})
 
     def _artifact(self, entry: Entry, payload: Artifact) -> None:
+        self._log_artifact(entry, self.artifact_of(entry, payload))
+        self._set_config({}, entry.position)
+
+    def artifact_of(self, entry: Entry, payload: Artifact) -> SdkArtifact:
+        """Return the SDK's artifact of an entry, with its file. From any thread.
+
+        Raises:
+            PermanentError: W&B cannot hold it.
+            OSError: the file cannot be read.
+        """
         import wandb
 
         metadata = {
@@ -304,14 +327,13 @@ class SdkRun:
             )
             # Nobody changes the blob, so the SDK needs no copy of it.
             artifact.add_file(str(self._content(payload)), name=payload.filename, policy="immutable", skip_cache=True)
-            self._log_artifact(entry, artifact)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise _Unstorable("invalid_value", f"artifact {payload.key!r}: {error}") from error
-        self._set_config({}, entry.position)
+        return artifact
 
     def _log_artifact(self, entry: Entry, artifact: SdkArtifact) -> None:
         self._before_artifact(artifact, self._artifact_folder(entry))
-        self.artifacts.append(self.run.log_artifact(artifact))
+        self.run.log_artifact(artifact)
 
 
 def first_config(info: RunInfo) -> dict[str, Any]:
@@ -320,7 +342,7 @@ def first_config(info: RunInfo) -> dict[str, Any]:
     return {CONFIG_ENTRY: {**config_value(about), "through": -1}}
 
 
-class _Unstorable(Exception):
+class _Unstorable(PermanentError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason

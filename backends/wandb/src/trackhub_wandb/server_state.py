@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ class Server:
         self._options = options
         self._session: requests.Session | None = None
         self._down_until = 0.0
+        self._lock = threading.Lock()
 
     def state(self, path: RunPath) -> dict[str, Any] | None:
         """Return ``historyLineCount``, ``historyTail`` and ``config`` (JSON) of a run. None if there is no such run.
@@ -91,6 +93,10 @@ class Server:
             session.close()
 
     def _ask(self, name: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:  # the lane's two threads ask
+            return self._ask_alone(name, query, variables)
+
+    def _ask_alone(self, name: str, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         if time.monotonic() < self._down_until:
             raise TransientError(f"W&B at {self.login.base_url} did not answer a moment ago; it is asked again soon")
         try:
