@@ -16,7 +16,10 @@ import pytest
 from rich.console import Console
 
 import trackhub
+from tests.unit.helpers import batch_of, metric
 from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
+from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.wire import KeepAlive, SiteCounts
 from trackhub.job_and_run_info import RunStatus
 from trackhub.watch.follow import follow
 from trackhub.watch.job_state import JobFollower, JobState, LaneState, SiteState
@@ -81,6 +84,18 @@ def test_the_step_is_that_of_training_whatever_else_was_logged_last(tmp_path: Pa
         assert writer.flush(20)
 
         assert follower.look().sites["local"].step == 70
+
+
+def test_what_has_arrived_was_logged_whatever_the_site_said_before(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "trackhub.db", job="job-1", side="server")
+    site = journal.add_site("site-1", 0.0)
+    journal.note_counts(site, KeepAlive(SiteCounts(logged=1, spooled=1), "s", 0))
+    journal.append(site, batch_of([metric(0), metric(1)]), {})
+
+    seen = JobFollower(tmp_path).look().sites["site-1"]
+    journal.close()
+
+    assert seen.logged == 2
 
 
 def test_a_folder_in_which_nothing_has_begun_is_no_error(tmp_path: Path) -> None:
