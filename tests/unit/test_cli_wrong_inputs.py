@@ -103,7 +103,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["backends", "jsnol"], 1, "there is no backend 'jsnol' here; available: "),
         (["backends", "jsnol", "--check"], 1, "there is no backend 'jsnol' here; available: "),
         (["backends", "--workspace", "JOBS/workspace"], 2, "--workspace goes with --check"),
-        (["backends", "--check", "--workspace", "JOBS/empty"], 1, "is no workspace of a FLARE site"),
+        (["backends", "--check", "--workspace", "JOBS/empty"], 1, "is not the workspace of a FLARE site"),
         (["check", "jsnol"], 1, "there is no backend 'jsnol' here; available: "),
         (["check", "jsonl", "--option", "pth=x"], 1, "unknown option"),
         (["new-backend", "My Store"], 1, "cannot be a backend's name; expected at most 64 characters"),

@@ -63,8 +63,8 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path | Non
     capabilities. contract is the version of the contract kit that the backend passed, 0 for none. options are their
     names. option_marks has the marks of each option: "secret", "host", "path", "shared". option_help has for each
     option default, which is text or null if it must be given, and meaning. capabilities are those of
-    trackhub.spi.Capabilities; kinds are names, also in key_rules. With --check it is {"version": 1, "checked": [...]}:
-    each has name, ready ("yes", "no" or "not now") and remark.
+    trackhub.spi.Capabilities; kinds are names, also in key_rules and files_beside. With --check it is
+    {"version": 1, "checked": [...]}: each has name, ready ("yes", "no" or "not now") and remark.
     """
     if workspace is not None:
         if not check or name is not None or as_json:
@@ -154,6 +154,7 @@ def _plain(capabilities: Capabilities) -> dict[str, Any]:
     return {
         **plain,
         "kinds": [kind.name.lower() for kind in sorted(capabilities.kinds)],
+        "files_beside": [kind.name.lower() for kind in sorted(capabilities.files_beside)],
         "redelivery": capabilities.redelivery.value,
         "confirmed_by": capabilities.confirmed_by.value,
         "key_rule": _plain_rule(capabilities.key_rule),
