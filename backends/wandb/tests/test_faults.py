@@ -175,18 +175,23 @@ def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator
     assert services() == []
 
 
-def test_service_that_was_killed_is_replaced(online: Online, rig: Rig, emulator: Emulator) -> None:
-    """The SDK's service may run out of memory. A new one gets what was not confirmed."""
-    run = online().open_run(rig.info())
-    run.write(losses(range(10)))
-    persist(run.flush)
-    run.write(losses(range(10, 20)))
+def kill_service() -> None:
+    """Kill the SDK's service, and wait until it is gone."""
     done = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()]
     (pid,) = [int(row[0]) for row in rows if row[1] == str(os.getpid()) and "wandb-core" in row[2]]
     os.kill(pid, signal.SIGKILL)
     while not service_is_lost():
         time.sleep(0.01)
+
+
+def test_service_that_was_killed_is_replaced(online: Online, rig: Rig, emulator: Emulator) -> None:
+    """The SDK's service may run out of memory. A new one gets what was not confirmed."""
+    run = online().open_run(rig.info())
+    run.write(losses(range(10)))
+    persist(run.flush)
+    run.write(losses(range(10, 20)))
+    kill_service()
     persist(lambda: run.write(losses(range(20, 30))))
     persist(run.flush)
     run.finish(RunStatus.FINISHED)
@@ -238,6 +243,8 @@ def test_an_artifact_that_is_refused_for_good_is_rejected_and_nothing_else(
             run.write([bad])
     with pytest.raises(PermanentError, match="refused the artifact 3 times"):
         run.write([bad])
+    with pytest.raises(PermanentError, match="reserved"):
+        run.write([entry(0, Artifact("model", rig.blob(b"x", "a/b"), "m.bin", "job"))])
     run.write(losses(range(1, 5)))
     assert run.flush() is Confirmation.STORE
     run.finish(RunStatus.FINISHED)
@@ -312,3 +319,25 @@ def test_a_table_whose_artifact_is_refused_holds_up_no_later_record(
     assert json.loads(held.files[held.history()[0]["t"]["path"]])["data"] == [[1]]
     assert [one.state for one in emulator.state.artifacts if one.state == "COMMITTED"] == ["COMMITTED"] * (times == 1)
     assert ("W&B's pages will not show" in caplog.text) == (times > 1)
+
+
+@pytest.mark.long
+def test_an_artifact_survives_that_the_service_is_killed_during_its_upload(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    """The thread that waits for it, or the other one, opens the run again. Each row and the artifact arrive once."""
+    run = online(flush_timeout_s=5.0).open_run(rig.info())
+    emulator.fail(Fault("upload", status=200, delay_s=3.0))
+    artifact = [entry(5, Artifact("model", rig.blob(b"x" * 1000, "a/b"), "m.bin"))]
+    thread = threading.Thread(target=persist, args=(lambda: run.write(artifact),))
+    run.write(losses(range(5)))
+    thread.start()
+    persist(run.flush)
+    kill_service()
+    persist(lambda: run.write(losses(range(6, 10))))
+    persist(run.flush)
+    thread.join(60)
+    assert not thread.is_alive()
+    persist(lambda: run.finish(RunStatus.FINISHED))
+    assert steps(emulator, rig) == [*range(5), *range(6, 10)]
+    assert [one.files["m.bin"] for one in emulator.state.artifacts if one.state == "COMMITTED"] == [b"x" * 1000]
