@@ -184,11 +184,11 @@ class Receiver:
             self._try_at = time.monotonic() + _TRY_EVERY_S
             self._state = _WAITING
 
+    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
+        return set_up_backend(name, options, workdir=self._run_dir / name, job=self.job, side=self._side)
+
     def _open(self, *, from_start: bool) -> None:
-        backends = {
-            name: set_up_backend(name, options, workdir=self._run_dir / name, job=self.job, side=self._side)
-            for name, options in self._backends.items()
-        }
+        backends = {name: self._load(name, options) for name, options in self._backends.items()}
         journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
         )
