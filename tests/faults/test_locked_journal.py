@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoReplyError
 from pathlib import Path
@@ -23,9 +23,11 @@ from tests.faults.process import wait_for
 from tests.faults.readers import read_store
 from tests.faults.stalls import Stalls
 from trackhub import Writer, registry
+from trackhub.delivery import start_and_end
 from trackhub.delivery.channel import Channel, ChannelError
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.report_builder import read_journal_report
+from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
@@ -238,13 +240,13 @@ def test_runs_that_ended_while_the_journal_was_locked_are_stored_when_it_is_free
     wait_for(lambda: has_delivered(job, 2), "all records to be delivered, so that only the ends are left to store")
     other = lock_journal_of(job, sqlite3.connect)
     free = threading.Timer(0.2, other.execute, ("ROLLBACK",))
-    store = Receiver._store_ends
+    store = start_and_end._store_ends
 
-    def freed_soon(receiver: Receiver, journal: Journal) -> None:
+    def freed_soon(journal: Journal, lanes: Iterable[Lane]) -> None:
         free.start()
-        store(receiver, journal)
+        store(journal, lanes)
 
-    monkeypatch.setattr(Receiver, "_store_ends", freed_soon)
+    monkeypatch.setattr(start_and_end, "_store_ends", freed_soon)
 
     report = job.receiver.finish(RunStatus.FINISHED, deadline_s=0.5)
     job.pool.close()

@@ -142,7 +142,7 @@ def test_a_file_goes_on_where_it_was_after_a_restart(
         channel.is_cut = False
         sender = rig.sender(channel)
     else:
-        rig.receiver._blobs.delete_parts = lambda: None  # type: ignore[method-assign]  # it is killed
+        rig.receiver._blobs.delete_unused = lambda: None  # type: ignore[method-assign]  # it is killed
         rig.receiver.finish(rig.receiver.sites.status(SITE, "finished", was_killed=False), deadline_s=0.0)  # type: ignore[arg-type]
         rig.receiver = rig.new_receiver()
     counts = sender.close(WAIT_S)

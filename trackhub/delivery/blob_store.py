@@ -14,6 +14,7 @@ import os
 import re
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -28,6 +29,9 @@ _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{1,16}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _COPY_BYTES = 1 << 20
+_MAX_UNNAMED = 4096
+"""Most blobs of a site that no record refers to yet. A sender sends a few at a time, and then their records."""
+
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
 
@@ -45,6 +49,7 @@ class BlobStore:
         self._folder = folder
         self._sync = sync
         self._parts: dict[str, dict[str, None]] = {}  # names of files, the oldest first, by site
+        self._unnamed: defaultdict[str, set[str]] = defaultdict(set)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
@@ -59,11 +64,28 @@ class BlobStore:
         """Return the file of this blob; None if the blob is not here completely."""
         return self.folder(site) / name if self.has(site, name) else None
 
-    def delete_parts(self) -> None:
-        """Delete the incomplete blobs of all sites. Call it when no more pieces come. Never raises."""
-        for path in self._folder.glob("*/*.part"):
+    def missing(self, site: str, names: Iterable[str]) -> str | None:
+        """Return the first of these blobs that is not here completely; None if all are here."""
+        return next((name for name in names if not self.has(site, name)), None)
+
+    def note_named(self, site: str, names: Iterable[str]) -> None:
+        """Note that records of the site refer to these blobs, and are stored."""
+        self._unnamed[site].difference_update(names)
+
+    def has_many_unnamed(self, site: str) -> bool:
+        """Return whether the site must first send the records that refer to its blobs."""
+        return len(self._unnamed[site]) >= _MAX_UNNAMED
+
+    def delete_unused(self) -> None:
+        """Delete the incomplete blobs, and those that no record refers to. Call it when no more pieces come.
+
+        A site keeps the file until its record is stored, so a replay can still send it. Never raises.
+        """
+        unnamed = [self.folder(site) / name for site, names in self._unnamed.items() for name in names]
+        for path in [*self._folder.glob("*/*.part"), *unnamed]:
             with contextlib.suppress(OSError):
                 path.unlink()
+        self._unnamed.clear()
 
     def add(self, site: str, chunk: Chunk) -> int | None:
         """Store a piece, and return the offset that is expected next. For a complete blob, this is its size.
@@ -155,6 +177,7 @@ class BlobStore:
         if self._sync:
             _sync(partial)
         partial.replace(target)
+        self._unnamed[site].add(chunk.name)
         self._parts[site].pop(partial.name)
         if self._sync:
             # Each of these may be new. A power cut loses a new folder if its parent is not synced.

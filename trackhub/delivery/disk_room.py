@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 __all__ = ["DiskRoom"]
@@ -19,30 +20,46 @@ __all__ = ["DiskRoom"]
 _RESERVE_BYTES = 1 << 30
 _RESERVE_SHARE = 0.05
 _ASK_EVERY_S = 1.0
+_FILE_BYTES = 4096
 
 
 class DiskRoom:
-    """Says who may store in the last part of the disk: 5 % of it, 1 GiB at most. Thread-safe.
+    """Says who may store in the last part of the disk: 5 % of its space, 1 GiB at most, and of its inodes. Thread-safe.
 
     In that part, a site may store only if it has not stored more than the average of all sites. A site that is alone
-    may use all of it.
+    may use all of it. A site that is expected and has stored nothing yet counts, too.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Watch the disk that this folder is on."""
+    def __init__(self, folder: Path, sites: Callable[[], Collection[str]]) -> None:
+        """Watch the disk that this folder is on.
+
+        Args:
+            folder: the folder.
+            sites: returns the sites that may still store something.
+        """
         self._folder = folder
+        self._sites = sites
         self._lock = threading.Lock()
         self._stored: Counter[str] = Counter()
         self._asked_at = -math.inf
         self._is_scarce = False
 
-    def allows(self, site: str, size: int) -> bool:
-        """Return whether a site may store this many bytes now, and count them if so."""
+    def allows(self, site: str, size: int, *, makes_file: bool = False) -> bool:
+        """Return whether a site may store this many bytes now, and count them if so.
+
+        Args:
+            site: the site's name.
+            size: how many bytes.
+            makes_file: whether they go to a new file. It counts as a block of the disk at least.
+        """
+        size = max(size, _FILE_BYTES) if makes_file else size
         with self._lock:
             self._look()
             stored = self._stored
-            if self._is_scarce and stored[site] * len(stored) > stored.total():
-                return False
+            if self._is_scarce and stored[site] > 0:
+                sites = len(stored.keys() | self._sites())
+                if stored[site] * sites > stored.total():
+                    return False
             stored[site] += size
             return True
 
@@ -56,4 +73,6 @@ class DiskRoom:
         except OSError:  # the next write to this disk fails as well, and its error says why
             return
         reserve = min(_RESERVE_BYTES, int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE))
-        self._is_scarce = disk.f_bavail * disk.f_frsize < reserve
+        # Some file systems have no fixed number of inodes, and say 0.
+        lacks_inodes = disk.f_files > 0 and disk.f_favail < disk.f_files * _RESERVE_SHARE
+        self._is_scarce = disk.f_bavail * disk.f_frsize < reserve or lacks_inodes

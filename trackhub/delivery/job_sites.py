@@ -46,6 +46,16 @@ class JobSites:
         with self._changed:
             return self._expected | self._heard_at.keys() | self.without_sender
 
+    def may_send_more(self) -> set[str]:
+        """Return the sites that are expected or were heard, and have not ended."""
+        with self._changed:
+            return (self._expected | self._heard_at.keys()) - self._failed.keys() - self.without_sender
+
+    def expect(self, sites: Iterable[str]) -> None:
+        """Note that these sites take part in the job."""
+        with self._changed:
+            self._expected |= set(sites)
+
     def heard(self) -> set[str]:
         """Return the sites that have sent something."""
         with self._changed:

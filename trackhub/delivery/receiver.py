@@ -76,15 +76,13 @@ _TRY_EVERY_S = 2.0  # how often a receiver that could not start tries it again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
+_MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _KnownSite:
-    """What the receiver remembers of a site: its id in the journal, its keys, and when it last warned about it.
-
-    Admission lets one request of a site in, so one thread at a time uses it.
-    """
+    """What the receiver remembers of a site. One thread at a time uses it, since admission lets one request in."""
 
     id: int | None = None
     keys: KnownKeys = field(default_factory=KnownKeys)
@@ -148,7 +146,7 @@ class Receiver:
         self.sites = JobSites(self._limits.silence_s)
         self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
         self._outcome = ""
-        self._room = DiskRoom(self.folder)
+        self._room = DiskRoom(self.folder, self.sites.may_send_more)
         self._opening = threading.RLock()
         self._try_at = 0.0
 
@@ -330,7 +328,9 @@ class Receiver:
                 return Accepted(status=self._outcome)
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
-        if not self._room.allows(site, len(chunk.data)):
+        if self._blobs.has_many_unnamed(site):
+            return Busy(_MANY_FILES)
+        if not self._room.allows(site, len(chunk.data), makes_file=chunk.offset == 0):
             return Busy(_NO_ROOM)
         reached = self._blobs.add(site, chunk)
         if reached is None:
@@ -373,9 +373,8 @@ class Receiver:
         if not self._room.allows(site, len(batch.frames)):
             return Busy(_NO_ROOM)
         # A backend needs the bytes together with the record, so no record is stored before its blobs.
-        for name in contents.blobs:
-            if not self._blobs.has(site, name):
-                return NeedBlob(name)
+        if (missing := self._blobs.missing(site, contents.blobs)) is not None:
+            return NeedBlob(missing)
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         stored = partial(federation.notify, site, digest, contents.batch.records) if federation and digest else None
@@ -387,6 +386,7 @@ class Receiver:
             )  # fmt: skip
         except TooManyStreamsError as e:
             return Refused("too_many_streams", str(e))
+        self._blobs.note_named(site, contents.blobs)
         if new:
             self._notify_lanes(site_id)
         if contents.refused:
@@ -496,5 +496,5 @@ class Receiver:
         end_lanes(self._journal, self._lanes, by_site, otherwise, deadline - time.monotonic())
         report = make_report(self._journal, self._lanes, status, sites=self.sites, job=self.job, side=self._side)
         self._journal.close()
-        self._blobs.delete_parts()
+        self._blobs.delete_unused()
         return leave_report(self.folder, report, moves_to)

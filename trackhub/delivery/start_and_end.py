@@ -92,7 +92,11 @@ def end_lanes(
             )  # fmt: skip
     # From here on, all waits together take a second at most. A second for each run would be minutes with many runs.
     journal.limit_waits(time.monotonic() + END_S)
-    # One transaction for the runs of all lanes.
+    _store_ends(journal, lanes)
+
+
+def _store_ends(journal: Journal, lanes: Iterable[Lane]) -> None:
+    """Store how the runs of all lanes ended, in one transaction."""
     ends = {key: end for lane in lanes for key, end in lane.unstored_ends().items()}
     if not ends:
         return

@@ -208,6 +208,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         set_process_spool(spool)
         if self._records_flare_metrics():
             carried_metrics.ServerMetrics(engine, self._stock)
+        self._core.sites.expect(flare_internals.participants(engine))
         channel.serve(self._core.handle)
         if warning := server_warning(
             listeners(flare_internals.components(engine)), self.take_over, has_server_side=True

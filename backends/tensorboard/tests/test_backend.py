@@ -113,6 +113,9 @@ def test_results_are_relative_to_the_run_folder(rig: Rig) -> None:
         ([({"a": 1.0}, 3), ({"a": 1.0}, 2)], True),
         ([({"a": 1.0}, 3), ({"a": 1.0, "b": 1.0}, 2)], True),
         ([({"a": 1.0}, 3), ({"b": 1.0}, 1), ({"a": 1.0, "b": 1.0}, 4), ({"b": 1.0}, 4)], True),
+        ([({"a": 1.0}, 3), ({"b": 1.0}, 1), ({"a": 1.0, "b": 1.0}, 4), ({"a": 1.0}, 5), ({"b": 1.0}, 5)], False),
+        ([({"a": 1.0}, 1), ({"b": 1.0}, 3), ({"c": 1.0, "a": 1.0, "b": 1.0}, 3)], True),
+        ([({"a": 1.0}, 1), ({"c": 1.0, "a": 1.0}, 3), ({"c": 1.0}, 3)], True),
     ],
 )
 def test_the_command_turns_the_fast_loader_off_where_it_would_hide_points(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.util import tensor_util
+from trackhub_tensorboard import events
 
 from trackhub.records import Gap
 from trackhub.spi import Artifact, Entry, Histogram, Image, Metrics, Params, RunStatus, Table, Tags, Text
@@ -53,10 +55,38 @@ def test_values_are_rounded_to_float32(rig: Rig, entry: MakeEntry, read: Read) -
     np.testing.assert_array_equal([value for _, value, _ in points(read(rig.folder()), "x")], expected)
 
 
+@pytest.mark.parametrize("keys", [100, 1000])
+def test_keys_that_are_logged_one_by_one_cost_one_event_each(
+    rig: Rig, entry: MakeEntry, monkeypatch: pytest.MonkeyPatch, keys: int
+) -> None:
+    """As ``add_scalar`` does. An event that is made anew takes most of a record's time."""
+    made: list[Event] = []
+
+    def make(*args: Any, **fields: Any) -> Event:
+        made.append(Event(*args, **fields))
+        return made[-1]
+
+    monkeypatch.setattr(events, "Event", make)
+    logged = [(f"layer/{i}", step) for step in range(3) for i in range(keys)]
+
+    rig.open().write([entry(i, Metrics({key: 1.0}), step=step) for i, (key, step) in enumerate(logged)])
+
+    assert len(made) == keys
+
+
+def test_an_encoder_keeps_few_events_however_many_keys_there_are(rig: Rig, entry: MakeEntry) -> None:
+    encoder = events.Encoder(rig.info(), [])
+
+    for i in range(10_000):
+        encoder.encode(entry(i, Metrics({f"k{i}": 1.0, "a": 1.0}), step=i))
+
+    assert sum(len(kept.slots) for kept in encoder._scalar_events.values()) <= 4096
+
+
 def test_sets_of_keys_that_take_turns_keep_their_own_values(rig: Rig, entry: MakeEntry, read: Read) -> None:
     """The encoder fills in the last event with the same keys again, and must leave nothing of the old values in it."""
     sets: list[dict[str, float]] = [{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"b": 4.0}, {"b": 5.0, "a": 6.0}, {}, {"a": 7.0}]
-    many = [{f"k{i}": float(i)} for i in range(200)]  # more sets than an encoder keeps
+    many = [{f"k{i}": float(i)} for i in range(5000)]  # more keys than an encoder keeps events for
 
     logged = [*sets, *many, *sets]
 

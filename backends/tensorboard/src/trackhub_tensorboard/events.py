@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -33,9 +33,24 @@ _TEXT = text_metadata.create_summary_metadata(display_name="", description="")
 _IMAGE = image_metadata.create_summary_metadata(display_name="", description="")
 _HISTOGRAM = histogram_metadata.create_summary_metadata(display_name="", description="")
 
-_MAX_SCALAR_EVENTS = 64  # training code logs a few sets of keys; code that invents keys must not fill the memory
+_MAX_SLOTS = 4096  # keys of all events that are kept for reuse; code that invents keys must not fill the memory
 
 _MARKDOWN = re.compile(r"[\\`*_\[\]|#]")
+
+
+class _ScalarEvent(NamedTuple):
+    """An event that is filled again for each record with the same keys.
+
+    Attributes:
+        event: the event.
+        slots: for each key, the place of its value.
+        last_step, others: the last steps of its keys, as lists of one number. Usually there is only the first one.
+    """
+
+    event: Event
+    slots: list[tuple[str, Summary.Value]]
+    last_step: list[int]
+    others: list[list[int]]
 
 
 class Encoder:
@@ -63,7 +78,8 @@ class Encoder:
         self._tags: dict[str, dict[str, str]] = {}
         for new in tags:
             self._tags.setdefault(new.kind, {})[new.key] = new.tag
-        self._scalar_events: dict[tuple[str, ...], tuple[Event, list[tuple[str, Summary.Value]], list[int]]] = {}
+        self._scalar_events: dict[tuple[str, ...], _ScalarEvent] = {}
+        self._slots = 0
         self._scalar_steps: dict[str, list[int]] = {}
         self._other_steps: dict[str, int] = {}
         self.new_tags: list[NewTag] = []
@@ -117,37 +133,45 @@ class Encoder:
         The event of the last record with these keys is used again. That takes a third of the time of a new event.
         """
         keys = tuple(values)
-        event, slots, last_step = self._scalar_events.get(keys) or self._scalar_event(keys)
+        event, slots, last_step, others = self._scalar_events.get(keys) or self._scalar_event(keys)
         if step <= last_step[0]:
             self.has_late_steps = True
         last_step[0] = step
+        for last_step in others:
+            if step <= last_step[0]:
+                self.has_late_steps = True
+            last_step[0] = step
         event.wall_time = time
         event.step = step
         for key, slot in slots:
             slot.simple_value = values[key]
         return frame(event.SerializeToString())
 
-    def _scalar_event(self, keys: tuple[str, ...]) -> tuple[Event, list[tuple[str, Summary.Value]], list[int]]:
-        last_step = self._last_step(keys)
+    def _scalar_event(self, keys: tuple[str, ...]) -> _ScalarEvent:
+        first, *others = self._last_steps(keys)
         event = Event()
         slots = [(key, event.summary.value.add(tag=self._tag("metrics", key))) for key in keys]
-        if len(self._scalar_events) >= _MAX_SCALAR_EVENTS:
+        if self._slots + len(keys) > _MAX_SLOTS:
             self._scalar_events.clear()
-        self._scalar_events[keys] = event, slots, last_step
-        return event, slots, last_step
+            self._slots = 0
+        self._slots += len(keys)
+        made = self._scalar_events[keys] = _ScalarEvent(event, slots, first, others)
+        return made
 
-    def _last_step(self, keys: tuple[str, ...]) -> list[int]:
-        """Return a list of one number: the last step of these keys.
+    def _last_steps(self, keys: tuple[str, ...]) -> list[list[int]]:
+        """Return the last steps of these keys, as lists of one number.
 
-        All keys that were logged together share one list. So a record's step is compared once, not for each key.
+        Keys that were first logged together share one list. So a record's step is usually compared once, not for each
+        key. A key keeps its list, so events that refer to it stay valid.
         """
-        found = {id(known): known for key in keys if (known := self._scalar_steps.get(key))}
-        last_step = [max((known[0] for known in found.values()), default=-1)]
-        joined = {key for key, known in self._scalar_steps.items() if id(known) in found}
-        self._scalar_steps.update(dict.fromkeys([*joined, *keys], last_step))
-        if found:  # the events made so far refer to the lists that this one replaces
-            self._scalar_events.clear()
-        return last_step
+        steps = self._scalar_steps
+        found = {id(known): known for key in keys if (known := steps.get(key))}
+        if any(key not in steps for key in keys):
+            new = [-1]
+            found[id(new)] = new
+            for key in keys:
+                steps.setdefault(key, new)
+        return list(found.values()) or [[-1]]  # metrics without keys have no last step
 
     def _add_text(self, summary: Summary, kind: str, key: str, text: str) -> None:
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=_shape(), string_val=[text.encode()])
