@@ -6,11 +6,13 @@ The receiver is called in a pool of threads, as FLARE calls it: a message waits 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from typing import Any
 import pytest
 
 from tests.hostile.hostile_site import HOSTILE, Job, batch, metrics
-from tests.unit.helpers import WAIT_S, MemoryBackend, metric
+from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import Bench
 from trackhub.delivery import wire
 from trackhub.delivery.lane.fair_turns import FairTurns
+from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads
 from trackhub.job_and_run_info import RunStatus
-from trackhub.records import Record
+from trackhub.records import Blob, Image, Params, Record
+from trackhub.spi import BackendRun, Entry
 
 POOL = 64
 """Threads in which FLARE calls a receiver (nvflare 2.9)."""
@@ -200,3 +204,44 @@ def test_at_the_end_runs_with_nothing_left_finish_before_a_flood_is_delivered(tm
     # Ten writes each, and those of a tenth of a second by which a run may be ahead; of 300.
     assert events[: ends[1]].count("flood") < 150
     assert events[ends[1] :].count("flood") > 150
+
+
+def test_large_params_of_one_site_are_not_written_again_with_each_confirmation(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.add([metrics_of("quiet", seq) for seq in range(100)], "b-quiet")
+    for seq in range(20):
+        params = Record(seq, 1000.0, None, None, Params({f"k{seq}": "x" * 200_000}))
+        bench.add([params], "a-flood")
+    backend = MemoryBackend(changing_params=False)
+    bench.lane(backend)
+
+    bench.finish()
+
+    assert {site: len(entries) for site, entries in backend.stored.items()} == {"a-flood": 20, "b-quiet": 100}
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackhub.db")) as db:
+        (largest,) = db.execute("SELECT max(length(progress)) FROM runs").fetchone()
+    assert largest < 10_000
+
+
+def test_files_of_a_quiet_site_wait_for_one_file_of_a_flooding_one(tmp_path: Path) -> None:
+    order: list[int] = []
+    all_there, both_done = threading.Event(), threading.Event()
+
+    class Run(BackendRun):
+        def __init__(self, site: int) -> None:
+            self._site = site
+
+        def write(self, batch: Sequence[Entry]) -> None:
+            assert all_there.wait(WAIT_S)
+            order.append(self._site)
+
+    uploads = FileUploads("memory", lambda site: both_done.set() if len(order) == 35 else None)
+    flood, quiet = FileQueue(uploads, 1), FileQueue(uploads, 2)
+    for queue, files in ((flood, 30), (quiet, 5)):
+        image = Image("k", Blob(f"{STREAM}-0", 1, "0" * 64, "image/png"), 1, 1)
+        queue.add(Run(queue.site_id), [Entry(i, 1000.0, i, None, image, STREAM, i) for i in range(files)])
+    all_there.set()
+
+    assert both_done.wait(WAIT_S)
+    uploads.stop(WAIT_S)
+    assert order[:12].count(2) == 5

@@ -185,3 +185,18 @@ def test_an_adaptation_that_goes_on_from_a_memory_gives_the_same_entries(calls: 
     found = [second.adapt(stream, record, record.seq) for stream, record in records[cut:]]
 
     assert repr(found) == repr(expected[cut:])
+
+
+def test_long_values_of_params_are_remembered_by_a_digest() -> None:
+    adaptation = Adaptation(can(changing_params=False))
+    for i in range(20):
+        adapt(adaptation, Params({f"k{i}": f"{i}" + "x" * 100_000}))
+    memory = adaptation.memory()
+
+    later = Adaptation(can(changing_params=False), memory)
+
+    assert len(memory) < 2000
+    assert isinstance(adapt(later, Params({"k3": "3" + "x" * 100_000}))[0], Entry)
+    changed, _ = adapt(later, Params({"k3": "3" + "x" * 99_999 + "y"}))
+    assert isinstance(changed, Rejection)
+    assert changed.reason == "param_changed"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -249,3 +250,43 @@ def test_a_count_by_the_ledgers_needs_no_look_at_the_records(tmp_path: Path) -> 
             batch = reader.next_batch(20, 1 << 20)
             assert batch is not None
             reader.settle(batch, {"refused": batch.records} if n == 2 else None)
+
+
+class Work:
+    """Counts the calls of functions, Python's and C's, that this thread makes: the work, whatever a machine's speed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __enter__(self) -> Work:
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: object, event: str, argument: object) -> None:
+        self.calls += event in ("call", "c_call")
+
+
+@pytest.mark.long
+def test_the_work_for_a_short_lived_writer_does_not_grow_with_those_before_it(tmp_path: Path) -> None:
+    """Each logs a few records and ends. The reader takes them up as it does while a job runs."""
+    new_spool(tmp_path)
+    reader = SpoolReader(tmp_path, "server")
+    by_hundred, looked_at = [], []
+    for _ in range(20):
+        with Work() as work:
+            for _ in range(100):
+                ended(tmp_path, 5)
+                settle_all(reader)
+                pass_over(reader)
+        by_hundred.append(work.calls)
+        looked_at.append(len(list(tmp_path.iterdir())))
+
+    assert add_up(reader.counts().values()).acked == 2000 * 5
+    assert max(by_hundred[2:]) < 1.5 * by_hundred[1], by_hundred
+    assert max(looked_at) < 200, "the files of ended writers stay"
+    with Work() as idle:
+        assert settle_all(reader) == 0
+    assert idle.calls < 500, "a look at an idle spool"

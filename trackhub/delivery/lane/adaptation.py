@@ -8,6 +8,7 @@ become the same entries.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 
 __all__ = ["Adaptation"]
 
+_DIGEST_BYTES = 32
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
@@ -29,7 +31,7 @@ class _Memory(msgspec.Struct):
     Attributes:
         ordinals: for each stream and key, how many records without a step there were.
         last_steps: key to the highest step, for backends that cannot store late steps.
-        params: key to the first value, encoded, for backends that cannot change it.
+        params: key to the first value, encoded, for backends that cannot change it. A digest stands for a long value.
     """
 
     ordinals: dict[str, dict[str, int]] = {}
@@ -125,7 +127,7 @@ class Adaptation:
     ) -> tuple[Entry | Rejection, list[str]]:
         known = self._memory.params
         # Compare the encoded values. There NaN is equal to itself, and 1, 1.0 and True differ, as they do in a store.
-        new = {key: _encode(value) for key, value in payload.values.items()}
+        new = {key: _value_or_digest(value) for key, value in payload.values.items()}
         changed = [key for key, value in new.items() if known.get(key, value) != value]
         if changed:
             kept = {key: value for key, value in payload.values.items() if key not in changed}
@@ -135,6 +137,13 @@ class Adaptation:
             altered.append("param_changed")
         known.update({key: new[key] for key in payload.values})
         return Entry(position, record.time, None, record.round, payload, stream, record.seq), altered
+
+
+def _value_or_digest(value: object) -> bytes:
+    """Return an encoded value, or a digest of it. No encoded value is as long as a digest."""
+    encoded = _encode(value)
+    # The memory is stored with each confirmation. With the values in it, a few large ones would cost gigabytes.
+    return encoded if len(encoded) < _DIGEST_BYTES else hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).digest()
 
 
 class _Keys:
