@@ -20,6 +20,7 @@ from trackhub_wandb.offline_readback import LoggedRun, find_runs
 
 from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator
+from trackhub.plain_files import find_way_out
 from trackhub.spi import (
     Artifact,
     Histogram,
@@ -69,6 +70,21 @@ def test_run_is_named_by_job_and_site_and_grouped_by_job(rig: Rig) -> None:
         "host": "",
     }
     assert logged.tags == ["pilot"]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_nothing_in_a_runs_folder_leads_out_of_it(rig: Rig, ended: bool) -> None:
+    """The SDK links to a log in the user's home. A replay of a killed job refuses such links."""
+    backend = rig.backend(mode="offline")
+    run = backend.open_run(rig.info())
+    run.write([entry(0, Metrics({"loss": 1.0}))])
+    run.flush()
+    if ended:
+        run.finish(RunStatus.FINISHED)
+
+    assert find_way_out(rig.wandb_dir) == ""
+    assert list(rig.wandb_dir.rglob("logs")) != []
+    backend.close()
 
 
 def test_environment_fills_what_the_options_leave_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

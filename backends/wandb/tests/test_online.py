@@ -17,6 +17,7 @@ from trackhub_wandb import WandBBackend
 
 from backends.wandb.tests.conftest import T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import ENTITY, Emulator
+from trackhub.plain_files import find_way_out
 from trackhub.spi import (
     Artifact,
     Histogram,
@@ -110,6 +111,18 @@ def test_site_that_did_not_finish_ends_as_failed_or_crashed(
     run.finish(status)
     held = emulator.state.run(rig.info().run_id)
     assert (held.state, held.exit_code) == shown
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_nothing_in_a_runs_folder_leads_out_of_it(online: Online, rig: Rig, ended: bool) -> None:
+    """A replay of the job refuses links that do."""
+    run = online().open_run(rig.info())
+    run.write([entry(0, Artifact("a", rig.blob(b"x", "application/octet-stream"), "a.bin"))])
+    run.flush()
+    if ended:
+        run.finish(RunStatus.FINISHED)
+
+    assert find_way_out(rig.wandb_dir) == ""
 
 
 def test_new_value_of_a_nested_param_replaces_the_old_one_at_the_server(

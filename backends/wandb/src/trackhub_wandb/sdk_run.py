@@ -36,7 +36,7 @@ from trackhub.spi import (
 from trackhub_wandb.artifact_uploads import ArtifactUpload
 from trackhub_wandb.image_without_decoder import image_of_file
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
-from trackhub_wandb.sdk_start_and_stop import remove_from_config
+from trackhub_wandb.sdk_start_and_stop import remove_from_config, remove_links
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +164,7 @@ class SdkRun:
         if self._summary:  # W&B replaces a key's final value by its last row
             self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
+        remove_links(self.run.settings.root_dir, self.run.id)
 
     def _store(self, entry: Entry) -> None:
         payload = entry.payload

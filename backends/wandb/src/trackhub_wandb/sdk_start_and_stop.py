@@ -13,11 +13,11 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
     from types import ModuleType
 
     from wandb.sdk.wandb_run import Run
@@ -30,6 +30,7 @@ __all__ = [
     "import_sdk",
     "open_sdk_run",
     "remove_from_config",
+    "remove_links",
     "service_is_lost",
     "stop_service",
 ]
@@ -154,7 +155,24 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
         except BaseException:
             _forget_unopened(wandb, settings["run_id"])
             raise
+        finally:
+            remove_links(settings["root_dir"], settings["run_id"])
         return run
+
+
+def remove_links(root_dir: str, run_id: str) -> None:
+    """Remove the links to the log of the SDK's service from a run's folders.
+
+    They name a file of this machine. `trackhub replay` refuses links that lead out of a job's folder.
+
+    Args:
+        root_dir: the folder in which the SDK has its folder ``wandb``.
+        run_id: the run's id.
+    """
+    with contextlib.suppress(OSError):
+        for path in Path(root_dir, "wandb").glob(f"*run-*-{run_id}*/logs/*"):
+            if path.is_symlink():
+                path.unlink()
 
 
 def remove_from_config(run: Run, keys: Sequence[str]) -> None:
