@@ -8,6 +8,7 @@ own backends are found in the same way. The receiver, `trackhub.flare.recipe` an
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import logging
 import os
@@ -112,6 +113,7 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[A
         BackendConflictError: several distributions provide it.
         BackendLoadError: it does not import, or is not a usable backend class.
         IncompatibleBackendError: it was written for another version of the SPI.
+        OSError: the process has too many open files, so nobody knows what is installed.
     """
     return load_entry(name, available(), allowed=allowed)
 
@@ -326,7 +328,9 @@ def _entry_points() -> Iterator[tuple[str, str, str, str]]:
                 continue
             for point in distribution.entry_points.select(group=GROUP):
                 yield point.name, distribution.name, distribution.version or "unknown", point.value
-        except Exception:  # noqa: BLE001 - metadata that is malformed or half removed must not hide other plugins
+        except Exception as error:  # metadata that is malformed or half removed must not hide other plugins
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # nothing can be read now, so no backend is missing for that
             _log.warning("the metadata of %s cannot be read; its backends are not seen", distribution, exc_info=True)
 
 

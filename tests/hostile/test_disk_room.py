@@ -20,7 +20,6 @@ MB = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(disk_room, "_ASK_EVERY_S", 0.0)
     monkeypatch.setattr(disk_room, "_RESERVE_SHARE", 0.25)
     with small_disk(tmp_path / "disk", 40 * MB) as path:
         yield path
@@ -82,10 +81,7 @@ def send_tiny_blobs(job: Job, most: int) -> tuple[int, wire.Reply]:
     return most, wire.Accepted()
 
 
-def test_a_site_that_makes_many_files_leaves_inodes_for_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk_room, "_ASK_EVERY_S", 0.0)
+def test_a_site_that_makes_many_files_leaves_inodes_for_the_others(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 200 * MB, inodes=1000) as disk:
         job = Job(disk / "run")
         job.log_honestly()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,3 +244,34 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.01)
+
+
+OUT_OF_FILES = """
+import os, resource, sys, time
+from pathlib import Path
+import trackhub
+folder = Path(sys.argv[1])
+trackhub.local(["jsonl"], folder=folder / "warm").close()
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(10)]
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, hard))
+writer = trackhub.local(["jsonl"], folder=folder, job="j")
+writer.log({"a": 1.0}, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+deadline = time.monotonic() + 30
+while not (folder / "j" / "jsonl" / "j" / "local.jsonl").exists() and time.monotonic() < deadline:
+    writer.log({"late": 1.0})
+    time.sleep(0.05)
+writer.close()
+at_site, run = writer.report.sites["local"].at_site, writer.report.lanes["jsonl"]["local"]
+assert at_site.logged == at_site.acked + sum(at_site.dropped.values())
+assert run.confirmed == at_site.acked > 0
+"""
+
+
+@pytest.mark.long
+def test_a_script_without_a_free_descriptor_goes_on_and_is_delivered_once_there_are_some(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OUT_OF_FILES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "cannot start yet: [Errno 24] Too many open files" in done.stderr

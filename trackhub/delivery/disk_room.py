@@ -42,6 +42,8 @@ class DiskRoom:
         self._lock = threading.Lock()
         self._stored: Counter[str] = Counter()
         self._asked_at = -math.inf
+        self._room_bytes = 0.0
+        self._room_files = 0.0
         self._is_scarce = False
 
     def allows(self, site: str, size: int, *, makes_file: bool = False) -> bool:
@@ -61,11 +63,14 @@ class DiskRoom:
                 if stored[site] * sites > stored.total():
                     return False
             stored[site] += size
+            self._room_bytes -= size
+            self._room_files -= makes_file
             return True
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._asked_at < _ASK_EVERY_S:
+        # A site may use up a small disk within a second. So look again also when the room of the last look is stored.
+        if now - self._asked_at < _ASK_EVERY_S and self._room_bytes > 0 and self._room_files > 0:
             return
         self._asked_at = now
         try:
@@ -73,6 +78,7 @@ class DiskRoom:
         except OSError:  # the next write to this disk fails as well, and its error says why
             return
         reserve = min(_RESERVE_BYTES, int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE))
+        self._room_bytes = disk.f_bavail * disk.f_frsize - reserve
         # Some file systems have no fixed number of inodes, and say 0.
-        lacks_inodes = disk.f_files > 0 and disk.f_favail < disk.f_files * _RESERVE_SHARE
-        self._is_scarce = disk.f_bavail * disk.f_frsize < reserve or lacks_inodes
+        self._room_files = disk.f_favail - disk.f_files * _RESERVE_SHARE if disk.f_files else math.inf
+        self._is_scarce = self._room_bytes <= 0 or self._room_files <= 0
