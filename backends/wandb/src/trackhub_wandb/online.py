@@ -130,9 +130,9 @@ class OnlineRun(BackendRun):
             TransientError: the server did not confirm in time, or cannot be asked.
         """
         with self._lock:
-            return self._flush()
+            return self._confirm_all()
 
-    def _flush(self) -> Confirmation:
+    def _confirm_all(self) -> Confirmation:
         run = self._opened()
         deadline = time.monotonic() + self._options.flush_timeout_s
         wait = threading.Event().wait
@@ -158,9 +158,9 @@ class OnlineRun(BackendRun):
             TransientError: the SDK failed, or the server did not answer in time.
         """
         with self._lock:
-            self._finish(status)
+            self._end(status)
 
-    def _finish(self, status: RunStatus) -> None:
+    def _end(self, status: RunStatus) -> None:
         if self._ended:
             return
         run, self._run = self._opened(), None
