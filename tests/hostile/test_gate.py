@@ -27,6 +27,7 @@ from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.replay import replay_journal
 from trackhub.delivery.report import format_report
+from trackhub.errors import ConfigError
 from trackhub.framing import decode_body, encode_frame
 from trackhub.job_and_run_info import Side
 from trackhub.printable import printable
@@ -216,9 +217,11 @@ def test_a_link_among_the_blobs_of_a_journal_from_elsewhere_is_not_followed(job:
     stored.unlink()
     stored.symlink_to(secret)
 
-    report = replay_journal(
-        tmp_path / "run" / "trackhub" / "trackhub.db", from_start=True, backends={"jsonl": {"path": "again"}}
-    )
+    journal, backends = tmp_path / "run" / "trackhub" / "trackhub.db", {"jsonl": {"path": "again"}}
+    with pytest.raises(ConfigError, match="symbolic link"):
+        replay_journal(journal, from_start=True, backends=backends)
+    # A journal that the operator trusts is replayed, and the link is not followed all the same.
+    report = replay_journal(journal, from_start=True, backends=backends, operator=None)
 
     assert report.lanes["jsonl"][HOSTILE].rejected == {"permanent_error": 1}
 
