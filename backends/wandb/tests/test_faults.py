@@ -180,8 +180,10 @@ def kill_service() -> None:
     done = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()]
     (pid,) = [int(row[0]) for row in rows if row[1] == str(os.getpid()) and "wandb-core" in row[2]]
+    before = services()
     os.kill(pid, signal.SIGKILL)
-    while not service_is_lost():
+    # Another thread may notice it first, and start a new service.
+    while not service_is_lost() and services() == before and os.path.exists(f"/proc/{pid}"):
         time.sleep(0.01)
 
 
