@@ -7,6 +7,7 @@ A job, the environment and `trackhub.local` set them. Sender, receiver and lanes
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_type_hints
 
@@ -121,16 +122,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
             raise ConfigError(f"limits.{unknown[0]}: unknown limit; there are: {', '.join(cls.__struct_fields__)}")
-        found = {}
-        for name in cls.__struct_fields__:
-            variable = ENV_PREFIX + name.upper()
-            if environ is not None and variable in environ and name not in values:
-                try:
-                    convert({name: environ[variable]}, cls, "limits")
-                except ConfigError as error:
-                    raise ConfigError(f"the environment variable {variable}: {error}") from error
-                found[name] = environ[variable]
-        return convert({**found, **values}, cls, "limits")
+        variables = {name: ENV_PREFIX + name.upper() for name in cls.__struct_fields__ if name not in values}
+        found = (
+            {name: environ[variable] for name, variable in variables.items() if variable in environ} if environ else {}
+        )
+        try:
+            return convert({**found, **values}, cls, "limits")
+        except ConfigError as error:
+            guilty = [variables[name] for name in found if re.search(rf"\blimits\.{name}\b", str(error))]
+            if not guilty:
+                raise
+            raise ConfigError(f"the environment variable {' or '.join(guilty)}: {error}") from error
 
 
 def _check(name: str, value: Any, number: type, allowed: _Range) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,28 @@ def test_the_environment_gives_limits_that_are_not_given_otherwise() -> None:
     limits = Limits.from_mapping({"deadline_s": 5}, environ=environ)
 
     assert (limits.gate_s, limits.deadline_s, limits.barrier_s) == (3.0, 5.0, 10.0)
+
+
+def test_limits_of_the_environment_that_fit_each_other_are_checked_together() -> None:
+    limits = Limits.from_mapping({}, environ={"TRACKHUB_KEEPALIVE_S": "0.2", "TRACKHUB_SILENCE_S": "1"})
+
+    assert (limits.keepalive_s, limits.silence_s) == (0.2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"TRACKHUB_GATE_S": "soon", "TRACKHUB_DEADLINE_S": "4"}, "the environment variable TRACKHUB_GATE_S: "),
+        ({"TRACKHUB_SILENCE_S": "1"}, "the environment variable TRACKHUB_SILENCE_S: "),
+        (
+            {"TRACKHUB_SILENCE_S": "1", "TRACKHUB_KEEPALIVE_S": "0.6"},
+            "the environment variable TRACKHUB_KEEPALIVE_S or TRACKHUB_SILENCE_S: ",
+        ),
+    ],
+)
+def test_a_wrong_limit_of_the_environment_is_named_with_its_variable(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        Limits.from_mapping({}, environ=environ)
 
 
 def test_flags_toml_and_mapping_give_the_same_configuration(tmp_path: Path) -> None:

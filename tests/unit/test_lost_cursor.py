@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,10 +158,10 @@ def block_reads(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Have each open of this file fail, as for a file of another user. Root may read everything."""
     plain = os.open
 
-    def refuse(file: object, *arguments: int) -> int:
+    def refuse(file: Any, *arguments: Any, **options: Any) -> int:
         if str(file) == str(path):
             raise PermissionError(13, "Permission denied", str(path))
-        return plain(file, *arguments)  # type: ignore[arg-type]
+        return plain(file, *arguments, **options)
 
     monkeypatch.setattr("trackhub.spool.stream_reader.os.open", refuse)
 
