@@ -61,4 +61,4 @@ def count_wandb(folder: Path, key: str = "") -> int:
     records = (record for path in folder.rglob("*.wandb") for record in read_records(path))
     rows = (record.history for record in records if record.HasField("history"))
     keys = ([item.key or "/".join(item.nested_key) for item in row.item] for row in rows)
-    return sum(any(key in found for found in row) and not row[0].startswith("fl/") for row in keys)
+    return sum(any(key in found for found in row) and not any(found.startswith("fl/") for found in row) for row in keys)
