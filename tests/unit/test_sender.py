@@ -105,6 +105,19 @@ def test_the_records_stay_in_the_spool_when_the_receiver_refuses_the_site(rig: S
     assert (counts.logged, counts.spooled, counts.acked) == (10, 10, 0)
 
 
+def test_what_a_receiver_says_reaches_no_terminal_as_a_command(
+    rig: SenderRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def channel(data: bytes, timeout_s: float) -> bytes:
+        return wire.encode(wire.Refused("version", "too\x1b[2J old\nfake line"))
+
+    log(rig.spool, 10)
+    rig.sender(channel).close(0.5)
+
+    assert "too\\x1b[2J old\\nfake line" in caplog.text
+    assert "\x1b" not in caplog.text
+
+
 def test_flush_waits_for_a_silent_receiver_once_until_it_replies_again(rig: SenderRig) -> None:
     silent = threading.Event()
     silent.set()

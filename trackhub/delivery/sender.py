@@ -36,6 +36,7 @@ from trackhub.delivery.wire import (
 from trackhub.errors import SpoolError
 from trackhub.job_and_run_info import RunStatus
 from trackhub.limits import Limits
+from trackhub.printable import printable
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
@@ -345,9 +346,9 @@ class Sender:
         reply = self._exchange.ask(self._session.hello())
         if isinstance(reply, Refused):
             self._refused = reply
-            _log.error("the receiver refuses site %s (%s): %s; its records stay in %s. Remove the cause, and deliver "
-                       "them with `trackhub replay %s` after the job", self.site, reply.reason, reply.detail,
-                       self.folder, self.folder)  # fmt: skip
+            _log.error("the receiver refuses site %s %s; its records stay in %s. Remove the cause, and deliver them "
+                       "with `trackhub replay %s` after the job", self.site, reply.cause(), self.folder,
+                       self.folder)  # fmt: skip
             return False
         self._session.is_greeted = reply is not None
         return self._session.is_greeted
@@ -427,13 +428,12 @@ class Sender:
         refused: Mapping[str, int] = {}
         if isinstance(reply, Refused):
             refused = {reply.reason: batch.records}
-            _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site, reply.reason,
-                       reply.detail)  # fmt: skip
+            _log.error("the receiver refused %d records of site %s %s", batch.records, self.site, reply.cause())
         elif isinstance(reply, Accepted) and reply.refused and sum(reply.refused.values()) <= batch.records:
             refused = reply.refused
             _log.error(
                 "the receiver refused some of %d records of site %s, by reason: %s; see docs/delivery.md",
-                batch.records, self.site, ", ".join(f"{reason} {n}" for reason, n in refused.items()),
+                batch.records, self.site, printable(", ".join(f"{reason} {n}" for reason, n in refused.items())),
             )  # fmt: skip
         self._settle(batch, refused)
         return True

@@ -259,6 +259,10 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
     reason: str
     detail: str = ""
 
+    def cause(self) -> str:
+        """Return both for a log. A receiver may send any text, also such that a terminal obeys."""
+        return printable(f"({self.reason}): {self.detail}")
+
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """The receiver cannot accept the request now: it starts or closes, or its disk is full. Send it again later."""
