@@ -44,6 +44,7 @@ from trackhub.records import (
     Tags,
     Text,
 )
+from trackhub.runnable_commands import runnable
 
 __all__ = [
     "ANY_KEY",
@@ -301,15 +302,15 @@ class Results(msgspec.Struct, frozen=True):
     command: str | None = None
 
     def resolved(self, run_folder: Path) -> Results:
-        """Return a copy with an absolute path and a command that works in any folder.
+        """Return a copy with an absolute path and a command that works in any folder, and in any shell of this user.
 
         Args:
             run_folder: where the job's run folder lies now.
         """
         path = None if self.path is None else str(run_folder.absolute() / self.path)
         go_there = f"cd {shlex.quote(str(run_folder.absolute()))} && "
-        command = None if self.command is None else "\n".join(go_there + line for line in self.command.split("\n"))
-        return Results(self.url, path, command)
+        lines = None if self.command is None else [go_there + runnable(line) for line in self.command.split("\n")]
+        return Results(self.url, path, None if lines is None else "\n".join(lines))
 
     def openings(self) -> list[str]:
         """Return what a person is shown: the commands, or else the page, or else the path. Empty if there is none."""

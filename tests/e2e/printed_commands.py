@@ -47,20 +47,27 @@ def openings(screen: str) -> list[tuple[str, str]]:
 
 
 class Shell:
-    """A shell of somebody who looks at a job: in a folder of its own, with a login at the W&B server."""
+    """A shell of somebody who looks at a job: in a folder of its own, with a login at the W&B server.
+
+    No environment is activated in it, unless ``activate`` is called: PATH is that of these tests.
+    """
 
     def __init__(self, folder: Path, wandb: Emulator) -> None:
         """Use the folder, which may not exist yet."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._wandb = wandb
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         login = {"WANDB_BASE_URL": wandb.url, "WANDB_API_KEY": wandb.state.api_key}
         # MLflow's own setting, in place of 5000, which another test may use at the same time.
-        self._environment = {**os.environ, **login, "PATH": path, "MLFLOW_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **login, "MLFLOW_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+
+    def activate(self) -> None:
+        """Activate the environment of this Python, as the harness does for the processes of a job."""
+        path = [str(Path(sys.executable).parent), self._environment["PATH"]]
+        self._environment["PATH"] = os.pathsep.join(path)
 
     def run(self, command: str) -> str:
         """Run a command line to its end, and return what it printed."""
@@ -78,7 +85,7 @@ class Shell:
         if backend == "all together":
             self.run(opening)
             return _of_page(self._folder / "report.html", key)
-        if " wandb leet " in opening:
+        if "wandb leet " in opening:
             return self._seen_on_a_terminal(opening, key)
         if backend == "wandb":
             before = set(self._wandb.state.runs)

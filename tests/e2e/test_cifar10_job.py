@@ -129,7 +129,7 @@ def test_the_last_screen_has_each_sites_last_metrics_and_the_final_models_accura
 
 
 def test_the_command_that_opens_the_results_names_the_folder_with_every_run(both_sides: Finished) -> None:
-    command = re.search(r"^  tensorboard: cd (\S+) && tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
+    command = re.search(r"^  tensorboard: cd (\S+) && \S*tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
 
     assert command is not None
     assert {path.parent.name for path in Path(command[1], command[2]).rglob("events.*")} == {

@@ -16,6 +16,7 @@ from tests.e2e.stores import BACKENDS, own_home
 from tests.integration.harness import Job
 from tests.integration.poc import Poc, poc, wandb
 from tests.support.wandb_emulator import Emulator
+from trackhub.runnable_commands import runnable
 
 __all__ = ["poc", "wandb"]  # the fixtures that the tests below ask for
 
@@ -63,6 +64,8 @@ def check_all_shown(shell: Shell, screen: str, *, alone: bool) -> None:
 
 
 def test_what_the_log_of_a_job_prints_at_its_end_shows_the_curves(shell: Shell, tmp_path: Path) -> None:
+    shell.activate()
+
     result = Job(tmp_path / "job", TRAINER, {"server": BACKENDS, "federation": False}).run()
 
     assert result.rc == 0, result.log[-3000:]
@@ -75,11 +78,11 @@ def test_what_a_copy_of_a_job_of_clients_only_prints_shows_the_curves(shell: She
     copy = Path(shutil.copytree(result.workspace, tmp_path / "a copy"))
     shutil.rmtree(tmp_path / "job")
 
-    check_all_shown(shell, shell.run(f"trackhub status {shlex.quote(str(copy))}"), alone=True)
+    check_all_shown(shell, shell.run(f"{runnable('trackhub')} status {shlex.quote(str(copy))}"), alone=True)
 
 
 def test_what_a_downloaded_job_prints_shows_the_curves(poc: Poc, shell: Shell, tmp_path: Path) -> None:
     result = poc.run(Job(tmp_path / "job", TRAINER, {"server": BACKENDS, "federation": False}).export())
 
     assert result.status == "FINISHED:COMPLETED"
-    check_all_shown(shell, shell.run(f"trackhub status {shlex.quote(str(result.server))}"), alone=False)
+    check_all_shown(shell, shell.run(f"{runnable('trackhub')} status {shlex.quote(str(result.server))}"), alone=False)

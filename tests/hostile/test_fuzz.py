@@ -306,18 +306,25 @@ PARTS = 50
 
 
 @pytest.fixture(scope="module")
-def sdk_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for temporary files. W&B's SDK has one process for all jobs, which goes on to use that of the first."""
+def sdk_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """Folders for temporary files. W&B's SDK has one process for all jobs, which goes on to use that of the first.
+
+    The SDK makes another one when it is imported, which an earlier test may have done.
+    """
     folder = tmp_path_factory.mktemp("sdk")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
-        yield folder
+        from wandb.sdk.data_types._private import MEDIA_TMP
+
+        yield [folder, Path(MEDIA_TMP.name)]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 100 + PARTS), ids=lambda seed: f"part-{seed - 99}-of-{PARTS}")
-def test_100_000_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, sdk_files: Path, seed: int) -> None:
-    attack(tmp_path, seed, 100_000 // PARTS, ALL_BACKENDS, sdk_files)
+def test_100_000_random_requests_of_one_site_cost_the_other_nothing(
+    tmp_path: Path, sdk_files: list[Path], seed: int
+) -> None:
+    attack(tmp_path, seed, 100_000 // PARTS, ALL_BACKENDS, *sdk_files)
 
 
 odd_values = st.recursive(

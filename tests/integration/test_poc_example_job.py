@@ -56,7 +56,7 @@ def commands(screen: str) -> dict[str, list[str]]:
 
 def train_steps(opening: str, site: str) -> list[int | None]:
     """Return the steps of a site's training loss, as TensorBoard's own reader finds them where the command opens it."""
-    command = re.search(r"^  tensorboard: cd (\S+) && tensorboard --logdir (\S+)$", opening, re.MULTILINE)
+    command = re.search(r"^  tensorboard: cd (\S+) && \S*tensorboard --logdir (\S+)$", opening, re.MULTILINE)
     assert command is not None, opening
     (run_folder,) = Path(command[1], command[2]).glob(f"*/{site}")
     return [point.step for point in read_tensorboard(run_folder) if point.key == "train/loss"]

@@ -18,6 +18,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.report import format_report, read_report
 from trackhub.delivery.wire import Batch, Final, SiteCounts
+from trackhub.runnable_commands import runnable
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
@@ -262,5 +263,5 @@ def test_one_command_shows_what_several_receivers_have_together(tmp_path: Path) 
 
     several, one = status(tmp_path), status(tmp_path / "site-1")
 
-    assert several.stdout.splitlines()[-1] == f"all together: trackhub report {tmp_path}"
+    assert several.stdout.splitlines()[-1] == f"all together: {runnable('trackhub report')} {tmp_path}"
     assert "all together" not in one.stdout

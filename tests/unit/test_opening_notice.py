@@ -21,14 +21,12 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def test_a_command_that_opens_all_sites_is_said_once(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    notice = OpeningNotice("tensorboard", tmp_path)
+    notice = OpeningNotice("acme", tmp_path)
 
     for site in range(5):
-        notice.note(site, Results(path=f"tensorboard/site-{site}", command="tensorboard --logdir tensorboard"))
+        notice.note(site, Results(path=f"acme/site-{site}", command="acme-show all"))
 
-    assert said.messages == [
-        f"look at this job in tensorboard, while it runs:\n  cd {tmp_path} && tensorboard --logdir tensorboard"
-    ]
+    assert said.messages == [f"look at this job in acme, while it runs:\n  cd {tmp_path} && acme-show all"]
 
 
 def test_a_thousand_runs_of_their_own_get_four_lines(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trackhub.delivery import DeliveryReport, RunReport, SiteCounts, SiteReport, format_results
 from trackhub.delivery.report import resolve_results
+from trackhub.runnable_commands import runnable
 from trackhub.spi import Results
 
 
@@ -99,7 +100,7 @@ def test_what_several_receivers_have_opens_together_by_one_command(tmp_path: Pat
 
     lines = format_results(reports).splitlines()
 
-    assert lines[-1] == f"  all together: trackhub report '{tmp_path}/my job'"
+    assert lines[-1] == f"  all together: {runnable('trackhub report')} '{tmp_path}/my job'"
 
 
 def test_each_of_several_commands_is_a_line_and_what_opens_all_runs_is_there_once(tmp_path: Path) -> None:

@@ -100,6 +100,23 @@ def test_results_lead_to_a_run_also_after_its_folder_was_moved(tmp_path: Path) -
     assert subprocess.run(resolved.command, shell=True, capture_output=True, check=True, cwd="/").stdout == b"found"
 
 
+def test_a_command_runs_as_printed_where_no_environment_is_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "an environment").mkdir()
+    program = tmp_path / "an environment" / "acme-show"
+    program.write_text("#!/bin/sh\nprintf shown:$1")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+
+    command = Results(command="acme-show a").resolved(tmp_path).command
+
+    assert command is not None
+    assert subprocess.run(command, shell=True, capture_output=True, check=True, cwd="/").stdout == b"shown:a"
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    assert Results(command="acme-show a").resolved(tmp_path).command == f"cd {tmp_path} && acme-show a"
+
+
 def test_a_path_outside_the_run_folder_is_shown_whole(tmp_path: Path) -> None:
     where = context(tmp_path / "run")
     outside = tmp_path / "runs" / "x"  # begins like the run folder's name

@@ -21,6 +21,7 @@ from trackhub.job_and_run_info import JobInfo
 from trackhub.plain_files import open_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.printable import printable
+from trackhub.runnable_commands import runnable
 from trackhub.spi import Results
 
 __all__ = [
@@ -397,7 +398,7 @@ def format_together(folders: Sequence[str]) -> list[str]:
     """
     if len(set(folders)) < 2:
         return []
-    return [f"  all together: trackhub report {shlex.quote(printable(os.path.commonpath(folders)))}"]
+    return [f"  all together: {runnable('trackhub report')} {shlex.quote(printable(os.path.commonpath(folders)))}"]
 
 
 def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, str]:

@@ -346,8 +346,8 @@ class Sender:
         reply = self._exchange.ask(self._session.hello())
         if isinstance(reply, Refused):
             self._refused = reply
-            _log.error("the receiver refuses site %s %s; its records stay in %s. Remove the cause, and deliver them "
-                       "with `trackhub replay %s` after the job", self.site, reply.cause(), self.folder,
+            _log.error("the receiver refuses site %s (%s): %s; its records stay in %s. Remove the cause, and deliver "
+                       "them with `trackhub replay %s` after the job", self.site, *reply.printable(), self.folder,
                        self.folder)  # fmt: skip
             return False
         self._session.is_greeted = reply is not None
@@ -428,7 +428,8 @@ class Sender:
         refused: Mapping[str, int] = {}
         if isinstance(reply, Refused):
             refused = {reply.reason: batch.records}
-            _log.error("the receiver refused %d records of site %s %s", batch.records, self.site, reply.cause())
+            _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site,
+                       *reply.printable())  # fmt: skip
         elif isinstance(reply, Accepted) and reply.refused and sum(reply.refused.values()) <= batch.records:
             refused = reply.refused
             _log.error(

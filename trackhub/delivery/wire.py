@@ -259,9 +259,9 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
     reason: str
     detail: str = ""
 
-    def cause(self) -> str:
-        """Return both for a log. A receiver may send any text, also such that a terminal obeys."""
-        return printable(f"({self.reason}): {self.detail}")
+    def printable(self) -> tuple[str, str]:
+        """Return reason and detail for a log. A receiver may send any text, also such that a terminal obeys."""
+        return printable(self.reason), printable(self.detail)
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):

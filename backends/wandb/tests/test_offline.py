@@ -383,7 +383,8 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
     shutil.rmtree(rig.blobs)
     rig.folder.rename(moved)
     shows, uploads = results.resolved(moved).openings()
-    assert shows == f"cd '{moved}' && wandb leet wandb"
+    assert shows.startswith(f"cd '{moved}' && ")
+    assert shows.endswith("wandb leet wandb")
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
