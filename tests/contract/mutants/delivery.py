@@ -154,7 +154,11 @@ class _FailsFirst(Tampered):
         return super().write(batch)
 
 
-@caught_by("test_transient_errors_lose_nothing", "test_unknown_errors_lose_nothing")
+@caught_by(
+    "test_transient_errors_lose_nothing",
+    "test_unknown_errors_lose_nothing",
+    also=("test_redelivery_after_an_error_as_declared", "test_records_of_a_newer_trackhub_are_rejected"),
+)
 class FailsForNoReason(Bad):
     run = _FailsFirst
 
