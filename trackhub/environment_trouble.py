@@ -29,7 +29,7 @@ _ERRNOS = frozenset(
 )
 
 # SQLite reports a full disk also as an error of its shared memory or of its log, and too many open files as CANTOPEN.
-# The journal's file itself is opened before, so a path that is wrong shows as an OSError.
+# The journal's file is opened before SQLite opens it, so a wrong path shows as an OSError.
 _SQLITE_CODES = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY}
 )

@@ -101,7 +101,7 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
             continue
         frame = file.read(length - 2)
         if len(frame) < 5 or size is not None:
-            raise BadImageError("the JPEG file has half a frame header, or two of them")
+            raise BadImageError("the JPEG file has an incomplete frame header, or two headers")
         height, width = struct.unpack_from(">HH", frame, 1)
         size = width, height
     raise BadImageError("the JPEG file has no frame header before its first scan")

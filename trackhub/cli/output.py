@@ -63,7 +63,7 @@ def _block(columns: Sequence[str], row: Sequence[str]) -> list[str]:
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines of text. What a terminal would obey is escaped."""
+    """Print lines of text. Control characters for the terminal are escaped."""
     for line in lines:
         sys.stdout.write(printable_lines(line) + "\n")
 

@@ -72,7 +72,7 @@ _AT_ONCE = 16
 _WAIT_S = 0.25
 """The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
 
-_TRY_EVERY_S = 2.0  # how often a receiver that could not start tries it again
+_TRY_EVERY_S = 2.0  # how often a receiver that could not start tries to start again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
@@ -157,7 +157,7 @@ class Receiver:
         On an existing journal of the same job the receiver goes on where the last one stopped.
 
         A full disk, or other trouble of the environment, raises nothing unless this is a replay. The receiver then asks
-        the sites to come again, and starts with the first request that it gets once it can.
+        the sites to come again, and starts on the first request after the trouble is over.
 
         Args:
             from_start: deliver again what the lanes have delivered already.
@@ -165,7 +165,7 @@ class Receiver:
         Raises:
             ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
             PluginError: the plugin of a backend cannot be used.
-            JournalError: the journal cannot be opened for another reason, or belongs to another job or side.
+            JournalError: the journal cannot be opened, not because of the environment, or is of another job or side.
             OSError: for a replay, the environment keeps a backend from being set up.
         """
         try:
@@ -223,7 +223,7 @@ class Receiver:
             status=self._ended or self._outcome, silence_s=self._limits.silence_s,
         )  # fmt: skip
         if self._ended is None:
-            with contextlib.suppress(OSError):  # an earlier report would hide that this receiver was killed
+            with contextlib.suppress(OSError):  # if this receiver is killed, an earlier report would hide it
                 (self.folder / REPORT_NAME).unlink(missing_ok=True)
         self.sites.restore(journal.ended())
         for name in backends if from_start else ():
@@ -261,7 +261,7 @@ class Receiver:
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
         ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. The reply
-        is `Busy` at once while another request of the same site is being worked on, or 16 requests of other sites. So a
+        is `Busy` at once while the receiver works on another request of this site, or on 16 of other sites. So a
         disk that does not answer blocks few threads, however often the sites ask.
 
         Args:
@@ -378,7 +378,7 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         stored = partial(federation.notify, site, digest, contents.batch.records) if federation and digest else None
-        # The reply follows the commit: the site deletes what is acknowledged, so it must survive a kill from here on.
+        # The site deletes what is acknowledged. So the reply follows the commit, which survives a kill.
         try:
             new = self._journal.append(
                 site_id, contents.batch, contents.gaps,
@@ -399,7 +399,7 @@ class Receiver:
 
     def _site_id(self, site: str, created: float | None = None) -> int:
         known = self._known[site]
-        if known.id is None:  # otherwise this spares a transaction for each batch
+        if known.id is None:  # a known id spares a transaction for each batch
             assert self._journal is not None
             known.id = self._journal.add_site(site, created or time.time(), wait_s=_WAIT_S)
         return known.id
@@ -487,11 +487,11 @@ class Receiver:
         # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
-        # Waits for a locked journal end before `join` gives up. Otherwise such a lane would count as hanging.
+        # A lane stops waiting for a locked journal before `join` gives up. Otherwise it would count as hanging.
         self._journal.limit_waits(deadline + END_S / 2)
         if self.federation is not None:  # before the lanes look for the last time
             self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))
-        # Nobody knows how the sites ended that are not in ``by_site``.
+        # Nobody knows how the sites outside ``by_site`` ended.
         otherwise = self.sites.status("", status, was_killed=False)
         end_lanes(self._journal, self._lanes, by_site, otherwise, deadline - time.monotonic())
         report = make_report(self._journal, self._lanes, status, sites=self.sites, job=self.job, side=self._side)

@@ -134,7 +134,7 @@ def _apps(job: Path) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _config_file(folder: Path, name: str) -> Path:
-    """Return the file that FLARE would read for this name: the one with the first of its endings."""
+    """Return the file that FLARE would read for this name: the one whose ending FLARE tries first."""
     stem = name.removesuffix(".json")
     for ending in (*_JSON, *_HOCON, *_YAML):
         if (path := folder / f"{stem}{ending}").is_file():
@@ -221,7 +221,7 @@ def _parse(path: Path, text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return what pyhocon parsed as plain dicts and lists. It keeps the quotes of a quoted key."""
+    """Return what pyhocon parsed as plain dicts and lists. pyhocon keeps a key's quotes; they are removed."""
     if isinstance(value, dict):
         return {str(key).strip('"'): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -21,7 +21,7 @@ from trackhub.printable import printable
 __all__ = ["MAX_KEPT_BYTES", "ModelUpdates"]
 
 MAX_KEPT_BYTES = 1 << 30
-"""How much memory the updates of one round may take, in bytes: 8 a number for their sum, and 4 for each update."""
+"""How much memory the updates of one round may take, in bytes. A number of their sum takes 8, one of an update 4."""
 
 _BLOCK = 1 << 16  # numbers that are looked at together: they fit into a processor's cache
 _MAX_WARNINGS = 20
@@ -74,7 +74,7 @@ class ModelUpdates:
         """
         sent, model = self._sent.pop(task_id, None), model_in(result)
         if model is None or (sent is None and model.data_kind == DataKind.WEIGHTS):
-            return {}  # metrics, or a model that answers no model, as for cross-site evaluation
+            return {}  # metrics, or a model sent although the task held none, as for cross-site evaluation
         with self._lock:
             if site in self._seen:
                 return {}
@@ -104,7 +104,7 @@ class ModelUpdates:
 
     def _leave_out(self, site: str, reason: str) -> None:
         self._left_out.add(site)
-        message = f"the update of site {printable(site)} has no norm or no cosine: {printable(reason)[:300]}"
+        message = f"the update of site {printable(site)} lacks its norm or its cosine: {printable(reason)[:300]}"
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
             self._warned.add(message)
             self._warn(message)
@@ -150,7 +150,7 @@ class ModelUpdates:
         return self._norms[site]
 
     def _cosines(self) -> Iterator[tuple[str, float]]:
-        """Yield the cosine between each kept update and the mean of all. A zero has none."""
+        """Yield the cosine between each kept update and the mean of all. An update of only zeros has no cosine."""
         with np.errstate(all="ignore"):
             length = math.sqrt(sum(_product(block, block) for a in self._sum.values() for _, block in _blocks(a, None)))
             for site, arrays in self._kept.items():
@@ -163,9 +163,11 @@ class ModelUpdates:
 
 
 def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
-    """Return each array of an update: as it came back and as it was sent, flat. None for the latter in a difference.
+    """Return each array of an update: as it came back, and as it was sent or None, both flat.
 
-    Arrays of integers, and such as only one side has or in another shape, are left out: they count as unchanged.
+    None stands for a difference, which needs no comparison.
+
+    Arrays of integers, and arrays that one side lacks or has in another shape, are left out: they count as unchanged.
 
     Raises:
         _UnreadableError: nothing is left, or the model is in a form that is not known here.

@@ -145,8 +145,8 @@ class _Assembly:
     def take_frames(self, max_records: int, max_bytes: int) -> None:
         """Take frames until the batch is full, the data ends, records are missing, or a record's blob is lost.
 
-        The numbers of the other records show that records are missing, even if damage destroyed a single whole frame.
-        The next batch then starts after the missing ones.
+        The numbers of the other records show that records are missing, even if exactly one whole frame is gone without
+        a trace. The next batch then starts after the missing ones.
 
         Raises:
             CorruptFrameError: damage follows the frames that were taken.

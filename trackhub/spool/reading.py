@@ -277,7 +277,7 @@ class SpoolReader:
         """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
 
         Args:
-            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, without damage.
+            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, and leave damage out.
             by_ledger: read no records, and count everything by the ledgers.
 
         Returns:

@@ -75,7 +75,7 @@ class Room:
         self._full_at = 0
 
     def may_ask_for(self, size: int) -> bool:
-        """Return False if the spool had no room for this many bytes less than half a second ago."""
+        """Return False if, within the last half second, the spool had no room for this many bytes."""
         return size < self._full_at or self._clock() >= self._full_until
 
     def note_full(self, size: int) -> None:
@@ -135,8 +135,8 @@ class Room:
                 elif match := _PART.fullmatch(name):
                     used += max(0, int(match[1]) - size)
         written = {stream: last.get(stream, (0, 0))[1] for stream in ledgers}
-        # No stream reserves more than this, except for a single record. What each really reserves is read only if the
-        # spool may be more than half full.
+        # The sum below is the most that all streams can reserve, single large records included. What each really
+        # reserves is read only if the spool may be more than half full.
         most = sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values())
         if used + most > self._max_bytes // 2:
             most = sum(self._reserved(stream, size) for stream, size in written.items())

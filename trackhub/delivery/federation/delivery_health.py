@@ -27,7 +27,7 @@ class Arrivals:
     """
 
     def __init__(self, now: float) -> None:
-        """Begin. Rows that were stored before count from now on.
+        """Begin. Rows stored earlier count as if stored now.
 
         Args:
             now: seconds of the clock that all other calls use.
@@ -45,10 +45,10 @@ class Arrivals:
                 if len(self._rows) > _MAX_MOMENTS:
                     del self._rows[1:-1:2], self._moments[1:-1:2]
             elif len(self._rows) > 1 and self._rows[-2] < row < self._rows[-1]:
-                self._rows[-1] = row  # two threads have stored rows, and the later one was quicker to say so
+                self._rows[-1] = row  # two threads have stored rows, and the thread with the later row noted it first
 
     def age_s(self, row: int, now: float) -> float:
-        """Return for how many seconds the journal has had a row, rounded up to the next moment that is known."""
+        """Return for how many seconds the journal has had a row, counted from the last known moment before the row."""
         with self._lock:
             return now - self._moments[bisect.bisect_right(self._rows, row) - 1]
 
@@ -74,7 +74,7 @@ class DeliveryHealth:
         self._arrivals.note(row, self._clock())
 
     def values(self) -> dict[str, float]:
-        """Return the numbers by key. The key of a site may be one that no record can have.
+        """Return the numbers by key. A key that holds a site's name may be invalid for a record.
 
         Raises:
             JournalError: the journal cannot be read.

@@ -26,7 +26,7 @@ class RowDigest:
 
     Attributes:
         keys: the keys that are not ignored.
-        values: the last value of each of these keys, and of others.
+        values: the last value of each of these keys. It may hold ignored keys as well.
         rounds: the rounds of all records with such a key.
         steps_are_rounds: each of these records has its round as its step.
         time: unix seconds of the row's last metrics.
@@ -38,7 +38,7 @@ class RowDigest:
         """Begin with no record.
 
         Args:
-            ignored: keys that nobody asks for. It may grow meanwhile.
+            ignored: keys that nobody asks for. The set may grow later.
         """
         self._ignored = ignored
         self.keys: set[str] = set()
@@ -51,7 +51,7 @@ class RowDigest:
         """Take the row's next records.
 
         Args:
-            keys: the keys of all of them.
+            keys: the keys of all these records.
             records: metrics. One at least.
         """
         self.time = records[-1].time
@@ -66,7 +66,7 @@ class RowDigest:
             records = [r for r in records if not ignored.issuperset(r.payload.values)]  # type: ignore[union-attr]
         rounds = {record.round for record in records}
         self.rounds |= rounds
-        if self.steps_are_rounds:  # the first record alone shows that a key counts steps
+        if self.steps_are_rounds:  # the first record is often enough to show that steps are not rounds
             first = records[0]
             self.steps_are_rounds = first.step == first.round and {record.step for record in records} == rounds
         last: dict[str, float] = records[-1].payload.values  # type: ignore[union-attr, assignment]
@@ -114,7 +114,7 @@ class KnownRows:
             return found
 
     def forget_to(self, row: int) -> None:
-        """Forget all rows up to this one: they were read before they were added."""
+        """Forget all rows up to this one: the rows were read before their digests were added."""
         with self._lock:
             late = [number for number in self._rows if number <= row]
         for number in late:

@@ -81,13 +81,13 @@ class Isolation:
 
     - ``any_order`` and ``idempotent``: a record of the same sort that was stored already. It is written again, and
       nothing changes.
-    - ``any_order``, and nothing suitable was stored yet, or it is ``at_least_once``: a later record. The suspect is set
-      aside.
+    - ``any_order`` and ``at_least_once``, or ``any_order`` with nothing suitable stored yet: a later record. The
+      suspect is set aside.
     - Otherwise the order must be kept. There is no neighbour. A batch that fails is halved, so that all records before
       the failing one are stored. The failing record stays first, and later records wait. There is one exception: an
       error that is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then the record is set
-      aside, and later records are written. A ``resumable`` backend is no exception: it would take the late record for
-      one that it holds already.
+      aside, and later records are written. This exception does not hold for a ``resumable`` backend: it would take the
+      late record for one that it holds already.
 
     A record that is set aside is tried again now and then. Images and artifacts that fail are also set aside, but are
     never suspects. An entry that shares a key with a record set aside waits with it, if their order matters.
@@ -235,7 +235,7 @@ class Isolation:
         """Reject the only record of a piece, or halve it."""
         if self.is_repeated():
             self._evidence.begin_again()
-            self._stored.pop(_sort(piece), None)  # the store refuses what it stored before, so it is no evidence
+            self._stored.pop(_sort(piece), None)  # the store now refuses this record, so the record is no evidence
             return Verdict(wait=True)
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2)
