@@ -104,7 +104,7 @@ class ModelUpdates:
 
     def _leave_out(self, site: str, reason: str) -> None:
         self._left_out.add(site)
-        message = f"the update of site {printable(site)} lacks its norm or its cosine: {printable(reason)[:300]}"
+        message = f"the update of site {printable(site)} has no norm or no cosine: {printable(reason)[:300]}"
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
             self._warned.add(message)
             self._warn(message)
