@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 from trackhub.delivery import wire
 from trackhub.delivery.blob_store import BlobStore
+from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.errors import ConfigError, InvalidOptionError, JournalError, UnknownBackendError
@@ -180,6 +181,25 @@ def test_a_record_is_accepted_only_after_the_bytes_of_its_blob(rig: Rig) -> None
     assert rig.ask(chunk(4000, 10_000)) == wire.Accepted(len(DATA))
     assert rig.ask(artifact()) == wire.Accepted()
     assert rig.ask(chunk(0, 4000)) == wire.Accepted(len(DATA))  # late
+    assert blob_file(rig).read_bytes() == DATA
+
+
+def test_the_end_of_a_job_deletes_no_file_whose_record_has_just_been_stored(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that stored the record may come to its next line only after another thread has ended the job."""
+    append = Journal.append
+
+    def append_and_end(journal: Journal, *arguments: Any, **options: Any) -> int:
+        new = append(journal, *arguments, **options)
+        rig.receiver._blobs.delete_unused()
+        return new
+
+    monkeypatch.setattr(Journal, "append", append_and_end)
+    rig.ask(chunk(0, len(DATA)))
+
+    assert rig.ask(artifact()) == wire.Accepted()
+
     assert blob_file(rig).read_bytes() == DATA
 
 

@@ -69,7 +69,7 @@ class BlobStore:
         return next((name for name in names if not self.has(site, name)), None)
 
     def note_named(self, site: str, names: Iterable[str]) -> None:
-        """Note that records of the site refer to these blobs, and are stored."""
+        """Note that records of the site refer to these blobs, and are about to be stored."""
         self._unnamed[site].difference_update(names)
 
     def has_many_unnamed(self, site: str) -> bool:

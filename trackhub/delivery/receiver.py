@@ -378,6 +378,7 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         stored = partial(federation.notify, site, digest, contents.batch.records) if federation and digest else None
+        self._blobs.note_named(site, contents.blobs)  # not after the commit: the end of the job could delete them first
         # The site deletes what is acknowledged. So the reply follows the commit, which survives a kill.
         try:
             new = self._journal.append(
@@ -386,7 +387,6 @@ class Receiver:
             )  # fmt: skip
         except TooManyStreamsError as e:
             return Refused("too_many_streams", str(e))
-        self._blobs.note_named(site, contents.blobs)
         if new:
             self._notify_lanes(site_id)
         if contents.refused:
