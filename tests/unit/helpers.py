@@ -149,14 +149,21 @@ def small_disk(path: Path, size: int, inodes: int = 0) -> Iterator[Path]:
         size: its size in bytes.
         inodes: how many files and folders it may have; 0 is no limit.
     """
+    with mounted(path, ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(path)]):
+        yield path
+
+
+@contextmanager
+def mounted(path: Path, *commands: list[str]) -> Iterator[Path]:
+    """Make a folder, and mount a file system there with these commands. Skip the test where that is not possible."""
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip(f"there is no {command[0]}")
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
     try:
         yield path
     finally:

@@ -21,7 +21,7 @@ import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from tests.unit.helpers import WAIT_S, allow_inodes, assert_balanced, batch_of, json_lines, metric, small_disk
+from tests.unit.helpers import WAIT_S, allow_inodes, assert_balanced, batch_of, json_lines, metric, mounted, small_disk
 from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
@@ -82,20 +82,11 @@ class FullDisk(NamedTuple):
 def ext4(tmp_path: Path) -> Iterator[Path]:
     """Mount an ext4 of 16 MB in a file. Skip the test where that is not possible."""
     image, folder = tmp_path / "image", tmp_path / "disk"
-    folder.mkdir()
     with image.open("wb") as file:
         file.truncate(16 << 20)
-    for command in (["mkfs.ext4", "-q", "-F", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip(f"there is no {command[0]}")
-        if done.returncode:
-            pytest.skip(f"no ext4 in a file can be mounted here: {done.stderr.strip()}")
-    try:
+    make, mount = ["mkfs.ext4", "-q", "-F", str(image)], ["mount", "-o", "loop", str(image), str(folder)]
+    with mounted(folder, make, mount):
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -347,7 +347,7 @@ class Sender:
         if isinstance(reply, Refused):
             self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s. Remove the cause, and deliver "
-                       "them with `trackhub replay %s` after the job", self.site, *reply.printable(), self.folder,
+                       "them with `trackhub replay %s` after the job", self.site, *reply.for_log(), self.folder,
                        self.folder)  # fmt: skip
             return False
         self._session.is_greeted = reply is not None
@@ -429,7 +429,7 @@ class Sender:
         if isinstance(reply, Refused):
             refused = {reply.reason: batch.records}
             _log.error("the receiver refused %d records of site %s (%s): %s", batch.records, self.site,
-                       *reply.printable())  # fmt: skip
+                       *reply.for_log())  # fmt: skip
         elif isinstance(reply, Accepted) and reply.refused and sum(reply.refused.values()) <= batch.records:
             refused = reply.refused
             _log.error(

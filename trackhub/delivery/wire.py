@@ -259,7 +259,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
     reason: str
     detail: str = ""
 
-    def printable(self) -> tuple[str, str]:
+    def for_log(self) -> tuple[str, str]:
         """Return reason and detail for a log. A receiver may send any text, also such that a terminal obeys."""
         return printable(self.reason), printable(self.detail)
 
