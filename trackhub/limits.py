@@ -65,13 +65,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
     task's result; 0 does not wait. A receiver that does not reply costs this once, not once per round."""
 
-    gate_s: Annotated[float, _Range(0, 3600)] = 30.0
+    sites_s: Annotated[float, _Range(0, 3600)] = 30.0
     """Longest time in seconds that the server delays the end of the job until every site said that it is done. Records
     that come later are not in the receiver's journal. They stay in the site's spool."""
 
     files_s: Annotated[float, _Range(0, 86_400)] = 120.0
     """Longest time in seconds that a site, and the server with it, waits at the end of the job while images and
-    artifacts still arrive. Both may wait until ``gate_s``, and wait longer only while bytes of a file still arrive. A
+    artifacts still arrive. Both may wait until ``sites_s``, and wait longer only while bytes of a file still arrive. A
     file that has not arrived completely stays in the site's spool."""
 
     deadline_s: Annotated[float, _Range(0, 86_400)] = 30.0

@@ -11,7 +11,7 @@ their strictest form. ``docs/deploying.md`` shows every key::
     forbid_kinds = ["image"]
 
     [limits]
-    gate_s = 60
+    sites_s = 60
 
     [policy]
     allow = ["val/*"]

@@ -62,7 +62,7 @@ STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
 
 # The types below with ``Meta`` declare what a site may send. Only the decoder checks them, and no constructor does.
-# `trackhub.delivery.gate` checks what a type cannot say.
+# `trackhub.delivery.check_received_batch` checks what a type cannot say.
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 """A number of records, or the number of one in its stream."""
 

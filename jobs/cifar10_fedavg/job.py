@@ -134,8 +134,8 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
     Raises:
         ConfigError: a path has a space in it.
     """
+    from evaluate_last_model import EvaluateLastModel
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
-    from server_evaluation import EvaluateLastModel
 
     from trackhub.flare.recipe import add_tracking
 

@@ -21,7 +21,7 @@ SITES = ("site-1", "site-2")
 KEY_VARIABLE = "TRACKHUB_TEST_WANDB_KEY"
 PLANTED_VALUE = 31337.424242
 PACED, BURST = 60, 1500
-PATIENT = {"deadline_s": 120, "gate_s": 120}  # how long a job's end takes on a busy machine is not the matter here
+PATIENT = {"deadline_s": 120, "sites_s": 120}  # how long a job's end takes on a busy machine is not the matter here
 
 # Round 0 is paced, round 1 comes as fast as the script can. Validation has the round as its step, and comes before,
 # between and after training steps that are higher.

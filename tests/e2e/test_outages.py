@@ -19,7 +19,7 @@ from tests.e2e.stores import canonical, own_home, read_run, same_points, were_lo
 from tests.integration.harness import Job, JobResult
 from tests.support.mlflow_server import Server
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.testing import ReadBack
 

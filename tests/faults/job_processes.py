@@ -50,7 +50,7 @@ LIMITS: dict[str, float | str] = {
     "batch_records": 50,
     "batch_bytes": 16384,
     "barrier_s": 1,
-    "gate_s": 60,
+    "sites_s": 60,
     "deadline_s": 60,
     "keepalive_s": 0.2,
     "silence_s": 4,
@@ -272,7 +272,7 @@ class JobProcesses:
         receiver: Proc | None = None,
         *,
         status: str = "finished",
-        gate_s: float | None = None,
+        sites_s: float | None = None,
     ) -> dict[str, Any]:
         """End the job in order: the sender sends the rest, and the receiver waits for it and delivers.
 
@@ -280,17 +280,17 @@ class JobProcesses:
             sender: the sender to end, if any.
             receiver: the receiver to end, if any.
             status: how the job ended.
-            gate_s: how long the sender tries; by default as long as the job's limit, and 5 s without a receiver.
+            sites_s: how long the sender tries; by default as long as the job's limit, and 5 s without a receiver.
 
         Returns:
             The receiver's answer.
         """
-        if gate_s is None:
-            gate_s = 5 if receiver is None else float(self.limits["gate_s"])
+        if sites_s is None:
+            sites_s = 5 if receiver is None else float(self.limits["sites_s"])
         if receiver is not None:
             receiver.tell(f"finish {status}")
         if sender is not None:
-            sender.ask(f"close {gate_s}")
+            sender.ask(f"close {sites_s}")
             assert sender.wait() == 0, sender.log
         answer: dict[str, Any] = {}
         if receiver is not None:
@@ -304,8 +304,8 @@ class JobProcesses:
 
         It may wait for files that still arrive. Only a test that limits this wait has such files at the end.
         """
-        gate_s = max(float(self.limits["gate_s"]), float(self.limits.get("files_s", 0)))
-        caps = gate_s + float(self.limits["deadline_s"]) + len(self.backends)
+        sites_s = max(float(self.limits["sites_s"]), float(self.limits.get("files_s", 0)))
+        caps = sites_s + float(self.limits["deadline_s"]) + len(self.backends)
         assert took_s < caps + 5.0, f"the receiver took {took_s:.1f} s to end"
 
     def check_equations(self) -> dict[str, ReceiverCount]:

@@ -38,7 +38,7 @@ def steps(path: Path) -> Iterator[int]:
 
 def deliver(make_job: MakeJob, calls: int) -> tuple[int, int]:
     """Deliver a backlog of so many records. Return the peaks of the receiver and of the sender that delivered it."""
-    limits = {"batch_records": 1000, "batch_bytes": 1 << 20, "gate_s": PATIENCE_S, "deadline_s": PATIENCE_S}
+    limits = {"batch_records": 1000, "batch_bytes": 1 << 20, "sites_s": PATIENCE_S, "deadline_s": PATIENCE_S}
     job = make_job({}, **limits)
     trainer = job.trainer(calls=calls, pause_s=0)
     assert trainer.wait(PATIENCE_S) == 0, trainer.log

@@ -17,12 +17,12 @@ SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_with_30_percent_of_the_acks_lost_each_record_is_there_once(make_job: MakeJob, seed: int) -> None:
-    job = make_job({"jsonl": {}, "at_least_once": {}}, files=True, gate_s=30)
+    job = make_job({"jsonl": {}, "at_least_once": {}}, files=True, sites_s=30)
     trainer = job.trainer(calls=CALLS)
     receiver, sender = job.receiver(), job.sender(ack_loss=0.3, seed=seed)
     assert trainer.wait() == 0, trainer.log
 
-    job.end(sender, receiver, gate_s=30)
+    job.end(sender, receiver, sites_s=30)
 
     job.check_all_delivered()
     here = count_receiver(job.journal)["site-1"]
@@ -108,7 +108,7 @@ def test_a_refused_batch_is_counted_and_all_others_are_delivered(make_job: MakeJ
 
 
 def test_a_site_that_falls_silent_does_not_delay_the_end_of_the_job(make_job: MakeJob) -> None:
-    job = make_job({"jsonl": {}}, gate_s=30, silence_s=1)
+    job = make_job({"jsonl": {}}, sites_s=30, silence_s=1)
     trainers = [job.trainer("a", "site-1", calls=CALLS), job.trainer("b", "site-2", calls=CALLS)]
     receiver = job.receiver()
     senders = [job.sender("site-1"), job.sender("site-2")]

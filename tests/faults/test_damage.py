@@ -153,7 +153,7 @@ def test_records_that_a_receiver_acknowledged_and_its_disk_lost_are_retries(make
     receiver, sender = job.receiver(), job.sender()
     assert sender.ask("flush 30") is True
     receiver.kill()
-    job.end(sender, gate_s=0.5)
+    job.end(sender, sites_s=0.5)
     log = job.journal.with_name("trackhub.db-wal")
     with log.open("r+b") as file:
         file.truncate(chance.randrange(log.stat().st_size // 4, log.stat().st_size))

@@ -20,7 +20,7 @@ from tests.unit.helpers import batch_of, metric
 from trackhub.delivery import wire
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report import Counted
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits

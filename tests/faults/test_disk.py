@@ -99,7 +99,7 @@ def test_a_full_disk_at_the_start_fails_nobody_and_tracking_begins_with_the_room
 def test_a_spool_that_never_has_room_is_a_count_that_says_that_it_does_not_know(
     make_job: MakeJob, make_disk: MakeDisk
 ) -> None:
-    job = make_job({"jsonl": {}}, gate_s=1)
+    job = make_job({"jsonl": {}}, sites_s=1)
     make_disk(job.spool().parent, 64).fill()
     job.create_spool()
     receiver, sender = job.receiver(), job.sender()
@@ -149,7 +149,7 @@ def test_many_processes_together_stay_within_the_limit_of_their_spool(make_job: 
 
 
 def test_a_receiver_whose_disk_is_full_accepts_no_record_and_loses_none(make_job: MakeJob, make_disk: MakeDisk) -> None:
-    job = make_job({"jsonl": {}, "at_least_once": {}}, gate_s=2, deadline_s=2)
+    job = make_job({"jsonl": {}, "at_least_once": {}}, sites_s=2, deadline_s=2)
     disk = make_disk(job.journal.parent, 2048)
     trainer = job.trainer(calls=3000)
     receiver, sender = job.receiver(), job.sender()
@@ -157,7 +157,7 @@ def test_a_receiver_whose_disk_is_full_accepts_no_record_and_loses_none(make_job
     filler = disk.fill()
     assert trainer.wait() == 0, trainer.log
 
-    job.end(sender, receiver, gate_s=1)
+    job.end(sender, receiver, sites_s=1)
 
     job.check_equations()
     assert count_site(job.spool()).spooled > 0
@@ -220,7 +220,7 @@ def test_records_stay_at_the_site_if_the_receiver_cannot_write_its_folder(
         job.receiver()
     assert trainer.wait() == 0, trainer.log
 
-    job.end(sender, gate_s=0.5)
+    job.end(sender, sites_s=0.5)
 
     job.check_equations()
     disk.set_read_only(False)

@@ -40,7 +40,7 @@ def train(n):
 rounds(train)
 """
 CALLS = 3 * 400
-LIMITS = {"gate_s": 6, "deadline_s": 10, "silence_s": 4, "keepalive_s": 1, "request_s": 3}
+LIMITS = {"sites_s": 6, "deadline_s": 10, "silence_s": 4, "keepalive_s": 1, "request_s": 3}
 
 
 def job_processes(job: str, kind: str) -> list[int]:

@@ -88,7 +88,7 @@ def test_a_killed_receiver_loses_nothing(make_job: MakeJob, seed: int) -> None:
     if seed % 2:
         receiver = job.receiver()
     assert trainer.wait() == 0, trainer.log
-    job.end(sender, receiver if seed % 2 else None, gate_s=None if seed % 2 else 0.5)
+    job.end(sender, receiver if seed % 2 else None, sites_s=None if seed % 2 else 0.5)
 
     job.check_equations()
     job.replay_all()
@@ -129,7 +129,7 @@ def test_a_lane_that_dies_between_write_and_confirm_loses_and_repeats_nothing(ma
     if seed % 2:
         job.end(sender, job.receiver())
     else:
-        job.end(sender, gate_s=0.5)
+        job.end(sender, sites_s=0.5)
 
     job.check_equations()
     job.replay_all()

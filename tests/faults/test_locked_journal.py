@@ -23,7 +23,7 @@ from tests.faults.process import wait_for
 from tests.faults.readers import read_store
 from tests.faults.stalls import Stalls
 from trackhub import Writer, registry
-from trackhub.delivery import start_and_end
+from trackhub.delivery import receiver_start_and_end
 from trackhub.delivery.channel import Channel, ChannelError
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.report_builder import read_journal_report
@@ -37,7 +37,7 @@ from trackhub.spool.layout import SpoolInfo, create_spool
 SITES = [f"site-{i}" for i in range(8)]
 POOL_THREADS = 64
 LIMITS = Limits(
-    batch_records=50, poll_s=0.01, linger_s=0, keepalive_s=0.2, silence_s=2, request_s=1, flush_s=0.05, gate_s=20
+    batch_records=50, poll_s=0.01, linger_s=0, keepalive_s=0.2, silence_s=2, request_s=1, flush_s=0.05, sites_s=20
 )
 HANDLE_MAX_S = 1.5
 """The longest that one call may take. The receiver waits 0.25 s at most."""
@@ -240,13 +240,13 @@ def test_runs_that_ended_while_the_journal_was_locked_are_stored_when_it_is_free
     wait_for(lambda: has_delivered(job, 2), "all records to be delivered, so that only the ends are left to store")
     other = lock_journal_of(job, sqlite3.connect)
     free = threading.Timer(0.2, other.execute, ("ROLLBACK",))
-    store = start_and_end._store_ends
+    store = receiver_start_and_end._store_ends
 
     def freed_soon(journal: Journal, lanes: Iterable[Lane]) -> None:
         free.start()
         store(journal, lanes)
 
-    monkeypatch.setattr(start_and_end, "_store_ends", freed_soon)
+    monkeypatch.setattr(receiver_start_and_end, "_store_ends", freed_soon)
 
     report = job.receiver.finish(RunStatus.FINISHED, deadline_s=0.5)
     job.pool.close()

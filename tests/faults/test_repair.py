@@ -20,7 +20,7 @@ from trackhub.delivery import wire
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.errors import JournalError
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 

@@ -102,7 +102,7 @@ reference_package(job, "tests")
 job.to_server(TrackhubReceiver({{"jsonl": {{}}}}, limits=limits, state_dir={state_dir!r}), id="trackhub_receiver")
 recipe._add_to_client_apps({sender}, id="trackhub_sender")
 """
-_LIMITS = {"deadline_s": 2, "gate_s": 4, "barrier_s": 1, "request_s": 1, "silence_s": 3, "keepalive_s": 1}
+_LIMITS = {"deadline_s": 2, "sites_s": 4, "barrier_s": 1, "request_s": 1, "silence_s": 3, "keepalive_s": 1}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import msgspec
 
 from trackhub.delivery import wire
-from trackhub.delivery.gate import Contents, KnownKeys, RefusedRecordError, check_record, examine
+from trackhub.delivery.check_received_batch import Contents, KnownKeys, RefusedRecordError, check_record, examine
 from trackhub.framing import (
     MAX_BODY_BYTES,
     CorruptFrameError,
@@ -23,7 +23,7 @@ from trackhub.framing import (
     scan_frames,
 )
 from trackhub.records import Kind
-from trackhub.testing.simulated_site import Stream, artifact, histogram, image, table, text
+from trackhub.testing.sample_calls_and_requests import Stream, artifact, histogram, image, table, text
 
 _STREAM = "0123456789abcdef" * 2
 

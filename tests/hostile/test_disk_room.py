@@ -11,7 +11,7 @@ import pytest
 
 from tests.hostile.hostile_site import HONEST, HOSTILE, Job, batch, frame, record
 from tests.unit.helpers import STREAM, small_disk
-from trackhub.delivery import blob_store, disk_room, wire
+from trackhub.delivery import blob_store, share_last_disk_room, wire
 from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Kind
 
@@ -20,7 +20,7 @@ MB = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(disk_room, "_RESERVE_SHARE", 0.25)
+    monkeypatch.setattr(share_last_disk_room, "_RESERVE_SHARE", 0.25)
     with small_disk(tmp_path / "disk", 40 * MB) as path:
         yield path
 

@@ -35,7 +35,7 @@ from tests.hostile.hostile_site import HONEST, HOSTILE, OTHER_STREAM, Job, batch
 from tests.hostile.test_images import EPS, mutated, png
 from tests.unit.helpers import STREAM
 from trackhub.delivery import wire
-from trackhub.delivery.gate import Contents, KnownKeys, check_record, examine
+from trackhub.delivery.check_received_batch import Contents, KnownKeys, check_record, examine
 from trackhub.framing import scan_frames
 from trackhub.image_header import BadImageError, read_image_header
 from trackhub.job_and_run_info import JobInfo, Side

@@ -19,13 +19,13 @@ from tests.hostile.hostile_site import HONEST, HOSTILE, OTHER_STREAM, Job, batch
 from tests.unit.helpers import STREAM, batch_of, metric
 from trackhub.cli.output import print_lines
 from trackhub.cli.status import journal_status
-from trackhub.delivery import gate, wire
-from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
+from trackhub.delivery import check_received_batch, wire
+from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError, check_record
 from trackhub.delivery.journal import journal as journal_module
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.entry_reader import EntryReader
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report import format_report
 from trackhub.errors import ConfigError
 from trackhub.framing import decode_body, encode_frame
@@ -310,7 +310,7 @@ def test_a_site_has_few_blobs_that_are_there_in_part_and_none_after_the_job(job:
 
 
 def test_keys_of_one_site_do_not_fill_the_memory(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_KEYS", 100)
+    monkeypatch.setattr(check_received_batch, "MAX_KEYS", 100)
     frames = [metrics(i, {f"key{i}": 1.0}) for i in range(300)]
     assert job.ask(batch(frames)) == wire.Accepted(refused={"too_many_keys": 200})
     assert job.ask(batch([metrics(300, {"key7": 1.0})], first=300)) == wire.Accepted()
@@ -445,8 +445,8 @@ def test_terminals_get_no_command_and_each_cell_has_one_line(capsys: pytest.Capt
 
 
 def test_a_reader_of_the_gate_can_rely_on_its_table_of_reasons() -> None:
-    assert gate.__doc__ is not None
-    documented = {line.split("``")[1] for line in gate.__doc__.splitlines() if line.startswith("``")}
+    assert check_received_batch.__doc__ is not None
+    documented = {line.split("``")[1] for line in check_received_batch.__doc__.splitlines() if line.startswith("``")}
     assert {reason for reason, _ in BAD.values()} | {"too_many_keys", "too_many_values"} == documented
 
 

@@ -19,7 +19,7 @@ from tests.unit.helpers import batch_of, json_lines, metric
 from trackhub import Writer
 from trackhub.delivery import create_spool
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.replay import journal_for_spool, replay_journal, replay_spool
+from trackhub.delivery.replay_journal_or_spool import journal_for_spool, replay_journal, replay_spool
 from trackhub.errors import ConfigError
 from trackhub.job_and_run_info import RunStatus
 from trackhub.spool.layout import SpoolInfo

@@ -10,7 +10,7 @@ from nvflare.collab.runtime.defs import CallHeaderKey
 from nvflare.collab.runtime.executor import CollabExecutor
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 
-from trackhub.flare.collab_calls import watch_calls
+from trackhub.flare.collab_call_outcomes import watch_calls
 from trackhub.job_and_run_info import RunStatus
 
 

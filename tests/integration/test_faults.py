@@ -218,7 +218,7 @@ def test_a_receiver_that_never_answers_is_waited_for_once_and_not_in_every_round
     more = """
     from trackhub.flare.sender_widget import TrackhubSender
     from trackhub.flare.flare_internals import reference_package
-    limits = {"barrier_s": 1, "gate_s": 2}
+    limits = {"barrier_s": 1, "sites_s": 2}
     reference_package(job, "trackhub")
     recipe._add_to_client_apps(TrackhubSender("somebody_else", limits=limits), id="trackhub_sender")
     """

@@ -124,7 +124,7 @@ def test_after_a_job_that_delivered_no_secret_is_anywhere(tmp_path: Path, plante
             planted.in_environment(variable)
         wandb = {"mode": "online", "base_url": server.url, "api_key": f"${{secret:file:{planted.home / 'key'}}}"}
         backends = {"wandb": wandb, "mlflow": {}, "tensorboard": {}, "jsonl": {}}
-        tracking = {"server": backends, "clients": {"jsonl": {}}, "limits": {"deadline_s": 120, "gate_s": 120}}
+        tracking = {"server": backends, "clients": {"jsonl": {}}, "limits": {"deadline_s": 120, "sites_s": 120}}
 
         result = planted.run(Job(tmp_path / "job", TRAINER, tracking))
 

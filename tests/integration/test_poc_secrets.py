@@ -79,7 +79,7 @@ def assert_only_where_planted(planted: list[str], poc: Poc, result: PocResult, a
 def test_after_a_job_in_a_federation_no_secret_is_anywhere(poc: Poc, tmp_path: Path) -> None:
     planted = plant_files(poc, poc.wandb.url.removeprefix("http://"), poc.wandb.state.api_key)
     backends = {"wandb": {"mode": "online"}, "mlflow": {}, "tensorboard": {}, "jsonl": {}}
-    tracking = {"server": backends, "clients": {"jsonl": {}}, "limits": {"deadline_s": 120, "gate_s": 120}}
+    tracking = {"server": backends, "clients": {"jsonl": {}}, "limits": {"deadline_s": 120, "sites_s": 120}}
 
     result, arguments = run(poc, Job(tmp_path, TRAINER, tracking).export())
 

@@ -21,7 +21,7 @@ from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
 from trackhub.flare.flare_internals import state_folder
-from trackhub.flare.job_labels import job_info
+from trackhub.flare.job_name_notes_tags import job_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.recipe import add_tracking, tracking_components
 from trackhub.flare.sender_widget import TrackhubSender

@@ -225,7 +225,7 @@ def test_every_trainer_logs_every_kind_of_record_in_a_federated_job(
     modules = {f"train_{trainer}": source(trainer) for trainer in trainers} | {"gallery": GALLERY.read_text()}
     env = {"PYTHONPATH": str(tmp_path / "job"), "HF_HUB_OFFLINE": "1"}
     # Six libraries that load for long share two cores, so the last trainer may end long after the first.
-    tracking = {"server": BACKENDS, "limits": {"gate_s": 120.0, "deadline_s": 120.0}, "name": "gallery"}
+    tracking = {"server": BACKENDS, "limits": {"sites_s": 120.0, "deadline_s": 120.0}, "name": "gallery"}
     job = Job(tmp_path / "job", script, tracking, n_clients=len(trainers), modules=modules, env=env, external=True)
 
     result = job.run(timeout_s=280)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import ALL_KINDS
 from trackhub.delivery.lane.adaptation import Adaptation
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.records import Metrics, Params, Payload, Record, Tags, Text
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Kind, Rejection
 

@@ -187,7 +187,7 @@ OPERATOR = """
     state_dir = "/srv/trackhub"
 
     [limits]
-    gate_s = 60
+    sites_s = 60
 
     [backends.good]
     options = ["url", "level"]
@@ -213,7 +213,7 @@ def test_a_right_operator_s_file_is_shown_as_what_jobs_may_do(tmp_path: Path, ma
 
     assert done.returncode == 0, done.stderr
     assert "trackhub.toml is valid" in done.stdout
-    assert "gate_s = 60" in done.stdout
+    assert "sites_s = 60" in done.stdout
     (row,) = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["good"])
     assert row == ["good", "https://acme.example", "/srv/acme", "TEAM_KEY", "api_key"]
     assert "mlflow" not in done.stdout

@@ -74,7 +74,7 @@ def test_the_environment_gives_limits_that_are_not_given_otherwise() -> None:
 
     limits = Limits.from_mapping({"deadline_s": 5}, environ=environ)
 
-    assert (limits.gate_s, limits.deadline_s, limits.barrier_s) == (3.0, 5.0, 10.0)
+    assert (limits.sites_s, limits.deadline_s, limits.barrier_s) == (3.0, 5.0, 10.0)
 
 
 def test_limits_of_the_environment_that_fit_each_other_are_checked_together() -> None:
@@ -154,7 +154,7 @@ def test_neither_side_is_an_error_that_says_so() -> None:
         ({"sides": ["edge"]}, r"tracking\.sides\[0\]"),
         ({"sides": []}, "no side to run them on"),
         ({"limits": 5}, "limits: expected a table"),
-        ({"limits": {"gate_s": -1}}, r"limits\.gate_s: -1.* is out of range"),
+        ({"limits": {"sites_s": -1}}, r"limits\.sites_s: -1.* is out of range"),
         ({"options": {"wandb": {}}}, r"options\.wandb: there is no backend 'wandb' in this job; it has: tensorboard"),
     ],
 )
@@ -171,6 +171,6 @@ def test_errors_of_a_toml_file_name_the_file(tmp_path: Path) -> None:
     file.write_text("backends = [")
     with pytest.raises(ConfigError, match="is not valid TOML"):
         TrackingConfig.from_toml(file)
-    file.write_text("[limits]\ngate_s = -1\n")
-    with pytest.raises(ConfigError, match=r"tracking\.toml: limits\.gate_s"):
+    file.write_text("[limits]\nsites_s = -1\n")
+    with pytest.raises(ConfigError, match=r"tracking\.toml: limits\.sites_s"):
         TrackingConfig.from_toml(file, environ={})

@@ -20,7 +20,7 @@ from tests.unit.helpers import WAIT_S, json_lines
 from trackhub.delivery import wire
 from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report import DeliveryReport
 from trackhub.framing import encode_frame
 from trackhub.job_and_run_info import RunStatus, Side

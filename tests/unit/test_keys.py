@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.spi import ANY_KEY, KeyRule
 
 PLAIN = KeyRule(max_chars=None, chars="")

@@ -258,13 +258,13 @@ def test_a_backend_that_is_not_allowed_is_not_even_imported(tmp_path: Path) -> N
 
 
 def test_limits_of_the_file_and_then_of_the_environment_win_over_the_job_s() -> None:
-    operator = OperatorFile(limits={"gate_s": 5.0})
+    operator = OperatorFile(limits={"sites_s": 5.0})
     environ = {"TRACKHUB_GATE_S": "6", "TRACKHUB_DEADLINE_S": "7"}
-    job = {"gate_s": 3600, "deadline_s": 3600, "poll_s": 0.1}
+    job = {"sites_s": 3600, "deadline_s": 3600, "poll_s": 0.1}
 
     limits = operator.limits_for(job, environ=environ)
 
-    assert (limits.gate_s, limits.deadline_s, limits.poll_s) == (5.0, 7.0, 0.1)
+    assert (limits.sites_s, limits.deadline_s, limits.poll_s) == (5.0, 7.0, 0.1)
     assert limits.barrier_s == Limits().barrier_s
 
 
@@ -282,8 +282,8 @@ def test_state_dir_is_the_operator_s_or_in_the_job_s_folder(tmp_path: Path) -> N
     [
         ("state_dir = 1", "state_dir: expected `str | null`"),
         ('state_dir = "srv"', "state_dir: 'srv' is not an absolute path"),
-        ("gate_s = 1", "unknown field `gate_s`"),
-        ("[limits]\ngate_s = -1", "limits.gate_s"),
+        ("sites_s = 1", "unknown field `sites_s`"),
+        ("[limits]\nsites_s = -1", "limits.sites_s"),
         ("[limits]\nno = 1", "limits.no: unknown limit"),
         ('[backends.wandb]\nhost = "x"', "backends"),
         ('[backends.wandb]\nhosts = "x"', "expected `array`"),

@@ -16,7 +16,7 @@ import trackhub
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.prune import prune_journal, prune_older
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.replay import replay_journal
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report import DeliveryReport
 from trackhub.errors import ConfigError, JournalError
 from trackhub.operator_file import OperatorFile

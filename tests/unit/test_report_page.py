@@ -20,7 +20,7 @@ import pytest
 import trackhub
 from tests.unit.helpers import batch_of
 from trackhub.delivery.journal.journal import Journal
-from trackhub.page.charts import groups
+from trackhub.page.chart_values import groups
 from trackhub.page.render import write_report
 from trackhub.records import Metrics, Params, Payload, Record, Summary
 

@@ -19,7 +19,7 @@ from trackhub.limits import Limits
 from trackhub.writer.writer import Writer
 
 LIMITS = Limits(
-    poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01, request_s=0.25, silence_s=3, gate_s=WAIT_S, files_s=0.2
+    poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01, request_s=0.25, silence_s=3, sites_s=WAIT_S, files_s=0.2
 )
 TEXT = 10_000
 

@@ -19,13 +19,13 @@ from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError
 from trackhub.delivery.file_sender import Pace
 from trackhub.delivery.job_sites import JobSites
-from trackhub.delivery.replay import replay_spool
+from trackhub.delivery.replay_journal_or_spool import replay_spool
 from trackhub.limits import Limits
 from trackhub.writer.writer import Writer
 
 SIZE = 900_000
 LIMITS = Limits(
-    poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01, request_s=0.5, silence_s=3, files_s=WAIT_S, gate_s=0.2
+    poll_s=0.005, linger_s=0, keepalive_s=0.1, flush_s=0.01, request_s=0.5, silence_s=3, files_s=WAIT_S, sites_s=0.2
 )
 
 

@@ -27,7 +27,7 @@ from trackhub.records import Record, Text
 from trackhub.spool import reading
 from trackhub.spool.counts import add_up
 from trackhub.spool.reading import RETIRED, SpoolReader
-from trackhub.spool.retiring import Retirement
+from trackhub.spool.retire_streams import Retirement
 from trackhub.spool.writing import SpoolWriter
 
 

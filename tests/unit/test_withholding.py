@@ -28,11 +28,11 @@ from trackhub.policy import Policy, SiteRules
 from trackhub.policy.thinning import Seen
 from trackhub.records import Gap, Metrics, Record, Text
 from trackhub.spool.acks import read_ack
+from trackhub.spool.apply_policy import Withholding
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import set_policy
 from trackhub.spool.reading import SpoolReader
-from trackhub.spool.withholding import Withholding
 from trackhub.writer.writer import Writer
 
 VALIDATION_ONLY = Policy(allow=("metrics:val/*",), digits=3)

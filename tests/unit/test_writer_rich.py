@@ -86,7 +86,7 @@ def test_a_figure_of_plotly_becomes_a_page(writer: Writer) -> None:
 def test_a_figure_of_plotly_is_an_image_too_where_it_can_be_drawn(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trackhub.writer.log_figures_and_models._can_draw_plotly", True)
+    monkeypatch.setattr("trackhub.writer.log_figures_and_histograms._can_draw_plotly", True)
     buffer = io.BytesIO()
     Pillow.new("L", (3, 2)).save(buffer, "PNG")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``trackhub replay``: deliver what a job left in its journals and spools, or a whole job into another backend.
 
-`trackhub.delivery.replay` does the work, for one journal or spool at a time.
+`trackhub.delivery.replay_journal_or_spool` does the work, for one journal or spool at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trackhub.cli.status import journal_status
 from trackhub.config import parse_option_flags
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.replay import (
+from trackhub.delivery.replay_journal_or_spool import (
     FOREVER_S,
     NO_FILE,
     Backends,

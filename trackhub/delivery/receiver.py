@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
-A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `trackhub.delivery.replay`, or that
-of another system. The receiver does not know which one. It trusts the site's name that the transport gives it, so the
-transport must have verified that name.
+A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `replay_journal_or_spool`, or the
+transport of another system. The receiver does not know which one. It trusts the site's name that the transport gives
+it, so the transport must have verified that name.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 import msgspec
 
 from trackhub.conceal import clean_errors
-from trackhub.delivery.admission import Admission
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.disk_room import DiskRoom
+from trackhub.delivery.check_received_batch import KnownKeys, examine
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
-from trackhub.delivery.gate import KnownKeys, examine
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
+from trackhub.delivery.receiver_start_and_end import END_S, end_lanes, make_report, store_start
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report
 from trackhub.delivery.set_up_backend import set_up_backend
-from trackhub.delivery.start_and_end import END_S, end_lanes, make_report, store_start
+from trackhub.delivery.share_last_disk_room import DiskRoom
+from trackhub.delivery.turn_away_when_busy import Admission
 from trackhub.delivery.wire import (
     Accepted,
     Batch,
@@ -437,12 +437,12 @@ class Receiver:
 
         Args:
             sites: their names.
-            timeout_s: the longest wait, in seconds; by default ``limits.gate_s``. Longer while files still arrive.
+            timeout_s: the longest wait, in seconds; by default ``limits.sites_s``. Longer while files still arrive.
 
         Returns:
             The sites whose final message has not come. Their spools hold whatever they have not sent.
         """
-        return self.sites.wait(sites, self._limits.gate_s if timeout_s is None else timeout_s, self._limits.files_s)
+        return self.sites.wait(sites, self._limits.sites_s if timeout_s is None else timeout_s, self._limits.files_s)
 
     def finish(self, status: RunStatus, *, deadline_s: float | None = None, moves_to: str = "") -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.

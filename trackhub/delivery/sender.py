@@ -18,10 +18,10 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.channel import Channel
+from trackhub.delivery.count_spool_passes import SpoolPasses
 from trackhub.delivery.file_sender import FileSender, Ready
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.sender_session import Session
-from trackhub.delivery.spool_passes import SpoolPasses
+from trackhub.delivery.sender_messages import Session
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,
@@ -107,7 +107,7 @@ class Sender:
         # With a longer wait, one lost reply would make the site look dead.
         request_s = min(self._limits.request_s, self._limits.silence_s / 2)
         self._exchange = Exchange(
-            channel, site=self.site, timeout_s=request_s, longest_s=self._limits.gate_s,
+            channel, site=self.site, timeout_s=request_s, longest_s=self._limits.sites_s,
             max_bytes=self._limits.batch_bytes,
         )  # fmt: skip
         self._files = FileSender(self._reader, self._exchange, self._limits.batch_bytes)

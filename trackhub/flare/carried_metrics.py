@@ -18,7 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 
 from trackhub.errors import ConfigError
-from trackhub.flare import flare_internals, task_events
+from trackhub.flare import flare_internals, read_task_events
 from trackhub.flare.stock_records import StockRecords
 
 __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_metrics"]
@@ -100,7 +100,7 @@ class ClientMetrics:
         if not _holds_dxo(result):
             return
         metrics = _metrics_of(from_shareable(result))
-        if (owner := task_events.evaluated_model(task)) is not None:
+        if (owner := read_task_events.evaluated_model(task)) is not None:
             self._metrics.log(f"{_EVALUATED}/{owner}", metrics, None)
         else:
             self._metrics.log(_SENT, metrics, flare_internals.round_of_task(task))
@@ -124,13 +124,13 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
         """Handle one of FLARE's events. Never raises."""
         if flare_internals.is_from_another_process(fl_ctx):
             return
-        if event_type == task_events.EVALUATED:
-            self._metrics.attempt(_RESULT, lambda: self._take(*task_events.evaluation_result(fl_ctx)))
+        if event_type == read_task_events.EVALUATED:
+            self._metrics.attempt(_RESULT, lambda: self._take(*read_task_events.evaluation_result(fl_ctx)))
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             self._metrics.attempt(_RESULT, lambda: self._take_silent(fl_ctx))
 
     def _take_silent(self, fl_ctx: FLContext) -> None:
-        if (found := task_events.silent_evaluation_result(fl_ctx)) is not None:
+        if (found := read_task_events.silent_evaluation_result(fl_ctx)) is not None:
             self._take(*found)
 
     def _take(self, site: str, owner: str, result: Any) -> None:

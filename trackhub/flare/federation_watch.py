@@ -2,7 +2,7 @@
 """Logs into the federation run how the job proceeds: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
 `trackhub.flare.receiver_widget` has a watch on the server. The watch learns everything from FLARE's events, so a
-training script needs no line for it. `trackhub.flare.task_events` reads the events.
+training script needs no line for it. `trackhub.flare.read_task_events` reads the events.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 
 from trackhub.delivery import FederationRun
-from trackhub.flare import flare_internals, task_events
+from trackhub.flare import flare_internals, read_task_events
 from trackhub.flare.model_updates import ModelUpdates
-from trackhub.flare.task_events import HandedTask, ReturnedTask
+from trackhub.flare.read_task_events import HandedTask, ReturnedTask
 from trackhub.printable import printable
 
 __all__ = ["FederationWatch"]
@@ -126,20 +126,20 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         if event_type == flare_internals.ROUND_STARTED:
             self._begin(flare_internals.round_of_context(fl_ctx))
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
-            if (handed := task_events.handed_task(fl_ctx)) is not None:
+            if (handed := read_task_events.handed_task(fl_ctx)) is not None:
                 self._hand(handed)
                 if self._updates is not None:  # behind the other, which may begin a round
                     self._updates.note_sent(handed.id, fl_ctx.get_prop(FLContextKey.TASK_DATA))
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
-            if (returned := task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
+            if (returned := read_task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
                 self._measure(returned.id, *took_part, fl_ctx.get_prop(FLContextKey.TASK_RESULT))
-        elif event_type == task_events.AFTER_AGGREGATION:
-            self._note_aggregation(task_events.aggregated_metrics(fl_ctx), task_events.site_weights(fl_ctx))
-        elif event_type == task_events.BEST_MODEL:
-            number, metrics = task_events.best_metrics(fl_ctx)
+        elif event_type == read_task_events.AFTER_AGGREGATION:
+            self._note_aggregation(read_task_events.aggregated_metrics(fl_ctx), read_task_events.site_weights(fl_ctx))
+        elif event_type == read_task_events.BEST_MODEL:
+            number, metrics = read_task_events.best_metrics(fl_ctx)
             if number is not None:
                 self._best = (number, metrics)
-        elif event_type in (task_events.ROUND_DONE, EventType.END_WORKFLOW):
+        elif event_type in (read_task_events.ROUND_DONE, EventType.END_WORKFLOW):
             self._begin(None)
         elif event_type == EventType.ABOUT_TO_END_RUN:
             self._begin(None)

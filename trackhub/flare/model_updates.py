@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from nvflare.apis.dxo import DXO, DataKind, MetaKey
 
-from trackhub.flare.task_events import model_in
+from trackhub.flare.read_task_events import model_in
 from trackhub.printable import printable
 
 __all__ = ["MAX_KEPT_BYTES", "ModelUpdates"]

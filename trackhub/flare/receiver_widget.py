@@ -37,21 +37,21 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import carried_metrics, flare_internals
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
-from trackhub.flare.federation_settings import FederationSettings
+from trackhub.flare.federation_run_argument import FederationSettings
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
-from trackhub.flare.job_labels import JobLabels, job_info, spool_info
+from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
+from trackhub.flare.read_task_events import asking_site
 from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
 from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
-from trackhub.flare.task_events import asking_site
 from trackhub.flare.track_sites_without_sender import SitesWithoutSender
 
 __all__ = ["TrackhubReceiver"]
 
 _MIN_OWN_CLOSE_S = 1.0
 """The server's own records get this much time at the end of the job, in seconds, even when waiting for the sites took
-all of ``gate_s``."""
+all of ``sites_s``."""
 
 _IN_JOB_STORE = (
     "FLARE keeps this job's files in its job store. Get them with `nvflare job download {job}`. Then "
@@ -308,7 +308,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
     def _wait_for_sites(self, fl_ctx: FLContext) -> None:
         if self._core is None or self._wait_end is not None:  # FLARE asks again until all components are ready
             return
-        self._wait_end = time.monotonic() + self._limits.gate_s
+        self._wait_end = time.monotonic() + self._limits.sites_s
         sites = set(flare_internals.participants(fl_ctx.get_engine()))
         if self._others is not None:
             self._others.ask_now()
@@ -329,7 +329,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if self._others is not None:
             self._others.close(_MIN_OWN_CLOSE_S)
         if self._own_sender is not None:
-            left_s = self._limits.gate_s
+            left_s = self._limits.sites_s
             if self._wait_end is not None:  # use what is left of the time for waiting
                 left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
             assert self._core is not None

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
-from trackhub.flare.federation_settings import FederationSettings
+from trackhub.flare.federation_run_argument import FederationSettings
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
 from trackhub.flare.log_job_context import context_of_job
 from trackhub.flare.receiver_widget import TrackhubReceiver

@@ -18,7 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.signal import Signal
 
 from trackhub.flare import flare_internals
-from trackhub.flare.collab_calls import watch_calls
+from trackhub.flare.collab_call_outcomes import watch_calls
 from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["ClientRounds", "ServerRounds"]

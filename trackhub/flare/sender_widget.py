@@ -36,7 +36,7 @@ from trackhub.flare import flare_internals
 from trackhub.flare.carried_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
 from trackhub.flare.install_log_hooks import LogCallSource
-from trackhub.flare.job_labels import JobLabels, job_info, spool_info
+from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
 from trackhub.flare.round_watch import ClientRounds
@@ -355,7 +355,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
     def _close(self, side: str) -> None:
         if (sender := self._senders.pop(side, None)) is not None:
-            sender.close(self._limits.gate_s, failed=self._ending.status is RunStatus.FAILED)
+            sender.close(self._limits.sites_s, failed=self._ending.status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
         """Send for a second per receiver at most, before the simulator replaces this process by another one."""

@@ -22,7 +22,7 @@ import trackhub
 from trackhub.errors import ConfigError
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.page import template_values
-from trackhub.page.charts import band_charts, groups, histogram_charts, metric_charts, own_metric_charts
+from trackhub.page.chart_values import band_charts, groups, histogram_charts, metric_charts, own_metric_charts
 from trackhub.page.collect import RunData, collect
 from trackhub.page.downsample import keep_extremes
 from trackhub.page.numbers import duration, moment, number, size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the template of the report page shows, as plain values: headers, tables and media. Charts are in `charts`.
+"""What the template of the report page shows, as plain values: headers, tables and media. Charts are in `chart_values`.
 
 `trackhub.page.render` calls it with what `collect` and `federation` found.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides what may leave the site of one record. `trackhub.spool.withholding` asks it for each record.
+"""Decides what may leave the site of one record. `trackhub.spool.apply_policy` asks it for each record.
 
 It looks only at the record itself, so the answer does not depend on earlier records. Only thinning depends on them
 (`trackhub.policy.thinning`).

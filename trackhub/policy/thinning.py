@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thinning: of the values that one process logs under a key, let only some pass.
 
-`trackhub.spool.withholding` asks it for each value, in the order of the stream. The reader stores what thinning
+`trackhub.spool.apply_policy` asks it for each value, in the order of the stream. The reader stores what thinning
 remembers together with its own place in the stream. So a batch that is sent again after a crash has the same records.
 """
 

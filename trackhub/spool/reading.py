@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sender's end of the spool: follow all streams of a site, hand out batches, and delete what is acknowledged.
 
-A sender has one reader. It looks at the folder once in a pass (`trackhub.spool.changed_streams`), makes batches of what
-is there (`trackhub.spool.stream_reader`), and retires the streams of writers that are gone (`trackhub.spool.retiring`).
+A sender has one reader. It looks at the folder once in a pass (`trackhub.spool.changed_streams`), and makes batches of
+what is there (`trackhub.spool.stream_reader`). It retires the streams of writers that are gone
+(`trackhub.spool.retire_streams`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import msgspec
 from trackhub.errors import SpoolError
 from trackhub.framing import MAX_BODY_BYTES
 from trackhub.spool.acks import Ack, find_ack, read_ack, write_ack
+from trackhub.spool.apply_policy import Withholding
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.changed_streams import End, FollowedStream, look, stream_ends
 from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
 from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
 from trackhub.spool.repeated_warnings import RepeatedWarnings
-from trackhub.spool.retiring import Retirement
+from trackhub.spool.retire_streams import Retirement
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
 from trackhub.spool.stream_reader import Extent, SegmentReader, find_place
 from trackhub.spool.turns import Turns
-from trackhub.spool.withholding import Withholding
 from trackhub.spool.writer_ledger import LedgerCounts, WriterState, read_ledger, writer_state
 
 __all__ = ["RETIRED", "SpoolReader"]

@@ -8,12 +8,12 @@ from trackhub.testing.checks.declarations import DeclarationChecks
 from trackhub.testing.checks.delivery import ConfirmationChecks, ErrorChecks, OutageChecks, VolumeChecks
 from trackhub.testing.checks.detect_disabled_checks import contract_problems, misspelt_methods
 from trackhub.testing.checks.fixtures import Kit
-from trackhub.testing.checks.identity import IdentityChecks
 from trackhub.testing.checks.keys_stay_apart import KeyChecks
 from trackhub.testing.checks.leftovers import LeftoverChecks
 from trackhub.testing.checks.run_endings import LifecycleChecks
+from trackhub.testing.checks.runs_stay_apart import IdentityChecks
 from trackhub.testing.checks.stored_records import KindChecks, NumberChecks, StepChecks
-from trackhub.testing.simulated_site import series
+from trackhub.testing.sample_calls_and_requests import series
 
 __all__ = ["BackendContract"]
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.records import (
     KIND_OF,
     STEPLESS,
@@ -32,7 +32,7 @@ from trackhub.records import (
 from trackhub.spi import Capabilities
 from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.readback import ArtifactItem, HistogramItem, ImageItem, Point, ReadBack, TableItem, TextItem
-from trackhub.testing.simulated_site import Call, FuturePayload
+from trackhub.testing.sample_calls_and_requests import Call, FuturePayload
 
 __all__ = ["Expected", "expect", "kind_of"]
 

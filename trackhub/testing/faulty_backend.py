@@ -28,7 +28,7 @@ from trackhub.spi import (
     RunStatus,
     WriteReport,
 )
-from trackhub.testing.simulated_site import FuturePayload
+from trackhub.testing.sample_calls_and_requests import FuturePayload
 
 __all__ = ["FaultyBackend", "KillPoint"]
 

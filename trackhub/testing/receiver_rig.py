@@ -25,7 +25,7 @@ from trackhub.spi import Backend, BackendContext, Capabilities
 from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.faulty_backend import FaultyBackend
 from trackhub.testing.readback import ReadBack
-from trackhub.testing.simulated_site import BASE_TIME, Call, Stream
+from trackhub.testing.sample_calls_and_requests import BASE_TIME, Call, Stream
 
 __all__ = ["ReceiverOfClass", "ReceiverRig"]
 

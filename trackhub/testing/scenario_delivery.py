@@ -17,7 +17,7 @@ from trackhub.testing.contract_hooks import ContractHooks
 from trackhub.testing.expectation import Expected, expect
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
-from trackhub.testing.simulated_site import Call, new_job
+from trackhub.testing.sample_calls_and_requests import Call, new_job
 
 __all__ = ["DeliveredScenario", "DeliveredScenarios", "check_run", "scenario"]
 

@@ -19,7 +19,7 @@ from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.images import read_image
-from trackhub.writer.log_figures_and_models import FigureAndModelCalls
+from trackhub.writer.log_figures_and_histograms import FigureAndModelCalls
 from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.spool_choice import is_strict, open_spool

@@ -21,7 +21,7 @@ from trackhub_mlflow.naming import (
     versioned_path,
 )
 
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 
 # Weighted towards what makes a path, an escape, or a name of this backend's own.
 TEXTS = st.text(st.sampled_from("/.: -_x0259FEaAüsitejob"), min_size=1, max_size=40) | st.text(

@@ -17,7 +17,7 @@ from trackhub_wandb.naming import (
 )
 
 from backends.wandb.tests.conftest import Rig
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.spi import ANY_KEY, Capabilities, KeyRule, Kind
 
 ROW_KINDS = (Kind.METRICS, Kind.TEXT, Kind.IMAGE, Kind.HISTOGRAM, Kind.TABLE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_record
+from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError, check_record
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.records import Kind, Metrics

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.plain_values_to_structs import prepare
 from trackhub.records import KEYED, KIND_OF, STEPLESS, Kind, Metrics, Params, Payload, Record
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.delivery.gate import KnownKeys, RefusedRecordError, check_blob, check_record
+from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError, check_blob, check_record
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation

@@ -17,7 +17,7 @@ from trackhub.job_and_run_info import Side
 from trackhub.secrets import is_secret_name
 from trackhub.spi import Backend, BackendContext, NoOptions, OptionMark
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
-from trackhub.testing.simulated_site import new_job, series
+from trackhub.testing.sample_calls_and_requests import new_job, series
 from trackhub.testing.version import KIT_VERSION
 
 __all__ = ["DeclarationChecks"]

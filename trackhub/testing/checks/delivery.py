@@ -26,8 +26,8 @@ from trackhub.testing.faulty_backend import FaultyBackend, KillPoint
 from trackhub.testing.killed_receiver import deliver_until_killed
 from trackhub.testing.readback import Point
 from trackhub.testing.receiver_rig import ReceiverRig
+from trackhub.testing.sample_calls_and_requests import Call, FuturePayload, artifact, image, metric, series
 from trackhub.testing.scenario_delivery import check_run
-from trackhub.testing.simulated_site import Call, FuturePayload, artifact, image, metric, series
 
 __all__ = ["ConfirmationChecks", "ErrorChecks", "OutageChecks", "VolumeChecks"]
 

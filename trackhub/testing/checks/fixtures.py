@@ -24,8 +24,8 @@ from trackhub.testing.contract_hooks import ContractHooks, StoreContext
 from trackhub.testing.faulty_backend import FaultyBackend
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
+from trackhub.testing.sample_calls_and_requests import Call, FuturePayload, Stream, new_job
 from trackhub.testing.scenario_delivery import DeliveredScenarios
-from trackhub.testing.simulated_site import Call, FuturePayload, Stream, new_job
 
 __all__ = ["QUICK_ENV", "ContractFixtures", "Kit", "one_param"]
 

@@ -11,12 +11,21 @@ from functools import partial
 
 import pytest
 
-from trackhub.delivery.lane.keys import key_fitter
+from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.records import Kind, Metrics, Params, Summary, Tags, key_problem
 from trackhub.spi import KeyRule
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
+from trackhub.testing.sample_calls_and_requests import (
+    LOGGED_KINDS,
+    Call,
+    artifact,
+    histogram,
+    image,
+    metric,
+    table,
+    text,
+)
 from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario
-from trackhub.testing.simulated_site import LOGGED_KINDS, Call, artifact, histogram, image, metric, table, text
 
 __all__ = ["KeyChecks"]
 

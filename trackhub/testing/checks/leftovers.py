@@ -21,7 +21,7 @@ import pytest
 
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit, one_param
 from trackhub.testing.contract_hooks import SECRET_ENV
-from trackhub.testing.simulated_site import series
+from trackhub.testing.sample_calls_and_requests import series
 
 __all__ = ["LeftoverChecks"]
 

@@ -21,8 +21,8 @@ from trackhub.testing.comparison import differences
 from trackhub.testing.expectation import expect
 from trackhub.testing.readback import ReadBack
 from trackhub.testing.receiver_rig import ReceiverRig
+from trackhub.testing.sample_calls_and_requests import metric, series
 from trackhub.testing.scenario_delivery import check_run
-from trackhub.testing.simulated_site import metric, series
 from trackhub.writer.writer import Writer
 
 __all__ = ["LifecycleChecks"]

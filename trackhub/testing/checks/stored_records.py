@@ -16,8 +16,7 @@ from trackhub.spi import ANY_KEY, Capabilities
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.comparison import counted, differences
 from trackhub.testing.expectation import expect, kind_of
-from trackhub.testing.scenario_delivery import DeliveredScenarios, scenario
-from trackhub.testing.simulated_site import (
+from trackhub.testing.sample_calls_and_requests import (
     BASE_TIME,
     LOGGED_KINDS,
     Call,
@@ -29,6 +28,7 @@ from trackhub.testing.simulated_site import (
     table,
     text,
 )
+from trackhub.testing.scenario_delivery import DeliveredScenarios, scenario
 
 __all__ = ["KindChecks", "NumberChecks", "StepChecks"]
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a W&B server. `backend` opens it in the mode online.
 
-It writes with `sdk_run`. It confirms by what `server_state` says, or if that is not possible, `sdk_upload_log`.
+It writes with `sdk_run`. It confirms by what `server_state` says. If that is not possible, it confirms by
+`acknowledged_rows_in_sdk_log`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trackhub.spi import Artifact, BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
+from trackhub_wandb.acknowledged_rows_in_sdk_log import UploadLog
 from trackhub_wandb.artifact_uploads import MAX_REFUSALS, ArtifactUpload
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk_run import SdkRun, first_config
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, service_is_lost, stop_service
-from trackhub_wandb.sdk_upload_log import UploadLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,8 @@ from typing import Self
 
 from trackhub.errors import ConfigError
 from trackhub.flare.trainer.capture import of_mlflow, of_tensorboard, of_wandb
-from trackhub.flare.trainer.capture.captured_calls import CapturedCalls, Replacements
 from trackhub.flare.trainer.capture.skip_backend_calls import keep_out_children
+from trackhub.flare.trainer.capture.wrap_sdk_functions import CapturedCalls, Replacements
 from trackhub.flare.trainer.note_other_loggers import note_logger
 from trackhub.flare.trainer.process_writer import process_writer
 from trackhub.spool.announce_spool import find_spool

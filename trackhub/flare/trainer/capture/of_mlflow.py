@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.flare.trainer.capture.captured_calls import CapturedCalls, Replacements
+from trackhub.flare.trainer.capture.wrap_sdk_functions import CapturedCalls, Replacements
 from trackhub.own_threads import is_own_thread
 from trackhub.writer.adapters import MLflowWriter
 

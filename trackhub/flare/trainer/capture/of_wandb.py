@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from trackhub.flare.trainer.capture.captured_calls import CapturedCalls, Replacements
+from trackhub.flare.trainer.capture.wrap_sdk_functions import CapturedCalls, Replacements
 from trackhub.own_threads import is_own_thread
 from trackhub.writer.adapters import WandBWriter
 from trackhub.writer.writer import Writer

@@ -13,7 +13,7 @@ import subprocess
 import threading
 from typing import Any
 
-from trackhub.flare.trainer.capture.captured_calls import Replacements
+from trackhub.flare.trainer.capture.wrap_sdk_functions import Replacements
 from trackhub.own_threads import is_own_thread, mark_as_own
 
 __all__ = ["keep_out_children"]

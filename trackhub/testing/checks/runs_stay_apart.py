@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from trackhub.job_and_run_info import FEDERATION, SERVER, Side
 from trackhub.testing.checks.fixtures import ContractFixtures, Kit
 from trackhub.testing.receiver_rig import ReceiverRig
+from trackhub.testing.sample_calls_and_requests import Call, metric, new_job, series
 from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, scenario
-from trackhub.testing.simulated_site import Call, metric, new_job, series
 
 __all__ = ["IdentityChecks"]
 
