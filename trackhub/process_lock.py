@@ -12,8 +12,9 @@ import errno
 import fcntl
 import os
 import weakref
-from collections.abc import Callable
 from pathlib import Path
+
+from trackhub.own_descriptors import OwnDescriptor
 
 __all__ = ["ProcessLock", "is_free"]
 
@@ -33,11 +34,11 @@ class ProcessLock:
         Raises:
             BlockingIOError: another process holds the lock, or this one does through another descriptor.
         """
-        self._fd = fd
+        self._file = OwnDescriptor(fd)
         self.is_locked = False
         _locks.add(self)  # first: from here on, a forked child closes it
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.is_locked = True
         except OSError as e:
             if e.errno in _HELD_BY_ANOTHER:
@@ -55,32 +56,23 @@ class ProcessLock:
         """
         return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
 
+    def is_held(self) -> bool:
+        """Return False if the script has closed the file, as it may close all descriptors. The lock is gone then."""
+        return self._file.is_own()
+
     def release(self) -> None:
         """Give the lock back and close the file. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
+        if self._file.is_own():
             with contextlib.suppress(OSError):
                 # A child that was forked a moment ago may still have the file open, so closing alone would not unlock.
-                fcntl.flock(fd, fcntl.LOCK_UN)
-            with contextlib.suppress(OSError):
-                os.close(fd)
+                fcntl.flock(self._file.number, fcntl.LOCK_UN)
+        self._file.close()
 
     def abandon(self) -> None:
         """Close the file, and leave the lock to the process that it was forked from. Never raises. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # ``release`` is not called: in a child that was forked a moment ago, it would unlock for the parent as well. No
-        # global name is used, since it may be gone when the interpreter ends.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            try:  # noqa: SIM105
-                close(fd)
-            except OSError:
-                pass
+        # If nobody calls this, the file is closed as well, and not unlocked. In a child that was forked a moment ago,
+        # that would unlock for the parent.
+        self._file.close()
 
 
 def is_free(path: Path) -> bool:

@@ -17,7 +17,10 @@ from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
 from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
-__all__ = ["Drops", "DropsTold"]
+__all__ = ["CLOSED_FILES", "Drops", "DropsTold"]
+
+CLOSED_FILES = "closed files"
+"""Reason of a warning: the script has closed the files of the stream before, and this is a new one."""
 
 _WARN_EVERY_S = 60.0
 
@@ -27,11 +30,13 @@ class DropsTold:
 
     Attributes:
         at: when the writer last warned.
+        closed_files_at: when it last warned that the script has closed its files.
         dropped: how many records its streams have dropped so far.
     """
 
     def __init__(self, at: float = -math.inf) -> None:
         self.at = at
+        self.closed_files_at = -math.inf
         self.dropped = 0
 
 
@@ -42,7 +47,7 @@ class Drops:
         gaps: each gap that is not in the stream yet, with its ``seq``. The next record that fits takes them along.
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
         warning: what to warn about: reason and detail of the last drop, and the number of drops so far. None if no
-            warning is due.
+            warning is due. The reason may also be ``CLOSED_FILES``, which is no drop.
     """
 
     def __init__(self, ledger: Path, clock: Callable[[], float], told: DropsTold) -> None:
@@ -105,6 +110,13 @@ class Drops:
             self.open_ledger()
         if self.ledger is not None:
             self.ledger.set_left_out(self._left_out)
+
+    def warn_of_closed_files(self, detail: str) -> None:
+        """Prepare a warning that the script has closed the files of the stream before."""
+        told, now = self._told, self._clock()
+        if now - told.closed_files_at >= _WARN_EVERY_S:
+            told.closed_files_at = now
+            self.warning = CLOSED_FILES, detail, told.dropped
 
     def open_ledger(self) -> Ledger:
         """Open the stream's ledger unless it is open, and return it.

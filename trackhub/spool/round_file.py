@@ -9,6 +9,7 @@ import struct
 import time
 from pathlib import Path
 
+from trackhub.own_descriptors import MappedFile
 from trackhub.plain_files import open_plain
 from trackhub.spool.write_on_full_disk import write_start
 
@@ -39,6 +40,7 @@ class RoundFile:
         self._wanted = _NO_ROUND
         # Every log call reads the round. A view of the mapped integer takes a third of the time of unpacking bytes.
         self._value: memoryview | _NotMapped = _NotMapped(self)
+        self._map: MappedFile | None = None
         self.look_again()
 
     def look_again(self) -> None:
@@ -66,7 +68,8 @@ class RoundFile:
                 fd = write_start(self._path, _FORMAT.pack(_NO_ROUND), _MODE)
                 os.ftruncate(fd, _FORMAT.size)
             access = mmap.ACCESS_WRITE if self._sets else mmap.ACCESS_READ
-            return memoryview(mmap.mmap(fd, _FORMAT.size, access=access)).cast("q")
+            self._map = MappedFile(fd, _FORMAT.size, access)
+            return self._map.content.cast("q")
         finally:
             os.close(fd)
 

@@ -6,12 +6,11 @@ The writer's end of the spool writes to it, and opens the next one through it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from trackhub.own_descriptors import OwnDescriptor
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 
 __all__ = ["SegmentFile"]
@@ -37,6 +36,7 @@ class SegmentFile:
             max_bytes: the largest size of a segment. Only a segment with a single large frame may be larger.
         """
         self.fd = -1
+        self._file: OwnDescriptor | None = None
         self.offset = 0
         self.limit = 0
         self._max_bytes = max_bytes
@@ -73,32 +73,31 @@ class SegmentFile:
             except FileExistsError:
                 self._number += 1  # left over by an attempt that a signal handler interrupted
         # A signal handler may have forked in any call here, and this may be the child, which must not write to the
-        # file. `abandon` could not close the descriptor, since only this function knows it so far.
+        # file. `abandon` could not close it, since only this function knows it so far. It is closed when this raises.
+        file = OwnDescriptor(fd)
         if self._path is None:
-            os.close(fd)
             raise _not_ours()
         try:
-            if os.write(fd, SEGMENT_HEADER) != len(SEGMENT_HEADER):
+            if os.write(file.number, SEGMENT_HEADER) != len(SEGMENT_HEADER):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            os.close(fd)
             if self._path is not None:
                 path.unlink(missing_ok=True)
             raise
         if self._path is None:
-            os.close(fd)
             raise _not_ours()
-        old, self.fd = self.fd, fd
+        old, self._file = self._file, file
+        self.fd = file.number
         self._number += 1
         self.offset = self.limit = len(SEGMENT_HEADER)
-        if old >= 0:
-            # An error here belongs to earlier writes, which returned long ago. The new segment is in use already.
-            with contextlib.suppress(OSError):
-                os.close(old)
+        if old is not None:
+            old.close()
 
     def cut_torn_frame(self) -> None:
         """Remove what a short write left over. If that fails, the next frame goes to a new segment."""
         try:
+            if self.is_lost():
+                raise _not_ours()
             os.ftruncate(self.fd, self.offset)
         except OSError:
             self.offset = self.limit = max(self._max_bytes, self.offset, len(SEGMENT_HEADER) + 1)
@@ -112,27 +111,22 @@ class SegmentFile:
 
     def close(self) -> None:
         """Close the file. Never raises. Idempotent."""
-        # Forget the descriptor before closing it. Another thread may fork in between, and the child must not close it
-        # again: by then, the number may belong to another file.
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        self.fd = -1
+        if self._file is not None:
+            self._file.close()
+
+    def is_lost(self) -> bool:
+        """Return whether the script has closed the file, as it may close all descriptors. Never raises."""
+        return self.fd >= 0 and self._file is not None and not self._file.is_own()
+
+    def is_within_reach(self) -> bool:
+        """Return whether the script's next file may get the number of this one, if the script closes it."""
+        return self._file is not None and not self._file.is_out_of_reach
 
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked from. Close the file, and open no other one."""
         self._path = None
         self.close()
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # A script may make a writer in each round and never close one. Nothing global is used here: it may be gone when
-        # the interpreter ends.
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            try:  # noqa: SIM105
-                close(fd)
-            except OSError:
-                pass
 
 
 def _not_ours() -> OSError:

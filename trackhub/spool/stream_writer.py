@@ -29,6 +29,7 @@ SEGMENT_BYTES = 8 << 20
 """A writer closes a segment at this size, so that acknowledged bytes can be deleted while training goes on."""
 
 _CREATE_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.05
 CLOSED = "the writer is closed; records logged after close() cannot be delivered"
 
 
@@ -69,10 +70,13 @@ class Stream:
         self.next_seq = 0
         self.is_closed = False
         self.is_abandoned = False
-        segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
-        self.room = Room(folder, info.max_bytes, segment_bytes, clock)
+        self._segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
+        self.room = Room(folder, info.max_bytes, self._segment_bytes, clock)
         self.drops = Drops(ledger_file(folder, self.id), clock, told)
-        self._segment = SegmentFile(folder, self.id, segment_bytes)
+        self._segment = SegmentFile(folder, self.id, self._segment_bytes)
+        self._looked_at = self._look_at = 0.0
+        self._seen_seq = 0
+        self._told = told
         self._folder = folder
         self._clock = clock
         self._create_at = 0.0
@@ -93,6 +97,8 @@ class Stream:
         """
         if self.is_closed:
             raise SpoolError(CLOSED)
+        if not self._looked_at <= log_time < self._look_at:
+            self._look_after_files(log_time)
         segment, drops = self._segment, self.drops
         seq = self.next_seq
         current_round = self._round.get()
@@ -107,6 +113,8 @@ class Stream:
             written = os.write(segment.fd, frame)
         except BaseException as e:
             if isinstance(e, OSError) and e.errno is not None:
+                if self.begin_anew_if_files_are_lost():
+                    return self.append(payload, step, log_time)
                 self.drop_after(e)
                 return False
             # Otherwise a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
@@ -116,6 +124,8 @@ class Stream:
                 drops.gaps = []
             raise
         if written != size:
+            if self.begin_anew_if_files_are_lost():
+                return self.append(payload, step, log_time)
             segment.cut_torn_frame()
             self.drop("disk_full", f"{written} of {size} bytes could be written")
             return False
@@ -126,6 +136,38 @@ class Stream:
         drops.gaps = []
         if drops.ledger is not None:
             drops.ledger.set_logged(seq + 1)
+        return True
+
+    def _look_after_files(self, log_time: float) -> None:
+        """Look whether the stream's files are still open, and decide when to look again."""
+        self.begin_anew_if_files_are_lost()
+        # To look takes as long as a third of a log call. So it is done before each call only if the script's next file
+        # may get the number of one of these.
+        self._seen_seq = self.next_seq
+        self._looked_at = log_time
+        self._look_at = log_time + (0.0 if self._segment.is_within_reach() else _LOOK_EVERY_S)
+
+    def begin_anew_if_files_are_lost(self) -> bool:
+        """Begin another stream if the script has closed the files of this one. Return whether it did. Never raises.
+
+        A script may close all descriptors of its process, as daemons do. Readers then take the stream for ended, and
+        the script's next files may get the numbers of the stream's files.
+        """
+        segment, drops = self._segment, self.drops
+        is_lost = segment.is_lost() or (drops.ledger is not None and drops.ledger.is_lost())
+        if not is_lost or self.is_abandoned:
+            return False
+        unseen = self.next_seq - self._seen_seq
+        self.id = uuid.uuid4().hex
+        self.next_seq = self._seen_seq = 0
+        self._segment = SegmentFile(self._folder, self.id, self._segment_bytes)
+        self.drops = Drops(ledger_file(self._folder, self.id), self._clock, self._told)
+        if self.is_abandoned:  # a signal handler has forked during these lines, and this is the child
+            self._segment.abandon()
+            self.drops.abandon()
+        segment.close()
+        drops.close()
+        self.drops.warn_of_closed_files(f"up to {unseen} records of before may be lost, and the report counts them")
         return True
 
     def _make_room(self, size: int) -> bool:
@@ -146,6 +188,7 @@ class Stream:
                 room.note_full(size)
                 return False
             segment.open_next()
+            self._look_at = 0.0  # look before the next record
         for end in segment.ends(size):
             ledger.reserve(end)
             if room.fits(end - segment.offset):
@@ -162,6 +205,7 @@ class Stream:
             reason: one of ``DROP_REASONS``.
             detail: what happened, for the warning.
         """
+        self.begin_anew_if_files_are_lost()
         seq = self.next_seq
         self.next_seq = seq + 1
         self.drops.add(seq, reason, detail)

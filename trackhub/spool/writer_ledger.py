@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import os
 import struct
 import zlib
@@ -18,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from trackhub.own_descriptors import MappedFile
 from trackhub.plain_files import open_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.write_on_full_disk import write_start
@@ -62,7 +62,8 @@ class Ledger:
         # The zeros are written, since a file that is only given a size gets its block later, when the disk may be full.
         fd = write_start(path, bytes(_FORMAT.size), _MODE)
         try:
-            self._fields = memoryview(mmap.mmap(fd, _FORMAT.size)).cast("Q")
+            self._map: MappedFile | None = MappedFile(fd, _FORMAT.size)
+            self._fields = self._map.content.cast("Q")
         except BaseException:
             os.close(fd)
             raise
@@ -114,6 +115,11 @@ class Ledger:
         # A log call may still count: a signal handler may have interrupted it and forked. So keep something to count
         # in.
         self._fields = memoryview(bytearray(_FORMAT.size)).cast("Q")
+        self._map = None
+
+    def is_lost(self) -> bool:
+        """Return whether the script has closed the file. Readers then take the stream for ended. Never raises."""
+        return self._lock is not None and not self._lock.is_held()
 
 
 class LedgerCounts(NamedTuple):

@@ -21,7 +21,7 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
-from trackhub.spool.drops import DropsTold
+from trackhub.spool.drops import CLOSED_FILES, DropsTold
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
@@ -34,6 +34,10 @@ _NEXT_STEPS = {
     "spool_full": ". Raise the limit spool_bytes, or see why the receiver does not accept what is in the spool",
     "io_error": ". See whether this process may write to the folder, and whether its disk is sound",
 }
+_CLOSED_FILES = (
+    "the script has closed descriptors of trackhub's files in %s, as os.closerange does; what is logged from now on "
+    "goes to new files; %s; call os.closerange before the first record is logged"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -193,6 +197,7 @@ class SpoolWriter:
             RecordError, SpoolError: as ``append``.
         """
         stream = self._files
+        self._in_turn(stream, stream.begin_anew_if_files_are_lost)
         partial = new_part(self.folder, stream.id, blob.size)
         try:
             has_room = self._reserve(stream, partial, blob.size)
@@ -279,6 +284,7 @@ class SpoolWriter:
         """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
         if stream.is_abandoned:
             return  # the file belongs to the parent process, too
+        stream.begin_anew_if_files_are_lost()  # here, since the blob's name names the stream
         path = blob_file(self.folder, f"{stream.id}-{stream.next_seq}")
         is_appended = False
         try:
@@ -324,6 +330,9 @@ class SpoolWriter:
         warning, stream.drops.warning = stream.drops.warning, None
         if warning is not None:
             reason, detail, total = warning
+            if reason == CLOSED_FILES:
+                _log.warning(_CLOSED_FILES, self.folder, detail)
+                return
             _log.warning(
                 "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on%s",
                 reason, detail, self.folder, total, _NEXT_STEPS.get(reason, ""),
