@@ -120,7 +120,7 @@ coverage: $(INSTALLED) ## run the quick tests and show which lines of the core t
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table, runs/bench.json; under 25 minutes
+bench: $(INSTALLED) ## measure against stock FLARE and the bare SDKs: one table, runs/bench.json; under 28 minutes
 	$(BIN)/python -m tests.bench $(ARGS)
 
 bench-quick: $(INSTALLED) ## most of the figures, from fewer and shorter runs, in under 4 minutes

@@ -88,13 +88,16 @@ def read_plain(path: Path) -> bytes:
 def find_way_out(folder: Path) -> str:
     """Return what in this folder would make a program write or wait elsewhere; empty if there is nothing.
 
-    That is a symbolic link that leads out of the folder, a FIFO or a device. The folder itself may be reached by a
-    link. Whoever writes below a folder without such things writes into the folder, however it opens its files.
+    That is a symbolic link that leads out of the folder, a file that has another name outside of it (a hard link), a
+    FIFO or a device. The folder itself may be reached by a link. Whoever writes below a folder without such things
+    writes into the folder, however it opens its files.
 
     Raises:
         OSError: a folder cannot be read.
     """
     root, left = os.path.realpath(folder), [os.fspath(folder)]
+    names_left: dict[tuple[int, int], int] = {}  # of each file with several names, how many were not found yet
+    name_of: dict[tuple[int, int], str] = {}
     while left:
         with os.scandir(left.pop()) as entries:
             for entry in entries:
@@ -105,6 +108,13 @@ def find_way_out(folder: Path) -> str:
                     left.append(entry.path)
                 elif not entry.is_file():
                     return f"{entry.path} is neither a file nor a folder"
+                elif (status := entry.stat()).st_nlink > 1:
+                    file = (status.st_dev, status.st_ino)
+                    names_left[file] = names_left.get(file, status.st_nlink) - 1
+                    name_of[file] = entry.path
+    for file, names in names_left.items():
+        if names:
+            return f"{name_of[file]} is a hard link: the same file also has a name outside of {folder}"
     return ""
 
 

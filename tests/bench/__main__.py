@@ -33,6 +33,7 @@ _EXPERIMENTS = {
     "backends": "backend_rates:experiments",
     "journal": "journal_costs:size_and_status",
     "floor": "journal_costs:against_the_floor",
+    "flood": "flood_costs:beside_a_flood",
     "aggregates": "federation_costs:aggregates",
     "scale": "growth:many_sites",
     "memory": "process_costs:memory",
@@ -47,8 +48,9 @@ _EXPERIMENTS = {
 BY_NAME = ("training",)
 """Groups that run only where ``--only`` names them: some ten minutes of jobs under faults."""
 GROUPS = tuple(group for group in _EXPERIMENTS if group not in BY_NAME)
-QUICK_GROUPS = tuple(group for group in GROUPS if group != "cifar")
-"""What ``--quick`` runs. The CIFAR-10 job takes half a minute each time, however little it trains."""
+QUICK_GROUPS = tuple(group for group in GROUPS if group not in ("cifar", "flood"))
+"""What ``--quick`` runs. The CIFAR-10 job takes half a minute each time, however little it trains. A flood needs some
+seconds before it is one."""
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import batch_of, json_lines, metric
+from tests.unit.helpers import STREAM, batch_of, json_lines, metric
 from trackhub import Writer
 from trackhub.delivery import create_spool
 from trackhub.delivery.journal.journal import Journal
@@ -136,6 +136,22 @@ def test_a_journal_of_ones_own_can_be_trusted_as_it_is(tmp_path: Path) -> None:
     assert list((tmp_path / "mine").rglob("*.jsonl"))
 
 
+def test_a_journal_of_another_user_chooses_no_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name the id of a job of yours, whose runs would then get its records."""
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {}})
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+
+    with pytest.raises(ConfigError, match=f"the user with the id {me}, and not to you.* 'job-1'.* into jsonl") as error:
+        replay_journal(path)
+
+    assert "--backend" in str(error.value)
+    assert "--trust-journal" in str(error.value)
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert replay_journal(path, backends={"jsonl": {}}).lanes["jsonl"]["site-1"].confirmed == 3
+    assert replay_journal(path, operator=None).lanes["jsonl"]["site-1"].confirmed == 3
+
+
 def test_a_link_in_the_place_of_a_backends_folder_is_not_followed(tmp_path: Path) -> None:
     path = journal_from_elsewhere(tmp_path, {"jsonl": {}, "tensorboard": {}})
     outside = tmp_path / "outside"
@@ -183,6 +199,68 @@ def test_a_link_below_the_jobs_folder_leads_no_replay_out_of_it(tmp_path: Path, 
 
     assert str(place) in str(refused.value)
     assert list(outside.iterdir()) == []
+
+
+HARD_LINKS = [
+    ("jsonl", "jsonl/job-1/site-1.jsonl"),
+    ("tensorboard", "tensorboard/job-1/site-1/events.out.tfevents.1.x"),
+    ("mlflow", "mlflow/mlflow.db"),
+    ("wandb", "wandb/offline-run-20251124_160000-abc/run-abc.wandb"),
+    ("jsonl", f"trackhub/blobs/site-1/{STREAM}-0"),
+    ("jsonl", "trackhub/spool/usage"),
+]
+"""Backends, and files below a job's run folder that are appended to, overwritten or sent to the backend."""
+
+
+@pytest.mark.parametrize(("backend", "link"), HARD_LINKS, ids=[link for _, link in HARD_LINKS])
+def test_a_hard_link_below_the_jobs_folder_leads_no_replay_out_of_it(tmp_path: Path, backend: str, link: str) -> None:
+    path = journal_from_elsewhere(tmp_path, {backend: {}})
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"")
+    place = tmp_path / "job" / link
+    place.parent.mkdir(parents=True)
+    place.hardlink_to(mine)
+
+    with pytest.raises(ConfigError, match="is a hard link") as refused:
+        replay_journal(path, timeout_s=0)
+
+    assert str(place) in str(refused.value)
+    assert "--trust-journal" in str(refused.value)
+    assert mine.read_bytes() == b""
+
+
+def test_two_names_of_a_file_within_the_jobs_folder_hold_no_replay_up(tmp_path: Path) -> None:
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {}})
+    notes = path.with_name("notes")
+    notes.write_text("mine")
+    path.with_name("notes-again").hardlink_to(notes)
+
+    assert replay_journal(path).lanes["jsonl"]["site-1"].confirmed == 3
+
+
+def test_a_trusted_job_may_have_hard_links(tmp_path: Path) -> None:
+    """A backup that `cp -al` made has the files of the job under a second name each."""
+    path = journal_from_elsewhere(tmp_path, {"jsonl": {}})
+    (tmp_path / "backup").hardlink_to(path)
+
+    assert replay_journal(path, operator=None).lanes["jsonl"]["site-1"].confirmed == 3
+
+
+def test_a_link_in_the_spool_of_a_site_leads_no_replay_out_of_it(tmp_path: Path) -> None:
+    """The spool may lie elsewhere than the journal that its records go through."""
+    journal = journal_from_elsewhere(tmp_path, {"jsonl": {}})
+    spool, mine = tmp_path / "site-1" / "spool", tmp_path / "mine"
+    create_spool(spool, SpoolInfo("site-1", "job-1", ("server",)))
+    with Writer(spool) as writer:
+        writer.log({"loss": 0.5}, step=0)
+    mine.write_text("mine")
+    (spool / "round").unlink(missing_ok=True)
+    (spool / "round").hardlink_to(mine)
+
+    with pytest.raises(ConfigError, match="is a hard link"):
+        replay_spool(spool, cursor="server", journal=journal, timeout_s=0)
+
+    assert mine.read_text() == "mine"
 
 
 def test_a_link_in_a_folder_that_the_journals_options_name_is_not_followed(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ _REFRESH_S = 0.5
 @click.option(
     "--trust-journal",
     is_flag=True,
-    help="Use the options in the journal as they are, and follow links in the job's folder: the job was your own.",
+    help="Use the options and backends in the journal as they are, and follow links in the job's folder: the job was "
+    "your own.",
 )
 @click.option("--timeout-s", type=click.FloatRange(min=0), help="Give up after so many seconds. Default: never.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def replay_journal(
 
     Raises:
         JournalError: it is not a journal, or in use by a running job or another replay.
-        ConfigError: a backend or an option is wrong, a backend cannot be used as configured, or a folder is not safe
-            to write in.
+        ConfigError: a backend or an option is wrong, a backend cannot be used as configured, a folder is not safe to
+            write in, or the journal belongs to another user and ``backends`` is not given.
         PluginError: the plugin of a backend cannot be used.
     """
     _check_own_folder(journal, operator)
@@ -136,6 +137,8 @@ def replay_spool(
     lock = hold_ended_spool(spool, cursor)
     try:
         _check_own_folder(journal, operator)
+        if operator is not None:
+            _refuse_ways_out(spool.absolute())
         acked = _left_after_rewind(spool, cursor, journal)
         if acked is None:
             return None
@@ -337,9 +340,29 @@ def _choose(
     given: Backends = {name: {} for name in used} if backends is None else backends
     if operator is None:
         return {name: {**used.get(name, {}), **options} for name, options in given.items()}
+    if backends is None and used:
+        _check_owner(journal, meta["job"], used)
     for name in given:
         _refuse_ways_out(_run_dir(journal) / name)
     return {name: _permitted(name, used.get(name, {}), options, operator, journal) for name, options in given.items()}
+
+
+def _check_owner(journal: Path, job: str, used: Iterable[str]) -> None:
+    """Check that a journal belongs to the user who replays it, since it says itself which job it is of.
+
+    Another user of the machine may have given it the id of a job of yours. Its records would then go into your runs,
+    with your login, although you named no backend.
+
+    Raises:
+        ConfigError: it belongs to another user.
+    """
+    owner = os.stat(journal).st_uid
+    if owner != os.geteuid():
+        raise ConfigError(
+            f"{journal} belongs to the user with the id {owner}, and not to you. It says itself that it is of job "
+            f"{job!r}, and that its records go into {', '.join(used)}. With your login, they could end up in runs of "
+            "your own. Name the backends to deliver to with --backend. If the job was your own, give --trust-journal"
+        )
 
 
 def _check_own_folder(journal: Path, operator: OperatorFile | None) -> None:
@@ -357,7 +380,7 @@ def _refuse_ways_out(folder: Path) -> None:
     """Check a folder in which trackhub or a backend is going to write, and which may come from the journal's maker.
 
     Raises:
-        ConfigError: something in it, such as a symbolic link, leads what is written there elsewhere.
+        ConfigError: something in it, such as a symbolic or a hard link, leads what is written there elsewhere.
     """
     if folder.is_symlink() or not folder.is_dir():
         return  # the receiver makes the folder, and follows no link in its place
@@ -368,7 +391,7 @@ def _refuse_ways_out(folder: Path) -> None:
     if problem:
         raise ConfigError(
             f"{problem}. What `trackhub replay` writes could end up anywhere, and a job's folder may be anybody's. "
-            "Remove it. If the job was your own, give --trust-journal"
+            "Remove it, or make a copy of the folder without links. If the job was your own, give --trust-journal"
         )
 
 
