@@ -55,6 +55,57 @@ def test_a_script_from_standard_input_and_a_module_are_tracked(spool: Path, tmp_
     assert _metrics(spool) == [({"a": 1.0}, None)] * 2
 
 
+FORMS = {
+    "runpy": "import runpy\nrunpy.run_path({one_call!r}, run_name='__main__')",
+    "replaces itself": "import os, sys\nos.execv(sys.executable, [sys.executable, {one_call!r}])",
+    "closes all descriptors": "import os\nos.closerange(3, 4096)\n" + ONE_CALL,
+    "loads FLARE again": API
+    + "import importlib\nfrom nvflare.client.cell import api as module\nimportlib.reload(module)\n"
+    + "CellClientAPI = module.CellClientAPI\nscalar('a', 1.0)\nprint(left_to_flare)",
+    "logs when it ends": API + "import atexit\natexit.register(lambda: (scalar('a', 1.0), print(left_to_flare)))",
+    "has an import hook of its own": "import sys\nclass Hook:\n    def find_spec(self, *_):\n        return None\n"
+    + "sys.meta_path.insert(0, Hook())\n"
+    + ONE_CALL,
+    "logs in a pool of processes": API
+    + "from concurrent.futures import ProcessPoolExecutor\ndef work():\n    scalar('a', 1.0)\n"
+    + "    return left_to_flare\nif __name__ == '__main__':\n    with ProcessPoolExecutor(1) as pool:\n"
+    + "        print(pool.submit(work).result())",
+}
+"""What a script may do, and its source. ``{one_call}`` is the path of a script that makes one call."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_script_is_tracked_whatever_it_does_before_it_logs(spool: Path, tmp_path: Path, form: str) -> None:
+    (tmp_path / "one_call.py").write_text(ONE_CALL)
+    source = FORMS[form].replace("{one_call!r}", repr(str(tmp_path / "one_call.py")))
+    (tmp_path / "script.py").write_text(source)
+
+    assert _start([sys.executable, str(tmp_path / "script.py")], _announced(spool)) == ["[]"]
+    assert _metrics(spool) == [({"a": 1.0}, None)]
+
+
+def test_a_script_in_a_zip_file_and_one_without_a_safe_path_are_tracked(spool: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "app.pyz", "w") as file:
+        file.writestr("__main__.py", ONE_CALL)
+    env = _announced(spool) | {"PYTHONSTARTUP": "/not/there"}
+
+    assert _start([sys.executable, str(tmp_path / "app.pyz")], env) == ["[]"]
+    assert _start([sys.executable, str(tmp_path / "app.pyz")], env | {"PYTHONSAFEPATH": "1"}) == ["[]"]
+    assert _metrics(spool) == [({"a": 1.0}, None)] * 2
+
+
+@pytest.mark.parametrize("wrapper", ["unset PYTHONPATH\nexec", "exec env -u PYTHONPATH", "exec env -i"])
+def test_a_wrapper_that_takes_the_path_away_leaves_the_calls_to_flare(
+    spool: Path, tmp_path: Path, wrapper: str
+) -> None:
+    """As scripts do that activate an environment."""
+    (tmp_path / "script.py").write_text(ONE_CALL)
+    (tmp_path / "wrapper.sh").write_text(f"{wrapper} {sys.executable} {tmp_path / 'script.py'}\n")
+
+    assert _start(["/bin/sh", str(tmp_path / "wrapper.sh")], _announced(spool)) == ["['a']"]
+    assert _metrics(spool) == []
+
+
 def test_each_rank_of_torchrun_is_tracked(spool: Path, tmp_path: Path) -> None:
     rank = "rank = os.environ['RANK']\nfor i in range(50):\n    scalar('rank/' + rank, i / 7, i, rank=rank)\n"
     (tmp_path / "script.py").write_text(API + rank + "print(left_to_flare)")

@@ -117,6 +117,12 @@ def test_an_announced_process_has_loaded_no_module_more(spool: Path, tmp_path: P
     assert finders[1:] == expected[2]
 
 
+def test_a_python_that_warns_of_all_it_can_warn_of_prints_what_it_prints_without_the_folder(spool: Path) -> None:
+    flags = ["-X", "dev", "-X", "warn_default_encoding", "-W", "always"]
+
+    assert _python("print(1)", _announced(spool), *flags).stderr == _python("print(1)", {}, *flags).stderr
+
+
 OWN = "import sys\nsys.own_was_run = getattr(sys, 'own_was_run', 0) + 1\n"
 
 

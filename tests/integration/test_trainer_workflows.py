@@ -33,8 +33,17 @@ SITES = [f"site-{i + 1}" for i in range(int(sys.argv[2]))]
 
 
 def xgboost(kind):
-    from parts import Numbers
+    from parts import Columns, Numbers
 
+    if kind == "XGBoost vertical":
+        from nvflare.app_opt.xgboost.recipes import XGBVerticalRecipe
+
+        params = {"max_depth": 2, "eta": 0.1, "objective": "binary:logistic", "eval_metric": "auc", "nthread": 1,
+                  "tree_method": "hist"}
+        recipe = XGBVerticalRecipe(name="job", min_clients=len(SITES), num_rounds=3, label_owner="site-1",
+                                   xgb_params=params)
+        set_per_site_config(recipe, {site: {"data_loader": Columns()} for site in SITES})
+        return recipe
     if kind == "XGBoost histogram":
         from nvflare.app_opt.xgboost.recipes import XGBHorizontalRecipe
 
@@ -87,6 +96,25 @@ class Numbers(XGBDataLoader):
         x = np.random.default_rng(number).normal(size=(100 + 100 * number, 4))
         y = (x.sum(axis=1) > 0).astype(int)
         return xgb.DMatrix(x[50:], label=y[50:]), xgb.DMatrix(x[:50], label=y[:50])
+
+class Columns(XGBDataLoader):
+    '''The same rows at all sites, and other columns at each. The first site has the labels.'''
+
+    def load_data(self):
+        from trackhub import Writer
+
+        Writer().log({"loads": 1}, 0)
+        if os.environ.get("TRACKHUB_TEST_TRAINER") == f"{self.client_id} fails":
+            raise RuntimeError("this data loader fails")
+        x = np.random.default_rng(0).normal(size=(300, 6))
+        y = (x.sum(axis=1) > 0).astype(int) if self.client_id == "site-1" else None
+        mine = x[:, int(self.client_id[-1]) - 1 :: 3]
+
+        def part(rows):
+            labels = {} if y is None else {"label": y[rows]}
+            return xgb.DMatrix(mine[rows], data_split_mode=self.data_split_mode, **labels)
+
+        return part(slice(50, None)), part(slice(50))
 """
 
 _NET = """
@@ -171,13 +199,13 @@ def _assert_drawn_as_stored(job: JobResult, n_clients: int = 2) -> None:
         assert _rounded(job.jsonl_points(site, site)) == stored
 
 
-@pytest.mark.parametrize("n_clients", [2, 3])
-def test_xgboost_by_histograms_is_tracked_and_finished(tmp_path: Path, n_clients: int) -> None:
+@pytest.mark.parametrize(("kind", "n_clients"), [("histogram", 2), ("histogram", 3), ("vertical", 2), ("vertical", 3)])
+def test_xgboost_by_histograms_is_tracked_and_finished(tmp_path: Path, kind: str, n_clients: int) -> None:
     """FLARE's callback logs two metrics in each boosting round. That is a step: FLARE itself has no round here.
 
     FLARE's controller triggers the abort signal when it is done.
     """
-    job = _run(tmp_path, "XGBoost histogram", n_clients=n_clients)
+    job = _run(tmp_path, f"XGBoost {kind}", n_clients=n_clients)
 
     assert set(_status(job, n_clients).values()) == {"finished"}
     _assert_drawn_as_stored(job, n_clients)
@@ -200,8 +228,9 @@ def test_xgboost_by_trees_is_tracked_and_finished(tmp_path: Path, mode: str, n_c
         assert _rounded([point for point in points if point.key != "loads"]) == _rounded(read_tensorboard(folder))
 
 
-def test_xgboost_that_fails_at_one_site_failed_at_all(tmp_path: Path) -> None:
-    job = _run(tmp_path, "XGBoost histogram", "site-2 fails")
+@pytest.mark.parametrize("kind", ["histogram", "vertical"])
+def test_xgboost_that_fails_at_one_site_failed_at_all(tmp_path: Path, kind: str) -> None:
+    job = _run(tmp_path, f"XGBoost {kind}", "site-2 fails")
 
     assert set(_status(job).values()) == {"failed"}
 

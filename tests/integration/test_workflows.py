@@ -299,6 +299,7 @@ def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int) -> Non
         ("swarm", False, 2),
         pytest.param("swarm", True, 2, marks=pytest.mark.long),
         pytest.param("swarm", False, 3, marks=pytest.mark.long),
+        pytest.param("swarm", True, 3, marks=pytest.mark.long),
         pytest.param("cyclic by clients", False, 2, marks=pytest.mark.long),
         pytest.param("cyclic by clients", True, 3, marks=pytest.mark.long),
         pytest.param("swarm, then evaluation", False, 2, marks=pytest.mark.long),
