@@ -74,7 +74,7 @@ class _Delivery:
         """Deliver what is left, end the run and close everything. Ctrl-C skips the waits.
 
         Raises:
-            JournalError: the journal cannot be read, or there never was room for it.
+            JournalError: the journal cannot be read, or the receiver never could start.
         """
         withdraw_process_spool(self.spool)
         # Note the status first, since the process may be killed at any time from here on.

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from tests.conftest import MakePlugin
 from tests.unit.helpers import WAIT_S, allow_inodes, assert_balanced, batch_of, json_lines, metric, mounted, small_disk
 from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery import wire
+from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, PluginError
@@ -128,7 +129,7 @@ def test_a_receiver_on_a_full_disk_starts_and_takes_records_once_there_is_room(d
     receiver = start(disk.runs / "job")
     busy = ask(receiver, batch_of([metric(0)]))
     assert isinstance(busy, wire.Busy)
-    assert "waiting until its disk has room" in busy.detail
+    assert "waiting until it can start" in busy.detail
     receiver.note_status(RunStatus.FINISHED)
 
     disk.make_room()
@@ -139,16 +140,29 @@ def test_a_receiver_on_a_full_disk_starts_and_takes_records_once_there_is_room(d
     assert_balanced(report, {SITE: 5}, {("jsonl", SITE): 5})
 
 
-def test_a_receiver_whose_disk_never_has_room_says_so_at_the_end_and_leaves_no_thread(disk: FullDisk) -> None:
+def test_a_receiver_that_never_could_start_says_why_at_the_end_and_leaves_no_thread(disk: FullDisk) -> None:
     before = threading.active_count()
     receiver = start(disk.runs / "job")
     assert isinstance(ask(receiver, batch_of([metric(0)])), wire.Busy)
 
-    with pytest.raises(JournalError, match="never had room"):
+    with pytest.raises(JournalError, match=r"never could start: .*(No space|full)"):
         receiver.finish(RunStatus.FINISHED, deadline_s=1)
 
     assert isinstance(ask(receiver, batch_of([metric(0)])), wire.Busy)
     assert threading.active_count() == before
+
+
+def test_a_receiver_whose_journal_stays_locked_says_so_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver_module, "WAIT_S", 0.5)
+    start(tmp_path).finish(RunStatus.FINISHED)
+    with closing(sqlite3.connect(tmp_path / "trackhub" / JOURNAL_NAME, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        receiver = start(tmp_path)
+
+        with pytest.raises(JournalError, match=r"never could start: .*locked"):
+            receiver.finish(RunStatus.FINISHED, deadline_s=1)
 
 
 def test_a_script_on_a_full_disk_goes_on_and_is_delivered_once_there_is_room(disk: FullDisk) -> None:

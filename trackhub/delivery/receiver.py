@@ -28,7 +28,7 @@ from trackhub.delivery.channel import Channel
 from trackhub.delivery.check_received_batch import KnownKeys, examine
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
 from trackhub.delivery.job_sites import JobSites
-from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal, TooManyStreamsError
+from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver_start_and_end import END_S, end_lanes, make_report, store_start
@@ -65,7 +65,7 @@ from trackhub.spi import Backend
 __all__ = ["Receiver"]
 
 _OPEN, _CLOSED = "open", "closed"
-_WAITING = "waiting until its disk has room"
+_WAITING = "waiting until it can start"
 _AT_ONCE = 16
 """Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
 
@@ -169,7 +169,7 @@ class Receiver:
             OSError: for a replay, the environment keeps a backend from being set up.
         """
         try:
-            self._open(from_start=from_start)
+            self._open(from_start=from_start, wait_s=_WAIT_S if self._state == _WAITING else WAIT_S)
         except Exception as e:
             # A replay raises, since somebody reads its error.
             if self._ended is not None or not is_environment_trouble(e):
@@ -185,11 +185,12 @@ class Receiver:
     def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
         return set_up_backend(name, options, workdir=self._run_dir / name, job=self.job, side=self._side)
 
-    def _open(self, *, from_start: bool) -> None:
+    def _open(self, *, from_start: bool, wait_s: float) -> None:
         backends = {name: self._load(name, options) for name, options in self._backends.items()}
         journal = Journal.open(
-            self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability
-        )
+            self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability,
+            wait_s=wait_s,
+        )  # fmt: skip
         try:
             self._take_up(journal, backends, from_start=from_start)
         except BaseException:
@@ -242,6 +243,23 @@ class Receiver:
             _log.error("%s. The receiver does not start. What the sites log stays in their spools", e)
         finally:
             self._opening.release()
+
+    def _try_last_time(self, deadline_s: float) -> None:
+        """Start now, if the receiver still waits for that.
+
+        Raises:
+            JournalError: it cannot start.
+        """
+        with self._opening:  # another thread may be starting the receiver
+            if self._state != _WAITING:
+                return
+            try:
+                self._open(from_start=False, wait_s=min(WAIT_S, deadline_s))
+            except Exception as e:
+                self._state = _CLOSED
+                raise JournalError(
+                    f"the receiver in {self.folder} never could start: {e}. The sites' records are in their spools"
+                ) from e
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
@@ -457,15 +475,10 @@ class Receiver:
             moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of commands.
 
         Raises:
-            JournalError: the receiver was not started, or its disk never had room for the journal.
+            JournalError: the receiver was not started, or never could start, for example on a full disk.
         """
-        with self._opening:  # another thread may be starting the receiver
-            if self._state == _WAITING:
-                self._try_at = 0.0
-                self._try_again()
-            if self._state == _WAITING:
-                self._state = _CLOSED
-                raise JournalError(f"the disk never had room for the receiver's journal in {self.folder}")
+        deadline_s = self._limits.deadline_s if deadline_s is None else deadline_s
+        self._try_last_time(deadline_s)
         if self._journal is None:
             raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
         sites = {FEDERATION, *(name for name, known in self._known.copy().items() if known.id is not None)}
@@ -478,7 +491,7 @@ class Receiver:
             _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
         was_killed = self._ended is RunStatus.KILLED
         by_site = {name: self.sites.status(name, status, was_killed=was_killed) for name in sites}
-        return self._close(status, by_site, self._limits.deadline_s if deadline_s is None else deadline_s, moves_to)
+        return self._close(status, by_site, deadline_s, moves_to)
 
     def _close(
         self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float, moves_to: str = ""

@@ -95,6 +95,13 @@ ANYTHING = (".*",)
 """For a defect that touches nearly every check."""
 
 HANGS: Any = {"deadline_s": 1.0, "patience_s": 1.0}
+"""Short waits, for a mutant that hangs. On a busy machine they are too short for any check, so ``also`` is ANYTHING."""
+
+NEIGHBOURS = (
+    "test_record_without_its_content_is_rejected",
+    "test_payloads_that_write_does_not_know_are_rejected",
+)
+"""Checks that also read what is stored beside a rejected record."""
 
 
 def replace_keys(payload: Any, change: Callable[[str], str]) -> Any:

@@ -13,6 +13,7 @@ from tests.contract.mutants.base import (
     ANYTHING,
     CAN,
     HANGS,
+    NEIGHBOURS,
     Bad,
     Tampered,
     caught_by,
@@ -51,7 +52,7 @@ class _Buffered(Tampered):
     "test_confirmed_records_survive_sigkill",
     also=(
         "test_end_is_bounded_in_an_outage",
-        "test_record_without_its_content_is_rejected",
+        *NEIGHBOURS,
         "test_redelivery_after_an_error_as_declared",
     ),
 )
@@ -113,7 +114,7 @@ class ResumesOneTooFar(Bad):
     "test_run_resumes_in_a_new_process",
     also=(
         "test_end_is_bounded_in_an_outage",
-        "test_record_without_its_content_is_rejected",
+        *NEIGHBOURS,
         r"test_redelivery_after_sigkill_as_declared\[.*",
         "test_run_opened_again_is_the_same_run",
     ),
@@ -173,7 +174,7 @@ class _NoHoles(Tampered):
     "test_permanent_error_takes_only_its_records",
     "test_records_of_a_newer_trackhub_are_rejected",
     "test_reported_rejections_are_counted",
-    also=("test_record_without_its_content_is_rejected",),
+    also=NEIGHBOURS,
 )
 class ExpectsPositionsWithoutHoles(Bad):
     run = _NoHoles
@@ -255,15 +256,7 @@ class RetriesForEver(Bad):
     run = _Stubborn
 
 
-@caught_by(
-    "test_finish_returns",
-    also=(
-        "test_no_thread_is_left",
-        "test_site_that_failed_ends_as_failed",
-        r"test_status_is_told\[.*",
-    ),
-    **HANGS,
-)
+@caught_by("test_finish_returns", also=ANYTHING, **HANGS)
 class HangsInFinish(Bad):
     class run(Tampered):
         def finish(self, status: RunStatus) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from tests.contract.mutants.base import (
     ANYTHING,
     HANGS,
+    NEIGHBOURS,
     Bad,
     Tampered,
     caught_by,
@@ -29,22 +30,16 @@ from trackhub.spi import (
 )
 
 
-@caught_by(
-    "test_job_without_records_ends",
-    also=(
-        "test_end_is_bounded_in_an_outage",
-        "test_finish_returns",
-        "test_no_thread_is_left",
-    ),
-    **HANGS,
-)
+@caught_by("test_job_without_records_ends", also=ANYTHING, **HANGS)
 class HangsInClose(Bad):
     def close(self) -> None:
         threading.Event().wait(60.0)
 
 
 @caught_by(
-    "test_status_is_told[failed]", "test_status_is_told[aborted]", also=("test_site_that_failed_ends_as_failed",)
+    "test_status_is_told[failed]",
+    "test_status_is_told[aborted]",
+    also=("test_site_that_failed_ends_as_failed", r"test_status_is_told\[killed\]"),
 )
 class AlwaysFinishes(Bad):
     class run(Tampered):
@@ -123,7 +118,7 @@ class KnowsARunByItsSite(Bad):
         return self._folder / "job" / f"{info.site}.jsonl"
 
 
-@caught_by("test_two_jobs_of_one_name_do_not_mix")
+@caught_by("test_two_jobs_of_one_name_do_not_mix", also=("test_two_sides_do_not_mix",))
 class TakesAJobForAnEarlierOneOfItsName(Bad):
     def _file(self, info: RunInfo) -> Path:
         own = super()._file(info)
@@ -162,7 +157,7 @@ class _BySeq(Tampered):
     "test_two_processes_of_a_site_share_its_run",
     also=(
         "test_end_is_bounded_in_an_outage",
-        "test_record_without_its_content_is_rejected",
+        *NEIGHBOURS,
         "test_outage_loses_nothing",
     ),
 )

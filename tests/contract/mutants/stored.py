@@ -15,6 +15,7 @@ import msgspec
 from tests.contract.mutants.base import (
     ANYTHING,
     CAN,
+    NEIGHBOURS,
     Bad,
     Tampered,
     caught_by,
@@ -56,7 +57,7 @@ class DropsTheLastRecord(Bad):
     "test_kind_as_declared[params]",
     also=(
         "test_changing_params_as_declared",
-        "test_keys_of_params_and_tags_stay_apart",
+        r"test_keys_.*",
         "test_one_key_serves_every_kind",
     ),
 )
@@ -70,7 +71,7 @@ class WritesParamsAsMetrics(Bad):
     )
 
 
-@caught_by("test_kind_as_declared[tags]", also=("test_keys_of_params_and_tags_stay_apart",))
+@caught_by("test_kind_as_declared[tags]", also=(r"test_keys_.*",))
 class KeepsOneTag(Bad):
     run = payloads(lambda p: Tags(dict(list(p.values.items())[-1:])) if isinstance(p, Tags) else p)
 
@@ -80,7 +81,14 @@ class KeepsTheFirstFinalValue(Bad):
     run = payloads(lambda p: None if isinstance(p, Summary) and "sizes" in p.values else p)
 
 
-@caught_by("test_kind_as_declared[text]", also=("test_one_key_serves_every_kind",))
+@caught_by(
+    "test_kind_as_declared[text]",
+    also=(
+        "test_one_key_serves_every_kind",
+        r"test_keys_.*\[text\]",
+        "test_records_of_a_newer_trackhub_are_rejected",
+    ),
+)
 class ClaimsTextButHasNone(Bad):
     run = payloads(lambda p: None if isinstance(p, Text) else p)
 
@@ -103,7 +111,7 @@ class LosesTheLastBin(Bad):
     run = payloads(lambda p: Histogram(p.key, p.edges[:-1], p.counts[:-1]) if isinstance(p, Histogram) else p)
 
 
-@caught_by("test_kind_as_declared[table]", also=("test_one_key_serves_every_kind",))
+@caught_by("test_kind_as_declared[table]", also=("test_one_key_serves_every_kind", r"test_keys_.*\[table\]"))
 class TurnsCellsIntoText(Bad):
     run = payloads(
         lambda p: Table(p.key, p.columns, [list(map(str, r)) for r in p.rows]) if isinstance(p, Table) else p
@@ -158,7 +166,14 @@ class _OneKind(Tampered):
         return [entry for entry in batch if first(entry)]
 
 
-@caught_by("test_one_key_serves_every_kind", also=("test_keys_of_params_and_tags_stay_apart",))
+@caught_by(
+    "test_one_key_serves_every_kind",
+    also=(
+        r"test_keys_.*",
+        r"test_kind_as_declared\[summary\]",
+        *NEIGHBOURS,
+    ),
+)
 class GivesAKeyToTheFirstKind(Bad):
     run = _OneKind
 
@@ -173,7 +188,10 @@ class _Lenient(Tampered):
         return None
 
 
-@caught_by("test_record_without_its_content_is_rejected", also=("test_redelivery_after_an_error_as_declared",))
+@caught_by(
+    "test_record_without_its_content_is_rejected",
+    also=("test_redelivery_after_an_error_as_declared", *NEIGHBOURS),
+)
 class PassesOverMissingContent(Bad):
     run = _Lenient
 
@@ -238,7 +256,7 @@ class _NotEqual(_StepFilter):
 @caught_by(
     "test_late_steps_as_declared",
     also=(
-        "test_record_without_its_content_is_rejected",
+        *NEIGHBOURS,
         "test_outage_loses_nothing",
     ),
 )
@@ -254,7 +272,7 @@ class HasLateStepsButClaimsNone(Bad):
 @caught_by(
     "test_equal_steps_are_all_kept",
     also=(
-        "test_record_without_its_content_is_rejected",
+        *NEIGHBOURS,
         "test_outage_loses_nothing",
         "test_two_processes_of_a_site_share_its_run",
     ),
@@ -279,6 +297,7 @@ class HasFloatSteps(Bad):
         r"test_kind_as_declared\[.*",
         "test_one_key_serves_every_kind",
         "test_two_processes_of_a_site_share_its_run",
+        r"test_keys_.*\[artifact\]",
     ),
 )
 class PutsPointsWithoutStepAtZero(Bad):

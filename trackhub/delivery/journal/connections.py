@@ -23,7 +23,6 @@ from trackhub.plain_files import open_plain
 
 __all__ = ["Connections"]
 
-_OPEN_S = 10.0
 _READ_S = 0.5
 _FOLD_S, _MIN_FOLD_S = 1.0, 0.1
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.001, 0.02
@@ -37,8 +36,8 @@ class Connections:
     locked, the thread gives its turn back before it waits, so that nobody waits behind it.
     """
 
-    def __init__(self, path: Path, *, durability: str) -> None:
-        """Open the file, and create it and its tables if need be. Blocks up to 10 s while the file is locked.
+    def __init__(self, path: Path, *, durability: str, wait_s: float) -> None:
+        """Open the file, and create it and its tables if need be. Blocks up to ``wait_s`` while the file is locked.
 
         Raises:
             sqlite3.Error: it cannot be opened, or is not a journal.
@@ -54,7 +53,7 @@ class Connections:
         # Make the file here. SQLite would follow a symbolic link, and would make a file that everybody may read. SQLite
         # gives its other files the same mode.
         os.close(open_plain(path, os.O_RDWR | os.O_CREAT))
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_OPEN_S)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=wait_s)
         try:
             mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             self._has_log = mode == "wal"

@@ -76,14 +76,15 @@ class Journal:
         return self._continues
 
     @classmethod
-    def open(cls, path: Path, *, job: str, side: str, durability: str = "normal") -> Journal:
-        """Open or create a journal for writing. Blocks up to 10 s while another program has the file locked.
+    def open(cls, path: Path, *, job: str, side: str, durability: str = "normal", wait_s: float = WAIT_S) -> Journal:
+        """Open or create a journal for writing. Blocks up to ``wait_s`` while another program has the file locked.
 
         Args:
             path: the file. Its folder is created.
             job: the job whose records it holds.
             side: where its receiver is, as in `trackhub.job_and_run_info.Side`.
             durability: ``normal`` survives a killed process, ``full`` also a loss of power (an fsync for each batch).
+            wait_s: the longest wait for another program, in seconds.
 
         Raises:
             JournalError: it cannot be opened, is in use by another process, or belongs to another job or side.
@@ -93,9 +94,9 @@ class Journal:
         connections: Connections | None = None
         try:
             finish_swap(path)
-            connections = Connections(path, durability=durability)
+            connections = Connections(path, durability=durability, wait_s=wait_s)
             journal = cls(path, connections, lock)
-            journal._claim({"format": _FORMAT, "job": job, "side": side})
+            journal._claim({"format": _FORMAT, "job": job, "side": side}, wait_s)
         except (sqlite3.Error, OSError, JournalError) as e:
             if connections is not None:
                 connections.close()
@@ -105,8 +106,8 @@ class Journal:
             raise JournalError(f"cannot use the journal {path}: {e}") from e
         return journal
 
-    def _claim(self, expected: dict[str, str]) -> None:
-        with self._connections.transaction(WAIT_S) as db:
+    def _claim(self, expected: dict[str, str], wait_s: float) -> None:
+        with self._connections.transaction(wait_s) as db:
             found = dict(db.execute("SELECT key, value FROM meta"))
             self._continues = _CONTINUES in found
             for key, value in expected.items():
