@@ -266,7 +266,7 @@ def _run(
     (folder / "net.py").write_text(_NET)
     (folder / "job.py").write_text(_JOB)
     args = ["job.py", workflow, "external" if external else "in process", str(n_clients), *([mode] if mode else [])]
-    rc, log = run_script(args, folder, folder / "out", {"PYTHONPATH": str(folder), **(env or {})}, 300)
+    rc, log = run_script(args, folder, folder / "out", {"PYTHONPATH": str(folder), **(env or {})}, 240)
     return JobResult(rc, log, folder / "workspace" / "job", folder / "out")
 
 

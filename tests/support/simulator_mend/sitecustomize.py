@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python runs this file when a process of a test's FLARE job starts. It mends one race of FLARE's simulator.
+"""Python runs this file when a process of a test's FLARE job starts. It mends two races of FLARE's simulator.
 
-`tests.integration.harness.flare_environment` puts this folder into ``PYTHONPATH``. FLARE 2.9's simulator tells its
-client processes their names in one dict that all its threads share (``SimulatorClientRunner.do_one_task``). If two
-clients start in the same moment, both get one name, and the job waits for the other site for ever. That is about one
-job in a hundred on a busy machine. With the mend each thread has a copy of its own. Where a job replaces this file by
-one of its own, the race stays.
+`tests.integration.harness.flare_environment` puts this folder into ``PYTHONPATH``. In both races a job of FLARE 2.9
+waits for a site for ever, about one job in a hundred on a busy machine:
+
+- The simulator tells its client processes their names in one dict that all its threads share
+  (``SimulatorClientRunner.do_one_task``). If two clients start in the same moment, both get one name. With the mend
+  each thread has a copy of its own.
+- The simulator asks the system for a free port, and a client's process opens it seconds later. Meanwhile the system
+  may give it to another process. With the mend the port is one that the system gives to nobody.
+
+Where a job replaces this file by one of its own, the races stay.
 """
 
 from __future__ import annotations
@@ -32,9 +37,27 @@ class _PerThread:
         return own.build_ctx
 
 
+def _open_ports(number: int) -> list[int]:
+    """Replaces ``get_open_ports``: return free ports below those that systems give by themselves."""
+    import random
+    import socket
+
+    ports: set[int] = set()
+    while len(ports) < number:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("", port))
+            except OSError:  # in use
+                continue
+        ports.add(port)
+    return list(ports)
+
+
 def mend(module: ModuleType) -> None:
     """Change FLARE's module once it is loaded."""
     module.SimulatorClientRunner.build_ctx = _PerThread()
+    module.get_open_ports = _open_ports
 
 
 def _watch() -> None:
