@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
 
-from trackhub.delivery.wire import Chunk
+from trackhub.delivery.wire import Accepted, Busy, Chunk, Refused, Reply
 from trackhub.plain_files import make_private_folder, open_plain
 from trackhub.records import Blob
 
@@ -31,6 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COPY_BYTES = 1 << 20
 _MAX_UNNAMED = 4096
 """Most blobs of a site that no record refers to yet. A sender sends a few at a time, and then their records."""
+_MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
@@ -72,10 +73,6 @@ class BlobStore:
         """Note that records of the site refer to these blobs, and are about to be stored."""
         self._unnamed[site].difference_update(names)
 
-    def has_many_unnamed(self, site: str) -> bool:
-        """Return whether the site must first send the records that refer to its blobs."""
-        return len(self._unnamed[site]) >= _MAX_UNNAMED
-
     def delete_unused(self) -> None:
         """Delete the incomplete blobs, and those that no record refers to. Call it when no more pieces come.
 
@@ -86,6 +83,23 @@ class BlobStore:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._unnamed.clear()
+
+    def answer(self, site: str, chunk: Chunk) -> Reply:
+        """Store a piece as ``add`` does, and return the receiver's reply to it.
+
+        Raises:
+            OSError: the piece cannot be written.
+        """
+        if len(self._unnamed[site]) >= _MAX_UNNAMED:
+            return Busy(_MANY_FILES)
+        reached = self.add(site, chunk)
+        if reached is None:
+            return Refused(
+                "blob_damaged",
+                f"blob {chunk.name[:80]!r} has no name, size or digest that a sender makes, or its bytes do not match "
+                "its digest: the file was damaged at the site",
+            )
+        return Accepted(reached)
 
     def add(self, site: str, chunk: Chunk) -> int | None:
         """Store a piece, and return the offset that is expected next. For a complete blob, this is its size.

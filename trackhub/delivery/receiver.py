@@ -76,7 +76,6 @@ _TRY_EVERY_S = 2.0  # how often a receiver that could not start tries to start a
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
-_MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 _log = logging.getLogger(__name__)
 
 
@@ -245,11 +244,7 @@ class Receiver:
             self._opening.release()
 
     def _try_last_time(self, deadline_s: float) -> None:
-        """Start now, if the receiver still waits for that.
-
-        Raises:
-            JournalError: it cannot start.
-        """
+        """Start now, if the receiver still waits for that. Raise JournalError if it cannot."""
         with self._opening:  # another thread may be starting the receiver
             if self._state != _WAITING:
                 return
@@ -346,20 +341,12 @@ class Receiver:
                 return Accepted(status=self._outcome)
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
-        if self._blobs.has_many_unnamed(site):
-            return Busy(_MANY_FILES)
         if not self._room.allows(site, len(chunk.data), makes_file=chunk.offset == 0):
             return Busy(_NO_ROOM)
-        reached = self._blobs.add(site, chunk)
-        if reached is None:
-            return Refused(
-                "blob_damaged",
-                f"blob {chunk.name[:80]!r} has no name, size or digest that a sender makes, or its bytes do not match "
-                "its digest: the file was damaged at the site",
-            )
-        if reached > chunk.offset:
+        reply = self._blobs.answer(site, chunk)
+        if isinstance(reply, Accepted) and reply.next > chunk.offset:
             self.sites.note_progress(site)
-        return Accepted(reached)
+        return reply
 
     def _welcome(self, site: str, hello: Hello) -> Reply:
         if not is_compatible(hello.version):

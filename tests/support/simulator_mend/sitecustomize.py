@@ -57,7 +57,7 @@ def _open_ports(number: int) -> list[int]:
 def mend(module: ModuleType) -> None:
     """Change FLARE's module once it is loaded."""
     module.SimulatorClientRunner.build_ctx = _PerThread()
-    module.get_open_ports = _open_ports
+    module.__dict__["get_open_ports"] = _open_ports
 
 
 def _watch() -> None:
