@@ -184,10 +184,11 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for each stream and key. Params, tags and summaries never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value, and
             rejects later values that differ as ``param_changed``.
-        any_order: whether an entry may be stored after later ones of its run. Only then can the core tell a record that
-            the store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
-            these test entries may be stored already. So a second ``write`` of metrics must fail while the store takes
-            no writes. This field has an effect with ``idempotent`` and ``at_least_once`` only.
+        any_order: whether an entry may be stored after later ones of its run. Then the core tells a record that the
+            store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
+            these may be stored already. So a second ``write`` of metrics must fail while the store takes no writes.
+            This field has an effect with ``idempotent`` and ``at_least_once`` only.
+        probe: whether the runs have ``probe``, which is the test where the order must be kept.
         files_beside: the kinds of files, images or artifacts, that a second thread may hand to ``write``, one at a
             time, while the lane's thread calls the run's methods with everything else. Then a file that is large, or
             that the store refuses, holds up no metrics. Such a file may be stored after later entries. This field has
@@ -205,6 +206,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional_step: bool = False
     changing_params: bool = False
     any_order: bool = False
+    probe: bool = False
     files_beside: frozenset[Kind] = frozenset()
     key_rule: KeyRule = KeyRule()
     key_rules: dict[Kind, KeyRule] = {}
@@ -236,8 +238,7 @@ class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         variables: environment variables that hold a secret. The core removes their values from logs and reports.
         host_variables: environment variables by which the operator names a host for these credentials.
-        default_host: the host that the backend uses if neither an option nor a variable names one. Empty if there is
-            none; such a backend may write to a folder then.
+        default_host: the host that the backend uses if neither an option nor a variable names one; empty for none.
     """
 
     variables: tuple[str, ...] = ()
@@ -302,11 +303,7 @@ class Results(msgspec.Struct, frozen=True):
     command: str | None = None
 
     def resolved(self, run_folder: Path) -> Results:
-        """Return a copy with an absolute path and a command that works in any folder, and in any shell of this user.
-
-        Args:
-            run_folder: where the job's run folder lies now.
-        """
+        """Return a copy for a run folder that lies here now. Its command works in any folder and shell of this user."""
         path = None if self.path is None else str(run_folder.absolute() / self.path)
         go_there = f"cd {shlex.quote(str(run_folder.absolute()))} && "
         lines = None if self.command is None else [go_there + runnable(line) for line in self.command.split("\n")]
@@ -343,8 +340,7 @@ class BackendContext(msgspec.Struct, frozen=True):
     def folder(self, option: str | None) -> Path:
         """Return the absolute folder that an option names, or ``workdir`` without one.
 
-        Args:
-            option: the option's value: absolute, with ``~``, or relative to the run folder; None or empty for none.
+        The option may be absolute, with ``~``, or relative to the run folder. None and empty mean none.
         """
         return Path(os.path.abspath(self.run_folder / Path(option).expanduser() if option else self.workdir))
 
@@ -373,13 +369,10 @@ class BackendRun:
     """
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Store these entries, in this order.
+        """Store these 1 to ``capabilities.max_batch`` entries, in this order. Their positions rise.
 
         With ``ConfirmedBy.WRITE``, returning confirms the batch. With ``ConfirmedBy.FLUSH``, the next ``flush`` that
         returns confirms it. After an error the lane hands over the same entries again.
-
-        Args:
-            batch: 1 to ``capabilities.max_batch`` entries, positions rising.
 
         Returns:
             None if everything was stored. Otherwise the entries that can never be stored.
@@ -414,6 +407,17 @@ class BackendRun:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement finish(status)")
 
+    def probe(self, entry: Entry) -> None:
+        """Test whether the store takes writes for this run now. Remove again whatever this stores.
+
+        Called only with ``capabilities.probe``, while ``write`` fails with ``entry`` alone. If this succeeds meanwhile,
+        the entry is rejected. So test the same place, by the same way, with about as many bytes.
+
+        Raises:
+            TransientError: the store takes no writes now.
+        """
+        raise NotImplementedError(f"{type(self).__name__} claims probe and must implement probe(entry)")
+
     def next_position(self) -> int:
         """Return the position after the last entry that the run already holds.
 
@@ -446,8 +450,7 @@ class Backend(Generic[OptionsT_co]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Look only at the class's own brackets. Those of a base class must not replace the `Options` that a subclass
-        # sets.
+        # Look only at the class's own brackets. A base class's must not replace the `Options` that a subclass sets.
         for base in cls.__dict__.get("__orig_bases__", ()):
             if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
                 options = get_args(base)[0]

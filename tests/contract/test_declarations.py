@@ -129,6 +129,9 @@ class _Delegating(BackendRun):
     def finish(self, status: RunStatus) -> None:
         self._inner.finish(status)
 
+    def probe(self, entry: Entry) -> None:
+        self._inner.probe(entry)
+
     def next_position(self) -> int:
         return self._inner.next_position()
 

@@ -189,6 +189,10 @@ class MemoryRun(BackendRun):
         self.backend.take(self.site, batch)
         return result if isinstance(result, WriteReport) else None
 
+    def probe(self, entry: Entry) -> None:
+        self.backend.calls["probe"] += 1
+        self.backend.behave("probe", entry)
+
     def finish(self, status: RunStatus) -> None:
         self.backend.calls["finish"] += 1
         self.backend.behave("finish", status)

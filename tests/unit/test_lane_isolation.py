@@ -17,13 +17,19 @@ from tests.unit.helpers import MemoryBackend
 from trackhub.delivery.lane.isolation import Isolation
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Metrics, Payload, Tags
-from trackhub.spi import Entry, Redelivery, Rejection
+from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
 
 PERMANENT, TRANSIENT, UNKNOWN = PermanentError("no"), TransientError("down"), RuntimeError("bug")
 CAN = MemoryBackend.capabilities
 TWICE = msgspec.structs.replace(CAN, redelivery=Redelivery.AT_LEAST_ONCE)
 ORDERED = msgspec.structs.replace(CAN, redelivery=Redelivery.RESUMABLE)
+PROBED = msgspec.structs.replace(ORDERED, probe=True)
+PROBED_TWICE = msgspec.structs.replace(TWICE, any_order=False, probe=True)
 FILE = Artifact("model", Blob("b", 1, "0" * 64, "text/plain"), "model.bin")
+
+
+def name_of(can: Capabilities) -> str:
+    return f"{can.redelivery}{' with probe' * can.probe}"
 
 
 def entry(position: int, payload: Payload | None = None) -> Entry:
@@ -60,11 +66,13 @@ class Store:
         """Write a batch. Return whether the lane would wait then."""
         number = len(self.log)
         self.log.append([e.position for e in batch])
-        if self.fails(number, batch):
+        is_probe = isolation.is_probe()
+        if self.fails(number, [] if is_probe else batch):
             verdict = isolation.failed(self.error)
             self.rejected += [verdict.rejected] if verdict.rejected else []
             return verdict.wait
-        self.stored += [e.position for e in batch if e.position not in self.stored]
+        if not is_probe:
+            self.stored += [e.position for e in batch if e.position not in self.stored]
         self.rejected += isolation.succeeded(batch)
         return False
 
@@ -115,7 +123,7 @@ def test_nothing_to_add_leaves_nothing_to_write() -> None:
 
 
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
-@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
 def test_a_store_that_fails_with_every_record_loses_none(can: object, error: BaseException) -> None:
     isolation, store = isolation_of(*range(40), max_batch=7, can=can), Store(always, error)
 
@@ -136,11 +144,12 @@ def test_a_store_that_keeps_the_order_gets_all_records_before_the_refused_one() 
 
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
 @pytest.mark.parametrize("pattern", ["always", "every second request", "nine of ten at random", "longer and longer"])
-def test_an_outage_changes_no_order_in_a_resumable_store(pattern: str, error: BaseException) -> None:
+@pytest.mark.parametrize("can", [ORDERED, PROBED, PROBED_TWICE], ids=["no probe", "probe", "twice"])
+def test_an_outage_changes_no_order_in_a_resumable_store(pattern: str, error: BaseException, can: object) -> None:
     """It would take a record that comes late for one that it holds, and that record would be lost."""
     for seed in range(30):
         away = (lambda number: True) if pattern == "always" else PATTERNS[pattern](random.Random(seed))
-        isolation = isolation_of(*range(30), max_batch=random.Random(seed).choice([1, 4, 1000]), can=ORDERED)
+        isolation = isolation_of(*range(30), max_batch=random.Random(seed).choice([1, 4, 1000]), can=can)
 
         def fails(number: int, batch: list[Entry], away: Callable[[int], bool] = away) -> bool:
             return number < 200 and away(number)
@@ -193,6 +202,31 @@ def test_a_bad_record_without_neighbours_stays_and_holds_up_no_other() -> None:
 
     assert (store.stored, store.rejected) == ([1, 2], [])
     assert [e.position for e in isolation.aside()] == [0]
+
+
+@pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
+@pytest.mark.parametrize("can", [PROBED, PROBED_TWICE], ids=["resumable", "twice"])
+@pytest.mark.parametrize("positions", [{0}, {61}, {99}, {0, 1, 61, 62, 99}], ids=str)
+def test_where_the_order_is_kept_the_plugins_own_test_tells(
+    positions: set[int], can: object, error: BaseException
+) -> None:
+    """The last record, too, which has no later one as a neighbour."""
+    isolation, store = isolation_of(*range(100), can=can), Store(bad(*positions), error)
+
+    store.drive(isolation)
+
+    assert {r.position for r in store.rejected} == positions
+    assert store.stored == [i for i in range(100) if i not in positions]
+
+
+def test_a_test_of_the_store_says_nothing_about_a_file() -> None:
+    isolation = Isolation(PROBED)
+    isolation.add([entry(0, FILE), *entries(*range(1, 9))], 1000)
+    store = Store(bad(0), TRANSIENT)
+
+    store.drive(isolation, turns=200)
+
+    assert (store.stored, store.rejected) == ([], [])
 
 
 def test_records_of_another_sort_say_nothing_about_a_record() -> None:
@@ -290,7 +324,7 @@ PATTERNS: dict[str, Callable[[random.Random], Callable[[int], bool]]] = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
 def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: object, error: BaseException) -> None:
     """The store goes by the number of a request, and knows nothing of what the request holds."""
@@ -309,7 +343,7 @@ def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: object, err
         assert (store.rejected, sorted(store.stored)) == ([], list(range(30))), f"seed {seed}"
 
 
-@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED], ids=lambda can: str(can.redelivery))
+@pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
 def test_an_outage_that_begins_and_ends_at_any_moment_rejects_nothing(can: object, error: BaseException) -> None:
     for begin in range(8):

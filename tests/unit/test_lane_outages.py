@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Store:
         self.chance = random.Random(seed)
 
     def __call__(self, method: str, argument: Any) -> None:
-        if method != "write":
+        if method not in ("write", "probe"):
             return
         while self.phases and self.phases[0].writes == 0:
             self.phases.pop(0)
@@ -70,7 +71,7 @@ class Store:
             self.phases[0] = Phase(writes - 1, share, is_known)
             if self.chance.random() < share:
                 raise TransientError("HTTP 500") if is_known else RuntimeError("HTTP 500")
-        if any(entry.position in self.bad for entry in argument):
+        if method == "write" and any(entry.position in self.bad for entry in argument):
             raise TransientError("HTTP 500") if is_known else RuntimeError("HTTP 500")
 
 
@@ -101,8 +102,10 @@ ORDERS = pytest.mark.parametrize(
         {"redelivery": Redelivery.AT_LEAST_ONCE},
         {"redelivery": Redelivery.IDEMPOTENT, "any_order": False},
         {"redelivery": Redelivery.RESUMABLE},
+        {"redelivery": Redelivery.RESUMABLE, "probe": True},
+        {"redelivery": Redelivery.AT_LEAST_ONCE, "any_order": False, "probe": True},
     ],
-    ids=["idempotent", "twice", "in order", "resumable"],
+    ids=["idempotent", "twice", "in order", "resumable", "resumable with probe", "twice in order with probe"],
 )
 
 
@@ -138,7 +141,16 @@ def test_an_outage_rejects_no_record_and_afterwards_all_are_stored(
     assert report.confirmed <= len(backend.positions())
 
 
-@pytest.mark.parametrize("redelivery", [Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE])
+@pytest.mark.parametrize(
+    "can",
+    [
+        {"redelivery": Redelivery.IDEMPOTENT},
+        {"redelivery": Redelivery.AT_LEAST_ONCE},
+        {"redelivery": Redelivery.RESUMABLE, "probe": True},
+        {"redelivery": Redelivery.AT_LEAST_ONCE, "any_order": False, "probe": True},
+    ],
+    ids=["idempotent", "twice", "resumable with probe", "twice in order with probe"],
+)
 @RUNS
 @given(
     phases=phases,
@@ -150,7 +162,7 @@ def test_an_outage_rejects_no_record_and_afterwards_all_are_stored(
 )
 def test_a_record_that_the_store_always_refuses_is_rejected_and_no_other(
     tmp_path_factory: pytest.TempPathFactory,
-    redelivery: Redelivery,
+    can: dict[str, Any],
     phases: list[Phase],
     bad: set[int],
     row: int,
@@ -167,7 +179,7 @@ def test_a_record_that_the_store_always_refuses_is_rejected_and_no_other(
     held: dict[str, Any] = {}
 
     for turns in [*ends, 5000]:
-        backend = MemoryBackend(store, max_batch=max_batch, redelivery=redelivery, stored=held)
+        backend = MemoryBackend(store, max_batch=max_batch, stored=held, **can)
         is_done, report = deliver(bench, backend, turns)
 
     bench.journal.close()
@@ -175,8 +187,13 @@ def test_a_record_that_the_store_always_refuses_is_rejected_and_no_other(
     assert report.rejected == ({"backend_error": len(bad)} if bad else {})
     assert (report.confirmed, report.pending) == (total - len(bad), 0)
     assert set(backend.positions()) == set(range(total)) - bad
-    if redelivery is Redelivery.IDEMPOTENT:
+    if "probe" in can:
+        assert list(dict.fromkeys(backend.positions())) == sorted(set(backend.positions()))
+    if can["redelivery"] is not Redelivery.AT_LEAST_ONCE:
         assert len(backend.positions()) == total - len(bad)
+    elif "probe" in can:  # the next records wait for a bad one, so several receivers may hand over one record
+        times = Counter(backend.positions())
+        assert sum(times[position] > 1 for position in times) <= report.possible_duplicates
     else:
         assert len(backend.positions()) - len(set(backend.positions())) <= report.possible_duplicates
 

@@ -22,6 +22,7 @@ is not a record. JSON has no NaN and no infinities:
 
 from __future__ import annotations
 
+import errno
 import math
 import mimetypes
 import mmap
@@ -79,6 +80,7 @@ _KIND_NAMES: dict[type[msgspec.Struct], str] = {
     Summary: "summary",
 }
 _encode = msgspec.json.Encoder().encode
+_PROBE_BYTES = 1 << 16
 
 
 class JsonlOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,6 +122,7 @@ class JsonlBackend(Backend[JsonlOptions]):
         late_steps=True,
         optional_step=True,
         changing_params=True,
+        probe=True,
         key_rule=ANY_KEY,
     )
 
@@ -201,6 +204,21 @@ class JsonlRun(BackendRun):
             raise TransientError(f"cannot write to {self._path}: {error}") from error
         self._next = batch[-1].position + 1
 
+    def probe(self, entry: Entry) -> None:
+        """Append a part of a line to the run's file, and cut it off again.
+
+        Raises:
+            TransientError: the file system refuses.
+        """
+        try:
+            if self._torn:
+                self._recover()
+            self._torn = True
+            self._append_bytes(b" " * _PROBE_BYTES)
+            self._recover()
+        except OSError as error:
+            raise TransientError(f"cannot write to {self._path}: {error}") from error
+
     def finish(self, status: RunStatus) -> None:
         """Append the line that says how the run ended.
 
@@ -221,11 +239,14 @@ class JsonlRun(BackendRun):
             self._recover()
         content = b"".join(_encode(line) + b"\n" for line in lines)
         self._torn = True
+        self._append_bytes(content)
+        self._torn = False
+
+    def _append_bytes(self, content: bytes) -> None:
         with open(self._path, "ab", buffering=0, opener=_open_no_link) as file:
             written = file.write(content)
         if written != len(content):
-            raise OSError(f"only {written} of {len(content)} bytes could be written")
-        self._torn = False
+            raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes could be written")
 
     def _recover(self) -> None:
         """Cut off a last line that a crash or a full disk left unfinished, and find out where the run stands."""

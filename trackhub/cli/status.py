@@ -38,6 +38,8 @@ from trackhub.spool.reading import RETIRED, SpoolReader
 
 __all__ = ["journal_status", "spool_status", "status"]
 
+_MAX_TROUBLE_CHARS = 160
+
 JSON_VERSION = 1
 """Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
@@ -59,8 +61,8 @@ def status(path: Path, as_json: bool) -> None:
     final and doubts. The first nine are what the site last said, null if it said nothing yet. refused_here is what the
     receiver refused. counted says how much is known of what the site logged: final, open, stale, incomplete or unknown.
     doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending,
-    altered, possible_duplicates, state, last_error and results. client_confirmed is a part of confirmed. results has
-    url, path and command, each null if there is none.
+    altered, possible_duplicates, state, last_error, blocked_by and results. client_confirmed is a part of confirmed.
+    blocked_by names the record that all others wait for. results has url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
     dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.
@@ -209,7 +211,7 @@ def _run_cells(run: RunReport, doubts: str) -> list[str]:
         _reasons(run.rejected),
         str(run.pending),
         run.state,
-        "; ".join(filter(None, [doubts, _first_line(run.last_error)])),
+        "; ".join(filter(None, [doubts, run.trouble()[:_MAX_TROUBLE_CHARS]])),
     ]
 
 
@@ -252,7 +254,3 @@ def _reasons(counts: Mapping[str, int]) -> str:
     """Return ``12 (spool_full 10, damaged 2)``."""
     parts = [f"{reason} {number}" for reason, number in sorted(counts.items()) if number]
     return f"{sum(counts.values())} ({', '.join(parts)})" if parts else "0"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:120] if text.strip() else ""

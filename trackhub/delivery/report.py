@@ -135,6 +135,8 @@ class RunReport(msgspec.Struct, kw_only=True):
         state: ``open``, ``finished``, ``unfinished`` (not all was confirmed, or the run could not be ended) or
             ``stopped`` (the run cannot be opened).
         last_error: the last error that the backend raised; empty if none.
+        blocked_by: the record that all others of the run wait for, since the backend keeps the order and fails with
+            this record each time. Empty if there is none.
         results: how to look at the run.
     """
 
@@ -146,7 +148,13 @@ class RunReport(msgspec.Struct, kw_only=True):
     possible_duplicates: int = 0
     state: str = "open"
     last_error: str = ""
+    blocked_by: str = ""
     results: Results | None = None
+
+    def trouble(self) -> str:
+        """Return in one line why records are pending, as far as it is known. Empty if nothing is known."""
+        error = self.last_error.strip().split("\n")[0].strip()
+        return f"all behind {self.blocked_by} wait for it: {error}" if self.blocked_by else error
 
 
 class DeliveryReport(msgspec.Struct, kw_only=True):
@@ -410,7 +418,7 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
     outcomes += [*site.all_refused().items()] if site else []
     outcomes += [("pending", run.pending), ("by the SDK alone", run.client_confirmed)] if run else []
     remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
-    remarks += run.last_error.splitlines()[:1] if run and run.pending else []
+    remarks += [run.trouble()] if run and run.pending and run.trouble() else []
     remarks += format_counted(site) if site else []
     confirmed = f"{run.confirmed if run else 0:,} of {format_logged(site) if site else '?'}"
     return confirmed, "; ".join(remarks)
@@ -487,6 +495,6 @@ def _format_loggers(site: SiteReport) -> list[str]:
 def _run_remarks(lane: str, run: RunReport) -> list[str]:
     """Return why records of this run are not delivered."""
     remarks = [f"rejected by {lane} ({reason}): {n}" for reason, n in run.rejected.items()]
-    if run.last_error and (run.pending or run.state in ("stopped", "unfinished")):
-        remarks.append(run.last_error.splitlines()[0][:_MAX_ERROR_CHARS])
+    if run.trouble() and (run.pending or run.state in ("stopped", "unfinished")):
+        remarks.append(run.trouble()[:_MAX_ERROR_CHARS])
     return remarks

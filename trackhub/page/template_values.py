@@ -178,8 +178,8 @@ def deliveries(jobs: Sequence[StoredJob], names: Sequence[str]) -> dict[str, Any
 
 def _lane_cells(backend: str, run: RunReport, site: SiteReport) -> dict[str, Any]:
     remarks = [f"rejected: {n:,} ({reason})" for reason, n in run.rejected.items()] + _remarks(site)
-    if run.last_error and run.pending:
-        remarks.append(_short(run.last_error.splitlines()[0], 160))
+    if run.trouble() and run.pending:
+        remarks.append(_short(run.trouble(), 160))
     lost = sum(run.rejected.values())
     confirmed = format_confirmed(run)
     return {"backend": backend, "confirmed": confirmed, "pending": run.pending, "lost": lost, "remarks": remarks}

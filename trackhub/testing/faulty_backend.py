@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from trackhub.errors import PermanentError
+from trackhub.errors import PermanentError, TransientError
 from trackhub.spi import (
     Backend,
     BackendContext,
@@ -56,6 +56,7 @@ class FaultyBackend:
     Attributes:
         runs: what ``open_run`` returned.
         batches: the sizes of the batches that ``write`` was called with.
+        probes: for each test of the store, whether the write directly before it succeeded, and whether the test did.
         attempts: the number of calls of ``write``.
         failures: what the backend raised, apart from what was injected.
         broken_rules: what the backend does wrong so that every check must fail, in words.
@@ -70,6 +71,7 @@ class FaultyBackend:
         rejected: Iterable[int] = (),
         future: Iterable[int] = (),
         late: Iterable[int] = (),
+        probing: bool = False,
         max_batch: int | None = None,
         kill: KillPoint | None = None,
     ) -> None:
@@ -82,11 +84,13 @@ class FaultyBackend:
             rejected: positions that ``write`` reports as rejected.
             future: positions whose payload is replaced by one of a kind that the backend does not know.
             late: positions that are written after the rest of their batch.
+            probing: call ``probe`` after each ``write``.
             max_batch: most entries in one ``write``, if less than the backend takes.
             kill: when this process kills itself.
         """
         self.runs: list[BackendRun] = []
         self.batches: list[int] = []
+        self.probes: list[tuple[bool, bool]] = []
         self.attempts = 0
         self.failures: list[Exception] = []
         self.broken_rules: list[str] = []
@@ -96,6 +100,7 @@ class FaultyBackend:
         self._rejected = frozenset(rejected)
         self._future = frozenset(future)
         self._late = frozenset(late)
+        self._probing = probing
         self._max_batch = max_batch
         self._kill = kill
 
@@ -144,7 +149,7 @@ class FaultyBackend:
             parts = [[e for e in taken if e.position not in self._late], [e for e in taken if e.position in self._late]]
         report = None
         for part in filter(None, parts):
-            with self.noting():
+            with self.noting(), self._probing_after(run, part[0]):
                 report = run.write(part)
         self.batches.append(len(batch))
         if self._after:
@@ -154,6 +159,28 @@ class FaultyBackend:
             self.reached("confirmed", batch[-1].position)
         mine = tuple(Rejection(entry.position, "reported") for entry in batch if entry.position in self._rejected)
         return WriteReport((*(report.rejected if report else ()), *mine)) if mine else report
+
+    @contextmanager
+    def _probing_after(self, run: BackendRun, entry: Entry) -> Iterator[None]:
+        """Note whether a call succeeds, and whether the test of the store succeeds afterwards."""
+        is_stored = False
+        try:
+            yield
+            is_stored = True
+        finally:
+            if self._probing:
+                self.probes.append((is_stored, self.probe(run, entry)))
+
+    def probe(self, run: BackendRun, entry: Entry) -> bool:
+        """Return whether the backend's own test of its store succeeds. What else it raises is a broken rule."""
+        try:
+            run.probe(entry)
+        except TransientError:
+            return False
+        except Exception as error:  # noqa: BLE001  # it may raise anything
+            self._note_broken_rule(f"probe() raised {error!r}; expected TransientError, or nothing if all is well")
+            return False
+        return True
 
     def _with_future(self, entry: Entry) -> Entry:
         if entry.position not in self._future:
@@ -251,6 +278,9 @@ class _ProxyRun(BackendRun):
         confirmation = self._proxy.flush(self._inner)
         self._proxy.reached("confirmed", self._last_position)
         return confirmation
+
+    def probe(self, entry: Entry) -> None:
+        self._inner.probe(entry)
 
     def finish(self, status: RunStatus) -> None:
         self._inner.finish(status)

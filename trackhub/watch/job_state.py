@@ -149,7 +149,7 @@ def _merge(state: JobState, report: DeliveryReport, metrics: NewestMetrics) -> N
         for backend, runs in report.lanes.items():
             if (run := runs.get(name)) is not None:
                 label = f"{backend}@client" if report.side == "client" else backend
-                seen.lanes[label] = LaneState(run.confirmed, max(run.pending, 0), run.state, run.last_error)
+                seen.lanes[label] = LaneState(run.confirmed, max(run.pending, 0), run.state, run.trouble())
                 _add(seen.dropped, run.rejected)
 
 

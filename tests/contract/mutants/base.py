@@ -78,6 +78,9 @@ class Tampered(BackendRun):
     def finish(self, status: RunStatus) -> None:
         self.inner.finish(status)
 
+    def probe(self, entry: Entry) -> None:
+        self.inner.probe(entry)
+
     def next_position(self) -> int:
         return self.inner.next_position()
 

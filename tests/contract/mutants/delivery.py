@@ -134,6 +134,27 @@ class ClaimsAnyOrder(Bad):
     capabilities = msgspec.structs.replace(CAN, redelivery=Redelivery.IDEMPOTENT, any_order=True)
 
 
+@caught_by("test_probe_as_declared")
+class ProbesAnotherPlace(Bad):
+    class run(Tampered):
+        def probe(self, entry: Entry) -> None:
+            """Say that all is well, as a server does whose disk is full."""
+
+
+@caught_by("test_probe_as_declared")
+class ProbesAndLeavesALine(Bad):
+    class run(Tampered):
+        def probe(self, entry: Entry) -> None:
+            self.inner.write([msgspec.structs.replace(entry, position=self.inner.next_position())])
+
+
+@caught_by("test_probe_as_declared")
+class ClaimsAProbeThatItLacks(Bad):
+    class run(Tampered):
+        def probe(self, entry: Entry) -> None:
+            raise NotImplementedError
+
+
 @caught_by("test_files_beside_as_declared", also=ANYTHING)
 class ClaimsThatTwoThreadsMayWrite(Bad):
     capabilities = msgspec.structs.replace(

@@ -178,6 +178,7 @@ def _runs(
             possible_duplicates=progress.possible_duplicates,
             state=progress.state,
             last_error=progress.last_error,
+            blocked_by=progress.blocked_by,
             results=progress.results,
         )
     return runs

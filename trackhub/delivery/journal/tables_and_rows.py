@@ -130,11 +130,12 @@ class Progress(msgspec.Struct, kw_only=True):
     """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
 
     Attributes:
-        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, results: as in
-            `report.RunReport`.
+        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, blocked_by, results: as
+            in `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position, at the backend, after the last confirmed record.
         aside: the entries before the confirmed cursor that are neither stored nor rejected yet.
+        rejected_at: the records after the confirmed cursor that a resumable backend rejected: position to reason.
         shifts: from which rows on the backend's positions differ from the journal's.
     """
 
@@ -145,10 +146,12 @@ class Progress(msgspec.Struct, kw_only=True):
     possible_duplicates: int = 0
     state: str = "open"
     last_error: str = ""
+    blocked_by: str = ""
     results: Results | None = None
     memory: bytes = b""
     stored_to: int = 0
     aside: list[Entry] = []
+    rejected_at: dict[int, str] = {}
     shifts: list[Shift] = []
 
     def lost(self) -> int:

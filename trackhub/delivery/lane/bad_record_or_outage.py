@@ -19,7 +19,7 @@ __all__ = ["Evidence", "share_keys", "sort_of", "speaks_of_the_store"]
 
 _STEPS = 24
 _EACH = 4
-_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _MAX_CAUSES = 10
 
 # Only trackhub uses this generator. If it drew from Python's shared one, training would get other random numbers.
@@ -33,9 +33,9 @@ def _toss() -> bool:
 class Evidence:
     """Tells a bad record from an outage by 24 steps, in each of which a coin chooses what is written.
 
-    The coin chooses between the suspect and a neighbour, which is another record. A step speaks against the suspect if
-    the chosen neighbour is stored, or the chosen suspect fails. Any other outcome ends the series, and a new one
-    begins. After 24 such steps in a row, with at least four of each, the record is bad.
+    The coin chooses between the suspect and a neighbour, which is another record, or the plugin's test of its store. A
+    step speaks against the suspect if the chosen neighbour is stored, or the chosen suspect fails. Any other outcome
+    ends the series, and a new one begins. After 24 such steps in a row, with at least four of each, the record is bad.
 
     This holds whatever pattern an outage has, since the store cannot know the coin. A store that is away, back again,
     or fails with every second request gives the wrong outcome in half of all steps at least. The chance that it passes

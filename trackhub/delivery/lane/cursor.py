@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
 from trackhub.errors import JournalError, PermanentError
+from trackhub.records import KEYED
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
 __all__ = ["Cursor"]
 
+_MAX_NAMES = 3
+_MAX_NAME_CHARS = 60
 _ANNOUNCED = frozenset({Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE})
 _log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ class Cursor:
         self._doubted_to = max((shift.doubted_to for shift in self.progress.shifts), default=0)
         self._stored_to = self.progress.stored_to
         self._since = _Counts()
+        self._has_said_blocked = False
 
     def resume_from(self) -> int:
         """Return the position of the first record that is not confirmed.
@@ -141,7 +145,10 @@ class Cursor:
             self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
 
     def count_held(self, position: int) -> None:
-        """Count a record that the opened run holds already. It was written before a crash, and was not confirmed."""
+        """Count a record before the place where the opened run stands: it was stored before a crash, or rejected."""
+        if (reason := self.progress.rejected_at.get(position)) is not None:
+            self.count_rejected(reason, 1)
+            return
         self._since.stored += 1
         self._stored_to = max(self._stored_to, position + 1)
 
@@ -163,6 +170,19 @@ class Cursor:
                 self.lane, self.site, rejection.position, reason, rejection.detail,
             )  # fmt: skip
         self.count_rejected(reason, 1)
+        self.note_unblocked()
+
+    def reject_at_backend(self, rejections: Sequence[Rejection]) -> None:
+        """Count records that the backend can never store.
+
+        A resumable run only says how far it stands. So the journal keeps these positions until the next confirmation.
+        Otherwise, after a crash, a later lane would take a rejected record for one that the run holds.
+        """
+        for rejection in rejections:
+            self.reject(rejection)
+        if rejections and self._redelivery is Redelivery.RESUMABLE:
+            self.progress.rejected_at.update((r.position, r.reason) for r in rejections)
+            self._save()
 
     def doubt(self, batch: Sequence[Entry]) -> None:
         """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
@@ -271,6 +291,7 @@ class Cursor:
         progress.stored_to = self._stored_to
         progress.memory = memory
         progress.aside = list(aside)
+        progress.rejected_at = {}
         self._since = _Counts()
         self.confirmed = self.written
         self._save()
@@ -278,6 +299,25 @@ class Cursor:
     def note_error(self, error: BaseException) -> None:
         """Keep this error as the run's last one. It is stored together with the next change."""
         self.progress.last_error = f"{type(error).__name__}: {error}"
+
+    def note_blocked(self, entry: Entry, error: BaseException) -> None:
+        """Say that all records behind this one wait for it. Stored at once, so that a running job shows it."""
+        if self._has_said_blocked:
+            return
+        self._has_said_blocked = True
+        self.progress.blocked_by = _name_of(entry)
+        _log.warning(
+            "backend %s, run %s: %s fails each time (%s). All records behind it wait, since the backend keeps the "
+            "order of a run, and nothing else shows that its store is well. If the store is away, wait. Otherwise "
+            "deliver the run with another backend, by `trackhub replay --backend`; if the record is an image or "
+            "artifact, moving its file away also rejects it. A plugin should raise PermanentError for such a record",
+            self.lane, self.site, self.progress.blocked_by, error,
+        )  # fmt: skip
+        self._save()
+
+    def note_unblocked(self) -> None:
+        """Say that the record that all others waited for is stored or rejected. Stored with the next change."""
+        self.progress.blocked_by, self._has_said_blocked = "", False
 
     def end(self, state: str) -> None:
         """Store how delivery to the run ended; ``state`` is as in `report.RunReport`."""
@@ -309,3 +349,12 @@ class Cursor:
     def _state(self, written: int) -> RunState:
         # Never store less than an earlier lane announced. Otherwise its records would not count as possible duplicates.
         return RunState(max(written, self._ever_written), self.confirmed, self.progress)
+
+
+def _name_of(entry: Entry) -> str:
+    """Return what a person finds a record by: its kind, its keys, its step and its place."""
+    payload = entry.payload
+    keys = list(payload.values) if isinstance(payload, KEYED) else [payload.key]  # type: ignore[union-attr]  # no gaps
+    shown = ", ".join(repr(key[:_MAX_NAME_CHARS]) for key in keys[:_MAX_NAMES]) + ", ..." * (len(keys) > _MAX_NAMES)
+    step = "" if entry.step is None else f"step {entry.step}, "
+    return f"{type(payload).__name__.lower()} {shown} ({step}record {entry.position})"

@@ -19,7 +19,7 @@ from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
 __all__ = ["Isolation", "Verdict"]
 
 _SUSPECT_AFTER = 3  # failures of one batch
-_SAY_AFTER = 6  # failures of a single record that holds up all others: about ten seconds
+_SAY_AFTER = 6  # failures of a single record, after which it counts as holding up all others: about ten seconds
 _MAX_ASIDE = 32
 _MAX_HELD = 1000
 
@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
         narrowed: whether the failing batch was split, or its only record rejected. Then the wait before the next
             attempt starts small again.
         rejected: the record that can never be stored. None if there is none.
-        blocks: whether to warn now that a single record holds up all records after it.
+        blocks: whether a single record holds up all records after it, and nothing can show that the store is well.
     """
 
     wait: bool
@@ -83,11 +83,12 @@ class Isolation:
       nothing changes.
     - ``any_order`` and ``at_least_once``, or ``any_order`` with nothing suitable stored yet: a later record. The
       suspect is set aside.
-    - Otherwise the order must be kept. There is no neighbour. A batch that fails is halved, so that all records before
-      the failing one are stored. The failing record stays first, and later records wait. There is one exception: an
-      error that is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then the record is set
-      aside, and later records are written. This exception does not hold for a ``resumable`` backend: it would take the
-      late record for one that it holds already.
+    - Otherwise the order must be kept. A batch that fails is halved, so that all records before the failing one are
+      stored. The failing record stays first, and later records wait. With ``probe``, the neighbour is the plugin's own
+      test of its store, which leaves nothing there. Without it there is no neighbour, with one exception: an error that
+      is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then the record is set aside, and
+      later records are written. This exception does not hold for a ``resumable`` backend: it would take the late record
+      for one that it holds already.
 
     A record that is set aside is tried again now and then. Images and artifacts that fail are also set aside, but are
     never suspects. An entry that shares a key with a record set aside waits with it, if their order matters.
@@ -104,6 +105,7 @@ class Isolation:
         self._keeps_steps = not can.late_steps
         self._any_order = can.any_order and can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
         self._rewrites = self._any_order and can.redelivery is Redelivery.IDEMPOTENT
+        self._probes = can.probe and not self._any_order
         self._queue: deque[_Piece] = deque()
         self._aside: list[_Piece] = []
         self._held: list[Entry] = []
@@ -130,7 +132,7 @@ class Isolation:
         if suspect is None or suspect in self._aside:
             neighbour = self._later_one(alone=bool(self._aside) and (suspect is not None or self._keeps_steps))
         else:
-            neighbour = _Piece([self._stored[_sort(suspect)]])
+            neighbour = _Piece(suspect.entries if self._probes else [self._stored[_sort(suspect)]])
         if neighbour is None:
             return None
         self._is_step = suspect is not None and sort_of(neighbour.entries[0]) == sort_of(suspect.entries[0])
@@ -157,6 +159,10 @@ class Isolation:
     def is_repeated(self) -> bool:
         """Return whether what ``next`` returned was stored and counted before."""
         return self._is_neighbour and not self._is_queued(self._current)
+
+    def is_probe(self) -> bool:
+        """Return whether the plugin's ``probe`` is to be called with what ``next`` returned, in place of ``write``."""
+        return self._probes and self.is_repeated()
 
     def aside(self) -> list[Entry]:
         """Return the entries that are set aside or held back, by position."""
@@ -215,13 +221,15 @@ class Isolation:
         at_once = has_just_stored and self._any_order and piece.is_part
         if not at_once and piece.failures < (1 if self._aside and len(piece.entries) == 1 else _SUSPECT_AFTER):
             return Verdict(wait=True)
-        must_stay_first = not self._any_order and (self._rises or isinstance(error, TransientError))
+        defect = not isinstance(error, TransientError)
+        must_stay_first = not self._any_order and (self._probes or self._rises or not defect)
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2 if has_just_stored or must_stay_first else 1)
             return Verdict(wait=not at_once, narrowed=True)
-        if must_stay_first:
-            return Verdict(wait=True, blocks=piece.failures == _SAY_AFTER)
         sort = sort_of(piece.entries[0])
+        if must_stay_first:
+            piece.is_suspect = self._probes and sort is not None
+            return Verdict(wait=True, blocks=piece.failures >= _SAY_AFTER)
         if sort is not None and sort in self._stored:
             piece.is_suspect = True
             return Verdict(wait=not at_once)
@@ -251,7 +259,7 @@ class Isolation:
     def _suspect(self) -> _Piece | None:
         """Return the record that is being judged now."""
         front = self._queue[0] if self._queue else None
-        if front is not None and front.is_suspect and _sort(front) in self._stored:
+        if front is not None and front.is_suspect and (self._probes or _sort(front) in self._stored):
             return front
         return next((piece for piece in self._aside if piece.is_suspect), None)
 

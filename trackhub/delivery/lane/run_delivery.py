@@ -356,7 +356,7 @@ class RunDelivery:
                     "records go on", self._lane, self.site, outcome.entry.position, self._cursor.progress.last_error,
                 )  # fmt: skip
             if outcome.rejected is not None:
-                self._cursor.reject(outcome.rejected)
+                self._cursor.reject_at_backend([outcome.rejected])
             elif outcome.is_settled:
                 self._cursor.count_stored([outcome.entry])
         if not any(outcome.is_settled for outcome in outcomes):
@@ -366,8 +366,11 @@ class RunDelivery:
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write the first batch. Return False if the lane must wait before it writes the next one."""
         try:
-            # Hand over a copy. A plugin may change its list, and this one is counted afterwards.
-            report = checked_report(run.write(list(batch)))
+            if self._isolation.is_probe():
+                run.probe(batch[0])
+                report = None
+            else:  # hand over a copy, since a plugin may change its list, and this one is counted afterwards
+                report = checked_report(run.write(list(batch)))
         except BaseException as e:
             return self._write_failed(batch, e)
         self.timer.succeeded()
@@ -382,10 +385,10 @@ class RunDelivery:
             named = {r.position: r for r in report.rejected}
             rejected = [named[e.position] for e in batch if e.position in named]
             batch = [e for e in batch if e.position not in named]
-        for rejection in rejected + self._isolation.succeeded(batch):
-            self._cursor.reject(rejection)
+        self._cursor.reject_at_backend(rejected + self._isolation.succeeded(batch))
         if not is_repeated:
             self._cursor.count_stored(batch)
+            self._cursor.note_unblocked()
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
         self._cursor.doubt(batch)  # a backend that stores one record after another may have stored the first ones
@@ -397,13 +400,9 @@ class RunDelivery:
         if verdict.narrowed:
             self.timer.succeeded()
         if verdict.blocks:
-            _log.warning(
-                "backend %s, run %s: record %d alone fails each time (%s). Those behind it wait, since the backend "
-                "keeps the order. If its store is well, it can never store this record: its plugin must then raise "
-                "PermanentError, which rejects the record", self._lane, self.site, batch[0].position, error,
-            )  # fmt: skip
+            self._cursor.note_blocked(batch[0], error)
         if verdict.rejected is not None:
-            self._cursor.reject(verdict.rejected)
+            self._cursor.reject_at_backend([verdict.rejected])
         return not verdict.wait
 
     def _try_aside(self, run: BackendRun) -> bool:
@@ -425,7 +424,7 @@ class RunDelivery:
             if rejected is None:
                 self._aside_timer.failed(e)
                 return False
-            self._cursor.reject(rejected)
+            self._cursor.reject_at_backend([rejected])
         else:
             self._take(batch, report)
         self._aside_timer.succeeded()

@@ -257,6 +257,32 @@ class OutageChecks(ContractFixtures):
         rig.finish()
         self._check(rig, "an outage in the middle of the job")
 
+    def test_probe_as_declared(self, kit: Kit) -> None:
+        """If the backend claims ``probe``, that fails in an outage in which ``write`` fails, and leaves nothing."""
+        can = kit.capabilities()
+        if not can.probe:
+            return
+        rig = kit.rig(proxy=FaultyBackend(probing=True)).start()
+        rig.log(_SITE, series("loss", range(10)))
+        rig.settle(_SITE)
+        while_well = list(rig.proxy.probes)
+        outage = self.outage(rig.context)
+        outage.begin()
+        try:
+            rig.log(_SITE, series("loss", range(10), scale=2.0))
+            rig.wait_for(_SITE, lambda run: bool(rig.proxy.failures) or run.pending == 0, timeout_s=5.0)
+            rig.wait_for(_SITE, lambda run: len(rig.proxy.failures) > 1 or run.pending == 0, timeout_s=1.0)
+        finally:
+            outage.end()
+        rig.finish()
+        assert all(succeeded for _, succeeded in while_well), "probe() failed although the store was well"
+        after_failures = [succeeded for is_stored, succeeded in rig.proxy.probes if not is_stored]
+        assert not any(after_failures[:1]), (
+            "the store was away and write() failed, but probe() did not. Then good records would be rejected: test the "
+            "same place by the same way, or leave probe out"
+        )
+        self._check(rig, "tests of the store between its records")
+
     def test_end_is_bounded_in_an_outage(self, kit: Kit) -> None:
         """The store stays away. The job ends at its deadline, every call returns, and a later replay delivers."""
         rig = kit.rig().start()

@@ -98,6 +98,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
         late_steps=True,
         optional_step=False,
         changing_params=True,
+        probe=True,
         confirmed_by=ConfirmedBy.WRITE,
         key_rule=ANY_KEY,
     )
@@ -202,6 +203,17 @@ class TensorBoardRun(BackendRun):
                 f"cannot write to {self._folder}: {error}. It needs write access and free space"
             ) from error
         return WriteReport(rejected) if rejected else None
+
+    def probe(self, entry: Entry) -> None:
+        """Write a file into the run's folder, and delete it.
+
+        Raises:
+            TransientError: the file system refuses.
+        """
+        try:
+            self._files.probe()
+        except OSError as error:
+            raise TransientError(f"cannot write to {self._folder}: {error}") from error
 
     def finish(self, status: RunStatus) -> None:
         """Store how the run ended, if it has params, and sync its files to the disk.

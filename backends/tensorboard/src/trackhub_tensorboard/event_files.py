@@ -13,6 +13,7 @@ TensorBoard reads the files in the right order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ __all__ = ["EventFiles", "NewTag", "first_event"]
 
 _PATTERN = "events.out.tfevents.*.trackhub"
 _PREFIX = "trackhub/1 "
+_PROBE = "probe.trackhub"
+_PROBE_BYTES = 1 << 16
 _MARK_FIELD_AT = 9
 _MARK_FIELD = 0x3A  # the byte that protobuf writes before an Event's session_log, after the 9 bytes of its wall_time
 
@@ -76,6 +79,7 @@ class EventFiles:
         self.next_position = 0
         self.tags: list[NewTag] = []
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _PROBE).unlink(missing_ok=True)  # of a process that was killed
         self._recover()
 
     def append(self, events: list[bytes], next_position: int, tags: Sequence[NewTag], time: float) -> None:
@@ -108,6 +112,19 @@ class EventFiles:
                 self._recover()
             raise
         self.next_position = next_position
+
+    def probe(self) -> None:
+        """Write another file beside the event files, and delete it. TensorBoard does not look at a file of this name.
+
+        Raises:
+            OSError: the file system refuses.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / _PROBE
+        try:
+            _append(path, bytes(_PROBE_BYTES), os.O_CREAT | os.O_TRUNC)
+        finally:
+            path.unlink(missing_ok=True)
 
     def sync(self) -> None:
         """Return when the appended events also survive a power cut.
@@ -142,7 +159,8 @@ def _append(path: Path, content: bytes, flags: int = 0) -> None:
     finally:
         os.close(file)
     if written != len(content):
-        raise OSError(f"only {written} of {len(content)} bytes could be written to {path}; free space on its disk")
+        only = f"only {written} of {len(content)} bytes could be written to {path}; free space on its disk"
+        raise OSError(errno.ENOSPC, only)
 
 
 def first_event(time: float) -> bytes:

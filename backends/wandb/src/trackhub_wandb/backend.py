@@ -65,6 +65,7 @@ def _capabilities(options: WandBOptions, mode: Mode) -> Capabilities:
         nonfinite=True,
         late_steps=True,
         changing_params=True,
+        probe=True,
         # The server takes an artifact at any time. A picture is part of a row, and rows must come in order.
         files_beside=frozenset({Kind.ARTIFACT}) if mode == "online" else frozenset(),
         key_rule=row_rule(options.step_metric, options.round_metric),

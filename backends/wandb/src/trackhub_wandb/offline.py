@@ -101,6 +101,17 @@ class OfflineRun(BackendRun):
             raise TransientError(f"the W&B SDK failed: {type(error).__name__}: {error}") from error
         return WriteReport(rejected) if rejected else None
 
+    def probe(self, entry: Entry) -> None:
+        """Test the SDK's service and the folder of the run.
+
+        Raises:
+            TransientError: the SDK or the file system failed.
+        """
+        try:
+            self._run.probe()
+        except Exception as error:
+            raise TransientError(f"the W&B SDK failed: {type(error).__name__}: {error}") from error
+
     def flush(self) -> Confirmation:
         """Wait until the last entry is in the run's file, at most ``flush_timeout_s``.
 

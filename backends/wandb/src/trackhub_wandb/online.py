@@ -124,6 +124,19 @@ class OnlineRun(BackendRun):
         self._unconfirmed.extend(entry for entry in batch if entry.position > last)
         return WriteReport(rejected) if rejected else None
 
+    def probe(self, entry: Entry) -> None:
+        """Test the SDK's service and the folder of the run. Opens the run again if it was lost.
+
+        Raises:
+            TransientError: the SDK or the file system failed.
+        """
+        with self._lock:
+            run = self._opened()
+            try:
+                run.probe()
+            except Exception as error:
+                raise self._failed(run, error) from error
+
     def flush(self) -> Confirmation:
         """Wait until the server has everything that was written, at most ``flush_timeout_s``.
 

@@ -56,6 +56,9 @@ _HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap"
 _EXIT_CODES = {RunStatus.FINISHED: 0, RunStatus.KILLED: 254}
 _FAILED = 1
 
+_PROBE_BYTES = 1 << 16
+_PROBE_S = 5.0
+
 
 class SdkRun:
     """One run of the SDK, from ``wandb.init`` to its end.
@@ -136,6 +139,18 @@ class SdkRun:
                 rejected.append(Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}"))
             self.next_position = entry.position + 1
         return rejected
+
+    def probe(self) -> None:
+        """Have the SDK's service answer a question, and write a file beside those of the run. Delete it again.
+
+        Raises:
+            Exception: the SDK failed, or the file system. The SDK's errors have no common base class.
+        """
+        with tempfile.TemporaryFile(dir=self._files_folder()) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+        interface: Any = self.run._interface
+        interface.deliver_get_summary().wait_or(timeout=_PROBE_S)
 
     def is_refusal(self, error: Exception) -> bool:
         """Return whether the SDK refused a value, which no other attempt could change."""
@@ -287,8 +302,11 @@ class SdkRun:
         self.tables.append(ArtifactUpload(lambda: self.run.log_artifact(artifact), artifact))
         self._media(entry, payload.key, table)
 
+    def _files_folder(self) -> Path:
+        return Path(self.run.settings.sync_dir)
+
     def _artifact_folder(self, entry: Entry) -> Path:
-        folder = Path(self.run.settings.sync_dir, "artifacts", str(entry.position))
+        folder = self._files_folder() / "artifacts" / str(entry.position)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
