@@ -168,6 +168,7 @@ from nvflare.app_common.np.np_model_persistor import NPModelPersistor
 from nvflare.app_common.shareablegenerators.full_model_shareable_generator import FullModelShareableGenerator
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.job_config.api import FedJob
+from nvflare.recipe import SimEnv
 import parts
 
 from trackhub.flare.recipe import add_tracking
@@ -299,11 +300,21 @@ def logistic_regression(external):
                           train_script=str(HERE / "client.py"), launch_external_process=external)._job
 
 
+def a_process_for_each_task():
+    from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+
+    return NumpyFedAvgRecipe(name="job", model=MODEL, min_clients=len(SITES), num_rounds=3, launch_once=False,
+                             train_script=str(HERE / "client.py"), launch_external_process=True)
+
+
 if __name__ == "__main__":
     SITES += [f"site-{i + 1}" for i in range(int(sys.argv[2]))]
     make, _, mode = sys.argv[1].partition(", ")
     job = globals()[make.replace(" ", "_")](*([mode == "external"] if mode else []))
     add_tracking(job, server=["jsonl", "tensorboard"], clients=["jsonl"], context=False)
+    if make == "a process for each task":
+        job.execute(SimEnv(num_clients=len(SITES), workspace_root=str(HERE / "workspace")))
+        sys.exit()
     n_clients = None if set(SITES) <= set(job.clients) else len(SITES)  # None if the job names its sites
     job.simulator_run(str(HERE / "workspace" / "job"), n_clients=n_clients, threads=len(SITES))
 """
@@ -320,8 +331,8 @@ while flare.is_running():
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
     time.sleep(0.05 * int(SITE[-1]))
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
-    n = 2
-    flare.send(flare.FLModel(params={"gradient": np.zeros((n, 1)), "hessian": np.eye(n)}, meta={"sample_size": 1}))
+    params = {"gradient": np.zeros((2, 1)), "hessian": np.eye(2), "numpy_key": np.zeros((2, 2))}
+    flare.send(flare.FLModel(params=params, params_type="FULL", meta={"sample_size": 1}))
 """
 
 
@@ -359,6 +370,7 @@ def _status(job: JobResult, sites: list[str]) -> dict[str, str]:
         ("task, external", 2, 2),
         ("logistic regression, in process", 2, 6),
         ("logistic regression, external", 3, 6),
+        ("a process for each task", 2, 6),
     ],
 )
 def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, n_clients: int, n_calls: int) -> None:

@@ -99,8 +99,11 @@ class Client(NumPyClient):
 
     def fit(self, parameters, config):
         self.log("fit", config["number"])
-        if os.environ.get("TRACKHUB_TEST_TRAINER") == "fails":
+        case = os.environ.get("TRACKHUB_TEST_TRAINER")
+        if case == f"{self.site} fails" or case == f"{self.site} fails once" and config["number"] == 1:
             raise RuntimeError("this client app fails")
+        if case == f"{self.site} is killed" and config["number"] == 2:  # Flower takes a while to notice
+            os.kill(os.getpid(), 9)
         return [p + 1 for p in parameters], 10, {}
 
     def evaluate(self, parameters, config):
@@ -194,6 +197,18 @@ def test_calls_of_a_flower_client_are_stored_once_and_have_no_round(tmp_path: Pa
         counts = job.report("server")["sites"][site]["at_site"]
         assert (counts["at_source"], counts["by_message"]) == (True, 0)
     assert job.report("server")["balanced"], json.dumps(job.report("server"))
+
+
+@pytest.mark.parametrize("trainer", ["site-2 fails", "site-2 is killed", "site-2 fails once"])
+def test_a_site_whose_client_app_raises_has_failed_unless_a_later_round_goes_well(tmp_path: Path, trainer: str) -> None:
+    """Flower's strategy goes on with the other sites, evaluates at all of them, and FLARE's job is finished."""
+    job = _run(tmp_path, trainer=trainer)
+
+    status = _status(job, ["site-1", "site-2"])
+    ends = [status[f"run of {site} at {at}"] for site in ("site-1", "site-2") for at in ("server", site)]
+    bad = "finished" if trainer.endswith("once") else "failed"
+    assert ends == ["finished", "finished", bad, bad], job.log[-6000:]
+    assert (status["server"], status["site-1"], status["site-2"]) == ("finished", "finished", bad)
 
 
 def test_a_flower_app_whose_server_fails_is_failed_at_all_sites(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. Four use more of FLARE:
-`cell_channel` the cells, `read_task_events` the server's tasks, `collab_call_outcomes` the calls of the Collab API, and
-`trainer.log_calls` the log functions of an external trainer. So these five files and their tests, of which
-``tests/integration/test_flare_internals.py`` is the first, show whether a new release still fits.
+The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. Five use more of FLARE:
+`cell_channel` the cells, `read_task_events` the server's tasks, `collab_call_outcomes` the calls of the Collab API,
+`flower_reply_outcomes` the connector to Flower, and `trainer.log_calls` the log functions of an external trainer. So
+these six files and their tests, of which ``tests/integration/test_flare_internals.py`` is the first, show whether a new
+release still fits.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from nvflare.apis.signal import Signal
 
 from trackhub.flare import flare_internals
 from trackhub.flare.collab_call_outcomes import watch_calls
+from trackhub.flare.flower_reply_outcomes import watch_replies
 from trackhub.job_and_run_info import RunStatus
 
 __all__ = ["ClientRounds", "ServerRounds"]
@@ -53,6 +54,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             else:
                 executor.execute = self._watched(executor.execute)
                 watch_calls(executor, end)
+                watch_replies(executor, end)
         flare_internals.add_first_handler(engine, self)
 
     def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:
