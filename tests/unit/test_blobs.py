@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.unit import test_receiver
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.delivery.wire import Chunk
+from trackhub.delivery.wire import Accepted, Chunk
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SITE = "site-1"
 NAME = f"{'a' * 32}-7"
@@ -33,6 +39,8 @@ def left_by_a_killed_receiver(store: BlobStore, data: bytes) -> None:
 
 
 def assert_whole(store: BlobStore) -> None:
+    assert store.has(SITE, NAME)
+    store.note_named(SITE, [NAME])
     assert store.has(SITE, NAME)
     assert [(path.name, path.read_bytes()) for path in store.folder(SITE).iterdir()] == [(NAME, DATA)]
 
@@ -91,3 +99,32 @@ def test_with_full_durability_a_blob_is_synced_before_it_is_renamed(
 
     assert synced == [f"{NAME}.part", SITE, "blobs", tmp_path.name]
     assert_whole(store)
+    assert synced[4:] == [SITE]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.test_receiver import DATA, Rig, chunk
+
+rig = Rig(Path(sys.argv[1])).start()
+rig.ask(chunk(0, len(DATA)))  # whole, and its record never came
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("is_record_sent", [False, True], ids=["no record", "record"])
+def test_a_file_that_a_killed_receiver_left_without_a_record_is_deleted_at_the_end(
+    tmp_path: Path, is_record_sent: bool
+) -> None:
+    """If its record comes to the next receiver after all, the file is used, and need not be sent again."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=60, cwd=ROOT)
+
+    rig = test_receiver.Rig(tmp_path).start()
+    replies = [rig.ask(test_receiver.artifact())] if is_record_sent else []
+    rig.finish()
+
+    assert done.returncode == -signal.SIGKILL
+    left = [path.name for path in (tmp_path / "trackhub" / "blobs").glob("*/*")]
+    assert (left, replies) == (([test_receiver.NAME], [Accepted()]) if is_record_sent else ([], []))
+    assert [line["size"] for line in rig.stored() if "size" in line] == [len(test_receiver.DATA)] * is_record_sent

@@ -169,7 +169,9 @@ def artifact(blob: Blob = BLOB) -> wire.Batch:
 
 
 def blob_file(rig: Rig, site: str = SITE) -> Path:
-    return rig.receiver._blobs.folder(site) / NAME
+    path = rig.receiver._blobs.path(site, NAME)
+    assert path is not None
+    return path
 
 
 def test_a_record_is_accepted_only_after_the_bytes_of_its_blob(rig: Rig) -> None:
@@ -208,7 +210,7 @@ def test_bytes_that_do_not_match_their_digest_are_refused_and_may_be_retries(rig
     reply = rig.ask(chunk(5000, 10_000, data=DATA[:-1] + b"x"))
     assert isinstance(reply, wire.Refused)
     assert reply.reason == "blob_damaged"
-    assert not blob_file(rig).exists()
+    assert not rig.receiver._blobs.has(SITE, NAME)
     assert rig.ask(chunk(0, 100_000)) == wire.Accepted(len(DATA))
 
 

@@ -33,6 +33,9 @@ _MAX_UNNAMED = 4096
 """Most blobs of a site that no record refers to yet. A sender sends a few at a time, and then their records."""
 _MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 
+_UNNAMED = ".new"
+"""The end of the name of a whole blob until a record refers to it. So one that a killed receiver left is recognised."""
+
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
 
@@ -50,7 +53,7 @@ class BlobStore:
         self._folder = folder
         self._sync = sync
         self._parts: dict[str, dict[str, None]] = {}  # names of files, the oldest first, by site
-        self._unnamed: defaultdict[str, set[str]] = defaultdict(set)
+        self._unnamed: dict[str, set[str]] = {}  # names of blobs, by site
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
@@ -59,27 +62,40 @@ class BlobStore:
 
     def has(self, site: str, name: str) -> bool:
         """Return whether this blob is here and complete. False for a name that no blob can have."""
-        return _NAME.fullmatch(name) is not None and _is_plain(self.folder(site) / name)
+        return self.path(site, name) is not None
 
     def path(self, site: str, name: str) -> Path | None:
         """Return the file of this blob; None if the blob is not here completely."""
-        return self.folder(site) / name if self.has(site, name) else None
+        if _NAME.fullmatch(name) is None:
+            return None
+        paths = (self.folder(site) / name, self.folder(site) / f"{name}{_UNNAMED}")
+        return next((path for path in paths if _is_plain(path)), None)
 
     def missing(self, site: str, names: Iterable[str]) -> str | None:
         """Return the first of these blobs that is not here completely; None if all are here."""
         return next((name for name in names if not self.has(site, name)), None)
 
     def note_named(self, site: str, names: Iterable[str]) -> None:
-        """Note that records of the site refer to these blobs, and are about to be stored."""
-        self._unnamed[site].difference_update(names)
+        """Give these blobs their names, since records of the site refer to them and are about to be stored.
+
+        Raises:
+            OSError: a file cannot be renamed.
+        """
+        folder = self.folder(site)
+        unnamed = self._unnamed_of(site).intersection(names)
+        for name in unnamed:
+            with contextlib.suppress(FileNotFoundError):  # another thread has just named it
+                (folder / f"{name}{_UNNAMED}").rename(folder / name)
+        if unnamed and self._sync:
+            _sync(folder)
+        self._unnamed_of(site).difference_update(unnamed)
 
     def delete_unused(self) -> None:
         """Delete the incomplete blobs, and those that no record refers to. Call it when no more pieces come.
 
         A site keeps the file until its record is stored, so a replay can still send it. Never raises.
         """
-        unnamed = [self.folder(site) / name for site, names in self._unnamed.items() for name in names]
-        for path in [*self._folder.glob("*/*.part"), *unnamed]:
+        for path in [*self._folder.glob("*/*.part"), *self._folder.glob(f"*/*{_UNNAMED}")]:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._unnamed.clear()
@@ -90,7 +106,7 @@ class BlobStore:
         Raises:
             OSError: the piece cannot be written.
         """
-        if len(self._unnamed[site]) >= _MAX_UNNAMED:
+        if len(self._unnamed_of(site)) >= _MAX_UNNAMED:
             return Busy(_MANY_FILES)
         reached = self.add(site, chunk)
         if reached is None:
@@ -155,6 +171,13 @@ class BlobStore:
         media_type = mimetypes.guess_type(filename)[0] or "application/octet-stream"
         return Blob(name, size, digest.hexdigest(), media_type)
 
+    def _unnamed_of(self, site: str) -> set[str]:
+        """Return the whole blobs of this site that no record refers to. An earlier receiver may have left some."""
+        if (names := self._unnamed.get(site)) is None:
+            left = {path.name.removesuffix(_UNNAMED) for path in self.folder(site).glob(f"*{_UNNAMED}")}
+            names = self._unnamed.setdefault(site, left)
+        return names
+
     def _make_room_for_part(self, site: str, folder: Path, name: str) -> None:
         """Note an incomplete blob of this site. If there are too many, delete the oldest one."""
         parts = self._parts.get(site)
@@ -168,8 +191,8 @@ class BlobStore:
 
     def _add(self, site: str, chunk: Chunk) -> int | None:
         folder = self.folder(site)
-        target, partial = folder / chunk.name, folder / f"{chunk.name}.part"
-        if _is_plain(target):
+        target, partial = folder / f"{chunk.name}{_UNNAMED}", folder / f"{chunk.name}.part"
+        if self.has(site, chunk.name):
             return chunk.size
         make_private_folder(folder)
         self._make_room_for_part(site, folder, partial.name)
@@ -191,7 +214,7 @@ class BlobStore:
         if self._sync:
             _sync(partial)
         partial.replace(target)
-        self._unnamed[site].add(chunk.name)
+        self._unnamed_of(site).add(chunk.name)
         self._parts[site].pop(partial.name)
         if self._sync:
             # Each of these may be new. A power cut loses a new folder if its parent is not synced.
