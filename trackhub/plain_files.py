@@ -13,7 +13,10 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
+__all__ = ["MAX_PLAIN_BYTES", "find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
+
+MAX_PLAIN_BYTES = 1 << 24
+"""How large a file is that `read_plain` reads. A sparse file takes no disk, and could take all of the memory."""
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_FOLDER = 0o700
@@ -76,13 +79,16 @@ def _open_plain(path: str | Path, flags: int, mode: int, dir_fd: int | None = No
 
 
 def read_plain(path: Path) -> bytes:
-    """Return the content of an ordinary file.
+    """Return the content of an ordinary file of trackhub's own, all of which are small.
 
     Raises:
-        OSError: it cannot be read, or it is not an ordinary file.
+        OSError: it cannot be read, is not an ordinary file, or has more than ``MAX_PLAIN_BYTES``.
     """
     with open(path, "rb", opener=open_plain) as file:
-        return file.read()
+        data = file.read(MAX_PLAIN_BYTES + 1)
+    if len(data) > MAX_PLAIN_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_PLAIN_BYTES} bytes; no such file of trackhub has", str(path))
+    return data
 
 
 def find_way_out(folder: Path) -> str:

@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 
 from trackhub.own_descriptors import OwnDescriptor
+from trackhub.plain_files import open_plain
 
 __all__ = ["ProcessLock", "is_free"]
 
@@ -78,7 +79,7 @@ class ProcessLock:
 def is_free(path: Path) -> bool:
     """Return whether this file is there and nobody holds its lock. False if that cannot be told. Never raises."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_plain(path, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -20,9 +20,10 @@ from trackhub import Writer
 from trackhub.delivery import create_spool
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.replay_journal_or_spool import journal_for_spool, replay_journal, replay_spool
-from trackhub.errors import ConfigError
+from trackhub.errors import ConfigError, SpoolError
+from trackhub.framing import encode_frame
 from trackhub.job_and_run_info import RunStatus
-from trackhub.spool.layout import SpoolInfo
+from trackhub.spool.layout import SpoolInfo, read_spool_info
 
 TOKEN = "planted-token-0123456789"
 
@@ -343,3 +344,52 @@ def test_a_journal_that_is_only_looked_at_reaches_nothing(tmp_path: Path, strang
     assert asked == []
     assert TOKEN not in done.stdout + done.stderr
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+FILES_OF_A_JOB = [
+    "trackhub.db", "trackhub.db-wal", "trackhub.db-journal", "trackhub.lock", "spool/spool.json", "spool/round",
+    f"spool/{STREAM}.ledger", f"spool/{STREAM}.server.ack", f"spool/{STREAM}-000000.spool", "spool/server.lock",
+    "spool/usage",
+]  # fmt: skip
+
+
+def test_a_pipe_in_the_place_of_a_jobs_file_holds_up_nobody_who_looks(tmp_path: Path) -> None:
+    """Nobody writes into the pipe, so that a plain ``open`` would never return."""
+    calls = []
+    for number, name in enumerate(FILES_OF_A_JOB):
+        own = journal_from_elsewhere(tmp_path / str(number), {"jsonl": {}}).parent
+        create_spool(own / "spool", SpoolInfo("site-1", "job-1", ("server",)))
+        (own / "spool" / f"{STREAM}-000000.spool").write_bytes(encode_frame(metric(0)))
+        (own / name).unlink(missing_ok=True)
+        os.mkfifo(own / name)
+        path = str(own)
+        calls += [["status", path], ["export", path, "--to", str(tmp_path / f"{number}.csv")], ["prune", path]]
+
+    done = subprocess.run(
+        [sys.executable, "-c", _CALL, json.dumps(calls)], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.count("returned\n") == len(calls)
+    assert "Traceback" not in done.stderr
+
+
+_CALL = """
+import json, sys
+from trackhub.cli.app import _trackhub
+from trackhub.errors import TrackhubError
+for call in json.loads(sys.argv[1]):
+    try:
+        _trackhub(call)
+    except (SystemExit, TrackhubError):
+        print("returned")
+"""
+
+
+def test_a_file_of_a_spool_that_is_endless_is_not_read_into_memory(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    create_spool(spool, SpoolInfo("site-1", "job-1", ("server",)))
+    with open(spool / "spool.json", "wb") as file:
+        file.truncate(1 << 40)  # it takes no disk
+
+    with pytest.raises(SpoolError, match="it has more than"):
+        read_spool_info(spool)

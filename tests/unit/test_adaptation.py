@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import ALL_KINDS
-from trackhub.delivery.lane.adaptation import Adaptation
+from trackhub.delivery.lane.adaptation import MAX_MEMORY_BYTES, Adaptation
 from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.records import Metrics, Params, Payload, Record, Tags, Text
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Kind, Rejection
@@ -200,3 +200,51 @@ def test_long_values_of_params_are_remembered_by_a_digest() -> None:
     changed, _ = adapt(later, Params({"k3": "3" + "x" * 99_999 + "y"}))
     assert isinstance(changed, Rejection)
     assert changed.reason == "param_changed"
+
+
+MANY = [f"{i:04}" + "k" * 500 for i in range(4000)]
+
+
+def test_keys_without_a_step_take_bounded_memory_in_any_number_of_streams() -> None:
+    """The lane stores the memory with each confirmation, so that of one site could lock the journal for all."""
+    adaptation = Adaptation(can(optional_step=False))
+    first = {stream: adapt(adaptation, Metrics({"loss": 1.0}), None, stream, 7)[0].step for stream in ("a", "b")}
+    for stream in ("a", "b"):
+        for seq, key in enumerate(MANY):
+            adapt(adaptation, Metrics({key: 1.0}), None, stream, 10 + seq)
+
+    assert first == {"a": 0, "b": 0}
+    assert len(adaptation.memory()) <= MAX_MEMORY_BYTES
+    assert adapt(adaptation, Metrics({"loss": 1.0}), None, "a", 5000)[0].step == 1
+    assert adapt(adaptation, Metrics({"loss": 1.0, "new": 1.0}), None, "a", 5001)[0].step == 2
+    found = [adapt(adaptation, Metrics({"n" * 600: 1.0}), None, "b", seq)[0] for seq in (5002, 5003)]
+    assert [entry.step for entry in found] == [5002, 5003]
+
+
+@pytest.mark.parametrize(
+    ("change", "payload"), [({"changing_params": False}, Params), ({"late_steps": False}, Metrics)]
+)
+def test_more_keys_than_a_lane_remembers_are_rejected(change: dict[str, Any], payload: Any) -> None:
+    adaptation = Adaptation(can(**change))
+
+    found = [adapt(adaptation, payload({key: 1.0}))[0] for key in MANY]
+
+    refused = [one for one in found if isinstance(one, Rejection)]
+    assert 0 < len(refused) < len(found)
+    assert {one.reason for one in refused} == {"too_many_keys"}
+    assert isinstance(adapt(adaptation, payload({MANY[0]: 1.0}))[0], Entry)
+    assert len(adaptation.memory()) <= MAX_MEMORY_BYTES
+
+
+@pytest.mark.parametrize("change", [{"optional_step": False}, {"changing_params": False}, {"late_steps": False}])
+def test_a_full_memory_that_is_read_again_decides_in_the_same_way(change: dict[str, bool]) -> None:
+    payload = Params if "changing_params" in change else Metrics
+    step = None if "optional_step" in change else 0
+    whole = Adaptation(can(**change))
+    parts, from_parts = Adaptation(can(**change)), []
+    for seq, key in enumerate(MANY):
+        if seq % 50 == 0:
+            parts = Adaptation(can(**change), parts.memory())
+        from_parts.append(adapt(parts, payload({key: 1.0}), step, "s", seq)[0])
+
+    assert from_parts == [adapt(whole, payload({key: 1.0}), step, "s", seq)[0] for seq, key in enumerate(MANY)]

@@ -182,6 +182,34 @@ def test_what_is_no_segment_neither_hangs_a_sender_nor_holds_up_other_streams(tm
     assert b"another/secret" not in stored
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link", "endless"])
+def test_what_is_no_ledger_neither_hangs_a_sender_nor_costs_a_record(tmp_path: Path, kind: str) -> None:
+    spool = new_spool(tmp_path / "spool", "server")
+    with Writer(spool) as writer:
+        writer.log({"loss": 1.0})
+    ledger = next(spool.glob("*.ledger"))
+    ledger.unlink()
+    if kind == "fifo":
+        os.mkfifo(ledger)
+    elif kind == "link":
+        ledger.symlink_to("/dev/zero")
+    else:
+        with open(ledger, "wb") as file:
+            file.truncate(1 << 40)  # it takes no disk, and more than the memory
+    receiver = Receiver(tmp_path / "run", job="job-1", side=Side.LOCAL, backends={"jsonl": {}})
+    receiver.start()
+    sender = Sender(spool, receiver.channel("site-1"), cursor="server", limits=Limits(poll_s=0.01))
+    sender.start()
+
+    before = time.monotonic()
+    counts = sender.close(30.0)
+    report = receiver.finish(RunStatus.FINISHED)
+
+    assert time.monotonic() - before < 20
+    assert report.lanes["jsonl"]["site-1"].confirmed == 1
+    assert not counts.complete
+
+
 def test_a_link_to_a_file_beside_it_is_logged_and_one_that_leads_out_is_not(tmp_path: Path) -> None:
     spool = new_spool(tmp_path / "spool")
     folder = tmp_path / "checkpoints"

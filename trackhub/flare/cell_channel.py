@@ -172,9 +172,17 @@ def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bo
         replies = engine.send_aux_request(
             targets=sites, topic=_SENDER_TOPIC, request=Shareable(), timeout=timeout_s, fl_ctx=fl_ctx, optional=True
         )
-    codes = {site: reply.get_return_code() for site, reply in (replies or {}).items() if isinstance(reply, Shareable)}
-    answers = {ReturnCode.OK: True, ReturnCode.TOPIC_UNKNOWN: False}
-    return {site: answers[code] for site, code in codes.items() if code in answers}
+    answers = {site: _answer_in(reply) for site, reply in (replies or {}).items()}
+    return {site: answer for site, answer in answers.items() if answer is not None}
+
+
+def _answer_in(reply: Any) -> bool | None:
+    """Return whether a site says that it has a sender; None if it says anything else, which costs no other answer."""
+    try:
+        code = reply.get_return_code() if isinstance(reply, Shareable) else None
+    except ValueError:  # its headers are not a dict
+        return None
+    return {ReturnCode.OK: True, ReturnCode.TOPIC_UNKNOWN: False}.get(code) if isinstance(code, str) else None
 
 
 def note_sites_of_events(engine: Any) -> None:

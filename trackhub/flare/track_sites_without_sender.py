@@ -27,6 +27,9 @@ __all__ = ["SitesWithoutSender"]
 
 _ASK_EVERY_S = 2.0
 _ANSWER_S = 1.0
+_SPOOL_BYTES = 64 << 20
+"""Most bytes of the spool on the server of one such site, some 500,000 events. The site could otherwise fill the disk,
+since the receiver looks only at what comes from a sender."""
 
 
 class SitesWithoutSender:
@@ -45,7 +48,8 @@ class SitesWithoutSender:
         self._engine = engine
         self._receiver = receiver
         self._limits = limits
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # nobody waits for an answer while holding it
+        self._asked: set[str] = set()
         self._started: set[str] = set()
         self._noes: set[str] = set()
         self._with_sender: set[str] = set()
@@ -68,21 +72,26 @@ class SitesWithoutSender:
         self._started.add(site)
 
     def take(self, site: str, event: Shareable) -> None:
-        """Record a stock event of a site, if that site has no sender. May ask the site, for a second at most."""
+        """Record a stock event of a site, if that site has no sender.
+
+        Asks the site at its first event, for a second at most. FLARE handles the events of all sites in one thread, so
+        a site that does not answer must not cost a second for each of its events.
+        """
+        if site not in self._spools:
+            self._started.add(site)  # a client that sends events has started
+            if site in self._heard() or not self._says_no(site):
+                return
         with self._lock:
             if site not in self._spools:
-                # A client that sends events has started, too.
-                if site in self._heard() or (site not in self._noes and not self._says_no(site)):
-                    return
                 self._warn_of(site)
                 self._spools[site] = _SpoolOfSite(self._component, self._receiver, site, self._limits)
             self._spools[site].write(event)
 
     def ask_now(self) -> None:
         """Ask the sites from which no sender has sent anything. Blocks for a second at most."""
+        started = participants(self._engine).keys() & self._started
+        self._ask(sorted(started - self._heard() - self._with_sender - self._noes))
         with self._lock:
-            started = participants(self._engine).keys() & self._started
-            self._ask(sorted(started - self._heard() - self._with_sender - self._noes))
             for site in self.found():
                 self._warn_of(site)
 
@@ -105,7 +114,9 @@ class SitesWithoutSender:
                 self._component.logger.debug("sites could not be asked whether they have a sender: %s", e)
 
     def _says_no(self, site: str) -> bool:
-        self._ask([site])
+        if site not in self._asked:  # afterwards, the thread asks again
+            self._asked.add(site)
+            self._ask([site])
         return site in self._noes
 
     def _ask(self, sites: list[str]) -> None:
@@ -131,7 +142,8 @@ class _SpoolOfSite:
     def __init__(self, component: FLComponent, receiver: Receiver, site: str, limits: Limits) -> None:
         folder = receiver.folder / "sites" / path_component(site)
         # The site's own rules cannot hold: FLARE has sent the events before anything of trackhub saw them.
-        create_spool(folder, spool_info(receiver.job, site, ("server",), limits.spool_bytes, SiteRules()))
+        most = min(limits.spool_bytes, _SPOOL_BYTES)
+        create_spool(folder, spool_info(receiver.job, site, ("server",), most, SiteRules()))
         self._records = StockRecords(component)
         self._records.open(folder)
         self._sender = Sender(folder, receiver.channel(site), cursor="server", limits=limits)

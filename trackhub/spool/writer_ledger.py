@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trackhub.own_descriptors import MappedFile
-from trackhub.plain_files import open_plain
+from trackhub.plain_files import open_plain, read_plain
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.write_on_full_disk import write_start
 
@@ -147,7 +147,7 @@ def read_ledger(path: Path) -> LedgerCounts:
         OSError: it is there and cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except FileNotFoundError:
         return LedgerCounts(0, {}, {}, 0, is_counted=True)
     logged, *rest = _FORMAT.unpack(data[: _FORMAT.size] if len(data) >= _FORMAT.size else bytes(_FORMAT.size))

@@ -120,9 +120,10 @@ def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
 class _Key:
     """What is known of a key that may be aggregated."""
 
-    __slots__ = ("above_0", "sites")
+    __slots__ = ("above_0", "counts_for", "sites")
 
-    def __init__(self) -> None:
+    def __init__(self, site: str) -> None:
+        self.counts_for = site  # it takes one of the places of the site that logged it first
         self.sites: set[str] = set()
         self.above_0 = False
 
@@ -148,7 +149,8 @@ class _Keys:
         self.weight = weight
         self.weight_is_refused = False
         self._keys: dict[str, _Key] = {}
-        self._of_site: dict[str, int] = {}
+        self._of_site = Counter[str]()
+        self._warned: set[str] = set()
 
     def takes(self, site: str, key: str, number: int | None, *, step_is_round: bool) -> bool:
         """Return whether the key may be aggregated, after what this site logged of it.
@@ -160,15 +162,17 @@ class _Keys:
             step_is_round: all records had their round as their step.
         """
         known = self._keys.get(key)
+        if self.is_default and not step_is_round:
+            self._ignore(key)
+            if known is not None:
+                del self._keys[key]
+                self._of_site[known.counts_for] -= 1
+            return False
         if known is None:
             if not self._may_begin(site, key):
                 return False
-            known = self._keys[key] = _Key()
-            self._of_site[site] = self._of_site.get(site, 0) + 1
-        if self.is_default and not step_is_round:
-            self._ignore(key)
-            del self._keys[key]
-            return False
+            known = self._keys[key] = _Key(site)
+            self._of_site[site] += 1
         known.sites.add(site)
         known.above_0 = known.above_0 or bool(number)
         return True
@@ -180,9 +184,11 @@ class _Keys:
         if not self.is_default and (self._patterns is None or self._patterns.match(key) is None):
             self._ignore(key)
             return False
-        if len(self._keys) >= MAX_KEYS or self._of_site.get(site, 0) >= MAX_KEYS_OF_SITE:
-            if key not in self.ignored:
-                _log.warning("key %r of site %r is not aggregated: there are too many keys", key[:80], site[:80])
+        if len(self._keys) >= MAX_KEYS or self._of_site[site] >= MAX_KEYS_OF_SITE:
+            if site not in self._warned:
+                self._warned.add(site)
+                _log.warning("key %r of site %r, and its further keys, are not aggregated: there are too many keys",
+                             key[:80], site[:80])  # fmt: skip
             self._ignore(key)
             return False
         return True
@@ -209,7 +215,8 @@ class _Keys:
 class _Round:
     """One round: which sites it expects, which have reported, and the last value of each site and key."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.expected: set[str] = set()
         self.reported: set[str] = set()
         self.weights: dict[str, float] = {}
@@ -244,6 +251,7 @@ class Aggregation:
         self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
         self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
+        self._rounds_with: dict[str, set[int]] = {}  # where each key has values. A site may use thousands of rounds
         self._held = Counter[str]()  # values and weights, by site
         self._held_in_all = 0
         self._late = 0
@@ -336,18 +344,28 @@ class Aggregation:
                              self._held[site], printable(site))  # fmt: skip
             self._late += key is not None
             return
-        current = self._rounds.setdefault(number, _Round())
+        current = self._round(number)
         by_site = current.weights if key is None else current.values.setdefault(key, {})
+        if key is not None:
+            self._rounds_with.setdefault(key, set()).add(number)
         self.last_time = max(self.last_time, time)
         if site not in by_site:
             self._held[site] += 1
             self._held_in_all += 1
         by_site[site] = value
 
+    def _round(self, number: int) -> _Round:
+        if number not in self._rounds:
+            self._rounds[number] = _Round(number)
+        return self._rounds[number]
+
     def _forget(self, key: str) -> None:
         """Drop the values of a key that is not aggregated after all."""
-        for current in self._rounds.values():
+        for number in self._rounds_with.pop(key, ()):
+            current = self._rounds[number]
             self._release(current.values.pop(key, {}))
+            if not (current.values or current.weights or current.is_announced or current.is_closed):
+                del self._rounds[number]  # else a site could have any number of them
 
     def _release(self, by_site: Mapping[str, float]) -> None:
         self._held.subtract(by_site.keys())
@@ -364,11 +382,11 @@ class Aggregation:
             if JOB_ENDED in values:
                 found += self._end(record.time)
                 continue
-            current = self._rounds.setdefault(record.round, _Round())
+            current = self._round(record.round)
             if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or FLARE has started the job again
                 self._drop(current)
                 self._unsettled.discard(record.round)
-                current = self._rounds[record.round] = _Round()
+                current = self._rounds[record.round] = _Round(record.round)
             current.is_announced = True
             _note_facts(current, values, steps_weigh=self._keys.weight is None)
             if not current.is_closed and (_ROUND_ENDED in values or current.is_complete()):
@@ -382,16 +400,21 @@ class Aggregation:
         )
 
     def rounds(self) -> int:
-        """Return how many rounds were seen."""
-        return len(self._rounds)
+        """Return how many rounds the job had: those that the server announced, or else all that sites logged in."""
+        return len(self._of_job())
 
     def last_round(self) -> int:
-        """Return the highest round that was seen; 0 if there was none."""
-        return max(self._rounds, default=0)
+        """Return the highest of these rounds; 0 if there was none."""
+        return max(self._of_job(), default=0)
+
+    def _of_job(self) -> list[int]:
+        """Return the job's rounds. A site may log any number as its round, so only without others they count."""
+        announced = [number for number, current in self._rounds.items() if current.is_announced]
+        return announced or list(self._rounds)
 
     def _end(self, time: float) -> list[Output]:
         found: list[Output] = []
-        single_round = len(self._rounds) == 1
+        single_round = self.rounds() == 1
         for number, current in sorted(self._rounds.items()):
             said = {} if current.is_closed else _all_reported(current)
             current.is_closed = True
@@ -421,8 +444,9 @@ class Aggregation:
         return [Output(number, time, {_LATE: float(self._late)})]
 
     def _drop(self, current: _Round) -> None:
-        for by_site in current.values.values():
+        for key, by_site in current.values.items():
             self._release(by_site)
+            self._rounds_with[key].discard(current.number)
         current.values = {}
         if self._keys.weight is not None:
             self._release(current.weights)
@@ -435,6 +459,7 @@ class Aggregation:
         for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):
             by_site = current.values.pop(key)
             self._release(by_site)
+            self._rounds_with[key].discard(number)
             weights = [current.weights.get(site) for site in by_site]
             known = [w for w in weights if w is not None]
             statistics = describe(list(by_site.values()), known if len(known) == len(weights) else None)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from trackhub.plain_files import open_plain
+
 __all__ = ["Cell", "PageReader", "Value"]
 
 Value = int | float | str | bytes | None
@@ -53,11 +55,12 @@ class PageReader:
         Raises:
             OSError: the file cannot be opened.
         """
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_plain(path, os.O_RDONLY)
         self._size = os.fstat(self._fd).st_size
         header = self._read(0, _FILE_HEADER_BYTES) or b""
         try:
-            log = path.with_name(f"{path.name}-wal").read_bytes()
+            with open(path.with_name(f"{path.name}-wal"), "rb", opener=open_plain) as file:
+                log = file.read()
         except OSError:
             log = b""
         self._page_bytes = _page_bytes(header, log)

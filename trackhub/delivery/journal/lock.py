@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import JournalError
-from trackhub.plain_files import make_private_folder
+from trackhub.plain_files import make_private_folder, open_plain
 from trackhub.process_lock import ProcessLock
 
 __all__ = ["is_journal_locked", "lock_journal", "make_journal_folder"]
@@ -67,7 +67,7 @@ def is_journal_locked(path: Path) -> bool:
     On a file system without locks nobody can tell. Then this returns True, so that no running job is called dead.
     """
     try:
-        fd = os.open(_lock_file(path), os.O_RDONLY)
+        fd = open_plain(_lock_file(path), os.O_RDONLY)
     except OSError:
         return False
     try:

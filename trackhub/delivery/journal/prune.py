@@ -22,7 +22,7 @@ from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.lock import lock_journal
 from trackhub.delivery.journal.report_builder import build_report
-from trackhub.delivery.journal.swap import finish_swap, is_journal_left
+from trackhub.delivery.journal.swap import check_file_types, finish_swap, is_journal_left
 from trackhub.delivery.journal.tables_and_rows import PRUNED
 from trackhub.delivery.report import DeliveryReport, SiteReport
 from trackhub.errors import ConfigError, DeliveryError, JournalError
@@ -65,6 +65,7 @@ def prune_journal(path: Path) -> PruneResult:
     lock = lock_journal(path)
     try:
         finish_swap(path)
+        check_file_types(path)
         before = _size(path)
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)) as db:
             db.isolation_level = None

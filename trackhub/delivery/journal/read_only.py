@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trackhub.delivery.journal.swap import current_file
+from trackhub.delivery.journal.swap import check_file_types, current_file
 from trackhub.errors import JournalError
 
 __all__ = ["has_last_counts", "open_read_only", "read_journal_meta", "read_stream_positions"]
@@ -27,6 +27,7 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """
     try:
         file = current_file(path)
+        check_file_types(file)
         db = sqlite3.connect(f"{file.absolute().as_uri()}?{_mode(file)}", uri=True, timeout=10.0)
         try:
             yield db

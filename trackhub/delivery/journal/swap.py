@@ -17,7 +17,9 @@ import os
 import shutil
 from pathlib import Path
 
-__all__ = ["current_file", "finish_swap", "is_journal_left", "partial_file", "swap"]
+from trackhub.errors import JournalError
+
+__all__ = ["check_file_types", "current_file", "finish_swap", "is_journal_left", "partial_file", "swap"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,19 @@ def current_file(path: Path) -> Path:
 def is_journal_left(path: Path) -> bool:
     """Return whether there is a journal here, or files of an interrupted repair."""
     return any(_beside(path, suffix).exists() for suffix in ("", ".repaired", ".damaged"))
+
+
+def check_file_types(path: Path) -> None:
+    """Check that a journal and the files of SQLite beside it are ordinary files, as far as they are there.
+
+    Whoever looks at a folder from elsewhere calls it. SQLite would wait for ever for a FIFO.
+
+    Raises:
+        JournalError: one of them is something else.
+    """
+    for file in (path, *(_beside(path, suffix) for suffix in ("-wal", "-shm", "-journal"))):
+        if file.exists() and not file.is_file():
+            raise JournalError(f"cannot read the journal {path}: {file} is not an ordinary file; remove it")
 
 
 def _keep(source: Path, target: Path) -> None:

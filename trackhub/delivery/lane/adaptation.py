@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -19,9 +19,15 @@ from trackhub.plain_values_to_structs import prepare
 from trackhub.records import KEYED, KIND_OF, STEPLESS, Kind, Metrics, Params, Payload, Record
 from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 
-__all__ = ["Adaptation"]
+__all__ = ["MAX_MEMORY_BYTES", "Adaptation"]
+
+MAX_MEMORY_BYTES = 1 << 20
+"""How much an adaptation remembers: that of 10,000 long keys. The lane stores all of it with each confirmation. A site
+with many keys in many streams could otherwise have hundreds of megabytes written each time, and lock the journal."""
 
 _DIGEST_BYTES = 32
+_FACT_BYTES = 16  # of a fact besides its key
+_FULL = f"the lane remembers {MAX_MEMORY_BYTES} bytes of this run's keys, and no more"
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
@@ -49,6 +55,7 @@ class Adaptation:
         """Start with no memory, or with that of an earlier adaptation of the same run and lane."""
         self._can = capabilities
         self._memory = msgspec.msgpack.decode(memory, type=_Memory) if memory else _Memory()
+        self._memory_bytes = _size(self._memory)
         self._keys = {kind: _Keys(capabilities.key_rules.get(kind, capabilities.key_rule)) for kind in Kind}
         self._keeps_metric_keys = self._keys[Kind.METRICS].keeps_all
         self._fine_metric_keys = self._keys[Kind.METRICS].fine
@@ -96,22 +103,40 @@ class Adaptation:
             return self._first_params(stream, record, position, payload, altered)
         step = record.step
         if step is None and not self._can.optional_step and not isinstance(payload, STEPLESS):
-            step = self._ordinal(stream, payload)
-        if not self._can.late_steps and step is not None and not self._in_order(payload, step):
-            return Rejection(position, "late_step", f"step {step} is lower than an earlier one"), altered
+            step = self._ordinal(stream, record.seq, payload)
+        if not self._can.late_steps and step is not None:
+            if not self._has_room(key for key in _keys_of(payload) if key not in self._memory.last_steps):
+                return Rejection(position, "too_many_keys", _FULL), altered
+            if not self._in_order(payload, step):
+                return Rejection(position, "late_step", f"step {step} is lower than an earlier one"), altered
         return Entry(position, record.time, step, record.round, payload, stream, record.seq), altered
 
-    def _ordinal(self, stream: str, payload: Payload) -> int:
+    def _ordinal(self, stream: str, seq: int, payload: Payload) -> int:
         """Return the number that replaces the step of a record without one.
 
-        If the record has several keys, the highest counts.
+        If the record has several keys, the highest counts. If none of its keys is known and no more can be remembered,
+        it is the record's number in its stream.
         """
-        counts = self._memory.ordinals.setdefault(stream, {})
+        counts = self._memory.ordinals.get(stream, {})
         keys = _keys_of(payload)
+        new = [key for key in keys if key not in counts]
+        if new and not self._has_room(new if counts else [stream, *new]):
+            keys = [key for key in keys if key in counts]
+            if not keys:
+                return seq  # it grows as well, and nothing must be remembered
+        self._memory.ordinals[stream] = counts
         ordinal = max((counts.get(key, 0) for key in keys), default=0)
         for key in keys:
             counts[key] = ordinal + 1
         return ordinal
+
+    def _has_room(self, new: Iterable[str], fact_bytes: int = _FACT_BYTES) -> bool:
+        """Return whether there is room to remember a fact under each of these new keys. Count them if so."""
+        size = _size_of(new, fact_bytes)
+        if self._memory_bytes + size > MAX_MEMORY_BYTES:
+            return size == 0
+        self._memory_bytes += size
+        return True
 
     def _in_order(self, payload: Payload, step: int) -> bool:
         last = self._memory.last_steps
@@ -135,8 +160,21 @@ class Adaptation:
                 return Rejection(position, "param_changed", f"{changed} had another value before"), altered
             payload = Params(kept)
             altered.append("param_changed")
-        known.update({key: new[key] for key in payload.values})
+        unknown = [key for key in payload.values if key not in known]
+        if not self._has_room(unknown, _DIGEST_BYTES):
+            return Rejection(position, "too_many_keys", _FULL), altered
+        known.update({key: new[key] for key in unknown})
         return Entry(position, record.time, None, record.round, payload, stream, record.seq), altered
+
+
+def _size(memory: _Memory) -> int:
+    """Return how many bytes count for what is remembered. It depends on nothing else, so a restart changes nothing."""
+    counted = _size_of(memory.ordinals) + sum(map(_size_of, memory.ordinals.values()))
+    return counted + _size_of(memory.last_steps) + _size_of(memory.params, _DIGEST_BYTES)
+
+
+def _size_of(keys: Iterable[str], fact_bytes: int = _FACT_BYTES) -> int:
+    return sum(len(key.encode()) + fact_bytes for key in keys)
 
 
 def _value_or_digest(value: object) -> bytes:
