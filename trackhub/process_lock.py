@@ -15,7 +15,6 @@ import weakref
 from pathlib import Path
 
 from trackhub.own_descriptors import OwnDescriptor
-from trackhub.plain_files import open_plain
 
 __all__ = ["ProcessLock", "is_free"]
 
@@ -79,7 +78,7 @@ class ProcessLock:
 def is_free(path: Path) -> bool:
     """Return whether this file is there and nobody holds its lock. False if that cannot be told. Never raises."""
     try:
-        fd = open_plain(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a FIFO, in a folder from elsewhere
     except OSError:
         return False
     try:
