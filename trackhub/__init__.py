@@ -58,7 +58,8 @@ def local(
         backends: names of installed backends, or names with their options.
         folder: where the run's folder is made. The name of the run's folder is the job's name and id.
         job: the job's id; by default the time and a few random characters. Two jobs never share it.
-        resume: go on in the run of this ``job`` in this ``folder``, if it is there. Without it, such a run is an error.
+        resume: go on in the run of this ``job`` in this ``folder``, if it is there; it needs ``job``. Without it, such
+            a run is an error.
         name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
         notes: a description of the job, in Markdown.
         tags: labels of the job.
@@ -69,7 +70,7 @@ def local(
 
     Raises:
         ConfigError: a backend or an option is unknown, a backend cannot be used as configured, the run is there already
-            and ``resume`` is not set, or ``TRACKHUB_MODE`` has an unknown value.
+            and ``resume`` is not set, ``resume`` is set without ``job``, or ``TRACKHUB_MODE`` has an unknown value.
         PluginError: a backend's plugin cannot be used.
         DeliveryError: the folder cannot be used.
     """

@@ -74,17 +74,31 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             for name in names:
                 if not name or names.count(name) > 1:
                     raise ConfigError(f"{field}: {name!r} is {'given more than once' if name else 'not a name'}")
+        if self.client_backends is not None and self.sides and "client" not in self.sides:
+            raise ConfigError(
+                f"client_backends: {list(self.client_backends)} contradicts sides: {list(self.sides)}, by which "
+                "nothing runs at the clients. Add 'client' to sides (--streamed_to_clients), or leave client_backends "
+                "out"
+            )
         named = {*self.backends, *(self.client_backends or ())}
-        for name in self.options:
-            if name not in named:
-                raise ConfigError(
-                    f"options.{name}: there is no backend {name!r} in this job; it has: "
-                    f"{', '.join(sorted(named)) or 'none'}"
-                )
         if named and not self.sides:
             raise ConfigError(
                 "sides: backends are given, but no side to run them on; expected 'server', 'client' or both"
             )
+        about_the_run = ("aggregate", "aggregate_weight", "update_statistics", "log_model")
+        for name in about_the_run if self.sides == ("client",) else ():
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name}: it is about the federation run, which contradicts sides: ['client']: only a server has "
+                    f"one. Add 'server' to sides (--streamed_to_server), or leave {name} out"
+                )
+        running = {*(self.server or ()), *(self.clients or ())}
+        for name in self.options:
+            if name not in running:
+                raise ConfigError(
+                    f"options.{name}: there is no backend {name!r} in this job; it has: "
+                    f"{', '.join(sorted(running)) or 'none'}"
+                )
 
     @property
     def server(self) -> dict[str, dict[str, Any]] | None:

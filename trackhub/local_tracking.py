@@ -219,14 +219,19 @@ def open_local(
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
-        ConfigError: a backend, an option or a limit is wrong, a backend cannot be used as configured, or the run is
-            there already and ``resume`` is not set.
+        ConfigError: a backend, an option or a limit is wrong, a backend cannot be used as configured, the run is there
+            already and ``resume`` is not set, or ``resume`` is set without ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
     if isinstance(backends, str):
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
+    if resume and not job:
+        raise ConfigError(
+            "trackhub.local: resume=True goes on in the run of a job, but job= is left out, so each call begins a new "
+            "one. Give the job= of the earlier call, or leave resume out"
+        )
     job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
     runs_dir = Path(folder).absolute()
     run_dir = runs_dir / path_component(job_info.unique_name)

@@ -49,12 +49,19 @@ __all__ = [
     "check_options",
     "load",
     "load_entry",
+    "may_be_elsewhere",
     "option_marks",
     "permitted_options",
 ]
 
 GROUP = "trackhub.backends"
 """The entry-point group in which plugins name their backend class."""
+
+_OURS = ("jsonl", "mlflow", "tensorboard", "wandb")
+"""The backends that trackhub itself has, each but the first in a distribution of its own."""
+
+_MISSPELT = 0.8
+"""How alike two names must be, by difflib, for one to be a misspelt form of the other."""
 
 RESERVED = frozenset({"none", "trackhub"})
 """Names that no backend can have: ``none`` turns tracking off, and ``trackhub`` is the core's folder beside theirs."""
@@ -224,6 +231,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def may_be_elsewhere(name: str) -> bool:
+    """Return whether a backend that is not installed here may be installed at another site.
+
+    No site has a name that no backend can have. A name that differs in a letter or two from a known backend is taken
+    as a misspelt one. A longer name that contains the known one, such as ``wandb-eu``, is not.
+    """
+    if _NAME.fullmatch(name) is None or name in RESERVED:
+        return False
+    near = _nearest(name, _usable(available()), cutoff=_MISSPELT)
+    return near is None or near in name
+
+
 def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]) -> msgspec.Struct:
     """Return the backend's Options from a plain mapping, with secret references resolved. Only at the receiver.
 
@@ -368,14 +387,26 @@ def _conflict(name: str, rivals: list[tuple[str, str, str, str]]) -> str:
 
 
 def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
-    usable = sorted({entry.name for entry in entries if entry.state == "ok"})
-    near = difflib.get_close_matches(str(name).lower(), usable, n=1)
-    message = f"there is no backend {name!r} here; available: {', '.join(usable) or 'none'}."
-    if near:
-        message += f" Did you mean {near[0]!r}?"
+    usable = _usable(entries)
+    message = f"there is no backend {name!r} here; available: {', '.join(sorted(usable)) or 'none'}."
+    if name in _OURS:
+        message += f" Install flare-trackhub-{name} where the backend runs"
+    elif near := _nearest(name, usable):
+        message += f" Did you mean {near!r}?"
+        if near not in usable:
+            message += f" It is not installed here either: it is in flare-trackhub-{near}"
     elif _NAME.fullmatch(str(name)) and name not in RESERVED:
         message += " If it is a plugin, install its distribution where the backend runs"
     return message
+
+
+def _usable(entries: Sequence[BackendEntry]) -> set[str]:
+    return {entry.name for entry in entries if entry.state == "ok"}
+
+
+def _nearest(name: str, usable: Collection[str], cutoff: float = 0.6) -> str | None:
+    """Return the known backend whose name is most like this one; None if none is."""
+    return next(iter(difflib.get_close_matches(str(name).lower(), sorted({*usable, *_OURS}), 1, cutoff)), None)
 
 
 def _unknown_option(name: str, key: str, known: list[str], moved: Mapping[str, str]) -> str:

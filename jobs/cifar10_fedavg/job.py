@@ -73,8 +73,6 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
         ConfigError: they contradict each other, or an option is wrong.
         PluginError: a backend cannot be used.
     """
-    if args.client_backend and not args.streamed_to_clients:
-        raise ConfigError("--client_backend: nothing runs at the clients; add --streamed_to_clients")
     config = TrackingConfig.from_flags(
         args.backend or ["tensorboard"],
         client_backends=args.client_backend,

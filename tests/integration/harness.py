@@ -213,7 +213,7 @@ class Job:
         for file, components in tracking_components(**(self._tracking() or {})).items():
             content = json.loads((config / file).read_text())
             content["components"] += components
-            for executor in content.get("executors", []):
+            for executor in content.get("executors", []) if self.external else []:  # only these have a timeout
                 executor["executor"]["args"]["shutdown_timeout"] = 30.0
             (config / file).write_text(json.dumps(content))
 

@@ -138,26 +138,44 @@ def test_backends_that_raise_or_hang_change_neither_model_nor_exit_status(
             assert error in lane["last_error"]
 
 
+@pytest.mark.filterwarnings("ignore:trackhub. backend")
 def test_an_unknown_backend_stops_the_job_before_training_and_names_what_there_is(tmp_path: Path) -> None:
-    result = Job(tmp_path / "job", TRAINER, {"server": ["tensorbord"]}).run()
+    result = Job(tmp_path / "job", TRAINER, {"server": ["acme_board"]}, way="json").run()
 
     assert result.rc != 0
     assert _nothing_was_trained(result)
     messages = [line for line in result.log.splitlines() if "FATAL_SYSTEM_ERROR" in line]
     assert len(messages) == 1
-    assert "tensorbord" in messages[0]
+    assert "acme_board" in messages[0]
     assert "jsonl" in messages[0]
+    last = "\n".join(result.log.splitlines()[-5:])
+    assert "there is no backend 'acme_board' here" in last
+    assert "Therefore the job was stopped before training" in last
 
 
 @pytest.mark.filterwarnings("ignore:trackhub. backend")
 def test_a_backend_that_refuses_at_a_client_stops_the_job_before_training(
     tmp_path: Path, faulty: dict[str, str]
 ) -> None:
-    result = Job(tmp_path / "job", TRAINER, {"clients": ["refuses"]}, env=faulty).run()
+    result = Job(tmp_path / "job", TRAINER, {"clients": ["refuses"]}, way="json", env=faulty).run()
 
     assert result.rc != 0
     assert _nothing_was_trained(result)
     assert "the project 'x' does not exist; create it first (this site will train nothing" in result.log
+
+
+@pytest.mark.filterwarnings("ignore:trackhub. backend")
+def test_a_script_whose_backend_refuses_ends_with_the_reason_before_flare_starts(
+    tmp_path: Path, faulty: dict[str, str]
+) -> None:
+    result = Job(tmp_path / "job", TRAINER, {"clients": ["refuses"]}, env=faulty).run()
+
+    assert result.rc == 1
+    assert result.log.splitlines()[-1] == (
+        "trackhub.errors.ConfigError: the job does not start, since the backend 'refuses' cannot be used: the project "
+        "'x' does not exist; create it first"
+    )
+    assert not (result.workspace / "server").exists()
 
 
 def test_without_a_folder_for_the_receiver_training_goes_on_and_records_wait(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -77,7 +78,7 @@ class Planted:
         done = threading.Event()
 
         def watch() -> None:
-            mark = f"TRACKHUB_TEST_OUT={job.folder / 'out'}\0".encode()
+            mark = f"TRACKHUB_TEST_OUT={job.folder}/".encode()
             while not done.wait(0.2):
                 for pid in processes_with(mark):
                     try:
@@ -135,18 +136,21 @@ def test_after_a_job_that_delivered_no_secret_is_anywhere(tmp_path: Path, plante
 
 
 @pytest.mark.parametrize(
-    ("backend", "source"),
+    ("backend", "source", "way"),
     [
-        ("wandb", "environment"),
-        ("mlflow", "environment"),
-        pytest.param("wandb", "home", marks=pytest.mark.long),
-        pytest.param("mlflow", "home", marks=pytest.mark.long),
-        pytest.param("wandb", "option", marks=pytest.mark.long),
+        ("wandb", "environment", "json"),
+        ("mlflow", "environment", "json"),
+        pytest.param("wandb", "home", "json", marks=pytest.mark.long),
+        pytest.param("mlflow", "home", "json", marks=pytest.mark.long),
+        pytest.param("wandb", "option", "json", marks=pytest.mark.long),
+        pytest.param("wandb", "option", "recipe", marks=pytest.mark.long),
+        pytest.param("mlflow", "environment", "recipe", marks=pytest.mark.long),
     ],
 )
 def test_a_login_that_fails_shows_no_secret(
-    tmp_path: Path, planted: Planted, echo: str, backend: str, source: str
+    tmp_path: Path, planted: Planted, echo: str, backend: str, source: str, way: Literal["recipe", "json"]
 ) -> None:
+    """A job in files fails at the server. The script of a recipe fails before it starts FLARE."""
     options: dict[str, dict[str, object]] = {
         "wandb": {"mode": "online", "base_url": echo},
         "mlflow": {"tracking_uri": echo},
@@ -167,8 +171,8 @@ def test_a_login_that_fails_shows_no_secret(
         planted.in_environment("KEY_OF_THE_SITE")
         options["wandb"]["api_key"] = "${secret:KEY_OF_THE_SITE}"
 
-    result = planted.run(Job(tmp_path / "job", TRAINER, {"server": {backend: options[backend]}}))
+    result = planted.run(Job(tmp_path / "job", TRAINER, {"server": {backend: options[backend]}}, way=way))
 
     assert "not welcome" in result.log or "rejects the login" in result.log, result.log[-4000:]
-    assert not any(path.read_text() for path in (tmp_path / "job" / "out").glob("*.facts"))
+    assert not any(path.read_text() for path in (tmp_path / "job").rglob("*.facts"))
     planted.assert_nowhere(tmp_path, result)

@@ -17,6 +17,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
+from nvflare.recipe import SimEnv
 from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
@@ -265,6 +266,39 @@ def test_a_backend_that_is_not_installed_here_is_left_for_the_sites_to_check(scr
     assert server["trackhub_receiver"]["args"] == {"backends": {"acme": {"level": 3}}}
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tensorbord", "tensorboard"),
+        ("wadb", "wandb"),
+        ("W&B", ""),
+        ("MLflow", "mlflow"),
+        ("json", "jsonl"),
+        ("none", ""),
+    ],
+)
+def test_a_misspelt_backend_is_an_error_in_the_job_script(script: str, name: str, meant: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"no backend '{name}' here; available: .*{meant and f'Did you mean {meant!r}'}"
+    ):
+        add_tracking(_recipe(script), clients={name: {}})
+
+
+@pytest.mark.parametrize("way", ["recipe", "fed_job"])
+@pytest.mark.filterwarnings("ignore:trackhub. backend 'acme' cannot be checked here")
+def test_the_simulator_does_not_start_if_a_backend_cannot_be_used_here(script: str, tmp_path: Path, way: str) -> None:
+    recipe = _recipe(script)
+    add_tracking(recipe, server=["jsonl"], clients=["acme"])
+
+    with pytest.raises(ConfigError, match=r"the job does not start.* there is no backend 'acme' here; available: "):
+        if way == "recipe":
+            recipe.execute(SimEnv(num_clients=2, workspace_root=str(tmp_path / "workspace")))
+        else:
+            recipe._job.simulator_run(str(tmp_path / "workspace"), n_clients=2)
+
+    assert not (tmp_path / "workspace" / "server").exists()
+
+
 def test_only_limits_that_differ_from_the_defaults_are_written(script: str, tmp_path: Path) -> None:
     recipe = _recipe(script)
 
@@ -321,6 +355,29 @@ def test_a_policy_is_in_the_configuration_of_the_senders_alone(script: str, tmp_
         ({"server": ["jsonl"], "aggregate": ["a", ""]}, "aggregate: expected a list of patterns such as 'val/"),
         ({"server": ["jsonl"], "aggregate_weight": 3}, "aggregate_weight: expected a key such as 'train/samples'"),
         ({"server": ["jsonl"], "aggregate_weight": ""}, "aggregate_weight: expected a key"),
+        (
+            {"server": ["jsonl"], "federation": False, "aggregate": ["a"]},
+            r"aggregate=\['a'\] contradicts federation=False",
+        ),
+        (
+            {"server": ["jsonl"], "federation": False, "aggregate_weight": "n"},
+            "aggregate_weight='n' contradicts federat",
+        ),
+        (
+            {"server": ["jsonl"], "federation": False, "update_statistics": True},
+            "update_statistics=True contradicts fe",
+        ),
+        (
+            {"server": ["jsonl"], "federation": False, "log_model": "best"},
+            "log_model='best' contradicts federation=False",
+        ),
+        (
+            {"server": ["jsonl"], "aggregate": [], "aggregate_weight": "n"},
+            "aggregate_weight: 'n' .* but aggregate is empty",
+        ),
+        ({"clients": ["jsonl"], "aggregate": ["val/*"]}, "aggregate=.* no backend is on the server"),
+        ({"clients": ["jsonl"], "update_statistics": True}, "update_statistics=True .* no backend is on the server"),
+        ({"clients": ["jsonl"], "log_model": "last"}, "log_model='last' .* no backend is on the server"),
         ({"server": ["jsonl"], "name": 7}, "name: expected a text that is not empty, got 7"),
         ({"server": ["jsonl"], "name": "a\nb"}, "name: .* contains U.000A"),
         ({"server": ["jsonl"], "notes": ["a"]}, "notes: expected a text"),

@@ -143,7 +143,12 @@ def test_options_reach_their_backend_on_both_sides(tmp_path: Path) -> None:
             ConfigError,
             "no side to run on: give --streamed_to_server or --streamed_to_clients",
         ),
-        (["--client_backend", "jsonl"], ConfigError, "nothing runs at the clients; add --streamed_to_clients"),
+        (["--client_backend", "jsonl"], ConfigError, "contradicts sides: ['server'], by which nothing runs"),
+        (
+            ["--streamed_to_clients", "--no-streamed_to_server", "--log_model", "best"],
+            ConfigError,
+            "contradicts sides: ['client']: only a server",
+        ),
         (["--backend", "none", "--backend", "jsonl"], ConfigError, "cannot stand beside other backends"),
         (["--backend", "tensorbord"], UnknownBackendError, "tensorboard"),
         (["--option", "tensorboard.logdirr=x"], InvalidOptionError, "tensorboard.logdirr"),

@@ -70,7 +70,7 @@ def test_limits_made_in_code_are_checked_like_those_from_a_file() -> None:
 
 
 def test_the_environment_gives_limits_that_are_not_given_otherwise() -> None:
-    environ = {"TRACKHUB_GATE_S": "3", "TRACKHUB_DEADLINE_S": "4", "TRACKHUB_SPOOL": "unrelated"}
+    environ = {"TRACKHUB_SITES_S": "3", "TRACKHUB_DEADLINE_S": "4", "TRACKHUB_SPOOL": "unrelated"}
 
     limits = Limits.from_mapping({"deadline_s": 5}, environ=environ)
 
@@ -86,7 +86,7 @@ def test_limits_of_the_environment_that_fit_each_other_are_checked_together() ->
 @pytest.mark.parametrize(
     ("environ", "named"),
     [
-        ({"TRACKHUB_GATE_S": "soon", "TRACKHUB_DEADLINE_S": "4"}, "the environment variable TRACKHUB_GATE_S: "),
+        ({"TRACKHUB_SITES_S": "soon", "TRACKHUB_DEADLINE_S": "4"}, "the environment variable TRACKHUB_SITES_S: "),
         ({"TRACKHUB_SILENCE_S": "1"}, "the environment variable TRACKHUB_SILENCE_S: "),
         (
             {"TRACKHUB_SILENCE_S": "1", "TRACKHUB_KEEPALIVE_S": "0.6"},
@@ -155,6 +155,13 @@ def test_neither_side_is_an_error_that_says_so() -> None:
         ({"sides": []}, "no side to run them on"),
         ({"limits": 5}, "limits: expected a table"),
         ({"limits": {"sites_s": -1}}, r"limits\.sites_s: -1.* is out of range"),
+        ({"client_backends": ["jsonl"]}, r"client_backends: \['jsonl'\] contradicts sides: \['server'\]"),
+        ({"sides": ["client"], "aggregate": ["val/*"]}, r"aggregate: .* contradicts sides: \['client'\]"),
+        ({"sides": ["client"], "log_model": "best"}, r"log_model: .* contradicts sides: \['client'\]"),
+        (
+            {"sides": ["client"], "client_backends": ["jsonl"], "options": {"tensorboard": {}}},
+            "no backend 'tensorboard' in this job; it has: jsonl",
+        ),
         ({"options": {"wandb": {}}}, r"options\.wandb: there is no backend 'wandb' in this job; it has: tensorboard"),
     ],
 )

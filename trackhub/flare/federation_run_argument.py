@@ -15,7 +15,7 @@ from trackhub.delivery import FederationOptions
 from trackhub.errors import ConfigError
 from trackhub.plain_values_to_structs import convert
 
-__all__ = ["FederationSettings"]
+__all__ = ["FederationSettings", "check_has_federation_run"]
 
 
 class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -47,6 +47,11 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             raise ConfigError(f"tracking: aggregate: expected a list of patterns such as 'val/*', got {patterns!r}")
         if weight is not None and not (isinstance(weight, str) and weight):
             raise ConfigError(f"tracking: aggregate_weight: expected a key such as 'train/samples', got {weight!r}")
+        if weight is not None and patterns is not None and not patterns:
+            raise ConfigError(
+                f"tracking: aggregate_weight: {weight!r} weighs statistics, but aggregate is empty, which means that "
+                "there are none. Leave out one of the two"
+            )
         return convert(value, cls, "tracking")
 
     def options(self) -> FederationOptions:
@@ -70,3 +75,29 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
         }  # fmt: skip
         plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(cls.of(given)))
         return (plain or True) if federation else False
+
+
+def check_has_federation_run(federation: bool, has_server: bool, **given: object) -> None:
+    """Check that arguments which say what the federation run holds are only given where there is one.
+
+    Args:
+        federation: as for `add_tracking`.
+        has_server: there are backends on the server.
+        given: these arguments, by name. None, False and an empty list ask for nothing.
+
+    Raises:
+        ConfigError: there is none, so an argument that was given would do nothing.
+    """
+    name = next((name for name, value in given.items() if value), None)
+    if name is None or (federation and has_server):
+        return
+    value = given[name]
+    if not has_server:
+        raise ConfigError(
+            f"tracking: {name}={value!r} is about the federation run, and this job has none, since no backend is on "
+            f"the server. Give server={{backend: options}} as well, or leave out {name}"
+        )
+    raise ConfigError(
+        f"tracking: {name}={value!r} contradicts federation={federation!r}: it is about the federation run, which the "
+        "other turns off. Leave out one of the two"
+    )

@@ -44,6 +44,7 @@ from nvflare.job_config.api import FedJob
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
+from trackhub.flare.say_reason_at_exit import say_reason_at_exit
 from trackhub.flare.trainer.log_calls import LogCalls
 from trackhub.job_and_run_info import SERVER, JobInfo, RunStatus, path_component
 from trackhub.operator_file import OperatorFile, read_operator_file
@@ -269,6 +270,7 @@ def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
         reason: what is wrong.
     """
     if is_server(fl_ctx):
+        say_reason_at_exit(reason)
         component.system_panic(reason, fl_ctx)
     else:
         component.log_error(fl_ctx, f"{reason} (this site will train nothing, and the job stops)")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
-from trackhub.flare.federation_run_argument import FederationSettings
+from trackhub.flare.check_before_simulator import check_before_simulator
+from trackhub.flare.federation_run_argument import FederationSettings, check_has_federation_run
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
 from trackhub.flare.log_job_context import context_of_job
 from trackhub.flare.receiver_widget import TrackhubReceiver
@@ -120,10 +121,12 @@ def add_tracking(
             FLARE's persistor has saved. None logs no model.
 
     Raises:
-        ConfigError: there is no backend, an argument is wrong, or an option holds a literal secret. Also if the
-            server must not get all that is logged, since there is a policy or no backend there, but FLARE would send it
-            there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``. A backend that is
-            not installed here only gives a warning; its sites check its options.
+        ConfigError: there is no backend, an argument is wrong, two arguments contradict each other, or an option holds
+            a literal secret. Also if the server must not get all that is logged, since there is a policy or no backend
+            there, but FLARE would send it there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has
+            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it. But
+            FLARE's simulator runs all sites here. There, running a job whose backend cannot be used raises this before
+            FLARE starts.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -137,9 +140,13 @@ def add_tracking(
         raise ConfigError("add_tracking: nothing to track with; give server={backend: options}, clients={...} or both")
 
     settings = FederationSettings.argument(federation, aggregate, aggregate_weight, update_statistics)
+    check_has_federation_run(
+        federation, bool(server_backends), aggregate=aggregate, aggregate_weight=aggregate_weight,
+        update_statistics=update_statistics, log_model=log_model,
+    )  # fmt: skip
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     facts = context_of_job(recipe_or_job) if context else None
-    of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
+    of_site, of_server = _own_records(facts, system_metrics, log_model)
     of_sender = {**common, **of_site, **_capture(capture, capture_only), "policy": _policy(policy)}
     _warn_of_job(job, take_over, has_server_side=bool(server_backends))
     if server_backends:
@@ -154,6 +161,7 @@ def add_tracking(
         flare_internals.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
     flare_internals.reference_package(job, "trackhub")
     _let_trainers_finish(job)
+    check_before_simulator(job, [server_backends, *(backends for _, backends in plan)])
 
 
 def tracking_components(
@@ -200,9 +208,13 @@ def tracking_components(
     if not server_backends and not client_backends:
         raise ConfigError("tracking_components: give server={backend: options}, clients={...} or both")
     settings = FederationSettings.argument(federation, aggregate, aggregate_weight, update_statistics)
+    check_has_federation_run(
+        federation, bool(server_backends), aggregate=aggregate, aggregate_weight=aggregate_weight,
+        update_statistics=update_statistics, log_model=log_model,
+    )  # fmt: skip
     common = _common(take_over, limits, state_dir, name, notes, tags, flare_metrics)
     facts: dict[str, Any] | None = {} if context else None
-    of_site, of_server = _own_records(facts, system_metrics, log_model, has_run=bool(server_backends) and federation)
+    of_site, of_server = _own_records(facts, system_metrics, log_model)
     of_sender = {**_receivers(server_backends, client_backends), **common, **of_site, **_capture(capture, capture_only)}
     sender = _component(SENDER_ID, TrackhubSender, {**of_sender, "policy": _policy(policy)})
 
@@ -260,29 +272,19 @@ def _policy(policy: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _own_records(
-    context: dict[str, Any] | None,
-    system_metrics: float | None,
-    log_model: Literal["best", "last"] | None,
-    *,
-    has_run: bool,
+    context: dict[str, Any] | None, system_metrics: float | None, log_model: Literal["best", "last"] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that tell the senders and the server's receiver what trackhub logs itself.
 
     Args:
         context, log_model, system_metrics: as in `OwnRecords`.
-        has_run: the job has a federation run.
 
     Raises:
-        ConfigError: one of them is wrong, or there is no federation run for the model.
+        ConfigError: one of them is wrong.
     """
     check_interval(system_metrics)
     if log_model is not None and log_model not in ("best", "last"):
         raise ConfigError(f"tracking: log_model: expected 'best', 'last' or None, got {log_model!r}")
-    if log_model is not None and not has_run:
-        raise ConfigError(
-            "tracking: log_model: the model goes into the federation run, and this job has none. Track on the server, "
-            "and leave federation on"
-        )
     of_site = OwnRecords(context=context, system_metrics=system_metrics).plain()
     of_server = OwnRecords(context=context, log_model=log_model).plain()
     return {"own_records": of_site}, {"own_records": of_server}
@@ -337,7 +339,8 @@ def _checked(backends: Backends | None, where: str) -> _Checked:
         where: the argument in which it was given, for messages.
 
     Raises:
-        ConfigError: an option is wrong or holds a literal secret, or ``backends`` has another form.
+        ConfigError: an option is wrong or holds a literal secret, ``backends`` has another form, or a backend's name is
+            misspelt.
     """
     if backends is None:
         return {}
@@ -351,6 +354,8 @@ def _checked(backends: Backends | None, where: str) -> _Checked:
         try:
             checked[name] = registry.check_options(name, options)
         except (UnknownBackendError, PluginError) as e:
+            if isinstance(e, UnknownBackendError) and not registry.may_be_elsewhere(name):
+                raise
             # The site that runs the backend may well have it, and checks it before training.
             warnings.warn(f"trackhub: backend {name!r} cannot be checked here: {e}", UserWarning, stacklevel=3)
             checked[name] = dict(options)

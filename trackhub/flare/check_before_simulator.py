@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a job's backends before FLARE's simulator starts, which runs all sites in this environment.
+
+`trackhub.flare.recipe` calls it. `trackhub.preflight` does the check. Without it, the script would end with FLARE's
+"return code 2", and the reason would be far up in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trackhub.errors import ConfigError
+from trackhub.preflight import Readiness, check_ready
+
+__all__ = ["check_before_simulator"]
+
+_Options = Mapping[str, Any]
+
+
+def check_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]) -> None:
+    """Let the job's ``simulator_run`` first try each backend as a receiver would. FLARE's ``SimEnv`` calls it, too.
+
+    Args:
+        job: the FedJob.
+        receivers: of each receiver, the backends and their options.
+    """
+    start = job.simulator_run
+    tried: list[tuple[str, _Options]] = []
+    for backends in receivers:
+        tried += [one for one in backends.items() if one not in tried]
+
+    @functools.wraps(start)
+    def simulator_run(*args: Any, **kwargs: Any) -> Any:
+        for name, options in tried:
+            _check(name, options)
+        return start(*args, **kwargs)
+
+    job.simulator_run = simulator_run
+
+
+def _check(name: str, options: _Options) -> None:
+    """Raise ConfigError if the job would be stopped before training because of this backend."""
+    ready = check_ready(name, options)
+    if ready.word is Readiness.NO:
+        raise ConfigError(f"the job does not start, since the backend {name!r} cannot be used: {ready.remark}")

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says why trackhub stopped a job once more when the server's process ends.
+
+`flare_internals.stop_job` calls it on the server; FLARE's simulator kills the processes of clients. FLARE logs the
+reason among a hundred lines, and ends with "return code 2". People read the last lines, and would find no reason there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.util
+import sys
+
+__all__ = ["say_reason_at_exit"]
+
+_said: set[str] = set()
+
+
+def say_reason_at_exit(reason: str) -> None:
+    """Write the reason to stderr when this process ends. A reason that was given before is written once.
+
+    Args:
+        reason: why the job stops, with "trackhub: " before it.
+    """
+    if reason not in _said:
+        _said.add(reason)
+        # FLARE's simulator runs the server in a process of multiprocessing, in which atexit runs nothing.
+        multiprocessing.util.Finalize(None, _say, (reason,), exitpriority=0)
+
+
+def _say(reason: str) -> None:
+    with contextlib.suppress(Exception):  # stderr may be closed
+        sys.stderr.write(f"\n{reason}\nTherefore the job was stopped before training.\n")
+        sys.stderr.flush()
