@@ -293,7 +293,7 @@ class Results(msgspec.Struct, frozen=True):
     """How a person looks at a run. Paths are relative to the job's run folder, so that the folder may be moved.
 
     Attributes:
-        url: the page that shows it.
+        url: the page that shows it. Beside a command, it is a page that is there while the command runs.
         path: the file or folder that holds it, relative to the run folder; absolute where it lies outside.
         command: the shell command that opens it, to be run in the run folder. If there are several, each is a line.
     """
@@ -310,9 +310,10 @@ class Results(msgspec.Struct, frozen=True):
         return Results(self.url, path, None if lines is None else "\n".join(lines))
 
     def openings(self) -> list[str]:
-        """Return what a person is shown: the commands, or else the page, or else the path. Empty if there is none."""
-        shown = self.url or self.path
-        return self.command.split("\n") if self.command else [shown] if shown else []
+        """Return what a person is shown: the commands, then the page; or else the path. Empty if there is none."""
+        commands = self.command.split("\n") if self.command else []
+        shown = self.url or (None if commands else self.path)
+        return [*commands, shown] if shown else commands
 
 
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

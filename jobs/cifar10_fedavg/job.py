@@ -146,7 +146,10 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
         client_args += ["--no_send_metrics"]
     for word in client_args:
         if " " in word:
-            raise ConfigError(f"{word!r} has a space in it, at which FLARE splits arguments; use a path without one")
+            raise ConfigError(
+                f"{word!r} has a space in it, at which FLARE splits arguments; use a path without one, "
+                "such as --workspace /tmp/cifar10"
+            )
     recipe = FedAvgRecipe(
         name=NAME,
         model=SmallCNN(args.seed),

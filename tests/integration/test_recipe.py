@@ -17,7 +17,6 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
-from nvflare.recipe import SimEnv
 from nvflare.recipe.utils import set_per_site_config
 
 from trackhub.errors import ConfigError, InvalidOptionError
@@ -264,39 +263,6 @@ def test_a_backend_that_is_not_installed_here_is_left_for_the_sites_to_check(scr
 
     server = _components(_export(recipe, tmp_path / "out"), "app", "config_fed_server.json")
     assert server["trackhub_receiver"]["args"] == {"backends": {"acme": {"level": 3}}}
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("tensorbord", "tensorboard"),
-        ("wadb", "wandb"),
-        ("W&B", ""),
-        ("MLflow", "mlflow"),
-        ("json", "jsonl"),
-        ("none", ""),
-    ],
-)
-def test_a_misspelt_backend_is_an_error_in_the_job_script(script: str, name: str, meant: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"no backend '{name}' here; available: .*{meant and f'Did you mean {meant!r}'}"
-    ):
-        add_tracking(_recipe(script), clients={name: {}})
-
-
-@pytest.mark.parametrize("way", ["recipe", "fed_job"])
-@pytest.mark.filterwarnings("ignore:trackhub. backend 'acme' cannot be checked here")
-def test_the_simulator_does_not_start_if_a_backend_cannot_be_used_here(script: str, tmp_path: Path, way: str) -> None:
-    recipe = _recipe(script)
-    add_tracking(recipe, server=["jsonl"], clients=["acme"])
-
-    with pytest.raises(ConfigError, match=r"the job does not start.* there is no backend 'acme' here; available: "):
-        if way == "recipe":
-            recipe.execute(SimEnv(num_clients=2, workspace_root=str(tmp_path / "workspace")))
-        else:
-            recipe._job.simulator_run(str(tmp_path / "workspace"), n_clients=2)
-
-    assert not (tmp_path / "workspace" / "server").exists()
 
 
 def test_only_limits_that_differ_from_the_defaults_are_written(script: str, tmp_path: Path) -> None:

@@ -70,9 +70,11 @@ def report(results: Results, run_dir: Path) -> DeliveryReport:
 
 
 def test_a_folder_that_moves_at_the_end_is_not_named_as_the_place_to_look(tmp_path: Path) -> None:
-    inside = format_report(report(Results(path="acme/site-1", command="acme ."), tmp_path), "It moves to the store")
+    for url in (None, "http://127.0.0.1:5000/"):
+        results = Results(url, path="acme/site-1", command="acme .")
+        inside = format_report(report(results, tmp_path), "It moves to the store")
 
-    assert inside.endswith("Open the results\n  It moves to the store")
+        assert inside.endswith("Open the results\n  It moves to the store")
 
 
 @pytest.mark.parametrize("results", [Results(path="/srv/curves/site-1"), Results(path="here", url="https://acme/1")])

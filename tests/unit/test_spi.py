@@ -117,6 +117,15 @@ def test_a_command_runs_as_printed_where_no_environment_is_activated(
     assert Results(command="acme-show a").resolved(tmp_path).command == f"cd {tmp_path} && acme-show a"
 
 
+def test_a_page_that_a_command_serves_is_shown_after_the_command() -> None:
+    assert Results("http://127.0.0.1:5000/", "store.db", "acme ui\nacme sync").openings() == [
+        "acme ui", "acme sync", "http://127.0.0.1:5000/"
+    ]  # fmt: skip
+    assert Results("https://acme/1", "store.db").openings() == ["https://acme/1"]
+    assert Results(path="store.db").openings() == ["store.db"]
+    assert Results().openings() == []
+
+
 def test_a_path_outside_the_run_folder_is_shown_whole(tmp_path: Path) -> None:
     where = context(tmp_path / "run")
     outside = tmp_path / "runs" / "x"  # begins like the run folder's name

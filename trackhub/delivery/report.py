@@ -372,7 +372,7 @@ def format_report(report: DeliveryReport, moves_to: str = "") -> str:
 
 def _lies_in(results: Results | None, folder: str) -> bool:
     """Return whether what a run stored lies in this folder."""
-    path = results and not results.url and results.path
+    path = results and (results.command or not results.url) and results.path
     return bool(path) and Path(str(path)).is_relative_to(folder)
 
 

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,9 +37,21 @@ def check_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]
     def simulator_run(*args: Any, **kwargs: Any) -> Any:
         for name, options in tried:
             _check(name, options)
+        _warn_of_space(str(args[0] if args else kwargs.get("workspace", "")))
         return start(*args, **kwargs)
 
     job.simulator_run = simulator_run
+
+
+def _warn_of_space(workspace: str) -> None:
+    path = os.path.abspath(workspace)
+    if " " in path:
+        warnings.warn(
+            f"trackhub: the simulator's workspace {path!r} has a space in its path, at which FLARE splits a command. "
+            "So no client will start. Use another one: SimEnv(workspace_root=...)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check(name: str, options: _Options) -> None:

@@ -376,7 +376,9 @@ def test_the_results_name_the_store_and_the_command_that_shows_it(make_rig: Call
     results = rig.backend.results(rig.info())
 
     assert results is not None
-    assert results.url is None
+    assert results.url == (
+        "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    )
     assert results.path == "mlflow/mlflow.db"
     assert results.command == (
         "cd mlflow && mlflow ui --backend-store-uri sqlite:///mlflow.db --artifacts-destination ./mlartifacts"
@@ -386,11 +388,13 @@ def test_the_results_name_the_store_and_the_command_that_shows_it(make_rig: Call
 def test_the_stores_of_several_sites_can_be_looked_at_at_once(make_rig: Callable[..., Rig]) -> None:
     """A client's command lets MLflow take a free port, since the others' may be open on the same machine."""
     rig = make_rig("site-1", side=Side.CLIENT)
+    rig.open()
 
     results = rig.backend.results(rig.info())
 
     assert results is not None
     assert str(results.command).endswith(" --port 0")
+    assert results.url is None
 
 
 def test_the_results_of_a_store_elsewhere_name_its_folder(make_rig: Callable[..., Rig], tmp_path: Path) -> None:

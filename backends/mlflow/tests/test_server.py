@@ -103,8 +103,8 @@ def test_a_server_stores_every_kind(remote: Callable[..., Rig], server: Server, 
     results = rig.backend.results(rig.info())
     assert results is not None
     assert (
-        results.url
-        == f"{server.url}/#/experiments/{stored['info']['experiment_id']}/runs/{run_id}?workflowType=machine_learning"
+        results.url == f"{server.url}/#/experiments/{stored['info']['experiment_id']}/runs/{run_id}/model-metrics"
+        "?workflowType=machine_learning"
     )
 
 

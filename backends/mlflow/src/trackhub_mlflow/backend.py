@@ -121,23 +121,25 @@ class MLflowBackend(Backend[MLflowOptions]):
         return MLflowRun(self._store, run, info, self._job_runs)
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return the run's page on the server, or the command that starts MLflow's UI on the SQLite store.
+        """Return the run's page on the server, or the command and the address of MLflow's UI on the SQLite store.
 
         MLflow's UI looks for the artifacts in the folder where it is started, so the command changes to the store's
         folder. The run folder may be moved as a whole, and the store's folder alone as well.
         """
+        run = self._stored_runs.get(info.run_id)
+        url = None if run is None else self._store.run_url(run)
         if self._file is None:
-            run = self._stored_runs.get(info.run_id)
             base, _ = server_url(self.options.tracking_uri)
-            return Results(url=base if run is None else self._store.run_url(run))
+            return Results(url=url or base)
         folder = self.context.shown(self._file.parent)
         store = shlex.quote(f"sqlite:///{self._file.name}")
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
         if self.context.side == Side.CLIENT:
             command += " --port 0"  # MLflow then takes a free port and prints it, since each site has a store to show
+            url = None
         if folder != ".":
             command = f"cd {shlex.quote(folder)} && {command}"
-        return Results(path=self.context.shown(self._file), command=command)
+        return Results(url, self.context.shown(self._file), command)
 
     def close(self) -> None:
         """Close connections and files. The parent run has ended already, with the last of its runs."""

@@ -27,7 +27,16 @@ from trackhub.spi import TransientError
 from trackhub_mlflow.artifact_upload_by_client import put_by_client
 from trackhub_mlflow.http_session import open_session
 from trackhub_mlflow.options import server_url
-from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun, root_cause
+from trackhub_mlflow.store import (
+    TRAINING_MODE,
+    Experiment,
+    Pair,
+    Point,
+    RefusedError,
+    SetupError,
+    StoredRun,
+    root_cause,
+)
 from trackhub_mlflow.upload_time_limit import UploadLimit
 
 if TYPE_CHECKING:
@@ -203,9 +212,9 @@ class RestStore:
             ) from error
         return sha256.hexdigest()
 
-    def run_url(self, run: StoredRun) -> str | None:
-        """Return the address of the run's page, in the UI's mode for training."""
-        return f"{self._url}/#/experiments/{run.experiment_id}/runs/{run.id}?workflowType=machine_learning"
+    def run_url(self, run: StoredRun) -> str:
+        """Return the address of the run's charts, in the UI's mode for training."""
+        return f"{self._url}/#/experiments/{run.experiment_id}/runs/{run.id}/model-metrics?{TRAINING_MODE}"
 
     def close(self) -> None:
         """Close the connections. The next call opens them again."""

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from trackhub.spi import TransientError
 from trackhub_mlflow.artifact_upload_by_client import put_by_client
-from trackhub_mlflow.store import Experiment, Pair, Point, RefusedError, SetupError, StoredRun
+from trackhub_mlflow.store import TRAINING_MODE, Experiment, Pair, Point, RefusedError, SetupError, StoredRun
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -189,9 +189,12 @@ class SqliteStore:
         with _disk_errors(f"artifact {path}"), file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
-    def run_url(self, run: StoredRun) -> str | None:
-        """Return None: no server shows the run."""
-        return None
+    def run_url(self, run: StoredRun) -> str:
+        """Return the address at which ``mlflow ui``, on its usual port, shows the charts of the jobs in the store.
+
+        It is the same for all runs of a job, so that people see one address beside the command.
+        """
+        return f"http://127.0.0.1:5000/#/experiments/{run.experiment_id}/runs?{TRAINING_MODE}&compareRunsMode=CHART"
 
     def close(self) -> None:
         """Close the file. The next call opens it again."""

@@ -16,6 +16,7 @@ import msgspec
 from trackhub.spi import TransientError
 
 __all__ = [
+    "TRAINING_MODE",
     "Experiment",
     "Pair",
     "Point",
@@ -27,6 +28,11 @@ __all__ = [
     "restore_command",
     "root_cause",
 ]
+
+
+TRAINING_MODE = "workflowType=machine_learning"
+"""The part of an address by which MLflow's UI shows runs and charts. Without it, MLflow 3.17 begins with the pages for
+GenAI traces, whatever the kind of the experiment is."""
 
 
 class SetupError(TransientError):
@@ -217,8 +223,8 @@ class Store(Protocol):
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
         """Return the SHA-256 of an artifact's content, in hex."""
 
-    def run_url(self, run: StoredRun) -> str | None:
-        """Return the address of the run's page; None if no server shows it."""
+    def run_url(self, run: StoredRun) -> str:
+        """Return the address of a page with the run's charts."""
 
     def close(self) -> None:
         """Release connections and files. The next call opens them again."""
