@@ -17,6 +17,7 @@ from msgspec import Meta
 __all__ = [
     "KEYED",
     "KIND_OF",
+    "MAX_CAPTION_CHARS",
     "MAX_COUNT",
     "MAX_DEPTH",
     "MAX_IMAGE_BYTES",
@@ -57,6 +58,9 @@ MAX_DEPTH = 20
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
+
+MAX_CAPTION_CHARS = 20_000
+"""Longest caption of an image. A lane stores the captions of the images on their way with each confirmation."""
 
 STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
@@ -163,7 +167,7 @@ class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
         blob: the bytes of the PNG or JPEG file, at most ``MAX_IMAGE_BYTES``.
         width: in pixels.
         height: in pixels.
-        caption: a line of text below it; may be empty.
+        caption: a line of text below it, at most ``MAX_CAPTION_CHARS``; may be empty.
     """
 
     key: str

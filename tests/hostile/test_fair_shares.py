@@ -146,7 +146,7 @@ def test_sites_that_wait_for_their_replies_share_alike(traffic: Traffic) -> None
         traffic.send(site, batches(i))
     traffic.wait_for(1, *sites)
 
-    acks = traffic.wait_for(150, *sites)
+    acks = traffic.wait_for(600, *sites)  # on a busy machine, a few turns show only how threads are scheduled
 
     assert max(acks.values()) <= 2 * min(acks.values()), acks
 

@@ -31,7 +31,7 @@ from trackhub.errors import ConfigError
 from trackhub.framing import decode_body, encode_frame
 from trackhub.job_and_run_info import Side
 from trackhub.printable import printable
-from trackhub.records import MAX_COUNT, MAX_IMAGE_BYTES, Kind, Metrics, Params, Record
+from trackhub.records import MAX_CAPTION_CHARS, MAX_COUNT, MAX_IMAGE_BYTES, Kind, Metrics, Params, Record
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
 
@@ -82,6 +82,10 @@ BAD: dict[str, tuple[str, bytes]] = {
     "an image of more bytes than an image may have": (
         "too_large",
         frame(Kind.IMAGE, record(1, Kind.IMAGE, "a", blob(size=MAX_IMAGE_BYTES + 1), 1, 1, "")),
+    ),
+    "an image with a caption of more characters than a line has": (
+        "too_large",
+        frame(Kind.IMAGE, record(1, Kind.IMAGE, "a", blob(), 1, 1, "c" * (MAX_CAPTION_CHARS + 1))),
     ),
     "an image that is neither PNG nor JPEG": (
         "bad_image",
@@ -323,6 +327,12 @@ def test_streams_of_one_site_are_limited(job: Job, monkeypatch: pytest.MonkeyPat
     replies = [job.ask(batch([metrics(0)], stream=f"{i:032x}")) for i in range(7)]
     assert [type(reply) for reply in replies] == [wire.Accepted] * 5 + [wire.Refused] * 2
     assert job.ask(batch([metrics(1)], first=1, stream=f"{0:032x}")) == wire.Accepted()
+    job.finish()
+
+
+def test_columns_that_would_fill_the_memory_are_refused(job: Job) -> None:
+    wide = [frame(Kind.TABLE, record(seq, Kind.TABLE, "t", [""] * 900_000, [])) for seq in range(3)]
+    assert job.ask(batch(wide)) == wire.Accepted(refused={"too_many_values": 2})
     job.finish()
 
 

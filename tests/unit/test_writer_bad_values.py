@@ -408,3 +408,12 @@ def test_an_image_file_above_the_limit_is_counted_with_one_warning(
     (warning,) = [message for message in caplog.messages if "log_artifact" in message]
     assert "expected at most" in warning
     assert count_of(writer).dropped == {"invalid_value": 3}
+
+
+def test_a_caption_above_the_limit_costs_its_image(writer: Writer, caplog: pytest.LogCaptureFixture) -> None:
+    writer.log_image("i", [[0.0, 1.0]], caption="c" * 20_001)
+    writer.log_images("grid", [[[0.0, 1.0]]] * 3, captions=["c" * 10_000] * 3, columns=2)
+
+    found = [payload for payload in payloads(writer) if isinstance(payload, Image)]
+    assert [(image.key, len(image.caption)) for image in found] == [("grid", 20_000)]
+    assert "caption has 20,001 characters; expected at most 20,000" in caplog.text

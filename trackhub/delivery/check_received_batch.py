@@ -21,7 +21,7 @@ reason              the record is refused, because
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
 ``bad_blob``        the name of its blob does not consist of the record's stream and number, or its size is wrong
 ``bad_image``       the file of an image has no header of a PNG or JPEG file, or the header says something else
-``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`
+``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`, or its caption than `MAX_CAPTION_CHARS`
 ``too_many_keys``   the site has used more keys than a receiver remembers
 ``too_many_values`` its batch has more values than fit into memory
 ==================  ================================================================================
@@ -54,6 +54,7 @@ from trackhub.plain_files import open_plain
 from trackhub.records import (
     KEYED,
     KIND_OF,
+    MAX_CAPTION_CHARS,
     MAX_DEPTH,
     MAX_IMAGE_BYTES,
     Artifact,
@@ -202,6 +203,8 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
         if isinstance(payload, Image):
             if payload.blob.size > MAX_IMAGE_BYTES:
                 raise RefusedRecordError("too_large", f"an image of {payload.blob.size} bytes; limit {MAX_IMAGE_BYTES}")
+            if len(payload.caption) > MAX_CAPTION_CHARS:
+                raise RefusedRecordError("too_large", f"a caption of {len(payload.caption)} characters")
             if payload.blob.media_type not in IMAGE_TYPES:
                 raise RefusedRecordError("bad_image", f"it is {payload.blob.media_type[:80]!r}; expected PNG or JPEG")
     elif isinstance(payload, Histogram):
@@ -213,7 +216,7 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
         if not all(count >= 0 and math.isfinite(count) for count in counts):
             raise RefusedRecordError("bad_value", "histogram: expected finite counts >= 0")
     elif isinstance(payload, Table):
-        room.take(len(payload.rows) + sum(map(len, payload.rows)))
+        room.take(len(payload.columns) + len(payload.rows) + sum(map(len, payload.rows)))
         if any(len(row) != len(payload.columns) for row in payload.rows):
             raise RefusedRecordError("bad_value", "table: expected one cell for each column in each row")
         for cell in itertools.chain.from_iterable(payload.rows):

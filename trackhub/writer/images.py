@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from trackhub.errors import RecordError
 from trackhub.image_header import BadImageError, read_image_header
-from trackhub.records import MAX_IMAGE_BYTES, Blob, Image
+from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
 from trackhub.writer.values import read_key
@@ -59,6 +59,11 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     if not isinstance(caption, str):
         raise RecordError(f"log_image({key!r}): caption {shown(caption)} is a {type(caption).__name__}; expected a str")
     caption = plain_text("caption of image", key, caption)
+    if len(caption) > MAX_CAPTION_CHARS:
+        raise RecordError(
+            f"log_image({key!r}): the caption has {len(caption):,} characters; expected at most {MAX_CAPTION_CHARS:,}. "
+            "Log a long text with log_text"
+        )
     data, media_type, width, height = _encode_image(key, image)
     if len(data) > MAX_IMAGE_BYTES:
         raise RecordError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackhub.errors import RecordError
+from trackhub.records import MAX_CAPTION_CHARS
 from trackhub.writer.convert_figures_and_tables import figure_png
 from trackhub.writer.plain_values import key_text, shown
 
@@ -92,7 +93,8 @@ class FigureAndModelCalls:
             if columns is not None:
                 from trackhub.writer.images import grid_of  # lazy, with Pillow
 
-                self.log_image(key, grid_of(str(key), each, columns), step, ", ".join(map(str, texts)))
+                caption = ", ".join(map(str, texts))[:MAX_CAPTION_CHARS]
+                self.log_image(key, grid_of(str(key), each, columns), step, caption)
                 return
             texts += [""] * (len(each) - len(texts))
             for i, (image, text) in enumerate(zip(each, texts, strict=False)):

@@ -93,6 +93,27 @@ def test_params_of_several_calls_are_one_row_with_the_last_values(rig: Rig, entr
     assert rows[f"{JOB_FOLDER}/site-1"]["params"] == {"a": "one", "b": "x", "c": True}
 
 
+def test_params_of_many_records_are_written_once(rig: Rig, entry: MakeEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole file is written each time. Thousands of records of large params held up all runs of the lane."""
+    written: list[Path] = []
+    replace = Path.replace
+
+    def note(path: Path, target: Path) -> Path:
+        written.append(target)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    run = rig.open()
+
+    run.write([entry(i, Params({f"p{i}": "x" * 3000})) for i in range(1000)])
+
+    assert len(written) == 1
+    run.finish(RunStatus.FINISHED)
+    _, rows = hparams_tab(rig.workdir)
+    (row,) = rows.values()
+    assert row["params"] == {f"p{i}": "x" * 3000 for i in range(1000)}
+
+
 @pytest.mark.parametrize(
     ("status", "shown"),
     [

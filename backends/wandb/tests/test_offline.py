@@ -244,7 +244,8 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
             entry(1, Histogram("h", [float(n) for n in range(bins + 1)], [1.0] * bins)),
             entry(2, Image("i", rig.blob(b"no image", "image/png"), 1, 1)),
             entry(3, Image("i", rig.blob(b"GIF89a", "image/gif"), 1, 1)),
-            entry(4, Metrics({"a": 2.0})),
+            entry(4, Table("t", ["a"] * 1_000_000, [])),
+            entry(5, Metrics({"a": 2.0})),
         ]
     )
     assert report is not None
@@ -252,10 +253,27 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
         (1, "too_many_bins"),
         (2, "invalid_value"),
         (3, "invalid_value"),
+        (4, "too_large"),
     ]
     assert all(isinstance(one, Rejection) and one.detail for one in report.rejected)
     run.finish(RunStatus.FINISHED)
-    assert [row["_step"] for row in only_run(rig).rows] == [0, 4]
+    assert [row["_step"] for row in only_run(rig).rows] == [0, 5]
+
+
+@pytest.mark.parametrize("payload", [Tags, Summary])
+def test_tags_and_final_values_of_a_run_are_limited_together(rig: Rig, payload: type[Tags | Summary]) -> None:
+    """With each new one, the SDK keeps all of them again: 30 of a megabyte took a gigabyte and held up all runs."""
+    run = rig.backend(mode="offline").open_run(rig.info())
+    large: list[Any] = [entry(i, payload({f"k{i}": "v" * 300_000})) for i in range(5)]
+
+    report = run.write([*large, entry(5, Tags({"stage": "pilot"})), entry(6, Metrics({"a": 1.0}))])
+
+    assert report is not None
+    assert [(one.position, one.reason) for one in report.rejected] == [(3, "too_large"), (4, "too_large")]
+    run.finish(RunStatus.FINISHED)
+    kept = only_run(rig).config["trackhub"]
+    assert kept["tags"]["stage"] == "pilot"
+    assert len(kept["tags" if payload is Tags else "summary"]) == 3 + (payload is Tags)
 
 
 def test_new_value_of_a_nested_param_replaces_the_old_one(rig: Rig) -> None:

@@ -53,6 +53,7 @@ class HParamsFile:
             OSError: the file system refuses.
         """
         self._path = folder / _NAME
+        self._is_changed = False
         self._created = info.created
         self._start = SessionStartInfo(start_time_secs=info.created, group_name=_trial_name(info))
         if self._path.exists():
@@ -64,11 +65,8 @@ class HParamsFile:
                         self._start = data.session_start_info
 
     def update(self, params: dict[str, Any]) -> None:
-        """Add params, or change them.
-
-        Raises:
-            OSError: the file system refuses.
-        """
+        """Add params, or change them. ``write`` stores them."""
+        self._is_changed = True
         for name, value in params.items():
             slot = self._start.hparams[name]
             if isinstance(value, bool):
@@ -77,7 +75,16 @@ class HParamsFile:
                 slot.number_value = value
             else:
                 slot.string_value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        self._replace(self._start_event())
+
+    def write(self) -> None:
+        """Store the params, if there are new ones. The whole file is written, so call it once for many records.
+
+        Raises:
+            OSError: the file system refuses.
+        """
+        if self._is_changed:
+            self._replace(self._start_event())
+            self._is_changed = False
 
     def finish(self, status: RunStatus, time: float) -> None:
         """Store how the run ended. A run without params has no row in the HPARAMS tab, so nothing is stored for it.

@@ -56,6 +56,12 @@ _HTML = '<!doctype html><meta charset="utf-8"><pre style="white-space: pre-wrap"
 _EXIT_CODES = {RunStatus.FINISHED: 0, RunStatus.KILLED: 254}
 _FAILED = 1
 
+_MAX_COLUMNS = 2000
+"""Most columns of a table. The SDK's time grows with their square: 2,000 take a second, and a million weeks."""
+
+_MAX_KEPT_CHARS = 1 << 20
+"""Most characters of all tags and final values of a run. Each new one has the SDK send and keep all of them again."""
+
 _PROBE_BYTES = 1 << 16
 _PROBE_S = 5.0
 
@@ -231,16 +237,26 @@ class SdkRun:
         self.last = ("config", position)
 
     def _set_tags(self, values: dict[str, str], position: int) -> None:
-        self._tags.update({key: config_value(value) for key, value in values.items()})
+        self._tags = self._kept("tags", self._tags, values, self._summary)
         shown = (tag_text(key, value) for key, value in self._tags.items())
         self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
         self._set_config({}, position)
 
     def _set_summary(self, values: dict[str, Any], position: int) -> None:
-        plain = {key: config_value(value) for key, value in values.items()}
-        self._summary.update(plain)
-        self.run.summary.update(plain)
+        self._summary = self._kept("final values", self._summary, values, self._tags)
+        self.run.summary.update({key: self._summary[key] for key in values})
         self._set_config({}, position)  # it has the final values, too: the server confirms a config, but no summary
+
+    def _kept(self, what: str, kept: dict[str, Any], new: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+        """Return the tags or final values with new ones, if there is room for them beside the others."""
+        found = {**kept, **{key: config_value(value) for key, value in new.items()}}
+        if sum(len(key) + len(str(value)) for key, value in (*found.items(), *others.items())) > _MAX_KEPT_CHARS:
+            raise _Unstorable(
+                "too_large",
+                f"the run's tags and final values would have more than {_MAX_KEPT_CHARS} characters with these {what}: "
+                "log long texts with log_text",
+            )
+        return found
 
     def _html(self, payload: Text) -> Media:
         import wandb
@@ -287,6 +303,12 @@ class SdkRun:
             raise _Unstorable(
                 "too_large",
                 f"table {payload.key!r} has {len(payload.rows)} rows, W&B holds {wandb.Table.MAX_ARTIFACT_ROWS}: "
+                "log it as an artifact",
+            )
+        if len(payload.columns) > _MAX_COLUMNS:
+            raise _Unstorable(
+                "too_large",
+                f"table {payload.key!r} has {len(payload.columns)} columns, this backend stores {_MAX_COLUMNS}: "
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
