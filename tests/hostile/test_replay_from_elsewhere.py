@@ -336,12 +336,14 @@ def test_a_journal_that_is_only_looked_at_reaches_nothing(tmp_path: Path, strang
     path = journal_from_elsewhere(tmp_path, {"mlflow": {"tracking_uri": host, "note": "${secret:PLANTED}"}})
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
 
-    command = [sys.executable, "-m", "trackhub.cli", "status", str(path)]
+    command = [sys.executable, "-X", "importtime", "-m", "trackhub.cli", "status", str(path)]
     environ = {**os.environ, "PLANTED": TOKEN, "MLFLOW_TRACKING_TOKEN": TOKEN}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
 
     assert done.returncode == 0, done.stderr
     assert asked == []
+    assert "trackhub.delivery" in done.stderr
+    assert "trackhub_mlflow.backend" not in done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -259,7 +259,7 @@ def test_a_backend_that_is_not_allowed_is_not_even_imported(tmp_path: Path) -> N
 
 def test_limits_of_the_file_and_then_of_the_environment_win_over_the_job_s() -> None:
     operator = OperatorFile(limits={"sites_s": 5.0})
-    environ = {"TRACKHUB_GATE_S": "6", "TRACKHUB_DEADLINE_S": "7"}
+    environ = {"TRACKHUB_SITES_S": "6", "TRACKHUB_DEADLINE_S": "7"}
     job = {"sites_s": 3600, "deadline_s": 3600, "poll_s": 0.1}
 
     limits = operator.limits_for(job, environ=environ)

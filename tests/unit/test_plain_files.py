@@ -173,11 +173,12 @@ def test_what_is_no_segment_neither_hangs_a_sender_nor_holds_up_other_streams(tm
     sender.start()
 
     before = time.monotonic()
-    sender.close(30.0)
+    counts = sender.close(30.0)
     report = receiver.finish(RunStatus.FINISHED)
 
     assert time.monotonic() - before < 20
     assert report.lanes["jsonl"]["site-1"].confirmed == 1
+    assert not counts.complete  # nobody knows what the odd stream holds
     stored = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"another/secret" not in stored
 

@@ -106,7 +106,8 @@ def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True)
         spooled=rest if is_readable else 0,
         unreadable=0 if is_readable else rest,
         altered=ledger.left_out,
-        is_complete=ledger.is_counted or (is_readable and ack.next_seq > 0),
+        # A stream that cannot be read, and whose ledger is missing too, may hold any number of records.
+        is_complete=(ledger.is_counted and (is_readable or ledger.logged > 0)) or (is_readable and ack.next_seq > 0),
         withheld_by_rule=ack.withheld,
         altered_by_rule=ack.altered,
     )

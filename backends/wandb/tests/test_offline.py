@@ -260,6 +260,23 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
     assert [row["_step"] for row in only_run(rig).rows] == [0, 5]
 
 
+def test_many_final_values_and_tags_of_a_batch_are_handed_over_once(rig: Rig) -> None:
+    """With each call, the SDK stores all of them again: 2,000 of 500 characters took two gigabytes."""
+    run = rig.backend(mode="offline").open_run(rig.info())
+    batch = [entry(i, Summary({f"k{i}": "v" * 500})) for i in range(1000)]
+    batch += [entry(1000 + i, Tags({f"t{i % 10}": str(i)})) for i in range(500)]
+    batch += [entry(1500, Metrics({"a": 1.0})), entry(1501, Params({"lr": 0.1})), entry(1502, Params({"lr": 0.2}))]
+
+    assert run.write(batch) is None
+    run.finish(RunStatus.FINISHED)
+
+    logged = only_run(rig)
+    assert logged.config["lr"] == 0.2
+    assert len(logged.config["trackhub"]["summary"]) == 1000
+    assert logged.config["trackhub"]["tags"] == {f"t{i}": str(490 + i) for i in range(10)}
+    assert sum(path.stat().st_size for path in rig.folder.rglob("*.wandb")) < 10_000_000
+
+
 @pytest.mark.parametrize("payload", [Tags, Summary])
 def test_tags_and_final_values_of_a_run_are_limited_together(rig: Rig, payload: type[Tags | Summary]) -> None:
     """With each new one, the SDK keeps all of them again: 30 of a megabyte took a gigabyte and held up all runs."""

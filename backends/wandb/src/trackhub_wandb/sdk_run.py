@@ -131,19 +131,65 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
-        rejected = []
+        rejected: list[Rejection] = []
+        labels: list[Entry] = []
         for entry in batch:
             if entry.position < self.next_position:
                 continue
+            if isinstance(entry.payload, Params | Tags | Summary):
+                labels.append(entry)
+                continue
+            rejected += self._store_labels(labels)
+            labels = []
             try:
                 self._store(entry)
-            except _Unstorable as error:
-                rejected.append(Rejection(entry.position, error.reason, str(error)))
-            except Exception as error:
-                if not self.is_refusal(error):
-                    raise
-                rejected.append(Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}"))
+            except Exception as error:  # noqa: BLE001 - `_rejection` raises what is not the fault of the value
+                rejected.append(self._rejection(entry, error))
             self.next_position = entry.position + 1
+        return rejected + self._store_labels(labels)
+
+    def _rejection(self, entry: Entry, error: Exception) -> Rejection:
+        """Return the rejection of an entry that W&B cannot hold or the SDK refused. Raise any other error."""
+        if isinstance(error, _Unstorable):
+            return Rejection(entry.position, error.reason, str(error))
+        if not self.is_refusal(error):
+            raise error
+        return Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}")
+
+    def _store_labels(self, entries: Sequence[Entry]) -> list[Rejection]:
+        """Hand params, tags and final values to the SDK in one call: each call sends and keeps all of a run's again.
+
+        If the SDK refuses them together, each is tried alone.
+        """
+        if not entries:
+            return []
+        rejected: list[Rejection] = []
+        before = self._tags, self._summary
+        params: dict[str, Any] = {}
+        summary: dict[str, Any] = {}
+        for entry in entries:
+            try:
+                match entry.payload:
+                    case Tags(values):
+                        self._tags = self._kept("tags", self._tags, values, self._summary)
+                    case Summary(values):
+                        self._summary = self._kept("final values", self._summary, values, self._tags)
+                        summary |= {key: self._summary[key] for key in values}
+                    case Params(values):
+                        params |= {key: config_value(value) for key, value in values.items()}
+            except Exception as error:  # noqa: BLE001 - as in `write`
+                rejected.append(self._rejection(entry, error))
+        try:
+            self._set_labels(params, summary, entries[-1].position, new_tags=self._tags is not before[0])
+        except Exception as error:
+            self._tags, self._summary = before
+            if len(entries) == 1:
+                rejected = [self._rejection(entries[0], error)]
+            elif self.is_refusal(error):
+                return [rejection for entry in entries for rejection in self._store_labels([entry])]
+            else:
+                raise
+        self.next_position = entries[-1].position + 1
         return rejected
 
     def probe(self) -> None:
@@ -192,13 +238,6 @@ class SdkRun:
         match payload:
             case Metrics():
                 self._row(entry, payload.values)
-            case Params():
-                values = {key: config_value(value) for key, value in payload.values.items()}
-                self._set_config(values, entry.position)
-            case Tags():
-                self._set_tags(payload.values, entry.position)
-            case Summary():
-                self._set_summary(payload.values, entry.position)
             case Text():
                 self._media(entry, payload.key, self._html(payload))
             case Image():
@@ -236,16 +275,13 @@ class SdkRun:
         self.config_changed = True
         self.last = ("config", position)
 
-    def _set_tags(self, values: dict[str, str], position: int) -> None:
-        self._tags = self._kept("tags", self._tags, values, self._summary)
-        shown = (tag_text(key, value) for key, value in self._tags.items())
-        self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
-        self._set_config({}, position)
-
-    def _set_summary(self, values: dict[str, Any], position: int) -> None:
-        self._summary = self._kept("final values", self._summary, values, self._tags)
-        self.run.summary.update({key: self._summary[key] for key in values})
-        self._set_config({}, position)  # it has the final values, too: the server confirms a config, but no summary
+    def _set_labels(self, params: dict[str, Any], summary: dict[str, Any], position: int, *, new_tags: bool) -> None:
+        if new_tags:
+            shown = (tag_text(key, value) for key, value in self._tags.items())
+            self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
+        if summary:
+            self.run.summary.update(summary)
+        self._set_config(params, position)  # it has the final values, too: the server confirms a config, but no summary
 
     def _kept(self, what: str, kept: dict[str, Any], new: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
         """Return the tags or final values with new ones, if there is room for them beside the others."""
