@@ -187,12 +187,11 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         any_order: whether an entry may be stored after later ones of its run. Then the core tells a record that the
             store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
             these may be stored already. So a second ``write`` of metrics must fail while the store takes no writes.
-            This field has an effect with ``idempotent`` and ``at_least_once`` only.
         probe: whether the runs have ``probe``, which is the test where the order must be kept.
         files_beside: the kinds of files, images or artifacts, that a second thread may hand to ``write``, one at a
             time, while the lane's thread calls the run's methods with everything else. Then a file that is large, or
-            that the store refuses, holds up no metrics. Such a file may be stored after later entries. This field has
-            an effect with ``idempotent`` and ``at_least_once`` only.
+            that the store refuses, holds up no metrics. Such a file may be stored after later entries. This field and
+            ``any_order`` have an effect with ``idempotent`` and ``at_least_once`` only.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -400,6 +399,14 @@ class BackendRun:
             "if write() makes records durable"
         )
 
+    def left_out(self) -> Sequence[Entry]:
+        """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
+
+        They stay pending alone. Return each after every ``flush``, until it is stored. Called only with ``idempotent``
+        and ``at_least_once``.
+        """
+        return ()
+
     def finish(self, status: RunStatus) -> None:
         """End the run: mark how it ended and release its resources. The lane calls it after the last ``flush``.
 
@@ -434,12 +441,11 @@ class Backend(Generic[OptionsT_co]):
         spi: version of the SPI that the plugin was written for. Every plugin must write it out.
         Options: the msgspec Struct of its options, with ``forbid_unknown_fields``. It comes from the type in brackets:
             ``class Acme(Backend[AcmeOptions])``. A plain ``Backend`` has no options.
-        capabilities: what it can store. Belongs on the class. An instance may replace it, where options decide. The
-            lane reads it from the instance, after ``preflight``.
+        capabilities: what it can store. An instance may replace its class's. The lane reads it after ``preflight``.
         credentials: what it takes from the environment to log in.
         contract: version of the contract kit that the plugin passed, 0 for none.
-        moved_options: options that people know from another integration, such as FLARE's own receiver. For each, a
-            sentence that says what to use instead. The error about an unknown option ends with that sentence.
+        moved_options: options that people know from elsewhere, such as FLARE's own receiver. For each, a sentence that
+            says what to use instead. The error about an unknown option ends with it.
     """
 
     spi: ClassVar[int]
@@ -485,15 +491,11 @@ class Backend(Generic[OptionsT_co]):
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return how a person looks at this run, for the log, the report and the last screen; None if there is no way.
-
-        Called once the run is open, and again when it has been finished.
-        """
+        """Return how a person looks at this run. Called once it is open, and again when it has been finished."""
         return None
 
     def close(self) -> None:
         """Release what all runs share: end the job's parent run, stop the SDK's service.
 
-        Called once, after the last call to any run, also when runs could not be finished. If it raises, the core logs
-        the error and goes on.
+        Called once, after the last call to any run, also if runs could not be finished. An error is only logged.
         """

@@ -279,6 +279,9 @@ class _ProxyRun(BackendRun):
         self._proxy.reached("confirmed", self._last_position)
         return confirmation
 
+    def left_out(self) -> Sequence[Entry]:
+        return self._inner.left_out()
+
     def probe(self, entry: Entry) -> None:
         self._inner.probe(entry)
 

@@ -19,6 +19,7 @@ from trackhub_wandb.sdk_start_and_stop import service_is_lost
 import trackhub
 from backends.wandb.tests.conftest import Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator, Fault
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.limits import Limits
 from trackhub.spi import (
     Artifact,
@@ -36,7 +37,7 @@ Online = Callable[..., WandBBackend]
 
 
 def persist(call: Callable[[], Any], within_s: float = 60.0) -> int:
-    """Call again, as the lane does, until it succeeds; return how often it failed."""
+    """Call again, as the lane does, until it succeeds and leaves nothing out; return how often it did not."""
     deadline = time.monotonic() + within_s
     failures = 0
     while True:
@@ -48,7 +49,12 @@ def persist(call: Callable[[], Any], within_s: float = 60.0) -> int:
                 raise
             time.sleep(0.2)
         else:
-            return failures
+            left = call.__self__.left_out() if call.__name__ == "flush" else []  # type: ignore[attr-defined]
+            if not left:
+                return failures
+            failures += 1
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
 
 
 def steps(emulator: Emulator, rig: Rig) -> list[int]:
@@ -314,13 +320,64 @@ def test_a_table_whose_artifact_is_refused_holds_up_no_later_record(
     run = online(flush_timeout_s=6.0).open_run(rig.info())
     emulator.fail(Fault("graphql", operation="CreateArtifact", status=403, times=times))
     run.write([entry(0, Table("t", ["a"], [[1]])), *losses(range(1, 5))])
-    assert persist(run.flush) == min(times, 2)
+    assert run.flush() is Confirmation.STORE
+    assert {late.position for late in run.left_out()} <= {0}
+    persist(run.flush)
     run.finish(RunStatus.FINISHED)
     held = emulator.state.run(rig.info().run_id)
     assert steps(emulator, rig) == list(range(5))
     assert json.loads(held.files[held.history()[0]["t"]["path"]])["data"] == [[1]]
     assert [one.state for one in emulator.state.artifacts if one.state == "COMMITTED"] == ["COMMITTED"] * (times == 1)
     assert ("W&B's pages will not show" in caplog.text) == (times > 1)
+
+
+@pytest.mark.long
+def test_rows_are_confirmed_while_the_files_of_other_rows_are_on_their_way(
+    online: Online, rig: Rig, emulator: Emulator
+) -> None:
+    """A table has a file and an artifact. The record with the table is left out until both have arrived."""
+    run = online().open_run(rig.info())
+    emulator.fail(Fault("upload", status=200, delay_s=6.0, times=2))
+    run.write([*losses(range(3)), entry(3, Table("t", ["a"], [[1]])), *losses(range(4, 8))])
+    started = time.monotonic()
+    assert run.flush() is Confirmation.STORE
+    took_s, late = time.monotonic() - started, [left.position for left in run.left_out()]
+    run.write(losses(range(8, 12)))
+    assert run.flush() is Confirmation.STORE
+    late += [left.position for left in run.left_out()]
+    assert persist(run.flush) > 0
+    run.finish(RunStatus.FINISHED)
+    assert (took_s < 6.0, late) == (True, [3, 3])
+    assert steps(emulator, rig) == list(range(12))
+    assert [one.state for one in emulator.state.artifacts] == ["COMMITTED"]
+
+
+@pytest.mark.long
+def test_a_table_whose_file_does_not_arrive_is_pending_alone_and_a_replay_delivers_it(
+    tmp_path: Path, emulator: Emulator
+) -> None:
+    fault = Fault("upload", status=403, times=100_000)
+    emulator.fail(fault)
+    options = {"mode": "online", "base_url": emulator.url, "api_key": "${secret:KEY}", "upload_interval_s": 1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEY", emulator.state.api_key)
+        tracking = trackhub.local({"wandb": options}, folder=tmp_path / "run", job="j", limits=Limits(deadline_s=15))
+        with tracking as writer:
+            for step in range(10):
+                writer.log({"loss": 1.0}, step)
+                if step == 4:
+                    writer.log_table("t", ["a"], [[7]], step=step)
+        fault.times = 1  # the next one is the last
+        replayed = replay_journal(tracking.folder / "trackhub" / "trackhub.db", operator=None)
+
+    assert tracking.report is not None
+    (found,) = [run for run in tracking.report.lanes["wandb"].values() if run.confirmed >= 10]
+    assert (found.pending, found.rejected, found.state) == (1, {}, "unfinished")
+    assert {run.pending for run in replayed.lanes["wandb"].values()} == {0}
+    held = [run for run in emulator.state.runs.values() if len(run.history()) == 11]
+    assert [json.loads(run.files[row["t"]["path"]])["data"] for run in held for row in run.history() if "t" in row] == [
+        [[7]]
+    ]
 
 
 @pytest.mark.long

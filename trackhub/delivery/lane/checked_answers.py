@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from trackhub.spi import Confirmation, Rejection, Results, WriteReport
+from trackhub.spi import Confirmation, Entry, Rejection, Results, WriteReport
 
-__all__ = ["checked_confirmation", "checked_report", "checked_results", "checked_wait_s"]
+__all__ = ["checked_confirmation", "checked_left_out", "checked_report", "checked_results", "checked_wait_s"]
 
 
 def checked_report(answer: object) -> WriteReport | None:
@@ -38,6 +38,17 @@ def checked_confirmation(answer: object) -> Confirmation:
     if not isinstance(answer, Confirmation):
         raise TypeError(f"flush() returned {answer!r}; expected Confirmation.STORE or Confirmation.CLIENT")
     return answer
+
+
+def checked_left_out(answer: object) -> dict[int, Entry]:
+    """Return what ``left_out`` returned, by position.
+
+    Raises:
+        TypeError: it is not a list or tuple of entries.
+    """
+    if not isinstance(answer, list | tuple) or not all(isinstance(one, Entry) for one in answer):
+        raise TypeError(f"left_out() returned {type(answer).__name__}; expected a list of entries")
+    return {entry.position: entry for entry in answer}
 
 
 def checked_results(answer: object) -> Results | None:

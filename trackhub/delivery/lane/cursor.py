@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
@@ -62,6 +62,7 @@ class Cursor:
         written: the rows up to here were handed over by this lane.
         confirmed: the rows up to here are durable at the backend. A later lane goes on from here.
         progress: the counts up to ``confirmed``, the run's state, its last error.
+        left_out: the entries that the last confirmation left out, by position.
         must_rebuild: the run was written in part, and its backend can only write it again from its first record.
     """
 
@@ -97,6 +98,7 @@ class Cursor:
         self._stored_to = self.progress.stored_to
         self._since = _Counts()
         self._has_said_blocked = False
+        self.left_out: dict[int, Entry] = {}
 
     def resume_from(self) -> int:
         """Return the position of the first record that is not confirmed.
@@ -151,6 +153,18 @@ class Cursor:
             return
         self._since.stored += 1
         self._stored_to = max(self._stored_to, position + 1)
+
+    def leave_out(self, entries: Mapping[int, Entry]) -> None:
+        """Note, before a confirmation, which of the stored entries it leaves out. Those of before that are now stored.
+
+        Args:
+            entries: those that the backend has not stored yet, by position.
+        """
+        before, self.left_out = self.left_out, dict(entries)
+        self.count_stored([before[position] for position in sorted(before.keys() - entries.keys())])
+        new = entries.keys() - before.keys()
+        self._since.stored -= len(new)
+        self._since.doubtful -= sum(position < self._doubted_to for position in new)
 
     def count_altered(self, names: Iterable[str]) -> None:
         """Count the alterations that a record needed."""

@@ -20,7 +20,12 @@ import msgspec
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import RunState
-from trackhub.delivery.lane.checked_answers import checked_confirmation, checked_report, checked_results
+from trackhub.delivery.lane.checked_answers import (
+    checked_confirmation,
+    checked_left_out,
+    checked_report,
+    checked_results,
+)
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
@@ -45,6 +50,11 @@ __all__ = ["RunDelivery"]
 
 _TURN_S = 0.1
 """How long one piece of work may take, in seconds, if it is more than one batch. Then it is another run's turn."""
+
+_LEFT_OUT_S = 0.5
+"""The pause, in seconds, before the backend is asked again for entries that its last confirmation left out."""
+
+_MAX_LEFT_OUT = 64
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +125,7 @@ class RunDelivery:
         self._aside_timer = RetryTimer()
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
+        self._may_leave_out = backend.capabilities.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
         self._over = False
         self._end_is_stored = True
         self._was_left_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
@@ -199,7 +210,8 @@ class RunDelivery:
 
     def _aside(self) -> list[Entry]:
         """Return the entries that are neither stored nor rejected, although later entries are written already."""
-        return self._isolation.aside() + (self._files.unsettled() if self._files is not None else [])
+        late = list(self._cursor.left_out.values())
+        return self._isolation.aside() + late + (self._files.unsettled() if self._files is not None else [])
 
     def _new_isolation(self) -> Isolation:
         return Isolation(self._backend.capabilities)
@@ -326,8 +338,8 @@ class RunDelivery:
         self._to_write = []
 
     def _read(self, run: BackendRun) -> bool:
-        """Queue the entries of the next rows for writing. Return False if no rows are left, or too many files wait."""
-        if self._files is not None and self._files.is_full():
+        """Queue the entries of the next rows for writing. Return False if none are left, or too many entries wait."""
+        if len(self._cursor.left_out) >= _MAX_LEFT_OUT or (self._files is not None and self._files.is_full()):
             return False
         entries = self._reader.read()
         if entries is None:
@@ -431,16 +443,22 @@ class RunDelivery:
         return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
+        flush_now = flush_now and not self._cursor.left_out  # ask for those only now and then
         return self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due)
 
     def _flush(self, run: BackendRun) -> bool:
         """Have the backend confirm what was written. Return whether it did."""
         try:
             confirmation = checked_confirmation(run.flush())
+            left_out = checked_left_out(run.left_out()) if self._may_leave_out else {}
+            if len(left_out) > _MAX_LEFT_OUT:  # each confirmation stores all of them in the journal
+                text = "left out %d records that are still on their way; expected %d at most"
+                raise TransientError(text % (len(left_out), _MAX_LEFT_OUT))
         except BaseException as e:
             self._failed(e)
             return False
-        self._flush_due = None
+        self._cursor.leave_out(left_out)
+        self._flush_due = time.monotonic() + max(self._flush_s, _LEFT_OUT_S) if left_out else None
         self.timer.succeeded()
         self._confirm(confirmation)
         return True

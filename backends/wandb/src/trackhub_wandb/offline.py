@@ -131,7 +131,6 @@ class OfflineRun(BackendRun):
                 )
             wait(_POLL_S)
         self._on_disk = last
-        self._run.tables.clear()
         self._run.files.clear()
         return Confirmation.STORE
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trackhub.spi import Artifact, BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.acknowledged_rows_in_sdk_log import UploadLog
-from trackhub_wandb.artifact_uploads import MAX_REFUSALS, ArtifactUpload
+from trackhub_wandb.artifact_uploads import ArtifactUpload
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk_run import SdkRun, first_config
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, service_is_lost, stop_service
@@ -38,7 +38,9 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _POLL_MAX_S = 0.5
-_FILES_AT_ONCE = 50
+_FILES_PATIENCE_S = 2.0
+"""How long ``flush`` waits for files that belong to rows. Rows wait so long for a large one, and then go on."""
+
 _MAX_UNCONFIRMED = 5000
 _STALLED_FLUSHES = 3
 _COUNT_LAG_S = 2.0
@@ -48,9 +50,9 @@ _COUNT_LAG_S = 2.0
 class OnlineRun(BackendRun):
     """Writes to a server through the SDK, and confirms the records that the server says it has.
 
-    ``flush`` asks the server how many rows the run has, whether the last config arrived, and whether the media files
-    arrived. An artifact comes from the lane's second thread, and ``write`` waits for it. The SDK passes on the server's
-    own acknowledgement.
+    ``flush`` asks the server how many rows the run has, and whether the last config arrived. It waits a moment for the
+    files that belong to rows. Records whose files are late are left out, and stay pending alone. An artifact comes from
+    the lane's second thread, and ``write`` waits for it. The SDK passes on the server's own acknowledgement.
 
     Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` relies on
     the SDK, whose service notes which of the rows that it sent the server has acknowledged. Such a flush returns
@@ -92,6 +94,7 @@ class OnlineRun(BackendRun):
         self._log: UploadLog | None = None
         self._is_count_doubted = False
         self._unconfirmed: list[Entry] = []
+        self._left_out: list[Entry] = []
         self._stalled = (0, 0)
         self._acknowledged_at: float | None = None
         self._by = Confirmation.STORE
@@ -160,10 +163,16 @@ class OnlineRun(BackendRun):
                 )
             wait(pause)
             pause = min(2 * pause, _POLL_MAX_S)
-        self._await_tables(run, deadline)
-        self._unconfirmed.clear()
+        self._await_files(run)
+        late = run.files.positions()
+        self._unconfirmed = [entry for entry in self._unconfirmed if entry.position in late]
+        self._left_out = list(self._unconfirmed)
         self._stalled = (0, 0)
         return self._by
+
+    def left_out(self) -> list[Entry]:
+        """Return the records that the last ``flush`` did not confirm, since their files are still on their way."""
+        return self._left_out
 
     def finish(self, status: RunStatus) -> None:
         """End the run at the server with this status. Waits at most ``finish_timeout_s``.
@@ -261,13 +270,13 @@ class OnlineRun(BackendRun):
         abandon_runs([run.run])
 
     def _help_along(self, run: SdkRun, missing: _Missing) -> None:
-        """Make the missing part arrive: send a file or the config again, or open the run again for rows.
+        """Make the missing part arrive: send the config again, or open the run again for rows.
 
         If the server refuses rows for another reason than being busy, the SDK stops the upload for good and only prints
         a line. Opening the run again starts a new upload.
         """
         if missing.rows == 0:
-            run.send_again(missing.file)
+            run.send_again(None)
             return
         rows, times = self._stalled
         self._stalled = (missing.rows, times + 1 if missing.rows == rows else 1)
@@ -313,24 +322,14 @@ class OnlineRun(BackendRun):
         self._ask_first()
         return run.run.log_artifact(artifact)
 
-    def _await_tables(self, run: SdkRun, deadline: float) -> None:
-        """Wait until the server has the artifacts of all tables. Give up those that it refuses each time.
-
-        Such a table is not lost: its row, and its content as a file of the run, are at the server already.
-        """
-        while run.tables:
-            try:
-                run.tables[0].wait(max(0.0, deadline - time.monotonic()))
-            except (TransientError, PermanentError) as error:
-                if run.tables[0].refusals < MAX_REFUSALS:
-                    raise
-                _log.warning(
-                    "%s. It belongs to a table of %s, which W&B's pages will not show. The table's rows are in the "
-                    "file media/table of the run", error, self._info.site,
-                )  # fmt: skip
-            except Exception as error:
-                raise self._failed(run, error) from error
-            run.tables.pop(0)
+    def _await_files(self, run: SdkRun) -> None:
+        """Wait a moment until the server has the files and artifacts of rows. What is late holds up only its record."""
+        patience_s = min(_FILES_PATIENCE_S, self._options.flush_timeout_s)
+        sizes = partial(self._server.file_sizes, self._path)
+        try:
+            run.files.wait(sizes, run.send_again, patience_s, self._options.flush_timeout_s)
+        except Exception as error:
+            raise self._failed(run, error) from error
 
     def _failed(self, run: SdkRun, error: Exception) -> TransientError:
         if service_is_lost() and run is self._run:
@@ -350,13 +349,6 @@ class OnlineRun(BackendRun):
             if held.get("through") != run.config["through"]:
                 return _Missing(0)
             run.config_changed = False
-        while run.files:
-            names = list(run.files)[:_FILES_AT_ONCE]
-            sizes = self._server.file_sizes(self._path, names)
-            for name in names:
-                if sizes.get(name) != run.files[name]:
-                    return _Missing(0, name)
-                del run.files[name]
         return None
 
     def _missing_rows(self, run: SdkRun, count: int | None) -> _Missing | None:
@@ -401,10 +393,9 @@ def _last_step(state: dict[str, Any] | None) -> int | None:
 
 
 class _Missing(NamedTuple):
-    """A part that the server lacks: rows. If it has all rows, a file. If it has all files, the config."""
+    """A part that the server lacks: rows. If it has all rows, the config."""
 
     rows: int
-    file: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.rows} rows" if self.rows else self.file or "the config"
+        return f"{self.rows} rows" if self.rows else "the config"

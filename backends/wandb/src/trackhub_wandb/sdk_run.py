@@ -34,6 +34,7 @@ from trackhub.spi import (
     read_image_header,
 )
 from trackhub_wandb.artifact_uploads import ArtifactUpload
+from trackhub_wandb.files_of_rows import FilesOfRows
 from trackhub_wandb.image_without_decoder import image_of_file
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
 from trackhub_wandb.sdk_start_and_stop import remove_from_config, remove_links
@@ -79,8 +80,7 @@ class SdkRun:
         first_row: in a resumed run, rows before this position are stored already. Their files are sent once more.
         rows: how many rows the SDK got.
         last: what the SDK got last, a row or the config, and its position.
-        files: the media files that the SDK got and that are not confirmed: path below the run's files to bytes.
-        tables: the uploads of the artifacts of tables, as long as they are not confirmed.
+        files: the media files and the artifacts of tables that the SDK got and that are not confirmed.
         config: this backend's entry in the run's config, as the SDK last got it.
         config_changed: whether the config changed since the last confirmation.
     """
@@ -107,8 +107,7 @@ class SdkRun:
         self.first_row: int = run.starting_step
         self.rows = 0
         self.last: tuple[Literal["row", "config"], int] = ("config", -1)
-        self.files: dict[str, int] = {}
-        self.tables: list[ArtifactUpload] = []
+        self.files = FilesOfRows()
         self._info = info
         self._before_artifact = before_artifact
         self._step_metric = options.step_metric
@@ -357,7 +356,7 @@ class SdkRun:
         held = artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
         table._set_artifact_target(artifact, held.path)
         self._log_artifact(entry, artifact)
-        self.tables.append(ArtifactUpload(lambda: self.run.log_artifact(artifact), artifact))
+        self.files.add_table(entry.position, ArtifactUpload(lambda: self.run.log_artifact(artifact), artifact))
         self._media(entry, payload.key, table)
 
     def _files_folder(self) -> Path:
@@ -373,7 +372,7 @@ class SdkRun:
         # again, which may be stored already although its file is missing.
         media.bind_to_run(self.run, file_stem(key), entry.position)
         value = media.to_json(self.run)
-        self.files[str(value["path"])] = int(value["size"])
+        self.files.add_file(entry.position, str(value["path"]), int(value["size"]))
         self._row(entry, {key: value})
 
     def _artifact(self, entry: Entry, payload: Artifact) -> None:
