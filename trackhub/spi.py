@@ -402,8 +402,7 @@ class BackendRun:
     def left_out(self) -> Sequence[Entry]:
         """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
 
-        They stay pending alone. Return each after every ``flush``, until it is stored. Called only with ``idempotent``
-        and ``at_least_once``.
+        They stay pending alone. Return each after every ``flush`` until it is stored. Not for ``resumable`` runs.
         """
         return ()
 
