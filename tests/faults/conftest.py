@@ -162,7 +162,7 @@ def job_faults(make_job: MakeJob, request: pytest.FixtureRequest) -> Callable[[i
 
     def make(seed: int) -> RandomFaults:
         kind, _, mode = KINDS[seed % len(KINDS)].partition(" ")
-        job = make_job({}, files=not mode, sites_s=4, files_s=8, deadline_s=6)
+        job = make_job({}, files=True, sites_s=4, files_s=8, deadline_s=6)
         job.spool_bytes = SPOOL_BYTES
         job.backends = {"jsonl": {}, "tensorboard": {}, kind: {}}
         if mode:

@@ -9,6 +9,7 @@ then cannot hide a defect in its writers.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import html
 import json
 import re
@@ -237,21 +238,37 @@ def read_tensorboard(folder: Path) -> list[Seen]:
 
 
 def read_wandb_offline(folder: Path, site: str) -> list[Seen]:
-    """Return the metrics and texts of a site in a folder ``wandb``. There may be one folder for a run at most.
+    """Return the records of a site in a folder ``wandb``, files last. There may be one folder for a run at most.
 
     The reader shares no code with the rest of trackhub. It parses the records with W&B's own protobuf classes.
     """
     logs = map(read_log, folder.glob("offline-run-*/run-*.wandb"))
     runs = [log for log in logs if log.config.get("trackhub", {}).get("site") == site]
     assert len(runs) <= 1, [log.folder for log in runs]
-    return [seen for log in runs for seen in _rows(log.rows, partial(_text, log.folder / "files"))]
+    seen = [seen for log in runs for seen in _rows(log.rows, partial(_text, log.folder / "files"))]
+    for artifact in (artifact for log in runs for artifact in log.artifacts):
+        ((_, local_path),) = artifact.files.items()
+        content = (folder.parent / local_path).read_bytes()
+        seen.append(Seen(artifact.metadata["key"], None, hashlib.sha256(content).hexdigest()))
+    return seen
 
 
 def read_wandb(state: dict[str, Any], site: str) -> list[Seen]:
-    """Return the metrics and texts of a site at the emulator of a W&B server."""
+    """Return the records of a site at the emulator of a W&B server, files last.
+
+    A file that fails goes behind the others, so files have no order there. They are sorted by the number of their call.
+    """
     runs = [run for run in state["runs"].values() if run["config"].get("trackhub", {}).get("site") == site]
     assert len(runs) <= 1, sorted(state["runs"])
-    return [seen for run in runs for seen in _rows(map(json.loads, run["history"]), run["texts"].get)]
+    seen = [seen for run in runs for seen in _rows(map(json.loads, run["history"]), run["texts"].get)]
+    files = [
+        Seen(artifact["metadata"]["key"], None, digest)
+        for artifact in state["artifacts"]
+        if artifact["state"] == "COMMITTED" and artifact["metadata"].get("site") == site
+        for name, digest in artifact["sha256"].items()
+        if name != "wandb_manifest.json"
+    ]
+    return seen + sorted(files, key=lambda file: int(file.key.rpartition("-")[2]))
 
 
 def _rows(rows: Iterable[dict[str, Any]], text_of: Callable[[str], str | None]) -> Iterator[Seen]:

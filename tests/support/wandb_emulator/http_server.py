@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import socket
 import struct
@@ -341,7 +342,14 @@ def _dump(emulator: Emulator) -> dict[str, Any]:
             for name, run in state.runs.items()
         }
         artifacts = [
-            {"collection": one.collection, "type": one.artifact_type, "state": one.state, "files": sorted(one.files)}
+            {
+                "collection": one.collection,
+                "type": one.artifact_type,
+                "state": one.state,
+                "files": sorted(one.files),
+                "metadata": one.metadata,
+                "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in one.files.items()},
+            }
             for one in state.artifacts
         ]
         return {"runs": runs, "artifacts": artifacts, "violations": state.violations, "requests": state.requests}

@@ -25,6 +25,7 @@ __all__ = ["FilesOfRows"]
 
 _AT_ONCE = 50
 _POLL_S = 0.1
+_POLL_MAX_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -85,13 +86,14 @@ class FilesOfRows:
             Exception: the SDK failed. Its errors have no common base class.
         """
         until = time.monotonic() + (patience_s if self.positions() - self._waited_for else 0.0)
-        pause = threading.Event().wait
+        wait, pause_s = threading.Event().wait, _POLL_S
         while True:
             self._remove_stored(sizes)
             self._ask_for_tables()
-            if not self.positions() or time.monotonic() + _POLL_S > until:
+            if not self.positions() or time.monotonic() + pause_s > until:
                 break
-            pause(_POLL_S)
+            wait(pause_s)
+            pause_s = min(2 * pause_s, _POLL_MAX_S)
         self._waited_for = self.positions()
         now = time.monotonic()
         for path, file in self._files.items():
