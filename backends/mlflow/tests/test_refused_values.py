@@ -14,7 +14,7 @@ import pytest
 from backends.mlflow.tests.conftest import make_entry
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.records import Record
-from trackhub.spi import Metrics, Params, Payload, RunStatus, Tags, Text, TransientError
+from trackhub.spi import Entry, Metrics, Params, Payload, RunStatus, Summary, Tags, Text, TransientError
 
 if TYPE_CHECKING:
     from backends.mlflow.tests.conftest import Rig
@@ -127,3 +127,31 @@ def test_a_dead_proxy_is_named_as_a_proxy(make_rig: Callable[..., Rig], monkeypa
 
     with pytest.raises(TransientError, match=r"the proxy on the way to MLflow server .* HTTPS_PROXY"):
         rig.backend.preflight()
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        Params({f"p{i}": {f"k{j}": j for j in range(100)} for i in range(101)}),
+        Tags({f"t{i}": "" for i in range(10_001)}),
+        Summary({f"s{i}": 1.0 for i in range(10_001)}),
+    ],
+    ids=["params", "tags", "final values"],
+)
+def test_a_record_with_more_names_than_a_run_may_have_is_rejected(
+    rig: Rig, entry: Callable[..., Entry], many: Payload
+) -> None:
+    """400,000 params of one site held up all runs for minutes."""
+    rig.backend.preflight()
+    run = rig.open()
+    batch = [entry(0, Params({"lr": 0.1})), entry(1, many), entry(2, Tags({"stage": "pilot"}))]
+
+    reports = [run.write(batch), run.write(batch)]  # the second time as after an outage
+
+    for report in reports:
+        assert report is not None
+        assert [(one.position, one.reason) for one in report.rejected] == [(1, "too_many_keys")]
+    run.finish(RunStatus.FINISHED)
+    with contextlib.closing(sqlite3.connect(rig.workdir / "mlflow.db")) as store:
+        assert store.execute("SELECT key FROM params").fetchall() == [("lr",)]
+        assert store.execute("SELECT count(*) FROM tags WHERE key = 'stage'").fetchone() == (1,)

@@ -43,6 +43,10 @@ from trackhub_mlflow.unique_artifact_paths import ArtifactPaths
 
 __all__ = ["MLflowRun"]
 
+_MAX_NAMES = 10_000
+"""Most params, tags and final values of a run. A store takes some thousand a second, and meanwhile all other runs of
+the lane wait. A record may have a hundred thousand, since each key of a nested param is one."""
+
 _HAS_IMAGES = Pair("mlflow.loggedImages", "True")
 _TABLES_TAG = "mlflow.loggedArtifacts"
 
@@ -68,6 +72,7 @@ class MLflowRun(BackendRun):
         self._info = info
         self._points = PointMaker()
         self._params = ParamNames(run.params)
+        self._names = {("param", name) for name in run.params} | {("tag", name) for name in run.tags}
         self._artifact_paths = ArtifactPaths(store, run, is_new=info.resume_from == 0)
         self._tables: list[dict[str, str]] = _tables_in(run.tags.get(_TABLES_TAG, "[]"))
         self._has_images = _HAS_IMAGES.key in run.tags
@@ -94,13 +99,13 @@ class MLflowRun(BackendRun):
                 continue
             try:
                 if isinstance(payload, Params):
-                    items += self._param_items(entry, payload)
+                    items += self._limited(self._param_items(entry, payload))
                 elif isinstance(payload, Tags):
                     tags = ((logged_tag_name(key), value) for key, value in payload.values.items())
-                    items += self._tag_items(entry, tags)
+                    items += self._limited(self._tag_items(entry, tags))
                 elif isinstance(payload, Summary):
                     tags = ((SUMMARY_PREFIX + key, _json_text(value)) for key, value in payload.values.items())
-                    items += self._tag_items(entry, tags)
+                    items += self._limited(self._tag_items(entry, tags))
                 else:
                     items += self._store_files(entry)
             except _RejectedError as error:
@@ -122,6 +127,23 @@ class MLflowRun(BackendRun):
         step, position = entry.step or 0, entry.position
         for key, value in payload.values.items():
             items.append(Item(position, "metric", self._points.point(position, key, value, time_ms, step)))
+
+    def _limited(self, items: Iterable[Item]) -> list[Item]:
+        """Return the params or tags of one record, if the run may have all of them.
+
+        Raises:
+            _RejectedError: it would have too many.
+        """
+        found = list(items)
+        new = {(item.kind, item.what.key) for item in found} - self._names
+        if len(self._names) + len(new) > _MAX_NAMES:
+            raise _RejectedError(
+                "too_many_keys",
+                f"the run would have more than {_MAX_NAMES} params, tags and final values; each key of a nested param "
+                "is a param. Log large mappings with log_table or log_artifact",
+            )
+        self._names |= new
+        return found
 
     def _param_items(self, entry: Entry, payload: Params) -> Iterator[Item]:
         for key, value in payload.values.items():
