@@ -365,6 +365,13 @@ def test_a_check_that_says_that_the_configuration_is_wrong_is_raised(bench: Benc
     bench.finish()
 
 
+def test_a_backend_whose_sdk_is_missing_stops_the_job_before_training(bench: Bench) -> None:
+    lane = bench.lane(MemoryBackend(failing(1, lambda: ImportError("No module named 'sdk'"), "preflight")))
+    with pytest.raises(ConfigError, match="cannot import what it needs: No module named 'sdk'"):
+        lane.wait_for_preflight(WAIT_S)
+    bench.finish()
+
+
 @pytest.mark.parametrize("error", [TransientError("down"), RuntimeError("bug")], ids=repr)
 def test_a_check_that_fails_otherwise_lets_the_job_go_on(bench: Bench, error: Exception) -> None:
     backend = MemoryBackend(failing(1, lambda: error, "preflight"))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import trackhub
-from tests.unit.helpers import batch_of, metric
+from tests.unit.helpers import batch_of, metric, mounted
 from trackhub.delivery.journal.journal import Journal
 from trackhub.query import StoredRecord, read_jobs
 from trackhub.query.export import export
@@ -272,6 +272,17 @@ def test_a_journal_of_which_nothing_is_left_is_named_and_others_are_read(run: Pa
     assert "12 rows" in done.stdout
     assert (alone.returncode, alone.stderr.startswith("trackhub: cannot read the journal")) == (1, True), alone.stderr
     assert not (tmp_path / "none.csv").exists()
+
+
+@pytest.mark.parametrize(("command", "option", "name"), [("export", "--to", "a.csv"), ("report", "-o", "r.html")])
+def test_a_read_only_disk_is_an_error_in_one_line(
+    run: Path, tmp_path: Path, command: str, option: str, name: str
+) -> None:
+    with mounted(tmp_path / "disk", ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path / "disk")]) as disk:
+        done = cli(command, run, option, disk / name)
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert f"cannot write {disk / name}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ policy (CSP) lets the browser run only the page's own two scripts.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import time
@@ -90,7 +91,8 @@ def write_report(path: str | Path, to: str | Path) -> list[str]:
             f"cannot write {target}: {e.strerror or e}; name a file in a folder that you can write to"
         ) from e
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk it would hide the error that says so
+            partial.unlink(missing_ok=True)
     return list(context["problems"])
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -73,7 +74,8 @@ def export(path: str | Path, to: str | Path) -> Exported:
                     f"cannot write {file}: {e.strerror or e}; name a file in a folder that you can write to"
                 ) from e
             finally:
-                partial.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # on a read-only disk it would hide the error that says so
+                    partial.unlink(missing_ok=True)
         return Exported(rows, jobs.problems())
 
 

@@ -213,6 +213,10 @@ class Lane:
                 self._warn_of_preflight(e)
             else:
                 self._preflight_error = e
+        except ImportError as e:  # a missing SDK does not come while the job runs
+            self._preflight_error = ConfigError(
+                f"the backend {self.name} cannot import what it needs: {e}. Install it where this backend runs"
+            )
         except TransientError as e:
             self._warn_of_preflight(e)
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
