@@ -67,8 +67,8 @@ class Writer(FigureAndModelCalls):
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
     backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``, and the other
     values of the call are stored. A call with a wrong argument, such as a negative step, is counted as
-    ``invalid_call``, and one after ``close`` as ``writer_closed``. The log says so once for each key. For tests,
-    ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
+    ``invalid_call``, and one after ``close`` as ``writer_closed``. The log says so once for each key or method. For
+    tests, ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
 
     A full disk or a full spool is counted as well, and training goes on.
 
