@@ -37,7 +37,12 @@ class Connections:
     """
 
     def __init__(self, path: Path, *, durability: str, wait_s: float) -> None:
-        """Open the file, and create it and its tables if need be. Blocks up to ``wait_s`` while the file is locked.
+        """Open the file, and create it and its tables if need be.
+
+        Args:
+            path: the journal's file.
+            durability: as for `Journal.open`.
+            wait_s: the longest wait while another program has the file locked, in seconds.
 
         Raises:
             sqlite3.Error: it cannot be opened, or is not a journal.

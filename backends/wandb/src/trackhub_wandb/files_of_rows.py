@@ -50,7 +50,13 @@ class FilesOfRows:
         self._waited_for: set[int] = set()
 
     def add_file(self, position: int, path: str, size: int) -> None:
-        """Note a media file that the SDK got, by its path below the run's files and its size in bytes."""
+        """Note a media file that the SDK got.
+
+        Args:
+            position: the position of its record.
+            path: its path below the run's files.
+            size: its size in bytes.
+        """
         self._files[path] = _File(position, size, time.monotonic())
 
     def add_table(self, position: int, upload: ArtifactUpload) -> None:
