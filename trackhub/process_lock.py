@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class ProcessLock:
             BlockingIOError: another process holds the lock, or this one does already.
             OSError: the file cannot be opened.
         """
-        return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
+        with _opening:
+            return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
 
     def is_held(self) -> bool:
         """Return False if the script has closed the file, as it may close all descriptors. The lock is gone then."""
@@ -95,10 +97,15 @@ def is_free(path: Path) -> bool:
 
 _locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()
 
+# Held while a file is opened and its lock is noted. A child forked in between would keep the file locked, and would not
+# know of it.
+_opening = threading.RLock()
+
 
 def _abandon_all() -> None:
+    _opening.release()
     for lock in list(_locks):
         lock.abandon()
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_abandon_all)

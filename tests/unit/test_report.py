@@ -38,7 +38,7 @@ def test_the_text_names_the_job_and_what_the_client_alone_confirmed(report: Deli
 
     assert text.startswith("trackhub delivery report: job cifar10 (sim-1), server side, finished\n")
     assert "10 (4 by the SDK alone)" in text
-    assert text.endswith("Open the results\n  acme: acme show acme")
+    assert text.endswith("Open the results\n  acme: acme show acme\n  acme: https://acme/run")
     assert "by the SDK alone: 4" in format_results({"server": report})
 
 

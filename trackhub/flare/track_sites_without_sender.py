@@ -49,6 +49,7 @@ class SitesWithoutSender:
         self._receiver = receiver
         self._limits = limits
         self._lock = threading.RLock()  # nobody waits for an answer while holding it
+        self._asking = threading.Lock()  # a site that is asked twice at a time would log an error twice
         self._asked: set[str] = set()
         self._started: set[str] = set()
         self._noes: set[str] = set()
@@ -120,11 +121,10 @@ class SitesWithoutSender:
         return site in self._noes
 
     def _ask(self, sites: list[str]) -> None:
-        for site, has_sender in have_sender(self._engine, sites, _ANSWER_S).items() if sites else ():
-            if has_sender:
-                self._with_sender.add(site)
-            else:
-                self._noes.add(site)
+        with self._asking:
+            left = [site for site in sites if site not in self._noes | self._with_sender]
+            for site, has_sender in have_sender(self._engine, left, _ANSWER_S).items() if left else ():
+                (self._with_sender if has_sender else self._noes).add(site)
 
     def _warn_of(self, site: str) -> None:
         if site not in self._warned:
