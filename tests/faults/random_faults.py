@@ -363,7 +363,7 @@ class RandomFaults:
             self._tell(f"killed process {self.job.procs.index(victim)} at the end")
         for proc in ending:
             # A receiver cannot start on a full disk or beside a lock, which a job survives: the replay delivers.
-            kept_out = bool({"server", "lock"} & self._open.keys()) and "never could start" in proc.log
+            kept_out = bool({"server", "lock"} & self._open.keys()) and "cannot start yet" in proc.log
             could_not_start = (1,) if proc is receiver and kept_out else ()
             assert proc.wait(_PATIENCE_S) in (0, -signal.SIGKILL, *could_not_start), proc.log
         if receiver is not None and receiver.wait() == 0:
