@@ -348,7 +348,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _outcome(self, server: Sender | None) -> RunStatus:
         """Return the status with which this site's own receiver ends the run.
 
-        If the server has said one, it is the same.
+        It is the one that the server said, unless that is FINISHED. Then it is this site's own.
         """
         told = server.job_status if server is not None else None
         return self._ending.status if told in (None, RunStatus.FINISHED) else told

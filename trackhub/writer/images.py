@@ -82,7 +82,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
 
 
 def grid_of(key: str, images: Sequence[Any], columns: int) -> Any:
-    """Return images as one PIL image, in rows. A cell is as large as the largest of them.
+    """Return images as one PIL image, in rows. A cell is as wide as the widest, and as high as the highest.
 
     Args:
         key: the key of the grid, for messages.
