@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-import last_screen
+import print_job_summary
 import torch
 from evaluation import DEVICE, evaluate
 from flags import spelled, training_args, training_parser
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     with contextlib.chdir(HERE):
         recipe = build_recipe(args, config, args.workspace / SUMMARIES)
         print(f"Running {NAME} on {args.dataset} images; workspace {args.workspace}", flush=True)
-        last_screen.forget(run_folders, args.workspace / SUMMARIES)
+        print_job_summary.forget(run_folders, args.workspace / SUMMARIES)
         try:
             with show_job(result, args.workspace / "flare.log") as show:
                 recipe.run(environment)
@@ -205,14 +205,14 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
     if show.was_interrupted:
         print("\nInterrupted. What the sites have logged is delivered now:", flush=True)
         subprocess.run([sys.executable, "-m", "trackhub.cli", "replay", str(result), "--timeout-s", "30"], check=False)
-    last_screen.print_metrics(args.workspace / SUMMARIES)
+    print_job_summary.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if failure is None and checkpoint.is_file():
         model = SmallCNN().to(memory_format=torch.channels_last).to(DEVICE)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
         loss, accuracy, _ = evaluate(model, test_images)
         print(f"\nFinal global model: test accuracy {accuracy:.2%}, test loss {loss:.4f}")
-    delivered = last_screen.print_delivery(run_folders)
+    delivered = print_job_summary.print_delivery(run_folders)
     print(f"\nFiles of the job: {result}")
     if show.was_interrupted:
         return EXIT_INTERRUPTED
@@ -267,7 +267,7 @@ def submit(args: argparse.Namespace, config: TrackingConfig) -> int:
     finally:
         print(f"\nJob {job_id}: {status}")
         kit = args.startup_kit or next(Path(environment.poc_workspace).glob(f"*/prod_00/{environment.username}"))
-        last_screen.print_fetching(job_id, kit, server=bool(config.server), clients=bool(config.clients))
+        print_job_summary.print_fetching(job_id, kit, server=bool(config.server), clients=bool(config.clients))
     return 0 if status == "FINISHED:COMPLETED" else EXIT_JOB_FAILED
 
 

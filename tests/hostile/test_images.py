@@ -186,7 +186,7 @@ def header_of(data: bytes) -> ImageHeader | None:
 
 def test_mutated_images_raise_only_that_they_are_bad() -> None:
     """A decoder raises anything: AssertionError for one of some thousand such files."""
-    from trackhub_mlflow.ui_files import _versions
+    from trackhub_mlflow.media_and_table_files import _versions
 
     outcomes = {"good": 0, "bad": 0}
     for data in mutated(1, 1500):

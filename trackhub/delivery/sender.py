@@ -18,10 +18,10 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.channel import Channel
-from trackhub.delivery.count_spool_passes import SpoolPasses
 from trackhub.delivery.file_sender import FileSender, Ready
+from trackhub.delivery.messages_to_receiver import Session
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.sender_messages import Session
+from trackhub.delivery.wait_for_spool_pass import SpoolPasses
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,

@@ -18,7 +18,7 @@ from typing import Any
 
 from trackhub.flare import flare_internals
 from trackhub.flare.find_analytics_listeners import listeners
-from trackhub.flare.stock_records import StockRecords
+from trackhub.flare.records_from_flare_writers import StockRecords
 from trackhub.flare.trainer.capture import CAPTURE_ENV, Capture, CaptureSetting
 from trackhub.flare.trainer.import_watch import ImportWatch
 

@@ -35,16 +35,16 @@ from trackhub.delivery import (
     set_process_spool,
 )
 from trackhub.errors import ConfigError, PluginError
-from trackhub.flare import carried_metrics, flare_internals
+from trackhub.flare import flare_internals, model_and_validation_metrics
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_run_argument import FederationSettings
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.read_task_events import asking_site
+from trackhub.flare.records_from_flare_writers import StockRecords, TakeOver, check_take_over
 from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
-from trackhub.flare.stock_records import StockRecords, TakeOver, check_take_over
 from trackhub.flare.track_sites_without_sender import SitesWithoutSender
 
 __all__ = ["TrackhubReceiver"]
@@ -102,7 +102,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         check_take_over(take_over)
         JobLabels.of(job)  # checks them when the job is written
         self._settings = FederationSettings.of(federation)
-        carried_metrics.check_flare_metrics(flare_metrics)
+        model_and_validation_metrics.check_flare_metrics(flare_metrics)
         self._own = ServerRecords(OwnRecords.of(own_records), self)
         # FLARE writes each argument into the job's configuration. It reads the value from the attribute of that name.
         self.backends = backends
@@ -179,7 +179,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._stock.take_custom(event_type, fl_ctx)
 
     def _records_flare_metrics(self) -> bool:
-        return carried_metrics.SERVER in (self.flare_metrics or ())
+        return model_and_validation_metrics.SERVER in (self.flare_metrics or ())
 
     def _note_status(self, status: RunStatus) -> None:
         """Say how the job ends, so that the sites' own receivers end their runs alike."""
@@ -207,7 +207,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock.open(spool)
         set_process_spool(spool)
         if self._records_flare_metrics():
-            carried_metrics.ServerMetrics(engine, self._stock)
+            model_and_validation_metrics.ServerMetrics(engine, self._stock)
         self._core.sites.expect(flare_internals.participants(engine))
         channel.serve(self._core.handle)
         if warning := server_warning(

@@ -20,9 +20,9 @@ from trackhub.flare.federation_run_argument import FederationSettings, check_has
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
 from trackhub.flare.log_job_context import context_of_job
 from trackhub.flare.receiver_widget import TrackhubReceiver
+from trackhub.flare.records_from_flare_writers import TakeOver
 from trackhub.flare.records_made_by_trackhub import OwnRecords
 from trackhub.flare.sender_widget import TrackhubSender
-from trackhub.flare.stock_records import TakeOver
 from trackhub.limits import Limits
 from trackhub.policy import Policy
 from trackhub.system_metrics import check_interval

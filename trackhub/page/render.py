@@ -22,7 +22,7 @@ import numpy as np
 import trackhub
 from trackhub.errors import ConfigError
 from trackhub.job_and_run_info import FEDERATION
-from trackhub.page import template_values
+from trackhub.page import table_and_media_values
 from trackhub.page.chart_values import band_charts, groups, histogram_charts, metric_charts, own_metric_charts
 from trackhub.page.collect import RunData, collect
 from trackhub.page.downsample import keep_extremes
@@ -111,7 +111,7 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
         chart["place"] = place
     sites = sorted({run.site for run in runs} - {FEDERATION}, key=_natural)
     return {
-        "jobs": template_values.job_rows(list(jobs.values()), names, runs),
+        "jobs": table_and_media_values.job_rows(list(jobs.values()), names, runs),
         "names": names,
         "sites": sites,
         "charts": charts,
@@ -120,15 +120,15 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
         "rounds": [
             (names[job], found)
             for job in jobs
-            if (found := template_values.rounds_of([r for r in runs if r.job == job]))
+            if (found := table_and_media_values.rounds_of([r for r in runs if r.job == job]))
         ],
-        "finals": template_values.final_values(runs),
-        "labels": [template_values.label_of(run, names) for run in runs if run.site != FEDERATION],
-        "params": template_values.settings(runs, names, "params"),
-        "tags": template_values.settings(runs, names, "tags"),
-        "summary": template_values.settings(runs, names, "summary"),
-        "media": template_values.media(jobs, runs, names),
-        "delivery": template_values.deliveries(list(jobs.values()), names),
+        "finals": table_and_media_values.final_values(runs),
+        "labels": [table_and_media_values.label_of(run, names) for run in runs if run.site != FEDERATION],
+        "params": table_and_media_values.settings(runs, names, "params"),
+        "tags": table_and_media_values.settings(runs, names, "tags"),
+        "summary": table_and_media_values.settings(runs, names, "summary"),
+        "media": table_and_media_values.media(jobs, runs, names),
+        "delivery": table_and_media_values.deliveries(list(jobs.values()), names),
     }
 
 

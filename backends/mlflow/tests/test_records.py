@@ -306,7 +306,7 @@ def test_the_thumbnail_of_an_image_of_16_bits_has_its_greys(rig: Rig, entry: Mak
 def test_a_huge_image_is_stored_as_it_is(
     rig: Rig, entry: MakeEntry, monkeypatch: pytest.MonkeyPatch, form: str, suffix: str
 ) -> None:
-    monkeypatch.setattr("trackhub_mlflow.ui_files._MAX_DECODED_PIXELS", 100)
+    monkeypatch.setattr("trackhub_mlflow.media_and_table_files._MAX_DECODED_PIXELS", 100)
     content = encoded(form)
 
     assert rig.open().write([entry(0, Image("x", rig.blob("blob", content), 300, 20))]) is None

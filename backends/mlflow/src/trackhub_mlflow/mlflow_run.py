@@ -32,7 +32,7 @@ from trackhub.spi import (
     Text,
     WriteReport,
 )
-from trackhub_mlflow import ui_files
+from trackhub_mlflow import media_and_table_files
 from trackhub_mlflow.flat_params import MAX_PARAM_CHARS, MAX_TAG_CHARS, ParamNames, flatten, pointer, stored_text
 from trackhub_mlflow.job_runs import JobRuns
 from trackhub_mlflow.naming import SUMMARY_PREFIX, digest, file_part, logged_tag_name
@@ -165,19 +165,19 @@ class MLflowRun(BackendRun):
         """Store a record that becomes artifacts. Yield the tag that tells the UI about them, if there is one."""
         payload = entry.payload
         if isinstance(payload, Text):
-            self._put(*ui_files.text_file(entry, payload))
+            self._put(*media_and_table_files.text_file(entry, payload))
         elif isinstance(payload, Histogram):
-            for path, content in ui_files.histogram_files(entry, payload):
+            for path, content in media_and_table_files.histogram_files(entry, payload):
                 self._put(path, content)
         elif isinstance(payload, Table):
-            path = ui_files.table_path(entry, payload)
-            self._put(path, ui_files.table_file(payload))
+            path = media_and_table_files.table_path(entry, payload)
+            self._put(path, media_and_table_files.table_file(payload))
             if (tag := self._table_tag(path)) is not None:
                 yield Item(entry.position, "tag", tag)
         elif isinstance(payload, Image):
             blob = self._blob(payload.blob)
             try:
-                for path, content in ui_files.image_files(entry, payload, blob, self._info.run_id):
+                for path, content in media_and_table_files.image_files(entry, payload, blob, self._info.run_id):
                     self._put(path, content)
             except BadImageError as error:
                 raise _RejectedError("invalid_image", f"{payload.key!r}: {error}") from error

@@ -28,10 +28,10 @@ from nvflare.app_common.workflows.cross_site_eval import CrossSiteEval
 
 from tests.unit.helpers import read_spool
 from trackhub.errors import ConfigError
-from trackhub.flare.carried_metrics import ClientMetrics, ServerMetrics
+from trackhub.flare.model_and_validation_metrics import ClientMetrics, ServerMetrics
 from trackhub.flare.recipe import tracking_components
+from trackhub.flare.records_from_flare_writers import StockRecords
 from trackhub.flare.sender_widget import TrackhubSender
-from trackhub.flare.stock_records import StockRecords
 from trackhub.records import Metrics
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from last_screen import REPORT, forget, print_delivery, print_fetching, print_metrics
+from print_job_summary import REPORT, forget, print_delivery, print_fetching, print_metrics
 
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, write_report
 from trackhub.delivery.wire import SiteCounts

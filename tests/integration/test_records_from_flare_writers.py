@@ -18,7 +18,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo
 
 from trackhub.errors import RecordError
-from trackhub.flare.stock_records import StockRecords, write_stock_record
+from trackhub.flare.records_from_flare_writers import StockRecords, write_stock_record
 from trackhub.framing import decode_body, scan_frames
 from trackhub.records import Image, Kind, Metrics, Params, Payload, Record, Tags, Text
 from trackhub.spool.layout import SpoolInfo, create_spool

@@ -19,7 +19,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 
 from trackhub.errors import ConfigError
 from trackhub.flare import flare_internals, read_task_events
-from trackhub.flare.stock_records import StockRecords
+from trackhub.flare.records_from_flare_writers import StockRecords
 
 __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_metrics"]
 
