@@ -53,7 +53,7 @@ def handled(component: FLComponent, parts: dict[str, Any], event: str, fl_ctx: F
 @pytest.mark.parametrize("event", LIFECYCLE)
 def test_a_lifecycle_event_of_another_site_does_nothing_at_the_receiver(event: str) -> None:
     widget = TrackhubReceiver(backends={"jsonl": {}})
-    tail = receiver_widget._Tail(widget)
+    tail = receiver_widget._EndOfRunHandler(widget)
     parts: dict[str, Any] = {"_on_server": widget, "finish": widget}
     sent, own = (context(ProcessType.SERVER_JOB, scope) for scope in (EventScope.FEDERATION, None))
 
@@ -65,7 +65,7 @@ def test_a_lifecycle_event_of_another_site_does_nothing_at_the_receiver(event: s
 @pytest.mark.parametrize("event", LIFECYCLE)
 def test_a_lifecycle_event_of_another_site_does_nothing_at_the_sender(event: str) -> None:
     widget = TrackhubSender(server_receiver="trackhub_receiver")
-    tail = sender_widget._Tail(widget, SiteRecords(OwnRecords.of(None), widget))
+    tail = sender_widget._EndOfRunHandler(widget, SiteRecords(OwnRecords.of(None), widget))
     parts: dict[str, Any] = {"_handle": widget, "finish": widget, "pause": widget}
     sent, own = (context(ProcessType.CLIENT_JOB, scope) for scope in (EventScope.FEDERATION, None))
 

@@ -114,7 +114,7 @@ def test_an_unconvertible_record_is_counted_and_logged_once(spool: Path, caplog:
 
     (count,) = SpoolReader(spool, "server").counts().values()
     assert (count.logged, count.dropped, count.spooled) == (4, {"unconvertible": 3}, 1)
-    assert sum("stock record was dropped" in r.getMessage() for r in caplog.records) == 1
+    assert sum("log call of FLARE's writers was dropped" in r.getMessage() for r in caplog.records) == 1
     assert [f.kind for f in scan_frames(_frames(spool))] == [Kind.GAP, Kind.METRICS]
 
 

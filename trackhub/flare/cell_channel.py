@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries requests from the senders of clients to the receiver on the server, over FLARE's cells.
 
-Both widgets have one end. Like `flare_internals`, it uses FLARE beyond its documented interface.
+The sender's widget makes the client's end, and the receiver's widget the server's. Like `flare_internals`, it uses
+FLARE beyond its documented interface.
 """
 
 from __future__ import annotations
@@ -177,7 +178,10 @@ def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bo
 
 
 def _answer_in(reply: Any) -> bool | None:
-    """Return whether a site says that it has a sender; None if it says anything else, which costs no other answer."""
+    """Return whether a site says that it has a sender, or None if it says anything else.
+
+    Never raises, since one malformed reply must not cost the answers of the other sites.
+    """
     try:
         code = reply.get_return_code() if isinstance(reply, Shareable) else None
     except ValueError:  # its headers are not a dict

@@ -22,7 +22,7 @@ _Options = Mapping[str, Any]
 
 
 def check_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]) -> None:
-    """Let the job's ``simulator_run`` first try each backend as a receiver would. FLARE's ``SimEnv`` calls it, too.
+    """Make the job's ``simulator_run``, which FLARE's ``SimEnv`` calls, first try each backend as a receiver would.
 
     Args:
         job: the FedJob.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learns how the calls end that others make into a client of FLARE's Collab API. Written for nvflare 2.9.
+"""Learns how each call into a client ends, in a job that uses FLARE's Collab API. Written for nvflare 2.9.
 
 Such a job has two tasks only, which make the clients ready. All work is done in calls, for which FLARE fires no event.
-`trackhub.flare.round_watch` asks for it, so that a client whose last call raised ends as failed.
+`trackhub.flare.round_watch` calls it, so that a client ends as failed if its last call raised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["watch_calls"]
 
 
 def watch_calls(executor: Executor, end: Callable[[RunStatus], None]) -> None:
-    """Tell how each call into this client ends, before the reply leaves. Does nothing to another kind of executor.
+    """Tell how each call into this client ends, before the reply leaves. Leave another kind of executor as it is.
 
     Args:
         executor: one of the job's executors.

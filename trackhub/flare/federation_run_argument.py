@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server's receiver is told of the federation run, as one argument in the job's configuration.
+"""The receiver's argument ``federation`` in a job's configuration: what the job's federation run holds.
 
 `trackhub.flare.recipe` writes it, and `trackhub.flare.receiver_widget` reads it.
 """
@@ -62,7 +62,7 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     def argument(
         cls, federation: bool, aggregate: Sequence[str] | None, aggregate_weight: str | None, update_statistics: bool
     ) -> bool | dict[str, Any]:
-        """Return the component's argument for these arguments of `add_tracking`, as JSON values. It is checked.
+        """Check these arguments of `add_tracking`, and return the component's argument for them, as JSON values.
 
         Args:
             federation, aggregate, aggregate_weight, update_statistics: as for `add_tracking`.
@@ -78,15 +78,15 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 def check_has_federation_run(federation: bool, has_server: bool, **given: object) -> None:
-    """Check that arguments which say what the federation run holds are only given where there is one.
+    """Refuse arguments about the federation run if the job has no such run.
 
     Args:
         federation: as for `add_tracking`.
         has_server: there are backends on the server.
-        given: these arguments, by name. None, False and an empty list ask for nothing.
+        given: the arguments, by name. None, False and an empty list ask for nothing.
 
     Raises:
-        ConfigError: there is none, so an argument that was given would do nothing.
+        ConfigError: the job has no federation run, so one of the arguments would do nothing.
     """
     name = next((name for name, value in given.items() if value), None)
     if name is None or (federation and has_server):
@@ -98,6 +98,6 @@ def check_has_federation_run(federation: bool, has_server: bool, **given: object
             f"the server. Give server={{backend: options}} as well, or leave out {name}"
         )
     raise ConfigError(
-        f"tracking: {name}={value!r} contradicts federation={federation!r}: it is about the federation run, which the "
-        "other turns off. Leave out one of the two"
+        f"tracking: {name}={value!r} contradicts federation={federation!r}, which turns the federation run off. Leave "
+        "out one of the two"
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logs into the federation run how the job proceeds: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
-`trackhub.flare.receiver_widget` has a watch on the server. The watch learns everything from FLARE's events, so a
+`trackhub.flare.receiver_widget` makes a `FederationWatch` on the server. It learns everything from FLARE's events, so a
 training script needs no line for it. `trackhub.flare.read_task_events` reads the events.
 """
 
@@ -41,7 +41,7 @@ class _Round:
         self.bytes_received = 0
 
     def missing(self) -> set[str]:
-        """Return the sampled sites of which no result has come."""
+        """Return the sampled sites that have sent no result, neither a good nor a failed one."""
         return self.sampled - self.result_at.keys() - self.failed
 
     def waits(self) -> dict[str, float]:
@@ -50,7 +50,10 @@ class _Round:
         return {site: last - at for site, at in self.result_at.items()}
 
     def waited_for(self) -> tuple[str, float] | None:
-        """Return the site whose result came last, and how long all others waited for it alone. None without others."""
+        """Return the site whose result came last, and how long all others waited for it alone, in seconds.
+
+        None if fewer than two results came.
+        """
         if len(self.result_at) < 2:
             return None
         (second, _), (last, site) = sorted((at, site) for site, at in self.result_at.items())[-2:]
@@ -128,7 +131,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
             if (handed := read_task_events.handed_task(fl_ctx)) is not None:
                 self._hand(handed)
-                if self._updates is not None:  # behind the other, which may begin a round
+                if self._updates is not None:  # after `_hand`: that may begin a round, which forgets what was sent
                     self._updates.note_sent(handed.id, fl_ctx.get_prop(FLContextKey.TASK_DATA))
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             if (returned := read_task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
@@ -146,7 +149,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             self._summarise()
 
     def _begin(self, number: int | None) -> None:
-        """End the present round, and begin this one."""
+        """End the present round, and begin this one; with None, begin no other."""
         self._end_updates()
         with self._lock:
             ended, self._round = self._round, None if number is None else _Round(number)
@@ -218,7 +221,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 self._federation.log(named, self._round.number)
 
     def _summarise(self) -> None:
-        """Say at the end of the job which model was best, and how the rounds went."""
+        """Log at the end of the job which model was best, and how the rounds went."""
         with self._lock:
             best, rows, self._rows = self._best, self._rows, []
         if best is not None:

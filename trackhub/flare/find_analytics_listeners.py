@@ -41,7 +41,7 @@ def server_warning(found: list[str], take_over: object, *, has_server_side: bool
     if not found or take_over in (False, "copy"):
         return ""
     way_out = (
-        "Give take_over='copy', and they get everything as without trackhub, and so does trackhub"
+        "With take_over='copy', they get everything as without trackhub, and trackhub records it too"
         if has_server_side
         else "Nothing is sent to the server, since tracking is on the client side only"
     )

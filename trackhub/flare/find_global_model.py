@@ -2,8 +2,8 @@
 """Finds the files in which FLARE's persistor has saved the global model. Written for nvflare 2.9.
 
 `trackhub.flare.records_made_by_trackhub` asks for the best or the last model at the end of a job, on the server. The
-job's configuration says where a persistor saves. So on a provisioned server, only files in the job's own folders count:
-otherwise a job could have any file of the server copied into its results.
+job's configuration says where a persistor saves. So on a provisioned server, this module takes only files in the job's
+own folders. Otherwise a job could copy any file of the server into its results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ModelFile(NamedTuple):
     folder: Path
 
     def open(self) -> BinaryIO:
-        """Open the file for reading. No link is followed, also if somebody has replaced a part of the path meanwhile.
+        """Open the file for reading. Follow no link, even if somebody has replaced a part of the path meanwhile.
 
         Raises:
             OSError: it cannot be opened, or it is no ordinary file in the folder any more.

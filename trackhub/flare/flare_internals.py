@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this, and otherwise use `nvflare.apis` only. Five use more of FLARE:
-`cell_channel` the cells, `read_task_events` the server's tasks, `collab_call_outcomes` the calls of the Collab API,
-`flower_reply_outcomes` the connector to Flower, and `trainer.log_calls` the log functions of an external trainer. So
-these six files and their tests, of which ``tests/integration/test_flare_internals.py`` is the first, show whether a new
-release still fits.
+The other modules of `trackhub.flare` call this. Seven of them use more of FLARE: `cell_channel` the cells,
+`read_task_events` the server's tasks, `collab_call_outcomes` the calls of the Collab API, `flower_reply_outcomes` the
+connector to Flower, `find_global_model` the paths of persistors, `log_job_context` the settings of controllers, and
+`trainer.log_calls` the log functions of an external trainer. The tests of these files show whether a new release still
+fits, ``tests/integration/test_flare_internals.py`` first.
 """
 
 from __future__ import annotations
@@ -185,10 +185,10 @@ def operator_file(fl_ctx: FLContext) -> OperatorFile | None:
 
 
 def is_provisioned(fl_ctx: FLContext) -> bool:
-    """Return whether this site has an operator beside the job's submitter, as all have but those of the simulator.
+    """Return whether this site has an operator beside the job's submitter. The sites of the simulator have none.
 
-    Only the simulator gives a job the constant id, and a site's workspace without a startup kit. POC counts as
-    provisioned. All else counts as provisioned too, so that a mistake here makes the rules stricter and not looser.
+    A site counts as the simulator's only if the job has the simulator's constant id, and the workspace has no startup
+    kit. All else counts as provisioned, POC too, so that a mistake here makes the rules stricter and not looser.
     """
     startup = Path(fl_ctx.get_engine().get_workspace().get_startup_kit_dir())
     kits = (WorkspaceConstants.SERVER_STARTUP_CONFIG, WorkspaceConstants.CLIENT_STARTUP_CONFIG)
@@ -341,7 +341,7 @@ def _round(value: Any) -> int | None:
 def take_stock_event(fl_ctx: FLContext, *, keep: bool = False) -> Shareable | None:
     """Return the record in a stock analytics event, or None if it came from another site or was taken before.
 
-    FLARE converts a local event into a federated one, so this function marks the record: it is taken once.
+    FLARE fires a local event again as a federated one. So this function marks the record, and it is taken once.
 
     Args:
         fl_ctx: the event's context.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learns from Flower's replies whether the client app of a site raised. Written for nvflare 2.9 and flwr 1.32 to 1.34.
 
-FLARE carries Flower's messages without looking into them, and its job is finished also if every client app raised.
-`trackhub.flare.round_watch` asks for it, so that such a site ends as failed.
+FLARE does not look into Flower's messages, and its job ends as finished even if every client app raised.
+`trackhub.flare.round_watch` calls it, so that such a site ends as failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def watch_replies(executor: Executor, end: Callable[[RunStatus], None]) -> None:
-    """Tell how the client app answers each message, before the reply leaves. Does nothing to another kind of executor.
+    """Tell how the client app answers each message, before the reply leaves. Leave another kind of executor as it is.
 
     Flower asks a client to train and to evaluate. The app has failed if its last reply of one of these kinds is an
     error.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes log calls where they are made: in this process, and in the trainers that it starts.
+"""Replaces log functions, in this process and in the trainers that it starts, so that each call itself makes a record.
 
-The sender calls it before FLARE starts the trainer. In this process it replaces FLARE's log functions and those of the
-SDKs that the job captures. External trainers run ``trainer/startup/sitecustomize.py``, since FLARE makes their
-``PYTHONPATH`` of this process's ``sys.path``. ``docs/adr/0016-log-calls-at-their-source.md`` and
-``docs/adr/0020-capture.md`` have the reasons.
+The sender's widget calls it before FLARE starts the trainer. In this process it replaces FLARE's log functions and
+those of the SDKs that the job captures. External trainers run ``trainer/startup/sitecustomize.py``, since FLARE builds
+their ``PYTHONPATH`` from this process's ``sys.path``. ``docs/adr/0016-log-calls-at-their-source.md`` and
+``docs/adr/0020-capture.md`` give the reasons.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trackhub.flare.trainer.import_watch import ImportWatch
 __all__ = ["TAKE_OVER_ENV", "LogCallSource"]
 
 TAKE_OVER_ENV = "TRACKHUB_TAKE_OVER"
-"""Environment variable that has trainers take FLARE's log calls. Its value is the full name (FQCN) of the client's
-cell, to which FLARE would send them: a trainer of another job ignores it."""
+"""Environment variable that makes trainers record FLARE's log calls. Its value is the full name (FQCN) of the client's
+cell, to which FLARE would send them. A trainer of another job has another cell, and ignores it."""
 
 _FOLDER = str(Path(__file__).parent / "trainer" / "startup")
 
 
 class LogCallSource:
-    """Takes log calls where they are made, while it is open. FLARE then fires no event for them, and sends nothing."""
+    """Records log calls in the call itself, while it is open. FLARE then fires no event for them, and sends nothing."""
 
     def __init__(self, records: StockRecords) -> None:
         """Prepare; ``open`` starts it.
@@ -53,8 +53,8 @@ class LogCallSource:
             take_over: take the calls of FLARE's own writers.
 
         Returns:
-            Whether FLARE's calls are taken. They are not if a component of this client listens to FLARE's events, and
-            would get none.
+            Whether FLARE's calls are taken. They are not if a component of this client listens to FLARE's events: it
+            would then get none.
         """
         take_over = take_over and not listeners(flare_internals.components(engine))
         if take_over:
@@ -85,7 +85,10 @@ class LogCallSource:
             try:
                 capture.take(module)
             except Exception as e:
-                self._records.warn(f"trackhub cannot capture {module.__name__} (another version?): {e!r}")
+                self._records.warn(
+                    f"trackhub cannot capture {module.__name__}: {e!r}. Its version may be one that trackhub does not "
+                    "know. The script goes on, and the calls of this module are not recorded"
+                )
 
         watch: Any = ImportWatch(Capture.MODULES, take, sys.meta_path)
         sys.meta_path.insert(0, watch)

@@ -100,7 +100,7 @@ def write_changes(changes: list[Change]) -> None:
         kept = _original(change.path)
         if kept.exists() and kept.read_text(encoding="utf-8") != change.old:
             raise ConfigError(
-                f"attach: {kept} is there already, and is not what {change.path.name} is now; move it away"
+                f"attach: {kept} is there already, and differs from the present {change.path.name}. Move it away first"
             )
     for change in changes:
         _original(change.path).write_text(change.old, encoding="utf-8")
@@ -167,7 +167,7 @@ def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand:
         if _parse(path, text) != after:
             raise ValueError("more than its components would change")
     except Exception as e:
-        return ByHand(path, json.dumps({"components": new}, indent=2), f"it cannot be done here ({e})")
+        return ByHand(path, json.dumps({"components": new}, indent=2), f"trackhub cannot change this file ({e})")
     return Change(path, old, text, notes)
 
 

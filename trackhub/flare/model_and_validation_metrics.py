@@ -26,10 +26,7 @@ __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_m
 CLIENTS, SERVER = "clients", "server"
 
 _SENT = "flare"
-"""The keys of metrics that a trainer sent with its model begin with this.
-
-The script may log metrics of the same names.
-"""
+"""The keys of metrics that a trainer sent with its model begin with this. So they differ from those that it logs."""
 
 _EVALUATED = "cross_site"
 """The keys of results of cross-site evaluation begin with this. The owner of the model comes next."""

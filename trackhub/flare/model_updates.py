@@ -21,7 +21,7 @@ from trackhub.printable import printable
 __all__ = ["MAX_KEPT_BYTES", "ModelUpdates"]
 
 MAX_KEPT_BYTES = 1 << 30
-"""How much memory the updates of one round may take, in bytes. A number of their sum takes 8, one of an update 4."""
+"""How much memory the updates of one round may take, in bytes. A number takes 4 in each update, and 8 in their sum."""
 
 _BLOCK = 1 << 16  # numbers that are looked at together: they fit into a processor's cache
 _MAX_WARNINGS = 20
@@ -113,7 +113,7 @@ class ModelUpdates:
         """Return an update's norm. Keep the update, and add it to the sum, as far as there is room."""
         for name, total in self._sum.items():
             if name in pairs and pairs[name][0].size != total.size:
-                raise _UnreadableError(f"its array {name!r} has another shape than that of another site")
+                raise _UnreadableError(f"its array {name!r} and that of another site differ in size")
         numbers = sum(after.size for after, _ in pairs.values())
         new = 8 * sum(after.size for name, (after, _) in pairs.items() if name not in self._sum)
         is_kept = self._bytes + new + 4 * numbers <= self._max_bytes
@@ -146,7 +146,9 @@ class ModelUpdates:
             self._kept[site] = kept
             self._bytes += 4 * numbers
         else:
-            self._leave_out(site, f"the round's updates take more than {self._max_bytes} bytes; the mean counts it")
+            self._leave_out(
+                site, f"the round's updates take more than {self._max_bytes} bytes. The mean includes this update"
+            )
         return self._norms[site]
 
     def _cosines(self) -> Iterator[tuple[str, float]]:
@@ -163,11 +165,10 @@ class ModelUpdates:
 
 
 def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
-    """Return each array of an update: as it came back, and as it was sent or None, both flat.
+    """Return each array of an update, flat: as the site returned it, and as the server had sent it.
 
-    None stands for a difference, which needs no comparison.
-
-    Arrays of integers, and arrays that one side lacks or has in another shape, are left out: they count as unchanged.
+    The second is None if the site returned a difference. Arrays of integers, and arrays that one side lacks or has in
+    another shape, are left out: they count as unchanged.
 
     Raises:
         _UnreadableError: nothing is left, or the model is in a form that is not known here.
@@ -187,7 +188,9 @@ def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
             before = None if model.data_kind == DataKind.WEIGHT_DIFF else before.reshape(-1)
         pairs[str(name)] = after.reshape(-1), before
     if not pairs:
-        raise _UnreadableError("none of its arrays has floating-point numbers, and the name and shape of one sent")
+        raise _UnreadableError(
+            "none of its arrays has floating-point numbers, and the name and shape of an array that was sent"
+        )
     return pairs
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FLARE component that runs a receiver, on the server or at a client.
 
-A job's configuration names it; `trackhub.flare.recipe` puts it there. It turns FLARE's events into calls of
+`trackhub.flare.recipe` puts it into a job's configuration. It turns FLARE's events into calls of
 `trackhub.delivery.Receiver`.
 """
 
@@ -190,7 +190,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         engine = fl_ctx.get_engine()
         channel = CellChannel(engine, self._id(engine))
         channel.announce()
-        flare_internals.add_last_handler(engine, _Tail(self))
+        flare_internals.add_last_handler(engine, _EndOfRunHandler(self))
         try:
             self.open(fl_ctx)
         except Exception as e:
@@ -218,14 +218,19 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         try:
             note_sites_of_events(engine)
         except Exception as e:
-            self.log_warning(fl_ctx, f"events of sites without a sender are not recorded: {e!r}", fire_event=False)
+            self.log_warning(
+                fl_ctx,
+                f"tracking: events of sites without a TrackhubSender are not recorded: {e!r}. This FLARE may be newer "
+                "than trackhub knows",
+                fire_event=False,
+            )
         # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
         # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
 
     def _begin_federation_run(self, fl_ctx: FLContext) -> None:
-        """Watch the job for the federation run. On a full disk the receiver has none yet, so try again each round."""
+        """Watch the job for the federation run. On a full disk the receiver has no such run; each round tries again."""
         if not self._own.has_begun and self._core is not None and self._core.federation is not None:
             assert self._settings is not None
             update_statistics = self._settings.update_statistics
@@ -330,7 +335,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._others.close(_MIN_OWN_CLOSE_S)
         if self._own_sender is not None:
             left_s = self._limits.sites_s
-            if self._wait_end is not None:  # use what is left of the time for waiting
+            if self._wait_end is not None:  # the wait for the sites has used a part of ``sites_s``
                 left_s = max(self._wait_end - time.monotonic(), min(left_s, _MIN_OWN_CLOSE_S))
             assert self._core is not None
             self._own_sender.close(left_s if has_streams(self._core.folder / "spool") else 0.0)
@@ -341,7 +346,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self.close(self._status, _IN_JOB_STORE.format(job=fl_ctx.get_job_id()) if moves else "")
 
 
-class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
+class _EndOfRunHandler(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """Ends the receiver after every other handler of END_RUN, so that it receives what they log."""
 
     def __init__(self, receiver: TrackhubReceiver) -> None:

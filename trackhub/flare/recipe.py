@@ -122,11 +122,10 @@ def add_tracking(
 
     Raises:
         ConfigError: there is no backend, an argument is wrong, two arguments contradict each other, or an option holds
-            a literal secret. Also if the server must not get all that is logged, since there is a policy or no backend
-            there, but FLARE would send it there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has
-            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it. But
-            FLARE's simulator runs all sites here. There, running a job whose backend cannot be used raises this before
-            FLARE starts.
+            a literal secret. Also if there is a policy or no backend on the server, and another argument lets FLARE
+            send records to the server all the same: ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has
+            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it.
+            FLARE's simulator runs all sites here, so there the job raises this error before FLARE starts.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -379,7 +378,7 @@ def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _let_trainers_finish(job: Any) -> None:
-    """Raise a ``shutdown_timeout`` of 0, which is the default of FLARE's recipes. So it is no reason to warn."""
+    """Raise a ``shutdown_timeout`` of 0. This logs and does not warn, since 0 is the default of FLARE's recipes."""
     raised = flare_internals.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
         _log.info(

@@ -61,7 +61,7 @@ def check_take_over(value: object) -> None:
 
 
 class StockRecords:
-    """Writes the stock records that are logged in this process into a spool. Thread-safe.
+    """Writes what FLARE's own writers log in this process into a spool. Thread-safe.
 
     Attributes:
         by_message: records that came as messages of another process. Nobody knows how many such messages were lost.
@@ -134,7 +134,7 @@ class StockRecords:
             self.take(fl_ctx)
 
     def write(self, event: Shareable, *, by_message: bool) -> None:
-        """Write the record in a stock event's data. What cannot be converted is counted.
+        """Write the record in an event's data. What cannot be converted is counted.
 
         Args:
             event: the event's data.
@@ -171,25 +171,26 @@ class StockRecords:
 
 
 def write_stock_record(writer: Writer, event: Shareable) -> None:
-    """Write the record in a stock analytics event, as `write_call` does.
+    """Write the record in an analytics event of FLARE's own writers, as `write_call` does.
 
     Args:
         writer: where to write it.
         event: the event's data.
 
     Raises:
-        RecordError: the event is malformed, or of a kind that no backend can show: a model, a Python log record.
-            A strict writer raises it for a value that it cannot store, too, and SpoolError once it is closed.
+        RecordError: the event is malformed, or of a kind that no record can hold: a model, a Python log record. A
+            strict writer also raises it for a value that it cannot store.
+        SpoolError: a strict writer is closed.
     """
     try:
         dxo = from_shareable(event)
         data = dxo.data
         if dxo.data_kind != DataKind.ANALYTIC:
-            raise RecordError(f"a stock event holds data of kind {dxo.data_kind!r}, expected {DataKind.ANALYTIC!r}")
+            raise RecordError(f"an analytics event: expected data of kind {DataKind.ANALYTIC!r}, got {dxo.data_kind!r}")
         key, value = data[TrackConst.TRACK_KEY], data[TrackConst.TRACK_VALUE]
         data_type = AnalyticsDataType(dxo.get_meta_prop(TrackConst.DATA_TYPE_KEY))
     except RecordError:
         raise
     except Exception as e:
-        raise RecordError(f"a stock event cannot be read: {type(e).__name__}: {e}") from e
+        raise RecordError(f"an analytics event cannot be read: {type(e).__name__}: {e}") from e
     write_call(writer, key, value, data_type, data)

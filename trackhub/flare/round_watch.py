@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Knows the current federated round of this process, and tells it to the code that puts the round on records.
 
-Both widgets have a round watch. It gets FLARE's events before all other components, so that what a component logs in an
-event already carries the right round. A task that carries no round ends the old one, so that no record gets it by
-mistake. Only a client that controls its workflow keeps its round then.
+Each widget makes one: `ClientRounds` or `ServerRounds`. It gets FLARE's events before all other components, so that
+what a component logs in an event already carries the right round. A task that carries no round ends the old round, so
+that later records do not carry it. Only a client that controls its workflow then keeps its round.
 """
 
 from __future__ import annotations

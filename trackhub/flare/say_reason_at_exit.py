@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says why trackhub stopped a job once more when the server's process ends.
+"""Writes once more why trackhub stopped a job, when the server's process ends.
 
-`flare_internals.stop_job` calls it on the server; FLARE's simulator kills the processes of clients. FLARE logs the
-reason among a hundred lines, and ends with "return code 2". People read the last lines, and would find no reason there.
+FLARE logs the reason among a hundred lines, and ends with "return code 2". People read the last lines first.
+`flare_internals.stop_job` calls this on the server only, since FLARE's simulator kills the processes of clients.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FLARE component that runs a client's senders: to the server's receiver, to the client's own receiver, or to both.
 
-A job's configuration names it; `trackhub.flare.recipe` puts it there. It turns FLARE's events into calls of
+`trackhub.flare.recipe` puts it into a job's configuration. It turns FLARE's events into calls of
 `trackhub.delivery.Sender`.
 """
 
@@ -69,7 +69,7 @@ class _Ending:
     def decide(self, *, aborted: bool) -> None:
         """Settle the status at the end of the run.
 
-        A workflow may cut off a task and end well, as swarm does with that of a slow site. The site has not failed.
+        An aborted task is no failure of the site: swarm aborts the task of a slow site, and the job may still end well.
         """
         failed = self.panicked or (self.task is RunStatus.FAILED and not aborted)
         self.status = RunStatus.FAILED if failed else RunStatus.ABORTED if aborted else RunStatus.FINISHED
@@ -114,8 +114,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             own_records: what trackhub logs itself at this site: ``context`` and ``system_metrics`` of `OwnRecords`.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if the server must not get all that is
-                logged, since ``server_receiver`` is None or there is a policy, but FLARE would send it there, since
+            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None or
+                there is a policy, and another argument lets FLARE send records to the server all the same:
                 ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``.
         """
         super().__init__()
@@ -193,7 +193,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _start(self, fl_ctx: FLContext) -> None:
         engine, site = fl_ctx.get_engine(), fl_ctx.get_identity_name()
         own = SiteRecords(OwnRecords.of(self.own_records), self)
-        flare_internals.add_last_handler(engine, _Tail(self, own))
+        flare_internals.add_last_handler(engine, _EndOfRunHandler(self, own))
         answer_for_sender(engine)
         self._operator = flare_internals.operator_file(fl_ctx)
         if self._operator is not None:
@@ -220,7 +220,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Check that no setting of the job lets records bypass the rules.
 
         Raises:
-            ConfigError: one does.
+            ConfigError: ``take_over`` or ``flare_metrics`` does.
         """
         if rules and self.take_over in (False, "copy"):
             raise ConfigError(
@@ -235,9 +235,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             )
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
-        """Take log calls where they are made, if job and operator allow it.
+        """Record log calls in the call itself, if the job and the operator allow it.
 
-        Return whether this includes FLARE's own.
+        Return whether this holds for the calls of FLARE's own writers, too.
         """
         take_over = self.take_over is True and not self._leaves_trainers()
         setting = self._capture_setting()
@@ -251,7 +251,11 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         try:
             return self._source.open(fl_ctx.get_engine(), setting, self._spool, take_over=take_over)
         except Exception as e:
-            self.log_exception(fl_ctx, f"log calls are taken from FLARE's events, not at their source: {e}")
+            self.log_exception(
+                fl_ctx,
+                f"trackhub cannot replace the log functions at this site: {e}. It records what FLARE's own writers log "
+                "from FLARE's events. What the job captures may be missing",
+            )
             return False
 
     def _leaves_trainers(self) -> bool:
@@ -310,7 +314,11 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         except (ConfigError, PluginError):
             raise
         except Exception as e:
-            self.log_exception(fl_ctx, f"this site's receiver cannot start, and its records wait in the spool: {e}")
+            self.log_exception(
+                fl_ctx,
+                f"this site's receiver cannot start: {e}. The records wait in the site's spool; `trackhub replay` "
+                "delivers them",
+            )
         return receiver
 
     def _barrier(self) -> None:
@@ -333,7 +341,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
                 sender.facts.not_used = tuple(sorted(captured - seen))
             with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
                 close_spool(self._spool)
-        # Both ends run at once: the server waits for this site's final message, and a local backend may take long.
+        # Close both senders at once: the server waits for this site's final message, and a local backend may take long.
         server = self._senders.get("server")
         remote = threading.Thread(target=self._close, args=("server",))
         remote.start()
@@ -348,7 +356,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _outcome(self, server: Sender | None) -> RunStatus:
         """Return the status with which this site's own receiver ends the run.
 
-        It is the one that the server said, unless that is FINISHED. Then it is this site's own.
+        If the server told FAILED or ABORTED, it is that one. Otherwise it is this site's own.
         """
         told = server.job_status if server is not None else None
         return self._ending.status if told in (None, RunStatus.FINISHED) else told
@@ -363,8 +371,11 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.flush(1.0)
 
 
-class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """Ends the sender after every other handler of END_RUN. By then the executor has ended the trainer."""
+class _EndOfRunHandler(FLComponent):  # type: ignore[misc]  # FLARE has no types
+    """Ends the sender after every other handler of END_RUN, when the executor has ended the trainer.
+
+    It also pauses the sender at SWAP_OUT.
+    """
 
     def __init__(self, sender: TrackhubSender, own: SiteRecords) -> None:
         super().__init__()
@@ -376,7 +387,7 @@ class _Tail(FLComponent):  # type: ignore[misc]  # FLARE has no types
             return
         try:
             if event_type == EventType.END_RUN:
-                self._own.stop()  # it logs into the spool, which is closed then
+                self._own.stop()  # first, since it logs into the spool, which `finish` closes
                 self._sender.finish(fl_ctx)
             elif event_type == EventType.SWAP_OUT:
                 self._sender.pause(fl_ctx)

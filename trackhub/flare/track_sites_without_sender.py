@@ -28,8 +28,8 @@ __all__ = ["SitesWithoutSender"]
 _ASK_EVERY_S = 2.0
 _ANSWER_S = 1.0
 _SPOOL_BYTES = 64 << 20
-"""Most bytes of the spool on the server of one such site, some 500,000 events. The site could otherwise fill the disk,
-since the receiver looks only at what comes from a sender."""
+"""The most bytes that the server keeps in the spool of one such site: some 500,000 events. Without this limit the site
+could fill the server's disk, since the receiver's own limits hold only for what comes from a sender."""
 
 
 class SitesWithoutSender:
@@ -42,13 +42,13 @@ class SitesWithoutSender:
             component: warns in its log.
             engine: FLARE's engine on the server.
             receiver: stores the records.
-            limits: how much, how often and how long.
+            limits: the limits of the job, for the spools and senders that are made here.
         """
         self._component = component
         self._engine = engine
         self._receiver = receiver
         self._limits = limits
-        self._lock = threading.RLock()  # nobody waits for an answer while holding it
+        self._lock = threading.RLock()  # not held while a site is asked
         self._asking = threading.Lock()  # a site that is asked twice at a time would log an error twice
         self._asked: set[str] = set()
         self._started: set[str] = set()
@@ -73,7 +73,7 @@ class SitesWithoutSender:
         self._started.add(site)
 
     def take(self, site: str, event: Shareable) -> None:
-        """Record a stock event of a site, if that site has no sender.
+        """Record an analytics event of a site, if that site has no sender.
 
         Asks the site at its first event, for a second at most. FLARE handles the events of all sites in one thread, so
         a site that does not answer must not cost a second for each of its events.
@@ -130,9 +130,9 @@ class SitesWithoutSender:
         if site not in self._warned:
             self._warned.add(site)
             self._component.logger.warning(
-                "tracking: site %s has no TrackhubSender in its app. What it logs with trackhub is not recorded, and "
-                "what FLARE's own writers log there only if its app sends it. Add tracking to all client apps of the "
-                "job", site,
+                "tracking: site %s has no TrackhubSender in its app. What its script logs with trackhub is not "
+                "recorded. What FLARE's own writers log there is recorded only if its app sends it. Add tracking to "
+                "all client apps of the job", site,
             )  # fmt: skip
 
 

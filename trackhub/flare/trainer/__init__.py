@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs inside a trainer: FLARE's log call is taken where it is made.
+"""Runs inside a trainer, and records log calls of FLARE's writers and of captured SDKs in the call itself.
 
-`trackhub.flare.install_log_hooks` opens the way into trainers. Nothing in here imports the rest of `trackhub.flare`,
-since a trainer must start fast.
+`trackhub.flare.install_log_hooks` makes trainers load it. Nothing in here imports the rest of `trackhub.flare`, since
+a trainer must start fast.
 """

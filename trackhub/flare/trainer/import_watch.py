@@ -32,7 +32,7 @@ class ImportWatch:
         """
         if name not in self._modules:
             return None
-        # Python has asked those before this one. To ask them again would never end if one of them is another watch.
+        # Python has asked the finders before this one. Asking them again would never end if one is another watch.
         is_later = False
         for finder in list(self._meta_path):
             if finder is self:

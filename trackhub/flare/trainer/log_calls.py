@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns FLARE's log calls into records, in the process that makes them.
 
-All of FLARE's writers call one of three log functions. Most of them call it through a fourth one. In an external
-trainer ``startup/sitecustomize.py`` calls `take_in_trainer`, which replaces them; in process
-`trackhub.flare.install_log_hooks` does. They are private in FLARE. ``tests/integration/test_flare_internals.py`` tests
-that they are as this module expects.
+FLARE has three log functions, one for each kind of trainer. Most writers call them through a fourth, ``log`` in
+``nvflare.client.tracking``. ``startup/sitecustomize.py`` calls `take_in_trainer`, which replaces these functions in an
+external trainer. In the client's process, `trackhub.flare.flare_internals` replaces them. They are private in FLARE;
+``tests/integration/test_flare_internals.py`` tests that they are as this module expects.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LogCalls:
 
         Args:
             writer: it belongs to this object, which closes it.
-            warn: called with what the log should say. Each text is passed once.
+            warn: called with the text of each warning, once for each text.
         """
         self.writer = writer
         self._warn_of = warn
@@ -46,11 +46,11 @@ class LogCalls:
     def log_method(self, original: Callable[..., Any], is_taken: Callable[[Any], bool]) -> Callable[..., None]:
         """Return a method that takes the place of ``log`` in FLARE's client API.
 
-        What cannot be a record is counted as dropped, and a value that cannot be stored as left out.
+        It counts a call that cannot become a record as dropped, and a single value that cannot be stored as left out.
 
         Args:
             original: FLARE's method.
-            is_taken: whether to take the calls of a client API. Those of others are left to FLARE.
+            is_taken: says of a client API whether to record its calls. FLARE keeps the calls of all others.
         """
         writer, count_lost = self.writer, self.count_lost
 
@@ -69,13 +69,13 @@ class LogCalls:
     def log_function(self, original: Callable[..., Any], attribute: str, taken: Any) -> Callable[..., Any]:
         """Return a function that takes the place of ``log`` in ``nvflare.client.tracking``, which FLARE's writers call.
 
-        It takes the frequent calls before four functions of FLARE, which cost half of what ``Writer.log`` costs
-        (docs/adr/0016). All other calls go on to ``log_method``.
+        It records the frequent kinds of calls itself. This avoids four functions of FLARE, which cost half of what
+        ``Writer.log`` costs (docs/adr/0016). All other calls go on to ``original``, and so reach ``log_method``.
 
         Args:
             original: FLARE's function.
-            attribute, taken: take the calls of a client API whose attribute of this name has this value. A function, as
-                ``log_method`` has it, would cost a twentieth of the whole.
+            attribute, taken: record the calls of a client API whose attribute of this name has this value. Calling a
+                function here, as ``log_method`` does, would take 5% of the time of a call.
         """
         append, count_lost = self.writer.log, self.count_lost
 
@@ -94,20 +94,20 @@ class LogCalls:
         return log
 
     def count_lost(self, error: Exception) -> None:
-        """Count a call that cannot become a record or came after ``close``, and warn of it. Call it in ``except``.
+        """Count a call that cannot become a record, and warn of it. Call it in ``except``.
 
         Raises:
             Exception: a signal handler of the script raised the error.
         """
-        if isinstance(error, SpoolError):
-            self._warn(f"a stock record came after the end of tracking: {error}")
+        if isinstance(error, SpoolError):  # only a strict writer raises it, once it is closed
+            self._warn(f"a log call of FLARE's writers came after the end of tracking: {error}")
             return
         if not isinstance(error, RecordError) and raised_by_signal_handler(error):
             raise error
-        # What is no RecordError comes of a foreign object, such as a key that raises when it is hashed.
+        # Any other error comes from an object of the script, such as a key that raises when it is hashed.
         reason = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {shown_error(error)}"
         self.writer.count_unconvertible(reason)
-        self._warn(f"a stock record was dropped: {reason}")
+        self._warn(f"a log call of FLARE's writers was dropped: {reason}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
@@ -128,11 +128,12 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
     Args:
         writer: where to write it.
         key, value, data_type: as in FLARE's log functions.
-        more: FLARE's further arguments, of which the step and the path are taken.
+        more: FLARE's further arguments. The step and the path are read from them.
 
     Raises:
-        RecordError: the call is of a kind that no backend can show: a model, a Python log record. A strict writer
-            raises it for a value that it cannot store, too, and SpoolError once it is closed.
+        RecordError: the call is of a kind that no record can hold: a model, a Python log record. A strict writer also
+            raises it for a value that it cannot store.
+        SpoolError: a strict writer is closed.
     """
     step = more.get("global_step")
     match data_type:
@@ -160,7 +161,7 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
 def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
     """Replace the log function in a module of FLARE. Called when the trainer has imported the module.
 
-    Calls for another job than the announced one are left to FLARE, since a trainer may run a job of its own.
+    FLARE keeps the calls for any job but the announced one, since a trainer may run a job of its own.
 
     Args:
         module: FLARE's module.
@@ -180,7 +181,8 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
     if module.__name__ == "nvflare.client.tracking":
         module.log = calls.log_function(module.log, "_cj_fqcn", cell)  # type: ignore[attr-defined]
     elif hasattr(module, "CellClientAPI"):
-        # Calls of every rank are taken, also after the session has ended.
+        # FLARE's own method raises at all ranks but the first, and does nothing once the session has ended. Here these
+        # calls become records, too.
         module.CellClientAPI.log = calls.log_method(module.CellClientAPI.log, is_taken)
     else:
         _take_metrics_sender(module.MetricsSender, cell, calls)
@@ -188,12 +190,12 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
 
 @functools.cache
 def _calls_into(spool: str) -> LogCalls:
-    """Return what writes log calls of this process. All use one writer, since only one stream keeps their order."""
+    """Return what writes log calls of this process. They share a writer, since only one stream keeps their order."""
     return LogCalls(process_writer(spool), _log.warning)
 
 
 def _take_metrics_sender(sender_class: Any, cell: str, calls: LogCalls) -> None:
-    """Take the calls of ``nvflare.client.tracking.init()``, which FLARE carries from rank 0 only."""
+    """Record the calls of a script that has called ``nvflare.client.tracking.init()``. FLARE takes those of rank 0."""
     original = sender_class.add
 
     def is_taken(sender: Any) -> bool:

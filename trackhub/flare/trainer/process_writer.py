@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one writer of a trainer's process for calls that trackhub takes. Only one stream keeps the order of all calls.
+"""Makes the writer for all log calls that trackhub takes over in a trainer's process.
 
-`log_calls` and `capture` share it. It imports no FLARE, since a script that is captured may not use it.
+`log_calls` and `capture` share this writer, since only one stream keeps the order of all calls. This module imports no
+FLARE, since a captured script may not use FLARE.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def process_writer(spool: str) -> Writer:
         PermissionError: this process may not write there.
     """
     folder = find_spool(spool)
-    read_spool_info(folder)  # the message path also works where this process does not see the folder
+    read_spool_info(folder)  # raise if this process does not see the folder, so that FLARE's messages carry the calls
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(f"this process may not write to {folder}")
     return Writer(folder)

@@ -84,7 +84,7 @@ class Capture:
     """The capture of one process: gets the modules of SDKs as Python loads them, and replaces their log functions."""
 
     MODULES = tuple(_SDK_OF)
-    """The modules that it wants."""
+    """The modules that ``take`` can change."""
 
     def __init__(self, setting: CaptureSetting, spool: Path, writer: Writer, warn: Callable[[str], None]) -> None:
         """Prepare the capture. ``take`` does the work.
@@ -93,7 +93,7 @@ class Capture:
             setting: what to capture. If the script uses another SDK, this is noted in the spool's folder.
             spool: the site's spool.
             writer: writes the records. Somebody else closes it.
-            warn: called with what the log should say.
+            warn: called with the text of each warning.
         """
         self._setting = setting
         self._note = functools.partial(note_logger, spool)

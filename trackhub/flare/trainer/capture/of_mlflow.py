@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures MLflow's log functions: the fluent ones (``mlflow.log_metric``), and those of ``MlflowClient``.
 
-The loggers of Lightning and Hugging Face call these functions, and so does MLflow's autologging.
+`Capture` calls it with each of these modules. The loggers of Lightning and Hugging Face call the functions in them, and
+so does MLflow's autologging.
 """
 
 from __future__ import annotations

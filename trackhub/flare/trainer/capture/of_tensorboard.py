@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures the ``SummaryWriter`` of torch and tensorboardX. The loggers of Lightning and Hugging Face use it, too."""
+"""Captures the ``SummaryWriter`` of torch and tensorboardX. `Capture` calls it with the modules that define one.
+
+The loggers of Lightning and Hugging Face use a ``SummaryWriter``, too.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures W&B: ``wandb.init(config=...)``, ``run.log``, ``run.config`` and ``run.summary``.
 
-A call of ``log`` without a step gets the step that W&B gives it. What a script puts into the summary gets keys such as
-``summary/best``, so that it does not become a point of the curve ``best``.
+`Capture` calls it with W&B's modules. A call of ``log`` without a step gets the step that W&B gives it. What a script
+puts into the summary gets keys such as ``summary/best``, so that it does not become a point of the curve ``best``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def capture(module: ModuleType, calls: CapturedCalls, replaced: Replacements) ->
             _replace_method(run, "log", functools.partial(_log, writer), calls, replaced)
             adapter = WandBWriter(writer=writer)
             for name in (*_FILES, *_WITHOUT_RECORD):
-                # It returns something to the script also where the run is disabled.
+                # With ``capture_only`` the run is disabled, but these methods must still return an object.
                 _replace_method(
                     run, name, functools.partial(_call, getattr(adapter, name)), calls, replaced, goes_on=True
                 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Excludes the threads and programs that a backend starts from the capture. `Capture` calls it once.
 
-What they log with an SDK comes from the spool. If it were captured, the same records would go into the spool again and
-again.
+What they log with an SDK comes from the spool. If it were captured, the same records would enter the spool over and
+over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["keep_out_children"]
 
 
 def keep_out_children(variable: str, replaced: Replacements) -> None:
-    """Mark the threads that trackhub's own threads start, and start their programs without the announcement.
+    """Mark the threads that trackhub's own threads start. Start their programs without the capture's variable.
 
     Args:
         variable: the environment variable that announces the capture.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts wrappers around an SDK's functions, which write a record of each call of the script.
+"""Wraps an SDK's functions, so that each call of the script writes a record.
 
-The modules for single SDKs call it. Nothing in a wrapper can fail the script: what raises is counted, with one warning.
+The modules for single SDKs call it. An error in a wrapper does not reach the script: it is counted, with one warning.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Replacements:
 class CapturedCalls:
     """Makes the wrappers of one process. Thread-safe.
 
-    A wrapper records the script's calls only. It passes three kinds of calls to the SDK unrecorded: calls in trackhub's
-    own threads, calls of objects that were made there, and calls that the SDK itself makes inside a recorded call.
+    A wrapper records the script's calls only. All other calls go to the SDK unrecorded: those in trackhub's own
+    threads, those of objects that were made there, and those of the SDK itself inside a recorded call.
 
     Attributes:
         writer: writes the records.
@@ -69,7 +69,7 @@ class CapturedCalls:
 
         Args:
             writer: writes the records. Somebody else closes it.
-            warn: called with what the log should say. Each text is passed once.
+            warn: called with the text of each warning, once for each text.
             only: record the calls, and let the SDK do nothing.
         """
         self.writer = writer
@@ -79,7 +79,7 @@ class CapturedCalls:
         self._inside = threading.local()
 
     def is_left_alone(self) -> bool:
-        """Return whether the present call is not the script's own."""
+        """Return whether the present call is one of trackhub, or of the SDK inside another call."""
         return getattr(self._inside, "busy", False) or is_own_thread()
 
     def wrap(

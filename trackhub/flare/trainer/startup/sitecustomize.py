@@ -2,10 +2,10 @@
 """Python runs this file when a trainer's process starts, before the script.
 
 `trackhub.flare.install_log_hooks` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool. When
-the script imports a module that logs, of FLARE or of an SDK that the job captures, ``trackhub.flare.trainer`` is
-called. This file imports nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It
-hides another ``sitecustomize``, so it runs that one as well. An old Python may run this file, so it has no annotations
-and no f-strings.
+the script imports a module of FLARE that logs, or one of an SDK, this file calls ``trackhub.flare.trainer``. It imports
+nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It hides another
+``sitecustomize``, so it runs that one as well. An old Python may run this file, so it has no annotations and no
+f-strings.
 """
 
 import os
