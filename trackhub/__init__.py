@@ -46,20 +46,19 @@ def local(
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
 
-    Close the writer, or use it as a context manager. When the writer is closed, everything is delivered. It then says
-    on stderr what was delivered, and how to look at it. A run that is still open when the script ends is closed then.
-    The run ends as failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the
-    process is killed, what it logged stays in the run's folder. The next run in ``folder`` names it, and ``trackhub
-    replay`` delivers it.
+    Close the writer, or use it as a context manager. ``close`` delivers everything, and says on stderr what was
+    delivered and how to look at it. A writer that is still open when the script ends is closed then. The run ends as
+    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed,
+    its records stay in the run's folder, and ``trackhub replay`` delivers them. The next run in ``folder`` warns of it.
 
-    The environment variable ``TRACKHUB_MODE=disabled`` turns it off: nothing is recorded, and no folder is made.
+    With the environment variable ``TRACKHUB_MODE=disabled``, nothing is recorded and no folder is made.
 
     Args:
         backends: names of installed backends, or names with their options.
         folder: where the run's folder is made. The name of the run's folder is the job's name and id.
         job: the job's id; by default the time and a few random characters. Two jobs never share it.
-        resume: go on in the run of this ``job`` in this ``folder``, if it is there; it needs ``job``. Without it, such
-            a run is an error.
+        resume: go on in the earlier run of this ``job`` in this ``folder``, if there is one. Give ``job`` as well. If
+            False, an earlier run is an error.
         name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
         notes: a description of the job, in Markdown.
         tags: labels of the job.

@@ -60,7 +60,9 @@ def conceal(text: str) -> str:
 
 @contextlib.contextmanager
 def clean_errors() -> Iterator[None]:
-    """Replace known secrets in a configuration or plugin error of this block. An error with a secret loses its causes.
+    """Replace known secrets in a configuration or plugin error of this block.
+
+    If the error or one of its causes holds a secret, the error is raised without its causes.
 
     Raises:
         ConfigError, PluginError: those of the block.

@@ -12,7 +12,7 @@ The same configuration can come from flags, from a TOML file, or from a plain ma
     [limits]
     deadline_s = 60
 
-`jobs/cifar10_fedavg` makes it from flags. Nothing here imports a plugin: `trackhub.registry` knows whether a backend
+`jobs/cifar10_fedavg` makes it from flags. Nothing here imports a plugin: `trackhub.registry` checks whether a backend
 exists and which options it takes.
 """
 
@@ -40,7 +40,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """One job's tracking.
 
     Attributes:
-        backends: names of the backends, on every side. Empty turns tracking off.
+        backends: names of the backends, on every side. An empty tuple turns tracking off.
         client_backends: names of the backends at the clients, if they differ from ``backends``; otherwise None.
         options: backend name to its options, as plain values.
         sides: where the receivers are: ``server``, ``client`` or both.
@@ -76,9 +76,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                     raise ConfigError(f"{field}: {name!r} is {'given more than once' if name else 'not a name'}")
         if self.client_backends is not None and self.sides and "client" not in self.sides:
             raise ConfigError(
-                f"client_backends: {list(self.client_backends)} contradicts sides: {list(self.sides)}, by which "
-                "nothing runs at the clients. Add 'client' to sides (--streamed_to_clients), or leave client_backends "
-                "out"
+                f"client_backends: {list(self.client_backends)} contradicts sides: {list(self.sides)}. "
+                "Nothing runs at the clients. Add 'client' to sides (--streamed_to_clients), or omit client_backends"
             )
         named = {*self.backends, *(self.client_backends or ())}
         if named and not self.sides:
@@ -89,8 +88,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in about_the_run if self.sides == ("client",) else ():
             if getattr(self, name):
                 raise ConfigError(
-                    f"{name}: it is about the federation run, which contradicts sides: ['client']: only a server has "
-                    f"one. Add 'server' to sides (--streamed_to_server), or leave {name} out"
+                    f"{name}: it is about the federation run, which contradicts sides: ['client']. Only a server has a "
+                    f"federation run. Add 'server' to sides (--streamed_to_server), or leave {name} out"
                 )
         running = {*(self.server or ()), *(self.clients or ())}
         for name in self.options:
@@ -141,8 +140,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             streamed_to_clients: run the backends at each client.
             limits: how much, how often and how long; None for the defaults.
             aggregate: patterns of the keys whose statistics the federation run holds; None for the default.
-            aggregate_weight, update_statistics: the attributes of this class.
-            context, system_metrics, log_model: the attributes of this class.
+            aggregate_weight, update_statistics: as in the attributes of this class.
+            context, system_metrics, log_model: as in the attributes of this class.
 
         Raises:
             ConfigError: tracking is on but on no side, or the flags contradict each other.
@@ -186,7 +185,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
-            raise ConfigError(f"{unknown[0]}: unknown key; there are: {', '.join(cls.__struct_fields__)}")
+            raise ConfigError(f"{unknown[0]}: unknown key; expected one of {', '.join(cls.__struct_fields__)}")
         limits = values.get("limits", {})
         if not isinstance(limits, Limits | Mapping):
             raise ConfigError(f"limits: expected a table of limits, got {limits!r}")
@@ -216,8 +215,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def parse_option_flags(flags: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return ``{name: {key: value}}`` from ``NAME.KEY=VALUE`` strings.
 
-    Values stay strings, to be converted by the option's type, except that a valid JSON list or object becomes one:
-    ``wandb.tags=["a", "b"]``.
+    A valid JSON list or object becomes one: ``wandb.tags=["a", "b"]``. All other values stay strings, which
+    `trackhub.registry` converts to the option's type.
 
     Raises:
         ConfigError: a flag is not of this form, or gives a key a second, different value.

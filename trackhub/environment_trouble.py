@@ -12,7 +12,7 @@ import sqlite3
 
 __all__ = ["is_environment_trouble"]
 
-# EACCES, ENOTDIR, ELOOP and EROFS are not here. The path that somebody named is wrong then, and time does not mend it.
+# EACCES, ENOTDIR, ELOOP and EROFS are not here. They mean that a configured path is wrong, and waiting does not help.
 _ERRNOS = frozenset(
     {
         errno.ENOSPC,
@@ -37,10 +37,10 @@ _MAX_CAUSES = 10
 
 
 def is_environment_trouble(error: BaseException) -> bool:
-    """Return whether an error, or one that led to it, is trouble of the environment.
+    """Return whether an error, or one of its causes, is trouble of the environment.
 
-    This is a disk without space or inodes, a disk or network file system that fails, too many open files, too little
-    memory, or a database that another program has locked.
+    Examples are a disk without space or inodes, and a disk or network file system that fails. Others are too many open
+    files, too little memory, and a database that another program has locked.
     """
     cause: BaseException | None = error
     for _ in range(_MAX_CAUSES):

@@ -89,13 +89,13 @@ class BackendError(TrackhubError):
 
 
 class TransientError(BackendError):
-    """The records were not stored, or perhaps not. The lane hands the same records over again.
+    """The records were not stored, or nobody knows whether they were. The lane hands the same records over again.
 
-    If it comes for one record each time, while others are stored in between, the lane rejects that record
+    If one record fails with it every time, while others are stored in between, the lane rejects that record
     (docs/adr/0011). An error with ``retry_after_s``, or with a full disk as its cause, never counts against a record.
 
-    Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk. A
-    rejected login is one of them: an operator can renew it while the records wait in the journal.
+    Raise it for everything that time or an operator may mend: no connection, a 429 or 5xx reply, a full disk. Raise it
+    for a rejected login, too: an operator can renew the login while the records wait in the journal.
 
     Attributes:
         retry_after_s: the shortest time to wait before the next attempt, in seconds, if the store named one (HTTP

@@ -131,7 +131,7 @@ def decode_body(body: bytes | memoryview) -> Record:
     """
     try:
         return _decode_record(body)
-    except (UnicodeDecodeError, RecursionError) as e:  # text that is not UTF-8; arrays thousands deep
+    except (UnicodeDecodeError, RecursionError) as e:  # text that is not UTF-8; arrays nested thousands deep
         raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
@@ -155,7 +155,7 @@ def decode_head(body: bytes | memoryview) -> Head:
     """
     try:
         return _decode_head(body)
-    except RecursionError as e:  # the bad text is in later fields, which are skipped here
+    except RecursionError as e:  # no UnicodeDecodeError: text is in later fields, which this skips
         raise msgspec.DecodeError(f"{type(e).__name__}: {e}") from e
 
 
@@ -194,7 +194,7 @@ def pass_metrics(
     """Count the complete, intact frames of metrics that follow each other from ``offset`` on.
 
     Most batches consist of such frames, and this takes a third of the time of ``scan_frames``. It stops before a frame
-    of another kind, damage, or an incomplete frame. The caller must find out which of these it is.
+    that is of another kind, damaged or incomplete. The caller must find out which of these it is.
 
     Args:
         buffer: where the frames are.
@@ -254,8 +254,8 @@ def metrics_bodies(buffer: bytes, offset: int, max_frames: int) -> tuple[list[by
             bodies.append(body)
             offset, before = end, size
             continue
-        # This is a second frame of the same size, so there may be many, as a loop makes that logs one key. Reading them
-        # together takes 60 % of the time.
+        # This is the second frame of the same size. A loop that logs one key makes many of them, one after the other.
+        # Reading them together takes 60 % of the time.
         layout, head, known = layouts[size], heads[size], len(bodies)
         most = min((limit - offset) // layout.size, max_frames - known)
         for crc, found, kind, body in layout.iter_unpack(view[offset : offset + most * layout.size]):
@@ -277,7 +277,7 @@ class _BySize(dict[int, _Value], Generic[_Value]):
 
     def __missing__(self, size: int) -> _Value:
         made = self._make(size)
-        if len(self) < _MAX_SIZES:  # a site may send any sizes
+        if len(self) < _MAX_SIZES:  # without a bound, a site that sends every size would fill the memory
             self[size] = made
         return made
 

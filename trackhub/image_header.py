@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads format and size of a PNG or JPEG file from its header, without a decoder.
 
-The writer, the gate and backends call it. A decoder such as Pillow's chooses the format by the content, and for some
-formats it starts another program. So a site's bytes must not come to a decoder before this module has read them.
+The writer, the receiver and backends call it. A decoder such as Pillow's chooses the format by the content, and for
+some formats it starts another program. So no decoder may get a site's bytes before this module has read them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
 
 
 class BadImageError(ValueError):
-    """The bytes do not begin as a PNG or JPEG file does, or its decoder failed."""
+    """The bytes do not begin as a PNG or JPEG file does, or a backend's decoder failed."""
 
 
 class ImageHeader(NamedTuple):
@@ -82,7 +82,7 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
     for _ in range(_MAX_SEGMENTS):
         if file.read(1) != b"\xff":
             raise BadImageError("a segment of the JPEG file does not begin with a marker")
-        while (marker := file.read(1)) == b"\xff":  # bytes that fill up
+        while (marker := file.read(1)) == b"\xff":  # a marker may have fill bytes before it
             pass
         if not marker:
             break

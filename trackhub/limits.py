@@ -59,7 +59,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     request_s: Annotated[float, _Range(0.1, 600)] = 10.0
     """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again.
-    At most half of ``silence_s`` is used, or one lost reply would make the site look dead."""
+    It is at most half of ``silence_s``: otherwise one lost reply would make the receiver regard the site as gone."""
 
     barrier_s: Annotated[float, _Range(0, 3600)] = 10.0
     """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
@@ -86,8 +86,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds between two keep-alive messages of a site."""
 
     silence_s: Annotated[float, _Range(0.2, 3600)] = 7.0
-    """Seconds without any message after which the receiver regards a site as gone. At least twice ``keepalive_s``, or
-    one late message would count as death. The default allows three missed signs of life."""
+    """Seconds without any message after which the receiver regards a site as gone. At least twice ``keepalive_s``:
+    otherwise one late message would be enough. The default allows three missing keep-alive messages."""
 
     durability: Literal["normal", "full"] = "normal"
     """What an acked record survives. ``normal``: the death of the receiver's process. ``full``: also the machine's loss
@@ -104,8 +104,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"limits.durability: expected 'normal' or 'full', got {self.durability!r}")
         if self.silence_s < 2 * self.keepalive_s:
             raise ConfigError(
-                f"limits.silence_s: {self.silence_s} must be at least twice limits.keepalive_s ({self.keepalive_s}), "
-                f"or a site with one late message is regarded as gone"
+                f"limits.silence_s: {self.silence_s} must be at least twice limits.keepalive_s ({self.keepalive_s}). "
+                f"Otherwise one late message makes the receiver regard a site as gone"
             )
 
     @classmethod
@@ -121,7 +121,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
-            raise ConfigError(f"limits.{unknown[0]}: unknown limit; there are: {', '.join(cls.__struct_fields__)}")
+            raise ConfigError(f"limits.{unknown[0]}: unknown limit; expected one of {', '.join(cls.__struct_fields__)}")
         variables = {name: ENV_PREFIX + name.upper() for name in cls.__struct_fields__ if name not in values}
         found = (
             {name: environ[variable] for name, variable in variables.items() if variable in environ} if environ else {}

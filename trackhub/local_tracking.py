@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Delivery:
-    """Moves what a run logs from its spool to the backends, and ends the run. Made by `open_local`.
+    """The receiver and the sender of one run: they deliver what the run logs. `open_local` makes it.
 
     Attributes:
         spool: the spool's folder.
@@ -57,13 +57,13 @@ class _Delivery:
     """
 
     def __init__(self, spool: Path, receiver: Receiver, sender: Sender, close_s: float) -> None:
-        """Take over what was started.
+        """Take over a started receiver and a started sender.
 
         Args:
             spool: the spool's folder.
-            receiver: the receiver, which was started.
+            receiver: the started receiver.
             sender: the started sender, which sends the spool to the receiver.
-            close_s: the longest time in seconds to try to bring the spool to the receiver.
+            close_s: how long ``end`` lets the sender send what is left in the spool, in seconds.
         """
         self.spool = spool
         self.sender = sender
@@ -102,7 +102,7 @@ class LocalWriter(Writer):
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``. It stays None if there never was room for the journal.
+        report: the delivery report; None until ``close``. It stays None if the journal could not be made or read.
     """
 
     report: DeliveryReport | None
@@ -135,10 +135,13 @@ class LocalWriter(Writer):
             self._delivery.sender.set_round(value)
 
     def close(self, *, failed: bool = False) -> None:
-        """Deliver what was logged, end the run, and make the report. Blocks up to the limits' deadline. Idempotent.
+        """Deliver what was logged, end the run, and make the report. Idempotent.
+
+        Blocks up to ``deadline_s`` of the limits until the receiver has everything, and up to ``files_s`` while files
+        still arrive. Then it blocks up to ``deadline_s`` until the backends have everything.
 
         Never raises, except when it is interrupted, for example by Ctrl-C. If the journal is damaged, or its disk is
-        full, the log says so and there is no report.
+        full, it logs a warning, and there may be no report.
 
         In a forked child, this only ends the logging of the child. The parent delivers what the child logged.
 
@@ -229,8 +232,8 @@ def open_local(
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
     if resume and not job:
         raise ConfigError(
-            "trackhub.local: resume=True goes on in the run of a job, but job= is left out, so each call begins a new "
-            "one. Give the job= of the earlier call, or leave resume out"
+            "trackhub.local: resume=True needs job=, the job whose run to go on in. Give the job= of the earlier "
+            "call, or leave resume out"
         )
     job_info = JobInfo(job or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}", name, notes, tuple(tags))
     runs_dir = Path(folder).absolute()
@@ -243,9 +246,9 @@ def open_local(
     if not resume and has_streams(spool):
         raise ConfigError(
             f"{run_dir}: this run was logged to before. To go on in it, pass resume=True. Otherwise give another job=, "
-            "or leave it out, and each run gets a folder of its own"
+            "or leave job= out: then each run gets a folder of its own"
         )
-    _name_interrupted(runs_dir, but=run_dir)
+    _warn_of_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits)
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
     end_with_script(writer)
@@ -260,7 +263,7 @@ def _start(
     backends: Mapping[str, Mapping[str, Any]],
     limits: Limits,
 ) -> _Delivery:
-    """Start the receiver, make the spool, and start the sender. If that fails, leave no thread and no lock."""
+    """Start the receiver, make the spool, and start the sender. If one of them fails, leave no thread and no lock."""
     receiver = Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits)
     receiver.start()  # first: with a wrong configuration no spool is made
     try:
@@ -275,8 +278,8 @@ def _start(
     return _Delivery(spool, receiver, sender, limits.deadline_s)
 
 
-def _name_interrupted(runs_dir: Path, *, but: Path) -> None:
-    """Name the runs in this folder whose script was killed, in one line."""
+def _warn_of_interrupted(runs_dir: Path, *, but: Path) -> None:
+    """Warn, in one line, of the runs in this folder whose script was killed."""
     found = [run for run in find_interrupted(runs_dir) if run != but and has_streams(run / "trackhub" / "spool")]
     if found:
         named = ", ".join(f"`trackhub replay {run}`" for run in found[:_MAX_NAMED])

@@ -182,18 +182,18 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         run_folder: Path,
         environ: Mapping[str, str],
     ) -> dict[str, Any]:
-        """Return the options with which a backend runs here: the job's, as far as all rules allow them, and the fixed.
+        """Return the options with which a backend runs here: the job's and the operator's fixed ones.
 
         Args:
             name: the backend's name.
             options: what the job gives. Secrets are references still.
-            marks: what the backend's options are.
+            marks: which of the backend's options hold a secret, a host or a path.
             credentials: what the backend takes from the environment.
             run_folder: the job's run folder at this site.
             environ: the environment of this process, which is the operator's.
 
         Raises:
-            ConfigError: the job asks for something that the operator did not allow. The message says what would.
+            ConfigError: the operator does not allow one of the job's options. The message says what would allow it.
         """
         rules = self.backends.get(name, BackendRules())
         job = {key: value for key, value in options.items() if key not in rules.fixed}
@@ -206,7 +206,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class _Check:
-    """The rules for what one job says of one backend. Each method is one of them, and raises ConfigError."""
+    """Checks what one job says of one backend. `option` and `whole` raise ConfigError for what is not allowed."""
 
     def __init__(
         self, name: str, rules: BackendRules, credentials: Credentials, run_folder: Path, environ: Mapping[str, str]
@@ -216,7 +216,7 @@ class _Check:
         self._credentials = credentials
         self._run_folder = run_folder
         self._hosts = named_hosts(rules, credentials, environ)
-        # A backend with a default host goes somewhere without an option, too.
+        # A backend with a default host connects to one even if no option names a host.
         usual = [*_named_by(environ, credentials), credentials.default_host]
         self._usual_host = usual[0] if credentials.default_host else ""
 
@@ -245,7 +245,7 @@ class _Check:
             self._host(where, value)
 
     def whole(self, effective: Mapping[str, Any], marks: Marks, job: Mapping[str, Any]) -> None:
-        """Check what depends on several options: where the backend ends up without a host, and who shares the store."""
+        """Check what depends on several options: the host if no option names one, and whether others use the store."""
         places = [(v, marked) for k, v in effective.items() if v and (marked := marks.get(k, frozenset()) & _PLACES)]
         if self._usual_host and not any(isinstance(v, str) and OptionMark.HOST in marked for v, marked in places):
             self._host(f"{self._name}: no option names a host, and the default", self._usual_host)
@@ -319,7 +319,7 @@ def read_operator_file(local: Path) -> OperatorFile:
 
 
 def named_hosts(rules: BackendRules, credentials: Credentials, environ: Mapping[str, str]) -> list[str]:
-    """Return the hosts that the operator named for a backend: by the file, by the environment, else the default one.
+    """Return the hosts that the operator named for a backend, in the file or the environment; else the default host.
 
     Args:
         rules: what the file says of the backend.
@@ -340,7 +340,7 @@ def _refuse(problem: str, remedy: str) -> NoReturn:
 
 def _require_absolute(where: str, path: str) -> None:
     if not Path(path).is_absolute():
-        raise ConfigError(f"{where}: {path!r} is not an absolute path")
+        raise ConfigError(f"{where}: expected an absolute path, got {path!r}")
 
 
 def _names_a_path(value: str, marks: frozenset[OptionMark]) -> bool:
@@ -349,7 +349,7 @@ def _names_a_path(value: str, marks: frozenset[OptionMark]) -> bool:
 
 
 def _origin(value: str) -> tuple[str, str, int | None] | None:
-    """Return scheme, host and port of a URL or of ``host[:port]``; None for what readers may understand differently."""
+    """Return scheme, host and port of a URL or of ``host[:port]``; None if programs may read it in different ways."""
     if not value.isascii() or re.search(r"[\s\\@%\x00-\x1f\x7f]", value):
         return None
     try:
@@ -362,7 +362,7 @@ def _origin(value: str) -> tuple[str, str, int | None] | None:
 
 
 def _readings(value: str) -> Iterator[str]:
-    """Yield each path that some reader may take from an option: the text itself, and the path of its URI."""
+    """Yield each path that a program may read in an option's value: the text itself, and the path of a URI."""
     yield os.path.expanduser(value)
     yield os.path.expanduser(os.path.expandvars(value.strip()))
     if scheme := _PATH_SCHEME.match(value):

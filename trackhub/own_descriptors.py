@@ -17,18 +17,19 @@ from collections.abc import Callable
 
 __all__ = ["MappedFile", "OwnDescriptor"]
 
-_FIRST = 512  # more than scripts close by a fixed number, and less than the usual limit of 1,024
+_FIRST = 512  # scripts that close a fixed range close fewer; the usual limit is 1,024
 _OUT_OF_REACH = 128  # a script that closes all descriptors seldom opens as many files afterwards
 _SCANNED = 1024
 
-# Mappings whose copy of the descriptor was closed. To free one would close the script's file that has the number now.
-# The interpreter lets go of fork handlers after all modules, and so after the script's own files have been closed.
+# Mappings whose copy of the descriptor the script has closed. Freeing one would close the script's file that has the
+# number now. So a fork handler refers to this list: the interpreter frees fork handlers after all modules, when the
+# script's own files are closed already.
 _kept: list[mmap.mmap] = []
 os.register_at_fork(after_in_child=_kept.__len__)
 
 
 def _file_of(fd: int, fstat: Callable[[int], os.stat_result] = os.fstat) -> tuple[int, int] | None:
-    """Return what tells the file of a descriptor from all others. None if the descriptor is closed."""
+    """Return the identity of the file of a descriptor. None if the descriptor is closed."""
     # No global name is used: it may be gone when the interpreter ends.
     try:
         found = fstat(fd)
@@ -38,7 +39,7 @@ def _file_of(fd: int, fstat: Callable[[int], os.stat_result] = os.fstat) -> tupl
 
 
 def _moved_up(fd: int) -> int:
-    """Return a descriptor of the same file with a high number, and close the first one. If there is none, return it."""
+    """Close a descriptor and return one with a high number for its file. If no high number is free, return it as is."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, min(_FIRST, limit // 2) if limit >= 0 else _FIRST)
@@ -52,15 +53,15 @@ _FileOf = Callable[[int], tuple[int, int] | None]
 
 
 class OwnDescriptor:
-    """An open file that trackhub closes only as long as the descriptor belongs to it.
+    """An open file of trackhub. ``close`` closes the descriptor only if it still belongs to this file.
 
     Attributes:
         number: the descriptor; -1 after ``close``.
-        is_out_of_reach: False if there was no high number, so that the script's next file may get this one.
+        is_out_of_reach: False if no high number was free. The script's next file may then get this number.
     """
 
     def __init__(self, fd: int) -> None:
-        """Take over an open descriptor. It gets a high number, if there is one."""
+        """Take over an open descriptor. It gets a high number, if one is free."""
         self.number = _moved_up(fd)
         self.is_out_of_reach = self.number >= _OUT_OF_REACH
         self._file = _file_of(self.number)
@@ -79,7 +80,7 @@ class OwnDescriptor:
                 if file_of(number) == self._file:
                     close(number)
             except OSError:
-                pass  # it belongs to earlier writes, which returned long ago
+                pass  # the error is one of earlier writes, whose calls returned long ago
 
     def __del__(self) -> None:
         self.close()

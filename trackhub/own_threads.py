@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks the threads that are trackhub's own: those of lanes, and the threads that a backend starts in them.
+"""Marks the threads that are trackhub's own, such as those of lanes, and the threads that backends start in them.
 
 A backend may call the same SDK as the training script, in the same process. `trackhub.flare.trainer.capture` records
-only the script's calls, so it asks here whose thread makes a call. Lanes start their threads with `OwnThread`.
+only the script's calls, so it asks here whose thread makes a call. Lanes are threads of the class `OwnThread`.
 """
 
 from __future__ import annotations

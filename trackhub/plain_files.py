@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["MAX_PLAIN_BYTES", "find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
 
 MAX_PLAIN_BYTES = 1 << 24
-"""How large a file is that `read_plain` reads. A sparse file takes no disk, and could take all of the memory."""
+"""Largest file that `read_plain` reads. Without it, a sparse file, which takes no disk, could fill the memory."""
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_FOLDER = 0o700
@@ -42,8 +42,8 @@ def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
 def open_plain_inside(folder: Path, path: Path) -> int:
     """Open an ordinary file for reading that is somewhere below a folder, and return its descriptor. Never waits.
 
-    No part of the path below the folder may be a symbolic link. So the file is in the folder also if somebody changes
-    the path meanwhile.
+    No part of the path below the folder may be a symbolic link. So the opened file is in the folder even if somebody
+    changes the path meanwhile.
 
     Args:
         folder: the folder. It may be reached through links.
@@ -51,7 +51,7 @@ def open_plain_inside(folder: Path, path: Path) -> int:
 
     Raises:
         OSError: it cannot be opened, is not an ordinary file, or a part of its path is a symbolic link.
-        ValueError: ``path`` is not below ``folder``.
+        ValueError: ``path`` is not below ``folder``, or has ``..`` in it.
     """
     *parents, name = path.relative_to(folder).parts
     if ".." in (*parents, name):
@@ -79,7 +79,7 @@ def _open_plain(path: str | Path, flags: int, mode: int, dir_fd: int | None = No
 
 
 def read_plain(path: Path) -> bytes:
-    """Return the content of an ordinary file of trackhub's own, all of which are small.
+    """Return the content of one of trackhub's own files, which are all small.
 
     Raises:
         OSError: it cannot be read, is not an ordinary file, or has more than ``MAX_PLAIN_BYTES``.
@@ -87,16 +87,15 @@ def read_plain(path: Path) -> bytes:
     with open(path, "rb", opener=open_plain) as file:
         data = file.read(MAX_PLAIN_BYTES + 1)
     if len(data) > MAX_PLAIN_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MAX_PLAIN_BYTES} bytes; no such file of trackhub has", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {MAX_PLAIN_BYTES} bytes, so trackhub did not write it", str(path))
     return data
 
 
 def find_way_out(folder: Path) -> str:
-    """Return what in this folder would make a program write or wait elsewhere; empty if there is nothing.
+    """Return why a program that writes below this folder could write outside it, or block. Empty if it cannot.
 
-    That is a symbolic link that leads out of the folder, a file that has another name outside of it (a hard link), a
-    FIFO or a device. The folder itself may be reached by a link. Whoever writes below a folder without such things
-    writes into the folder, however it opens its files.
+    Reasons are a symbolic link that leads out of the folder, a file that has another name outside of it (a hard link),
+    a FIFO or a device. The folder itself may be reached by a link.
 
     Raises:
         OSError: a folder cannot be read.

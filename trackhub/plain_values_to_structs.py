@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts plain values into Structs. An error message names the path to the wrong value.
 
-`config`, `limits` and `registry` call it for what comes from flags, TOML, JSON and the environment.
+`config`, `limits`, `operator_file` and `registry` call it for values from flags, TOML, JSON and the environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["convert", "describe", "one_at_a_time", "prepare"]
 _StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
 one_at_a_time = threading.RLock()
-"""Held while something is converted into a class that `prepare` does not know, such as a plugin's options."""
+"""Hold this lock while a value is converted into a class that `prepare` did not get, such as a plugin's options."""
 
 
 def prepare(*classes: type) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a backend can be used here, asked before a job starts.
+"""Checks, before a job starts, whether a backend can be used here.
 
 It does what a receiver does before training: it builds the options, makes the backend, and calls its ``preflight``.
 ``trackhub backends --check`` and scripts that start jobs call it.
@@ -40,7 +40,7 @@ class Readiness(StrEnum):
 
 
 class Ready(NamedTuple):
-    """Whether a backend is ready, and what to know about that."""
+    """Whether a backend is ready, and a remark: the reason why not, and the backend's warnings."""
 
     word: Readiness
     remark: str
@@ -90,7 +90,7 @@ def _ask(name: str, options: Mapping[str, Any], folder: Path) -> Ready:
 
 
 class _Warnings(logging.Handler):
-    """Collects what is logged as a warning meanwhile, and keeps it from the terminal."""
+    """Collects the warnings that are logged in its block. Python prints a warning by itself only without a handler."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

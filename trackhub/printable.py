@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Escapes text of other people before it goes to a terminal, a log or the text of a report. Only this module does that.
+"""Escapes text from elsewhere before it goes to a terminal, a log or the text of a report. Only this module does that.
 
-A site's name, a key or a backend's error may contain escape sequences, which a terminal obeys. Line breaks in it would
-look like lines of trackhub's own, and other characters turn the direction of the text.
+A site's name, a key or a backend's error may contain escape sequences, which a terminal obeys. A line break could
+imitate a line of trackhub's own, and other characters reverse the direction of the text.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class ProcessLock:
 
     def abandon(self) -> None:
         """Close the file, and leave the lock to the process that it was forked from. Never raises. Idempotent."""
-        # If nobody calls this, the file is closed as well, and not unlocked. In a child that was forked a moment ago,
-        # that would unlock for the parent.
+        # Close without LOCK_UN, here and when the object is freed. In a child that was just forked, LOCK_UN would take
+        # the lock from the parent.
         self._file.close()
 
 

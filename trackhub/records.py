@@ -60,7 +60,7 @@ MAX_IMAGE_BYTES = 64 << 20
 """Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
 
 MAX_CAPTION_CHARS = 20_000
-"""Longest caption of an image. A lane stores the captions of the images on their way with each confirmation."""
+"""Longest caption of an image. With each confirmation, a lane stores the captions of images on their way."""
 
 STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
@@ -71,7 +71,7 @@ Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 """A number of records, or the number of one in its stream."""
 
 Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
-"""A word under which a report counts records. It goes to terminals, so it has no other characters."""
+"""A word under which a report counts records. Terminals show it, so only harmless characters are allowed."""
 
 _Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
 _Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # up to the end of the year 9999; NaN is excluded
@@ -86,8 +86,8 @@ def key_problem(key: str) -> str | None:
 
     A key has 1 to ``MAX_KEY_CHARS`` characters of any script. It is valid UTF-8 without control characters (Unicode
     category Cc), U+2028, U+2029 and lone surrogates. The writer uses this rule, and so does the receiver for what a
-    site sends. Terminals and pages must still escape a key: it may contain characters that turn the direction of the
-    text.
+    site sends. Terminals and pages must still escape a key: it may contain characters that reverse the
+    direction of the text.
     """
     if not key:
         return "is empty; expected a name such as 'train/loss'"
@@ -95,7 +95,7 @@ def key_problem(key: str) -> str | None:
         return f"has {len(key)} characters; expected at most {MAX_KEY_CHARS}"
     # A printable text has none of these characters, and isprintable is four times as fast as the pattern.
     if not key.isprintable() and (found := _NOT_IN_KEYS.search(key)):
-        return f"contains U+{ord(found[0]):04X}; expected no control characters, line separators and lone surrogates"
+        return f"contains U+{ord(found[0]):04X}; expected no control characters, line separators or lone surrogates"
     return None
 
 
@@ -158,9 +158,9 @@ class Text(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
 class Image(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
     """One encoded image.
 
-    The receiver and each lane check that the file begins as a PNG or JPEG file does, and that its header agrees with
-    the media type, the width and the height. Nobody has decoded it: the rest of the file may be damaged, or may be
-    a few bytes that become gigabytes of pixels.
+    The receiver and each lane check that the file begins as a PNG or JPEG file does. They check that its header agrees
+    with the media type, the width and the height. Nobody has decoded the file: the rest may be damaged, or may be a few
+    bytes that become gigabytes of pixels.
 
     Attributes:
         key: its key.

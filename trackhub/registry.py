@@ -2,7 +2,7 @@
 """The installed backends: list them without importing any, load one by name, and check its options.
 
 A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. Trackhub's
-own backends are found in the same way. The receiver, `trackhub.flare.recipe` and the commands call this.
+own backends are found in the same way. The receiver, `trackhub.flare.recipe` and the commands call it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _OURS = ("jsonl", "mlflow", "tensorboard", "wandb")
 """The backends that trackhub itself has, each but the first in a distribution of its own."""
 
 _MISSPELT = 0.8
-"""How alike two names must be, by difflib, for one to be a misspelt form of the other."""
+"""The similarity, by difflib, from which on one name counts as a misspelt form of another."""
 
 RESERVED = frozenset({"none", "trackhub"})
 """Names that no backend can have: ``none`` turns tracking off, and ``trackhub`` is the core's folder beside theirs."""
@@ -80,8 +80,8 @@ class BackendEntry(msgspec.Struct, frozen=True):
         name: the backend's name.
         distribution, version: which distribution provides it.
         value: what the entry point names: ``module:Class``.
-        state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded, which shows
-            without importing it. Otherwise ``ok``; an import may still fail.
+        state: ``conflict``: another distribution provides the same name. ``broken``: it cannot be loaded. Otherwise
+            ``ok``. Nothing was imported for this, so an import may still fail.
         problem: why it is not ``ok``; empty if it is.
     """
 
@@ -144,7 +144,7 @@ def load_entry(
         raise ConfigError(
             f"backend {name!r} is not allowed at this site; its operator allows: "
             f"{', '.join(sorted(allowed)) or 'none'}. "
-            f"That stands in local/{FILE_NAME} as backends_allowed"
+            f"The operator can add it to backends_allowed in local/{FILE_NAME}"
         )
     entry = matches[0]
     if entry.state == "conflict":
@@ -182,7 +182,7 @@ def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
         )
     if loaded.spi != SPI_VERSION:
         raise IncompatibleBackendError(
-            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, this trackhub has version "
+            f"{origin} was written for version {loaded.spi!r} of trackhub's SPI, but this trackhub has version "
             f"{SPI_VERSION}. Install versions of the plugin and of flare-trackhub that belong together"
         )
     if loaded.open_run is Backend.open_run:
@@ -234,8 +234,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def may_be_elsewhere(name: str) -> bool:
     """Return whether a backend that is not installed here may be installed at another site.
 
-    No site has a name that no backend can have. A name that differs in a letter or two from a known backend is taken
-    as a misspelt one. A longer name that contains the known one, such as ``wandb-eu``, is not.
+    False for a name that no backend can have. False as well for a name that differs in a letter or two from a known
+    backend: it is probably misspelt. A longer name that contains the known one, such as ``wandb-eu``, is not.
     """
     if _NAME.fullmatch(name) is None or name in RESERVED:
         return False
@@ -244,10 +244,10 @@ def may_be_elsewhere(name: str) -> bool:
 
 
 def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]) -> msgspec.Struct:
-    """Return the backend's Options from a plain mapping, with secret references resolved. Only at the receiver.
+    """Return the backend's Options from a plain mapping, with secret references resolved.
 
-    Do not store or log the result. Strings are accepted for numbers, booleans and None where the option's type has no
-    string (``"5"``, ``"true"``, ``"null"``), since flags have nothing else.
+    Call it only at the receiver. Do not store or log the result. Flags are always strings. So where an option's type
+    has no string, ``"5"``, ``"true"`` and ``"null"`` are accepted for numbers, booleans and None.
 
     Args:
         name: the backend's name, for messages.
@@ -267,7 +267,7 @@ def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]
 def permitted_options(
     name: str, options: Mapping[str, Any], operator: OperatorFile, run_folder: Path
 ) -> dict[str, Any]:
-    """Return the options with which a backend runs at this site, as far as the site's operator allows the job's.
+    """Return the options with which a backend runs at this site: the job's and the operator's fixed ones.
 
     Call it at the receiver before training, and give the result to the receiver. Secret references stay as they are.
 
@@ -278,7 +278,7 @@ def permitted_options(
         run_folder: the job's run folder at this site.
 
     Raises:
-        ConfigError: the job asks for something that the operator did not allow, or an option is wrong.
+        ConfigError: the operator does not allow one of the job's options, or an option is wrong.
         UnknownBackendError: the backend is not installed here.
         PluginError: the backend cannot be used.
     """
@@ -297,7 +297,7 @@ def permitted_options(
 
 
 def _remember_environment(cls: type[Backend[Any]]) -> None:
-    """Conceal the secrets that the backend, and the network libraries below it, find in this process's environment."""
+    """Conceal the secrets in this process's environment that the backend and its network libraries read."""
     for variable in cls.credentials.variables:
         remember_secret(os.environ.get(variable))
     remember_logins_in_urls(os.environ, cls.credentials.host_variables)
@@ -349,22 +349,22 @@ def _entry_points() -> Iterator[tuple[str, str, str, str]]:
                 yield point.name, distribution.name, distribution.version or "unknown", point.value
         except Exception as error:  # metadata that is malformed or half removed must not hide other plugins
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # nothing can be read now, so no backend is missing for that
+                raise  # no metadata can be read now; a backend that is installed must not be called missing
             _log.warning("the metadata of %s cannot be read; its backends are not seen", distribution, exc_info=True)
 
 
 def _is_shadowed(distribution: metadata.Distribution) -> bool:
     """Return whether another copy of this distribution comes before it on ``sys.path``.
 
-    An old copy may be further down, or the metadata of a build may be beside an editable install. As for imports, the
-    first one counts.
+    An old copy may be further down, or the metadata of a build may be beside an editable install. The first copy
+    counts, as for imports.
     """
     first = metadata.distribution(distribution.name)
     return first.locate_file("") != distribution.locate_file("") or first.version != distribution.version
 
 
 def _visible_problem(name: str, value: str) -> str:
-    """Return what is wrong with an entry point, as far as this shows without importing it. Empty if nothing is."""
+    """Return what is wrong with an entry point, without importing it. Empty if nothing is seen to be wrong."""
     if _NAME.fullmatch(name) is None:
         return "a backend's name is made of a-z, 0-9, - and _, starts with a letter and has at most 64 characters"
     if name in RESERVED:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a shell command run as it is printed, also where nobody has activated the environment of this Python.
+"""Makes a printed shell command run even if nobody has activated the environment of this Python.
 
-What shows a person a command calls it: the results of a run, and the delivery report.
+The results of a run and the delivery report call it for each command that they show.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["runnable"]
 def runnable(command: str) -> str:
     """Return the command with the full path of its program, if PATH lacks it and this Python's environment has it.
 
-    It may follow a ``cd FOLDER && ``. Whoever never activated the environment, as after ``make demo``, would read
-    "command not found" otherwise.
+    A ``cd FOLDER && `` may come before the program. Without the path, the shell of a person who never activated the
+    environment, as after ``make demo``, would say "command not found".
     """
     before, then, last = command.rpartition(" && ")
     program, space, arguments = last.partition(" ")

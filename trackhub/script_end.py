@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End open runs when the script ends: when the interpreter exits, and on SIGTERM and SIGHUP.
+"""Ends open runs when the script ends: when the interpreter exits, and on SIGTERM and SIGHUP.
 
-`trackhub.local_tracking` registers each run that it opens. A signal is handled only where the script does not handle it
-itself, and only while a run is open.
+`trackhub.local_tracking` registers each run that it opens. This module handles a signal only while a run is open, and
+only if the script does not handle the signal itself.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def is_failure(error: BaseException | None) -> bool:
 def _watch_exit() -> None:
     if not _state.is_registered:
         _state.is_registered = True
-        # ``atexit`` calls last what was registered first, and SDKs register later than this. So ``atexit`` would end an
-        # SDK before its backend has delivered. Functions of `threading._register_atexit` run before ``atexit``. Such
-        # functions also run in reverse order. This import registers the one of the executors first, so executors still
-        # work when our function runs.
+        # ``atexit`` runs its functions in reverse order, and SDKs register later than this. So ``atexit`` would end an
+        # SDK before its backend has delivered. Functions of `threading._register_atexit` run before ``atexit``, also in
+        # reverse order. This import registers the function of the executors first, so executors still work when our
+        # function runs.
         import concurrent.futures.thread  # noqa: F401
 
         getattr(threading, "_register_atexit", atexit.register)(_at_exit)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets in options: literals are refused, references are resolved at the receiver and nowhere else.
+"""Secrets in options: refuses literal secrets, and resolves references to secrets at the receiver.
 
+`trackhub.registry` calls it for each backend's options. `trackhub.context` removes secrets from what it logs with it.
 A job's options travel through files, archives and other sites, so they may name a secret but never hold one::
 
     ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
@@ -78,9 +79,9 @@ _HIDDEN = "***"
 
 
 class Secret(str):
-    """A string that holds a resolved secret. It is the string, but its ``repr`` does not show it.
+    """A string that holds a resolved secret. Its ``repr`` does not show the secret.
 
-    A log or a traceback shows the ``repr`` of a Struct of options, and so of its strings.
+    A log or a traceback shows the ``repr`` of a Struct of options, and with it the ``repr`` of each string.
     """
 
     __slots__ = ()
@@ -90,7 +91,7 @@ class Secret(str):
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether an option, or the path to one, has a name by which it holds a secret: ``wandb.api_key``."""
+    """Return whether the name of an option, or the path to one, says that it holds a secret: ``wandb.api_key``."""
     return _SECRET_KEY.search(_key_of(name)) is not None
 
 
@@ -135,16 +136,16 @@ def without_secrets(text: str) -> str:
 
 
 def without_login(url: str) -> str:
-    """Return a URL without the user and the password that stand in it."""
+    """Return a URL without its user and password."""
     return _split_login(url)[0]
 
 
 def remember_logins_in_urls(environ: Mapping[str, str], names: Iterable[str]) -> None:
-    """Conceal the passwords in URLs of the environment from now on: in those of proxies, and in variables by name.
+    """From now on, conceal the passwords in the URLs of the environment: those of proxies, and those of some variables.
 
     Args:
         environ: the environment.
-        names: further variables that may hold a URL.
+        names: the variables, besides those of proxies, that may hold a URL.
     """
     proxies = (name for name in environ if name.lower().endswith("_proxy"))
     for name in (*names, *proxies):
@@ -154,7 +155,7 @@ def remember_logins_in_urls(environ: Mapping[str, str], names: Iterable[str]) ->
 
 
 def _split_login(url: str) -> tuple[str, str]:
-    """Return a URL without its login, and the password in it. A user without a password is one: it is a token then."""
+    """Return a URL without its login, and the password in it. A user without a password is a token: it is returned."""
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")
     except ValueError:

@@ -121,7 +121,7 @@ class ConfirmedBy(StrEnum):
     WRITE = "write"
     """``write``: when it returns, the batch is durable. The lane never calls ``flush``."""
     FLUSH = "flush"
-    """``flush``: when it returns, everything written before it is durable."""
+    """``flush``: when it returns, everything written before it is durable, but for what ``left_out`` returns."""
 
 
 class Confirmation(StrEnum):
@@ -184,14 +184,14 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for each stream and key. Params, tags and summaries never have a step.
         changing_params: whether a param may get another value later. If not, the core hands over the first value, and
             rejects later values that differ as ``param_changed``.
-        any_order: whether an entry may be stored after later ones of its run. Then the core tells a record that the
-            store always refuses from a store that is down: it writes other entries as a test. With ``idempotent``,
-            these may be stored already. So a second ``write`` of metrics must fail while the store takes no writes.
-        probe: whether the runs have ``probe``, which is the test where the order must be kept.
-        files_beside: the kinds of files, images or artifacts, that a second thread may hand to ``write``, one at a
-            time, while the lane's thread calls the run's methods with everything else. Then a file that is large, or
-            that the store refuses, holds up no metrics. Such a file may be stored after later entries. This field and
-            ``any_order`` have an effect with ``idempotent`` and ``at_least_once`` only.
+        any_order: whether an entry may be stored after later ones of its run. If one entry keeps failing, the core then
+            writes other entries, to test whether the store is down. With ``idempotent``, these may be stored already:
+            a second ``write`` of metrics must fail while the store takes no writes.
+        probe: whether the runs implement ``probe``, the same test for a store that must keep the order.
+        files_beside: the kinds, images or artifacts, whose files a second thread may hand to ``write``, one at a time.
+            The lane's thread meanwhile calls the run's methods with everything else. Then a large or refused file holds
+            up no metrics, but may be stored after later entries. This field and ``any_order`` have an effect only with
+            ``idempotent`` and ``at_least_once``.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -292,7 +292,7 @@ class Results(msgspec.Struct, frozen=True):
     """How a person looks at a run. Paths are relative to the job's run folder, so that the folder may be moved.
 
     Attributes:
-        url: the page that shows it. Beside a command, it is a page that is there while the command runs.
+        url: the page that shows it. If there is a command as well, the page exists while the command runs.
         path: the file or folder that holds it, relative to the run folder; absolute where it lies outside.
         command: the shell command that opens it, to be run in the run folder. If there are several, each is a line.
     """
@@ -302,14 +302,14 @@ class Results(msgspec.Struct, frozen=True):
     command: str | None = None
 
     def resolved(self, run_folder: Path) -> Results:
-        """Return a copy for a run folder that lies here now. Its command works in any folder and shell of this user."""
+        """Return a copy for this place of the run folder. Its command works in any folder and shell of this user."""
         path = None if self.path is None else str(run_folder.absolute() / self.path)
         go_there = f"cd {shlex.quote(str(run_folder.absolute()))} && "
         lines = None if self.command is None else [go_there + runnable(line) for line in self.command.split("\n")]
         return Results(self.url, path, None if lines is None else "\n".join(lines))
 
     def openings(self) -> list[str]:
-        """Return what a person is shown: the commands, then the page; or else the path. Empty if there is none."""
+        """Return what to show a person: the commands, then the page. Without both, return the path, if there is one."""
         commands = self.command.split("\n") if self.command else []
         shown = self.url or (None if commands else self.path)
         return [*commands, shown] if shown else commands
@@ -384,9 +384,9 @@ class BackendRun:
         raise NotImplementedError(f"{type(self).__name__} must implement write(batch)")
 
     def flush(self) -> Confirmation:
-        """Block until everything that was written is stored, so that it survives a crash of this process.
+        """Block until everything that was written survives a crash of this process, but for what ``left_out`` returns.
 
-        The written records then count as delivered. Called only with ``ConfirmedBy.FLUSH``.
+        These records then count as delivered. Called only with ``ConfirmedBy.FLUSH``.
 
         Returns:
             Who confirmed the records: the store itself, or only the SDK.
@@ -402,7 +402,7 @@ class BackendRun:
     def left_out(self) -> Sequence[Entry]:
         """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
 
-        They stay pending alone. Return each after every ``flush`` until it is stored. Not for ``resumable`` runs.
+        Only they stay pending. Return each after every ``flush`` until it is stored. Not for ``resumable`` runs.
         """
         return ()
 
@@ -415,10 +415,10 @@ class BackendRun:
         raise NotImplementedError(f"{type(self).__name__} must implement finish(status)")
 
     def probe(self, entry: Entry) -> None:
-        """Test whether the store takes writes for this run now. Remove again whatever this stores.
+        """Test whether the store takes writes for this run now. Remove whatever the test stores.
 
-        Called only with ``capabilities.probe``, while ``write`` fails with ``entry`` alone. If this succeeds meanwhile,
-        the entry is rejected. So test the same place, by the same way, with about as many bytes.
+        Called only with ``capabilities.probe``, while ``write`` fails with ``entry`` alone. If the test succeeds, the
+        entry is rejected. So test the same place, in the same way, with about as many bytes.
 
         Raises:
             TransientError: the store takes no writes now.
@@ -490,7 +490,7 @@ class Backend(Generic[OptionsT_co]):
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return how a person looks at this run. Called once it is open, and again when it has been finished."""
+        """Return how a person looks at this run. Called after it was opened, and again after it was finished."""
         return None
 
     def close(self) -> None:

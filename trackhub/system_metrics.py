@@ -24,7 +24,7 @@ PREFIX = "system/"
 """The prefix of all keys. MLflow shows keys with it on a page of their own, and knows the names of the host's keys."""
 
 MIN_INTERVAL_S = 0.5
-_MAX_SHARE = 0.02  # of a core. On a slow machine the pauses become longer than the job asked for
+_MAX_SHARE = 0.02  # of one core; longer pauses keep to it where measuring is slow
 _STOP_S = 2.0
 _MEGABYTE = 1e6
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_interval(interval_s: object) -> None:
     if interval_s is not None and not (is_number and MIN_INTERVAL_S <= interval_s < float("inf")):  # type: ignore[operator]
         raise ConfigError(
             f"tracking: system_metrics: expected the seconds between two measurements, at least {MIN_INTERVAL_S}, or "
-            f"None for none, got {interval_s!r}"
+            f"None to measure nothing, got {interval_s!r}"
         )
 
 
@@ -51,11 +51,11 @@ class SystemMetrics:
     """
 
     def __init__(self, log: Callable[[dict[str, float]], None], interval_s: float, folder: Path) -> None:
-        """Prepare; ``start`` starts it.
+        """Prepare; ``start`` starts the thread.
 
         Args:
             log: takes what was measured.
-            interval_s: seconds between two measurements.
+            interval_s: the shortest time between two measurements, in seconds. It is longer where measuring is slow.
             folder: the disk that holds it is measured.
         """
         self._logs = log
@@ -69,7 +69,7 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """End. Waits up to two seconds for a measurement that is under way."""
+        """Stop measuring. Waits up to two seconds for a measurement that is under way."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_S)
@@ -130,13 +130,12 @@ class _Probe:
         found: dict[str, float] = {}
         pids: set[int] = set()
         for part in (lambda: self._job(pids), self._host, self._disk, self._network, lambda: self._gpus(pids)):
-            # This process may be forbidden to measure one part, such as the network in a sandbox. Measure the others
-            # then.
+            # A part may be forbidden to this process, such as the network in a sandbox. The other parts still count.
             found |= _or_none(part) or {}
         return found
 
     def _job(self, pids: set[int]) -> dict[str, float]:
-        """Return CPU time and memory of this process and of all that it started."""
+        """Return the CPU use and the memory of this process and of all that it started. Add their ids to ``pids``."""
         memory, cpu_s = 0, {}
         for process in [self._own, *self._own.children(recursive=True)]:
             with contextlib.suppress(self._psutil.Error):  # it has just ended

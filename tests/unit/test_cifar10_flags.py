@@ -143,11 +143,11 @@ def test_options_reach_their_backend_on_both_sides(tmp_path: Path) -> None:
             ConfigError,
             "no side to run on: give --streamed_to_server or --streamed_to_clients",
         ),
-        (["--client_backend", "jsonl"], ConfigError, "contradicts sides: ['server'], by which nothing runs"),
+        (["--client_backend", "jsonl"], ConfigError, "contradicts sides: ['server']. Nothing runs"),
         (
             ["--streamed_to_clients", "--no-streamed_to_server", "--log_model", "best"],
             ConfigError,
-            "contradicts sides: ['client']: only a server",
+            "contradicts sides: ['client']. Only a server",
         ),
         (["--backend", "none", "--backend", "jsonl"], ConfigError, "cannot stand beside other backends"),
         (["--backend", "tensorbord"], UnknownBackendError, "tensorboard"),

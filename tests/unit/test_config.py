@@ -45,7 +45,7 @@ def test_an_error_about_a_flag_does_not_show_its_value() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"deadline": 5}, r"limits\.deadline: unknown limit; there are: batch_records, "),
+        ({"deadline": 5}, r"limits\.deadline: unknown limit; expected one of batch_records, "),
         ({"deadline_s": "soon"}, r"limits\.deadline_s: expected `float`, got `str`"),
         ({"deadline_s": -1}, r"limits\.deadline_s: -1.* is out of range; expected 0 to 86,400"),
         ({"deadline_s": "nan"}, r"limits\.deadline_s: nan is out of range"),
@@ -148,7 +148,7 @@ def test_neither_side_is_an_error_that_says_so() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"backend": ["jsonl"]}, "backend: unknown key; there are: backends, "),
+        ({"backend": ["jsonl"]}, "backend: unknown key; expected one of backends, "),
         ({"backends": "jsonl"}, r"tracking\.backends: expected `array`, got `str`"),
         ({"backends": ["a", "a"]}, "backends: 'a' is given more than once"),
         ({"sides": ["edge"]}, r"tracking\.sides\[0\]"),

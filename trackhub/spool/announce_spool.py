@@ -67,7 +67,7 @@ def spool_env(folder: Path, site: str, job: str) -> str:
         job: the job that the spool belongs to.
     """
     expected = expected_spool(folder)
-    with contextlib.suppress(SpoolError):  # there may be no spool in the folder yet; that shows when a trainer looks
+    with contextlib.suppress(SpoolError):  # there is no spool yet; a trainer that looks for it reports that
         info = spool_info(folder)
         return msgspec.json.encode(_Claim(str(folder), site, job, info, expected[1] if expected else "")).decode()
     return msgspec.json.encode(_Claim(str(folder), site, job)).decode()
@@ -76,8 +76,8 @@ def spool_env(folder: Path, site: str, job: str) -> str:
 def set_process_spool(folder: Path | None) -> None:
     """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
 
-    The FLARE server announces its spool this way. The simulator's clients inherit the server's environment. So with an
-    environment variable, they would write as the server.
+    The FLARE server announces its spool this way. The simulator's clients inherit the server's environment. With an
+    environment variable, they would therefore write as the server.
     """
     global _process_spool  # one per process, since a process logs for one site
     _process_spool = folder
@@ -138,7 +138,8 @@ def find_spool(announced: str | None = None) -> Path:
         is_missing = isinstance(e.__cause__, FileNotFoundError) or not isinstance(e.__cause__, OSError)
         if claim.info is None or (is_missing and not claim.reason):
             raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
-        # The disk is full, or this process has no free descriptor. Meanwhile, its records are dropped and counted.
+        # The disk is full, or this process has no free descriptor. Until that changes, its records are dropped and
+        # counted.
         info = claim.info
         expect_spool(folder, info, claim.reason or "io_error")
     if (info.site, info.job) != (claim.site, claim.job) or not info.open:

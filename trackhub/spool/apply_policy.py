@@ -4,8 +4,8 @@
 `SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that may not leave is replaced by a gap
 with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
-``keep_last`` needs to know which value is the last of its round. This is known when a later value of the same key
-comes, or when the round ends. Until then, the stream waits at this record.
+The policy ``keep_last`` lets the last value of a round leave. A value is known to be the last only when the round
+ends, and not to be the last when a later value of its key comes. Until then, the stream waits at this record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Item:
         end: where the frame ends in the batch.
         frame: its bytes.
         record: what is in it; None if that cannot be read.
-        judgement: what may leave of it.
+        judgement: what may leave of the record.
         thinned: the rule by which thinning withholds a value, by key.
         seen: what thinning remembers of its keys from now on.
     """
@@ -68,17 +68,18 @@ class Withholding:
     def __init__(self, judge: Judge) -> None:
         """Apply what ``judge`` decides."""
         self._judge = judge
-        # For each stream: whether a value that thinning withholds leaves after all, as the last of its round. A batch
-        # that is partly read again must get the same answer. Otherwise a file could leave without its record.
+        # For each stream, by record and key: whether a value that thinning withholds leaves after all, as the last of
+        # its round. A part of a batch may be read again, and must get the same answer. Otherwise a file could leave
+        # without its record.
         self._is_last: dict[str, dict[tuple[int, str], bool]] = {}
 
     @classmethod
     def for_reader(cls, rules: Mapping[str, Any], cursor: str) -> Withholding | None:
-        """Return what withholds records from a reader; None if it may have all.
+        """Return the rules for a reader; None if it may have all records.
 
         Args:
             rules: the rules that the spool keeps.
-            cursor: the reader's name. A reader for a receiver at the site itself gets all but forbidden kinds.
+            cursor: the reader's name. If its receiver is at the site itself, only forbidden kinds are withheld.
 
         Raises:
             ConfigError: the rules cannot be read.
@@ -114,7 +115,7 @@ class Withholding:
             yield item
 
     def _judged(self, kind: int, body: bytes) -> tuple[Record | None, Judgement]:
-        """Return a record and what may leave of it. Nothing may leave of what cannot be read."""
+        """Return a record and what may leave of it. A record that cannot be read does not leave."""
         try:
             record = decode_body(body)
             if KIND_OF[type(record.payload)] == kind:
@@ -157,7 +158,7 @@ class Withholding:
         if ended:
             for key in list(undecided):
                 keep(key)
-        # If the first record is still undecided at the end of a whole batch, it leaves: the stream must go on.
+        # If a whole batch does not decide about its first record, the record leaves. Otherwise the stream would stop.
         for key in [key for key, i in undecided.items() if i == 0 and more]:
             keep(key)
         end = min(undecided.values(), default=len(items))
@@ -201,7 +202,7 @@ class _Made:
     def __init__(self, time: float) -> None:
         """Start.
 
-        All gaps for withheld records get this time, since a record's own time would tell when it was logged.
+        All gaps for withheld records get this time. A record's own time would tell when it was logged.
         """
         self.records = 0
         self.blobs: list[Blob] = []

@@ -49,7 +49,7 @@ class SpoolBatch(msgspec.Struct, frozen=True):
 
     Attributes:
         stream: the stream's id.
-        first_seq: the number of the first record; records that gaps account for have numbers, too.
+        first_seq: the number of the first record. Records that a gap stands for have numbers, too.
         next_seq: the number of the record after the last one.
         records: how many records the frames hold, gaps not counted.
         frames: the frames, one after another.
@@ -145,8 +145,8 @@ class _Assembly:
     def take_frames(self, max_records: int, max_bytes: int) -> None:
         """Take frames until the batch is full, the data ends, records are missing, or a record's blob is lost.
 
-        The numbers of the other records show that records are missing, even if exactly one whole frame is gone without
-        a trace. The next batch then starts after the missing ones.
+        The records' numbers show that records are missing, even if exactly one whole frame is gone without a trace.
+        The next batch then starts with a gap for the missing ones.
 
         Raises:
             CorruptFrameError: damage follows the frames that were taken.
@@ -188,7 +188,7 @@ class _Assembly:
         return self.end == self.start
 
     def _explain_missing(self, head: Head) -> None:
-        """Account for the records that are missing before the first frame."""
+        """Add a gap for the records that are missing before the first frame."""
         self._add_gap(self.seq, head.time, head.seq - self.seq)
         self.seq = head.seq
 

@@ -31,7 +31,7 @@ class FollowedStream:
     Attributes:
         name: the stream's id.
         ack: how far the reader got. Other threads may read it.
-        is_placed: False if the reader's file is lost, so that nobody knows how far an earlier reader got.
+        is_placed: False if the reader's ``.ack`` file is lost. Then nobody here knows how far an earlier reader got.
         first_segment, last_segment: its segments at the last look; -1 if there were none.
         end: where the stream ended at the last look.
         size: how many bytes its segments had at the last look, or when the stream was done.
@@ -40,7 +40,7 @@ class FollowedStream:
         problem: why it could not be read in this pass; empty if it could be read.
         is_done: whether its writer has ended and all readable records are acknowledged.
         is_held: whether its next records wait for their files, and are not handed out.
-        undecided_end: where the stream ended when the policy could not decide yet about its next record.
+        undecided_end: where the stream ended when the policy could not decide about its next record; None if it could.
     """
 
     __slots__ = (
@@ -78,7 +78,7 @@ class FollowedStream:
         return (self.ack.segment, self.ack.offset) < self.end
 
     def forget_files(self) -> None:
-        """Prepare for a look at the folder."""
+        """Forget what the last look at the folder found, before the next look."""
         self.first_segment = self.last_segment = _NO_SEGMENT
         self.end = (_NO_SEGMENT, 0)
         self.files = []

@@ -20,7 +20,7 @@ _WITHHELD = "withheld"
 class StreamCount(msgspec.Struct, frozen=True):
     """How many records of a stream were logged, and what became of them.
 
-    ``logged`` is the sum of the other numbers.
+    ``logged`` is the sum of ``dropped``, ``withheld``, ``acked``, ``refused``, ``spooled`` and ``unreadable``.
 
     Attributes:
         logged: log calls that returned.
@@ -32,9 +32,8 @@ class StreamCount(msgspec.Struct, frozen=True):
         unreadable: records in the spool that the file system does not let the reader read.
         altered: values, not records, that the writer left out of records, by reason.
         is_complete: False if the stream may have records that are not counted here.
-        withheld_by_rule: ``withheld`` by rule of the policy. This count does not leave the site.
-        altered_by_rule: values that a policy left out of records, or changed, by rule. It does not leave the site,
-            either.
+        withheld_by_rule: ``withheld`` by rule of the policy. It does not leave the site.
+        altered_by_rule: values that a policy left out of records, or changed, by rule. It does not leave the site.
     """
 
     logged: int

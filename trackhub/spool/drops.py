@@ -20,7 +20,7 @@ from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 __all__ = ["CLOSED_FILES", "Drops", "DropsTold"]
 
 CLOSED_FILES = "closed files"
-"""Reason of a warning: the script has closed the files of the stream before, and this is a new one."""
+"""Reason of a warning: the script has closed the files of the previous stream, and this stream takes its place."""
 
 _WARN_EVERY_S = 60.0
 
@@ -99,7 +99,7 @@ class Drops:
             self.warning = reason, detail, told.dropped
 
     def leave_out(self, reason: str, values: int) -> None:
-        """Count values that were left out of a record that goes on. Never raises.
+        """Count values that were left out of a record, whose other values are stored. Never raises.
 
         Args:
             reason: one of ``LEFT_OUT_REASONS``.
@@ -112,7 +112,7 @@ class Drops:
             self.ledger.set_left_out(self._left_out)
 
     def warn_of_closed_files(self, detail: str) -> None:
-        """Prepare a warning that the script has closed the files of the stream before."""
+        """Prepare a warning that the script has closed the files of the previous stream."""
         told, now = self._told, self._clock()
         if now - told.closed_files_at >= _WARN_EVERY_S:
             told.closed_files_at = now
@@ -129,9 +129,8 @@ class Drops:
             if self._path is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             ledger = Ledger(self._path)
-            ledger.set(
-                self._logged, self._counts, self._left_out
-            )  # all that was counted while the disk had no room for it
+            # The ledger was not there before, so it gets all that was counted meanwhile.
+            ledger.set(self._logged, self._counts, self._left_out)
             if self._path is None:  # a signal handler has forked during these lines, and this is the child
                 ledger.abandon()
             self.ledger = ledger

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a spool folder, and the one that makes a folder a spool, ``spool.json``. Both ends of the spool use it.
+"""Names the files of a spool, and reads and writes ``spool.json``, which makes a folder a spool. Both ends use it.
 
 ::
 
@@ -77,9 +77,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         max_bytes: the limit of all files together.
         open: False once the job has ended. Then no new writer may start.
         format: version of the frames.
-        name, notes, tags: what a person reads of the job, as in `trackhub.job_and_run_info.JobInfo`. A replay of this
-            spool needs them if the receiver's journal is not available. Otherwise it would write to runs of other
-            names.
+        name, notes, tags: what a person reads of the job, as in `trackhub.job_and_run_info.JobInfo`. A replay without
+            the receiver's journal needs them. Otherwise it would write to runs of other names.
         policy: what may leave the site: `trackhub.policy.SiteRules.plain`. The spool's reader applies it.
     """
 
@@ -181,7 +180,7 @@ def _create(folder: Path, info: SpoolInfo) -> None:
     _known[_key(folder)] = info
     _expected.pop(_key(folder), None)
     RoundFile(folder, sets=True).close()
-    with contextlib.suppress(OSError):  # the disk is full already; without spares, nothing is lost either
+    with contextlib.suppress(OSError):  # the disk is full already; spares only help, nothing needs them
         for number in range(SPARES):
             make_spare(folder, number)
 
@@ -249,8 +248,8 @@ def spool_info(folder: Path) -> SpoolInfo:
         return read_spool_info(folder)
     except SpoolError as e:
         known = _known.get(_key(folder))
-        # The file may be there and unreadable for a moment, for example if this process has no free descriptor. Its
-        # writers count what they drop, and go on later.
+        # The file may be unreadable for a moment, for example if this process has no free descriptor. Its
+        # writers count what they drop meanwhile, and go on later.
         if known is not None and isinstance(e.__cause__, OSError) and e.__cause__.errno != errno.ENOENT:
             return known
         raise

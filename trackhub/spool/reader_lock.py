@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who owns a spool: one sender or one replay for each cursor, as long as its process lives.
+"""Lets one sender or one replay own a reader's end of a spool, as long as its process lives.
 
-`Sender` asks for ownership before it reads, and waits while it has none. A replay does not wait: it is refused.
+`Sender` asks for ownership before it reads, and waits while another process has it. A replay does not wait: it is
+refused.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class SpoolHold:
     """A sender's ownership of its end of a spool. Used by one thread at a time.
 
     Attributes:
-        is_owner: this sender may send: it has the lock, or the cursor cannot be locked here.
+        is_owner: whether this sender may send: it has the lock, or the file system has no locks.
     """
 
     def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:
-        """Own nothing yet, except what ``lock`` stands for.
+        """Own the spool's end if ``lock`` is given. Otherwise own nothing yet.
 
         Args:
             folder: the spool's folder.
@@ -60,7 +61,7 @@ class SpoolHold:
         return self.is_owner
 
     def is_waiting_for_room(self) -> bool:
-        """Return whether the spool could not be created yet. Until then, only its writers count what is logged."""
+        """Return whether the spool could not be created yet. Until it is created, its writers count what they drop."""
         return expected_spool(self._folder) is not None
 
     def _take_lock(self) -> None:

@@ -141,7 +141,7 @@ class SpoolReader:
             has_looked = True
 
     def hold(self, name: str) -> None:
-        """Hand out nothing of this stream until ``release`` is called: its next records wait for their files."""
+        """Hand out nothing of this stream until ``release`` is called, since its next records wait for their files."""
         stream = self._streams[name]
         stream.is_held = True
         with contextlib.suppress(ValueError):
@@ -173,7 +173,7 @@ class SpoolReader:
         return [stream.name for stream in self._streams.values() if not stream.is_placed]
 
     def has_lost_beginning(self) -> bool:
-        """Return whether the first records of an unplaced stream are not in the spool: delivered, or lost."""
+        """Return whether the first records of an unplaced stream are not in the spool. They are delivered, or lost."""
         return any(stream.first_segment > 0 for stream in self._streams.values() if not stream.is_placed)
 
     def place(self, name: str, next_seq: int, acked: int) -> None:
@@ -216,7 +216,7 @@ class SpoolReader:
         try:
             write_ack(self.folder, batch.stream, self.cursor, ack)
         finally:
-            # Set this after the file is written: a thread that waits for it may ask a writer, which reads the file.
+            # Set this after the file is written: a thread that waits for this may then read the file.
             stream.ack = ack
         stream.is_placed = True
         self._delete_settled(batch, old)
@@ -234,7 +234,7 @@ class SpoolReader:
         return stream_ends(self.folder, self._is_passed_over)
 
     def has_bytes(self, at_least: int) -> bool:
-        """Return whether this many bytes, or the rest of a segment, wait to be settled. Looks at file sizes only.
+        """Return whether this many bytes wait to be settled, or an ended segment does. Looks at file sizes only.
 
         Raises:
             OSError: the folder cannot be read.
@@ -357,7 +357,7 @@ class SpoolReader:
         stream = FollowedStream(name, ack or Ack())
         stream.is_placed = ack is not None or self._has_looked
         # This look may miss what the writer appends just now. So do not note here that the writer has ended. A later
-        # look does, after it has found everything that the writer left.
+        # look notes it, after it has found everything that the writer left.
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
         return stream
@@ -384,7 +384,7 @@ class SpoolReader:
     def _withhold(self, withholding: Withholding, stream: FollowedStream, batch: SpoolBatch) -> SpoolBatch | None:
         """Return the part of a batch that may leave.
 
-        Return None if that depends on later records, or on the end of the round.
+        Return None if only later records, or the end of the round, can decide about its first record.
         """
         ended = self._round_ends or self._is_final or stream.state is WriterState.ENDED
         if stream.undecided_end == stream.end and not ended:

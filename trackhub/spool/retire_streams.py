@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retire streams: delete the files of those that have ended and were read, and keep their counts in one file.
 
-`SpoolReader` calls it. Without it, each process that has logged would leave files for the rest of the job. They would
-take room from the spool, and be looked at again and again.
+`SpoolReader` calls it. Otherwise each process that has logged would leave files for the rest of the job. They would
+take room from the spool, and make each look at the folder slower.
 
 For each reader, a stream goes through these states. It skips ``freed`` if another reader still needs the files:
 

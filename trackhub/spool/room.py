@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep a spool within its limit, however many processes write to it. The writer's end of the spool asks.
+"""Keeps a spool within its limit, however many processes write to it. The writer's end of the spool calls it.
 
-No process waits for another one. A writer first reserves room: its ledger says up to which offset it is going to write,
-and the name of a blob's file says how large the blob is going to be. Then the writer measures the folder, with all that
-is reserved. If that is more than the limit, the writer takes its reservation back.
+No process waits for another one. A writer first reserves room. Its ledger says up to which offset it is going to write.
+The name of a blob's file says how large the blob is going to be. Then the writer measures the folder, reservations
+included. If that is more than the limit, the writer takes its reservation back.
 
-To measure means to look at every file. So a writer that measures leaves the result in the file ``usage``. While that is
-fresh and at most half of the spool is used, other writers take a small share without measuring.
+To measure means to look at every file. So a writer that measures leaves the result in the file ``usage``. While the
+result is fresh and at most half of the spool is used, other writers take a small share without measuring.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Room:
     def _measure(self) -> int:
         """Return how many bytes are used or reserved, and leave the result to others."""
         at_ns = time.monotonic_ns()
-        # The result itself counts as well, although its file may not be there yet.
+        # Count the file of the result, too, although it may not be there yet.
         used, ledgers, last = _USAGE.size, list[str](), dict[str, tuple[int, int]]()
         with os.scandir(self._folder) as entries:
             for entry in entries:

@@ -24,8 +24,8 @@ _LOOK_EVERY_S = 0.5
 class RoundFile:
     """One end of the file. It is safe between processes, since it is one aligned 8-byte value.
 
-    Nothing raises. While the file cannot be mapped, for example on a full disk, there is no round. Mapping is tried
-    again twice a second at most.
+    No method raises. While the file cannot be mapped, for example on a full disk, there is no round. ``get`` tries to
+    map it again, at most twice a second.
     """
 
     def __init__(self, folder: Path, *, sets: bool = False) -> None:

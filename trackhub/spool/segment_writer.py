@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segment file that a writer appends to.
-
-The writer's end of the spool writes to it, and opens the next one through it.
-"""
+"""The segment file that a writer appends to, and how the next one is opened. The writer's end of the spool uses it."""
 
 from __future__ import annotations
 
@@ -51,8 +48,8 @@ class SegmentFile:
     def ends(self, size: int) -> tuple[int, int]:
         """Return two offsets up to which to reserve room for a frame of this size: the wanted one, and the least one.
 
-        A stream wants as much room again as its segment holds. So a process that logs little takes little room from the
-        others, and a process that logs much seldom has to reserve.
+        A stream wants as much room as its segment already holds. So a process that logs little takes little room from
+        the others, and a process that logs much seldom has to reserve.
         """
         least = self.offset + size
         return max(least, min(self._max_bytes, self.offset + max(self.offset, _SHARE_BYTES))), least
@@ -72,8 +69,9 @@ class SegmentFile:
                 break
             except FileExistsError:
                 self._number += 1  # left over by an attempt that a signal handler interrupted
-        # A signal handler may have forked in any call here, and this may be the child, which must not write to the
-        # file. `abandon` could not close it, since only this function knows it so far. It is closed when this raises.
+        # A signal handler may have forked in any call here, and this may be the child. The child must not write to the
+        # file. `abandon` could not close it, since only this function knows it so far. If this raises, the file is
+        # closed.
         file = OwnDescriptor(fd)
         if self._path is None:
             raise _not_ours()
@@ -120,7 +118,7 @@ class SegmentFile:
         return self.fd >= 0 and self._file is not None and not self._file.is_own()
 
     def is_within_reach(self) -> bool:
-        """Return whether the script's next file may get the number of this one, if the script closes it."""
+        """Return whether, once the script has closed this file, the script's next file may get its number."""
         return self._file is not None and not self._file.is_out_of_reach
 
     def abandon(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read on after damage: find the next intact frame, and warn once of what could not be read.
+"""Finds the next intact frame after damage, and warns once of what could not be read.
 
 The sender's end of the spool calls it. A torn write, a bad disk or a lost file costs the records in the damaged place.
 These records are counted as dropped(damaged), and a gap takes their place in the stream.

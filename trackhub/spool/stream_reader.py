@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the next batch of a stream's segments from a given place, past damage. `SpoolReader` calls it."""
+"""Reads the next batch of a stream's segments from a given place, and skips damage. `SpoolReader` calls it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SegmentReader:
     """
 
     def __init__(self, folder: Path, damage: DamageLog) -> None:
-        """Read from this folder, and name what is damaged in this log."""
+        """Read from this folder, and report damage to ``damage``."""
         self.lost_blobs: set[str] = set()
         self._folder = folder
         self._damage = damage
@@ -116,7 +116,7 @@ class SegmentReader:
         for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
             data = _read(path, place.offset, limit)
             is_rest = len(data) < limit
-            # A frame that does not end within a small read may just be large, so it is not yet certain to be damage.
+            # A frame that does not end within a small read may be damaged, or only large.
             can_tell = is_rest or limit > _FEW_BYTES
             start = find_sound_frame(data, place.seq, closed=closed and can_tell)
             if start:
@@ -138,7 +138,7 @@ def _read(path: Path, offset: int, max_bytes: int) -> bytes:
     try:
         return os.pread(fd, max_bytes, offset)
     except OSError as e:
-        e.filename = str(path)  # so that whoever reports it can name the file
+        e.filename = str(path)  # the log can then name the file
         raise
     finally:
         os.close(fd)

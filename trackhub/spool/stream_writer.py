@@ -141,14 +141,14 @@ class Stream:
     def _look_after_files(self, log_time: float) -> None:
         """Look whether the stream's files are still open, and decide when to look again."""
         self.begin_anew_if_files_are_lost()
-        # To look takes as long as a third of a log call. So it is done before each call only if the script's next file
-        # may get the number of one of these.
+        # To look takes as long as a third of a log call. So look before each call only if the number of the segment's
+        # file may go to the script's next file.
         self._seen_seq = self.next_seq
         self._looked_at = log_time
         self._look_at = log_time + (0.0 if self._segment.is_within_reach() else _LOOK_EVERY_S)
 
     def begin_anew_if_files_are_lost(self) -> bool:
-        """Begin another stream if the script has closed the files of this one. Return whether it did. Never raises.
+        """Begin another stream if the script has closed the files of this one. Return whether it has. Never raises.
 
         A script may close all descriptors of its process, as daemons do. Readers then take the stream for ended, and
         the script's next files may get the numbers of the stream's files.
@@ -167,7 +167,7 @@ class Stream:
             self.drops.abandon()
         segment.close()
         drops.close()
-        self.drops.warn_of_closed_files(f"up to {unseen} records of before may be lost, and the report counts them")
+        self.drops.warn_of_closed_files(f"up to {unseen} earlier records may be lost, and the report counts them")
         return True
 
     def _make_room(self, size: int) -> bool:
@@ -219,7 +219,7 @@ class Stream:
             self.drop(expected[1], "the spool could not be created yet")
 
     def open_ledger(self) -> None:
-        """Open the stream's ledger, if that is possible. It says which process the stream's files belong to."""
+        """Open the stream's ledger, if that is possible. Its lock shows others that this stream's writer lives."""
         with contextlib.suppress(OSError):
             self.drops.open_ledger()
 
@@ -232,8 +232,8 @@ class Stream:
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked from. Never raises.
 
-        A signal handler may have forked in the middle of a log call, which then goes on in the child as well. There it
-        has no effect: the record belongs to the parent.
+        A signal handler may have forked in the middle of a log call. The call then goes on in the child as well, where
+        it has no effect: the record belongs to the parent.
         """
         self.is_abandoned = True
         self._segment.abandon()

@@ -51,7 +51,8 @@ class Turns:
         """Note that a batch of this stream is handed out, and move the stream behind the others.
 
         After a crash, the batch that may have arrived is sent again before all others. A receiver recognises it in any
-        order. But a replay at the site gives the records new positions, which must be the same as the receiver's.
+        order. But a replay at the site numbers the records anew. Its positions must be the same as the receiver's, so
+        it needs the same order.
         """
         self._order[stream] = self._order.pop(stream, None)
         if stream != self._last:

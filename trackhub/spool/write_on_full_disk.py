@@ -18,7 +18,7 @@ from trackhub.plain_files import open_plain
 __all__ = ["SPARES", "make_spare", "reason_of", "write_start"]
 
 SPARES = 16
-"""A ledger and a cursor for each of eight streams on one machine."""
+"""Enough for the ledgers and the cursors of eight streams."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers if a disk, or a user's quota on it, has no free blocks or no free inodes."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream's ledger: what its writer counted, how much room it reserved, and whether it still lives.
+"""A stream's ledger: what the writer counted, how much room it reserved, and whether it still lives.
 
-The writer maps the file and holds a lock on it. Readers take its counts, use it to measure the spool, and learn from
-the lock that a stream has ended.
+The writer maps the file and holds a lock on it. The sender reads the counts, and learns from the lock that a stream has
+ended. Other writers read the reserved room, to measure the spool.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from trackhub.spool.write_on_full_disk import write_start
 __all__ = ["DROP_REASONS", "LEFT_OUT_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]
 
 DROP_REASONS = (
-    "spool_full",
-    "disk_full",
-    "io_error",
-    "unconvertible",
-    "invalid_value",
-    "invalid_call",
-    "writer_closed",
+    "spool_full",  # the spool's limit is reached
+    "disk_full",  # the device has no space left
+    "io_error",  # the file system failed in another way
+    "unconvertible",  # what another library logged cannot be converted into a record
+    "invalid_value",  # none of the values can be stored
+    "invalid_call",  # the log call has a wrong argument
+    "writer_closed",  # the log call came after ``close``
 )
-"""Why a writer drops a record: the spool's limit is reached, the device has no space left, the file system failed
-otherwise, what another library logged cannot be converted into a record, none of its values can be stored, the log call
-has a wrong argument, or it came after ``close``."""
+"""Why a writer drops a record."""
 
 LEFT_OUT_REASONS = ("invalid_value",)
-"""Why a writer leaves single values out of a record that goes on: they cannot be stored."""
+"""Why a writer leaves single values out of a record and stores the others: they cannot be stored."""
 
 _DROPS, _LEFT_OUT = len(DROP_REASONS), len(LEFT_OUT_REASONS)
 _COUNTS = struct.Struct(f"={1 + _DROPS + _LEFT_OUT}Q")
@@ -99,7 +97,7 @@ class Ledger:
         self._fields[_RESERVED] = end
 
     def close(self) -> None:
-        """End the stream: give the rest of the room back, unmap the file and unlock it. Idempotent."""
+        """End the stream: give the reserved room back, unmap the file and unlock it. Idempotent."""
         self.reserve(0)
         self._let_go()
         if self._lock is not None:
@@ -112,8 +110,7 @@ class Ledger:
             self._lock.abandon()
 
     def _let_go(self) -> None:
-        # A log call may still count: a signal handler may have interrupted it and forked. So keep something to count
-        # in.
+        # A log call may still count here, if a signal handler interrupted it and forked. So leave memory to count in.
         self._fields = memoryview(bytearray(_FORMAT.size)).cast("Q")
         self._map = None
 
@@ -178,7 +175,7 @@ def writer_state(path: Path) -> WriterState:
         data = os.pread(fd, _FORMAT.size, 0)
         machine = _FORMAT.unpack(data)[_MACHINE] if len(data) == _FORMAT.size else 0
         if machine == 0:
-            # The writer may be about to lock the file, and must not find it locked by this look.
+            # The writer may be about to lock the file. A lock taken here would make it fail.
             return WriterState.UNKNOWN
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

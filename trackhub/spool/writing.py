@@ -60,8 +60,8 @@ class NewBlob(NamedTuple):
 class SpoolWriter:
     """Appends this process's records to two streams. Thread-safe. After a fork, the child writes streams of its own.
 
-    A copy of a writer writes streams of its own, too, and so does one that was pickled into another process. Images and
-    artifacts have the second stream. So only other files wait for the bytes of a large file.
+    A copy of a writer writes streams of its own, too, and so does one that was pickled into another process. The second
+    stream is for images and artifacts. So only other images and artifacts wait for the bytes of a large one.
 
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
     its ``seq``. Once there is room again, it writes the gap into the stream.
@@ -147,16 +147,16 @@ class SpoolWriter:
     def last_written(self) -> tuple[int, int]:
         """Return the ``seq`` after the last record in each of the two streams.
 
-        Gaps that are not written do not count.
+        Gaps that are not in the stream yet do not count.
         """
         return _last_written(self._stream), _last_written(self._files)
 
     def append(self, payload: Payload, step: int | None, log_time: float) -> None:
         """Append one record. Afterwards, the record survives SIGKILL of this process, or was counted as dropped.
 
-        It takes one ``write(2)``, measured at 2 us in the median. One case is different: a signal handler interrupts a
-        log call of its own thread, and logs. The handler's call returns at once, and the interrupted call then writes
-        the handler's record.
+        It takes one ``write(2)``, measured at 2 us in the median. One case is different: a signal handler that
+        interrupts a log call of its own thread may log as well. The handler's call returns at once, and the
+        interrupted call writes the handler's record later.
 
         Args:
             payload: what was logged.
@@ -186,7 +186,7 @@ class SpoolWriter:
             self._warn(stream)
 
     def append_blob(self, blob: NewBlob, step: int | None, log_time: float) -> None:
-        """Append a record whose bytes go to a file of their own. Other threads do not wait while they are written.
+        """Append a record whose bytes go to a file of their own. Other threads do not wait for these bytes.
 
         Args:
             blob: what to store.
@@ -241,7 +241,7 @@ class SpoolWriter:
         return self._late
 
     def count_left_out(self, reason: str, values: int) -> None:
-        """Count values that were left out of a record that goes on. Never raises.
+        """Count values that were left out of a record, whose other values are stored. Never raises.
 
         Args:
             reason: one of ``LEFT_OUT_REASONS``.
@@ -318,7 +318,7 @@ class SpoolWriter:
         self._in_turn(stream, lambda: stream.drop(reason, detail))
 
     def _warn(self, stream: Stream) -> None:
-        """Log that a record was dropped. Do not hold the stream's lock, since a log handler may itself log to the run.
+        """Log that a record was dropped. Do not hold the stream's lock: a handler of ``logging`` may log to the run.
 
         With the lock held, this thread would take the stream's lock first and the handler's lock second. Another thread
         that logs a line takes them in the other order. The two would wait for each other for ever.
@@ -376,7 +376,7 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
             )  # fmt: skip
             return None
     except SpoolError as e:
-        _log.warning("a copied writer finds no spool, and drops what it is given until there is one: %s", e)
+        _log.warning("a copied writer finds no spool, and drops records until there is one: %s", e)
     writer = SpoolWriter(path, info=info)
     writer._stream.is_closed = writer._files.is_closed = is_closed
     return writer
