@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains at one site of a FLARE job, tracked or not. ``standalone.py`` trains the same without FLARE."""
+"""Trains at one site of a FLARE job, tracked or not. FLARE runs it; ``standalone.py`` trains the same without FLARE."""
 
 import argparse
 import json

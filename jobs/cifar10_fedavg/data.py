@@ -23,7 +23,7 @@ DATA_ROOT_ENV = "TRACKHUB_DATA_ROOT"
 NETWORK_TIMEOUT_S = 5.0
 MEAN, STD = [0.491, 0.482, 0.447], [0.247, 0.244, 0.262]  # of CIFAR-10's training pixels, by channel
 
-# Both take a whole batch and move all its images alike, which is ten times as fast as image by image.
+# Both take a whole batch and move all its images in the same way. That is ten times as fast as one image at a time.
 augment = v2.Compose([v2.RandomCrop(32, padding=2, padding_mode="reflect"), v2.RandomHorizontalFlip()])
 normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
@@ -33,9 +33,10 @@ class DataError(Exception):
 
 
 def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
-    """Return the name of the data set, its training and its test images. ``auto`` says so where it finds no CIFAR-10.
+    """Return the name of the data set, its training and its test images.
 
-    Pixels are uint8 [N, 3, 32, 32], and labels int64 [N], indices into ``CLASSES``.
+    Without CIFAR-10, ``auto`` takes synthetic images and prints that. Pixels are uint8 [N, 3, 32, 32]. Labels are
+    int64 [N], indices into ``CLASSES``.
 
     Raises:
         DataError: there is no CIFAR-10 and it cannot be downloaded, or a file of it cannot be read.
@@ -129,7 +130,7 @@ def _cache() -> Path:
 
 
 def batches(images: TensorDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-    """Load batches, each with one look-up of many indices: much faster than collating single images.
+    """Return what loads batches. It looks up all indices of a batch at once, much faster than image by image.
 
     Args:
         images: the images and their labels.

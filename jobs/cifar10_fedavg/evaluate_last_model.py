@@ -18,11 +18,11 @@ import trackhub
 
 
 class EvaluateLastModel(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """A server component. Each site evaluates the model that it receives, so nobody evaluates the last one.
+    """A server component that evaluates the last model. Sites evaluate only the models that they receive.
 
     Args:
         dataset: ``cifar10`` or ``synthetic``; the server needs the images.
-        seed: of the synthetic images.
+        seed: the seed of the synthetic images.
     """
 
     def __init__(self, dataset: str, seed: int = 0) -> None:

@@ -30,7 +30,7 @@ def training_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--dataset", choices=["auto", "cifar10", "synthetic"], default="auto", help="auto: CIFAR-10, else synthetic")
     add("--data_root", type=Path, metavar="DIR", help="CIFAR-10; default: TRACKHUB_DATA_ROOT, else the user's cache")
     add("--partition", choices=["same", "iid", "dirichlet"], default="same", help="how sites share the training images")
-    add("--alpha", type=rate, default=0.5, help="of dirichlet: the smaller, the more uneven")
+    add("--alpha", type=rate, default=0.5, help="for dirichlet: a smaller value makes the shares differ more")
     add("--samples_per_site", type=count, metavar="N", help="the most training images of a site")
     add = parser.add_argument_group("training").add_argument
     add("--n_clients", type=count, default=2, help="number of sites")
@@ -39,7 +39,7 @@ def training_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--batch_size", type=count, default=32)
     add("--lr", type=rate, default=0.05, help="highest learning rate")
     add("--seed", type=above(-1, int), default=0)
-    add("--torch_threads", type=count, metavar="N", help="of each site")
+    add("--torch_threads", type=count, metavar="N", help="threads of each site")
     return parser
 
 
@@ -59,6 +59,6 @@ def training_args(args: argparse.Namespace) -> list[str]:
 
 
 def spelled(argv: Iterable[str]) -> list[str]:
-    """Return the words with each flag spelled as it is declared: hyphens and underscores mean the same."""
+    """Return the words, with each flag spelled as it is declared. Hyphens and underscores mean the same."""
     words = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     return [re.sub(r"^--no_", "--no-", word) for word in words]

@@ -43,12 +43,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--aggregate_weight", metavar="KEY", help="the metric by which a site weighs in weighted means")
     add("--update_statistics", action="store_true", help="measure what each site changed in the model")
     add("--context", action=switch, default=True, help="log in each run what it was made with; default on")
-    add("--system_metrics", type=float, metavar="SECONDS", help="measure each site's host and processes so often")
+    add("--system_metrics", type=float, metavar="SECONDS", help="measure each site's host and processes every SECONDS")
     add("--log_model", choices=("best", "last"), help="keep this global model in the federation run")
     add("--strict", action="store_true", help=f"exit {EXIT_UNDELIVERED} when anything is undelivered")
     add = parser.add_argument_group("running").add_argument
     add("--env", choices=["sim", "poc", "prod"], default="sim", help="FLARE's simulator, a new POC, or a federation")
-    add("--startup_kit", type=Path, metavar="DIR", help="of who submits the job; for --env prod")
+    add("--startup_kit", type=Path, metavar="DIR", help="of the user who submits the job; for --env prod")
     add("--launch_external_process", action="store_true", help="run each site's client.py in a process of its own")
     add("--workspace", type=Path, metavar="DIR", help=f"default: runs/{NAME}-<time>")
     add("--export", type=Path, metavar="DIR", help="write the job to DIR; do not run it")
@@ -93,7 +93,7 @@ def tracking_config(args: argparse.Namespace) -> TrackingConfig:
 
 
 def check_backends(config: TrackingConfig) -> None:
-    """Try each backend as the job will use it, which says at once whether somebody is logged in.
+    """Try each backend as the job will use it. A missing login shows now, and not after the start.
 
     Raises:
         ConfigError: a backend cannot be used.
@@ -127,7 +127,7 @@ def build_recipe(args: argparse.Namespace, config: TrackingConfig, summaries: Pa
     Args:
         args: the flags.
         config: the tracking.
-        summaries: where each site writes its last metrics, for the last screen. None: nowhere.
+        summaries: the folder where each site writes its last metrics, for the last screen. None writes none.
 
     Raises:
         ConfigError: a path has a space in it.
@@ -274,7 +274,7 @@ def submit(args: argparse.Namespace, config: TrackingConfig) -> int:
 def main(argv: list[str]) -> int:
     """Run or export the job as the flags say, and return the exit status."""
     args = parse_args(argv)
-    # FLARE takes a flag named --export out of sys.argv when it is imported, and warns about it. It has been parsed.
+    # The flags are parsed. When FLARE is imported, it would take --export out of sys.argv, and warn about it.
     sys.argv[1:] = []
     try:
         if args.prepare_data:

@@ -8,11 +8,11 @@ from torch import nn
 class SmallCNN(nn.Sequential):
     """Three convolutions and a linear layer, 68,000 weights: float32 images [N, 3, 32, 32] to scores of ten classes.
 
-    Group normalisation has no running statistics, unlike batch normalisation: those of sites with different images
-    do not average to anything useful.
+    It has group normalisation, since batch normalisation keeps running statistics. Averaged over sites with different
+    images, these are of no use.
 
     Args:
-        seed: of the initial weights, so that a job starts from the same model every time.
+        seed: the seed of the initial weights. With it, a job starts from the same model every time.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -22,6 +22,6 @@ class SmallCNN(nn.Sequential):
             torch.manual_seed(seed)
             for n_in, n_out in ((3, 24), (24, 48), (48, 96)):
                 convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False)
-                # Pooling before normalisation leaves it a quarter of the pixels to work on.
+                # Pool first, so that normalisation works on a quarter of the pixels.
                 self.extend([convolution, nn.MaxPool2d(2), nn.GroupNorm(8, n_out), nn.ReLU(inplace=True)])
             self.extend([nn.Flatten(), nn.Linear(96 * 4 * 4, 10)])

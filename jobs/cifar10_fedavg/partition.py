@@ -36,5 +36,8 @@ def share(images: TensorDataset, site: str, args: argparse.Namespace) -> TensorD
             classes.append(np.split(members, cuts.astype(int)))
         shares = [rng.permutation(np.concatenate(parts)) for parts in zip(*classes, strict=True)]
     if not all(len(indices) for indices in shares):
-        raise DataError(f"{args.n_clients} sites and {len(images)} images leave a site without any")
+        raise DataError(
+            f"{args.n_clients} sites and {len(images)} images leave a site without any; use fewer sites"
+            + (", or a larger --alpha" if args.partition == "dirichlet" else "")
+        )
     return TensorDataset(*images[shares[number - 1][: args.samples_per_site]])

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 
 def synthetic(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Make images that a small network learns, but not at once: patterns, moved and mixed, and noise."""
+    """Return training and test images: patterns, moved and mixed, with noise. A small network learns them slowly."""
     random = torch.Generator().manual_seed(seed)
     patterns = functional.interpolate(torch.randn(10, 3, 6, 6, generator=random), size=(32, 32), mode="bicubic")
     patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)

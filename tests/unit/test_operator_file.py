@@ -340,7 +340,7 @@ def test_the_operators_policy_and_the_jobs_both_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('forbid_kinds = ["images"]', "forbid_kinds: 'images' is not a kind of record; there are: metrics, params"),
+        ('forbid_kinds = ["images"]', "forbid_kinds: 'images' is not a kind of record; expected one of metrics"),
         ("[policy]\ndigit = 3", "policy: .*unknown field `digit`"),
         ('[policy]\ndeny = ["images:*"]', "policy.deny: .*expected one of metrics"),
         ("[policy]\ndigits = 0", "policy.digits: expected `int` >= 1"),

@@ -218,7 +218,7 @@ def test_a_clock_that_is_set_back_stops_nothing_and_too_many_keys_are_withheld()
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"alow": ["val/*"]}, "policy.alow: unknown rule; there are: allow, deny, digits"),
+        ({"alow": ["val/*"]}, "policy.alow: unknown rule; expected one of allow, deny, digits"),
         ({"deny": ["images:*"]}, r"'images:\*' has 'images' in front of the colon; expected one of metrics"),
         ({"allow": ["image:"]}, "policy.allow: 'image:' has no pattern for keys"),
         ({"digits": 0}, "policy.digits: expected `int` >= 1"),
@@ -226,7 +226,7 @@ def test_a_clock_that_is_set_back_stops_nothing_and_too_many_keys_are_withheld()
         ({"interval_s": -1}, "policy.interval_s: expected `float` >= 0"),
         ({"clip": {"loss": [1, 0]}}, r"policy.clip: 'loss': \[1.0, 0.0\] is not a range"),
         ({"clip": {"loss": [0, math.inf]}}, "is not a range"),
-        ({"keep_last": True}, "policy.keep_last: there is nothing to keep it from"),
+        ({"keep_last": True}, "policy.keep_last: it has no effect without every or interval_s"),
         ({"allow": "val/*"}, "policy.allow: expected `array"),
         (["val/*"], "policy: expected a table of rules"),
     ],

@@ -56,7 +56,7 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
     Args:
         argv: the interpreter and what follows.
         script: the script. Only its name is shown.
-        environ: the environment. Values of its secret variables are hidden in the arguments, too.
+        environ: the environment. Where an argument holds the value of a secret variable, the value is hidden.
     """
     secrets = [v for k, v in environ.items() if is_secret_name(k) and len(v) >= _MIN_SECRET_CHARS]
     home = environ.get("HOME", "")
@@ -91,7 +91,7 @@ def _is_script(word: str, script: Path) -> bool:
 
 
 def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
-    """Return ``git/commit``, ``git/dirty``, ``git/branch`` and ``git/repository`` of a script, as far as git says them.
+    """Return ``git/commit``, ``git/dirty``, ``git/branch`` and ``git/repository`` of a script, where git knows them.
 
     ``git/dirty`` says whether a file that git tracks differs from the commit, or git does not track the script.
     Empty if the script is in no repository, or there is no git. Blocks up to ``timeout_s``.
@@ -117,8 +117,8 @@ def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
 
 def _git(folder: Path, end: float, *command: str) -> str | None:
     """Return what a git command prints; None if it fails, or ``end`` of the monotonic clock passes."""
-    # Variables such as GIT_DIR, which git sets for a hook, would name another repository. No lock, since this only
-    # reads. No program of the repository's own.
+    # Variables such as GIT_DIR, which git sets for a hook, would name another repository. GIT_OPTIONAL_LOCKS=0 takes no
+    # lock, since this only reads. Without core.fsmonitor=false, git could start a program that the repository names.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environ |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:

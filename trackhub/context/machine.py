@@ -56,7 +56,7 @@ def _cpus() -> int:
     """Return how many CPUs this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
+    except AttributeError:  # this system has no such call
         return os.cpu_count() or 1
 
 
@@ -72,7 +72,7 @@ def _memory_gib() -> int | None:
 
 
 def _gpus() -> list[str]:
-    """Return the models of NVIDIA's GPUs, as the driver says them."""
+    """Return the models of NVIDIA's GPUs, as the driver names them."""
     found = []
     for file in sorted(_GPUS.glob("*/information")):
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The callback for Keras 3, whatever its backend. It needs ``keras``.
+"""The callback for Keras 3, with any backend of Keras. It needs ``keras``.
 
 Keras calls it, and it calls `trackhub.Writer`::
 
@@ -18,7 +18,7 @@ __all__ = ["TrackhubCallback"]
 
 
 class TrackhubCallback(Callback):
-    """Logs the metrics of each epoch, and of batches if asked for, and the optimizer's configuration as params.
+    """Logs the metrics of each epoch, and of batches if asked to. It logs the optimizer's configuration as params.
 
     Attributes:
         writer: the writer that it calls.
@@ -37,7 +37,7 @@ class TrackhubCallback(Callback):
 
         Args:
             writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
-            batches: also log each time after this many batches, under keys such as ``batch/loss``; None logs none.
+            batches: also log the metrics once every so many batches, under keys such as ``batch/loss``; None logs none.
             histograms: log a histogram of each weight after each epoch.
             first_step: the step of the first epoch, for training that goes on.
             strict: make a new writer strict, as for ``Writer``.

@@ -19,7 +19,7 @@ class TrackhubCallback:
     """Logs the params once, and the metrics of each round of boosting, under keys such as ``training/l2``.
 
     Attributes:
-        order: when LightGBM calls it: after the callback that records the metrics, and before the one that stops early.
+        order: its place among the callbacks: after the one that records metrics, and before the one that stops early.
         before_iteration: False: LightGBM calls it after each round.
         writer: the writer that it calls.
     """

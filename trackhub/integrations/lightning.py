@@ -67,7 +67,7 @@ class TrackhubLogger(Logger):
 
     @property
     def version(self) -> str:
-        """Empty: a run of trackhub is that of its site."""
+        """Empty, since a site has only one run."""
         return ""
 
     @property

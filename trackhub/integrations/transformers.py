@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callback for Hugging Face's ``Trainer``. It needs ``transformers``.
 
-``Trainer`` calls it, and it calls `trackhub.Writer`. Import this module, and name it in the arguments; or pass the
-callback::
+``Trainer`` calls it, and it calls `trackhub.Writer`. Either import this module and name ``trackhub`` in the arguments,
+or pass the callback::
 
     import trackhub.integrations.transformers
     TrainingArguments(report_to="trackhub")

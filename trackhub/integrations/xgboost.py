@@ -21,8 +21,8 @@ __all__ = ["TrackhubCallback"]
 class TrackhubCallback(TrainingCallback):
     """Logs the metrics of each round of boosting, under keys such as ``train/logloss``.
 
-    The best round and score are final values, if XGBoost stops early. With ``xgboost.cv`` the mean has the plain key,
-    and the deviation one that ends in ``/std``.
+    If XGBoost stops early, the best round and score become final values. With ``xgboost.cv``, the plain key has the
+    mean, and the key that ends in ``/std`` has the deviation.
 
     Attributes:
         writer: the writer that it calls.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides what may leave the site of one record. `trackhub.spool.apply_policy` asks it for each record.
+"""Decides which part of one record may leave the site. `trackhub.spool.apply_policy` asks it for each record.
 
-It looks only at the record itself, so the answer does not depend on earlier records. Only thinning depends on them
-(`trackhub.policy.thinning`).
+It looks only at the record itself. Only thinning depends on earlier records (`trackhub.policy.thinning`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from trackhub.records import KEYED, KIND_OF, Gap, Histogram, Kind, Payload, Tabl
 __all__ = ["UNREADABLE", "Judge", "Judgement", "judge_of"]
 
 UNREADABLE = "unreadable"
-"""The rule that withholds a record of which nobody can say what is in it."""
+"""The rule that withholds a record that cannot be read, or that cannot be changed as another rule demands."""
 
 _MAX_KNOWN = 100_000  # keys whose rules are remembered
 _NESTED = (Kind.PARAMS, Kind.SUMMARY)  # kinds whose values may be lists and dicts
@@ -43,11 +42,11 @@ class Judgement(NamedTuple):
 
 
 class _KeyRules(NamedTuple):
-    """What holds for one key.
+    """What the rules say of one key.
 
     Attributes:
-        withheld_by: the rule that withholds it; None if it may leave.
-        clips: rule, lowest and highest value, in the order in which they apply.
+        withheld_by: the rule that withholds the key; None if it may leave.
+        clips: the ranges of its numbers, in the order in which they apply: rule, lowest and highest value.
     """
 
     withheld_by: str | None
@@ -95,7 +94,7 @@ class Judge:
         return _Case(self, KIND_OF[type(payload)]).judge(payload)
 
     def rules(self, kind: Kind, key: str) -> _KeyRules:
-        """Return what holds for a key. For a value inside a param, the key is the whole path, ``model/lr``."""
+        """Return what the rules say of a key. For a value inside a param, the key is the whole path, ``model/lr``."""
         found = self._known.get((kind, key))
         if found is None:
             if len(self._known) >= _MAX_KNOWN:
@@ -114,12 +113,12 @@ class Judge:
         return _KeyRules(None, clips)
 
     def number(self, value: Any, clips: tuple[tuple[str, float, float], ...], altered: Counter[str]) -> Any:
-        """Return a number with the allowed digits and in its range. Anything else is returned as it is.
+        """Return a number with the allowed digits and in its range. Return anything else as it is.
 
         Args:
             value: what a record holds.
-            clips: the ranges.
-            altered: counts changes by rule. It is changed.
+            clips: the ranges, as `_KeyRules` has them.
+            altered: counts changes by rule. This call adds to it.
         """
         if type(value) not in (float, int):
             return value
@@ -178,7 +177,7 @@ class _Case:
         return self._judge.number(value, rules.clips, self._altered)
 
     def _whole(self, payload: Any, rules: _KeyRules) -> Payload | None:
-        """Return a record of one key with its numbers changed. None if nothing is left of a histogram."""
+        """Return a record of one key with its numbers rounded and clipped. None if no range is left in a histogram."""
         number, clips, altered = self._judge.number, rules.clips, self._altered
         if isinstance(payload, Table):
             rows = [[number(cell, clips, altered) for cell in row] for row in payload.rows]
@@ -200,7 +199,7 @@ def judge_of(rules: SiteRules, *, leaves_site: bool) -> Judge | None:
 
     Args:
         rules: all rules of the site.
-        leaves_site: the receiver is not the site's own. For the site's own receiver, only forbidden kinds are withheld.
+        leaves_site: whether the receiver is outside the site. Inside the site, only forbidden kinds are withheld.
     """
     policies = rules.policies if leaves_site else ()
     return Judge(policies, rules.forbid_kinds) if policies or rules.forbid_kinds else None

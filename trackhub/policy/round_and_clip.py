@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes numbers less precise: rounds to significant digits and clips, for single numbers and for histograms.
+"""Makes numbers less precise: rounds them to significant digits, and clips them to a range.
 
-`trackhub.policy.judge` calls it. A result never has more digits than allowed. Only the bounds of a range may have more,
-since they reveal nothing about the data.
+`trackhub.policy.judge` calls it for single numbers and for histograms. A result never has more digits than allowed.
+Only the bounds of a range may have more, since they reveal nothing about the data.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules themselves: what a job or an operator may write. They are checked here, and kept as plain values.
+"""The rules that a job or an operator may write. This module checks them, and turns them into plain values and back.
 
 The recipe, the operator's file and the FLARE widgets make them. `trackhub.policy.judge` applies them.
 """
@@ -78,11 +78,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         allow: patterns of what may leave, ``KEY`` or ``KIND:KEY``; None for everything, an empty list for nothing.
         deny: patterns of what may not leave, even if ``allow`` names it.
-        digits: significant digits of numbers in metrics, params, tables and histograms.
+        digits: how many significant digits the numbers in metrics, params, tables and histograms keep. None keeps all.
         clip: for a pattern, the lowest and the highest value of these numbers.
         every: a number N. Of the values that one process logs under a key, only every Nth may leave.
         interval_s: a number of seconds. Of these values, at most one may leave in this time.
-        keep_last: ``every`` and ``interval_s`` let the last value of a round pass.
+        keep_last: the last value of a round may leave, whatever ``every`` and ``interval_s`` say.
 
     Raises:
         ConfigError: a pattern or a range is wrong.
@@ -104,7 +104,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
                 raise ConfigError(f"policy.clip: {text!r}: [{low}, {high}] is not a range; expected [LOW, HIGH]")
         if self.keep_last and not self.thins:
-            raise ConfigError("policy.keep_last: there is nothing to keep it from; give every or interval_s as well")
+            raise ConfigError("policy.keep_last: it has no effect without every or interval_s; give one of these, too")
 
     @property
     def thins(self) -> bool:
@@ -122,7 +122,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"policy: expected a table of rules, got {values!r}")
         unknown = sorted(set(values) - set(cls.__struct_fields__))
         if unknown:
-            raise ConfigError(f"policy.{unknown[0]}: unknown rule; there are: {', '.join(cls.__struct_fields__)}")
+            raise ConfigError(f"policy.{unknown[0]}: unknown rule; expected one of {', '.join(cls.__struct_fields__)}")
         return convert(values, cls, "policy")
 
     def plain(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class SiteRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that restricts the records of one site. All policies apply, so the strictest wins.
+    """All that restricts the records of one site. All policies apply, so the strictest one decides.
 
     Attributes:
         policies: who gave a policy, and the policy.
@@ -168,7 +168,7 @@ class SiteRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return values
 
     def with_operator(self, policy: Policy | None, forbid_kinds: Iterable[str]) -> SiteRules:
-        """Return these rules, and in addition what an operator says. Nothing is loosened."""
+        """Return these rules and, in addition, those of an operator. They loosen nothing."""
         given = (OPERATOR, policy)
         more = (given,) if policy is not None and policy != Policy() and given not in self.policies else ()
         kinds = tuple(dict.fromkeys([*self.forbid_kinds, *forbid_kinds]))
@@ -183,4 +183,4 @@ def check_kinds(where: str, names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in KINDS:
-            raise ConfigError(f"{where}: {name!r} is not a kind of record; there are: {', '.join(KINDS)}")
+            raise ConfigError(f"{where}: {name!r} is not a kind of record; expected one of {', '.join(KINDS)}")

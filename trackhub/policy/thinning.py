@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thinning: of the values that one process logs under a key, let only some pass.
+"""Thins: lets only some of the values pass that one process logs under a key.
 
-`trackhub.spool.apply_policy` asks it for each value, in the order of the stream. The reader stores what thinning
-remembers together with its own place in the stream. So a batch that is sent again after a crash has the same records.
+`trackhub.spool.apply_policy` asks it for each value, in the order of the stream. The spool's reader stores what
+thinning remembers together with its own place in the stream. So a batch that is sent again after a crash has the same
+records.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Thinning(NamedTuple):
         """Note one more value of a key.
 
         Args:
-            seen: what is remembered of the stream. It is changed.
+            seen: what is remembered of the stream. This call changes it.
             key: the key, with its kind.
             time: when it was logged, in unix seconds. The clock may have been set back.
 

@@ -29,8 +29,8 @@ class AdapterBase:
     """
 
     COUNTED: ClassVar[tuple[str, ...]] = ()
-    """Names of the SDK's methods that log what no record can hold. A name that ends in ``_`` is a prefix: it stands for
-    all methods with it, since a later release of the SDK may have more of them."""
+    """Names of the SDK's methods that log what no record can hold. A name that ends in ``_`` is a prefix. It stands for
+    all methods that begin with it, also for those of later releases of the SDK."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ()
     """Names of the SDK's methods that log nothing. They do nothing here. A name that ends in ``_`` is a prefix."""
@@ -105,8 +105,8 @@ class AdapterBase:
         Args:
             method: the method that was called.
             key: the key that it was called with.
-            convert: may raise anything. It is not called where nothing is recorded.
-            log: gets what ``convert`` returned.
+            convert: converts the arguments; may raise anything. It is not called if the writer records nothing.
+            log: logs what ``convert`` returned.
 
         Raises:
             RecordError: only if strict.
@@ -122,7 +122,7 @@ class AdapterBase:
 
 
 def first_given(value: Any, other_names: dict[str, Any], *names: str) -> Any:
-    """Return a value, or if it is None the argument that was given under one of its other names.
+    """Return a value. If it is None, return the argument that was given under one of the other names.
 
     FLARE's writers and the SDKs call the same argument by different names.
 
@@ -135,7 +135,7 @@ def first_given(value: Any, other_names: dict[str, Any], *names: str) -> Any:
 
 
 def _is_one_of(name: str, names: tuple[str, ...]) -> bool:
-    return name in names or name.startswith(tuple(n for n in names if n.endswith("_")) or ("\0",))
+    return name in names or name.startswith(tuple(n for n in names if n.endswith("_")))
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

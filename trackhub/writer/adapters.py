@@ -186,10 +186,10 @@ def _local_files(artifact: Any, manifest: Any) -> list[tuple[str, str, str]]:
 class MLflowWriter(AdapterBase):
     """Has the methods of MLflow's fluent API, with the arguments of FLARE's writer and of MLflow's.
 
-    A call without ``step`` gets 0, 1, 2, ... for the values of its key where a backend needs a step. No method raises,
-    unless strict. A method that logs what trackhub has no record for, such as ``log_trace``, is counted as dropped,
-    with one warning. ``run_id``, ``timestamp`` and the like have no effect: a site has one run, and the time is that of
-    the call.
+    A backend that needs a step gets 0, 1, 2, ... for the values of a key that are logged without ``step``. No method
+    raises, unless strict. A method that logs what trackhub has no record for, such as ``log_trace``, is counted as
+    dropped, with one warning. ``run_id``, ``timestamp`` and the like have no effect: a site has one run, and the time
+    is that of the call.
     """
 
     COUNTED = ("delete_tag", "log_")

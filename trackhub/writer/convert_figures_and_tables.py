@@ -67,10 +67,10 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
 
     Args:
         batch: an array or tensor.
-        dataformats: the names of its axes, with ``N``.
+        dataformats: the names of its axes. Without ``N``, ``batch`` is one image.
 
     Raises:
-        ValueError: the array has other axes, or no image.
+        ValueError: the array has another number of axes, or no image.
     """
     import numpy as np
 
@@ -89,7 +89,7 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
 def histogram_of_buckets(
     low: float, limits: Sequence[float], counts: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Return the edges and counts of a histogram that is given as TensorBoard stores it.
+    """Return the edges and counts of a histogram, from the form in which TensorBoard stores it.
 
     Args:
         low: the smallest value that was counted.
@@ -109,7 +109,7 @@ def pr_curve(
     Args:
         labels: whether each example is positive.
         predictions: the probability that each example is positive, 0 to 1.
-        num_thresholds: how many thresholds, from 0 to 1.
+        num_thresholds: how many thresholds between 0 and 1, both included; at most 127.
         weights: the weight of each example; None for 1.
     """
     import numpy as np

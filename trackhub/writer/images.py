@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the image that training code logs, and encode it as a PNG unless it is a PNG or JPEG file already.
+"""Reads the image that training code logs, and encodes it as a PNG unless it is a PNG or JPEG file already.
 
 `Writer.log_image` calls it. It needs Pillow, and NumPy for arrays; both are imported with the first image.
 """
@@ -24,7 +24,7 @@ from trackhub.writer.values import read_key
 __all__ = ["grid_of", "read_image"]
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_NUMBER_MODES = ("F", "I", "I;16B", "I;16L", "I;16N")  # Pillow would cut their pixels off at 255
+_NUMBER_MODES = ("F", "I", "I;16B", "I;16L", "I;16N")  # Pillow would reduce all pixels above 255 to 255
 _ALPHA_MODES = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}
 _CHANNELS = (1, 2, 3, 4)
 _MAX_16_BITS = 65535
@@ -82,7 +82,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
 
 
 def grid_of(key: str, images: Sequence[Any], columns: int) -> Any:
-    """Return images as one PIL image, in rows. A cell is as wide as the widest, and as high as the highest.
+    """Return images as one PIL image, in rows. All cells have the width of the widest and the height of the highest.
 
     Args:
         key: the key of the grid, for messages.
@@ -123,7 +123,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
         image: as `Writer.log_image` describes it.
 
     Raises:
-        RecordError: the image is not of a kind that is described there, or Pillow is not installed.
+        RecordError: the image is not as described there, or Pillow is not installed.
     """
     pil = _load_pillow(key)
     if isinstance(image, bytes | bytearray | str | os.PathLike):
@@ -150,8 +150,8 @@ def _load_pillow(key: str) -> Any:
         with _pillow_lock:
             from PIL import Image as pil  # lazy: only who logs images needs Pillow
 
-            # Otherwise Pillow loads its formats with the first image. If two threads open an image at the same time
-            # then, Pillow fails in one of them: it "cannot identify" a good image (Pillow 13.0).
+            # Otherwise Pillow loads its formats with the first image. If two threads then open an image at the same
+            # time, Pillow fails in one of them: it "cannot identify" a good image (Pillow 13.0).
             pil.init()
     except ImportError as e:
         raise RecordError(

@@ -31,7 +31,7 @@ _can_draw_plotly: bool | None = None  # None until the first figure. A failure t
 
 
 class FigureAndModelCalls:
-    """The methods of `Writer` that call its other methods."""
+    """The methods of `Writer` that make several calls of its other methods."""
 
     _spool: SpoolWriter | None
 
@@ -69,9 +69,7 @@ class FigureAndModelCalls:
         captions: Sequence[str] = (),
         columns: int | None = None,
     ) -> None:
-        """Log several images, each under a key such as ``<key>/0``.
-
-        With ``columns``, log them as one grid under the key itself.
+        """Log several images, each under a key such as ``<key>/0``. With ``columns``, log one grid under ``key``.
 
         Args:
             key: the key of the grid, or the beginning of each image's key.
@@ -146,7 +144,7 @@ class FigureAndModelCalls:
 
     @contextlib.contextmanager
     def _counting_errors(self, method: str, key: Any) -> Any:
-        """Count the call if what is in the block raises, as for any log call."""
+        """Count the call as dropped if its block raises, as any log call does."""
         try:
             yield
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
@@ -178,7 +176,7 @@ def _drawn(figure: Any) -> bytes | None:
 
 
 def _figure_of(value: Any) -> Any:
-    """Return the figure: the value itself, or the figure that it has.
+    """Return the value if it is a figure, or else the figure that it holds.
 
     Raises:
         RecordError: the value is not a figure, and does not have one.

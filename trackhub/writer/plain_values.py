@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn the objects of training code into plain values that a record can hold: numbers, texts, lists and dicts.
+"""Turns the objects of training code into plain values that a record can hold: numbers, texts, lists and dicts.
 
 `trackhub.writer.values` calls it for single values. It recognises objects of numpy, torch and configuration libraries
-by their attributes, and imports none of these libraries. A ``what`` parameter is the first word of an error's message.
+by their attributes, and imports none of these libraries. An error's message begins with the argument ``what``.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
 
 
 def raised_by_signal_handler(error: BaseException) -> bool:
-    """Return whether a signal handler of the script raised this, while it interrupted a log call.
+    """Return whether a signal handler of the script raised this error while it interrupted a log call.
 
-    A script's time limit may raise ``TimeoutError`` this way. Such an error is not about a value, and must reach the
-    script.
+    For example, a script limits its time with a handler that raises ``TimeoutError``. Such an error is not about a
+    value, and must reach the script.
     """
     codes = set()
     for number in signal.valid_signals():
@@ -196,7 +196,7 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, type | types.FunctionType):
-        # str() of a function has its address, which differs in each process.
+        # str() of a function shows its address, which differs in each process.
         return f"{value.__module__}.{value.__qualname__}"
     if _is_masked(value):
         return math.nan

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the file that training code logs as an artifact. `Writer.log_artifact` calls it."""
+"""Reads the file that training code logs as an artifact. `Writer.log_artifact` calls it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     """Check the file and return how to copy it into the spool.
 
     Args:
-        path: the file. A symbolic link is followed within its own folder, and refused if it leads out of that.
+        path: the file. A symbolic link is followed within its own folder, and refused if it leads out of it.
         name: its name in the run; None takes its file name.
         artifact_type: what it is, such as ``model``.
         folder: the folder in the run to put it into; None or empty for none.

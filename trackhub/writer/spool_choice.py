@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide whether a writer records, and into which spool.
+"""Decides whether a writer records, and into which spool.
 
 `Writer` calls ``open_spool`` once. A writer without a spool records nothing and does not fail. So a training script
 runs unchanged with tracking, without it, and outside a job.
@@ -22,7 +22,8 @@ MODE_ENV = "TRACKHUB_MODE"
 without a warning. ``enabled`` is the same as unset."""
 
 STRICT_ENV = "TRACKHUB_STRICT"
-"""Environment variable that makes every writer strict: ``1``. Unset and ``0`` leave it to the writer's own argument."""
+"""Environment variable that makes every writer strict if it is ``1``. With ``0`` or unset, the writer's own argument
+decides."""
 
 _MODES = ("enabled", "disabled")
 _HOW = (

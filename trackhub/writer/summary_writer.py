@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter with the methods of TensorBoard's ``SummaryWriter``: FLARE's, torch's and tensorboardX's.
 
-Training code calls it. It converts their arguments, and calls `trackhub.Writer`.
+Training code calls it. It converts the arguments of a call, and calls `trackhub.Writer`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["SummaryWriter"]
 class SummaryWriter(AdapterBase):
     """Has the methods of TensorBoard's ``SummaryWriter``, with the arguments of FLARE's and of torch's.
 
-    A call without ``global_step`` gets 0, 1, 2, ... for the values of its tag where a backend needs a step. No method
-    raises, unless strict. A method that logs what trackhub has no record for, such as ``add_video``, is counted as
-    dropped, with one warning. ``walltime`` has no effect: the time is that of the call.
+    A backend that needs a step gets 0, 1, 2, ... for the values of a tag that are logged without ``global_step``. No
+    method raises, unless strict. A method that logs what trackhub has no record for, such as ``add_video``, is counted
+    as dropped, with one warning. ``walltime`` has no effect: the time is that of the call.
     """
 
     COUNTED = ("add_",)  # add_audio, add_embedding, add_graph, add_mesh, add_onnx_graph, add_tensor, add_video, ...
@@ -40,8 +40,8 @@ class SummaryWriter(AdapterBase):
 
         Args:
             log_dir: not used; torch's folder, or FLARE's context.
-            comment: not used, like torch's other arguments (``purge_step``, ``max_queue``, ``flush_secs``, ...).
-            args, kwargs: the others.
+            comment: not used.
+            args, kwargs: torch's further arguments (``purge_step``, ``max_queue``, ``flush_secs``, ...), not used.
             writer, strict: as for the other adapters.
 
         Raises:
@@ -131,7 +131,7 @@ class SummaryWriter(AdapterBase):
             img_tensor: as for ``Writer.log_image``: channels first, last or none.
             global_step: the step.
             walltime: without effect.
-            dataformats: the names of its axes, such as ``HWC``. By default the shape says it.
+            dataformats: the names of its axes, such as ``HWC``. By default, the shape shows where the channels are.
             kwargs: as for ``add_scalar``.
         """
         self._log_image(
@@ -213,7 +213,7 @@ class SummaryWriter(AdapterBase):
             tag: its key.
             values: an array or tensor of numbers.
             global_step: the step.
-            bins: how many bins. A name of one of TensorBoard's or numpy's schemes means the default of 30.
+            bins: how many bins. Anything but an int, such as the name ``tensorflow``, means the default of 30.
             walltime, max_bins: without effect.
             kwargs: as for ``add_scalar``.
         """

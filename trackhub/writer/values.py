@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the arguments of `Writer`'s methods, and turn them into plain values.
+"""Checks the arguments of `Writer`'s methods, and turns them into plain values.
 
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
 an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
@@ -49,7 +49,7 @@ _Value = TypeVar("_Value")
 
 
 class WrongCallError(RecordError):
-    """The whole call is wrong, for example because its step is not a number. One bad value is a plain RecordError."""
+    """The whole call is wrong, for example because its step is not a number. For one bad value, it is `RecordError`."""
 
 
 class BadValues:
@@ -63,7 +63,7 @@ class BadValues:
         """Begin with no bad value.
 
         Args:
-            strict: raise the first error instead.
+            strict: raise the first error, and collect none.
         """
         self.found: list[tuple[str, RecordError]] = []
         self._strict = strict
@@ -214,7 +214,7 @@ def read_text(key: Any, text: Any) -> Text:
 
 
 def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, bad: BadValues) -> Histogram:
-    """Return a distribution, either counted from the finite values or as it was given.
+    """Return a histogram, either counted from the finite values or as it was given.
 
     Args:
         key: the histogram's key.

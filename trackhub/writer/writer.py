@@ -61,8 +61,8 @@ class Writer(FigureAndModelCalls):
     without tracking. Then every call returns at once and does not look at its arguments, and ``flush`` returns True.
 
     A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. A strict
-    one raises an error instead. Set the environment variable ``TRACKHUB_MODE=disabled`` to record nothing
-    without a warning, also where there is tracking.
+    writer raises an error instead. With the environment variable ``TRACKHUB_MODE=disabled``, it records nothing even
+    where there is tracking, and does not warn.
 
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
     backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``, and the other
@@ -83,8 +83,8 @@ class Writer(FigureAndModelCalls):
         Args:
             spool_dir: the spool's folder. None takes the spool that was announced to this process, as described
                 above. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
-            strict: raise for what cannot be stored, and where there is no spool, instead of warning once. It has no
-                effect under ``TRACKHUB_MODE=disabled``: whoever runs the script has decided.
+            strict: raise for what cannot be stored, and where there is no spool, instead of warning once. Under
+                ``TRACKHUB_MODE=disabled``, a writer records nothing even if it is strict.
 
         Raises:
             ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` or ``TRACKHUB_STRICT`` has
@@ -254,7 +254,7 @@ class Writer(FigureAndModelCalls):
         """Log a file. Copies it before returning, so it may change or vanish afterwards.
 
         Args:
-            path: the file. A symbolic link is followed within its own folder, and refused if it leads out of that.
+            path: the file. A symbolic link is followed within its own folder, and refused if it leads out of it.
             name: what to call it in the run; by default its file name. May contain ``/``.
             type: what it is, such as ``model`` or ``dataset``.
 
@@ -266,14 +266,14 @@ class Writer(FigureAndModelCalls):
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until every receiver has accepted or refused the records that this writer logged before the call.
 
-        Records are safe without it: call it only where something else waits for their arrival. It does not wait for
-        dropped records. If the disk is still full, it waits only up to the first gap.
+        Records are safe without it. Call it only where something else waits for their arrival. It does not wait for
+        dropped records. While the disk is full, it waits only for the records before the first dropped one.
 
         Args:
             timeout_s: the longest wait, in seconds.
 
         Returns:
-            True if the receiver has them; False if ``timeout_s`` passed first.
+            True if the receivers have answered for all of them; False if ``timeout_s`` passed first.
         """
         if self._spool is None:
             return True
@@ -318,7 +318,7 @@ class Writer(FigureAndModelCalls):
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> None:
-        """Append the record that ``read`` makes of the arguments. Without a spool, the arguments are not even read."""
+        """Append the record that ``read`` makes of the arguments. Without a spool, do not call ``read``."""
         if self._spool is None:
             return
         now = time.time()
@@ -350,7 +350,7 @@ class Writer(FigureAndModelCalls):
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> None:
-        """Append a record whose bytes go to a file of their own. Otherwise the same as ``_append``."""
+        """Append a record whose bytes go to a file of their own. Otherwise do as ``_append`` does."""
         if self._spool is None:
             return
         now = time.time()
@@ -418,9 +418,9 @@ class Writer(FigureAndModelCalls):
 
 
 def plain_writer(spool: SpoolWriter | None) -> Writer:
-    """Return a plain `Writer` on this spool: the copy of a subclass's writer, such as `LocalWriter`.
+    """Return a plain `Writer` on this spool, as the copy of a writer of a subclass, such as `LocalWriter`.
 
-    Without a spool, it records nothing.
+    Without a spool, the copy records nothing.
     """
     writer = Writer.__new__(Writer)
     writer._spool = spool
