@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing what a store holds with what it must hold: nothing missing, nothing twice, nothing else.
+"""Compares what a store holds with what it must hold: nothing missing, nothing twice, nothing else.
 
 Scenarios and checks call it with an `expectation` and with what the contract class has read back.
 """

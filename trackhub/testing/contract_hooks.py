@@ -86,8 +86,8 @@ class ContractHooks:
     def read_back(self, run: RunInfo, context: StoreContext) -> ReadBack:
         """Return what the store holds of this run, read by its API, its files or its database.
 
-        Use none of the plugin's own code, which may be wrong in reading as in writing. The run may be open, or its
-        writer may have been killed. Whatever this raises means that the run is not there.
+        Use none of the plugin's own code: an error in it would hide itself. The run may be open, or its writer may have
+        been killed. Whatever this raises means that the run is not there.
 
         Args:
             run: which run. ``run.blob_dir`` is not for reading back.

@@ -2,7 +2,7 @@
 """A receiver in a process of its own, which delivers what a journal holds and dies by SIGKILL on the way.
 
 The checks of ``checks/delivery.py`` call `deliver_until_killed`, which starts the process. There `main` runs a receiver
-on the same journal and store. It never ends normally.
+on the same journal and store, until SIGKILL ends it.
 """
 
 from __future__ import annotations

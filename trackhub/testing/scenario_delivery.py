@@ -105,7 +105,7 @@ class DeliveredScenarios:
             store: the folder for ``options``.
 
         Raises:
-            AssertionError: the backend broke a rule that no check can pass with.
+            AssertionError: the backend broke a rule, so that no check can pass.
         """
         rig = ReceiverRig(hooks, root, hooks.options(store), job=new_job())
         try:

@@ -79,7 +79,7 @@ class DeclarationChecks(ContractFixtures):
     def test_credentials_are_declared(self) -> None:
         """The class says from which variables it takes secrets, and for which host these are.
 
-        Without that, the core cannot keep a job from sending them to a host of its own, nor conceal them.
+        Otherwise a job could send them to a host of its own, and the core could not conceal them.
         """
         declared = self.backend.credentials
         undeclared = sorted({*self.secret_env} - {*declared.variables})

@@ -63,9 +63,9 @@ class ConfirmationChecks(ContractFixtures):
     def test_redelivery_after_sigkill_as_declared(
         self, kit: Kit, tmp_path: Path, when: Literal["written", "confirmed"]
     ) -> None:
-        """The receiver is killed in between, and another goes on.
+        """The receiver is killed while it delivers, and another goes on.
 
-        Nothing is lost, or there twice without being declared.
+        No record is lost. A record is there twice only if the backend declares that.
         """
         rig = _journal(kit)
         deliver_until_killed(rig, KillPoint(when, _BATCH - 1, str(tmp_path / "killed")), max_batch=_BATCH)
@@ -249,7 +249,7 @@ class OutageChecks(ContractFixtures):
             for number in range(4):
                 rig.log(_SITE, series("loss", range(10 * number, 10 * number + 10), scale=2.0 + number))
             rig.wait_for(_SITE, lambda run: bool(rig.proxy.failures) or run.pending == 0, timeout_s=5.0)
-            # Long enough for a backend that calls it permanent: its batch is halved until one record is left.
+            # A backend may raise PermanentError. The lane then halves the batch until one record is left.
             rig.wait_for(_SITE, lambda run: len(rig.proxy.failures) > _HALVINGS or run.pending == 0, timeout_s=1.0)
         finally:
             outage.end()
@@ -258,7 +258,7 @@ class OutageChecks(ContractFixtures):
         self._check(rig, "an outage in the middle of the job")
 
     def test_probe_as_declared(self, kit: Kit) -> None:
-        """If the backend claims ``probe``, that fails in an outage in which ``write`` fails, and leaves nothing."""
+        """If the backend claims ``probe``, it fails in an outage in which ``write`` fails, and stores nothing."""
         can = kit.capabilities()
         if not can.probe:
             return
@@ -278,8 +278,8 @@ class OutageChecks(ContractFixtures):
         assert all(succeeded for _, succeeded in while_well), "probe() failed although the store was well"
         after_failures = [succeeded for is_stored, succeeded in rig.proxy.probes if not is_stored]
         assert not any(after_failures[:1]), (
-            "the store was away and write() failed, but probe() did not. Then good records would be rejected: test the "
-            "same place by the same way, or leave probe out"
+            "the store was away and write() failed, but probe() did not. Then good records would be rejected. Let "
+            "probe() test the same place in the same way, or leave it out"
         )
         self._check(rig, "tests of the store between its records")
 

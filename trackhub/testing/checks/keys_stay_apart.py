@@ -29,7 +29,7 @@ from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, sc
 
 __all__ = ["KeyChecks"]
 
-# Each differs in little from another one: a store or its SDK may take the two for one, or for something of its own.
+# Each differs little from another one. A store or its SDK may merge the two, or take one for a name of its own.
 _MERGED = [
     "lr", "--lr", "-lr", "lr-", "a", "-a-", "A", " a", "a ", "a  ", ".a", "./a", "a/.", "a.", "a/", "/a", "a/../a", "á",
     "a/b", "a//b", "a/./b", "/a/b", "a/b/", "a\\b", "a.b", "a_b", "a b", "a:b", "a%2Fb", "a_x002F_b", "..", "../a",

@@ -264,7 +264,9 @@ class NumberChecks(ContractFixtures):
 def _must_not_be_able(
     hooks: ContractFixtures, kit: Kit, calls: Sequence[Call], can: Capabilities, problem: str, kind: Kind | None = None
 ) -> None:
-    """Check that the backend really cannot do what it does not claim: without the core, it must fail or store it wrong.
+    """Check that the backend really cannot do what it does not claim.
+
+    It gets the calls without the core, and must then fail or store something else.
 
     Args:
         hooks: the contract class.

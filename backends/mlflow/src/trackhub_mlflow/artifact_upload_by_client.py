@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storing artifacts through MLflow's own artifact repositories: the clients for a shared folder, S3 and other places.
+"""Stores artifacts through MLflow's own artifact repositories: the clients for a shared folder, S3 and other places.
 
 Both stores call it for a run whose artifacts lie neither on the MLflow server nor beside the SQLite file.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sending metrics, params and tags in as few requests as MLflow's limits allow.
+"""Sends metrics, params and tags in as few requests as MLflow's limits allow.
 
 `MLflowRun` calls ``send`` with the items that it made from a batch of records. If MLflow refuses a request, ``send``
 halves it until it has found the item that MLflow refuses, and stores the rest.

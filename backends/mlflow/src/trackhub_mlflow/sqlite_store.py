@@ -2,8 +2,8 @@
 """The MLflow store in an SQLite file, written without a server by MLflow's own classes.
 
 The backend uses it if no server is configured. The artifacts are in the folder ``mlartifacts`` beside the file. Both
-can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server. MLflow would store a path as an
-absolute one. ``mlflow ui``, started beside the file, looks for the artifacts in ``./mlartifacts``.
+can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server, where MLflow would store an absolute
+path. ``mlflow ui``, started beside the file, looks for the artifacts in ``./mlartifacts``.
 """
 
 from __future__ import annotations
@@ -243,7 +243,10 @@ class SqliteStore:
             return SqlAlchemyStore(f"sqlite:///{self._file}", "mlflow-artifacts:/")
         except MlflowException as error:
             if "schema" in str(error):
-                raise SetupError(f"another MLflow made the store {self._file}: {error.message}") from error
+                raise SetupError(
+                    f"another version of MLflow made the store {self._file}. Upgrade it as MLflow says, or name "
+                    f"another file in tracking_uri. MLflow says: {error.message}"
+                ) from error
             raise
 
     def _check(self) -> None:

@@ -146,7 +146,9 @@ class StoredRun:
 
 
 class Store(Protocol):
-    """An MLflow store. One thread uses it. Every method but ``run_url`` and ``close`` may block on the store.
+    """An MLflow store. Every method but ``run_url`` and ``close`` may block on the store.
+
+    One thread uses it. With ``Capabilities.files_beside``, a second thread may use it at the same time.
 
     Raises:
         TransientError: by every method: the store cannot do it now.

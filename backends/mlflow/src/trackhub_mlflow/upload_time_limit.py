@@ -16,7 +16,7 @@ _MIN_BYTES = 256 << 10  # a smaller file says nothing of the rate
 
 
 class UploadLimit:
-    """The time limit of uploads to one server. Used by one thread at a time."""
+    """The time limit of uploads to one server. Two threads may use it: the rate is then that of either."""
 
     def __init__(self) -> None:
         """Start with the rate of a slow network."""

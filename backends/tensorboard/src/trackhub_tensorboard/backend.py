@@ -263,6 +263,6 @@ class TensorBoardRun(BackendRun):
         return None
 
     def _commit(self, events: list[bytes], last: Entry) -> None:
-        self._hparams.write()  # first: what is committed is not written again
+        self._hparams.write()  # before the events: if it fails, the lane hands over the params once more
         self._files.append(events, last.position + 1, self._encoder.new_tags, last.time)
         self._encoder.new_tags = []

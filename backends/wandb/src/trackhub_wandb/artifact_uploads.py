@@ -28,7 +28,9 @@ _FOR_GOOD = re.compile(r"\b(?:400|409|413|415|422)\b")
 
 
 class ArtifactUpload:
-    """One artifact that the SDK gets, again if the server refused it. Used by one thread at a time.
+    """One artifact on its way to the server. The SDK gets it again if the server refused it.
+
+    Used by one thread at a time.
 
     Attributes:
         refusals: how often the server refused it.
@@ -47,9 +49,9 @@ class ArtifactUpload:
         self._attempt = None if logged is None else _Attempt(logged._save_handle)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until the server has the artifact. Send it if it is not on its way. Afterwards, call this again or not.
+        """Wait until the server has the artifact. Hand it to the SDK first if no upload is under way.
 
-        A wait that ends does not end the upload: the next call waits for the same one.
+        A timeout does not end the upload: the next call waits for the same one.
 
         Raises:
             TransientError: the server does not have it yet, or refused it.

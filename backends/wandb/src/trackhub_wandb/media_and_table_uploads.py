@@ -79,7 +79,7 @@ class FilesOfRows:
         patience_s: float,
         again_s: float,
     ) -> None:
-        """Find out what the server has now. Wait for what was not waited for before.
+        """Find out what the server has now. Wait only if an earlier call has not waited for the same records.
 
         Args:
             sizes: asks the server for the sizes of files, by path.

@@ -61,7 +61,7 @@ _MAX_COLUMNS = 2000
 """Most columns of a table. The SDK's time grows with their square: 2,000 take a second, and a million weeks."""
 
 _MAX_KEPT_CHARS = 1 << 20
-"""Most characters of all tags and final values of a run. Each new one has the SDK send and keep all of them again."""
+"""Most characters of all tags and final values of a run. With each new one, the SDK sends and keeps all of them."""
 
 _PROBE_BYTES = 1 << 16
 _PROBE_S = 5.0
@@ -156,7 +156,7 @@ class SdkRun:
         return Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}")
 
     def _store_labels(self, entries: Sequence[Entry]) -> list[Rejection]:
-        """Hand params, tags and final values to the SDK in one call: each call sends and keeps all of a run's again.
+        """Hand params, tags and final values to the SDK in one call. Each call sends and keeps all that the run has.
 
         If the SDK refuses them together, each is tried alone.
         """
