@@ -26,7 +26,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.replay_journal_or_spool import replay_journal
-from trackhub.delivery.report import format_report
+from trackhub.delivery.report_text import format_report
 from trackhub.errors import ConfigError
 from trackhub.framing import decode_body, encode_frame
 from trackhub.job_and_run_info import Side

@@ -19,7 +19,7 @@ from tests.unit.rigs import Bench, poisoned
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
 from trackhub.cli.replay import replay
 from trackhub.cli.status import status
-from trackhub.delivery.report import format_report
+from trackhub.delivery.report_text import format_report
 from trackhub.errors import PermanentError, TransientError
 from trackhub.limits import Limits
 from trackhub.spi import Redelivery

@@ -67,7 +67,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("line", "status", "expected"),
     [
         (["statsu", "JOBS"], 2, "There is no command 'statsu'. Did you mean 'status'? There are: backends, "),
-        (["status"], 2, "Missing argument 'PATH'"),
+        (["status"], 2, "Missing argument 'PATH...'"),
         (["status", "--jsno", "JOBS"], 2, "No such option"),
         (["status", "JOBS/goood"], 1, "there is no JOBS/goood; expected a job's folder"),
         (["status", "JOBS/empty"], 1, "there is no journal (trackhub.db) and no spool"),

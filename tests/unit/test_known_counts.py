@@ -19,7 +19,8 @@ from trackhub.delivery import wire
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.replay_journal_or_spool import replay_journal
-from trackhub.delivery.report import Counted, DeliveryReport, SiteReport, format_report, format_results
+from trackhub.delivery.report import Counted, DeliveryReport, SiteReport
+from trackhub.delivery.report_text import format_report, format_results
 from trackhub.framing import encode_frame
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
@@ -69,7 +70,7 @@ def status(path: Path, *flags: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "trackhub.cli", "status", str(path), *flags], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")  # 1 if counts are not known
     return done.stdout
 
 

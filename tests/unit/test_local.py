@@ -25,7 +25,8 @@ from tests.unit.helpers import assert_balanced, json_lines, small_disk
 from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.report import DeliveryReport, format_report, read_report
+from trackhub.delivery.report import DeliveryReport, read_report
+from trackhub.delivery.report_text import format_report
 from trackhub.errors import ConfigError, JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter

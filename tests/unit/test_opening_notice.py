@@ -10,7 +10,8 @@ import pytest
 
 import trackhub
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
-from trackhub.delivery.report import DeliveryReport, RunReport, format_report
+from trackhub.delivery.report import DeliveryReport, RunReport
+from trackhub.delivery.report_text import format_report
 from trackhub.spi import Results
 
 

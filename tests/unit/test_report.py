@@ -8,15 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from trackhub.delivery.report import (
-    DeliveryReport,
-    RunReport,
-    SiteReport,
-    format_report,
-    format_results,
-    read_report,
-    write_report,
-)
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, read_report, write_report
+from trackhub.delivery.report_text import format_report, format_results
 from trackhub.delivery.wire import SiteCounts
 from trackhub.spi import Results
 

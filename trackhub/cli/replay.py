@@ -30,7 +30,8 @@ from trackhub.delivery.replay_journal_or_spool import (
     replay_journal,
     replay_spool,
 )
-from trackhub.delivery.report import DeliveryReport, format_report
+from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.report_text import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.limits import Limits
 from trackhub.operator_file import OperatorFile, read_operator_file
@@ -94,7 +95,8 @@ def replay(
     records went through, as in `trackhub status --json`.
 
     Environment variables set limits, such as TRACKHUB_FLUSH_S. The exit status is 1 if something is still not
-    delivered.
+    delivered, or a run is not ended. What else is wrong, and no replay can mend, is only said: `trackhub status` exits
+    with 1 then.
     """
     backends = _backends(backend, option)
     found = find(path)
@@ -125,9 +127,12 @@ def replay(
         print_lines("There is nothing to deliver. Looked at", *looked)
     for error in work.errors:
         print_error(str(error))
+    problems, left_over = work.problems()
+    for problem in problems:
+        print_error(problem)
     if left := work.left():
         print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
-    if left or work.errors:
+    if left or left_over or work.errors:
         sys.exit(1)
 
 
@@ -248,6 +253,15 @@ class _Work:
     def nothing_to_do(self) -> list[str]:
         """Return the spools and journals that were looked at, if none of them had anything to deliver."""
         return [] if self._reports or self.errors else self._done
+
+    def problems(self) -> tuple[list[str], bool]:
+        """Return what is wrong and not just left over, and whether a replay has more to do."""
+        problems, is_left = [], False
+        for journal, report in self._reports.items():
+            left = report.left_over()
+            problems += [f"{journal}: {problem}" for problem in report.problems() if problem not in left]
+            is_left = is_left or bool(left)
+        return problems, is_left
 
     def left(self) -> int:
         """Return how many records are still not delivered."""

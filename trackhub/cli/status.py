@@ -8,7 +8,7 @@ changing them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find_journals_and_spools import find, is_interrupted
+from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.report import (
-    NOT_ADDING_UP,
-    Counted,
-    DeliveryReport,
-    RunReport,
-    SiteReport,
+from trackhub.delivery.report import Counted, RunReport, SiteReport
+from trackhub.delivery.report_text import (
+    format_altered,
     format_confirmed,
     format_counted,
     format_job,
     format_openings,
+    format_status,
     format_together,
 )
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import ConfigError, DeliveryError
+from trackhub.process_lock import is_free
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import RETIRED, SpoolReader
@@ -39,40 +38,50 @@ from trackhub.spool.reading import RETIRED, SpoolReader
 __all__ = ["journal_status", "spool_status", "status"]
 
 _MAX_TROUBLE_CHARS = 160
+# "finished" beside the status "killed" of the job reads as a contradiction.
+_RUN_STATES = {"finished": "ended", "unfinished": "not ended"}
 
 JSON_VERSION = 1
 """Version of the JSON document. New keys do not raise it. No key is removed, and none changes its meaning."""
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; its keys are stable.")
-def status(path: Path, as_json: bool) -> None:
+def status(paths: Sequence[Path], as_json: bool) -> None:
     """Show what became of a job's records, by site and backend. The job may be running.
 
     PATH is a journal, a spool folder, or a folder above, such as a job's. The last lines say how to open the results
     where the job's folder lies now.
 
+    The exit status is 1 if something is wrong: counts are not known or do not add up; records were dropped, refused or
+    rejected; something cannot be read; or the job has ended, and left records or open runs to `trackhub replay`. Values
+    that were left out of a record are shown, and are no error.
+
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
 
-    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, sites and lanes. balanced is true
-    if all counts are known and add up. sites has for each name logged, withheld, dropped, refused, acked, spooled,
+    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, interrupted, problems, left_over,
+    sites and lanes. balanced is true if all counts are known and add up. problems says in words what is wrong, and
+    left_over which of it a replay mends. interrupted is true if the receiver was killed, and no replay has ended its
+    runs since. A replay leaves the status "killed". sites has for each name logged, withheld, dropped, refused, acked,
+    spooled,
     unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, refused_here, explained,
     final and doubts. The first nine are what the site last said, null if it said nothing yet. refused_here is what the
     receiver refused. counted says how much is known of what the site logged: final, open, stale, incomplete or unknown.
     doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending,
     altered, possible_duplicates, state, last_error, blocked_by and results. client_confirmed is a part of confirmed.
+    state is that of the run at the backend, not of the job: open, finished, unfinished or stopped.
     blocked_by names the record that all others wait for. results has url, path and command, each null if there is none.
 
-    A spool has path, site, job, job_name, open and receivers. receivers has for each name streams, logged, withheld,
-    dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.
+    A spool has path, site, job, job_name, open, problems and receivers. receivers has for each name streams, logged,
+    withheld, dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.
 
     dropped, refused, refused_here, rejected, altered and explained are counts by reason. altered counts
-    values, not records. What cannot be read has only path and error. The exit status is then 1.
+    values, not records. What cannot be read has only path and error.
     """
-    found = find(path)
-    journals = [_or_error(journal, journal_status) for journal in found.journals]
-    spools = [_or_error(spool, spool_status) for spool in found.spools]
+    found = [find(path) for path in paths]
+    journals = [_or_error(file, journal_status) for file in _once(part.journals for part in found)]
+    spools = [_or_error(folder, spool_status) for folder in _once(part.spools for part in found)]
     if as_json:
         print_json({"version": JSON_VERSION, "journals": journals, "spools": spools})
     else:
@@ -85,8 +94,13 @@ def status(path: Path, as_json: bool) -> None:
     errors = [part["error"] for part in (*journals, *spools) if "error" in part]
     for error in errors:
         print_error(error)
-    if errors:
+    if errors or any(part["problems"] for part in (*journals, *spools)):
         sys.exit(1)
+
+
+def _once(found: Iterable[Sequence[Path]]) -> list[Path]:
+    """Return each path once, in order. Of several arguments, one may lie in another."""
+    return list({path.resolve(): path for part in found for path in part}.values())
 
 
 def journal_status(path: Path) -> dict[str, Any]:
@@ -96,9 +110,6 @@ def journal_status(path: Path) -> dict[str, Any]:
         JournalError: it cannot be read.
     """
     report = read_journal_report(path)
-    lanes = {lane: _all_runs(report, lane) for lane in sorted(report.lanes)}
-    at_sites = [site.at_site for site in report.sites.values() if site.at_site]
-    spooled = sum(counts.spooled + counts.unreadable for counts in at_sites)
     return {
         "path": str(path),
         "job": report.job,
@@ -107,9 +118,12 @@ def journal_status(path: Path) -> dict[str, Any]:
         "status": report.status,
         "balanced": report.balanced,
         "adds_up": report.adds_up,
-        "undelivered": spooled + sum(run.pending for runs in lanes.values() for run in runs.values()),
+        "undelivered": report.undelivered(),
+        "interrupted": report.interrupted,
+        "problems": report.problems(),
+        "left_over": report.left_over(),
         "sites": {name: _plain_site(site) for name, site in sorted(report.sites.items())},
-        "lanes": {lane: {site: msgspec.to_builtins(run) for site, run in runs.items()} for lane, runs in lanes.items()},
+        "lanes": {lane: msgspec.to_builtins(dict(sorted(runs.items()))) for lane, runs in sorted(report.lanes.items())},
     }
 
 
@@ -145,8 +159,22 @@ def spool_status(folder: Path) -> dict[str, Any]:
         "job": info.job,
         "job_name": info.name,
         "open": info.open,
+        "problems": _spool_problems(folder, receivers),
         "receivers": receivers,
     }
+
+
+def _spool_problems(folder: Path, receivers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is wrong with what a spool holds. Records in the spool of a running job are on their way."""
+    problems = []
+    for receiver, counts in receivers.items():
+        left = counts["spooled"] + counts["unreadable"]
+        lock = folder / f"{receiver}.lock"
+        if left and (is_free(lock) or not lock.exists()):
+            problems.append(f"{left:,} records have not arrived at the {receiver} side")
+        if lost := {**counts["dropped"], **counts["refused"]}:
+            problems.append(f"{sum(lost.values()):,} records were dropped or refused")
+    return problems
 
 
 def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -165,22 +193,13 @@ def _plain_site(site: SiteReport) -> dict[str, Any]:
     return {**counts, **plain, "doubts": format_counted(site)}
 
 
-def _all_runs(report: DeliveryReport, lane: str) -> dict[str, RunReport]:
-    """Return a lane's runs by site. A site without a run has all its records pending. A site without news has none."""
-    runs = report.lanes[lane]
-    heard = {name: site for name, site in sorted(report.sites.items()) if site.at_site or site.received}
-    return {name: runs.get(name) or RunReport(pending=site.journaled) for name, site in heard.items()}
-
-
 def _show_journal(journal: Mapping[str, Any]) -> None:
     if "error" in journal:
         return
     job = format_job(journal["job"], journal["job_name"])
-    print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {journal['status']}")
-    if not journal["adds_up"]:
-        print_lines(f"THE COUNTS DO NOT ADD UP: {NOT_ADDING_UP}. The remarks say of which sites")
-    elif not journal["balanced"]:
-        print_lines("NOT ALL COUNTS ARE KNOWN: the table says of which sites")
+    ended = format_status(journal["status"], is_complete=not journal["problems"])
+    print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {ended}")
+    print_lines(*journal["problems"])
     lanes = {lane: msgspec.convert(runs, dict[str, RunReport]) for lane, runs in journal["lanes"].items()}
     rows = []
     for name, site in journal["sites"].items():
@@ -190,16 +209,19 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
             str(site["received"]),
             _reasons({**(site["dropped"] or {}), **({"missing": site["missing"]} if site["missing"] else {})}),
         ]
-        doubts = "; ".join(site["doubts"])
+        altered = (site["altered"] or {}).items()
+        left_out = [f"values left out at the site ({reason}): {n:,}" for reason, n in altered]
+        doubts = "; ".join([*left_out, *site["doubts"]])
         found = [(lane, runs[name]) for lane, runs in lanes.items() if name in runs]
         rows += [[*at_site, lane, *_run_cells(run, doubts)] for lane, run in found] or [[*at_site, *"-----", doubts]]
     print_table(
-        ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "state", "remarks"],
+        ["site", "logged", "received", "dropped", "backend", "confirmed", "rejected", "pending", "run", "remarks"],
         rows,
     )
-    if is_interrupted(Path(journal["path"])):
+    if journal["left_over"]:
         folder = Path(journal["path"]).parent
-        print_lines(f"Its process was killed. Deliver what is left, and end its runs, with `trackhub replay {folder}`")
+        killed = "Its process was killed. " if journal["interrupted"] else ""
+        print_lines(f"{killed}Deliver what is left, and end its runs, with `trackhub replay {folder}`")
     openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
     if openings:
         print_lines("Open the results", *openings)
@@ -210,8 +232,8 @@ def _run_cells(run: RunReport, doubts: str) -> list[str]:
         format_confirmed(run),
         _reasons(run.rejected),
         str(run.pending),
-        run.state,
-        "; ".join(filter(None, [doubts, run.trouble()[:_MAX_TROUBLE_CHARS]])),
+        _RUN_STATES.get(run.state, run.state),
+        "; ".join(filter(None, [doubts, *format_altered(run), run.trouble()[:_MAX_TROUBLE_CHARS]])),
     ]
 
 

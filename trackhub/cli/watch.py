@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 
 from trackhub.cli.output import print_error, print_lines
-from trackhub.delivery.report import format_results
-from trackhub.printable import printable
+from trackhub.delivery.report_text import format_results
 
 __all__ = ["watch"]
 
@@ -26,7 +25,7 @@ def watch(path: Path) -> None:
     has changed.
 
     It ends when the job has ended, or by Ctrl-C, which does not touch the job. The exit status is 0 if all records are
-    delivered, and 1 if not.
+    delivered, and 1 if not, or if something else is wrong, as in `trackhub status`.
 
     \b
     Examples:
@@ -42,6 +41,9 @@ def watch(path: Path) -> None:
         for report in state.reports
     }
     print_lines("", format_results(reports))
-    if undelivered := [name for name, report in reports.items() if not report.is_complete()]:
-        print_error(f"not all is delivered at {printable(', '.join(undelivered))}; `trackhub status {path}` says more")
+    found = {name: report.problems() for name, report in reports.items() if not report.is_complete()}
+    for name, problems in found.items():
+        print_error(f"{name}: {'; '.join(problems) or 'not all is delivered yet'}")
+    if found:
+        print_error(f"`trackhub status {path}` says more")
         sys.exit(1)

@@ -32,14 +32,8 @@ if TYPE_CHECKING:
     from trackhub.delivery.journal.find_journals_and_spools import find_interrupted
     from trackhub.delivery.journal.prune import prune_older
     from trackhub.delivery.receiver import Receiver
-    from trackhub.delivery.report import (
-        DeliveryReport,
-        RunReport,
-        SiteReport,
-        format_report,
-        format_results,
-        read_report,
-    )
+    from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, read_report
+    from trackhub.delivery.report_text import format_report, format_results
     from trackhub.delivery.sender import Sender
     from trackhub.delivery.wire import MAX_REQUEST_BYTES, SiteCounts, refusal
     from trackhub.job_and_run_info import SERVER, JobInfo, RunStatus, Side
@@ -94,14 +88,8 @@ _MODULES = {
     "trackhub.delivery.journal.find_journals_and_spools": ("find_interrupted",),
     "trackhub.delivery.journal.prune": ("prune_older",),
     "trackhub.delivery.receiver": ("Receiver",),
-    "trackhub.delivery.report": (
-        "DeliveryReport",
-        "RunReport",
-        "SiteReport",
-        "format_report",
-        "format_results",
-        "read_report",
-    ),
+    "trackhub.delivery.report": ("DeliveryReport", "RunReport", "SiteReport", "read_report"),
+    "trackhub.delivery.report_text": ("format_report", "format_results"),
     "trackhub.delivery.sender": ("Sender",),
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),

@@ -32,7 +32,8 @@ from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, Too
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver_start_and_end import END_S, end_lanes, make_report, store_start
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport, leave_report
+from trackhub.delivery.report import REPORT_NAME, DeliveryReport
+from trackhub.delivery.report_text import leave_report
 from trackhub.delivery.set_up_backend import set_up_backend
 from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.delivery.turn_away_when_busy import Admission

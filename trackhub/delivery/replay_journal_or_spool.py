@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,12 @@ import msgspec
 from trackhub import registry
 from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.journal.journal import JOURNAL_NAME
-from trackhub.delivery.journal.read_only import has_last_counts, read_journal_meta, read_stream_positions
+from trackhub.delivery.journal.read_only import (
+    has_last_counts,
+    is_known_site,
+    read_journal_meta,
+    read_stream_positions,
+)
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, PRUNED
@@ -33,7 +39,7 @@ from trackhub.policy import SiteRules
 from trackhub.spi import OptionMark
 from trackhub.spool.acks import ack_file, read_ack
 from trackhub.spool.counts import StreamCount
-from trackhub.spool.layout import SpoolInfo, read_spool_info, set_policy
+from trackhub.spool.layout import SpoolInfo, close_spool, has_streams, read_spool_info, set_policy
 from trackhub.spool.reader_lock import hold_ended_spool
 from trackhub.spool.reading import SpoolReader
 
@@ -141,6 +147,8 @@ def replay_spool(
             _refuse_ways_out(spool.absolute())
         acked = _left_after_rewind(spool, cursor, journal)
         if acked is None:
+            with contextlib.suppress(SpoolError):  # it only says that no process logs to it
+                close_spool(spool)
             return None
         info = read_spool_info(spool)
         _add_operators_rules(spool, info)
@@ -195,7 +203,10 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
         if not _stands_in(journal):
             site = read_spool_info(spool).site
             _rewind_lost_streams(spool, cursor, site, journal)
-            lacks_counts = not has_last_counts(journal, site)
+            # The server has a spool for what it may log itself. If nothing was logged there, it is not a site, and a
+            # replay must not make one of it.
+            is_site = has_streams(spool) or is_known_site(journal, site)
+            lacks_counts = is_site and not has_last_counts(journal, site)
     counts = _counts(spool, cursor)
     is_left = lacks_counts or any(count.spooled for count in counts)
     return sum(count.acked for count in counts) if is_left else None

@@ -11,14 +11,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from trackhub.delivery.report import (
-    DeliveryReport,
-    RunReport,
-    SiteReport,
-    format_confirmed,
-    format_counted,
-    format_logged,
-)
+from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
+from trackhub.delivery.report_text import format_altered, format_confirmed, format_counted, format_logged, format_status
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.collect import Logged, RunData
 from trackhub.page.federation import members, participation
@@ -62,6 +56,9 @@ def job_rows(jobs: Sequence[StoredJob], names: Sequence[str], runs: Sequence[Run
                 "name": names[place],
                 "id": job.id,
                 "status": job.status,
+                "shown_status": format_status(
+                    job.status, is_complete=all(report.is_complete() for report in job.reports.values())
+                ),
                 "notes": job.notes,
                 "tags": job.tags,
                 "began": began,
@@ -177,7 +174,9 @@ def deliveries(jobs: Sequence[StoredJob], names: Sequence[str]) -> dict[str, Any
 
 
 def _lane_cells(backend: str, run: RunReport, site: SiteReport) -> dict[str, Any]:
-    remarks = [f"rejected: {n:,} ({reason})" for reason, n in run.rejected.items()] + _remarks(site)
+    remarks = (
+        [f"rejected: {n:,} ({reason})" for reason, n in run.rejected.items()] + format_altered(run) + _remarks(site)
+    )
     if run.trouble() and run.pending:
         remarks.append(_short(run.trouble(), 160))
     lost = sum(run.rejected.values())
@@ -192,6 +191,7 @@ def _remarks(site: SiteReport) -> list[str]:
     return (
         found
         + ([f"in the site's spool: {counts.spooled:,}"] if counts and counts.spooled else [])
+        + format_altered(site)
         + format_counted(site)
     )
 
@@ -199,6 +199,7 @@ def _remarks(site: SiteReport) -> list[str]:
 def _summary(reports: Sequence[DeliveryReport]) -> str:
     journaled = sum(site.journaled for report in reports for site in report.sites.values())
     lost, left = sum(report.lost() for report in reports), sum(report.undelivered() for report in reports)
+    open_runs = any(report.interrupted for report in reports)
     if all(report.is_complete() for report in reports):
         return f"All {journaled:,} records are confirmed by every backend."
     parts = [f"{journaled:,} records arrived"]
@@ -207,6 +208,8 @@ def _summary(reports: Sequence[DeliveryReport]) -> str:
     )
     if not all(report.balanced for report in reports):
         parts.append("not all counts are known")
+    if open_runs:
+        parts.append("a receiver was killed before it had ended the runs")
     return "; ".join(parts) + "."
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple, overload
 
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.find_journals_and_spools import find
-from trackhub.delivery.report import DeliveryReport, format_counted, format_job
+from trackhub.delivery.report import RUNNING, DeliveryReport
+from trackhub.delivery.report_text import format_counted, format_job
 from trackhub.errors import ConfigError, JournalError
 from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.query.journal_file import JournalFile
@@ -115,9 +116,9 @@ class StoredJob:
     def problems(self) -> list[str]:
         """Return why records may be missing, as sentences. Call it after reading, which may find more reasons."""
         found = []
-        if self.status == "running":
+        if self.status == RUNNING:
             found.append("The job still runs. This is what had arrived when it was read.")
-        if self.status == RunStatus.KILLED:
+        if self.status == RunStatus.KILLED and any(report.left_over() for report in self.reports.values()):
             found.append("The job's processes were killed. `trackhub replay` delivers what they left.")
         for journal in self._journals:
             if journal.rebuilt:
@@ -242,7 +243,7 @@ def _status(reports: list[DeliveryReport]) -> str:
 
     Without a server's journal, return the worst status of the sites.
     """
-    order = ["running", RunStatus.KILLED, RunStatus.FAILED, RunStatus.ABORTED]
+    order = [RUNNING, RunStatus.KILLED, RunStatus.FAILED, RunStatus.ABORTED]
     if reports[0].side == Side.SERVER:
         return reports[0].status
     return min((report.status for report in reports), key=lambda s: order.index(s) if s in order else len(order))

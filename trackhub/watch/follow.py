@@ -12,7 +12,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 
-from trackhub.watch.job_state import RUNNING, JobFollower, JobState
+from trackhub.delivery.report import RUNNING
+from trackhub.watch.job_state import JobFollower, JobState
 from trackhub.watch.panel import job_line, job_panel
 
 __all__ = ["follow"]

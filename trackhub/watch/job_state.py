@@ -13,13 +13,13 @@ from pathlib import Path
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.newest_metrics import NewestMetrics
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.report import DeliveryReport
+from trackhub.delivery.report import RUNNING, DeliveryReport
+from trackhub.delivery.report_text import format_status
 from trackhub.errors import ConfigError, DeliveryError
 
 __all__ = ["JobFollower", "JobState", "LaneState", "SiteState"]
 
 _LOOK_EVERY_S = 3.0
-RUNNING = "running"
 
 
 @dataclass
@@ -78,6 +78,10 @@ class JobState:
     sites: dict[str, SiteState] = field(default_factory=dict)
     reports: list[DeliveryReport] = field(default_factory=list)
     problem: str = ""
+
+    def shown_status(self) -> str:
+        """Return how the job ended, in words: of a killed job, also whether all is delivered since."""
+        return format_status(self.status, is_complete=all(report.is_complete() for report in self.reports))
 
 
 class JobFollower:

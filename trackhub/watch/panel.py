@@ -16,8 +16,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from trackhub.delivery.report import RUNNING
 from trackhub.printable import printable
-from trackhub.watch.job_state import RUNNING, JobState, LaneState, SiteState
+from trackhub.watch.job_state import JobState, LaneState, SiteState
 
 __all__ = ["job_line", "job_panel"]
 
@@ -50,7 +51,7 @@ def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> Ren
 
 def job_line(state: JobState) -> str:
     """Return a job's state as one line, for output that is not a terminal."""
-    parts = [f"{printable(state.name) or 'job'}: {state.status}"]
+    parts = [f"{printable(state.name) or 'job'}: {state.shown_status()}"]
     rounds = [site.round for site in state.sites.values() if site.round is not None]
     if rounds:
         parts.append(f"round {max(rounds)}")
@@ -69,7 +70,7 @@ def job_line(state: JobState) -> str:
 def _head(state: JobState, elapsed_s: float) -> Text:
     minutes, seconds = divmod(int(elapsed_s), 60)
     head = Text(f" {printable(state.name) or 'waiting for the first record'}", "bold")
-    head.append(f"   {state.status}", _STATUS_STYLE.get(state.status, _BAD))
+    head.append(f"   {state.shown_status()}", _STATUS_STYLE.get(state.status, _BAD))
     head.append(f"   {minutes}:{seconds:02}", "dim")
     return head
 

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from trackhub.delivery.journal.swap import check_file_types, current_file
+from trackhub.delivery.journal.tables_and_rows import EXPECTED_SITES
 from trackhub.errors import JournalError
 
-__all__ = ["has_last_counts", "open_read_only", "read_journal_meta", "read_stream_positions"]
+__all__ = ["has_last_counts", "is_known_site", "open_read_only", "read_journal_meta", "read_stream_positions"]
 
 
 @contextmanager
@@ -73,6 +76,19 @@ def has_last_counts(path: Path, site: str) -> bool:
     """
     with open_read_only(path) as db:
         return db.execute("SELECT 1 FROM sites WHERE name = ? AND last", (site,)).fetchone() is not None
+
+
+def is_known_site(path: Path, site: str) -> bool:
+    """Return whether a journal knows a site: it sent something, or it was expected to.
+
+    Raises:
+        JournalError: it is not a journal, or cannot be read.
+    """
+    with open_read_only(path) as db:
+        if db.execute("SELECT 1 FROM sites WHERE name = ?", (site,)).fetchone() is not None:
+            return True
+        row = db.execute("SELECT value FROM meta WHERE key = ?", (EXPECTED_SITES,)).fetchone()
+    return row is not None and site in msgspec.json.decode(row[0], type=list[str])
 
 
 def read_stream_positions(path: Path, site: str) -> dict[str, int]:

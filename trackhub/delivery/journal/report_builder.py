@@ -24,7 +24,7 @@ from trackhub.delivery.journal.tables_and_rows import (
     SITES_WITHOUT_SENDER,
     Progress,
 )
-from trackhub.delivery.report import Counted, DeliveryReport, RunReport, SiteReport, resolve_results
+from trackhub.delivery.report import RUNNING, Counted, DeliveryReport, RunReport, SiteReport, resolve_results
 from trackhub.delivery.wire import SiteCounts
 from trackhub.job_and_run_info import JobInfo, RunStatus
 
@@ -69,10 +69,11 @@ def build_report(
         db.execute("BEGIN")
     try:
         meta = {**dict(db.execute("SELECT key, value FROM meta")), **(facts or {})}
-        status = meta.get("status") or ("running" if runs else RunStatus.KILLED)
-        is_running = status == "running"
+        status = meta.get("status") or (RUNNING if runs else RunStatus.KILLED)
+        is_running = status == RUNNING
         sites = _sites(db, meta, is_running=is_running)
         by_lane = _runs(db, sites, lanes, is_running=is_running)
+        has_open = _has_open_runs(sites, by_lane, meta)
     finally:
         if own:
             db.execute("COMMIT")
@@ -94,6 +95,8 @@ def build_report(
         sites=sites,
         lanes=by_lane,
         run_dir=meta.get("run_dir", os.pardir),
+        # The status alone does not say it: the receiver notes it before it ends the runs, and a replay keeps "killed".
+        interrupted=not runs and (has_open or not meta.get("status")),
     )
 
 
@@ -156,15 +159,28 @@ def _counted(site: SiteReport, *, is_fresh: bool, is_doubted: bool) -> Counted:
     return Counted.FINAL if site.final else Counted.OPEN
 
 
+def _has_open_runs(
+    sites: Mapping[str, SiteReport], by_lane: Mapping[str, Mapping[str, RunReport]], meta: Mapping[str, str]
+) -> bool:
+    """Return whether a run that has records is open, or no lane has begun although the job has backends."""
+    if by_lane:
+        return any(
+            run.state == "open" and sites[name].journaled for lane in by_lane.values() for name, run in lane.items()
+        )
+    return meta.get("backends", "{}") != "{}" and any(site.journaled for site in sites.values())
+
+
+def _not_begun(site: SiteReport, *, is_running: bool) -> RunReport:
+    """Return the run of a site that a lane has not begun. All the site's records are pending."""
+    # A site without records has no run at any backend, so there is nothing to open or to finish.
+    state = "open" if is_running or site.journaled else "finished"
+    return RunReport(pending=site.journaled, state=state)
+
+
 def _runs(
     db: sqlite3.Connection, sites: dict[str, SiteReport], lanes: Sequence[str], *, is_running: bool
 ) -> dict[str, dict[str, RunReport]]:
-    def not_begun(site: SiteReport) -> RunReport:
-        # A site without records has no run at any backend, so there is nothing to open or to finish.
-        state = "open" if is_running or site.journaled else "finished"
-        return RunReport(pending=site.journaled, state=state)
-
-    runs = {lane: {name: not_begun(site) for name, site in sites.items()} for lane in lanes}
+    runs = {lane: {name: _not_begun(site, is_running=is_running) for name, site in sites.items()} for lane in lanes}
     query = "SELECT runs.lane, sites.name, runs.progress FROM runs JOIN sites ON sites.id = runs.site"
     for lane, name, blob in db.execute(query):
         progress = _decoded(blob, Progress) or Progress(state="stopped", last_error="the journal is damaged here")
@@ -181,4 +197,8 @@ def _runs(
             blocked_by=progress.blocked_by,
             results=progress.results,
         )
+    for by_site in runs.values():  # a lane without a row for a site has all its records pending
+        for name, site in sites.items():
+            if name not in by_site and (site.at_site is not None or site.received):
+                by_site[name] = _not_begun(site, is_running=is_running)
     return runs
