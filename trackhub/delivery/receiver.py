@@ -2,8 +2,7 @@
 """The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
 A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `replay_journal_or_spool`, or the
-transport of another system. The receiver does not know which one. It trusts the site's name that the transport gives
-it, so the transport must have verified that name.
+transport of another system. It trusts the site's name that the transport gives it: the transport must verify it before.
 """
 
 from __future__ import annotations
