@@ -2,7 +2,8 @@
 """Lock a file for this process. The kernel gives the lock back when the process ends, however it ends.
 
 The journal, the sender's end of a spool and every stream's ledger hold such a lock. A forked child takes none of them
-over: otherwise a worker that outlives its parent would keep the parent's files locked.
+over: otherwise a worker that outlives its parent would keep the parent's files locked. Who opens a file and notes its
+lock in two steps holds ``FORK_LOCK`` meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from pathlib import Path
 
 from trackhub.own_descriptors import OwnDescriptor
 
-__all__ = ["ProcessLock", "is_free"]
+__all__ = ["FORK_LOCK", "ProcessLock", "is_free"]
+
+FORK_LOCK = threading.RLock()
+"""Held while a file is opened, locked and noted. Another thread that forks waits for it. Otherwise the child would
+inherit a locked file that it does not know of, and would keep it locked. A signal handler that interrupts the holder
+may fork."""
 
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -55,7 +61,7 @@ class ProcessLock:
             BlockingIOError: another process holds the lock, or this one does already.
             OSError: the file cannot be opened.
         """
-        with _opening:
+        with FORK_LOCK:
             return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
 
     def is_held(self) -> bool:
@@ -97,15 +103,11 @@ def is_free(path: Path) -> bool:
 
 _locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()
 
-# Held while a file is opened and its lock is noted. A child forked in between would keep the file locked, and would not
-# know of it.
-_opening = threading.RLock()
-
 
 def _abandon_all() -> None:
-    _opening.release()
+    FORK_LOCK.release()
     for lock in list(_locks):
         lock.abandon()
 
 
-os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_abandon_all)
+os.register_at_fork(before=FORK_LOCK.acquire, after_in_parent=FORK_LOCK.release, after_in_child=_abandon_all)

@@ -306,3 +306,51 @@ def test_a_fork_while_the_first_segment_is_made_leaves_it_to_the_parent(tmp_path
     (records,) = read_spool(tmp_path).values()
     assert values(records) == [0, 1]
     assert [record.seq for record in records] == [0, 1]
+
+
+@pytest.mark.parametrize("call", ["write_start", "MappedFile", "ProcessLock"])
+def test_a_child_forked_while_a_ledger_is_opened_does_not_hold_its_lock(tmp_path: Path, call: str) -> None:
+    """Otherwise, a worker that outlives its parent would make the parent's stream look alive for ever."""
+    code = """
+        import os, signal, sys, threading
+        import trackhub.spool.writer_ledger as writer_ledger
+        from trackhub.writer.writer import Writer
+
+        forked = threading.Event()
+
+        def fork():
+            if os.fork() == 0:
+                os.write(1, b"forked\\n")
+                os.read(int(sys.argv[3]), 1)
+                os._exit(0)
+            forked.set()
+
+        def call_and_fork(*args):
+            result = real(*args)
+            thread.start()
+            forked.wait(0.5)  # if no fork may come here, it comes afterwards
+            return result
+
+        thread = threading.Thread(target=fork)
+        real = getattr(writer_ledger, sys.argv[2])
+        setattr(writer_ledger, sys.argv[2], call_and_fork)
+        writer = Writer(sys.argv[1])
+        writer.log({"a": 1.0})
+        os.write(1, b"logged\\n")
+        signal.pause()
+    """
+    spool = new_spool(tmp_path)
+    read, write = os.pipe()
+    command = [sys.executable, "-c", textwrap.dedent(code), str(spool), call, str(read)]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[read]) as script:
+            assert script.stdout is not None
+            lines = {script.stdout.readline(), script.stdout.readline()}
+            script.kill()
+            script.wait()
+            assert lines == {b"forked\n", b"logged\n"}
+            (stream,) = read_spool(tmp_path)
+            assert writer_state(ledger_file(spool, stream)) is WriterState.ENDED
+    finally:
+        os.close(read)
+        os.close(write)

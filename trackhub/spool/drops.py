@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trackhub.framing import encode_frame
+from trackhub.process_lock import FORK_LOCK
 from trackhub.records import Gap, Record
 from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
@@ -128,12 +129,13 @@ class Drops:
         if ledger is None:
             if self._path is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            ledger = Ledger(self._path)
-            # The ledger was not there before, so it gets all that was counted meanwhile.
-            ledger.set(self._logged, self._counts, self._left_out)
-            if self._path is None:  # a signal handler has forked during these lines, and this is the child
-                ledger.abandon()
-            self.ledger = ledger
+            with FORK_LOCK:  # until `abandon` finds the ledger: a child would keep an unknown one locked
+                ledger = Ledger(self._path)
+                # The ledger was not there before, so it gets all that was counted meanwhile.
+                ledger.set(self._logged, self._counts, self._left_out)
+                if self._path is None:  # a signal handler has forked during these lines, and this is the child
+                    ledger.abandon()
+                self.ledger = ledger
         return ledger
 
     def gap_frames(self, log_time: float, federated_round: int | None) -> bytes:
