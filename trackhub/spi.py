@@ -18,7 +18,6 @@ files, if ``capabilities.files_beside`` allows it. No training thread ever calls
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -44,7 +43,7 @@ from trackhub.records import (
     Tags,
     Text,
 )
-from trackhub.runnable_commands import runnable
+from trackhub.run_results import Results
 
 __all__ = [
     "ANY_KEY",
@@ -113,6 +112,11 @@ class Redelivery(StrEnum):
     deletes what the store has of the run. Otherwise it continues the run."""
     AT_LEAST_ONCE = "at_least_once"
     """They are stored twice. The core counts them as possible duplicates."""
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether the lane goes on by position. Then nothing may be stored after later records of its run."""
+        return self in (Redelivery.RESUMABLE, Redelivery.REBUILD)
 
 
 class ConfirmedBy(StrEnum):
@@ -190,8 +194,8 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         probe: whether the runs implement ``probe``, the same test for a store that must keep the order.
         files_beside: the kinds, images or artifacts, whose files a second thread may hand to ``write``, one at a time.
             The lane's thread meanwhile calls the run's methods with everything else. Then a large or refused file holds
-            up no metrics, but may be stored after later entries. This field and ``any_order`` have an effect only with
-            ``idempotent`` and ``at_least_once``.
+            up no metrics, but may be stored after later entries. This field and ``any_order`` have no effect if
+            ``redelivery.needs_order``.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
         max_batch: most records in one ``write``.
@@ -288,33 +292,6 @@ class WriteReport(msgspec.Struct, frozen=True):
     rejected: Sequence[Rejection] = ()
 
 
-class Results(msgspec.Struct, frozen=True):
-    """How a person looks at a run. Paths are relative to the job's run folder, so that the folder may be moved.
-
-    Attributes:
-        url: the page that shows it. If there is a command as well, the page exists while the command runs.
-        path: the file or folder that holds it, relative to the run folder; absolute where it lies outside.
-        command: the shell command that opens it, to be run in the run folder. If there are several, each is a line.
-    """
-
-    url: str | None = None
-    path: str | None = None
-    command: str | None = None
-
-    def resolved(self, run_folder: Path) -> Results:
-        """Return a copy for this place of the run folder. Its command works in any folder and shell of this user."""
-        path = None if self.path is None else str(run_folder.absolute() / self.path)
-        go_there = f"cd {shlex.quote(str(run_folder.absolute()))} && "
-        lines = None if self.command is None else [go_there + runnable(line) for line in self.command.split("\n")]
-        return Results(self.url, path, None if lines is None else "\n".join(lines))
-
-    def openings(self) -> list[str]:
-        """Return what to show a person: the commands, then the page. Without both, return the path, if there is one."""
-        commands = self.command.split("\n") if self.command else []
-        shown = self.url or (None if commands else self.path)
-        return [*commands, shown] if shown else commands
-
-
 class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The options of a backend that has none."""
 
@@ -402,7 +379,8 @@ class BackendRun:
     def left_out(self) -> Sequence[Entry]:
         """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
 
-        Only they stay pending. Return each after every ``flush`` until it is stored. Not for ``resumable`` runs.
+        Only they stay pending. Return each after every ``flush`` until it is stored. Not asked if
+        ``redelivery.needs_order``.
         """
         return ()
 

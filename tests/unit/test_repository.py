@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -17,6 +18,8 @@ FOLDERS = (".ci", ".changelog", "backends", "docs", "jobs", "tests", "trackhub")
 SPDX = "# SPDX-License-Identifier: Apache-2.0"
 TEXT = {".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 50  # without the docstring
+MAX_ATTRIBUTES = 20
 
 
 def files() -> Iterator[Path]:
@@ -60,6 +63,48 @@ def test_no_module_is_longer_than_500_lines() -> None:
     }
 
     assert long == {}
+
+
+def product_nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Yield each part of the syntax tree of what is installed, with the path of its module."""
+    for path in modules():
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in {"trackhub", "jobs"} or "src" in parts:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                yield "/".join(parts), node
+
+
+def test_no_function_of_the_product_is_longer_than_50_lines() -> None:
+    long = {}
+    for path, node in product_nodes():
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            lines = (node.end_lineno or 0) - first.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                long[f"{path}: {node.name}"] = lines
+
+    assert long == {}
+
+
+def test_no_class_of_the_product_has_more_than_20_attributes() -> None:
+    large = {}
+    for path, node in product_nodes():
+        if isinstance(node, ast.ClassDef):
+            names = {
+                part.attr
+                for part in ast.walk(node)
+                if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
+                if isinstance(part.value, ast.Name) and part.value.id == "self"
+            }
+            names |= {
+                part.target.id
+                for part in node.body
+                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            }
+            if len(names) > MAX_ATTRIBUTES:
+                large[f"{path}: {node.name}"] = len(names)
+
+    assert large == {}
 
 
 def test_nothing_names_a_machine_or_a_package_index() -> None:

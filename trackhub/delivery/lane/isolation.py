@@ -103,7 +103,7 @@ class Isolation:
         """
         self._rises = can.redelivery is Redelivery.RESUMABLE  # it takes a late record for one that it has
         self._keeps_steps = not can.late_steps
-        self._any_order = can.any_order and can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
+        self._any_order = can.any_order and not can.redelivery.needs_order
         self._rewrites = self._any_order and can.redelivery is Redelivery.IDEMPOTENT
         self._probes = can.probe and not self._any_order
         self._queue: deque[_Piece] = deque()

@@ -27,7 +27,7 @@ from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.own_threads import OwnThread
-from trackhub.spi import Backend, Redelivery, Side
+from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]
 
@@ -230,7 +230,7 @@ class Lane:
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
         can = self._backend.capabilities  # only now, since the preflight may have changed them
-        if can.files_beside and can.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE):
+        if can.files_beside and not can.redelivery.needs_order:
             self._uploads = FileUploads(self.name, self.notify)
         active = set(self._journal.sites())  # those that may have something to deliver
         while not self._stop.is_set():

@@ -125,7 +125,6 @@ class RunDelivery:
         self._aside_timer = RetryTimer()
         self._run: BackendRun | None = None
         self._flush_due: float | None = None
-        self._may_leave_out = backend.capabilities.redelivery in (Redelivery.IDEMPOTENT, Redelivery.AT_LEAST_ONCE)
         self._over = False
         self._end_is_stored = True
         self._was_left_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
@@ -450,7 +449,8 @@ class RunDelivery:
         """Have the backend confirm what was written. Return whether it did."""
         try:
             confirmation = checked_confirmation(run.flush())
-            left_out = checked_left_out(run.left_out()) if self._may_leave_out else {}
+            keeps_order = self._backend.capabilities.redelivery.needs_order
+            left_out = {} if keeps_order else checked_left_out(run.left_out())
             if len(left_out) > _MAX_LEFT_OUT:  # each confirmation stores all of them in the journal
                 text = "left out %d records that are still on their way; expected %d at most"
                 raise TransientError(text % (len(left_out), _MAX_LEFT_OUT))
