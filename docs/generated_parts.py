@@ -7,6 +7,7 @@ older than the code, and still reads as plain Markdown.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import sys
@@ -81,7 +82,9 @@ def command_reference() -> str:
 
 
 def _help(command: click.Command, context: click.Context) -> str:
-    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    fresh = copy.copy(command)
+    fresh._help_option = None  # click keeps the first one: it lacks -h if a test ran the command without its group
+    text = "\n".join(line.rstrip() for line in fresh.get_help(context).splitlines())
     return f"```text\n{text}\n```\n"
 
 

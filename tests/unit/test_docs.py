@@ -12,10 +12,12 @@ from typing import Any
 from unittest import SkipTest
 
 import pytest
+from click.testing import CliRunner
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import trackhub
+from trackhub.cli.attach import attach
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "docs" / "index.md"
@@ -95,6 +97,15 @@ def test_the_generated_parts_of_a_page_are_those_of_the_code(path: Path) -> None
     text = path.read_text(encoding="utf-8")
 
     assert text.split() == GENERATED["filled"](text).split(), f"{path.name} is out of date; run `make pages`"
+
+
+def test_the_reference_is_the_same_after_a_command_ran_without_its_group() -> None:
+    """The commands are shared objects, and click keeps the first help option that it makes for each."""
+    CliRunner().invoke(attach, ["--help"])
+
+    reference = GENERATED["command_reference"]()
+
+    assert reference.count("  -h, --help ") == reference.count("--help ") > 1
 
 
 def test_each_part_that_can_be_generated_is_in_a_page() -> None:

@@ -25,7 +25,7 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take
 @click.option("--client", "-c", multiple=True, metavar="NAME", help="A backend at each client; repeatable.")
 @click.option("--option", "-o", multiple=True, metavar="NAME.KEY=VALUE", help="An option of a backend; repeatable.")
 @click.option("--limit", multiple=True, metavar="NAME=VALUE", help="A limit, such as deadline_s=60; repeatable.")
-@click.option("--name", help="What a person reads as the job's name; by default FLARE's.")
+@click.option("--name", help="The job's name, as people see it; by default FLARE's.")
 @click.option("--notes", default="", help="A description of the job, in Markdown.")
 @click.option("--tag", multiple=True, help="A label for every run of the job; repeatable.")
 @click.option(
@@ -40,9 +40,9 @@ _SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take
     type=click.Choice(["clients", "server"]),
     help="Where to record the metrics that FLARE carries itself, as for add_tracking; repeatable.",
 )
-@click.option("--no-context", is_flag=True, help="Do not log in each run what it was made with.")
+@click.option("--no-context", is_flag=True, help="Do not log in each run how the job was made.")
 @click.option(
-    "--system-metrics", type=float, metavar="SECONDS", help="Measure each site's host and processes so often."
+    "--system-metrics", type=float, metavar="SECONDS", help="Measure each site's host and processes at this interval."
 )
 @click.option("--log-model", type=click.Choice(["best", "last"]), help="Keep this global model in the federation run.")
 @click.option("--state-dir", help="The folder for spools and journals at every site.")
@@ -113,9 +113,9 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
 
 
 def _without_defaults(components: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the components without the arguments that are None or empty.
+    """Return the components without the arguments that have their defaults: None, an empty text or True.
 
-    A sender always names its server's receiver.
+    ``server_receiver`` stays, since None is not its default.
     """
 
     def told(args: dict[str, Any]) -> dict[str, Any]:

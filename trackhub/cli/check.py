@@ -34,8 +34,8 @@ _MARKS = {"passed": "ok", "failed": "FAILED", "declared": "declared", "skipped":
 def check(name: str, option: Sequence[str], quick: bool, verbose: bool, as_json: bool) -> None:
     """Run the contract kit on an installed backend.
 
-    NAME is the backend's name, as `trackhub backends` lists it. The kit runs its tests with what the backend's contract
-    class says.
+    NAME is the backend's name, as `trackhub backends` lists it. The kit lets the backend store records, and reads them
+    back with the backend's contract class.
 
     The exit status is 0 if every test passes, or fails as the contract class declares with a reason. The kit makes jobs
     of its own, and touches nothing else in a store.

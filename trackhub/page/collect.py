@@ -20,7 +20,7 @@ from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Record
 __all__ = ["Logged", "RunData", "SeriesData", "collect"]
 
 MAX_KEYS = 2000
-"""Most keys of a site of each kind that the page shows, if there are few sites. It says how many it leaves out."""
+"""The most keys of each kind that the page shows of a site; fewer if there are many sites. It says what is missing."""
 
 MAX_IMAGES = 6
 _MAX_LINES = 20_000  # of all sites together: a browser still opens the page at once

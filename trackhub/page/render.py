@@ -66,7 +66,7 @@ def write_report(path: str | Path, to: str | Path) -> list[str]:
         runs = sorted(collect(numbered, _MAX_POINTS), key=lambda run: (run.job, _natural(run.site)))
         context = _context(numbered, runs)
         left_out = _left_out(len(found), runs, context["media"]["images_left_out"])
-        context["problems"] = left_out + found.problems()  # of many sites there may be many problems
+        context["problems"] = left_out + found.problems()  # in this order, since many sites may have many problems
     scripts = [get_plotlyjs(), (_HERE / "report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -139,7 +139,7 @@ def _names(jobs: Sequence[StoredJob]) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts site-10 behind site-9."""
+    """Return a key that sorts site-10 after site-9."""
     parts, digits = [], ""
     for character in [*name, ""]:
         if character.isdecimal() and character.isascii():
