@@ -121,7 +121,7 @@ class DeliveryError(TrackhubError):
 
 
 class ChannelError(DeliveryError):
-    """The receiver could not be reached, or did not reply in time. The request may have arrived all the same."""
+    """The receiver could not be reached, or did not reply in time. The request may still have arrived."""
 
 
 class SpoolError(DeliveryError):

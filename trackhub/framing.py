@@ -7,8 +7,8 @@ A writer encodes a record once. A lane decodes it once, before it hands the reco
     body    = msgpack array [seq, time, step, round, payload]
     payload = msgpack array [kind, field, field, ...]
 
-The checksum covers size, kind and body. ``kind`` is in the frame and in the body, so that a reader can carry and count
-a record of a kind that it does not know. A trackhub that is one minor version newer may send one.
+The checksum covers size, kind and body. ``kind`` is in the frame as well as in the body. So a reader can carry and
+count a record of a kind that it does not know. A trackhub that is one minor version newer may send one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Frame(NamedTuple):
 
 
 class CorruptFrameError(ValueError):
-    """A frame's checksum is wrong or its size is impossible, so nobody knows where the next frame starts.
+    """A frame's checksum, size or kind is wrong, so nobody knows where the next frame starts.
 
     Attributes:
         offset: where the frame starts in the scanned buffer.
@@ -166,7 +166,7 @@ def scan_frames(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Iter
     To notice it, compare the last frame's ``end`` with the buffer's length.
 
     Raises:
-        CorruptFrameError: a frame's checksum is wrong or its size is impossible. The frames before it were yielded.
+        CorruptFrameError: a frame's checksum, size or kind is wrong. The frames before it were yielded.
     """
     length = len(buffer)
     header = _HEADER.size

@@ -99,7 +99,7 @@ class JobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def unique_name(self) -> str:
-        """The name and, where it differs, the id. It is readable, and no two jobs have the same one.
+        """The name and, where it differs, the id. It is readable, and tells jobs of one name apart.
 
         If the id is a UUID, as FLARE's are, only its first eight digits are shown.
         """
@@ -128,8 +128,8 @@ class RunInfo(msgspec.Struct, frozen=True):
         site: the site whose records the run holds, `SERVER` or `FEDERATION`.
         side: where the receiver is. When both sides may write to one store, they need different runs: use ``run_id``.
         created: unix seconds (UTC) of the run's first record.
-        resume_from: position of the first record that the lane will hand over. It is 0 for a new run. It is more after
-            a restart and in a replay; the run may then hold later records that were written, but not confirmed.
+        resume_from: position of the first record that the lane will hand over. It is 0 for a new run. After a restart
+            and in a replay, it is more. The run may then hold later records, which were written but not confirmed.
         blob_dir: the folder with the bytes of images and artifacts, one file per blob name.
         parent: the run that this run is shown under, where a backend can show that: the job's federation run. None for
             the federation run itself.
@@ -174,10 +174,10 @@ class RunInfo(msgspec.Struct, frozen=True):
 def path_component(name: str) -> str:
     """Return a name, such as a site's, as one part of a path. Different names give different parts.
 
-    Letters A to Z, digits and ``-._~=`` stay. Other characters become ``%XX``, as in URLs, so the result contains no
+    ASCII letters, digits and ``-._~=`` stay. Other characters become ``%XX``, as in URLs, so the result contains no
     separator. A leading dot is escaped, too, so no name means the folder above or a hidden file. A result that would
-    have more than 150 characters is shortened and ends in a hash of the whole name. A file system that ignores upper
-    and lower case may still take two names for one.
+    have more than 150 characters is shortened and ends in a hash of the whole name. On a
+    file system that ignores upper and lower case, two names may still be one file.
     """
     component = quote(name, safe="=") or "%"
     if component.startswith("."):

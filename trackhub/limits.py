@@ -51,7 +51,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     linger_s: Annotated[float, _Range(0, 60)] = 1.0
     """Most seconds that the sender batches records before it sends the next message; 0 sends at once. A message through
     FLARE takes some milliseconds of Python in the process that trains. One for each training step would slow down short
-    steps. The sender does not wait at the end of a round, nor when it has 64 KiB of records."""
+    steps. The sender does not wait at the end of a round, or when it has 64 KiB of records."""
 
     spool_bytes: Annotated[int, _Range(1 << 20, 1 << 50)] = 1 << 30
     """Most bytes of a site's spool on disk. When it is full, new records are dropped and counted. The default holds

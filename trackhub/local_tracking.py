@@ -222,8 +222,8 @@ def open_local(
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
-        ConfigError: a backend, an option or a limit is wrong, a backend cannot be used as configured, the run is there
-            already and ``resume`` is not set, or ``resume`` is set without ``job``.
+        ConfigError: a backend, an option or a limit is wrong, or a backend cannot be used as configured. Or the run is
+            there already and ``resume`` is not set, or ``resume`` is set without ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """

@@ -94,8 +94,8 @@ def read_plain(path: Path) -> bytes:
 def find_way_out(folder: Path) -> str:
     """Return why a program that writes below this folder could write outside it, or block. Empty if it cannot.
 
-    Reasons are a symbolic link that leads out of the folder, a file that has another name outside of it (a hard link),
-    a FIFO or a device. The folder itself may be reached by a link.
+    One reason is a symbolic link that leads out of the folder. Another is a hard link: a file that also has a name
+    outside. A third is a FIFO or a device. The folder itself may be reached by a link.
 
     Raises:
         OSError: a folder cannot be read.

@@ -26,8 +26,8 @@ one_at_a_time = threading.RLock()
 def prepare(*classes: type) -> None:
     """Let msgspec learn these Structs now, at import. Call it in the module that defines what threads decode.
 
-    msgspec learns a class when it is first decoded. If two threads do that at the same moment, one may use what the
-    other has only partly learnt, and the process dies by SIGSEGV (msgspec 0.22). Only one thread imports a module.
+    msgspec learns a class when it first decodes it. If two threads do that at the same moment, one may use what the
+    other has only partly learnt. Then the process dies by SIGSEGV (msgspec 0.22). Only one thread imports a module.
 
     Args:
         classes: Structs. Those in their fields are learnt as well.

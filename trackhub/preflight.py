@@ -56,8 +56,15 @@ def check_ready(name: str, options: Mapping[str, Any], timeout_s: float = _TIMEO
         options: the backend's options, as a job gives them.
         timeout_s: the longest wait, in seconds.
     """
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="trackhub-check-", ignore_cleanup_errors=True)
+    except OSError as error:
+        return Ready(
+            Readiness.NOT_NOW,
+            f"it cannot be checked, since no temporary folder can be made: {error}. Free space there, or set TMPDIR",
+        )
     answers: list[Ready] = []
-    with tempfile.TemporaryDirectory(prefix="trackhub-check-", ignore_cleanup_errors=True) as folder:
+    with temporary as folder:
         # The check runs in another thread, since an SDK may never return.
         thread = threading.Thread(target=lambda: answers.append(_ask(name, options, Path(folder))), daemon=True)
         with contextlib.redirect_stdout(sys.stderr), _Warnings() as warnings:

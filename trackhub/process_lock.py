@@ -32,7 +32,7 @@ class ProcessLock:
     """An exclusive ``flock`` on an open file. Another open of the same file conflicts with it, in this process as well.
 
     Attributes:
-        is_locked: False on a file system that has no locks. The file is open all the same.
+        is_locked: False on a file system that has no locks. The file is open even then.
     """
 
     def __init__(self, fd: int) -> None:

@@ -64,7 +64,7 @@ _MISSPELT = 0.8
 """The similarity, by difflib, from which on one name counts as a misspelt form of another."""
 
 RESERVED = frozenset({"none", "trackhub"})
-"""Names that no backend can have: ``none`` turns tracking off, and ``trackhub`` is the core's folder beside theirs."""
+"""Names that no backend can have: ``none`` turns tracking off, and the core's own folder is called ``trackhub``."""
 
 # A backend's name is also a folder's name and the first part of ``NAME.KEY=VALUE``.
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")

@@ -9,10 +9,10 @@ A backend is a class that an entry point in the group ``trackhub.backends`` name
 
         def open_run(self, info: RunInfo) -> BackendRun: ...
 
-The core does the rest, the same for every backend. It decodes and orders the records, keeps what is not yet delivered
-on disk, retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's thread
-calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write`` with
-files, if ``capabilities.files_beside`` allows it. No training thread ever calls them.
+The core does the rest, the same for every backend. It decodes and orders the records, and keeps on disk what is not
+yet delivered. It retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's
+thread calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write``
+with files, if ``capabilities.files_beside`` allows it. No training thread ever calls them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class ConfirmedBy(StrEnum):
     WRITE = "write"
     """``write``: when it returns, the batch is durable. The lane never calls ``flush``."""
     FLUSH = "flush"
-    """``flush``: when it returns, everything written before it is durable, but for what ``left_out`` returns."""
+    """``flush``: when it returns, everything written before it is durable, except what ``left_out`` returns."""
 
 
 class Confirmation(StrEnum):
@@ -361,7 +361,7 @@ class BackendRun:
         raise NotImplementedError(f"{type(self).__name__} must implement write(batch)")
 
     def flush(self) -> Confirmation:
-        """Block until everything that was written survives a crash of this process, but for what ``left_out`` returns.
+        """Block until everything that was written survives a crash of this process, except what ``left_out`` returns.
 
         These records then count as delivered. Called only with ``ConfirmedBy.FLUSH``.
 

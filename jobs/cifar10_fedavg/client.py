@@ -28,7 +28,7 @@ class Site:
         writer: takes what the site logs.
 
     Raises:
-        DataError: the images cannot be had.
+        DataError: the images cannot be loaded.
     """
 
     def __init__(self, args: argparse.Namespace, name: str, writer: trackhub.Writer) -> None:

@@ -29,7 +29,7 @@ normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN
 
 
 class DataError(Exception):
-    """The images cannot be had, or cannot be divided among the sites."""
+    """The images cannot be loaded, or cannot be divided among the sites."""
 
 
 def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
@@ -54,7 +54,7 @@ def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
 
 
 def prepare(data_root: Path | None) -> Path:
-    """Return the folder with CIFAR-10, and download it first if it is in neither layout.
+    """Return the folder with CIFAR-10. Download it first, if the folder has neither of the two layouts.
 
     Raises:
         DataError: it cannot be downloaded.
@@ -130,7 +130,7 @@ def _cache() -> Path:
 
 
 def batches(images: TensorDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-    """Return what loads batches. It looks up all indices of a batch at once, much faster than image by image.
+    """Return a loader of batches. It looks up all images of a batch at once, much faster than one by one.
 
     Args:
         images: the images and their labels.

@@ -110,7 +110,7 @@ def prepare_sites(args: argparse.Namespace) -> Any:
     """Make the decisions that must be the same for all sites on this machine. Return the test images.
 
     Raises:
-        DataError: the images cannot be had.
+        DataError: the images cannot be loaded.
     """
     args.dataset, _, test_images = data.load(args)  # what "auto" means here
     if args.data_root is not None:

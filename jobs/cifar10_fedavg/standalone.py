@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains one site alone, without a federation: for as many epochs as in the job, with nobody to average with."""
+"""Trains one site alone, without a federation, for as many epochs as in the job. Run it by hand."""
 
 import argparse
 import sys
@@ -10,19 +10,16 @@ from client import Site
 from flags import spelled, training_parser
 
 import trackhub
-from trackhub.delivery import format_results
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, deliver what was logged, and say where it is."""
+    """Train. When the writer is closed, it delivers what was logged, and says where that is."""
     with trackhub.local(args.backend or ["tensorboard"], site="site-1") as writer:
         site = Site(args, "site-1", writer)
         for round_number in range(args.num_rounds):
             site.validate(round_number)
             site.train(round_number)
         site.validate(args.num_rounds)
-    if writer.report is not None:
-        print(format_results({"site-1": writer.report}))
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ import errno
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,6 +232,19 @@ def test_a_path_that_is_wrong_still_stops_the_job(
         start(tmp_path / "run", {"odd": {}})
 
     assert check_ready("odd", {}).word is Readiness.NO
+
+
+def test_a_check_without_a_temporary_folder_says_so_and_stops_nothing(
+    tmp_path: Path, make_plugin: MakePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_plugin("odd", {"odd": "odd_trouble:Odd"}, {"odd_trouble": PLUGIN})
+    with small_disk(tmp_path / "full", 1 << 16, inodes=1) as full:
+        monkeypatch.setattr(tempfile, "tempdir", str(full))
+
+        ready = check_ready("odd", {})
+
+    assert ready.word is Readiness.NOT_NOW
+    assert "temporary folder" in ready.remark
 
 
 def test_the_trouble_is_found_however_deep_it_lies_and_nothing_else_is_taken_for_it() -> None:

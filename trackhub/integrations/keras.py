@@ -39,7 +39,7 @@ class TrackhubCallback(Callback):
             writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
             batches: also log the metrics once every so many batches, under keys such as ``batch/loss``; None logs none.
             histograms: log a histogram of each weight after each epoch.
-            first_step: the step of the first epoch, for training that goes on.
+            first_step: the step of the first epoch. Give it where training continues an earlier one.
             strict: make a new writer strict, as for ``Writer``.
 
         Raises:

@@ -32,7 +32,7 @@ class TrackhubCallback:
 
         Args:
             writer: the writer to use. None makes a new ``Writer``, which records nothing where there is no tracking.
-            first_step: the step of the first round, for training that goes on.
+            first_step: the step of the first round. Give it where training continues an earlier one.
             strict: make a new writer strict, as for ``Writer``.
 
         Raises:

@@ -86,7 +86,8 @@ class TrackhubLogger(Logger):
 
         Args:
             params: a mapping or a namespace.
-            args, kwargs: further arguments of other loggers, without effect; keyword arguments are params as well.
+            args: further arguments of other loggers, without effect.
+            kwargs: further params.
         """
         self.writer.log_params({**(vars(params) if hasattr(params, "__dict__") else dict(params or {})), **kwargs})
 

@@ -4,8 +4,8 @@
 `SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that may not leave is replaced by a gap
 with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
-The policy ``keep_last`` lets the last value of a round leave. A value is known to be the last only when the round
-ends, and not to be the last when a later value of its key comes. Until then, the stream waits at this record.
+The policy ``keep_last`` lets the last value of a round leave. If a later value of the same key comes, a value is not
+the last. If the round ends first, it is. Until then, the stream waits at this record.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Drops:
     """What one stream has dropped so far.
 
     Attributes:
-        gaps: each gap that is not in the stream yet, with its ``seq``. The next record that fits takes them along.
+        gaps: each gap that is not in the stream yet, with its ``seq``. They are written just before the next record.
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
         warning: what to warn about: reason and detail of the last drop, and the number of drops so far. None if no
             warning is due. The reason may also be ``CLOSED_FILES``, which is no drop.

@@ -26,7 +26,7 @@ class SpoolHold:
     """A sender's ownership of its end of a spool. Used by one thread at a time.
 
     Attributes:
-        is_owner: whether this sender may send: it has the lock, or the file system has no locks.
+        is_owner: whether this sender may send: it has the lock, or the spool cannot be locked here.
     """
 
     def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:

@@ -161,7 +161,7 @@ class WriterState(Enum):
     ENDED = "ended"
     """Its writer has closed it, or has died. Nothing follows."""
     UNKNOWN = "unknown"
-    """Nobody can tell: the ledger is missing or damaged, the file system has no locks, or the writer runs or ran on
+    """Nobody can tell. The ledger is missing or damaged, or the file system has no locks. Or the writer runs or ran on
     another machine, whose locks may not be seen here."""
 
 

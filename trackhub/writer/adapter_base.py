@@ -57,7 +57,7 @@ class AdapterBase:
         """Do nothing: what was logged is safe already. Call ``writer.flush`` to wait for the receiver."""
 
     def close(self) -> None:
-        """Close the writer. What was logged is delivered all the same. May be called more than once."""
+        """Close the writer. What was logged is still delivered. May be called more than once."""
         self.writer.close()
 
     def __enter__(self) -> Self:

@@ -188,11 +188,10 @@ class Writer(FigureAndModelCalls):
 
         Args:
             key: the image's key.
-            image: an array, a PIL image, or the bytes or path of an image file. An array is numpy's or torch's, with
-                the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` and 1 to 4 channels (grey, grey with alpha, RGB,
-                RGBA). A batch of one is taken as its image. Values are floats in 0..1, or ints in 0..255 or 0..65535.
-                A mask of bools, or of ints that are 0 and 1, becomes black and white. PNG and JPEG files are stored as
-                they are.
+            image: an array, a PIL image, or the bytes or path of an image file. PNG and JPEG files are stored as they
+                are. An array of numpy or torch has the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, or is a batch
+                of one of these. It has 1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or
+                ints in 0..255 or 0..65535. A mask of bools, or of ints that are 0 and 1, becomes black and white.
             step: as for ``log``.
             caption: a line of text below the image.
 
@@ -239,8 +238,9 @@ class Writer(FigureAndModelCalls):
 
         Args:
             key: the table's key.
-            columns: the names of the columns; or the whole table: a DataFrame of pandas or polars, a mapping of column
-                to values, or a list of mappings. An index with names or labels of its own becomes the first column.
+            columns: the names of the columns, or the whole table. A whole table is a DataFrame of pandas or polars, a
+                mapping of column to values, or a list of mappings. An index of pandas becomes the first column, unless
+                it only numbers the rows.
             rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str; other values
                 become text. None if ``columns`` is the whole table.
             step: as for ``log``.
@@ -287,7 +287,7 @@ class Writer(FigureAndModelCalls):
         return True
 
     def close(self) -> None:
-        """Close the writer. What was logged is delivered all the same. May be called more than once."""
+        """Close the writer. What was logged is still delivered. May be called more than once."""
         if self._spool is not None:
             self._spool.close()
 
