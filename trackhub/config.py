@@ -73,7 +73,8 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for field, names in (("backends", self.backends), ("client_backends", self.client_backends or ())):
             for name in names:
                 if not name or names.count(name) > 1:
-                    raise ConfigError(f"{field}: {name!r} is {'given more than once' if name else 'not a name'}")
+                    problem = "is given more than once; name it once" if name else "is not the name of a backend"
+                    raise ConfigError(f"{field}: {name!r} {problem}")
         if self.client_backends is not None and self.sides and "client" not in self.sides:
             raise ConfigError(
                 f"client_backends: {list(self.client_backends)} contradicts sides: {list(self.sides)}. "
@@ -96,7 +97,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if name not in running:
                 raise ConfigError(
                     f"options.{name}: there is no backend {name!r} in this job; it has: "
-                    f"{', '.join(sorted(running)) or 'none'}"
+                    f"{', '.join(sorted(running)) or 'none'}. Add the backend, or leave its options out"
                 )
 
     @property
@@ -231,7 +232,7 @@ def parse_option_flags(flags: Iterable[str]) -> dict[str, dict[str, Any]]:
         value = _flag_value(text)
         earlier = options.setdefault(name, {})
         if key in earlier and earlier[key] != value:
-            raise ConfigError(f"--option {name}.{key}: given twice, with different values")
+            raise ConfigError(f"--option {name}.{key}: given twice, with different values; give it once")
         earlier[key] = value
     return options
 
@@ -251,6 +252,6 @@ def _names(values: Iterable[str], flag: str) -> list[str]:
     names = list(dict.fromkeys(values))
     if "none" in names:
         if len(names) > 1:
-            raise ConfigError(f"{flag}: 'none' turns tracking off and cannot stand beside other backends")
+            raise ConfigError(f"{flag}: 'none' turns tracking off and cannot stand beside other backends; leave it out")
         return []
     return names

@@ -306,7 +306,7 @@ def read_operator_file(local: Path) -> OperatorFile:
     except FileNotFoundError as error:
         # A symbolic link to a file that is not mounted must not count as a missing file: that would lift all rules.
         if path.is_symlink():
-            raise ConfigError(f"the operator's file {path} is a link to a file that does not exist") from error
+            raise ConfigError(f"{path} is a link to a file that does not exist; restore the operator's file") from error
         return OperatorFile()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the operator's file {path} cannot be read: {error}") from error

@@ -261,14 +261,14 @@ def _look_up(path: str, match: re.Match[str], environ: Mapping[str, str]) -> str
         )
     file = Path(match["file"])
     if not file.is_absolute():
-        raise ConfigError(f"{path}: {match[0]} needs an absolute path")
+        raise ConfigError(f"{path}: {match[0]} needs an absolute path, as in ${{secret:file:/run/secrets/wandb}}")
     try:
         secret = file.read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{path}: the secret file {file} cannot be read where the backend runs: {reason}") from None
     if not secret:
-        raise ConfigError(f"{path}: the secret file {file} is empty")
+        raise ConfigError(f"{path}: the secret file {file} is empty; write the secret into it")
     remember_secret(secret)
     return secret
 

@@ -47,7 +47,7 @@ def load(args: argparse.Namespace) -> tuple[str, TensorDataset, TensorDataset]:
         except DataError as error:
             if args.dataset == "cifar10":
                 raise
-            print(f"Using synthetic images: no CIFAR-10 ({error})", flush=True)
+            print(f"Using synthetic images: {error}", flush=True)
         else:
             return "cifar10", *_decoded(root)
     return "synthetic", *synthetic(args.seed)
@@ -76,7 +76,7 @@ def prepare(data_root: Path | None) -> Path:
                     CIFAR10(partial, download=True)
                     os.replace(Path(partial, CIFAR10.base_folder), root / CIFAR10.base_folder)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"there is none in {root}, and it cannot be downloaded: {error}") from error
+        raise DataError(f"there is no CIFAR-10 in {root}, and it cannot be downloaded: {error}") from error
     return root
 
 

@@ -101,7 +101,7 @@ def check_backends(config: TrackingConfig) -> None:
     for name, options in {**(config.server or {}), **(config.clients or {})}.items():
         ready = check_ready(name, options)
         if ready.word == Readiness.NO:
-            raise ConfigError(ready.remark)
+            raise ConfigError(f"the backend {name!r} cannot be used: {ready.remark}")
         if ready.remark:
             print(f"{name}: {ready.remark}", file=sys.stderr)
 

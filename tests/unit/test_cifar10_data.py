@@ -269,13 +269,13 @@ def test_auto_says_in_one_line_that_it_uses_synthetic_images(
     lines = capsys.readouterr().out.splitlines()
     assert name == "synthetic"
     assert len(lines) == 1
-    assert lines[0].startswith("Using synthetic images: no CIFAR-10 (there is none in ")
+    assert lines[0].startswith("Using synthetic images: there is no CIFAR-10 in ")
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.usefixtures("no_network")
 def test_cifar10_that_cannot_be_had_is_an_error_and_not_synthetic(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match=r"none in .*nothing, and it cannot be downloaded: .*refused"):
+    with pytest.raises(data.DataError, match=r"no CIFAR-10 in .*nothing, and it cannot be downloaded: .*refused"):
         load("cifar10", tmp_path / "nothing")
 
 

@@ -130,7 +130,7 @@ def find_spool(announced: str | None = None) -> Path:
     try:
         claim = msgspec.json.decode(value, type=_Claim)
     except (ValueError, msgspec.DecodeError) as e:
-        raise ConfigError(f"{SPOOL_ENV} is {value!r}, which is not what a FLARE client with tracking sets") from e
+        raise ConfigError(f"{SPOOL_ENV} is {value!r}, which trackhub has not set; unset it") from e
     folder = Path(claim.dir)
     try:
         info = read_spool_info(folder)

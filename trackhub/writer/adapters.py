@@ -179,7 +179,7 @@ def _local_files(artifact: Any, manifest: Any) -> list[tuple[str, str, str]]:
     entries = manifest.entries.items()
     files = [(entry.local_path, f"{name}/{path}", kind) for path, entry in entries if entry.local_path]
     if not files:
-        raise RecordError(f"log_artifact: the artifact {name!r} has no local files")
+        raise RecordError(f"log_artifact: the artifact {name!r} has no local files; add one with add_file first")
     return files
 
 

@@ -58,7 +58,7 @@ def with_channels_last(image: Any, dataformats: str | None) -> Any:
         return image
     array, axes = _array(image), dataformats.upper()
     if len(axes) != array.ndim:
-        raise ValueError(f"an array with the shape {list(array.shape)} has no axes {dataformats!r}")
+        raise ValueError(f"the shape {list(array.shape)} does not fit dataformats={dataformats!r}; name each axis once")
     return array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
 
 
@@ -78,7 +78,7 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
     if "N" not in axes:
         return with_channels_last(array, axes)
     if len(axes) != array.ndim or not array.shape[axes.index("N")]:
-        raise ValueError(f"an array with the shape {list(array.shape)} is not a batch with the axes {dataformats!r}")
+        raise ValueError(f"the shape {list(array.shape)} does not fit dataformats={dataformats!r}, or has no image")
     images = array.transpose([axes.index(axis) for axis in "NHWC" if axis in axes])
     columns = min(len(images), _GRID_COLUMNS)
     rows = math.ceil(len(images) / columns)

@@ -412,8 +412,8 @@ class Writer(FigureAndModelCalls):
         if (reason, about) not in self._warned and len(self._warned) < _MAX_WARNINGS:
             self._warned.add((reason, about))
             _log.warning(
-                "tracking left something out (%s): %s. Training goes on. What else is left out for the same reason is "
-                "counted without a warning", reason, shown_error(error, 500),
+                "tracking left something out (%s): %s. Training goes on. If it happens again, it is counted without a "
+                "warning", reason, shown_error(error, 500),
             )  # fmt: skip
 
 
