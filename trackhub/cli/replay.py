@@ -88,15 +88,15 @@ def replay(
     receiver that did not get it. On a site's own machine, where the server's journal is not available, it goes
     straight into the backends that --backend names.
 
-    The options in a journal may reach what a job's options may at a provisioned site: the job's own folder,
-    and the hosts that the environment or the operator's file names. What --option says is not restricted.
+    The options in a journal are restricted, as a job's options are at a provisioned site. They may name the job's own
+    folder, and the hosts that the environment or the operator's file names. What --option says is not restricted.
 
     The JSON document is {"version": 1, "journals": [...], "undelivered": N, "errors": [...]}. journals are those that
     records went through, as in `trackhub status --json`.
 
     Environment variables set limits, such as TRACKHUB_FLUSH_S. The exit status is 1 if something is still not
-    delivered, or a run is not ended. What else is wrong, and no replay can mend, is only said: `trackhub status` exits
-    with 1 then.
+    delivered, or a run is not ended. Problems that no replay can mend are printed, and do not change the exit status.
+    `trackhub status` exits with 1 for them.
     """
     backends = _backends(backend, option)
     found = find(path)
@@ -255,7 +255,7 @@ class _Work:
         return [] if self._reports or self.errors else self._done
 
     def problems(self) -> tuple[list[str], bool]:
-        """Return what is wrong and not just left over, and whether a replay has more to do."""
+        """Return the problems that no replay can mend, and whether a replay has more to do."""
         problems, is_left = [], False
         for journal, report in self._reports.items():
             left = report.left_over()

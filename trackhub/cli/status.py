@@ -54,24 +54,26 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     PATH is a journal, a spool folder, or a folder above, such as a job's. The last lines say how to open the results
     where the job's folder lies now.
 
-    The exit status is 1 if something is wrong: counts are not known or do not add up; records were dropped, refused or
-    rejected; something cannot be read; or the job has ended, and left records or open runs to `trackhub replay`. Values
-    that were left out of a record are shown, and are no error.
+    The exit status is 1 if something is wrong. That is so if counts are not known or do not add up, if records were
+    dropped, refused or rejected, or if something cannot be read. It is also 1 if the job has ended, and left records
+    or open runs to `trackhub replay`. Values that were left out of a record are shown, and are no error.
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
 
     A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, interrupted, problems, left_over,
-    sites and lanes. balanced is true if all counts are known and add up. problems says in words what is wrong, and
-    left_over which of it a replay mends. interrupted is true if the receiver was killed, and no replay has ended its
-    runs since. A replay leaves the status "killed". sites has for each name logged, withheld, dropped, refused, acked,
-    spooled,
-    unreadable, complete, altered, counted, received, duplicates, journaled, earlier, missing, refused_here, explained,
-    final and doubts. The first nine are what the site last said, null if it said nothing yet. refused_here is what the
-    receiver refused. counted says how much is known of what the site logged: final, open, stale, incomplete or unknown.
-    doubts says it in words. lanes has for each backend and site confirmed, client_confirmed, rejected, pending,
-    altered, possible_duplicates, state, last_error, blocked_by and results. client_confirmed is a part of confirmed.
-    state is that of the run at the backend, not of the job: open, finished, unfinished or stopped.
-    blocked_by names the record that all others wait for. results has url, path and command, each null if there is none.
+    sites and lanes. balanced is true if all counts are known and add up. problems says in words what is wrong.
+    left_over has those problems that a replay mends. interrupted is true if the receiver was killed, and no replay has
+    ended its runs since. A replay leaves the status "killed".
+
+    sites has for each name logged, withheld, dropped, refused, acked, spooled, unreadable, complete, altered, counted,
+    received, duplicates, journaled, earlier, missing, refused_here, explained, final and doubts. The first nine are
+    what the site last said, null if it said nothing yet. refused_here is what the receiver refused. counted says how
+    much is known of what the site logged: final, open, stale, incomplete or unknown. doubts says it in words.
+
+    lanes has for each backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates,
+    state, last_error, blocked_by and results. client_confirmed is a part of confirmed. state is that of the run at the
+    backend, not of the job: open, finished, unfinished or stopped. blocked_by names the record that all others wait
+    for. results has url, path and command, each null if there is none.
 
     A spool has path, site, job, job_name, open, problems and receivers. receivers has for each name streams, logged,
     withheld, dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the components of a job that listen to FLARE's analytics events: FLARE's receivers, and the user's own.
 
-If trackhub takes over what FLARE's writers log, listeners get no events. So the recipe warns of all listeners, the
-receiver's widget warns of those on the server, and a client that has a listener keeps FLARE's events.
+If trackhub takes over what FLARE's writers log, listeners get no events. So the recipe warns of all listeners, and the
+receiver's widget of those on the server. A client that has a listener keeps FLARE's events.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ __all__ = ["client_warning", "listeners", "server_warning"]
 def listeners(components: Mapping[str, Any]) -> list[str]:
     """Return the components that listen to analytics events, as far as can be seen, each as ``id (class)``.
 
-    A component listens if it is one of FLARE's receivers, or a class of the user's that names the event in its code or
-    in an attribute.
+    FLARE's receivers listen, and so does a component of the user's if its code or an attribute names the event.
 
     Args:
         components: the components of an app, by id.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this. Seven of them use more of FLARE: `cell_channel` the cells,
-`read_task_events` the server's tasks, `collab_call_outcomes` the calls of the Collab API, `flower_reply_outcomes` the
-connector to Flower, `find_global_model` the paths of persistors, `log_job_context` the settings of controllers, and
+The other modules of `trackhub.flare` call this. Seven use more of FLARE, each its own part. `cell_channel` uses cells,
+`read_task_events` the server's tasks, `collab_call_outcomes` the Collab API, and `flower_reply_outcomes` the connector
+to Flower. `find_global_model` uses the paths of persistors, `log_job_context` the settings of controllers, and
 `trainer.log_calls` the log functions of an external trainer. The tests of these files show whether a new release still
 fits, ``tests/integration/test_flare_internals.py`` first.
 """

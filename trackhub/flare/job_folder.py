@@ -2,8 +2,8 @@
 """Adds tracking to an exported FLARE job: to the JSON and HOCON files in its folder.
 
 ``trackhub attach`` calls it. It reads which apps the job has, and inserts the components of
-`trackhub.flare.recipe.tracking_components` as text, so that the rest of a file stays as it is. It then parses the new
-text with FLARE's own parsers, and gives up if anything but the components has changed.
+`trackhub.flare.recipe.tracking_components`. In a HOCON file it inserts them as text, so that comments stay. It then
+parses the new text with FLARE's own parsers, and gives up if anything else has changed.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 fire_event=False,
             )
         # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
-        # again while lanes make small objects, which costs a fifth of an MLflow lane's time (docs/adr/0006).
+        # again while lanes make small objects. That costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
 

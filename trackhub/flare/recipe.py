@@ -100,8 +100,8 @@ def add_tracking(
         policy: what may leave a site for the server. The rules are those of `trackhub.policy.Policy`, such as
             ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and all of them apply.
             ``docs/policy.md`` explains each rule.
-        federation: if there are backends on the server, write the job's *federation run*: statistics over the sites
-            by round, and how the federation ran, as ``fl/...``.
+        federation: if there are backends on the server, write the job's *federation run*. It has statistics over the
+            sites by round, and says how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
             are the keys that all sites log with the round as their step. An empty list means no statistics.
         aggregate_weight: the key of the metric by which a site weighs in ``.../weighted_mean``, such as
@@ -112,20 +112,20 @@ def add_tracking(
             client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
             cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
             ``cross_site/<client>/<model>/<metric>``.
-        context: log once in each run how the job was made: the recipe's arguments, the job's script, command line and
-            git commit, versions, and the kind of machine. Secrets are taken out. ``docs/federation.md`` lists the keys.
+        context: log once in each run how the job was made. These are the recipe's arguments, the job's script, command
+            line and git commit, versions, and the kind of machine, without secrets. ``docs/federation.md`` lists them.
             Each begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
-        system_metrics: the number of seconds between two measurements of CPU, memory, disk, network and GPUs of each
-            site's host and of the job there, logged as ``system/...``. None measures nothing.
+        system_metrics: the number of seconds between two measurements. They log CPU, memory, disk, network and GPUs of
+            each site's host, and of the job there, as ``system/...``. None measures nothing.
         log_model: the federation run gets this model as an artifact: the ``"best"`` or the ``"last"`` global model that
             FLARE's persistor has saved. None logs no model.
 
     Raises:
         ConfigError: there is no backend, an argument is wrong, two arguments contradict each other, or an option holds
-            a literal secret. Also if there is a policy or no backend on the server, and another argument lets FLARE
-            send records to the server all the same: ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has
-            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it.
-            FLARE's simulator runs all sites here, so there the job raises this error before FLARE starts.
+            a literal secret. Also if there is a policy or no backend on the server, and FLARE would still send records
+            there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``. A backend that is
+            not installed here only gives a warning, since its sites may have it. FLARE's simulator runs all sites here,
+            so there the job raises this error before FLARE starts.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")

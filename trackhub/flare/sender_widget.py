@@ -115,8 +115,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
 
         Raises:
             ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None or
-                there is a policy, and another argument lets FLARE send records to the server all the same:
-                ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``.
+                there is a policy, and FLARE would still send records to the server, since ``take_over`` is False or
+                ``"copy"``, or ``flare_metrics`` has ``"server"``.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:

@@ -75,8 +75,8 @@ class SitesWithoutSender:
     def take(self, site: str, event: Shareable) -> None:
         """Record an analytics event of a site, if that site has no sender.
 
-        Asks the site at its first event, for a second at most. FLARE handles the events of all sites in one thread, so
-        a site that does not answer must not cost a second for each of its events.
+        Asks the site at its first event, for a second at most. FLARE handles the events of all sites in one thread. So
+        a site that does not answer must not cost a second for each event.
         """
         if site not in self._spools:
             self._started.add(site)  # a client that sends events has started

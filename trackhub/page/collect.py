@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads every record of the jobs once, and keeps what the report page shows.
 
-`trackhub.page.render` calls it. However large the jobs are, what is kept has a limit: curves are reduced to some
+`trackhub.page.render` calls it. What is kept has a limit, however large the jobs are. Curves are reduced to some
 points, and only the last images, texts and tables are kept.
 """
 

@@ -66,8 +66,8 @@ class Participation(NamedTuple):
         site: its name.
         rounds: the rounds in which its result came; without a federation run, in which it logged.
         slowest: in how many rounds it was the last; None if that is not known.
-        typical_s: the median time of its rounds, in seconds: from the round's start to its result; without a federation
-            run, from its own first to its last record. None if that is not known.
+        typical_s: the median time of its rounds, in seconds, from the round's start to its result. Without a federation
+            run, the time is from the site's first to its last record of the round. None if that is not known.
         factor: ``typical_s`` over the median of all sites; None if that is not known.
         is_logged: the values come from the federation run. Otherwise they are worked out from the sites' records.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the report page of jobs: one HTML file that needs no network and no other file.
 
-``trackhub report`` calls `write_report`. Whatever a site logged is data on the page: jinja2 escapes it, and the page's
+``trackhub report`` calls `write_report`. Whatever a site logged is data on the page: jinja2 escapes it. The page's
 policy (CSP) lets the browser run only the page's own two scripts.
 """
 

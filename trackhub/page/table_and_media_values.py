@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import base64
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -295,9 +294,3 @@ def _table(logged: Logged) -> dict[str, Any]:
         for i, column in enumerate(logged.payload.columns)
     ]
     return {"columns": columns, "rows": rows, "all_rows": len(logged.payload.rows)}
-
-
-def mean_of_last(runs: Sequence[RunData], key: str) -> float | None:
-    """Return the mean of the sites' last values of a key; None if no site has it."""
-    found = [run.metrics[key].last for run in members(runs) if key in run.metrics]
-    return statistics.fmean(found) if found else None

@@ -53,11 +53,11 @@ class StoredJob:
         created: unix seconds (UTC) of the job's first record; 0 if it has none.
         status: how it ended, as in `trackhub.job_and_run_info.RunStatus`, or ``running``.
         sites: the names of the sites that have records, sorted.
-        reports: what became of the records, for each receiver: ``server``, or the site's name.
+        reports: what became of the records, for each receiver: ``server``, a client's site, or else the journal's path.
     """
 
     def __init__(self, journals: list[JournalFile]) -> None:
-        """Use `read_jobs`.
+        """Put together what the journals have. Call `read_jobs` instead, which finds them.
 
         Args:
             journals: the journals of one job; at least one.
@@ -151,7 +151,7 @@ class StoredJobs(Sequence[StoredJob]):
     """
 
     def __init__(self, jobs: list[StoredJob], errors: list[JournalError]) -> None:
-        """Use `read_jobs`."""
+        """Keep the jobs and the errors. Call `read_jobs` instead, which finds them."""
         self._jobs = jobs
         self.errors = errors
 

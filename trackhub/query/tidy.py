@@ -49,7 +49,7 @@ def rows_of(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[tuple[Any, 
     """Yield the rows of a table, by job, site and stream. Takes little memory for metrics.
 
     Of params, tags and final values, only the last value of each key is given. A param or final value is None, a bool,
-    an int, a float, a string or a list of these; a dict becomes keys such as ``optimizer/lr``.
+    an int, a float, a string or a list of these. A dict becomes keys such as ``optimizer/lr``.
 
     Args:
         table: ``metrics``, ``params``, ``tags`` or ``summary``.

@@ -36,8 +36,8 @@ def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, l
     follower, begin = JobFollower(folder), time.monotonic()
     if not console.is_terminal:
         return _write_lines(follower, stop, file)
-    # The alternate screen is not used: the last state stays on the terminal, above what is printed next.
-    # Nor are what the script prints redirected to it: where they go is decided by the descriptors.
+    # Without the alternate screen, the last state stays on the terminal, above what is printed next. rich must not
+    # redirect what the script prints: `show_job` has redirected the descriptors.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         while True:
             state = follower.look()

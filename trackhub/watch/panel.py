@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job's state looks: a calm table on a terminal, or one plain line.
+"""Draws a job's state: a table for a terminal, or one plain line.
 
 `follow` and `show_job` call it. Names, keys and errors come from sites, so they are escaped and never markup.
 """
@@ -36,7 +36,7 @@ def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> Ren
     Args:
         state: the job.
         elapsed_s: seconds since somebody began to look.
-        log: the file in which FLARE's own lines are; None if they are nowhere in particular.
+        log: the file that has FLARE's own lines; None if the caller knows of none.
     """
     parts: list[RenderableType] = [_head(state, elapsed_s)]
     if state.sites:
@@ -83,7 +83,7 @@ class _FittingTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         keys, backends = _shown_keys(self._state), list(_totals(self._state))
-        # What is left out first is needed least: metrics from the last one, the step, what was logged, the backends.
+        # The columns that people need least go first: metrics from the last one, the step, what was logged, backends.
         choices = [(keys[:n], ["step", "logged"], backends) for n in range(len(keys), 0, -1)]
         choices += [(keys[:1], ["logged"], backends), (keys[:1], [], backends), ([], [], backends), (keys[:1], [], [])]
         for choice in [*choices, ([], [], [])]:
@@ -140,7 +140,7 @@ def _number(value: int | None) -> str:
 
 
 def _shown_sites(state: JobState) -> list[SiteState]:
-    """Return the sites to show: all, or of many those that need a look, and the first."""
+    """Return the sites to show. Of many sites, these are the ones with the most records dropped or pending."""
 
     def trouble(site: SiteState) -> int:
         return sum(site.dropped.values()) * 1_000_000 + sum(lane.pending for lane in site.lanes.values())

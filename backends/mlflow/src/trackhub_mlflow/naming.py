@@ -100,7 +100,7 @@ def logged_tag_name(key: str) -> str:
     """Return the name of a tag that was logged, given its key as the core fitted it.
 
     The core has escaped the reserved names. Some databases take ``Site`` and ``site`` for one name, or ``síte`` and
-    ``site``, so names that differ from these only in case or accents are escaped, too.
+    ``site``. So names that differ from a reserved one only in case or accents are escaped, too.
     """
     if key == _FITTED_NOTE:
         return NOTE_TAG

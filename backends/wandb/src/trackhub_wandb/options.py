@@ -32,7 +32,7 @@ class WandBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         step_metric: the column that holds the step of a log call. It is the default x axis of all charts.
         round_metric: the column that holds the federated round. It is another x axis to choose.
         upload_interval_s: seconds between uploads of a run's rows, at least 1. The SDK ignores a lower value and uses
-            its default of 15 s (wandb 0.31), half of the time that a job waits at its end.
+            its default of 15 s (wandb 0.31). That is half of the time that a job waits at its end.
         init_timeout_s: longest wait for the server when a run is opened.
         flush_timeout_s: longest wait for the server in one confirmation. The lane tries again later.
         finish_timeout_s: longest wait for the server when a run is ended.

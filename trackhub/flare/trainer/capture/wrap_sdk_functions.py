@@ -56,8 +56,8 @@ class Replacements:
 class CapturedCalls:
     """Makes the wrappers of one process. Thread-safe.
 
-    A wrapper records the script's calls only. All other calls go to the SDK unrecorded: those in trackhub's own
-    threads, those of objects that were made there, and those of the SDK itself inside a recorded call.
+    A wrapper records the script's calls only. All other calls go to the SDK unrecorded: calls in trackhub's own
+    threads, calls of objects made there, and calls of the SDK inside a recorded call.
 
     Attributes:
         writer: writes the records.
