@@ -81,7 +81,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["report", "JOBS/good", "-o", "JOBS/empty"], 1, "cannot write JOBS/empty"),
         (["report", "JOBS/good", "-o", "JOBS/nowhere/r.html"], 1, "name a file in a folder that you can write to"),
         (["export", "JOBS/good"], 2, "Missing option '--to'"),
-        (["export", "JOBS/good", "--to", "all.xlsx"], 1, "ends in none of .csv, .jsonl, .parquet"),
+        (["export", "JOBS/good", "--to", "all.xlsx"], 1, "ends in .csv, .jsonl, .parquet"),
         (["export", "JOBS/good", "--to", "JOBS/nowhere/a.csv"], 1, "name a file in a folder that you can write to"),
         (["export", "JOBS/text", "--to", "a.csv"], 1, "cannot read the journal"),
         (["replay", "JOBS/goood"], 1, "there is no JOBS/goood"),

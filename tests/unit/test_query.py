@@ -287,7 +287,7 @@ def test_a_read_only_disk_is_an_error_in_one_line(
 
 @pytest.mark.parametrize(
     ("to", "message"),
-    [("out.xlsx", "ends in none of .csv, .jsonl, .parquet"), ("no/where.csv", "cannot write")],
+    [("out.xlsx", "ends in .csv, .jsonl, .parquet"), ("no/where.csv", "cannot write")],
 )
 def test_a_target_that_cannot_be_is_an_error_in_one_line(run: Path, tmp_path: Path, to: str, message: str) -> None:
     done = cli("export", run, "--to", tmp_path / to)

@@ -94,7 +94,10 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
     if not server and not client:
         raise ConfigError("attach: name a backend: --server NAME, --client NAME or both")
     if strange := sorted(set(options) - {*server, *client}):
-        raise ConfigError(f"attach: --option {strange[0]}.…: this job gets no backend {strange[0]!r}")
+        raise ConfigError(
+            f"attach: --option {strange[0]}.…: this job gets no backend {strange[0]!r}. Name it with --server or "
+            "--client"
+        )
     take_over: Any = {"true": True, "false": False}.get(more["take_over"], more["take_over"])
     return {
         "server": {name: options.get(name, {}) for name in server} or None,

@@ -339,7 +339,7 @@ def _round(value: Any) -> int | None:
 
 
 def take_stock_event(fl_ctx: FLContext, *, keep: bool = False) -> Shareable | None:
-    """Return the record in a stock analytics event, or None if it came from another site or was taken before.
+    """Return the record in an analytics event, or None if it came from another site or was taken before.
 
     FLARE fires a local event again as a federated one. So this function marks the record, and it is taken once.
 
@@ -394,7 +394,7 @@ def replace_in_process_log(calls: LogCalls) -> Callable[[], None]:
 
 
 def came_as_message(fl_ctx: FLContext) -> bool:
-    """Return whether a stock analytics event stands for a message of another process of this site, such as a trainer.
+    """Return whether an analytics event stands for a message of another process of this site, such as a trainer.
 
     FLARE fires a federated event for such a message. It converts the events of this process into federated ones, too.
     """

@@ -93,7 +93,7 @@ class SiteRecords(_Logs):
                 self._metrics.start()
         except Exception as e:
             self._component.log_exception(
-                fl_ctx, f"context or system metrics of this site are not recorded: {e}", fire_event=False
+                fl_ctx, f"tracking: this site's context or system metrics are not recorded: {e}", fire_event=False
             )
 
     def stop(self) -> None:
@@ -120,7 +120,7 @@ class ServerRecords(_Logs):
             context = with_federation(with_machine(self._own.context), fl_ctx)
             log_context(context, federation.log_params, federation.set_tags)
         except Exception as e:
-            self._component.log_exception(fl_ctx, f"the context of the job is not recorded: {e}", fire_event=False)
+            self._component.log_exception(fl_ctx, f"tracking: the job's context is not recorded: {e}", fire_event=False)
 
     def end(self, federation: FederationRun, fl_ctx: FLContext) -> None:
         """Log the model that FLARE's persistor has saved, or warn if there is none. Never raises."""

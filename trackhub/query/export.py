@@ -60,7 +60,7 @@ def export(path: str | Path, to: str | Path) -> Exported:
     target = Path(to)
     write = _WRITERS.get(target.suffix.lower())
     if write is None:
-        raise ConfigError(f"--to: {target.name!r} ends in none of {', '.join(_WRITERS)}, which say how to write it")
+        raise ConfigError(f"--to: expected a file whose name ends in {', '.join(_WRITERS)}, got {target.name!r}")
     rows: dict[Path, int] = {}
     with read_jobs(path) as jobs:
         for table in get_args(TableName):

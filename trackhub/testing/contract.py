@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract: all checks in one class, which the author of a backend derives from."""
+"""The contract: all checks in one class. The author of a backend derives a class from it, which pytest runs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows a job until it has ended: drawn anew on a terminal, a line from time to time elsewhere."""
+"""Shows a job until it has ended. ``trackhub watch`` and `show_job` call it.
+
+`job_state` reads what there is to show. On a terminal, `panel` draws it each second. Elsewhere, this module prints a
+line when something has changed.
+"""
 
 from __future__ import annotations
 

@@ -165,4 +165,4 @@ def _who_failed(url: str, error: Exception) -> str:
 
     if isinstance(error, ProxyError):
         return f"the proxy on the way to W&B at {url} cannot be used (check HTTPS_PROXY, HTTP_PROXY and NO_PROXY)"
-    return f"W&B at {url} does not answer what it has"
+    return f"W&B at {url} did not say what it has"
