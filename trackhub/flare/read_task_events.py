@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from FLARE's events which tasks the server hands to sites, which results come back, and what FLARE computes.
 
-`trackhub.flare.federation_watch`, `trackhub.flare.model_and_validation_metrics` and the receiver's widget call it.
-Written for nvflare 2.9, like `trackhub.flare.flare_internals`. It changes nothing in FLARE.
+`federation_watch`, `model_updates`, `model_and_validation_metrics` and the receiver's widget call it. Written for
+nvflare 2.9, like `flare_internals`. It changes nothing in FLARE.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adds tracking to a FLARE job: to a recipe, to a FedJob, or to a job that is written in JSON.
 
-The script that makes the job calls it. It checks the backends' options through `trackhub.registry`, and puts a
-`TrackhubReceiver` and a `TrackhubSender` into the job.
+The script that makes the job calls it, and so does ``trackhub attach``. It checks the backends' options through
+`trackhub.registry`, and puts a `TrackhubReceiver` and a `TrackhubSender` into the job.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def check_take_over(value: object) -> None:
 
 
 class StockRecords:
-    """Writes what FLARE's own writers log in this process into a spool. Thread-safe.
+    """Writes what FLARE's events carry of the calls of FLARE's own writers into a spool. Thread-safe.
 
     Attributes:
         by_message: records that came as messages of another process. Nobody knows how many such messages were lost.
@@ -105,7 +105,7 @@ class StockRecords:
             return True
 
     def take(self, fl_ctx: FLContext) -> None:
-        """Take the record in this event, if it is a new record of this process.
+        """Take the record in this event, if it is a new record of this site.
 
         A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
         reason is logged once.

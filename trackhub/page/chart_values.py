@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The charts of the report page, as the values that its script draws.
 
-`trackhub.page.render` calls it with what `collect` and `federation` found. The template makes a place for each chart,
-and the script of the page fills it when it comes into view.
+`trackhub.page.render` calls it with what `collect` found. It asks `federation` for the curves across the sites. The
+template makes a place for each chart, and the script of the page fills it when it comes into view.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Keeps a curve of any length in a fixed number of points, so that its lowest and highest values stay.
 
 `trackhub.page.collect` has one `Series` for each key of a site. A series is divided into buckets of equal length, and
-the lowest and the highest point of each are kept.
+the lowest and the highest point of each are kept. `trackhub.page.render` thins a page with many curves once more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sites of a job did together: curves across the sites by round, who took part, and who was slow.
 
-`trackhub.page.render` calls it. Values in the job's federation run take precedence over values that are worked out
-here.
+`chart_values` and `table_and_media_values` call it. Values in the job's federation run take precedence over values that
+are worked out here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the template of the report page shows, as plain values: headers, tables and media. Charts are in `chart_values`.
 
-`trackhub.page.render` calls it with what `collect` and `federation` found.
+`trackhub.page.render` calls it with what `collect` found. It asks `federation` who took part in which round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be seen of a job from outside: a row for each site, put together from the journals in its folder.
 
-`panel` shows it. It reads the journals of all receivers of the job, at the server and at the clients, and changes none.
+`follow` looks at it again and again, and `panel` draws it. This module reads the journals of all receivers of the job,
+at the server and at the clients, and changes none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a job's state: a table for a terminal, or one plain line.
 
-`follow` and `show_job` call it. Names, keys and errors come from sites, so they are escaped and never markup.
+`follow` calls it. Names, keys and errors come from sites, so they are escaped and never markup.
 """
 
 from __future__ import annotations
