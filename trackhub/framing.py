@@ -226,7 +226,7 @@ def pass_metrics(
 
 
 def metrics_bodies(buffer: bytes, offset: int, max_frames: int) -> tuple[list[bytes], int]:
-    """Return the bodies of the whole, sound frames of metrics that follow each other from ``offset`` on.
+    """Return the bodies of the complete, intact frames of metrics that follow each other from ``offset`` on.
 
     It stops where `pass_metrics` stops. The receiver uses it, since it looks into every record (docs/adr/0004).
 

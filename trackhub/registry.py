@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import importlib.util
 import logging
 import os
@@ -257,6 +258,7 @@ def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]
     Raises:
         InvalidOptionError: an option is unknown, has a value of the wrong type, or holds a literal secret.
         ConfigError: a secret reference cannot be resolved.
+        BackendLoadError: an option has a type that no plain value can be converted into.
     """
     refuse_literal_secrets(name, options)
     _check_names(name, cls, options)
@@ -332,7 +334,7 @@ def _check_names(name: str, cls: type[Backend[Any]], options: Mapping[str, Any])
 def _convert(name: str, cls: type[Backend[Any]], values: Mapping[str, Any]) -> msgspec.Struct:
     try:
         with one_at_a_time:
-            return msgspec.convert(values, cls.Options, strict=False, dec_hook=_decode)
+            return msgspec.convert(values, cls.Options, strict=False, dec_hook=functools.partial(_decode, name))
     except msgspec.ValidationError as error:
         # The error is not chained: its text and the values in its traceback may hold a resolved secret.
         raise InvalidOptionError(_wrong_value(name, cls, error)) from None
@@ -427,11 +429,14 @@ def _wrong_value(name: str, cls: type[Backend[Any]], error: msgspec.ValidationEr
     return message
 
 
-def _decode(expected: type, value: Any) -> Any:
-    """Let options be paths, which msgspec does not know."""
+def _decode(name: str, expected: type, value: Any) -> Any:
+    """Let options be paths, which msgspec does not know. It calls this for each type that it does not know."""
     if isinstance(expected, type) and issubclass(expected, Path) and isinstance(value, str):
         return expected(value)
-    raise NotImplementedError(f"an option of type {expected} is not supported")
+    raise BackendLoadError(
+        f"backend {name!r}: one of its options has the type {getattr(expected, '__name__', expected)}, which cannot be "
+        f"made of {type(value).__name__}; expected a type that msgspec knows, such as str, or a Path"
+    )
 
 
 def _capability_problem(capabilities: Capabilities) -> str:

@@ -58,7 +58,7 @@ class SystemMetrics:
             interval_s: the shortest time between two measurements, in seconds. It is longer where measuring is slow.
             folder: the disk that holds it is measured.
         """
-        self._logs = log
+        self._log_values = log
         self._interval_s = interval_s
         self._folder = folder
         self._stop = threading.Event()
@@ -83,7 +83,7 @@ class SystemMetrics:
                     before = time.thread_time()
                     values = probe.measure()
                     if values and not self._stop.is_set():
-                        self._logs({f"{PREFIX}{key}": value for key, value in values.items()})
+                        self._log_values({f"{PREFIX}{key}": value for key, value in values.items()})
                     pause = max(self._interval_s, (time.thread_time() - before) / _MAX_SHARE)
         except Exception as e:  # noqa: BLE001  # training goes on, whatever psutil or a driver does
             _log.warning("system metrics end here, and training goes on: %s: %s", type(e).__name__, e)

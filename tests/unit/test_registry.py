@@ -297,6 +297,17 @@ def test_options_are_those_of_the_type_in_brackets_also_for_a_subclass() -> None
     assert (Acme.Options, Special.Options, Plain.Options) == (AcmeOptions, AcmeOptions, NoOptions)
 
 
+def test_an_option_of_a_type_that_no_text_can_give_is_an_error_of_the_plugin() -> None:
+    class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        weight: complex = 0j
+
+    class Acme(Backend[Options]):
+        spi = 1
+
+    with pytest.raises(BackendLoadError, match=r"'acme': .*type complex.*expected .*str"):
+        registry.build_options("acme", Acme, {"weight": "1"})
+
+
 def test_the_core_reads_which_options_hold_a_secret_a_host_or_a_path() -> None:
     marks = registry.option_marks(Acme)
 

@@ -94,13 +94,13 @@ def assemble(
         place: where the batch was expected to start. If the first frame is further on, a gap accounts for the records
             before it.
         data: bytes of the segment from ``place`` on.
-        start: where the first sound frame starts in ``data``.
+        start: where the first intact frame starts in ``data``.
         max_records: most records in the batch.
         max_bytes: most bytes of frames, but never less than one frame.
         lost_blobs: names of blobs whose bytes cannot be read. A gap takes the place of their records.
     """
     assembly = _Assembly(data, start, place.seq, lost_blobs)
-    # If a frame is corrupt, the sound frames before it are a batch of their own. The next batch starts with the damage.
+    # If a frame is damaged, the intact frames before it are a batch. The next batch starts with the damage.
     with contextlib.suppress(CorruptFrameError):
         assembly.take_frames(max_records, max_bytes)
     return SpoolBatch(

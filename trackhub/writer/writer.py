@@ -239,7 +239,7 @@ class Writer(FigureAndModelCalls):
         Args:
             key: the table's key.
             columns: the names of the columns, or the whole table. A whole table is a DataFrame of pandas or polars, a
-                mapping of column to values, or a list of mappings. An index of pandas becomes the first column, unless
+                mapping of column to values, or a list of mappings. An index of pandas becomes the first columns, unless
                 it only numbers the rows.
             rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str; other values
                 become text. None if ``columns`` is the whole table.
