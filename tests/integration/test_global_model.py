@@ -134,6 +134,23 @@ def test_each_file_of_a_model_that_is_a_folder_is_taken(tmp_path: Path) -> None:
     assert keys == ["model/saved/saved_model.pb", "model/saved/variables/data"]
 
 
+@pytest.mark.parametrize(("files", "problem"), [(0, "has no file"), (1001, "has more than 1,000 files")])
+def test_a_model_folder_without_files_or_with_too_many_gives_a_warning(
+    tmp_path: Path, files: int, problem: str
+) -> None:
+    """No part of a model is logged in place of the whole."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for number in range(files):
+        (folder / f"part-{number}").touch()
+
+    logged, warnings = logged_and_warned("last", context(tmp_path, persistor=UsersPersistor(saved=folder)))
+
+    assert logged == {}
+    assert len(warnings) == 1
+    assert problem in warnings[0]
+
+
 @pytest.mark.parametrize("components", [{}, {"persistor": UsersPersistor()}])
 def test_without_a_model_there_is_one_warning_that_says_why(tmp_path: Path, components: dict[str, Any]) -> None:
     _, warnings = logged_and_warned("last", context(tmp_path, **components))

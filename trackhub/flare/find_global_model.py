@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -22,6 +23,8 @@ from trackhub.plain_files import open_plain_inside
 __all__ = ["FoundModel", "ModelFile", "find_model"]
 
 _MAX_FILES = 1000
+"""The most files of a model. Of a larger one nothing is logged, since a part of a model is of no use."""
+
 # The attributes in which FLARE's persistors keep the paths of the models that they save.
 _PATHS = {
     "best": ("_best_ckpt_save_path",),
@@ -78,7 +81,13 @@ def find_model(which: Literal["best", "last"], fl_ctx: FLContext) -> FoundModel:
                 what = f"{type(persistor).__name__} names {str(path)!r}, which is outside the job's folder"
                 return FoundModel([], f"{what}. Let it save the model in the run folder, as persistors do by default")
             if real.exists():
-                return FoundModel([*_files(path.name, real, folder)])
+                files = _files(path.name, real, folder)
+                if 0 < len(files) <= _MAX_FILES:
+                    return FoundModel(files)
+                number = f"more than {_MAX_FILES:,} files" if files else "no file"
+                return FoundModel(
+                    [], f"{real} has {number}. Let the persistor save a model of 1 to {_MAX_FILES:,} files"
+                )
     names = ", ".join(type(persistor).__name__ for persistor in persistors)
     why = f"{names} has saved no {which} model"
     if which == _BEST:
@@ -118,10 +127,10 @@ def _paths(persistor: Any, which: str, fl_ctx: FLContext) -> Iterator[Path]:
             yield Path(str(model.location))
 
 
-def _files(name: str, real: Path, folder: Path) -> Iterator[ModelFile]:
+def _files(name: str, real: Path, folder: Path) -> list[ModelFile]:
+    """Return the files of a model, or one more than `_MAX_FILES` if it has more."""
     if real.is_file():
-        yield ModelFile(real, f"model/{name}", folder)
-        return
-    for file in sorted(real.rglob("*"))[:_MAX_FILES]:
-        if file.is_file() and not file.is_symlink():
-            yield ModelFile(file, f"model/{name}/{file.relative_to(real)}", folder)
+        return [ModelFile(real, f"model/{name}", folder)]
+    inside = (file for file in real.rglob("*") if file.is_file() and not file.is_symlink())
+    found = sorted(islice(inside, _MAX_FILES + 1))
+    return [ModelFile(file, f"model/{name}/{file.relative_to(real)}", folder) for file in found]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts and stops the W&B SDK and its service: imports it late, starts it once per process, and limits every wait.
 
-Only this module of the backend touches the process-wide state of the SDK.
+Only this module of the backend changes the process-wide state of the SDK.
 """
 
 from __future__ import annotations
