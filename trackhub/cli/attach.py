@@ -16,7 +16,7 @@ from trackhub.errors import ConfigError
 
 __all__ = ["attach"]
 
-_SAYS_NOTHING: tuple[Any, ...] = (None, "", True)  # True is the default of take_over
+_DEFAULTS: tuple[Any, ...] = (None, "", True)  # True is the default of take_over
 
 
 @click.command()
@@ -122,7 +122,7 @@ def _without_defaults(components: dict[str, list[dict[str, Any]]]) -> dict[str, 
     """
 
     def told(args: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in args.items() if k == "server_receiver" or v not in _SAYS_NOTHING}
+        return {k: v for k, v in args.items() if k == "server_receiver" or v not in _DEFAULTS}
 
     return {file: [{**one, "args": told(one["args"])} for one in listed] for file, listed in components.items()}
 

@@ -52,7 +52,7 @@ def check_flare_metrics(value: object, *, has_server_side: bool = True) -> None:
         )
 
 
-class _Metrics:
+class _MetricsWriter:
     """Writes metrics, and keeps its own errors out of FLARE. Thread-safe; no method raises."""
 
     def __init__(self, records: StockRecords) -> None:
@@ -82,7 +82,7 @@ class ClientMetrics:
 
     def __init__(self, records: StockRecords) -> None:
         """Use the writer of these records. Its spool must be open before a result is taken."""
-        self._metrics = _Metrics(records)
+        self._metrics = _MetricsWriter(records)
 
     def take_result(self, task: Any, result: Any) -> None:
         """Record the metrics in the result of a task, if it has any.
@@ -114,7 +114,7 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
             records: has the writer. It must be open.
         """
         super().__init__()
-        self._metrics = _Metrics(records)
+        self._metrics = _MetricsWriter(records)
         flare_internals.add_last_handler(engine, self)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

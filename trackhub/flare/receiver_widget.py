@@ -118,7 +118,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._core: Receiver | None = None
         self._own_sender: Sender | None = None
         self._stock = StockRecords(self, keep_events=take_over == "copy")
-        self._others: SitesWithoutSender | None = None
+        self._without_sender: SitesWithoutSender | None = None
         self._wait_end: float | None = None
         self._failed = False
         self._aborted = False
@@ -150,11 +150,11 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if event_type in flare_internals.STOCK_EVENTS:
             if self.take_over:
                 self._stock.take(fl_ctx)
-                if self._others is not None and (found := flare_internals.event_of_site(fl_ctx)):
-                    self._others.take(*found)
+                if self._without_sender is not None and (found := flare_internals.event_of_site(fl_ctx)):
+                    self._without_sender.take(*found)
         elif event_type == EventType.BEFORE_PROCESS_TASK_REQUEST:
-            if self._others is not None:
-                self._others.note_started(asking_site(fl_ctx))
+            if self._without_sender is not None:
+                self._without_sender.note_started(asking_site(fl_ctx))
         elif event_type == EventType.START_RUN:
             self._start_on_server(fl_ctx)
         elif event_type == EventType.START_WORKFLOW:
@@ -214,7 +214,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             listeners(flare_internals.components(engine)), self.take_over, has_server_side=True
         ):
             self.log_warning(fl_ctx, warning, fire_event=False)
-        self._others = SitesWithoutSender(self, engine, self._core, self._limits)
+        self._without_sender = SitesWithoutSender(self, engine, self._core, self._limits)
         try:
             note_sites_of_events(engine)
         except Exception as e:
@@ -315,10 +315,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             return
         self._wait_end = time.monotonic() + self._limits.sites_s
         sites = set(flare_internals.participants(fl_ctx.get_engine()))
-        if self._others is not None:
-            self._others.ask_now()
-            self._core.sites.without_sender |= self._others.found()
-            sites -= self._others.found()
+        if self._without_sender is not None:
+            self._without_sender.ask_now()
+            self._core.sites.without_sender |= self._without_sender.found()
+            sites -= self._without_sender.found()
         if missing := self._core.wait_for_sites(sites):
             self.log_warning(
                 fl_ctx,
@@ -331,8 +331,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         """Deliver the server's own last records, and end. Called on the server, after all other components ended."""
         set_process_spool(None)
         self._stock.close()
-        if self._others is not None:
-            self._others.close(_MIN_OWN_CLOSE_S)
+        if self._without_sender is not None:
+            self._without_sender.close(_MIN_OWN_CLOSE_S)
         if self._own_sender is not None:
             left_s = self._limits.sites_s
             if self._wait_end is not None:  # the wait for the sites has used a part of ``sites_s``

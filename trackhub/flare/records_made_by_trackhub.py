@@ -56,7 +56,7 @@ class OwnRecords(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         return msgspec.to_builtins(self) or None
 
 
-class _Logs:
+class _LogsOwnRecords:
     """What `SiteRecords` and `ServerRecords` have in common: what to log, and where to warn."""
 
     def __init__(self, own: OwnRecords, component: FLComponent) -> None:
@@ -70,7 +70,7 @@ class _Logs:
         self._component = component
 
 
-class SiteRecords(_Logs):
+class SiteRecords(_LogsOwnRecords):
     """Logs at a client: its context once, and system metrics while the job runs."""
 
     _metrics: SystemMetrics | None = None
@@ -102,7 +102,7 @@ class SiteRecords(_Logs):
             self._metrics.stop()
 
 
-class ServerRecords(_Logs):
+class ServerRecords(_LogsOwnRecords):
     """Logs on the server into the federation run: the job's context when it starts, the global model when it ends.
 
     Attributes:

@@ -52,7 +52,7 @@ class SitesWithoutSender:
         self._asking = threading.Lock()  # a site that is asked twice at a time would log an error twice
         self._asked: set[str] = set()
         self._started: set[str] = set()
-        self._noes: set[str] = set()
+        self._without_sender: set[str] = set()
         self._with_sender: set[str] = set()
         self._warned: set[str] = set()
         self._spools: dict[str, _SpoolOfSite] = {}
@@ -63,7 +63,7 @@ class SitesWithoutSender:
     def found(self) -> set[str]:
         """Return the sites without a sender, as far as is known."""
         with self._lock:
-            return self._noes - self._heard()
+            return self._without_sender - self._heard()
 
     def note_started(self, site: str) -> None:
         """Take note that a client asks for tasks. Its components have started by then, so its answer is true.
@@ -91,7 +91,7 @@ class SitesWithoutSender:
     def ask_now(self) -> None:
         """Ask the sites from which no sender has sent anything. Blocks for a second at most."""
         started = participants(self._engine).keys() & self._started
-        self._ask(sorted(started - self._heard() - self._with_sender - self._noes))
+        self._ask(sorted(started - self._heard() - self._with_sender - self._without_sender))
         with self._lock:
             for site in self.found():
                 self._warn_of(site)
@@ -118,13 +118,13 @@ class SitesWithoutSender:
         if site not in self._asked:  # afterwards, the thread asks again
             self._asked.add(site)
             self._ask([site])
-        return site in self._noes
+        return site in self._without_sender
 
     def _ask(self, sites: list[str]) -> None:
         with self._asking:
-            left = [site for site in sites if site not in self._noes | self._with_sender]
+            left = [site for site in sites if site not in self._without_sender | self._with_sender]
             for site, has_sender in have_sender(self._engine, left, _ANSWER_S).items() if left else ():
-                (self._with_sender if has_sender else self._noes).add(site)
+                (self._with_sender if has_sender else self._without_sender).add(site)
 
     def _warn_of(self, site: str) -> None:
         if site not in self._warned:

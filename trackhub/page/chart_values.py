@@ -57,7 +57,7 @@ def _chart(key: str, found: Sequence[tuple[RunData, str, SeriesData]], began: Ma
         "key": key,
         "lines": [_line(run, about, series, began[run.job]) for run, about, series in found],
         "nonfinite": sum(series.nonfinite for _, _, series in found),
-        "says": _says(key, [(about, series.last) for _, about, series in found]),
+        "says": _alt_text(key, [(about, series.last) for _, about, series in found]),
     }
 
 
@@ -98,7 +98,7 @@ def _digits(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _says(key: str, last: Sequence[tuple[str, float]]) -> str:
+def _alt_text(key: str, last: Sequence[tuple[str, float]]) -> str:
     """Return what a chart shows, for readers who cannot see it."""
     if len(last) <= 4:
         ends = ", ".join(f"{about} ends at {number(value)}" for about, value in last)
@@ -124,7 +124,7 @@ def band_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str,
             "is_logged": all(band.is_logged for _, band in of_jobs),
             "bands": [_band(job, band) for job, band in of_jobs],
             "says": f"Line chart of {key} across the sites by round: "
-            + ", ".join(_band_says(names[job] if len(names) > 1 else "", band) for job, band in of_jobs)
+            + ", ".join(_band_alt_text(names[job] if len(names) > 1 else "", band) for job, band in of_jobs)
             + ".",
         }
         for key, of_jobs in found.items()
@@ -142,7 +142,7 @@ def _band(job: int, band: Band) -> dict[str, Any]:
     }
 
 
-def _band_says(name: str, band: Band) -> str:
+def _band_alt_text(name: str, band: Band) -> str:
     about = f"{name} " if name else ""
     spread = f"the sites from {number(band.low[-1])} to {number(band.high[-1])}"
     return f"{about}round {band.rounds[-1]} has a mean of {number(band.mean[-1])}, {spread}"
