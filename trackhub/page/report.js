@@ -16,8 +16,8 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const isDark = () => dark.matches && !state.printing;
   const nth = (place) => (isDark() ? DARK : LIGHT)[Math.max(0, place) % LIGHT.length];
-  // A site has one colour on the whole page. Dashes tell jobs apart; with one job, the second ten sites from the first.
-  // Jobs of the same one site have the colours, since dashes are hard to see on a noisy curve.
+  // A site has one colour on the whole page, and dashes tell jobs apart. With one job, dashes tell the second ten sites
+  // from the first. With one site, colours tell the jobs apart, since dashes are hard to see on a noisy curve.
   const byJob = several && data.sites.length === 1;
   const own = (line) => data.sites.indexOf(line.site); // -1 for the federation
   const colour = (line) => (byJob ? nth(line.job) : own(line) < 0 ? css("--ink") : nth(own(line)));
@@ -113,7 +113,7 @@
     };
     if (state.printing) layout.width = 330;
     const ends = traces.flatMap((trace) => (trace.x.length ? [trace.x[0], trace.x[trace.x.length - 1]] : []));
-    // Whole rounds and steps only: a tick at 0.5 would name one that is none.
+    // Ticks stand at whole rounds and steps only: there is no round 0.5.
     if ((title === "round" || title === "step") && Math.max(...ends) - Math.min(...ends) <= 8) layout.xaxis.dtick = 1;
     Plotly.react(element, traces, layout, { displayModeBar: false, displaylogo: false, responsive: true });
   }
