@@ -21,6 +21,15 @@ settings.load_profile("trackhub")
 pytest.register_assert_rewrite("tests.faults.job_processes", "tests.faults.oracle", "tests.faults.random_faults")
 
 
+@pytest.fixture(autouse=True)
+def first_wrong_call() -> Iterator[None]:
+    """Run each test as in a process that has not warned of a wrong log call yet."""
+    yield
+    writer = sys.modules.get("trackhub.writer.writer")
+    if writer is not None:
+        writer._warned.clear()
+
+
 class MakePlugin(Protocol):
     """Writes an installed-looking distribution with one package and puts it on ``sys.path``."""
 

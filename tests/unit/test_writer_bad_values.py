@@ -417,3 +417,51 @@ def test_a_caption_above_the_limit_costs_its_image(writer: Writer, caplog: pytes
     found = [payload for payload in payloads(writer) if isinstance(payload, Image)]
     assert [(image.key, len(image.caption)) for image in found] == [("grid", 20_000)]
     assert "caption has 20,001 characters; expected at most 20,000" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (
+            lambda w: w.log({"loss": 1.0, "acc": 2.0}, step=-1),
+            "log('loss', 'acc'): step -1 is out of range; expected 0 to",
+        ),
+        (
+            lambda w: w.log(dict.fromkeys("abcd", 1.0), step="x"),
+            "log('a', 'b', 'c', ...): step 'x' is a str; expected a",
+        ),
+        (lambda w: w.log("loss"), "log: expected a mapping of key to value, got str: 'loss'"),
+        (lambda w: w.log({"loss": None}), "log: metric 'loss': None is a NoneType; expected a number"),
+        (lambda w: w.log_text("note", "x", step=1.5), "log_text('note'): step 1.5 is a float; expected a whole number"),
+        (lambda w: w.log_params({"": 1}), "log_params: key '' is empty; expected a name such as"),
+        (lambda w: w.log_table("t", 3), "log_table: table 't': "),
+    ],
+)
+def test_a_warning_names_the_method_and_the_key_and_what_was_expected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, call: Callable[[Writer], None], expected: str
+) -> None:
+    with Writer(new_spool(tmp_path / "spool")) as writer:
+        call(writer)
+
+    (message,) = caplog.messages
+    assert expected in message
+
+
+def test_a_warning_comes_once_for_a_method_and_reason_however_many_writers_there_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for turn in range(3):
+        with Writer(new_spool(tmp_path / str(turn))) as writer:
+            writer.log({"loss": 1.0}, step=-1)
+            writer.log({"acc": 1.0}, step=-2)
+            writer.log({"loss": None})
+            writer.log_text("note", "x", step=-1)
+        writer.log({"loss": 1.0})
+
+    assert [message.partition("): ")[2].partition("(")[0].partition(":")[0] for message in caplog.messages] == [
+        "log",
+        "log",
+        "log_text",
+        "log",
+    ]
+    assert len(set(caplog.messages)) == 4

@@ -7,6 +7,7 @@ but ``flush`` waits for a network or a backend. `trackhub.writer.values` says wh
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -41,7 +42,9 @@ __all__ = ["Writer", "plain_writer"]
 
 _POLL_S = 0.01
 _INVALID_VALUE = "invalid_value"
-_MAX_WARNINGS = 50  # of one writer, each about another key or reason
+_MAX_WARNINGS = 50  # of one process, each about another method, reason or key
+_MAX_NAMED = 3
+_warned: set[tuple[str, str, str]] = set()  # of the process, since a script may make a writer in each turn of a loop
 _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
@@ -94,7 +97,6 @@ class Writer(FigureAndModelCalls):
         self._strict = strict or is_strict()
         self._spool = open_spool(spool_dir, strict=self._strict)
         self._known_keys: set[str] = set()
-        self._warned: set[tuple[str, str]] = set()
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log scalars as one record: they belong together and are delivered together.
@@ -132,7 +134,7 @@ class Writer(FigureAndModelCalls):
                 # The spool encodes at once, so a dict of known keys and floats needs no copy (docs/adr/0004).
                 spool.append(Metrics(values), step, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse("log", e)
+            self._refuse("log", e, *_keys_of(metrics))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log hyperparameters.
@@ -225,7 +227,7 @@ class Writer(FigureAndModelCalls):
         """
         bad = BadValues(strict=self._strict)
         self._append("log_histogram", step, read_histogram, key, values, bins, edges, counts, bad)
-        self._note_left_out(bad, has_rest=True)
+        self._note_left_out("log_histogram", bad, has_rest=True)
 
     def log_table(
         self,
@@ -336,11 +338,11 @@ class Writer(FigureAndModelCalls):
         try:
             bad = BadValues(strict=self._strict)
             payload = read(values, bad)
-            self._note_left_out(bad, has_rest=payload is not None)
+            self._note_left_out(method, bad, has_rest=payload is not None)
             if payload is not None:
                 self._spool.append(payload, None, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse(method, e)
+            self._refuse(method, e, *_keys_of(values))
 
     def _append_blob(
         self,
@@ -365,10 +367,10 @@ class Writer(FigureAndModelCalls):
             return known
         bad = BadValues(strict=self._strict)
         values = read_metrics(metrics, self._known_keys, bad)
-        self._note_left_out(bad, has_rest=bool(values))
+        self._note_left_out("log", bad, has_rest=bool(values))
         return values
 
-    def _note_left_out(self, bad: BadValues, *, has_rest: bool) -> None:
+    def _note_left_out(self, method: str, bad: BadValues, *, has_rest: bool) -> None:
         """Count the values that are left out of a call. If the call has no other values, its record is dropped."""
         if not bad.found or self._spool is None:
             return
@@ -377,15 +379,15 @@ class Writer(FigureAndModelCalls):
         else:
             self._spool.drop(_INVALID_VALUE, "")
         for key, error in bad.found:
-            self._warn(_INVALID_VALUE, key, error)
+            _warn(method, _INVALID_VALUE, (key,), error)
 
-    def _refuse(self, method: str, error: Exception, key: Any = None) -> None:
+    def _refuse(self, method: str, error: Exception, *keys: Any) -> None:
         """Count a call that cannot be recorded, and warn once. A strict writer raises.
 
         Args:
             method: the method that was called.
             error: why.
-            key: the key that it was called with, where it has one.
+            keys: the keys that it was called with, where it has some.
 
         Raises:
             RecordError, SpoolError: the writer is strict.
@@ -406,15 +408,39 @@ class Writer(FigureAndModelCalls):
             reason = "invalid_call"
         if self._spool is not None:
             self._spool.drop(reason, "")
-        self._warn(reason, method if reason != _INVALID_VALUE else shown(key), error)
+        _warn(method, reason, tuple(map(shown, keys)), error)
 
-    def _warn(self, reason: str, about: str, error: RecordError | SpoolError) -> None:
-        if (reason, about) not in self._warned and len(self._warned) < _MAX_WARNINGS:
-            self._warned.add((reason, about))
-            _log.warning(
-                "tracking left something out (%s): %s. Training goes on. If it happens again, it is counted without a "
-                "warning", reason, shown_error(error, 500),
-            )  # fmt: skip
+
+def _keys_of(values: Any) -> tuple[Any, ...]:
+    """Return the first keys of a mapping; none of anything else. Never raises."""
+    try:
+        return tuple(itertools.islice(values, _MAX_NAMED + 1)) if isinstance(values, Mapping) else ()
+    except Exception:  # noqa: BLE001  # a foreign mapping may raise anything
+        return ()
+
+
+def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | SpoolError) -> None:
+    """Warn of a call or a value that is left out: once in a process for each method and reason, and for each bad value.
+
+    Args:
+        method: the method that was called.
+        reason: the reason that it is counted with.
+        keys: the keys of the call, or the key of the value, as text.
+        error: what is wrong, and what was expected.
+    """
+    about = (method, reason, keys[0] if reason == _INVALID_VALUE and keys else "")
+    if about in _warned or len(_warned) >= _MAX_WARNINGS:
+        return
+    _warned.add(about)
+    said = shown_error(error, 500)
+    if not said.startswith(method):
+        named = [key for key in keys[:_MAX_NAMED] if key not in said]
+        more = ", ..." if named and len(keys) > _MAX_NAMED else ""
+        said = f"{method}({', '.join(named)}{more}): {said}" if named else f"{method}: {said}"
+    _log.warning(
+        "tracking left something out (%s): %s. Training goes on. If it happens again, it is counted without a "
+        "warning", reason, said,
+    )  # fmt: skip
 
 
 def plain_writer(spool: SpoolWriter | None) -> Writer:
@@ -426,5 +452,4 @@ def plain_writer(spool: SpoolWriter | None) -> Writer:
     writer._spool = spool
     writer._strict = is_strict()
     writer._known_keys = set()
-    writer._warned = set()
     return writer
