@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the secrets that this process knows out of its logs, errors, journals and reports.
 
-`trackhub.registry` passes each secret that it resolves to `remember_secret`, and backends pass those that they find
+`trackhub.secrets` passes each secret that it resolves to `remember_secret`, and backends pass those that they find
 elsewhere. From the first secret on, every log record of the process is cleaned. The journal cleans what it stores, and
 the receiver cleans the errors that it raises.
 """

@@ -12,8 +12,8 @@ The same configuration can come from flags, from a TOML file, or from a plain ma
     [limits]
     deadline_s = 60
 
-`jobs/cifar10_fedavg` makes it from flags. Nothing here imports a plugin: `trackhub.registry` checks whether a backend
-exists and which options it takes.
+`jobs/cifar10_fedavg` and `trackhub.cli` make it from flags. Nothing here imports a plugin: `trackhub.registry` checks
+whether a backend exists and which options it takes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How records are encoded: the frame that carries one record in the spool, on the channel and in the journal.
 
-A writer encodes a record once. A lane decodes it once, before it hands the record to a backend::
+A writer encodes a record once. The receiver decodes it to check it, and a lane decodes it for its backend::
 
     frame   = crc32 (uint32) · size (uint32) · kind (uint8) · body (size bytes)     little-endian
     body    = msgpack array [seq, time, step, round, payload]

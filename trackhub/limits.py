@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much, how often and how long: every bound and every wait of trackhub, with its default and its range.
 
-A job, the environment and `trackhub.local` set them. Sender, receiver and lanes read them.
+A job, the environment, the operator's file and `trackhub.local` set them. Sender, receiver and lanes read them.
 """
 
 from __future__ import annotations

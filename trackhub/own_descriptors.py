@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps trackhub's open files apart from those of a script that closes all descriptors of its process, as daemons do.
 
-The spool's writer and `trackhub.process_lock` call it. After such a script, the numbers of trackhub's descriptors may
+The spool and `trackhub.process_lock` use it. After such a script, the numbers of trackhub's descriptors may
 belong to files of the script. So trackhub takes high numbers, which few scripts reach. It looks whether a number still
 belongs to the file that it opened, and closes no other.
 """

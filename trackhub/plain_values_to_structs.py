@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts plain values into Structs. An error message names the path to the wrong value.
 
-`config`, `limits`, `operator_file` and `registry` call it for values from flags, TOML, JSON and the environment.
+The modules that take values from flags, TOML, JSON or the environment call `convert`, such as `trackhub.config`. The
+modules whose Structs are decoded in several threads call `prepare`.
 """
 
 from __future__ import annotations

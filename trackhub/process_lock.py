@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lock a file for this process. The kernel gives the lock back when the process ends, however it ends.
+"""Locks a file for this process. The kernel gives the lock back when the process ends, however it ends.
 
 The journal, the sender's end of a spool and every stream's ledger hold such a lock. A forked child takes none of them
-over: otherwise a worker that outlives its parent would keep the parent's files locked. Who opens a file and notes its
-lock in two steps holds ``FORK_LOCK`` meanwhile.
+over: otherwise a worker that outlives its parent would keep the parent's files locked. Code that
+opens a file in one step and locks it in another holds ``FORK_LOCK`` until both are done.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Secrets in options: refuses literal secrets, and resolves references to secrets at the receiver.
 
-`trackhub.registry` calls it for each backend's options. `trackhub.context` removes secrets from what it logs with it.
-A job's options travel through files, archives and other sites, so they may name a secret but never hold one::
+`trackhub.registry` and `trackhub.operator_file` call it for a backend's options, and `trackhub.context` to hide the
+secrets of a command line. A job's options travel through files, archives and other sites, so they may name a
+secret but never hold one::
 
     ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
     ${secret:file:/run/secrets/wandb}    a file on the receiver's machine, without its trailing newline

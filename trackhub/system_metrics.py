@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures CPU, memory, disk, network and GPUs of the host, and of this process and all processes that it started.
 
-`trackhub.flare.sender_widget` starts a `SystemMetrics` at each site, if the job asks for it. The values go through the
+`trackhub.flare.records_made_by_trackhub` starts it at each site, if the job asks for it. The values go through the
 site's own writer. It needs psutil, and for GPUs NVIDIA's ``nvidia-ml-py``.
 """
 

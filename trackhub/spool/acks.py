@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that a reader of a spool stores: how far it got in each stream, and the counts of retired streams.
 
-`trackhub.spool.reading` writes both. Writers read them to learn what was acknowledged.
+The sender's end of the spool writes both. Writers read them to learn what was acknowledged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The writer's end of the spool: append this process's records to files of its own.
 
-A log call becomes one ``write(2)`` and returns. What was written survives the death of the process. The sender reads
-the files through `trackhub.spool.reading`. `trackhub.spool.layout` describes them.
+`trackhub.writer` calls it. A log call becomes one ``write(2)`` and returns. What was written survives the death of the
+process. The sender reads the files through `trackhub.spool.reading`. `trackhub.spool.layout` describes them.
 """
 
 from __future__ import annotations
