@@ -7,7 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from tests.unit.helpers import read_spool
 from trackhub import registry
 from trackhub.errors import ConfigError, InvalidOptionError, RecordError
-from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Table, Tags, Text
+from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Summary, Table, Tags, Text
 from trackhub.spool.announce_spool import SPOOL_ENV, spool_env
 from trackhub.spool.layout import SpoolInfo, create_spool
 from trackhub.spool.reading import SpoolReader
@@ -81,6 +81,79 @@ def test_no_call_of_an_sdk_raises(spool: Path, name: str) -> None:
                     getattr(writer, method)(*args, **kwargs)
 
     assert len(methods) > 20
+
+
+class HalfReadable(Mapping[str, int]):
+    """A mapping with a value that cannot be read, such as a configuration of OmegaConf that lacks one."""
+
+    def __getitem__(self, key: str) -> int:
+        if key == "missing":
+            raise ValueError(key)
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["lr", "missing"])
+
+    def __len__(self) -> int:
+        return 2
+
+
+class RaisesForEveryAttribute:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class WithoutModule:
+    __module__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("make", [lambda: None, list, dict, HalfReadable, RaisesForEveryAttribute, WithoutModule])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_odd_key_or_value_is_counted_or_if_strict_an_error(
+    spool: Path, make: Callable[[], Any], strict: bool
+) -> None:
+    value = make()
+    summary, mlflow, wandb = (getattr(adapters, name)(strict=strict) for name in NAMES[::2] + NAMES[1:2])
+    calls: list[Callable[[], Any]] = [
+        lambda: summary.add_scalar(value, value),
+        lambda: summary.add_scalars(value, {"a": 1}),
+        lambda: summary.add_figure(value, object()),
+        lambda: mlflow.log_metric(value, value),
+        lambda: mlflow.log_param(value, 1),
+        lambda: mlflow.set_tag(value, 1),
+        lambda: mlflow.log_image(value, value),
+        lambda: wandb.log_artifact(value),
+    ]
+    for call in calls:
+        if strict:
+            with pytest.raises(RecordError):
+                call()
+        else:
+            call()
+
+    assert sum(drops(spool).values()) == (0 if strict else len(calls))
+
+
+@pytest.mark.parametrize("make", [lambda: None, list, RaisesForEveryAttribute, WithoutModule])
+def test_config_and_summary_of_wandb_count_what_is_no_mapping(spool: Path, make: Callable[[], Any]) -> None:
+    value = make()
+    writer = adapters.WandBWriter()
+
+    for values in (writer.config, writer.summary):
+        values.update(value)
+        values.setdefaults(value)
+
+    assert sum(drops(spool).values()) == 4
+
+
+def test_config_of_wandb_takes_the_values_that_can_be_read(spool: Path) -> None:
+    writer = adapters.WandBWriter(config=HalfReadable())
+    writer.summary.setdefaults(HalfReadable())
+
+    assert writer.config["lr"] == 1
+    assert payloads(spool) == [(Params({"lr": 1}), None), (Summary({"lr": 1}), None)]
 
 
 def drops(spool: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from trackhub.errors import RecordError
+from trackhub.writer.plain_values import key_text
 from trackhub.writer.writer import Writer
 
 __all__ = ["AdapterBase", "first_given"]
@@ -119,6 +120,23 @@ class AdapterBase:
             self.writer._refuse(method, e, key)
         else:
             log(value)
+
+    def _log_pair(self, method: str, key: Any, value: Any, log: Callable[[dict[str, Any]], None]) -> None:
+        """Log a mapping of one key. A key that no mapping can have, such as a list, is counted.
+
+        Args:
+            method: the method that was called.
+            key: the key.
+            value: its value.
+            log: the writer's method that takes the mapping.
+
+        Raises:
+            RecordError: only if strict.
+        """
+        if type(key) is str:  # saves a fifth of the time of a call
+            log({key: value})
+        else:
+            self._log_converted(method, key, lambda: {key_text(key): value}, log)
 
 
 def first_given(value: Any, other_names: dict[str, Any], *names: str) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, Self
 from trackhub.errors import RecordError
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
+from trackhub.writer.plain_values import raised_by_signal_handler
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
 from trackhub.writer.wandb_values import calls_for
@@ -64,11 +65,21 @@ class _Values(Mapping[str, Any]):
             args, kwargs: W&B's further arguments, without effect.
         """
         self.__dict__["_log"](values)
-        self.__dict__["_values"].update(values if isinstance(values, Mapping) else getattr(values, "__dict__", {}))
+        try:
+            self.__dict__["_values"].update(values if isinstance(values, Mapping) else getattr(values, "__dict__", {}))
+        except Exception as e:  # the log call has counted what cannot be read
+            if raised_by_signal_handler(e):
+                raise
 
     def setdefaults(self, values: Mapping[str, Any]) -> None:
         """Log the values that are not there yet."""
-        self.update({key: value for key, value in values.items() if key not in self})
+        try:
+            new: Any = {key: value for key, value in values.items() if key not in self}
+        except Exception as e:  # the log call counts what cannot be read
+            if raised_by_signal_handler(e):
+                raise
+            new = values
+        self.update(new)
 
 
 class WandBWriter(AdapterBase):
@@ -145,10 +156,9 @@ class WandBWriter(AdapterBase):
             type: what it is, such as ``model``.
             args, kwargs: W&B's further arguments (``aliases``, ``tags``), without effect.
         """
-        if (manifest := getattr(artifact_or_path, "manifest", None)) is None:
-            self.writer.log_artifact(artifact_or_path, name, type or "file")
-            return
-        self._log_converted("log_artifact", name, lambda: _local_files(artifact_or_path, manifest), self._log_files)
+        self._log_converted(
+            "log_artifact", name, lambda: _local_files(artifact_or_path, name, type or "file"), self._log_files
+        )
 
     def log_model(self, path: Any, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Log a file as a model.
@@ -164,20 +174,30 @@ class WandBWriter(AdapterBase):
         """Close the writer, as ``close`` does."""
         self.close()
 
-    def _log_files(self, files: list[tuple[str, str, str]]) -> None:
+    def _log_files(self, files: list[tuple[Any, str | None, str]]) -> None:
         for path, name, kind in files:
             self.writer.log_artifact(path, name, kind)
 
 
-def _local_files(artifact: Any, manifest: Any) -> list[tuple[str, str, str]]:
-    """Return path, name in the run and type of each local file of a ``wandb.Artifact``.
+def _local_files(artifact_or_path: Any, name: str | None, kind: str) -> list[tuple[Any, str | None, str]]:
+    """Return path, name in the run and type of a file, or of each local file of a ``wandb.Artifact``.
+
+    Args:
+        artifact_or_path: the file or the artifact.
+        name: the name of a file.
+        kind: the type of a file. An artifact has a name and a type of its own.
 
     Raises:
-        RecordError: it has no local files.
+        RecordError: the artifact has no local files.
     """
+    artifact = artifact_or_path
+    if (manifest := getattr(artifact, "manifest", None)) is None:
+        return [(artifact_or_path, name, kind)]
     name, kind = str(artifact.name).partition(":")[0], str(artifact.type)
     entries = manifest.entries.items()
-    files = [(entry.local_path, f"{name}/{path}", kind) for path, entry in entries if entry.local_path]
+    files: list[tuple[Any, str | None, str]] = [
+        (entry.local_path, f"{name}/{path}", kind) for path, entry in entries if entry.local_path
+    ]
     if not files:
         raise RecordError(f"log_artifact: the artifact {name!r} has no local files; add one with add_file first")
     return files
@@ -207,7 +227,7 @@ class MLflowWriter(AdapterBase):
             value: its value.
             args, kwargs: MLflow's further arguments, without effect.
         """
-        self.writer.log_params({key: value})
+        self._log_pair("log_param", key, value, self.writer.log_params)
         return value
 
     def log_params(self, values: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
@@ -228,7 +248,7 @@ class MLflowWriter(AdapterBase):
             step: the step.
             args, kwargs: MLflow's further arguments, without effect.
         """
-        self.writer.log({key: value}, step)
+        self._log_pair("log_metric", key, value, lambda pair: self.writer.log(pair, step))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Log scalars as one record. An empty mapping logs nothing.
@@ -302,11 +322,10 @@ class MLflowWriter(AdapterBase):
             args, kwargs: MLflow's further arguments, without effect.
         """
         name = artifact_file if key is None else key
-        is_mlflows = type(image).__module__.startswith("mlflow.")
         self._log_converted(
             "log_image",
             name,
-            lambda: image.to_pil() if is_mlflows else image,
+            lambda: image.to_pil() if str(type(image).__module__).startswith("mlflow.") else image,
             lambda plain: self.writer.log_image(name, plain, step),  # type: ignore[arg-type]  # None is counted
         )
 
@@ -363,7 +382,7 @@ class MLflowWriter(AdapterBase):
             tag: its value. MLflow calls it ``value``.
             args, kwargs: MLflow's further arguments, without effect.
         """
-        self.writer.set_tags({key: first_given(tag, kwargs, "value")})
+        self._log_pair("set_tag", key, first_given(tag, kwargs, "value"), self.writer.set_tags)
 
     def set_tags(self, tags: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Label the run, as ``set_tag`` does.

@@ -64,7 +64,8 @@ class SummaryWriter(AdapterBase):
             global_step: the step.
             args, kwargs: TensorBoard's further arguments (``walltime``, ``new_style``, ...), without effect.
         """
-        self.writer.log({tag: first_given(scalar, kwargs, "scalar_value")}, global_step)
+        value = first_given(scalar, kwargs, "scalar_value")
+        self._log_pair("add_scalar", tag, value, lambda pair: self.writer.log(pair, global_step))
 
     def add_scalars(
         self,
@@ -82,8 +83,8 @@ class SummaryWriter(AdapterBase):
             global_step: the step.
             args, kwargs: as for ``add_scalar``.
         """
-        tag = first_given(tag, kwargs, "main_tag")
-        self.writer.log({tag: first_given(scalars, kwargs, "tag_scalar_dict")}, global_step)
+        tag, values = first_given(tag, kwargs, "main_tag"), first_given(scalars, kwargs, "tag_scalar_dict")
+        self._log_pair("add_scalars", tag, values, lambda pair: self.writer.log(pair, global_step))
 
     def add_hparams(
         self,
@@ -186,10 +187,10 @@ class SummaryWriter(AdapterBase):
             close: close the figures afterwards.
             args, kwargs: as for ``add_scalar``.
         """
-        figures = {tag: figure}
+        figures = [(tag, figure)]
         if isinstance(figure, list | tuple):
-            figures = {f"{tag}/{i}": one for i, one in enumerate(figure)}
-        for key, one in figures.items():
+            figures = [(f"{tag}/{i}", one) for i, one in enumerate(figure)]
+        for key, one in figures:
             self._log_converted(
                 "add_figure",
                 key,
