@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from trackhub.cli.attach import attach
 from trackhub.errors import ConfigError
+from trackhub.runnable_commands import runnable
 
 EXECUTOR = {
     "tasks": ["*"],
@@ -195,8 +196,33 @@ def test_a_second_time_is_refused_and_so_is_another_original(tmp_path: Path) -> 
     other = json_job(tmp_path / "other")
     (other / "app" / "config" / "config_fed_client.json.orig").write_text("{}")
     before = contents(other)
-    assert "is there already" in str(run(other, "--server", "jsonl").exception)
+    assert "are there already" in str(run(other, "--server", "jsonl").exception)
     assert contents(other) == before
+
+
+def test_all_files_that_are_in_the_way_are_named_at_once(tmp_path: Path) -> None:
+    job, other = json_job(tmp_path / "job"), json_job(tmp_path / "other")
+    files = [f"app/config/config_fed_{side}.json" for side in ("server", "client")]
+    for file in files:
+        (other / f"{file}.orig").write_text("{}")
+    run(job, "--server", "jsonl")
+
+    tracked, in_the_way = (str(run(folder, "--server", "jsonl").exception) for folder in (job, other))
+
+    assert all(f"mv {job / file}.orig {job / file}" in tracked for file in files)
+    assert all(f"{other / file}.orig" in in_the_way for file in files)
+
+
+def test_the_last_lines_are_the_commands_that_run_the_job(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "my job")
+    (job / "meta.json").write_text(json.dumps({"min_clients": 3, "deploy_map": {"app": ["@ALL"]}}))
+
+    dry, done = run(job, "--server", "jsonl", "--dry-run").stdout, run(job, "--server", "jsonl").stdout
+
+    assert "nvflare" not in dry
+    assert f"  nvflare simulator '{job}' -w runs/'my job' -n 3 -t 3\n" in done
+    assert f"  {runnable('trackhub status')} runs/'my job'\n" in done
+    assert done.endswith(f"  nvflare job submit -j '{job}'\n")
 
 
 @pytest.mark.parametrize(

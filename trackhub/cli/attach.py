@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ import click
 from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
 from trackhub.errors import ConfigError
+from trackhub.runnable_commands import runnable
 
 __all__ = ["attach"]
 
@@ -51,7 +53,8 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
     """Add tracking to an exported job.
 
     FOLDER is the job's folder, with its meta.json. The command changes the JSON and HOCON files of the job's apps, and
-    shows how. It keeps each original with .orig at the end of its name. For YAML it prints what to insert.
+    shows how. It keeps each original with .orig at the end of its name. For YAML it prints what to insert. The last
+    lines are the commands that run the job.
 
     \b
     Examples:
@@ -61,7 +64,7 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
     The exit status is 1 if something is left to do by hand.
     """
     try:
-        from trackhub.flare.job_folder import plan_attach, write_changes
+        from trackhub.flare.job_folder import clients_of, plan_attach, write_changes
         from trackhub.flare.recipe import tracking_components
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in {"nvflare", "pyhocon", "yaml"}:
@@ -82,6 +85,20 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
     if by_hand:
         print_error(f"{len(by_hand)} file(s) are left for you to change: see above")
         sys.exit(1)
+    if not dry_run:
+        print_lines(*_next_steps(folder, clients_of(folder)))
+
+
+def _next_steps(folder: Path, clients: int) -> list[str]:
+    """Return the commands that run the job and show what became of its records."""
+    job, runs = quote(str(folder)), f"runs/{quote(folder.absolute().name)}"
+    return [
+        "Run it in FLARE's simulator, and look:",
+        f"  nvflare simulator {job} -w {runs} -n {clients} -t {clients}",
+        f"  {runnable('trackhub status')} {runs}",
+        "Or in a federation that has trackhub at each site:",
+        f"  nvflare job submit -j {job}",
+    ]
 
 
 def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,15 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from trackhub.errors import ConfigError
 from trackhub.flare.recipe import MIN_SHUTDOWN_TIMEOUT_S
 
-__all__ = ["ByHand", "Change", "plan_attach", "write_changes"]
+__all__ = ["ByHand", "Change", "clients_of", "plan_attach", "write_changes"]
 
 Components = Mapping[str, list[dict[str, Any]]]
 """What `tracking_components` returns: the components by the name of the JSON file that gets them."""
@@ -77,13 +79,21 @@ def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[B
     Raises:
         ConfigError: the folder holds no job, an app has no configuration, or the job has tracking already.
     """
-    changes, by_hand = [], []
+    changes, by_hand, tracked = [], [], []
     for folder, sides in _apps(job):
         for name, new in components.items():
             if new and _SIDES[name] in sides:
                 path = _config_file(folder, name)
                 found = _attach(path, new)
-                changes.append(found) if isinstance(found, Change) else by_hand.append(found)
+                if found is None:
+                    tracked.append(path)
+                else:
+                    changes.append(found) if isinstance(found, Change) else by_hand.append(found)
+    if tracked:  # all at once, so that nobody has to call the command once for each file
+        raise ConfigError(
+            f"attach: the job has tracking already, in {', '.join(map(str, tracked))}. To change it, put the originals "
+            f"back first: {'; '.join(f'mv {quote(str(_original(path)))} {quote(str(path))}' for path in tracked)}"
+        )
     if not changes and not by_hand:
         raise ConfigError(f"attach: {job}: no app of this job runs on a side that tracks")
     return changes, by_hand
@@ -93,20 +103,28 @@ def write_changes(changes: list[Change]) -> None:
     """Write the changed files, and keep each original beside it, with ``.orig`` at the end of its name.
 
     Raises:
-        ConfigError: there is another original already.
+        ConfigError: there are other originals already. It names all of them.
         OSError: a file cannot be written. Those before it are written.
     """
-    for change in changes:
-        kept = _original(change.path)
-        if kept.exists() and kept.read_text(encoding="utf-8") != change.old:
-            raise ConfigError(
-                f"attach: {kept} is there already, and differs from the present {change.path.name}. Move it away first"
-            )
+    kept = [(_original(change.path), change) for change in changes]
+    others = [str(file) for file, change in kept if file.exists() and file.read_text(encoding="utf-8") != change.old]
+    if others:
+        raise ConfigError(
+            f"attach: originals are there already, and differ from the present files: {', '.join(others)}. "
+            "Move them away first"
+        )
     for change in changes:
         _original(change.path).write_text(change.old, encoding="utf-8")
         new = change.path.with_name(f"{change.path.name}.new")
         new.write_text(change.new, encoding="utf-8")
         os.replace(new, change.path)
+
+
+def clients_of(job: Path) -> int:
+    """Return how many clients a job needs, as its ``meta.json`` says; 2 if it does not say."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        return max(1, int(json.loads((job / "meta.json").read_text(encoding="utf-8")).get("min_clients", 2)))
+    return 2
 
 
 def _original(path: Path) -> Path:
@@ -142,11 +160,11 @@ def _config_file(folder: Path, name: str) -> Path:
     raise ConfigError(f"attach: {folder}: expected {stem}.json, .conf or .yml in this folder")
 
 
-def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand:
-    """Return the change of one file.
+def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand | None:
+    """Return the change of one file. None if it has tracking already.
 
     Raises:
-        ConfigError: it cannot be read, or has tracking already.
+        ConfigError: it cannot be read.
     """
     try:
         old = path.read_text(encoding="utf-8")
@@ -160,7 +178,7 @@ def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand:
     except Exception as e:
         raise ConfigError(f"attach: {path} cannot be read: {e}") from e
     if any(str(c.get("path", "")).startswith("trackhub.flare.") for c in present):
-        raise ConfigError(f"attach: {path} has tracking already; restore {path.name}{_ORIGINAL} first to change it")
+        return None
     after, notes = _with_components(before, new, path)
     text = _json_text(old, after) if path.suffix in _JSON else _hocon_text(old, new)
     try:
