@@ -68,9 +68,9 @@ def local(
         quiet: do not say on stderr what was delivered.
 
     Raises:
-        ConfigError: a backend or an option is unknown, or a backend cannot be used as configured. Or the run is there
-            already and ``resume`` is not set, or ``resume`` is set without ``job``. Or ``TRACKHUB_MODE`` has an unknown
-            value.
+        ConfigError: a backend or an option is unknown, or a backend cannot be used as configured. Or ``site`` cannot be
+            a site's name, or ``tags`` is a single text. Or the run is there already and ``resume`` is not set, or
+            ``resume`` is set without ``job``. Or ``TRACKHUB_MODE`` has an unknown value.
         PluginError: a backend's plugin cannot be used.
         DeliveryError: the folder cannot be used.
     """

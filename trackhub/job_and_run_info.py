@@ -18,7 +18,17 @@ import msgspec
 from trackhub.errors import ConfigError, PermanentError
 from trackhub.records import Blob, key_problem
 
-__all__ = ["FEDERATION", "SERVER", "JobInfo", "RunInfo", "RunKey", "RunStatus", "Side", "path_component"]
+__all__ = [
+    "FEDERATION",
+    "SERVER",
+    "JobInfo",
+    "RunInfo",
+    "RunKey",
+    "RunStatus",
+    "Side",
+    "path_component",
+    "site_problem",
+]
 
 SERVER = "server"
 """The site name of the run that holds what the server itself logs."""
@@ -169,6 +179,11 @@ class RunInfo(msgspec.Struct, frozen=True):
         if path.is_symlink() or path.parent.is_symlink():
             raise PermanentError(f"{path} is a symbolic link; expected a file. It is not followed")
         return path
+
+
+def site_problem(site: str) -> str | None:
+    """Return why no site can have this name, as the end of a sentence that begins with the name. None if one can."""
+    return "is the name of the federation run" if site == FEDERATION else key_problem(site)
 
 
 def path_component(name: str) -> str:

@@ -35,8 +35,9 @@ from trackhub.delivery import (
     has_streams,
     withdraw_process_spool,
 )
+from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, SpoolError
-from trackhub.job_and_run_info import path_component
+from trackhub.job_and_run_info import path_component, site_problem
 from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer
@@ -222,11 +223,12 @@ def open_local(
         limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
-        ConfigError: a backend, an option or a limit is wrong, or a backend cannot be used as configured. Or the run is
-            there already and ``resume`` is not set, or ``resume`` is set without ``job``.
+        ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Or the
+            run is there already and ``resume`` is not set, or ``resume`` is set without ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
+    _check_labels(site, tags)
     if isinstance(backends, str):
         backends = [backends]
     options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
@@ -242,6 +244,7 @@ def open_local(
     if is_disabled():
         return LocalWriter(run_dir, None)
     limits = limits or Limits.from_mapping({}, environ=os.environ)
+    _check_folder(run_dir)
     spool = run_dir / "trackhub" / "spool"
     if not resume and has_streams(spool):
         raise ConfigError(
@@ -253,6 +256,27 @@ def open_local(
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
     end_with_script(writer)
     return writer
+
+
+def _check_labels(site: Any, tags: Any) -> None:
+    """Raise ConfigError if the receiver would refuse the site, or if the tags are a single text."""
+    if not isinstance(site, str):
+        raise ConfigError(f"trackhub.local: site: expected a str, got {site!r}")
+    if problem := site_problem(site):
+        raise ConfigError(f"trackhub.local: site: {site!r} {problem}")
+    if isinstance(tags, str):  # otherwise each letter would become a tag
+        raise ConfigError(f"trackhub.local: tags: expected a list of texts, got the string {tags!r}")
+
+
+def _check_folder(run_dir: Path) -> None:
+    """Raise SpoolError if no such folder can exist. A missing folder, or trouble of the environment, is no error."""
+    try:
+        run_dir.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if not is_environment_trouble(error):
+            raise SpoolError(f"the run's folder {run_dir} cannot be used: {error}; give another folder") from error
 
 
 def _start(

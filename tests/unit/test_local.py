@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import msgspec
@@ -27,7 +28,7 @@ from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.delivery.report_text import format_report
-from trackhub.errors import ConfigError, JournalError, RecordError, SpoolError, UnknownBackendError
+from trackhub.errors import ConfigError, DeliveryError, JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
@@ -170,6 +171,42 @@ def test_an_unknown_backend_is_an_error_that_leaves_nothing(tmp_path: Path) -> N
     with open_local(tmp_path / "runs", job="j") as writer:
         writer.log({"a": 1.0})
     assert len(lines(writer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"site": ""}, "site: '' is empty"),
+        ({"site": "a\nb"}, "site: .*U.000A"),
+        ({"site": "federation"}, "site: 'federation' is the name of the federation run"),
+        ({"site": None}, "site: expected a str"),
+        ({"tags": "demo"}, "tags: expected a list of texts, got the string 'demo'"),
+    ],
+)
+def test_a_wrong_site_or_tag_is_an_error_that_leaves_nothing(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trackhub.local(["jsonl"], folder=tmp_path, **arguments)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
+def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    before = threading.active_count()
+
+    with pytest.raises(DeliveryError, match=rf"{name}/.*give another folder"):
+        open_local(tmp_path / name)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert threading.active_count() == before
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_no_plugin_is_blamed() -> None:
+    with pytest.raises(ConfigError, match=r"the folder /proc/nothing/.* cannot be made"):
+        open_local(Path("/proc/nothing"))
 
 
 def test_a_run_goes_on_if_it_is_opened_with_resume(tmp_path: Path) -> None:

@@ -56,10 +56,9 @@ from trackhub.delivery.wire import (
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.framing import FORMAT_VERSION
-from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side
+from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side, site_problem
 from trackhub.limits import Limits
 from trackhub.printable import printable
-from trackhub.records import key_problem
 from trackhub.spi import Backend
 
 __all__ = ["Receiver"]
@@ -299,7 +298,7 @@ class Receiver:
             self._try_again()
         if self._state != _OPEN:
             return Busy(f"the receiver is {self._state}")
-        if problem := "is the name of the federation run" if site == FEDERATION else key_problem(site):
+        if problem := site_problem(site):
             return Refused("bad_site", f"the site's name {site!r} {problem}")
         self.sites.note_heard(site)
         if not self._admission.enter(site):

@@ -28,7 +28,7 @@ def set_up_backend(name: str, options: Mapping[str, Any], *, workdir: Path, job:
         side: where the receiver is.
 
     Raises:
-        ConfigError: the backend is unknown, or an option is wrong.
+        ConfigError: the backend is unknown, an option is wrong, or the folder cannot be made.
         PluginError: the plugin cannot be used.
         OSError: the environment, such as a full disk, keeps the plugin from being set up.
     """
@@ -38,7 +38,9 @@ def set_up_backend(name: str, options: Mapping[str, Any], *, workdir: Path, job:
             make_private_folder(workdir)
         except OSError as e:
             if not is_environment_trouble(e):
-                raise
+                raise ConfigError(
+                    f"the folder {workdir} for the files of backend {name!r} cannot be made: {e}. Give another folder"
+                ) from e
         return cls(registry.build_options(name, cls, options), BackendContext(workdir, job, side))
     except (ConfigError, PluginError):
         raise
