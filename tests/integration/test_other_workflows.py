@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLARE's workflows beside those of `test_workflows`: split learning, statistics, peer to peer, controllers at clients.
+"""FLARE's workflows beside those of `test_workflows`: split learning, statistics, peer to peer, edge devices, others.
 
 Each executor and script logs the round that the task's data names, and -1 where it names none. A record is right if its
 ``round`` is that number, or null for -1. Many of these workflows have no rounds.
@@ -7,6 +7,7 @@ Each executor and script logs the round that the task's data names, and -1 where
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,150 +15,14 @@ from typing import Any
 import pytest
 
 from tests.integration.harness import TRAINER, JobResult, read_jsonl, run_script
+from tests.integration.parts_of_other_workflows import CONSENSUS, ENCRYPTION, FEATURES, NET, PARTS
 
 pytestmark = pytest.mark.long
 
-_PARTS = """
-import json
-import os
-import threading
-import time
-
-import numpy as np
-from nvflare.apis.dxo import DXO, DataKind, from_shareable
-from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
-from nvflare.apis.shareable import Shareable, make_reply
-from nvflare.app_common.abstract.learner_spec import Learner
-from nvflare.app_common.abstract.model_learner import ModelLearner
-from nvflare.app_common.abstract.response_processor import ResponseProcessor
-from nvflare.app_common.abstract.statistics_spec import DataType, Feature, Statistics
-from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
-
-from trackhub import Writer
-
-_lock = threading.Lock()
-
-
-def note(fl_ctx, data=None):
-    '''Log the round of this task's data, twice with a pause that differs by site, and note the calls.'''
-    current = None if data is None else data.get_header(AppConstants.CURRENT_ROUND)
-    log(fl_ctx.get_identity_name(), -1 if current is None else current)
-
-
-def log(site, seen):
-    for _ in range(2):
-        with _lock:  # for the order of the two files
-            Writer().log({"seen": seen})
-            with open(os.path.join(os.environ["TRACKHUB_TEST_OUT"], site + ".facts"), "a") as facts:
-                facts.write(json.dumps(["seen", seen, None, 0, 0]) + "\\n")
-        time.sleep(0.03 * int(site[-1]))
-
-
-class Answers(Executor):
-    '''Answers each task with its own data.'''
-
-    def __init__(self, kind="WEIGHTS"):
-        super().__init__()
-        self.kind = kind
-
-    def execute(self, task_name, shareable, fl_ctx, abort_signal):
-        note(fl_ctx, shareable)
-        if os.environ.get("TRACKHUB_TEST_TRAINER") == f"{fl_ctx.get_identity_name()} fails":
-            raise RuntimeError("this executor fails")
-        return DXO(self.kind, data={"numpy_key": np.zeros((2, 2))}, meta={"NUM_STEPS_CURRENT_ROUND": 1}).to_shareable()
-
-
-class ScaffoldAnswers(Executor):
-    def execute(self, task_name, shareable, fl_ctx, abort_signal):
-        note(fl_ctx, shareable)
-        return DXO(DataKind.COLLECTION, data={
-            AppConstants.MODEL_WEIGHTS: DXO(DataKind.WEIGHTS, data={"numpy_key": np.zeros((2, 2))}),
-            AlgorithmConstants.SCAFFOLD_CTRL_DIFF: DXO(DataKind.WEIGHT_DIFF, data={"numpy_key": np.zeros((2, 2))}),
-        }).to_shareable()
-
-
-class SplitLearner(Learner):
-    '''The second site asks the first one for each batch, by a message of its own, which no executor handles.'''
-
-    def initialize(self, parts, fl_ctx):
-        self.engine = fl_ctx.get_engine()
-        self.site = fl_ctx.get_identity_name()
-        self.engine.register_aux_message_handler(topic="batch", message_handle_func=self.on_batch)
-
-    def on_batch(self, topic, request, fl_ctx):
-        log(self.site, -1)
-        return make_reply(ReturnCode.OK)
-
-    def init_model(self, shareable, fl_ctx, abort_signal):
-        note(fl_ctx, shareable)
-        return make_reply(ReturnCode.OK)
-
-    def train(self, shareable, fl_ctx, abort_signal):
-        if self.site == "site-2":
-            for _ in range(shareable.get_header(AppConstants.NUM_ROUNDS)):
-                log(self.site, -1)
-                self.engine.send_aux_request(["site-1"], "batch", Shareable(), 10.0, fl_ctx)
-        return make_reply(ReturnCode.OK)
-
-
-class SomeLearner(Learner):
-    def train(self, data, fl_ctx, abort_signal):
-        note(fl_ctx, data)
-        return DXO(DataKind.WEIGHTS, data={"numpy_key": np.zeros((2, 2))}).to_shareable()
-
-
-class SomeModelLearner(ModelLearner):
-    def train(self, model):
-        log(self.site_name, model.current_round)
-        return model
-
-
-class Accepts(ResponseProcessor):
-    def create_task_data(self, task_name, fl_ctx):
-        return Shareable()
-
-    def process_client_response(self, client, task_name, response, fl_ctx):
-        return response.get_return_code() == ReturnCode.OK
-
-    def final_process(self, fl_ctx):
-        return True
-
-
-class Numbers(Statistics):
-    def initialize(self, fl_ctx):
-        self.site = fl_ctx.get_identity_name()
-
-    def features(self):
-        log(self.site, -1)
-        return {"train": [Feature("age", DataType.FLOAT)]}
-
-    def count(self, dataset_name, feature_name):
-        log(self.site, -1)
-        return 1000
-
-    def sum(self, dataset_name, feature_name):
-        return 10.0
-
-    def mean(self, dataset_name, feature_name):
-        return 0.01
-"""
-
-_CONSENSUS = """
-from nvflare.app_opt.p2p.executors import ConsensusExecutor
-from parts import log
-
-
-class Consensus(ConsensusExecutor):
-    def _exchange_values(self, fl_ctx, value, iteration):
-        log(fl_ctx.get_identity_name(), -1)
-        super()._exchange_values(fl_ctx, value, iteration)
-
-    def _post_algorithm_run(self, *args, **kwargs):
-        pass
-"""
+TRAINERS = Path(__file__).parents[2] / ".venv-trainers"
 
 _JOB = """
+import json
 import sys
 from pathlib import Path
 
@@ -169,6 +34,7 @@ from nvflare.app_common.shareablegenerators.full_model_shareable_generator impor
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.job_config.api import FedJob
 from nvflare.recipe import SimEnv
+from nvflare.recipe.spec import Recipe
 import parts
 
 from trackhub.flare.recipe import add_tracking
@@ -256,6 +122,117 @@ def statistics():
                           statistic_configs={"count": {}, "sum": {}, "mean": {}})._job
 
 
+def hierarchical_statistics():
+    from nvflare.app_common.executors.statistics.statistics_executor import StatisticsExecutor
+    from nvflare.app_common.statistics.json_stats_file_persistor import JsonStatsFileWriter
+    from nvflare.app_common.workflows.hierarchical_statistics_controller import HierarchicalStatisticsController
+    from nvflare.job_config.file_source import FileSource
+
+    groups = [{"Name": f"group of {site}", "Sites": [site]} for site in SITES]
+    (HERE / "hierarchy.json").write_text(json.dumps({"Groups": groups}))
+    job = new_job(with_model=False)
+    job.to_server(HierarchicalStatisticsController(
+        statistic_configs={"count": {}, "sum": {}, "mean": {}}, writer_id="writer", hierarchy_config="hierarchy.json"))
+    encoder = "nvflare.app_common.utils.json_utils.ObjectEncoder"
+    job.to_server(JsonStatsFileWriter(output_path="statistics.json", json_encoder_path=encoder), id="writer")
+    job.to_server(FileSource(str(HERE / "hierarchy.json"), app_folder_type="config"))
+    job.to_clients(parts.Numbers(), id="numbers")
+    job.to_clients(StatisticsExecutor(generator_id="numbers"), tasks=["fed_stats_pre_run", "fed_stats"])
+    return job
+
+
+def private_set_intersection():
+    from nvflare.app_common.psi.dh_psi.dh_psi_controller import DhPSIController
+    from nvflare.app_common.psi.psi_executor import PSIExecutor
+
+    job = new_job(with_model=False)
+    job.to_server(DhPSIController())
+    job.to_clients(PSIExecutor(psi_algo_id="algorithm"), tasks=["PSI"])
+    job.to_clients(parts.PlainIntersection(), id="algorithm")
+    job.to_clients(parts.Items(psi_writer_id="writer"), id="items")
+    job.to_clients(parts.KeepsIntersection(), id="writer")
+    return job
+
+
+def feature_election():
+    from features import Elects
+    from nvflare.app_opt.feature_election.controller import FeatureElectionController
+
+    job = new_job(with_model=False)
+    controller = FeatureElectionController(min_clients=len(SITES), num_rounds=1, wait_time_after_min_received=0)
+    controller.num_rounds = 1  # FLARE writes it into the job only if it has this name
+    job.to_server(controller)
+    job.to_clients(Elects(), tasks=["feature_election"])
+    return job
+
+
+def etl_between_rounds():
+    from nvflare.app_common.workflows.etl_controller import ETLController
+
+    job = new_job()
+    job.to_server(ETLController(persistor_id="persistor"))
+    job.to_server(scatter(2))
+    job.to_clients(parts.Answers(), tasks=["train"])
+    job.to_clients(parts.Answers(), tasks=["etl"])
+    return job
+
+
+def weights_from_clients():
+    from nvflare.app_common.workflows.initialize_global_weights import InitializeGlobalWeights
+
+    job = new_job()
+    job.to_server(InitializeGlobalWeights(task_name="get_weights"))
+    job.to_server(scatter(2))
+    job.to_clients(parts.Answers(), tasks=["train"])
+    job.to_clients(parts.Answers(), tasks=["get_weights"])
+    return job
+
+
+def edge_devices():
+    from net import Net
+    from nvflare.edge.tools.edge_fed_buff_recipe import (
+        DeviceManagerConfig, EdgeFedBuffRecipe, ModelManagerConfig, SimulationConfig,
+    )
+
+    recipe = EdgeFedBuffRecipe(
+        job_name="job", model=Net(),
+        model_manager_config=ModelManagerConfig(max_model_version=3, num_updates_for_model=2, global_lr=1.0),
+        device_manager_config=DeviceManagerConfig(device_selection_size=2, min_hole_to_fill=2),
+        simulation_config=SimulationConfig(task_processor=parts.Device(), num_devices=1, num_workers=1),
+    )
+    recipe._job.to_clients(parts.TellsSite(), tasks=["nothing"])
+    return recipe._job
+
+
+def encrypted_weights():
+    import tenseal
+    from encryption import KeepsNothing, Keys
+    from nvflare import FilterType
+    from nvflare.app_opt.he.intime_accumulate_model_aggregator import HEInTimeAccumulateWeightedAggregator
+    from nvflare.app_opt.he.model_decryptor import HEModelDecryptor
+    from nvflare.app_opt.he.model_encryptor import HEModelEncryptor
+    from nvflare.app_opt.he.model_shareable_generator import HEModelShareableGenerator
+
+    keys = HERE / "keys"
+    keys.mkdir()
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=8192, coeff_mod_bit_sizes=[60, 40, 40])
+    context.global_scale = 2**40
+    (keys / "client_context.tenseal").write_bytes(context.serialize(save_secret_key=True))
+    context.make_context_public()
+    (keys / "server_context.tenseal").write_bytes(context.serialize())
+    job = FedJob(name="job", min_clients=len(SITES))
+    job.to_server(KeepsNothing(model=MODEL), id="persistor")
+    job.to_server(HEModelShareableGenerator(), id="shareable_generator")
+    job.to_server(HEInTimeAccumulateWeightedAggregator(expected_data_kind=DataKind.WEIGHTS), id="aggregator")
+    job.to_server(scatter(3))
+    job.to_server(Keys(str(keys)), id="keys")
+    job.to_clients(Keys(str(keys)), id="keys")
+    job.to_clients(parts.Answers(), tasks=["train"])
+    job.to_clients(HEModelDecryptor(), tasks=["train"], filter_type=FilterType.TASK_DATA)
+    job.to_clients(HEModelEncryptor(weigh_by_local_iter=True), tasks=["train"], filter_type=FilterType.TASK_RESULT)
+    return job
+
+
 def peer_to_peer():
     from consensus import Consensus
     from nvflare.app_opt.p2p.controllers import DistOptController
@@ -300,6 +277,46 @@ def logistic_regression(external):
                           train_script=str(HERE / "client.py"), launch_external_process=external)._job
 
 
+def permitted(recipe):
+    # FLARE's own list of permitted classes lacks those of scikit-learn. An app with code of its own is free of it.
+    recipe._job.to_server(str(HERE / "parts.py"))
+    return recipe
+
+
+def k_means(external):
+    from nvflare.app_opt.sklearn.recipes.kmeans import KMeansFedAvgRecipe
+
+    recipe = KMeansFedAvgRecipe(name="job", min_clients=len(SITES), num_rounds=3, n_clusters=2, train_args="k-means",
+                              train_script=str(HERE / "client.py"), launch_external_process=external)
+    return permitted(recipe)
+
+
+def support_vectors(external):
+    from nvflare.app_opt.sklearn.recipes.svm import SVMFedAvgRecipe
+
+    recipe = SVMFedAvgRecipe(name="job", min_clients=len(SITES), train_args="support-vectors",
+                           train_script=str(HERE / "client.py"), launch_external_process=external)
+    return permitted(recipe)
+
+
+def linear_model(external):
+    from nvflare.app_opt.sklearn.recipes.fedavg import SklearnFedAvgRecipe
+
+    recipe = SklearnFedAvgRecipe(name="job", min_clients=len(SITES), num_rounds=3, model_params={"n_classes": 2},
+                               train_script=str(HERE / "client.py"), launch_external_process=external)
+    return permitted(recipe)
+
+
+def evaluation_of_a_checkpoint(external):
+    import torch
+    from net import Net
+    from nvflare.app_opt.pt.recipes.fedeval import FedEvalRecipe
+
+    torch.save(Net().state_dict(), HERE / "model.pt")
+    return FedEvalRecipe(name="job", model=Net(), eval_ckpt=str(HERE / "model.pt"), min_clients=len(SITES),
+                         eval_script=str(HERE / "client.py"), launch_external_process=external)
+
+
 def a_process_for_each_task():
     from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 
@@ -312,7 +329,7 @@ if __name__ == "__main__":
     make, _, mode = sys.argv[1].partition(", ")
     job = globals()[make.replace(" ", "_")](*([mode == "external"] if mode else []))
     add_tracking(job, server=["jsonl", "tensorboard"], clients=["jsonl"], context=False)
-    if make == "a process for each task":
+    if isinstance(job, Recipe):
         job.execute(SimEnv(num_clients=len(SITES), workspace_root=str(HERE / "workspace")))
         sys.exit()
     n_clients = None if set(SITES) <= set(job.clients) else len(SITES)  # None if the job names its sites
@@ -323,6 +340,10 @@ _TRAINER = """
 from trackhub import Writer
 
 writer = Writer()
+MORE = {
+    "k-means": {"center": np.array([[0.0, 1.0], [1.0, 0.0]]), "count": np.array([3, 4])},
+    "support-vectors": {"support_x": np.array([[0.0, 1.0], [1.0, 0.0]]), "support_y": np.array([0, 1])},
+}.get(sys.argv[-1], {})
 while flare.is_running():
     model = flare.receive()
     if model is None:
@@ -331,18 +352,19 @@ while flare.is_running():
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
     time.sleep(0.05 * int(SITE[-1]))
     fact(lambda: writer.log({"seen": seen}), {"seen": seen})
-    params = {"gradient": np.zeros((2, 1)), "hessian": np.eye(2), "numpy_key": np.zeros((2, 2))}
+    params = {"gradient": np.zeros((2, 1)), "hessian": np.eye(2), "numpy_key": np.zeros((2, 2)), **MORE}
     flare.send(flare.FLModel(params=params, params_type="FULL", meta={"sample_size": 1}))
 """
 
 
-def _run(folder: Path, workflow: str, n_clients: int, trainer: str = "") -> JobResult:
-    files = {"job.py": _JOB, "parts.py": _PARTS, "consensus.py": _CONSENSUS}
-    files["client.py"] = TRAINER + "import numpy as np\n" + _TRAINER
+def _run(folder: Path, workflow: str, n_clients: int, trainer: str = "", python: str = sys.executable) -> JobResult:
+    files = {"job.py": _JOB, "parts.py": PARTS, "consensus.py": CONSENSUS, "features.py": FEATURES, "net.py": NET}
+    files["encryption.py"] = ENCRYPTION
+    files["client.py"] = TRAINER + "import sys\nimport numpy as np\n" + _TRAINER
     for name, text in files.items():
         (folder / name).write_text(textwrap.dedent(text))
     env = {"PYTHONPATH": str(folder), "TRACKHUB_TEST_TRAINER": trainer}
-    rc, log = run_script(["job.py", workflow, str(n_clients)], folder, folder / "out", env, 200)
+    rc, log = run_script(["job.py", workflow, str(n_clients)], folder, folder / "out", env, 200, python=python)
     return JobResult(rc, log, folder / "workspace" / "job", folder / "out")
 
 
@@ -371,11 +393,33 @@ def _status(job: JobResult, sites: list[str]) -> dict[str, str]:
         ("logistic regression, in process", 2, 6),
         ("logistic regression, external", 3, 6),
         ("a process for each task", 2, 6),
+        ("hierarchical statistics", 3, 0),
+        ("private set intersection", 2, 0),
+        ("feature election", 2, 0),
+        ("etl between rounds", 2, 6),
+        ("weights from clients", 2, 6),
+        ("edge devices", 2, 4),
+        ("k means, in process", 2, 6),
+        ("k means, external", 3, 6),
+        ("support vectors, in process", 2, 4),
+        ("linear model, external", 2, 6),
+        ("evaluation of a checkpoint, in process", 2, 2),
+        ("evaluation of a checkpoint, external", 2, 2),
     ],
 )
 def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, n_clients: int, n_calls: int) -> None:
-    job = _run(tmp_path, workflow, n_clients)
+    _assert_rounds_are_those_of_the_calls(_run(tmp_path, workflow, n_clients), n_clients, n_calls)
 
+
+@pytest.mark.skipif(not any(TRAINERS.glob("lib/*/site-packages/tenseal")), reason="`make trainers` installs tenseal")
+def test_a_record_has_the_round_of_its_call_where_weights_are_encrypted(tmp_path: Path) -> None:
+    job = _run(tmp_path, "encrypted weights", 2, python=str(TRAINERS / "bin" / "python"))
+
+    _assert_rounds_are_those_of_the_calls(job, 2, 6)
+    assert "Running HE Encryption algorithm" in job.log
+
+
+def _assert_rounds_are_those_of_the_calls(job: JobResult, n_clients: int, n_calls: int) -> None:
     assert job.rc == 0, job.log[-6000:]
     sites = [f"site-{i + 1}" for i in range(n_clients)]
     assert set(_status(job, sites).values()) == {"finished"}, job.log[-6000:]
