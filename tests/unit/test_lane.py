@@ -21,7 +21,7 @@ from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch
-from trackhub.errors import ConfigError, PermanentError, TransientError
+from trackhub.errors import PermanentError, TransientError
 from trackhub.framing import encode_frame
 from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.records import Gap, Metrics, Record, Text
@@ -356,35 +356,6 @@ def test_finish_that_never_works_is_reported_although_all_is_confirmed(bench: Be
     run = run_of(bench.finish())
     assert (run.confirmed, run.pending, run.state) == (5, 0, "unfinished")
     assert "cannot end" in run.last_error
-
-
-@pytest.mark.parametrize("error", [ConfigError("log in first"), ImportError("No module named 'sdk'")], ids=repr)
-def test_a_check_that_says_that_the_configuration_is_wrong_is_raised(bench: Bench, error: Exception) -> None:
-    lane = bench.lane(MemoryBackend(failing(1, lambda: error, "preflight")))
-    with pytest.raises(ConfigError, match=str(error)):
-        lane.wait_for_preflight(WAIT_S)
-    bench.finish()
-
-
-@pytest.mark.parametrize("error", [TransientError("down"), RuntimeError("bug")], ids=repr)
-def test_a_check_that_fails_otherwise_lets_the_job_go_on(bench: Bench, error: Exception) -> None:
-    backend = MemoryBackend(failing(1, lambda: error, "preflight"))
-    lane = bench.lane(backend)
-    lane.wait_for_preflight(WAIT_S)
-    bench.log(5)
-    bench.finish()
-    assert backend.positions() == list(range(5))
-
-
-def test_a_check_that_hangs_lets_the_job_go_on(bench: Bench) -> None:
-    release = threading.Event()
-    backend = MemoryBackend(lambda method, _: release.wait(WAIT_S) if method == "preflight" else None)
-    lane = bench.lane(backend)
-    lane.wait_for_preflight(0.05)
-    bench.log(5)
-    release.set()
-    bench.finish()
-    assert backend.positions() == list(range(5))
 
 
 def test_only_a_flush_confirms_what_a_buffering_backend_was_handed(bench: Bench) -> None:

@@ -208,15 +208,15 @@ class Lane:
         self._busy_since = time.monotonic()
         try:
             self._backend.preflight()
-        except ConfigError as e:
+        except (ConfigError, ImportError) as e:
             if is_environment_trouble(e):  # a full disk is no wrong configuration, however a plugin reports it
                 self._warn_of_preflight(e)
-            else:
+            elif isinstance(e, ConfigError):
                 self._preflight_error = e
-        except ImportError as e:  # a missing SDK does not come while the job runs
-            self._preflight_error = ConfigError(
-                f"the backend {self.name} cannot import what it needs: {e}. Install it where this backend runs"
-            )
+            else:  # a missing SDK does not come while the job runs
+                self._preflight_error = ConfigError(
+                    f"the backend {self.name} cannot import what it needs: {e}. Install it where this backend runs"
+                )
         except TransientError as e:
             self._warn_of_preflight(e)
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane

@@ -14,7 +14,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from trackhub.spi import Artifact, BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.acknowledged_rows_in_sdk_log import UploadLog
@@ -155,11 +155,19 @@ class OnlineRun(BackendRun):
         wait = threading.Event().wait
         pause = _POLL_S
         self._acknowledged_at, self._by = None, Confirmation.STORE
-        while missing := self._missing(run):
+        while True:
+            state = self._server.state(self._path) or {}
+            rows = self._missing_rows(run, _count(state))
+            if not rows and not self._lacks_config(run, state):
+                break
             if time.monotonic() + pause > deadline:
-                self._help_along(run, missing)
+                if rows:
+                    self._open_again_if_stalled(run, rows)
+                else:
+                    run.send_config_again()
                 raise TransientError(
-                    f"W&B did not confirm within {self._options.flush_timeout_s:.0f} s. It still lacks {missing}"
+                    f"W&B did not confirm within {self._options.flush_timeout_s:.0f} s. It still lacks "
+                    + (f"{rows} rows" if rows else "the config")
                 )
             wait(pause)
             pause = min(2 * pause, _POLL_MAX_S)
@@ -269,17 +277,14 @@ class OnlineRun(BackendRun):
         self._run = None
         abandon_runs([run.run])
 
-    def _help_along(self, run: SdkRun, missing: _Missing) -> None:
-        """Make the missing part arrive: send the config again, or open the run again for rows.
+    def _open_again_if_stalled(self, run: SdkRun, missing: int) -> None:
+        """Open the run again if as many rows are missing as after the last flushes.
 
         If the server refuses rows for another reason than being busy, the SDK stops the upload for good and only prints
         a line. Opening the run again starts a new upload.
         """
-        if missing.rows == 0:
-            run.send_again(None)
-            return
         rows, times = self._stalled
-        self._stalled = (missing.rows, times + 1 if missing.rows == rows else 1)
+        self._stalled = (missing, times + 1 if missing == rows else 1)
         if self._stalled[1] < _STALLED_FLUSHES:
             return
         _log.warning(
@@ -338,32 +343,27 @@ class OnlineRun(BackendRun):
             return error
         return TransientError(f"the W&B SDK failed: {type(error).__name__}: {error}")
 
-    def _missing(self, run: SdkRun) -> _Missing | None:
-        """Return the first part of what the SDK got that the server lacks, or None if it has everything."""
-        state = self._server.state(self._path) or {}
-        if missing := self._missing_rows(run, _count(state)):
-            return missing
+    def _lacks_config(self, run: SdkRun, state: dict[str, Any]) -> bool:
+        """Return whether the server lacks the last config that the SDK got."""
         if run.config_changed:
             config = json.loads(state.get("config") or "{}")
             held = (config.get(CONFIG_ENTRY) or {}).get("value") or {}
-            if held.get("through") != run.config["through"]:
-                return _Missing(0)
-            run.config_changed = False
-        return None
+            run.config_changed = held.get("through") != run.config["through"]
+        return run.config_changed
 
-    def _missing_rows(self, run: SdkRun, count: int | None) -> _Missing | None:
+    def _missing_rows(self, run: SdkRun, count: int | None) -> int:
         """Return how many rows are missing, by the server's count or by what the SDK's service noted."""
         if count is not None and count - self._rows_before == run.rows:
-            return None
+            return 0
         assert self._log is not None
         acknowledged = self._log.rows()
         if acknowledged < run.rows or self._log.has_given_up:
-            return _Missing(max(1, run.rows - acknowledged))
+            return max(1, run.rows - acknowledged)
         now = time.monotonic()
         self._acknowledged_at = self._acknowledged_at or now
         is_behind = count is not None and count - self._rows_before < run.rows
         if is_behind and not self._is_count_doubted and now < self._acknowledged_at + _COUNT_LAG_S:
-            return _Missing(run.rows - ((count or 0) - self._rows_before))
+            return run.rows - ((count or 0) - self._rows_before)
         if not self._is_count_doubted:
             self._is_count_doubted = True
             _log.warning(
@@ -374,7 +374,7 @@ class OnlineRun(BackendRun):
                 self._rows_before + run.rows,
             )  # fmt: skip
         self._by = Confirmation.CLIENT
-        return None
+        return 0
 
 
 def _count(state: dict[str, Any] | None) -> int | None:
@@ -390,12 +390,3 @@ def _last_step(state: dict[str, Any] | None) -> int | None:
     except (KeyError, IndexError, TypeError, ValueError):
         return None
     return step if isinstance(step, int) else None
-
-
-class _Missing(NamedTuple):
-    """A part that the server lacks: rows. If it has all rows, the config."""
-
-    rows: int
-
-    def __str__(self) -> str:
-        return f"{self.rows} rows" if self.rows else "the config"

@@ -211,15 +211,13 @@ class SdkRun:
         kinds = (ValueError, TypeError, ArithmeticError, RecursionError, wandb.errors.UsageError)
         return isinstance(error, kinds) and not self.run._is_finished
 
-    def send_again(self, path: str | None) -> None:
-        """Hand a media file to the SDK once more, or the config if ``path`` is None.
+    def send_again(self, path: str) -> None:
+        """Hand a media file to the SDK once more, since the SDK itself does not try again."""
+        self.run._publish_file(path)
 
-        The SDK itself does not try again.
-        """
-        if path is not None:
-            self.run._publish_file(path)
-        else:
-            self._set_config({}, int(self.config["through"]))
+    def send_config_again(self) -> None:
+        """Hand the config to the SDK once more, since the SDK itself does not try again."""
+        self._set_config({}, int(self.config["through"]))
 
     def finish(self, status: RunStatus) -> None:
         """End the run in W&B.

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lane's thread checks the backend first. Only a wrong configuration stops the job."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+
+from tests.unit.helpers import WAIT_S, MemoryBackend
+from tests.unit.rigs import Bench, failing
+from trackhub.errors import ConfigError, TransientError
+
+
+def no_file_is_free() -> ImportError:
+    """Return the error of an import in a process that has too many files open."""
+    error = ImportError("cannot read the SDK")
+    error.__cause__ = OSError(errno.EMFILE, "too many open files")
+    return error
+
+
+@pytest.mark.parametrize("error", [ConfigError("log in first"), ImportError("No module named 'sdk'")], ids=repr)
+def test_a_check_that_says_that_the_configuration_is_wrong_is_raised(bench: Bench, error: Exception) -> None:
+    lane = bench.lane(MemoryBackend(failing(1, lambda: error, "preflight")))
+    with pytest.raises(ConfigError, match=str(error)):
+        lane.wait_for_preflight(WAIT_S)
+    bench.finish()
+
+
+@pytest.mark.parametrize("error", [TransientError("down"), RuntimeError("bug"), no_file_is_free()], ids=repr)
+def test_a_check_that_fails_otherwise_lets_the_job_go_on(bench: Bench, error: Exception) -> None:
+    backend = MemoryBackend(failing(1, lambda: error, "preflight"))
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(WAIT_S)
+    bench.log(5)
+    bench.finish()
+    assert backend.positions() == list(range(5))
+
+
+def test_a_check_that_hangs_lets_the_job_go_on(bench: Bench) -> None:
+    release = threading.Event()
+    backend = MemoryBackend(lambda method, _: release.wait(WAIT_S) if method == "preflight" else None)
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(0.05)
+    bench.log(5)
+    release.set()
+    bench.finish()
+    assert backend.positions() == list(range(5))
