@@ -24,7 +24,7 @@ from trackhub.plain_files import open_plain
 __all__ = ["Connections"]
 
 _READ_S = 0.5
-_FOLD_S, _MIN_FOLD_S = 1.0, 0.1
+_CHECKPOINT_S, _MIN_CHECKPOINT_S = 1.0, 0.1
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.001, 0.02
 _log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Connections:
 
     def _wait_for_readers(self) -> None:
         """Wait a moment until no thread reads any more, so that the write-ahead log can be checkpointed."""
-        deadline = time.monotonic() + _MIN_FOLD_S
+        deadline = time.monotonic() + _MIN_CHECKPOINT_S
         while self._borrowed and time.monotonic() < deadline:
             time.sleep(_FIRST_PAUSE_S)
 
@@ -228,7 +228,7 @@ class Connections:
                 db.interrupt()
         keep = "keep the -wal file beside it"
         self._wait_for_readers()
-        wait_s = max(self._left_s(time.monotonic() + _FOLD_S), _MIN_FOLD_S)
+        wait_s = max(self._left_s(time.monotonic() + _CHECKPOINT_S), _MIN_CHECKPOINT_S)
         if not self._turn.acquire(timeout=wait_s):
             _log.warning("%s: a thread is still writing to it; %s", self.path, keep)
             return

@@ -133,8 +133,8 @@ class Journal:
 
         Args:
             site: its name.
-            created: when the site was first heard, in unix seconds. Stored if the site is new; its first record
-                replaces it.
+            created: when the site was first heard, in unix seconds. Stored if the site is new. The time of its first
+                record replaces it later.
             first_position: the position of the site's first record in this journal. It is above 0 if another journal
                 holds the earlier records. Used only if the site is new.
             wait_s: as for ``append``.
@@ -251,12 +251,12 @@ class Journal:
     ) -> None:
         """Store what a site counted itself, unless newer counts are here already.
 
-        A message may arrive after one that was sent later. It is ignored then.
+        A message that arrives after a newer one is ignored.
 
         Args:
             site: its id.
             message: what the site sent.
-            keep_end: the message says nothing of how the site's training ended, since a replay sends it.
+            keep_end: True if a replay sends the message, which then does not say how the site's training ended.
             wait_s: as for ``append``.
         """
         final = isinstance(message, Final)

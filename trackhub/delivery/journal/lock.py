@@ -23,7 +23,7 @@ _PROBE_S = 0.2  # how long `lock_journal` tries: another process may be asking w
 
 
 def make_journal_folder(path: Path) -> None:
-    """Make the folder of a journal. After another error than a full disk, `lock_journal` says what is wrong with it.
+    """Make the folder of a journal. If it cannot be made for another reason, `lock_journal` says later what is wrong.
 
     Raises:
         JournalError: the environment, such as a full disk, keeps the folder from being made.

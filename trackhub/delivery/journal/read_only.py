@@ -57,9 +57,9 @@ def _mode(path: Path) -> str:
 
 
 def read_journal_meta(path: Path) -> dict[str, str]:
-    """Return what a journal says about its job: ``job``, ``side``, ``status``, ``backends`` and ``format``.
+    """Return the facts about a job that its journal has, such as ``job``, ``side``, ``status`` and ``backends``.
 
-    ``status`` is missing until the receiver has finished.
+    ``status`` is empty until the receiver knows how the job ends.
 
     Raises:
         JournalError: it is not a journal, or cannot be read.

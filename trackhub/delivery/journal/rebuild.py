@@ -218,7 +218,7 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
             site = found.sites[i] = found.copied_sites.get(i) or Site(f"unknown-{i}")
             if i not in found.copied_sites:
                 _log.warning("the name of site %d is lost; it is called %s", i, site.name)
-            site.created = _begin(reader, batches[0]) if batches else 0.0
+            site.created = _time_of_first_record(reader, batches[0]) if batches else 0.0
             if batches and "continues" in found.meta:
                 site.first_position = batches[0].first_position
             site.next_position = site.first_position
@@ -240,8 +240,8 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
                 found.doubted.add(i)
 
 
-def _begin(reader: PageReader, batch: Batch) -> float:
-    """Return the time of the first record of a batch."""
+def _time_of_first_record(reader: PageReader, batch: Batch) -> float:
+    """Return it in unix seconds; 0 if it cannot be read."""
     frames = _frames(reader, batch)
     with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):

@@ -32,7 +32,7 @@ _CONTRADICTIONS = (
     " next_position - first_position != ifnull(records, 0) OR next_position != ifnull(next, first_position) LIMIT 1",
     "SELECT 1 FROM batches LEFT JOIN streams ON streams.id = stream WHERE streams.site IS NOT batches.site LIMIT 1",
 )
-"""Each query returns a row if two numbers contradict each other. It finds changed bits in numbers that no index has."""
+"""Each query returns a row if two values contradict each other: changed bits in numbers that no index has a copy of."""
 
 _log = logging.getLogger(__name__)
 

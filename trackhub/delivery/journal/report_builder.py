@@ -95,7 +95,8 @@ def build_report(
         sites=sites,
         lanes=by_lane,
         run_dir=meta.get("run_dir", os.pardir),
-        # The status alone does not say it: the receiver notes it before it ends the runs, and a replay keeps "killed".
+        # The status alone does not show this. The receiver notes the status before it ends the runs, and a replay keeps
+        # "killed".
         interrupted=not runs and (has_open or not meta.get("status")),
     )
 
@@ -197,7 +198,7 @@ def _runs(
             blocked_by=progress.blocked_by,
             results=progress.results,
         )
-    for by_site in runs.values():  # a lane without a row for a site has all its records pending
+    for by_site in runs.values():  # without a row in the journal, all of a site's records are pending at the lane
         for name, site in sites.items():
             if name not in by_site and (site.at_site is not None or site.received):
                 by_site[name] = _not_begun(site, is_running=is_running)

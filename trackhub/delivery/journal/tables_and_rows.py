@@ -64,8 +64,8 @@ CREATE TABLE IF NOT EXISTS runs (
 1, or 2 if it failed. ``explained`` and ``refused`` are counts by reason, encoded as msgpack. ``received`` counts no
 refused records. ``runs.written`` and ``runs.confirmed`` are ids of batches.
 
-The indexes ``meta_copy`` and ``sites_copy`` are copies, on other pages of the file, of values that nothing else could
-restore. `repair` reads them if the page of a table is damaged. They have no column that changes with every batch."""
+The indexes ``meta_copy`` and ``sites_copy`` hold copies of values that nothing else could restore, on other pages of
+the file. `repair` reads them if the page of a table is damaged. They have no column that changes with every batch."""
 
 EXPECTED_SITES = "expected_sites"
 """The key in ``meta`` of the sites that should send something: a JSON list of names."""
@@ -86,7 +86,7 @@ FEDERATION_OPTIONS = "federation"
 """The key in ``meta`` of what the federation run holds, as JSON. A job without one lacks it."""
 
 FEDERATION_ROW = "federation_row"
-"""The key in ``meta`` of the id of the row up to which the stored statistics of the federation run count."""
+"""The key in ``meta`` of a row's id. The stored statistics of the federation run include the rows up to this one."""
 
 JSON_FACTS: dict[str, Any] = {
     "job_info": JobInfo,
@@ -135,7 +135,7 @@ class Progress(msgspec.Struct, kw_only=True):
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position, at the backend, after the last confirmed record.
         aside: the entries before the confirmed cursor that are neither stored nor rejected yet.
-        rejected_at: the records after the confirmed cursor that a resumable backend rejected: position to reason.
+        rejected_at: the records after the confirmed cursor that a resumable backend rejected: the reason by position.
         shifts: from which rows on the backend's positions differ from the journal's.
     """
 

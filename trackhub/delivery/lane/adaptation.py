@@ -22,12 +22,13 @@ from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 __all__ = ["MAX_MEMORY_BYTES", "Adaptation"]
 
 MAX_MEMORY_BYTES = 1 << 20
-"""How much an adaptation remembers: that of 10,000 long keys. The lane stores all of it with each confirmation. A site
-with many keys in many streams could otherwise have hundreds of megabytes written each time, and lock the journal."""
+"""The most bytes that an adaptation remembers: enough for 10,000 long keys. The lane stores all with each confirmation.
+Without a limit, a site with many keys in many streams would make it write hundreds of megabytes each time, and the
+journal would be locked meanwhile."""
 
 _DIGEST_BYTES = 32
 _FACT_BYTES = 16  # of a fact besides its key
-_FULL = f"the lane remembers {MAX_MEMORY_BYTES} bytes of this run's keys, and no more"
+_FULL = f"the keys of this run take more than the {MAX_MEMORY_BYTES} bytes that a lane remembers; log fewer keys"
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
@@ -36,8 +37,9 @@ class _Memory(msgspec.Struct):
 
     Attributes:
         ordinals: for each stream and key, how many records without a step there were.
-        last_steps: key to the highest step, for backends that cannot store late steps.
-        params: key to the first value, encoded, for backends that cannot change it. A digest stands for a long value.
+        last_steps: the highest step of each key, for backends that cannot store late steps.
+        params: the first value of each key, encoded, for backends that cannot change it. A digest stands for a long
+            value.
     """
 
     ordinals: dict[str, dict[str, int]] = {}
@@ -114,8 +116,8 @@ class Adaptation:
     def _ordinal(self, stream: str, seq: int, payload: Payload) -> int:
         """Return the number that replaces the step of a record without one.
 
-        If the record has several keys, the highest counts. If none of its keys is known and no more can be remembered,
-        it is the record's number in its stream.
+        It is the number of earlier records without a step that had the same key. Of several keys, the highest number
+        counts. If none of its keys is known and no more can be remembered, it is the record's number in its stream.
         """
         counts = self._memory.ordinals.get(stream, {})
         keys = _keys_of(payload)
@@ -139,6 +141,7 @@ class Adaptation:
         return True
 
     def _in_order(self, payload: Payload, step: int) -> bool:
+        """Return whether no key of the payload had a higher step before. If so, remember this step."""
         last = self._memory.last_steps
         keys = _keys_of(payload)
         if any(step < last.get(key, 0) for key in keys):
@@ -150,6 +153,7 @@ class Adaptation:
     def _first_params(
         self, stream: str, record: Record, position: int, payload: Params, altered: list[str]
     ) -> tuple[Entry | Rejection, list[str]]:
+        """Return an entry with the params that are new or have not changed, or a rejection if there are none."""
         known = self._memory.params
         # Compare the encoded values. There NaN is equal to itself, and 1, 1.0 and True differ, as they do in a store.
         new = {key: _value_or_digest(value) for key, value in payload.values.items()}
@@ -168,7 +172,7 @@ class Adaptation:
 
 
 def _size(memory: _Memory) -> int:
-    """Return how many bytes count for what is remembered. It depends on nothing else, so a restart changes nothing."""
+    """Return how many bytes a memory counts as. After a restart, the same memory counts as the same number."""
     counted = _size_of(memory.ordinals) + sum(map(_size_of, memory.ordinals.values()))
     return counted + _size_of(memory.last_steps) + _size_of(memory.params, _DIGEST_BYTES)
 

@@ -31,15 +31,15 @@ def _toss() -> bool:
 
 
 class Evidence:
-    """Tells a bad record from an outage by 24 steps, in each of which a coin chooses what is written.
+    """Tells a bad record from an outage in 24 steps. In each step, a coin chooses what is written.
 
-    The coin chooses between the suspect and a neighbour, which is another record, or the plugin's test of its store. A
-    step speaks against the suspect if the chosen neighbour is stored, or the chosen suspect fails. Any other outcome
-    ends the series, and a new one begins. After 24 such steps in a row, with at least four of each, the record is bad.
+    The coin chooses the suspect or a neighbour: another record, or the plugin's test of its store. A step is evidence
+    against the suspect if the neighbour is stored, or if the suspect fails. Any other outcome ends the series, and a
+    new one begins. After 24 such steps in a row, with at least four of each sort, the record is bad.
 
-    This holds whatever pattern an outage has, since the store cannot know the coin. A store that is away, back again,
-    or fails with every second request gives the wrong outcome in half of all steps at least. The chance that it passes
-    24 steps is below one in ten million. A record that the store always refuses, while it is well, passes them at once.
+    This holds for every pattern of an outage, since the store cannot know the coin. Whether the store takes the next
+    request or fails, only one side of the coin gives evidence. So the chance that an outage gives evidence 24 times in
+    a row is below one in ten million. A bad record gives it every time while the store is well.
     """
 
     def __init__(self, toss: Callable[[], bool] | None = None) -> None:

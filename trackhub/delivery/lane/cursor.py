@@ -147,7 +147,7 @@ class Cursor:
             self._since.doubtful += sum(e.position < self._doubted_to for e in entries)
 
     def count_held(self, position: int) -> None:
-        """Count a record before the place where the opened run stands: it was stored before a crash, or rejected."""
+        """Count a record that is not written again: the opened run holds it, or the backend rejected it."""
         if (reason := self.progress.rejected_at.get(position)) is not None:
             self.count_rejected(reason, 1)
             return
@@ -155,7 +155,7 @@ class Cursor:
         self._stored_to = max(self._stored_to, position + 1)
 
     def leave_out(self, entries: Mapping[int, Entry]) -> None:
-        """Note, before a confirmation, which of the stored entries it leaves out. Those of before that are now stored.
+        """Note which entries the next confirmation leaves out. Those that the last one left out may be stored now.
 
         Args:
             entries: those that the backend has not stored yet, by position.
@@ -220,10 +220,10 @@ class Cursor:
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
-        """Check that a resumable run has the records before ``position`` from this journal, as the run says.
+        """Check that a resumable run, which holds the records before ``position``, got them from this journal.
 
-        If the journal handed over fewer records, it has lost the others: the disk lost its last transactions. Nobody
-        knows which records these are. So the next records go behind them, and as many count as possible duplicates.
+        If the journal handed over fewer records, the disk has lost the journal's last transactions. Nobody knows which
+        records these held. So the next records go behind them, and as many records count as possible duplicates.
 
         Raises:
             PermanentError: another journal wrote some of them, so that delivery would skip or lose others.
@@ -234,7 +234,7 @@ class Cursor:
             # The server's journal has the records in between. If delivery went on here, they would count as delivered.
             raise PermanentError(
                 f"the run holds {position} records, and those before {first} are in the journal of the server's own "
-                "receiver: replay that one first"
+                "receiver: replay that one first, with `trackhub replay`"
             )
         limit = self._handed_over_to()
         if position <= limit:
@@ -243,13 +243,13 @@ class Cursor:
             # Without this error, delivery would silently skip the same number of new records.
             raise PermanentError(
                 f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
-                "Was the receiver's state folder lost? Move the backend's run away, and replay the journal"
+                "Was the receiver's state folder lost? Move the backend's run away, then replay the journal"
             )
         lost = position - limit
         _log.warning(
             "backend %s, run %s: it holds %d records, but the journal %s handed over %d. The journal has lost %d: was "
-            "the power lost, or its -wal file cut off? What the site still has comes again, behind these records. %d "
-            "records count as possible duplicates",
+            "the power lost, or its -wal file cut off? The site sends again what it still has, and the run gets that "
+            "behind what it holds. %d records count as possible duplicates",
             self.lane, self.site, position, self._journal.path, limit, lost, lost,
         )  # fmt: skip
         self.progress.shifts = [*self.progress.shifts, Shift(self._ever_written, lost, position + lost)]
@@ -366,7 +366,7 @@ class Cursor:
 
 
 def _name_of(entry: Entry) -> str:
-    """Return what a person finds a record by: its kind, its keys, its step and its place."""
+    """Describe a record so that a person finds it: its kind, its keys, its step and its position."""
     payload = entry.payload
     keys = list(payload.values) if isinstance(payload, KEYED) else [payload.key]  # type: ignore[union-attr]  # no gaps
     shown = ", ".join(repr(key[:_MAX_NAME_CHARS]) for key in keys[:_MAX_NAMES]) + ", ..." * (len(keys) > _MAX_NAMES)

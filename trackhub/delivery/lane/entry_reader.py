@@ -24,7 +24,7 @@ from trackhub.spi import Capabilities, Entry, Rejection
 __all__ = ["EntryReader"]
 
 _READ_BYTES = 4 << 20  # read by one query. A query for each row would be slow, and all rows would not fit in memory
-_SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record takes 60 times as much memory
+_SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record needs 60 times its size in memory
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class EntryReader:
     """Reads one run's rows in their order. Used by one thread.
 
     Attributes:
-        upto: the last row of which the records were read. A row is read as a whole, so that the adaptation's memory
-            always belongs to a place between two rows.
+        upto: the last row whose records were read. A row is read as a whole, so that the adaptation's memory always
+            belongs to a place between two rows.
         skip_before: the opened run holds the records before this position already.
     """
 
@@ -59,7 +59,10 @@ class EntryReader:
             self._adaptation = Adaptation(capabilities, cursor.progress.memory)
         except (msgspec.DecodeError, UnicodeDecodeError):
             # The disk is damaged. Without that memory, records without a step would get numbers that others have.
-            _log.warning("lane %s: what it knew of run %s is damaged; it delivers all again", cursor.lane, cursor.site)
+            _log.warning(
+                "lane %s: its state of run %s in the journal is damaged; it delivers the run again from the start",
+                cursor.lane, cursor.site,
+            )  # fmt: skip
             cursor.start_over()
             self._adaptation = Adaptation(capabilities)
         self.upto = cursor.confirmed
@@ -149,7 +152,7 @@ class EntryReader:
             return  # the backend says what is missing, and `RunInfo.blob_path` refuses links
         try:
             check_blob(payload, path)
-        except OSError as e:  # the disk, and not the record
+        except OSError as e:  # the disk is in trouble. That is no reason to reject the record
             _log.debug("blob %s of run %s: %s", path, self._cursor.site, e)
 
     def _reject_damaged(self, row: Row, count: int) -> None:

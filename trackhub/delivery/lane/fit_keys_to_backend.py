@@ -22,8 +22,8 @@ _LOOKS_CUT = re.compile(rf"_[0-9a-f]{{{_HASH_CHARS}}}$")
 def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     """Return the function that makes a key acceptable under this rule.
 
-    The function leaves an acceptable key as it is. It changes any other key reversibly, except that it cuts a key which
-    is too long and ends it in a hash. Different keys give different results.
+    The function leaves an acceptable key as it is, unless it looks like a changed one. It changes any other key
+    reversibly. A key that is too long is cut, and ends in a hash. Different keys give different results.
     """
     allowed = re.compile(f"[{rule.chars}]") if rule.chars else None
     edge = re.compile(f"[{rule.edge_chars}]") if rule.edge_chars else None
@@ -37,14 +37,14 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     def fit(key: str) -> str:
         fitted = key
         if escapes:
-            # This pattern first. Otherwise the logged key `a_x003A_b` would equal the escaped form of `a:b`.
+            # Escape this pattern first. Otherwise the logged key `a_x003A_b` would equal the escaped form of `a:b`.
             fitted = _LOOKS_ESCAPED.sub("_x005F_", key)
         if allowed is not None:
             fitted = "".join(c if allowed.fullmatch(c) else _escape(c) for c in fitted)
         if rule.is_path:
-            fitted = _without_path_rules(fitted)
+            fitted = _with_escaped_path_parts(fitted)
         if rule.reserved_as:
-            # Add the prefix before the edges are escaped: it also helps a key whose first character may not be first.
+            # Add the prefix before the edges are escaped. It also helps a key whose first character may not come first.
             fitted = _with_prefix(fitted, rule, edge)
         if edge is not None:
             fitted = _with_fitted_edges(fitted, edge)
@@ -86,7 +86,7 @@ def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
     return "".join(map(_escape, key[:start])) + key[start:end] + "".join(map(_escape, key[end:]))
 
 
-def _without_path_rules(key: str) -> str:
+def _with_escaped_path_parts(key: str) -> str:
     """Escape the parts that would change the path if the key is read as one: ``a//b``, ``/a``, ``.``, ``..``."""
     out: list[str] = []
     named = False  # whether the part at hand has a character yet

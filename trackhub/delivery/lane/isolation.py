@@ -170,7 +170,7 @@ class Isolation:
         return sorted(entries, key=lambda entry: entry.position)
 
     def succeeded(self, stored: Sequence[Entry]) -> list[Rejection]:
-        """Remove the entries that ``next`` returned, since the backend took them.
+        """Remove the entries that ``next`` or ``next_aside`` returned, since the backend took them.
 
         Args:
             stored: those of them that the backend did not reject.
@@ -194,7 +194,11 @@ class Isolation:
         return bad
 
     def failed(self, error: BaseException) -> Verdict:
-        """Apply the rule to the error with which a write of ``next``'s entries failed. Return what to do now."""
+        """Apply the rule after a write of the entries that ``next`` or ``next_aside`` returned. Return what to do.
+
+        Args:
+            error: the error with which the write failed.
+        """
         piece = self._current
         assert piece is not None
         if isinstance(error, PermanentError):

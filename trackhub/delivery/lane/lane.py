@@ -80,7 +80,7 @@ class Lane:
             blob_dir: gives the folder of a site's blobs.
             run_folder: the job's run folder, in which the backend's files lie.
             flush_s: longest time from handing records to a backend that buffers to asking it to confirm them.
-            workdir: the backend's folder, which a full disk may have kept the receiver from making. It is made before
+            workdir: the backend's folder. A full disk may have kept the receiver from making it, so it is made before
                 a run is opened.
         """
         self.name = name
@@ -134,15 +134,15 @@ class Lane:
         Args:
             status: the status of each run, by site.
             otherwise: the status of the runs whose sites are not in ``status``.
-            deadline_s: when ``join`` will be called at the latest, in seconds from now. Shortly before that, the lane
-                ends the runs that are not delivered, so that the backend knows how they ended.
+            deadline_s: the longest time until ``join`` is called, in seconds. Shortly before that, the lane ends the
+                runs that are not delivered, so that the backend knows how they ended.
         """
         left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
         self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
         self._wake.set()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the lane to end. After ``timeout_s`` stop it between two calls of the backend.
+        """Wait for the lane to end. After ``timeout_s``, stop it between two calls of the backend.
 
         Afterwards call `unstored_ends`, and store what it returns.
 
@@ -169,7 +169,7 @@ class Lane:
         return ended
 
     def unstored_ends(self) -> dict[tuple[str, int], RunState]:
-        """Return how the runs ended that the journal does not have yet, in the form that `Journal.save_runs` takes."""
+        """Return the ends of runs that the journal does not have yet, in the form that `Journal.save_runs` takes."""
         ends = {(self.name, run.site_id): run.unstored_end() for run in list(self._runs.values())}
         return {key: end for key, end in ends.items() if end is not None}
 
@@ -237,8 +237,8 @@ class Lane:
             # Clear the event before anything is read, so that later news sets it again. Otherwise the lane could sleep
             # through `begin_finish`, and the job would end only at its deadline.
             self._wake.clear()
-            # Read `_ending` before the news. The caller of `begin_finish` has notified of all rows before. In the other
-            # order, the lane could miss the last rows.
+            # Read `_ending` before the news. The lane was notified of all rows before `begin_finish` was called. In the
+            # other order, it could miss the last rows.
             ending = self._ending
             with self._news_lock:
                 active |= self._news
@@ -264,7 +264,7 @@ class Lane:
         """Do one piece of work for each run, and take those out of ``active`` that have nothing left to deliver.
 
         Returns:
-            Whether something was done, and otherwise when there will be something to do, on the monotonic clock.
+            Whether something was done. If not, also when to come back, on the monotonic clock.
         """
         progressed, due = False, time.monotonic() + _IDLE_S
         for site in self._turns.begin(active):
@@ -276,7 +276,7 @@ class Lane:
                 due = min(due, now + _JOURNAL_RETRY_S)
                 continue
             except Exception:  # an earlier lane stored an invalid state of this run. Only this run must suffer from it.
-                _log.exception("lane %s cannot take up a run; its records stay in the journal", self.name)
+                _log.exception("lane %s cannot continue a run; the run's records stay in the journal", self.name)
                 active.discard(site)
                 continue
             if now < run.timer.not_before and not (finishing and run.timer.hurry()):
@@ -318,7 +318,10 @@ class Lane:
         return due
 
     def _end_runs(self, ending: _Ending) -> None:
-        """End the runs that are still open, although some records are not confirmed. Perhaps nobody replays the job."""
+        """End the runs that are still open, although some records are not confirmed.
+
+        If nobody replays the job, the backend must not show these runs as running for ever.
+        """
         left = [run for run in self._runs.values() if run.is_open()]
         while left and not self._stop.is_set():
             for run in left:

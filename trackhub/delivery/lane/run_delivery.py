@@ -49,10 +49,10 @@ from trackhub.spi import (
 __all__ = ["RunDelivery"]
 
 _TURN_S = 0.1
-"""How long one piece of work may take, in seconds, if it is more than one batch. Then it is another run's turn."""
+"""After this many seconds, a run writes no further batch, and it is another run's turn."""
 
 _LEFT_OUT_S = 0.5
-"""The pause, in seconds, before the backend is asked again for entries that its last confirmation left out."""
+"""The shortest pause, in seconds, before the backend is asked again for entries that a confirmation left out."""
 
 _MAX_LEFT_OUT = 64
 
@@ -102,8 +102,8 @@ class RunDelivery:
             info: what the backend is told of the run; ``resume_from`` is filled in here.
             flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
             stop: once set, no further batch is written.
-            uploads: writes files in a second thread. None if this lane writes everything in one order.
-            workdir: the backend's folder, which is made before the run is opened if it is missing; None for none.
+            uploads: writes files in a second thread. None if this lane writes files in order with everything else.
+            workdir: the backend's folder, which is made before the run is opened. None if it has no folder.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -355,7 +355,10 @@ class RunDelivery:
         self._isolation.add(entries, self._backend.capabilities.max_batch)
 
     def _collect_files(self, run: BackendRun) -> bool:
-        """Count which files the second thread has stored, and which failed. Return whether one is settled."""
+        """Count which files the second thread has stored, and which failed. Return whether the run can go on at once.
+
+        It cannot if no file is settled, or if a confirmation that is due fails.
+        """
         outcomes = self._files.collect() if self._files is not None else []
         for outcome in outcomes:
             if outcome.error is not None:
@@ -375,7 +378,7 @@ class RunDelivery:
         return not self._isolation.is_empty() or self._cursor.written != self._reader.upto or self._all_written(run)
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
-        """Write the first batch. Return False if the lane must wait before it writes the next one."""
+        """Write a batch, or call the plugin's probe instead. Return False if the lane must wait before the next one."""
         try:
             if self._isolation.is_probe():
                 run.probe(batch[0])
@@ -417,9 +420,9 @@ class RunDelivery:
         return not verdict.wait
 
     def _try_aside(self, run: BackendRun) -> bool:
-        """Try one of the entries that are set aside.
+        """Try one of the entries that are set aside. Return whether the run can go on at once.
 
-        Their waits delay no other record. Return whether it is settled.
+        The waits of these entries delay no other record.
         """
         if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
             return False
@@ -442,7 +445,7 @@ class RunDelivery:
         return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
-        flush_now = flush_now and not self._cursor.left_out  # ask for those only now and then
+        flush_now = flush_now and not self._cursor.left_out  # asking for these again without a pause would be a loop
         return self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due)
 
     def _flush(self, run: BackendRun) -> bool:
@@ -452,7 +455,7 @@ class RunDelivery:
             keeps_order = self._backend.capabilities.redelivery.needs_order
             left_out = {} if keeps_order else checked_left_out(run.left_out())
             if len(left_out) > _MAX_LEFT_OUT:  # each confirmation stores all of them in the journal
-                text = "left out %d records that are still on their way; expected %d at most"
+                text = "left_out() returned %d records that are still on their way; expected %d at most"
                 raise TransientError(text % (len(left_out), _MAX_LEFT_OUT))
         except BaseException as e:
             self._failed(e)
