@@ -229,9 +229,9 @@ def open_local(
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
     _check_labels(site, tags)
-    if isinstance(backends, str):
-        backends = [backends]
-    options = backends if isinstance(backends, Mapping) else {name: {} for name in backends}
+    options = _options(backends)
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigError(f"trackhub.local: limits: expected trackhub.Limits(...), got {limits!r}")
     if resume and not job:
         raise ConfigError(
             "trackhub.local: resume=True needs job=, the job whose run to go on in. Give the job= of the earlier "
@@ -277,6 +277,28 @@ def _check_folder(run_dir: Path) -> None:
     except OSError as error:
         if not is_environment_trouble(error):
             raise SpoolError(f"the run's folder {run_dir} cannot be used: {error}; give another folder") from error
+
+
+def _options(backends: object) -> dict[str, Mapping[str, Any]]:
+    """Return the options of each backend.
+
+    Raises:
+        ConfigError: it is neither names nor a mapping of names to options.
+    """
+    if isinstance(backends, str):
+        return {backends: {}}
+    if isinstance(backends, Mapping):
+        plain = {name: {} if options is None else options for name, options in backends.items()}
+    elif isinstance(backends, Iterable):
+        plain = {name: {} for name in backends}
+    else:
+        plain = {None: {}}
+    if not all(isinstance(name, str) and isinstance(options, Mapping) for name, options in plain.items()):
+        raise ConfigError(
+            f"trackhub.local: backends: expected names, or a mapping of names to options, such as "
+            f"{{'jsonl': {{}}}}; got {backends!r}"
+        )
+    return plain
 
 
 def _start(

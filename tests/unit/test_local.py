@@ -461,3 +461,25 @@ def test_a_start_that_fails_with_the_journal_open_leaves_no_lock(
     with open_local(tmp_path, job="j") as writer:
         writer.log({"a": 1.0})
     assert len(lines(writer)) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"backends": {"jsonl": {"pth": "x"}}},
+        {"backends": {"tensorboard": {"logdir": 3}}},
+        {"backends": ["jsonl", "nope"]},
+        {"backends": {"jsonl": {}, "wandb": {"mode": "onlin"}}},
+        {"backends": {"jsonl": 3}},
+        {"backends": 3},
+        {"backends": ["jsonl"], "site": ""},
+        {"backends": ["jsonl"], "site": 3},
+        {"backends": ["jsonl"], "tags": "one"},
+        {"backends": ["jsonl"], "limits": {"deadline_s": 3}},
+    ],
+)
+def test_a_wrong_argument_is_an_error_that_leaves_no_folder(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        trackhub.local(folder=tmp_path / "runs", **arguments)
+
+    assert [path.name for path in tmp_path.rglob("*") if path.name not in ("runs",)] == []

@@ -33,7 +33,7 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver_start_and_end import END_S, end_lanes, make_report, store_start
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport
 from trackhub.delivery.report_text import leave_report
-from trackhub.delivery.set_up_backend import set_up_backend
+from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.delivery.turn_away_when_busy import Admission
 from trackhub.delivery.wire import (
@@ -180,11 +180,8 @@ class Receiver:
             self._try_at = time.monotonic() + _TRY_EVERY_S
             self._state = _WAITING
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
-        return set_up_backend(name, options, workdir=self._run_dir / name, job=self.job, side=self._side)
-
     def _open(self, *, from_start: bool, wait_s: float) -> None:
-        backends = {name: self._load(name, options) for name, options in self._backends.items()}
+        backends = set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
         journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability,
             wait_s=wait_s,

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a job's backend: imports its plugin, makes its folder, and gives it its options. The receiver calls it."""
+"""Makes a job's backends: imports their plugins, makes their folders, and gives them their options.
+
+The receiver calls it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +18,63 @@ from trackhub.job_and_run_info import JobInfo, Side
 from trackhub.plain_files import make_private_folder
 from trackhub.spi import Backend, BackendContext
 
-__all__ = ["set_up_backend"]
+__all__ = ["set_up_backends"]
 
 
-def set_up_backend(name: str, options: Mapping[str, Any], *, workdir: Path, job: JobInfo, side: Side) -> Backend[Any]:
-    """Return the backend of this name, set up for a job. Its own check, ``preflight``, comes later.
+def set_up_backends(
+    backends: Mapping[str, Mapping[str, Any]], *, run_dir: Path, job: JobInfo, side: Side
+) -> dict[str, Backend[Any]]:
+    """Return the backends of a job by name, set up for it. Their own check, ``preflight``, comes later.
+
+    All options are checked before the first folder is made. If a backend cannot be set up, no empty folder is left.
 
     Args:
-        name: the backend's name.
-        options: its options, as the job gives them.
-        workdir: the backend's folder. If a full disk keeps it from being made, its lane makes it later.
+        backends: the options of each backend, as the job gives them, by the backend's name.
+        run_dir: the job's run folder. Each backend gets the folder of its name there. If a full disk keeps that from
+            being made, the backend's lane makes it later.
         job: the job.
         side: where the receiver is.
 
     Raises:
-        ConfigError: the backend is unknown, an option is wrong, or the folder cannot be made.
-        PluginError: the plugin cannot be used.
-        OSError: the environment, such as a full disk, keeps the plugin from being set up.
+        ConfigError: a backend is unknown, an option is wrong, or a folder cannot be made.
+        PluginError: a plugin cannot be used.
+        OSError: the environment, such as a full disk, keeps a plugin from being set up.
     """
-    cls = registry.load(name)
+    planned: dict[str, tuple[type[Backend[Any]], Any]] = {}
+    for name, options in backends.items():
+        with _plugin_errors(name):
+            cls = registry.load(name)
+            planned[name] = cls, registry.build_options(name, cls, options)
+    found = {}
+    made = [folder for folder in (run_dir, *(run_dir / name for name in planned)) if not folder.exists()]
     try:
-        try:
-            make_private_folder(workdir)
-        except OSError as e:
-            if not is_environment_trouble(e):
-                raise ConfigError(
-                    f"the folder {workdir} for the files of backend {name!r} cannot be made: {e}. Give another folder"
-                ) from e
-        return cls(registry.build_options(name, cls, options), BackendContext(workdir, job, side))
+        for name, (cls, built) in planned.items():
+            with _plugin_errors(name):
+                _make_folder(run_dir / name, name)
+                found[name] = cls(built, BackendContext(run_dir / name, job, side))
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # it was not made, or is not empty
+                folder.rmdir()
+        raise
+    return found
+
+
+def _make_folder(folder: Path, name: str) -> None:
+    try:
+        make_private_folder(folder)
+    except OSError as e:
+        if not is_environment_trouble(e):
+            raise ConfigError(
+                f"the folder {folder} for the files of backend {name!r} cannot be made: {e}. Give another folder"
+            ) from e
+
+
+@contextlib.contextmanager
+def _plugin_errors(name: str) -> Iterator[None]:
+    """Name the backend in an error of its plugin."""
+    try:
+        yield
     except (ConfigError, PluginError):
         raise
     except Exception as e:
