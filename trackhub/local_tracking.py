@@ -55,6 +55,7 @@ class _Delivery:
     Attributes:
         spool: the spool's folder.
         sender: the started sender, which sends the spool to the receiver.
+        report: the delivery report, also of an end that was interrupted; None before.
     """
 
     def __init__(self, spool: Path, receiver: Receiver, sender: Sender, close_s: float) -> None:
@@ -68,6 +69,7 @@ class _Delivery:
         """
         self.spool = spool
         self.sender = sender
+        self.report: DeliveryReport | None = None
         self._receiver = receiver
         self._close_s = close_s
 
@@ -91,8 +93,8 @@ class _Delivery:
             deadline_s = 0.0
             raise
         finally:
-            report = self._receiver.finish(status, deadline_s=deadline_s)
-        return report
+            self.report = self._receiver.finish(status, deadline_s=deadline_s)
+        return self.report
 
 
 class LocalWriter(Writer):
@@ -157,6 +159,11 @@ class LocalWriter(Writer):
             self.report = self._delivery.end(RunStatus.FAILED if failed else RunStatus.FINISHED)
         except Exception as e:  # noqa: BLE001  # a damaged journal or a full disk; training has ended well
             self._warn_of_end(f"{type(e).__name__}: {e}")
+        except BaseException:  # Ctrl-C, or the script's own signal handler: what is left stays on the disk
+            report = self._delivery.report  # of a site that the receiver never heard, it says nothing
+            if report is None or not report.sites or not report.is_complete():
+                _say(f"interrupted before all was delivered; `trackhub replay {self.folder}` delivers what is left")
+            raise
         else:
             if self.report.error:
                 self._warn_of_end(self.report.error)
@@ -185,10 +192,8 @@ class LocalWriter(Writer):
             failed: end the run as failed.
         """
         self._ends_with_script = True
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             self.close(failed=failed)
-        except KeyboardInterrupt:
-            _say(f"interrupted; `trackhub replay {self.folder}` delivers what is left")
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

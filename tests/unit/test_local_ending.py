@@ -249,3 +249,25 @@ def test_with_tracking_turned_off_nothing_is_recorded_and_no_folder_made(
     assert writer.report is None
     assert not os.path.lexists(tmp_path / "runs")
     assert caplog.text == ""
+
+
+def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "j" / "trackhub" / "spool").mkdir(parents=True)
+    lock = ProcessLock.open(tmp_path / "j" / "trackhub" / "spool" / "local.lock")  # so that the sender cannot send
+    writer = trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST)
+    writer.log({"a": 1.0}, 0)
+    assert writer._delivery is not None
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    close = writer._delivery.sender.close
+    monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    close(0.5)
+    lock.release()
+
+    assert f"`trackhub replay {tmp_path / 'j'}` delivers what is left" in capsys.readouterr().err

@@ -20,8 +20,12 @@ import pytest
 import trackhub
 from tests.unit.helpers import batch_of
 from trackhub.delivery.journal.journal import Journal
+from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.chart_values import groups
+from trackhub.page.collect import RunData, _finished
+from trackhub.page.downsample import Series
 from trackhub.page.render import write_report
+from trackhub.page.table_and_media_values import rounds_of
 from trackhub.records import Metrics, Params, Payload, Record, Summary
 
 pytest.importorskip("plotly", reason="plotly is not installed; it is in the extra report")
@@ -30,7 +34,7 @@ HOSTILE = [
     "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", '" onmouseover="alert(3)', "{{ 7 * 7 }}",
     "<!--<script>", "javascript:alert(4)", "a\u202eb", "&lt;b&gt;",
 ]  # fmt: skip
-VOID = {"meta", "img", "input", "br"}
+VOID = {"meta", "img", "input", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -44,7 +48,8 @@ class Page(HTMLParser):
         self.headings: list[str] = []
         self.text = ""
         self._open: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
         data = next(i for i, (tag, attrs) in enumerate(self.named("script")) if attrs.get("id") == "data")
         self.data: dict[str, Any] = json.loads(self.scripts[data])
 
@@ -299,6 +304,58 @@ def test_of_very_many_rounds_a_line_keeps_its_peaks(tmp_path: Path) -> None:
     (line,) = page.charts("lines")["k"]["lines"]
     assert len(line["r"]) == len(line["ry"]) <= 2000
     assert (line["r"][0], line["r"][-1], line["r"][line["ry"].index(1.0)]) == (0, 3999, 2345)
+
+
+def test_several_paths_give_one_page_with_each_job_once(tmp_path: Path) -> None:
+    a, b = (job(tmp_path / name, {"s1": accuracy(A)}, name) for name in "ab")
+    job(tmp_path / "c", {"s1": accuracy(A)}, "c")
+
+    write_report([b, a, tmp_path / "a"], tmp_path / "page.html")
+
+    assert Page(tmp_path / "page.html").data["jobs"] == ["a", "b"]
+
+
+def test_what_trackhub_captured_itself_stands_apart_from_what_the_scripts_logged(tmp_path: Path) -> None:
+    for name, host in (("a", "x"), ("b", "y")):
+        job(tmp_path, {"s1": [Params({"lr": 0.1, "context/machine/host": host}), (0, Metrics({"loss": 1.0}))]}, name)
+
+    page = page_of(tmp_path)
+
+    assert page.row("Job")[2] == "Started", "no param of the scripts differs"
+    assert [heading for heading in page.headings if "differ" in heading] == ["Facts that differ"]
+    assert page.row("context/machine/host")[1:] == ["x", "y"]
+    assert "What trackhub captured itself: 1 facts" in page.text
+
+
+def test_a_long_key_is_broken_between_its_parts_only(tmp_path: Path) -> None:
+    job(tmp_path, {"s1": [Params({"model/layer_norm": 1, "a<b/c": 2})]})
+
+    text = page_of(tmp_path).source
+
+    assert "model/<wbr>layer_<wbr>norm" in text
+    assert "a&lt;b/<wbr>c" in text
+
+
+@pytest.mark.parametrize(("seconds", "is_marked"), [((12.0, 11.0), False), ((18.0, 6.0), True)])
+def test_a_site_is_marked_as_slowest_only_if_it_is_clearly_slower(
+    tmp_path: Path, seconds: tuple[float, float], is_marked: bool
+) -> None:
+    run = RunData(0, FEDERATION)
+    sites = [RunData(0, "s1"), RunData(0, "s2")]
+    for site, taken in zip(sites, seconds, strict=True):
+        series = Series()
+        for r in range(3):
+            series.add(r, r, 0.0, taken)
+        run.metrics[f"fl/result_after_seconds/{site.site}"] = _finished(series, 100)
+    run.metrics["fl/waited_for_seconds/s1"] = run.metrics["fl/result_after_seconds/s1"]
+
+    found = rounds_of([run, *sites])
+
+    assert found is not None
+    assert [(site["slowest"], site["mostly_slowest"], site["slow"]) for site in found["sites"]] == [
+        (3, is_marked, is_marked),
+        (0, False, False),
+    ]
 
 
 def test_the_command_writes_the_page_and_says_where_it_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ changing them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find_journals_and_spools import find
+from trackhub.delivery.journal.find_journals_and_spools import find_all
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import Counted, RunReport, SiteReport
 from trackhub.delivery.report_text import (
@@ -81,9 +81,9 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     dropped, refused, refused_here, rejected, altered and explained are counts by reason. altered counts
     values, not records. What cannot be read has only path and error.
     """
-    found = [find(path) for path in paths]
-    journals = [_or_error(file, journal_status) for file in _once(part.journals for part in found)]
-    spools = [_or_error(folder, spool_status) for folder in _once(part.spools for part in found)]
+    found = find_all(paths)
+    journals = [_or_error(journal, journal_status) for journal in found.journals]
+    spools = [_or_error(spool, spool_status) for spool in found.spools]
     if as_json:
         print_json({"version": JSON_VERSION, "journals": journals, "spools": spools})
     else:
@@ -98,11 +98,6 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
         print_error(error)
     if errors or any(part["problems"] for part in (*journals, *spools)):
         sys.exit(1)
-
-
-def _once(found: Iterable[Sequence[Path]]) -> list[Path]:
-    """Return each path once, in order. Of several arguments, one may lie in another."""
-    return list({path.resolve(): path for part in found for path in part}.values())
 
 
 def journal_status(path: Path) -> dict[str, Any]:

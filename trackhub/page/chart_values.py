@@ -48,7 +48,10 @@ def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> li
                 lines = [(run, about, run.metrics[key]) for about, key in chart.lines.items()]
                 found.setdefault(chart.key, []).extend(lines)
     # There are many charts about how the federation ran, so the page shows them folded.
-    return [_chart(key, lines, began) | {"is_about_the_run": key.startswith("fl/")} for key, lines in found.items()]
+    return [
+        _chart(key, lines, began) | {"is_about_the_run": key.startswith("fl/"), "of_federation": True}
+        for key, lines in found.items()
+    ]
 
 
 def _chart(key: str, found: Sequence[tuple[RunData, str, SeriesData]], began: Mapping[int, float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +38,15 @@ MAX_JOBS = 12
 _MAX_POINTS = 2000
 _ALL_POINTS = 240_000
 _MIN_POINTS = 20
+_KEY_PARTS = re.compile(r"(?<=[/_.:])(?=.)")
 _HERE = Path(__file__).parent
 
 
-def write_report(path: str | Path, to: str | Path) -> list[str]:
-    """Write the report page of the jobs at or under a path. An existing file is replaced.
+def write_report(path: str | Path | Sequence[str | Path], to: str | Path) -> list[str]:
+    """Write the report page of the jobs at or under one or more paths. An existing file is replaced.
 
     Args:
-        path: as for `trackhub.load`.
+        path: as for `trackhub.load`; or a list of such paths.
         to: the HTML file.
 
     Returns:
@@ -61,7 +63,8 @@ def write_report(path: str | Path, to: str | Path) -> list[str]:
         raise ConfigError(f"the report needs {e.name}; install the extra: pip install 'flare-trackhub[report]'") from e
     target = Path(to)
     partial = target.with_name(f".{target.name}.part")
-    with read_jobs(path) as found:
+    paths = [path] if isinstance(path, str | Path) else path
+    with read_jobs(*paths) as found:
         numbered = dict(enumerate(found[-MAX_JOBS:]))
         runs = sorted(collect(numbered, _MAX_POINTS), key=lambda run: (run.job, _natural(run.site)))
         context = _context(numbered, runs)
@@ -74,6 +77,7 @@ def write_report(path: str | Path, to: str | Path) -> list[str]:
     )  # fmt: skip
     environment.filters.update(number=number, duration=duration, moment=moment, size=size)
     environment.filters["json"] = _script_json
+    environment.filters["breakable"] = _breakable
     page = environment.get_template("report.html").stream(
         **context,
         css=(_HERE / "report.css").read_text(encoding="utf-8"),
@@ -124,8 +128,9 @@ def _context(jobs: dict[int, StoredJob], runs: list[RunData]) -> dict[str, Any]:
         ],
         "finals": table_and_media_values.final_values(runs),
         "labels": [table_and_media_values.label_of(run, names) for run in runs if run.site != FEDERATION],
-        "params": table_and_media_values.settings(runs, names, "params"),
-        "tags": table_and_media_values.settings(runs, names, "tags"),
+        "params": table_and_media_values.settings(runs, names, "params", captured=False),
+        "tags": table_and_media_values.settings(runs, names, "tags", captured=False),
+        "captured": table_and_media_values.settings(runs, names, "params", captured=True),
         "summary": table_and_media_values.settings(runs, names, "summary"),
         "media": table_and_media_values.media(jobs, runs, names),
         "delivery": table_and_media_values.deliveries(list(jobs.values()), names),
@@ -174,6 +179,13 @@ def _left_out(jobs: int, runs: Sequence[RunData], images: int) -> list[str]:
     if images:
         found.append(f"{images:,} images are not shown: too many, too large, missing, or neither PNG nor JPEG.")
     return found
+
+
+def _breakable(key: str) -> Any:
+    """Return a key, escaped, that a browser breaks into lines after a part of it and not within a word."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in _KEY_PARTS.split(key))
 
 
 def _script_json(value: Any) -> Any:

@@ -32,8 +32,19 @@
     return longest > 10800 ? [3600, "hours"] : longest > 180 ? [60, "minutes"] : [1, "seconds"];
   }
 
-  function points(line, seconds) {
-    if (state.axis === "round" && line.r.length) return [line.r, line.ry];
+  // The federation run logs once a round, with the round as its step.
+  const isByRound = (chart, line) => line.r.length > 0 && (state.axis === "round" || (state.axis === "step" && chart.of_federation));
+
+  function axisTitle(chart, unitName) {
+    if (state.axis === "time") return `${unitName} since the start`;
+    const byRound = chart.lines.filter((line) => isByRound(chart, line)).length;
+    const others = chart.lines.some((line) => line.x.some((x) => x !== null)) ? "step" : "log call";
+    if (byRound === chart.lines.length) return "round";
+    return byRound ? `round, or ${others} of lines without rounds` : others;
+  }
+
+  function points(chart, line, seconds) {
+    if (isByRound(chart, line)) return [line.r, line.ry];
     if (state.axis === "time") return sorted(line.t.map((t) => t / seconds), line.y);
     const steps = line.x.map((x, i) => (x === null ? i : x));
     return sorted(steps, line.y);
@@ -50,7 +61,7 @@
   function lineTraces(chart) {
     const [seconds, name] = unit(chart);
     const traces = chart.lines.map((line) => {
-      const [x, y] = points(line, seconds);
+      const [x, y] = points(chart, line, seconds);
       return {
         x, y, name: plain(label(line)), visible: shown(line), type: "scatter",
         mode: x.length < 2 ? "markers" : x.length <= 40 ? "lines+markers" : "lines", marker: { size: x.length < 2 ? 7 : 4 },
@@ -58,9 +69,7 @@
         hovertemplate: "%{y:.5g}",
       };
     });
-    const hasRounds = chart.lines.some((line) => line.r.length);
-    const title = state.axis === "time" ? `${name} since the start` : state.axis === "round" && hasRounds ? "round" : "step";
-    return [traces, title];
+    return [traces, axisTitle(chart, name)];
   }
 
   function bandTraces(chart) {
@@ -95,6 +104,8 @@
 
   const makers = { lines: lineTraces, band: bandTraces, histogram: histogramTraces };
 
+  const isWhole = (title) => /^(round|step|log call)/.test(title);
+
   function draw(place) {
     const element = drawn.get(place), chart = data.charts[place];
     const [traces, title] = makers[chart.type](chart);
@@ -107,14 +118,14 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: css("--ink") },
       hovermode: "x unified", dragmode: coarse ? false : "zoom",
       hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), size: 12 }, namelength: 40 },
-      xaxis: { ...axis, showgrid: false, title: { text: title, font: { size: 12, color: css("--soft") }, standoff: 6 }, hoverformat: title === "step" || title === "round" ? "d" : ".3~f" },
+      xaxis: { ...axis, showgrid: false, title: { text: title, font: { size: 12, color: css("--soft") }, standoff: 6 }, hoverformat: isWhole(title) ? "d" : ".3~f" },
       yaxis: { ...axis, type: state.log && chart.type !== "histogram" ? "log" : "linear" },
       height: element.clientHeight || 230,
     };
     if (state.printing) layout.width = 330;
     const ends = traces.flatMap((trace) => (trace.x.length ? [trace.x[0], trace.x[trace.x.length - 1]] : []));
     // Ticks stand at whole rounds and steps only: there is no round 0.5.
-    if ((title === "round" || title === "step") && Math.max(...ends) - Math.min(...ends) <= 8) layout.xaxis.dtick = 1;
+    if (isWhole(title) && Math.max(...ends) - Math.min(...ends) <= 8) layout.xaxis.dtick = 1;
     Plotly.react(element, traces, layout, { displayModeBar: false, displaylogo: false, responsive: true });
   }
 

@@ -14,7 +14,7 @@ from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
 from trackhub.delivery.report_text import format_altered, format_confirmed, format_counted, format_logged, format_status
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.collect import Logged, RunData
-from trackhub.page.federation import members, participation
+from trackhub.page.federation import Participation, members, participation
 from trackhub.page.numbers import number
 from trackhub.query import StoredJob
 from trackhub.query.tidy import text_of
@@ -25,8 +25,12 @@ MAX_IMAGE_BYTES = 2 << 20
 MAX_IMAGES_BYTES = 12 << 20
 MAX_TABLE_ROWS = 50
 SLOW = 1.5
-"""A site is called slow if its typical round takes this many times as long as that of the median site."""
+"""A site is called slow if its typical round takes this many times as long as that of the median site.
 
+Only then the page highlights that it was mostly the slowest: of sites that take nearly as long, one always is.
+"""
+
+_CAPTURED = ("context/", "source.git.")  # `trackhub.flare.log_job_context` makes these params and tags
 _MAX_TEXT_CHARS = 4000
 _MAX_CELL_CHARS = 300
 _MAX_TILES = 40
@@ -86,8 +90,8 @@ def rounds_of(runs: Sequence[RunData]) -> dict[str, Any] | None:
             "slowest": site.slowest,
             "typical_s": site.typical_s,
             "factor": site.factor,
-            "slow": site.factor is not None and site.factor >= SLOW,
-            "mostly_slowest": site.slowest is not None and site.slowest > len(rounds) / 2,
+            "slow": _is_slow(site),
+            "mostly_slowest": _is_slow(site) and site.slowest is not None and site.slowest > len(rounds) / 2,
             "absent": len(site.rounds) < len(rounds),
         }
         for site in found
@@ -100,6 +104,10 @@ def rounds_of(runs: Sequence[RunData]) -> dict[str, Any] | None:
         "timed": any(site.typical_s is not None for site in found),
         "is_logged": found[0].is_logged,
     }
+
+
+def _is_slow(site: Participation) -> bool:
+    return site.factor is not None and site.factor >= SLOW
 
 
 def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -123,7 +131,11 @@ def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def settings(
-    runs: Sequence[RunData], names: Sequence[str], what: Literal["params", "tags", "summary"]
+    runs: Sequence[RunData],
+    names: Sequence[str],
+    what: Literal["params", "tags", "summary"],
+    *,
+    captured: bool | None = None,
 ) -> dict[str, Any]:
     """Return the values that differ, with a column for each job or run, and the values that are the same everywhere.
 
@@ -133,8 +145,16 @@ def settings(
         runs: the runs of all jobs.
         names: what the page calls each job.
         what: which of a run's values.
+        captured: only those that trackhub captured itself, or only those that the scripts logged; None for all.
     """
-    values = [{key: _short(text_of(v)) for key, v in getattr(run, what).items()} for run in runs]
+    values = [
+        {
+            key: _short(text_of(v))
+            for key, v in getattr(run, what).items()
+            if captured is None or key.startswith(_CAPTURED) == captured
+        }
+        for run in runs
+    ]
     having = [(run, found) for run, found in zip(runs, values, strict=True) if found]
     keys = sorted({key for _, found in having for key in found})
     differing = [key for key in keys if len({found.get(key) for _, found in having}) > 1]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import NamedTuple, overload
 
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.delivery.journal.find_journals_and_spools import find
+from trackhub.delivery.journal.find_journals_and_spools import find_all
 from trackhub.delivery.report import RUNNING, DeliveryReport
 from trackhub.delivery.report_text import format_counted, format_job
 from trackhub.errors import ConfigError, JournalError
@@ -189,22 +189,22 @@ class StoredJobs(Sequence[StoredJob]):
         return found
 
 
-def read_jobs(path: str | Path) -> StoredJobs:
-    """Return the jobs at or under a path, the oldest first.
+def read_jobs(*paths: str | Path) -> StoredJobs:
+    """Return the jobs at or under one or more paths, the oldest first.
 
     Args:
-        path: a journal (``trackhub.db``); a run folder, of a job, a server or a site; a folder of many jobs; or what
-            ``download_job`` of FLARE made.
+        paths: each a journal (``trackhub.db``); a run folder, of a job, a server or a site; a folder of many jobs; or
+            what ``download_job`` of FLARE made.
 
     Raises:
-        ConfigError: there is no journal at or under the path.
+        ConfigError: there is no journal at or under the paths.
         JournalError: none of the journals can be read.
     """
-    found = find(Path(path))
+    found = find_all(map(Path, paths))
     if not found.journals:
         raise ConfigError(
-            f"there is no journal at or under {path}, only a spool, with records that no receiver has yet. "
-            "`trackhub replay` delivers them"
+            f"there is no journal at or under {', '.join(map(str, paths))}, only a spool, with records that no "
+            "receiver has yet. `trackhub replay` delivers them"
         )
     by_job: dict[str, list[JournalFile]] = {}
     errors = []

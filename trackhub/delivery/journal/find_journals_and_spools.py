@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from trackhub.delivery.report import REPORT_NAME
 from trackhub.errors import ConfigError
 from trackhub.process_lock import is_free
 
-__all__ = ["Found", "find", "find_interrupted", "is_interrupted"]
+__all__ = ["Found", "find", "find_all", "find_interrupted", "is_interrupted"]
 
 _SPOOL_MARK = "spool.json"
 """The file that makes a folder a spool."""
@@ -56,6 +57,22 @@ def find(path: Path) -> Found:
             f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
         )
     return Found(sorted(journals), sorted(spools))
+
+
+def find_all(paths: Iterable[Path]) -> Found:
+    """Return what `find` finds at each of these paths, each journal and spool once, in the order of the paths.
+
+    Raises:
+        ConfigError: as for `find`, of any path.
+    """
+    journals: dict[Path, Path] = {}
+    spools: dict[Path, Path] = {}
+    for path in paths:
+        found = find(path)
+        for known, parts in ((journals, found.journals), (spools, found.spools)):
+            for part in parts:
+                known.setdefault(part.resolve(), part)  # one path may lie in another
+    return Found([*journals.values()], [*spools.values()])
 
 
 def find_interrupted(folder: Path) -> list[Path]:
