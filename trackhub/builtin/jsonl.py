@@ -16,8 +16,8 @@ is not a record. JSON has no NaN and no infinities:
 
 - In metrics and histograms, where only numbers can stand, they are the strings ``"NaN"``, ``"Infinity"`` and
   ``"-Infinity"``.
-- In params, summaries and tables, where a string may be just that, they are ``{"$float": "NaN"}`` and so on. A key in
-  params and summaries that begins with ``$`` begins with ``$$``.
+- In params, summaries and tables, where a logged string may look the same, they are ``{"$float": "NaN"}`` and so on. A
+  key in params and summaries that begins with ``$`` gets a second ``$``.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class JsonlBackend(Backend[JsonlOptions]):
 
     spi = 1
     contract = 1
-    # What is not claimed here, the core rejects or changes before it reaches this backend. The kinds are written out:
-    # a later trackhub may have more, which this code does not know.
+    # The core rejects or changes whatever is not claimed here, before it reaches this backend. The kinds are written
+    # out, since a later trackhub may have more, which this code does not know.
     capabilities = Capabilities(
         kinds=frozenset(
             {
@@ -163,9 +163,9 @@ class JsonlBackend(Backend[JsonlOptions]):
 
 
 class JsonlRun(BackendRun):
-    """A file to which lines are appended. When ``write`` returns, the operating system has them.
+    """A file to which lines are appended. When ``write`` returns, they survive the death of this process.
 
-    Then they survive the death of this process. No file stays open between two calls.
+    No file stays open between two calls.
     """
 
     def __init__(self, path: Path, info: RunInfo) -> None:
@@ -195,7 +195,7 @@ class JsonlRun(BackendRun):
 
         Raises:
             TransientError: the file system refuses.
-            PermanentError: an entry can never be stored. Nothing of the batch is.
+            PermanentError: an entry can never be stored. Then nothing of the batch is stored.
         """
         try:
             # Entries that the file holds already come again after a write that failed half-way.
@@ -231,10 +231,7 @@ class JsonlRun(BackendRun):
             raise TransientError(f"cannot finish {self._path}: {error}") from error
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Append lines.
-
-        They are made after an unfinished line is cut off: only then it is known which entries the file has.
-        """
+        """Append lines. Reads ``lines`` after it has cut off an unfinished line: only then ``_next`` is right."""
         if self._torn:
             self._recover()
         content = b"".join(_encode(line) + b"\n" for line in lines)
@@ -306,7 +303,7 @@ def _store_job(path: Path, job: JobInfo) -> None:
 
 
 def _plain(value: Any, *, tagged: bool) -> Any:
-    """Return the value with NaN and infinities as strings, or as tagged ones where a string may be just that."""
+    """Return the value with NaN and infinities as strings. With ``tagged``, logged strings never look the same."""
     if isinstance(value, dict):
         return {"$" * (tagged and key[:1] == "$") + key: _plain(item, tagged=tagged) for key, item in value.items()}
     if isinstance(value, list):

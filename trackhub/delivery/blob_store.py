@@ -34,7 +34,7 @@ _MAX_UNNAMED = 4096
 _MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 
 _UNNAMED = ".new"
-"""The end of the name of a whole blob until a record refers to it. So one that a killed receiver left is recognised."""
+"""The end of a whole blob's file name until a record refers to the blob. It shows what a killed receiver left."""
 
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
@@ -76,7 +76,7 @@ class BlobStore:
         return next((name for name in names if not self.has(site, name)), None)
 
     def note_named(self, site: str, names: Iterable[str]) -> None:
-        """Give these blobs their names, since records of the site refer to them and are about to be stored.
+        """Give the files of these blobs their final names. Call it before the records that refer to them are stored.
 
         Raises:
             OSError: a file cannot be renamed.
@@ -147,7 +147,7 @@ class BlobStore:
             filename: the file's name, from which its media type is guessed.
 
         Raises:
-            OSError: it cannot be read, or not be written.
+            OSError: the file cannot be read, or the copy cannot be written.
         """
         folder = self.folder(site)
         make_private_folder(folder)

@@ -9,7 +9,7 @@ The check has three parts:
 3. What a type cannot say: kinds, keys, numbers, shapes, and names of blobs. This module checks it.
 
 A record that fails is refused alone, and is counted by reason. A batch is refused as a whole if its numbers do not
-agree with its frames, or if a gap fails the check: nobody can tell then which records the batch holds.
+agree with its frames, or if a gap fails the check. Then nobody can tell which records the batch holds.
 
 ==================  ================================================================================
 reason              the record is refused, because
@@ -204,7 +204,8 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
             if payload.blob.size > MAX_IMAGE_BYTES:
                 raise RefusedRecordError("too_large", f"an image of {payload.blob.size} bytes; limit {MAX_IMAGE_BYTES}")
             if len(payload.caption) > MAX_CAPTION_CHARS:
-                raise RefusedRecordError("too_large", f"a caption of {len(payload.caption)} characters")
+                detail = f"a caption of {len(payload.caption)} characters; limit {MAX_CAPTION_CHARS}"
+                raise RefusedRecordError("too_large", detail)
             if payload.blob.media_type not in IMAGE_TYPES:
                 raise RefusedRecordError("bad_image", f"it is {payload.blob.media_type[:80]!r}; expected PNG or JPEG")
     elif isinstance(payload, Histogram):
@@ -221,7 +222,8 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
             raise RefusedRecordError("bad_value", "table: expected one cell for each column in each row")
         for cell in itertools.chain.from_iterable(payload.rows):
             if cell is not None and type(cell) not in (str, float, int, bool):
-                raise RefusedRecordError("bad_value", f"table: a cell is a {type(cell).__name__}")
+                detail = f"table: a cell is a {type(cell).__name__}; expected str, int, float, bool or None"
+                raise RefusedRecordError("bad_value", detail)
 
 
 def _is_filename(name: str) -> bool:
@@ -249,7 +251,7 @@ def _check_value(value: Any, depth: int, room: _Room) -> None:
 
 
 def check_blob(payload: Image | Artifact, path: Path) -> None:
-    """Check the file of a blob: its size and, for an image, its header. No decoder may see it before.
+    """Check the file of a blob: its size and, for an image, its header. Call it before a decoder reads the file.
 
     Raises:
         RefusedRecordError: a site may not send this record.
@@ -283,7 +285,7 @@ def examine(
         keys: the keys that the site has used.
         path_of: returns the file of a blob by its name; None if it is not there yet.
         on_metrics: called with the keys and the records of all accepted metrics, piece by piece in their order. None
-            if nobody needs them. The batch may be refused all the same.
+            if nobody needs them. The batch may still be refused afterwards.
 
     Returns:
         The contents of the batch, or the reason why the whole batch is refused.

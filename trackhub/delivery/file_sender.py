@@ -97,8 +97,8 @@ class _Held:
 class FileSender:
     """Sends the files of one site, one piece at a time. Used by the sender's thread.
 
-    The receiver says how much of a file it has, and the sender goes on from there. So a restart of either side costs no
-    piece twice. A file that the receiver does not have whole stays in the spool.
+    The receiver says how much of a file it has, and the sender goes on from there. So a restart of either side repeats
+    no piece that has arrived. A file that the receiver does not have whole stays in the spool.
     """
 
     def __init__(self, reader: SpoolReader, exchange: Exchange, max_bytes: int) -> None:

@@ -102,8 +102,7 @@ class JobSites:
         Args:
             site: the site's name.
             job: how the job ended.
-            was_killed: whether the job's processes were killed. Then the site's own final message counts, if there was
-                one.
+            was_killed: whether the job's processes were killed. Then the site's own final message counts, if it came.
         """
         if was_killed and site in self._failed:
             return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED

@@ -34,7 +34,7 @@ class Session:
         return Hello(session=self.name, streams=streams)
 
     def keep_alive(self, counts: SiteCounts) -> KeepAlive:
-        """Return a sign of life."""
+        """Return the message that says that the site still runs."""
         return KeepAlive(counts, self.name, next(self._numbers))
 
     def final(self, counts: SiteCounts, *, failed: bool) -> Final:

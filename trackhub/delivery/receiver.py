@@ -163,7 +163,8 @@ class Receiver:
         Raises:
             ConfigError: a backend or an option is unknown, or a backend cannot be used as configured.
             PluginError: the plugin of a backend cannot be used.
-            JournalError: the journal cannot be opened, not because of the environment, or is of another job or side.
+            JournalError: the journal is in use, damaged, or of another job or side. For a replay, also if the
+                environment keeps it from being opened.
             OSError: for a replay, the environment keeps a backend from being set up.
         """
         try:
@@ -227,7 +228,7 @@ class Receiver:
         self._lanes = [self._lane(name, backend, journal) for name, backend in backends.items()]
 
     def _try_again(self) -> None:
-        """Start, if the receiver waits for that and the pause is over. Another thread may be trying it: do nothing."""
+        """Start if the receiver still waits and the pause is over. Do nothing if another thread is starting it."""
         if not self._opening.acquire(blocking=False):
             return
         try:
@@ -240,7 +241,7 @@ class Receiver:
             self._opening.release()
 
     def _try_last_time(self, deadline_s: float) -> None:
-        """Start now, if the receiver still waits for that. Raise JournalError if it cannot."""
+        """Start now if the receiver still waits. Raise JournalError if it cannot start."""
         with self._opening:  # another thread may be starting the receiver
             if self._state != _WAITING:
                 return
@@ -249,7 +250,7 @@ class Receiver:
             except Exception as e:
                 self._state = _CLOSED
                 raise JournalError(
-                    f"the receiver in {self.folder} never could start: {e}. The sites' records are in their spools"
+                    f"the receiver in {self.folder} never could start: {e}. The sites' spools keep their records"
                 ) from e
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:

@@ -72,7 +72,7 @@ def replay_journal(
     """Deliver what is pending in a journal, and return the new report. Blocks until all is delivered or time is over.
 
     Each lane goes on from its confirmed cursor. A backend that the job did not use gets the whole job. A replay may be
-    interrupted, by a signal or an exception too, and called again. A damaged journal is repaired first.
+    interrupted at any moment, and called again. A damaged journal is repaired first.
 
     Args:
         journal: the receiver's ``trackhub.db``. The job must have ended.
@@ -147,7 +147,7 @@ def replay_spool(
             _refuse_ways_out(spool.absolute())
         acked = _left_after_rewind(spool, cursor, journal)
         if acked is None:
-            with contextlib.suppress(SpoolError):  # it only says that no process logs to it
+            with contextlib.suppress(SpoolError):  # the mark only says that no process logs to the spool
                 close_spool(spool)
             return None
         info = read_spool_info(spool)
@@ -226,6 +226,7 @@ def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> di
 
 
 def _stands_in(journal: Path) -> bool:
+    """Return whether this is the path of a journal that replaces the server's."""
     return journal.parent.name == _STAND_IN
 
 
@@ -430,5 +431,5 @@ def _permitted(
 
 
 def _job_status(meta: Mapping[str, str]) -> RunStatus:
-    """Return how the job ended. It was killed if nobody could store that."""
+    """Return how the job ended. Without a stored status, it was killed."""
     return RunStatus(meta.get("status") or RunStatus.KILLED)

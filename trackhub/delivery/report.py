@@ -204,7 +204,7 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         return found + self.left_over()
 
     def left_over(self) -> list[str]:
-        """Return what a replay still has to do after the job, a phrase each. Empty if nothing is left, or it runs."""
+        """Return what a replay still has to do, a phrase each. Empty if nothing is left, or the job still runs."""
         if self.status == RUNNING:
             return []
         found = [f"{left:,} records are not delivered yet"] if (left := self.undelivered()) else []

@@ -2,7 +2,7 @@
 """Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
 
 `Sender` and `FileSender` make their requests through an `Exchange`. It gives up only when the sender is closing and its
-deadline has passed. `BatchPace` tells it how large a batch may be.
+deadline has passed. Its `BatchPace` says how large a batch may be, and how long to wait for the reply.
 """
 
 from __future__ import annotations

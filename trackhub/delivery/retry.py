@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long to wait before the next attempt. Senders wait so between requests, and lanes between calls of a backend."""
+"""How long to wait before the next attempt. Senders ask it between requests, and lanes between calls of a backend."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Sender:
         """Prepare a sender; ``start`` starts it.
 
         Args:
-            spool: the folder of a spool that `create_spool` made, or could not make yet, with ``cursor`` among its
+            spool: the folder of a spool that `create_spool` made, or could not make yet. ``cursor`` must be one of its
                 cursors.
             channel: carries the requests to the receiver. Called from the sender's thread alone.
             cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
@@ -395,8 +395,8 @@ class Sender:
             if reply is None:
                 return False
             if not isinstance(reply, Accepted) or reply.job != self._reader.info.job:
-                # It is the receiver of another job, or its journal begins in the middle of this job. So the sender
-                # sends all that the spool has.
+                # The receiver is of another job, or its journal begins in the middle of this job. So the sender sends
+                # all that the spool has.
                 self._session.may_ask = False
                 self._session.is_unsure = self._reader.has_lost_beginning()
                 return True
@@ -462,7 +462,7 @@ class Sender:
         try:
             self._reader.settle(batch, refused)
         except OSError as e:
-            again = "after a restart it sends again"
+            again = "after a restart, it sends these records again"
             self._warnings.warn("settle", f"site {self.site} cannot store how far it got: {e}; {again}")
 
     def _count(self, until: float | None = None) -> None:

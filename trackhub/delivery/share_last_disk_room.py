@@ -24,10 +24,11 @@ _FILE_BYTES = 4096
 
 
 class DiskRoom:
-    """Says who may store in the last part of the disk: 5 % of its space, 1 GiB at most, and of its inodes. Thread-safe.
+    """Says which sites may store in the last part of the disk. Thread-safe.
 
-    In that part, a site may store only if it has not stored more than the average of all sites. A site that is alone
-    may use all of it. A site that is expected and has stored nothing yet counts, too.
+    The last part is 5 % of the disk's space, but 1 GiB at most, and 5 % of its inodes. In that part, a site may store
+    only if it has not stored more than the average of all sites. A site that is alone may use all of it. A site that is
+    expected and has stored nothing yet counts, too.
     """
 
     def __init__(self, folder: Path, sites: Callable[[], Collection[str]]) -> None:

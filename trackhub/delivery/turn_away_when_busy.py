@@ -23,9 +23,9 @@ class Admission:
     A site sends its request again when the reply is late. Without this, the copies of a request that waits for a locked
     journal pile up in the transport's threads. FLARE's pool has 64 of them, for all that the job sends.
 
-    A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. A site
-    that crowds all the time has its next request here already when one is done. The next requests of other sites are
-    still on their way then, so the crowding site would get most turns. So it gets a turn only if it has had no more
+    A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. If a
+    site crowds all the time, its next request is here when its last one is done. The next requests of other sites are
+    still on their way then, and the crowding site would get most turns. So it gets a turn only if it has had no more
     turns than each other busy site.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts a sender's passes over its spool. `Sender` has one, and `Sender.flush` waits with it. Thread-safe."""
+"""Counts a sender's passes over its spool. `Sender` has one `SpoolPasses`, and `Sender.flush` waits with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["SpoolPasses"]
 
 
 class SpoolPasses:
-    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended.
+    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended. Thread-safe.
 
     Attributes:
         changed: the lock around the other attributes. It notifies when a pass ends, and when the sender ends.

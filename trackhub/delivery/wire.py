@@ -76,7 +76,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         refused: records that the receiver did not accept, by reason.
         acked: records that the receiver accepted.
         spooled: records that are still in the spool.
-        unreadable: records that are in the spool and that the site's sender cannot read: it may not, or the disk fails.
+        unreadable: records in the spool that the site's sender cannot read: it lacks the permission, or the disk fails.
         complete: False if the site may have logged more than it could count.
         altered: values, not records, by reason. They were left out of records that were delivered without them.
         at_source: whether the site records FLARE's own log calls where they are made, and not from FLARE's messages.
@@ -205,7 +205,7 @@ class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
     Attributes:
         counts: what became of the site's records.
-        failed: the site's training ended with an error.
+        failed: whether the site's training ended with an error.
         session, number: as in `KeepAlive`.
     """
 
@@ -260,7 +260,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
     detail: str = ""
 
     def for_log(self) -> tuple[str, str]:
-        """Return reason and detail for a log. A receiver may send any text, also such that a terminal obeys."""
+        """Return reason and detail for a log. A receiver may send control characters, which a terminal would obey."""
         return printable(self.reason), printable(self.detail)
 
 
@@ -288,7 +288,7 @@ def decode_request(data: bytes) -> Request:
     """Return the request in these bytes.
 
     Raises:
-        msgspec.DecodeError: they hold no request of a version that is known here, or one beyond the limits.
+        msgspec.DecodeError: they hold no request of a version that is known here, or a request beyond the limits.
     """
     if len(data) > MAX_REQUEST_BYTES:
         raise msgspec.ValidationError(f"it has {len(data)} bytes; the limit is {MAX_REQUEST_BYTES}")

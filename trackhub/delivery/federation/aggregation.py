@@ -38,7 +38,7 @@ _ALL_REPORTED = "fl/all_reported"
 _LATE = "fl/late_values"
 
 MAX_KEYS_OF_SITE = 1000
-"""How many keys of one site are aggregated. Each makes seven numbers a round in every backend."""
+"""How many keys of one site are aggregated. Each makes up to seven numbers a round in every backend."""
 
 MAX_KEYS = 5000
 """How many keys of all sites are aggregated."""
@@ -112,7 +112,7 @@ def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern that matches each key that one of these names. ``*`` means any characters, ``?`` means one."""
+    """Return one pattern for all of these; None if there are none. ``*`` means any characters, ``?`` means one."""
     joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
     return re.compile(joined) if joined else None
 
@@ -136,7 +136,7 @@ class _Keys:
     that counts its own steps is 0 as well.
 
     Attributes:
-        ignored: keys that need not be looked at: those that are not aggregated, without that of the weights.
+        ignored: keys that nobody needs to look at: all that are not aggregated, except for the key of the weights.
         is_default: whether no patterns were given.
         weight: the key of the weights; None for the number of steps in the facts.
         weight_is_refused: whether that key is not aggregated.
@@ -245,8 +245,8 @@ class Aggregation:
 
         Args:
             patterns: the keys to aggregate; None for the keys that are logged once a round.
-            weight: the key of the metric by which a site weighs in the weighted means of a round; None for the number
-                of training steps in the facts.
+            weight: the key of the metric that gives a site's weight in the weighted means of a round; None for the
+                number of training steps in the facts.
         """
         self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
@@ -310,7 +310,7 @@ class Aggregation:
 
         Args:
             site, key, value: what the site logged.
-            number: the round in which it did.
+            number: the round in which the site logged it.
             time: unix seconds of the row.
             step_is_round: it was logged with the round as its step.
         """
@@ -340,8 +340,8 @@ class Aggregation:
         if self._held_in_all >= _MAX_HELD or self._held[site] >= _MAX_HELD_OF_SITE:
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning("%d metrics of site %s wait for the end of their round; no more of it are aggregated",
-                             self._held[site], printable(site))  # fmt: skip
+                _log.warning("%d metrics of site %s wait for the end of their round; until then, further ones are not "
+                             "aggregated", self._held[site], printable(site))  # fmt: skip
             self._late += key is not None
             return
         current = self._round(number)
@@ -365,7 +365,7 @@ class Aggregation:
             current = self._rounds[number]
             self._release(current.values.pop(key, {}))
             if not (current.values or current.weights or current.is_announced or current.is_closed):
-                del self._rounds[number]  # else a site could have any number of them
+                del self._rounds[number]  # otherwise a site could fill the memory with empty rounds
 
     def _release(self, by_site: Mapping[str, float]) -> None:
         self._held.subtract(by_site.keys())
@@ -408,7 +408,7 @@ class Aggregation:
         return max(self._of_job(), default=0)
 
     def _of_job(self) -> list[int]:
-        """Return the job's rounds. A site may log any number as its round, so only without others they count."""
+        """Return the job's rounds. A site may log any round, so rounds of sites count only if none was announced."""
         announced = [number for number, current in self._rounds.items() if current.is_announced]
         return announced or list(self._rounds)
 

@@ -21,9 +21,10 @@ _MAX_MOMENTS = 10_000
 
 
 class Arrivals:
-    """Knows when the journal's rows were stored, to a tenth of a second. Thread-safe.
+    """Knows when the journal's rows were stored, at best to a tenth of a second. Thread-safe.
 
-    It keeps some moments, and the first row that was stored after each. With too many, it forgets every second one.
+    It keeps some moments, and the first row that was stored after each. If there are too many, it forgets every second
+    one, and becomes less exact.
     """
 
     def __init__(self, now: float) -> None:

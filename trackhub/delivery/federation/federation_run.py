@@ -51,7 +51,7 @@ class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     Attributes:
         aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
-        aggregate_weight: the key of the metric by which sites weigh in weighted means; None for the number of steps.
+        aggregate_weight: the key of the metric that gives a site's weight in weighted means; None for its steps.
     """
 
     aggregate: tuple[str, ...] | None = None
@@ -122,7 +122,7 @@ class FederationRun:
         self._thread.start()
 
     def digest(self) -> RowDigest:
-        """Return what takes the metrics of a batch while the gate looks at them. From any thread."""
+        """Return a digest, which takes the metrics of a batch while the gate checks them. Thread-safe."""
         return self._aggregation.digest()
 
     def notify(self, site: str, digest: RowDigest, records: int, row: int, stored: int) -> None:
@@ -136,9 +136,9 @@ class FederationRun:
             stored: the number of records in the row. The batch may have begun with some that the journal had.
         """
         self._health.note_stored(row)
-        # To read and decode a row again would cost a tenth of the receiver's time or more.
+        # With its digest, the row need not be read and decoded again.
         is_known = stored == records and self._known.add(row, site, digest)
-        # Most rows hold only keys that are not aggregated. A key that is ignored stays so, so nobody waits for them.
+        # Most rows hold only keys that are not aggregated, and that never will be. The thread need not wake for them.
         if digest.keys or not is_known:
             self._wake.set()
 
@@ -146,7 +146,7 @@ class FederationRun:
         """Add facts about a round, with the round as their step. Thread-safe; does not block.
 
         Args:
-            values: by key. A key that cannot be one is left out.
+            values: the facts by key. Those with an invalid key are left out.
             round_number: the round.
         """
         kept = {key: float(value) for key, value in values.items() if self._waiting.is_key(key)}
@@ -158,7 +158,7 @@ class FederationRun:
         self._label(Params({key: value for key, value in params.items() if self._waiting.is_key(key)}))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Add tags, as ``log_params`` does."""
+        """Add tags of the job, under the same conditions as ``log_params``."""
         self._label(Tags({key: value for key, value in tags.items() if self._waiting.is_key(key)}))
 
     def _label(self, payload: Params | Tags) -> None:
@@ -177,7 +177,7 @@ class FederationRun:
             self._add(Text(key, text[:_MAX_TEXT_CHARS]), round_number)
 
     def log_file(self, file: BinaryIO, key: str, artifact_type: str) -> None:
-        """Add a file as an artifact. Copies it, and stores the record before it returns. From one thread.
+        """Add a file as an artifact. Copies it, and stores the record before it returns. Call it from one thread.
 
         Args:
             file: the file, open for reading. Nobody may write to it meanwhile.
@@ -270,7 +270,7 @@ class FederationRun:
                 self._store_statistics()
 
     def _take_known(self) -> int:
-        """Take the next rows as far as their digests say enough. Return the id of the last row that is dealt with."""
+        """Take the next rows while their digests say enough. Return the id of the last row that was taken."""
         while True:
             known = self._known.pop(self._row + 1)
             if known is None or not self._aggregation.add_digest(*known):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the aggregation must know of the metrics in one row of the journal: the last value of each key, and the round.
 
-The receiver has one filled for each batch while the gate looks at the batch's records. The aggregation then needs
-neither to read the row again nor to decode it, which would take a tenth of the receiver's time or more.
+The gate fills a `RowDigest` for each batch while it checks the batch's records. The aggregation then need not read and
+decode the row again, which would take a tenth of the receiver's time or more.
 """
 
 from __future__ import annotations
