@@ -242,6 +242,21 @@ def test_without_an_operator_s_file_the_check_says_what_holds(tmp_path: Path, ma
                 "jsonl.path: expected",
             ],
         ),
+        (
+            'forbid_kinds = ["image"]\n[policy]\nallow = ["val/*", "image:grid"]\ndeny = ["val/*"]\n'
+            '[backends.good]\noptions = []\n[backends.good.values]\nuri = ["*"]\napi_key = []\n'
+            '[backends.jsonl]\noptions = ["path"]\n[backends.jsonl.fixed]\npath = "x"',
+            [
+                "policy: 'val/*' is in allow and in deny",
+                "policy.allow: 'image:grid' has no effect, since forbid_kinds has 'image'",
+                "backends.good.values: 'api_key' is not in backends.good.options, so no job may give it",
+                "backends.good.values: 'api_key' has no pattern, so every value is refused",
+                "backends.jsonl.fixed: 'path' is also in backends.jsonl.options, but the fixed value is used",
+            ],
+        ),
+        ('[policy]\nallow = ["val/*"]\ndeny = ["*"]', ["deny has a pattern that matches every key"]),
+        ('[policy.clip]\n"val/*" = [1, 0]', ["[1.0, 0.0] is not a range"]),
+        ("[limits]\nsites_s = -1", ["limits.sites_s"]),
         ('[backends.good.fixed]\napi_key = "literal"', ["good.api_key: a secret must not be written"]),
         ('[backends.good.values]\nno = ["*"]', ["backends.good.values: 'no' is not an option; there are: api_key"]),
     ],

@@ -168,7 +168,7 @@ def test_a_permanent_error_halves_the_batch_at_once() -> None:
     store.drive(isolation)
 
     assert store.log == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4], [3], [4]]
-    assert store.rejected == [Rejection(3, "permanent_error", "PermanentError: no")]
+    assert store.rejected == [Rejection(3, "permanent_error", "metrics 'a': PermanentError: no")]
 
 
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
@@ -177,7 +177,7 @@ def test_a_record_that_is_always_refused_is_rejected_with_its_error(error: BaseE
 
     store.drive(isolation)
 
-    assert store.rejected == [Rejection(700, "backend_error", f"{type(error).__name__}: {error}")]
+    assert store.rejected == [Rejection(700, "backend_error", f"metrics 'a': {type(error).__name__}: {error}")]
     assert store.stored == [i for i in range(1000) if i != 700]
     assert len(store.log) < 120
 

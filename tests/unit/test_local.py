@@ -192,6 +192,20 @@ def test_a_wrong_site_or_tag_is_an_error_that_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_resume_without_a_job_is_an_error_that_says_what_to_do_and_leaves_nothing(tmp_path: Path) -> None:
+    """Each call without ``job`` begins a new job, so there is no run in which this one could go on."""
+    with open_local(tmp_path) as writer:
+        writer.log({"a": 1.0})
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(
+        ConfigError, match=r"resume=True needs job=.*Give the job= of the earlier call, or leave resume out"
+    ):
+        open_local(tmp_path, resume=True)
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
 def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()

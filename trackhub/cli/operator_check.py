@@ -18,6 +18,7 @@ from trackhub import registry
 from trackhub.cli.output import print_lines, print_table
 from trackhub.errors import ConfigError, PluginError, TrackhubError
 from trackhub.operator_file import FILE_NAME, BackendRules, OperatorFile, named_hosts, read_operator_file
+from trackhub.policy import Policy
 
 __all__ = ["check_operator_file"]
 
@@ -64,6 +65,7 @@ def _policy(operator: OperatorFile) -> str:
 
 
 def _problems(operator: OperatorFile) -> Iterator[str]:
+    yield from _contradictions_of_policy(operator)
     for name in dict.fromkeys([*(operator.backends_allowed or ()), *operator.backends]):
         if operator.backends_allowed is not None and name not in operator.backends_allowed:
             yield f"backends.{name}: {name!r} is not in backends_allowed, so this table has no effect"
@@ -78,6 +80,34 @@ def _problems(operator: OperatorFile) -> Iterator[str]:
             for key in keys:
                 if key not in marks:
                     yield f"backends.{name}.{table}: {key!r} is not an option; there are: {', '.join(sorted(marks))}"
+        yield from _contradictions_of_backend(name, rules)
+
+
+def _contradictions_of_policy(operator: OperatorFile) -> Iterator[str]:
+    """Yield what one rule for records allows and another one forbids. The strictest rule decides when a job runs."""
+    policy = operator.policy or Policy()
+    for text in policy.allow or ():
+        kind = text.partition(":")[0]
+        if text in policy.deny:
+            yield f"policy: {text!r} is in allow and in deny, and deny decides; remove it from one of them"
+        elif "*" in policy.deny or "*:*" in policy.deny:
+            yield f"policy.allow: {text!r} has no effect, since deny has a pattern that matches every key"
+        elif ":" in text and kind in operator.forbid_kinds:
+            yield f"policy.allow: {text!r} has no effect, since forbid_kinds has {kind!r}"
+
+
+def _contradictions_of_backend(name: str, rules: BackendRules) -> Iterator[str]:
+    """Yield what one rule for a backend's options allows and another one forbids or replaces."""
+    where = f"backends.{name}"
+    for key, patterns in rules.values.items():
+        if rules.options is not None and key not in rules.options:
+            yield f"{where}.values: {key!r} is not in {where}.options, so no job may give it; add it there"
+        if not patterns:
+            yield f"{where}.values: {key!r} has no pattern, so every value is refused; give one, or leave {key} out"
+    for key in rules.fixed:
+        if key in rules.values or key in (rules.options or ()):
+            table = "values" if key in rules.values else "options"
+            yield f"{where}.fixed: {key!r} is also in {where}.{table}, but the fixed value is used; remove it there"
 
 
 def _rows(operator: OperatorFile) -> Iterator[list[str]]:

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
+from trackhub.delivery.lane.name_record import name_of
 from trackhub.errors import JournalError, PermanentError
-from trackhub.records import KEYED
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
 __all__ = ["Cursor"]
 
-_MAX_NAMES = 3
-_MAX_NAME_CHARS = 60
 _ANNOUNCED = frozenset({Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE})
 _log = logging.getLogger(__name__)
 
@@ -319,7 +317,7 @@ class Cursor:
         if self._has_said_blocked:
             return
         self._has_said_blocked = True
-        self.progress.blocked_by = _name_of(entry)
+        self.progress.blocked_by = name_of(entry)
         _log.warning(
             "backend %s, run %s: %s fails each time (%s). All records behind it wait, since the backend keeps the "
             "order of a run, and nothing else shows that its store is well. If the store is away, wait. Otherwise "
@@ -363,12 +361,3 @@ class Cursor:
     def _state(self, written: int) -> RunState:
         # Never store less than an earlier lane announced. Otherwise its records would not count as possible duplicates.
         return RunState(max(written, self._ever_written), self.confirmed, self.progress)
-
-
-def _name_of(entry: Entry) -> str:
-    """Describe a record so that a person finds it: its kind, its keys, its step and its position."""
-    payload = entry.payload
-    keys = list(payload.values) if isinstance(payload, KEYED) else [payload.key]  # type: ignore[union-attr]  # no gaps
-    shown = ", ".join(repr(key[:_MAX_NAME_CHARS]) for key in keys[:_MAX_NAMES]) + ", ..." * (len(keys) > _MAX_NAMES)
-    step = "" if entry.step is None else f"step {entry.step}, "
-    return f"{type(payload).__name__.lower()} {shown} ({step}record {entry.position})"

@@ -18,6 +18,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
+from trackhub.delivery.lane.name_record import show_keys
 from trackhub.records import Artifact, Image, Kind
 from trackhub.spi import Capabilities, Entry, Rejection
 
@@ -135,7 +136,8 @@ class EntryReader:
             return
         adapted, altered = self._adaptation.adapt(stream, record, position)
         if isinstance(adapted, Rejection):
-            self._cursor.reject(adapted)
+            named = f"{show_keys(record.payload)}: {adapted.detail}"
+            self._cursor.reject(Rejection(position, adapted.reason, named))
             return
         # A record that the run holds already is adapted, too. The adaptation must remember it, so that it treats later
         # records as before the crash.

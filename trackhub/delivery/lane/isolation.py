@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
+from trackhub.delivery.lane.name_record import show_keys
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import STEPLESS
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
@@ -253,7 +254,9 @@ class Isolation:
             self._split(piece, len(piece.entries) // 2)
             return Verdict(wait=False, narrowed=True)
         self._remove(piece)
-        return Verdict(wait=False, narrowed=True, rejected=_rejection(piece, "permanent_error", error))
+        return Verdict(
+            wait=False, narrowed=True, rejected=_rejection(piece, "permanent_error", f"{type(error).__name__}: {error}")
+        )
 
     def _split(self, piece: _Piece, at: int) -> None:
         self._queue.popleft()
@@ -296,7 +299,7 @@ class Isolation:
         piece = self._judged
         assert piece is not None
         self._remove(piece)
-        return [Rejection(piece.entries[0].position, "backend_error", piece.detail)]
+        return [_rejection(piece, "backend_error", piece.detail)]
 
     def _remember(self, stored: Sequence[Entry]) -> None:
         # A store may skip the write of a param, tag or final value that has not changed. So these are no evidence.
@@ -342,5 +345,6 @@ def _sort(piece: _Piece) -> str:
     return sort_of(piece.entries[0]) or ""
 
 
-def _rejection(piece: _Piece, reason: str, error: BaseException) -> Rejection:
-    return Rejection(piece.entries[0].position, reason, f"{type(error).__name__}: {error}")
+def _rejection(piece: _Piece, reason: str, detail: str) -> Rejection:
+    (entry,) = piece.entries
+    return Rejection(entry.position, reason, f"{show_keys(entry.payload)}: {detail}")

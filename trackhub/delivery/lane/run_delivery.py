@@ -30,6 +30,7 @@ from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolation import Isolation
+from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus
@@ -397,7 +398,7 @@ class RunDelivery:
         rejected: list[Rejection] = []
         if report is not None and report.rejected and not is_repeated:
             named = {r.position: r for r in report.rejected}
-            rejected = [named[e.position] for e in batch if e.position in named]
+            rejected = [named_rejection(e, named[e.position]) for e in batch if e.position in named]
             batch = [e for e in batch if e.position not in named]
         self._cursor.reject_at_backend(rejected + self._isolation.succeeded(batch))
         if not is_repeated:
