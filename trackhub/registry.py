@@ -392,11 +392,11 @@ def _unknown(name: str, entries: Sequence[BackendEntry]) -> str:
     usable = _usable(entries)
     message = f"there is no backend {name!r} here; available: {', '.join(sorted(usable)) or 'none'}."
     if name in _OURS:
-        message += f" Install flare-trackhub-{name} where the backend runs"
+        message += f" Install flare-trackhub-{name} where the backend runs (in a clone: pip install -e backends/{name})"
     elif near := _nearest(name, usable):
         message += f" Did you mean {near!r}?"
         if near not in usable:
-            message += f" It is not installed here either: it is in flare-trackhub-{near}"
+            message += f" It is not installed here either: it is in flare-trackhub-{near} (in a clone: backends/{near})"
     elif _NAME.fullmatch(str(name)) and name not in RESERVED:
         message += " If it is a plugin, install its distribution where the backend runs"
     return message

@@ -361,3 +361,11 @@ def test_a_literal_secret_is_refused_also_for_a_backend_that_is_not_installed_he
         registry.check_options("elsewhere", {"api_key": "abc"})
     with pytest.raises(UnknownBackendError):
         registry.check_options("elsewhere", {"api_key": "${secret:ABC}"})
+
+
+@pytest.mark.parametrize("name", ["mlflow", "mlflwo"])
+def test_a_backend_of_ours_that_is_missing_is_found_in_a_clone_as_well(name: str) -> None:
+    """None of the distributions is on a package index yet."""
+    assert "flare-trackhub-mlflow" in registry._unknown(name, [])
+    assert "in a clone: " in registry._unknown(name, [])
+    assert "backends/mlflow)" in registry._unknown(name, [])

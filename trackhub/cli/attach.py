@@ -69,7 +69,10 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in {"nvflare", "pyhocon", "yaml"}:
             raise
-        print_error("attach needs FLARE, which is not installed here: pip install 'flare-trackhub[flare]'")
+        print_error(
+            "attach needs FLARE, which is not installed here: pip install 'flare-trackhub[flare]' "
+            "(in a clone: pip install -e '.[flare]')"
+        )
         sys.exit(2)
     components = _without_defaults(tracking_components(**_arguments(server, client, more)))
     changes, by_hand = plan_attach(folder, components)

@@ -60,7 +60,10 @@ def write_report(path: str | Path | Sequence[str | Path], to: str | Path) -> lis
         import jinja2
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as e:
-        raise ConfigError(f"the report needs {e.name}; install the extra: pip install 'flare-trackhub[report]'") from e
+        raise ConfigError(
+            f"the report needs {e.name}; install it: pip install 'flare-trackhub[report]' "
+            "(in a clone: pip install -e '.[report]')"
+        ) from e
     target = Path(to)
     partial = target.with_name(f".{target.name}.part")
     paths = [path] if isinstance(path, str | Path) else path

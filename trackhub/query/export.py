@@ -123,7 +123,10 @@ def _write_parquet(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> i
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError as e:
-        raise ConfigError("Parquet needs pyarrow; install the extra: pip install 'flare-trackhub[tables]'") from e
+        raise ConfigError(
+            "Parquet needs pyarrow; install it: pip install 'flare-trackhub[tables]' "
+            "(in a clone: pip install -e '.[tables]')"
+        ) from e
     count = 0
     with pq.ParquetWriter(file, schema_of(table)) as writer:
         for batch in arrow_batches(table, jobs):

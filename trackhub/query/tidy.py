@@ -119,7 +119,8 @@ def load(path: str | Path, table: TableName = "metrics", *, arrow: bool = False)
         import pyarrow as pa
     except ModuleNotFoundError as e:
         raise ConfigError(
-            "this needs pyarrow and pandas; install the extra: pip install 'flare-trackhub[tables]'"
+            "this needs pyarrow and pandas; install them: pip install 'flare-trackhub[tables]' "
+            "(in a clone: pip install -e '.[tables]')"
         ) from e
     schema = schema_of(table)
     with read_jobs(path) as jobs:
