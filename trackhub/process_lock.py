@@ -16,7 +16,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from trackhub.own_descriptors import OwnDescriptor
+from trackhub.protect_descriptors import OwnDescriptor
 
 __all__ = ["FORK_LOCK", "ProcessLock", "is_free"]
 

@@ -43,7 +43,7 @@ from trackhub.records import (
     Tags,
     Text,
 )
-from trackhub.run_results import Results
+from trackhub.where_to_look import Results
 
 __all__ = [
     "ANY_KEY",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trackhub.errors import ConfigError
-from trackhub.own_threads import OwnThread
+from trackhub.mark_own_threads import OwnThread
 
 __all__ = ["PREFIX", "SystemMetrics", "check_interval"]
 

@@ -23,8 +23,8 @@ from trackhub.delivery import check_received_batch, wire
 from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError, check_record
 from trackhub.delivery.journal import journal as journal_module
 from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.entry_reader import EntryReader
+from trackhub.delivery.lane.fit_records_to_backend import Adaptation
 from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report_text import format_report
 from trackhub.errors import ConfigError

@@ -281,7 +281,7 @@ def by_backend(n):
 
 
 if __name__ == "__main__":
-    from trackhub.own_threads import OwnThread
+    from trackhub.mark_own_threads import OwnThread
     processes = [multiprocessing.get_context("spawn").Process(target=child, args=(n,)) for n in range(2)]
     [p.start() for p in processes]
     child(2)

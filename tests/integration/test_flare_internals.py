@@ -59,7 +59,7 @@ from nvflare.widgets.fed_event import ClientFedEventRunner
 
 from tests.integration.harness import SIMULATOR_MEND
 from trackhub.flare import flare_internals
-from trackhub.flare.trainer.log_calls import LogCalls
+from trackhub.flare.trainer.record_flare_log_calls import LogCalls
 from trackhub.job_and_run_info import RunStatus
 from trackhub.operator_file import OperatorFile
 from trackhub.spool.layout import SpoolInfo, create_spool

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trackhub.context.job_script import command_line, git_state, job_script, without_home
+from trackhub.context.describe_job_script import command_line, git_state, job_script, without_home
 from trackhub.context.machine import describe_machine
 from trackhub.secrets import without_secrets
 
@@ -151,7 +151,7 @@ def test_without_git_or_in_no_time_there_is_no_git_state(script: Path, monkeypat
 
 
 def test_a_script_is_described_where_it_runs_and_an_installed_program_is_not(script: Path) -> None:
-    code = "from trackhub.context.job_script import job_script; print(job_script())"
+    code = "from trackhub.context.describe_job_script import job_script; print(job_script())"
     script.write_text(code)
 
     done = subprocess.run(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.helpers import new_spool, spool_of
-from trackhub.delivery.lane.adaptation import Adaptation
+from trackhub.delivery.lane.fit_records_to_backend import Adaptation
 from trackhub.framing import (
     CorruptFrameError,
     decode_body,

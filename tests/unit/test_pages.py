@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.helpers import batch_of, metric
-from trackhub.delivery.journal.damaged_sqlite_pages import Cell, PageReader
 from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.journal.read_damaged_pages import Cell, PageReader
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.wire import KeepAlive, SiteCounts
 

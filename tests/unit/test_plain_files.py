@@ -18,7 +18,7 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Chunk, encode
 from trackhub.errors import JournalError, RecordError, SpoolError
-from trackhub.plain_files import make_private_folder, open_plain, read_plain
+from trackhub.open_without_links import make_private_folder, open_plain, read_plain
 from trackhub.spool.layout import SpoolInfo
 from trackhub.spool.round_file import RoundFile
 from trackhub.writer.writer import Writer

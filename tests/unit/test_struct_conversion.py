@@ -18,7 +18,7 @@ LEARNT = """
 import sys, msgspec
 from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.journal.tables_and_rows import JobInfo, Progress, Shift
-from trackhub.delivery.lane.adaptation import _Memory
+from trackhub.delivery.lane.fit_records_to_backend import _Memory
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport
 from trackhub.delivery.wire import Reply, Request, SiteCounts
 from trackhub.records import Record

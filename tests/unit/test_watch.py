@@ -21,9 +21,9 @@ from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import KeepAlive, SiteCounts
 from trackhub.job_and_run_info import RunStatus
-from trackhub.watch.follow import follow
 from trackhub.watch.job_state import JobFollower, JobState, LaneState, SiteState
 from trackhub.watch.panel import job_line, job_panel
+from trackhub.watch.show_until_end import follow
 from trackhub.writer.writer import Writer
 
 

@@ -32,7 +32,7 @@ def watch(path: Path) -> None:
       trackhub watch runs/cifar10_fedavg-20260101-120000
       trackhub watch /opt/flare/server/1f2e3d4c
     """
-    from trackhub.watch.follow import follow
+    from trackhub.watch.show_until_end import follow
 
     stop = threading.Event()
     state = follow(path, stop)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from urllib.parse import quote
 
 from trackhub.delivery.wire import Accepted, Busy, Chunk, Refused, Reply
-from trackhub.plain_files import make_private_folder, open_plain
+from trackhub.open_without_links import make_private_folder, open_plain
 from trackhub.records import Blob
 
 __all__ = ["BlobStore"]

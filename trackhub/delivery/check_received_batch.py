@@ -50,7 +50,7 @@ from trackhub.framing import (
     scan_frames,
 )
 from trackhub.image_header import IMAGE_TYPES, BadImageError, ImageHeader, read_image_header
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.records import (
     KEYED,
     KIND_OF,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from trackhub.delivery.request_retry import Exchange
 from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Accepted, Busy, Chunk
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.records import Blob
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.layout import blob_file

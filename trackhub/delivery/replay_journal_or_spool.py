@@ -33,8 +33,8 @@ from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.limits import Limits
+from trackhub.open_without_links import find_way_out
 from trackhub.operator_file import BackendRules, OperatorFile, read_operator_file
-from trackhub.plain_files import find_way_out
 from trackhub.policy import SiteRules
 from trackhub.spi import OptionMark
 from trackhub.spool.acks import ack_file, read_ack

@@ -17,7 +17,7 @@ import msgspec
 
 from trackhub.delivery.wire import SiteCounts
 from trackhub.job_and_run_info import JobInfo
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.printable import printable
 from trackhub.spi import Results

@@ -15,7 +15,7 @@ from trackhub import registry
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import BackendLoadError, ConfigError, PluginError
 from trackhub.job_and_run_info import JobInfo, Side
-from trackhub.plain_files import make_private_folder
+from trackhub.open_without_links import make_private_folder
 from trackhub.spi import Backend, BackendContext
 
 __all__ = ["set_up_backends"]

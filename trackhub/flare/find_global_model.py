@@ -18,7 +18,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 
 from trackhub.flare import flare_internals
-from trackhub.plain_files import open_plain_inside
+from trackhub.open_without_links import open_plain_inside
 
 __all__ = ["FoundModel", "ModelFile", "find_model"]
 

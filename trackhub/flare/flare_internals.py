@@ -4,8 +4,8 @@
 The other modules of `trackhub.flare` call this. Seven use more of FLARE, each its own part. `cell_channel` uses cells,
 `read_task_events` the server's tasks, `collab_call_outcomes` the Collab API, and `flower_reply_outcomes` the connector
 to Flower. `find_global_model` uses the paths of persistors, `log_job_context` the settings of controllers, and
-`trainer.log_calls` the log functions of an external trainer. The tests of these files show whether a new release still
-fits, ``tests/integration/test_flare_internals.py`` first.
+`trainer.record_flare_log_calls` the log functions of an external trainer. The tests of these files show whether a new
+release still fits, ``tests/integration/test_flare_internals.py`` first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from trackhub.errors import ConfigError
 from trackhub.flare.say_reason_at_exit import say_reason_at_exit
-from trackhub.flare.trainer.log_calls import LogCalls
+from trackhub.flare.trainer.record_flare_log_calls import LogCalls
 from trackhub.job_and_run_info import SERVER, JobInfo, RunStatus, path_component
 from trackhub.operator_file import OperatorFile, read_operator_file
 from trackhub.policy import Policy, SiteRules

@@ -16,7 +16,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 
-from trackhub.context.job_script import job_script, without_home
+from trackhub.context.describe_job_script import job_script, without_home
 from trackhub.context.machine import describe_machine
 from trackhub.errors import ConfigError
 from trackhub.flare import flare_internals

@@ -4,8 +4,8 @@
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
 and Flower all make FLARE fire the same event, with an analytics DXO. The event has no time of the log call. In process
 FLARE fires it during the call. For an external trainer FLARE fires it when the trainer's message arrives, and does not
-keep the order. So `trackhub.flare.install_log_hooks` takes the call itself where that is possible, and FLARE fires no
-event for it.
+keep the order. So `trackhub.flare.replace_log_functions` takes the call itself where that is possible, and FLARE fires
+no event for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nvflare.app_common.app_event_type import AppEventType
 
 from trackhub.errors import ConfigError, RecordError, SpoolError
 from trackhub.flare import flare_internals
-from trackhub.flare.trainer.log_calls import LogCalls, write_call
+from trackhub.flare.trainer.record_flare_log_calls import LogCalls, write_call
 from trackhub.writer.writer import Writer
 
 __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]

@@ -20,7 +20,7 @@ from trackhub.flare.flare_internals import participants
 from trackhub.flare.job_name_notes_tags import spool_info
 from trackhub.flare.records_from_flare_writers import StockRecords
 from trackhub.job_and_run_info import path_component
-from trackhub.own_threads import OwnThread
+from trackhub.mark_own_threads import OwnThread
 from trackhub.policy import SiteRules
 
 __all__ = ["SitesWithoutSender"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from trackhub.plain_files import read_plain
+from trackhub.open_without_links import read_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.layout import SEGMENT_HEADER

@@ -34,7 +34,7 @@ import msgspec
 
 from trackhub.errors import SpoolError
 from trackhub.framing import FORMAT_VERSION
-from trackhub.plain_files import make_private_folder, read_plain
+from trackhub.open_without_links import make_private_folder, read_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.round_file import RoundFile

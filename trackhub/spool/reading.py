@@ -29,7 +29,7 @@ from trackhub.spool.repeated_warnings import RepeatedWarnings
 from trackhub.spool.retire_streams import Retirement
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
 from trackhub.spool.stream_reader import Extent, SegmentReader, find_place
-from trackhub.spool.turns import Turns
+from trackhub.spool.stream_turns import Turns
 from trackhub.spool.writer_ledger import LedgerCounts, WriterState, read_ledger, writer_state
 
 __all__ = ["RETIRED", "SpoolReader"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.spool.writer_ledger import WriterState, read_ledger, writer_state
 
 __all__ = ["Room", "new_part"]

@@ -9,8 +9,8 @@ import struct
 import time
 from pathlib import Path
 
-from trackhub.own_descriptors import MappedFile
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
+from trackhub.protect_descriptors import MappedFile
 from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["RoundFile"]

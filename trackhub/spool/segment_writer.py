@@ -7,7 +7,7 @@ import errno
 import os
 from pathlib import Path
 
-from trackhub.own_descriptors import OwnDescriptor
+from trackhub.protect_descriptors import OwnDescriptor
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 
 __all__ = ["SegmentFile"]

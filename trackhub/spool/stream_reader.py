@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, decode_head, scan_frames
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.layout import SEGMENT_HEADER, segment_name
 from trackhub.spool.skip_damage import DamageLog, find_sound_frame

@@ -13,7 +13,7 @@ import errno
 import os
 from pathlib import Path
 
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 
 __all__ = ["SPARES", "make_spare", "reason_of", "write_start"]
 

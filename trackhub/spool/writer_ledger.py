@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from trackhub.own_descriptors import MappedFile
-from trackhub.plain_files import open_plain, read_plain
+from trackhub.open_without_links import open_plain, read_plain
 from trackhub.process_lock import ProcessLock
+from trackhub.protect_descriptors import MappedFile
 from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["DROP_REASONS", "LEFT_OUT_REASONS", "Ledger", "LedgerCounts", "WriterState", "read_ledger", "writer_state"]

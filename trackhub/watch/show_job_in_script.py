@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.printable import printable
-from trackhub.watch.follow import follow
+from trackhub.watch.show_until_end import follow
 
 __all__ = ["Show", "show_job"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 from trackhub.records import Artifact, Blob
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown

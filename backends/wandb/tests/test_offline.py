@@ -20,7 +20,7 @@ from trackhub_wandb.offline_readback import LoggedRun, find_runs
 
 from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import Emulator
-from trackhub.plain_files import find_way_out
+from trackhub.open_without_links import find_way_out
 from trackhub.spi import (
     Artifact,
     Histogram,

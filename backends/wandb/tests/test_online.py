@@ -17,7 +17,7 @@ from trackhub_wandb import WandBBackend
 
 from backends.wandb.tests.conftest import T0, Rig, entry, losses, services
 from tests.support.wandb_emulator import ENTITY, Emulator
-from trackhub.plain_files import find_way_out
+from trackhub.open_without_links import find_way_out
 from trackhub.spi import (
     Artifact,
     Histogram,

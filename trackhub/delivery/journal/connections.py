@@ -19,7 +19,7 @@ from pathlib import Path
 
 from trackhub.delivery.journal.tables_and_rows import SCHEMA
 from trackhub.errors import JournalError
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 
 __all__ = ["Connections"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import JournalError
-from trackhub.plain_files import make_private_folder, open_plain
+from trackhub.open_without_links import make_private_folder, open_plain
 from trackhub.process_lock import ProcessLock
 
 __all__ = ["is_journal_locked", "lock_journal", "make_journal_folder"]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from trackhub.delivery.journal.damaged_sqlite_pages import PageReader
+from trackhub.delivery.journal.read_damaged_pages import PageReader
 from trackhub.delivery.journal.rows_for_repair import Batch, Found, Run, Site, collect
 from trackhub.delivery.journal.tables_and_rows import JSON_FACTS, REPAIRED_SITES, SCHEMA, Progress
 from trackhub.delivery.wire import SiteCounts

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from trackhub.delivery.journal.damaged_sqlite_pages import Cell, PageReader, Value
+from trackhub.delivery.journal.read_damaged_pages import Cell, PageReader, Value
 from trackhub.delivery.journal.tables_and_rows import Progress
 
 __all__ = ["Batch", "Found", "Run", "Site", "collect"]

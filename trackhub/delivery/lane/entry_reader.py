@@ -16,8 +16,8 @@ import msgspec
 from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError, check_blob, check_record
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
-from trackhub.delivery.lane.adaptation import Adaptation
 from trackhub.delivery.lane.cursor import Cursor
+from trackhub.delivery.lane.fit_records_to_backend import Adaptation
 from trackhub.delivery.lane.name_record import show_keys
 from trackhub.records import Artifact, Image, Kind
 from trackhub.spi import Capabilities, Entry, Rejection

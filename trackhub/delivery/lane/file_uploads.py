@@ -18,7 +18,7 @@ from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_
 from trackhub.delivery.lane.name_record import named_rejection, show_keys
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
-from trackhub.own_threads import OwnThread
+from trackhub.mark_own_threads import OwnThread
 from trackhub.records import KIND_OF, Artifact, Image, Kind
 from trackhub.spi import BackendRun, Entry, Rejection
 

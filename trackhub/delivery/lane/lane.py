@@ -26,7 +26,7 @@ from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
-from trackhub.own_threads import OwnThread
+from trackhub.mark_own_threads import OwnThread
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]

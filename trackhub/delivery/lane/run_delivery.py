@@ -34,7 +34,7 @@ from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus
-from trackhub.plain_files import make_private_folder
+from trackhub.open_without_links import make_private_folder
 from trackhub.spi import (
     Backend,
     BackendRun,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls a function when Python has loaded a given module, before the importing code can use it.
 
-``startup/sitecustomize.py`` runs this file, and `trackhub.flare.install_log_hooks` imports it. It imports no module,
-since a trainer's process must be as it would be without tracking.
+``startup/sitecustomize.py`` runs this file, and `trackhub.flare.replace_log_functions` imports it. It imports no
+module, since a trainer's process must be as it would be without tracking.
 """
 
 

@@ -35,9 +35,9 @@ from trackhub.spi import (
 )
 from trackhub_wandb.artifact_uploads import ArtifactUpload
 from trackhub_wandb.image_without_decoder import image_of_file
-from trackhub_wandb.media_and_table_uploads import FilesOfRows
 from trackhub_wandb.naming import CONFIG_ENTRY, artifact_name, config_value, file_stem, tag_text
 from trackhub_wandb.sdk_start_and_stop import remove_from_config, remove_links
+from trackhub_wandb.unconfirmed_files import FilesOfRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes what a script logs with TensorBoard's, W&B's or MLflow's own SDK, where the job asks for it (``capture=``).
 
-`trackhub.flare.install_log_hooks` calls it in the client's process, and ``startup/sitecustomize.py`` in external
+`trackhub.flare.replace_log_functions` calls it in the client's process, and ``startup/sitecustomize.py`` in external
 trainers: both hand over a module of an SDK when Python has loaded it. It wraps the SDK's log functions. A wrapper
 writes a record, and then calls the SDK.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.flare.trainer.capture.wrap_sdk_functions import CapturedCalls, Replacements
-from trackhub.own_threads import is_own_thread
+from trackhub.mark_own_threads import is_own_thread
 from trackhub.writer.adapters import SummaryWriter
 
 __all__ = ["MODULES", "capture", "watch"]

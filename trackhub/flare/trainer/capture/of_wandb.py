@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from trackhub.flare.trainer.capture.wrap_sdk_functions import CapturedCalls, Replacements
-from trackhub.own_threads import is_own_thread
+from trackhub.mark_own_threads import is_own_thread
 from trackhub.writer.adapters import WandBWriter
 from trackhub.writer.writer import Writer
 

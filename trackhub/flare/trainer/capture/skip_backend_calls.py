@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from trackhub.flare.trainer.capture.wrap_sdk_functions import Replacements
-from trackhub.own_threads import is_own_thread, mark_as_own
+from trackhub.mark_own_threads import is_own_thread, mark_as_own
 
 __all__ = ["keep_out_children"]
 

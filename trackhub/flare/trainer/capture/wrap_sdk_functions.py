@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.own_threads import is_own_thread
+from trackhub.mark_own_threads import is_own_thread
 from trackhub.writer.plain_values import raised_by_signal_handler, shown_error
 from trackhub.writer.writer import Writer
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python runs this file when a trainer's process starts, before the script.
 
-`trackhub.flare.install_log_hooks` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool. When
-the script imports a module of FLARE that logs, or one of an SDK, this file calls ``trackhub.flare.trainer``. It imports
-nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It hides another
+`trackhub.flare.replace_log_functions` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool.
+When the script imports a module of FLARE that logs, or one of an SDK, this file calls ``trackhub.flare.trainer``. It
+imports nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It hides another
 ``sitecustomize``, so it runs that one as well. An old Python may run this file, so it has no annotations and no
 f-strings.
 """
@@ -51,7 +51,7 @@ class _LogCallHooks:
             if os.path.realpath(found) != os.path.realpath(package):
                 raise ImportError("expected the trackhub in " + package + ", found " + found)
             if module.__name__ in _FLARE_MODULES:
-                from trackhub.flare.trainer.log_calls import take_in_trainer
+                from trackhub.flare.trainer.record_flare_log_calls import take_in_trainer
 
                 take_in_trainer(module, self._cell, self._spool)
             else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from trackhub.plain_files import open_plain
+from trackhub.open_without_links import open_plain
 
 __all__ = ["Cell", "PageReader", "Value"]
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
-from trackhub.plain_files import open_plain, read_plain
+from trackhub.open_without_links import open_plain, read_plain
 
 __all__ = ["Turns"]
 
