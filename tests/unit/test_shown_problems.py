@@ -176,3 +176,14 @@ def test_status_takes_several_folders_and_shows_each_journal_once(tmp_path: Path
     found = json.loads(run(status, tmp_path / "b", tmp_path, tmp_path / "a", "--json").stdout)
 
     assert [journal["job"] for journal in found["journals"]] == ["b", "a"]
+
+
+def test_a_run_that_its_backend_could_not_end_is_left_to_a_replay() -> None:
+    """Such a run shows as running in MLflow or W&B, although all its records are there."""
+    runs = {"site-1": RunReport(confirmed=5, state="unfinished"), "site-2": RunReport(confirmed=5, state="finished")}
+    report = DeliveryReport(
+        job="job-1", side="server", status="finished", balanced=True, sites={}, lanes={"mlflow": runs}
+    )
+
+    assert report.left_over() == ["1 run is not ended at the backend"]
+    assert not report.is_complete()

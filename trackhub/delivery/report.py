@@ -180,7 +180,7 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     interrupted: bool = False
 
     def is_complete(self) -> bool:
-        """Return whether all counts are known, and each record is stored in every backend or withheld at its site."""
+        """Return whether nothing is wrong, and each record is stored in every backend or withheld at its site."""
         return not self.problems() and not self.undelivered()
 
     def problems(self) -> list[str]:
@@ -210,6 +210,10 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         found = [f"{left:,} records are not delivered yet"] if (left := self.undelivered()) else []
         if self.interrupted:
             found.append("the receiver was killed before it had ended the runs")
+        # Such a run shows as running at its backend, although all its records are there.
+        runs = [run for lane in self.lanes.values() for run in lane.values()]
+        if number := sum(run.state in ("stopped", "unfinished") and not run.pending for run in runs):
+            found.append(f"{number} {'run is' if number == 1 else 'runs are'} not ended at the backend")
         return found
 
     def undelivered(self) -> int:
