@@ -38,6 +38,7 @@ from trackhub.delivery import (
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.job_and_run_info import path_component, site_problem
+from trackhub.runnable_commands import command_for
 from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer
@@ -162,15 +163,15 @@ class LocalWriter(Writer):
         except BaseException:  # Ctrl-C, or the script's own signal handler: what is left stays on the disk
             report = self._delivery.report  # of a site that the receiver never heard, it says nothing
             if report is None or not report.sites or not report.is_complete():
-                _say(f"interrupted before all was delivered; `trackhub replay {self.folder}` delivers what is left")
+                _say(f"interrupted before all was delivered; `{self._replay()}` delivers what is left")
             raise
         else:
             if self.report.error:
                 self._warn_of_end(self.report.error)
             elif left := self.report.undelivered():
                 _log.warning(
-                    "%d records of the run in %s are not delivered yet; `trackhub replay %s` goes on with them",
-                    left, self.folder, self.folder,
+                    "%d records of the run in %s are not delivered yet; `%s` goes on with them",
+                    left, self.folder, self._replay(),
                 )  # fmt: skip
         finally:
             unregister(self)
@@ -181,9 +182,13 @@ class LocalWriter(Writer):
 
     def _warn_of_end(self, reason: str) -> None:
         _log.warning(
-            "tracking could not end normally: %s. What was logged is in %s; deliver it with `trackhub replay %s`",
-            reason, self.folder, self.folder,
+            "tracking could not end normally: %s. What was logged is in %s; deliver it with `%s`",
+            reason, self.folder, self._replay(),
         )  # fmt: skip
+
+    def _replay(self) -> str:
+        """Return the command that delivers what is left."""
+        return command_for("trackhub replay", self.folder)
 
     def end_with_script(self, *, failed: bool) -> None:
         """Close, because the script ends. Never raises.
@@ -333,7 +338,7 @@ def _warn_of_interrupted(runs_dir: Path, *, but: Path) -> None:
     """Warn, in one line, of the runs in this folder whose script was killed."""
     found = [run for run in find_interrupted(runs_dir) if run != but and has_streams(run / "trackhub" / "spool")]
     if found:
-        named = ", ".join(f"`trackhub replay {run}`" for run in found[:_MAX_NAMED])
+        named = ", ".join(f"`{command_for('trackhub replay', run)}`" for run in found[:_MAX_NAMED])
         more = f", and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
         _log.warning(
             "%d earlier %s killed before all was delivered; deliver the rest with %s%s",

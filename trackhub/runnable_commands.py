@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["runnable"]
+__all__ = ["command_for", "runnable"]
 
 
 def runnable(command: str) -> str:
@@ -27,3 +27,8 @@ def runnable(command: str) -> str:
     if shutil.which(program) or not os.access(beside, os.X_OK):
         return command
     return before + then + shlex.quote(str(beside)) + space + arguments
+
+
+def command_for(command: str, path: Path | str) -> str:
+    """Return a command with a path after it, quoted where a shell needs it, such as ``trackhub replay 'my runs'``."""
+    return f"{command} {shlex.quote(str(path))}"

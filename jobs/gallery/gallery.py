@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with trackhub.local(BACKENDS, folder=arguments.folder, name="gallery", tags=["gallery"]) as writer:
         everything(writer)
-    print(f"The run is in {writer.folder}. To look at it: trackhub status {writer.folder}")
+    print(f"The run is in {writer.folder}. To look at it: trackhub status {shlex.quote(str(writer.folder))}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from trackhub.delivery.report_text import format_report
 from trackhub.errors import ConfigError, JournalError, TrackhubError
 from trackhub.limits import Limits
 from trackhub.operator_file import OperatorFile, read_operator_file
+from trackhub.runnable_commands import command_for
 from trackhub.spool.layout import read_spool_info
 
 __all__ = ["replay"]
@@ -131,7 +132,9 @@ def replay(
     for problem in problems:
         print_error(problem)
     if left := work.left():
-        print_error(f"{left} records are still not delivered; `trackhub replay {path}` goes on with them")
+        print_error(
+            f"{left} records are still not delivered; `{command_for('trackhub replay', path)}` goes on with them"
+        )
     if left or left_over or work.errors:
         sys.exit(1)
 

@@ -31,6 +31,7 @@ from trackhub.delivery.report_text import (
 from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import ConfigError, DeliveryError
 from trackhub.process_lock import is_free
+from trackhub.runnable_commands import command_for
 from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
 from trackhub.spool.reading import RETIRED, SpoolReader
@@ -218,7 +219,7 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
     if journal["left_over"]:
         folder = Path(journal["path"]).parent
         killed = "Its process was killed. " if journal["interrupted"] else ""
-        print_lines(f"{killed}Deliver what is left, and end its runs, with `trackhub replay {folder}`")
+        print_lines(f"{killed}Deliver what is left, and end its runs, with `{command_for('trackhub replay', folder)}`")
     openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
     if openings:
         print_lines("Open the results", *openings)

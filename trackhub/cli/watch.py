@@ -11,6 +11,7 @@ import click
 
 from trackhub.cli.output import print_error, print_lines
 from trackhub.delivery.report_text import format_results
+from trackhub.runnable_commands import command_for
 
 __all__ = ["watch"]
 
@@ -45,5 +46,5 @@ def watch(path: Path) -> None:
     for name, problems in found.items():
         print_error(f"{name}: {'; '.join(problems) or 'not all is delivered yet'}")
     if found:
-        print_error(f"`trackhub status {path}` says more")
+        print_error(f"`{command_for('trackhub status', path)}` says more")
         sys.exit(1)

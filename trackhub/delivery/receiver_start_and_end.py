@@ -22,6 +22,7 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import DeliveryReport, report_without_counts
 from trackhub.errors import JournalError
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
+from trackhub.runnable_commands import command_for
 
 __all__ = ["END_S", "end_lanes", "make_report", "store_start"]
 
@@ -88,7 +89,7 @@ def end_lanes(
         if not lane.join(deadline - time.monotonic()):
             _log.warning(
                 "backend %s does not return from a call. Its records stay in the journal. Deliver them with "
-                "`trackhub replay %s`", lane.name, journal.path.parent,
+                "`%s`", lane.name, command_for("trackhub replay", journal.path.parent),
             )  # fmt: skip
     # From here on, all waits together take a second at most. A second for each run would be minutes with many runs.
     journal.limit_waits(time.monotonic() + END_S)
@@ -131,7 +132,7 @@ def make_report(
         return journal.report([lane.name for lane in lanes], facts)
     except JournalError as e:
         _log.warning(
-            "the report has no counts, since the journal cannot be read: %s. Run `trackhub replay %s`, which "
-            "repairs a damaged journal", e, journal.path.parent,
+            "the report has no counts, since the journal cannot be read: %s. Run `%s`, which repairs a "
+            "damaged journal", e, command_for("trackhub replay", journal.path.parent),
         )  # fmt: skip
         return report_without_counts(job, side, status, str(e))

@@ -38,6 +38,7 @@ from trackhub.job_and_run_info import RunStatus
 from trackhub.limits import Limits
 from trackhub.printable import printable
 from trackhub.process_lock import ProcessLock
+from trackhub.runnable_commands import command_for
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.layout import close_spool
@@ -213,7 +214,7 @@ class Sender:
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.warning(
                 "the sender of site %s does not return from a request. After the job, deliver what is left with "
-                "`trackhub replay %s`", self.site, self.folder,
+                "`%s`", self.site, command_for("trackhub replay", self.folder),
             )  # fmt: skip
         self._say_what_is_left()
         return self._counts
@@ -314,10 +315,10 @@ class Sender:
         self._hold.release()
 
     def _say_what_is_left(self) -> None:
-        if self._counts.spooled or self._counts.unreadable:
+        if left := self._counts.spooled + self._counts.unreadable:
             _log.warning(
-                "site %s: %d records were not acknowledged; they stay in %s. Deliver them with `trackhub replay %s`",
-                self.site, self._counts.spooled + self._counts.unreadable, self.folder, self.folder,
+                "site %s: %d records were not acknowledged; they stay in %s. Deliver them with `%s`",
+                self.site, left, self.folder, command_for("trackhub replay", self.folder),
             )  # fmt: skip
 
     def _is_time_to_send(self) -> bool:
@@ -347,8 +348,8 @@ class Sender:
         if isinstance(reply, Refused):
             self._refused = reply
             _log.error("the receiver refuses site %s (%s): %s; its records stay in %s. Remove the cause, and deliver "
-                       "them with `trackhub replay %s` after the job", self.site, *reply.for_log(), self.folder,
-                       self.folder)  # fmt: skip
+                       "them with `%s` after the job", self.site, *reply.for_log(), self.folder,
+                       command_for("trackhub replay", self.folder))  # fmt: skip
             return False
         self._session.is_greeted = reply is not None
         return self._session.is_greeted

@@ -37,6 +37,7 @@ from trackhub.framing import FORMAT_VERSION
 from trackhub.open_without_links import make_private_folder, read_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.process_lock import ProcessLock
+from trackhub.runnable_commands import command_for
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.write_on_full_disk import SPARES, make_spare, reason_of, write_start
 
@@ -156,8 +157,8 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
         elsewhere = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
         if create_spool(elsewhere, info):
             _log.error(
-                "the spool of site %s is in %s instead. After the job, `trackhub replay %s` delivers what is left. "
-                "%s", info.site, elsewhere, elsewhere, problem or "",
+                "the spool of site %s is in %s instead. After the job, `%s` delivers what is left. %s",
+                info.site, elsewhere, command_for("trackhub replay", elsewhere), problem or "",
             )  # fmt: skip
             return elsewhere
         _expected.pop(_key(elsewhere), None)

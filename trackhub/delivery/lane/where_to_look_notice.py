@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from trackhub.printable import printable
+from trackhub.runnable_commands import command_for
 from trackhub.spi import Results
 
 __all__ = ["OpeningNotice"]
@@ -51,5 +52,5 @@ class OpeningNotice:
     def _say(self, opening: str) -> None:
         self._said.add(opening)
         if len(self._said) > _MAX_SAID:
-            opening = f"`trackhub status {self._run_folder}` names the other runs"
+            opening = f"`{command_for('trackhub status', self._run_folder)}` names the other runs"
         _log.info("look at this job in %s, while it runs:\n  %s", self._backend, printable(opening))
