@@ -261,7 +261,7 @@ def test_a_run_may_hold_what_was_handed_over(bench: Bench, position: int) -> Non
 
 def test_a_run_with_records_of_a_journal_that_handed_over_none_is_refused(bench: Bench) -> None:
     bench.log(10)
-    with pytest.raises(PermanentError, match=r"holds 10 records, but this journal handed over 0: another one wrote it"):
+    with pytest.raises(PermanentError, match=r"but this journal handed over only 0: another journal wrote to the run"):
         cursor_on(bench, Redelivery.RESUMABLE).check_held(10)
 
 
@@ -308,12 +308,12 @@ def test_a_run_that_ends_within_the_records_of_the_servers_journal_waits_for_tho
     cursor.check_held(0)
     cursor.check_held(50)
     cursor.check_held(60)  # the first batch may be in both journals
-    with pytest.raises(PermanentError, match=r"those before 50 .* replay that one first"):
+    with pytest.raises(PermanentError, match=r"before position 50 .* Replay that journal first"):
         cursor.check_held(49)
-    with pytest.raises(PermanentError, match="another one wrote it"):
+    with pytest.raises(PermanentError, match="another journal wrote to the run"):
         cursor.check_held(61)
     cursor.announce(1)
-    with pytest.raises(PermanentError, match="another one wrote it"):
+    with pytest.raises(PermanentError, match="another journal wrote to the run"):
         cursor.check_held(61)  # the rows that were handed over tell more than a guess
 
 
@@ -323,7 +323,7 @@ def test_a_run_that_lacks_what_it_had_confirmed_is_noticed(bench: Bench, caplog:
     assert not cursor.is_missing_confirmed(10)
     assert not caplog.records
     assert cursor.is_missing_confirmed(9)
-    assert "holds the records before 9, but had confirmed those before 10" in caplog.text
+    assert "it holds 9 records, but it had confirmed 10" in caplog.text
 
 
 def test_only_the_first_record_of_each_reason_is_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate: the one check of what a site sent. `Receiver` examines each batch with it before anything is stored.
+"""Checks each batch that a site sent, before `Receiver` stores anything of it. The documentation calls it the gate.
 
 A lane checks each record again when it reads the journal, since somebody may have copied the journal from elsewhere.
 The check has three parts:
@@ -8,19 +8,19 @@ The check has three parts:
 2. The types and ranges of a record's fields. `trackhub.records` declares them, and `trackhub.framing` checks them.
 3. What a type cannot say: kinds, keys, numbers, shapes, and names of blobs. This module checks it.
 
-A record that fails is refused alone, and is counted by reason. A batch is refused as a whole if its numbers do not
-agree with its frames, or if a gap fails the check. Then nobody can tell which records the batch holds.
+A record that fails is refused alone, and is counted by reason. The whole batch is refused if its frames do not match
+the numbers that it declares, or if a gap fails the check. Then nobody can tell which records the batch holds.
 
 ==================  ================================================================================
 reason              the record is refused, because
 ==================  ================================================================================
-``undecodable``     it is not msgpack, not UTF-8, or a field is of another type or out of its range
-``wrong_kind``      its frame says another kind than its payload
+``undecodable``     it is not valid msgpack or UTF-8, or a field has a wrong type or is out of its range
+``wrong_kind``      the kind in its frame differs from the kind of its payload
 ``bad_key``         `trackhub.records.key_problem` finds a problem in a key
 ``bad_value``       a param or cell is not a plain value, a histogram's edges do not rise, a table's rows differ
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
-``bad_blob``        the name of its blob does not consist of the record's stream and number, or its size is wrong
-``bad_image``       the file of an image has no header of a PNG or JPEG file, or the header says something else
+``bad_blob``        its blob is not named STREAM-SEQ or has another size, or its file name is no file name
+``bad_image``       its file has no PNG or JPEG header, or type, width or height differ from the record
 ``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`, or its caption than `MAX_CAPTION_CHARS`
 ``too_many_keys``   the site has used more keys than a receiver remembers
 ``too_many_values`` its batch has more values than fit into memory
@@ -75,7 +75,7 @@ __all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_blob", "check_r
 
 MAX_KEYS = 100_000
 MAX_KEY_CHARS_IN_ALL = 16 << 20
-"""How many different keys of one site a receiver remembers, and the sum of their lengths. Each lane does the same."""
+"""How many different keys a receiver remembers for a site, and the sum of their lengths. Lanes have the same limits."""
 
 MAX_VALUES = 1 << 20
 """Most values in params, tables and histograms of one batch. A value of one byte can take 60 bytes once it is decoded.
@@ -106,10 +106,10 @@ class Contents(NamedTuple):
     Attributes:
         batch: the batch without the refused records.
         time: of the first record or gap that was accepted, in unix seconds. None if there is none.
-        gaps: the number of records that the site says it does not have, by reason.
+        gaps: reason -> how many records the site says it does not have.
         blobs: the names of the blobs that the records refer to.
         refused: number and reason of each refused record, in order.
-        detail: what was wrong with the first of them, for the log; empty if there is none.
+        detail: what was wrong with the first refused record, for the log; empty if there is none.
     """
 
     batch: Batch
@@ -178,7 +178,9 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
         raise RefusedRecordError("undecodable", str(e)) from e
     payload = record.payload
     if KIND_OF[type(payload)] != kind:
-        raise RefusedRecordError("wrong_kind", f"its frame says kind {kind}, and it is {type(payload).__name__}")
+        raise RefusedRecordError(
+            "wrong_kind", f"the frame says kind {kind}, but the payload is {type(payload).__name__}"
+        )
     if type(payload) is Metrics and keys.keys.issuperset(payload.values):
         return record  # nearly all records need no further check (docs/adr/0004)
     try:
@@ -310,7 +312,7 @@ class _Examination:
 
     Attributes:
         seq: the number of the next record.
-        records: how many were seen, refused ones included.
+        records: how many records were seen, refused ones included.
     """
 
     def __init__(
@@ -332,7 +334,7 @@ class _Examination:
         self._blobs: list[str] = []
         self._refused: list[tuple[int, str]] = []
         self._detail = ""
-        self._kept: list[tuple[int, int]] = []  # start and end of the accepted frames before each refused one
+        self._kept: list[tuple[int, int]] = []  # (start, end) of the accepted frames before each refused frame
         self._keep_from = 0
 
     def run(self) -> None:
@@ -354,10 +356,10 @@ class _Examination:
             offset = end
 
     def _are_plain_metrics(self, bodies: list[bytes]) -> bool:
-        """Return whether all of these are valid metrics with the next numbers of the stream. If so, count them.
+        """Return whether all bodies are valid metrics with the next numbers of the stream. If so, count them.
 
-        Nearly all batches consist of such records, and `_take` would need three times as long for them. If this returns
-        False, `_take` finds out what is wrong.
+        Nearly all batches consist of valid metrics, and `_take` would need three times as long. If this returns False,
+        `_take` finds out what is wrong.
         """
         try:
             records = decode_metrics(bodies)

@@ -22,7 +22,7 @@ from trackhub.delivery.wire import Batch, Busy, Reply, Request, decode_reply, en
 
 __all__ = ["Exchange"]
 
-_CLOSING_PAUSE_S = 0.5  # a grown backoff of seconds could use up all the time that is left
+_CLOSING_PAUSE_S = 0.5  # longest pause while closing; a backoff of seconds could use up the time that is left
 _MIN_TIMEOUT_S = 0.1
 _log = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class Exchange:
     """Asks one receiver, one request at a time. Used by the sender's thread, except where a method says otherwise.
 
     Attributes:
-        replies: how many replies have come, without those that say `Busy`.
+        replies: how many replies have come. `Busy` does not count.
         retries: how many requests had to be sent again.
-        timeout_s: the longest wait for one reply, in seconds. A single large record on a slow channel gets longer.
+        timeout_s: the longest wait for one reply, in seconds. One large record on a slow channel may wait longer.
         pace: how large the next batch may be.
     """
 
@@ -96,7 +96,7 @@ class Exchange:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def left_s(self) -> float:
-        """Return how many seconds are left until the deadline; 0 if it has passed or there is none."""
+        """Return how many seconds are left until the deadline; 0 if it has passed, or if there is no deadline."""
         deadline = self._deadline
         return 0.0 if deadline is None else max(0.0, deadline - time.monotonic())
 
@@ -105,10 +105,10 @@ class Exchange:
 
         Args:
             request: what to send first.
-            shorten: returns a shorter batch, to send when no reply came in time: the first records of the batch, as
-                many as ``pace`` allows. The receiver may already have all records, and recognises them.
+            shorten: called when no reply came in time. It returns the first records of the batch, as many as ``pace``
+                allows, and these are sent instead. The receiver recognises the records that it already has.
         """
-        # Short waits: when a receiver is restarted, its sites must be back before it takes them for silent.
+        # Keep the waits short. A restarted receiver soon counts a site as silent, so the site must call before that.
         backoff = Backoff(first_s=0.1, max_s=5.0)
         while True:
             batch = request if isinstance(request, Batch) else None
@@ -133,7 +133,7 @@ class Exchange:
         return max(0.0, self._reply_by - time.monotonic())
 
     def ask_once(self, request: Request) -> Reply | None:
-        """Make a request. Return None if no reply came to this one attempt."""
+        """Make a request once. Return None if no reply came."""
         return self._send(encode(request), self.timeout_s)
 
     def pause(self, wait_s: float) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Applies a site's rules to the batches that a reader hands out, so that only what the rules allow leaves the spool.
 
-`SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that may not leave is replaced by a gap
+`SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that must not leave is replaced by a gap
 with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
-The policy ``keep_last`` lets the last value of a round leave. If a later value of the same key comes, a value is not
-the last. If the round ends first, it is. Until then, the stream waits at this record.
+With the policy ``keep_last``, the last value of a key in each round leaves. Whether a value is the last is known only
+when a later value of the key comes, or when the round ends. Until then, the reader holds the stream back at its record.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _Item:
         seq: the number of its record.
         end: where the frame ends in the batch.
         frame: its bytes.
-        record: what is in it; None if that cannot be read.
+        record: the record in the frame; None if it cannot be read.
         judgement: what may leave of the record.
-        thinned: the rule by which thinning withholds a value, by key.
-        seen: what thinning remembers of its keys from now on.
+        thinned: key -> the rule by which thinning withholds its value.
+        seen: what thinning remembers of the record's keys after this record.
     """
 
     seq: int
@@ -68,8 +68,8 @@ class Withholding:
     def __init__(self, judge: Judge) -> None:
         """Apply what ``judge`` decides."""
         self._judge = judge
-        # For each stream, by record and key: whether a value that thinning withholds leaves after all, as the last of
-        # its round. A part of a batch may be read again, and must get the same answer. Otherwise a file could leave
+        # stream -> (seq, key) -> decision. True: thinning would withhold the value, but it is the last of its round, so
+        # it leaves. Part of a batch may be read again, and must get the same decision. Otherwise a file could leave
         # without its record.
         self._is_last: dict[str, dict[tuple[int, str], bool]] = {}
 
@@ -88,13 +88,14 @@ class Withholding:
         return None if judge is None else cls(judge)
 
     def apply(self, batch: SpoolBatch, seen: Seen, *, more: bool, ended: bool) -> SpoolBatch | None:
-        """Return what may leave of a batch, or of its first records if the others cannot be decided yet.
+        """Return what may leave of a batch. If later records cannot be decided yet, return only the first ones.
 
         Args:
             batch: what the spool holds.
             seen: what thinning remembers of the stream before this batch.
-            more: the stream has records after this batch already.
-            ended: the batch reaches the end of the stream, and either the round or the stream has ended there.
+            more: True if the stream already has records after this batch.
+            ended: True if no record follows in this round: this is the stream's last batch, and the round or the stream
+                has ended.
 
         Returns:
             What may leave. None if not even the first record can be decided yet.
@@ -129,7 +130,7 @@ class Withholding:
         is_last = {place: last for place, last in self._is_last.get(stream, {}).items() if place[0] >= items[0].seq}
         self._is_last[stream] = is_last
         seen = dict(seen)
-        undecided: dict[str, int] = {}  # key to the item that may be the last one of its round
+        undecided: dict[str, int] = {}  # key -> index of the item that may be the last one of its round
         current = items[0].record.round if items[0].record is not None else None
 
         def keep(key: str) -> None:
@@ -158,7 +159,8 @@ class Withholding:
         if ended:
             for key in list(undecided):
                 keep(key)
-        # If a whole batch does not decide about its first record, the record leaves. Otherwise the stream would stop.
+        # If even the whole batch does not decide about its first record, let the record leave. Otherwise the stream
+        # would never move on.
         for key in [key for key, i in undecided.items() if i == 0 and more]:
             keep(key)
         end = min(undecided.values(), default=len(items))
@@ -193,10 +195,10 @@ class _Made:
     Attributes:
         records: how many records leave.
         blobs: the blobs that leave.
-        withheld_blobs: the blobs that do not.
-        explained: how many records gaps account for, by reason.
-        withheld: how many records do not leave, by rule.
-        altered: how many values of the other records do not leave or were changed, by rule.
+        withheld_blobs: the blobs that do not leave.
+        explained: reason -> how many records are replaced by gaps.
+        withheld: rule -> how many records it withholds.
+        altered: rule -> how many values it removes or changes in the records that leave.
     """
 
     def __init__(self, time: float) -> None:
@@ -263,8 +265,8 @@ def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
     """Return what leaves of an item.
 
     Returns:
-        The payload, or None. Then the rule that withholds it, or an empty string. Then how many values were left out or
-        changed, by rule.
+        The payload, or None. Then the rule that withholds it, or an empty string. Then rule -> how many values were
+        left out or changed.
     """
     payload, rule, altered = item.judgement
     if not item.thinned or payload is None:

@@ -29,7 +29,7 @@ __all__ = ["Room", "new_part"]
 
 _RESCAN_S = 0.5
 _FRESH_S = 1.0
-_FEW_BYTES = 2 * MAX_BODY_BYTES  # more than one record with the gaps before it
+_FEW_BYTES = 2 * MAX_BODY_BYTES  # larger than any single record together with the gaps before it
 _SEGMENT = re.compile(r"(.+)-(\d{6,})\.spool")
 _PART = re.compile(r".+-(\d+)-[0-9a-f]{32}\.part")
 _USAGE = struct.Struct("=4Q")
@@ -41,7 +41,7 @@ class _Usage(NamedTuple):
     """A measurement of the spool.
 
     Attributes:
-        at_ns: when it was made, by the monotonic clock, which is the same for all processes of a machine.
+        at_ns: when it was made. All processes of a machine share this monotonic clock.
         used: bytes that were used or reserved.
         streams: how many streams there were.
     """
@@ -52,20 +52,20 @@ class _Usage(NamedTuple):
 
 
 _taken: dict[tuple[str, int], int] = {}
-"""The bytes that this process took since a measurement, by folder and time of the measurement."""
+"""(folder, time of a measurement) -> bytes that this process took since then."""
 
 
 class Room:
-    """How much of the spool's limit is left. Each stream has one of its own."""
+    """How much of the spool's limit is left. Each stream has its own `Room`."""
 
     def __init__(self, folder: Path, max_bytes: int, segment_bytes: int, clock: Callable[[], float]) -> None:
         """Measure nothing yet.
 
         Args:
             folder: the spool's folder.
-            max_bytes: the limit of all its files together.
+            max_bytes: the limit of all files in the folder together.
             segment_bytes: the size of a segment. A stream reserves at most this, except for a single larger record.
-            clock: seconds that only grow.
+            clock: a monotonic clock, in seconds.
         """
         self._folder = folder
         self._max_bytes = max_bytes
@@ -114,9 +114,9 @@ class Room:
         return True
 
     def _measure(self) -> int:
-        """Return how many bytes are used or reserved, and leave the result to others."""
+        """Return how many bytes are used or reserved, and store the result for other writers."""
         at_ns = time.monotonic_ns()
-        # Count the file of the result, too, although it may not be there yet.
+        # Also count the file `usage`, even if it does not exist yet.
         used, ledgers, last = _USAGE.size, list[str](), dict[str, tuple[int, int]]()
         with os.scandir(self._folder) as entries:
             for entry in entries:
@@ -135,8 +135,8 @@ class Room:
                 elif match := _PART.fullmatch(name):
                     used += max(0, int(match[1]) - size)
         written = {stream: last.get(stream, (0, 0))[1] for stream in ledgers}
-        # The sum below is the most that all streams can reserve, single large records included. What each really
-        # reserves is read only if the spool may be more than half full.
+        # This sum is an upper limit of what all streams have reserved, single large records included. Read the true
+        # reservations only if the spool may be more than half full.
         most = sum(max(_FEW_BYTES, min(size, self._segment_bytes)) for size in written.values())
         if used + most > self._max_bytes // 2:
             most = sum(self._reserved(stream, size) for stream, size in written.items())
@@ -144,7 +144,7 @@ class Room:
         return used + most
 
     def _reserved(self, stream: str, written: int) -> int:
-        """Return how many bytes this stream is going to write that are not written yet."""
+        """Return how many bytes this stream has reserved but not written."""
         path = self._folder / f"{stream}.ledger"
         with contextlib.suppress(OSError):
             more = read_ledger(path).reserved - written

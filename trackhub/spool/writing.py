@@ -30,7 +30,7 @@ from trackhub.spool.stream_writer import CLOSED, Stream
 __all__ = ["NewBlob", "SpoolWriter"]
 
 _NEXT_STEPS = {
-    "disk_full": ". Free space on this disk: what is logged from then on is recorded",
+    "disk_full": ". Free space on this disk. Records that are logged after that are stored",
     "spool_full": ". Raise the limit spool_bytes, or see why the receiver does not accept what is in the spool",
     "io_error": ". See whether this process may write to the folder, and whether its disk is sound",
 }
@@ -60,8 +60,8 @@ class NewBlob(NamedTuple):
 class SpoolWriter:
     """Appends this process's records to two streams. Thread-safe. After a fork, the child writes streams of its own.
 
-    A copy of a writer writes streams of its own, too, and so does one that was pickled into another process. The second
-    stream is for images and artifacts. So only other images and artifacts wait for the bytes of a large one.
+    A copy of a writer also writes streams of its own, in this process or, if it was pickled, in another one. The second
+    stream is for images and artifacts. So a large file delays only other images and artifacts.
 
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
     its ``seq``. Once there is room again, it writes the gap into the stream.
@@ -141,7 +141,7 @@ class SpoolWriter:
 
     @property
     def next_seq(self) -> int:
-        """How many records were logged to both streams so far, with the dropped ones."""
+        """How many records were logged to both streams so far, dropped ones included."""
         return self._stream.next_seq + self._files.next_seq
 
     def last_written(self) -> tuple[int, int]:
@@ -241,7 +241,7 @@ class SpoolWriter:
         return self._late
 
     def count_left_out(self, reason: str, values: int) -> None:
-        """Count values that were left out of a record, whose other values are stored. Never raises.
+        """Count values that were left out of a record. Its other values are stored. Never raises.
 
         Args:
             reason: one of ``LEFT_OUT_REASONS``.
@@ -260,7 +260,7 @@ class SpoolWriter:
 
     def _acked(self, stream: Stream, cursor: str) -> int:
         reached = read_ack(self.folder, stream.id, cursor).next_seq
-        # After ``close``, the reader may have finished the stream and deleted its own file.
+        # After ``close``, the reader may have retired the stream and deleted its ack file.
         if reached == 0 and stream.is_closed and not ack_file(self.folder, stream.id, cursor).exists():
             is_retired = not ledger_file(self.folder, stream.id).exists() and read_retired(self.folder, cursor).streams
             return stream.next_seq if is_retired else 0
@@ -272,7 +272,7 @@ class SpoolWriter:
             self._in_turn(stream, stream.close)
 
     def _in_turn(self, stream: Stream, action: Callable[[], object]) -> None:
-        """Call ``action`` under the lock. In a signal handler, the call that it interrupted may do so later."""
+        """Call ``action`` under the lock. In a signal handler, the interrupted call may run ``action`` later."""
         with stream.lock:
             stream.deferred.append(action)
             if not stream.busy:
@@ -284,7 +284,7 @@ class SpoolWriter:
         """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
         if stream.is_abandoned:
             return  # the file belongs to the parent process, too
-        stream.begin_anew_if_files_are_lost()  # here, since the blob's name names the stream
+        stream.begin_anew_if_files_are_lost()  # before the blob gets its name, which contains the stream's id
         path = blob_file(self.folder, f"{stream.id}-{stream.next_seq}")
         is_appended = False
         try:
@@ -306,7 +306,7 @@ class SpoolWriter:
         """
         if stream.is_closed:
             raise SpoolError(CLOSED)
-        # If this process is killed, its ledger shows that nobody writes the file any more.
+        # Open the ledger first. If this process is killed, the ledger shows that nobody writes the file any more.
         self._in_turn(stream, stream.open_ledger)
         partial.touch(mode=0o600)
         if stream.room.fits(size):

@@ -44,7 +44,7 @@ MAX_KEYS = 5000
 """How many keys of all sites are aggregated."""
 
 _MAX_HELD = 500_000  # values that wait for the end of their round
-_MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, and must leave room for other sites
+_MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, so each site has a limit of its own
 _MAX_IGNORED = 1_000_000
 _HELD_ROUNDS = 2  # closed rounds whose values are kept, since it is not yet certain which keys are aggregated
 _AT_ONCE = 1000  # numbers in one record
@@ -96,7 +96,7 @@ def describe(values: Sequence[float], weights: Sequence[float] | None = None) ->
 def _mean(values: Sequence[float]) -> float:
     try:
         return math.fsum(values) / len(values)
-    except OverflowError:  # the sum is beyond the largest float, and the mean is not
+    except OverflowError:  # only the sum is above the largest float
         return math.fsum(v / len(values) for v in values)
 
 
@@ -112,7 +112,10 @@ def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """Return one pattern for all of these; None if there are none. ``*`` means any characters, ``?`` means one."""
+    """Return one pattern for what any of these matches. None if there are none.
+
+    ``*`` means any characters, ``?`` means one.
+    """
     joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
     return re.compile(joined) if joined else None
 
@@ -123,7 +126,7 @@ class _Key:
     __slots__ = ("above_0", "counts_for", "sites")
 
     def __init__(self, site: str) -> None:
-        self.counts_for = site  # it takes one of the places of the site that logged it first
+        self.counts_for = site  # the key counts against the key limit of the site that logged it first
         self.sites: set[str] = set()
         self.above_0 = False
 
@@ -131,15 +134,18 @@ class _Key:
 class _Keys:
     """Decides which keys are aggregated.
 
-    With patterns, these are the keys that match. Without patterns, these are the keys that two or more sites log with
-    the round as the step of every record, in some round above 0. Round 0 alone is not enough: the first step of a key
-    that counts its own steps is 0 as well.
+    With patterns, a key is aggregated if it matches. Without patterns, it is aggregated if all of this holds:
+
+    - Two or more sites log it.
+    - In all its records, the step equals the round.
+    - One of these rounds is above 0, or the job has only one round. Round 0 proves nothing in a longer job: a key with
+      its own step counter also begins at step 0.
 
     Attributes:
-        ignored: keys that nobody needs to look at: all that are not aggregated, except for the key of the weights.
-        is_default: whether no patterns were given.
+        ignored: keys to skip, since they are not aggregated. The key of the weights is never among them.
+        is_default: True if no patterns were given.
         weight: the key of the weights; None for the number of steps in the facts.
-        weight_is_refused: whether that key is not aggregated.
+        weight_is_refused: True if the key of the weights serves as weight only, and is not aggregated itself.
     """
 
     def __init__(self, patterns: Sequence[str] | None, weight: str | None) -> None:
@@ -153,13 +159,13 @@ class _Keys:
         self._warned: set[str] = set()
 
     def takes(self, site: str, key: str, number: int | None, *, step_is_round: bool) -> bool:
-        """Return whether the key may be aggregated, after what this site logged of it.
+        """Return whether the key may still be aggregated, now that this site has logged it.
 
         Args:
             site: the site.
             key: the key.
             number: the round in which the site logged it.
-            step_is_round: all records had their round as their step.
+            step_is_round: in all records of the key, the step is the round.
         """
         known = self._keys.get(key)
         if self.is_default and not step_is_round:
@@ -200,11 +206,11 @@ class _Keys:
             self.ignored.add(key)
 
     def is_ready(self, key: str, *, single_round: bool) -> bool:
-        """Return whether it is certain by now that the key is aggregated.
+        """Return True once it is certain that the key is aggregated.
 
         Args:
             key: the key.
-            single_round: whether the job has ended after one round.
+            single_round: the job has ended after one round.
         """
         if not self.is_default:
             return True
@@ -225,7 +231,7 @@ class _Round:
         self.is_closed = False
 
     def is_complete(self) -> bool:
-        """Return whether all sites that it expects have reported."""
+        """Return whether all expected sites have reported."""
         return bool(self.expected) and self.expected <= self.reported
 
 
@@ -251,8 +257,8 @@ class Aggregation:
         self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
         self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
-        self._rounds_with: dict[str, set[int]] = {}  # where each key has values. A site may use thousands of rounds
-        self._held = Counter[str]()  # values and weights, by site
+        self._rounds_with: dict[str, set[int]] = {}  # key -> rounds with its values. A site may use thousands
+        self._held = Counter[str]()  # site -> how many of its values and weights are held
         self._held_in_all = 0
         self._late = 0
         self._late_told = 0
@@ -264,7 +270,7 @@ class Aggregation:
         return RowDigest(self._keys.ignored)
 
     def add(self, site: str, records: Iterable[Record]) -> None:
-        """Take metrics that a site logged: those of one row of the journal, in their order."""
+        """Take a site's metrics in one row of the journal, in their order."""
         records = list(records)
         if not records:
             return
@@ -278,10 +284,10 @@ class Aggregation:
                 self._take(site, record, digest.time)
 
     def add_digest(self, site: str, digest: RowDigest) -> bool:
-        """Take what a digest says of a row, as ``add`` takes the row's records.
+        """Add a row by its digest. The effect is that of ``add`` with the row's records.
 
         Returns:
-            Whether the digest says enough. If not, nothing was taken, and ``add`` must have the records.
+            False if the digest is not enough. Then nothing was added: call ``add`` with the row's records.
         """
         keys = digest.keys - self._keys.ignored
         if not keys or site in (SERVER, FEDERATION):
@@ -312,7 +318,7 @@ class Aggregation:
             site, key, value: what the site logged.
             number: the round in which the site logged it.
             time: unix seconds of the row.
-            step_is_round: it was logged with the round as its step.
+            step_is_round: the step of the value is its round.
         """
         current = None if number is None else self._rounds.get(number)
         is_closed = current is not None and current.is_closed
@@ -333,15 +339,16 @@ class Aggregation:
 
         Args:
             number: the round.
-            key: its key; None for the site's weight.
-            site, value: as the site logged it.
+            key: the key of the value; None for the site's weight.
+            site, value: the site, and what it logged.
             time: unix seconds of the row.
         """
         if self._held_in_all >= _MAX_HELD or self._held[site] >= _MAX_HELD_OF_SITE:
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning("%d metrics of site %s wait for the end of their round; until then, further ones are not "
-                             "aggregated", self._held[site], printable(site))  # fmt: skip
+                _log.warning("site %s: too many metrics wait for the end of their rounds: %d of this site, %d of all "
+                             "sites. Further metrics are not aggregated until a round ends", printable(site),
+                             self._held[site], self._held_in_all)  # fmt: skip
             self._late += key is not None
             return
         current = self._round(number)
@@ -394,17 +401,20 @@ class Aggregation:
         return found
 
     def is_unfinished(self) -> bool:
-        """Return whether the end of the job would return anything."""
+        """Return whether the end of the job would still give statistics.
+
+        It would if a round is open, values are held, or late values are not reported yet.
+        """
         return self._late > self._late_told or any(
             current.values or (current.is_announced and not current.is_closed) for current in self._rounds.values()
         )
 
     def rounds(self) -> int:
-        """Return how many rounds the job had: those that the server announced, or else all that sites logged in."""
+        """Return how many rounds the server announced. If it announced none, count the rounds in which sites logged."""
         return len(self._of_job())
 
     def last_round(self) -> int:
-        """Return the highest of these rounds; 0 if there was none."""
+        """Return the job's highest round; 0 if it had none."""
         return max(self._of_job(), default=0)
 
     def _of_job(self) -> list[int]:

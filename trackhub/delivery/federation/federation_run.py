@@ -122,7 +122,7 @@ class FederationRun:
         self._thread.start()
 
     def digest(self) -> RowDigest:
-        """Return a digest, which takes the metrics of a batch while the gate checks them. Thread-safe."""
+        """Return a digest, which takes the metrics of a batch while `check_received_batch` checks them. Thread-safe."""
         return self._aggregation.digest()
 
     def notify(self, site: str, digest: RowDigest, records: int, row: int, stored: int) -> None:

@@ -177,9 +177,9 @@ class Journal:
 
         Args:
             site: its id.
-            batch: what the site sent, without the records that the gate refused.
+            batch: what the site sent, without the records that the receiver refused.
             explained: the number of records that the batch's gaps stand for, by reason.
-            refused: number and reason of each record that the gate refused.
+            refused: number and reason of each record that the receiver refused.
             began: the time of the batch's first record, in unix seconds. If the site has no record yet, its run began
                 then.
             facts: facts about the job to store with the batch, as ``set_facts`` does.

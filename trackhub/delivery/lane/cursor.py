@@ -30,9 +30,9 @@ class _Counts:
 
     Attributes:
         stored: how many records the backend has stored.
-        doubtful: how many of these the backend may have had before: possible duplicates.
-        rejected: how many records were rejected, by reason.
-        altered: how many records were altered, by alteration.
+        doubtful: how many of the stored records the backend may have had before: possible duplicates.
+        rejected: reason -> how many records were rejected for it.
+        altered: alteration -> how many records needed it.
     """
 
     stored: int = 0
@@ -60,7 +60,7 @@ class Cursor:
         written: the rows up to here were handed over by this lane.
         confirmed: the rows up to here are durable at the backend. A later lane goes on from here.
         progress: the counts up to ``confirmed``, the run's state, its last error.
-        left_out: the entries that the last confirmation left out, by position.
+        left_out: position -> entry that the last confirmation left out.
         must_rebuild: the run was written in part, and its backend can only write it again from its first record.
     """
 
@@ -85,8 +85,8 @@ class Cursor:
         written, self.confirmed, self.progress = journal.run_state(lane, site_id)
         self.must_rebuild = redelivery is Redelivery.REBUILD and self.confirmed > 0
         if self.must_rebuild and self.progress.state != "finished":
-            # Reset this now, and not when the run is opened. The lane may be ended before that, while it opens another
-            # run. The state that it then stores must not say that records of a half-written run are delivered.
+            # Reset now, not when this run is opened. The lane may end before it opens this run. It would then store the
+            # old state, and records of a half-written run would count as delivered.
             self.confirmed, self.progress = 0, self._empty_progress()
         self.written = self.confirmed
         self._ever_written = max(written, self.confirmed)  # by this lane or an earlier one
@@ -107,7 +107,7 @@ class Cursor:
         return self._position_after(self.confirmed)
 
     def shift_of(self, row: int) -> int:
-        """Return by how much the positions of a row's records are larger at the backend than in the journal."""
+        """Return, for a row's records, the position at the backend minus the position in the journal."""
         return sum(shift.by for shift in self.progress.shifts if row > shift.after)
 
     def _position_after(self, row: int) -> int:
@@ -153,10 +153,12 @@ class Cursor:
         self._stored_to = max(self._stored_to, position + 1)
 
     def leave_out(self, entries: Mapping[int, Entry]) -> None:
-        """Note which entries the next confirmation leaves out. Those that the last one left out may be stored now.
+        """Note the entries that the next confirmation does not cover.
+
+        An entry that the last confirmation left out, and that is not among them, counts as stored.
 
         Args:
-            entries: those that the backend has not stored yet, by position.
+            entries: position -> entry that the backend has not stored yet.
         """
         before, self.left_out = self.left_out, dict(entries)
         self.count_stored([before[position] for position in sorted(before.keys() - entries.keys())])
@@ -187,8 +189,8 @@ class Cursor:
     def reject_at_backend(self, rejections: Sequence[Rejection]) -> None:
         """Count records that the backend can never store.
 
-        A resumable run only says how far it stands. So the journal keeps these positions until the next confirmation.
-        Otherwise, after a crash, a later lane would take a rejected record for one that the run holds.
+        A resumable run reports only its next position, not which records it rejected. So the journal keeps the rejected
+        positions until the next confirmation. Otherwise, after a crash, a later lane would count them as stored.
         """
         for rejection in rejections:
             self.reject(rejection)
@@ -214,25 +216,26 @@ class Cursor:
         return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
 
     def _trusts_client(self) -> bool:
-        """Return whether only the SDK confirmed some records. The store may then not recognise them."""
+        """Return whether only the SDK confirmed some records. The store may not recognise them when they come again."""
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
         """Check that a resumable run, which holds the records before ``position``, got them from this journal.
 
-        If the journal handed over fewer records, the disk has lost the journal's last transactions. Nobody knows which
-        records these held. So the next records go behind them, and as many records count as possible duplicates.
+        If the run holds more records than this journal handed over, the disk lost the journal's last transactions. The
+        lost records are not known. So the lane writes the next records after them, and counts the same number of
+        records as possible duplicates.
 
         Raises:
-            PermanentError: another journal wrote some of them, so that delivery would skip or lose others.
+            PermanentError: another journal wrote to the run. Delivery would skip or lose records of this journal.
             JournalError: the journal cannot be read or written.
         """
         first = self._journal.position_after(self.site_id, 0)
         if 0 < position < first:
-            # The server's journal has the records in between. If delivery went on here, they would count as delivered.
+            # The server's journal has the missing records. If delivery went on here, they would count as delivered.
             raise PermanentError(
-                f"the run holds {position} records, and those before {first} are in the journal of the server's own "
-                "receiver: replay that one first, with `trackhub replay`"
+                f"the run holds {position} records. The records before position {first} are in the journal of the "
+                "server's receiver. Replay that journal first: `trackhub replay`"
             )
         limit = self._handed_over_to()
         if position <= limit:
@@ -240,14 +243,14 @@ class Cursor:
         if not self._ever_written or self._journal.continues:
             # Without this error, delivery would silently skip the same number of new records.
             raise PermanentError(
-                f"the run holds {position} records, but this journal handed over {limit}: another one wrote it. "
-                "Was the receiver's state folder lost? Move the backend's run away, then replay the journal"
+                f"the run holds {position} records, but this journal handed over only {limit}: another journal wrote "
+                "to the run. Was the receiver's state folder lost? Move the backend's run away, then replay the journal"
             )
         lost = position - limit
         _log.warning(
             "backend %s, run %s: it holds %d records, but the journal %s handed over %d. The journal has lost %d: was "
-            "the power lost, or its -wal file cut off? The site sends again what it still has, and the run gets that "
-            "behind what it holds. %d records count as possible duplicates",
+            "the power lost, or its -wal file cut off? The site sends its remaining records again. They are appended "
+            "after the records that the run already holds. %d records count as possible duplicates",
             self.lane, self.site, position, self._journal.path, limit, lost, lost,
         )  # fmt: skip
         self.progress.shifts = [*self.progress.shifts, Shift(self._ever_written, lost, position + lost)]
@@ -259,8 +262,8 @@ class Cursor:
         if position >= self.progress.stored_to:
             return False
         _log.warning(
-            "backend %s, run %s: it holds the records before %d, but had confirmed those before %d. Was the run moved "
-            "away or deleted? The lane delivers the missing records again",
+            "backend %s, run %s: it holds %d records, but it had confirmed %d. Was the run moved away or deleted? The "
+            "lane delivers the missing records again",
             self.lane, self.site, position, self.progress.stored_to,
         )  # fmt: skip
         return True
@@ -268,7 +271,8 @@ class Cursor:
     def _handed_over_to(self) -> int:
         """Return the position before which the backend may have records, from this journal or another one."""
         position = self._position_after(self._ever_written)
-        # The last batch that the other journal took may be in both journals, if the site did not get the reply.
+        # The server's receiver may have taken a batch before. If its reply was lost, the site sent the batch here as
+        # well. Then both journals have it.
         return position if self._ever_written else position + self._journal.overlap(self.site_id)
 
     def _empty_progress(self) -> Progress:
@@ -290,8 +294,8 @@ class Cursor:
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.
-            by: who confirmed the records. Those that only the client confirmed are also counted separately.
-            aside: the entries before the written cursor that are neither stored nor rejected. They stay pending.
+            by: who confirmed the records. Records that only the client confirmed are also counted separately.
+            aside: the entries before the written cursor that are still pending.
         """
         progress, since = self.progress, self._since
         progress.confirmed += since.stored
@@ -313,22 +317,22 @@ class Cursor:
         self.progress.last_error = f"{type(error).__name__}: {error}"
 
     def note_blocked(self, entry: Entry, error: BaseException) -> None:
-        """Say that all records behind this one wait for it. Stored at once, so that a running job shows it."""
+        """Warn that all later records wait for this one. Stored at once, so that a running job shows it."""
         if self._has_said_blocked:
             return
         self._has_said_blocked = True
         self.progress.blocked_by = name_of(entry)
         _log.warning(
-            "backend %s, run %s: %s fails each time (%s). All records behind it wait, since the backend keeps the "
-            "order of a run, and nothing else shows that its store is well. If the store is away, wait. Otherwise "
-            "deliver the run with another backend, by `trackhub replay --backend`; if the record is an image or "
-            "artifact, moving its file away also rejects it. A plugin should raise PermanentError for such a record",
+            "backend %s, run %s: %s fails each time (%s). All later records of the run wait. The backend needs them in "
+            "order, and trackhub cannot tell whether the record or the store is at fault. If the store is down, wait. "
+            "Otherwise deliver the run with another backend: `trackhub replay --backend`. To reject an image or "
+            "artifact, move its file away. A plugin should raise PermanentError for a record that it cannot store",
             self.lane, self.site, self.progress.blocked_by, error,
         )  # fmt: skip
         self._save()
 
     def note_unblocked(self) -> None:
-        """Say that the record that all others waited for is stored or rejected. Stored with the next change."""
+        """Note that the blocking record is stored or rejected. Stored with the next change."""
         self.progress.blocked_by, self._has_said_blocked = "", False
 
     def end(self, state: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the keys that a site logged into keys that a backend can store, so that two keys never become one.
 
-`adaptation` calls it for every new key of a run. A backend declares its rule for keys as a `trackhub.spi.KeyRule`.
+`fit_records_to_backend` calls it for every new key of a run. A backend declares its rule as a `trackhub.spi.KeyRule`.
 """
 
 from __future__ import annotations

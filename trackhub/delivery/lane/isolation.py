@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the one record that a backend cannot store, so that it does not hold up later records.
 
-`RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. The rule by which an
-error rejects a record is in `Isolation` and `Evidence`, and nowhere else. docs/adr/0011 gives the reasons.
+`RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. Only `Isolation` and
+`Evidence` decide that an error rejects a record. docs/adr/0011 gives the reasons.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
 __all__ = ["Isolation", "Verdict"]
 
 _SUSPECT_AFTER = 3  # failures of one batch
-_SAY_AFTER = 6  # failures of a single record, after which it counts as holding up all others: about ten seconds
+_SAY_AFTER = 6  # after this many failures (about ten seconds), a single record counts as blocking all later ones
 _MAX_ASIDE = 32
 _MAX_HELD = 1000
 
@@ -30,10 +30,10 @@ class Verdict(NamedTuple):
 
     Attributes:
         wait: wait before the next attempt.
-        narrowed: whether the failing batch was split, or its only record rejected. Then the wait before the next
+        narrowed: True if the failing batch was split, or its only record rejected. Then the wait before the next
             attempt starts small again.
         rejected: the record that can never be stored. None if there is none.
-        blocks: whether a single record holds up all records after it, and nothing can show that the store is well.
+        blocks: True if one record holds up all later records, and the lane cannot test whether the store works.
     """
 
     wait: bool
@@ -47,9 +47,9 @@ class _Piece:
 
     Attributes:
         entries: what is written.
-        is_part: whether they are a part of a batch that failed.
-        failures: how often they failed together.
-        is_suspect: whether this is a single record that may be bad.
+        is_part: True if the entries are a part of a batch that failed.
+        failures: how often the entries failed together.
+        is_suspect: True for a single record that may be bad.
         detail: the last error.
     """
 
@@ -72,27 +72,30 @@ class Isolation:
       alone is rejected as ``permanent_error``.
     - An error that says itself that the store is busy or full (`speaks_of_the_store`): the lane waits and tries again.
     - Any other error may come from a record or from an outage. After three failures of a batch its first record is
-      tried alone. A record that fails alone three times is a *suspect*. One failure is enough while another record is
-      set aside. With ``any_order``, a part that fails directly after another part was stored need not fail three
-      times: it is halved at once, and a single record is a suspect at once. `Evidence` decides, by writes of the
-      suspect and of its neighbours in random order, whether it is bad. A bad record is rejected as ``backend_error``.
+      tried alone. A record that fails alone three times is a *suspect*. While another record is set aside, a record
+      that fails alone is a suspect after one failure. The lane writes the suspect and its neighbours in random order.
+      From the results, `Evidence` decides whether the suspect is bad. A bad record is rejected as ``backend_error``.
       No other error rejects a record.
+
+    With ``any_order``, suppose that one part of a batch is stored and the next part fails. The lane does not wait for
+    three failures. It halves the failing part at once. If that part is a single record, it is a suspect at once.
 
     What a neighbour is depends on what the backend declares:
 
     - ``any_order`` and ``idempotent``: a record of the same sort that was stored already. It is written again, and
       nothing changes.
-    - ``any_order`` and ``at_least_once``, or ``any_order`` with nothing suitable stored yet: a later record. The
-      suspect is set aside.
+    - ``any_order`` and ``at_least_once``: a later record. The suspect is set aside. The same holds for ``idempotent``
+      while no record of the same sort is stored yet.
     - Otherwise the order must be kept. A batch that fails is halved, so that all records before the failing one are
-      stored. The failing record stays first, and later records wait. With ``probe``, the neighbour is the plugin's own
-      test of its store, which leaves nothing there. Without it there is no neighbour, with one exception: an error that
-      is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then the record is set aside, and
-      later records are written. This exception does not hold for a ``resumable`` backend: it would take the late record
-      for one that it holds already.
+      stored. The failing record stays first, and later records wait. With ``probe``, the lane calls the plugin's own
+      test of its store in place of a neighbour. The test stores nothing. Without ``probe`` there is no neighbour, with
+      one exception: an error that is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then
+      the record is set aside, and later records are written. A ``resumable`` backend is excluded: when the record comes
+      late, the backend would mistake it for one that it already holds.
 
     A record that is set aside is tried again now and then. Images and artifacts that fail are also set aside, but are
-    never suspects. An entry that shares a key with a record set aside waits with it, if their order matters.
+    never suspects. If order matters, an entry that shares a key with a record set aside waits until that record is
+    stored or rejected.
     """
 
     def __init__(self, can: Capabilities, toss: Callable[[], bool] | None = None) -> None:
@@ -102,7 +105,8 @@ class Isolation:
             can: what the backend declares.
             toss: the coin of `Evidence`, for tests.
         """
-        self._rises = can.redelivery is Redelivery.RESUMABLE  # it takes a late record for one that it has
+        # A resumable backend would mistake a late record for one that it already holds.
+        self._is_resumable = can.redelivery is Redelivery.RESUMABLE
         self._keeps_steps = not can.late_steps
         self._any_order = can.any_order and not can.redelivery.needs_order
         self._rewrites = self._any_order and can.redelivery is Redelivery.IDEMPOTENT
@@ -115,8 +119,8 @@ class Isolation:
         self._evidence = Evidence(toss)
         self._judged: _Piece | None = None  # the suspect that the evidence is about
         self._current: _Piece | None = None
-        self._is_step = False  # whether the coin chose the current piece
-        self._is_neighbour = False  # whether the current piece is written as the neighbour of a suspect
+        self._is_step = False  # True if the coin chose the current piece
+        self._is_neighbour = False  # True if the current piece is written as the neighbour of a suspect
 
     def add(self, entries: Sequence[Entry], max_batch: int) -> None:
         """Append entries to what waits to be written, in batches of up to ``max_batch``."""
@@ -127,7 +131,7 @@ class Isolation:
         return not self._queue
 
     def next(self) -> list[Entry] | None:
-        """Return the entries to write next. None if there are none, or if all must wait for those set aside."""
+        """Return the entries to write next. None if none are left, or if all must wait for records set aside."""
         suspect = self._suspect()
         neighbour: _Piece | None
         if suspect is None or suspect in self._aside:
@@ -174,7 +178,7 @@ class Isolation:
         """Remove the entries that ``next`` or ``next_aside`` returned, since the backend took them.
 
         Args:
-            stored: those of them that the backend did not reject.
+            stored: the entries that the backend did not reject.
 
         Returns:
             The suspect, if the evidence is now enough to reject it. Otherwise an empty list.
@@ -191,7 +195,7 @@ class Isolation:
             self._aside.remove(piece)
             self._put_back()
         elif any(sort_of(other.entries[0]) in self._stored for other in self._aside):
-            self._put_back()  # now there is a stored record of their sort, which can be their neighbour
+            self._put_back()  # a record of this sort is stored now, and can be the neighbour of the suspects
         return bad
 
     def failed(self, error: BaseException) -> Verdict:
@@ -227,7 +231,7 @@ class Isolation:
         if not at_once and piece.failures < (1 if self._aside and len(piece.entries) == 1 else _SUSPECT_AFTER):
             return Verdict(wait=True)
         defect = not isinstance(error, TransientError)
-        must_stay_first = not self._any_order and (self._probes or self._rises or not defect)
+        must_stay_first = not self._any_order and (self._probes or self._is_resumable or not defect)
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2 if has_just_stored or must_stay_first else 1)
             return Verdict(wait=not at_once, narrowed=True)
@@ -271,7 +275,7 @@ class Isolation:
         return next((piece for piece in self._aside if piece.is_suspect), None)
 
     def _later_one(self, *, alone: bool) -> _Piece | None:
-        """Return the first piece of the queue that may be written now. With ``alone``, return only one record of it."""
+        """Return the first piece of the queue that may be written now. With ``alone``, return only its first record."""
         while self._queue:
             piece = self._queue[0]
             if alone and len(piece.entries) > 1:
@@ -302,7 +306,7 @@ class Isolation:
         return [_rejection(piece, "backend_error", piece.detail)]
 
     def _remember(self, stored: Sequence[Entry]) -> None:
-        # A store may skip the write of a param, tag or final value that has not changed. So these are no evidence.
+        # A store may skip the write of a param, tag or final value that has not changed. Such a write is no evidence.
         if stored and not isinstance(stored[-1].payload, STEPLESS) and (sort := sort_of(stored[-1])) is not None:
             self._stored[sort] = stored[-1]
 
@@ -330,9 +334,9 @@ class Isolation:
             self._queue.appendleft(_Piece(held, is_part=True))
 
     def _put_back(self) -> None:
-        """Put suspects, and the entries that wait for them, back to the front in order: they may be good.
+        """Put suspects and the entries that wait for them back to the front of the queue, in order.
 
-        Files stay set aside.
+        A suspect may be good. Files stay set aside.
         """
         files = [piece for piece in self._aside if not piece.is_suspect]
         entries = [entry for piece in self._aside if piece.is_suspect for entry in piece.entries] + self._held
