@@ -34,11 +34,11 @@ class Ack(msgspec.Struct, array_like=True):
         offset: where that frame starts in the segment.
         next_seq: the ``seq`` of the next record to be acknowledged.
         acked: records that the receiver acknowledged.
-        refused: records that the receiver refused, by reason.
-        explained: records in gaps and in damaged places, by reason. Records that a policy withheld have the reason
+        refused: reason -> records that the receiver refused.
+        explained: reason -> records in gaps and in damaged places. Records that a policy withheld have the reason
             ``withheld``.
-        withheld: the records with the reason ``withheld``, by rule.
-        altered: values that a policy left out of other records or changed, by rule.
+        withheld: rule -> records that it withheld.
+        altered: rule -> values that it left out of other records or changed.
         seen: what `trackhub.policy.thinning` remembers of the stream at this place.
     """
 
@@ -79,13 +79,13 @@ def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
 
 
 class Retired(msgspec.Struct, array_like=True):
-    """The sums of all streams whose writers have ended and which this reader has read to their ends.
+    """The counts of all streams that this reader has retired, added up.
 
     Attributes:
-        streams: how many streams there are.
+        streams: how many streams are retired.
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
         dropped, refused: as there, by reason.
-        names: the streams among them that may still have files. Another reader needs these, or a crash left them.
+        names: the retired streams that may still have files, because another reader needs them or a crash left them.
         altered, withheld_by_rule, altered_by_rule: as in `trackhub.spool.counts.StreamCount`.
     """
 
@@ -116,7 +116,7 @@ def ack_file(folder: Path, stream: str, cursor: str) -> Path:
 
 
 def find_ack(folder: Path, stream: str, cursor: str) -> Ack | None:
-    """Return how far this reader got. None if the file is missing or damaged, so that nobody knows.
+    """Return how far this reader got. None if the file is missing or damaged.
 
     Args:
         folder: the spool's folder.
@@ -184,7 +184,7 @@ def write_retired(folder: Path, cursor: str, retired: Retired) -> None:
         OSError: the file cannot be written.
     """
     path = _retired_file(folder, cursor)
-    # A rename puts it in place. The names may take more than a block, and a torn file would lose all counts.
+    # Write a new file and rename it. The names may need more than one block, and a torn write would lose all counts.
     partial = path.with_name(f"{path.name}.new")
     os.close(write_start(partial, _with_header(msgspec.msgpack.encode(retired))))
     partial.replace(path)
@@ -199,7 +199,7 @@ def _with_header(body: bytes) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the body of such a file; None if it is missing, unreadable or damaged."""
+    """Return the body of an ``.ack`` or ``.retired`` file; None if it is missing, unreadable or damaged."""
     try:
         data = read_plain(path)
         size, crc = _HEADER.unpack_from(data)

@@ -74,7 +74,7 @@ def spool_env(folder: Path, site: str, job: str) -> str:
 
 
 def set_process_spool(folder: Path | None) -> None:
-    """Announce the spool to writers in this process, and not to the programs that it starts. None withdraws it.
+    """Announce the spool to writers in this process only, not in programs that it starts. None withdraws the spool.
 
     The FLARE server announces its spool this way. The simulator's clients inherit the server's environment. With an
     environment variable, they would therefore write as the server.
@@ -101,7 +101,7 @@ def announce_to_children(folder: Path, site: str, job: str) -> None:
 
 
 def withdraw_process_spool(folder: Path) -> None:
-    """Withdraw the announcement of this spool. Has no effect on another one that was announced since."""
+    """Withdraw the announcement of this spool. A spool that was announced later stays announced."""
     if _process_spool == folder:
         set_process_spool(None)
     if (value := _in_environment.pop(folder, None)) is None or os.environ.get(SPOOL_ENV) != value:
@@ -120,7 +120,7 @@ def find_spool(announced: str | None = None) -> Path:
         announced: the value of ``SPOOL_ENV``, if it was read before. None reads it now.
 
     Raises:
-        ConfigError: there is none, or it belongs to another site or job, or its job has ended.
+        ConfigError: no spool was announced, or it belongs to another site or job, or its job has ended.
     """
     if _process_spool is not None:
         return _process_spool

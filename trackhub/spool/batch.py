@@ -49,18 +49,18 @@ class SpoolBatch(msgspec.Struct, frozen=True):
 
     Attributes:
         stream: the stream's id.
-        first_seq: the number of the first record. Records that a gap stands for have numbers, too.
+        first_seq: the number of the first record. Records that a gap replaces are numbered, too.
         next_seq: the number of the record after the last one.
         records: how many records the frames hold, gaps not counted.
         frames: the frames, one after another.
         blobs: the blobs that the frames refer to, in order.
-        lost_blobs: the blobs of records that a gap replaced. Their bytes cannot be read, or a policy withholds them.
-        explained: how many records are not in the frames, by reason. They are in gaps, damaged, or withheld by a
-            policy.
+        lost_blobs: the blobs of records that a gap replaced, because the bytes cannot be read or a policy withholds
+            them.
+        explained: reason -> number of records that are not in the frames: dropped, damaged, or withheld by a policy.
         segment: the segment where the next batch starts.
         offset: where it starts in that segment.
-        withheld: how many records a policy withholds, by rule. ``explained`` has their sum.
-        altered: how many values of the records in the frames a policy left out or changed, by rule.
+        withheld: rule -> number of records that it withholds. ``explained`` has the sum.
+        altered: rule -> number of values that it left out of the records in the frames or changed.
         seen: what `trackhub.policy.thinning` remembers of the stream after this batch.
     """
 
@@ -91,16 +91,15 @@ def assemble(
 
     Args:
         stream: the stream's id.
-        place: where the batch was expected to start. If the first frame is further on, a gap accounts for the records
-            before it.
+        place: where the batch should start. If the first frame comes later, a gap replaces the records in between.
         data: bytes of the segment from ``place`` on.
         start: where the first intact frame starts in ``data``.
         max_records: most records in the batch.
-        max_bytes: most bytes of frames, but never less than one frame.
+        max_bytes: most bytes of frames. The first frame may be larger.
         lost_blobs: names of blobs whose bytes cannot be read. A gap takes the place of their records.
     """
     assembly = _Assembly(data, start, place.seq, lost_blobs)
-    # If a frame is damaged, the intact frames before it are a batch. The next batch starts with the damage.
+    # If a frame is damaged, the batch ends before it. The next batch starts with the damage.
     with contextlib.suppress(CorruptFrameError):
         assembly.take_frames(max_records, max_bytes)
     return SpoolBatch(
@@ -125,8 +124,8 @@ class _Assembly:
         records: how many were taken.
         gaps: frames of gaps that go before the frames of the spool.
         start: where the taken frames start.
-        end: where they end.
-        blobs: the blobs that they refer to.
+        end: where the taken frames end.
+        blobs: the blobs of the taken records.
         lost: as ``SpoolBatch.lost_blobs``.
         explained: as ``SpoolBatch.explained``.
     """
@@ -145,8 +144,8 @@ class _Assembly:
     def take_frames(self, max_records: int, max_bytes: int) -> None:
         """Take frames until the batch is full, the data ends, records are missing, or a record's blob is lost.
 
-        The records' numbers show that records are missing, even if exactly one whole frame is gone without a trace.
-        The next batch then starts with a gap for the missing ones.
+        A jump in the records' numbers shows that records are missing, even if whole frames are gone. The next batch
+        then starts with a gap for the missing records.
 
         Raises:
             CorruptFrameError: damage follows the frames that were taken.
@@ -205,7 +204,7 @@ class _Assembly:
         return True
 
     def _replace_record(self, frame: Frame, head: Head, payload: Payload | None) -> None:
-        """Put a gap in the place of the first record. The batch then has this gap and no frame of the spool."""
+        """Replace the first record by a gap. The batch then has gaps only."""
         self._add_gap(self.seq, head.time, 1)
         self.seq += 1
         self.start = self.end = frame.end

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader knows of each stream, and how it looks through the folder for changes.
+"""Keeps what a reader knows about each stream, and looks through the folder for changes.
 
-`SpoolReader` calls it once in a pass, so that many streams cost one look at the folder and not one for each batch.
+`SpoolReader` calls `look` once per pass. So it reads the folder once for all streams, not once per batch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ class FollowedStream:
     Attributes:
         name: the stream's id.
         ack: how far the reader got. Other threads may read it.
-        is_placed: False if the reader's ``.ack`` file is lost. Then nobody here knows how far an earlier reader got.
-        first_segment, last_segment: its segments at the last look; -1 if there were none.
+        is_placed: False if the reader's ``.ack`` file is missing or damaged. Then only the receiver knows how far an
+            earlier reader got.
+        first_segment, last_segment: its lowest and highest segment number at the last look; -1 if it had no segments.
         end: where the stream ended at the last look.
         size: how many bytes its segments had at the last look, or when the stream was done.
         files: its blobs, and parts of blobs, at the last look.
-        state: whether its writer lives, as of the last time that the reader asked.
+        state: whether its writer lived when the reader last asked.
         problem: why it could not be read in this pass; empty if it could be read.
-        is_done: whether its writer has ended and all readable records are acknowledged.
-        is_held: whether its next records wait for their files, and are not handed out.
-        undecided_end: where the stream ended when the policy could not decide about its next record; None if it could.
+        is_done: True if its writer has ended and all readable records are acknowledged.
+        is_held: True while its next records wait for their files. The reader does not hand them out.
+        undecided_end: where the stream ended when the policy could not decide about the next record. None if the policy
+            could decide.
     """
 
     __slots__ = (
@@ -93,7 +95,7 @@ def look(folder: Path, streams: dict[str, FollowedStream], make: Callable[[str],
     Args:
         folder: the spool's folder.
         streams: the streams that are known, by name. New ones are added, in the order of their names.
-        make: returns what to add for a name that is not known; None to pass over its files.
+        make: called with the name of an unknown stream. Returns the stream to add, or None to ignore its files.
 
     Raises:
         OSError: the folder cannot be read.
@@ -140,7 +142,7 @@ def stream_ends(folder: Path, is_passed_over: Callable[[str], bool]) -> dict[str
 
     Args:
         folder: the spool's folder.
-        is_passed_over: returns whether to leave a stream out, since nothing of it can be sent now.
+        is_passed_over: called with a stream's name. Returns True to leave the stream out.
 
     Raises:
         OSError: the folder cannot be read.

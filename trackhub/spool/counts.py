@@ -24,16 +24,16 @@ class StreamCount(msgspec.Struct, frozen=True):
 
     Attributes:
         logged: log calls that returned.
-        dropped: records that the writer dropped, or that damage destroyed, by reason.
+        dropped: reason -> records that the writer dropped or that damage destroyed.
         withheld: records that a policy of the site withheld.
         acked: records that the receiver acknowledged.
-        refused: records that the receiver refused, by reason.
+        refused: reason -> records that the receiver refused.
         spooled: records in the spool that are not acknowledged yet.
-        unreadable: records in the spool that the file system does not let the reader read.
-        altered: values, not records, that the writer left out of records, by reason.
+        unreadable: records in the spool that the reader cannot read, for example for lack of permission.
+        altered: reason -> values (not records) that the writer left out of records.
         is_complete: False if the stream may have records that are not counted here.
-        withheld_by_rule: ``withheld`` by rule of the policy. It does not leave the site.
-        altered_by_rule: values that a policy left out of records, or changed, by rule. It does not leave the site.
+        withheld_by_rule: rule of the policy -> records that it withheld. These counts do not leave the site.
+        altered_by_rule: rule of the policy -> values that it left out or changed. These counts do not leave the site.
     """
 
     logged: int
@@ -52,17 +52,17 @@ class StreamCount(msgspec.Struct, frozen=True):
 def count_stream(
     ack: Ack, *, logged: int, dropped: Mapping[str, int], spooled: int, explained: Mapping[str, int]
 ) -> StreamCount:
-    """Return the count of a stream that was read to its end. Its sum is right whatever is damaged.
+    """Return the count of a stream that was read to its end. Its numbers add up even if the stream is damaged.
 
     Args:
         ack: how far the reader got.
-        logged: the log calls that the writer counted, or those in the spool, whichever number is higher.
-        dropped: what the writer's ledger counts as dropped, by reason.
+        logged: the number of log calls, by the writer's ledger or by the records' numbers, whichever is higher.
+        dropped: reason -> records that the writer's ledger counts as dropped.
         spooled: readable records in the spool after ``ack``.
-        explained: records that gaps account for, before and after ``ack``, by reason.
+        explained: reason -> records that gaps replace, before and after ``ack``.
     """
     withheld = explained.get(_WITHHELD, 0)
-    # The writer's ledger counts its drops even if their gap never got into the stream.
+    # The writer's ledger also counts drops whose gap never got into the stream.
     reasons = {*dropped, *explained} - {DAMAGED, _WITHHELD}
     drops = {reason: max(dropped.get(reason, 0), explained.get(reason, 0)) for reason in reasons}
     # A record without any other explanation was in a damaged place.
@@ -82,18 +82,18 @@ def count_stream(
 
 
 def count_by_ledger(ack: Ack, ledger: LedgerCounts, *, is_readable: bool = True) -> StreamCount:
-    """Return the count of a stream without reading what comes after ``ack``. Damage there is not seen yet.
+    """Return the count of a stream without reading the records after ``ack``. Damage among these is not counted.
 
     Args:
         ack: how far the reader got.
         ledger: what the writer counted.
-        is_readable: whether what comes after ``ack`` can be read.
+        is_readable: False if the records after ``ack`` cannot be read.
     """
     explained = ack.explained
     drops = {reason: max(n, explained.get(reason, 0)) for reason, n in ledger.dropped.items()}
     drops.update({reason: n for reason, n in explained.items() if reason not in drops and reason != _WITHHELD})
     passed = sum(n for reason, n in explained.items() if reason != _WITHHELD)
-    # Up to ``ack``, every record is counted. After it are drops whose gap was not read yet, and all other records.
+    # The records after ``ack`` are the drops whose gap was not read yet, and ``rest``.
     rest = max(0, ledger.logged - ack.next_seq - (sum(drops.values()) - passed))
     gone = explained.get(_WITHHELD, 0) + sum(drops.values()) + ack.acked + sum(ack.refused.values())
     return StreamCount(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the records that a writer cannot store, keeps the gaps for the stream, and prepares a warning.
 
-The writer's end of the spool calls it under its lock. It writes to the stream's ledger.
+`trackhub.spool.stream_writer` calls it while it holds the stream's lock. It stores the counts in the stream's ledger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 __all__ = ["CLOSED_FILES", "Drops", "DropsTold"]
 
 CLOSED_FILES = "closed files"
-"""Reason of a warning: the script has closed the files of the previous stream, and this stream takes its place."""
+"""Reason of a warning: the script has closed the previous stream's files, so this stream replaces that stream."""
 
 _WARN_EVERY_S = 60.0
 
@@ -31,8 +31,8 @@ class DropsTold:
 
     Attributes:
         at: when the writer last warned.
-        closed_files_at: when it last warned that the script has closed its files.
-        dropped: how many records its streams have dropped so far.
+        closed_files_at: when the writer last warned that the script has closed a stream's files.
+        dropped: how many records the writer's streams have dropped so far.
     """
 
     def __init__(self, at: float = -math.inf) -> None:
@@ -45,10 +45,11 @@ class Drops:
     """What one stream has dropped so far.
 
     Attributes:
-        gaps: each gap that is not in the stream yet, with its ``seq``. They are written just before the next record.
+        gaps: (``seq``, gap) for each gap that is not in the stream yet. The gaps are written just before the next
+            record.
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
         warning: what to warn about: reason and detail of the last drop, and the number of drops so far. None if no
-            warning is due. The reason may also be ``CLOSED_FILES``, which is no drop.
+            warning is due. The reason ``CLOSED_FILES`` does not mean a drop.
     """
 
     def __init__(self, ledger: Path, clock: Callable[[], float], told: DropsTold) -> None:
@@ -57,7 +58,7 @@ class Drops:
         Args:
             ledger: the path of the stream's ledger.
             clock: seconds that only grow.
-            told: which drops the writer has warned of already.
+            told: what the writer has already warned of.
         """
         self.gaps: list[tuple[int, Gap]] = []
         self.ledger: Ledger | None = None
@@ -100,14 +101,14 @@ class Drops:
             self.warning = reason, detail, told.dropped
 
     def leave_out(self, reason: str, values: int) -> None:
-        """Count values that were left out of a record, whose other values are stored. Never raises.
+        """Count the values that were left out of a record. Its other values are stored. Never raises.
 
         Args:
             reason: one of ``LEFT_OUT_REASONS``.
             values: how many.
         """
         self._left_out[LEFT_OUT_REASONS.index(reason)] += values
-        with contextlib.suppress(OSError):  # the disk is full; it is stored with the next drop
+        with contextlib.suppress(OSError):  # the disk is full; the ledger gets the count later
             self.open_ledger()
         if self.ledger is not None:
             self.ledger.set_left_out(self._left_out)
@@ -129,9 +130,11 @@ class Drops:
         if ledger is None:
             if self._path is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            with FORK_LOCK:  # until `abandon` finds the ledger: a child would keep an unknown one locked
+            # Allow no fork before ``self.ledger`` is set: `abandon` would not find the ledger, and the child would keep
+            # it locked.
+            with FORK_LOCK:
                 ledger = Ledger(self._path)
-                # The ledger was not there before, so it gets all that was counted meanwhile.
+                # The ledger is new, so store everything that was counted before.
                 ledger.set(self._logged, self._counts, self._left_out)
                 if self._path is None:  # a signal handler has forked during these lines, and this is the child
                     ledger.abandon()

@@ -78,8 +78,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         max_bytes: the limit of all files together.
         open: False once the job has ended. Then no new writer may start.
         format: version of the frames.
-        name, notes, tags: what a person reads of the job, as in `trackhub.job_and_run_info.JobInfo`. A replay without
-            the receiver's journal needs them. Otherwise it would write to runs of other names.
+        name, notes, tags: what a person reads about the job, as in `trackhub.job_and_run_info.JobInfo`. A replay
+            without the receiver's journal needs them to write to runs of the same names.
         policy: what may leave the site: `trackhub.policy.SiteRules.plain`. The spool's reader applies it.
     """
 
@@ -98,24 +98,24 @@ class SpoolInfo(msgspec.Struct, frozen=True):
 prepare(SpoolInfo)
 
 _known: dict[str, SpoolInfo] = {}
-"""For each folder, what this process has stored in ``spool.json``, or could not store yet."""
+"""Folder -> what this process has stored in ``spool.json``, or will store as soon as it can."""
 
 _expected: dict[str, str] = {}
-"""The folders whose ``spool.json`` could not be stored yet, and why: one of `writer_ledger.DROP_REASONS`."""
+"""Folder whose ``spool.json`` could not be stored yet -> why, one of `writer_ledger.DROP_REASONS`."""
 
 
 def create_spool(folder: Path, info: SpoolInfo) -> bool:
     """Create the spool folder. After a restart, use the existing one of the same site and job.
 
-    If the disk is full, or the folder cannot be written, the spool is *expected*. Training may start, and its writers
-    count what they drop. Writers and sender create the spool as soon as that is possible. The log says so.
+    If the disk is full or the folder cannot be written, a warning is logged and the spool is *expected*. Training may
+    start, and its writers count what they drop. Writers and the sender create the spool as soon as possible.
 
     Args:
         folder: where to create it.
         info: what its ``spool.json`` is to say.
 
     Returns:
-        Whether the spool is there now.
+        True if the spool exists now; False if it is expected.
 
     Raises:
         SpoolError: the configuration is wrong: the folder holds the spool of another site or job, or its path leads
@@ -129,8 +129,8 @@ def create_spool(folder: Path, info: SpoolInfo) -> bool:
             raise SpoolError(f"cannot create the spool in {folder}: {e}; give another folder") from e
         expect_spool(folder, info, reason_of(e))
         _log.warning(
-            "the spool of site %s cannot be created in %s: %s. Training goes on. Until there is room, what it logs is "
-            "dropped and counted. Free space on this disk, or make the folder writable", info.site, folder, e,
+            "the spool of site %s cannot be created in %s: %s. Training goes on. Until the spool is created, records "
+            "are dropped and counted. Free space on this disk, or make the folder writable", info.site, folder, e,
         )  # fmt: skip
         return False
 
@@ -181,7 +181,7 @@ def _create(folder: Path, info: SpoolInfo) -> None:
     _known[_key(folder)] = info
     _expected.pop(_key(folder), None)
     RoundFile(folder, sets=True).close()
-    with contextlib.suppress(OSError):  # the disk is full already; spares only help, nothing needs them
+    with contextlib.suppress(OSError):  # the disk is full; the spool also works without spares
         for number in range(SPARES):
             make_spare(folder, number)
 
@@ -198,7 +198,7 @@ def _stored(folder: Path) -> SpoolInfo | None:
 
 
 def _store(folder: Path, info: SpoolInfo) -> None:
-    # A site's two senders may write at the same time, each to a file of its own.
+    # Two senders of a site may write at the same time, so each writes to its own file.
     partial = folder / f"spool.json.{os.getpid()}.{threading.get_ident()}"
     try:
         os.close(write_start(partial, msgspec.json.encode(info), 0o644))  # trainers of other users read it
@@ -214,15 +214,16 @@ def expect_spool(folder: Path, info: SpoolInfo, reason: str) -> None:
 
     Args:
         folder: the spool's folder.
-        info: what its ``spool.json`` is going to say.
-        reason: why it cannot be created, one of ``DROP_REASONS``: what is logged is dropped for this reason.
+        info: the content of its ``spool.json``.
+        reason: why it cannot be created, one of ``DROP_REASONS``. Until it is created, records are dropped for this
+            reason.
     """
     _known[_key(folder)] = info
     _expected[_key(folder)] = reason
 
 
 def expected_spool(folder: Path) -> tuple[SpoolInfo, str] | None:
-    """Return what an expected spool is going to be, and why it is not there. None if nobody expects one here."""
+    """Return the info of the spool that is expected here, and why it could not be created. None if none is expected."""
     reason = _expected.get(_key(folder))
     return None if reason is None else (_known[_key(folder)], reason)
 
@@ -238,7 +239,7 @@ def create_expected(folder: Path) -> None:
 
 
 def spool_info(folder: Path) -> SpoolInfo:
-    """Return what the spool in this folder is: what its ``spool.json`` says, or what this process expects it to say.
+    """Return the info of the spool in this folder, or of the spool that this process expects there.
 
     Raises:
         SpoolError: there is no spool in this folder, and none is expected.
@@ -249,8 +250,8 @@ def spool_info(folder: Path) -> SpoolInfo:
         return read_spool_info(folder)
     except SpoolError as e:
         known = _known.get(_key(folder))
-        # The file may be unreadable for a moment, for example if this process has no free descriptor. Its
-        # writers count what they drop meanwhile, and go on later.
+        # The file may be unreadable for a moment, for example if this process has no free descriptor. Writers then
+        # count what they drop, and store records again later.
         if known is not None and isinstance(e.__cause__, OSError) and e.__cause__.errno != errno.ENOENT:
             return known
         raise
@@ -285,12 +286,12 @@ def close_spool(folder: Path) -> None:
             _store(folder, msgspec.structs.replace(info, open=False))
         except OSError as e:
             raise SpoolError(
-                f"cannot mark the spool in {folder} as closed: {e}; start no more writers there, and make it writable"
+                f"cannot mark the spool in {folder} as closed: {e}; start no more writers, and make the folder writable"
             ) from e
 
 
 def set_policy(folder: Path, policy: dict[str, Any]) -> None:
-    """Change what the spool says may leave the site.
+    """Replace the spool's rules for what may leave the site.
 
     Args:
         folder: the spool's folder.
@@ -306,7 +307,7 @@ def set_policy(folder: Path, policy: dict[str, Any]) -> None:
 def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
     """Lock one reader's end of a spool for this process. A killed process leaves no lock.
 
-    The sender of a running job holds this lock, or a replay does. Two senders at once would both send the same records.
+    The sender of a running job holds this lock, or a replay. Without the lock, two senders would send the same records.
 
     Args:
         folder: the spool's folder.

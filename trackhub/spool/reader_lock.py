@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets one sender or one replay own a reader's end of a spool, as long as its process lives.
+"""A lock on one reader's end of a spool. One sender or replay holds it, at most until its process ends.
 
-`Sender` asks for ownership before it reads, and waits while another process has it. A replay does not wait: it is
-refused.
+`Sender` takes the lock before it reads, and waits while another process has it. A replay does not wait: it fails.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class SpoolHold:
     """A sender's ownership of its end of a spool. Used by one thread at a time.
 
     Attributes:
-        is_owner: whether this sender may send: it has the lock, or the spool cannot be locked here.
+        is_owner: True if this sender may send: it has the lock, or the spool cannot be locked here.
     """
 
     def __init__(self, folder: Path, cursor: str, lock: ProcessLock | None = None) -> None:
@@ -47,7 +46,7 @@ class SpoolHold:
     def take(self, *, at_once: bool = False) -> bool:
         """Return whether this sender owns its end of the spool. Take it if it is free.
 
-        A spool that could not be created yet is created here as soon as that is possible. Never raises.
+        If the spool could not be created before, this tries again to create it. Never raises.
 
         Args:
             at_once: try now. Otherwise, this tries at most five times a second.
@@ -69,7 +68,7 @@ class SpoolHold:
             self._lock = lock_cursor(self._folder, self._cursor)
             self.is_owner = True
             if not self._lock.is_locked:
-                self._warn("the file system of %s has no locks: do not replay it while its job runs", self._folder)
+                self._warn("the file system of %s has no locks: do not replay it while the job runs", self._folder)
         except BlockingIOError:
             self.is_owner = False
             self._warn(

@@ -35,12 +35,12 @@ from trackhub.spool.writer_ledger import LedgerCounts, WriterState, read_ledger,
 __all__ = ["RETIRED", "SpoolReader"]
 
 RETIRED = "retired"
-"""The name under which `SpoolReader.counts` has the counts of all retired streams together."""
+"""The key in `SpoolReader.counts` for the counts of all retired streams together."""
 
 _ASK_EVERY_S = 1.0  # how often to ask whether each stream's writer lives. It takes some 10 us for each stream
 _KEPT_STREAMS = 32
-"""When more streams than this are done, the reader retires some until half as many are left. It keeps the last segment
-of each: if the receiver's disk loses records that it had acknowledged, a replay sends them again from there."""
+"""When more streams than this are done, the reader retires some until half as many are left. The last segments of these
+stay: if the receiver's disk loses acknowledged records, a replay sends them again from there."""
 _KEPT_SHARE = 8  # the reader also retires streams when their segments take more than an eighth of the spool
 _log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class SpoolReader:
 
     Each receiver of a site has a reader with a cursor of its own. Files are deleted when all cursors are past them.
 
-    A stream that cannot be read does not hold up the others. The reader passes it over, names it in the log, and tries
-    it again in the next pass.
+    If a stream cannot be read, the reader logs that, skips the stream in this pass, and delivers the others.
 
     Attributes:
         folder: the spool's folder.
@@ -60,14 +59,14 @@ class SpoolReader:
     """
 
     def __init__(self, folder: Path, cursor: str) -> None:
-        """Start where this cursor stood.
+        """Start at the place that this cursor reached.
 
         Args:
             folder: the spool's folder.
             cursor: the reader's name.
 
         Raises:
-            SpoolError: there is no spool in the folder, and none is expected there; or it is not read by this cursor.
+            SpoolError: the folder holds no spool and none is expected there, or the spool has no reader of this name.
             ConfigError: the spool's rules for what may leave the site cannot be read.
         """
         self.folder = folder
@@ -75,8 +74,8 @@ class SpoolReader:
         self.info = spool_info(folder)
         if cursor not in self.info.cursors:
             raise SpoolError(
-                f"the spool in {folder} has the readers {', '.join(self.info.cursors)}, and none named {cursor!r}; "
-                "name one of these, or create the spool with this one"
+                f"the spool in {folder} has no reader named {cursor!r}, only {', '.join(self.info.cursors)}; name one "
+                "of these, or create the spool with this reader"
             )
         self._streams: dict[str, FollowedStream] = {}
         self._turns = Turns(folder / f"{cursor}.turn")
@@ -94,15 +93,15 @@ class SpoolReader:
         self._warnings = RepeatedWarnings(_log)
 
     def begin_pass(self, *, final: bool = False, round_ends: bool = False) -> None:
-        """Look at the folder. What is there now is handed out by ``next_batch`` until it returns None.
+        """Look at the folder. ``next_batch`` hands out the records that are there now, and then returns None.
 
         Records that are logged during a pass are left for the next pass. Otherwise each record of a busy trainer would
         travel in a message of its own.
 
         Args:
-            final: whether all writers have ended. Then an incomplete frame at the end of a stream is damage.
-            round_ends: whether the last records in the spool may be the last of their round. A policy may let the last
-                value of a round leave.
+            final: True if all writers have ended. Then an incomplete frame at the end of a stream is damage.
+            round_ends: True if the last records in the spool count as the last of their round. A policy may let only
+                the last value of a round leave.
 
         Raises:
             OSError: the folder cannot be read.
@@ -112,15 +111,15 @@ class SpoolReader:
         self._look(final)
 
     def next_batch(self, max_records: int, max_bytes: int, *, final: bool = False) -> SpoolBatch | None:
-        """Return the next unacknowledged frames of some stream, or None if there are none. Streams take turns.
+        """Return the next unacknowledged frames of one stream, or None if there are none. Streams take turns.
 
         Until ``settle`` is called for a stream, that stream's next batch starts with the same frame. Without
-        ``begin_pass``, there is no end of a pass: new records are handed out as they come.
+        ``begin_pass``, records that come meanwhile are handed out, too.
 
         Args:
             max_records: most records in the batch.
-            max_bytes: most bytes of frames, but never less than one frame.
-            final: as for ``begin_pass``, if that was not called.
+            max_bytes: most bytes of frames. The first frame may be larger.
+            final: as for ``begin_pass``; ignored if ``begin_pass`` was called.
 
         Raises:
             OSError: the folder cannot be read.
@@ -166,25 +165,25 @@ class SpoolReader:
         return any(stream.problem for stream in self._streams.values())
 
     def unplaced_streams(self) -> list[str]:
-        """Return the streams whose files do not say how far this cursor got. Ask the receiver, and call `place`.
+        """Return the streams whose ``.ack`` file is missing or damaged. Ask the receiver about them, and call `place`.
 
-        Only streams of this reader's first look are among them. A stream that appears later starts at its beginning.
+        Only streams of this reader's first look are returned. A stream that appears later starts at its beginning.
         """
         return [stream.name for stream in self._streams.values() if not stream.is_placed]
 
     def has_lost_beginning(self) -> bool:
-        """Return whether the first records of an unplaced stream are not in the spool. They are delivered, or lost."""
+        """Return whether the spool lacks the first records of an unplaced stream. They are delivered or lost."""
         return any(stream.first_segment > 0 for stream in self._streams.values() if not stream.is_placed)
 
     def place(self, name: str, next_seq: int, acked: int) -> None:
-        """Place an unplaced stream: go on after the records that its receiver has.
+        """Place an unplaced stream: continue after the records that the receiver has.
 
-        If a segment cannot be read, the stream stays unplaced, and is passed over until the next look at the folder.
+        If a segment cannot be read, the stream stays unplaced, and is skipped until the next look at the folder.
 
         Args:
             name: the stream.
             next_seq: the number of the record that the receiver expects next; 0 if it has nothing of the stream.
-            acked: how many records of the stream it has.
+            acked: how many records of the stream the receiver has.
         """
         stream = self._streams[name]
         if next_seq > 0:
@@ -201,7 +200,7 @@ class SpoolReader:
         stream.is_placed = True
 
     def settle(self, batch: SpoolBatch, refused: Mapping[str, int] | None = None) -> None:
-        """Store that the receiver accepted the batch, or refused records of it. Delete what no reader needs.
+        """Store the receiver's reply to the batch. Delete the files that no reader needs any more.
 
         Args:
             batch: what ``next_batch`` returned last for its stream.
@@ -234,7 +233,7 @@ class SpoolReader:
         return stream_ends(self.folder, self._is_passed_over)
 
     def has_bytes(self, at_least: int) -> bool:
-        """Return whether this many bytes wait to be settled, or an ended segment does. Looks at file sizes only.
+        """Return whether this many bytes, or a full segment, wait to be settled. Looks at file sizes only.
 
         Raises:
             OSError: the folder cannot be read.
@@ -278,7 +277,7 @@ class SpoolReader:
         """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
 
         Args:
-            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, and leave damage out.
+            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, without damage.
             by_ledger: read no records, and count everything by the ledgers.
 
         Returns:
@@ -356,8 +355,8 @@ class SpoolReader:
         ack = find_ack(self.folder, name, self.cursor)
         stream = FollowedStream(name, ack or Ack())
         stream.is_placed = ack is not None or self._has_looked
-        # This look may miss what the writer appends just now. So do not note here that the writer has ended. A later
-        # look notes it, after it has found everything that the writer left.
+        # This look may miss records that the writer appends now. So do not mark the writer as ended here. A later look
+        # does so, when it has found everything that the writer left.
         if writer_state(ledger_file(self.folder, name)) is WriterState.ALIVE:
             stream.state = WriterState.ALIVE
         return stream
@@ -384,7 +383,7 @@ class SpoolReader:
     def _withhold(self, withholding: Withholding, stream: FollowedStream, batch: SpoolBatch) -> SpoolBatch | None:
         """Return the part of a batch that may leave.
 
-        Return None if only later records, or the end of the round, can decide about its first record.
+        Return None if the policy needs later records, or the end of the round, to decide about the first record.
         """
         ended = self._round_ends or self._is_final or stream.state is WriterState.ENDED
         if stream.undecided_end == stream.end and not ended:
@@ -395,7 +394,7 @@ class SpoolReader:
         return left
 
     def _set_aside(self, stream: FollowedStream, error: OSError) -> None:
-        """Pass this stream over until the next look at the folder."""
+        """Skip this stream until the next look at the folder."""
         stream.problem = f"{error.filename or 'a segment'}: {error.strerror}"
         self._name_problem(stream, stream.problem)
 
@@ -404,12 +403,12 @@ class SpoolReader:
         self._warnings.warn(
             stream.name,
             f"stream {stream.name} of the spool in {self.folder} cannot be read ({problem}). Its records are counted "
-            "as unreadable. All others are delivered, and this one is tried again. Give the sender's user the right to "
-            "read its files, or check the disk",
+            "as unreadable. Other streams are delivered, and this one is tried again. Give the sender's user the right "
+            "to read its files, or check the disk",
         )
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
-        """Delete segments and blobs that every cursor is past. What cannot be deleted is left for ``tidy_up``."""
+        """Delete segments and blobs that every cursor is past. If that fails, they stay until the stream is retired."""
         others = [read_ack(self.folder, batch.stream, c) for c in self.info.cursors if c != self.cursor]
         reached = min([batch.segment, *(other.segment for other in others)])
         with contextlib.suppress(OSError):
@@ -418,14 +417,14 @@ class SpoolReader:
                 (self.folder / segment_name(batch.stream, segment)).unlink(missing_ok=True)
 
     def _delete_blobs(self, next_seq: int, names: list[str], others: list[Ack]) -> None:
-        """Delete these blobs of a stream, where every cursor is past their records."""
+        """Delete each of these blobs whose record every cursor is past."""
         reached = min([next_seq, *(other.next_seq for other in others)])
         for name in names:
             if int(name.rpartition("-")[2]) < reached:
                 blob_file(self.folder, name).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete files that an earlier reader did not need any more, and could not delete before it died."""
+        """Delete files that nobody needs, but that an earlier reader left when it died."""
         assert self._retirement is not None
         self._retirement.clean_up()
         for stream in self._streams.values():
@@ -435,7 +434,7 @@ class SpoolReader:
         self._is_swept = True
 
     def _retire(self) -> None:
-        """If many streams are done, retire some: until at most 16 are left, with at most an eighth of the spool."""
+        """If many or large streams are done, retire some: at most 16 stay, with at most an eighth of the spool."""
         done = [stream for stream in self._streams.values() if stream.is_done]
         for part in (name for stream in done for name in stream.files if name.endswith(".part")):
             (self.folder / part).unlink(missing_ok=True)  # the writer was killed while it wrote this file

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logs a repeated warning at most once a minute.
 
-The sender and the reader of a spool look at the folder 20 times a second. If the folder is gone, the log would
-otherwise fill with the same warning.
+The sender and the reader of a spool look at the folder 20 times a second. If the folder is gone, they would otherwise
+fill the log with the same warning.
 """
 
 from __future__ import annotations

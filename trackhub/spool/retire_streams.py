@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retire streams: delete the files of those that have ended and were read, and keep their counts in one file.
+"""Retires streams that have ended and were read: deletes their files, and keeps their counts in one file.
 
-`SpoolReader` calls it. Otherwise each process that has logged would leave files for the rest of the job. They would
-take room from the spool, and make each look at the folder slower.
+`SpoolReader` calls it. Without it, the files of every ended process would stay until the job ends. They would take room
+in the spool, and make each look at the folder slower.
 
 For each reader, a stream goes through these states. It skips ``freed`` if another reader still needs the files:
 
     read        The writer has ended, and this reader is past the last record. The last segment is still there.
     freed       All readers are past the last record: segments and blobs are deleted.
     retired     The reader's ``.retired`` file has the counts, and names the stream. Its ``.ack`` is deleted.
-    gone        All readers have retired the stream: what is left of its files is deleted, and its name is forgotten.
+    gone        All readers have retired the stream: its remaining files are deleted, and its name is forgotten.
 
-After a crash between two states, the next reader goes on from the earlier state. The names in the ``.retired`` file say
-which streams' counts are added up already.
+After a crash between two states, the next reader goes on from the earlier state. The ``.retired`` file names the
+streams whose counts it already includes.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Retirement:
         return stream in self._names
 
     def free(self, streams: Mapping[str, Ack]) -> None:
-        """Delete the segments and blobs of these streams that no other reader needs.
+        """Delete the segments and blobs of these streams, except for streams that another reader still needs.
 
         Args:
-            streams: streams that this reader has read to their ends, and where that is.
+            streams: stream -> its end. This reader has read these streams to their ends.
 
         Raises:
             OSError: the folder cannot be read, or a file cannot be deleted.
@@ -81,7 +81,7 @@ class Retirement:
         """Add up the counts of these streams, and delete the files that no reader needs any more.
 
         Args:
-            streams: streams that this reader has read to their ends, and their counts.
+            streams: stream -> its counts. This reader has read these streams to their ends.
 
         Raises:
             OSError: the counts cannot be stored, or a file cannot be deleted. Nothing is lost then.
@@ -118,7 +118,7 @@ class Retirement:
         for other in self._others:
             gone &= set(read_retired(self._folder, other).names)
         self._delete(gone)
-        for name in gone:  # last: while it is there, the stream is known to have files
+        for name in gone:  # delete the ledger last: it shows that the stream may still have files
             ledger_file(self._folder, name).unlink(missing_ok=True)
 
     def _delete(self, streams: set[str]) -> None:

@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 0.5
 
 
 class RoundFile:
-    """One end of the file. It is safe between processes, since it is one aligned 8-byte value.
+    """One process's view of the file. Processes share it safely, because it is one aligned 8-byte value.
 
     No method raises. While the file cannot be mapped, for example on a full disk, there is no round. ``get`` tries to
     map it again, at most twice a second.
@@ -33,7 +33,7 @@ class RoundFile:
 
         Args:
             folder: the spool's folder.
-            sets: this end sets the round, and creates the file if need be. Otherwise it only reads.
+            sets: True to set the round, and to create the file if it is missing. False only to read.
         """
         self._path = folder / "round"
         self._sets = sets
@@ -63,7 +63,7 @@ class RoundFile:
         fd = open_plain(self._path, os.O_RDWR | os.O_CREAT if self._sets else os.O_RDONLY, _MODE)
         try:
             if self._sets and os.fstat(fd).st_size != _FORMAT.size:
-                # Write the value: a file that is only given a size gets its block later, when the disk may be full.
+                # Write the value, so that the file gets its block now. Later, the disk may be full.
                 os.close(fd)
                 fd = write_start(self._path, _FORMAT.pack(_NO_ROUND), _MODE)
                 os.ftruncate(fd, _FORMAT.size)

@@ -21,11 +21,11 @@ class SegmentFile:
     Attributes:
         fd: the file's descriptor; -1 before the first segment is open and after ``close``.
         offset: where the next frame starts.
-        limit: up to which offset the stream has reserved room in this file.
+        limit: the offset up to which the stream has reserved room in this file.
     """
 
     def __init__(self, folder: Path, stream: str, max_bytes: int) -> None:
-        """Open no file yet: a stream without records has none.
+        """Open no file yet: a stream without records has no files.
 
         Args:
             folder: the spool's folder.
@@ -42,11 +42,11 @@ class SegmentFile:
         self._number = -1
 
     def must_be_followed(self, size: int) -> bool:
-        """Return whether a frame of this size goes to another segment, since this one is full or is not open."""
+        """Return whether a frame of this size needs another segment: this one is not open, or too full."""
         return self.fd < 0 or (self.offset + size > self._max_bytes and self.offset > len(SEGMENT_HEADER))
 
     def ends(self, size: int) -> tuple[int, int]:
-        """Return two offsets up to which to reserve room for a frame of this size: the wanted one, and the least one.
+        """Return two offsets up to which to reserve room for a frame of this size: the wanted one and the lowest one.
 
         A stream wants as much room as its segment already holds. So a process that logs little takes little room from
         the others, and a process that logs much seldom has to reserve.
@@ -114,11 +114,11 @@ class SegmentFile:
             self._file.close()
 
     def is_lost(self) -> bool:
-        """Return whether the script has closed the file, as it may close all descriptors. Never raises."""
+        """Return whether the script has closed the file. Some scripts close all descriptors. Never raises."""
         return self.fd >= 0 and self._file is not None and not self._file.is_own()
 
     def is_within_reach(self) -> bool:
-        """Return whether, once the script has closed this file, the script's next file may get its number."""
+        """Return whether the script's next file may get this file's number, after the script has closed this file."""
         return self._file is not None and not self._file.is_out_of_reach
 
     def abandon(self) -> None:

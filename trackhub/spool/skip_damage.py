@@ -28,15 +28,15 @@ _log = logging.getLogger(__name__)
 
 
 def find_sound_frame(data: bytes, seq: int, *, closed: bool) -> int | None:
-    """Return where the first intact frame starts whose record has this ``seq`` or a later one. None if there is none.
+    """Return the start of the first intact frame whose record has this ``seq`` or a later one; None if there is none.
 
-    Without damage that is 0. After damage nothing tells where the next frame starts, so this tries every place that
+    Without damage, this is 0. After damage, the start of the next frame is not known. So this tries every place that
     looks like a frame's header.
 
     Args:
         data: bytes of a segment, from a place where a frame should start.
         seq: the number that the frame's record should have.
-        closed: nobody writes to the segment any more, so an incomplete frame is damage.
+        closed: True if nobody writes to the segment any more. Then an incomplete frame is damage.
     """
     if _is_sound(data, 0, seq):
         return 0
@@ -50,9 +50,9 @@ def damage_gap(seq: int, time: float, count: int) -> bytes:
     """Return the frame of a gap that takes the place of records that cannot be read.
 
     Args:
-        seq: the number of the first of them.
+        seq: the number of the first such record.
         time: unix seconds for the gap's record.
-        count: how many of them there are.
+        count: how many such records there are.
     """
     return encode_frame(Record(seq, time, None, None, Gap(count, DAMAGED)))
 

@@ -30,7 +30,7 @@ class Extent(NamedTuple):
     Attributes:
         stream: the stream's id.
         last_segment: its last segment; -1 if it has none.
-        has_ended: its writer has ended, so an incomplete frame at the end is damage.
+        has_ended: True if its writer has ended. Then an incomplete frame at the end is damage.
     """
 
     stream: str
@@ -84,7 +84,7 @@ class SegmentReader:
             extent: the stream.
             place: where to start.
             max_records: most records in the batch.
-            max_bytes: most bytes of frames, but never less than one frame.
+            max_bytes: most bytes of frames. The first frame may be larger.
 
         Raises:
             OSError: a segment is there and cannot be read.
@@ -110,7 +110,7 @@ class SegmentReader:
     def _read_batch(
         self, stream: str, place: Place, max_records: int, max_bytes: int, closed: bool
     ) -> tuple[SpoolBatch | None, int]:
-        """Return the first batch in the rest of this segment, if there is one, and how many bytes were read."""
+        """Return the first batch in the rest of this segment (None if there is none) and the number of bytes read."""
         path = self._folder / segment_name(stream, place.segment)
         # A small read is mostly enough. The largest one is for damage that is longer than a frame.
         for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):

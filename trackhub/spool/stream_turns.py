@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which the streams of a spool take turns, and a file that says which stream had the last turn.
 
-`SpoolReader` asks it which stream to read next, and tells it which stream's batch it hands out.
+`SpoolReader` asks it which stream to read next, and tells it when it hands out a stream's batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Turns:
         return iter(self._order)
 
     def begin(self, streams: Container[str]) -> None:
-        """Give the first turn to the stream whose batch may have arrived before a crash, if it is among these."""
+        """Give the first turn to the stream that had the last turn before a crash. Its last batch may have arrived."""
         with contextlib.suppress(OSError):
             self._last = read_plain(self._file).decode(errors="replace")
             if self._last in streams:
@@ -50,15 +50,15 @@ class Turns:
     def take(self, stream: str) -> None:
         """Note that a batch of this stream is handed out, and move the stream behind the others.
 
-        After a crash, the batch that may have arrived is sent again before all others. A receiver recognises it in any
-        order. But a replay at the site numbers the records anew. Its positions must be the same as the receiver's, so
-        it needs the same order.
+        After a crash, the batch that may have arrived is sent again before all others. The receiver recognises this
+        batch in any order. But a replay at the site numbers the records anew, and must give them the receiver's
+        positions. So it needs the same order.
         """
         self._order[stream] = self._order.pop(stream, None)
         if stream != self._last:
             self._last = stream
             with (
-                contextlib.suppress(OSError),  # delivery matters more, above all on a full disk
+                contextlib.suppress(OSError),  # a full disk must not stop delivery
                 open(self._file, "w", encoding="utf-8", opener=open_plain) as file,
             ):
                 file.write(stream)

@@ -42,8 +42,8 @@ class Stream:
         next_seq: how many records were logged to it so far, including the dropped ones.
         drops: what it has dropped.
         room: how much room there is in the spool.
-        is_closed: nothing may be logged to it any more.
-        is_abandoned: it belongs to the process that this one was forked from.
+        is_closed: True once nothing may be logged to it any more.
+        is_abandoned: True if it belongs to the process that this one was forked from.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Stream:
             info: has the spool's limit.
             round_file: says which round the records belong to.
             clock: seconds that only grow.
-            told: which drops the writer has warned of already.
+            told: what the writer has already warned of.
         """
         self.id = uuid.uuid4().hex
         self.lock = threading.RLock()
@@ -117,7 +117,8 @@ class Stream:
                     return self.append(payload, step, log_time)
                 self.drop_after(e)
                 return False
-            # Otherwise a signal handler raised it, such as KeyboardInterrupt, perhaps right after the write.
+            # Otherwise a signal handler raised the exception (such as KeyboardInterrupt), perhaps right after the
+            # write.
             if segment.has_grown_by(size):
                 self.next_seq = seq + 1
                 segment.offset += size
@@ -141,16 +142,16 @@ class Stream:
     def _look_after_files(self, log_time: float) -> None:
         """Look whether the stream's files are still open, and decide when to look again."""
         self.begin_anew_if_files_are_lost()
-        # To look takes as long as a third of a log call. So look before each call only if the number of the segment's
-        # file may go to the script's next file.
+        # A look takes a third of the time of a log call. So look before each call only if the script's next file may
+        # get the number of the segment's file.
         self._seen_seq = self.next_seq
         self._looked_at = log_time
         self._look_at = log_time + (0.0 if self._segment.is_within_reach() else _LOOK_EVERY_S)
 
     def begin_anew_if_files_are_lost(self) -> bool:
-        """Begin another stream if the script has closed the files of this one. Return whether it has. Never raises.
+        """If the script has closed the files of this stream, begin another one and return True. Never raises.
 
-        A script may close all descriptors of its process, as daemons do. Readers then take the stream for ended, and
+        A script may close all descriptors of its process, as daemons do. Readers then treat the stream as ended, and
         the script's next files may get the numbers of the stream's files.
         """
         segment, drops = self._segment, self.drops

@@ -37,7 +37,8 @@ def make_spare(folder: Path, number: int) -> None:
     """
     path = folder / f"{number}.spare"
     try:
-        # Never write an existing spare again. It would lose its block for a moment, and another program could take it.
+        # Never write an existing spare again. It would lose its block for a moment, and another program could take the
+        # block.
         with open(path, "xb", buffering=0, opener=open_plain) as file:
             file.write(bytes(1))
     except FileExistsError:
@@ -50,7 +51,7 @@ def make_spare(folder: Path, number: int) -> None:
 def write_start(path: Path, data: bytes, mode: int = 0o600) -> int:
     """Write a few bytes at the start of a file and return its descriptor. On a full disk, a spare becomes the file.
 
-    One ``pwrite`` does it, so that a killed process leaves the old or the new bytes.
+    It uses one ``pwrite``, so that a killed process leaves the old or the new bytes.
 
     Args:
         path: the file; created if need be.

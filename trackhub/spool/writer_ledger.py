@@ -48,7 +48,7 @@ _MODE = 0o644  # the counts are not secret, and a sender under another user need
 class Ledger:
     """The writer's end of a ledger: a mapped file.
 
-    Its block is on the disk from the start, so a full disk stops no count.
+    Its block is on the disk from the start, so counting works even on a full disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class Ledger:
         Raises:
             OSError: it cannot be created.
         """
-        # The zeros are written, since a file that is only given a size gets its block later, when the disk may be full.
+        # Write the zeros, so that the file gets its block now. Later, the disk may be full.
         fd = write_start(path, bytes(_FORMAT.size), _MODE)
         try:
             self._map: MappedFile | None = MappedFile(fd, _FORMAT.size)
@@ -70,7 +70,7 @@ class Ledger:
         with contextlib.suppress(BlockingIOError):
             self._lock = ProcessLock(fd)
             if self._lock.is_locked:
-                # This field is set last: a reader that finds it set and the lock free knows that the writer has ended.
+                # Set this field last. If it is set and the lock is free, a reader knows that the writer has ended.
                 self._fields[_MACHINE] = this_machine()
 
     def set(self, logged: int, dropped: list[int], left_out: list[int]) -> None:
@@ -110,12 +110,12 @@ class Ledger:
             self._lock.abandon()
 
     def _let_go(self) -> None:
-        # A log call may still count here, if a signal handler interrupted it and forked. So leave memory to count in.
+        # A signal handler may have interrupted a log call and forked. The call still counts here, so leave it memory.
         self._fields = memoryview(bytearray(_FORMAT.size)).cast("Q")
         self._map = None
 
     def is_lost(self) -> bool:
-        """Return whether the script has closed the file. Readers then take the stream for ended. Never raises."""
+        """Return whether the script has closed the file. Readers then treat the stream as ended. Never raises."""
         return self._lock is not None and not self._lock.is_held()
 
 
@@ -126,8 +126,8 @@ class LedgerCounts(NamedTuple):
         logged: log calls that returned.
         dropped: drops by reason.
         left_out: values that were left out of records, by reason.
-        reserved: up to which offset the stream's last segment may be written.
-        is_counted: False if the file is empty, since the disk had no room for the counts of its writer.
+        reserved: the offset up to which room is reserved in the stream's last segment.
+        is_counted: False if the file is empty, because the disk had no room for the writer's counts.
     """
 
     logged: int
@@ -138,7 +138,7 @@ class LedgerCounts(NamedTuple):
 
 
 def read_ledger(path: Path) -> LedgerCounts:
-    """Return what a ledger says. A missing file counts zero, and so does a damaged one that is too short.
+    """Return what a ledger says. If the file is missing or too short, all counts are zero.
 
     Raises:
         OSError: it is there and cannot be read.
@@ -191,7 +191,7 @@ def writer_state(path: Path) -> WriterState:
 
 @cache
 def this_machine() -> int:
-    """Return a number, not zero, for this machine since it was started. All its containers have the same one."""
+    """Return a nonzero number for this boot of the machine. All containers on the machine get the same number."""
     try:
         name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:
