@@ -59,9 +59,9 @@ class BackendRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What a job may say of one backend: the table ``[backends.NAME]``.
 
     Attributes:
-        options: the options that a job may give; None for all. The other rules hold for these as well.
+        options: the options that a job may give; None for all. They must also meet the rules below.
         fixed: options that the operator gives. They are used in place of the job's, and no other rule applies to them.
-        values: for an option, patterns of the values that a job may give, such as ``["team-a-*"]``.
+        values: option -> patterns of the values that a job may give, such as ``["team-a-*"]``.
         hosts: the hosts to which the backend may connect: ``https://HOST[:PORT]``, compared with scheme and port.
         paths: absolute folders, besides the job's own, in which the backend may read and write.
         secrets: the secrets that a job may refer to: ``NAME`` for ``${secret:NAME}``, or ``file:/path``.
@@ -81,14 +81,15 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         backends_allowed: the backends that a job may use here; None for all that are installed.
         state_dir: the absolute folder for spools and journals of all jobs; None for the run folder of each job.
-        keep_days: a number of days. A receiver that starts prunes the journals in ``state_dir`` whose jobs ended longer
-            ago, as ``trackhub prune`` does; None keeps them. It needs ``state_dir``: FLARE removes run folders itself.
-        take_over: ``"events"`` leaves trainers as they are: what FLARE's own writers log is then taken from FLARE's
-            events, whatever the job says. None lets the job decide.
+        keep_days: when a receiver starts, it prunes the journals in ``state_dir`` whose jobs ended more than this many
+            days ago, as ``trackhub prune`` does. None keeps them. Requires ``state_dir``, because FLARE removes run
+            folders itself.
+        take_over: with ``"events"``, trackhub changes nothing in trainers, even if the job asks for it. It then takes
+            the records of FLARE's own writers from FLARE's events. None lets the job decide.
         limits: values of `trackhub.limits.Limits`, used in place of the job's.
         forbid_kinds: kinds of records that no receiver gets from this site, not even the site's own.
         policy: what may leave this site, in addition to the job's policy. None restricts nothing.
-        backends: the rules of single backends, by name.
+        backends: name of a backend -> its rules.
     """
 
     backends_allowed: tuple[str, ...] | None = None
@@ -143,7 +144,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return Limits.from_mapping({**job, **from_environ, **self.limits})
 
     def site_rules(self, job: Policy | None, folder: Path) -> SiteRules:
-        """Return all that restricts the records of this site: what the job says, and what this file says.
+        """Return all that restricts the records of this site: the rules of the job and of this file.
 
         Args:
             job: the policy of the job.
@@ -182,11 +183,11 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         run_folder: Path,
         environ: Mapping[str, str],
     ) -> dict[str, Any]:
-        """Return the options with which a backend runs here: the job's and the operator's fixed ones.
+        """Return the options with which a backend runs here: the job's options and the operator's fixed options.
 
         Args:
             name: the backend's name.
-            options: what the job gives. Secrets are references still.
+            options: what the job gives. Secrets are still references.
             marks: which of the backend's options hold a secret, a host or a path.
             credentials: what the backend takes from the environment.
             run_folder: the job's run folder at this site.
@@ -216,7 +217,8 @@ class _Check:
         self._credentials = credentials
         self._run_folder = run_folder
         self._hosts = named_hosts(rules, credentials, environ)
-        # A backend with a default host connects to one even if no option names a host.
+        # If no option names a host, a backend with a default host connects to the host that the environment names, or
+        # else to the default.
         usual = [*_named_by(environ, credentials), credentials.default_host]
         self._usual_host = usual[0] if credentials.default_host else ""
 
@@ -245,10 +247,14 @@ class _Check:
             self._host(where, value)
 
     def whole(self, effective: Mapping[str, Any], marks: Marks, job: Mapping[str, Any]) -> None:
-        """Check what depends on several options: the host if no option names one, and whether others use the store."""
+        """Check two rules that depend on several options.
+
+        If no option names a host, the default host must be allowed. If others use the same store, options marked as
+        SHARED need permission.
+        """
         places = [(v, marked) for k, v in effective.items() if v and (marked := marks.get(k, frozenset()) & _PLACES)]
         if self._usual_host and not any(isinstance(v, str) and OptionMark.HOST in marked for v, marked in places):
-            self._host(f"{self._name}: no option names a host, and the default", self._usual_host)
+            self._host(f"{self._name}: no option names a host, so the backend would use its default;", self._usual_host)
         is_own = not self._usual_host and all(
             isinstance(v, str) and _names_a_path(v, marked) and self._is_in(v, [self._run_folder])
             for v, marked in places
@@ -344,7 +350,7 @@ def _require_absolute(where: str, path: str) -> None:
 
 
 def _names_a_path(value: str, marks: frozenset[OptionMark]) -> bool:
-    """Return whether a value of an option that may name a host or a path names a path."""
+    """An option may take a host or a path. Return whether this value is a path."""
     return OptionMark.PATH in marks and (OptionMark.HOST not in marks or _PATH_SCHEME.match(value) is not None)
 
 

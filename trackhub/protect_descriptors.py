@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps trackhub's open files apart from those of a script that closes all descriptors of its process, as daemons do.
+"""Protects trackhub's open files, and the script's, when a script closes all descriptors of its process as daemons do.
 
-The spool and `trackhub.process_lock` use it. After such a script, the numbers of trackhub's descriptors may
-belong to files of the script. So trackhub takes high numbers, which few scripts reach. It looks whether a number still
-belongs to the file that it opened, and closes no other.
+The spool and `trackhub.process_lock` use it. After such a close, the numbers of trackhub's descriptors may belong to
+files of the script. So trackhub takes high numbers, which few scripts reach. Before it closes a number, it checks that
+the number still belongs to the file that trackhub opened.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Callable
 
 __all__ = ["MappedFile", "OwnDescriptor"]
 
-_FIRST = 512  # scripts that close a fixed range close fewer; the usual limit is 1,024
+_FIRST = 512  # scripts that close a fixed range usually stop below this; the usual limit of a process is 1,024
 _OUT_OF_REACH = 128  # a script that closes all descriptors seldom opens as many files afterwards
 _SCANNED = 1024
 
-# Mappings whose copy of the descriptor the script has closed. Freeing one would close the script's file that has the
-# number now. So a fork handler refers to this list: the interpreter frees fork handlers after all modules, when the
-# script's own files are closed already.
+# Mappings that must live until the interpreter ends. Python keeps its own copy of a mapping's descriptor, and the
+# script has closed that copy. Freeing the mapping would close the script's file that now has this number. The fork
+# handler below does nothing. It only keeps this list alive until the script's files are closed, since the interpreter
+# frees fork handlers after all modules.
 _kept: list[mmap.mmap] = []
 os.register_at_fork(after_in_child=_kept.__len__)
 
@@ -39,7 +40,7 @@ def _file_of(fd: int, fstat: Callable[[int], os.stat_result] = os.fstat) -> tupl
 
 
 def _moved_up(fd: int) -> int:
-    """Close a descriptor and return one with a high number for its file. If no high number is free, return it as is."""
+    """Move a descriptor to a high number, and return that number. If no high number is free, change nothing."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
         moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, min(_FIRST, limit // 2) if limit >= 0 else _FIRST)
@@ -80,7 +81,7 @@ class OwnDescriptor:
                 if file_of(number) == self._file:
                     close(number)
             except OSError:
-                pass  # the error is one of earlier writes, whose calls returned long ago
+                pass  # `close` can report the error of an earlier write, and no caller is left that could handle it
 
     def __del__(self) -> None:
         self.close()

@@ -8,8 +8,8 @@ secret but never hold one::
     ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
     ${secret:file:/run/secrets/wandb}    a file on the receiver's machine, without its trailing newline
 
-Only an option that its backend marks as a secret may have a reference, and nothing beside it. The spelling is that of
-FLARE's own secret references.
+Only an option that the backend marks as a secret may hold a reference. The reference must be the whole value. The
+spelling is that of FLARE's own secret references.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ def without_login(url: str) -> str:
 
 
 def remember_logins_in_urls(environ: Mapping[str, str], names: Iterable[str]) -> None:
-    """From now on, conceal the passwords in the URLs of the environment: those of proxies, and those of some variables.
+    """From now on, conceal the passwords in the URLs of these variables and of the proxy variables.
 
     Args:
         environ: the environment.
-        names: the variables, besides those of proxies, that may hold a URL.
+        names: the variables that may hold a URL. The proxy variables need not be among them.
     """
     proxies = (name for name in environ if name.lower().endswith("_proxy"))
     for name in (*names, *proxies):
@@ -156,7 +156,10 @@ def remember_logins_in_urls(environ: Mapping[str, str], names: Iterable[str]) ->
 
 
 def _split_login(url: str) -> tuple[str, str]:
-    """Return a URL without its login, and the password in it. A user without a password is a token: it is returned."""
+    """Return a URL without its login, and the password in it.
+
+    If the URL has a user but no password, the user counts as a token and is returned in place of the password.
+    """
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")
     except ValueError:
@@ -179,7 +182,7 @@ def _hide_hex(match: re.Match[str]) -> str:
 
 
 def refuse_references(path: str, value: Any, secret_options: Iterable[str]) -> None:
-    """Check that the value of an option that is not marked as a secret refers to none.
+    """Check that an option that is not marked as a secret contains no secret reference.
 
     Args:
         path: the path to the value, for the message, such as ``mlflow.note``.

@@ -132,12 +132,12 @@ def test_arrays_that_only_one_side_has_count_as_unchanged() -> None:
     [
         (shareable(changed(1), **{MetaKey.PROCESSED_ALGORITHM: "_HE_CKKS_"}), "encrypted, quantized"),
         (shareable({"weight": object()}), "holds a object"),
-        (shareable({"other": np.ones(2)}), "none of its arrays"),
+        (shareable({"other": np.ones(2)}), "expected floating-point arrays"),
         (
             shareable({"site-7": DXO(DataKind.WEIGHTS, data=changed(1))}, DataKind.COLLECTION),
             "models of several clients",
         ),
-        (shareable({"weight": torch.eye(40, 7).to_sparse()}), "has no norm"),
+        (shareable({"weight": torch.eye(40, 7).to_sparse()}), "of its update is missing"),
     ],
 )
 def test_what_cannot_be_read_is_left_out_counted_and_said_once(result: Shareable, reason: str) -> None:

@@ -225,7 +225,10 @@ def test_the_file_allows_hosts_paths_secrets_and_values(tmp_path: Path) -> None:
 
 
 def test_hosts_in_the_file_replace_the_default_host_also_where_a_job_names_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=re.escape("no option names a host, and the default 'https://acme.example'")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape("no option names a host, so the backend would use its default; 'https://acme.example'"),
+    ):
         ask(tmp_path, {}, '[backends.acme]\nhosts = ["https://one.example"]')
     with_host = '[backends.acme]\nhosts = ["https://one.example"]\n[backends.acme.fixed]\nurl = "https://one.example"'
     assert ask(tmp_path, {}, with_host) == {"url": "https://one.example"}

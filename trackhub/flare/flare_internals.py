@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of FLARE that trackhub uses beyond FLARE's documented interface. Written for nvflare 2.9.
+"""What trackhub uses of FLARE beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this. Seven use more of FLARE, each its own part. `cell_channel` uses cells,
-`read_task_events` the server's tasks, `collab_call_outcomes` the Collab API, and `flower_reply_outcomes` the connector
-to Flower. `find_global_model` uses the paths of persistors, `log_job_context` the settings of controllers, and
-`trainer.record_flare_log_calls` the log functions of an external trainer. The tests of these files show whether a new
-release still fits, ``tests/integration/test_flare_internals.py`` first.
+The other modules of `trackhub.flare` call this one. Seven of them also use internals of FLARE, each for one purpose:
+`cell_channel` for cells, `read_task_events` for the server's tasks, `collab_call_outcomes` for the Collab API,
+`flower_reply_outcomes` for the connector to Flower, `find_global_model` for the paths of persistors, `log_job_context`
+for settings of controllers, and `trainer.record_flare_log_calls` for an external trainer's log functions. To check a
+new FLARE release, run the tests of these modules. Start with ``tests/integration/test_flare_internals.py``.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ def run_dir(fl_ctx: FLContext) -> Path:
 
 
 def job_id(fl_ctx: FLContext) -> str:
-    """Return FLARE's job id. In the simulator, where that is a constant, return an id of this execution.
+    """Return FLARE's job id. In the simulator, where the job id is a constant, return an id of this execution.
 
     The processes of one execution share the simulator's root folder. The simulator empties this folder before the next
-    execution. So the first process leaves an id there, and the others read it.
+    execution. So the first process stores an id there, and the other processes read it.
     """
     job = str(fl_ctx.get_job_id())
     if job != SimulatorConstants.JOB_NAME:
@@ -165,7 +165,7 @@ def state_folder(fl_ctx: FLContext, state_dir: str | None, job: JobInfo) -> Path
     Args:
         fl_ctx: FLARE's context.
         state_dir: the folder that holds such files of all jobs; None for the job's run folder.
-        job: the job. Its folder has the whole id: two jobs of one name may have ids that begin alike.
+        job: the job. The folder's name has the whole id, since two jobs of one name may have ids that begin alike.
     """
     if state_dir is None:
         return run_dir(fl_ctx) / "trackhub"
@@ -174,7 +174,7 @@ def state_folder(fl_ctx: FLContext, state_dir: str | None, job: JobInfo) -> Path
 
 
 def operator_file(fl_ctx: FLContext) -> OperatorFile | None:
-    """Return what the operator of this site says of jobs; None in the simulator, where the submitter is the operator.
+    """Return the operator's rules for jobs at this site. None in the simulator, where the submitter is the operator.
 
     Raises:
         ConfigError: the operator's file is wrong.
@@ -188,7 +188,7 @@ def is_provisioned(fl_ctx: FLContext) -> bool:
     """Return whether this site has an operator beside the job's submitter. The sites of the simulator have none.
 
     A site counts as the simulator's only if the job has the simulator's constant id, and the workspace has no startup
-    kit. All else counts as provisioned, POC too, so that a mistake here makes the rules stricter and not looser.
+    kit. All else counts as provisioned, POC too, so that a mistake here can only make the rules stricter.
     """
     startup = Path(fl_ctx.get_engine().get_workspace().get_startup_kit_dir())
     kits = (WorkspaceConstants.SERVER_STARTUP_CONFIG, WorkspaceConstants.CLIENT_STARTUP_CONFIG)
@@ -197,7 +197,7 @@ def is_provisioned(fl_ctx: FLContext) -> bool:
 
 
 def site_rules(fl_ctx: FLContext, policy: Policy | None) -> SiteRules:
-    """Return all that restricts the records of this site: the job's policy, and what the operator says.
+    """Return all that restricts the records of this site: the job's policy and the operator's rules.
 
     Raises:
         ConfigError: the operator's file is wrong.
@@ -216,7 +216,7 @@ def components(engine: Any) -> dict[str, Any]:
 
 
 def participants(engine: Any) -> dict[str, str]:
-    """Return the job's clients: from name to the full name (FQCN) of the client's cell. On the server only."""
+    """Return the job's clients: name -> full name (FQCN) of the client's cell. On the server only."""
     return {client.name: client.get_fqcn() for client in engine.get_participating_clients().values()}
 
 
@@ -260,9 +260,9 @@ def is_from_another_process(fl_ctx: FLContext) -> bool:
 def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
     """Stop the job before it trains, because of an error at this site.
 
-    The server calls ``system_panic``. A client's panic would not reach the server: the client would end, and the server
-    would wait for it, in the simulator for ever. So a client answers its first task with a return code that makes the
-    server panic.
+    The server calls ``system_panic``. A client must not call it: only the client would end, and the server would wait
+    for it. In the simulator it would wait for ever. So a client answers its first task with a return code that makes
+    the server panic.
 
     Args:
         component: the component that found the error.
@@ -280,8 +280,8 @@ def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
 def was_aborted(fl_ctx: FLContext) -> bool:
     """Return whether somebody stopped the job. Call it on a client, at ABOUT_TO_END_RUN.
 
-    A client's abort signal also triggers when a job ends normally. FLARE sets a property for this event that tells the
-    two apart.
+    A client's abort signal also triggers when a job ends normally. FLARE sets this property to True only if
+    the job was stopped.
     """
     return bool(fl_ctx.get_prop(FLContextKey.RUN_ABORT_REQUESTED, False))
 
@@ -363,7 +363,7 @@ def event_of_site(fl_ctx: FLContext) -> tuple[str, Shareable] | None:
     event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
     if not isinstance(event, Shareable) or event.get_header(FedEventHeader.DIRECTION, "out") == "out":
         return None
-    # This header is set from the cell's origin. FLARE's own headers are only what the sender says of itself.
+    # `cell_channel` sets this header from the origin of the message. The sender itself writes FLARE's own headers.
     site = event.get_header(EVENT_SITE)
     return (site, event) if isinstance(site, str) and site else None
 
@@ -374,10 +374,10 @@ def cell_name(engine: Any) -> str:
 
 
 def replace_in_process_log(calls: LogCalls) -> Callable[[], None]:
-    """Replace the functions by which trainers in this process log. Return a call that undoes it.
+    """Replace the log functions of trainers in this process. Return a function that restores the old ones.
 
     Args:
-        calls: takes what they log.
+        calls: takes what the trainers log.
     """
     method, function = InProcessClientAPI.log, tracking.log
 
@@ -485,7 +485,7 @@ def reference_package(job: Any, package: str) -> None:
 
 
 def raise_shutdown_timeout(job: Any, timeout_s: float) -> int:
-    """Give external trainers this time to end by themselves if the job gives none. Return how many got it."""
+    """Set this shutdown timeout for external trainers if the job sets none. Return how many of them got it."""
     raised = 0
     for app in job._deploy_map.values():
         for definition in getattr(app.app_config, "executors", []):

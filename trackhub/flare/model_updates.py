@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what each site changed in the model, and how far the sites agree: the update's norm, and its cosine.
+"""Measures each site's model update: its norm, and its cosine with the mean of all updates.
 
-`trackhub.flare.federation_watch` calls it on the server if the job asks for it. An *update* is what a site sends minus
-the model that it got, or the difference that it sends. It is in memory until the round's aggregation is done.
+The cosine shows how far the sites agree. `trackhub.flare.federation_watch` calls this on the server if the job asks for
+it. An *update* is the difference between the model that a site returns and the model that it received. Some sites send
+this difference itself. Updates stay in memory until the round's aggregation is done.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from trackhub.printable import printable
 __all__ = ["MAX_KEPT_BYTES", "ModelUpdates"]
 
 MAX_KEPT_BYTES = 1 << 30
-"""How much memory the updates of one round may take, in bytes. A number takes 4 in each update, and 8 in their sum."""
+"""How much memory the updates of one round may take, in bytes. A number takes 4 in each update, and 8 in the sum."""
 
-_BLOCK = 1 << 16  # numbers that are looked at together: they fit into a processor's cache
+_BLOCK = 1 << 16  # numbers that are handled together, since they fit into a processor's cache
 _MAX_WARNINGS = 20
 _Array = np.ndarray[Any, Any]
 _Pairs = dict[str, tuple[_Array, _Array | None]]
@@ -47,7 +48,7 @@ class ModelUpdates:
         self._warned: set[str] = set()
         self._max_bytes = max_bytes
         self._sent: dict[str, Mapping[str, Any]] = {}
-        self._lock = threading.Lock()  # of all that follows
+        self._lock = threading.Lock()  # protects all fields below
         self._seen: set[str] = set()
         self._norms: dict[str, float] = {}
         self._kept: dict[str, dict[str, _Array]] = {}
@@ -74,7 +75,7 @@ class ModelUpdates:
         """
         sent, model = self._sent.pop(task_id, None), model_in(result)
         if model is None or (sent is None and model.data_kind == DataKind.WEIGHTS):
-            return {}  # metrics, or a model sent although the task held none, as for cross-site evaluation
+            return {}  # only metrics, or the task held no model to compare with, as in cross-site evaluation
         with self._lock:
             if site in self._seen:
                 return {}
@@ -104,7 +105,7 @@ class ModelUpdates:
 
     def _leave_out(self, site: str, reason: str) -> None:
         self._left_out.add(site)
-        message = f"the update of site {printable(site)} has no norm or no cosine: {printable(reason)[:300]}"
+        message = f"site {printable(site)}: the norm or cosine of its update is missing: {printable(reason)[:300]}"
         if message not in self._warned and len(self._warned) < _MAX_WARNINGS:
             self._warned.add(message)
             self._warn(message)
@@ -147,7 +148,7 @@ class ModelUpdates:
             self._bytes += 4 * numbers
         else:
             self._leave_out(
-                site, f"the round's updates take more than {self._max_bytes} bytes. The mean includes this update"
+                site, f"the round's updates take more than {self._max_bytes} bytes. Only the cosine is missing"
             )
         return self._norms[site]
 
@@ -167,8 +168,8 @@ class ModelUpdates:
 def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
     """Return each array of an update, flat: as the site returned it, and as the server had sent it.
 
-    The second is None if the site returned a difference. Arrays of integers, and arrays that one side lacks or has in
-    another shape, are left out: they count as unchanged.
+    The second is None if the site returned a difference. Integer arrays are left out, and so are arrays that are
+    missing on one side or differ in shape. An array that is left out counts as unchanged.
 
     Raises:
         _UnreadableError: nothing is left, or the model is in a form that is not known here.
@@ -177,7 +178,7 @@ def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
     if algorithm is not None:
         raise _UnreadableError(f"it is encrypted, quantized or otherwise processed ({algorithm})")
     if model.data_kind == DataKind.COLLECTION or not isinstance(model.data, Mapping):
-        raise _UnreadableError("it holds the models of several clients, or something else that is no model of arrays")
+        raise _UnreadableError("it holds the models of several clients, or something that is not a model of arrays")
     pairs: _Pairs = {}
     for name, value in model.data.items():
         after = _floats(value)
@@ -189,7 +190,7 @@ def _pairs(model: DXO, sent: Mapping[str, Any] | None) -> _Pairs:
         pairs[str(name)] = after.reshape(-1), before
     if not pairs:
         raise _UnreadableError(
-            "none of its arrays has floating-point numbers, and the name and shape of an array that was sent"
+            "expected floating-point arrays with the names and shapes of the arrays that the server sent; found none"
         )
     return pairs
 
@@ -212,7 +213,7 @@ def _floats(value: Any) -> _Array | None:
         # numpy has no bfloat16.
         found: _Array = (tensor if tensor.element_size() >= 4 else tensor.float()).numpy()
         return found
-    raise _UnreadableError(f"it holds a {type(value).__name__}, and not only arrays")
+    raise _UnreadableError(f"it holds a {type(value).__name__}; expected only arrays")
 
 
 def _blocks(after: _Array, before: _Array | None) -> Iterator[tuple[slice, _Array]]:
@@ -226,5 +227,8 @@ def _blocks(after: _Array, before: _Array | None) -> Iterator[tuple[slice, _Arra
 
 
 def _product(a: _Array, b: _Array) -> float:
-    """Return the sum of the products. Computed in this thread alone: on a busy machine, the threads of ``@`` wait."""
+    """Return the sum of the products.
+
+    ``einsum`` computes it in this thread alone. ``@`` would start threads, and these wait on a busy machine.
+    """
     return float(np.einsum("i,i->", a, b))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns what FLARE's own writers log into records of trackhub, unchanged and once. Both widgets call it.
+"""Turns what FLARE's own writers log into records of trackhub: unchanged, and each once. Both widgets call it.
 
 ``SummaryWriter``, ``WandBWriter``, ``MLflowWriter``, ``flare.log``, Lightning's ``ClientLogger``, XGBoost's callback
 and Flower all make FLARE fire the same event, with an analytics DXO. The event has no time of the log call. In process
@@ -35,7 +35,7 @@ _LOG_LINES = frozenset(tag for name, tag in vars(LogMessageTag).items() if name.
 _FLARES_EVENTS = frozenset(
     value for owner in (EventType, AppEventType) for name, value in vars(owner).items() if name.isupper()
 )
-"""The types of the events that FLARE fires itself. None of them carries a record, and there are many of them."""
+"""The types of the many events that FLARE fires itself. None of them carries a record."""
 
 _MAX_EARLY = 1000
 """How many records are kept until the spool is there. Further ones are counted as dropped."""
@@ -45,7 +45,7 @@ TakeOver = bool | Literal["events", "copy"]
 
 - ``True``: in the call itself. FLARE fires no event for it and sends nothing.
 - ``"events"``: from FLARE's events. Trainers stay as they are, and FLARE sends nothing to the server.
-- ``"copy"``: from FLARE's events, which go on. FLARE's receivers and the user's components get everything, too.
+- ``"copy"``: from FLARE's events, which FLARE still sends to its own receivers and to the user's components.
 - ``False``: not at all.
 """
 
@@ -61,7 +61,9 @@ def check_take_over(value: object) -> None:
 
 
 class StockRecords:
-    """Writes what FLARE's events carry of the calls of FLARE's own writers into a spool. Thread-safe.
+    """Writes the records of FLARE's own writers into a spool. Thread-safe.
+
+    FLARE's own writers make FLARE fire events. This class takes the records from these events.
 
     Attributes:
         by_message: records that came as messages of another process. Nobody knows how many such messages were lost.
@@ -71,8 +73,8 @@ class StockRecords:
         """Prepare; ``open`` starts it.
 
         Args:
-            component: warns in its log.
-            keep_events: leave the events to FLARE, which then goes on as without trackhub.
+            component: the component in whose log warnings appear.
+            keep_events: leave the events to FLARE, which then handles them as without trackhub.
         """
         self.by_message = 0
         self._keep_events = keep_events
@@ -84,7 +86,7 @@ class StockRecords:
         self._lost = 0
 
     def open(self, spool: Path) -> None:
-        """Take records into this spool, also those that came before."""
+        """Write records into this spool, earlier ones included."""
         with self._lock:
             self._spool = spool
             early, self._early = self._early, []
@@ -110,13 +112,14 @@ class StockRecords:
         A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
         reason is logged once.
         """
-        # Take the event even if the spool could not be created: FLARE would send it past the site's policy.
+        # Take the event even if the spool could not be created. Otherwise FLARE would send it to the server, and the
+        # site's policy would not apply.
         event = flare_internals.take_stock_event(fl_ctx, keep=self._keep_events)
         if event is not None:
             self.write(event, by_message=flare_internals.came_as_message(fl_ctx))
 
     def take_custom(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Take the record in an event of another type, if it has one. FLARE goes on with the event.
+        """Take the record in an event of another type, if it has one. FLARE still handles the event.
 
         An ``AnalyticsSender`` with its own event type fires such events, for a component of the user.
         """
@@ -138,7 +141,7 @@ class StockRecords:
 
         Args:
             event: the event's data.
-            by_message: it came as a message of another process.
+            by_message: the event came as a message of another process.
         """
         if self._keep(event, by_message):
             return
@@ -156,7 +159,10 @@ class StockRecords:
         self._component.logger.warning(message)
 
     def calls(self) -> LogCalls:
-        """Return what writes log calls into the spool. All of this process use the same writer. Call ``open`` first."""
+        """Return the object that writes log calls into the spool.
+
+        All log calls of this process share one writer. Call ``open`` first.
+        """
         with self._lock:
             if self._calls is None:
                 assert self._spool is not None

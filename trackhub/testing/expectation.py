@@ -44,7 +44,7 @@ class Expected(NamedTuple):
 
     Attributes:
         held: what is in the store.
-        rejected: how many records the report rejects, by reason.
+        rejected: reason -> how many records the report rejects.
         confirmed: how many records the report confirms.
     """
 
@@ -54,7 +54,7 @@ class Expected(NamedTuple):
 
 
 def kind_of(call: Call) -> Kind | None:
-    """Return the kind of what was logged, None for one that this trackhub does not know."""
+    """Return the kind of the logged record. None if this version of trackhub does not know the kind."""
     return None if isinstance(call.payload, FuturePayload) else KIND_OF[type(call.payload)]
 
 
@@ -66,7 +66,7 @@ def expect(
     Args:
         logged: stream and call, times filled in, in the order in which they are in the journal.
         can: what the backend claims.
-        hooks: how the store keeps it.
+        hooks: how the store keeps records.
         timed: False if nobody knows the times of the calls. All times are None then.
     """
     held = ReadBack(
@@ -97,9 +97,10 @@ def expect(
 
 
 class _Core:
-    """What the core promises to do with records that a backend cannot store, written independently of the core.
+    """A second implementation of what the core promises for records that a backend cannot store.
 
-    Only the fitting of keys is the core's own code, which has other tests.
+    It shares no code with the core, so a defect of the core shows. Only keys are fitted by the core's own code, which
+    has other tests.
     """
 
     def __init__(self, can: Capabilities) -> None:
@@ -110,7 +111,7 @@ class _Core:
         self.params: dict[str, object] = {}
 
     def treat(self, stream: str, call: Call) -> tuple[str, Payload | None, int | None]:
-        """Return why the call is rejected, or what is left of it and with which step."""
+        """Return why the call is rejected, or an empty string and what is left of the call: its payload and step."""
         payload, step = call.payload, call.step
         if isinstance(payload, FuturePayload):
             return "unknown_kind", None, None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: writers with the method names of W&B, MLflow and TensorBoard, so that a script changes one import.
 
-They take the calls of the writers in ``nvflare.client.tracking``, and those of the SDKs themselves::
+They take the calls of the writers in ``nvflare.client.tracking``, and the calls of the SDKs themselves::
 
     from trackhub.writer import WandBWriter     # was: from nvflare.client.tracking import WandBWriter
 
@@ -85,7 +85,8 @@ class _Values(Mapping[str, Any]):
 class WandBWriter(AdapterBase):
     """Has the methods of a W&B run, with the arguments of FLARE's writer and of W&B's. No method raises, unless strict.
 
-    A method that logs what trackhub has no record for, such as ``watch``, is counted as dropped, with one warning.
+    trackhub has no record for some methods, such as ``watch``. Their calls are counted as dropped, and each such method
+    warns once.
 
     Attributes:
         config: takes hyperparameters, as ``wandb.config`` does.
@@ -131,7 +132,7 @@ class WandBWriter(AdapterBase):
             metrics: as for ``Writer.log``. W&B calls it ``data``. A value may also be a text, a figure, an image of
                 Pillow, or W&B's own ``Image``, ``Histogram``, ``Table`` or ``Html``.
             step: the step.
-            commit: without effect: calls of one step stay one record each.
+            commit: without effect. Each call makes records of its own, even if several calls have the same step.
             kwargs: W&B's other names.
         """
         values = first_given(metrics, kwargs, "data")
@@ -206,10 +207,10 @@ def _local_files(artifact_or_path: Any, name: str | None, kind: str) -> list[tup
 class MLflowWriter(AdapterBase):
     """Has the methods of MLflow's fluent API, with the arguments of FLARE's writer and of MLflow's.
 
-    A backend that needs a step gets 0, 1, 2, ... for the values of a key that are logged without ``step``. No method
-    raises, unless strict. A method that logs what trackhub has no record for, such as ``log_trace``, is counted as
-    dropped, with one warning. ``run_id``, ``timestamp`` and the like have no effect: a site has one run, and the time
-    is that of the call.
+    If values of a key have no ``step`` and the backend needs one, they get the steps 0, 1, 2, ... No method raises,
+    unless strict. trackhub has no record for some methods, such as ``log_trace``. Their calls are counted as dropped,
+    and each such method warns once. ``run_id``, ``timestamp`` and the like have no effect: a site has one run, and the
+    time of a record is the time of the call.
     """
 
     COUNTED = ("delete_tag", "log_")
@@ -405,7 +406,7 @@ class _SameRun:
 
 
 def _files_below(folder: Path, artifact_path: str | None) -> list[tuple[Path, str | None]]:
-    """Return the files below a folder, and the folder in the run of each.
+    """Return, for each file below a folder, the file and its folder in the run.
 
     Raises:
         RecordError: this is not a folder, or there is no file in it.

@@ -3,7 +3,7 @@
 
 Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
 an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
-several values, `BadValues` collects the errors instead, and the other values are kept. Images and files are read in
+several values, `BadValues` collects the errors instead, and the good values are kept. Images and files are read in
 `trackhub.writer.images` and `trackhub.writer.read_artifact`.
 """
 
@@ -49,14 +49,17 @@ _Value = TypeVar("_Value")
 
 
 class WrongCallError(RecordError):
-    """The whole call is wrong, for example because its step is not a number. For one bad value, it is `RecordError`."""
+    """The whole call is wrong, for example because its step is not a number.
+
+    If only one value is bad, a plain `RecordError` is raised.
+    """
 
 
 class BadValues:
     """The values of a log call that cannot be stored, each with its error.
 
     Attributes:
-        found: for each value the key, as text, and the error.
+        found: the key, as text, and the error of each value.
     """
 
     def __init__(self, *, strict: bool) -> None:
@@ -92,7 +95,7 @@ class BadValues:
 
 
 def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
-    """Return scalars as key to float, if all are Python numbers under known keys. If not, return None.
+    """Return scalars as key -> float if all are Python numbers under known keys. If not, return None.
 
     The caller then calls `read_metrics`, which takes longer.
 
@@ -114,7 +117,7 @@ def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None
 
 
 def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str, float]:
-    """Return scalars as key to float. Nested mappings become keys such as ``train/loss``.
+    """Return scalars as key -> float. Nested mappings become keys such as ``train/loss``.
 
     Args:
         metrics: a mapping of key to number. An empty one gives an empty dict.
@@ -166,7 +169,7 @@ def read_summary(values: Any, bad: BadValues) -> Summary | None:
 
 
 def read_tags(tags: Any, bad: BadValues) -> Tags | None:
-    """Return labels as key to text; None if there are none.
+    """Return labels as key -> text; None if there are none.
 
     Args:
         tags: a mapping of key to value; each value becomes text.
@@ -187,7 +190,7 @@ def _plain_tag(key: str, value: Any) -> str:
 def _accepted(
     what: str, leaves: Iterable[tuple[Any, Any]], bad: BadValues, read: Callable[[str, Any], _Value]
 ) -> dict[str, _Value]:
-    """Return the values that are accepted, as ``read`` makes them plain. ``bad`` gets the others."""
+    """Convert each value with ``read``. Return the converted values, and add the values that fail to ``bad``."""
     found: dict[str, _Value] = {}
     for key, value in leaves:
         try:
@@ -225,7 +228,7 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
         bad: gets one error for all values that are not finite.
 
     Raises:
-        RecordError: neither values nor edges and counts are given, or both are, or one of them is not as described.
+        RecordError: an argument is not as described, or the call does not give either values, or edges and counts.
     """
     key = read_key(key)
     if (values is None) == (edges is None) or (edges is None) != (counts is None):
@@ -386,7 +389,7 @@ def _read_cell(what: str, key: Any, value: Any) -> Any:
 
 
 def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[list[float], list[float]]:
-    import numpy as np  # lazy: the rest of the writer works without
+    import numpy as np  # imported late: the rest of the writer works without NumPy
 
     if hasattr(values, "detach"):
         values = values.detach().cpu().double()  # NumPy has no bfloat16

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of delivery: what is confirmed stays, and what comes again is handled as declared.
+"""Checks of delivery: confirmed records stay, and redelivered records are handled as the backend declares.
 
-Errors and outages lose nothing, and large batches and many records arrive.
+Errors and outages lose nothing. Large batches and many records arrive.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HALVINGS = 7  # of a batch of 40 records, until one is left
 
 
 class ConfirmationChecks(ContractFixtures):
-    """What is confirmed survives, and what is handed over again is handled as declared."""
+    """Confirmed records stay in the store. Redelivered records are handled as the backend declares."""
 
     def test_confirmed_records_survive_sigkill(self, kit: Kit, tmp_path: Path) -> None:
         """The receiver's process is killed when the backend has confirmed. All that it confirmed is in the store."""
@@ -47,7 +47,7 @@ class ConfirmationChecks(ContractFixtures):
         confirmed = deliver_until_killed(rig, kill, max_batch=_BATCH)
         can = kit.capabilities()
         if can.redelivery is Redelivery.REBUILD:
-            # Such a run counts as delivered when it is finished, and not before.
+            # Such a run counts as delivered only when it is finished.
             again = kit.again(rig)
             again.finish()
             check_run(again, [_SITE], "the receiver was killed and a run was rebuilt")
@@ -118,7 +118,10 @@ class ErrorChecks(ContractFixtures):
     """What fails is tried again or rejected, and every record has one outcome."""
 
     def test_transient_errors_lose_nothing(self, kit: Kit) -> None:
-        """``write`` fails twice before it stores anything. Nothing is lost, and it is called exactly twice more."""
+        """``write`` fails twice before it stores anything.
+
+        Nothing is lost, and the lane calls ``write`` exactly two extra times.
+        """
         errors = [TransientError("not now"), TransientError("still not", retry_after_s=0.01)]
         self._check_errors(kit, errors, "two transient errors")
 
@@ -132,7 +135,7 @@ class ErrorChecks(ContractFixtures):
         rig.finish()
         check_run(rig, [_SITE], what)
         assert rig.proxy.attempts == len(rig.proxy.batches) + len(errors), (
-            f"write() failed by itself, and nothing was wrong: {rig.proxy.failures[:1]}"
+            f"write() failed although the kit injected no fault: {rig.proxy.failures[:1]}"
         )
 
     def test_permanent_error_takes_only_its_records(self, kit: Kit) -> None:
@@ -166,7 +169,7 @@ class ErrorChecks(ContractFixtures):
     def test_payloads_that_write_does_not_know_are_rejected(self, kit: Kit) -> None:
         """``write`` rejects a payload of a class that it does not know, and its neighbours are stored.
 
-        It gets one if the backend claims more kinds than it knows, such as all those of a newer trackhub.
+        It gets such a payload if the backend claims kinds that it does not know, such as those of a newer trackhub.
         """
         unknown = [4, 11]
         rig = kit.rig(proxy=FaultyBackend(future=unknown)).start()
@@ -203,7 +206,9 @@ class ErrorChecks(ContractFixtures):
             f"files_beside has no effect with redelivery={can.redelivery.value!r}; leave it out"
         )
         files = {Kind.IMAGE, Kind.ARTIFACT}
-        assert can.files_beside <= can.kinds & files, "files_beside names images or artifacts that are among the kinds"
+        assert can.files_beside <= can.kinds & files, (
+            "files_beside may name only images and artifacts, and only if they are in capabilities.kinds"
+        )
         rig = kit.rig().start()
         for number in range(10):
             logged = [artifact(f"file-{number}", bytes([number]) * 1000)] if Kind.ARTIFACT in can.kinds else []
@@ -213,7 +218,7 @@ class ErrorChecks(ContractFixtures):
         check_run(rig, [_SITE], "a second thread wrote the files; leave files_beside out if that is a problem")
 
     def test_batches_are_as_large_as_declared(self, kit: Kit) -> None:
-        """No batch is larger than ``max_batch``, and one of that size is stored."""
+        """No batch is larger than ``max_batch``, and a batch of that size is stored."""
         rig = kit.rig().start()
         size = min(rig.can.max_batch, 250 if kit.is_quick else 1000)
         rig.log(_SITE, series("loss", range(size)))
@@ -258,7 +263,7 @@ class OutageChecks(ContractFixtures):
         self._check(rig, "an outage in the middle of the job")
 
     def test_probe_as_declared(self, kit: Kit) -> None:
-        """If the backend claims ``probe``, it fails in an outage in which ``write`` fails, and stores nothing."""
+        """If the backend claims ``probe``, ``probe`` stores nothing, and fails in an outage if ``write`` does."""
         can = kit.capabilities()
         if not can.probe:
             return
@@ -278,8 +283,8 @@ class OutageChecks(ContractFixtures):
         assert all(succeeded for _, succeeded in while_well), "probe() failed although the store was well"
         after_failures = [succeeded for is_stored, succeeded in rig.proxy.probes if not is_stored]
         assert not any(after_failures[:1]), (
-            "the store was away and write() failed, but probe() did not. Then good records would be rejected. Let "
-            "probe() test the same place in the same way, or leave it out"
+            "the store was unavailable and write() failed, but probe() succeeded. With such a probe, the lane would "
+            "reject good records. Let probe() test the same place in the same way as write(), or leave it out"
         )
         self._check(rig, "tests of the store between its records")
 
@@ -346,6 +351,6 @@ def _journal(kit: Kit) -> ReceiverRig:
 
 
 def _points(hooks: ContractHooks, points: Iterable[Point]) -> Counter[str]:
-    """Return how often each point is there, without what the store cannot tell."""
+    """Count each point. Ignore the fields that the store does not return."""
     hidden = [name.removeprefix("points.") for name in hooks.cannot_tell if name.startswith("points.")]
     return counted(points, hidden)

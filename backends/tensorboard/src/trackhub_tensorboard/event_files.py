@@ -5,9 +5,9 @@
 the batch's last record. SIGKILL or a full disk can leave a batch without its mark. The next process that opens the run
 cuts such a batch off, and the lane writes it again.
 
-A continued run gets another file. A running TensorBoard goes on reading where it stopped. If the old file grew again
-after a cut, TensorBoard would start in the middle of an event. The position at which a file begins is in its name, so
-TensorBoard reads the files in the right order.
+A run that is continued writes to a new file. A running TensorBoard remembers its place in the old file. If that file
+were cut and then grew, TensorBoard would continue in the middle of an event. The position at which a file begins is in
+its name, so TensorBoard reads the files in the right order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class NewTag(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Mark(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a mark says: the position after the batch's last record, and which tags the batch was the first to use."""
+    """What a mark says: the position after the batch's last record, and the tags that the batch is the first to use."""
 
     next_position: int
     tags: Sequence[NewTag] = ()
@@ -68,7 +68,7 @@ class EventFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder if it is missing, and read up to where the run is in its files.
+        """Make the folder if it is missing. Read from the files how far the run got.
 
         Raises:
             OSError: the file system refuses.
@@ -83,7 +83,7 @@ class EventFiles:
         self._recover()
 
     def append(self, events: list[bytes], next_position: int, tags: Sequence[NewTag], time: float) -> None:
-        """Append frames and their mark. Either all of it is stored, or this raises and nothing is.
+        """Append frames and their mark. If this raises, none of them is stored.
 
         Args:
             events: the frames of the events.
@@ -106,7 +106,7 @@ class EventFiles:
             else:
                 _append(self._path, content)
         except OSError:
-            self._path = None  # the next write begins another file: the module's docstring says why
+            self._path = None  # the next write begins a new file (see the module's docstring)
             self._torn = True
             with contextlib.suppress(OSError):  # the next write tries again
                 self._recover()
@@ -127,7 +127,7 @@ class EventFiles:
             path.unlink(missing_ok=True)
 
     def sync(self) -> None:
-        """Return when the appended events also survive a power cut.
+        """Block until the appended events survive a power cut.
 
         Raises:
             OSError: the file system refuses.

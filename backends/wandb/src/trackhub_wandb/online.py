@@ -39,23 +39,23 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.1
 _POLL_MAX_S = 0.5
 _FILES_PATIENCE_S = 2.0
-"""How long ``flush`` waits for files that belong to rows. Rows wait so long for a large one, and then go on."""
+"""How long ``flush`` waits for the files of rows. If a file takes longer, the other rows are confirmed without it."""
 
 _MAX_UNCONFIRMED = 5000
 _STALLED_FLUSHES = 3
 _COUNT_LAG_S = 2.0
-"""If the server's count lags behind its own acknowledgement for longer, the acknowledgement is used instead."""
+"""If the server counts too few rows for longer than this, ``flush`` trusts the server's acknowledgements instead."""
 
 
 class OnlineRun(BackendRun):
     """Writes to a server through the SDK, and confirms the records that the server says it has.
 
     ``flush`` asks the server how many rows the run has, and whether the last config arrived. It waits a moment for the
-    files that belong to rows. Records whose files are late are left out, and stay pending alone. An artifact comes from
-    the lane's second thread, and ``write`` waits for it. The SDK passes on the server's own acknowledgement.
+    files that belong to rows. A record whose file is late stays pending. All others are confirmed. An artifact comes
+    from the lane's second thread. ``write`` waits until the SDK passes on that the server has acknowledged it.
 
-    Not every server counts rows as wandb.ai does. If the count does not come, lags, or is too high, ``flush`` relies on
-    the SDK, whose service notes which of the rows that it sent the server has acknowledged. Such a flush returns
+    Not every server counts rows as wandb.ai does. If the count is missing, lags, or is too high, ``flush`` reads the
+    SDK's log. There the SDK's service notes which sent rows the server has acknowledged. Such a flush returns
     ``Confirmation.CLIENT``.
 
     The ``_step`` of a row is its position. When a run is opened again, W&B resumes it and says what the next ``_step``
@@ -75,7 +75,7 @@ class OnlineRun(BackendRun):
             info: which run.
             options: the backend's options.
             settings: fields of ``wandb.Settings``.
-            server: the server that is asked what it has.
+            server: asks the W&B server what it has.
 
         Raises:
             TransientError: the server cannot be reached, or refuses now.
@@ -100,12 +100,13 @@ class OnlineRun(BackendRun):
         self._by = Confirmation.STORE
         self._ended = self._is_closed = False
         self._uploads: dict[int, tuple[SdkRun, ArtifactUpload]] = {}
-        self._lock = threading.RLock()  # the lane's thread holds it in each call, the second thread to get the run
+        # The lane's thread holds it during each call. The second thread holds it only while it fetches the run.
+        self._lock = threading.RLock()
         self.url: str | None = None
         self._run: SdkRun | None = self._open()
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
-        """Hand entries to the SDK. If too many are unconfirmed, confirm those first. Wait for artifacts.
+        """Hand entries to the SDK. If too many earlier entries are unconfirmed, confirm them first. Wait for artifacts.
 
         Raises:
             TransientError: the SDK failed, or the server did not confirm in time.
@@ -249,8 +250,8 @@ class OnlineRun(BackendRun):
             raise TransientError(
                 f"W&B at {self._server.login.base_url} says that the run of {site} has {self._rows_before} rows, but "
                 f"its last one is step {last_step}. The SDK would lose records {last_step + 1} to "
-                f"{opened.starting_step - 1} there, so they all wait. `trackhub replay --from-start` with another "
-                "project writes the whole run anew"
+                f"{opened.starting_step - 1} there. So the lane delivers none of this run's records. `trackhub replay "
+                "--from-start` with another project writes the whole run anew"
             )
         try:
             return SdkRun(
@@ -278,7 +279,7 @@ class OnlineRun(BackendRun):
         abandon_runs([run.run])
 
     def _open_again_if_stalled(self, run: SdkRun, missing: int) -> None:
-        """Open the run again if as many rows are missing as after the last flushes.
+        """Open the run again if the number of missing rows has not changed for several flushes.
 
         If the server refuses rows for another reason than being busy, the SDK stops the upload for good and only prints
         a line. Opening the run again starts a new upload.
@@ -300,7 +301,10 @@ class OnlineRun(BackendRun):
         abandon_runs([run.run])
 
     def _write_artifact(self, entry: Entry, payload: Artifact) -> None:
-        """Wait until the server has an artifact. After ``flush_timeout_s``, the next call goes on to wait."""
+        """Wait until the server has an artifact.
+
+        After ``flush_timeout_s`` it raises. The next call continues to wait for the same upload.
+        """
         with self._lock:
             if self._ended or self._is_closed:
                 raise TransientError("the W&B run is over; the artifact waits for `trackhub replay`")
@@ -328,7 +332,7 @@ class OnlineRun(BackendRun):
         return run.run.log_artifact(artifact)
 
     def _await_files(self, run: SdkRun) -> None:
-        """Wait a moment until the server has the files and artifacts of rows. What is late holds up only its record."""
+        """Wait a moment until the server has the files and artifacts of rows. A late file delays only its record."""
         patience_s = min(_FILES_PATIENCE_S, self._options.flush_timeout_s)
         sizes = partial(self._server.file_sizes, self._path)
         try:
@@ -367,10 +371,10 @@ class OnlineRun(BackendRun):
         if not self._is_count_doubted:
             self._is_count_doubted = True
             _log.warning(
-                "W&B at %s says that the run of %s has %s rows, after it acknowledged %d to the SDK. From now on its "
-                "acknowledgements are used if its number is wrong. The report shows such records as "
-                "client_confirmed",
-                self._server.login.base_url, self._info.site, "no number of" if count is None else count,
+                "W&B at %s reports %s rows for the run of %s, but it has acknowledged %d rows to the SDK. From now on, "
+                "trackhub uses the acknowledgements whenever the reported number is wrong. The report shows such "
+                "records as client_confirmed",
+                self._server.login.base_url, "no number of" if count is None else count, self._info.site,
                 self._rows_before + run.rows,
             )  # fmt: skip
         self._by = Confirmation.CLIENT
@@ -378,13 +382,13 @@ class OnlineRun(BackendRun):
 
 
 def _count(state: dict[str, Any] | None) -> int | None:
-    """Return how many rows the server says that a run has; None if it does not say, or not as a number."""
+    """Return how many rows the server says that a run has; None if it gives no number."""
     count = (state or {}).get("historyLineCount")
     return count if isinstance(count, int) and count >= 0 else None
 
 
 def _last_step(state: dict[str, Any] | None) -> int | None:
-    """Return the ``_step`` of the last row of a run; None if it has none, or the server does not say."""
+    """Return the ``_step`` of the last row of a run; None if the run has no row, or the server does not say."""
     try:
         step = json.loads(json.loads((state or {})["historyTail"])[-1])["_step"]
     except (KeyError, IndexError, TypeError, ValueError):
