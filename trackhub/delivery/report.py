@@ -282,7 +282,7 @@ def write_report(path: Path, report: DeliveryReport) -> None:
 def read_report(path: Path) -> DeliveryReport:
     """Return the report in this file, such as the ``delivery.json`` that a receiver leaves in its folder.
 
-    Its results can be used as they are, also after the job's folder was moved.
+    Its paths are absolute and its commands work in any folder, even after the job's folder was moved.
 
     Raises:
         OSError: it cannot be read.

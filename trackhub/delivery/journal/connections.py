@@ -2,7 +2,7 @@
 """The SQLite connections of an open journal: one that writes, and some that read. Every wait for them has a limit.
 
 `Journal` uses it for every query. Another program may have the file locked, or the disk may not answer. Then a thread
-of the receiver must wait only a moment, and not ten seconds: FLARE's rounds need the threads of FLARE's pool.
+of the receiver may wait only a moment: it belongs to FLARE's pool, and FLARE's rounds need the pool.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Connections:
-    """The connections of one journal file. Thread-safe. All methods raise JournalError once they are closed.
+    """The connections of one journal file. Thread-safe. `transaction` and `reading` raise JournalError after `close`.
 
     Threads write in turns. A thread whose turn it is tries once to lock the file. If another program has the file
     locked, the thread gives its turn back before it waits, so that nobody waits behind it.
@@ -55,8 +55,8 @@ class Connections:
         self._borrowed: set[sqlite3.Connection] = set()
         self._closed = False
         self._waits_end = math.inf
-        # Make the file here. SQLite would follow a symbolic link, and would make a file that everybody may read. SQLite
-        # gives its other files the same mode.
+        # Create the file here. SQLite would follow a symbolic link, and would create a file that everybody may read.
+        # SQLite's other files get the mode of this one.
         os.close(open_plain(path, os.O_RDWR | os.O_CREAT))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=wait_s)
         try:
@@ -89,9 +89,8 @@ class Connections:
             JournalError: the journal is closed, locked for too long, or cannot be written.
         """
         try:
-            # These statements make the transaction wait at its beginning, and nowhere else. A plain BEGIN starts as a
-            # reader, and fails when it wants to write. Without a write-ahead log, IMMEDIATE waits for readers at the
-            # end.
+            # With these statements, the transaction waits only at its beginning. A plain BEGIN starts as a reader, and
+            # fails when it wants to write. Without a write-ahead log, IMMEDIATE waits for readers at the end.
             self._begin("BEGIN IMMEDIATE" if self._has_log else "BEGIN EXCLUSIVE", wait_s)
         except sqlite3.Error as e:
             raise JournalError(f"cannot write the journal {self.path}: {e}") from e
@@ -214,7 +213,7 @@ class Connections:
     def close(self) -> None:
         """Checkpoint the write-ahead log into the one file, and close it. Idempotent.
 
-        Blocks for a second at most, or for what `limit_waits` leaves.
+        Blocks for about a second at most, and not longer than `limit_waits` allows.
         """
         with self._pool_lock:
             if self._closed:
@@ -244,7 +243,7 @@ class Connections:
 
 
 def _is_busy(error: BaseException) -> bool:
-    """Return whether another connection has the file locked: any of SQLite's codes for that."""
+    """Return whether the error says that another connection has the file locked."""
     return (
         isinstance(error, sqlite3.OperationalError)
         and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY

@@ -39,7 +39,7 @@ def find(path: Path) -> Found:
         path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
 
     Raises:
-        ConfigError: there is nothing at this path, or no journal and no spool at or under it.
+        ConfigError: there is no file or folder at this path, or it holds neither a journal nor a spool.
     """
     if path.is_file() or (path.name == JOURNAL_NAME and is_journal_left(path)):
         return Found([path], [])
@@ -91,7 +91,7 @@ def find_interrupted(folder: Path) -> list[Path]:
 
 
 def is_interrupted(journal: Path) -> bool:
-    """Return whether a journal's receiver died before it made its report. False if that cannot be told."""
+    """Return whether a journal's receiver died before it made its report. False if this is not known."""
     if journal.with_name(REPORT_NAME).exists() or not journal.exists():
         return False
     return is_free(journal.with_suffix(".lock"))

@@ -36,7 +36,8 @@ _ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
 
 MAX_STREAMS_OF_SITE = 100_000
-"""Most streams of one site. Each process that logs has one, and the receiver keeps all streams of a site in memory."""
+"""Most streams of one site. Each process that logs has a stream, and the receiver keeps all streams of a site in
+memory."""
 
 _OTHER_REASONS = "other"
 _SET_FACT = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
@@ -72,7 +73,7 @@ class Journal:
 
     @property
     def continues(self) -> bool:
-        """Whether another journal holds the first records of its sites."""
+        """True if another journal holds the first records of the sites."""
         return self._continues
 
     @classmethod
@@ -133,8 +134,8 @@ class Journal:
 
         Args:
             site: its name.
-            created: when the site was first heard, in unix seconds. Stored if the site is new. The time of its first
-                record replaces it later.
+            created: when the receiver first heard from the site, in unix seconds. Used only if the site is new. The
+                time of the site's first record replaces it later.
             first_position: the position of the site's first record in this journal. It is above 0 if another journal
                 holds the earlier records. Used only if the site is new.
             wait_s: as for ``append``.
@@ -153,8 +154,8 @@ class Journal:
         Args:
             site, created, first_position: as for ``add_site``.
         """
-        # Store the fact, since `first_position` may not show it: it is 0 if the other journal holds only one batch
-        # whose reply was lost.
+        # Store this fact. `first_position` may not show it: if the other journal holds only one batch and its reply was
+        # lost, the position is 0.
         self.set_meta(_CONTINUES, "another journal")
         self._continues = True
         return self.add_site(site, created, first_position)
@@ -178,18 +179,18 @@ class Journal:
         Args:
             site: its id.
             batch: what the site sent, without the records that the receiver refused.
-            explained: the number of records that the batch's gaps stand for, by reason.
-            refused: number and reason of each record that the receiver refused.
-            began: the time of the batch's first record, in unix seconds. If the site has no record yet, its run began
-                then.
+            explained: reason -> number of records that the batch's gaps stand for.
+            refused: (``seq``, reason) of each record that the receiver refused.
+            began: the time of the batch's first record, in unix seconds. If the site has no record yet, this becomes
+                the start of its run.
             facts: facts about the job to store with the batch, as ``set_facts`` does.
-            stored: called with the id of the new row and the number of its records, once that is stored. Not called if
-                no record is new.
+            stored: called with the id of the new row and the number of its records, after the row is stored. Not called
+                if no record is new.
             wait_s: the longest wait for other threads and other programs, in seconds.
 
         Raises:
             JournalError: it cannot be written, for example because the disk is full. Nothing was stored.
-            TooManyStreamsError: the site has `MAX_STREAMS_OF_SITE` streams, and this is another one.
+            TooManyStreamsError: the site has `MAX_STREAMS_OF_SITE` streams, and the batch begins another one.
         """
         with self._connections.transaction(wait_s) as db:
             stream, known = self._stream(db, site, batch)
@@ -224,7 +225,7 @@ class Journal:
         return new
 
     def _stream(self, db: sqlite3.Connection, site: int, batch: Batch) -> tuple[int, int]:
-        """Return the id of the batch's stream, and the ``seq`` that is expected next of it."""
+        """Return the id of the batch's stream, and the ``seq`` of the stream's next record."""
         query = "SELECT id, next_seq FROM streams WHERE site = ? AND name = ?"
         if (found := db.execute(query, (site, batch.stream)).fetchone()) is not None:
             return found[0], found[1]
@@ -249,14 +250,14 @@ class Journal:
     def note_counts(
         self, site: int, message: KeepAlive | Final, *, keep_end: bool = False, wait_s: float = WAIT_S
     ) -> None:
-        """Store what a site counted itself, unless newer counts are here already.
+        """Store what a site counted itself.
 
-        A message that arrives after a newer one is ignored.
+        A message that arrives after a newer one has no effect.
 
         Args:
             site: its id.
             message: what the site sent.
-            keep_end: True if a replay sends the message, which then does not say how the site's training ended.
+            keep_end: True if a replay sent the message. Then the message does not say how the site's training ended.
             wait_s: as for ``append``.
         """
         final = isinstance(message, Final)
@@ -275,7 +276,7 @@ class Journal:
             message.counts.retries = max(message.counts.retries, known.retries)
             is_older = (message.counts.logged, -message.counts.spooled) < (known.logged, -known.spooled)
             if last and not final and not same_sender and is_older:
-                return  # an old message, from a sender before the one that sent the final message
+                return  # an old message: a later sender has sent the final message
             if not keep_end:
                 # A keep-alive after the end means that the site runs again.
                 ended = (_ENDED_FAILED if message.failed else _ENDED) if isinstance(message, Final) else 0
@@ -294,12 +295,12 @@ class Journal:
             )
 
     def ended(self) -> dict[str, bool]:
-        """Return the sites that have said how their training ended, each with whether it failed."""
+        """Return site -> whether its training failed, for the sites that have said how their training ended."""
         rows = self._fetch("SELECT name, ended FROM sites WHERE ended > 0")
         return {name: ended == _ENDED_FAILED for name, ended in rows}
 
     def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
-        """Return what the journal has of these streams, from their first record on.
+        """Return stream -> how far the journal has it.
 
         A stream is left out if the journal has nothing of it, or if another journal has its beginning.
         """
@@ -327,7 +328,7 @@ class Journal:
         return dict(self._fetch("SELECT key, value FROM meta"))
 
     def sites(self) -> dict[int, tuple[str, float]]:
-        """Return the name of each site that has records, and when its run began in unix seconds, by its id."""
+        """Return site's id -> (its name, when its run began in unix seconds), for the sites that have records."""
         query = "SELECT id, name, created FROM sites WHERE next_position > first_position"
         return {i: (name, created) for i, name, created in self._fetch(query)}
 
@@ -416,7 +417,7 @@ class Journal:
             lane: its name.
             site: the site's id.
             written: the id of the last row that was handed to the backend.
-            confirmed: the id of the last row that is durable there.
+            confirmed: the id of the last row that the backend confirmed.
             progress: the counts up to ``confirmed``.
 
         Raises:
@@ -428,7 +429,7 @@ class Journal:
         """Store how far lanes got with several runs, in one transaction: all of it or nothing.
 
         Args:
-            runs: the state of each run, by the lane's name and the site's id.
+            runs: (lane's name, site's id) -> the state of the run.
             wait_s: the longest wait for other threads and other programs, in seconds, for all runs together.
 
         Raises:
@@ -472,7 +473,7 @@ def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
     """Cut off the records before ``seq`` ``known``. A sender that lost its cursor makes batches with other limits.
 
     Returns:
-        The number of records left, their frames, and the gaps left by reason.
+        The number of records that are left, their frames, and reason -> records that the remaining gaps stand for.
     """
     records, start, gaps = 0, len(frames), Counter[str]()
     for frame in scan_frames(frames):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock that one process holds while it may write to a journal. It ends with the process, even if that is killed.
+"""The lock that one process holds while it may write to a journal. It ends with the process, even a killed one.
 
 `Journal` and `repair` take it. ``trackhub status`` asks whether a process holds it. If nobody does, and the journal
 does not say how the job ended, the job was killed.
@@ -19,11 +19,11 @@ from trackhub.process_lock import ProcessLock
 
 __all__ = ["is_journal_locked", "lock_journal", "make_journal_folder"]
 
-_PROBE_S = 0.2  # how long `lock_journal` tries: another process may be asking whether the lock is held
+_PROBE_S = 0.2  # `lock_journal` tries this long: a process that asks whether it is locked holds it for a moment
 
 
 def make_journal_folder(path: Path) -> None:
-    """Make the folder of a journal. If it cannot be made for another reason, `lock_journal` says later what is wrong.
+    """Make the folder of a journal. An error with another cause is reported by `lock_journal` later.
 
     Raises:
         JournalError: the environment, such as a full disk, keeps the folder from being made.
@@ -64,14 +64,14 @@ def lock_journal(path: Path) -> ProcessLock:
 def is_journal_locked(path: Path) -> bool:
     """Return whether a process has this journal open for writing. Changes nothing on the disk.
 
-    On a file system without locks nobody can tell. Then this returns True, so that no running job is called dead.
+    On a file system without locks, this returns True, so that no running job is called dead.
     """
     try:
         fd = open_plain(_lock_file(path), os.O_RDONLY)
     except OSError:
         return False
     try:
-        # Ask with a shared lock. Two processes that ask at the same time must not take each other for the owner.
+        # Ask with a shared lock. Otherwise two processes that ask at the same time would take each other for the owner.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True

@@ -38,9 +38,9 @@ class PruneResult(NamedTuple):
     """What was removed from a journal.
 
     Attributes:
-        records: how many records, by site.
+        records: site -> how many of its records.
         freed_bytes: how much smaller the journal and the folder of its files are.
-        kept: the sites whose records stay, each with the reason.
+        kept: site whose records stay -> the reason.
     """
 
     records: dict[str, int]
@@ -49,10 +49,11 @@ class PruneResult(NamedTuple):
 
 
 def prune_journal(path: Path) -> PruneResult:
-    """Remove the records of each site that are delivered to all backends. Blocks while SQLite writes the file anew.
+    """Remove the records of the sites that are delivered to all backends. Blocks while SQLite writes the file anew.
 
     A site's records stay if one is pending at a backend, or if its run there is not finished. They also stay if each
-    backend rejected some of them, or if the site's spool may hold more. May be killed at any moment, and called again.
+    backend rejected some of them, or if the site's spool may hold more. This may be killed at any moment, and called
+    again.
 
     Args:
         path: the journal of a job that has ended.
@@ -88,7 +89,7 @@ def prune_journal(path: Path) -> PruneResult:
 
 
 def _empty_rows(db: sqlite3.Connection) -> tuple[dict[str, int], dict[str, str]]:
-    """Empty the rows of sites that are delivered. Return how many records each had, and why the others stay."""
+    """Empty the rows of delivered sites. Return site -> records removed, and site -> why its records stay."""
     removed: dict[str, int] = {}
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -119,7 +120,7 @@ def _empty_rows(db: sqlite3.Connection) -> tuple[dict[str, int], dict[str, str]]
 
 
 def _why_kept(name: str, site: SiteReport, report: DeliveryReport, meta: Mapping[str, str]) -> str:
-    """Return why a site's records must stay; empty if they need not."""
+    """Return why a site's records must stay; empty if they can be removed."""
     backends = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, object]).keys() | report.lanes.keys()
     if not meta.get("status"):
         return "the job's processes were killed; `trackhub replay` delivers what is left"
@@ -145,7 +146,7 @@ def _pruned_before(meta: Mapping[str, str]) -> dict[str, int]:
 
 def _remove_blobs(path: Path, site: str) -> None:
     folder = BlobStore(path.parent / "blobs").folder(site)
-    # Whoever made the job's folder may have put a link there, so that files of another folder would be deleted.
+    # Follow no link. Whoever made the job's folder may have put one there, to have files of another folder deleted.
     if folder.is_dir() and not folder.is_symlink() and not folder.parent.is_symlink():
         for blob in folder.iterdir():
             blob.unlink()
@@ -181,13 +182,13 @@ def prune_older(folder: Path, keep_days: float) -> None:
 
 
 def check_not_pruned(journal: Journal, backends: Collection[str], *, goes_on: bool, from_start: bool) -> None:
-    """Close a pruned journal and raise, if the removed records would be needed. Otherwise do nothing.
+    """If a journal lacks pruned records that would be needed, close it and raise. Otherwise do nothing.
 
     Args:
         journal: the open journal.
         backends: where to deliver.
-        goes_on: whether the job goes on. A backend may then want its run from the start again.
-        from_start: whether everything must be delivered again.
+        goes_on: True if the job goes on. A backend may then ask for its run from the start again.
+        from_start: True if everything must be delivered again.
 
     Raises:
         ConfigError: the removed records would be needed.

@@ -4,7 +4,7 @@
 SQLite finds a row through the pages above it. If one of these is damaged, SQLite finds no row below it. This module
 reads each page alone, and yields the rows in it. A page in the write-ahead log replaces the same page of the file.
 
-Source: https://www.sqlite.org/fileformat.html (SQLite 3.50). Names in brackets are those of that document.
+Source: https://www.sqlite.org/fileformat.html (SQLite 3.50). Names in brackets are from that document.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ class PageReader:
 
 
 def _page_bytes(header: bytes, log: bytes) -> int:
-    """Return the size of a page, as the file says, or the write-ahead log if the file's header cannot be read."""
+    """Return the size of a page from the file's header. If that cannot be read, take it from the write-ahead log."""
     size = int.from_bytes(header[16:18]) if header[:16] == _MAGIC else int.from_bytes(log[8:12])
     size = 65536 if size == 1 else size
     return size if 512 <= size <= 65536 and size & (size - 1) == 0 else _DEFAULT_PAGE_BYTES
 
 
 def _committed_pages(log: bytes, page_bytes: int) -> dict[int, bytes]:
-    """Return the pages in a write-ahead log up to its last commit, by their number."""
+    """Return number -> page, for the pages in a write-ahead log up to its last commit."""
     magic = int.from_bytes(log[:4])
     if len(log) < _LOG_HEADER_BYTES or magic not in (_LOG_MAGIC, _LOG_MAGIC + 1):
         return {}

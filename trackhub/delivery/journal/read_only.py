@@ -26,7 +26,8 @@ def open_read_only(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a journal for reading, and close it at the end of the ``with`` block.
 
     Raises:
-        JournalError: it is not a journal, or cannot be read. SQLite's errors within the block also become one.
+        JournalError: it is not a journal, or cannot be read. SQLite's errors within the block also become a
+            JournalError.
     """
     try:
         file = current_file(path)
@@ -92,7 +93,7 @@ def is_known_site(path: Path, site: str) -> bool:
 
 
 def read_stream_positions(path: Path, site: str) -> dict[str, int]:
-    """Return the ``seq`` of the next record that a journal expects, for each stream of a site.
+    """Return stream -> ``seq`` of the next record that a journal expects, for the streams of a site.
 
     Raises:
         JournalError: it is not a journal, or cannot be read.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a new, sound journal from the readable rows of a damaged one, table by table. `repair` calls it.
 
-A range of records that cannot be read becomes a placeholder row without frames. So all other records keep their
-positions, by which backends recognise them, and every lane counts the lost records as ``damaged``. Other lost values
-are worked out from the tables that can be read. Where that is not possible, the report says that they are not known.
+A range of records that cannot be read becomes a placeholder row without frames. So all other records keep the positions
+by which backends recognise them. Every lane counts the lost records as ``damaged``. Other lost values are worked out
+from the tables that can be read. Where that is not possible, the report says that they are not known.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def rebuild(path: Path, new_path: Path, *, runs_are_whole: bool) -> None:
     Args:
         path: the damaged journal.
         new_path: the file to write. An existing file is replaced.
-        runs_are_whole: whether SQLite can read the table ``runs``. If not, a lane may have delivered although its row
+        runs_are_whole: True if SQLite can read the table ``runs``. If not, a lane may have delivered although its row
             is missing.
 
     Raises:
         JournalError: nothing in it can be read, or it does not say which job it belongs to.
-        OSError: the damaged file cannot be opened, or the old ``new_path`` not removed.
+        OSError: the damaged file cannot be opened, or an existing ``new_path`` cannot be removed.
         sqlite3.Error: the new file cannot be written.
     """
     new_path.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def _fit(reader: PageReader, batch: Batch, following: Batch | None) -> Batch:
 
 
 def _complete_streams(found: Found, reader: PageReader, by_site: dict[int, list[Batch]]) -> None:
-    """Restore lost rows of ``streams``. The index has a stream's name, and its last batch shows where it ended."""
+    """Restore lost rows of ``streams``. An index has the name of a stream. The stream's last batch shows its end."""
     last: dict[int, Batch] = {}
     for batches in by_site.values():
         last.update((batch.stream, batch) for batch in batches)
@@ -241,7 +241,7 @@ def _complete_sites(found: Found, reader: PageReader, by_site: dict[int, list[Ba
 
 
 def _time_of_first_record(reader: PageReader, batch: Batch) -> float:
-    """Return it in unix seconds; 0 if it cannot be read."""
+    """Return the time of a batch's first record in unix seconds; 0 if it cannot be read."""
     frames = _frames(reader, batch)
     with suppress(CorruptFrameError, msgspec.DecodeError, UnicodeDecodeError):
         for frame in scan_frames(frames):
@@ -321,7 +321,8 @@ def _make_unique(found: Found) -> None:
 def _write_runs(db: sqlite3.Connection, found: Found) -> None:
     """Write the lanes' cursors. A cursor is the id of a row, and that row may be lost.
 
-    A cursor must not be higher than the last row. Otherwise later rows would get ids up to it, and count as delivered.
+    A cursor must not be higher than the last row. Otherwise new rows would get ids below the cursor, and would count as
+    delivered.
     """
     last = db.execute("SELECT ifnull(max(id), 0) FROM batches").fetchone()[0]
     query = "SELECT ifnull(max(id), 0) FROM batches WHERE site = ? AND first_position + records <= ?"
@@ -335,7 +336,7 @@ def _write_runs(db: sqlite3.Connection, found: Found) -> None:
 def _write_batches(
     db: sqlite3.Connection, found: Found, reader: PageReader, by_site: dict[int, list[Batch]], path: Path
 ) -> None:
-    """Write the readable rows, and placeholder rows where others were."""
+    """Write the readable rows, and placeholder rows for the lost ones."""
     insert = "INSERT INTO batches (id, site, stream, first_position, records, frames) VALUES (?, ?, ?, ?, ?, ?)"
     kept = sorted(batch for batches in by_site.values() for batch in batches)
     for batch in kept:

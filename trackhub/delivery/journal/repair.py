@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rebuilds a journal if it is damaged. ``trackhub replay`` calls it before it opens a journal.
 
-`rebuild` makes the new journal. `swap` puts it into the place of the damaged one, and keeps that beside it.
+`rebuild` makes the new journal. `swap` puts it in the place of the damaged journal, which stays beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _CONTRADICTIONS = (
     " next_position - first_position != ifnull(records, 0) OR next_position != ifnull(next, first_position) LIMIT 1",
     "SELECT 1 FROM batches LEFT JOIN streams ON streams.id = stream WHERE streams.site IS NOT batches.site LIMIT 1",
 )
-"""Each query returns a row if two values contradict each other: changed bits in numbers that no index has a copy of."""
+"""Each query returns a row if two values contradict each other. So it finds changed bits in numbers that no index
+has."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,9 +61,7 @@ def repair(path: Path) -> bool:
             partial_file(path).unlink(missing_ok=True)
             raise
         damaged = swap(path)
-        _log.warning(
-            "%s was damaged; what could be read is in its place, the damaged file is kept as %s", path, damaged
-        )
+        _log.warning("%s was damaged. It now holds what could be read. The damaged file is kept as %s", path, damaged)
         return True
     except (sqlite3.Error, OSError) as e:
         raise JournalError(

@@ -36,13 +36,13 @@ _Kind = TypeVar("_Kind")
 def read_journal_report(path: Path) -> DeliveryReport:
     """Return the report of a journal, without writing to it. The job may be running.
 
-    Its results can be used as they are, also after the job's folder was moved.
+    Its paths are absolute and its commands work in any folder, even after the job's folder was moved.
 
     Raises:
         JournalError: it is not a journal, or cannot be read.
     """
-    # Ask this first. If the job ends after it, the journal already says how it ended. In the other order, such a job
-    # would be called killed.
+    # Ask this first. If the job ends afterwards, the journal says how it ended. In the other order, a job that ends in
+    # between would be called killed.
     runs = is_journal_locked(path)
     with open_read_only(path) as db:
         return resolve_results(build_report(db, runs=runs), path.parent)
@@ -57,7 +57,7 @@ def build_report(
         db: the connection.
         lanes: lanes to include even if they have delivered nothing yet.
         facts: facts about the job, in case the journal could not store them.
-        runs: whether the receiver's process runs. If not, a job without an end was killed.
+        runs: True if the receiver's process runs. If it does not, a job without a stored end was killed.
 
     Raises:
         sqlite3.Error: the journal cannot be read.
@@ -142,12 +142,12 @@ def _decoded(stored: bytes | None, kind: type[_Kind]) -> _Kind | None:
 
 
 def _counted(site: SiteReport, *, is_fresh: bool, is_doubted: bool) -> Counted:
-    """Return how much is known of what a site logged.
+    """Return how complete a site's counts are.
 
     Args:
         site: its counts.
-        is_fresh: whether the job runs, and the site's last message is not too old.
-        is_doubted: whether a repair of the journal could not read what the receiver had counted.
+        is_fresh: True if the job runs and the site's last message is not too old.
+        is_doubted: True if a repair of the journal could not read the receiver's counts.
     """
     if site.at_site is None:
         return Counted.OPEN if is_fresh and not is_doubted else Counted.UNKNOWN

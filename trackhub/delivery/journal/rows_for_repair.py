@@ -73,7 +73,7 @@ class Found:
     Attributes:
         meta, sites, streams, runs, batches: the rows of the tables, by their keys.
         doubted: the sites for which the receiver's counts are lost.
-        names: how often an index has this name with this id.
+        names: (name, id) -> how often an index has them together.
         copied_meta, copied_sites, copied_streams: the copies of rows that the indexes have.
     """
 

@@ -30,7 +30,7 @@ def partial_file(path: Path) -> Path:
 
 
 def swap(path: Path) -> Path:
-    """Put the whole file at `partial_file` into the place of a journal, and return where the damaged one is kept.
+    """Put the complete file at `partial_file` in the place of a journal. Return where the damaged journal is kept.
 
     The caller holds the journal's lock, and no connection to either file.
 
@@ -46,7 +46,7 @@ def swap(path: Path) -> Path:
 
 
 def finish_swap(path: Path) -> None:
-    """Finish what a killed process left of a repair, if it left something. The caller holds the journal's lock.
+    """Finish a repair that was killed, if there is one. The caller holds the journal's lock.
 
     Raises:
         OSError: a file cannot be removed or renamed.
@@ -76,12 +76,12 @@ def is_journal_left(path: Path) -> bool:
 
 
 def check_file_types(path: Path) -> None:
-    """Check that a journal and the files of SQLite beside it are ordinary files, as far as they are there.
+    """Check that a journal and SQLite's files beside it are ordinary files. A missing file is accepted.
 
-    Whoever looks at a folder from elsewhere calls it. SQLite would wait for ever for a FIFO.
+    Call it before you open a journal whose folder others may have made. SQLite would wait for ever for a FIFO.
 
     Raises:
-        JournalError: one of them is something else.
+        JournalError: one of them is not an ordinary file.
     """
     for file in (path, *(_beside(path, suffix) for suffix in ("-wal", "-shm", "-journal"))):
         if file.exists() and not file.is_file():

@@ -60,9 +60,9 @@ CREATE TABLE IF NOT EXISTS runs (
     confirmed INTEGER NOT NULL DEFAULT 0, progress BLOB NOT NULL, PRIMARY KEY (lane, site)) WITHOUT ROWID;
 """
 """``sites.counts`` are the site's own counts, and ``last`` is 1 if they came with its final message. ``session`` and
-``number`` tell which of two counts are older. ``ended`` is 0 while nobody has said how the site's training ended, then
-1, or 2 if it failed. ``explained`` and ``refused`` are counts by reason, encoded as msgpack. ``received`` counts no
-refused records. ``runs.written`` and ``runs.confirmed`` are ids of batches.
+``number`` tell which of two counts are older. ``ended`` is 0 until the site says how its training ended. Then it is 1,
+or 2 if the training failed. ``explained`` and ``refused`` are counts by reason, encoded as msgpack. ``received`` counts
+no refused records. ``runs.written`` and ``runs.confirmed`` are ids of batches.
 
 The indexes ``meta_copy`` and ``sites_copy`` hold copies of values that nothing else could restore, on other pages of
 the file. `repair` reads them if the page of a table is damaged. They have no column that changes with every batch."""
@@ -77,7 +77,7 @@ REPAIRED_SITES = "repaired_sites"
 """The key in ``meta`` of the sites whose counts a repair could not read: a JSON list of names."""
 
 PRUNED = "pruned"
-"""The key in ``meta`` of how many records were removed after their delivery, by site: a JSON object."""
+"""The key in ``meta`` of the records that were removed after their delivery: a JSON object, site -> number."""
 
 SILENCE_S = "silence_s"
 """The key in ``meta`` of ``limits.silence_s``: the counts of a site that was silent for longer are old."""
@@ -118,7 +118,8 @@ class Shift(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         after: the last row that the journal had handed over when the loss was noticed. Later rows are shifted.
         by: how many records were lost. At the backend, later records have positions that are higher by this number.
-        doubted_to: a position at the backend. Later records before it may be there twice.
+        doubted_to: a position at the backend. Of the later records, the backend may hold those before this position
+            twice.
     """
 
     after: int
@@ -135,8 +136,8 @@ class Progress(msgspec.Struct, kw_only=True):
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position, at the backend, after the last confirmed record.
         aside: the entries before the confirmed cursor that are neither stored nor rejected yet.
-        rejected_at: the records after the confirmed cursor that a resumable backend rejected: the reason by position.
-        shifts: from which rows on the backend's positions differ from the journal's.
+        rejected_at: position -> reason, for the records after the confirmed cursor that a resumable backend rejected.
+        shifts: the rows after which the backend's positions differ from the journal's.
     """
 
     confirmed: int = 0

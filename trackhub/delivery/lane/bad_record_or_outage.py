@@ -34,12 +34,13 @@ class Evidence:
     """Tells a bad record from an outage in 24 steps. In each step, a coin chooses what is written.
 
     The coin chooses the suspect or a neighbour: another record, or the plugin's test of its store. A step is evidence
-    against the suspect if the neighbour is stored, or if the suspect fails. Any other outcome ends the series, and a
-    new one begins. After 24 such steps in a row, with at least four of each sort, the record is bad.
+    against the suspect if the neighbour is stored, or if the suspect fails. Any other outcome begins a new series.
+    After 24 steps of evidence in a row, at least four of each sort, the record is bad.
 
-    This holds for every pattern of an outage, since the store cannot know the coin. Whether the store takes the next
-    request or fails, only one side of the coin gives evidence. So the chance that an outage gives evidence 24 times in
-    a row is below one in ten million. A bad record gives it every time while the store is well.
+    An outage of any pattern hardly ever looks like a bad record, since the store cannot know the coin. Whether the
+    store takes the next request or fails, only one side of the coin gives evidence. So the chance that an outage gives
+    evidence 24 times in a row is below one in ten million. A bad record gives evidence every time while the store
+    works.
     """
 
     def __init__(self, toss: Callable[[], bool] | None = None) -> None:

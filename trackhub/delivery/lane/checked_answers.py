@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the types of what a plugin returned or raised. Nothing else checks at run time that a plugin keeps the SPI.
 
-`RunDelivery` and `RetryTimer` pass every answer through here, so that a wrong answer harms its own run and no other.
+`RunDelivery` and `RetryTimer` pass every answer through here, so that a wrong answer harms only its own run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def checked_confirmation(answer: object) -> Confirmation:
 
 
 def checked_left_out(answer: object) -> dict[int, Entry]:
-    """Return what ``left_out`` returned, by position.
+    """Return position -> entry, for the entries that ``left_out`` returned.
 
     Raises:
         TypeError: it is not a list or tuple of entries.

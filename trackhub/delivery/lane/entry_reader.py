@@ -24,7 +24,7 @@ from trackhub.spi import Capabilities, Entry, Rejection
 
 __all__ = ["EntryReader"]
 
-_READ_BYTES = 4 << 20  # read by one query. A query for each row would be slow, and all rows would not fit in memory
+_READ_BYTES = 4 << 20  # read by one query: one row at a time is slow, and all rows are too much for the memory
 _SHAPED_BYTES = 1 << 20  # frames that become entries at once. A hostile record needs 60 times its size in memory
 _KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 _log = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class EntryReader:
 
         Args:
             journal: where the records are.
-            cursor: the run's cursor, for its place and for what becomes of the records.
+            cursor: the run's cursor. It gives the place to start at, and counts what becomes of the records.
             capabilities: what the backend can store.
             blob_dir: where the site's blobs are.
 
         Raises:
-            JournalError: the journal cannot be written, which is needed only if the cursor is damaged.
+            JournalError: the stored cursor is damaged, and the journal cannot be written.
         """
         self.skip_before = 0
         self._journal = journal
@@ -59,7 +59,7 @@ class EntryReader:
         try:
             self._adaptation = Adaptation(capabilities, cursor.progress.memory)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            # The disk is damaged. Without that memory, records without a step would get numbers that others have.
+            # The stored memory is damaged. Without it, records without a step would get steps that other records have.
             _log.warning(
                 "lane %s: its state of run %s in the journal is damaged; it delivers the run again from the start",
                 cursor.lane, cursor.site,
@@ -112,7 +112,7 @@ class EntryReader:
                 try:
                     self._adapt(row.stream, position, kind, body, entries)
                 except Exception as e:
-                    # A defect of trackhub. It must cost only this record, and not stop the lane.
+                    # A defect of trackhub. It must cost only this record.
                     _log.debug("record %d of run %s", position, self._cursor.site, exc_info=True)
                     self._cursor.reject(Rejection(position, "not_adaptable", f"{type(e).__name__}: {e}"))
                 found += 1
@@ -121,7 +121,7 @@ class EntryReader:
         return entries
 
     def _adapt(self, stream: str, position: int, kind: int, body: bytes, entries: list[Entry]) -> None:
-        """Append the entry that a record becomes, or count why it becomes none."""
+        """Append the record's entry. If the record becomes none, count why."""
         if kind not in _KNOWN_KINDS:
             detail = f"a newer trackhub at the site logged it, with kind {kind}; update the receiver's trackhub"
             self._cursor.reject(Rejection(position, "unknown_kind", detail))
@@ -139,8 +139,8 @@ class EntryReader:
             named = f"{show_keys(record.payload)}: {adapted.detail}"
             self._cursor.reject(Rejection(position, adapted.reason, named))
             return
-        # A record that the run holds already is adapted, too. The adaptation must remember it, so that it treats later
-        # records as before the crash.
+        # Adapt a record even if the run holds it already. The adaptation must remember it, so that later records become
+        # the same entries as before the crash.
         if position < self.skip_before:
             self._cursor.count_held(position)
         else:

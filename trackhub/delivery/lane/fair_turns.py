@@ -23,7 +23,7 @@ class FairTurns:
         self._least_s: float | None = None
 
     def begin(self, active: Collection[int]) -> list[int]:
-        """Begin a round, and return the runs in the order of their turns: those that took least time first.
+        """Begin a round, and return the runs in the order of their turns: the run that took the least time comes first.
 
         Args:
             active: the runs that may have something to deliver.
@@ -46,7 +46,7 @@ class FairTurns:
         Args:
             run: whose turn it was.
             used_s: how long it took, in seconds.
-            moved: whether the run had something to do.
+            moved: True if the run had something to do.
         """
         self._used_s[run] += used_s
         if moved and self._least_s is None:

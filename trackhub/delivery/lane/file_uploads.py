@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes images and artifacts in a second thread, so that a file that is large or refused holds up no metrics.
+"""Writes images and artifacts in a second thread, so that a large or refused file does not delay metrics.
 
 `Lane` has one `FileUploads`, if its backend declares ``files_beside``. Each `RunDelivery` gives it the files of its run
 through a `FileQueue`, and gets the outcome of each file back.
@@ -40,7 +40,7 @@ class FileOutcome(NamedTuple):
         entry: the image or artifact.
         rejected: why it will never be stored, None if it was stored or is tried again.
         error: why it was not stored, None if it was stored or the backend reported it as rejected.
-        is_first: whether it is the first failure of this file.
+        is_first: True if it is the first failure of this file.
     """
 
     entry: Entry
@@ -84,7 +84,7 @@ class FileQueue:
             self._uploads.begin(self)
 
     def is_full(self) -> bool:
-        """Return whether no more files should be added. Each confirmation stores all unsettled files in the journal."""
+        """Return whether no more files may be added. Each confirmation stores all unsettled files in the journal."""
         return len(self._unsettled) >= _MAX_WAITING
 
     def unsettled(self) -> list[Entry]:

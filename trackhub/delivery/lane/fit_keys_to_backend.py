@@ -22,7 +22,7 @@ _LOOKS_CUT = re.compile(rf"_[0-9a-f]{{{_HASH_CHARS}}}$")
 def key_fitter(rule: KeyRule) -> Callable[[str], str]:
     """Return the function that makes a key acceptable under this rule.
 
-    The function leaves an acceptable key as it is, unless it looks like a changed one. It changes any other key
+    The function leaves an acceptable key as it is, unless the key looks like a changed one. It changes any other key
     reversibly. A key that is too long is cut, and ends in a hash. Different keys give different results.
     """
     allowed = re.compile(f"[{rule.chars}]") if rule.chars else None
@@ -44,7 +44,7 @@ def key_fitter(rule: KeyRule) -> Callable[[str], str]:
         if rule.is_path:
             fitted = _with_escaped_path_parts(fitted)
         if rule.reserved_as:
-            # Add the prefix before the edges are escaped. It also helps a key whose first character may not come first.
+            # Add the prefix before the edges are escaped: after the prefix, any first character of the key is allowed.
             fitted = _with_prefix(fitted, rule, edge)
         if edge is not None:
             fitted = _with_fitted_edges(fitted, edge)
@@ -87,9 +87,9 @@ def _with_fitted_edges(key: str, edge: re.Pattern[str]) -> str:
 
 
 def _with_escaped_path_parts(key: str) -> str:
-    """Escape the parts that would change the path if the key is read as one: ``a//b``, ``/a``, ``.``, ``..``."""
+    """Escape the parts that change the path if the key is read as a path: ``a//b``, ``/a``, ``.``, ``..``."""
     out: list[str] = []
-    named = False  # whether the part at hand has a character yet
+    named = False  # True once the current part has a character
     last = len(key) - 1
     for index, char in enumerate(key):
         escaped = char == "/" and (index == last or not named)

@@ -22,12 +22,12 @@ from trackhub.spi import ANY_KEY, Capabilities, Entry, KeyRule, Rejection
 __all__ = ["MAX_MEMORY_BYTES", "Adaptation"]
 
 MAX_MEMORY_BYTES = 1 << 20
-"""The most bytes that an adaptation remembers: enough for 10,000 long keys. The lane stores all with each confirmation.
-Without a limit, a site with many keys in many streams would make it write hundreds of megabytes each time, and the
-journal would be locked meanwhile."""
+"""The most bytes that an adaptation remembers: enough for 10,000 long keys. The lane stores them with each
+confirmation, and the journal is locked meanwhile. Without a limit, a site with many keys in many streams would make the
+lane write hundreds of megabytes each time."""
 
 _DIGEST_BYTES = 32
-_FACT_BYTES = 16  # of a fact besides its key
+_FACT_BYTES = 16  # what one fact takes, without its key
 _FULL = f"the keys of this run take more than the {MAX_MEMORY_BYTES} bytes that a lane remembers; log fewer keys"
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
@@ -36,10 +36,9 @@ class _Memory(msgspec.Struct):
     """What an adaptation remembers.
 
     Attributes:
-        ordinals: for each stream and key, how many records without a step there were.
-        last_steps: the highest step of each key, for backends that cannot store late steps.
-        params: the first value of each key, encoded, for backends that cannot change it. A digest stands for a long
-            value.
+        ordinals: stream -> key -> the step that the key's next record without a step gets.
+        last_steps: key -> its highest step, for backends that cannot store late steps.
+        params: key -> its first value, encoded, for backends that cannot change it. A digest replaces a long value.
     """
 
     ordinals: dict[str, dict[str, int]] = {}
@@ -54,7 +53,7 @@ class Adaptation:
     """Turns records into entries that a backend with these capabilities can store. Used by one thread."""
 
     def __init__(self, capabilities: Capabilities, memory: bytes = b"") -> None:
-        """Start with no memory, or with that of an earlier adaptation of the same run and lane."""
+        """Start with no memory, or with the memory of an earlier adaptation of the same run and lane."""
         self._can = capabilities
         self._memory = msgspec.msgpack.decode(memory, type=_Memory) if memory else _Memory()
         self._memory_bytes = _size(self._memory)
@@ -70,7 +69,7 @@ class Adaptation:
         return msgspec.msgpack.encode(self._memory)
 
     def adapt(self, stream: str, record: Record, position: int) -> tuple[Entry | Rejection, Sequence[str]]:
-        """Return what to hand over in place of this record, and the names of the alterations that were needed.
+        """Return the entry or the rejection for this record, and the names of the alterations that were needed.
 
         Args:
             stream: the stream that the record comes from.
@@ -114,10 +113,10 @@ class Adaptation:
         return Entry(position, record.time, step, record.round, payload, stream, record.seq), altered
 
     def _ordinal(self, stream: str, seq: int, payload: Payload) -> int:
-        """Return the number that replaces the step of a record without one.
+        """Return the step for a record that has none.
 
-        It is the number of earlier records without a step that had the same key. Of several keys, the highest number
-        counts. If none of its keys is known and no more can be remembered, it is the record's number in its stream.
+        The first such record of a key gets 0, the next one 1, and so on. For several keys, the highest number counts.
+        If the record's keys are not known and cannot be remembered, the step is the record's number in its stream.
         """
         counts = self._memory.ordinals.get(stream, {})
         keys = _keys_of(payload)
@@ -133,7 +132,7 @@ class Adaptation:
         return ordinal
 
     def _has_room(self, new: Iterable[str], fact_bytes: int = _FACT_BYTES) -> bool:
-        """Return whether there is room to remember a fact under each of these new keys. Count them if so."""
+        """Return whether there is room to remember a fact for each of these new keys. If so, count the facts."""
         size = _size_of(new, fact_bytes)
         if self._memory_bytes + size > MAX_MEMORY_BYTES:
             return size == 0
@@ -153,7 +152,7 @@ class Adaptation:
     def _first_params(
         self, stream: str, record: Record, position: int, payload: Params, altered: list[str]
     ) -> tuple[Entry | Rejection, list[str]]:
-        """Return an entry with the params that are new or have not changed, or a rejection if there are none."""
+        """Return an entry with the params that are new or unchanged. If there are none, return a rejection."""
         known = self._memory.params
         # Compare the encoded values. There NaN is equal to itself, and 1, 1.0 and True differ, as they do in a store.
         new = {key: _value_or_digest(value) for key, value in payload.values.items()}
@@ -182,14 +181,14 @@ def _size_of(keys: Iterable[str], fact_bytes: int = _FACT_BYTES) -> int:
 
 
 def _value_or_digest(value: object) -> bytes:
-    """Return an encoded value, or a digest of it. No encoded value is as long as a digest."""
+    """Return the encoded value if it is shorter than a digest. Otherwise return a digest of it."""
     encoded = _encode(value)
-    # The memory is stored with each confirmation. With the values in it, a few large ones would cost gigabytes.
+    # The memory is stored with each confirmation. If it held a few large values, gigabytes would be written.
     return encoded if len(encoded) < _DIGEST_BYTES else hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).digest()
 
 
 class _Keys:
-    """The keys of one kind: which are fine as they are, and what the others became."""
+    """The keys of one kind: key -> fitted key, and the keys that need no change."""
 
     def __init__(self, rule: KeyRule) -> None:
         self._fit_key: Callable[[str], str] = key_fitter(rule)

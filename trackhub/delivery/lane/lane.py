@@ -34,7 +34,7 @@ __all__ = ["Lane"]
 _IDLE_S = 3600.0
 _JOURNAL_RETRY_S = 1.0
 _END_WAIT_S = 0.2
-_END_SHARE = 0.25  # the part of the time at the end of the job that is kept for ending runs that are not delivered
+_END_SHARE = 0.25  # the share of the time at the job's end that is kept for ending runs that are not delivered
 _END_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class _Ending(NamedTuple):
     """How the runs end.
 
     Attributes:
-        statuses: the status of each run, by site.
+        statuses: site -> the status of its run.
         otherwise: the status of the runs whose sites are not in ``statuses``.
-        deliver_until: when to stop delivering, and to end the runs that are still open, on the monotonic clock.
+        deliver_until: at this time on the monotonic clock, the lane stops delivering and ends the runs that are still
+            open.
     """
 
     statuses: Mapping[str, RunStatus]
@@ -72,14 +73,14 @@ class Lane:
         """Prepare a lane; ``start`` starts it.
 
         Args:
-            name: the backend's name, which is the lane's.
+            name: the name of the backend and of the lane.
             backend: where to deliver.
             journal: where the records are, and where the lane stores how far it got.
             job: the job that all runs belong to.
             side: where the receiver is.
-            blob_dir: gives the folder of a site's blobs.
+            blob_dir: site -> the folder of its blobs.
             run_folder: the job's run folder, in which the backend's files lie.
-            flush_s: longest time from handing records to a backend that buffers to asking it to confirm them.
+            flush_s: a backend that buffers is asked to confirm records at most this long after it got them, in seconds.
             workdir: the backend's folder. A full disk may have kept the receiver from making it, so it is made before
                 a run is opened.
         """
@@ -132,10 +133,10 @@ class Lane:
         """Have the lane deliver what is left, finish each run with its status, and end. Does not block.
 
         Args:
-            status: the status of each run, by site.
+            status: site -> the status of its run.
             otherwise: the status of the runs whose sites are not in ``status``.
-            deadline_s: the longest time until ``join`` is called, in seconds. Shortly before that, the lane ends the
-                runs that are not delivered, so that the backend knows how they ended.
+            deadline_s: the longest time until ``join`` is called, in seconds. Shortly before this time is over, the
+                lane ends the runs that are not delivered, so that the backend knows how they ended.
         """
         left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
         self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
@@ -147,7 +148,7 @@ class Lane:
         Afterwards call `unstored_ends`, and store what it returns.
 
         Returns:
-            True if it has ended. False if the backend does not return from a call: its thread is left behind.
+            True if it has ended. False if the backend does not return from a call: the lane's thread is left behind.
         """
         self._thread.join(max(timeout_s, 0.0))
         self._stop.set()
@@ -174,7 +175,7 @@ class Lane:
         return {key: end for key, end in ends.items() if end is not None}
 
     def _store_ends(self) -> None:
-        """Store how the runs ended, in one transaction. If the journal is locked, the receiver tries that again."""
+        """Store how the runs ended, in one transaction. If the journal is locked, the receiver tries again."""
         try:
             self._journal.save_runs(self.unstored_ends(), wait_s=_END_WAIT_S)
         except JournalError as e:
@@ -209,11 +210,11 @@ class Lane:
         try:
             self._backend.preflight()
         except (ConfigError, ImportError) as e:
-            if is_environment_trouble(e):  # a full disk is no wrong configuration, however a plugin reports it
+            if is_environment_trouble(e):  # a full disk is not a wrong configuration, even if a plugin says so
                 self._warn_of_preflight(e)
             elif isinstance(e, ConfigError):
                 self._preflight_error = e
-            else:  # a missing SDK does not come while the job runs
+            else:  # nobody installs a missing SDK while the job runs
                 self._preflight_error = ConfigError(
                     f"the backend {self.name} cannot import what it needs: {e}. Install it where this backend runs"
                 )
@@ -229,7 +230,7 @@ class Lane:
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
-        can = self._backend.capabilities  # only now, since the preflight may have changed them
+        can = self._backend.capabilities  # read only now: the preflight may have changed them
         if can.files_beside and not can.redelivery.needs_order:
             self._uploads = FileUploads(self.name, self.notify)
         active = set(self._journal.sites())  # those that may have something to deliver
@@ -261,10 +262,10 @@ class Lane:
             self._wake.wait(max(0.0, due - time.monotonic()))
 
     def _advance_runs(self, active: set[int], *, finishing: bool) -> tuple[bool, float]:
-        """Do one piece of work for each run, and take those out of ``active`` that have nothing left to deliver.
+        """Do one piece of work for each run. Remove the runs from ``active`` that have nothing left to deliver.
 
         Returns:
-            Whether something was done. If not, also when to come back, on the monotonic clock.
+            True if something was done, and when to come back if nothing was done, on the monotonic clock.
         """
         progressed, due = False, time.monotonic() + _IDLE_S
         for site in self._turns.begin(active):
@@ -275,7 +276,7 @@ class Lane:
                 _log.warning("lane %s cannot read how far a run got: %s; it tries again", self.name, e)
                 due = min(due, now + _JOURNAL_RETRY_S)
                 continue
-            except Exception:  # an earlier lane stored an invalid state of this run. Only this run must suffer from it.
+            except Exception:  # an earlier lane stored an invalid state of this run. Stop only this run.
                 _log.exception("lane %s cannot continue a run; the run's records stay in the journal", self.name)
                 active.discard(site)
                 continue
@@ -305,7 +306,7 @@ class Lane:
         """Finish the runs that have nothing left to deliver.
 
         Returns:
-            When to come back for those that ask for another attempt, None if there are none.
+            When to come back for the runs that need another attempt; None if no run does.
         """
         due: float | None = None
         for run in self._runs.values():
@@ -349,6 +350,6 @@ class Lane:
 
 
 def _run_info(site: str, created: float, *, job: JobInfo, side: Side, blob_dir: Callable[[str], Path]) -> RunInfo:
-    """Return what the backend is told of a run. `RunDelivery` fills in where the run resumes when it opens it."""
+    """Return what the backend is told of a run. `RunDelivery` fills in where the run resumes when it opens the run."""
     parent = None if site == FEDERATION else RunKey(job.id, FEDERATION)
     return RunInfo(job, site, side, created, resume_from=0, blob_dir=blob_dir(site), parent=parent)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names a record by its kind and its keys, for the log and for the delivery report.
 
-The modules of the lane call it when a record is rejected or holds up a run. A number alone would lead nobody to the log
-call in the training script.
+The modules of the lane call it when a record is rejected or holds up a run. With a number alone, nobody would find the
+log call in the training script.
 """
 
 from __future__ import annotations

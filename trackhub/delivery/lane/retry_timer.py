@@ -32,9 +32,9 @@ class RetryTimer:
     def failed(self, error: BaseException) -> bool:
         """Set the time of the next attempt. Return whether this is the first failure after a success.
 
-        If the error names a wait as ``retry_after_s``, that wait is kept, whatever type the plugin gave it.
+        If the error names a wait as ``retry_after_s``, that wait is kept. It may be a number or a raw header.
         """
-        # Look at every type of error: open_run and flush may let an error of the SDK through that names a wait.
+        # Look at every type of error: an SDK's own error that names a wait may come through open_run and flush.
         asked = getattr(error, "retry_after_s", None)
         self._backend_asked = asked is not None
         self.not_before = time.monotonic() + self._backoff.next_wait_s(checked_wait_s(asked))
@@ -47,8 +47,8 @@ class RetryTimer:
     def hurry(self) -> bool:
         """Cut the wait short, for the end of the job. Return False if it must be kept.
 
-        A time that the backend asked for is kept. Any other wait is cut short once, until `allow_hurry`: otherwise
-        the end of the job would call a dead backend again and again without a pause.
+        A time that the backend asked for is kept. Any other wait is cut short only once, until `allow_hurry` is called.
+        Otherwise the end of the job would call a dead backend again and again without a pause.
         """
         if self._backend_asked or self._hurried:
             return False

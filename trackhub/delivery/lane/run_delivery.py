@@ -72,7 +72,7 @@ _log = logging.getLogger(__name__)
 #   open   ──> stopped      trackhub itself raised an error: a defect.
 #   open   ──> finished     The job ends, all is confirmed, and finish returned.
 #   open   ──> unfinished   The job ends, and not all is confirmed, or finish raised another error than TransientError.
-#   closed, open ──> unfinished    give_up: the lane ended before the run was finished, or it hangs.
+#   closed, open ──> unfinished    give_up: the lane hangs, or it ended before the run was finished.
 #
 # In the state open, entries go through these steps:
 #
@@ -101,7 +101,8 @@ class RunDelivery:
             journal: where the records are.
             site_id: the site's id in the journal.
             info: what the backend is told of the run; ``resume_from`` is filled in here.
-            flush_s: longest time from handing over records to asking for their confirmation, where flush confirms.
+            flush_s: where flush confirms, the backend is asked to confirm records at most this long after it got them,
+                in seconds.
             stop: once set, no further batch is written.
             uploads: writes files in a second thread. None if this lane writes files in order with everything else.
             workdir: the backend's folder, which is made before the run is opened. None if it has no folder.
@@ -132,7 +133,7 @@ class RunDelivery:
 
     @property
     def results(self) -> Results | None:
-        """How a person looks at the run, as the backend said last. None before the run is open."""
+        """Where a person can see the run, as the backend last said. None before the run is open."""
         return self._cursor.progress.results
 
     def advance(self, *, flush_now: bool) -> bool:
@@ -144,7 +145,7 @@ class RunDelivery:
             flush_now: ask for a confirmation as soon as there is nothing left to write.
 
         Returns:
-            Whether something was done. If not, `is_idle` and `due` say when to come back.
+            True if something was done. If not, `is_idle` and `due` say when to come back.
         """
         if self._over:
             return False
@@ -156,7 +157,7 @@ class RunDelivery:
             self._failed(e)
             return False
         except Exception as e:
-            # A defect of trackhub. It must stop this run only, and not the lane with all its runs.
+            # A defect of trackhub. It must stop only this run, so that the lane delivers the others.
             _log.exception("backend %s, run %s: it is stopped; its records stay in the journal", self._lane, self.site)
             self._cursor.note_error(e)
             self._end("stopped")
@@ -278,10 +279,9 @@ class RunDelivery:
             self._end("unfinished")
 
     def unstored_end(self) -> RunState | None:
-        """Return how the run ended, if the journal does not have that yet. The caller stores it for all runs at once.
+        """Return how the run ended; None if the journal has it already. The caller stores the ends of all runs at once.
 
-        If another program has the journal locked, one transaction waits once. A transaction for each run would wait
-        each time.
+        If another program has the journal locked, one transaction for all runs waits only once.
         """
         return None if self._end_is_stored else self._cursor.state()
 
@@ -311,7 +311,7 @@ class RunDelivery:
             self._cursor.note_error(e)
             _log.warning("backend %s cannot open run %s: %s; its records stay in the journal", self._lane, self.site, e)
             self._over = True
-            self._cursor.end("stopped")  # at once, since the job may go on for long
+            self._cursor.end("stopped")  # store it now, since the job may go on for long
             return False
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
             self._failed(e)
@@ -367,8 +367,8 @@ class RunDelivery:
                 self._cursor.note_error(outcome.error)
             if outcome.is_first:
                 _log.warning(
-                    "backend %s, run %s: the file of record %d is not stored yet: %s; the lane tries again, and other "
-                    "records go on", self._lane, self.site, outcome.entry.position, self._cursor.progress.last_error,
+                    "backend %s, run %s: the file of record %d is not stored yet: %s; the lane tries again, and writes "
+                    "other records", self._lane, self.site, outcome.entry.position, self._cursor.progress.last_error,
                 )  # fmt: skip
             if outcome.rejected is not None:
                 self._cursor.reject_at_backend([outcome.rejected])
@@ -384,7 +384,7 @@ class RunDelivery:
             if self._isolation.is_probe():
                 run.probe(batch[0])
                 report = None
-            else:  # hand over a copy, since a plugin may change its list, and this one is counted afterwards
+            else:  # hand over a copy: a plugin may change its list, and ``batch`` is counted afterwards
                 report = checked_report(run.write(list(batch)))
         except BaseException as e:
             return self._write_failed(batch, e)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logs how to look at the results of a running job, as soon as its first runs are open at a backend.
 
-A lane calls it. For a job of a thousand sites it logs a few lines, and not a thousand.
+A lane calls it. It logs only a few lines, even for a job of a thousand sites.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class OpeningNotice:
-    """Logs once each command, URL or path that opens runs of one backend. Used by the lane's thread alone."""
+    """Logs the first commands, URLs or paths that open runs of one backend. Used by the lane's thread alone."""
 
     def __init__(self, backend: str, run_folder: Path) -> None:
         """Log nothing yet.
@@ -39,8 +39,8 @@ class OpeningNotice:
 
         Args:
             site_id: the site's id in the journal.
-            results: how to look at the run, as the backend says it. None if the run is not open, or cannot be looked
-                at.
+            results: where a person can see the run, as the backend says. None if the run is not open or cannot be
+                shown.
         """
         if results is None or site_id in self._sites:
             return
