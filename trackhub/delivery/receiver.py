@@ -181,8 +181,11 @@ class Receiver:
             self._try_at = time.monotonic() + _TRY_EVERY_S
             self._state = _WAITING
 
+    def _set_up_backends(self) -> dict[str, Backend[Any]]:
+        return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
+
     def _open(self, *, from_start: bool, wait_s: float) -> None:
-        backends = set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
+        backends = self._set_up_backends()
         journal = Journal.open(
             self.folder / JOURNAL_NAME, job=self.job.id, side=self._side, durability=self._limits.durability,
             wait_s=wait_s,

@@ -51,11 +51,13 @@ class ReceiverOfClass(Receiver):
         self._cls = cls
         self.backend: Backend[Any] | None = None
 
-    def _load(self, name: str, options: Mapping[str, Any]) -> Backend[Any]:
-        context = BackendContext(self._run_dir / name, self.job, self._side)
-        context.workdir.mkdir(parents=True, exist_ok=True)
-        self.backend = self._cls(registry.build_options(name, self._cls, options), context)
-        return self.backend
+    def _set_up_backends(self) -> dict[str, Backend[Any]]:
+        found: dict[str, Backend[Any]] = {}
+        for name, options in self._backends.items():  # at most one
+            context = BackendContext(self._run_dir / name, self.job, self._side)
+            context.workdir.mkdir(parents=True, exist_ok=True)
+            found[name] = self.backend = self._cls(registry.build_options(name, self._cls, options), context)
+        return found
 
 
 class ReceiverRig:
