@@ -148,7 +148,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         Args:
             job: the policy of the job.
-            folder: the folder that this file is in. A replay reads it again.
+            folder: the folder that this file is in. A replay reads the file again.
         """
         rules = SiteRules.of_job(job).with_operator(self.policy, self.forbid_kinds)
         return msgspec.structs.replace(rules, operator_folder=str(folder.absolute()))

@@ -111,7 +111,7 @@ class MappedFile:
         if sys.version_info >= (3, 13):
             self._map = mmap.mmap(fd, size, access=access, trackfd=False)
         else:
-            # Python keeps a copy of the descriptor, does not say which, and closes it with the mapping.
+            # Python keeps a copy of the descriptor, and closes the copy with the mapping. It does not tell its number.
             guess = os.dup(fd)
             os.close(guess)
             self._map = mmap.mmap(fd, size, access=access)

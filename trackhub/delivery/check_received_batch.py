@@ -17,7 +17,7 @@ reason              the record is refused, because
 ``undecodable``     it is not valid msgpack or UTF-8, or a field has a wrong type or is out of its range
 ``wrong_kind``      the kind in its frame differs from the kind of its payload
 ``bad_key``         `trackhub.records.key_problem` finds a problem in a key
-``bad_value``       a param or cell is not a plain value, a histogram's edges do not rise, a table's rows differ
+``bad_value``       a param or cell is not a plain value, histogram edges do not rise, or table rows differ in length
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
 ``bad_blob``        its blob is not named STREAM-SEQ or has another size, or its file name is no file name
 ``bad_image``       its file has no PNG or JPEG header, or type, width or height differ from the record
@@ -285,7 +285,7 @@ def examine(
     Args:
         batch: what the site sent.
         keys: the keys that the site has used.
-        path_of: returns the file of a blob by its name; None if it is not there yet.
+        path_of: name of a blob -> its file; None if the file is not there yet.
         on_metrics: called with the keys and the records of all accepted metrics, piece by piece in their order. None
             if nobody needs them. The batch may still be refused afterwards.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exchanges requests for replies: repeats each request over the channel until the receiver replies to it.
 
-`Sender` and `FileSender` make their requests through an `Exchange`. It gives up only when the sender is closing and its
-deadline has passed. Its `BatchPace` says how large a batch may be, and how long to wait for the reply.
+`Sender` and `FileSender` make their requests through an `Exchange`. `Exchange` gives up only when the sender is closing
+and the deadline has passed. Its `BatchPace` says how large a batch may be, and how long to wait for the reply.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Exchange:
     def close_by(self, deadline: float, last: float = 0.0) -> None:
         """Set the deadline at which requests are given up. Any thread may call it.
 
-        Until then, the pauses between attempts are short.
+        From now on, the pauses between attempts are short.
 
         Args:
             deadline: the deadline, on the monotonic clock.

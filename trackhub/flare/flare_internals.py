@@ -209,7 +209,7 @@ def site_rules(fl_ctx: FLContext, policy: Policy | None) -> SiteRules:
 
 
 def components(engine: Any) -> dict[str, Any]:
-    """Return all components of the job in this process, by id."""
+    """Return all components of the job in this process: id -> component."""
     owner = engine if hasattr(engine, "get_all_components") else engine.run_manager
     found: dict[str, Any] = owner.components
     return found
@@ -224,8 +224,8 @@ def site_of(origin: str, clients: Mapping[str, str]) -> str | None:
     """Return the site that a message comes from, or None if it comes from no client.
 
     A site owns its cell and all cells below it. The sending cell sets the origin of a message. In a provisioned
-    federation the server's parent process checks it against the site's token. Peer properties also name a site, but
-    any component can claim any name there.
+    federation the server's parent process checks the origin against the site's token. Peer properties also name a
+    site, but any component can claim any name there.
 
     Args:
         origin: the full name of the cell that sent the message.
@@ -239,7 +239,7 @@ def site_of(origin: str, clients: Mapping[str, str]) -> str | None:
 def add_first_handler(engine: Any, handler: FLComponent) -> None:
     """Add a handler that gets each event before all components, from the next event on."""
     owner = engine if hasattr(engine, "add_handler") else engine.run_manager
-    # A new list, since FLARE may be walking through the old one. It would call the present component again.
+    # A new list: FLARE may be walking through the old one, and would call the present component again.
     owner.handlers = [handler, *owner.handlers]
 
 
@@ -345,8 +345,7 @@ def take_stock_event(fl_ctx: FLContext, *, keep: bool = False) -> Shareable | No
 
     Args:
         fl_ctx: the event's context.
-        keep: leave the event to FLARE. Otherwise a federated one is marked as an incoming one, so that FLARE does not
-            send it.
+        keep: leave the event to FLARE. Otherwise mark a federated event as incoming, so that FLARE does not send it.
     """
     event = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
     if not isinstance(event, Shareable) or event.get_header(FedEventHeader.DIRECTION, "out") != "out":
@@ -431,7 +430,7 @@ def ignored_apps(job: Any) -> list[str]:
 
 
 def app_components(job: Any, *, server: bool) -> dict[str, Any]:
-    """Return the components of the server's app, or of all client apps together, by id."""
+    """Return the components of the server's app, or of all client apps together: id -> component."""
     found: dict[str, Any] = {}
     for target, app in job._deploy_map.items():
         if (target == SERVER_SITE_NAME) is server:

@@ -71,7 +71,7 @@ class ModelUpdates:
             result: the result.
 
         Returns:
-            The update's norm by key. Empty if the result has no model, or none that can be read.
+            key -> norm of the update. Empty if the result has no model that can be read.
         """
         sent, model = self._sent.pop(task_id, None), model_in(result)
         if model is None or (sent is None and model.data_kind == DataKind.WEIGHTS):
@@ -199,7 +199,7 @@ def _floats(value: Any) -> _Array | None:
     """Return an array of floating-point numbers as numpy has it. None for everything else.
 
     Raises:
-        _UnreadableError: it is no array, such as a tensor on a disk, or an encrypted one.
+        _UnreadableError: it is something else, such as a tensor on a disk or an encrypted array.
     """
     if value is None or isinstance(value, int | str):
         return None

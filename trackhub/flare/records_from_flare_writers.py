@@ -31,7 +31,7 @@ from trackhub.writer.writer import Writer
 __all__ = ["StockRecords", "TakeOver", "check_take_over", "write_stock_record"]
 
 _LOG_LINES = frozenset(tag for name, tag in vars(LogMessageTag).items() if name.isupper())
-"""The keys under which FLARE fires what its components write to the log."""
+"""The keys of the events with which FLARE carries the log lines of its components."""
 _FLARES_EVENTS = frozenset(
     value for owner in (EventType, AppEventType) for name, value in vars(owner).items() if name.isupper()
 )
@@ -109,8 +109,8 @@ class StockRecords:
     def take(self, fl_ctx: FLContext) -> None:
         """Take the record in this event, if it is a new record of this site.
 
-        A record that cannot be converted is counted as dropped, and a value that cannot be stored as left out. Each
-        reason is logged once.
+        A record that cannot be converted is counted as dropped, and a value that cannot be stored is counted
+        as left out. Each reason is logged once.
         """
         # Take the event even if the spool could not be created. Otherwise FLARE would send it to the server, and the
         # site's policy would not apply.

@@ -5,7 +5,7 @@
 with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
 With the policy ``keep_last``, the last value of a key in each round leaves. Whether a value is the last is known only
-when a later value of the key comes, or when the round ends. Until then, the reader holds the stream back at its record.
+when a later value of the key comes, or when the round ends. Until then, the reader holds the stream back.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class _Usage(NamedTuple):
     """A measurement of the spool.
 
     Attributes:
-        at_ns: when it was made. All processes of a machine share this monotonic clock.
+        at_ns: when it was made, on the monotonic clock that all processes of a machine share.
         used: bytes that were used or reserved.
         streams: how many streams there were.
     """

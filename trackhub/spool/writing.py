@@ -90,7 +90,7 @@ class SpoolWriter:
         Args:
             folder: the spool's folder.
             info: what the spool is, if the caller knows.
-            clock: seconds that only grow.
+            clock: a monotonic clock, in seconds.
 
         Raises:
             SpoolError: there is no spool in the folder, and none is expected there.
@@ -281,7 +281,7 @@ class SpoolWriter:
             self._warn(stream)
 
     def _append_stored(self, stream: Stream, partial: Path, blob: NewBlob, step: int | None, log_time: float) -> None:
-        """Give the stored bytes their name and append their record. Delete them if the record is not in the stream."""
+        """Give the stored bytes their name and append their record. Delete the bytes if that fails."""
         if stream.is_abandoned:
             return  # the file belongs to the parent process, too
         stream.begin_anew_if_files_are_lost()  # before the blob gets its name, which contains the stream's id
@@ -298,7 +298,7 @@ class SpoolWriter:
                 _remove(path)
 
     def _reserve(self, stream: Stream, partial: Path, size: int) -> bool:
-        """Make the file for a blob, whose name reserves its room. Return whether there is room for it.
+        """Make the file for a blob. The file's name reserves the room. Return whether there is room.
 
         Raises:
             OSError: the file cannot be made, or the folder cannot be measured.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a store must hold after some log calls, worked out from them and from what the backend declares.
+"""What a store must hold after some log calls, worked out from the calls and from what the backend declares.
 
 First the core handles each call: it rejects what ``capabilities`` do not claim, and fits keys and steps. Then the
 contract class's ``canonical_*`` hooks say how the store keeps the rest. The checks and `scenario_delivery`

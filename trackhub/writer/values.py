@@ -228,7 +228,7 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
         bad: gets one error for all values that are not finite.
 
     Raises:
-        RecordError: an argument is not as described, or the call does not give either values, or edges and counts.
+        RecordError: an argument is not as described. Give either values, or edges and counts.
     """
     key = read_key(key)
     if (values is None) == (edges is None) or (edges is None) != (counts is None):
@@ -411,7 +411,7 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
             "histogram",
             key,
             RecordError(
-                f"histogram {key!r}: {left_out} of {array.size} values are not finite, and are not in its bins"
+                f"histogram {key!r}: {left_out} of {array.size} values are not finite; the histogram leaves them out"
             ),
         )
     return edges.tolist(), counts.astype(np.float64).tolist()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes mean, spread and count of the sites' metrics for each federated round.
 
-`FederationRun` gives it the journal's records in their order, and stores what it returns. It uses no clock: the same
-records in the same order give the same output. So a receiver that is started again goes on where the last one stopped.
+`FederationRun` gives `Aggregation` the journal's records in their order, and stores the statistics that it returns.
+`Aggregation` uses no clock: the same records in the same order give the same output. So a receiver that is started
+again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ class Aggregation:
         self._has_warned = False
 
     def digest(self) -> RowDigest:
-        """Return a digest for the records of a row, which ``add_digest`` takes. Any thread may call it."""
+        """Return an empty digest. Fill it with a row's records, then call ``add_digest``. Any thread may call this."""
         return RowDigest(self._keys.ignored)
 
     def add(self, site: str, records: Iterable[Record]) -> None:

@@ -258,7 +258,7 @@ class Cursor:
         self._store(self.written)
 
     def is_missing_confirmed(self, position: int) -> bool:
-        """Return whether a run that holds the records before ``position`` lacks some that it had confirmed."""
+        """Return whether a run that holds the records before ``position`` lacks records that it had confirmed."""
         if position >= self.progress.stored_to:
             return False
         _log.warning(
@@ -290,7 +290,7 @@ class Cursor:
         self.must_rebuild = False
 
     def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE, aside: Sequence[Entry] = ()) -> None:
-        """Move the confirmed cursor up to the written one, add the counts that belong to it, and store both.
+        """Move the confirmed cursor up to the written one, add the counts of these rows, and store all of it.
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.

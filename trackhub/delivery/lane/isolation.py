@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the one record that a backend cannot store, so that it does not hold up later records.
+"""Finds the one record that a backend cannot store, so that this record does not hold up later ones.
 
 `RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. Only `Isolation` and
 `Evidence` decide that an error rejects a record. docs/adr/0011 gives the reasons.
@@ -66,7 +66,7 @@ class _Piece:
 class Isolation:
     """Holds the entries that wait to be written to one run, and splits batches that fail. Used by one thread.
 
-    The rule, by the error of a write:
+    What happens depends on the error of a write:
 
     - `PermanentError`: something in the batch can never be stored. The batch is halved at once. A record that fails
       alone is rejected as ``permanent_error``.
@@ -170,7 +170,7 @@ class Isolation:
         return self._probes and self.is_repeated()
 
     def aside(self) -> list[Entry]:
-        """Return the entries that are set aside or held back, by position."""
+        """Return the entries that are set aside or held back, in the order of their positions."""
         entries = [entry for piece in self._aside for entry in piece.entries] + self._held
         return sorted(entries, key=lambda entry: entry.position)
 
@@ -226,7 +226,7 @@ class Isolation:
         return self._narrow(piece, error, has_just_stored)
 
     def _narrow(self, piece: _Piece, error: BaseException, has_just_stored: bool) -> Verdict:
-        """Split the first piece of the queue if it failed often enough, or suspect its only record."""
+        """If the first piece of the queue failed often enough, split it, or suspect its only record."""
         at_once = has_just_stored and self._any_order and piece.is_part
         if not at_once and piece.failures < (1 if self._aside and len(piece.entries) == 1 else _SUSPECT_AFTER):
             return Verdict(wait=True)
@@ -291,7 +291,7 @@ class Isolation:
         return None
 
     def _must_wait(self, entry: Entry) -> bool:
-        """Return whether an entry must not be stored before one that is set aside."""
+        """Return whether an entry must wait for one that is set aside."""
         if not isinstance(entry.payload, STEPLESS) and not self._keeps_steps:
             return False
         before = [piece.entries[0] for piece in self._aside] + self._held

@@ -63,7 +63,7 @@ class ConfirmationChecks(ContractFixtures):
     def test_redelivery_after_sigkill_as_declared(
         self, kit: Kit, tmp_path: Path, when: Literal["written", "confirmed"]
     ) -> None:
-        """The receiver is killed while it delivers, and another goes on.
+        """The receiver is killed while it delivers, and another receiver goes on.
 
         No record is lost. A record is there twice only if the backend declares that.
         """
@@ -139,7 +139,7 @@ class ErrorChecks(ContractFixtures):
         )
 
     def test_permanent_error_takes_only_its_records(self, kit: Kit) -> None:
-        """Records that can never be stored are rejected by name. Their neighbours in the same batch are stored."""
+        """Records that can never be stored are rejected one by one. Their neighbours in the same batch are stored."""
         poison = [3, 4, 17]
         rig = kit.rig(proxy=FaultyBackend(poison=poison)).start()
         rig.log(_SITE, series("loss", range(25)))
@@ -155,9 +155,9 @@ class ErrorChecks(ContractFixtures):
         self._check_without(rig, rejected, {"reported": len(rejected)})
 
     def test_records_of_a_newer_trackhub_are_rejected(self, kit: Kit) -> None:
-        """A record of a kind that this trackhub does not know, and one of a kind that is not claimed, are rejected.
+        """Records of kinds that this trackhub does not know, or that the backend does not claim, are rejected.
 
-        Both are counted. Their neighbours are stored, and nothing fails.
+        They are counted. Their neighbours are stored, and nothing fails.
         """
         newer = Call(FuturePayload("clip", "of a newer trackhub"))
         rig = kit.rig().start()
@@ -169,7 +169,7 @@ class ErrorChecks(ContractFixtures):
     def test_payloads_that_write_does_not_know_are_rejected(self, kit: Kit) -> None:
         """``write`` rejects a payload of a class that it does not know, and its neighbours are stored.
 
-        It gets such a payload if the backend claims kinds that it does not know, such as those of a newer trackhub.
+        ``write`` gets such a payload if the backend claims too many kinds, such as all kinds of a newer trackhub.
         """
         unknown = [4, 11]
         rig = kit.rig(proxy=FaultyBackend(future=unknown)).start()
