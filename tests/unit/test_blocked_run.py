@@ -78,8 +78,8 @@ def test_a_run_that_waits_for_one_record_says_so_everywhere_and_another_backend_
     assert writer.report is not None
     run = writer.report.lanes["jsonl"]["local"]
     assert (run.confirmed, run.pending, run.state, run.blocked_by) == (0, 40, "unfinished", name)
-    assert f"all behind {name} wait for it: TransientError: HTTP 500" in format_report(writer.report)
-    assert f"all behind {name} wait for it" in " ".join(shown.stdout.split())
+    assert f"all records after {name} wait for it: TransientError: HTTP 500" in format_report(writer.report)
+    assert f"all records after {name} wait for it" in " ".join(shown.stdout.split())
     assert document["journals"][0]["lanes"]["jsonl"]["local"]["blocked_by"] == name
     assert sum(f"{name} fails each time" in record.getMessage() for record in caplog.records) == 1
     assert re.search(r"tensorboard +40 +40 +40 +0 +0 ", replayed.output), replayed.output

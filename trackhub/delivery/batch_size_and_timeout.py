@@ -42,11 +42,11 @@ class BatchPace:
 
         Args:
             size: how many bytes the batch had.
-            is_single: whether the batch had one record, so that it cannot be made smaller.
+            is_single: True if the batch had one record, so that it cannot be made smaller.
         """
         self.max_bytes = max(1, min(self.max_bytes, size) // 2)
         if is_single:
-            # A small record gets no longer wait. A lost reply to it must not delay the next attempt.
+            # Do not wait longer for a small record: a lost reply must not delay the next attempt.
             longest_s = min(self._longest_s, size / _SLOWEST_BYTES_PER_S)
             self.wait_s = max(self._timeout_s, min(2 * self.wait_s, longest_s))
 

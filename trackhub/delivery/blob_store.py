@@ -34,7 +34,8 @@ _MAX_UNNAMED = 4096
 _MANY_FILES = "the receiver has thousands of files of this site that no record refers to; send their records first"
 
 _UNNAMED = ".new"
-"""The end of a whole blob's file name until a record refers to the blob. It shows what a killed receiver left."""
+"""The end of a whole blob's file name until a record refers to the blob. It marks the files that a killed receiver
+left."""
 
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
@@ -52,8 +53,8 @@ class BlobStore:
         """
         self._folder = folder
         self._sync = sync
-        self._parts: dict[str, dict[str, None]] = {}  # names of files, the oldest first, by site
-        self._unnamed: dict[str, set[str]] = {}  # names of blobs, by site
+        self._parts: dict[str, dict[str, None]] = {}  # site -> names of files, the oldest first
+        self._unnamed: dict[str, set[str]] = {}  # site -> names of blobs
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def folder(self, site: str) -> Path:
@@ -91,7 +92,7 @@ class BlobStore:
         self._unnamed_of(site).difference_update(unnamed)
 
     def delete_unused(self) -> None:
-        """Delete the incomplete blobs, and those that no record refers to. Call it when no more pieces come.
+        """Delete the incomplete blobs, and the blobs that no record refers to. Call it when no more pieces come.
 
         A site keeps the file until its record is stored, so a replay can still send it. Never raises.
         """
@@ -133,7 +134,7 @@ class BlobStore:
             return None
         if chunk.offset + len(chunk.data) > chunk.size:
             return None
-        # A site sends a piece again when the reply is late. Another thread may still be storing the first one then.
+        # A site sends a piece again when the reply is late. Another thread may then still be storing the first copy.
         with self._locks[site]:
             return self._add(site, chunk)
 
@@ -142,7 +143,7 @@ class BlobStore:
 
         Args:
             site: whose blob it is.
-            name: the blob's name, which no other one has.
+            name: the blob's name, which no other blob has.
             source: the file, open for reading.
             filename: the file's name, from which its media type is guessed.
 
@@ -203,8 +204,8 @@ class BlobStore:
                 reached += file.write(chunk.data)
         if reached < chunk.size:
             return reached
-        # An unexpected piece gets here, too. An earlier receiver may have died after the last piece, and before it
-        # renamed the file.
+        # A piece at an unexpected offset gets here, too. An earlier receiver may have stored the last piece, and died
+        # before it renamed the file.
         with open(partial, "rb", opener=open_plain) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if reached != chunk.size or digest != chunk.sha256:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends the bytes of images and artifacts in pieces, beside the records that have none.
+"""Sends the bytes of images and artifacts in pieces, so that other records need not wait for them.
 
 `Sender` gives a `FileSender` each batch whose files the receiver may lack, and sends other batches between two pieces.
 The `FileSender` sends each piece through an `Exchange`. Meanwhile the `SpoolReader` holds the stream of the batch.
@@ -83,7 +83,7 @@ class _Held:
 
     Attributes:
         batch: the batch.
-        whole: how many of the batch's first files the receiver has whole.
+        whole: how many of the batch's files, counted from the first, the receiver has completely.
         offset: where the next piece of the next file starts. None if the receiver must be asked first.
         whole_at: when the first file of this batch became whole, on the monotonic clock.
     """
@@ -105,7 +105,7 @@ class FileSender:
         """Prepare to send.
 
         Args:
-            reader: of the spool that holds the files.
+            reader: reads the spool that holds the files.
             exchange: asks the receiver.
             max_bytes: the most bytes of a file in one request.
         """
@@ -119,11 +119,11 @@ class FileSender:
         self._backoff = Backoff(first_s=0.1, max_s=1.0)
 
     def has_all(self, batch: SpoolBatch) -> bool:
-        """Return whether the receiver has all files of a batch, as far as this sender has sent them."""
+        """Return whether the receiver is known to have all files of a batch."""
         return self._whole.issuperset(blob.name for blob in batch.blobs)
 
     def hold(self, batch: SpoolBatch) -> None:
-        """Send the files of a batch. Its stream is held until `send_piece` names it."""
+        """Send the files of a batch. The batch's stream is held until `send_piece` returns it."""
         whole = next(i for i, blob in enumerate(batch.blobs) if blob.name not in self._whole)
         self._reader.hold(batch.stream)
         self._held.append(_Held(batch, whole))
@@ -147,7 +147,7 @@ class FileSender:
             self._reached.pop(blob.name, None)
 
     def lost(self, name: str) -> None:
-        """Say that the receiver has lost a file that it had whole. It is sent again, after a moment."""
+        """Say that the receiver has lost a file that it had whole. The file is sent again, after a moment."""
         self._whole.discard(name)
         self._not_before = time.monotonic() + _LOST_AGAIN_S
 
@@ -212,12 +212,12 @@ class FileSender:
             self._exchange.note_progress()
 
     def _read(self, blob: Blob, offset: int) -> tuple[bytes, str]:
-        """Return the next piece, and what to say if it is empty and the receiver wants more."""
+        """Return the next piece, and a problem to log in case the piece is empty and the receiver wants more."""
         try:
             with open(blob_file(self._reader.folder, blob.name), "rb", opener=open_plain) as file:
                 file.seek(offset)
                 return file.read(self._pace.piece_bytes), f"the file ends after {offset} of {blob.size} bytes"
         except OSError as e:
-            # An empty piece asks whether the receiver has the blob. It may have it: after a crash, a record is sent
-            # again although its blob was acknowledged and then deleted here.
+            # An empty piece asks whether the receiver has the blob. After a crash, the sender may repeat a record whose
+            # blob was acknowledged and then deleted here.
             return b"", str(e)

@@ -20,7 +20,7 @@ _MAX_SESSIONS = 10_000
 
 
 class JobSites:
-    """Knows when each site was last heard, and which have sent their final message. Thread-safe.
+    """Knows when each site was last heard, and which sites have sent their final message. Thread-safe.
 
     Attributes:
         without_sender: the sites that take part in the job and have no sender.
@@ -42,12 +42,12 @@ class JobSites:
         self._expected: set[str] = set()
 
     def known(self) -> set[str]:
-        """Return the sites that somebody waited for, and the sites that sent something, even if nothing was stored."""
+        """Return all sites that are expected, were heard (even if nothing was stored), or have no sender."""
         with self._changed:
             return self._expected | self._heard_at.keys() | self.without_sender
 
     def may_send_more(self) -> set[str]:
-        """Return the sites that are expected or were heard, and have not ended."""
+        """Return the sites that are expected or were heard, have a sender, and have not ended."""
         with self._changed:
             return (self._expected | self._heard_at.keys()) - self._failed.keys() - self.without_sender
 
@@ -62,7 +62,7 @@ class JobSites:
             return set(self._heard_at)
 
     def restore(self, failed: Mapping[str, bool]) -> None:
-        """Take over what the journal knows: for each site that has ended, whether its training failed."""
+        """Take over what the journal knows: site -> whether its training failed, for the sites that have ended."""
         self._failed.update(failed)
 
     def note_heard(self, site: str) -> None:
@@ -102,7 +102,7 @@ class JobSites:
         Args:
             site: the site's name.
             job: how the job ended.
-            was_killed: whether the job's processes were killed. Then the site's own final message counts, if it came.
+            was_killed: True if the job's processes were killed. Then the site's own final message counts, if it came.
         """
         if was_killed and site in self._failed:
             return RunStatus.FAILED if self._failed[site] else RunStatus.FINISHED

@@ -15,8 +15,8 @@ class Session:
     """Makes the sender's messages, and remembers what the receiver said. Used by the sender's thread.
 
     Attributes:
-        name: the name of this sender. Each sender has another one, so the receiver can tell two senders apart.
-        is_greeted: whether the receiver has replied to a hello.
+        name: the unique name of this sender, by which the receiver can tell two senders apart.
+        is_greeted: True if the receiver has replied to a hello.
         may_ask: False once the receiver could not say what it has of a stream.
         is_unsure: True if nobody knows whether a stream's first records were delivered. The spool does not have them,
             and the receiver could not say what it has.

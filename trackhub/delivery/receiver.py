@@ -2,7 +2,8 @@
 """The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
 A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `replay_journal_or_spool`, or the
-transport of another system. It trusts the site's name that the transport gives it: the transport must verify it before.
+transport of another system. It trusts the site's name that the transport passes: the transport must verify the name
+first.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ _WAIT_S = 0.25
 _TRY_EVERY_S = 2.0  # how often a receiver that could not start tries to start again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
-_NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the others"
+_NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than other sites"
 _log = logging.getLogger(__name__)
 
 
@@ -115,12 +116,12 @@ class Receiver:
         """Prepare a receiver; ``start`` opens it.
 
         Args:
-            run_dir: the job's folder. Each backend has the folder of its name in it.
+            run_dir: the job's folder. Each backend has a folder of its name there.
             job: the job that all runs of this receiver belong to; a string is the job's id. A journal belongs to one
                 job.
             side: where the receiver is. Receivers of one job on two sides write to different runs.
-            backends: the name of each backend, and its options. Secrets are best given as ``${secret:NAME}``, which is
-                resolved here and nowhere else.
+            backends: name -> options of each backend. Secrets are best given as ``${secret:NAME}``, which is resolved
+                here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. The final messages then come from the replay and not from the sites,
@@ -154,8 +155,8 @@ class Receiver:
 
         On an existing journal of the same job the receiver goes on where the last one stopped.
 
-        A full disk, or other trouble of the environment, raises nothing unless this is a replay. The receiver then asks
-        the sites to come again, and starts on the first request after the trouble is over.
+        For a replay, trouble of the environment, such as a full disk, raises an error. Otherwise the receiver asks the
+        sites to try again, and starts on the first request after the trouble is over.
 
         Args:
             from_start: deliver again what the lanes have delivered already.
@@ -216,14 +217,14 @@ class Receiver:
         self._state = _OPEN
 
     def _take_up(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
-        """Take over what the journal knows, store what it must know, and make the lanes."""
+        """Read from the journal which sites ended, store the job's facts in it, and make the lanes."""
         check_not_pruned(journal, backends, goes_on=self._ended is None, from_start=from_start)
         store_start(
             journal, job=self.job, run_dir=self._run_dir, backends=self._backends,
             status=self._ended or self._outcome, silence_s=self._limits.silence_s,
         )  # fmt: skip
         if self._ended is None:
-            with contextlib.suppress(OSError):  # if this receiver is killed, an earlier report would hide it
+            with contextlib.suppress(OSError):  # if this receiver is killed, an old report would hide that
                 (self.folder / REPORT_NAME).unlink(missing_ok=True)
         self.sites.restore(journal.ended())
         for name in backends if from_start else ():
@@ -287,7 +288,7 @@ class Receiver:
         try:
             return encode(self._reply(site, request))
         except (JournalError, OSError) as e:
-            self._warn_of(site, f"the receiver cannot store what it sent: {e}; the site keeps it and tries again")
+            self._warn_of(site, f"the receiver cannot store the request: {e}; the site keeps it and tries again")
             return busy(str(e))
         except Exception as e:
             # A defect of trackhub. The site keeps the records after "busy"; after a refusal, it would drop them.
@@ -352,8 +353,8 @@ class Receiver:
         if not is_compatible(hello.version):
             return Refused(
                 "version",
-                f"site {site} uses version {hello.version} of trackhub's format, this receiver {FORMAT_VERSION}. They "
-                "may be one minor version apart: install the same flare-trackhub on both",
+                f"site {site} uses version {hello.version} of trackhub's format, this receiver {FORMAT_VERSION}. At "
+                "most one minor version of difference is allowed: install the same flare-trackhub on both",
             )
         if self._ended is None:
             self.sites.note_hello(site, hello.session)
@@ -410,7 +411,7 @@ class Receiver:
         return known.id
 
     def continue_site(self, site: str, position: int) -> None:
-        """Number the records of a new site from ``position`` on, because another journal holds those before.
+        """Number the records of a new site from ``position`` on, because another journal holds the earlier records.
 
         A replay needs it. Call it before the site's first request. It changes nothing for a site that this journal
         knows already.
@@ -419,7 +420,7 @@ class Receiver:
         self._known[site].id = self._journal.continue_site(site, time.time(), position)
 
     def note_status(self, status: RunStatus) -> None:
-        """Say how the job ends, before ``finish`` does: to each site whose final message comes, and to a later replay.
+        """Note how the job ends, before ``finish``, for replies to the sites' final messages and for a later replay.
 
         Raises:
             JournalError: the receiver was not started, or the journal cannot be written.
@@ -487,7 +488,8 @@ class Receiver:
         # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
-        # A lane stops waiting for a locked journal before `join` gives up. Otherwise it would count as hanging.
+        # Make a lane stop waiting for a locked journal before `join` gives up. Otherwise the lane would count as
+        # hanging.
         self._journal.limit_waits(deadline + END_S / 2)
         if self.federation is not None:  # before the lanes look for the last time
             self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))

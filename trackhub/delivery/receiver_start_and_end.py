@@ -47,7 +47,7 @@ def store_start(
         journal: where to store it.
         job: the job.
         run_dir: the job's run folder, absolute.
-        backends: the name of each backend, and its options as they were given. A replay resolves their secrets anew.
+        backends: name -> options of each backend, as they were given. A replay resolves their secrets anew.
         status: how the job ended or will end; empty if nobody knows yet.
         silence_s: ``limits.silence_s``.
 
@@ -73,12 +73,12 @@ def store_start(
 def end_lanes(
     journal: Journal, lanes: Iterable[Lane], by_site: Mapping[str, RunStatus], otherwise: RunStatus, deadline_s: float
 ) -> None:
-    """Have the lanes deliver what is left, and end. Blocks up to the deadline, and a second more for each that hangs.
+    """Make the lanes deliver what is left, and end. Blocks up to the deadline, plus a second per lane that hangs.
 
     Args:
         journal: where the lanes store how their runs ended.
         lanes: all lanes of the receiver.
-        by_site: the status of each run, by site.
+        by_site: site -> the status of its run.
         otherwise: the status of the runs whose sites are not in ``by_site``.
         deadline_s: the longest time for all lanes together, in seconds.
     """
@@ -104,7 +104,7 @@ def _store_ends(journal: Journal, lanes: Iterable[Lane]) -> None:
     try:
         journal.save_runs(ends)
     except JournalError as e:
-        _log.warning("the journal does not say how %d runs ended, nor why records are pending: %s", len(ends), e)
+        _log.warning("the journal cannot store how %d runs ended, and why records are pending: %s", len(ends), e)
 
 
 def make_report(
@@ -127,7 +127,7 @@ def make_report(
     try:
         journal.set_facts(facts)
     except JournalError as e:
-        _log.warning("the journal does not say how the job ended (%s): %s", status, e)
+        _log.warning("the journal cannot store how the job ended (%s): %s", status, e)
     try:
         return journal.report([lane.name for lane in lanes], facts)
     except JournalError as e:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delivers records that a job did not deliver before it ended: from a receiver's journal, or from a site's spool.
 
-``trackhub replay`` calls it. It opens a receiver on the journal, and for a spool a sender beside it, in this process.
+``trackhub replay`` calls it. It opens a receiver on the journal in this process. For a spool, it also starts a sender.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from trackhub.spool.reading import SpoolReader
 __all__ = ["FOREVER_S", "NO_FILE", "Backends", "count_spooled", "journal_for_spool", "replay_journal", "replay_spool"]
 
 Backends = Mapping[str, Mapping[str, Any]]
-"""The name of each backend, and its options."""
+"""Name -> options of each backend."""
 
 FOREVER_S = 10 * 365 * 86400.0
 """No time limit, in seconds. A replay may be interrupted at any time."""
@@ -55,7 +55,7 @@ NO_FILE = OperatorFile()
 """The strictest rules: those of a site whose operator wrote no file."""
 
 _STAND_IN = "replay-server"
-"""The folder, beside a site's spool, of the journal that replaces the server's journal where that is not available."""
+"""The folder beside a site's spool for a journal that replaces the server's journal."""
 
 _log = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ def replay_spool(
     """Deliver what a site's spool still holds for one of its receivers, through a journal.
 
     If the receiver's journal is available, the records go through it. On a site's own machine the server's journal is
-    not available. A new journal beside the spool then replaces it. The records go into the same runs: job and site are
-    the same, and positions continue where the server's journal ended.
+    not available. There, a new journal beside the spool replaces it. The records go into the same runs: job and site
+    are the same, and positions continue where the server's journal ended.
 
     Args:
         spool: the spool's folder. The job must have ended.
@@ -174,7 +174,7 @@ def replay_spool(
 
 
 def _add_operators_rules(spool: Path, info: SpoolInfo) -> None:
-    """Add the rules that the operator's file has now to those that the spool has kept since the job.
+    """Add the current rules of the operator's file to the rules that the spool has kept since the job.
 
     No rule becomes less strict.
 
@@ -195,7 +195,7 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
     """Return how many records of the spool the receiver acknowledged. None if there is nothing to send.
 
     Records that the receiver's disk lost later must be sent again. If the journal lacks the site's last counts, for
-    example because the site's process died, these must be sent again, too.
+    example because the site's process died, the counts must be sent again, too.
     """
     lacks_counts = False
     if is_journal_left(journal):
@@ -203,8 +203,8 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
         if not _stands_in(journal):
             site = read_spool_info(spool).site
             _rewind_lost_streams(spool, cursor, site, journal)
-            # The server has a spool for what it may log itself. If nothing was logged there, it is not a site, and a
-            # replay must not make one of it.
+            # The server has a spool for its own records. If it logged nothing, the server is not a site, and a replay
+            # must not make it one.
             is_site = has_streams(spool) or is_known_site(journal, site)
             lacks_counts = is_site and not has_last_counts(journal, site)
     counts = _counts(spool, cursor)
@@ -253,7 +253,7 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
         spool: the spool's folder.
         cursor: the receiver that did not get the records.
         journals: the available journals. The server's is used if it is among them. Otherwise a journal beside the spool
-            replaces it. The journal beside the spool may not exist yet.
+            replaces it. The journal beside the spool need not exist yet.
 
     Raises:
         SpoolError: it is not a spool.
@@ -286,7 +286,7 @@ def _meta_of_damaged(journal: Path) -> dict[str, str]:
 def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> None:
     """Delete the cursor file of each stream whose acknowledged records the journal has lost.
 
-    The sender then asks the receiver how far it got. A loss of power can take such records from the receiver's disk.
+    The sender then asks the receiver how far it got. In a power cut, the receiver's disk can lose acknowledged records.
     """
     known = read_stream_positions(journal, site)
     for stream in SpoolReader(spool, cursor).streams():
@@ -294,8 +294,8 @@ def _rewind_lost_streams(spool: Path, cursor: str, site: str, journal: Path) -> 
         lost = ack.next_seq - known.get(stream, 0)
         if lost > 0:
             _log.warning(
-                "%s lacks the last %d records that it had acknowledged of stream %s; those that are still in %s are "
-                "sent again", journal, lost, stream, spool,
+                "%s lacks the last %d records of stream %s, although it had acknowledged them. The records that are "
+                "still in %s are sent again", journal, lost, stream, spool,
             )  # fmt: skip
             ack_file(spool, stream, cursor).unlink(missing_ok=True)
 
@@ -323,7 +323,7 @@ def _receiver(
 
 
 def _federation(meta: Mapping[str, str]) -> FederationOptions | None:
-    """Return what the job's federation run holds. None if it has none, or if nothing can be added to it."""
+    """Return what the job's federation run holds. None if the job has no such run, or nothing can be added to it."""
     if FEDERATION_OPTIONS not in meta or PRUNED in meta:  # what was pruned cannot be taken into account any more
         return None
     return msgspec.json.decode(meta[FEDERATION_OPTIONS], type=FederationOptions)
@@ -343,10 +343,11 @@ def _run_dir(journal: Path) -> Path:
 def _choose(
     meta: Mapping[str, str], backends: Backends | None, operator: OperatorFile | None, journal: Path
 ) -> dict[str, dict[str, Any]]:
-    """Return the backends to deliver to: the job's, or the given ones on top of the options that the job gave.
+    """Return the backends to deliver to: the given ones, or else the job's.
 
-    The maker of the journal chose the job's options. Without a check, the options could name any host and any file.
-    That host would get the credentials of the person who replays the journal.
+    A given option replaces the job's option of the same name. The maker of the journal chose the job's options. Without
+    a check, the options could name any host and any file. That host would get the credentials of the person who replays
+    the journal.
     """
     used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
     given: Backends = {name: {} for name in used} if backends is None else backends
@@ -360,10 +361,10 @@ def _choose(
 
 
 def _check_owner(journal: Path, job: str, used: Iterable[str]) -> None:
-    """Check that a journal belongs to the user who replays it, since it says itself which job it is of.
+    """Check that a journal belongs to the user who replays it.
 
-    Another user of the machine may have given it the id of a job of yours. Its records would then go into your runs,
-    with your login, although you named no backend.
+    Only the journal itself says which job it is from. Another user of the machine may have given it the id of your job.
+    Its records would then go into your runs, with your login, although you named no backend.
 
     Raises:
         ConfigError: it belongs to another user.
@@ -371,9 +372,9 @@ def _check_owner(journal: Path, job: str, used: Iterable[str]) -> None:
     owner = os.stat(journal).st_uid
     if owner != os.geteuid():
         raise ConfigError(
-            f"{journal} belongs to the user with the id {owner}, and not to you. It says itself that it is of job "
-            f"{job!r}, and that its records go into {', '.join(used)}. With your login, they could end up in runs of "
-            "your own. Name the backends to deliver to with --backend. If the job was your own, give --trust-journal"
+            f"{journal} belongs to the user with the id {owner}, and not to you. It claims to be from job {job!r}, and "
+            f"that its records go into {', '.join(used)}. With your login, the records could end up in runs of your "
+            "own. Name the backends to deliver to with --backend. If the job was your own, give --trust-journal"
         )
 
 
@@ -389,10 +390,10 @@ def _check_own_folder(journal: Path, operator: OperatorFile | None) -> None:
 
 
 def _refuse_ways_out(folder: Path) -> None:
-    """Check a folder in which trackhub or a backend is going to write, and which may come from the journal's maker.
+    """Check a folder that trackhub or a backend will write to. The journal's maker may have made the folder.
 
     Raises:
-        ConfigError: something in it, such as a symbolic or a hard link, leads what is written there elsewhere.
+        ConfigError: something in it, such as a symbolic or a hard link, would redirect writes to another place.
     """
     if folder.is_symlink() or not folder.is_dir():
         return  # the receiver makes the folder, and follows no link in its place
@@ -426,7 +427,7 @@ def _permitted(
         ) from e
     marks = registry.option_marks(registry.load(name))
     if any(OptionMark.PATH in marks[key] for key, value in used.items() if value and key not in rules.fixed):
-        _refuse_ways_out(_run_dir(journal))  # the backend writes elsewhere in the run folder than in its own folder
+        _refuse_ways_out(_run_dir(journal))  # the backend may write anywhere in the run folder
     return options
 
 

@@ -49,14 +49,14 @@ _MAX_NAMES = 5
 
 
 class Counted(StrEnum):
-    """How much is known of what a site logged."""
+    """How complete a site's counts are."""
 
     FINAL = "final"
     """The site's counts came with its final message."""
     OPEN = "open"
-    """The job runs, and so does the site. It may log more, or has sent no counts yet."""
+    """The job and the site run. The site may log more, or has sent no counts yet."""
     STALE = "stale"
-    """The counts are old: the site fell silent, or its process or the receiver's died. It may have logged more."""
+    """The counts are old: the site fell silent, or its process or the receiver died. The site may have logged more."""
     INCOMPLETE = "incomplete"
     """The site or the receiver could not count everything, or the receiver has more records than the site counted."""
     UNKNOWN = "unknown"
@@ -68,16 +68,15 @@ class SiteReport(msgspec.Struct, kw_only=True):
 
     Attributes:
         at_site: the site's own counts, as of its last message; None if no message with counts came.
-        counted: how much is known of what the site logged.
+        counted: how complete the site's counts are.
         received: records that arrived. A record that arrived twice counts twice.
-        duplicates: how many of these the journal had already.
+        duplicates: how many received records the journal had already.
         journaled: records in the journal.
         earlier: the site's earlier records, which are in another journal.
         missing: records that a stream skipped without a reason; 0 unless something is wrong.
-        refused: records that the receiver will never accept, by reason. Batches that it refused whole do not count
-            here.
-        explained: records that the site could not send, by reason, as the gaps in its streams say.
-        final: whether the site's final message has come.
+        refused: reason -> records that the receiver will never accept. Batches that it refused whole do not count here.
+        explained: reason -> records that the site could not send, as the gaps in its streams say.
+        final: True if the site's final message has come.
         has_sender: False if the site takes part in the job, and its app has no sender.
     """
 
@@ -104,7 +103,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         return adds_up_there and adds_up_here and not self.lacking()
 
     def all_refused(self) -> dict[str, int]:
-        """Return the records that the receiver refused, by reason, as the site or the receiver counted them."""
+        """Return reason -> records that the receiver refused, as the site or the receiver counted them."""
         there = self.at_site.refused if self.at_site else {}
         return {reason: max(there.get(reason, 0), self.refused.get(reason, 0)) for reason in {**there, **self.refused}}
 
@@ -118,15 +117,15 @@ class RunReport(msgspec.Struct, kw_only=True):
 
     Attributes:
         confirmed: records that are durable at the backend.
-        client_confirmed: those of ``confirmed`` that only the SDK calls durable, because the store cannot be asked.
-        rejected: records that the backend can never store, by reason.
-        pending: records that are in the journal only. ``trackhub replay`` delivers them.
-        altered: confirmed records that are not stored as logged, by reason (``nonfinite_removed``, ...).
+        client_confirmed: records in ``confirmed`` that only the SDK confirmed, because the store cannot be asked.
+        rejected: reason -> records that the backend can never store.
+        pending: records that are neither confirmed nor rejected yet. ``trackhub replay`` delivers them.
+        altered: reason (``nonfinite_removed``, ...) -> confirmed records that are not stored as they were logged.
         possible_duplicates: confirmed records that the backend may hold twice, since it does not recognise them.
         state: ``open``, ``finished``, ``unfinished`` (not all was confirmed, or the run could not be ended) or
-            ``stopped`` (the run cannot be opened).
+            ``stopped`` (the run cannot be opened, or trackhub has a defect).
         last_error: the last error that the backend raised; empty if none.
-        blocked_by: the record that all others of the run wait for, since the backend keeps the order and fails with
+        blocked_by: the record that all later records of the run wait for: the backend keeps the order, and fails with
             this record each time. Empty if there is none.
         results: how to look at the run.
     """
@@ -145,7 +144,7 @@ class RunReport(msgspec.Struct, kw_only=True):
     def trouble(self) -> str:
         """Return in one line why records are pending, as far as it is known. Empty if nothing is known."""
         error = self.last_error.strip().split("\n")[0].strip()
-        return f"all behind {self.blocked_by} wait for it: {error}" if self.blocked_by else error
+        return f"all records after {self.blocked_by} wait for it: {error}" if self.blocked_by else error
 
 
 class DeliveryReport(msgspec.Struct, kw_only=True):
@@ -156,15 +155,15 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         job_name: what a person calls the job.
         side: where the receiver was, as in `trackhub.job_and_run_info.Side`.
         status: how the job ended, as in `trackhub.job_and_run_info.RunStatus`; ``running`` if it has not.
-        balanced: whether all counts are known, and add up.
-        adds_up: whether no count contradicts another. False means a defect of trackhub, a damaged disk, or false counts
+        balanced: True if all counts are known and add up.
+        adds_up: True if no count contradicts another. False means a defect of trackhub, a damaged disk, or false counts
             of a site. The counts of the other sites are right in any case.
-        sites: what each site and the receiver counted, by site.
-        lanes: what each lane counted, by backend and then by site.
+        sites: site -> what the site and the receiver counted.
+        lanes: backend -> site -> what the backend's lane counted.
         run_dir: the job's run folder. In ``delivery.json`` it is relative to the file's folder where possible, and the
             results in ``lanes`` are relative to the run folder. `read_report` makes all of them absolute.
         error: why the journal could not be read, so that there are no counts. Empty if the journal could be read.
-        interrupted: whether the receiver was killed before it had ended the runs, and no replay has ended them since.
+        interrupted: True if the receiver was killed before it had ended the runs, and no replay has ended them since.
     """
 
     job: str
@@ -230,7 +229,7 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         return sum(self.lost_by_reason().values())
 
     def lost_by_reason(self) -> dict[str, int]:
-        """Return the same by reason. A record that two backends rejected counts twice."""
+        """Return reason -> how many records will not be delivered. A record that two backends rejected counts twice."""
         found: Counter[str] = Counter()
         for site in self.sites.values():
             found.update(site.at_site.dropped if site.at_site is not None else {})
@@ -272,7 +271,7 @@ def write_report(path: Path, report: DeliveryReport) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # A rename puts it in place, so that neither a crash nor a full disk leaves half a report.
+    # Write a new file and rename it, so that a crash or a full disk cannot leave half a report.
     partial = path.with_suffix(".new")
     with open(partial, "wb", opener=open_plain) as file:
         file.write(msgspec.json.format(msgspec.json.encode(report), indent=2))
@@ -299,7 +298,7 @@ def resolve_results(report: DeliveryReport, folder: Path) -> DeliveryReport:
 
     Args:
         report: a report as a file has it.
-        folder: where the folder of that file lies now: of the journal, or of ``delivery.json``.
+        folder: the folder in which that file lies now. The file is the journal or ``delivery.json``.
     """
     run_folder = Path(os.path.abspath(folder / report.run_dir))
 

@@ -73,11 +73,11 @@ def format_job(job: str, job_name: str) -> str:
 
 
 def format_status(status: str, *, is_complete: bool) -> str:
-    """Return how a job ended. Of a killed job, also whether a replay has delivered what it left.
+    """Return how a job ended. For a killed job, add whether a replay has delivered the rest.
 
     Args:
         status: how it ended.
-        is_complete: whether all is delivered, by `DeliveryReport.is_complete`.
+        is_complete: what `DeliveryReport.is_complete` returned.
     """
     return f"{status}, all delivered since" if status == RunStatus.KILLED and is_complete else status
 
@@ -104,8 +104,8 @@ def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
     """Return how to look at what the backends stored: lines with a command, a URL or a path each.
 
     Args:
-        runs: the runs, each with the name of its backend. A command that opens several runs is shown once. A command is
-            left out if the same backend has it with one more flag as well: a later run needed that flag.
+        runs: (backend's name, run) for each run. A command that opens several runs is shown once. A command is left out
+            if a later run of the same backend has it with more flags.
     """
     backend_of: dict[str, str] = {}
     for backend, run in runs:
@@ -161,7 +161,7 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
     """Return what each backend stored of a job, and how to look at it, for the end of the script that ran the job.
 
     Args:
-        reports: the report of each receiver, by the name of its site, or ``server``.
+        reports: the receiver's site, or ``server`` -> its report.
     """
     rows = [("site", "receiver", "backend", "confirmed", "remarks")]
     runs_shown: list[tuple[str, RunReport]] = []
@@ -233,7 +233,7 @@ def _site_remarks(site: SiteReport) -> list[str]:
 
 
 def format_altered(altered_by: SiteReport | RunReport) -> list[str]:
-    """Return what a site, or a run's backend, left out of records that went on or changed in them, by reason."""
+    """Return remarks on values that a site left out of records, or on records that were altered for a backend."""
     if isinstance(altered_by, RunReport):
         return [f"records altered for this backend ({reason}): {n:,}" for reason, n in altered_by.altered.items() if n]
     counts = altered_by.at_site

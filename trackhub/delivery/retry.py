@@ -13,7 +13,7 @@ too, training would get other numbers, and the model would change."""
 
 
 class Backoff:
-    """Waits that double with each failure up to a limit. Each is shortened at random, to half at most.
+    """Waits that double with each failure up to a limit. Each wait is multiplied by a random factor from 0.5 to 1.
 
     Without the random part, a thousand sites would return to a restarted server at the same moment.
     """

@@ -132,7 +132,7 @@ class Sender:
         self._round.set(value)
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Wait until the receiver has all that was logged before this call. It waits for files a second at most.
+        """Wait until the receiver has all that was logged before this call. It waits at most a second for files.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
         is away costs one timeout, not one per round. Returns False at once, too, if the receiver refused the site. If a
@@ -142,7 +142,7 @@ class Sender:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
 
         Returns:
-            Whether the receiver has all of it, except for images and artifacts that are still on their way.
+            True if the receiver has all of it, except for images and artifacts that are still on their way.
         """
         deadline = time.monotonic() + (self._limits.barrier_s if timeout_s is None else timeout_s)
         try:
@@ -153,7 +153,7 @@ class Sender:
         with passes.changed:
             if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
                 return False
-            # A running pass may have looked at the spool before this call. The pass after it looks later.
+            # A running pass may have looked at the spool before this call. The next pass looks after this call.
             target = passes.done + (2 if passes.running else 1)
             passes.waiting += 1
             was_complete = True
@@ -224,7 +224,7 @@ class Sender:
         while self._thread.is_alive():
             request_s = max(self._exchange.timeout_s, self._exchange.in_flight_s())
             self._thread.join(self._exchange.left_s() + request_s + _COUNT_S + _JOIN_MARGIN_S)
-            if self._exchange.is_late():  # otherwise a file has moved the deadline
+            if self._exchange.is_late():  # otherwise a file's progress has moved the deadline
                 return
 
     def counts(self) -> SiteCounts:
@@ -298,7 +298,7 @@ class Sender:
         self._passes.note_files(left=self._files.has_work())
 
     def _deliver_ready(self, ready: Ready) -> None:
-        """Send records whose files have arrived, and then the stream's next ones, until these wait for their files."""
+        """Send records whose files have arrived, then the stream's next records, until one must wait for its file."""
         most = ready.records
         while batch := self._reader.release(ready.stream, most, self._exchange.pace.max_bytes):
             if not self._deliver(batch) or self._files.holds(ready.stream):
@@ -358,10 +358,10 @@ class Sender:
         """Send what the spool has now.
 
         Args:
-            final: no writer is alive any more, so the end of each stream is its last record.
+            final: True if no writer is alive any more. Then nothing follows the last record of a stream.
 
         Returns:
-            Whether everything could be read; None if the deadline passed first.
+            True if everything could be read, False if not; None if the deadline passed first.
         """
         is_first = True
         try:

@@ -29,9 +29,9 @@ def set_up_backends(
     All options are checked before the first folder is made. If a backend cannot be set up, no empty folder is left.
 
     Args:
-        backends: the options of each backend, as the job gives them, by the backend's name.
-        run_dir: the job's run folder. Each backend gets the folder of its name there. If a full disk keeps that from
-            being made, the backend's lane makes it later.
+        backends: name -> options of each backend, as the job gives them.
+        run_dir: the job's run folder. Each backend gets the folder of its name there. If a full disk prevents that, the
+            backend's lane makes the folder later.
         job: the job.
         side: where the receiver is.
 

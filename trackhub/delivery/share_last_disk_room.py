@@ -27,8 +27,8 @@ class DiskRoom:
     """Says which sites may store in the last part of the disk. Thread-safe.
 
     The last part is 5 % of the disk's space, but 1 GiB at most, and 5 % of its inodes. In that part, a site may store
-    only if it has not stored more than the average of all sites. A site that is alone may use all of it. A site that is
-    expected and has stored nothing yet counts, too.
+    only while it has stored at most the average of all sites. Expected sites that have stored nothing yet count, too. A
+    single site may use the whole part.
     """
 
     def __init__(self, folder: Path, sites: Callable[[], Collection[str]]) -> None:
@@ -48,12 +48,12 @@ class DiskRoom:
         self._is_scarce = False
 
     def allows(self, site: str, size: int, *, makes_file: bool = False) -> bool:
-        """Return whether a site may store this many bytes now, and count them if so.
+        """Return whether a site may store this many bytes now. If so, count them.
 
         Args:
             site: the site's name.
             size: how many bytes.
-            makes_file: whether they go to a new file. It counts as a block of the disk at least.
+            makes_file: True if the bytes go to a new file. A new file counts as at least one block of the disk.
         """
         size = max(size, _FILE_BYTES) if makes_file else size
         with self._lock:

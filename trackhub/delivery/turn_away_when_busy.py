@@ -25,8 +25,8 @@ class Admission:
 
     A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. If a
     site crowds all the time, its next request is here when its last one is done. The next requests of other sites are
-    still on their way then, and the crowding site would get most turns. So it gets a turn only if it has had no more
-    turns than each other busy site.
+    still on their way, so the crowding site would get most turns. So it gets a turn only if no other busy site has had
+    fewer turns.
     """
 
     def __init__(self, at_once: int) -> None:

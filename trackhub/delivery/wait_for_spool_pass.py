@@ -9,15 +9,15 @@ __all__ = ["SpoolPasses"]
 
 
 class SpoolPasses:
-    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later one has ended. Thread-safe.
+    """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later pass has ended. Thread-safe.
 
     Attributes:
         changed: the lock around the other attributes. It notifies when a pass ends, and when the sender ends.
         done: how many passes have sent everything that they could read.
-        was_complete: whether the last of these passes could read everything.
-        running: whether a pass has begun and has not ended.
-        files_left: whether files of the last pass are still on their way.
-        is_slow: whether a flush has waited for these files, and they did not arrive in time.
+        was_complete: True if the last of these passes could read everything.
+        running: True if a pass has begun and has not sent everything yet.
+        files_left: True while files of the last pass are on their way.
+        is_slow: True if a flush waited for these files and they did not arrive in time.
         waiting: how many calls of ``flush`` wait now.
         gave_up_at: the value of `Exchange.replies` when a flush last timed out. None if no flush did.
     """

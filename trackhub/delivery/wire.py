@@ -72,14 +72,16 @@ class SiteCounts(msgspec.Struct, kw_only=True):
     Attributes:
         logged: log calls that returned, in all processes of the site.
         withheld: records that the site's policy kept back.
-        dropped: records lost at the site, by reason (``spool_full``, ``disk_full``, ``io_error``, ``damaged``, ...).
-        refused: records that the receiver did not accept, by reason.
+        dropped: reason (``spool_full``, ``disk_full``, ``io_error``, ``damaged``, ...) -> records lost at the site.
+        refused: reason -> records that the receiver did not accept.
         acked: records that the receiver accepted.
         spooled: records that are still in the spool.
         unreadable: records in the spool that the site's sender cannot read: it lacks the permission, or the disk fails.
         complete: False if the site may have logged more than it could count.
-        altered: values, not records, by reason. They were left out of records that were delivered without them.
-        at_source: whether the site records FLARE's own log calls where they are made, and not from FLARE's messages.
+        altered: reason -> values (not records) that were left out of records. The other values of these records count
+            as usual.
+        at_source: True if the site records FLARE's own log calls where they are made. False if it takes FLARE's
+            messages.
         by_message: how many of the records in ``logged`` came in messages of another process. Such a record is counted
             when its message arrives, so nobody knows how many were lost.
         not_captured: other loggers that the site's scripts used, and that the job does not capture.
@@ -120,7 +122,7 @@ class SiteFacts(msgspec.Struct, kw_only=True):
 
     Attributes:
         at_source, by_message, not_captured, not_used: as in `SiteCounts`.
-        may_log_more: whether the site may log records that never reach the spool. Then its counts are not complete.
+        may_log_more: True if the site may log records that never reach the spool. Then its counts are not complete.
     """
 
     at_source: bool = False
@@ -144,8 +146,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
     Attributes:
         version: the sender's version of the format.
-        session: the sender's name. No two senders have the same one. Empty if the sender does not say it.
-        streams: the streams for which the sender asks how much the receiver has. `MAX_STREAMS` at most.
+        session: the sender's unique name; empty if the sender does not send it.
+        streams: the sender asks how much of these streams the receiver has. `MAX_STREAMS` at most.
     """
 
     version: tuple[int, int] = FORMAT_VERSION
@@ -157,7 +159,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Consecutive frames of one stream, byte for byte as they stand in the spool.
 
     Attributes:
-        stream: the writing process.
+        stream: the id of the stream. Each writing process has one.
         first_seq, next_seq: the batch covers ``seq`` from first_seq to below next_seq, gaps included.
         records: the number of frames that are not gaps.
         frames: the frames' bytes.
@@ -192,7 +194,8 @@ class KeepAlive(msgspec.Struct, frozen=True, array_like=True, tag=4):
     Attributes:
         counts: what became of the site's records.
         session: as in `Hello`.
-        number: it grows with each message of a session that has counts. So a receiver knows which of two is older.
+        number: grows with each message of a session that has counts. So a receiver knows which of two messages is
+            older.
     """
 
     counts: SiteCounts
@@ -205,7 +208,7 @@ class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
     Attributes:
         counts: what became of the site's records.
-        failed: whether the site's training ended with an error.
+        failed: True if the site's training ended with an error.
         session, number: as in `KeepAlive`.
     """
 
@@ -234,10 +237,10 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
         next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
         job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the job's first
             records, so that this receiver does not know how the streams began.
-        streams: in reply to Hello, what the receiver has of the streams that were asked for, from their first record
-            on. A stream of which it has nothing is left out.
-        refused: in reply to a batch, how many of its records the receiver will never accept, by reason. It has the
-            others.
+        streams: in reply to Hello, stream -> what the receiver has of it, for the streams that were asked for. A stream
+            is left out if the receiver has nothing of it.
+        refused: in reply to a batch, reason -> how many of the batch's records the receiver will never accept. The
+            receiver has stored the others.
         status: in reply to Final, how the job ends: a value of `RunStatus`, or empty if the receiver does not know yet.
     """
 

@@ -23,8 +23,8 @@ _MAX_MOMENTS = 10_000
 class Arrivals:
     """Knows when the journal's rows were stored, at best to a tenth of a second. Thread-safe.
 
-    It keeps some moments, and the first row that was stored after each. If there are too many, it forgets every second
-    one, and becomes less exact.
+    It keeps moments, and for each moment the first row that was stored after it. If it has too many moments, it forgets
+    every second one, and becomes less exact.
     """
 
     def __init__(self, now: float) -> None:
@@ -49,7 +49,7 @@ class Arrivals:
                 self._rows[-1] = row  # two threads have stored rows, and the thread with the later row noted it first
 
     def age_s(self, row: int, now: float) -> float:
-        """Return for how many seconds the journal has had a row, counted from the last known moment before the row."""
+        """Return the age of a row in seconds, counted from the last known moment before the row was stored."""
         with self._lock:
             return now - self._moments[bisect.bisect_right(self._rows, row) - 1]
 

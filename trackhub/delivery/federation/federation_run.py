@@ -2,9 +2,9 @@
 """Writes the federation run: facts about the rounds, and the statistics that `Aggregation` computes.
 
 The receiver of a job starts one, and tells it of new rows in the journal. The federation run's records go into the
-journal under the site name `trackhub.job_and_run_info.FEDERATION`. So lanes, counts and replays treat them like those
-of any site. One transaction stores statistics together with the row up to which the journal was read. So a receiver
-that was killed neither repeats nor skips statistics.
+journal under the site name `trackhub.job_and_run_info.FEDERATION`. So lanes, counts and replays treat them like a
+site's records. One transaction stores statistics together with the id of the last row that was read. So a killed
+receiver repeats no statistics, and skips none.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ prepare(FederationOptions)
 class FederationRun:
     """Writes one job's federation run with a thread of its own. ``log`` may be called from any thread.
 
-    If the journal cannot be written, what was logged waits, and the thread tries again.
+    If the journal cannot be written, the records wait, and the thread tries again.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class FederationRun:
         """Prepare it; ``start`` starts it.
 
         Args:
-            journal: the journal with the sites' records, which also gets the federation run's.
+            journal: the journal with the sites' records. The federation run's records go there, too.
             options: what the run holds.
             notify: called with the site's id in the journal when there are new rows of the federation run.
             job: the job's id.
             blobs: where the receiver keeps the bytes of files.
             lanes: the names of all lanes.
-            is_replay: whether a replay delivers the rest of a job that has ended.
+            is_replay: True if a replay delivers the rest of a job that has ended.
         """
         self._journal = journal
         self._options = options
@@ -133,12 +133,13 @@ class FederationRun:
             digest: what was in the batch.
             records: the number of records in the batch.
             row: the row's id.
-            stored: the number of records in the row. The batch may have begun with some that the journal had.
+            stored: the number of records in the row. It is lower if the journal had some of the batch's records
+                already.
         """
         self._health.note_stored(row)
         # With its digest, the row need not be read and decoded again.
         is_known = stored == records and self._known.add(row, site, digest)
-        # Most rows hold only keys that are not aggregated, and that never will be. The thread need not wake for them.
+        # Most rows hold only keys that will never be aggregated. The thread need not wake for them.
         if digest.keys or not is_known:
             self._wake.set()
 
@@ -146,7 +147,7 @@ class FederationRun:
         """Add facts about a round, with the round as their step. Thread-safe; does not block.
 
         Args:
-            values: the facts by key. Those with an invalid key are left out.
+            values: key -> fact. Facts with an invalid key are left out.
             round_number: the round.
         """
         kept = {key: float(value) for key, value in values.items() if self._waiting.is_key(key)}
@@ -226,12 +227,12 @@ class FederationRun:
                     _log.warning("%s; the federation run waits until the journal can be used", e)
                 warned = True
                 self._stop.wait(_RETRY_S)
-            except Exception:  # a defect of trackhub. It must end this run only, and not the job.
+            except Exception:  # a defect of trackhub. It must end only this run.
                 _log.exception("the federation run ends here; all other runs go on")
                 return
 
     def _work(self) -> bool:
-        """Do what there is to do, then wait for more. Return whether the job ends, and all is done."""
+        """Store facts, take new rows, then wait for more. Return True if the job ends and all is done."""
         self._wake.clear()  # before anything is read, so that later news sets it again
         ending = self._waiting.is_closed
         self._store_facts()
@@ -245,7 +246,7 @@ class FederationRun:
         return False
 
     def _restore(self) -> None:
-        """Read the rows again that the last receiver had read, to build up the same state."""
+        """Read again the rows that the last receiver had read, to build up the same state."""
         upto = int(self._journal.meta().get(FEDERATION_ROW, "0"))
         while self._row < upto and (rows := self._journal.read_all(self._row, _READ_BYTES)):
             for site, row in rows:
@@ -265,12 +266,13 @@ class FederationRun:
             for site, row in rows:
                 if self._take_known() >= row.id:
                     continue
-                # Store these before the next row is taken. If that fails, only the rows after this one are read again.
+                # Store the statistics before the next row is taken. If that fails, only the rows after this one are
+                # read again.
                 self._unstored += [_record_of(output) for output in self._take(site, row)]
                 self._store_statistics()
 
     def _take_known(self) -> int:
-        """Take the next rows while their digests say enough. Return the id of the last row that was taken."""
+        """Take the next rows while their digests are enough. Return the id of the last row that was taken."""
         while True:
             known = self._known.pop(self._row + 1)
             if known is None or not self._aggregation.add_digest(*known):
@@ -301,7 +303,7 @@ class FederationRun:
                 self._store_health(stored[-1])
 
     def _store_health(self, last: Record) -> None:
-        """Say how delivery stands when a round's statistics are written."""
+        """Store how delivery stands when a round's statistics are written."""
         items = [item for item in self._health.values().items() if self._waiting.is_key(item[0])]
         parts = [Metrics(dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
         record = msgspec.structs.replace(last, time=time.time())
@@ -329,7 +331,7 @@ class _Waiting:
 
     Attributes:
         dropped: how many records came too late, or found no room.
-        is_closed: whether no further record is taken.
+        is_closed: True if no further record is taken.
     """
 
     def __init__(self) -> None:
@@ -349,7 +351,7 @@ class _Waiting:
             self._keys.check((key,))
 
     def is_key(self, key: str) -> bool:
-        """Return whether it can be a key.
+        """Return whether this text can be a key.
 
         A key contains names of sites, tasks and metrics, which other people choose. One bad key must not cost the other
         values of its record.
@@ -387,7 +389,7 @@ class _Waiting:
 
 
 class _Counts:
-    """Stores the counts of the federation run in the way in which a site's sender reports its own."""
+    """Stores the counts of the federation run as a site's sender reports the site's counts."""
 
     def __init__(self, journal: Journal, *, is_replay: bool) -> None:
         self._journal = journal
@@ -401,7 +403,7 @@ class _Counts:
         Args:
             site: the federation run's id in the journal.
             dropped: how many records could not be stored.
-            final: nothing follows.
+            final: True if no record follows.
         """
         journaled = self._journal.position_after(site, _LAST_ROW)
         reasons = {"not_stored": dropped} if dropped else {}
@@ -414,7 +416,7 @@ class _Counts:
 
 
 class _Stream:
-    """One stream of the federation run. Its id is the same in every process, so its numbers go on after a restart."""
+    """One stream of the federation run. Its id never changes, so its numbering goes on after a restart."""
 
     def __init__(self, journal: Journal, job: str, what: str, health: DeliveryHealth) -> None:
         self.name = hashlib.sha256(f"{job}\0{what}".encode()).hexdigest()[:32]

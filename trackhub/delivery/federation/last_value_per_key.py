@@ -26,9 +26,9 @@ class RowDigest:
 
     Attributes:
         keys: the keys that are not ignored.
-        values: the last value of each of these keys. It may hold ignored keys as well.
-        rounds: the rounds of all records with such a key.
-        steps_are_rounds: each of these records has its round as its step.
+        values: key -> its last value, for these keys. It may hold ignored keys as well.
+        rounds: the rounds of all records that have a key in ``keys``.
+        steps_are_rounds: True if the step of each such record is the record's round.
         time: unix seconds of the row's last metrics.
     """
 
@@ -77,7 +77,7 @@ class RowDigest:
             self.values.update(record.payload.values)  # type: ignore[union-attr, arg-type]
 
     def is_usable(self) -> bool:
-        """Return whether it says all that must be known. If not, the row must be read."""
+        """Return whether the digest is enough. If not, the row must be read."""
         return len(self.rounds) <= 1 and len(self.keys) <= MAX_KEYS_OF_DIGEST
 
 
