@@ -2,8 +2,7 @@
 """The receiver: accepts batches from sites, stores them in its journal, acknowledges them, and runs the lanes.
 
 A transport calls it with each request: the FLARE widget, `trackhub.local_tracking`, `replay_journal_or_spool`, or the
-transport of another system. It trusts the site's name that the transport passes: the transport must verify the name
-first.
+transport of another system. It trusts the site's name. The transport must verify the name first.
 """
 
 from __future__ import annotations
@@ -488,8 +487,7 @@ class Receiver:
         # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
-        # Make a lane stop waiting for a locked journal before `join` gives up. Otherwise the lane would count as
-        # hanging.
+        # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
         self._journal.limit_waits(deadline + END_S / 2)
         if self.federation is not None:  # before the lanes look for the last time
             self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))
