@@ -66,18 +66,18 @@ class BlobStore:
         return self.path(site, name) is not None
 
     def path(self, site: str, name: str) -> Path | None:
-        """Return the file of this blob; None if the blob is not here completely."""
+        """Return the file of this blob; None if the blob is missing or incomplete."""
         if _NAME.fullmatch(name) is None:
             return None
         paths = (self.folder(site) / name, self.folder(site) / f"{name}{_UNNAMED}")
         return next((path for path in paths if _is_plain(path)), None)
 
     def missing(self, site: str, names: Iterable[str]) -> str | None:
-        """Return the first of these blobs that is not here completely; None if all are here."""
+        """Return the name of the first incomplete or missing blob; None if all blobs are complete."""
         return next((name for name in names if not self.has(site, name)), None)
 
     def note_named(self, site: str, names: Iterable[str]) -> None:
-        """Give the files of these blobs their final names. Call it before the records that refer to them are stored.
+        """Give these blobs' files their final names. Call it before the records that refer to the blobs are stored.
 
         Raises:
             OSError: a file cannot be renamed.

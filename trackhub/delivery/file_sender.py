@@ -45,7 +45,8 @@ class Pace:
 
         Args:
             max_bytes: the most bytes in a piece.
-            timeout_s: the longest wait for the reply to a piece, in seconds. A piece takes a third of it at most.
+            timeout_s: the longest wait for the reply to a piece, in seconds. A piece should take a third of this time
+                at most.
         """
         self._max_bytes = max_bytes
         self._piece_s = min(_PIECE_S, timeout_s / 3)

@@ -30,7 +30,8 @@ class JobSites:
         """Know of no site yet.
 
         Args:
-            silence_s: how long a site may send nothing, in seconds. After that, nobody waits for the site any more.
+            silence_s: a site that sends nothing for this long, in seconds, counts as silent. `wait` does not wait for
+                it.
         """
         self.without_sender: set[str] = set()
         self._silence_s = silence_s
@@ -111,7 +112,7 @@ class JobSites:
         return job
 
     def wait(self, sites: Iterable[str], timeout_s: float, files_s: float = 0.0) -> set[str]:
-        """Wait until each site has ended or is silent, and return those that have not ended.
+        """Wait until each site has ended or is silent, and return the sites that have not ended.
 
         Args:
             sites: their names.

@@ -123,8 +123,8 @@ class Receiver:
                 here and nowhere else.
             limits: how much, how often and how long.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
-            ended: for a replay, how the job ended. The final messages then come from the replay and not from the sites,
-                so they do not say how training ended. None for a job that runs.
+            ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
+                training ended. None for a running job.
             federation: what the job's federation run holds; None for no such run. It needs the records of all sites.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job

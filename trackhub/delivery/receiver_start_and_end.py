@@ -48,7 +48,7 @@ def store_start(
         job: the job.
         run_dir: the job's run folder, absolute.
         backends: name -> options of each backend, as they were given. A replay resolves their secrets anew.
-        status: how the job ended or will end; empty if nobody knows yet.
+        status: how the job ended or will end; empty if that is not known yet.
         silence_s: ``limits.silence_s``.
 
     Raises:

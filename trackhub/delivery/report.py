@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delivery report: what became of every record, by site, backend and reason, and whether the sums add up.
+"""The delivery report: what became of every record at each site and backend, and whether the sums add up.
 
 `journal.report_builder` makes it from a journal. The receiver stores it as ``delivery.json``; `report_text` makes
 tables of it. ``trackhub status``, ``watch``, ``replay`` and ``report`` ask it what is wrong.
@@ -97,7 +97,7 @@ class SiteReport(msgspec.Struct, kw_only=True):
         return self.counted in (Counted.FINAL, Counted.OPEN) and self.adds_up()
 
     def adds_up(self) -> bool:
-        """Return whether the site's own counts and the receiver's counts of it do not contradict each other."""
+        """Return whether the site's own counts and the receiver's counts fit together."""
         adds_up_there = self.at_site is None or self.at_site.adds_up()
         adds_up_here = self.received == self.duplicates + self.journaled + sum(self.refused.values())
         return adds_up_there and adds_up_here and not self.lacking()

@@ -191,7 +191,7 @@ def format_together(folders: Sequence[str]) -> list[str]:
 
 
 def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, str]:
-    """Return how much of a run is confirmed, and why not all of it is."""
+    """Return how many records of a run are confirmed, and why the others are not."""
     outcomes = [*run.rejected.items()] if run else []
     if site is not None and (counts := site.at_site) is not None:
         outcomes += [*counts.dropped.items()]

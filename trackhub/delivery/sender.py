@@ -210,7 +210,7 @@ class Sender:
         else:
             self._join()
         if self._thread.is_alive():
-            # The channel does not return. Only the sender's thread may use the reader, so nobody can count again.
+            # The channel does not return. Only the sender's thread may use the reader. So do not count again.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.warning(
                 "the sender of site %s does not return from a request. After the job, deliver what is left with "
@@ -384,7 +384,7 @@ class Sender:
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
 
     def _place_streams(self) -> bool:
-        """Ask the receiver what it has of the streams whose cursor file is lost. Return False if it does not reply.
+        """Ask the receiver how far it has the streams whose cursor file is lost. Return False if it does not reply.
 
         Without this, records that the receiver has and the spool has deleted would count as lost. The sender would also
         send the other records again.

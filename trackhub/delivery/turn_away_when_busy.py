@@ -21,7 +21,7 @@ class Admission:
     """Admits one request of a site at a time, and few requests altogether. Thread-safe; never waits.
 
     A site sends its request again when the reply is late. Without this, the copies of a request that waits for a locked
-    journal pile up in the transport's threads. FLARE's pool has 64 of them, for all that the job sends.
+    journal pile up in the transport's threads. FLARE's pool has 64 threads, for all messages of the job.
 
     A site *crowds* if it asks again before it has a reply. An honest sender does so only when a reply is late. If a
     site crowds all the time, its next request is here when its last one is done. The next requests of other sites are

@@ -83,7 +83,7 @@ class SiteCounts(msgspec.Struct, kw_only=True):
         at_source: True if the site records FLARE's own log calls where they are made. False if it takes FLARE's
             messages.
         by_message: how many of the records in ``logged`` came in messages of another process. Such a record is counted
-            when its message arrives, so nobody knows how many were lost.
+            when its message arrives. How many were lost on the way is not known.
         not_captured: other loggers that the site's scripts used, and that the job does not capture.
         not_used: loggers that the job captures, although no process of the site was seen to use them.
         retries: requests that the site's sender had to send again, since no reply came in time or the receiver was
@@ -219,7 +219,7 @@ class Final(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 
 class StreamState(msgspec.Struct, frozen=True, array_like=True):
-    """What a receiver has of one stream.
+    """How far a receiver has one stream.
 
     Attributes:
         next_seq: the number of the record that the receiver expects next.
@@ -237,8 +237,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
         next: in reply to a chunk, the offset that the receiver expects next, in bytes; otherwise 0.
         job: in reply to Hello, the job whose records the receiver stores. Empty if another journal has the job's first
             records, so that this receiver does not know how the streams began.
-        streams: in reply to Hello, stream -> what the receiver has of it, for the streams that were asked for. A stream
-            is left out if the receiver has nothing of it.
+        streams: in reply to Hello, stream -> how far the receiver has it, for the streams that were asked for. A stream
+            is left out if the receiver does not know it.
         refused: in reply to a batch, reason -> how many of the batch's records the receiver will never accept. The
             receiver has stored the others.
         status: in reply to Final, how the job ends: a value of `RunStatus`, or empty if the receiver does not know yet.
@@ -322,8 +322,8 @@ def refusal(reason: str, detail: str) -> bytes:
     """Return the reply by which a transport refuses a request in place of a receiver.
 
     Use it where no receiver will ever answer, for example because none was configured for this site. A sender whose
-    first request is refused stops asking and keeps its records in the spool. A batch that is refused later is counted
-    as refused and not sent again, so raise `ChannelError` instead for everything that may pass.
+    first request is refused stops asking and keeps its records in the spool. A batch that is refused later is lost: it
+    is counted as refused and not sent again. So raise `ChannelError` instead for every problem that may pass.
 
     Args:
         reason: one word, under which the delivery report counts what was refused.

@@ -57,7 +57,7 @@ class Ack(msgspec.Struct, array_like=True):
 
         Args:
             batch: the batch.
-            refused: how many of its records the receiver refused, by reason.
+            refused: reason -> how many of its records the receiver refused.
         """
         return Ack(
             batch.segment,
@@ -84,7 +84,7 @@ class Retired(msgspec.Struct, array_like=True):
     Attributes:
         streams: how many streams are retired.
         logged, withheld, acked: as in `trackhub.spool.counts.StreamCount`.
-        dropped, refused: as there, by reason.
+        dropped, refused: reason -> records, as in `trackhub.spool.counts.StreamCount`.
         names: the retired streams that may still have files, because another reader needs them or a crash left them.
         altered, withheld_by_rule, altered_by_rule: as in `trackhub.spool.counts.StreamCount`.
     """

@@ -94,7 +94,7 @@ def look(folder: Path, streams: dict[str, FollowedStream], make: Callable[[str],
 
     Args:
         folder: the spool's folder.
-        streams: the streams that are known, by name. New ones are added, in the order of their names.
+        streams: name -> stream, for the known streams. New streams are added, in the order of their names.
         make: called with the name of an unknown stream. Returns the stream to add, or None to ignore its files.
 
     Raises:

@@ -204,7 +204,7 @@ class SpoolReader:
 
         Args:
             batch: what ``next_batch`` returned last for its stream.
-            refused: how many of its records the receiver refused, by reason; None if it accepted all.
+            refused: reason -> how many of the batch's records the receiver refused; None if it accepted all.
 
         Raises:
             OSError: the cursor cannot be stored; the batch will be sent again after a restart.
@@ -424,7 +424,7 @@ class SpoolReader:
                 blob_file(self.folder, name).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete files that nobody needs, but that an earlier reader left when it died."""
+        """Delete files that an earlier reader should have deleted, and left when it died."""
         assert self._retirement is not None
         self._retirement.clean_up()
         for stream in self._streams.values():

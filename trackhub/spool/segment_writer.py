@@ -49,7 +49,7 @@ class SegmentFile:
         """Return two offsets up to which to reserve room for a frame of this size: the wanted one and the lowest one.
 
         A stream wants as much room as its segment already holds. So a process that logs little takes little room from
-        the others, and a process that logs much seldom has to reserve.
+        the others, and a process that logs a lot does not have to reserve often.
         """
         least = self.offset + size
         return max(least, min(self._max_bytes, self.offset + max(self.offset, _SHARE_BYTES))), least

@@ -36,7 +36,7 @@ def find_sound_frame(data: bytes, seq: int, *, closed: bool) -> int | None:
     Args:
         data: bytes of a segment, from a place where a frame should start.
         seq: the number that the frame's record should have.
-        closed: True if nobody writes to the segment any more. Then an incomplete frame is damage.
+        closed: True if the segment's writer has finished it. Then an incomplete frame is damage.
     """
     if _is_sound(data, 0, seq):
         return 0

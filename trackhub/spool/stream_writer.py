@@ -130,8 +130,8 @@ class Stream:
             segment.cut_torn_frame()
             self.drop("disk_full", f"{written} of {size} bytes could be written")
             return False
-        # No call may stand between these lines. All of them must run or none, and a signal handler, which may raise,
-        # runs only at a call.
+        # Put no call between these lines. Either all of them must run, or none. A signal handler, which may raise, runs
+        # only at a call.
         self.next_seq = seq + 1
         segment.offset += size
         drops.gaps = []

@@ -124,8 +124,8 @@ class LedgerCounts(NamedTuple):
 
     Attributes:
         logged: log calls that returned.
-        dropped: drops by reason.
-        left_out: values that were left out of records, by reason.
+        dropped: reason -> dropped records.
+        left_out: reason -> values that were left out of records.
         reserved: the offset up to which room is reserved in the stream's last segment.
         is_counted: False if the file is empty, because the disk had no room for the writer's counts.
     """

@@ -464,7 +464,7 @@ def _record_of(output: Output) -> Record:
 
 
 def _metrics(row: Row) -> Iterable[Record]:
-    """Return the metrics in a row, in their order, without those that cannot be read."""
+    """Return the readable metrics in a row, in their order."""
     bodies, end = metrics_bodies(row.frames, 0, row.records)
     if end == len(row.frames):
         with suppress(msgspec.DecodeError):

@@ -38,7 +38,7 @@ class RowDigest:
         """Begin with no record.
 
         Args:
-            ignored: keys that nobody asks for. The set may grow later.
+            ignored: keys that are not aggregated. The set may grow later.
         """
         self._ignored = ignored
         self.keys: set[str] = set()
@@ -96,7 +96,7 @@ class KnownRows:
         Args:
             row: the row's id in the journal.
             site: the site that logged its records.
-            digest: what is kept of it.
+            digest: the row's digest.
         """
         with self._lock:
             if len(self._rows) >= _MAX_ROWS or self._keys >= _MAX_KEYS:

@@ -33,7 +33,7 @@ class Connections:
     """The connections of one journal file. Thread-safe. `transaction` and `reading` raise JournalError after `close`.
 
     Threads write in turns. A thread whose turn it is tries once to lock the file. If another program has the file
-    locked, the thread gives its turn back before it waits, so that nobody waits behind it.
+    locked, the thread gives its turn back before it waits, so that other threads can take theirs.
     """
 
     def __init__(self, path: Path, *, durability: str, wait_s: float) -> None:
@@ -80,7 +80,7 @@ class Connections:
 
     @contextmanager
     def transaction(self, wait_s: float) -> Iterator[sqlite3.Connection]:
-        """Write in one transaction: all of it is stored when the ``with`` block ends, or nothing if it raises.
+        """Write in one transaction: everything is stored when the ``with`` block ends. If it raises, nothing is stored.
 
         Args:
             wait_s: the longest wait for other threads and other programs, in seconds.
@@ -158,7 +158,7 @@ class Connections:
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
     def _take_turn(self, deadline: float) -> None:
-        # The first try needs no clock. In nearly all cases nobody has the turn.
+        # The first try needs no clock. In nearly all cases the turn is free.
         while not self._turn.acquire(blocking=False):
             left_s = self._left_s(deadline)
             if left_s <= 0:

@@ -268,7 +268,8 @@ class Journal:
             if same_sender and message.number <= number:
                 return
             known = _read_counts(counts)
-            # Only a FLARE client knows these facts. A replay, or a sender that was started again, does not send them.
+            # Keep these facts: only a FLARE client's first sender knows them. A replay or a restarted sender does not
+            # send them.
             message.counts.at_source |= known.at_source
             message.counts.not_captured = message.counts.not_captured or known.not_captured
             message.counts.not_used = message.counts.not_used or known.not_used
@@ -302,7 +303,7 @@ class Journal:
     def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
         """Return stream -> how far the journal has it.
 
-        A stream is left out if the journal has nothing of it, or if another journal has its beginning.
+        A stream is left out if the journal does not know it, or if another journal has its beginning.
         """
         query = "SELECT s.id, s.name, s.next_seq FROM streams s JOIN sites ON sites.id = s.site WHERE sites.name = ?"
         found = {row[0]: row[1:] for row in self._fetch(query, site) if row[1] in streams}
@@ -426,7 +427,7 @@ class Journal:
         self.save_runs({(lane, site): RunState(written, confirmed, progress)})
 
     def save_runs(self, runs: Mapping[tuple[str, int], RunState], *, wait_s: float = WAIT_S) -> None:
-        """Store how far lanes got with several runs, in one transaction: all of it or nothing.
+        """Store how far lanes got with several runs, in one transaction: the states of all runs or none.
 
         Args:
             runs: (lane's name, site's id) -> the state of the run.

@@ -114,7 +114,7 @@ def _complete_facts(found: Found, path: Path) -> None:
 
 
 def _correct_ids(found: Found) -> None:
-    """Correct the id of a site or stream if a bit of it has changed. The indexes then have its name with another id."""
+    """Correct the id of a site or stream if a bit of it has changed. Then the indexes have the name with another id."""
     for i, site in list(found.sites.items()):
         others = {j for (name, j), n in found.names.items() if n and name == site.name and j not in found.sites}
         if not found.names[site.name, i] and len(others) == 1:
@@ -358,7 +358,7 @@ def _write_batches(
 def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
     """Yield the ranges of positions that no readable row has.
 
-    They are divided so that each lane has settled all of a range, or nothing of it.
+    They are divided so that each lane has settled a whole range or none of its records.
     """
     settled = defaultdict(set)
     for (_, i), run in found.runs.items():

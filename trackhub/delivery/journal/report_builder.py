@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the delivery report of a journal: counts its records by site, by backend and by outcome.
+"""Makes the delivery report of a journal: counts the records for each site, backend and outcome.
 
 The receiver calls it when it finishes. ``trackhub status`` and ``trackhub replay`` call it at any time.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the rows of a damaged journal page by page, and sorts them by table. `rebuild` makes a sound journal of them.
+"""Reads the rows of a damaged journal page by page, and sorts them by table. `rebuild` makes a sound journal from them.
 
 The file does not say which table a page belongs to. So the number and the types of a row's columns tell its table.
 """

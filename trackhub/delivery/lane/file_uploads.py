@@ -124,7 +124,7 @@ class FileQueue:
         outcome = _write(run, due.entry)
         with self._lock:
             if not outcome.is_settled:
-                # It goes behind the others, so that one bad file does not hold up the rest.
+                # Move this file behind the other files, so that it does not delay them.
                 wait_s = checked_wait_s(getattr(outcome.error, "retry_after_s", None))
                 outcome = outcome._replace(is_first=due.backoff.failures == 0)
                 due.not_before = time.monotonic() + due.backoff.next_wait_s(wait_s)

@@ -233,7 +233,7 @@ class Lane:
         can = self._backend.capabilities  # read only now: the preflight may have changed them
         if can.files_beside and not can.redelivery.needs_order:
             self._uploads = FileUploads(self.name, self.notify)
-        active = set(self._journal.sites())  # those that may have something to deliver
+        active = set(self._journal.sites())  # the sites that may have something to deliver
         while not self._stop.is_set():
             # Clear the event before anything is read, so that later news sets it again. Otherwise the lane could sleep
             # through `begin_finish`, and the job would end only at its deadline.
@@ -321,7 +321,7 @@ class Lane:
     def _end_runs(self, ending: _Ending) -> None:
         """End the runs that are still open, although some records are not confirmed.
 
-        If nobody replays the job, the backend must not show these runs as running for ever.
+        Perhaps the job is never replayed. Even then, the backend must not show these runs as running for ever.
         """
         left = [run for run in self._runs.values() if run.is_open()]
         while left and not self._stop.is_set():

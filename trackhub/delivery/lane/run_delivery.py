@@ -446,7 +446,7 @@ class RunDelivery:
         return not self._isolation.is_empty() or self._all_written(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
-        flush_now = flush_now and not self._cursor.left_out  # asking for these again without a pause would be a loop
+        flush_now = flush_now and not self._cursor.left_out  # asking again without a pause would be a busy loop
         return self._flush_due is not None and (flush_now or time.monotonic() >= self._flush_due)
 
     def _flush(self, run: BackendRun) -> bool:
