@@ -124,8 +124,8 @@ class BlobStore:
         A piece at another offset than the expected one is not stored. The sender goes on from the offset returned.
 
         Returns:
-            None if the blob can never be accepted: its bytes do not match its digest, or no blob can have its name,
-            digest or size.
+            The offset. None if the blob can never be accepted: its bytes do not match its digest, or no blob can have
+            its name, digest or size.
 
         Raises:
             OSError: the piece cannot be written.

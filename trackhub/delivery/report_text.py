@@ -161,7 +161,7 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
     """Return what each backend stored of a job, and how to look at it, for the end of the script that ran the job.
 
     Args:
-        reports: the receiver's site, or ``server`` -> its report.
+        reports: receiver (the name of its site, or ``server``) -> its report.
     """
     rows = [("site", "receiver", "backend", "confirmed", "remarks")]
     runs_shown: list[tuple[str, RunReport]] = []

@@ -268,7 +268,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The receiver cannot accept the request now: it starts or closes, or its disk is full. Send it again later."""
+    """The receiver cannot accept the request now: it starts, closes or is busy, or its disk is full. Send it again
+    later."""
 
     detail: str
 

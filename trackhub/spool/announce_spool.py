@@ -2,8 +2,8 @@
 """Announces a spool to the writers of a site, and finds the announced spool.
 
 The transport that runs the sender announces it. ``spool_env`` makes the value of an environment variable that trainers
-inherit. ``set_process_spool`` tells only this process, and ``announce_to_children`` also the programs that it starts.
-`trackhub.writer.spool_choice` finds the spool for a new writer.
+inherit. ``set_process_spool`` tells only this process. ``announce_to_children`` also tells the programs that this
+process starts. `trackhub.writer.spool_choice` finds the spool for a new writer.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def find_spool(announced: str | None = None) -> Path:
         is_missing = isinstance(e.__cause__, FileNotFoundError) or not isinstance(e.__cause__, OSError)
         if claim.info is None or (is_missing and not claim.reason):
             raise ConfigError(f"{SPOOL_ENV} names a spool that is not there: {e}") from e
-        # The disk is full, or this process has no free descriptor. Until that changes, its records are dropped and
-        # counted.
+        # The disk is full, or this process has no free descriptor. Meanwhile, the records of this process are dropped
+        # and counted.
         info = claim.info
         expect_spool(folder, info, claim.reason or "io_error")
     if (info.site, info.job) != (claim.site, claim.job) or not info.open:

@@ -27,7 +27,7 @@ _WARN_EVERY_S = 60.0
 
 
 class DropsTold:
-    """What a writer has logged about its drops. Its streams share this, so that it warns at most once a minute.
+    """What a writer has logged about its drops. All its streams share this, so that it warns at most once a minute.
 
     Attributes:
         at: when the writer last warned.

@@ -80,7 +80,8 @@ class SpoolInfo(msgspec.Struct, frozen=True):
         format: version of the frames.
         name, notes, tags: what a person reads about the job, as in `trackhub.job_and_run_info.JobInfo`. A replay
             without the receiver's journal needs them to write to runs of the same names.
-        policy: what may leave the site: `trackhub.policy.SiteRules.plain`. The spool's reader applies it.
+        policy: the rules for what may leave the site, as `trackhub.policy.SiteRules.plain` returns them. The spool's
+            reader applies it.
     """
 
     site: str
@@ -112,14 +113,13 @@ def create_spool(folder: Path, info: SpoolInfo) -> bool:
 
     Args:
         folder: where to create it.
-        info: what its ``spool.json`` is to say.
+        info: the content of its ``spool.json``.
 
     Returns:
         True if the spool exists now; False if it is expected.
 
     Raises:
-        SpoolError: the configuration is wrong: the folder holds the spool of another site or job, or its path leads
-            through a file.
+        SpoolError: the folder holds the spool of another site or job, or its path cannot be a folder's path.
     """
     try:
         _create(folder, info)
@@ -142,7 +142,7 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
 
     Args:
         folder: where to create it.
-        info: what its ``spool.json`` is to say.
+        info: the content of its ``spool.json``.
 
     Raises:
         SpoolError: the folder holds the spool of another site or job, and there is no temporary folder.
@@ -307,7 +307,7 @@ def set_policy(folder: Path, policy: dict[str, Any]) -> None:
 def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
     """Lock one reader's end of a spool for this process. A killed process leaves no lock.
 
-    The sender of a running job holds this lock, or a replay. Without the lock, two senders would send the same records.
+    The sender of a running job or a replay holds this lock. Without it, two senders would send the same records.
 
     Args:
         folder: the spool's folder.

@@ -281,7 +281,7 @@ class SpoolReader:
             by_ledger: read no records, and count everything by the ledgers.
 
         Returns:
-            The counts by stream. `RETIRED` has the counts of all retired streams.
+            Stream -> its count. `RETIRED` has the counts of all retired streams.
 
         Raises:
             OSError: the folder cannot be read.

@@ -35,7 +35,7 @@ class Retirement:
     """The streams of a spool that one reader has retired.
 
     Attributes:
-        total: their counts.
+        total: the counts of these streams, added up.
     """
 
     def __init__(self, folder: Path, cursor: str, cursors: Iterable[str]) -> None:

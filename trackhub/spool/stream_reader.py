@@ -112,7 +112,7 @@ class SegmentReader:
     ) -> tuple[SpoolBatch | None, int]:
         """Return the first batch in the rest of this segment (None if there is none) and the number of bytes read."""
         path = self._folder / segment_name(stream, place.segment)
-        # A small read is mostly enough. The largest one is for damage that is longer than a frame.
+        # A small read is mostly enough. The largest read is for damage that is longer than a frame.
         for limit in (_FEW_BYTES, max_bytes + _READ_MARGIN, _SEGMENT_MAX_BYTES):
             data = _read(path, place.offset, limit)
             is_rest = len(data) < limit

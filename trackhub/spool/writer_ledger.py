@@ -36,7 +36,7 @@ DROP_REASONS = (
 """Why a writer drops a record."""
 
 LEFT_OUT_REASONS = ("invalid_value",)
-"""Why a writer leaves single values out of a record and stores the others: they cannot be stored."""
+"""Why a writer leaves single values out of a record. The other values of the record are stored."""
 
 _DROPS, _LEFT_OUT = len(DROP_REASONS), len(LEFT_OUT_REASONS)
 _COUNTS = struct.Struct(f"={1 + _DROPS + _LEFT_OUT}Q")
@@ -66,7 +66,7 @@ class Ledger:
             os.close(fd)
             raise
         self._lock: ProcessLock | None = None
-        # A call that a signal handler interrupted may hold the lock. The stream is then never retired.
+        # This fails if a signal handler interrupted a call that holds the lock. The stream is then never retired.
         with contextlib.suppress(BlockingIOError):
             self._lock = ProcessLock(fd)
             if self._lock.is_locked:

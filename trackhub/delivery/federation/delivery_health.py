@@ -75,7 +75,7 @@ class DeliveryHealth:
         self._arrivals.note(row, self._clock())
 
     def values(self) -> dict[str, float]:
-        """Return the numbers by key. A key that holds a site's name may be invalid for a record.
+        """Return key -> number. A key that holds a site's name may be invalid for a record.
 
         Raises:
             JournalError: the journal cannot be read.

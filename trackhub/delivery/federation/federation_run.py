@@ -373,12 +373,12 @@ class _Waiting:
             return True
 
     def records(self) -> list[Record]:
-        """Return what waits."""
+        """Return the waiting records."""
         with self._lock:
             return list(self._records)
 
     def remove_first(self, count: int) -> None:
-        """Remove what is in the journal now."""
+        """Remove the first waiting records: the journal has them now."""
         with self._lock:
             del self._records[:count]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the aggregation must know of the metrics in one row of the journal: the last value of each key, and the round.
 
-The gate fills a `RowDigest` for each batch while it checks the batch's records. The aggregation then need not read and
-decode the row again, which would take a tenth of the receiver's time or more.
+`check_received_batch` fills a `RowDigest` for each batch while it checks the batch's records. The aggregation then need
+not read and decode the row again, which would take a tenth of the receiver's time or more.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RowDigest:
 
         Args:
             keys: the keys of all these records.
-            records: metrics. One at least.
+            records: metrics; at least one.
         """
         self.time = records[-1].time
         wanted = keys - self._ignored

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal as its receiver uses it. It stores each batch, gives the batches to the lanes, and keeps their cursors.
+"""The journal as its receiver uses it. It stores batches, gives them to the lanes, and keeps the lanes' cursors.
 
 A row is a batch, stored as it arrived. One transaction stores the batch and the stream's next ``seq``. So the journal
 recognises a batch that is sent again after a lost acknowledgement. The receiver's threads and the lanes call it.

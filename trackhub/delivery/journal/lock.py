@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock that one process holds while it may write to a journal. It ends with the process, even a killed one.
+"""The lock that one process holds while it may write to a journal. A killed process releases it.
 
 `Journal` and `repair` take it. ``trackhub status`` asks whether a process holds it. If the lock is free and the journal
 does not say how the job ended, the job was killed.

@@ -29,7 +29,7 @@ class SiteMetrics:
         round: the newest round of its metrics. None if they have no round.
         step: the highest step of its metrics, which shows how far training got. Validation may log lower steps, if it
             counts rounds. None if the metrics have no step.
-        values: the newest value of each key. Keys that were logged last come last.
+        values: key -> its newest value. Keys that were logged last come last.
     """
 
     round: int | None = None

@@ -38,7 +38,7 @@ class PruneResult(NamedTuple):
     """What was removed from a journal.
 
     Attributes:
-        records: site -> how many of its records.
+        records: site -> how many of its records were removed.
         freed_bytes: how much smaller the journal and the folder of its files are.
         kept: site whose records stay -> the reason.
     """
@@ -51,9 +51,9 @@ class PruneResult(NamedTuple):
 def prune_journal(path: Path) -> PruneResult:
     """Remove the records of the sites that are delivered to all backends. Blocks while SQLite writes the file anew.
 
-    A site's records stay if one is pending at a backend, or if its run there is not finished. They also stay if each
-    backend rejected some of them, or if the site's spool may hold more. This may be killed at any moment, and called
-    again.
+    A site's records stay if one of them is pending at a backend, or if the site's run there is not finished. They also
+    stay if each backend rejected some of them, or if the site's spool may hold more. This may be killed at any moment,
+    and called again.
 
     Args:
         path: the journal of a job that has ended.

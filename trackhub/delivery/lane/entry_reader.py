@@ -121,7 +121,7 @@ class EntryReader:
         return entries
 
     def _adapt(self, stream: str, position: int, kind: int, body: bytes, entries: list[Entry]) -> None:
-        """Append the record's entry. If the record becomes none, count why."""
+        """Append the record's entry. If the record cannot become an entry, count the reason."""
         if kind not in _KNOWN_KINDS:
             detail = f"a newer trackhub at the site logged it, with kind {kind}; update the receiver's trackhub"
             self._cursor.reject(Rejection(position, "unknown_kind", detail))
