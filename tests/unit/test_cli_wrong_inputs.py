@@ -93,7 +93,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["replay", "JOBS/good", "--timeout-s", "-1"], 2, "-1.0 is not in the range"),
         (["replay", "JOBS/good", "--workspace", "JOBS/nowhere"], 2, "does not exist"),
         (["prune", "JOBS/spool only"], 1, "only a spool, which deletes its own files"),
-        (["prune", "JOBS/text"], 1, "`trackhub replay` repairs a damaged one"),
+        (["prune", "JOBS/text"], 1, "`trackhub replay` repairs a damaged journal"),
         (["attach", "JOBS/nowhere", "--server", "jsonl"], 2, "does not exist"),
         (["attach", "JOBS/empty", "--server", "jsonl"], 1, "meta.json"),
         (["attach", "JOBS/job", "--server", "jsonl"], 1, "meta.json"),

@@ -113,8 +113,8 @@ class BlobStore:
         if reached is None:
             return Refused(
                 "blob_damaged",
-                f"blob {chunk.name[:80]!r} has no name, size or digest that a sender makes, or its bytes do not match "
-                "its digest: the file was damaged at the site",
+                f"the name, size or digest of blob {chunk.name[:80]!r} is not valid, or its bytes do not match its "
+                "digest: the file was damaged at the site",
             )
         return Accepted(reached)
 

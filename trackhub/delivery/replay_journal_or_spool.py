@@ -168,7 +168,7 @@ def replay_spool(
         sender.close(timeout_s)
         return receiver.finish(status, deadline_s=timeout_s)
     except OSError as e:
-        raise SpoolError(f"cannot read or write the spool {spool}: {e}; this user must be able to do both") from e
+        raise SpoolError(f"cannot use the spool {spool}: {e}; this user must be able to read and write it") from e
     finally:
         lock.release()
 

@@ -268,8 +268,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """The receiver cannot accept the request now: it starts, closes or is busy, or its disk is full. Send it again
-    later."""
+    """The receiver starts, closes or is busy, or its disk is full. Send the request again later."""
 
     detail: str
 

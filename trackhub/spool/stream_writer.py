@@ -168,7 +168,7 @@ class Stream:
             self.drops.abandon()
         segment.close()
         drops.close()
-        self.drops.warn_of_closed_files(f"up to {unseen} earlier records may be lost, and the report counts them")
+        self.drops.warn_of_closed_files(f"up to {unseen} earlier records may be lost; the report counts the lost ones")
         return True
 
     def _make_room(self, size: int) -> bool:

@@ -81,8 +81,8 @@ def prune_journal(path: Path) -> PruneResult:
         return PruneResult(removed, max(0, before - _size(path)), kept)
     except (sqlite3.Error, OSError, UnicodeDecodeError) as e:
         raise JournalError(
-            f"cannot prune the journal {path}: {e}; `trackhub replay` repairs a damaged one, and a full disk needs as "
-            "much room as the journal takes afterwards"
+            f"cannot prune the journal {path}: {e}; `trackhub replay` repairs a damaged journal; on a full disk, free "
+            "as much room as the pruned journal takes"
         ) from e
     finally:
         lock.release()

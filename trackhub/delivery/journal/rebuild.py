@@ -108,8 +108,8 @@ def _complete_facts(found: Found, path: Path) -> None:
         raise JournalError(f"the journal {path} is damaged, and nothing in it can be read")
     if missing := [key for key in ("job", "side") if key not in found.meta]:
         raise JournalError(
-            f"the journal {path} is damaged, and its {' and '.join(missing)} cannot be read; nobody can say which runs "
-            f"its {sum(batch.records for batch in found.batches.values())} readable records belong to"
+            f"the journal {path} is damaged, and its {' and '.join(missing)} cannot be read; so the runs of its "
+            f"{sum(batch.records for batch in found.batches.values())} readable records are not known"
         )
 
 

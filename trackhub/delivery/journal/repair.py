@@ -65,8 +65,8 @@ def repair(path: Path) -> bool:
         return True
     except (sqlite3.Error, OSError) as e:
         raise JournalError(
-            f"the journal {path} is damaged, and the repaired one cannot be written beside it: {e}; it needs as much "
-            "space as the damaged one, and a folder that can be written to"
+            f"the journal {path} is damaged, and the repaired one cannot be written beside it: {e}; make the folder "
+            "writable, and free as much space as the damaged journal takes"
         ) from e
     finally:
         lock.release()

@@ -61,7 +61,7 @@ class EntryReader:
         except (msgspec.DecodeError, UnicodeDecodeError):
             # The stored memory is damaged. Without it, records without a step would get steps that other records have.
             _log.warning(
-                "lane %s: its state of run %s in the journal is damaged; it delivers the run again from the start",
+                "lane %s: the journal's state of run %s is damaged; the lane delivers the run again from the start",
                 cursor.lane, cursor.site,
             )  # fmt: skip
             cursor.start_over()

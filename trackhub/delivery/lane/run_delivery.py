@@ -158,7 +158,7 @@ class RunDelivery:
             return False
         except Exception as e:
             # A defect of trackhub. It must stop only this run, so that the lane delivers the others.
-            _log.exception("backend %s, run %s: it is stopped; its records stay in the journal", self._lane, self.site)
+            _log.exception("backend %s: run %s is stopped; its records stay in the journal", self._lane, self.site)
             self._cursor.note_error(e)
             self._end("stopped")
             return False
@@ -254,7 +254,7 @@ class RunDelivery:
         except BaseException as e:
             state = "unfinished"
             self._cursor.note_error(e)
-            _log.warning("backend %s could not finish run %s (%s); it stays unfinished", self._lane, self.site, e)
+            _log.warning("backend %s could not finish run %s (%s); the run stays unfinished", self._lane, self.site, e)
         self._cursor.progress.results = self._results()
         self._end(state)
 
