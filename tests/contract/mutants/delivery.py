@@ -179,7 +179,11 @@ class _FailsFirst(Tampered):
 @caught_by(
     "test_transient_errors_lose_nothing",
     "test_unknown_errors_lose_nothing",
-    also=("test_redelivery_after_an_error_as_declared", "test_records_of_a_newer_trackhub_are_rejected"),
+    also=(
+        "test_probe_as_declared",
+        "test_redelivery_after_an_error_as_declared",
+        "test_records_of_a_newer_trackhub_are_rejected",
+    ),
 )
 class FailsForNoReason(Bad):
     run = _FailsFirst
@@ -245,7 +249,7 @@ class _Swallowing(Tampered):
 
 # The other check of an outage lets it pass: a run that was left open is opened by the replay, and then the store says
 # itself what it lacks.
-@caught_by("test_outage_loses_nothing")
+@caught_by("test_outage_loses_nothing", also=("test_probe_as_declared",))
 class SwallowsErrors(Bad):
     run = _Swallowing
 
@@ -258,7 +262,7 @@ class _Impatient(Tampered):
             raise PermanentError(str(error)) from error
 
 
-@caught_by("test_outage_loses_nothing", also=("test_end_is_bounded_in_an_outage",))
+@caught_by("test_outage_loses_nothing", also=("test_end_is_bounded_in_an_outage", "test_probe_as_declared"))
 class TakesAnOutageForTheEnd(Bad):
     run = _Impatient
 

@@ -159,6 +159,7 @@ class _BySeq(Tampered):
         "test_end_is_bounded_in_an_outage",
         *NEIGHBOURS,
         "test_outage_loses_nothing",
+        "test_probe_as_declared",
     ),
 )
 class KnowsARecordByItsSeq(Bad):

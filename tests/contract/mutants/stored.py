@@ -258,6 +258,7 @@ class _NotEqual(_StepFilter):
     also=(
         *NEIGHBOURS,
         "test_outage_loses_nothing",
+        "test_probe_as_declared",
     ),
 )
 class DropsLateSteps(Bad):
@@ -274,6 +275,7 @@ class HasLateStepsButClaimsNone(Bad):
     also=(
         *NEIGHBOURS,
         "test_outage_loses_nothing",
+        "test_probe_as_declared",
         "test_two_processes_of_a_site_share_its_run",
     ),
 )
