@@ -51,7 +51,8 @@ class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     Attributes:
         aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
-        aggregate_weight: the key of the metric that gives a site's weight in weighted means; None for its steps.
+        aggregate_weight: the key of the metric that gives a site's weight in weighted means. None for the number of
+            steps that the site trained, as FLARE reports it.
     """
 
     aggregate: tuple[str, ...] | None = None
