@@ -83,17 +83,23 @@ def _ask(name: str, options: Mapping[str, Any], folder: Path) -> Ready:
         context = BackendContext(folder / name, JobInfo("trackhub-check"), Side.LOCAL)
         context.workdir.mkdir()
         backend = cls(registry.build_options(name, cls, options), context)
-        try:
-            backend.preflight()
-        finally:
-            backend.close()
-    except TransientError as error:
-        return Ready(Readiness.NOT_NOW, str(error))
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything, and the others are still to be checked
-        word = Readiness.NOT_NOW if is_environment_trouble(error) else Readiness.NO
-        named = isinstance(error, ConfigError | PluginError)
-        return Ready(word, str(error) if named else f"{type(error).__name__}: {error}")
+        return _not_ready(error, stops=True)
+    try:
+        backend.preflight()
+    except Exception as error:  # noqa: BLE001
+        return _not_ready(error, stops=isinstance(error, ConfigError | ImportError))  # the same rule as in a lane
+    finally:
+        with contextlib.suppress(Exception):  # a lane only logs it
+            backend.close()
     return Ready(Readiness.YES, "")
+
+
+def _not_ready(error: Exception, *, stops: bool) -> Ready:
+    """Return what an error of a backend means. ``stops`` says whether such an error stops a job before training."""
+    word = Readiness.NO if stops and not is_environment_trouble(error) else Readiness.NOT_NOW
+    named = isinstance(error, ConfigError | PluginError | TransientError)
+    return Ready(word, str(error) if named else f"{type(error).__name__}: {error}")
 
 
 class _Warnings(logging.Handler):

@@ -170,7 +170,8 @@ class Store(Backend[StoreOptions]):
         """
         options = self.options
         while options.hang_while and os.path.exists(options.hang_while):
-            Path(options.hang_while).with_suffix(".reached").touch()
+            if (path := Path(options.hang_while)).name:  # none of "/", which is always there
+                path.with_suffix(".reached").touch()
             threading.Event().wait(0.1)
         if (options.down_while and os.path.exists(options.down_while)) or 0 < options.dies_at <= self.writes:
             raise PermanentError("the store is gone") if options.permanent else TransientError("connection refused")

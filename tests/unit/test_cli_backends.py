@@ -319,7 +319,7 @@ CANNOT_BE_USED = """
     [
         ("ConfigError('acme: nobody is logged in')", "no", "acme: nobody is logged in"),
         ("TransientError('the store sleeps')", "not now", "the store sleeps"),
-        ("SystemError('what is this')", "no", "SystemError: what is this"),
+        ("SystemError('what is this')", "not now", "SystemError: what is this"),
     ],
 )
 def test_the_check_says_why_a_backend_is_not_ready(
