@@ -281,7 +281,7 @@ def test_the_servers_part_must_be_replayed_before_the_sites_part(make_job: MakeJ
     early = job.replay(*flags, path=job.spool())
 
     assert early.wait() == 1
-    assert "replay that one first" in json.dumps(early.log + stored_errors(job))
+    assert "Replay that journal first" in json.dumps(early.log + stored_errors(job))
     for path_of in (job.journal, job.spool().parent):
         replay = job.replay(*flags, path=path_of)
         assert replay.wait() == 0, replay.log
