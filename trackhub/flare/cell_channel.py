@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries requests from the senders of clients to the receiver on the server, over FLARE's cells.
 
-The sender's widget makes the client's end, and the receiver's widget the server's. Like `flare_internals`, it uses
-FLARE beyond its documented interface.
+The sender's widget makes the client's end. The receiver's widget makes the server's end. Like `flare_internals`, this
+module uses parts of FLARE that are not documented.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class CellChannel:
     """Carries requests from clients to the receiver on the server, from cell to cell.
 
     The name of the server's job cell differs between the simulator and a provisioned federation. So a client first asks
-    for it with an auxiliary message. It then sends its requests to that cell, on a channel that only trackhub uses.
+    for the name with an auxiliary message. Then the client sends its requests to the named cell, on a channel that only
+    trackhub uses.
     """
 
     def __init__(self, engine: Any, component_id: str) -> None:
@@ -81,8 +82,8 @@ class CellChannel:
                 return make_cell_reply(CellReturnCode.INVALID_REQUEST, "not a trackhub request")
             return make_cell_reply(CellReturnCode.OK, body={_PAYLOAD: handle(site, payload[_PAYLOAD])})
 
-        # FLARE's Cell dispatches on the keyword `channel`. A callback that is given by position is registered where no
-        # request arrives.
+        # Pass `channel` by keyword. FLARE's Cell looks at this keyword. Without it, the callback would be registered
+        # where no request arrives.
         self._engine.get_cell().register_request_cb(channel=CHANNEL, topic=self._topic, cb=on_request)
         self._ready = True
 
@@ -100,7 +101,7 @@ class CellChannel:
         return reply
 
     def request(self, request: bytes, timeout_s: float) -> bytes:
-        """Client: send one request and return the reply. Blocks up to ``timeout_s``, twice for the first request.
+        """Client: send one request and return the reply. Blocks up to ``timeout_s``; the first time, up to twice that.
 
         Raises:
             NoReceiverError: the server has no receiver, and will have none.
@@ -159,9 +160,9 @@ def answer_for_sender(engine: Any) -> None:
 
 
 def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bool]:
-    """Server: ask sites whether they have a `TrackhubSender`. Return the answers of those that answered.
+    """Server: ask sites whether they have a `TrackhubSender`. Return site -> answer, for the sites that answered.
 
-    A client also answers "no" while its job process is still starting, and FLARE logs an error there.
+    While its job process is still starting, a client answers "no", and FLARE logs an error at the client.
 
     Args:
         engine: FLARE's engine on the server.
@@ -178,9 +179,9 @@ def have_sender(engine: Any, sites: list[str], timeout_s: float) -> dict[str, bo
 
 
 def _answer_in(reply: Any) -> bool | None:
-    """Return whether a site says that it has a sender, or None if it says anything else.
+    """Return True or False if a site says whether it has a sender. Return None for any other reply.
 
-    Never raises, since one malformed reply must not cost the answers of the other sites.
+    Never raises: otherwise one malformed reply would lose the answers of the other sites.
     """
     try:
         code = reply.get_return_code() if isinstance(reply, Shareable) else None
@@ -192,7 +193,7 @@ def _answer_in(reply: Any) -> bool | None:
 def note_sites_of_events(engine: Any) -> None:
     """Server: note in each client's event the site that it really comes from, before FLARE handles it.
 
-    FLARE itself takes the site's name from what the sender says of itself, and any site can claim any name there.
+    FLARE itself takes the site's name from a header that the sender writes. A site can write any name there.
     """
     # ``engine.get_cell()`` would be another cell in the simulator.
     agent = engine.server.command_agent
@@ -208,6 +209,6 @@ def note_sites_of_events(engine: Any) -> None:
 
 
 def _hide_abort_signal(fl_ctx: FLContext) -> None:
-    # FLARE does not wait for replies once the run's abort signal has triggered, which happens at every normal end of a
-    # client. So hide the signal, with put, since set_prop refuses to hide a sticky property.
+    # FLARE does not wait for replies once the run's abort signal has triggered. That happens at every normal end of a
+    # client. So hide the signal. Use put, since set_prop refuses to hide a sticky property.
     fl_ctx.put(key=ReservedKey.RUN_ABORT_SIGNAL, value=Signal(), private=True, sticky=False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a job's backends before FLARE's simulator starts, which runs all sites in this environment.
+"""Checks a job's backends before FLARE's simulator starts. The simulator runs all sites in this environment.
 
-`trackhub.flare.recipe` calls it. `trackhub.preflight` does the check. Without it, the script would end with FLARE's
-"return code 2", and the reason would be far up in the log.
+`trackhub.flare.recipe` calls it. `trackhub.preflight` does the check. Without this check, the script would end with
+FLARE's "return code 2", and the reason would be far up in the log.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _Options = Mapping[str, Any]
 
 
 def check_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]) -> None:
-    """Make the job's ``simulator_run``, which FLARE's ``SimEnv`` calls, first try each backend as a receiver would.
+    """Make the job's ``simulator_run`` first try each backend as a receiver would. FLARE's ``SimEnv`` calls it.
 
     Args:
         job: the FedJob.
-        receivers: of each receiver, the backends and their options.
+        receivers: for each receiver, backend -> options.
     """
     start = job.simulator_run
     tried: list[tuple[str, _Options]] = []
@@ -47,15 +47,15 @@ def _warn_of_space(workspace: str) -> None:
     path = os.path.abspath(workspace)
     if " " in path:
         warnings.warn(
-            f"trackhub: the simulator's workspace {path!r} has a space in its path, at which FLARE splits a command. "
-            "So no client will start. Use another one: SimEnv(workspace_root=...)",
+            f"trackhub: the simulator's workspace {path!r} has a space in its path. FLARE splits a command there, so "
+            "no client will start. Use a path without spaces: SimEnv(workspace_root=...)",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _check(name: str, options: _Options) -> None:
-    """Raise ConfigError if the job would be stopped before training because of this backend."""
+    """Raise ConfigError if this backend would stop the job before training."""
     ready = check_ready(name, options)
     if ready.word is Readiness.NO:
         raise ConfigError(f"the job does not start, since the backend {name!r} cannot be used: {ready.remark}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learns how each call into a client ends, in a job that uses FLARE's Collab API. Written for nvflare 2.9.
 
-Such a job has two tasks only, which make the clients ready. All work is done in calls, for which FLARE fires no event.
-`trackhub.flare.round_watch` calls it, so that a client ends as failed if its last call raised.
+Such a job has only two tasks, which prepare the clients. All work is done in calls, and FLARE fires no event for a
+call. `trackhub.flare.round_watch` calls this module, so that a client ends as failed if its last call raised.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["watch_calls"]
 
 
 def watch_calls(executor: Executor, end: Callable[[RunStatus], None]) -> None:
-    """Tell how each call into this client ends, before the reply leaves. Leave another kind of executor as it is.
+    """Report how each call into this client ends, before the reply leaves. Do not change other kinds of executors.
 
     Args:
         executor: one of the job's executors.
         end: called with how a call ended, in the thread that made it. It must not raise.
     """
     if isinstance(executor, CollabExecutor):
-        # FLARE hands each call to this pool: a function that returns the reply, whatever the client's function does.
+        # FLARE hands each call to this pool as a function. It returns a reply even if the client's function raises.
         pool: Pool = executor.inbound_executor
         pool.submit = _submit(pool.submit, end)  # type: ignore[method-assign]
 

@@ -32,7 +32,7 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     @classmethod
     def of(cls, value: object) -> Self | None:
-        """Return what a component's argument says: settings by name, or whether there is a federation run.
+        """Read a component's argument: settings by name, or True or False. None without a federation run.
 
         Raises:
             ConfigError: it has another form.
@@ -49,13 +49,13 @@ class FederationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
             raise ConfigError(f"tracking: aggregate_weight: expected a key such as 'train/samples', got {weight!r}")
         if weight is not None and patterns is not None and not patterns:
             raise ConfigError(
-                f"tracking: aggregate_weight: {weight!r} weighs statistics, but aggregate is empty, which means that "
-                "there are none. Leave out one of the two"
+                f"tracking: aggregate_weight: {weight!r} is the weight of statistics, but aggregate is an empty "
+                "list, so there are no statistics. Leave out one of the two"
             )
         return convert(value, cls, "tracking")
 
     def options(self) -> FederationOptions:
-        """Return the part that is the receiver's own."""
+        """Return the settings that the receiver itself needs."""
         return FederationOptions(self.aggregate, self.aggregate_weight)
 
     @classmethod

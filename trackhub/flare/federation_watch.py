@@ -45,12 +45,12 @@ class _Round:
         return self.sampled - self.result_at.keys() - self.failed
 
     def waits(self) -> dict[str, float]:
-        """Return how long each site's result waited for the last one, in seconds."""
+        """Return site -> seconds between its result and the last result of the round."""
         last = max(self.result_at.values(), default=0.0)
         return {site: last - at for site, at in self.result_at.items()}
 
     def waited_for(self) -> tuple[str, float] | None:
-        """Return the site whose result came last, and how long all others waited for it alone, in seconds.
+        """Return the site whose result came last, and the seconds between the second-last result and the last.
 
         None if fewer than two results came.
         """
@@ -120,8 +120,8 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 self._warned = True
                 self.log_warning(
                     fl_ctx,
-                    f"the federation run lacks what {event_type} says: {type(e).__name__}: {e}. The job goes on; this "
-                    "may be a newer FLARE than trackhub knows",
+                    f"the federation run lacks the facts of the event {event_type}: {type(e).__name__}: {e}. The job "
+                    "goes on. This FLARE may be newer than trackhub knows",
                     fire_event=False,
                 )
 
@@ -131,7 +131,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
             if (handed := read_task_events.handed_task(fl_ctx)) is not None:
                 self._hand(handed)
-                if self._updates is not None:  # after `_hand`: that may begin a round, which forgets what was sent
+                if self._updates is not None:  # after `_hand`, which may begin a round and forget models sent before
                     self._updates.note_sent(handed.id, fl_ctx.get_prop(FLContextKey.TASK_DATA))
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             if (returned := read_task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
@@ -149,7 +149,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             self._summarise()
 
     def _begin(self, number: int | None) -> None:
-        """End the present round, and begin this one; with None, begin no other."""
+        """End the present round. Begin this one, or none if it is None."""
         self._end_updates()
         with self._lock:
             ended, self._round = self._round, None if number is None else _Round(number)
@@ -165,12 +165,12 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
     def _hand(self, task: HandedTask) -> None:
         current = self._round
         if task.round is not None and (current is None or task.round > current.number):
-            self._begin(task.round)  # a workflow that fires no event for its rounds; its tasks carry them
+            self._begin(task.round)  # some workflows fire no event for a round; only their tasks carry it
         with self._lock:
             current = self._round
             if current is None or task.round not in (None, current.number):
                 return
-            # FLARE hands a task out again if a site asks again; its time counts from the first.
+            # If a site asks again, FLARE hands out the same task again. The site's time counts from the first time.
             if task.id not in current.handed:
                 current.handed[task.id] = (task, time.monotonic())
             current.bytes_sent += task.model_bytes
@@ -201,7 +201,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             return (task.site, current.number) if result.is_ok else None
 
     def _measure(self, task_id: str, site: str, number: int, result: Any) -> None:
-        """Measure an update, outside of the lock: FLARE hands out tasks meanwhile."""
+        """Measure an update without the lock, so that FLARE can hand out tasks meanwhile."""
         if self._updates is not None:
             self._federation.log(self._updates.take(task_id, site, result), number)
 
@@ -214,8 +214,8 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self._end_updates()
         with self._lock:
             if self._round is not None and (metrics or weights):
-                # The keys do not begin with "fl/". So a page that sorts keys, as in TensorBoard or MLflow, shows them
-                # first.
+                # These keys begin with "aggregated/", not with "fl/". TensorBoard and MLflow sort keys, and so show
+                # them first.
                 named = {f"aggregated/{name}": value for name, value in metrics.items()}
                 named |= {f"fl/weight/{site}": weight for site, weight in weights.items()}
                 self._federation.log(named, self._round.number)

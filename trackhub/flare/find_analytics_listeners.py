@@ -2,7 +2,7 @@
 """Finds the components of a job that listen to FLARE's analytics events: FLARE's receivers, and the user's own.
 
 If trackhub takes over what FLARE's writers log, listeners get no events. So the recipe warns of all listeners, and the
-receiver's widget of those on the server. A client that has a listener keeps FLARE's events.
+receiver's widget warns of listeners on the server. A client that has a listener keeps FLARE's events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["client_warning", "listeners", "server_warning"]
 def listeners(components: Mapping[str, Any]) -> list[str]:
     """Return the components that listen to analytics events, as far as can be seen, each as ``id (class)``.
 
-    FLARE's receivers listen, and so does a component of the user's if its code or an attribute names the event.
+    FLARE's receivers listen. A component of the user's counts as a listener if its code or an attribute names the
+    event.
 
     Args:
         components: the components of an app, by id.
@@ -30,12 +31,12 @@ def listeners(components: Mapping[str, Any]) -> list[str]:
 
 
 def server_warning(found: list[str], take_over: object, *, has_server_side: bool) -> str:
-    """Return what happens to listeners on the server. Empty if nothing does.
+    """Return a warning about listeners on the server. Empty if there is nothing to warn of.
 
     Args:
         found: what `listeners` returned.
         take_over: the job's value.
-        has_server_side: whether trackhub tracks on the server, too.
+        has_server_side: True if trackhub also tracks on the server.
     """
     if not found or take_over in (False, "copy"):
         return ""
@@ -51,7 +52,7 @@ def server_warning(found: list[str], take_over: object, *, has_server_side: bool
 
 
 def client_warning(found: list[str], take_over: object) -> str:
-    """Return what happens because clients have listeners. Empty if nothing does."""
+    """Return a warning about listeners at clients. Empty if there is nothing to warn of."""
     if not found or take_over is not True:
         return ""
     return (

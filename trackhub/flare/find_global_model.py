@@ -23,7 +23,7 @@ from trackhub.open_without_links import open_plain_inside
 __all__ = ["FoundModel", "ModelFile", "find_model"]
 
 _MAX_FILES = 1000
-"""The most files of a model. Of a larger one nothing is logged, since a part of a model is of no use."""
+"""The most files of a model. A model with more files is not logged, since a part of a model is of no use."""
 
 # The attributes in which FLARE's persistors keep the paths of the models that they save.
 _PATHS = {
@@ -91,7 +91,7 @@ def find_model(which: Literal["best", "last"], fl_ctx: FLContext) -> FoundModel:
     names = ", ".join(type(persistor).__name__ for persistor in persistors)
     why = f"{names} has saved no {which} model"
     if which == _BEST:
-        why += ". FLARE keeps one if the sites report the recipe's key_metric, and with some persistors only"
+        why += ". FLARE keeps one only if the sites report the recipe's key_metric, and only with some persistors"
     return FoundModel([], why)
 
 

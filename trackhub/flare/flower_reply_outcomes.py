@@ -20,19 +20,20 @@ __all__ = ["watch_replies"]
 
 _FLOWER = "nvflare.app_opt.flower.executor"
 _PUSH = "PushMessagesRequest"
-_MOST_BYTES = 16 << 20  # a reply that says that a client app raised has no model in it
+_MOST_BYTES = 16 << 20  # a reply that reports an error holds no model, so it is smaller
 _log = logging.getLogger(__name__)
 
 
 def watch_replies(executor: Executor, end: Callable[[RunStatus], None]) -> None:
-    """Tell how the client app answers each message, before the reply leaves. Leave another kind of executor as it is.
+    """Report how the client app answers each message, before the reply leaves. Do not change other kinds of executors.
 
-    Flower asks a client to train and to evaluate. The app has failed if its last reply of one of these kinds is an
+    Flower asks a client to train and to evaluate. The app has failed if its last reply to either kind of request is an
     error.
 
     Args:
         executor: one of the job's executors.
-        end: called with how the app stands after a reply, in a thread of FLARE's gRPC server. It must not raise.
+        end: called after each reply with the app's status so far, in a thread of FLARE's gRPC server. It must not
+            raise.
     """
     flower = sys.modules.get(_FLOWER)
     if flower is not None and isinstance(executor, flower.FlowerExecutor):

@@ -40,7 +40,7 @@ class Change(NamedTuple):
     Attributes:
         path: the file.
         old, new: its text.
-        notes: what a person should know or do beside it, a sentence each.
+        notes: what a person should know or also do, one sentence each.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class ByHand(NamedTuple):
     Attributes:
         path: the file.
         block: what to put into it.
-        reason: why it cannot be done here.
+        reason: why trackhub cannot change the file.
     """
 
     path: Path
@@ -103,8 +103,8 @@ def write_changes(changes: list[Change]) -> None:
     """Write the changed files, and keep each original beside it, with ``.orig`` at the end of its name.
 
     Raises:
-        ConfigError: there are other originals already. It names all of them.
-        OSError: a file cannot be written. Those before it are written.
+        ConfigError: other originals are there already. The message names all of them.
+        OSError: a file cannot be written. The files before it are written.
     """
     kept = [(_original(change.path), change) for change in changes]
     others = [str(file) for file, change in kept if file.exists() and file.read_text(encoding="utf-8") != change.old]
@@ -190,7 +190,7 @@ def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand | None:
 
 
 def _with_components(before: Any, new: list[dict[str, Any]], path: Path) -> tuple[Any, list[str]]:
-    """Return the configuration with the new components, and notes. A trainer of a JSON job gets time to end."""
+    """Return the configuration with the new components, and notes. In JSON, external trainers get time to end."""
     after, notes = copy.deepcopy(before), []
     after["components"] = [*_components(before), *new]
     for arguments in _trainers_without_time(after):
@@ -203,7 +203,7 @@ def _with_components(before: Any, new: list[dict[str, Any]], path: Path) -> tupl
                 f"Set it to {MIN_SHUTDOWN_TIMEOUT_S:.0f}."
             )
     notes += [
-        f"The component {component.get('id')!r} is one of FLARE's receivers. docs/delivery.md says what it then gets."
+        f"The component {component.get('id')!r} is one of FLARE's receivers. docs/delivery.md says what it gets."
         for component in _components(before)
         if str(component.get("path", "")).endswith(_RECEIVERS)
     ]
@@ -217,7 +217,7 @@ def _trainers_without_time(config: Any) -> Iterator[dict[str, Any]]:
     for part in parts:
         arguments = part.get("args")
         if isinstance(arguments, dict):
-            # A launcher's own default is 0, and the executor's is not.
+            # A launcher's default is 0. The executor's default is not 0.
             otherwise = 0 if str(part.get("path", "")).endswith(".SubprocessLauncher") else None
             is_external = otherwise == 0 or arguments.get("execution_mode") == _EXTERNAL
             if is_external and arguments.get("shutdown_timeout", otherwise) == 0:
@@ -253,8 +253,8 @@ def _json_text(old: str, after: Any) -> str:
 
 
 def _hocon_text(old: str, new: list[dict[str, Any]]) -> str:
-    """Return the text with the components at its end, which HOCON adds to the list that is there."""
-    # A key with a point is a path for HOCON, unless it is quoted. JSON quotes all keys.
+    """Return the text with the components at its end. HOCON adds them to the list that is there."""
+    # HOCON reads a key with a dot as a path, unless the key is quoted. JSON quotes all keys.
     block = f"components += {json.dumps(new, indent=2, ensure_ascii=False)}\n"
     body = old.rstrip()
     if not _has_outer_braces(body):

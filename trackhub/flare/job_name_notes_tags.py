@@ -39,7 +39,7 @@ class JobLabels(NamedTuple):
         """Check the labels as they are in a job's configuration, and return them.
 
         Args:
-            labels: ``name``, ``notes`` and ``tags``, or some of them. None stands for none of them.
+            labels: any of ``name``, ``notes`` and ``tags``. None gives none of them.
 
         Raises:
             ConfigError: one of them is not a usable text. The message says which, and why.
@@ -78,13 +78,13 @@ def job_info(fl_ctx: FLContext, labels: Mapping[str, Any] | None) -> JobInfo:
 
 
 def spool_info(job: JobInfo, site: str, cursors: Sequence[str], max_bytes: int, rules: SiteRules) -> SpoolInfo:
-    """Return what a spool of this job says of itself.
+    """Return the description that a spool of this job holds.
 
     Args:
         job: the job.
         site: the site that logs into the spool.
         cursors: the names of its readers.
-        max_bytes: the limit of all its files together.
+        max_bytes: the most bytes of all its files together.
         rules: what may leave the site.
     """
     return SpoolInfo(

@@ -33,7 +33,7 @@ _TAGS = {
     "git/dirty": "source.git.dirty",
     "git/repository": "source.git.repoURL",
 }
-_COMMIT = "git:"  # without it, FLARE's search for secrets in a job's files would take a commit for a key
+_COMMIT = "git:"  # without it, FLARE's search for secrets in a job's files would mistake a commit for a key
 _MAX_ARGUMENTS = 100
 _MAX_CHARS = 2000
 _MAX_SITES = 100
@@ -82,12 +82,12 @@ def _argument(name: str, value: Any) -> bool | int | float | str | None:
 
 
 def with_machine(context: Mapping[str, Any]) -> Context:
-    """Return the facts, and those of this process: versions and the kind of machine."""
+    """Add facts about this process: versions and the kind of machine. Return all facts."""
     return {**context, **describe_machine()}
 
 
 def with_federation(context: Mapping[str, Any], fl_ctx: FLContext) -> Context:
-    """Return the facts, and those that the server knows of its job. Call it on the server."""
+    """Add the server's facts about its job. Return all facts. Call it on the server."""
     found: Context = {**context}
     sites = sorted(flare_internals.participants(fl_ctx.get_engine()))
     found |= {"flare/n_sites": len(sites), "flare/sites": ", ".join(sites[:_MAX_SITES])}
@@ -109,7 +109,7 @@ def log_context(
     log_params: Callable[[dict[str, Any]], None],
     set_tags: Callable[[dict[str, str]], None],
 ) -> None:
-    """Log all facts as params, and those of git also as the tags that MLflow shows beside the run's source.
+    """Log all facts as params. Log git's facts also as tags: MLflow shows these beside the run's source.
 
     Args:
         context: the facts.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records metrics that FLARE itself carries from a site to the server, and that no log call names.
+"""Records metrics that FLARE itself carries from a site to the server, without any log call.
 
 These are the metrics that a trainer sends with its model, and the results of cross-site evaluation. Both widgets call
 it if the job says so (``flare_metrics``). It writes the records with the widget's own writer: at a client into the run
@@ -26,7 +26,7 @@ __all__ = ["CLIENTS", "SERVER", "ClientMetrics", "ServerMetrics", "check_flare_m
 CLIENTS, SERVER = "clients", "server"
 
 _SENT = "flare"
-"""The keys of metrics that a trainer sent with its model begin with this. So they differ from those that it logs."""
+"""The keys of metrics that a trainer sent with its model begin with this. So they differ from logged keys."""
 
 _EVALUATED = "cross_site"
 """The keys of results of cross-site evaluation begin with this. The owner of the model comes next."""
@@ -111,7 +111,7 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
         Args:
             engine: FLARE's engine in this process.
-            records: has the writer. It must be open.
+            records: must be open. Its writer is used.
         """
         super().__init__()
         self._metrics = _MetricsWriter(records)
@@ -132,7 +132,7 @@ class ServerMetrics(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
     def _take(self, site: str, owner: str, result: Any) -> None:
         if not site or not owner or not _holds_dxo(result):
-            return  # a task that failed, which FLARE's log says
+            return  # the task failed; FLARE's log says so
         # A relay sends a collection: the results of several clients.
         leaves, errors = get_leaf_dxos(from_shareable(result), site)
         for client, dxo in leaves.items():
@@ -146,5 +146,5 @@ def _holds_dxo(data: Any) -> bool:
 
 
 def _metrics_of(dxo: DXO) -> Any:
-    """Return the metrics in a result, which may hold only metrics, or metrics beside a model. None if it has none."""
+    """Return the metrics in a result, alone or beside a model. None if the result has no metrics."""
     return dxo.data if dxo.data_kind == DataKind.METRICS else dxo.get_meta_prop(MetaKey.INITIAL_METRICS)

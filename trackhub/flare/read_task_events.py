@@ -73,7 +73,7 @@ class ReturnedTask(NamedTuple):
 
     Attributes:
         id: as in `HandedTask`.
-        is_ok: whether the site says that the task has ended well.
+        is_ok: True if the site says that the task ended well.
         steps: the number of training steps that the site says it took. None if it does not say.
         model_bytes: bytes of the arrays in it.
     """
@@ -85,7 +85,7 @@ class ReturnedTask(NamedTuple):
 
 
 def asking_site(fl_ctx: FLContext) -> str:
-    """Return the site that asks the server for a task, as it names itself. Empty if it does not."""
+    """Return the name that a site gives when it asks the server for a task. Empty if it gives none."""
     peer = fl_ctx.get_peer_context()
     return "" if peer is None else str(peer.get_identity_name(default=""))
 
@@ -109,7 +109,7 @@ def handed_task(fl_ctx: FLContext) -> HandedTask | None:
 def _client_task(fl_ctx: FLContext) -> Any:
     """Return FLARE's own entry of the present task, or None if the workflow does not wait for it.
 
-    Use it for the site: the site's name in the context is only what the peer says of itself.
+    Take the site's name from this entry. The name in the context cannot be trusted: the peer writes it.
     """
     communicator = fl_ctx.get_prop(FLContextKey.RUNNER).current_wf.controller.communicator
     return communicator.process_task_check(fl_ctx.get_prop(FLContextKey.TASK_ID), fl_ctx)
@@ -145,10 +145,10 @@ def aggregated_metrics(fl_ctx: FLContext) -> dict[str, float]:
 
 
 def site_weights(fl_ctx: FLContext) -> dict[str, float]:
-    """Return by how much FLARE's aggregator weighed each site. Call it on the server, at AFTER_AGGREGATION.
+    """Return site -> the weight that FLARE's aggregator gave it. Call it on the server, at AFTER_AGGREGATION.
 
-    Only FedAvg with its own aggregator says so (``app_common/workflows/fedavg.py``), unless another aggregator puts the
-    same into its result. The controller names the sites, so that no site can speak for another.
+    FedAvg's own aggregator reports the weights (``app_common/workflows/fedavg.py``). Other aggregators report them only
+    if they put the same into their result. The controller names the sites, so no site can write another's weight.
     """
     result = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT)
     info = (result.meta or {}).get(AppConstants.METRICS_AGGREGATION_INFO) if isinstance(result, FLModel) else None
@@ -159,7 +159,7 @@ def site_weights(fl_ctx: FLContext) -> dict[str, float]:
 
 
 def model_in(data: Any) -> DXO | None:
-    """Return the model in a task or a result, whatever form it has. None if there is none, as with metrics alone."""
+    """Return the model in a task or a result, in any form. None if there is no model, such as with metrics alone."""
     if not isinstance(data, Shareable):
         return None
     try:
@@ -182,7 +182,7 @@ def best_metrics(fl_ctx: FLContext) -> tuple[int | None, dict[str, float]]:
 
 
 def evaluated_model(task: Any) -> str | None:
-    """Return whose model a task of cross-site evaluation is about, or None if it is another task.
+    """Return whose model a task of cross-site evaluation is about. None for any other task.
 
     Controllers put the owner into the task's header or beside the model. In a workflow that the clients control, a
     global model has no owner, so this returns ``global``.
@@ -209,9 +209,9 @@ def evaluation_result(fl_ctx: FLContext) -> tuple[str, str, Any]:
 def silent_evaluation_result(fl_ctx: FLContext) -> tuple[str, str, Any] | None:
     """Return client, owner of the model and result of an evaluation for which FLARE fires no event of its own.
 
-    ``CrossSiteEval`` is such a workflow: like all that build on ``ModelController``, it keeps what belongs to a model
-    with the task. Call it on the server, at BEFORE_PROCESS_SUBMISSION. None if the result is another one, or one that
-    the workflow does not take, such as the second one of a task.
+    ``CrossSiteEval`` is such a workflow. Like all workflows based on ``ModelController``, it keeps the model's owner
+    with the task. Call this on the server, at BEFORE_PROCESS_SUBMISSION. Returns None for other results, and for a
+    result that the workflow refuses, such as a second result of one task.
     """
     client_task = _client_task(fl_ctx)
     if client_task is None or client_task.task.name != AppConstants.TASK_VALIDATION:

@@ -86,8 +86,8 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
-            federation: on the server, whether to write the job's federation run, or what it holds, as
-                `FederationSettings` says.
+            federation: on the server, True or False for the job's federation run, or its settings as in
+                `FederationSettings`.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
                 gets. It then also records analytics events that its components fire with a type of their own.
             own_records: what trackhub logs itself into the federation run: ``context`` and ``log_model`` of
@@ -182,7 +182,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         return model_and_validation_metrics.SERVER in (self.flare_metrics or ())
 
     def _note_status(self, status: RunStatus) -> None:
-        """Say how the job ends, so that the sites' own receivers end their runs alike."""
+        """Tell the sites how the job ends, so that their own receivers end their runs with the same status."""
         if self._core is not None:
             self._core.note_status(status)
 
@@ -224,7 +224,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
                 "than trackhub knows",
                 fire_event=False,
             )
-        # Imported modules stay until the process ends. Without the freeze, the collector walks over them again and
+        # Imported modules stay until the process ends. Without the freeze, the garbage collector visits them again and
         # again while lanes make small objects. That costs a fifth of an MLflow lane's time (docs/adr/0006).
         gc.collect()
         gc.freeze()
@@ -347,7 +347,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
 
 class _EndOfRunHandler(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """Ends the receiver after every other handler of END_RUN, so that it receives what they log."""
+    """Ends the receiver after every other handler of END_RUN, so that it still receives their records."""
 
     def __init__(self, receiver: TrackhubReceiver) -> None:
         super().__init__()

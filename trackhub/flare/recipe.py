@@ -79,8 +79,8 @@ def add_tracking(
         server: backends on the FLARE server, which receive the records of all sites. With None, no record is sent to
             the server.
         clients: backends at each client, which receive that client's records. With None, the clients have none.
-        sites: for some clients, backends in place of ``clients``; an empty mapping for none. The job must have a
-            client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
+        sites: site -> backends that replace ``clients`` at this site. An empty mapping gives it none. The job must have
+            a client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
             recipe. At a site that tracks on neither side, ``Writer()`` records nothing and warns once.
         name: the job's name as people see it in every backend; by default the name of the recipe or FedJob. Two jobs
             may have the same name, since the job's id stays beside it.
@@ -104,28 +104,28 @@ def add_tracking(
             sites by round, and says how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
             are the keys that all sites log with the round as their step. An empty list means no statistics.
-        aggregate_weight: the key of the metric by which a site weighs in ``.../weighted_mean``, such as
-            ``"train/samples"``. By default FLARE's number of training steps weighs.
+        aggregate_weight: the key of the metric that weights each site in ``.../weighted_mean``, such as
+            ``"train/samples"``. By default, the weight is FLARE's number of training steps.
         update_statistics: measure at each round how much each site changed the model, and how far it agrees with the
             others. The server then looks at each result once or twice, and keeps up to 1 GiB of them for the round.
         flare_metrics: where to record the metrics that FLARE carries itself: ``"clients"``, ``"server"`` or both. A
-            client records those that its trainer sends with a model, as ``flare/<metric>``, and its results of
-            cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it gets, as
-            ``cross_site/<client>/<model>/<metric>``.
+            client records the metrics that its trainer sends with a model, as ``flare/<metric>``. It also records its
+            results of cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it
+            gets, as ``cross_site/<client>/<model>/<metric>``.
         context: log once in each run how the job was made. These are the recipe's arguments, the job's script, command
             line and git commit, versions, and the kind of machine, without secrets. ``docs/federation.md`` lists them.
-            Each begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
-        system_metrics: the number of seconds between two measurements. They log CPU, memory, disk, network and GPUs of
-            each site's host, and of the job there, as ``system/...``. None measures nothing.
+            Each key begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
+        system_metrics: seconds between two measurements of CPU, memory, disk, network and GPUs. They are logged as
+            ``system/...``, for each site's host and for the job there. None measures nothing.
         log_model: the federation run gets this model as an artifact: the ``"best"`` or the ``"last"`` global model that
             FLARE's persistor has saved. None logs no model.
 
     Raises:
         ConfigError: there is no backend, an argument is wrong, two arguments contradict each other, or an option holds
-            a literal secret. Also if there is a policy or no backend on the server, and FLARE would still send records
-            there, since ``take_over`` is False or ``"copy"``, or ``flare_metrics`` has ``"server"``. A backend that is
-            not installed here only gives a warning, since its sites may have it. FLARE's simulator runs all sites here,
-            so there the job raises this error before FLARE starts.
+            a literal secret. Also if there is a policy, or no backend on the server, but FLARE would still send records
+            to the server. FLARE does so if ``take_over`` is False or ``"copy"``, or if ``flare_metrics`` has
+            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it.
+            FLARE's simulator runs all sites here, so there the job raises this error before FLARE starts.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -230,7 +230,7 @@ def tracking_components(
 def _plan(
     own_apps: list[str], client_backends: _Checked, site_backends: Mapping[str, _Checked]
 ) -> Iterator[tuple[list[str] | None, _Checked]]:
-    """Yield clients, None for all of them, and the backends that these clients get.
+    """Yield pairs: the names of some clients, and their backends. None stands for all clients.
 
     Args:
         own_apps: the sites that have a client app of their own.
@@ -331,7 +331,7 @@ def _component(component_id: str, cls: type, args: dict[str, Any]) -> dict[str, 
 
 
 def _checked(backends: Backends | None, where: str) -> _Checked:
-    """Return the options of each backend as JSON values. They are checked here, and then only at the receiver.
+    """Return the options of each backend as JSON values. They are checked here, and once more at the receiver.
 
     Args:
         backends: what the caller of this module gave.

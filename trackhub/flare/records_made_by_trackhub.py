@@ -64,7 +64,7 @@ class _LogsOwnRecords:
 
         Args:
             own: what to log.
-            component: its log gets a warning for what cannot be recorded.
+            component: the component in whose log warnings appear.
         """
         self._own = own
         self._component = component

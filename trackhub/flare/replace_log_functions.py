@@ -26,19 +26,19 @@ __all__ = ["TAKE_OVER_ENV", "LogCallSource"]
 
 TAKE_OVER_ENV = "TRACKHUB_TAKE_OVER"
 """Environment variable that makes trainers record FLARE's log calls. Its value is the full name (FQCN) of the client's
-cell, to which FLARE would send them. A trainer of another job has another cell, and ignores it."""
+cell, to which FLARE would send these calls. A trainer of another job has another cell, and ignores the variable."""
 
 _FOLDER = str(Path(__file__).parent / "trainer" / "startup")
 
 
 class LogCallSource:
-    """Records log calls in the call itself, while it is open. FLARE then fires no event for them, and sends nothing."""
+    """While it is open, each log call itself makes a record. FLARE fires no event for the call, and sends nothing."""
 
     def __init__(self, records: StockRecords) -> None:
         """Prepare; ``open`` starts it.
 
         Args:
-            records: what is logged in this process goes there. It must be open.
+            records: takes what is logged in this process. It must be open.
         """
         self._records = records
         self._undo: list[Callable[[], None]] = []
@@ -48,13 +48,13 @@ class LogCallSource:
 
         Args:
             engine: FLARE's engine.
-            setting: which SDKs to capture. The use of the others is noted for the report.
+            setting: which SDKs to capture. The use of any other SDK is noted for the report.
             spool: the site's spool.
             take_over: take the calls of FLARE's own writers.
 
         Returns:
-            Whether FLARE's calls are taken. They are not if a component of this client listens to FLARE's events: it
-            would then get none.
+            True if FLARE's calls are taken. False without ``take_over``, or if a component of this client listens to
+            FLARE's events: the component would get no events.
         """
         take_over = take_over and not listeners(flare_internals.components(engine))
         if take_over:

@@ -2,8 +2,8 @@
 """Knows the current federated round of this process, and tells it to the code that puts the round on records.
 
 Each widget makes one: `ClientRounds` or `ServerRounds`. It gets FLARE's events before all other components, so that
-what a component logs in an event already carries the right round. A task that carries no round ends the old round, so
-that later records do not carry it. Only a client that controls its workflow then keeps its round.
+what a component logs in an event already carries the right round. A task without a round ends the current round, so
+that later records do not carry it. Only a client that controls its own workflow keeps its round at such a task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["ClientRounds", "ServerRounds"]
 
 
 class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """The round of a client: the one of the task that an executor has, or had last."""
+    """The round of a client: the round of its executor's current task, or of the last one."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         Args:
             engine: FLARE's engine in this process.
             set_round: called with the round whenever it may have changed. It must not raise.
-            end: called with how a task ended, or a call of the Collab API. It must not raise.
+            end: called with the status of each task, or call of the Collab API, that has ended. It must not raise.
             take_result: called with a task's data and its result, where there is one. It must not raise.
         """
         super().__init__()
@@ -60,7 +60,8 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
     def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:
         """Return an executor's ``execute`` with the round set before it.
 
-        All workflows hand over a task by this call. A client that controls its workflow makes it without an event.
+        Every workflow hands over a task by calling ``execute``. A client that controls its workflow fires no event
+        then.
         """
 
         def watched(task_name: str, shareable: Any, fl_ctx: FLContext, abort_signal: Signal) -> Any:
@@ -72,8 +73,8 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 if self._take_result is not None:
                     self._take_result(shareable, result)
             finally:
-                # The signal says whether the task was cut off. The return code does not: FLARE's executor for trainers
-                # in process answers "aborted" when the script raises, too.
+                # Only the signal says whether the task was cut off. The return code "aborted" is no proof: FLARE's
+                # executor for in-process trainers also returns it when the script raises.
                 if status is not RunStatus.FINISHED:
                     status = RunStatus.ABORTED if abort_signal.triggered else RunStatus.FAILED
                 self._end(status)
@@ -88,7 +89,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         if event_type == EventType.BEFORE_TASK_EXECUTION:
             current = flare_internals.round_of_task(fl_ctx.get_prop(FLContextKey.TASK_DATA))
             # The tasks that configure and start a workflow carry no round. A client that controls the workflow may get
-            # one while its own thread is in a round.
+            # such a task while its own thread is in a round.
             if current is not None or not self._controls_workflow:
                 self._set_round(current)
         elif event_type == flare_internals.ROUND_STARTED:
@@ -96,7 +97,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
 
 class ServerRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """The round of the server: the one that its workflow is in."""
+    """The round of the server: the round of its workflow."""
 
     def __init__(self, engine: Any, set_round: Callable[[int | None], None]) -> None:
         """Watch the server's events from now on.

@@ -17,10 +17,10 @@ _said: set[str] = set()
 
 
 def say_reason_at_exit(reason: str) -> None:
-    """Write the reason to stderr when this process ends. A reason that was given before is written once.
+    """Write the reason to stderr when this process ends. The same reason is written only once.
 
     Args:
-        reason: why the job stops, with "trackhub: " before it.
+        reason: why the job stops. It begins with "trackhub: ".
     """
     if reason not in _said:
         _said.add(reason)

@@ -57,7 +57,7 @@ class _Ending:
     """How the job ends at this client.
 
     Attributes:
-        panicked: whether FLARE has reported a fatal error.
+        panicked: True if FLARE has reported a fatal error.
         task: how the last task ended.
         status: what the run gets. It is `RunStatus.FINISHED` until the end is decided.
     """
@@ -69,7 +69,7 @@ class _Ending:
     def decide(self, *, aborted: bool) -> None:
         """Settle the status at the end of the run.
 
-        An aborted task is no failure of the site: swarm aborts the task of a slow site, and the job may still end well.
+        An aborted task does not mean that the site failed: swarm aborts a slow site's task, and the job may end well.
         """
         failed = self.panicked or (self.task is RunStatus.FAILED and not aborted)
         self.status = RunStatus.FAILED if failed else RunStatus.ABORTED if aborted else RunStatus.FINISHED
@@ -114,9 +114,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             own_records: what trackhub logs itself at this site: ``context`` and ``system_metrics`` of `OwnRecords`.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None or
-                there is a policy, and FLARE would still send records to the server, since ``take_over`` is False or
-                ``"copy"``, or ``flare_metrics`` has ``"server"``.
+            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None, or
+                there is a policy, but FLARE would still send records to the server. FLARE does so if ``take_over`` is
+                False or ``"copy"``, or if ``flare_metrics`` has ``"server"``.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -220,7 +220,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         """Check that no setting of the job lets records bypass the rules.
 
         Raises:
-            ConfigError: ``take_over`` or ``flare_metrics`` does.
+            ConfigError: ``take_over`` or ``flare_metrics`` lets records bypass the rules.
         """
         if rules and self.take_over in (False, "copy"):
             raise ConfigError(
@@ -237,7 +237,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _open_source(self, fl_ctx: FLContext) -> bool:
         """Record log calls in the call itself, if the job and the operator allow it.
 
-        Return whether this holds for the calls of FLARE's own writers, too.
+        Return True if this also holds for the calls of FLARE's own writers.
         """
         take_over = self.take_over is True and not self._leaves_trainers()
         setting = self._capture_setting()
@@ -339,7 +339,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             for sender in self._senders.values():
                 sender.facts.not_captured = tuple(sorted(seen - captured))
                 sender.facts.not_used = tuple(sorted(captured - seen))
-            with contextlib.suppress(SpoolError):  # nothing is lost: this only keeps out writers that come too late
+            with contextlib.suppress(SpoolError):  # it only keeps out late writers; no record depends on it
                 close_spool(self._spool)
         # Close both senders at once: the server waits for this site's final message, and a local backend may take long.
         server = self._senders.get("server")
@@ -356,7 +356,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
     def _outcome(self, server: Sender | None) -> RunStatus:
         """Return the status with which this site's own receiver ends the run.
 
-        If the server told FAILED or ABORTED, it is that one. Otherwise it is this site's own.
+        It is the server's status, if the server told FAILED or ABORTED. Otherwise it is this site's own status.
         """
         told = server.job_status if server is not None else None
         return self._ending.status if told in (None, RunStatus.FINISHED) else told
@@ -366,7 +366,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             sender.close(self._limits.sites_s, failed=self._ending.status is RunStatus.FAILED)
 
     def pause(self, fl_ctx: FLContext) -> None:
-        """Send for a second per receiver at most, before the simulator replaces this process by another one."""
+        """Send for at most a second per receiver, before the simulator replaces this process with another one."""
         for sender in self._senders.values():
             sender.flush(1.0)
 

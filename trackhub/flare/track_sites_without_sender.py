@@ -39,7 +39,7 @@ class SitesWithoutSender:
         """Begin to ask, in a thread.
 
         Args:
-            component: warns in its log.
+            component: the component in whose log warnings appear.
             engine: FLARE's engine on the server.
             receiver: stores the records.
             limits: the limits of the job, for the spools and senders that are made here.
@@ -49,7 +49,7 @@ class SitesWithoutSender:
         self._receiver = receiver
         self._limits = limits
         self._lock = threading.RLock()  # not held while a site is asked
-        self._asking = threading.Lock()  # a site that is asked twice at a time would log an error twice
+        self._asking = threading.Lock()  # a site that is asked twice at once would log an error twice
         self._asked: set[str] = set()
         self._started: set[str] = set()
         self._without_sender: set[str] = set()
@@ -66,7 +66,7 @@ class SitesWithoutSender:
             return self._without_sender - self._heard()
 
     def note_started(self, site: str) -> None:
-        """Take note that a client asks for tasks. Its components have started by then, so its answer is true.
+        """Note that a client asks for tasks. Its components have started, so its answer about a sender is right.
 
         A client that is still starting would say "no", and FLARE would log an error there.
         """
@@ -75,8 +75,8 @@ class SitesWithoutSender:
     def take(self, site: str, event: Shareable) -> None:
         """Record an analytics event of a site, if that site has no sender.
 
-        Asks the site at its first event, for a second at most. FLARE handles the events of all sites in one thread. So
-        a site that does not answer must not cost a second for each event.
+        At a site's first event, it asks the site, and waits at most a second. FLARE handles the events of all sites in
+        one thread. So a silent site must not cost a second at each event.
         """
         if site not in self._spools:
             self._started.add(site)  # a client that sends events has started
@@ -141,7 +141,7 @@ class _SpoolOfSite:
 
     def __init__(self, component: FLComponent, receiver: Receiver, site: str, limits: Limits) -> None:
         folder = receiver.folder / "sites" / path_component(site)
-        # The site's own rules cannot hold: FLARE has sent the events before anything of trackhub saw them.
+        # The site's own rules cannot apply: FLARE has sent the events before trackhub could see them.
         most = min(limits.spool_bytes, _SPOOL_BYTES)
         create_spool(folder, spool_info(receiver.job, site, ("server",), most, SiteRules()))
         self._records = StockRecords(component)

@@ -32,7 +32,8 @@ class ImportWatch:
         """
         if name not in self._modules:
             return None
-        # Python has asked the finders before this one. Asking them again would never end if one is another watch.
+        # Ask only the finders after this one. One of the earlier finders may be another watch: the two would ask each
+        # other for ever.
         is_later = False
         for finder in list(self._meta_path):
             if finder is self:

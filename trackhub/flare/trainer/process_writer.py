@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the writer for all log calls that trackhub takes over in a trainer's process.
 
-`record_flare_log_calls` and `capture` share this writer, since only one stream keeps the order of all calls. This
-module imports no FLARE, since a captured script need not use FLARE.
+`record_flare_log_calls` and `capture` share this writer, since the order of all calls is kept only within one stream.
+This module imports no FLARE, since a captured script need not use FLARE.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class LogCalls:
 
         Args:
             original: FLARE's method.
-            is_taken: says of a client API whether to record its calls. FLARE keeps the calls of all others.
+            is_taken: returns True for a client API whose calls are recorded. FLARE keeps the calls of all others.
         """
         writer, count_lost = self.writer, self.count_lost
 
@@ -74,8 +74,8 @@ class LogCalls:
 
         Args:
             original: FLARE's function.
-            attribute, taken: record the calls of a client API whose attribute of this name has this value. Calling a
-                function here, as ``log_method`` does, would take 5% of the time of a call.
+            attribute, taken: a client API's calls are recorded if its attribute of this name has this value. A function
+                such as ``is_taken`` would take 5% of the time of a call.
         """
         append, count_lost = self.writer.log, self.count_lost
 
@@ -99,7 +99,7 @@ class LogCalls:
         Raises:
             Exception: a signal handler of the script raised the error.
         """
-        if isinstance(error, SpoolError):  # only a strict writer raises it, once it is closed
+        if isinstance(error, SpoolError):  # only a closed, strict writer raises it
             self._warn(f"a log call of FLARE's writers came after the end of tracking: {error}")
             return
         if not isinstance(error, RecordError) and raised_by_signal_handler(error):
@@ -161,7 +161,7 @@ def write_call(writer: Writer, key: Any, value: Any, data_type: Any, more: Mappi
 def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
     """Replace the log function in a module of FLARE. Called when the trainer has imported the module.
 
-    FLARE keeps the calls for any job but the announced one, since a trainer may run a job of its own.
+    Only calls for the announced job are recorded. FLARE keeps all others, since a trainer may run a job of its own.
 
     Args:
         module: FLARE's module.
@@ -190,12 +190,12 @@ def take_in_trainer(module: ModuleType, cell: str, spool: str) -> None:
 
 @functools.cache
 def _calls_into(spool: str) -> LogCalls:
-    """Return what writes log calls of this process. They share a writer, since only one stream keeps their order."""
+    """Return the object that writes all log calls of this process. One writer keeps their order."""
     return LogCalls(process_writer(spool), _log.warning)
 
 
 def _take_metrics_sender(sender_class: Any, cell: str, calls: LogCalls) -> None:
-    """Record the calls of a script that has called ``nvflare.client.tracking.init()``. FLARE takes those of rank 0."""
+    """Record calls after the script called ``nvflare.client.tracking.init()``. FLARE takes only calls of rank 0."""
     original = sender_class.add
 
     def is_taken(sender: Any) -> bool:

@@ -52,10 +52,10 @@ class CaptureSetting:
 
         Args:
             capture: the SDKs; None or an empty list for none.
-            capture_only: whether the SDKs' own destinations get nothing.
+            capture_only: True if the SDKs themselves store nothing.
 
         Raises:
-            ConfigError: one of them is not known, or ``capture_only`` is given and there is nothing to capture.
+            ConfigError: an SDK is not known, or ``capture_only`` is set although no SDK is captured.
         """
         if isinstance(capture, str) or not isinstance(capture or (), Sequence):
             raise ConfigError(f"tracking: capture: expected a list of {', '.join(_SDKS)}, got {capture!r}")
@@ -92,7 +92,7 @@ class Capture:
         Args:
             setting: what to capture. If the script uses another SDK, this is noted in the spool's folder.
             spool: the site's spool.
-            writer: writes the records. Somebody else closes it.
+            writer: writes the records. This object does not close it.
             warn: called with the text of each warning.
         """
         self._setting = setting

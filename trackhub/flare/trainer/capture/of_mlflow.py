@@ -41,10 +41,10 @@ _ARGUMENTS = {
     "log_artifact": ("local_path", "artifact_path"),
     "log_artifacts": ("local_dir", "artifact_path"),
 }
-"""The log functions, and which of their arguments to pass to the adapter, in this order."""
+"""Log function -> the arguments to pass to the adapter, in this order."""
 
 _WITHOUT_RECORD = ("log_stream", "log_input", "log_inputs", "log_outputs")
-_ASYNC = "mlflow.utils.async_logging.run_operations"  # the modules that log import it
+_ASYNC = "mlflow.utils.async_logging.run_operations"  # MLflow's modules with log functions import it
 _OWN_TAGS = "mlflow."  # tags that MLflow sets itself
 
 
@@ -89,7 +89,7 @@ def _given(signature: inspect.Signature, *args: Any, **kwargs: Any) -> Mapping[s
 
 
 def _answer(given: Mapping[str, Any]) -> Any:
-    """Return what MLflow would: the value of a param, and something to wait for after an asynchronous call."""
+    """Return what MLflow would return: a param's value, or an object to wait for after an asynchronous call."""
     if given.get("synchronous") is False:
         return sys.modules[_ASYNC].RunOperations([])
     return given.get("value") if {"key", "value", "step"} & given.keys() == {"key", "value"} else None

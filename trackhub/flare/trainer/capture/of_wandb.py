@@ -30,7 +30,7 @@ MODULES = (_INIT, _RUN, _NOOP, _CONFIG, _SUMMARY, _NO_SUMMARY)
 
 _FILES = ("log_artifact", "log_model")
 _WITHOUT_RECORD = ("alert", "log_code", "save", "watch")
-"""Further methods of a run that log. `WandBWriter` knows what they mean, and counts those that no record can hold."""
+"""Further methods of a run that log. `WandBWriter` has the same methods. It counts a call that no record can hold."""
 
 _own_runs: weakref.WeakSet[Any] = weakref.WeakSet()
 _steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -124,7 +124,8 @@ def _init(calls: CapturedCalls, original: Callable[..., Any], *args: Any, **kwar
             return original(*args, **kwargs)  # it raises the same error as without tracking
         bound.arguments["mode"] = "disabled"
         args, kwargs = bound.args, bound.kwargs
-    # `init` itself sets entries of the config, some of them several times. They are read once, when it has returned.
+    # `init` itself sets entries of the config, some of them several times. So the config is read once, after `init` has
+    # returned.
     run = calls.quietly(original, *args, **kwargs)
     calls.attempt(original, lambda: _log_config(calls.writer, None, dict(run.config.items())))
     return run
@@ -138,7 +139,7 @@ def _wrap(of: Any, calls: CapturedCalls, replaced: Replacements, record: Callabl
 
 
 def _log_config(writer: Writer, _: Any, key: Any, *value: Any, **more: Any) -> None:
-    """Record entries of a config. They become params, of which most backends keep the first value of each key."""
+    """Record entries of a config. They become params. Most backends keep only the first value of a param."""
     entries = _entries(key, value)
     writer.log_params({k: v for k, v in entries.items() if not str(k).startswith("_")})
 
@@ -165,7 +166,7 @@ def _log(
     writer: Writer, run: Any, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None, **more: Any
 ) -> None:
     """Record a call of ``run.log``: its numbers as one record, and its other values as texts, images and tables."""
-    # W&B's own counter, as it is before this call. A run that is disabled has none.
+    # W&B's own counter, as it is before this call. A disabled run has no counter.
     before = getattr(run, "_local_step", None)
     before = _steps.get(run, 0) if before is None else before
     current = before if step is None else int(step)
@@ -184,7 +185,7 @@ def _log(
 
 
 def _flat(data: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[Any, Any]]:
-    """Yield the entries of a call. Those of a dict in it get keys such as ``eval/image``."""
+    """Yield the entries of a call. The entries of a nested dict get keys such as ``eval/image``."""
     for key, value in data.items():
         name = f"{prefix}{key}" if prefix else key
         if isinstance(value, Mapping):

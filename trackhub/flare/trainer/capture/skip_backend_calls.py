@@ -20,7 +20,7 @@ __all__ = ["keep_out_children"]
 
 
 def keep_out_children(variable: str, replaced: Replacements) -> None:
-    """Mark the threads that trackhub's own threads start. Start their programs without the capture's variable.
+    """Mark threads that trackhub's own threads start. Programs that such threads start do not get the variable.
 
     Args:
         variable: the environment variable that announces the capture.

@@ -57,7 +57,7 @@ class CapturedCalls:
     """Makes the wrappers of one process. Thread-safe.
 
     A wrapper records the script's calls only. All other calls go to the SDK unrecorded: calls in trackhub's own
-    threads, calls of objects made there, and calls of the SDK inside a recorded call.
+    threads, calls of objects that these threads made, and calls that the SDK makes inside a recorded call.
 
     Attributes:
         writer: writes the records.
@@ -68,7 +68,7 @@ class CapturedCalls:
         """Prepare the wrappers.
 
         Args:
-            writer: writes the records. Somebody else closes it.
+            writer: writes the records. This object does not close it.
             warn: called with the text of each warning, once for each text.
             only: record the calls, and let the SDK do nothing.
         """
@@ -79,7 +79,7 @@ class CapturedCalls:
         self._inside = threading.local()
 
     def is_left_alone(self) -> bool:
-        """Return whether the present call is one of trackhub, or of the SDK inside another call."""
+        """Return True if trackhub makes the present call, or if the SDK makes it inside another call."""
         return getattr(self._inside, "busy", False) or is_own_thread()
 
     def wrap(
@@ -90,7 +90,7 @@ class CapturedCalls:
         instead: Callable[..., Any] | None = None,
         is_own: Callable[..., bool] | None = None,
     ) -> Callable[..., Any]:
-        """Return a function that takes the place of one of the SDK's, and writes a record before it calls it.
+        """Return a replacement for a function of the SDK. It writes a record, and then calls the SDK's function.
 
         Args:
             original: the SDK's function.

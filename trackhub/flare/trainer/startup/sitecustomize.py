@@ -3,7 +3,7 @@
 
 `trackhub.flare.replace_log_functions` puts this folder first in the trainer's ``PYTHONPATH``, and announces a spool.
 When the script imports a module of FLARE that logs, or one of an SDK, this file calls ``trackhub.flare.trainer``. It
-imports nothing that Python has not loaded by then. Without an announced spool, it changes nothing. It hides another
+imports only modules that Python has loaded by then. Without an announced spool, it changes nothing. It hides another
 ``sitecustomize``, so it runs that one as well. An old Python may run this file, so it has no annotations and no
 f-strings.
 """
