@@ -47,7 +47,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limits: how much, how often and how long.
         aggregate: patterns of the keys whose statistics the federation run holds; None for the keys that are logged
             once a round.
-        aggregate_weight: the key of the metric by which sites weigh in weighted means; None for the number of steps.
+        aggregate_weight: the key of the metric that weights the sites in weighted means; None for the number of steps.
         update_statistics: measure what each site changed in the model.
         context: log in each run how the job was made.
         system_metrics: seconds between two measurements of each site's host and processes. None measures nothing.

@@ -8,7 +8,7 @@ A writer encodes a record once. The receiver decodes it to check it, and a lane 
     payload = msgpack array [kind, field, field, ...]
 
 The checksum covers size, kind and body. ``kind`` is in the frame as well as in the body. So a reader can carry and
-count a record of a kind that it does not know. A trackhub that is one minor version newer may send one.
+count a record of a kind that it does not know. A trackhub that is one minor version newer may send such a kind.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MAX_BODY_BYTES = 1 << 20
 
 DECODED_IN_TRANSIT = frozenset({Kind.GAP, Kind.IMAGE, Kind.ARTIFACT})
 """Kinds of records that the spool's reader decodes: a gap says how many records are missing, an image or artifact
-refers to a blob. It passes on records of all other kinds without decoding them."""
+refers to a blob. The reader passes on records of all other kinds without decoding them."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -148,7 +148,7 @@ def decode_metrics(bodies: Sequence[bytes]) -> list[MetricsRecord]:
 
 
 def decode_head(body: bytes | memoryview) -> Head:
-    """Return ``seq`` and time of the record in a frame's body, also of a kind that this version does not know.
+    """Return ``seq`` and time of the record in a frame's body, even if this version does not know its kind.
 
     Raises:
         msgspec.DecodeError: the body is not a record.

@@ -19,7 +19,7 @@ from trackhub.plain_values_to_structs import convert
 __all__ = ["ENV_PREFIX", "Limits"]
 
 ENV_PREFIX = "TRACKHUB_"
-"""Environment variables that set a limit are this followed by its name in capitals: ``TRACKHUB_DEADLINE_S=60``."""
+"""A limit's environment variable is this prefix and the limit's name in capitals: ``TRACKHUB_DEADLINE_S=60``."""
 
 
 class _Range(NamedTuple):
@@ -50,29 +50,29 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     linger_s: Annotated[float, _Range(0, 60)] = 1.0
     """Most seconds that the sender batches records before it sends the next message; 0 sends at once. A message through
-    FLARE takes some milliseconds of Python in the process that trains. One for each training step would slow down short
-    steps. The sender does not wait at the end of a round, or when it has 64 KiB of records."""
+    FLARE takes some milliseconds of Python in the process that trains. One message for each training step would slow
+    down short steps. The sender does not wait at the end of a round, or when it has 64 KiB of records."""
 
     spool_bytes: Annotated[int, _Range(1 << 20, 1 << 50)] = 1 << 30
     """Most bytes of a site's spool on disk. When it is full, new records are dropped and counted. The default holds
     some ten million scalars: hours without a receiver."""
 
     request_s: Annotated[float, _Range(0.1, 600)] = 10.0
-    """Longest wait in seconds of a site for the receiver's reply to one message, before it sends the message again.
-    It is at most half of ``silence_s``: otherwise one lost reply would make the receiver regard the site as gone."""
+    """Longest time in seconds that a site waits for the receiver's reply before it sends a message again. It is at most
+    half of ``silence_s``: otherwise one lost reply would make the receiver regard the site as gone."""
 
     barrier_s: Annotated[float, _Range(0, 3600)] = 10.0
     """Longest wait in seconds, once per round, until what was logged is acked. The sender waits before FLARE sends a
-    task's result; 0 does not wait. A receiver that does not reply costs this once, not once per round."""
+    task's result; 0 does not wait. A receiver that does not reply costs this wait once, not in every round."""
 
     sites_s: Annotated[float, _Range(0, 3600)] = 30.0
     """Longest time in seconds that the server delays the end of the job until every site said that it is done. Records
     that come later are not in the receiver's journal. They stay in the site's spool."""
 
     files_s: Annotated[float, _Range(0, 86_400)] = 120.0
-    """Longest time in seconds that a site, and the server with it, waits at the end of the job while images and
-    artifacts still arrive. Both may wait until ``sites_s``, and wait longer only while bytes of a file still arrive. A
-    file that has not arrived completely stays in the site's spool."""
+    """Longest time in seconds that a site and the server wait at the end of the job while images and artifacts still
+    arrive. Both may wait until ``sites_s``. They wait longer only while bytes of a file still arrive. A file that has
+    not arrived completely stays in the site's spool."""
 
     deadline_s: Annotated[float, _Range(0, 86_400)] = 30.0
     """Longest time in seconds, for all lanes together, to bring what is journaled into the backends at the end of the

@@ -56,7 +56,7 @@ class _Delivery:
     Attributes:
         spool: the spool's folder.
         sender: the started sender, which sends the spool to the receiver.
-        report: the delivery report, also of an end that was interrupted; None before.
+        report: the delivery report, also after an interrupted end; None before the end.
     """
 
     def __init__(self, spool: Path, receiver: Receiver, sender: Sender, close_s: float) -> None:
@@ -161,7 +161,7 @@ class LocalWriter(Writer):
         except Exception as e:  # noqa: BLE001  # a damaged journal or a full disk; training has ended well
             self._warn_of_end(f"{type(e).__name__}: {e}")
         except BaseException:  # Ctrl-C, or the script's own signal handler: what is left stays on the disk
-            report = self._delivery.report  # of a site that the receiver never heard, it says nothing
+            report = self._delivery.report  # a site that never reached the receiver is not in it
             if report is None or not report.sites or not report.is_complete():
                 _say(f"interrupted before all was delivered; `{self._replay()}` delivers what is left")
             raise

@@ -2,7 +2,8 @@
 """Marks the threads that are trackhub's own, such as those of lanes, and the threads that backends start in them.
 
 A backend may call the same SDK as the training script, in the same process. `trackhub.flare.trainer.capture` records
-only the script's calls, so it asks here whose thread makes a call. Lanes are threads of the class `OwnThread`.
+only the script's calls, so it asks this module whether a thread is trackhub's own. Lanes are threads of the class
+`OwnThread`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["MAX_PLAIN_BYTES", "find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
 
 MAX_PLAIN_BYTES = 1 << 24
-"""Largest file that `read_plain` reads. Without it, a sparse file, which takes no disk, could fill the memory."""
+"""Largest file that `read_plain` reads. Without this limit, a sparse file could fill the memory: it takes no disk."""
 
 _PRIVATE_FILE = 0o600
 _PRIVATE_FOLDER = 0o700

@@ -77,7 +77,7 @@ class ProcessLock:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file, and leave the lock to the process that it was forked from. Never raises. Idempotent."""
+        """Close the file, and leave the lock to the parent process. Never raises. Idempotent."""
         # Close without LOCK_UN, here and when the object is freed. In a child that was just forked, LOCK_UN would take
         # the lock from the parent.
         self._file.close()

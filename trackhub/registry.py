@@ -62,7 +62,7 @@ _OURS = ("jsonl", "mlflow", "tensorboard", "wandb")
 """The backends that trackhub itself has, each but the first in a distribution of its own."""
 
 _MISSPELT = 0.8
-"""The similarity, by difflib, from which on one name counts as a misspelt form of another."""
+"""A name that is at least this similar to another one, by difflib, counts as its misspelling."""
 
 RESERVED = frozenset({"none", "trackhub"})
 """Names that no backend can have: ``none`` turns tracking off, and the core's own folder is called ``trackhub``."""
@@ -116,7 +116,7 @@ def load(name: str, *, allowed: Collection[str] | None = None) -> type[Backend[A
         allowed: the backends that the operator of this site allows; None for all.
 
     Raises:
-        UnknownBackendError: no installed distribution provides it. The message names those that there are.
+        UnknownBackendError: no installed distribution provides it. The message names the installed backends.
         ConfigError: it is installed, but not allowed at this site.
         BackendConflictError: several distributions provide it.
         BackendLoadError: it does not import, or is not a usable backend class.
@@ -164,7 +164,7 @@ def load_entry(
 
 
 def check_class(loaded: Any, origin: str) -> type[Backend[Any]]:
-    """Return an object that a plugin provides as a backend class, if it is a usable one.
+    """Check that a plugin's object is a usable backend class, and return it.
 
     Args:
         loaded: the object.
@@ -235,8 +235,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def may_be_elsewhere(name: str) -> bool:
     """Return whether a backend that is not installed here may be installed at another site.
 
-    False for a name that no backend can have. False as well for a name that differs in a letter or two from a known
-    backend: it is probably misspelt. A longer name that contains the known one, such as ``wandb-eu``, is not.
+    False for a name that no backend can have. Also False for a name that differs in a letter or two from a known
+    backend: it is probably misspelt. True for a longer name that contains a known one, such as ``wandb-eu``.
     """
     if _NAME.fullmatch(name) is None or name in RESERVED:
         return False
@@ -306,7 +306,7 @@ def _remember_environment(cls: type[Backend[Any]]) -> None:
 
 
 def option_marks(cls: type[Backend[Any]]) -> dict[str, frozenset[OptionMark]]:
-    """Return what the core must know of each of a backend's options: which hold a secret, a host or a path."""
+    """Return option -> marks, for a backend's options: which of them hold a secret, a host or a path."""
     hints = get_type_hints(cls.Options, include_extras=True)
     return {
         field.encode_name: frozenset(mark for mark in _annotations(hints[field.name]) if isinstance(mark, OptionMark))
@@ -366,7 +366,7 @@ def _is_shadowed(distribution: metadata.Distribution) -> bool:
 
 
 def _visible_problem(name: str, value: str) -> str:
-    """Return what is wrong with an entry point, without importing it. Empty if nothing is seen to be wrong."""
+    """Return what is wrong with an entry point, without importing it. Empty if no problem is found."""
     if _NAME.fullmatch(name) is None:
         return "a backend's name is made of a-z, 0-9, - and _, starts with a letter and has at most 64 characters"
     if name in RESERVED:

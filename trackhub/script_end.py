@@ -41,9 +41,9 @@ class _State:
         open: what to end, in the order in which it was opened.
         handled: the signals that this module handles.
         error_before: the last uncaught exception that Python had shown when the first run was opened.
-        exit_failed: whether the script called ``sys.exit`` with another status than 0.
+        exit_failed: True if the script called ``sys.exit`` with another status than 0.
         python_exit: ``sys.exit`` as it was; None while it is unchanged.
-        is_registered: whether the interpreter calls ``_at_exit``.
+        is_registered: True if the interpreter will call ``_at_exit``.
     """
 
     def __init__(self) -> None:

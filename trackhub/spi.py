@@ -115,7 +115,7 @@ class Redelivery(StrEnum):
 
     @property
     def needs_order(self) -> bool:
-        """Whether the lane goes on by position. Then nothing may be stored after later records of its run."""
+        """True if the lane goes on by position. Then no record may be stored after later records of its run."""
         return self in (Redelivery.RESUMABLE, Redelivery.REBUILD)
 
 
@@ -153,7 +153,7 @@ class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reserved_keys: keys that the store or the SDK uses itself.
         reserved_prefixes: beginnings of such keys.
         reserved_as: the prefix that a reserved key gets, such as ``user/``. Empty escapes its first character instead.
-        is_path: whether the store reads a key as a relative path. The core then escapes the parts that would lead to
+        is_path: True if the store reads a key as a relative path. The core then escapes the parts that would lead to
             another path or upwards: a slash at an end, ``//``, and parts that are ``.`` or ``..``.
     """
 
@@ -189,9 +189,9 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         changing_params: whether a param may get another value later. If not, the core hands over the first value, and
             rejects later values that differ as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. If one entry keeps failing, the core then
-            writes other entries, to test whether the store is down. With ``idempotent``, these may be stored already:
-            a second ``write`` of metrics must fail while the store takes no writes.
-        probe: whether the runs implement ``probe``, the same test for a store that must keep the order.
+            writes other entries, to test whether the store is down. With ``idempotent``, these entries may be stored
+            already. So while the store takes no writes, a second ``write`` of metrics must fail, too.
+        probe: whether the runs implement ``probe``. It is the same test, for a store that must keep the order.
         files_beside: the kinds, images or artifacts, whose files a second thread may hand to ``write``, one at a time.
             The lane's thread meanwhile calls the run's methods with everything else. Then a large or refused file holds
             up no metrics, but may be stored after later entries. This field and ``any_order`` have no effect if
@@ -229,11 +229,11 @@ class OptionMark(StrEnum):
     PATH = "path"
     """It names a file or folder that the backend reads or writes."""
     SHARED = "shared"
-    """It names something in the store that others may have made and use, such as an MLflow experiment."""
+    """It names something in the store that others may also use, such as an MLflow experiment."""
 
 
 class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The login that a backend takes from the environment of its process, and the hosts that it is for.
+    """The login that a backend takes from the environment of its process, and the hosts that may get it.
 
     In a provisioned federation the environment is the operator's. A job may send these credentials only to a host that
     is named here, or in the operator's file.
@@ -315,7 +315,7 @@ class BackendContext(msgspec.Struct, frozen=True):
         return self.workdir.parent
 
     def folder(self, option: str | None) -> Path:
-        """Return the absolute folder that an option names, or ``workdir`` without one.
+        """Return the absolute folder that an option names, or ``workdir`` if it names none.
 
         The option may be absolute, with ``~``, or relative to the run folder. None and empty mean none.
         """
@@ -379,7 +379,7 @@ class BackendRun:
     def left_out(self) -> Sequence[Entry]:
         """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
 
-        Only they stay pending. Return each after every ``flush`` until it is stored. Not asked if
+        Only these entries stay pending. Return each of them after every ``flush`` until it is stored. Not called if
         ``redelivery.needs_order``.
         """
         return ()
@@ -418,11 +418,11 @@ class Backend(Generic[OptionsT_co]):
         spi: version of the SPI that the plugin was written for. Every plugin must write it out.
         Options: the msgspec Struct of its options, with ``forbid_unknown_fields``. It comes from the type in brackets:
             ``class Acme(Backend[AcmeOptions])``. A plain ``Backend`` has no options.
-        capabilities: what it can store. An instance may replace its class's. The lane reads it after ``preflight``.
+        capabilities: what it can store. An instance may have its own. The lane reads them after ``preflight``.
         credentials: what it takes from the environment to log in.
         contract: version of the contract kit that the plugin passed, 0 for none.
-        moved_options: options that people know from elsewhere, such as FLARE's own receiver. For each, a sentence that
-            says what to use instead. The error about an unknown option ends with it.
+        moved_options: option -> a sentence that says what to use instead. It is for options that people know from
+            elsewhere, such as from FLARE's own receiver. The error about such an option ends with the sentence.
     """
 
     spi: ClassVar[int]
@@ -434,7 +434,8 @@ class Backend(Generic[OptionsT_co]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Look only at the class's own brackets. A base class's must not replace the `Options` that a subclass sets.
+        # Look only at the class's own brackets. A base class's brackets must not replace the `Options` that a subclass
+        # sets.
         for base in cls.__dict__.get("__orig_bases__", ()):
             if isinstance(origin := get_origin(base), type) and issubclass(origin, Backend):
                 options = get_args(base)[0]

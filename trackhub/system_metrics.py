@@ -24,7 +24,7 @@ PREFIX = "system/"
 """The prefix of all keys. MLflow shows keys with it on a page of their own, and knows the names of the host's keys."""
 
 MIN_INTERVAL_S = 0.5
-_MAX_SHARE = 0.02  # of one core; longer pauses keep to it where measuring is slow
+_MAX_SHARE = 0.02  # of one core; where measuring is slow, the pauses are longer
 _STOP_S = 2.0
 _MEGABYTE = 1e6
 _log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class AdapterBase:
 
     COUNTED: ClassVar[tuple[str, ...]] = ()
     """Names of the SDK's methods that log what no record can hold. A name that ends in ``_`` is a prefix. It stands for
-    all methods that begin with it, also for those of later releases of the SDK."""
+    all methods that begin with it, also for methods of later SDK releases."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ()
     """Names of the SDK's methods that log nothing. They do nothing here. A name that ends in ``_`` is a prefix."""
@@ -46,7 +46,7 @@ class AdapterBase:
             args, kwargs: not used; the SDK's own arguments, which say where it stores.
             writer: the writer to use, such as that of ``trackhub.local``. None makes a new ``Writer``, which records
                 nothing where there is no tracking.
-            strict: make a new writer strict: it raises for what it cannot store, and where it would record nothing.
+            strict: make a new writer strict: it raises for what it cannot store, and if there is no tracking.
 
         Raises:
             ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
@@ -122,7 +122,7 @@ class AdapterBase:
             log(value)
 
     def _log_pair(self, method: str, key: Any, value: Any, log: Callable[[dict[str, Any]], None]) -> None:
-        """Log a mapping of one key. A key that no mapping can have, such as a list, is counted.
+        """Log a mapping with one key. If no mapping can have this key, such as a list, count the call as dropped.
 
         Args:
             method: the method that was called.

@@ -94,7 +94,7 @@ def histogram_of_buckets(
     Args:
         low: the smallest value that was counted.
         limits: the right limit of each bucket.
-        counts: how many values are in each.
+        counts: how many values are in each bucket.
     """
     rights = [float(limit) for limit in limits]
     first = float(low) if low < rights[0] else math.nextafter(rights[0], -math.inf)
@@ -107,7 +107,7 @@ def pr_curve(
     """Return a precision-recall curve as the columns and rows of a table, one row for each threshold.
 
     Args:
-        labels: whether each example is positive.
+        labels: for each example, True if it is positive.
         predictions: the probability that each example is positive, 0 to 1.
         num_thresholds: how many thresholds between 0 and 1, both included; at most 127.
         weights: the weight of each example; None for 1.

@@ -53,7 +53,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     Raises:
         RecordError: an argument is not accepted, or Pillow is not installed.
     """
-    import hashlib  # lazy: with OpenSSL it is a tenth of what `import trackhub` takes
+    import hashlib  # imported late: with OpenSSL it takes a tenth of the time of `import trackhub`
 
     key = read_key(key)
     if not isinstance(caption, str):
@@ -148,7 +148,7 @@ def _load_pillow(key: str) -> Any:
     """Return the module ``PIL.Image``. The first call imports it, and all of Pillow's formats."""
     try:
         with _pillow_lock:
-            from PIL import Image as pil  # lazy: only who logs images needs Pillow
+            from PIL import Image as pil  # imported late: only a script that logs images needs Pillow
 
             # Otherwise Pillow loads its formats with the first image. If two threads then open an image at the same
             # time, Pillow fails in one of them: it "cannot identify" a good image (Pillow 13.0).
@@ -191,7 +191,7 @@ def _pixels_of_numbers(key: str, image: Any) -> Any:
 
 def _to_pixels(key: str, image: Any) -> Any:
     """Return the pixels of an array or tensor, ``[H, W]`` or ``[H, W, C]``. Only ``[H, W]`` may have 16 bits."""
-    import numpy as np  # lazy: whoever passes an array has it
+    import numpy as np  # imported late: a script that passes an array has NumPy
 
     if hasattr(image, "detach"):
         image = image.detach().cpu()

@@ -113,7 +113,7 @@ class FigureAndModelCalls:
             model: a torch module, a Keras model, or a mapping of name to array, such as a ``state_dict``.
             step: as for ``log``.
             prefix: what the keys begin with.
-            gradients: log the gradients as well, under ``gradients/``. Parameters without one are left out.
+            gradients: log the gradients as well, under ``gradients/``. Parameters without a gradient are left out.
             bins: how many bins each histogram has.
 
         Raises:
@@ -144,7 +144,7 @@ class FigureAndModelCalls:
 
     @contextlib.contextmanager
     def _counting_errors(self, method: str, key: Any) -> Any:
-        """Count the call as dropped if its block raises, as any log call does."""
+        """Count the call as dropped if the ``with`` block raises."""
         try:
             yield
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
@@ -191,12 +191,13 @@ def _parameters_of(model: Any) -> list[tuple[str, Any]]:
     """Return the name and the values of each parameter.
 
     Raises:
-        RecordError: this is not a model, and not a mapping.
+        RecordError: this is neither a model nor a mapping.
     """
     if isinstance(model, Mapping):
         return [(key_text(name), values) for name, values in model.items()]
     weights = getattr(model, "weights", None)
-    # Keras comes first. On its torch backend, its model is a torch module, too, with other names for the parameters.
+    # Test for Keras first. With Keras's torch backend, a model is also a torch module, but its parameters have other
+    # names there.
     if isinstance(weights, list) and all(hasattr(weight, "path") for weight in weights):
         return [(weight.path, weight.value) for weight in weights]
     if callable(getattr(model, "named_parameters", None)):

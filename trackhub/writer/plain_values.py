@@ -100,7 +100,7 @@ def key_text(key: Any, *, is_inner: bool = False) -> str:
 
     Args:
         key: the key.
-        is_inner: whether it is the key of a nested dict. Then it may also be None or a tuple.
+        is_inner: True for the key of a nested dict. Such a key may also be None or a tuple.
 
     Raises:
         RecordError: the key is of another type.
@@ -115,11 +115,12 @@ def key_text(key: Any, *, is_inner: bool = False) -> str:
 
 
 def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
-    """Return a mapping, or the fields of an object as one. None if it is neither.
+    """Return a mapping as it is, or an object's fields as a mapping. None for any other value.
 
     Args:
         value: any value.
-        has_fields: whether an object with fields counts: a dataclass, an ``argparse.Namespace``, a pydantic model, ...
+        has_fields: True if an object with fields counts as well: a dataclass, an ``argparse.Namespace``, a pydantic
+            model, ...
     """
     if isinstance(value, Mapping):
         return value

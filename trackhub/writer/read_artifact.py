@@ -31,7 +31,7 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     Raises:
         RecordError: it is not a file that can be read, or the name or type is not accepted.
     """
-    import hashlib  # lazy: with OpenSSL it is a tenth of what `import trackhub` takes
+    import hashlib  # imported late: with OpenSSL it takes a tenth of the time of `import trackhub`
 
     if not isinstance(artifact_type, str):
         raise RecordError(f"log_artifact: type {shown(artifact_type)}; expected a str such as 'model'")

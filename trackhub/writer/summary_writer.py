@@ -20,8 +20,8 @@ class SummaryWriter(AdapterBase):
     """Has the methods of TensorBoard's ``SummaryWriter``, with the arguments of FLARE's and of torch's.
 
     A backend that needs a step gets 0, 1, 2, ... for the values of a tag that are logged without ``global_step``. No
-    method raises, unless strict. A method that logs what trackhub has no record for, such as ``add_video``, is counted
-    as dropped, with one warning. ``walltime`` has no effect: the time is that of the call.
+    method raises, unless strict. trackhub has no record kind for some methods, such as ``add_video``. A call of one is
+    counted as dropped, and the first call warns. ``walltime`` has no effect: a record has the time of its call.
     """
 
     COUNTED = ("add_",)  # add_audio, add_embedding, add_graph, add_mesh, add_onnx_graph, add_tensor, add_video, ...
@@ -170,7 +170,7 @@ class SummaryWriter(AdapterBase):
             img_tensor: the image.
             box_tensor: its boxes.
             global_step: the step.
-            args, kwargs: torch's further arguments, of which ``dataformats`` is used if it is given by name.
+            args, kwargs: torch's further arguments. Only ``dataformats`` has an effect, and only by name.
         """
         self.add_image(tag, img_tensor, global_step, dataformats=kwargs.get("dataformats"))
         self._count("add_image_with_boxes")
@@ -241,7 +241,7 @@ class SummaryWriter(AdapterBase):
             min: the smallest value.
             max, num, sum, sum_squares: not used, since the buckets and their counts are enough.
             bucket_limits: the right limit of each bucket.
-            bucket_counts: how many values are in each.
+            bucket_counts: how many values are in each bucket.
             global_step: the step.
             args, kwargs: as for ``add_scalar``.
         """
@@ -267,7 +267,7 @@ class SummaryWriter(AdapterBase):
 
         Args:
             tag: its key.
-            labels: whether each example is positive.
+            labels: for each example, True if it is positive.
             predictions: the probability that it is, 0 to 1.
             global_step: the step.
             num_thresholds: how many thresholds, up to 127.

@@ -18,7 +18,7 @@ _Call = Callable[[Writer, str, Any], None]
 
 
 def calls_for(values: Any) -> dict[str, _Call]:
-    """Return, by key, a function that logs the value under a key and at a step. Numbers get none. Never raises."""
+    """Return key -> function that logs the value under a key and at a step. Leave out numbers. Never raises."""
     try:
         if not isinstance(values, Mapping) or all(isinstance(value, int | float) for value in values.values()):
             return {}

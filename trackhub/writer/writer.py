@@ -42,7 +42,7 @@ __all__ = ["Writer", "plain_writer"]
 
 _POLL_S = 0.01
 _INVALID_VALUE = "invalid_value"
-_MAX_WARNINGS = 50  # of one process, each about another method, reason or key
+_MAX_WARNINGS = 50  # per process; each is about another method, reason or key
 _MAX_NAMED = 3
 _warned: set[tuple[str, str, str]] = set()  # of the process, since a script may make a writer in each turn of a loop
 _Arguments = ParamSpec("_Arguments")
@@ -60,18 +60,19 @@ class Writer(FigureAndModelCalls):
                 writer.log({"train/loss": train(batch)}, step)
 
     In a FLARE job with tracking, ``Writer()`` finds the spool of its site by itself. While a ``trackhub.local`` is open
-    in the same process, it records into that run. Everywhere else it records nothing, so that the same script also runs
-    without tracking. Then every call returns at once and does not look at its arguments, and ``flush`` returns True.
+    in the same process, ``Writer()`` records into that run. Everywhere else it records nothing, so that the same script
+    also runs without tracking. Then every call returns at once and does not look at its arguments, and ``flush``
+    returns True.
 
     A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. A strict
-    writer raises an error instead. With the environment variable ``TRACKHUB_MODE=disabled``, it records nothing even
-    where there is tracking, and does not warn.
+    writer raises an error instead. With the environment variable ``TRACKHUB_MODE=disabled``, ``Writer()`` neither
+    records nor warns, even where there is tracking.
 
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
-    backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``, and the other
+    backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``. The other
     values of the call are stored. A call with a wrong argument, such as a negative step, is counted as
-    ``invalid_call``, and one after ``close`` as ``writer_closed``. The log says so once for each key or method. For
-    tests, ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
+    ``invalid_call``. A call after ``close`` is counted as ``writer_closed``. The log warns once for each key or method.
+    For tests, ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
 
     A full disk or a full spool is counted as well, and training goes on.
 
@@ -294,7 +295,7 @@ class Writer(FigureAndModelCalls):
             self._spool.close()
 
     def count_unconvertible(self, detail: str) -> None:
-        """Count a record as dropped, since nothing that trackhub stores can hold it.
+        """Count a record as dropped, since trackhub has no kind of record for it.
 
         For integrations that turn another library's log calls into records. Never raises.
 
@@ -352,7 +353,7 @@ class Writer(FigureAndModelCalls):
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> None:
-        """Append a record whose bytes go to a file of their own. Otherwise do as ``_append`` does."""
+        """Append a record whose bytes go to a separate file. Apart from that, this works as ``_append``."""
         if self._spool is None:
             return
         now = time.time()
@@ -387,7 +388,7 @@ class Writer(FigureAndModelCalls):
         Args:
             method: the method that was called.
             error: why.
-            keys: the keys that it was called with, where it has some.
+            keys: the keys of the call, if it has any.
 
         Raises:
             RecordError, SpoolError: the writer is strict.
@@ -420,7 +421,7 @@ def _keys_of(values: Any) -> tuple[Any, ...]:
 
 
 def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | SpoolError) -> None:
-    """Warn of a call or a value that is left out: once in a process for each method and reason, and for each bad value.
+    """Warn of a call or value that is left out: once per process for each method and reason, or for each bad key.
 
     Args:
         method: the method that was called.
@@ -444,7 +445,7 @@ def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | 
 
 
 def plain_writer(spool: SpoolWriter | None) -> Writer:
-    """Return a plain `Writer` on this spool, as the copy of a writer of a subclass, such as `LocalWriter`.
+    """Return a plain `Writer` on this spool. It is the copy of a subclass's writer, such as a `LocalWriter`.
 
     Without a spool, the copy records nothing.
     """
