@@ -26,8 +26,8 @@ def put_by_client(artifact_uri: str, path: str, content: bytes | Path) -> None:
         content: the bytes, or the file that holds them.
 
     Raises:
-        TransientError: the client failed. Every failure is taken for a temporary one, because these clients have no
-            errors in common.
+        TransientError: the client failed. Every failure counts as temporary, because these clients have no errors in
+            common.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 

@@ -111,7 +111,7 @@ class MLflowBackend(Backend[MLflowOptions]):
             raise ConfigError(f"mlflow: {error}") from error
 
     def open_run(self, info: RunInfo) -> MLflowRun:
-        """Open a site's run, and the job's parent run with the first of them. The federation run is the parent run.
+        """Open a site's run. The first call also opens the job's parent run, which is the federation run.
 
         Raises:
             TransientError: the store cannot be used now, or somebody deleted the run.
@@ -178,7 +178,7 @@ def _store_file(options: MLflowOptions, context: BackendContext) -> Path | None:
 
 
 def _common_tags(options: MLflowOptions, job: JobInfo) -> dict[str, str]:
-    """Return the tags that every run gets: the job's tags and description, or those of the options in place of them."""
+    """Return the tags that every run gets: the job's tags and description. The options may replace them."""
     tags = {job_tag_name(tag): "" for tag in job.tags if tag}  # the UI shows a tag without a value as its name alone
     if job.notes:
         tags[NOTE_TAG] = job.notes

@@ -59,7 +59,7 @@ _STATUS = {
 
 
 class Stored(NamedTuple):
-    """A run as MLflow has it. Points are (key, step, value, milliseconds); files are path to content."""
+    """A run as MLflow has it. Points are (key, step, value, milliseconds); files are path -> content."""
 
     status: str
     points: list[tuple[str, int, float, int]]
@@ -187,7 +187,7 @@ def _query(file: Path, run: RunInfo) -> Stored:
 
 
 def _logged(tags: Mapping[str, str], of_job: Sequence[str]) -> dict[str, str]:
-    """Return the tags that a site logged: not the backend's own, not MLflow's, and not those of the job."""
+    """Return the tags that a site logged, without tags of the backend, of MLflow and of the job."""
     of_site = {key: value for key, value in tags.items() if value or key not in of_job}
     return {
         key: value

@@ -66,8 +66,8 @@ class ParamNames:
         """Start with the params that the run has already.
 
         Args:
-            stored: name to value. Their paths are not known. If a leaf has the same name and value, it counts as this
-                one.
+            stored: name -> value. The paths of these params are not known. A leaf with the same name and value counts
+                as the stored param.
         """
         self._stored = dict(stored)
         self._owners: dict[str, LeafPath] = {}
@@ -77,7 +77,8 @@ class ParamNames:
 
         Args:
             path: the leaf's path.
-            value_under: returns the value to store for a name. A long value is a pointer, which holds the name.
+            value_under: returns the value to store for a name. For a long value, it returns a pointer, which holds the
+                name.
         """
         plain = cut_name(".".join(path))
         value = value_under(plain)

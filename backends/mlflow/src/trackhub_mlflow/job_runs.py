@@ -2,8 +2,8 @@
 """The MLflow runs of one job: the parent run, and below it one run per site.
 
 The backend has one `JobRuns`. It opens the runs, names and tags them, and ends them. The parent run is the job's
-federation run (``RunInfo.parent``), and receivers on the server and at the clients share it. They agree on one by
-`find_or_create`. Only one receiver writes a site's run, so `JobRuns` finds or creates it by a simple search.
+federation run (``RunInfo.parent``), and receivers on the server and at the clients share it. They agree on one parent
+run by `find_or_create`. Only one receiver writes a site's run, so `JobRuns` finds or creates it by a simple search.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class JobRuns:
     def close_run(self, run: StoredRun, status: RunStatus, end_ms: int | None) -> None:
         """End a run. If it is this receiver's last open run, end the parent run, too, unless a run below it still runs.
 
-        The job's other runs are searched only for the last one. With a thousand sites, a search for each would take
-        hours.
+        The job's other runs are searched only when that last run ends. With a thousand sites, a search at each end
+        would take hours.
 
         Args:
             run: what ``open_run`` returned.

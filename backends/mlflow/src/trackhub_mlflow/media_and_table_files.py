@@ -93,7 +93,7 @@ def _cell(cell: Any) -> Any:
 def _versions(content: bytes) -> list[tuple[str, bytes]]:
     """Return suffix and content of the image as PNG, and of its thumbnail.
 
-    A huge image is returned as it was logged, alone. Pillow would refuse it as soon as it opens it.
+    A huge image is returned as it was logged, without a thumbnail: Pillow would refuse to open it.
 
     Raises:
         BadImageError: the content cannot be decoded.
@@ -108,7 +108,7 @@ def _versions(content: bytes) -> list[tuple[str, bytes]]:
         with Pillow.open(io.BytesIO(content), formats=("PNG",) if is_png else ("JPEG",)) as image:
             if image.size != (header.width, header.height):
                 raise BadImageError(f"Pillow reads another size than the header says: {image.size}, {header}")
-            # Pillow's own conversion cuts the 16 bits of a pixel off at 255, and nearly all would be white.
+            # Pillow's own conversion turns each 16-bit value above 255 into 255. Nearly all pixels would be white.
             shown = image.convert("I").point(lambda value: value * (1 / 257)) if image.mode.startswith("I") else image
             small = shown.convert("RGBA" if image.has_transparency_data else "RGB")
             whole = content if is_png else _encoded(image, "PNG")

@@ -44,8 +44,8 @@ from trackhub_mlflow.unique_artifact_paths import ArtifactPaths
 __all__ = ["MLflowRun"]
 
 _MAX_NAMES = 10_000
-"""Most params, tags and final values of a run. A store takes some thousand a second, and meanwhile all other runs of
-the lane wait. A record may have a hundred thousand, since each key of a nested param is one."""
+"""Most params, tags and final values of a run. A store takes some thousand of them a second, and meanwhile all other
+runs of the lane wait. One record may have a hundred thousand params, since each key of a nested param is one."""
 
 _HAS_IMAGES = Pair("mlflow.loggedImages", "True")
 _TABLES_TAG = "mlflow.loggedArtifacts"
@@ -116,7 +116,7 @@ class MLflowRun(BackendRun):
         return WriteReport([rejections[position] for position in sorted(rejections)]) if rejections else None
 
     def finish(self, status: RunStatus) -> None:
-        """End the run at the time of its last record, and the parent run if no other of its runs is running.
+        """End the run at the time of its last record. End the parent run, too, if none of its other runs is running.
 
         Raises:
             TransientError: the store cannot be used now.
@@ -189,7 +189,7 @@ class MLflowRun(BackendRun):
             raise _RejectedError("unsupported_kind", f"MLflow cannot store a {type(payload).__name__}")
 
     def _table_tag(self, path: str) -> Pair | None:
-        """Return the tag that lists the run's tables; None once it is full. The UI then shows further ones as JSON."""
+        """Return the tag that lists the run's tables; None once it is full. The UI shows further tables as JSON."""
         listed = [*self._tables, {"path": path, "type": "table"}]
         value = json.dumps(listed)
         if any(table.get("path") == path for table in self._tables):

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NOTE_TAG = "mlflow.note.content"
-"""The tag that MLflow shows as a run's description. Beside `_SOURCE_TAGS`, a site may set no other tag of MLflow's."""
+"""The tag that MLflow shows as a run's description. Of MLflow's tags, a site may set only this and `_SOURCE_TAGS`."""
 
 _SOURCE_TAGS = {f"source.git.{name}": f"mlflow.source.git.{name}" for name in ("commit", "branch", "dirty", "repoURL")}
 """What trackhub logs of the job's script, and the tags by which MLflow shows it beside a run's source."""
@@ -60,7 +60,7 @@ KEY_RULE = KeyRule(
 )
 """Which keys MLflow can hold. It refuses a name that ``posixpath.normpath`` would change or that leads upwards.
 
-Spaces at the ends are escaped because MariaDB, SQL Server and older MySQL ignore those at the end of a name.
+Spaces at both ends are escaped because MariaDB, SQL Server and older MySQL ignore spaces at the end of a name.
 
 Source: ``validate_param_and_metric_name``, ``path_not_unique`` and ``MAX_ENTITY_KEY_LENGTH`` of
 ``mlflow.utils.validation``, mlflow 3.17.
@@ -133,7 +133,7 @@ def artifact_path(key: str) -> str:
 
 
 def versioned_path(path: str, label: str) -> str:
-    """Return the path with a label before the file's extension: ``model/best.pt`` to ``model/best.LABEL.pt``."""
+    """Return the path with a label before the file's extension: ``model/best.pt`` -> ``model/best.LABEL.pt``."""
     folder, slash, name = path.rpartition("/")
     stem, dot, extension = name.rpartition(".")
     if not stem:

@@ -28,7 +28,7 @@ class PointMaker:
     """Makes the points of one run.
 
     MLflow tells points apart by key, step, value and millisecond. If a point agrees in all four with a stored one,
-    MLflow drops it, as the same point sent again. If two records agree in all four, the later one gets a time one
+    MLflow takes it for the stored point and drops it. If two records agree in all four, the later one gets a time one
     millisecond later. It gets the same time on every delivery, because the lane hands over records in the same order.
     """
 

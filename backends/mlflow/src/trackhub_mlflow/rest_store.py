@@ -76,8 +76,8 @@ class RestStore:
 
         Args:
             uri: the server's URI. It may hold a user and a password.
-            timeout_s: longest time in seconds that one request waits. The upload of an artifact may take longer, by
-                the rate of earlier uploads.
+            timeout_s: longest time in seconds that one request waits. The upload of an artifact may take longer: its
+                limit depends on the rate of earlier uploads.
         """
         self._url, self._login = server_url(uri)
         self._timeout_s = timeout_s
@@ -197,7 +197,7 @@ class RestStore:
             query["page_token"] = page["next_page_token"]
 
     def artifact_sha256(self, run: StoredRun, path: str) -> str:
-        """Return the SHA-256 of an artifact's content, in hex, read by the same request as the UI's."""
+        """Return the SHA-256 of an artifact's content, in hex. The content is read with the UI's own request."""
         from requests.exceptions import RequestException
 
         query = {"run_uuid": run.id, "path": path}
@@ -323,7 +323,7 @@ def _run(reply: Mapping[str, Any]) -> StoredRun:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Parse a Retry-After header, a number of seconds or a date. Return None if there is none or it is neither."""
+    """Parse a Retry-After header: a number of seconds, or a date. Return None for anything else."""
     if not header:
         return None
     try:

@@ -39,7 +39,7 @@ class Item(msgspec.Struct, frozen=True, gc=False):
 
 
 def send(store: Store, run_id: str, items: Sequence[Item]) -> list[Rejection]:
-    """Store these items, in this order within each kind. Return the rejections of those that MLflow never stores.
+    """Store these items, in this order within each kind. Return a rejection for each item that MLflow never stores.
 
     Args:
         store: where the run is.
@@ -47,7 +47,7 @@ def send(store: Store, run_id: str, items: Sequence[Item]) -> list[Rejection]:
         items: what to store.
 
     Raises:
-        TransientError: at least one item is not stored. Send all of them again; MLflow recognises those that it has.
+        TransientError: at least one item is not stored. Send all items again; MLflow recognises the items that it has.
     """
     rejections: list[Rejection] = []
     for batch in _batches(items):
@@ -76,7 +76,7 @@ def _send(store: Store, run_id: str, batch: Sequence[Item], rejections: list[Rej
 
 
 def _require_active(store: Store, run_id: str) -> None:
-    """Raise TransientError if the run was deleted: then MLflow refuses every record, and none of them is bad."""
+    """Raise TransientError if the run was deleted: then MLflow refuses every record, although no record is bad."""
     run = store.run(run_id)
     if run is None:
         raise TransientError(f"MLflow has no run {run_id} any more; its records wait for the store to be restored")

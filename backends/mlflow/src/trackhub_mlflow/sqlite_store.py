@@ -2,7 +2,7 @@
 """The MLflow store in an SQLite file, written without a server by MLflow's own classes.
 
 The backend uses it if no server is configured. The artifacts are in the folder ``mlartifacts`` beside the file. Both
-can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server, where MLflow would store an absolute
+can be moved: runs name their artifacts ``mlflow-artifacts:/…``, as on a server. MLflow itself would store an absolute
 path. ``mlflow ui``, started beside the file, looks for the artifacts in ``./mlartifacts``.
 """
 
@@ -50,8 +50,8 @@ class SqliteStore:
 
         Args:
             file: the store.
-            is_own: whether it is in the job's own folder. Such a folder may come from anybody. So the places that the
-                store gives for artifacts must then be beside the store.
+            is_own: True if the store is in the job's own folder. Such a folder may come from anybody. So the artifact
+                places that the store names must then be beside the store.
         """
         self._file = file
         self._is_own = is_own

@@ -190,7 +190,7 @@ class Store(Protocol):
 
         Args:
             run_id: which run.
-            status: one of those of `StoredRun`.
+            status: a status as in `StoredRun`.
             end_ms: milliseconds since 1970, UTC; None leaves the time of the end as it is.
         """
 

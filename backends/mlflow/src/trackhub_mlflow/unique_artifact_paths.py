@@ -19,8 +19,8 @@ class ArtifactPaths:
     """Gives each artifact record of one run its path.
 
     The path is the artifact's key, with the step before the extension unless the step is 0. The record's position is
-    added if that path is taken. It is taken by another content, by a name that differs only in case, or by a file where
-    a folder is needed. A record that is handed over again gets the same path.
+    added if that path is taken. A path is taken if it holds another content, if another path differs only in case, or
+    if there is a file where it needs a folder. A record that is handed over again gets the same path.
     """
 
     def __init__(self, store: Store, run: StoredRun, *, is_new: bool) -> None:
@@ -29,7 +29,7 @@ class ArtifactPaths:
         Args:
             store: where the run is.
             run: which run.
-            is_new: whether the run has no record yet. If not, the store is asked what lies there.
+            is_new: True if the run has no record yet. Otherwise the store is asked which artifacts it has.
         """
         self._store = store
         self._run = run

@@ -12,11 +12,11 @@ __all__ = ["UploadLimit"]
 _FIRST_RATE = 64 << 10  # bytes per second: a slow network, until the first upload
 _LOWEST_RATE = 1 << 10
 _SLACK = 4.0  # an upload may be this many times as slow as the last one
-_MIN_BYTES = 256 << 10  # a smaller file says nothing of the rate
+_MIN_BYTES = 256 << 10  # a smaller file says nothing about the rate
 
 
 class UploadLimit:
-    """The time limit of uploads to one server. Two threads may use it: the rate is then that of either."""
+    """The time limit of uploads to one server. Two threads may use it. They share one rate."""
 
     def __init__(self) -> None:
         """Start with the rate of a slow network."""

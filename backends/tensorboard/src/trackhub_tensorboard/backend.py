@@ -144,8 +144,8 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
     def results(self, info: RunInfo) -> Results:
         """Return the run's folder, and the command that shows it beside all other runs of the log folder.
 
-        TensorBoard's fast loader takes a step that does not rise for a restart, and hides the points before it. If
-        there are such steps, the command turns the fast loader off. Otherwise it stays on, since it is much faster.
+        If a step does not rise, TensorBoard's fast loader assumes a restart, and hides the points before it. If there
+        are such steps, the command turns the fast loader off. Otherwise it stays on, since it is much faster.
         """
         shown = self.context.shown
         loader = "--load_fast=false " if any(run.has_late_steps for run in self._runs) else ""
@@ -183,7 +183,7 @@ class TensorBoardRun(BackendRun):
 
     @property
     def has_late_steps(self) -> bool:
-        """Whether TensorBoard's fast loader would hide points of this run."""
+        """True if TensorBoard's fast loader may hide points of this run."""
         return self._encoder.has_late_steps
 
     def next_position(self) -> int:

@@ -44,7 +44,7 @@ class _ScalarEvent(NamedTuple):
     Attributes:
         event: the event.
         slots: for each key, the place of its value.
-        last_step, others: the last steps of its keys, as lists of one number. Usually there is only the first one.
+        last_step, others: the last steps of its keys, as lists of one number. Usually all keys share ``last_step``.
     """
 
     event: Event
@@ -61,8 +61,8 @@ class Encoder:
 
     Attributes:
         new_tags: the tags that were given since the caller last emptied this list.
-        has_late_steps: whether a tag got a step that is not above its last one. Then TensorBoard's fast loader does not
-            show all points. It may be true although no tag did, but it is never false if one did.
+        has_late_steps: True if a tag got a step that is not above its last one. Then TensorBoard's fast loader does not
+            show all points. It may be True without such a step. It is never False with one.
     """
 
     def __init__(self, info: RunInfo, tags: Sequence[NewTag]) -> None:
@@ -162,7 +162,7 @@ class Encoder:
         """Return the last steps of these keys, as lists of one number.
 
         Keys that were first logged together share one list. So a record's step is usually compared once, not for each
-        key. A key keeps its list, so events that refer to it stay valid.
+        key. A key keeps its list, so events that refer to the list stay valid.
         """
         steps = self._scalar_steps
         found = {id(known): known for key in keys if (known := steps.get(key))}

@@ -24,7 +24,8 @@ MAX_REFUSALS = 3
 """How often a server must refuse an artifact, while it answers other questions, before the artifact is given up."""
 
 _FOR_GOOD = re.compile(r"\b(?:400|409|413|415|422)\b")
-"""HTTP statuses that no time and no login mends. 401 and 403 are not among them: the operator can renew a login."""
+"""HTTP statuses that neither time nor a login can mend. 401 and 403 are not included: the operator can renew a
+login."""
 
 
 class ArtifactUpload:

@@ -218,6 +218,6 @@ class WandBBackend(Backend[WandBOptions]):
         }
 
     def _tags(self, job: JobInfo, found: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the tags of every run: those of the job, and those of the options or else of the environment."""
+        """Return every run's tags: the job's, and the options'. If the options have none: the environment's."""
         more = self.options.tags or self.options.settings.get("run_tags") or found or ()
         return tuple(dict.fromkeys(tag_text(tag) for tag in (*job.tags, *more) if tag))

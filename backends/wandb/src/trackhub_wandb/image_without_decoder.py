@@ -39,7 +39,7 @@ def _image_class() -> Any:
     class ImageWithoutDecoder(wandb.Image):
         """``wandb.Image``, with the size from the header."""
 
-        _log_type = "trackhub/image-file"  # by the name of the base class, the SDK must find the base class
+        _log_type = "trackhub/image-file"  # a new name: under the old one, the SDK must find the base class
 
         def __init__(self, path: Path, header: ImageHeader, caption: str) -> None:
             super().__init__(str(path), caption=caption or None)

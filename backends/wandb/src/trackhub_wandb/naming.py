@@ -61,7 +61,8 @@ PARAM_RULE = KeyRule(
 """The rule of params, which are keys of the run's config."""
 
 TAG_RULE = KeyRule(max_chars=_MAX_KEY_CHARS, chars="")
-"""The rule of tags, which are keys of a dict in this backend's own config entry. The SDK leaves those as they are."""
+"""The rule of tags, which are keys of a dict in this backend's own config entry. The SDK leaves such keys as they
+are."""
 
 _STEM_CHARS = 60
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
@@ -114,8 +115,8 @@ def tag_text(key: str, value: str = "") -> str:
 def config_value(value: Any) -> Any:
     """Return a param's value as a run's config can hold it.
 
-    A config is plain JSON, so NaN and infinities become text. W&B stores it as a tree of its leaves, in which an empty
-    dict vanishes, so that becomes ``"{}"``. The SDK looks up a value that refers to an artifact, with the receiver's
+    A config is plain JSON, so NaN and infinities become text. W&B stores it as a tree of its leaves. An empty dict
+    would vanish there, so it becomes ``"{}"``. The SDK looks up a value that refers to an artifact, with the receiver's
     login and at the host that the value names. A site must not cause that, so such a value becomes its JSON text.
     """
     match value:

@@ -82,7 +82,7 @@ class SdkRun:
         last: what the SDK got last, a row or the config, and its position.
         files: the media files and the artifacts of tables that the SDK got and that are not confirmed.
         config: this backend's entry in the run's config, as the SDK last got it.
-        config_changed: whether the config changed since the last confirmation.
+        config_changed: True if the config changed since the last confirmation.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SdkRun:
         run.define_metric("*", step_metric=self._step_metric, step_sync=False)
 
     def write(self, batch: Sequence[Entry]) -> list[Rejection]:
-        """Hand these entries to the SDK, except those that it has. Return which of them W&B cannot hold.
+        """Hand these entries to the SDK, except entries that it has. Return a rejection for each that W&B cannot hold.
 
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
@@ -142,7 +142,7 @@ class SdkRun:
             labels = []
             try:
                 self._store(entry)
-            except Exception as error:  # noqa: BLE001 - `_rejection` raises what is not the fault of the value
+            except Exception as error:  # noqa: BLE001 - `_rejection` raises an error that is not about the value
                 rejected.append(self._rejection(entry, error))
             self.next_position = entry.position + 1
         return rejected + self._store_labels(labels)
@@ -204,7 +204,7 @@ class SdkRun:
         interface.deliver_get_summary().wait_or(timeout=_PROBE_S)
 
     def is_refusal(self, error: Exception) -> bool:
-        """Return whether the SDK refused a value, which no other attempt could change."""
+        """Return True if the SDK refused a value. Another attempt would fail as well."""
         import wandb
 
         # The SDK also raises UsageError for a run that is over.
@@ -278,7 +278,7 @@ class SdkRun:
             self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
         if summary:
             self.run.summary.update(summary)
-        self._set_config(params, position)  # it has the final values, too: the server confirms a config, but no summary
+        self._set_config(params, position)  # it also has the final values: the server confirms a config, not a summary
 
     def _kept(self, what: str, kept: dict[str, Any], new: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
         """Return the tags or final values with new ones, if there is room for them beside the others."""

@@ -114,8 +114,8 @@ def import_sdk() -> ModuleType:
         with contextlib.suppress(ImportError):  # without Pillow, W&B rejects images and says what to install
             from PIL import Image
 
-            # Otherwise Pillow loads its formats with the first image. If two lanes open an image at the same time then,
-            # it may tell one of them that it cannot identify the image (Pillow 13.0).
+            # Otherwise Pillow loads its formats with the first image. If two lanes then open an image at the same time,
+            # Pillow may fail to identify a good image in one of them (Pillow 13.0).
             Image.init()
     return wandb
 

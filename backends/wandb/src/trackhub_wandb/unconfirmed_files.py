@@ -85,7 +85,8 @@ class FilesOfRows:
             sizes: asks the server for the sizes of files, by path.
             send_again: hands a file to the SDK once more, since the SDK itself does not try again.
             patience_s: the longest wait, in seconds.
-            again_s: after how many seconds a file that has not arrived is sent again. Each time it takes twice as long.
+            again_s: after this many seconds, a file that has not arrived is sent again. The time doubles with each
+                attempt.
 
         Raises:
             TransientError: the server cannot be asked.
@@ -120,7 +121,7 @@ class FilesOfRows:
     def _ask_for_tables(self) -> None:
         """Remove the artifacts that the server has, and those that it refuses each time.
 
-        Such a table is not lost: its row, and its content as a file of the run, are at the server.
+        A refused table is not lost: the server has its row, and its content as a file of the run.
         """
         for position, upload in list(self._tables.items()):
             try:
