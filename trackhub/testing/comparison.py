@@ -107,9 +107,9 @@ def _attributes(*lists: list[Any]) -> tuple[str, ...]:
 
 
 def _is_told(name: str, want: list[Any], have: list[Any]) -> bool:
-    """Return whether both sides have the same values of an attribute.
+    """Return True if both sides have the same values of an attribute.
 
-    Only values that differ prove it, so one is not enough.
+    A single value proves nothing, so there must be two different ones.
     """
     wanted, had = (Counter(_spell(dict(_fields(item))[name]) for item in items) for items in (want, have))
     return len(wanted) > 1 and "None" not in wanted and wanted == had

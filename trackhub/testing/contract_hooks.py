@@ -44,12 +44,13 @@ class ContractHooks:
     Attributes:
         backend: the class under test.
         name: the name that the backend is installed under. Its folder in the job's run folder has this name.
-        cannot_tell: what this store cannot tell, with the reason. A key is a field of `ReadBack` (``"tags"``) or an
-            attribute of its items (``"texts.step"``, ``"points.time"``). A check fails if the store can tell it.
+        cannot_tell: what this store cannot tell -> the reason. A key is a field of `ReadBack` (``"tags"``) or an
+            attribute of its items (``"texts.step"``, ``"points.time"``). A check fails if the store can tell it after
+            all.
         secret_env: environment variables that the backend takes secrets from.
-        secret_options: options that hold a secret: option to value, with ``${secret:TRACKHUB_CONTRACT_SECRET}`` in it.
-        extra_options: options that ``trackhub check --option`` gave. They win over those of ``options``.
-        deadline_s: seconds that one receiver may take at most to start, and as many to end.
+        secret_options: options that hold a secret: option -> value, with ``${secret:TRACKHUB_CONTRACT_SECRET}`` in it.
+        extra_options: options that ``trackhub check --option`` gave. They take precedence over ``options``.
+        deadline_s: the most seconds that one receiver may take to start, and again to end.
         patience_s: seconds within which every call must return, whatever the store does.
     """
 
@@ -87,7 +88,7 @@ class ContractHooks:
         """Return what the store holds of this run, read by its API, its files or its database.
 
         Use none of the plugin's own code: an error in it would hide itself. The run may be open, or its writer may have
-        been killed. Whatever this raises means that the run is not there.
+        been killed. Any exception means that the run is not there.
 
         Args:
             run: which run. ``run.blob_dir`` is not for reading back.
@@ -140,5 +141,5 @@ class ContractHooks:
         return value
 
     def canonical_status(self, status: RunStatus) -> str:
-        """Return the store's own word for a status. No other status has the word of FINISHED."""
+        """Return the store's own word for a status. No other status may share the word of FINISHED."""
         return status.value

@@ -56,10 +56,10 @@ class FaultyBackend:
     Attributes:
         runs: what ``open_run`` returned.
         batches: the sizes of the batches that ``write`` was called with.
-        probes: for each test of the store, whether the write directly before it succeeded, and whether the test did.
+        probes: for each test of the store, two bools: the write directly before it succeeded; the test succeeded.
         attempts: the number of calls of ``write``.
         failures: what the backend raised, apart from what was injected.
-        broken_rules: what the backend does wrong so that every check must fail, in words.
+        broken_rules: the rules that the backend broke, in words. Any of them makes every check fail.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class FaultyBackend:
                 self.probes.append((is_stored, self.probe(run, entry)))
 
     def probe(self, run: BackendRun, entry: Entry) -> bool:
-        """Return whether the backend's own test of its store succeeds. What else it raises is a broken rule."""
+        """Return whether the backend's own test of its store succeeds. Any unexpected exception is a broken rule."""
         try:
             run.probe(entry)
         except TransientError:

@@ -62,7 +62,7 @@ class CheckReport(msgspec.Struct, frozen=True):
         backend: the backend's name.
         contract: version of the kit.
         claimed: version of the kit that the backend says it passed.
-        passed: whether every check passed, or failed as declared.
+        passed: True if every check passed, or failed as declared.
         cannot_tell: what the store cannot tell, and why, as the contract class declares.
         tests: how each check ended.
     """

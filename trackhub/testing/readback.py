@@ -80,7 +80,7 @@ class ReadBack(msgspec.Struct, kw_only=True):
     store that holds nothing of a kind, the field is an empty list or dict.
 
     Attributes:
-        points: of all metrics. Those of one key are in the order in which the store shows them.
+        points: of all metrics. The points of one key are in the order in which the store shows them.
         params: name to value.
         tags: name to value.
         summary: the final values, name to value.

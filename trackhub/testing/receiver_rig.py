@@ -69,7 +69,7 @@ class ReceiverRig:
         folder: the receiver's own folder in it.
         context: where the backend works, and with which options.
         proxy: the faults that the backend meets, and what it was asked to do.
-        logged: site to what it logged, in order: the stream's name, and the call with its time filled in.
+        logged: site -> its calls, in order. Each entry has the stream's name, and the call with its time filled in.
         report: the delivery report, once finished.
     """
 

@@ -80,7 +80,7 @@ class DeliveredScenario:
         """Check that the store holds exactly what it must, and that the report says so. Return what it holds.
 
         Raises:
-            AssertionError: it does not hold. The message says what is wrong.
+            AssertionError: the store or the report is wrong. The message says what is wrong.
         """
         run = self._rig.run(self.name)
         what = f"the calls of scenario {self.name!r}"
@@ -130,7 +130,7 @@ def check_run(rig: ReceiverRig, sites: Iterable[str], what: str) -> None:
         what: what happened, for the message.
 
     Raises:
-        AssertionError: it is not. The message says what is wrong.
+        AssertionError: something is missing, or there twice. The message says what is wrong.
     """
     for site in sites:
         expected = expect(rig.logged[site], rig.can, rig.hooks)

@@ -77,9 +77,9 @@ class DeclarationChecks(ContractFixtures):
         assert not problems, "\n".join(problems)
 
     def test_credentials_are_declared(self) -> None:
-        """The class says from which variables it takes secrets, and for which host these are.
+        """The class says from which variables it takes secrets, and which host may get the secrets.
 
-        Otherwise a job could send them to a host of its own, and the core could not conceal them.
+        Otherwise a job could send the secrets to a host of its own, and the core could not conceal them.
         """
         declared = self.backend.credentials
         undeclared = sorted({*self.secret_env} - {*declared.variables})
@@ -97,7 +97,7 @@ class DeclarationChecks(ContractFixtures):
         )
 
     def test_flush_as_declared(self, kit: Kit) -> None:
-        """If ``flush`` confirms, the run has one, and it returns who has confirmed."""
+        """If the class declares that ``flush`` confirms, the run has this method, and it returns who has confirmed."""
         rig = kit.rig().start()
         rig.log("site-1", series("loss", range(3)))
         rig.settle("site-1")  # fails on a run without flush, and on an answer of a wrong type

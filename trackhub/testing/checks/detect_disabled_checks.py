@@ -83,7 +83,7 @@ def misspelt_methods(classes: Iterable[type], base: type[Backend[Any]] | type[Ba
 
 
 def _says_why(test: object) -> bool:
-    """Return whether a test is marked as failing, with a reason, and does run."""
+    """Return True if a test is marked as failing, with a reason, but still runs."""
     return any(
         mark.name == "xfail" and mark.kwargs.get("reason") and mark.kwargs.get("run", True)
         for mark in getattr(test, "pytestmark", [])

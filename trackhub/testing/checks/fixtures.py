@@ -40,8 +40,8 @@ class Kit:
 
     Attributes:
         hooks: the contract class.
-        store: the folder that the options of all of a check's receivers may point into.
-        is_quick: whether to log fewer points.
+        store: a folder for one check. The options of all its receivers may name paths in it.
+        is_quick: True to log fewer points.
     """
 
     def __init__(self, hooks: ContractHooks, folder: Path) -> None:
@@ -159,7 +159,7 @@ def _entries(stream: Stream, calls: Sequence[Call], info: RunInfo) -> list[Entry
 
 
 def one_param(can: Capabilities) -> list[Call]:
-    """Return a call that logs a param, if the backend claims params. Some stores show a status only beside them."""
+    """Return a call that logs a param, if the backend claims params. Some stores show a status only beside params."""
     return [Call(Params({"lr": 0.5}))] if Kind.PARAMS in can.kinds else []
 
 

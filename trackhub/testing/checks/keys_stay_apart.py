@@ -29,7 +29,8 @@ from trackhub.testing.scenario_delivery import DeliveredScenarios, check_run, sc
 
 __all__ = ["KeyChecks"]
 
-# Each differs little from another one. A store or its SDK may merge the two, or take one for a name of its own.
+# Each differs little from another key here. A store or its SDK may merge two of them, or use one of them as a name of
+# its own.
 _MERGED = [
     "lr", "--lr", "-lr", "lr-", "a", "-a-", "A", " a", "a ", "a  ", ".a", "./a", "a/.", "a.", "a/", "/a", "a/../a", "á",
     "a/b", "a//b", "a/./b", "/a/b", "a/b/", "a\\b", "a.b", "a_b", "a b", "a:b", "a%2Fb", "a_x002F_b", "..", "../a",
@@ -39,7 +40,7 @@ _MERGED = [
 
 
 def _calls(kind: Kind, keys: Sequence[str]) -> list[Call]:
-    """Return calls that log something of this kind under each key, and another content under each."""
+    """Return calls that log something of this kind under each key, with different content for each."""
     numbered = list(enumerate(keys))
     match kind:
         case Kind.PARAMS:
@@ -141,7 +142,7 @@ class KeyChecks(ContractFixtures):
         _stay_apart(scenarios, "keys in many scripts")
 
     def test_long_keys_stay_apart(self, scenarios: DeliveredScenarios) -> None:
-        """Keys of up to 1000 characters are stored. Those that differ only at their end stay two."""
+        """Keys of up to 1000 characters are stored. Two keys that differ only at their end stay two."""
         _stay_apart(scenarios, "keys that are long")
 
     def test_keys_stay_apart_at_every_step(self, scenarios: DeliveredScenarios) -> None:
@@ -154,7 +155,7 @@ class KeyChecks(ContractFixtures):
 
 
 def _keys_at_the_limits(rule: KeyRule) -> list[str]:
-    """Return the keys that this rule has to change, and those that it makes of them."""
+    """Return the keys that this rule has to change, and what it changes them into."""
     fit = key_fitter(rule)
     changed = [*rule.reserved_keys, *(prefix + end for prefix in rule.reserved_prefixes for end in ("", "x"))]
     if rule.max_chars is not None:

@@ -52,12 +52,12 @@ class LeftoverChecks(ContractFixtures):
         assert rig.run("site-1").pending == 0, f"nothing was delivered, so nothing is proved: {rig.run('site-1')}"
 
     def test_no_thread_is_left(self, kit: Kit) -> None:
-        """A receiver that has ended leaves no thread. The first receiver of a process may start some that stay."""
+        """A receiver that has ended leaves no thread. The first receiver of a process may start threads that stay."""
         left = _growth(self, kit, lambda: {f"{thread.name} ({thread.ident})" for thread in threading.enumerate()})
         assert not left, f"threads are left: {', '.join(sorted(left))}"
 
     def test_no_file_is_left_open(self, kit: Kit) -> None:
-        """A receiver that has ended leaves no file or socket open. The first of a process may open some that stay."""
+        """A receiver that has ended leaves no file or socket open. The first of a process may open files that stay."""
         left = _growth(self, kit, _open_files)
         assert not left, f"files are left open: {', '.join(sorted(left))}"
 
@@ -85,7 +85,7 @@ def _use(kit: Kit, rigs: int) -> None:
 
 
 def _growth(hooks: ContractFixtures, kit: Kit, look: Callable[[], set[str]]) -> set[str]:
-    """Return what two more receivers leave that the first has not left.
+    """Return what two further receivers leave behind, without what the first one left.
 
     Args:
         hooks: the contract class.

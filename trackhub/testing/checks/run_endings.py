@@ -32,7 +32,7 @@ class LifecycleChecks(ContractFixtures):
     """One job from start to end."""
 
     def test_job_without_records_ends(self, kit: Kit) -> None:
-        """A receiver that nothing is logged to starts and ends."""
+        """A receiver without any record starts and ends."""
         rig = kit.rig().start()
         rig.finish()
         assert not rig.is_hung(), "the backend has not returned from a call"
@@ -56,7 +56,7 @@ class LifecycleChecks(ContractFixtures):
         self._check_status(rig.read("site-2"), RunStatus.FAILED)
 
     def test_results_move_with_the_run_folder(self, kit: Kit) -> None:
-        """What ``results`` names exists, and still does when the job's run folder has been moved."""
+        """What ``results`` names exists, also after the job's run folder was moved."""
         rig = kit.rig().start()
         rig.log("site-1", series("loss", range(3)))
         rig.finish()
@@ -124,7 +124,7 @@ def _names(rig: ReceiverRig, text: str) -> bool:
 
 
 def _array_values() -> dict[str, tuple[Any, float]]:
-    """Return scalars of the array libraries that are installed, and the number that each is."""
+    """Return scalars of the installed array libraries, each with the number that it stands for."""
     values: dict[str, tuple[Any, float]] = {}
     if importlib.util.find_spec("numpy"):
         import numpy as np

@@ -40,7 +40,7 @@ class IdentityChecks(ContractFixtures):
         _log_and_check(rigs, "two jobs logged the same metric")
 
     def test_two_jobs_of_one_name_do_not_mix(self, kit: Kit) -> None:
-        """Two jobs that have the same name are two runs, too: a job's id tells it apart, and its name is for people."""
+        """Two jobs of the same name are two runs. The id identifies a job; the name is for people."""
         rigs = [kit.rig(shared=True, job=new_job("cifar10")).start() for _ in range(2)]
         _log_and_check(rigs, "two jobs of one name logged the same metric")
 

@@ -165,7 +165,7 @@ class KindChecks(ContractFixtures):
 
     @pytest.mark.parametrize("kind", LOGGED_KINDS, ids=lambda kind: kind.name.lower())
     def test_kind_as_declared(self, scenarios: DeliveredScenarios, kit: Kit, kind: Kind) -> None:
-        """A claimed kind is stored with its key, step, time and content. Another one is rejected, and is not there."""
+        """A claimed kind is stored with its key, step, time and content. Any other kind is rejected, not stored."""
         delivered = scenarios[f"kind {kind.name.lower()}"]
         delivered.check()
         if kind not in delivered.can.kinds:
@@ -173,7 +173,7 @@ class KindChecks(ContractFixtures):
             _must_not_be_able(self, kit, calls, delivered.can, f"stores {kind.name}. Claim it in kinds", kind)
 
     def test_changing_params_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
-        """A param has its last value. Where that is not claimed, it has its first, and the change is counted."""
+        """A param has its last value. Without ``changing_params``, it has its first, and the change is counted."""
         delivered = scenarios["params that change"]
         delivered.check()
         if not delivered.can.changing_params and Kind.PARAMS in delivered.can.kinds:
@@ -231,14 +231,14 @@ class StepChecks(ContractFixtures):
         scenarios["the largest step"].check()
 
     def test_late_steps_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
-        """A step lower than an earlier one is stored. Where that is not claimed, it is rejected and counted."""
+        """A step lower than an earlier one is stored. Without ``late_steps``, it is rejected and counted."""
         delivered = scenarios["steps that are late"]
         delivered.check()
         if not delivered.can.late_steps:
             _must_not_be_able(self, kit, delivered.calls, delivered.can, "stores late steps. Claim late_steps")
 
     def test_optional_step_as_declared(self, scenarios: DeliveredScenarios) -> None:
-        """A point that was logged without a step has none. Where that is not claimed, its step is its ordinal."""
+        """A point that was logged without a step has none. Without ``optional_step``, such points are numbered."""
         scenarios["steps that are not given"].check()
 
     def test_times_are_those_of_the_log_calls(self, scenarios: DeliveredScenarios) -> None:
@@ -250,7 +250,7 @@ class NumberChecks(ContractFixtures):
     """Values are stored as the contract class declares."""
 
     def test_nonfinite_as_declared(self, scenarios: DeliveredScenarios, kit: Kit) -> None:
-        """NaN and infinities are stored. Where that is not claimed, they are taken out and counted."""
+        """NaN and infinities are stored. Without ``nonfinite``, they are taken out and counted."""
         delivered = scenarios["numbers that are not finite"]
         delivered.check()
         if not delivered.can.nonfinite:
@@ -273,7 +273,7 @@ def _must_not_be_able(
         kit: hands the calls to the backend.
         calls: what to log.
         can: what the backend claims.
-        problem: what it then does, and what to claim, for the message.
+        problem: for the message: what the backend does although it does not claim it, and what to claim.
         kind: the kind that is not claimed; None if it is another ability.
     """
     strong = Capabilities(
