@@ -60,11 +60,11 @@ def backends(name: str | None, as_json: bool, check: bool, workspace: Path | Non
     The JSON document is {"version": 1, "spi": N, "backends": [...]}. Each backend has name, distribution,
     distribution_version, entry_point, state ("ok", "broken" or "conflict") and problem, which is empty if the state is
     ok. The other keys are null unless the state is ok: spi, contract, options, option_marks, option_help and
-    capabilities. contract is the version of the contract kit that the backend passed, 0 for none. options are their
-    names. option_marks has the marks of each option: "secret", "host", "path", "shared". option_help has for each
-    option default, which is text or null if it must be given, and meaning. capabilities are those of
-    trackhub.spi.Capabilities; kinds are names, also in key_rules and files_beside. With --check it is
-    {"version": 1, "checked": [...]}: each has name, ready ("yes", "no" or "not now") and remark.
+    capabilities. contract is the version of the contract kit that the backend passed, 0 for none. options are the names
+    of its options. option_marks has the marks of each option: "secret", "host", "path", "shared". option_help has for
+    each option default, which is text or null if it must be given, and meaning. capabilities are those of
+    trackhub.spi.Capabilities; kinds are names, also in key_rules and files_beside. With --check, the document is
+    {"version": 1, "checked": [...]}. Each has name, ready ("yes", "no" or "not now") and remark.
     """
     if workspace is not None:
         if not check or name is not None or as_json:

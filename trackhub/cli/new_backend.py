@@ -41,7 +41,7 @@ def new_backend(name: str, folder: Path | None) -> None:
     """Write a new backend that passes the contract kit.
 
     It is a complete distribution, which pip installs beside trackhub. NAME is what jobs call it by. DIR is where to
-    write it, by default flare-trackhub-NAME. It stores runs in files; replace this part by your store.
+    write it, by default flare-trackhub-NAME. It stores runs in files. Replace this part with your own store.
     """
     target = Path(f"flare-trackhub-{name}") if folder is None else folder
     for path in write_backend(name, target):

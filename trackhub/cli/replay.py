@@ -54,7 +54,7 @@ _REFRESH_S = 0.5
     "--backend",
     multiple=True,
     metavar="NAME",
-    help="Deliver to this backend; repeatable. Default: those of the job. A new one gets everything.",
+    help="Deliver to this backend; repeatable. Default: the job's backends. A new backend gets everything.",
 )
 @click.option("--option", multiple=True, metavar="NAME.KEY=VALUE", help="An option of a backend; repeatable.")
 @click.option("--from-start", is_flag=True, help="Deliver again what was delivered already.")
@@ -85,15 +85,15 @@ def replay(
 
     PATH is a journal, a spool folder, or a folder above, such as a job's.
 
-    What a journal holds goes into its backends. What a site's spool still holds goes through the journal of the
-    receiver that did not get it. On a site's own machine, where the server's journal is not available, it goes
-    straight into the backends that --backend names.
+    What a journal holds goes into its backends. Records that are still in a site's spool go through the journal of the
+    receiver that lacks them. On a site's own machine, where the server's journal is not available, they go straight
+    into the backends that --backend names.
 
     The options in a journal are restricted, as a job's options are at a provisioned site. They may name the job's own
     folder, and the hosts that the environment or the operator's file names. What --option says is not restricted.
 
-    The JSON document is {"version": 1, "journals": [...], "undelivered": N, "errors": [...]}. journals are those that
-    records went through, as in `trackhub status --json`.
+    The JSON document is {"version": 1, "journals": [...], "undelivered": N, "errors": [...]}. journals has each journal
+    that records went through, as in `trackhub status --json`.
 
     Environment variables set limits, such as TRACKHUB_FLUSH_S. The exit status is 1 if something is still not
     delivered, or a run is not ended. Problems that no replay can mend are printed, and do not change the exit status.

@@ -26,7 +26,7 @@ def watch(path: Path) -> None:
     has changed.
 
     It ends when the job has ended, or by Ctrl-C, which does not touch the job. The exit status is 0 if all records are
-    delivered, and 1 if not, or if something else is wrong, as in `trackhub status`.
+    delivered and nothing else is wrong, as in `trackhub status`. Otherwise it is 1.
 
     \b
     Examples:

@@ -35,7 +35,7 @@ def metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[d
 
 
 def own_metric_charts(runs: Sequence[RunData], began: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Return the charts of the federation runs other than bands, with a line for each job and for each site it names.
+    """Return the federation runs' charts other than bands. A chart has a line for each job, or for each job and site.
 
     Args:
         runs: the runs of all jobs.
@@ -75,7 +75,7 @@ def _by_group(key: str) -> tuple[str, str]:
 def groups(charts: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the charts by the first part of their keys, such as ``train``.
 
-    Charts without a first part come after them, and what trackhub measures itself (``system``) comes last.
+    Charts whose key has no first part come after them. What trackhub measures itself (``system``) comes last.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for chart in charts:

@@ -52,7 +52,7 @@ class OwnChart(NamedTuple):
 
     Attributes:
         key: its title.
-        lines: the key of each line, by the site that it is about, or ``federation``.
+        lines: site -> the key of its line. A line about no single site is under ``federation``.
     """
 
     key: str
@@ -64,11 +64,11 @@ class Participation(NamedTuple):
 
     Attributes:
         site: its name.
-        rounds: the rounds in which its result came; without a federation run, in which it logged.
+        rounds: the rounds in which its result came. Without a federation run: the rounds in which it logged.
         slowest: in how many rounds it was the last; None if that is not known.
         typical_s: the median time of its rounds, in seconds, from the round's start to its result. Without a federation
             run, the time is from the site's first to its last record of the round. None if that is not known.
-        factor: ``typical_s`` over the median of all sites; None if that is not known.
+        factor: ``typical_s`` divided by the median of all sites; None if that is not known.
         is_logged: the values come from the federation run. Otherwise they are worked out from the sites' records.
     """
 

@@ -27,7 +27,7 @@ MAX_TABLE_ROWS = 50
 SLOW = 1.5
 """A site is called slow if its typical round takes this many times as long as that of the median site.
 
-Only then the page highlights that it was mostly the slowest: of sites that take nearly as long, one always is.
+Only such a site is highlighted as mostly the slowest. Among sites that take equally long, one is always the slowest.
 """
 
 _CAPTURED = ("context/", "source.git.")  # `trackhub.flare.log_job_context` makes these params and tags
@@ -111,7 +111,7 @@ def _is_slow(site: Participation) -> bool:
 
 
 def final_values(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Return a row for each key: the last value of each run, and over all of them the lowest and the highest value."""
+    """Return a row for each key: the last value of each run, and the lowest and the highest of these values."""
     keys = sorted({key for run in runs if run.site != FEDERATION for key in run.metrics})
     rows = []
     for key in keys:
@@ -178,7 +178,7 @@ def _short(text: str, limit: int = _MAX_CELL_CHARS) -> str:
 
 
 def deliveries(jobs: Sequence[StoredJob], names: Sequence[str]) -> dict[str, Any]:
-    """Return what became of the records: a row for each receiver, site and backend, and one sentence over all."""
+    """Return what became of the records: a row for each receiver, site and backend, and one sentence about all."""
     rows: list[dict[str, Any]] = []
     for place, job in enumerate(jobs):
         for receiver, report in job.reports.items():

@@ -24,7 +24,7 @@ UNREADABLE = "unreadable"
 
 _MAX_KNOWN = 100_000  # keys whose rules are remembered
 _NESTED = (Kind.PARAMS, Kind.SUMMARY)  # kinds whose values may be lists and dicts
-_NOTHING = object()  # stands for a value of a param that may not leave at all
+_NOTHING = object()  # stands for a value of a param that must not leave at all
 
 
 class Judgement(NamedTuple):
@@ -64,7 +64,7 @@ class Judge:
         """Prepare to judge.
 
         Args:
-            policies: who gave a policy, and the policy. All apply.
+            policies: pairs of who gave a policy, and the policy. All of them apply.
             forbidden: the kinds that the operator forbids.
         """
         self.thinning: Thinning | None = thinning_of(policies)
@@ -199,7 +199,7 @@ def judge_of(rules: SiteRules, *, leaves_site: bool) -> Judge | None:
 
     Args:
         rules: all rules of the site.
-        leaves_site: whether the receiver is outside the site. Inside the site, only forbidden kinds are withheld.
+        leaves_site: True if the receiver is outside the site. Inside the site, only forbidden kinds are withheld.
     """
     policies = rules.policies if leaves_site else ()
     return Judge(policies, rules.forbid_kinds) if policies or rules.forbid_kinds else None

@@ -77,7 +77,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         allow: patterns of what may leave, ``KEY`` or ``KIND:KEY``; None for everything, an empty list for nothing.
-        deny: patterns of what may not leave, even if ``allow`` names it.
+        deny: patterns of what must not leave, even if ``allow`` names it.
         digits: how many significant digits the numbers in metrics, params, tables and histograms keep. None keeps all.
         clip: for a pattern, the lowest and the highest value of these numbers.
         every: a number N. Of the values that one process logs under a key, only every Nth may leave.
@@ -108,7 +108,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def thins(self) -> bool:
-        """Whether some values do not leave because of others of the same key."""
+        """True if a value may be withheld because of other values of the same key."""
         return self.every > 1 or self.interval_s > 0
 
     @classmethod
@@ -135,7 +135,7 @@ class SiteRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that restricts the records of one site. All policies apply, so the strictest one decides.
 
     Attributes:
-        policies: who gave a policy, and the policy.
+        policies: pairs of who gave a policy, and the policy.
         forbid_kinds: kinds that the operator forbids; no receiver gets them, not even the site's own.
         operator_folder: the folder of the operator's file; empty if there is none. A replay reads it again.
     """
@@ -145,7 +145,7 @@ class SiteRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     operator_folder: str = ""
 
     def __bool__(self) -> bool:
-        """Whether anything is restricted."""
+        """True if anything is restricted."""
         return bool(self.policies or self.forbid_kinds)
 
     @classmethod
@@ -168,7 +168,7 @@ class SiteRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return values
 
     def with_operator(self, policy: Policy | None, forbid_kinds: Iterable[str]) -> SiteRules:
-        """Return these rules and, in addition, those of an operator. They loosen nothing."""
+        """Return these rules with an operator's rules added. Added rules loosen nothing."""
         given = (OPERATOR, policy)
         more = (given,) if policy is not None and policy != Policy() and given not in self.policies else ()
         kinds = tuple(dict.fromkeys([*self.forbid_kinds, *forbid_kinds]))

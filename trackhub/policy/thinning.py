@@ -17,10 +17,10 @@ from trackhub.policy.rules import Policy
 __all__ = ["MAX_KEYS", "Seen", "Thinning", "thinning_of"]
 
 MAX_KEYS = 10_000
-"""How many keys of a stream are remembered. The values of further ones are withheld."""
+"""How many keys of a stream are remembered. The values of further keys are withheld."""
 
 Seen = dict[str, tuple[int, float]]
-"""By key of a stream: the number of the next value modulo ``every``, and the time of the last value that passed."""
+"""Key of a stream -> the number of its next value modulo ``every``, and the time of its last value that passed."""
 
 
 class Thinning(NamedTuple):
@@ -48,7 +48,7 @@ class Thinning(NamedTuple):
             time: when it was logged, in unix seconds. The clock may have been set back.
 
         Returns:
-            The rule by which the value does not pass; None if it passes.
+            The rule that withholds the value; None if the value passes.
         """
         count, passed_at = seen.get(key, (0, -math.inf))
         if key not in seen and len(seen) >= MAX_KEYS:
@@ -66,7 +66,7 @@ def thinning_of(policies: Iterable[tuple[str, Policy]]) -> Thinning | None:
     """Return the strictest thinning of these policies. None if none of them thins.
 
     Args:
-        policies: who gave a policy, and the policy.
+        policies: pairs of who gave a policy, and the policy.
     """
     thinning = [(owner, policy) for owner, policy in policies if policy.thins]
     if not thinning:

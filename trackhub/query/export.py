@@ -92,7 +92,7 @@ def _write_csv(file: Path, table: TableName, jobs: Iterable[StoredJob]) -> int:
 
 
 def _inert(cell: Any) -> Any:
-    """Return a cell that no spreadsheet runs: an apostrophe stands before a text that could be a formula.
+    """Return a cell that no spreadsheet runs: an apostrophe is put before a text that could be a formula.
 
     Names of jobs and sites, keys and values come from sites. ``=HYPERLINK(...)`` could send the other cells away.
     """

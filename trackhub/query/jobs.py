@@ -53,7 +53,8 @@ class StoredJob:
         created: unix seconds (UTC) of the job's first record; 0 if it has none.
         status: how it ended, as in `trackhub.job_and_run_info.RunStatus`, or ``running``.
         sites: the names of the sites that have records, sorted.
-        reports: what became of the records, for each receiver: ``server``, a client's site, or else the journal's path.
+        reports: receiver -> what became of the records. A receiver is ``server``, a client's site, or else the
+            journal's path.
     """
 
     def __init__(self, journals: list[JournalFile]) -> None:

@@ -39,7 +39,7 @@ class StoredSite(NamedTuple):
         id: its number in the journal.
         name: its name.
         created: unix seconds (UTC) of its first record.
-        streams: the ``seq`` after the last record, for each of its streams.
+        streams: stream -> the ``seq`` after its last record.
     """
 
     id: int
@@ -63,7 +63,7 @@ class JournalFile:
         meta: the facts about the job.
         job: the job's id, name, notes and tags.
         side: where the receiver is, as in `trackhub.job_and_run_info.Side`.
-        sites: the sites that have records, by name.
+        sites: name -> site, for the sites that have records.
         report: what became of the records.
         pruned: how many records ``trackhub prune`` removed, by site.
         unreadable: how many records could not be read so far, by site.
@@ -89,7 +89,7 @@ class JournalFile:
 
     @property
     def continues(self) -> bool:
-        """Whether another journal holds the first records of its sites."""
+        """True if another journal holds the first records of its sites."""
         return "continues" in self.meta
 
     def _read_tables(self) -> None:

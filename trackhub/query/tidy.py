@@ -48,7 +48,7 @@ _KIND_OF = {"params": Kind.PARAMS, "tags": Kind.TAGS, "summary": Kind.SUMMARY}
 def rows_of(table: TableName, jobs: Iterable[StoredJob]) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a table, by job, site and stream. Takes little memory for metrics.
 
-    Of params, tags and final values, only the last value of each key is given. A param or final value is None, a bool,
+    For params, tags and final values, only the last value of each key is given. A param or final value is None, a bool,
     an int, a float, a string or a list of these. A dict becomes keys such as ``optimizer/lr``.
 
     Args:
@@ -86,7 +86,7 @@ def last_values(job: StoredJob, site: str, kind: Kind) -> dict[str, tuple[Any, f
     found: dict[str, tuple[Any, float]] = {}
     for _, _, record in job.records(site, (kind,)):
         for key, value in flat(record.payload.values):  # type: ignore[union-attr]
-            if key not in found or record.time >= found[key][1]:  # of several streams, the later one
+            if key not in found or record.time >= found[key][1]:  # of several streams, the later value counts
                 found[key] = value, record.time
     return found
 
@@ -176,4 +176,4 @@ def text_of(value: Any) -> str:
 
 
 NONFINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-"""The names in files of numbers that JSON lacks, by Python's names for them. The backend ``jsonl`` uses the same."""
+"""Python's name -> the name in files, for numbers that JSON lacks. The backend ``jsonl`` uses the same names."""

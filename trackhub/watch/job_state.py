@@ -48,9 +48,9 @@ class SiteState:
         name: its name.
         round, step: its newest round and its highest step; None where its metrics have none.
         values: the newest value of each key, the newest last.
-        logged: how many records it has logged, by its last message; None before the first one.
+        logged: how many records it has logged, as its last message says; None before the first message.
         dropped: records that will not be delivered, by reason.
-        lanes: by backend, with ``@client`` behind it for the backend at the site itself.
+        lanes: backend -> lane. The name of a backend at the site itself ends in ``@client``.
     """
 
     name: str
@@ -71,7 +71,7 @@ class JobState:
         status: how it ended, or ``running``.
         sites: by name, sorted.
         reports: the counts of each receiver.
-        problem: why nothing, or not all, can be seen; empty if all can.
+        problem: why something cannot be seen; empty if all can be seen.
     """
 
     name: str = ""
@@ -143,7 +143,8 @@ def _merge(state: JobState, report: DeliveryReport, metrics: NewestMetrics) -> N
     for name, site in report.sites.items():
         seen = state.sites.setdefault(name, SiteState(name))
         if site.at_site is not None:
-            # What the site says may be a second old, and what the receiver has was logged.
+            # The site's own count may be a second old. So the receiver may already have more records: take the larger
+            # number.
             seen.logged = max(seen.logged or 0, site.at_site.logged, site.journaled)
             for reason, number in site.at_site.dropped.items():  # the site tells each of its receivers
                 seen.dropped[reason] = max(seen.dropped.get(reason, 0), number)

@@ -169,7 +169,7 @@ def _shown_keys(state: JobState) -> list[str]:
 
 
 def _totals(state: JobState) -> dict[str, tuple[int, int]]:
-    """Return the confirmed and the pending records of each backend, at clients all together."""
+    """Return backend -> the confirmed and the pending records of all sites."""
     totals: dict[str, tuple[int, int]] = {}
     for site in state.sites.values():
         for label, lane in site.lanes.items():
