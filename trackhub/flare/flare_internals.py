@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trackhub uses of FLARE beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this one. Seven of them also use internals of FLARE, each for one purpose:
-`cell_channel` for cells, `read_task_events` for the server's tasks, `collab_call_outcomes` for the Collab API,
-`flower_reply_outcomes` for the connector to Flower, `find_global_model` for the paths of persistors, `log_job_context`
-for settings of controllers, and `trainer.record_flare_log_calls` for an external trainer's log functions. To check a
-new FLARE release, run the tests of these modules. Start with ``tests/integration/test_flare_internals.py``.
+The other modules of `trackhub.flare` call this one. Seven of them also use internals of FLARE, each for one purpose.
+`cell_channel` uses cells, and `read_task_events` the server's tasks. `collab_call_outcomes` uses the Collab API, and
+`flower_reply_outcomes` the connector to Flower. `find_global_model` uses the paths of persistors, and `log_job_context`
+settings of controllers. `trainer.record_flare_log_calls` uses the log functions of an external trainer. To check a new
+FLARE release, run the tests of these modules. Start with ``tests/integration/test_flare_internals.py``.
 """
 
 from __future__ import annotations
