@@ -170,8 +170,8 @@ def _spool_problems(folder: Path, receivers: Mapping[str, Mapping[str, Any]]) ->
         lock = folder / f"{receiver}.lock"
         if left and (is_free(lock) or not lock.exists()):
             problems.append(f"{left:,} records have not arrived at the {receiver} side")
-        if lost := {**counts["dropped"], **counts["refused"]}:
-            problems.append(f"{sum(lost.values()):,} records were dropped or refused")
+        if lost := sum(counts["dropped"].values()) + sum(counts["refused"].values()):
+            problems.append(f"{lost:,} records were dropped or refused")
     return problems
 
 
