@@ -18,7 +18,7 @@ from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.fit_records_to_backend import Adaptation
-from trackhub.delivery.lane.name_record import show_keys
+from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.records import Artifact, Image, Kind
 from trackhub.spi import Capabilities, Entry, Rejection
 
@@ -136,8 +136,7 @@ class EntryReader:
             return
         adapted, altered = self._adaptation.adapt(stream, record, position)
         if isinstance(adapted, Rejection):
-            named = f"{show_keys(record.payload)}: {adapted.detail}"
-            self._cursor.reject(Rejection(position, adapted.reason, named))
+            self._cursor.reject(named_rejection(record.payload, adapted))
             return
         # Adapt a record even if the run holds it already. The adaptation must remember it, so that later records become
         # the same entries as before the crash.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
-from trackhub.delivery.lane.name_record import named_rejection, show_keys
+from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
 from trackhub.mark_own_threads import OwnThread
@@ -187,9 +187,9 @@ def _write(run: BackendRun, entry: Entry) -> FileOutcome:
     try:
         report = checked_report(run.write([entry]))
     except PermanentError as e:
-        detail = f"{show_keys(entry.payload)}: {type(e).__name__}: {e}"
-        return FileOutcome(entry, Rejection(entry.position, "permanent_error", detail), e)
+        rejection = Rejection(entry.position, "permanent_error", f"{type(e).__name__}: {e}")
+        return FileOutcome(entry, named_rejection(entry.payload, rejection), e)
     except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the thread
         return FileOutcome(entry, error=e)
     rejected = [r for r in report.rejected if r.position == entry.position] if report is not None else []
-    return FileOutcome(entry, named_rejection(entry, rejected[0]) if rejected else None)
+    return FileOutcome(entry, named_rejection(entry.payload, rejected[0]) if rejected else None)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
-from trackhub.delivery.lane.name_record import show_keys
+from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import STEPLESS
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
@@ -351,4 +351,4 @@ def _sort(piece: _Piece) -> str:
 
 def _rejection(piece: _Piece, reason: str, detail: str) -> Rejection:
     (entry,) = piece.entries
-    return Rejection(entry.position, reason, f"{show_keys(entry.payload)}: {detail}")
+    return named_rejection(entry.payload, Rejection(entry.position, reason, detail))

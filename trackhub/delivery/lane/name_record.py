@@ -30,9 +30,9 @@ def name_of(entry: Entry) -> str:
     return f"{show_keys(entry.payload)} ({step}record {entry.position})"
 
 
-def named_rejection(entry: Entry, rejection: Rejection) -> Rejection:
-    """Return the rejection of an entry with the entry's keys before its detail."""
-    return Rejection(rejection.position, rejection.reason, f"{show_keys(entry.payload)}: {rejection.detail}")
+def named_rejection(payload: Payload, rejection: Rejection) -> Rejection:
+    """Return the rejection of a record with the record's keys before its detail."""
+    return Rejection(rejection.position, rejection.reason, f"{show_keys(payload)}: {rejection.detail}")
 
 
 def _cut(key: str) -> str:

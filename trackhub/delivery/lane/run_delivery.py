@@ -398,7 +398,7 @@ class RunDelivery:
         rejected: list[Rejection] = []
         if report is not None and report.rejected and not is_repeated:
             named = {r.position: r for r in report.rejected}
-            rejected = [named_rejection(e, named[e.position]) for e in batch if e.position in named]
+            rejected = [named_rejection(e.payload, named[e.position]) for e in batch if e.position in named]
             batch = [e for e in batch if e.position not in named]
         self._cursor.reject_at_backend(rejected + self._isolation.succeeded(batch))
         if not is_repeated:
