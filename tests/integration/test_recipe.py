@@ -339,7 +339,7 @@ def test_a_policy_is_in_the_configuration_of_the_senders_alone(script: str, tmp_
         ),
         (
             {"server": ["jsonl"], "aggregate": [], "aggregate_weight": "n"},
-            "aggregate_weight: 'n' .* but aggregate is empty",
+            "aggregate_weight: 'n' .* but aggregate is an empty list",
         ),
         ({"clients": ["jsonl"], "aggregate": ["val/*"]}, "aggregate=.* no backend is on the server"),
         ({"clients": ["jsonl"], "update_statistics": True}, "update_statistics=True .* no backend is on the server"),
