@@ -57,8 +57,8 @@ def local(
         backends: names of installed backends, or names with their options.
         folder: where the run's folder is made. The name of the run's folder is the job's name and id.
         job: the job's id; by default the time and a few random characters. Two jobs never share it.
-        resume: go on in the earlier run of this ``job`` in this ``folder``, if there is one. Give ``job`` as well. If
-            False, an earlier run is an error.
+        resume: go on in the earlier run of this ``job`` in this ``folder``, if there is one. Give ``job`` as well, and
+            the ``name`` of that run. If False, an earlier run is an error.
         name: what to call the job in every backend, such as ``lr-0.1``; by default the id.
         notes: a description of the job, in Markdown.
         tags: labels of the job.

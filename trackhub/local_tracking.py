@@ -33,6 +33,7 @@ from trackhub.delivery import (
     find_interrupted,
     format_results,
     has_streams,
+    read_spool_info,
     withdraw_process_spool,
 )
 from trackhub.environment_trouble import is_environment_trouble
@@ -234,14 +235,15 @@ def open_local(
 
     Raises:
         ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Or the
-            run is there already and ``resume`` is not set, or ``resume`` is set without ``job``.
+            run is there already and ``resume`` is not set, or under another ``name``, or ``resume`` is set without
+            ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
     _check_labels(site, tags)
     options = _options(backends)
     if limits is not None and not isinstance(limits, Limits):
-        raise ConfigError(f"trackhub.local: limits: expected trackhub.Limits(...), got {limits!r}")
+        raise ConfigError(f"trackhub.local: limits: expected trackhub.delivery.Limits(...), got {limits!r}")
     if resume and not job:
         raise ConfigError(
             "trackhub.local: resume=True needs job=, the job whose run to go on in. Give the job= of the earlier "
@@ -261,6 +263,8 @@ def open_local(
             f"{run_dir}: this run was logged to before. To go on in it, pass resume=True. Otherwise give another job=, "
             "or leave job= out: then each run gets a folder of its own"
         )
+    if job:
+        _check_name(runs_dir, run_dir, job_info)
     _warn_of_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits)
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
@@ -287,6 +291,19 @@ def _check_folder(run_dir: Path) -> None:
     except OSError as error:
         if not is_environment_trouble(error):
             raise SpoolError(f"the run's folder {run_dir} cannot be used: {error}; give another folder") from error
+
+
+def _check_name(runs_dir: Path, run_dir: Path, job: JobInfo) -> None:
+    """Raise ConfigError if this job was logged to under another name. It would be two runs in every backend."""
+    for spool in runs_dir.glob("*/trackhub/spool"):
+        with contextlib.suppress(SpoolError):  # another program's folder, or one that cannot be read
+            info = read_spool_info(spool)
+            if info.job == job.id and spool.parent.parent != run_dir and has_streams(spool):
+                raise ConfigError(
+                    f"{spool.parent.parent}: the job {job.id!r} was logged to before, and was called "
+                    f"{info.name or info.job!r} then. To go on in that run, pass name={info.name or info.job!r} and "
+                    "resume=True. Otherwise give another job="
+                )
 
 
 def _options(backends: object) -> dict[str, Mapping[str, Any]]:
@@ -323,13 +340,14 @@ def _start(
     receiver = Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits)
     receiver.start()  # first: with a wrong configuration no spool is made
     try:
-        create_spool(spool, SpoolInfo(site, job.id, (_CURSOR,), limits.spool_bytes))
+        info = SpoolInfo(site, job.id, (_CURSOR,), limits.spool_bytes, name=job.name, notes=job.notes, tags=job.tags)
+        create_spool(spool, info)
         sender = Sender(spool, receiver.channel(site), cursor=_CURSOR, limits=limits)
+        sender.start()
     except BaseException:
         with contextlib.suppress(JournalError):  # the first error says more
             receiver.finish(RunStatus.FAILED, deadline_s=0.0)
         raise
-    sender.start()
     announce_to_children(spool, site, job.id)
     return _Delivery(spool, receiver, sender, limits.deadline_s)
 

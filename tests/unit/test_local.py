@@ -28,6 +28,7 @@ from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
 from trackhub.delivery.report_text import format_report
+from trackhub.delivery.sender import Sender
 from trackhub.errors import ConfigError, DeliveryError, JournalError, RecordError, SpoolError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
@@ -460,6 +461,47 @@ def test_to_close_never_raises_for_a_full_disk(tmp_path: Path) -> None:
         writer.close()
         writer.close()
         ProcessLock.open(writer.folder / "trackhub" / "trackhub.lock").release()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_job_that_was_logged_to_under_another_name_is_an_error_that_says_the_name(
+    tmp_path: Path, resume: bool
+) -> None:
+    """It would be a second run of the same id in every backend."""
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name="first", limits=FAST) as writer:
+        writer.log({"a": 1.0})
+
+    for name in ("second", ""):
+        with pytest.raises(ConfigError, match=r"first-j: the job 'j' was logged to before.*pass name='first'"):
+            trackhub.local(["jsonl"], folder=tmp_path, job="j", name=name, resume=resume, limits=FAST)
+
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name="first", resume=True, limits=FAST) as writer:
+        writer.log({"a": 2.0})
+    assert len(lines(writer)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["first-j"]
+
+
+def test_the_spool_has_what_a_replay_without_the_journal_calls_the_job(tmp_path: Path) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, name="lr-0.1", notes="try", tags=["t"], limits=FAST) as writer:
+        info = read_spool_info(writer.folder / "trackhub" / "spool")
+
+    assert (info.name, info.notes, info.tags) == ("lr-0.1", "try", ("t",))
+
+
+def test_a_sender_that_cannot_start_leaves_no_thread_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a process may have no more threads."""
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            open_local(tmp_path, job="j")
+
+    assert threading.active_count() == before
+    with open_local(tmp_path, job="j") as writer:
+        writer.log({"a": 1.0})
+    assert len(lines(writer)) == 1
 
 
 @pytest.mark.parametrize("error", [JournalError("no"), KeyboardInterrupt()])

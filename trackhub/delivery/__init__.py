@@ -45,7 +45,14 @@ if TYPE_CHECKING:
         spool_env,
         withdraw_process_spool,
     )
-    from trackhub.spool.layout import SpoolInfo, close_spool, create_spool, create_spool_anywhere, has_streams
+    from trackhub.spool.layout import (
+        SpoolInfo,
+        close_spool,
+        create_spool,
+        create_spool_anywhere,
+        has_streams,
+        read_spool_info,
+    )
 
 __all__ = [
     "MAX_REQUEST_BYTES",
@@ -76,6 +83,7 @@ __all__ = [
     "has_streams",
     "prune_older",
     "read_report",
+    "read_spool_info",
     "refusal",
     "set_process_spool",
     "spool_env",
@@ -94,7 +102,14 @@ _MODULES = {
     "trackhub.delivery.wire": ("MAX_REQUEST_BYTES", "SiteCounts", "refusal"),
     "trackhub.limits": ("Limits",),
     "trackhub.job_and_run_info": ("SERVER", "JobInfo", "RunStatus", "Side"),
-    "trackhub.spool.layout": ("SpoolInfo", "close_spool", "create_spool", "create_spool_anywhere", "has_streams"),
+    "trackhub.spool.layout": (
+        "SpoolInfo",
+        "close_spool",
+        "create_spool",
+        "create_spool_anywhere",
+        "has_streams",
+        "read_spool_info",
+    ),
     "trackhub.spool.announce_spool": (
         "SPOOL_ENV",
         "announce_to_children",

@@ -192,6 +192,7 @@ EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "trackhub", "lifecycl
         (404, "<html>nothing here</html>", "as an MLflow server does"),
         (200, "<html>a login page</html>", "as an MLflow server does"),
         (200, "[]", "as an MLflow server does"),
+        (304, json.dumps({"experiment": {"experiment_id": "1", "name": "trackhub"}}), "as an MLflow server does"),
     ],
 )
 def test_what_only_a_person_can_mend_stops_the_job_before_training(

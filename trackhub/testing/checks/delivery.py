@@ -34,7 +34,7 @@ __all__ = ["ConfirmationChecks", "ErrorChecks", "OutageChecks", "VolumeChecks"]
 _BATCH = 10
 _TOTAL = 50
 _SITE = "site-1"
-_HALVINGS = 7  # of a batch of 40 records, until one is left
+_ATTEMPTS = 7  # a batch of 40 records is halved at most six times until one is left
 
 
 class ConfirmationChecks(ContractFixtures):
@@ -255,7 +255,7 @@ class OutageChecks(ContractFixtures):
                 rig.log(_SITE, series("loss", range(10 * number, 10 * number + 10), scale=2.0 + number))
             rig.wait_for(_SITE, lambda run: bool(rig.proxy.failures) or run.pending == 0, timeout_s=5.0)
             # A backend may raise PermanentError. The lane then halves the batch until one record is left.
-            rig.wait_for(_SITE, lambda run: len(rig.proxy.failures) > _HALVINGS or run.pending == 0, timeout_s=1.0)
+            rig.wait_for(_SITE, lambda run: len(rig.proxy.failures) > _ATTEMPTS or run.pending == 0, timeout_s=1.0)
         finally:
             outage.end()
         rig.log(_SITE, series("loss", range(100, 110), scale=9.0))

@@ -271,7 +271,7 @@ class RestStore:
             raise TransientError(
                 f"MLflow server {self._url} cannot be reached: {root_cause(error)}; see whether it runs"
             ) from error
-        if response.ok:
+        if 200 <= response.status_code < 300:  # `response.ok` holds for a redirect without a target, too
             return response
         raise self._failure(response)
 
