@@ -24,16 +24,17 @@ from trackhub.records import MAX_KEY_CHARS, Metrics, Record
 __all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patterns"]
 
 FACTS = "fl/"
-"""The prefix of the federation run's own facts. Keys of sites with this prefix are not aggregated."""
+"""The prefix of the federation run's own facts. A key with this prefix is not aggregated if a site logs it."""
 
-_SAMPLED = "fl/sampled/"  # then the site: the round expects a result of this site
-_REPORTED = "fl/result_after_seconds/"  # then the site: its result of the round has arrived
-_FAILED = "fl/failed/"  # then the site: it has sent no usable result
-_WEIGHT = "fl/steps/"  # then the site: the weight of its values in the weighted mean
+# Each of these four prefixes is followed by the name of a site.
+_SAMPLED = "fl/sampled/"  # the round expects a result of this site
+_REPORTED = "fl/result_after_seconds/"  # the result of this site has arrived
+_FAILED = "fl/failed/"  # this site has sent no usable result
+_WEIGHT = "fl/steps/"  # the weight of this site's values in the weighted mean
 _ROUND_BEGAN = "fl/rounds_started"
 _ROUND_ENDED = "fl/round_seconds"
 JOB_ENDED = "fl/rounds"
-"""The key of the number of rounds, in the fact that ends the job."""
+"""The key of the fact that the job has ended. Its value is the number of rounds."""
 
 _ALL_REPORTED = "fl/all_reported"
 _LATE = "fl/late_values"
@@ -58,7 +59,8 @@ class Output(NamedTuple):
 
     Attributes:
         round: the round that the record is about, which is also its step.
-        time: unix seconds of the record that closed the round.
+        time: unix seconds of the record that made these numbers final. It closed this round or a later one, or said
+            that the job has ended.
         values: the numbers.
     """
 
@@ -113,9 +115,9 @@ def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
-    """Return one pattern for what any of these matches. None if there are none.
+    """Return one pattern that matches a key if any of these patterns does. None if there are no patterns.
 
-    ``*`` means any characters, ``?`` means one.
+    ``*`` means any characters, ``?`` means one, and ``[abc]`` means one of these.
     """
     joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
     return re.compile(joined) if joined else None
@@ -166,7 +168,7 @@ class _Keys:
             site: the site.
             key: the key.
             number: the round in which the site logged it.
-            step_is_round: in all records of the key, the step is the round.
+            step_is_round: the step is the round, in the record or in all records of the row that is taken now.
         """
         known = self._keys.get(key)
         if self.is_default and not step_is_round:
@@ -239,9 +241,10 @@ class _Round:
 class Aggregation:
     """Aggregates the sites' metrics by round. Used by one thread.
 
-    A round is closed when all sites that it expects have reported, or when it ends. Then its statistics are returned.
-    If a site logs a key several times in a round, the last value counts. A value that comes after the round is closed
-    is counted as late.
+    A round is closed when all sites that it expects have reported, or when it ends. Then the statistics of its keys are
+    returned. If it is not certain yet whether a key is aggregated, its values are kept until two more rounds are closed
+    or the job ends. If a site logs a key several times in a round, the last value counts. A value that comes after the
+    round is closed is counted as late.
 
     Attributes:
         last_time: unix seconds of the newest record that it used; 0 before the first.
@@ -251,14 +254,15 @@ class Aggregation:
         """Begin with no record.
 
         Args:
-            patterns: the keys to aggregate; None for the keys that are logged once a round.
+            patterns: the keys to aggregate. None for the keys that two or more sites log with the round as their step.
             weight: the key of the metric that gives a site's weight in the weighted means of a round; None for the
                 number of training steps in the facts.
         """
         self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
         self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
-        self._rounds_with: dict[str, set[int]] = {}  # key -> rounds with its values. A site may use thousands
+        # Key -> the rounds that hold its values. There may be thousands of rounds, too many for `_forget` to search.
+        self._rounds_with: dict[str, set[int]] = {}
         self._held = Counter[str]()  # site -> how many of its values and weights are held
         self._held_in_all = 0
         self._late = 0
@@ -297,9 +301,9 @@ class Aggregation:
             return False
         (number,) = digest.rounds
         if number is not None and number in self._rounds and self._rounds[number].is_closed:
-            return False  # each value counts as late
+            return False  # each value must be counted as late, and the digest has only the last one of each key
         if self._keys.is_default and not digest.steps_are_rounds and keys != {self._keys.weight}:
-            return False  # some of the keys count steps
+            return False  # some of the keys have steps that are no rounds, and the digest does not say which
         for key in sorted(keys):
             self._take_value(site, key, digest.values[key], number, digest.time, digest.steps_are_rounds)
         return True
@@ -464,7 +468,7 @@ class Aggregation:
         current.weights = {}
 
     def _emit(self, number: int, time: float, first: dict[str, float], *, single_round: bool = False) -> list[Output]:
-        """Return the statistics of a round's keys that are certain by now, and drop their values."""
+        """Return ``first`` and the round's statistics, for keys that are certainly aggregated. Drop their values."""
         current = self._rounds[number]
         numbers = dict(first)
         for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):

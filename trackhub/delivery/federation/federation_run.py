@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the federation run: facts about the rounds, and the statistics that `Aggregation` computes.
 
-The receiver of a job starts one, and tells it of new rows in the journal. The federation run's records go into the
+The receiver of a job starts one `FederationRun`, and tells it of new rows in the journal. The run's records go into the
 journal under the site name `trackhub.job_and_run_info.FEDERATION`. So lanes, counts and replays treat them like a
 site's records. One transaction stores statistics together with the id of the last row that was read. So a killed
 receiver repeats no statistics, and skips none.
@@ -50,7 +50,8 @@ class FederationOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """What the federation run holds.
 
     Attributes:
-        aggregate: patterns of the keys whose statistics it holds; None for the keys that are logged once a round.
+        aggregate: patterns of the keys whose statistics it holds. None for the keys that two or more sites log with the
+            round as their step.
         aggregate_weight: the key of the metric that gives a site's weight in weighted means. None for the number of
             steps that the site trained, as FLARE reports it.
     """
@@ -79,7 +80,7 @@ class FederationRun:
         lanes: Sequence[str] = (),
         is_replay: bool = False,
     ) -> None:
-        """Prepare it; ``start`` starts it.
+        """Prepare the thread; ``start`` starts it.
 
         Args:
             journal: the journal with the sites' records. The federation run's records go there, too.
@@ -195,7 +196,7 @@ class FederationRun:
         now, filename = time.time(), key.rpartition("/")[2]
         blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", file, filename)
         record = Record(0, now, None, None, Artifact(key, blob, filename, artifact_type))
-        self._notify_lanes(self._files.append([record], {}))  # the counts follow when the job ends
+        self._notify_lanes(self._files.append([record], {}))  # the counts follow, at the latest when the job ends
 
     def _add(self, payload: Payload, round_number: int | None) -> None:
         if self._waiting.add(Record(0, time.time(), round_number, round_number, payload)):
@@ -390,7 +391,7 @@ class _Waiting:
 
 
 class _Counts:
-    """Stores the counts of the federation run as a site's sender reports the site's counts."""
+    """Stores the counts of the federation run, in the form in which a sender reports the counts of its site."""
 
     def __init__(self, journal: Journal, *, is_replay: bool) -> None:
         self._journal = journal
@@ -443,7 +444,7 @@ class _Stream:
         return self._next_seq
 
     def append(self, records: Sequence[Record], facts: Mapping[str, str]) -> int:
-        """Store records and facts in one transaction. Return the id of the federation run's site.
+        """Store records, and facts about the job, in one transaction. Return the id of the federation run's site.
 
         Raises:
             JournalError: the journal cannot be written. Nothing was stored.

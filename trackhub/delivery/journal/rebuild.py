@@ -114,7 +114,7 @@ def _complete_facts(found: Found, path: Path) -> None:
 
 
 def _correct_ids(found: Found) -> None:
-    """Correct the id of a site or stream if a bit of it has changed. Then the indexes have the name with another id."""
+    """Correct the id of a site or stream if a bit of it has changed: the indexes have the same name with another id."""
     for i, site in list(found.sites.items()):
         others = {j for (name, j), n in found.names.items() if n and name == site.name and j not in found.sites}
         if not found.names[site.name, i] and len(others) == 1:
@@ -144,11 +144,11 @@ def _group(found: Found, reader: PageReader) -> dict[int, list[Batch]]:
 
 def _longest_chain(batches: list[Batch]) -> list[Batch]:
     """Return the longest list of batches in which each batch begins after the one before it."""
-    # The usual algorithm for a longest rising subsequence. For each length of a chain, `starts` and `last` have the
-    # start and the number of its last batch. Of several chains of one length, the one with the lowest start counts.
+    # The usual algorithm for a longest rising subsequence. It keeps one chain for each length: the chain whose last
+    # batch starts lowest. `starts` has the first position of that batch, and `last` its index in `batches`.
     starts: list[int] = []
     last: list[int] = []
-    before: list[int] = []  # for each batch, the number of the batch before it in its chain
+    before: list[int] = []  # for each batch, the index of the batch before it in its chain
     for i, batch in enumerate(batches):
         length = bisect_left(starts, batch.first_position)
         before.append(last[length - 1] if length else -1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a lane got with one run: the written and the confirmed cursor, and the counts up to them.
 
-`RunDelivery` and `EntryReader` tell the cursor what became of each record. The cursor keeps its state in the journal,
-so that a later lane goes on from there.
+`RunDelivery` and `EntryReader` tell the `Cursor` what became of each record. The `Cursor` keeps its state in the
+journal, so that a later lane goes on from there.
 """
 
 from __future__ import annotations
@@ -42,26 +42,32 @@ class _Counts:
 
 
 class Cursor:
-    """The two cursors of one run in one lane, its possible duplicates and its counts. Used by one thread at a time.
+    """How far one lane got with one run, its possible duplicates and its counts. Used by one thread at a time.
 
-    A cursor is the id of a journal row. It includes that row and all rows before it. 0 stands before the first row.
+    ``written`` and ``confirmed`` are ids of journal rows. Each includes that row and all rows before it. 0 stands
+    before the first row.
 
-    The journal keeps both cursors and ``progress``. They are stored together, on four occasions:
+    The journal keeps both ids and ``progress``. These methods store them, all three together:
 
     - `announce`: rows are handed over next. After a crash, a later lane must know which records the backend may have.
     - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``. So records
       that are handed over again after a crash are counted once.
+    - `reject_at_backend`: a resumable backend rejected records.
+    - `check_held`: the positions at the backend have shifted.
+    - `note_blocked`: one record holds up all later ones.
     - `start_over`: the run is written again from its first record.
     - `end`: nothing more is delivered to the run. At the end of the job, the lane takes `state` instead, and the states
       of all runs are stored together.
 
     Attributes:
         lane, site_id, site: the lane and the site whose run this is.
-        written: the rows up to here were handed over by this lane.
-        confirmed: the rows up to here are durable at the backend. A later lane goes on from here.
+        written: the rows up to here were handed over, by this lane or by an earlier one.
+        confirmed: all records up to here are confirmed or rejected, except for those in ``progress.aside``. A later
+            lane goes on from here.
         progress: the counts up to ``confirmed``, the run's state, its last error.
         left_out: position -> entry that the last confirmation left out.
-        must_rebuild: the run was written in part, and its backend can only write it again from its first record.
+        must_rebuild: an earlier lane wrote records of the run, and its backend can only write the run again from its
+            first record.
     """
 
     def __init__(self, journal: Journal, lane: str, site_id: int, site: str, redelivery: Redelivery) -> None:
@@ -125,7 +131,8 @@ class Cursor:
     def announce(self, row: int) -> None:
         """Store that the rows up to this one are handed over next: after a crash the backend may have their records.
 
-        Does nothing if the backend recognises records, or if the run is written again as a whole.
+        Does nothing for a ``rebuild`` backend. Does nothing for an ``idempotent`` one either, unless the SDK alone
+        confirmed some of the run's records.
 
         Raises:
             JournalError: the journal cannot be written. Hand over nothing then.
@@ -155,7 +162,8 @@ class Cursor:
     def leave_out(self, entries: Mapping[int, Entry]) -> None:
         """Note the entries that the next confirmation does not cover.
 
-        An entry that the last confirmation left out, and that is not among them, counts as stored.
+        If the previous confirmation left out an entry, and ``entries`` does not have it, that entry counts as stored
+        now.
 
         Args:
             entries: position -> entry that the backend has not stored yet.
@@ -216,15 +224,19 @@ class Cursor:
         return self._redelivery is Redelivery.AT_LEAST_ONCE or self._trusts_client()
 
     def _trusts_client(self) -> bool:
-        """Return whether only the SDK confirmed some records. The store may not recognise them when they come again."""
+        """Return whether some records were confirmed by the SDK alone. If they come again, the store may keep both.
+
+        False for a ``rebuild`` backend, which keeps nothing twice.
+        """
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
         """Check that a resumable run, which holds the records before ``position``, got them from this journal.
 
-        If the run holds more records than this journal handed over, the disk lost the journal's last transactions. The
-        lost records are not known. So the lane writes the next records after them, and counts the same number of
-        records as possible duplicates.
+        The run may hold more records than this journal handed over. If this journal handed over none so far, or if it
+        continues another journal, another journal wrote to the run. Otherwise the disk lost the last transactions of
+        this journal. Nobody knows which records were in them. So the lane writes its next records after all that the
+        run holds. As many of them as were lost count as possible duplicates.
 
         Raises:
             PermanentError: another journal wrote to the run. Delivery would skip or lose records of this journal.
@@ -241,7 +253,7 @@ class Cursor:
         if position <= limit:
             return
         if not self._ever_written or self._journal.continues:
-            # Without this error, delivery would silently skip the same number of new records.
+            # Without this error, delivery would silently skip new records: one for each that the run has above `limit`.
             raise PermanentError(
                 f"the run holds {position} records, but this journal handed over only {limit}: another journal wrote "
                 "to the run. Was the receiver's state folder lost? Move the backend's run away, then replay the journal"
@@ -294,7 +306,7 @@ class Cursor:
 
         Args:
             memory: what the adaptation must remember to go on from the written cursor.
-            by: who confirmed the records. Records that only the client confirmed are also counted separately.
+            by: who confirmed the records. Those that the SDK alone confirmed are also counted separately.
             aside: the entries before the written cursor that are still pending.
         """
         progress, since = self.progress, self._since

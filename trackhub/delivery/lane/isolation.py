@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the one record that a backend cannot store, so that this record does not hold up later ones.
 
-`RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. Only `Isolation` and
-`Evidence` decide that an error rejects a record. docs/adr/0011 gives the reasons.
+`RunDelivery` adds batches, writes what ``next`` returns, and says here whether that was stored. If it was not, only
+`Isolation` and `Evidence` decide whether the error rejects a record. The files that `FileUploads` writes never come
+here. docs/adr/0011 gives the reasons.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
 __all__ = ["Isolation", "Verdict"]
 
 _SUSPECT_AFTER = 3  # failures of one batch
-_SAY_AFTER = 6  # after this many failures (about ten seconds), a single record counts as blocking all later ones
+_SAY_AFTER = 6  # after this many failures (3 to 6 s of waits), a single record counts as blocking all later ones
 _MAX_ASIDE = 32
 _MAX_HELD = 1000
 
@@ -71,31 +72,38 @@ class Isolation:
     - `PermanentError`: something in the batch can never be stored. The batch is halved at once. A record that fails
       alone is rejected as ``permanent_error``.
     - An error that says itself that the store is busy or full (`speaks_of_the_store`): the lane waits and tries again.
-    - Any other error may come from a record or from an outage. After three failures of a batch its first record is
-      tried alone. A record that fails alone three times is a *suspect*. While another record is set aside, a record
-      that fails alone is a suspect after one failure. The lane writes the suspect and its neighbours in random order.
-      From the results, `Evidence` decides whether the suspect is bad. A bad record is rejected as ``backend_error``.
-      No other error rejects a record.
+      Such an error never rejects a record.
+    - Any other error may come from a record or from an outage. So the lane looks for the record, and then tests it.
 
-    With ``any_order``, suppose that one part of a batch is stored and the next part fails. The lane does not wait for
-    three failures. It halves the failing part at once. If that part is a single record, it is a suspect at once.
+    How it looks for the record: a batch that fails three times is split, until one record fails alone. If this record
+    fails three times, it is the *suspect*.
 
-    What a neighbour is depends on what the backend declares:
+    How it tests the suspect: it writes the suspect or a *neighbour*, and a coin chooses which. A neighbour is another
+    record, or the plugin's own test of its store. From the results, `Evidence` decides whether the suspect is bad. A
+    bad record is rejected as ``backend_error``.
 
-    - ``any_order`` and ``idempotent``: a record of the same sort that was stored already. It is written again, and
-      nothing changes.
-    - ``any_order`` and ``at_least_once``: a later record. The suspect is set aside. The same holds for ``idempotent``
-      while no record of the same sort is stored yet.
-    - Otherwise the order must be kept. A batch that fails is halved, so that all records before the failing one are
-      stored. The failing record stays first, and later records wait. With ``probe``, the lane calls the plugin's own
-      test of its store in place of a neighbour. The test stores nothing. Without ``probe`` there is no neighbour, with
-      one exception: an error that is neither a `TransientError` nor a `PermanentError` is a defect of the plugin. Then
-      the record is set aside, and later records are written. A ``resumable`` backend is excluded: when the record comes
-      late, the backend would mistake it for one that it already holds.
+    What the backend declares decides how a batch is split, and what a neighbour is:
 
-    A record that is set aside is tried again now and then. Images and artifacts that fail are also set aside, but are
-    never suspects. If order matters, an entry that shares a key with a record set aside waits until that record is
-    stored or rejected.
+    - ``any_order`` and ``idempotent``: the first record is split off. The neighbour is a stored record of the same
+      sort: a value or a document, see `sort_of`. It is written again, and nothing changes.
+    - ``any_order`` and ``at_least_once``: the first record is split off. The suspect is *set aside*: it waits, and
+      later records are its neighbours. The same holds for ``idempotent`` while no record of the same sort is stored.
+    - Otherwise the order must be kept. The batch is halved, so that all records before the failing one are stored. The
+      failing record stays first, and later records wait. With ``probe``, the neighbour is the plugin's own test, which
+      stores nothing. Without ``probe`` there is no neighbour and no suspect.
+
+    Without ``probe``, the last rule has an exception. An error that is neither a `TransientError` nor a
+    `PermanentError` is a defect of the plugin. Then the first record is split off and set aside, as for
+    ``at_least_once``. This does not hold for a ``resumable`` backend. It would mistake a record that comes late for one
+    that it already holds.
+
+    Two things make it faster. With ``any_order``, suppose that one part of a batch is stored and the next part fails.
+    Then this part is halved at once. If it is a single record, it is the suspect at once. And while one record is set
+    aside, another one that fails alone becomes a suspect after one failure.
+
+    A record that is set aside is tried again now and then. Images and artifacts that fail may be set aside, but are
+    never suspects. An entry may have to come after one that is set aside, since both have a key in common. Such an
+    entry is *held back* until the other one is stored or rejected.
     """
 
     def __init__(self, can: Capabilities, toss: Callable[[], bool] | None = None) -> None:
@@ -127,7 +135,7 @@ class Isolation:
         self._queue.extend(_Piece(list(entries[i : i + max_batch])) for i in range(0, len(entries), max_batch))
 
     def is_empty(self) -> bool:
-        """Return whether no entry waits, except for those that are set aside."""
+        """Return whether no entry waits, except for those that are set aside or held back."""
         return not self._queue
 
     def next(self) -> list[Entry] | None:
@@ -175,13 +183,13 @@ class Isolation:
         return sorted(entries, key=lambda entry: entry.position)
 
     def succeeded(self, stored: Sequence[Entry]) -> list[Rejection]:
-        """Remove the entries that ``next`` or ``next_aside`` returned, since the backend took them.
+        """Note that the backend took the entries that ``next`` or ``next_aside`` returned. They wait no longer.
 
         Args:
             stored: the entries that the backend did not reject.
 
         Returns:
-            The suspect, if the evidence is now enough to reject it. Otherwise an empty list.
+            The rejection of the suspect, if the evidence is now enough. Otherwise an empty list.
         """
         piece = self._take_current()
         self._has_just_stored = True
@@ -199,7 +207,7 @@ class Isolation:
         return bad
 
     def failed(self, error: BaseException) -> Verdict:
-        """Apply the rule after a write of the entries that ``next`` or ``next_aside`` returned. Return what to do.
+        """Say what to do, since a write of what ``next`` or ``next_aside`` returned has failed.
 
         Args:
             error: the error with which the write failed.
@@ -222,11 +230,14 @@ class Isolation:
             return Verdict(wait=True)
         self._evidence.begin_again()
         if self.is_repeated():
-            return Verdict(wait=True)  # a record that was stored before fails as well, so the store is down
+            return Verdict(wait=True)  # a record that was stored before, or the probe, fails as well: the store is down
         return self._narrow(piece, error, has_just_stored)
 
     def _narrow(self, piece: _Piece, error: BaseException, has_just_stored: bool) -> Verdict:
-        """If the first piece of the queue failed often enough, split it, or suspect its only record."""
+        """Split the first piece of the queue if it failed often enough.
+
+        If it is a single record, decide whether that is a suspect, and whether it is set aside.
+        """
         at_once = has_just_stored and self._any_order and piece.is_part
         if not at_once and piece.failures < (1 if self._aside and len(piece.entries) == 1 else _SUSPECT_AFTER):
             return Verdict(wait=True)
@@ -323,7 +334,7 @@ class Isolation:
         return bool(self._queue) and self._queue[0] is piece
 
     def _remove(self, piece: _Piece) -> None:
-        """Remove a rejected record. The entries that waited for it are written again."""
+        """Remove a rejected record. Put the entries that waited for it back to the front of the queue."""
         self._judged = None
         if piece in self._aside:
             self._aside.remove(piece)

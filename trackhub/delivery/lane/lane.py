@@ -3,7 +3,7 @@
 
 A receiver starts one lane for each backend, and notifies it of new rows in the journal. The lane has a `RunDelivery`
 for each site and calls them in turn, so that a run that has to wait delays no other run. Lanes do not know each other.
-`FileUploads` writes images and artifacts in a second thread.
+If the backend allows it by ``files_beside``, `FileUploads` writes images and artifacts in a second thread.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class _Ending(NamedTuple):
 
 
 class Lane:
-    """Delivers all runs of a receiver to one backend. The lane's own thread makes all calls into the backend."""
+    """Delivers all runs of a receiver to one backend.
+
+    The lane's own thread makes all calls into the backend. Only the files of `FileUploads` are written by another one.
+    """
 
     def __init__(
         self,
@@ -80,7 +83,8 @@ class Lane:
             side: where the receiver is.
             blob_dir: site -> the folder of its blobs.
             run_folder: the job's run folder, in which the backend's files lie.
-            flush_s: a backend that buffers is asked to confirm records at most this long after it got them, in seconds.
+            flush_s: how many seconds the lane waits before it asks a backend with ``ConfirmedBy.FLUSH`` to confirm the
+                records that it wrote. At the end of the job it does not wait.
             workdir: the backend's folder. A full disk may have kept the receiver from making it, so it is made before
                 a run is opened.
         """
@@ -135,8 +139,8 @@ class Lane:
         Args:
             status: site -> the status of its run.
             otherwise: the status of the runs whose sites are not in ``status``.
-            deadline_s: the longest time until ``join`` is called, in seconds. Shortly before this time is over, the
-                lane ends the runs that are not delivered, so that the backend knows how they ended.
+            deadline_s: the seconds after which ``join`` will stop the lane. Shortly before, the lane ends the runs that
+                are not delivered, so that the backend knows how they ended.
         """
         left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
         self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
@@ -230,7 +234,7 @@ class Lane:
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
-        can = self._backend.capabilities  # read only now: the preflight may have changed them
+        can = self._backend.capabilities  # the preflight may have changed them, so do not read them earlier
         if can.files_beside and not can.redelivery.needs_order:
             self._uploads = FileUploads(self.name, self.notify)
         active = set(self._journal.sites())  # the sites that may have something to deliver
@@ -350,6 +354,6 @@ class Lane:
 
 
 def _run_info(site: str, created: float, *, job: JobInfo, side: Side, blob_dir: Callable[[str], Path]) -> RunInfo:
-    """Return what the backend is told of a run. `RunDelivery` fills in where the run resumes when it opens the run."""
+    """Return what the backend is told of a run. When `RunDelivery` opens the run, it fills in ``resume_from``."""
     parent = None if site == FEDERATION else RunKey(job.id, FEDERATION)
     return RunInfo(job, site, side, created, resume_from=0, blob_dir=blob_dir(site), parent=parent)

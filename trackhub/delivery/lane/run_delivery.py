@@ -69,16 +69,19 @@ _log = logging.getLogger(__name__)
 #   closed ──> stopped      open_run raised PermanentError, or the run holds records of another journal.
 #   closed ──> finished     The job ends, and the run has nothing to deliver.
 #   open   ──> open         Entries are written and confirmed. A call that fails is made again later.
-#   open   ──> stopped      trackhub itself raised an error: a defect.
+#   closed, open ──> stopped       trackhub itself raised an error: a defect.
 #   open   ──> finished     The job ends, all is confirmed, and finish returned.
 #   open   ──> unfinished   The job ends, and not all is confirmed, or finish raised another error than TransientError.
 #   closed, open ──> unfinished    give_up: the lane hangs, or it ended before the run was finished.
 #
 # In the state open, entries go through these steps:
 #
-#   read ──> announce ──> write ──> flush, for backends where flush confirms ──> confirm
+#   read ──> announce ──> write ──> flush, for a backend with ConfirmedBy.FLUSH ──> confirm
 class RunDelivery:
-    """Delivers one site's records to one backend. Used by the lane's thread alone, except for `give_up`."""
+    """Delivers one site's records to one backend.
+
+    Used by the lane's thread. When that has ended or hangs, another thread calls `give_up` and `unstored_end`.
+    """
 
     def __init__(
         self,
@@ -101,8 +104,8 @@ class RunDelivery:
             journal: where the records are.
             site_id: the site's id in the journal.
             info: what the backend is told of the run; ``resume_from`` is filled in here.
-            flush_s: where flush confirms, the backend is asked to confirm records at most this long after it got them,
-                in seconds.
+            flush_s: how many seconds to wait before a backend with ``ConfirmedBy.FLUSH`` is asked to confirm the
+                records that it got.
             stop: once set, no further batch is written.
             uploads: writes files in a second thread. None if this lane writes files in order with everything else.
             workdir: the backend's folder, which is made before the run is opened. None if it has no folder.
