@@ -102,8 +102,8 @@ class _Delivery:
 class LocalWriter(Writer):
     """A `trackhub.Writer` that delivers by itself. Close it, or use it as a context manager, to deliver everything.
 
-    A writer that is still open when the script ends is closed then, and says on stderr what it delivered. An exception
-    ends a script, and so do SIGTERM and SIGHUP where the script does not handle them.
+    A writer that is still open when the script ends is closed then, and says on stderr what it delivered. This also
+    holds for an end by an exception, or by a SIGTERM or SIGHUP that the script does not handle.
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
@@ -231,7 +231,7 @@ def open_local(
 
     Args:
         backends, folder, job, resume, name, notes, tags, site, strict, quiet: as for `trackhub.local`.
-        limits: how much, how often and how long; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
+        limits: sizes, pauses and waits; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
         ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Or the

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FLARE component that runs a receiver, on the server or at a client.
 
-`trackhub.flare.recipe` puts it into a job's configuration. It turns FLARE's events into calls of
+`trackhub.flare.recipe` puts the component into a job's configuration. The component turns FLARE's events into calls of
 `trackhub.delivery.Receiver`.
 """
 
@@ -60,7 +60,7 @@ _IN_JOB_STORE = (
 
 
 class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
-    """Stores the records that arrive in a journal, and delivers them to the job's backends.
+    """Receives records, stores them in a journal, and delivers them to the job's backends.
 
     On the server it receives the records of all clients. Records that the server itself logs become the run ``server``.
     At a client it receives the records of that client's `TrackhubSender`, without a network. A wrong configuration or
@@ -82,14 +82,16 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
         Args:
             backends: the name of each backend, and its options. The receiver checks them when the job starts.
-            take_over: on the server, whether to record what FLARE's own writers log there, as `TakeOver` says.
+            take_over: on the server, whether to record what FLARE's own writers log there, and at sites without a
+                `TrackhubSender`. `TakeOver` lists the values.
             limits: the `trackhub.limits.Limits` that differ from the defaults, by name.
             state_dir: the folder for the journal and the spool at this site; by default in the job's run folder.
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             federation: on the server, True or False for the job's federation run, or its settings as in
                 `FederationSettings`.
             flare_metrics: with ``"server"`` in it, the server records the results of cross-site evaluation that it
-                gets. It then also records analytics events that its components fire with a type of their own.
+                gets. If ``take_over`` is on, too, it also records its components' analytics events of types that are
+                not FLARE's own.
             own_records: what trackhub logs itself into the federation run: ``context`` and ``log_model`` of
                 `OwnRecords`.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FLARE component that runs a client's senders: to the server's receiver, to the client's own receiver, or to both.
 
-`trackhub.flare.recipe` puts it into a job's configuration. It turns FLARE's events into calls of
+`trackhub.flare.recipe` puts the component into a job's configuration. The component turns FLARE's events into calls of
 `trackhub.delivery.Sender`.
 """
 
@@ -109,14 +109,14 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             job: the job's ``name``, ``notes`` and ``tags``, or some of them, as `JobLabels` says.
             policy: what may leave the site: the rules of `trackhub.policy.Policy`. The site's operator may add others.
             capture: other loggers of the script to record from: ``tensorboard``, ``wandb``, ``mlflow``.
-            capture_only: only record these calls; the loggers themselves then write nothing.
+            capture_only: True makes these loggers write nothing themselves; their calls are recorded only.
             flare_metrics: with ``"clients"`` in it, record the metrics that FLARE carries from here to the server.
             own_records: what trackhub logs itself at this site: ``context`` and ``system_metrics`` of `OwnRecords`.
 
         Raises:
-            ConfigError: no receiver is named, or another argument is wrong. Also if ``server_receiver`` is None, or
-                there is a policy, but FLARE would still send records to the server. FLARE does so if ``take_over`` is
-                False or ``"copy"``, or if ``flare_metrics`` has ``"server"``.
+            ConfigError: no receiver is named, or another argument is wrong. If ``server_receiver`` is None, or if there
+                is a policy, FLARE itself must not send records to the server. So ``take_over`` must then not be False
+                or ``"copy"``, and ``flare_metrics`` must not have ``"server"``.
         """
         super().__init__()
         if server_receiver is None and client_receiver is None:
@@ -125,7 +125,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         if server_receiver is None and take_over in (False, "copy"):
             raise ConfigError(
                 f"TrackhubSender: tracking is on the client side only, but take_over is {take_over!r}. So FLARE would "
-                "send what its own writers log to the server. Leave take_over on, or track on the server as well"
+                "send to the server what its own writers log. Leave take_over on, or track on the server as well"
             )
         check_flare_metrics(flare_metrics, has_server_side=server_receiver is not None)
         CaptureSetting.of(capture, capture_only)  # checks it when the job is written
@@ -225,7 +225,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         if rules and self.take_over in (False, "copy"):
             raise ConfigError(
                 "TrackhubSender: a policy restricts what may leave this site, but take_over is "
-                f"{self.take_over!r}. So FLARE would send what its own writers log to the server, past the policy. "
+                f"{self.take_over!r}. So FLARE would send to the server what its own writers log, past the policy. "
                 "Leave take_over on, or set it to 'events'"
             )
         if rules and SERVER in (self.flare_metrics or ()):
@@ -235,9 +235,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
             )
 
     def _open_source(self, fl_ctx: FLContext) -> bool:
-        """Record log calls in the call itself, if the job and the operator allow it.
+        """Replace the log functions, if the job and the operator allow it, so that each call is recorded at once.
 
-        Return True if this also holds for the calls of FLARE's own writers.
+        Return True if the functions of FLARE's own writers are replaced, too.
         """
         take_over = self.take_over is True and not self._leaves_trainers()
         setting = self._capture_setting()
@@ -253,8 +253,8 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         except Exception as e:
             self.log_exception(
                 fl_ctx,
-                f"trackhub cannot replace the log functions at this site: {e}. It records what FLARE's own writers log "
-                "from FLARE's events. What the job captures may be missing",
+                f"trackhub cannot replace the log functions at this site: {e}. From FLARE's events, it still records "
+                "what FLARE's own writers log. What the job captures may be missing",
             )
             return False
 

@@ -49,7 +49,7 @@ class SitesWithoutSender:
         self._receiver = receiver
         self._limits = limits
         self._lock = threading.RLock()  # not held while a site is asked
-        self._asking = threading.Lock()  # a site that is asked twice at once would log an error twice
+        self._asking = threading.Lock()  # ask no site twice: without a sender, FLARE logs an error for each question
         self._asked: set[str] = set()
         self._started: set[str] = set()
         self._without_sender: set[str] = set()
@@ -57,7 +57,8 @@ class SitesWithoutSender:
         self._warned: set[str] = set()
         self._spools: dict[str, _SpoolOfSite] = {}
         self._stopped = threading.Event()
-        # Whether a site has a sender is fixed when the job starts. Most sites send something before the first question.
+        # Asking late is enough: a site never gets or loses a sender. Most sites send something before the first
+        # question, so they need not be asked.
         OwnThread(target=self._ask_again, name="trackhub-sites", daemon=True).start()
 
     def found(self) -> set[str]:
@@ -75,7 +76,7 @@ class SitesWithoutSender:
     def take(self, site: str, event: Shareable) -> None:
         """Record an analytics event of a site, if that site has no sender.
 
-        At a site's first event, it asks the site, and waits at most a second. FLARE handles the events of all sites in
+        At a site's first event, this asks the site and waits up to a second. FLARE handles the events of all sites in
         one thread. So a silent site must not cost a second at each event.
         """
         if site not in self._spools:
@@ -97,7 +98,7 @@ class SitesWithoutSender:
                 self._warn_of(site)
 
     def close(self, timeout_s: float) -> None:
-        """Deliver what the sites' events brought to the receiver, and end. Blocks up to ``timeout_s`` for each site."""
+        """Send the records made of the sites' events to the receiver, and end. Blocks up to ``timeout_s`` per site."""
         self._stopped.set()
         with self._lock:
             for spool in self._spools.values():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captures W&B: ``wandb.init(config=...)``, ``run.log``, ``run.config`` and ``run.summary``.
+"""Captures W&B: ``wandb.init(config=...)``, ``run.config``, ``run.summary``, ``run.log`` and further methods that log.
 
 `Capture` calls it with W&B's modules. A call of ``log`` without a step gets the step that W&B gives it. What a script
 puts into the summary gets keys such as ``summary/best``, so that it does not become a point of the curve ``best``.
@@ -89,7 +89,7 @@ def watch(module: ModuleType, note: Callable[[], None], replaced: Replacements) 
 
     Args:
         module: one of `MODULES`.
-        note: called in each such call.
+        note: called in each call of ``wandb.init``, before W&B's own function.
         replaced: puts the wrapper into the module.
     """
 
@@ -145,7 +145,10 @@ def _log_config(writer: Writer, _: Any, key: Any, *value: Any, **more: Any) -> N
 
 
 def _log_summary(writer: Writer, _: Any, key: Any, *value: Any, **more: Any) -> None:
-    """Record entries of a summary: numbers as metrics without a step, all others as tags."""
+    """Record entries of a summary: texts and None as tags, all others as metrics without a step.
+
+    The writer counts what cannot be a metric.
+    """
     numbers, others = dict[str, Any](), dict[str, Any]()
     for name, entry in _entries(key, value).items():
         (others if isinstance(entry, str) or entry is None else numbers)[f"summary/{name}"] = entry
@@ -165,7 +168,10 @@ def _entries(key: Any, value: tuple[Any, ...]) -> Mapping[Any, Any]:
 def _log(
     writer: Writer, run: Any, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None, **more: Any
 ) -> None:
-    """Record a call of ``run.log``: its numbers as one record, and its other values as texts, images and tables."""
+    """Record a call of ``run.log``: its numbers as one record, and its texts and media as one record each.
+
+    A value that no record can hold is counted.
+    """
     # W&B's own counter, as it is before this call. A disabled run has no counter.
     before = getattr(run, "_local_step", None)
     before = _steps.get(run, 0) if before is None else before
