@@ -88,7 +88,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             the records of FLARE's own writers from FLARE's events. None lets the job decide.
         limits: values of `trackhub.limits.Limits`, used in place of the job's.
         forbid_kinds: kinds of records that no receiver gets from this site, not even the site's own.
-        policy: what may leave this site, in addition to the job's policy. None restricts nothing.
+        policy: restricts what may leave this site, beside the job's policy: both must allow it. None restricts nothing.
         backends: name of a backend -> its rules.
     """
 
@@ -154,7 +154,9 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return msgspec.structs.replace(rules, operator_folder=str(folder.absolute()))
 
     def state_dir_for(self, job: str | None, run_folder: Path) -> str | None:
-        """Return the folder for spools and journals of all jobs; None for the job's run folder.
+        """Return the folder for spools and journals; None for the job's run folder.
+
+        The operator's folder is for all jobs. Without one, the job may name a folder inside its run folder.
 
         Args:
             job: the ``state_dir`` that the job gives.
@@ -169,7 +171,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not _is_within(inside, [run_folder]):
             _refuse(
                 f"state_dir: the job names {job!r}, which is outside its own folder",
-                "let the job leave state_dir out, or name the folder for all jobs as state_dir",
+                "name the folder for all jobs as state_dir there, or leave state_dir out of the job",
             )
         return inside
 
@@ -188,7 +190,7 @@ class OperatorFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Args:
             name: the backend's name.
             options: what the job gives. Secrets are still references.
-            marks: which of the backend's options hold a secret, a host or a path.
+            marks: which of the backend's options hold a secret, a host, a path or something shared.
             credentials: what the backend takes from the environment.
             run_folder: the job's run folder at this site.
             environ: the environment of this process, which is the operator's.
@@ -368,7 +370,10 @@ def _origin(value: str) -> tuple[str, str, int | None] | None:
 
 
 def _readings(value: str) -> Iterator[str]:
-    """Yield each path that a program may read in an option's value: the text itself, and the path of a URI."""
+    """Yield each path that a program may understand an option's value as: the text, and the path of a URI.
+
+    In the text, ``~`` and variables are expanded.
+    """
     yield os.path.expanduser(value)
     yield os.path.expanduser(os.path.expandvars(value.strip()))
     if scheme := _PATH_SCHEME.match(value):

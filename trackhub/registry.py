@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The installed backends: list them without importing any, load one by name, and check its options.
 
-A backend is found by its entry point in the group ``trackhub.backends``, whose name is the backend's name. Trackhub's
-own backends are found in the same way. The receiver, `trackhub.flare.recipe` and the commands call it.
+A backend is found by its entry point in the group ``trackhub.backends``. The entry point has the backend's name.
+Trackhub's own backends are found in the same way. The receiver, `trackhub.flare.recipe` and the commands call this
+module.
 """
 
 from __future__ import annotations
@@ -247,8 +248,10 @@ def may_be_elsewhere(name: str) -> bool:
 def build_options(name: str, cls: type[Backend[Any]], options: Mapping[str, Any]) -> msgspec.Struct:
     """Return the backend's Options from a plain mapping, with secret references resolved.
 
-    Call it only at the receiver. Do not store or log the result. Flags are always strings. So where an option's type
-    has no string, ``"5"``, ``"true"`` and ``"null"`` are accepted for numbers, booleans and None.
+    Call it only at the receiver. Do not store or log the result.
+
+    A value from a command line is always a string. So an option that cannot be a string also takes ``"5"`` for a
+    number, ``"true"`` for a boolean and ``"null"`` for None.
 
     Args:
         name: the backend's name, for messages.
@@ -306,7 +309,7 @@ def _remember_environment(cls: type[Backend[Any]]) -> None:
 
 
 def option_marks(cls: type[Backend[Any]]) -> dict[str, frozenset[OptionMark]]:
-    """Return option -> marks, for a backend's options: which of them hold a secret, a host or a path."""
+    """Return option -> marks, for a backend's options: which hold a secret, a host, a path or something shared."""
     hints = get_type_hints(cls.Options, include_extras=True)
     return {
         field.encode_name: frozenset(mark for mark in _annotations(hints[field.name]) if isinstance(mark, OptionMark))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the arguments of `Writer`'s methods, and turns them into plain values.
 
-Each function takes arguments of a log call and returns a payload, or plain values for one. It raises `RecordError` for
-an argument that it does not accept. The message names the key, the value and what was expected. Where a call has
-several values, `BadValues` collects the errors instead, and the good values are kept. Images and files are read in
-`trackhub.writer.images` and `trackhub.writer.read_artifact`.
+Each function takes arguments of a log call. It returns a payload, or the plain values that go into one. It raises
+`RecordError` for an argument that it does not accept. The message names the key, the value and what was expected. Where
+a call has several values, `BadValues` collects the errors instead, and the good values are kept. Images and files are
+read in `trackhub.writer.images` and `trackhub.writer.read_artifact`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _Value = TypeVar("_Value")
 class WrongCallError(RecordError):
     """The whole call is wrong, for example because its step is not a number.
 
-    If only one value is bad, a plain `RecordError` is raised.
+    If the call is right but a value in it is bad, that value gets a plain `RecordError`.
     """
 
 
@@ -371,7 +371,9 @@ def _pairs(
 
 def _require_new(key: str, found: Mapping[str, Any]) -> None:
     if key in found:
-        raise RecordError(f"key {shown(key)} comes twice in one call; the first value is kept. Rename one of them")
+        raise RecordError(
+            f"key {shown(key)} comes twice in one call; only one value can be kept. Rename one of the keys"
+        )
 
 
 def _read_cached_key(key: Any, known_keys: set[str]) -> str:

@@ -77,7 +77,10 @@ class ConfirmationChecks(ContractFixtures):
             check_run(again, [_SITE], f"the receiver was killed when a batch was {when}, and started again")
 
     def test_run_resumes_in_a_new_process(self, kit: Kit) -> None:
-        """A receiver is killed between two batches. A later one goes on in the same run, with more records."""
+        """A receiver is killed when all is delivered, before it finishes the run.
+
+        A later one goes on in the same run, with more records.
+        """
         rig = _journal(kit)
         deliver_until_killed(rig, None, max_batch=_BATCH)
         again = kit.again(rig)
@@ -198,7 +201,7 @@ class ErrorChecks(ContractFixtures):
         check_run(rig, [_SITE], "records 3, 4 and 17 came after record 24; leave any_order out if that is a problem")
 
     def test_files_beside_as_declared(self, kit: Kit) -> None:
-        """If the backend claims ``files_beside``, a second thread writes the artifacts, and all is stored."""
+        """If the backend claims ``files_beside``, a second thread writes the files that it names, and all is stored."""
         can = kit.capabilities()
         if not can.files_beside:
             return
@@ -218,7 +221,10 @@ class ErrorChecks(ContractFixtures):
         check_run(rig, [_SITE], "a second thread wrote the files; leave files_beside out if that is a problem")
 
     def test_batches_are_as_large_as_declared(self, kit: Kit) -> None:
-        """No batch is larger than ``max_batch``, and a batch of that size is stored."""
+        """No batch is larger than ``max_batch``. A batch of that size, or of 1,000 records if that is less, is stored.
+
+        The quick kit stores at most 250 records in place of 1,000.
+        """
         rig = kit.rig().start()
         size = min(rig.can.max_batch, 250 if kit.is_quick else 1000)
         rig.log(_SITE, series("loss", range(size)))
@@ -241,10 +247,13 @@ class ErrorChecks(ContractFixtures):
 
 
 class OutageChecks(ContractFixtures):
-    """The store that the backend writes to is unavailable, and every call returns in time."""
+    """An outage of the store loses nothing. With and without an outage, every call returns in time."""
 
     def test_outage_loses_nothing(self, kit: Kit) -> None:
-        """The store is unavailable for a part of the job. What counts as delivered is there, once."""
+        """The store is unavailable for a part of the job. What counts as delivered is there.
+
+        It is there only once, unless the backend declares ``at_least_once``.
+        """
         rig = kit.rig().start()
         rig.log(_SITE, series("loss", range(10)))
         rig.settle(_SITE)
@@ -332,7 +341,7 @@ class VolumeChecks(ContractFixtures):
     """Many records."""
 
     def test_volume(self, kit: Kit) -> None:
-        """Ten thousand points of several metrics arrive, each once."""
+        """Ten thousand points of several metrics arrive, each once. The quick kit sends a thousand."""
         total = 1000 if kit.is_quick else 10_000
         rig = kit.rig().start()
         keys = [f"metric-{number}" for number in range(5)]

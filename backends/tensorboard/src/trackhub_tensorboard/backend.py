@@ -64,7 +64,7 @@ class TensorBoardOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 _MOVED_OPTIONS = {
-    "tb_folder": "Give `logdir` in place of FLARE's tb_folder. A relative one is in the job's run folder, as there.",
+    "tb_folder": "Give `logdir` in place of FLARE's tb_folder. A relative path starts in the job's run folder as well.",
 }
 """Arguments of FLARE's receiver, and what to use in place of each."""
 

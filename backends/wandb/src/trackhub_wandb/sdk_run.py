@@ -58,7 +58,7 @@ _EXIT_CODES = {RunStatus.FINISHED: 0, RunStatus.KILLED: 254}
 _FAILED = 1
 
 _MAX_COLUMNS = 2000
-"""Most columns of a table. The SDK's time grows with their square: 2,000 take a second, and a million weeks."""
+"""Most columns of a table. The SDK's time grows with their square: 2,000 columns take seconds, a million take days."""
 
 _MAX_KEPT_CHARS = 1 << 20
 """Most characters of all tags and final values of a run. With each new one, the SDK sends and keeps all of them."""
@@ -156,9 +156,10 @@ class SdkRun:
         return Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}")
 
     def _store_labels(self, entries: Sequence[Entry]) -> list[Rejection]:
-        """Hand params, tags and final values to the SDK in one call. Each call sends and keeps all that the run has.
+        """Hand the params, tags and final values of these entries to the SDK together.
 
-        If the SDK refuses them together, each is tried alone.
+        Each time, the SDK sends and keeps all that the run has, so one time for each entry would be slow. If the SDK
+        refuses them together, each entry is tried alone.
         """
         if not entries:
             return []
@@ -192,7 +193,7 @@ class SdkRun:
         return rejected
 
     def probe(self) -> None:
-        """Have the SDK's service answer a question, and write a file beside those of the run. Delete it again.
+        """Write a file beside those of the run and delete it, then have the SDK's service answer a question.
 
         Raises:
             Exception: the SDK failed, or the file system. The SDK's errors have no common base class.
@@ -261,7 +262,7 @@ class SdkRun:
         self.last = ("row", entry.position)
 
     def _set_config(self, params: dict[str, Any], position: int) -> None:
-        # The position falls only if a resumed run gets entries that it already has.
+        # ``through`` becomes lower only if a resumed run gets entries that it already has.
         self.config = {**self.config, "tags": dict(self._tags), "through": position}
         if self._summary:
             self.config["summary"] = dict(self._summary)
@@ -281,7 +282,17 @@ class SdkRun:
         self._set_config(params, position)  # it also has the final values: the server confirms a config, not a summary
 
     def _kept(self, what: str, kept: dict[str, Any], new: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-        """Return the tags or final values with new ones, if there is room for them beside the others."""
+        """Return the tags with new tags, or the final values with new final values.
+
+        Args:
+            what: ``tags`` or ``final values``, for the message.
+            kept: those that the run has.
+            new: those to add.
+            others: the run's final values, if these are tags, or the reverse. They use the same room.
+
+        Raises:
+            _Unstorable: there is no room for the new ones.
+        """
         found = {**kept, **{key: config_value(value) for key, value in new.items()}}
         if sum(len(key) + len(str(value)) for key, value in (*found.items(), *others.items())) > _MAX_KEPT_CHARS:
             raise _Unstorable(
