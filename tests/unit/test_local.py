@@ -7,8 +7,6 @@ import contextlib
 import json
 import math
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -16,26 +14,23 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import msgspec
 import numpy as np
 import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from tests.unit.helpers import assert_balanced, json_lines, small_disk
+from tests.unit.helpers import assert_balanced, small_disk
+from tests.unit.local_runs import FAST, lines, open_local, report_of
 from trackhub.delivery import receiver as receiver_module
-from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.receiver import Receiver
-from trackhub.delivery.report import DeliveryReport, read_report
+from trackhub.delivery.report import read_report
 from trackhub.delivery.report_text import format_report
 from trackhub.delivery.sender import Sender
-from trackhub.errors import ConfigError, DeliveryError, JournalError, RecordError, SpoolError, UnknownBackendError
+from trackhub.errors import ConfigError, DeliveryError, JournalError, RecordError, UnknownBackendError
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
 from trackhub.spool.layout import read_spool_info
-
-FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 PLUGIN = """
     import threading
@@ -56,21 +51,6 @@ PLUGIN = """
                 raise RuntimeError("boom in open_run")
             return Run()
 """
-
-
-def open_local(
-    tmp_path: Path, *backends: str, job: str | None = None, site: str = "local", resume: bool = False
-) -> LocalWriter:
-    return trackhub.local(backends or ["jsonl"], folder=tmp_path, job=job, site=site, resume=resume, limits=FAST)
-
-
-def lines(writer: LocalWriter, site: str = "local") -> list[dict[str, object]]:
-    return json_lines(writer.folder / "jsonl" / writer.folder.name / f"{site}.jsonl")
-
-
-def report_of(writer: LocalWriter) -> DeliveryReport:
-    assert writer.report is not None
-    return writer.report
 
 
 def test_records_of_every_kind_are_delivered_when_the_writer_closes(tmp_path: Path) -> None:
@@ -193,20 +173,6 @@ def test_a_wrong_site_or_tag_is_an_error_that_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_without_a_job_is_an_error_that_says_what_to_do_and_leaves_nothing(tmp_path: Path) -> None:
-    """Each call without ``job`` begins a new job, so there is no run in which this one could go on."""
-    with open_local(tmp_path) as writer:
-        writer.log({"a": 1.0})
-    before = sorted(tmp_path.rglob("*"))
-
-    with pytest.raises(
-        ConfigError, match=r"resume=True needs job=.*Give the job= of the earlier call, or leave resume out"
-    ):
-        open_local(tmp_path, resume=True)
-
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
 def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
@@ -222,42 +188,6 @@ def test_a_folder_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, 
 def test_a_folder_that_cannot_be_made_is_named_and_no_plugin_is_blamed() -> None:
     with pytest.raises(ConfigError, match=r"the folder /proc/nothing/.* cannot be made"):
         open_local(Path("/proc/nothing"))
-
-
-def test_a_run_goes_on_if_it_is_opened_with_resume(tmp_path: Path) -> None:
-    for day in range(3):
-        with open_local(tmp_path, job="j", resume=True) as writer:
-            writer.log({"day": day}, day)
-    assert [line["step"] for line in lines(writer)] == [0, 1, 2]
-    assert [line["position"] for line in lines(writer)] == [0, 1, 2]
-    assert_balanced(report_of(writer), {"local": 3}, {("jsonl", "local"): 3})
-
-
-def test_the_same_job_again_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
-    before = threading.active_count()
-    with open_local(tmp_path, job="j") as writer:
-        writer.log({"a": 1.0})
-
-    with pytest.raises(ConfigError, match=r"/j: this run was logged to before.*resume=True.*another job="):
-        open_local(tmp_path, job="j")
-
-    assert threading.active_count() == before
-    assert len(lines(writer)) == 1
-
-
-def test_two_sites_of_one_job_are_told_apart_and_a_failed_start_leaves_no_lock(tmp_path: Path) -> None:
-    before = threading.active_count()
-    with open_local(tmp_path, job="j", site="a") as writer:
-        writer.log({"x": 1.0})
-        with pytest.raises(JournalError, match="in use"):
-            open_local(tmp_path, job="j", site="a", resume=True)
-    for _ in range(2):
-        with pytest.raises(SpoolError, match="own folder"):
-            open_local(tmp_path, job="j", site="b", resume=True)
-    assert threading.active_count() == before
-    with open_local(tmp_path, job="j", site="a", resume=True) as writer:
-        writer.log({"x": 2.0})
-    assert len(lines(writer, "a")) == 2
 
 
 @pytest.mark.parametrize("mode", ["open", "write", "hang"])
@@ -311,43 +241,6 @@ def test_forked_workers_log_into_the_same_run_and_end_without_ending_it(tmp_path
     assert_balanced(report_of(writer), {"local": 32}, {("jsonl", "local"): 32})
 
 
-def test_records_of_a_killed_script_are_delivered_by_the_next_one(tmp_path: Path) -> None:
-    code = """
-        import os, sys, trackhub
-        writer = trackhub.local(["jsonl"], folder=sys.argv[1], job="j")
-        for i in range(500):
-            writer.log({"a": i}, i)
-        os.kill(os.getpid(), 9)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], timeout=60, check=False)
-    with open_local(tmp_path, job="j", resume=True) as writer:
-        writer.log({"a": 500}, 500)
-    steps = sorted(int(str(line["step"])) for line in lines(writer))
-    assert steps == list(range(501))
-    assert_balanced(report_of(writer), {"local": 501}, {("jsonl", "local"): 501})
-
-
-def test_a_job_can_be_continued_while_a_forked_worker_is_still_alive(tmp_path: Path) -> None:
-    """Such as one of a data loader: it has inherited the file that locks the journal."""
-    with open_local(tmp_path, job="job-1") as writer:
-        writer.log({"a": 1.0})
-        end, hold = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(hold)
-            os.read(end, 1)
-            os._exit(0)
-        os.close(end)
-    try:
-        with open_local(tmp_path, job="job-1", resume=True) as again:
-            again.log({"a": 2.0})
-    finally:
-        os.close(hold)
-        os.waitpid(pid, 0)
-
-    assert len(lines(again)) == 2
-
-
 def test_limits_come_from_the_environment_unless_they_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,24 +250,6 @@ def test_limits_come_from_the_environment_unless_they_are_given(
         writer.log({"a": 1.0})
 
     assert read_spool_info(writer.folder / "trackhub" / "spool").max_bytes == 2 << 20
-
-
-def test_two_jobs_of_one_name_are_two_folders_and_two_runs(tmp_path: Path) -> None:
-    writers = [
-        trackhub.local(["jsonl"], folder=tmp_path, name="lr 0.1", notes="why", tags=["a", "b"], limits=FAST)
-        for _ in range(2)
-    ]
-    for writer in writers:
-        writer.log({"loss": 1.0})
-        writer.close()
-
-    folders = sorted(path.name for path in tmp_path.iterdir())
-    assert len(folders) == 2
-    assert all(name.startswith("lr%200.1-") for name in folders)
-    for writer in writers:
-        told = msgspec.json.decode(read_journal_meta(writer.folder / "trackhub" / "trackhub.db")["job_info"])
-        assert (told["name"], told["notes"], told["tags"]) == ("lr 0.1", "why", ["a", "b"])
-        assert [line["values"] for line in lines(writer)] == [{"loss": 1.0}]
 
 
 def fill(disk: Path, free: int = 0) -> Path:
@@ -461,31 +336,6 @@ def test_to_close_never_raises_for_a_full_disk(tmp_path: Path) -> None:
         writer.close()
         writer.close()
         ProcessLock.open(writer.folder / "trackhub" / "trackhub.lock").release()
-
-
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_job_that_was_logged_to_under_another_name_is_an_error_that_says_the_name(
-    tmp_path: Path, resume: bool
-) -> None:
-    """It would be a second run of the same id in every backend."""
-    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name="first", limits=FAST) as writer:
-        writer.log({"a": 1.0})
-
-    for name in ("second", ""):
-        with pytest.raises(ConfigError, match=r"first-j: the job 'j' was logged to before.*pass name='first'"):
-            trackhub.local(["jsonl"], folder=tmp_path, job="j", name=name, resume=resume, limits=FAST)
-
-    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name="first", resume=True, limits=FAST) as writer:
-        writer.log({"a": 2.0})
-    assert len(lines(writer)) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["first-j"]
-
-
-def test_the_spool_has_what_a_replay_without_the_journal_calls_the_job(tmp_path: Path) -> None:
-    with trackhub.local(["jsonl"], folder=tmp_path, name="lr-0.1", notes="try", tags=["t"], limits=FAST) as writer:
-        info = read_spool_info(writer.folder / "trackhub" / "spool")
-
-    assert (info.name, info.notes, info.tags) == ("lr-0.1", "try", ("t",))
 
 
 def test_a_sender_that_cannot_start_leaves_no_thread_and_no_lock(
