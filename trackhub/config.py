@@ -44,9 +44,9 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         client_backends: names of the backends at the clients, if they differ from ``backends``; otherwise None.
         options: backend name to its options, as plain values.
         sides: where the receivers are: ``server``, ``client`` or both.
-        limits: how much, how often and how long.
-        aggregate: patterns of the keys whose statistics the federation run holds; None for the keys that are logged
-            once a round.
+        limits: the sizes, pauses and waits.
+        aggregate: patterns of the keys whose statistics the federation run holds. None for the keys that two or more
+            sites log with the round as their step.
         aggregate_weight: the key of the metric that weights the sites in weighted means; None for the number of steps.
         update_statistics: measure what each site changed in the model.
         context: log in each run how the job was made.

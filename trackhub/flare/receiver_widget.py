@@ -232,7 +232,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         gc.freeze()
 
     def _begin_federation_run(self, fl_ctx: FLContext) -> None:
-        """Watch the job for the federation run. On a full disk the receiver has no such run; each round tries again."""
+        """Watch the job for the federation run. While the disk is full there is no such run: each round tries again."""
         if not self._own.has_begun and self._core is not None and self._core.federation is not None:
             assert self._settings is not None
             update_statistics = self._settings.update_statistics
@@ -349,7 +349,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
 
 
 class _EndOfRunHandler(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """Ends the receiver after every other handler of END_RUN, so that it still receives their records."""
+    """Ends the receiver after every other handler of END_RUN, so that the records of these handlers still arrive."""
 
     def __init__(self, receiver: TrackhubReceiver) -> None:
         super().__init__()

@@ -231,7 +231,7 @@ class Cursor:
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
-        """Check that a resumable run, which holds the records before ``position``, got them from this journal.
+        """Check that a resumable run got the records that it holds, those before ``position``, from this journal.
 
         The run may hold more records than this journal handed over. If this journal handed over none so far, or if it
         continues another journal, another journal wrote to the run. Otherwise the disk lost the last transactions of

@@ -260,7 +260,7 @@ class Isolation:
         return Verdict(wait=not at_once)
 
     def _refused(self, piece: _Piece, error: BaseException) -> Verdict:
-        """Reject the only record of a piece, or halve it."""
+        """Handle a `PermanentError`: reject the record of a piece that has only one, or halve the piece."""
         if self.is_repeated():
             self._evidence.begin_again()
             self._stored.pop(_sort(piece), None)  # the store now refuses this record, so the record is no evidence
@@ -347,7 +347,7 @@ class Isolation:
     def _put_back(self) -> None:
         """Put suspects and the entries that wait for them back to the front of the queue, in order.
 
-        A suspect may be good. Files stay set aside.
+        They are tried again from the start, since a suspect may be good. Files stay set aside.
         """
         files = [piece for piece in self._aside if not piece.is_suspect]
         entries = [entry for piece in self._aside if piece.is_suspect for entry in piece.entries] + self._held

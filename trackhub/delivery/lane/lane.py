@@ -85,8 +85,8 @@ class Lane:
             run_folder: the job's run folder, in which the backend's files lie.
             flush_s: how many seconds the lane waits before it asks a backend with ``ConfirmedBy.FLUSH`` to confirm the
                 records that it wrote. At the end of the job it does not wait.
-            workdir: the backend's folder. A full disk may have kept the receiver from making it, so it is made before
-                a run is opened.
+            workdir: the backend's folder. The receiver makes it, but may have failed on a full disk. So it is also made
+                before a run is opened.
         """
         self.name = name
         self._backend = backend

@@ -282,7 +282,9 @@ class RunDelivery:
             self._end("unfinished")
 
     def unstored_end(self) -> RunState | None:
-        """Return how the run ended; None if the journal has it already. The caller stores the ends of all runs at once.
+        """Return how the run ended. None if it has not ended, or if the journal has its end already.
+
+        The caller stores the ends of all runs at once.
 
         If another program has the journal locked, one transaction for all runs waits only once.
         """
