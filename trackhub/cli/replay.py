@@ -90,7 +90,8 @@ def replay(
     into the backends that --backend names.
 
     The options in a journal are restricted, as a job's options are at a provisioned site. They may name the job's own
-    folder, and the hosts that the environment or the operator's file names. What --option says is not restricted.
+    folder, and the hosts that the environment or the operator's file names. What --option says is not restricted; only
+    values that the operator has fixed win over it.
 
     The JSON document is {"version": 1, "journals": [...], "undelivered": N, "errors": [...]}. journals has each journal
     that records went through, as in `trackhub status --json`.

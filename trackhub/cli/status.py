@@ -66,10 +66,13 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     left_over has those problems that a replay mends. interrupted is true if the receiver was killed, and no replay has
     ended its runs since. A replay leaves the status "killed".
 
-    sites has for each name logged, withheld, dropped, refused, acked, spooled, unreadable, complete, altered, counted,
-    received, duplicates, journaled, earlier, missing, refused_here, explained, final and doubts. The first nine are
-    what the site last said, null if it said nothing yet. refused_here is what the receiver refused. counted says how
-    much is known of what the site logged: final, open, stale, incomplete or unknown. doubts says it in words.
+    sites has for each name logged, withheld, dropped, refused, acked, spooled, unreadable, complete, altered,
+    at_source, by_message, not_captured, not_used, retries, counted, received, duplicates, journaled, earlier, missing,
+    refused_here, explained, final, has_sender and doubts. Those up to retries are what the site last said, null if it
+    said nothing yet. at_source and by_message say which way the calls of FLARE's own writers went. not_captured and
+    not_used name loggers of the scripts. retries counts repeated requests. refused_here is what the receiver refused.
+    has_sender is false if the site's app has no TrackhubSender. counted says how much is known of what the site logged:
+    final, open, stale, incomplete or unknown. doubts says it in words.
 
     lanes has for each backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates,
     state, last_error, blocked_by and results. client_confirmed is a part of confirmed. state is that of the run at the

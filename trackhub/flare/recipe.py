@@ -103,7 +103,7 @@ def add_tracking(
         federation: if there are backends on the server, write the job's *federation run*. It has statistics over the
             sites by round, and says how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
-            are the keys that all sites log with the round as their step. An empty list means no statistics.
+            are the keys that two sites or more log with the round as their step. An empty list means no statistics.
         aggregate_weight: the key of the metric that weights each site in ``.../weighted_mean``, such as
             ``"train/samples"``. By default, the weight is FLARE's number of training steps.
         update_statistics: measure at each round how much each site changed the model, and how far it agrees with the
