@@ -48,7 +48,9 @@ def local(
 
     Close the writer, or use it as a context manager. ``close`` delivers everything, and says on stderr what was
     delivered and how to look at it. A writer that is still open when the script ends is closed then. The run ends as
-    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. If the process is killed,
+    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. Two ends are not seen without
+    ``with``: ``raise SystemExit(1)`` and the built-in ``exit(1)`` end the run as finished, and after a ``sys.exit(1)``
+    that the script catches, the run ends as failed. If the process is killed,
     its records stay in the run's folder, and ``trackhub replay`` delivers them. The next run in ``folder`` warns of it.
 
     With the environment variable ``TRACKHUB_MODE=disabled``, nothing is recorded and no folder is made.

@@ -8,6 +8,7 @@ plain function call. `trackhub.script_end` ends a run that the script does not c
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import sys
@@ -132,7 +133,10 @@ class LocalWriter(Writer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy logs into the same run, as a forked child does. It has no sender or receiver, so it cannot end the run.
-        return plain_writer, (self._spool,)
+        return plain_writer, (self._spool, self._strict)
+
+    def __copy__(self) -> Writer:  # type: ignore[override]
+        return copy.deepcopy(self)
 
     def set_round(self, value: int | None) -> None:
         """Set the round that is put on the records logged from now on; None for no round."""

@@ -13,7 +13,7 @@ import pytest
 
 import trackhub
 from tests.unit.helpers import json_lines, new_spool, read_spool, spool_of, values
-from trackhub.errors import SpoolError
+from trackhub.errors import RecordError, SpoolError
 from trackhub.limits import Limits
 from trackhub.spool.layout import close_spool
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
@@ -22,7 +22,7 @@ from trackhub.writer.writer import Writer
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda writer: pickle.loads(pickle.dumps(writer))])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda writer: pickle.loads(pickle.dumps(writer))])
 def test_a_copy_logs_into_the_same_spool_with_a_stream_of_its_own(
     tmp_path: Path, how: Callable[[Writer], Writer]
 ) -> None:
@@ -56,10 +56,13 @@ def test_spawned_workers_go_on_with_their_parents_writer(tmp_path: Path) -> None
     assert [values(records) for records in read_spool(tmp_path).values()] == [list(range(10))] * 2
 
 
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("adapter", [SummaryWriter, WandBWriter, MLflowWriter])
-def test_an_adapter_may_be_copied_as_well(tmp_path: Path, adapter: type[SummaryWriter]) -> None:
+def test_an_adapter_may_be_copied_as_well(
+    tmp_path: Path, adapter: type[SummaryWriter], how: Callable[[SummaryWriter], SummaryWriter]
+) -> None:
     with Writer(new_spool(tmp_path)) as writer:
-        other = copy.deepcopy(adapter(writer=writer))
+        other = how(adapter(writer=writer))
         other.writer.log({"a": 1.0})
         other.close()
         writer.log({"a": 2.0})
@@ -114,10 +117,15 @@ def test_a_copy_that_finds_no_folder_drops_what_it_is_given_and_goes_on(
     assert caplog.text.count("tracking dropped a record (io_error") == 1
 
 
-def test_a_copy_of_a_local_writer_logs_into_its_run_and_does_not_end_it(tmp_path: Path) -> None:
-    with trackhub.local(["jsonl"], folder=tmp_path, limits=FAST) as writer:
-        with copy.deepcopy(writer) as other:
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_local_writer_logs_into_its_run_and_does_not_end_it(
+    tmp_path: Path, how: Callable[[Writer], Writer]
+) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, limits=FAST, strict=True) as writer:
+        with how(writer) as other:
             other.log({"copy": 1.0})
+            with pytest.raises(RecordError):
+                other.log({"copy": None})
         assert type(other) is Writer
         assert writer.report is None
         writer.log({"own": 2.0})

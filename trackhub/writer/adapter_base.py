@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
@@ -53,6 +54,12 @@ class AdapterBase:
         """
         self.writer = Writer(strict=strict) if writer is None else writer
         self._counted: set[str] = set()
+
+    def __copy__(self) -> Self:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.writer, other._counted = copy.copy(self.writer), set(self._counted)
+        return other
 
     def flush(self) -> None:
         """Do nothing: what was logged is safe already. Call ``writer.flush`` to wait for the receiver."""

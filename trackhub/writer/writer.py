@@ -7,6 +7,7 @@ but ``flush`` waits for a network or a backend. `trackhub.writer.values` says wh
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -98,6 +99,13 @@ class Writer(FigureAndModelCalls):
         self._strict = strict or is_strict()
         self._spool = open_spool(spool_dir, strict=self._strict)
         self._known_keys: set[str] = set()
+
+    def __copy__(self) -> Self:
+        # Two writers on one stream would be closed together.
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._spool, other._known_keys = copy.copy(self._spool), set(self._known_keys)
+        return other
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log scalars as one record: they belong together and are delivered together.
@@ -444,13 +452,13 @@ def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | 
     )  # fmt: skip
 
 
-def plain_writer(spool: SpoolWriter | None) -> Writer:
+def plain_writer(spool: SpoolWriter | None, strict: bool) -> Writer:
     """Return a plain `Writer` on this spool. It is the copy of a subclass's writer, such as a `LocalWriter`.
 
     Without a spool, the copy records nothing.
     """
     writer = Writer.__new__(Writer)
     writer._spool = spool
-    writer._strict = is_strict()
+    writer._strict = strict
     writer._known_keys = set()
     return writer
