@@ -111,6 +111,17 @@ def test_server_that_is_away_does_not_stop_the_job(online: Callable[..., WandBBa
         online().preflight()
 
 
+def test_proxy_that_is_away_is_named_before_training(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a person looks for the mistake at the server."""
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    backend = rig.backend(mode="online", base_url="http://wandb.example:8080", api_key="k" * 40)
+    with pytest.raises(TransientError, match="proxy that HTTPS_PROXY or HTTP_PROXY names"):
+        backend.preflight()
+
+
 def test_settings_are_checked_before_training(rig: Rig) -> None:
     """An unknown field, and one that the backend must decide itself, are refused by name."""
     with pytest.raises(InvalidOptionError, match="no_such_setting"):

@@ -116,7 +116,19 @@ def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
                     f"backend wandb: {login.base_url} rejects the login that was found on {socket.gethostname()} "
                     f"(HTTP {status}). {_how_to_log_in(options)}"
                 ) from error
-            raise TransientError(f"W&B at {login.base_url} cannot be reached now: {error}") from error
+            raise TransientError(f"W&B at {login.base_url} cannot be reached now{_proxy(login)}: {error}") from error
+
+
+def _proxy(login: Login) -> str:
+    """Say that the environment sends requests to this server through a proxy, if it does."""
+    from requests.utils import get_environ_proxies
+
+    if not get_environ_proxies(login.base_url):
+        return ""
+    return (
+        " through the proxy that HTTPS_PROXY or HTTP_PROXY names (see whether the proxy runs, or name the server in "
+        "NO_PROXY)"
+    )
 
 
 def _how_to_log_in(options: WandBOptions) -> str:
