@@ -39,8 +39,9 @@ RETIRED = "retired"
 
 _ASK_EVERY_S = 1.0  # how often to ask whether each stream's writer lives. It takes some 10 us for each stream
 _KEPT_STREAMS = 32
-"""When more streams than this are done, the reader retires some until half as many are left. The last segments of these
-stay: if the receiver's disk loses acknowledged records, a replay sends them again from there."""
+"""A stream is done if its writer has ended and its readable records are acknowledged. If more streams than this are
+done, the reader retires some of them, until half of this number is left. The streams that are left keep their last
+segment. If the receiver's disk loses acknowledged records, a replay sends them again from these segments."""
 _KEPT_SHARE = 8  # the reader also retires streams when their segments take more than an eighth of the spool
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _log = logging.getLogger(__name__)
 class SpoolReader:
     """Follows all streams of a spool for one receiver. One thread uses it, except where a method says otherwise.
 
-    Each receiver of a site has a reader with a cursor of its own. Files are deleted when all cursors are past them.
+    Each receiver of a site has a reader with a name, its *cursor*. Files are deleted when all readers are past them.
 
     If a stream cannot be read, the reader logs that, skips the stream in this pass, and delivers the others.
 
@@ -59,7 +60,7 @@ class SpoolReader:
     """
 
     def __init__(self, folder: Path, cursor: str) -> None:
-        """Start at the place that this cursor reached.
+        """Start at the places that the reader of this name has reached.
 
         Args:
             folder: the spool's folder.
@@ -95,8 +96,8 @@ class SpoolReader:
     def begin_pass(self, *, final: bool = False, round_ends: bool = False) -> None:
         """Look at the folder. ``next_batch`` hands out the records that are there now, and then returns None.
 
-        Records that are logged during a pass are left for the next pass. Otherwise each record of a busy trainer would
-        travel in a message of its own.
+        A record that is logged during the pass causes no further batch, but a batch that is due anyway may include it.
+        Otherwise each record of a busy trainer would travel in a message of its own.
 
         Args:
             final: True if all writers have ended. Then an incomplete frame at the end of a stream is damage.
@@ -114,7 +115,7 @@ class SpoolReader:
         """Return the next unacknowledged frames of one stream, or None if there are none. Streams take turns.
 
         Until ``settle`` is called for a stream, that stream's next batch starts with the same frame. Without
-        ``begin_pass``, records that come meanwhile are handed out, too.
+        ``begin_pass``, this looks at the folder itself when it has nothing left to hand out.
 
         Args:
             max_records: most records in the batch.
@@ -188,7 +189,7 @@ class SpoolReader:
         stream = self._streams[name]
         if next_seq > 0:
             segments = range(max(0, stream.first_segment), stream.last_segment + 1)
-            stream.ack = Ack(segments.start, next_seq=next_seq, acked=acked)  # enough to count
+            stream.ack = Ack(segments.start, next_seq=next_seq, acked=acked)  # `counts` needs no more
             try:
                 place = find_place(self.folder, name, segments, next_seq)
             except OSError as e:
@@ -221,7 +222,7 @@ class SpoolReader:
         self._delete_settled(batch, old)
 
     def give_up_blob(self, name: str) -> None:
-        """Note that a blob's bytes cannot be read. A gap replaces its record, which is counted as dropped(damaged)."""
+        """Give up a blob that cannot be read, or is refused. A gap replaces its record, which is dropped(damaged)."""
         self._segments.lost_blobs.add(name)
 
     def ends(self) -> dict[str, End]:
@@ -233,7 +234,7 @@ class SpoolReader:
         return stream_ends(self.folder, self._is_passed_over)
 
     def has_bytes(self, at_least: int) -> bool:
-        """Return whether this many bytes, or a full segment, wait to be settled. Looks at file sizes only.
+        """Return whether this many bytes wait to be settled, or a stream has begun a new segment. Reads only sizes.
 
         Raises:
             OSError: the folder cannot be read.
@@ -256,7 +257,7 @@ class SpoolReader:
         return all((acks[name].segment, acks[name].offset) >= end for name, end in ends.items())
 
     def streams(self) -> list[str]:
-        """Return the names of all streams that have files.
+        """Return the names of all streams that have files, except the retired ones.
 
         Raises:
             OSError: the folder cannot be read.
@@ -277,7 +278,8 @@ class SpoolReader:
         """Return what became of each stream's records. Reads the unsettled part of the spool to count it.
 
         Args:
-            until: stop reading at this moment of the monotonic clock. The ledgers count the rest, without damage.
+            until: stop reading at this moment of the monotonic clock. The streams that are not read by then are counted
+                by their ledgers, which do not know of damage.
             by_ledger: read no records, and count everything by the ledgers.
 
         Returns:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process's stream in a spool: numbers its records, appends them to segments, and counts what it must drop.
 
-`trackhub.spool.writing` has one stream at a time, and a new one after a fork. It decides which thread may append.
+`trackhub.spool.writing` has two streams at a time, and new ones after a fork. It decides which thread may append.
 """
 
 from __future__ import annotations

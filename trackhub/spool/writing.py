@@ -58,13 +58,14 @@ class NewBlob(NamedTuple):
 
 
 class SpoolWriter:
-    """Appends this process's records to two streams. Thread-safe. After a fork, the child writes streams of its own.
+    """Appends this process's records to two streams: images and artifacts to one, all others to the other. Thread-safe.
 
-    A copy of a writer also writes streams of its own, in this process or, if it was pickled, in another one. The second
-    stream is for images and artifacts. So a large file delays only other images and artifacts.
+    So a large file delays only other images and artifacts. After a fork, the child writes streams of its own. So does a
+    copy of the writer, in this process or, if it was pickled, in another one.
 
     It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
-    its ``seq``. Once there is room again, it writes the gap into the stream.
+    its ``seq``. Once there is room again, it writes a gap into the stream, which says how many records are missing and
+    why.
 
     Attributes:
         folder: the spool's folder.
@@ -334,7 +335,7 @@ class SpoolWriter:
                 _log.warning(_CLOSED_FILES, self.folder, detail)
                 return
             _log.warning(
-                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on%s",
+                "tracking dropped a record (%s: %s) in %s; this writer has dropped %d so far; training goes on%s",
                 reason, detail, self.folder, total, _NEXT_STEPS.get(reason, ""),
             )  # fmt: skip
 
@@ -365,7 +366,7 @@ def _reopen(folder: str, info: SpoolInfo, is_closed: bool) -> SpoolWriter | None
     """Make the copy of a writer, here or in another process. Never raises.
 
     Returns:
-        A writer with a stream of its own. None if the folder now belongs to another job, or the job has ended.
+        A writer with streams of its own. None if the folder now belongs to another job, or the job has ended.
     """
     path = Path(folder)
     try:

@@ -219,7 +219,7 @@ def _to_pixels(key: str, image: Any) -> Any:
 
 
 def _pixels_of_ints(key: str, array: Any) -> Any:
-    """Return ints as pixels. A mask of 0 and 1 becomes black and white. Values above 255 need 16 bits."""
+    """Return ints as pixels. A mask of 0 and 1 becomes black and white, except as uint16. Above 255 needs 16 bits."""
     import numpy as np
 
     low, high = int(array.min()), int(array.max())
@@ -246,6 +246,6 @@ def _with_channels_last(key: str, array: Any) -> Any:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in _CHANNELS) or 0 in array.shape:
         raise RecordError(
             f"log_image({key!r}): shape {list(array.shape)} is not an image; expected [H, W], [H, W, C] or [C, H, W] "
-            "with 1 to 4 channels, or a batch of one of these"
+            "with 1 to 4 channels, or a batch of one such image"
         )
     return array

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The writer: what training code calls to log metrics, params, images and more.
 
-Each method makes one record of its arguments and appends it to the site's spool (`trackhub.spool.writing`). No method
-but ``flush`` waits for a network or a backend. `trackhub.writer.values` says which arguments are accepted.
+Each log method makes records of its arguments, in most cases one, and appends them to the site's spool
+(`trackhub.spool.writing`). No method but ``flush`` waits for a network or a backend. `trackhub.writer.values` says
+which arguments are accepted.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _POLL_S = 0.01
 _INVALID_VALUE = "invalid_value"
 _MAX_WARNINGS = 50  # per process; each is about another method, reason or key
 _MAX_NAMED = 3
-_warned: set[tuple[str, str, str]] = set()  # of the process, since a script may make a writer in each turn of a loop
+_warned: set[tuple[str, str, str]] = set()  # for all writers, since a script may make one in each turn of a loop
 _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
@@ -66,16 +67,19 @@ class Writer(FigureAndModelCalls):
     returns True.
 
     A writer that records nothing says so in one warning per process, which names the ways to turn tracking on. A strict
-    writer raises an error instead. With the environment variable ``TRACKHUB_MODE=disabled``, ``Writer()`` neither
-    records nor warns, even where there is tracking.
+    writer (see below) raises an error instead. With the environment variable ``TRACKHUB_MODE=disabled``, ``Writer()``
+    neither records nor warns, even where there is tracking.
 
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
     backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``. The other
     values of the call are stored. A call with a wrong argument, such as a negative step, is counted as
-    ``invalid_call``. A call after ``close`` is counted as ``writer_closed``. The log warns once for each key or method.
-    For tests, ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1`` raises `RecordError` instead.
+    ``invalid_call``. A call after ``close`` is counted as ``writer_closed``. Python's log gets one warning for each bad
+    key or wrong method, and at most 50 in a process.
 
-    A full disk or a full spool is counted as well, and training goes on.
+    For tests, make the writer strict, with ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1``. A strict
+    writer does not count and warn: it raises `RecordError`, or `SpoolError` after ``close``.
+
+    A record for which the disk or the spool has no room is dropped and counted, and training goes on.
 
     All methods may be called from any thread and from signal handlers. A forked child may go on with the writer of its
     parent. A writer may be copied, and pickled into another process on the same machine: the copy logs into the same
@@ -86,10 +90,10 @@ class Writer(FigureAndModelCalls):
         """Open the spool for this process's records.
 
         Args:
-            spool_dir: the spool's folder. None takes the spool that was announced to this process, as described
-                above. ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
+            spool_dir: the spool's folder. None takes the spool of the FLARE job, or of the open ``trackhub.local``.
+                ``TRACKHUB_MODE`` has no effect on a writer with a ``spool_dir``.
             strict: raise for what cannot be stored, and where there is no spool, instead of warning once. Under
-                ``TRACKHUB_MODE=disabled``, a writer records nothing even if it is strict.
+                ``TRACKHUB_MODE=disabled``, even a strict ``Writer()`` records nothing, and does not raise for that.
 
         Raises:
             ConfigError: ``strict`` is set and there is no usable spool, or ``TRACKHUB_MODE`` or ``TRACKHUB_STRICT`` has
@@ -111,10 +115,10 @@ class Writer(FigureAndModelCalls):
         """Log scalars as one record: they belong together and are delivered together.
 
         Args:
-            metrics: key to number: bool, int, float, or anything with one element that ``float()`` takes, such as
-                numpy's, torch's and ``decimal.Decimal``. Stored as float64; NaN and infinities are kept. The values of
-                a nested dict get keys such as ``train/loss``. A key has 1 to 1,000 characters and no control
-                characters. An empty mapping logs nothing.
+            metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
+                a value of numpy or torch, or a ``decimal.Decimal``. A text is no number. Numbers are stored as float64;
+                NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key has 1 to
+                1,000 characters and no control characters. An empty mapping logs nothing.
             step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
                 key.
 
@@ -150,9 +154,11 @@ class Writer(FigureAndModelCalls):
 
         Args:
             params: key to value, or an object with fields: a dataclass, an ``argparse.Namespace``, a pydantic model, an
-                OmegaConf. None, bool, int, float, str and lists of these are stored as they are, and so are numpy's and
-                torch's values. The values of a nested dict or object get keys such as ``optim/lr``. An enum's member
-                becomes its value. A path, a date and anything else become text.
+                OmegaConf. The values of a nested dict or object get keys such as ``optim/lr``. None, bool, int, float,
+                str and lists of these are stored as they are. An int that does not fit into 64 bits becomes text. A
+                value of numpy or torch with one element becomes a plain value. An array of up to 1,000 elements becomes
+                a list, and a larger one becomes text. An enum's member becomes its value, or its name if the value is
+                not a bool, int, float or str. A path, a date and anything else become text.
 
         Raises:
             RecordError, SpoolError: only if strict, as for ``log``.
@@ -195,14 +201,17 @@ class Writer(FigureAndModelCalls):
         self._append("log_text", step, read_text, key, text)
 
     def log_image(self, key: str, image: Any, step: int | None = None, caption: str = "") -> None:
-        """Log one image. Encodes it as a PNG before returning; needs Pillow.
+        """Log one image. Needs Pillow.
+
+        Encodes the image as a PNG before it returns. PNG and JPEG files are stored as they are.
 
         Args:
             key: the image's key.
-            image: an array, a PIL image, or the bytes or path of an image file. PNG and JPEG files are stored as they
-                are. An array of numpy or torch has the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, or is a batch
-                of one of these. It has 1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or
-                ints in 0..255 or 0..65535. A mask of bools, or of ints that are 0 and 1, becomes black and white.
+            image: an array, a PIL image, or the bytes or path of an image file. An array of numpy or torch has the
+                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, or is a batch of exactly one such image. It has 1 to 4
+                channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255 or 0..65535. A
+                mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless its type is uint8
+                or uint16: multiply such a mask by 255 or 65535.
             step: as for ``log``.
             caption: a line of text below the image.
 
@@ -278,7 +287,7 @@ class Writer(FigureAndModelCalls):
         """Wait until every receiver has accepted or refused the records that this writer logged before the call.
 
         Records are safe without it. Call it only where something else waits for their arrival. It does not wait for
-        dropped records. While the disk is full, it waits only for the records before the first dropped one.
+        records that were dropped after the last stored one.
 
         Args:
             timeout_s: the longest wait, in seconds.
@@ -453,9 +462,9 @@ def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | 
 
 
 def plain_writer(spool: SpoolWriter | None, strict: bool) -> Writer:
-    """Return a plain `Writer` on this spool. It is the copy of a subclass's writer, such as a `LocalWriter`.
+    """Return a plain `Writer` on this spool. Without a spool, it records nothing.
 
-    Without a spool, the copy records nothing.
+    A copied or pickled `LocalWriter` becomes a plain writer, since the copy cannot end the run.
     """
     writer = Writer.__new__(Writer)
     writer._spool = spool
