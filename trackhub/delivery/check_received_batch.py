@@ -17,9 +17,11 @@ reason              the record is refused, because
 ``undecodable``     it is not valid msgpack or UTF-8, or a field has a wrong type or is out of its range
 ``wrong_kind``      the kind in its frame differs from the kind of its payload
 ``bad_key``         `trackhub.records.key_problem` finds a problem in a key
-``bad_value``       a param or cell is not a plain value, histogram edges do not rise, or table rows differ in length
+``bad_value``       a param or cell is not a plain value, a row of a table has a wrong length, or a histogram has wrong
+                    edges or counts
 ``too_deep``        a param is nested deeper than `MAX_DEPTH`
-``bad_blob``        its blob is not named STREAM-SEQ or has another size, or its file name is no file name
+``bad_blob``        its blob is not named STREAM-SEQ, the blob's file has another size than the record says, or Linux
+                    allows no such file name
 ``bad_image``       its file has no PNG or JPEG header, or type, width or height differ from the record
 ``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`, or its caption than `MAX_CAPTION_CHARS`
 ``too_many_keys``   the site has used more keys than a receiver remembers
@@ -79,9 +81,12 @@ MAX_KEY_CHARS_IN_ALL = 16 << 20
 
 MAX_VALUES = 1 << 20
 """Most values in params, tables and histograms of one batch. A value of one byte can take 60 bytes once it is decoded.
-Neither the largest record nor a batch of the default size reaches this limit."""
+In a record or a batch of 1 MiB, only lists that are nearly empty could reach this limit."""
 
-_AT_ONCE = 256  # records that are decoded before they are checked. With more, Python would collect garbage each time.
+_AT_ONCE = 256
+"""How many records are decoded together, before they are checked. With more, so many objects live at the same time that
+Python's garbage collector runs for each group of records."""
+
 _KINDS = frozenset(map(int, Kind))
 _NOT_IN_FILENAMES = frozenset("/\0")
 _NO_FILENAMES = frozenset({"", ".", ".."})
@@ -280,7 +285,7 @@ def examine(
     path_of: Callable[[str], Path | None],
     on_metrics: Callable[[set[str], Sequence[Record]], None] | None = None,
 ) -> Contents | Refused:
-    """Check a batch: its numbers, and each of its records.
+    """Check a batch: whether it holds the records that it declares, and each of these records.
 
     Args:
         batch: what the site sent.

@@ -17,9 +17,9 @@ class Session:
     Attributes:
         name: the unique name of this sender, by which the receiver can tell two senders apart.
         is_greeted: True if the receiver has replied to a hello.
-        may_ask: False once the receiver could not say how far it has a stream.
+        may_ask: False once the receiver could not say what it has of a stream.
         is_unsure: True if a stream's first records may be delivered or lost. The spool does not have them, and the
-            receiver could not say how far it has the stream.
+            receiver could not say whether it has them.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Session:
         self._numbers = itertools.count(1)
 
     def hello(self, streams: tuple[str, ...] = ()) -> Hello:
-        """Return the first message, or a message that asks how far the receiver has these streams."""
+        """Return the first message, or a message that asks what the receiver has of these streams."""
         return Hello(session=self.name, streams=streams)
 
     def keep_alive(self, counts: SiteCounts) -> KeepAlive:

@@ -69,7 +69,7 @@ _AT_ONCE = 16
 """Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
 
 _WAIT_S = 0.25
-"""The longest wait of a request, in seconds, for a journal that another program has locked. The site asks again."""
+"""Most seconds that a transaction waits for a journal that another program has locked. A request makes up to two."""
 
 _TRY_EVERY_S = 2.0  # how often a receiver that could not start tries to start again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
@@ -80,7 +80,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _KnownSite:
-    """What the receiver remembers of a site. One thread at a time uses it, since admission lets one request in."""
+    """What the receiver remembers of a site. One thread at a time uses ``id`` and ``keys``: `Admission` sees to it."""
 
     id: int | None = None
     keys: KnownKeys = field(default_factory=KnownKeys)
@@ -121,7 +121,7 @@ class Receiver:
             side: where the receiver is. Receivers of one job on two sides write to different runs.
             backends: name -> options of each backend. Secrets are best given as ``${secret:NAME}``, which is resolved
                 here and nowhere else.
-            limits: how much, how often and how long.
+            limits: sizes and waits, as in `trackhub.limits.Limits`.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
                 training ended. None for a running job.
@@ -152,10 +152,11 @@ class Receiver:
     def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 
-        On an existing journal of the same job the receiver goes on where the last one stopped.
+        If another program has the journal locked, this blocks up to ten seconds more. On an existing journal of the
+        same job, the receiver goes on where the last one stopped.
 
-        For a replay, trouble of the environment, such as a full disk, raises an error. Otherwise the receiver asks the
-        sites to try again, and starts on the first request after the trouble is over.
+        Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, the receiver
+        asks the sites to try again, and starts with a request after the trouble is over.
 
         Args:
             from_start: deliver again what the lanes have delivered already.
@@ -383,7 +384,7 @@ class Receiver:
         assert self._journal is not None
         site_id = self._site_id(site, contents.time)
         stored = partial(federation.notify, site, digest, contents.batch.records) if federation and digest else None
-        self._blobs.note_named(site, contents.blobs)  # not after the commit: the end of the job could delete them first
+        self._blobs.note_named(site, contents.blobs)  # before the commit, or the job's end could delete the blobs
         # The site deletes what is acknowledged. So the reply follows the commit, which survives a kill.
         try:
             new = self._journal.append(
@@ -412,8 +413,7 @@ class Receiver:
     def continue_site(self, site: str, position: int) -> None:
         """Number the records of a new site from ``position`` on, because another journal holds the earlier records.
 
-        A replay needs it. Call it before the site's first request. It changes nothing for a site that this journal
-        knows already.
+        A replay needs it. Call it before the site's first request. A site that this journal knows keeps its positions.
         """
         assert self._journal is not None
         self._known[site].id = self._journal.continue_site(site, time.time(), position)
@@ -459,7 +459,7 @@ class Receiver:
             status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
                 or when its final message did not come.
             deadline_s: the longest time for all backends together, in seconds; by default ``limits.deadline_s``.
-            moves_to: where the job's folder moves to now, as a sentence. The log shows it in place of commands.
+            moves_to: if the job's folder moves after this, a sentence that says where to; see `format_report`.
 
         Raises:
             JournalError: the receiver was not started, or never could start, for example on a full disk.
@@ -475,7 +475,7 @@ class Receiver:
             sites |= {name for name, _ in self._journal.sites().values()}
         except JournalError as e:
             # A disk that fails now must not keep the lanes from ending their runs at the backends.
-            _log.warning("%s; the runs of sites that were not heard since the receiver started end as failed", e)
+            _log.warning("%s; if the job finished, the runs of sites that this receiver has not heard end as failed", e)
         was_killed = self._ended is RunStatus.KILLED
         by_site = {name: self.sites.status(name, status, was_killed=was_killed) for name in sites}
         return self._close(status, by_site, deadline_s, moves_to)

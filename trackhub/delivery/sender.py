@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sender: follows a site's spool, and sends what appears in it to one receiver, batch by batch.
 
-The FLARE widget, `trackhub.local_tracking` or another system's transport creates it at the site. It reads the spool
-with `trackhub.spool.reading`, makes its requests through a `Channel`, and marks in the spool what the receiver has
-accepted.
+The FLARE widgets, `trackhub.local_tracking`, a replay or another system's transport creates it. It reads the spool with
+`trackhub.spool.reading`, makes its requests through a `Channel`, and marks in the spool what the receiver has accepted.
 """
 
 from __future__ import annotations
@@ -85,11 +84,11 @@ class Sender:
         """Prepare a sender; ``start`` starts it.
 
         Args:
-            spool: the folder of a spool that `create_spool` made, or could not make yet. ``cursor`` must be one of its
-                cursors.
+            spool: the spool's folder, which was given to `create_spool`. If the disk was full, the spool may still be
+                missing there. ``cursor`` must be one of its cursors.
             channel: carries the requests to the receiver. Called from the sender's thread alone.
             cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
-            limits: how much, how often and how long.
+            limits: sizes and waits, as in `trackhub.limits.Limits`.
             lock: the lock of this cursor, if the caller has taken it. The sender gives it back when it ends.
 
         Raises:
@@ -186,11 +185,11 @@ class Sender:
         )  # fmt: skip
 
     def close(self, timeout_s: float, *, failed: bool = False) -> SiteCounts:
-        """Send the final message and stop. Close all of the site's writers first.
+        """Send the final message and stop. Before you call it, close all of the site's writers.
 
-        Blocks up to ``timeout_s`` plus the time for one request. While a file still progresses, it blocks up to
-        ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no writer opens it any more.
-        Does not raise. Idempotent.
+        Blocks up to ``timeout_s``, plus the time for one request and two seconds. While a file still progresses, it
+        blocks up to ``limits.files_s``, unless ``timeout_s`` is 0. Marks the spool as closed, so that no ``Writer()``
+        finds it through a leftover environment variable. Does not raise. Idempotent.
 
         Args:
             timeout_s: the longest time to try, in seconds. Records that are not acknowledged by then stay in the spool.
@@ -270,7 +269,7 @@ class Sender:
                 self.job_status = RunStatus(reply.status)
 
     def _send_rest(self) -> None:
-        """Send all that is left. All writers are closed, so this finds everything, and its counts are the last."""
+        """Send all that is left. All writers are closed, so no record comes later."""
         while True:
             self._pass(final=True)
             if self._refused is not None or self._exchange.is_late() or not self._files.has_work():
@@ -384,10 +383,10 @@ class Sender:
         return not self._reader.has_problems() and not self._hold.is_waiting_for_room()
 
     def _place_streams(self) -> bool:
-        """Ask the receiver how far it has the streams whose cursor file is lost. Return False if it does not reply.
+        """Ask the receiver what it has of the streams whose ``.ack`` file is lost. Return False if it does not reply.
 
-        Without this, records that the receiver has and the spool has deleted would count as lost. The sender would also
-        send the other records again.
+        Without this, records that the receiver has would count as lost if the spool has deleted them. The others would
+        be sent again.
         """
         unplaced = self._reader.unplaced_streams() if self._session.may_ask else []
         for i in range(0, len(unplaced), MAX_STREAMS):

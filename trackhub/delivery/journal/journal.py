@@ -36,8 +36,7 @@ _ENDED, _ENDED_FAILED = 1, 2  # values of sites.ended
 _CONTINUES = "continues"
 
 MAX_STREAMS_OF_SITE = 100_000
-"""Most streams of one site. Each process that logs has a stream, and the receiver keeps all streams of a site in
-memory."""
+"""Most streams of one site. A writer has two or three. Without a limit, a site could fill the table of streams."""
 
 _OTHER_REASONS = "other"
 _SET_FACT = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
@@ -250,7 +249,7 @@ class Journal:
     def note_counts(
         self, site: int, message: KeepAlive | Final, *, keep_end: bool = False, wait_s: float = WAIT_S
     ) -> None:
-        """Store what a site counted itself.
+        """Store the counts that a site sent in a message.
 
         A message that arrives after a newer one has no effect.
 
@@ -301,7 +300,7 @@ class Journal:
         return {name: ended == _ENDED_FAILED for name, ended in rows}
 
     def stream_states(self, site: str, streams: Collection[str]) -> dict[str, StreamState]:
-        """Return stream -> how far the journal has it.
+        """Return stream -> the number of its next record, and how many of its records the journal has.
 
         A stream is left out if the journal does not know it, or if another journal has its beginning.
         """
@@ -471,7 +470,9 @@ class Journal:
 
 
 def _cut_known(frames: bytes, known: int) -> tuple[int, bytes, Counter[str]]:
-    """Cut off the records before ``seq`` ``known``. A sender that lost its cursor makes batches with other limits.
+    """Cut off the records whose ``seq`` is below ``known``, since the journal has them.
+
+    A sender that lost its place in the spool may begin a batch in the middle of an earlier one.
 
     Returns:
         The number of records that are left, their frames, and reason -> records that the remaining gaps stand for.
