@@ -65,7 +65,7 @@ def local(
         notes: a description of the job, in Markdown.
         tags: labels of the job.
         site: the site's name, the second half of the run's name.
-        limits: how much, how often and how long.
+        limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
         strict: raise for what cannot be stored, as for `Writer`.
         quiet: do not say on stderr what was delivered.
 

@@ -139,7 +139,7 @@ class TrackingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             options: ``NAME.KEY=VALUE`` strings.
             streamed_to_server: run the backends on the server.
             streamed_to_clients: run the backends at each client.
-            limits: how much, how often and how long; None for the defaults.
+            limits: sizes, pauses and waits; None for the defaults.
             aggregate: patterns of the keys whose statistics the federation run holds; None for the default.
             aggregate_weight, update_statistics: as in the attributes of this class.
             context, system_metrics, log_model: as in the attributes of this class.

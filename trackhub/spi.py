@@ -3,16 +3,18 @@
 
 A backend is a class that an entry point in the group ``trackhub.backends`` names::
 
-    class Acme(Backend[AcmeOptions]):                      # a msgspec.Struct with forbid_unknown_fields
+    class Acme(Backend[AcmeOptions]):                      # AcmeOptions: a Struct with forbid_unknown_fields
         spi = 1                                            # the version of this interface
         capabilities = Capabilities(kinds=frozenset({Kind.METRICS}))
 
         def open_run(self, info: RunInfo) -> BackendRun: ...
 
 The core does the rest, the same for every backend. It decodes and orders the records, and keeps on disk what is not
-yet delivered. It retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome. The lane's
-thread calls all methods of a backend and its runs, except the constructor. A second thread of the lane calls ``write``
-with files, if ``capabilities.files_beside`` allows it. No training thread ever calls them.
+yet delivered. It retries with backoff, rejects what ``capabilities`` do not claim, and counts every outcome.
+
+A *lane* hands records from the receiver's journal to one backend. Its thread calls all methods of the backend and its
+runs, except the constructor. A second thread of the lane calls ``write`` with files, if ``capabilities.files_beside``
+allows it. No training thread ever calls them.
 """
 
 from __future__ import annotations
@@ -108,14 +110,14 @@ class Redelivery(StrEnum):
     RESUMABLE = "resumable"
     """The opened run says where it stands (``BackendRun.next_position``). The lane goes on from there."""
     REBUILD = "rebuild"
-    """A run that was not finished is written anew from its first record. If ``RunInfo.resume_from`` is 0, ``open_run``
-    deletes what the store has of the run. Otherwise it continues the run."""
+    """A later lane writes the run anew from its first record, unless the run was finished and no record follows. If
+    ``RunInfo.resume_from`` is 0, ``open_run`` deletes what the store has of the run. Otherwise it continues the run."""
     AT_LEAST_ONCE = "at_least_once"
     """They are stored twice. The core counts them as possible duplicates."""
 
     @property
     def needs_order(self) -> bool:
-        """True if the lane goes on by position. Then no record may be stored after later records of its run."""
+        """True if a position alone says which records a run holds. Then no record may be stored after later ones."""
         return self in (Redelivery.RESUMABLE, Redelivery.REBUILD)
 
 
@@ -189,8 +191,9 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         changing_params: whether a param may get another value later. If not, the core hands over the first value, and
             rejects later values that differ as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. If one entry keeps failing, the core then
-            writes other entries, to test whether the store is down. With ``idempotent``, these entries may be stored
-            already. So while the store takes no writes, a second ``write`` of metrics must fail, too.
+            writes other entries, to test whether the store is down. With ``idempotent``, these may be entries that are
+            stored already. So ``write`` must reach the store even for metrics that it has written before. While the
+            store takes no writes, that call must fail.
         probe: whether the runs implement ``probe``. It is the same test, for a store that must keep the order.
         files_beside: the kinds, images or artifacts, whose files a second thread may hand to ``write``, one at a time.
             The lane's thread meanwhile calls the run's methods with everything else. Then a large or refused file holds
@@ -300,7 +303,8 @@ class BackendContext(msgspec.Struct, frozen=True):
     """Where a backend works.
 
     Attributes:
-        workdir: folder for this backend's files: the folder of its name in the job's run folder. It exists.
+        workdir: folder for this backend's files: the folder of its name in the job's run folder. It exists, unless
+            the disk was full at the start. Then the lane tries to make it before it opens a run.
         job: the job that all runs of this backend belong to.
         side: where the receiver is.
     """
@@ -349,7 +353,8 @@ class BackendRun:
         """Store these 1 to ``capabilities.max_batch`` entries, in this order. Their positions rise.
 
         With ``ConfirmedBy.WRITE``, returning confirms the batch. With ``ConfirmedBy.FLUSH``, the next ``flush`` that
-        returns confirms it. After an error the lane hands over the same entries again.
+        returns confirms it. After an error the lane hands over the entries again, perhaps in smaller batches. It
+        rejects an entry that raises `PermanentError` alone.
 
         Returns:
             None if everything was stored. Otherwise the entries that can never be stored.
@@ -395,8 +400,9 @@ class BackendRun:
     def probe(self, entry: Entry) -> None:
         """Test whether the store takes writes for this run now. Remove whatever the test stores.
 
-        Called only with ``capabilities.probe``, while ``write`` fails with ``entry`` alone. If the test succeeds, the
-        entry is rejected. So test the same place, in the same way, with about as many bytes.
+        Called only with ``capabilities.probe``, while ``write`` fails with ``entry`` alone. If the test keeps
+        succeeding while ``write`` keeps failing, the entry is rejected. So test the same place, in the same way, with
+        about as many bytes.
 
         Raises:
             TransientError: the store takes no writes now.
@@ -469,11 +475,12 @@ class Backend(Generic[OptionsT_co]):
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return how a person looks at this run. Called after it was opened, and again after it was finished."""
+        """Return where to look at this run. Called after the run was opened, and again after it was finished."""
         return None
 
     def close(self) -> None:
         """Release what all runs share: end the job's parent run, stop the SDK's service.
 
-        Called once, after the last call to any run, also if runs could not be finished. An error is only logged.
+        Called once, after the lane's thread has made its last call to any run, also if runs could not be finished. With
+        ``files_beside``, the second thread may still be in ``write``. An error is only logged.
         """

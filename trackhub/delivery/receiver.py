@@ -121,7 +121,7 @@ class Receiver:
             side: where the receiver is. Receivers of one job on two sides write to different runs.
             backends: name -> options of each backend. Secrets are best given as ``${secret:NAME}``, which is resolved
                 here and nowhere else.
-            limits: sizes and waits, as in `trackhub.limits.Limits`.
+            limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
             state_dir: the folder for the journal, the blobs and the report; by default ``<run_dir>/trackhub``.
             ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
                 training ended. None for a running job.

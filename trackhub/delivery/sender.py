@@ -88,7 +88,7 @@ class Sender:
                 missing there. ``cursor`` must be one of its cursors.
             channel: carries the requests to the receiver. Called from the sender's thread alone.
             cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
-            limits: sizes and waits, as in `trackhub.limits.Limits`.
+            limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
             lock: the lock of this cursor, if the caller has taken it. The sender gives it back when it ends.
 
         Raises:

@@ -65,7 +65,7 @@ def add_tracking(
     system_metrics: float | None = None,
     log_model: Literal["best", "last"] | None = None,
 ) -> None:
-    """Deliver what the job's training code logs to tracking backends: on the server, at the clients, or both.
+    """Add tracking to a job: what its training code logs goes to backends on the server, at the clients, or both.
 
     ::
 
@@ -81,9 +81,10 @@ def add_tracking(
         clients: backends at each client, which receive that client's records. With None, the clients have none.
         sites: site -> backends that replace ``clients`` at this site. An empty mapping gives it none. The job must have
             a client app for each of these sites: call FLARE's ``set_per_site_config`` right after you construct the
-            recipe. At a site that tracks on neither side, ``Writer()`` records nothing and warns once.
+            recipe. In a job without backends on the server, ``Writer()`` records nothing at a site without backends of
+            its own, and warns once.
         name: the job's name as people see it in every backend; by default the name of the recipe or FedJob. Two jobs
-            may have the same name, since the job's id stays beside it.
+            may have the same name, since backends keep the job's id as well.
         notes: a description of the job, in Markdown.
         tags: labels for every run of the job.
         take_over: whether and how to record what FLARE's own writers log. ``True``: the log call itself writes the
@@ -93,7 +94,7 @@ def add_tracking(
             everything as without trackhub. ``False``: trackhub does not record it.
         capture: other loggers of the training script to record from: ``tensorboard`` (a ``SummaryWriter`` of torch or
             tensorboardX), ``wandb`` and ``mlflow``.
-        capture_only: the loggers in ``capture`` then write nothing themselves. By default, they work as without
+        capture_only: if True, the loggers in ``capture`` write nothing themselves. By default, they work as without
             trackhub.
         limits: the `trackhub.limits.Limits` that differ from the defaults, for all sites.
         state_dir: the folder for spools and journals, on every site; by default in the job's run folder.
@@ -103,7 +104,8 @@ def add_tracking(
         federation: if there are backends on the server, write the job's *federation run*. It has statistics over the
             sites by round, and says how the federation ran, as ``fl/...``.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
-            are the keys that two sites or more log with the round as their step. An empty list means no statistics.
+            are the keys that two or more sites log, always with the round as the step. An empty list means no
+            statistics.
         aggregate_weight: the key of the metric that weights each site in ``.../weighted_mean``, such as
             ``"train/samples"``. By default, the weight is FLARE's number of training steps.
         update_statistics: measure at each round how much each site changed the model, and how far it agrees with the
@@ -112,9 +114,9 @@ def add_tracking(
             client records the metrics that its trainer sends with a model, as ``flare/<metric>``. It also records its
             results of cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it
             gets, as ``cross_site/<client>/<model>/<metric>``.
-        context: log once in each run how the job was made. These are the recipe's arguments, the job's script, command
-            line and git commit, versions, and the kind of machine, without secrets. ``docs/federation.md`` lists them.
-            Each key begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
+        context: log once in each run how the job was made, without secrets: the recipe's arguments, the job's script,
+            command line and git commit, versions, and the kind of machine. ``docs/federation.md`` lists the keys. Each
+            key begins with ``context/`` or ``source.git.``, so that a policy can withhold it.
         system_metrics: seconds between two measurements of CPU, memory, disk, network and GPUs. They are logged as
             ``system/...``, for each site's host and for the job there. None measures nothing.
         log_model: the federation run gets this model as an artifact: the ``"best"`` or the ``"last"`` global model that
@@ -122,10 +124,11 @@ def add_tracking(
 
     Raises:
         ConfigError: there is no backend, an argument is wrong, two arguments contradict each other, or an option holds
-            a literal secret. Also if there is a policy, or no backend on the server, but FLARE would still send records
-            to the server. FLARE does so if ``take_over`` is False or ``"copy"``, or if ``flare_metrics`` has
-            ``"server"``. A backend that is not installed here only gives a warning, since its sites may have it.
-            FLARE's simulator runs all sites here, so there the job raises this error before FLARE starts.
+            a literal secret. Also if FLARE would send records to the server, although there is a policy or no backend
+            on the server. FLARE does so if ``take_over`` is False or ``"copy"``, or if ``flare_metrics`` has
+            ``"server"``. A backend that is not installed in this environment gives only a warning, since the sites that
+            use it may have it. FLARE's simulator runs all sites in this environment. There, a missing backend raises
+            ConfigError before FLARE starts.
         ValueError: the job has no client app for one of ``sites``.
     """
     server_backends = _checked(server, "server")
@@ -378,7 +381,7 @@ def _limits(limits: Limits | Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _let_trainers_finish(job: Any) -> None:
-    """Raise a ``shutdown_timeout`` of 0. This logs and does not warn, since 0 is the default of FLARE's recipes."""
+    """Increase each ``shutdown_timeout`` of 0. Log it as information, not as a warning, since FLARE's recipes set 0."""
     raised = flare_internals.raise_shutdown_timeout(job, MIN_SHUTDOWN_TIMEOUT_S)
     if raised:
         _log.info(
