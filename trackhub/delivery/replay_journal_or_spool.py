@@ -81,7 +81,7 @@ def replay_journal(
         from_start: deliver everything again. A backend that recognises its records stores nothing twice. For other
             backends, the report counts possible duplicates.
         timeout_s: the longest time to try, in seconds.
-        limits: how much and how often.
+        limits: sizes and waits, as in `trackhub.limits.Limits`.
         operator: the rules for the options in the journal: which hosts, folders and secrets they may name. None trusts
             them. The options in ``backends`` are always trusted.
 
@@ -126,7 +126,7 @@ def replay_spool(
         backends: where to deliver; by default the backends that the journal names. Give them if the server's journal is
             not available, since a site does not know the server's backends.
         timeout_s: the longest time to try, in seconds.
-        limits: how much and how often.
+        limits: sizes and waits, as in `trackhub.limits.Limits`.
         operator: the rules for the options in the journal, as for `replay_journal`.
 
     Returns:
@@ -192,10 +192,13 @@ def _add_operators_rules(spool: Path, info: SpoolInfo) -> None:
 
 
 def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
-    """Return how many records of the spool the receiver acknowledged. None if there is nothing to send.
+    """Prepare the spool for a sender. Return how many of its records the receiver acknowledged.
 
-    Records that the receiver's disk lost later must be sent again. If the journal lacks the site's last counts, for
-    example because the site's process died, the counts must be sent again, too.
+    If the receiver's disk has lost acknowledged records, the sender will send them again. If the journal lacks the
+    site's last counts, for example because the site's process died, the sender must send the counts again.
+
+    Returns:
+        The number of acknowledged records. None if there is nothing to send.
     """
     lacks_counts = False
     if is_journal_left(journal):
@@ -252,8 +255,8 @@ def journal_for_spool(spool: Path, cursor: str, journals: Iterable[Path]) -> Pat
     Args:
         spool: the spool's folder.
         cursor: the receiver that did not get the records.
-        journals: the available journals. The server's is used if it is among them. Otherwise a journal beside the spool
-            replaces it. The journal beside the spool need not exist yet.
+        journals: the available journals, for the cursor ``server``. The server's is used if it is among them. Otherwise
+            a journal beside the spool replaces it, which need not exist yet.
 
     Raises:
         SpoolError: it is not a spool.
@@ -372,9 +375,9 @@ def _check_owner(journal: Path, job: str, used: Iterable[str]) -> None:
     owner = os.stat(journal).st_uid
     if owner != os.geteuid():
         raise ConfigError(
-            f"{journal} belongs to the user with the id {owner}, and not to you. It claims to be from job {job!r}, and "
-            f"that its records go into {', '.join(used)}. With your login, the records could end up in runs of your "
-            "own. Name the backends to deliver to with --backend. If the job was your own, give --trust-journal"
+            f"{journal} belongs to the user with the id {owner}, and not to you. It says that it is from job {job!r}, "
+            f"and that its records go into {', '.join(used)}. With your login, the records could end up in your own "
+            "runs. Name the backends to deliver to with --backend. If the job was your own, give --trust-journal"
         )
 
 
@@ -403,8 +406,9 @@ def _refuse_ways_out(folder: Path) -> None:
         problem = f"{folder} cannot be checked: {e}"
     if problem:
         raise ConfigError(
-            f"{problem}. What `trackhub replay` writes could end up anywhere, and a job's folder may be anybody's. "
-            "Remove it, or make a copy of the folder without links. If the job was your own, give --trust-journal"
+            f"{problem}. `trackhub replay` could write to another place there, and somebody else may have made the "
+            "folder. Remove what is named above, or copy the folder without links and replay the copy. If the job was "
+            "your own, give --trust-journal"
         )
 
 
@@ -412,7 +416,8 @@ def _permitted(
     name: str, used: Mapping[str, Any], given: Mapping[str, Any], operator: OperatorFile, journal: Path
 ) -> dict[str, Any]:
     rules = operator.backends.get(name, BackendRules())
-    # The options that the person who replays gives need no check. Only the operator's own options win over them.
+    # Options in ``given`` come from the person who starts the replay, so they need no check. Only the operator's own
+    # options win over them.
     rules = msgspec.structs.replace(rules, fixed={**given, **rules.fixed})
     operator = msgspec.structs.replace(operator, backends={**operator.backends, name: rules})
     try:

@@ -2,10 +2,11 @@
 """What trackhub uses of FLARE beyond FLARE's documented interface. Written for nvflare 2.9.
 
 The other modules of `trackhub.flare` call this one. Seven of them also use internals of FLARE, each for one purpose.
-`cell_channel` uses cells, and `read_task_events` the server's tasks. `collab_call_outcomes` uses the Collab API, and
-`flower_reply_outcomes` the connector to Flower. `find_global_model` uses the paths of persistors, and `log_job_context`
-settings of controllers. `trainer.record_flare_log_calls` uses the log functions of an external trainer. To check a new
-FLARE release, run the tests of these modules. Start with ``tests/integration/test_flare_internals.py``.
+`cell_channel` uses cells. `read_task_events` uses the server's tasks. `collab_call_outcomes` uses the Collab API.
+`flower_reply_outcomes` uses the connector to Flower. `find_global_model` uses the paths of persistors.
+`log_job_context` uses settings of controllers. `trainer.record_flare_log_calls` uses the log functions of an external
+trainer. To check a new FLARE release, run the tests of these modules. Start with
+``tests/integration/test_flare_internals.py``.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def add_first_handler(engine: Any, handler: FLComponent) -> None:
 
 
 def add_last_handler(engine: Any, handler: FLComponent) -> None:
-    """Add a handler that gets each event last: after all components, executors and server components included."""
+    """Add a handler that gets each event last: after all components, including executors and server components."""
     owner = engine if hasattr(engine, "add_handler") else engine.run_manager
     owner.add_handler(handler)
 
@@ -368,7 +369,7 @@ def event_of_site(fl_ctx: FLContext) -> tuple[str, Shareable] | None:
 
 
 def cell_name(engine: Any) -> str:
-    """Return the full name (FQCN) of this process's cell. External trainers send what they log there."""
+    """Return the full name (FQCN) of this process's cell. External trainers send to this cell what they log."""
     return str(engine.get_cell().get_fqcn())
 
 

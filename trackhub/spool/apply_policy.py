@@ -4,8 +4,9 @@
 `SpoolReader` calls it for each batch, and `trackhub.policy` decides. A record that must not leave is replaced by a gap
 with the reason ``withheld``, without its key, time, step and round. The file of such a record is not handed out either.
 
-With the policy ``keep_last``, the last value of a key in each round leaves. Whether a value is the last is known only
-when a later value of the key comes, or when the round ends. Until then, the reader holds the stream back.
+A policy can *thin*: only some of the values leave that one process logs under a key (`trackhub.policy.thinning`). With
+``keep_last``, the last value of a key in each round leaves, too. Whether a value is the last is known only when a later
+value of the key comes, or when the round ends. Until then, the reader holds the stream back.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class _Item:
         frame: its bytes.
         record: the record in the frame; None if it cannot be read.
         judgement: what may leave of the record.
-        thinned: key -> the rule by which thinning withholds its value.
-        seen: what thinning remembers of the record's keys after this record.
+        thinned: series (see `_series_key`) -> the rule by which thinning withholds its value.
+        seen: what thinning remembers of the record's series after this record.
     """
 
     seq: int
@@ -68,8 +69,8 @@ class Withholding:
     def __init__(self, judge: Judge) -> None:
         """Apply what ``judge`` decides."""
         self._judge = judge
-        # stream -> (seq, key) -> decision. True: thinning would withhold the value, but it is the last of its round, so
-        # it leaves. Part of a batch may be read again, and must get the same decision. Otherwise a file could leave
+        # stream -> (seq, series) -> decision. True: thinning would withhold the value, but it is the last of its round,
+        # so it leaves. Part of a batch may be read again, and must get the same decision. Otherwise a file could leave
         # without its record.
         self._is_last: dict[str, dict[tuple[int, str], bool]] = {}
 
@@ -130,7 +131,7 @@ class Withholding:
         is_last = {place: last for place, last in self._is_last.get(stream, {}).items() if place[0] >= items[0].seq}
         self._is_last[stream] = is_last
         seen = dict(seen)
-        undecided: dict[str, int] = {}  # key -> index of the item that may be the last one of its round
+        undecided: dict[str, int] = {}  # series -> index of the item that may be the last of its round
         current = items[0].record.round if items[0].record is not None else None
 
         def keep(key: str) -> None:
@@ -265,8 +266,8 @@ def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
     """Return what leaves of an item.
 
     Returns:
-        The payload, or None. Then the rule that withholds it, or an empty string. Then rule -> how many values were
-        left out or changed.
+        Three values: the payload, or None; the rule that withholds it, or an empty string; and rule -> how many values
+        were left out or changed.
     """
     payload, rule, altered = item.judgement
     if not item.thinned or payload is None:
@@ -280,7 +281,10 @@ def _payload(item: _Item) -> tuple[Payload | None, str, Counter[str]]:
 
 
 def _series(payload: Payload | None) -> list[str]:
-    """Return the series that a record adds to, each named by kind and key. A record without a step adds to none."""
+    """Return the series that a record adds to, each named by kind and key.
+
+    A param, tag, final value, artifact or gap adds to none.
+    """
     if payload is None or isinstance(payload, (*STEPLESS, Artifact, Gap)):
         return []
     kind = KIND_OF[type(payload)]

@@ -52,7 +52,7 @@ class OnlineRun(BackendRun):
 
     ``flush`` asks the server how many rows the run has, and whether the last config arrived. It waits a moment for the
     files that belong to rows. A record whose file is late stays pending. All others are confirmed. An artifact comes
-    from the lane's second thread. ``write`` waits until the SDK passes on that the server has acknowledged it.
+    from the lane's second thread. ``write`` waits until the SDK reports that the server has acknowledged the artifact.
 
     Not every server counts rows as wandb.ai does. If the count is missing, lags, or is too high, ``flush`` reads the
     SDK's log. There the SDK's service notes which sent rows the server has acknowledged. Such a flush returns
@@ -100,7 +100,8 @@ class OnlineRun(BackendRun):
         self._by = Confirmation.STORE
         self._ended = self._is_closed = False
         self._uploads: dict[int, tuple[SdkRun, ArtifactUpload]] = {}
-        # The lane's thread holds it during each call. The second thread holds it only while it fetches the run.
+        # The lane's thread holds this lock while it writes rows, flushes, probes or finishes. The second thread holds
+        # it only while it gets the run, and after an upload failed.
         self._lock = threading.RLock()
         self.url: str | None = None
         self._run: SdkRun | None = self._open()
@@ -142,7 +143,9 @@ class OnlineRun(BackendRun):
                 raise self._failed(run, error) from error
 
     def flush(self) -> Confirmation:
-        """Wait until the server has everything that was written, at most ``flush_timeout_s``.
+        """Wait until the server has all rows and the config, at most ``flush_timeout_s``. Then wait a moment for files.
+
+        This moment is at most two seconds. ``left_out`` then returns the records whose files are late.
 
         Raises:
             TransientError: the server did not confirm in time, or cannot be asked.
