@@ -81,7 +81,7 @@ def replay_journal(
         from_start: deliver everything again. A backend that recognises its records stores nothing twice. For other
             backends, the report counts possible duplicates.
         timeout_s: the longest time to try, in seconds.
-        limits: sizes and waits, as in `trackhub.limits.Limits`.
+        limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
         operator: the rules for the options in the journal: which hosts, folders and secrets they may name. None trusts
             them. The options in ``backends`` are always trusted.
 
@@ -126,7 +126,7 @@ def replay_spool(
         backends: where to deliver; by default the backends that the journal names. Give them if the server's journal is
             not available, since a site does not know the server's backends.
         timeout_s: the longest time to try, in seconds.
-        limits: sizes and waits, as in `trackhub.limits.Limits`.
+        limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
         operator: the rules for the options in the journal, as for `replay_journal`.
 
     Returns:
