@@ -16,7 +16,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench.figures import (
+from tests.bench.growth import draw_curves, measure_curves
+from tests.bench.measured_figures import (
     Experiment,
     Outcome,
     describe_machine,
@@ -26,7 +27,6 @@ from tests.bench.figures import (
     run_experiment,
     table,
 )
-from tests.bench.growth import draw_curves, measure_curves
 
 _EXPERIMENTS = {
     "writer": "process_costs:log_calls",

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.flare_job import flare_arm, trackhub_into
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.store_counts import count_event_files, count_mlflow, count_wandb
 from tests.bench.subprocesses import in_child, kept_folder
 from tests.support.mlflow_server import Server

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Experiment, Figure, Run
 from tests.bench.load import feed, requests
+from tests.bench.measured_figures import Experiment, Figure, Run
 from tests.bench.subprocesses import in_child, own_cpu_s
 from trackhub.delivery import FederationOptions, Receiver
 from trackhub.job_and_run_info import RunStatus, Side

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Arm, Run
+from tests.bench.measured_figures import Arm, Run
 from tests.bench.store_counts import count_event_points, count_mlflow, count_wandb
 from tests.bench.subprocesses import children_cpu_s, kept_folder
 from tests.integration.harness import Job, JobResult, processes_with, simulate

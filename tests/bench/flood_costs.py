@@ -27,8 +27,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import open_receiver
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.subprocesses import SocketChannel, in_child, say, serve, started
 from trackhub.delivery.sender import Sender
 from trackhub.delivery.wire import MAX_BATCH_RECORDS, Accepted, Batch, Chunk, decode_reply, decode_request, encode

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.backend_rates import bare
-from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import BATCH, feed, open_receiver, requests
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.store_counts import count_mlflow
 from tests.bench.subprocesses import in_child, own_cpu_s, peak_mb, resident_mb
 from trackhub.job_and_run_info import RunStatus

@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 
 from tests.bench.backend_rates import bare, end_to_end
-from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.flare_job import NONE, STOCK_TENSORBOARD, STOCK_WANDB, UNEDITED, Way, flare_arm, trackhub_into
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.subprocesses import ROOT, children_cpu_s, kept_folder
 from tests.faults import training
 from tests.integration.harness import simulate

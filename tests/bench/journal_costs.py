@@ -24,8 +24,8 @@ from typing import Any
 
 import msgspec
 
-from tests.bench.figures import Arm, Experiment, Figure, Run
 from tests.bench.load import feed, fill_spool, open_receiver, requests
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.subprocesses import ROOT, SocketChannel, in_child, kept_folder, say, serve, started
 from trackhub.delivery.journal.journal import JOURNAL_NAME, Journal
 from trackhub.delivery.sender import Sender

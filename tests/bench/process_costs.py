@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Arm, Experiment, Figure, Run
+from tests.bench.measured_figures import Arm, Experiment, Figure, Run
 from tests.bench.store_counts import count_event_files, count_spool, count_wandb
 from tests.bench.subprocesses import ROOT, SocketChannel, in_child, own_cpu_s, peak_mb, say, serve, started
 

@@ -15,7 +15,7 @@ import pytest
 
 import trackhub
 from tests.e2e.browser import CHROMIUM, FLAGS, needs_chromium
-from tests.unit.helpers import STREAM, batch_of
+from tests.unit.readers_and_bad_backends import STREAM, batch_of
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Batch
 from trackhub.framing import encode_frame

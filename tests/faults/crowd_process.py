@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many short-lived trainers, forked one after another: ``python -m tests.faults.crowd_process PLAN``.
 
-`tests.faults.job_processes` starts it. Each trainer logs the calls of `tests.faults.calls` and ends without closing its
+`tests.faults.job_processes` starts it. Each trainer logs the calls of `tests.faults.trainer_calls` and ends without closing its
 writer, as a worker of a data loader does.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults.calls import Notes, call
+from tests.faults.trainer_calls import Notes, call
 from trackhub import Writer
 
 __all__ = ["CrowdPlan"]

@@ -3,7 +3,7 @@
 
 The processes are trainers, senders, a receiver, tracking servers and ``trackhub replay``. A test starts them, kills
 or starves some of them, and ends the job. `JobProcesses` then checks the equations of docs/delivery.md, with counts by
-`tests.faults.readers`. ``trackhub replay`` delivers the rest, and the backends must hold exactly what the trainers
+`tests.faults.independent_readers`. ``trackhub replay`` delivers the rest, and the backends must hold exactly what the trainers
 noted.
 """
 
@@ -24,10 +24,8 @@ from typing import Any
 
 import msgspec
 
-from tests.faults.calls import Notes, Seen, expected, files_last
 from tests.faults.crowd_process import CrowdPlan
-from tests.faults.process import ROOT, Proc, environments
-from tests.faults.readers import (
+from tests.faults.independent_readers import (
     ReceiverCount,
     count_receiver,
     count_site,
@@ -36,8 +34,10 @@ from tests.faults.readers import (
     read_wandb,
     read_wandb_offline,
 )
+from tests.faults.process import ROOT, Proc, environments
 from tests.faults.receiver_process import ReceiverPlan
 from tests.faults.sender_process import SenderPlan
+from tests.faults.trainer_calls import Notes, Seen, expected, files_last
 from tests.faults.trainer_process import TrainerPlan
 from trackhub.cli.status import journal_status, spool_status
 from trackhub.delivery.journal.find_journals_and_spools import find

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tests.faults.calls import Notes, files_last
+from tests.faults.independent_readers import count_receiver, count_site, read_times
 from tests.faults.job_processes import JobProcesses
-from tests.faults.readers import count_receiver, count_site, read_times
+from tests.faults.trainer_calls import Notes, files_last
 
 __all__ = ["check_model"]
 

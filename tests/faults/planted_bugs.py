@@ -34,7 +34,7 @@ def plant(name: str) -> None:
 def _confirm_before_write() -> None:
     """Let a lane store its confirmed cursor before it hands the records over."""
     from trackhub.delivery.lane.cursor import Cursor
-    from trackhub.delivery.lane.run_delivery import RunDelivery
+    from trackhub.delivery.lane.deliver_run import RunDelivery
     from trackhub.spi import Confirmation
 
     add, count = RunDelivery._add, Cursor.count_stored

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.faults.clock import Clock
+from tests.faults.independent_readers import count_receiver
 from tests.faults.job_processes import JobProcesses
 from tests.faults.oracle import check_model
 from tests.faults.process import Proc, wait_for
-from tests.faults.readers import count_receiver
 
 __all__ = ["SITES", "RandomFaults", "SmallDisk"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_confirmed, count_received
 from tests.faults.process import Proc, wait_for
-from tests.faults.readers import count_confirmed, count_received
 
 FEW, MANY = 100_000, 1_000_000
 FLAT = 1.3

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_receiver
 from tests.faults.process import wait_for
-from tests.faults.readers import count_receiver
 
 CALLS = 1500
 SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed in range(10)]

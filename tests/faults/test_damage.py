@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.calls import files_last
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_receiver
 from tests.faults.job_processes import JobProcesses
-from tests.faults.readers import count_receiver
+from tests.faults.trainer_calls import files_last
 
 CALLS = 3000
 SEEDS = [pytest.param(seed, marks=[] if seed < 1 else pytest.mark.long) for seed in range(30)]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.unit.helpers import batch_of, metric
+from tests.unit.readers_and_bad_backends import batch_of, metric
 from trackhub.delivery import wire
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.conftest import Disk, MakeJob
+from tests.faults.independent_readers import count_receiver, count_site
 from tests.faults.process import wait_for
-from tests.faults.readers import count_receiver, count_site
 
 MakeDisk = Callable[..., Disk]
 MANY = 8_000

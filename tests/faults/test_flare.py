@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.independent_readers import count_receiver, count_site
 from tests.faults.process import wait_for
-from tests.faults.readers import count_receiver, count_site
 from tests.integration.harness import Job, read_jsonl
 from tests.integration.poc import SITES, Poc, PocResult, poc, wandb
 

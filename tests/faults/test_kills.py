@@ -8,9 +8,9 @@ import random
 import pytest
 
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_receiver
 from tests.faults.job_processes import JobProcesses
 from tests.faults.process import wait_for
-from tests.faults.readers import count_receiver
 
 SEEDS = [pytest.param(seed, marks=[] if seed < 2 else pytest.mark.long) for seed in range(50)]
 EVERY_KIND = ("resumable", "idempotent", "rebuild", "at_least_once", "buffered", "jsonl", "tensorboard")

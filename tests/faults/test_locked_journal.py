@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.independent_readers import read_store
 from tests.faults.process import wait_for
-from tests.faults.readers import read_store
 from tests.faults.stalls import Stalls
 from trackhub import Writer, registry
 from trackhub.delivery import receiver_start_and_end

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.faults.independent_readers import count_receiver
 from tests.faults.process import ROOT
-from tests.faults.readers import count_receiver
-from tests.unit.helpers import batch_of, metric, small_disk
+from tests.unit.readers_and_bad_backends import batch_of, metric, small_disk
 from trackhub.delivery import wire
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.report_builder import read_journal_report

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.calls import files_last
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_receiver, count_site, read_store
 from tests.faults.job_processes import JobProcesses
 from tests.faults.process import ROOT, wait_for
-from tests.faults.readers import count_receiver, count_site, read_store
+from tests.faults.trainer_calls import files_last
 from trackhub.cli.status import journal_status
 
 CALLS = 600

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MakeJob
+from tests.faults.independent_readers import count_site
 from tests.faults.job_processes import JobProcesses
 from tests.faults.process import wait_for
-from tests.faults.readers import count_site
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import Counted
 

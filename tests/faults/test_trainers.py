@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from tests.faults.calls import Notes
 from tests.faults.conftest import MakeJob
-from tests.faults.readers import count_site, read_times
+from tests.faults.independent_readers import count_site, read_times
+from tests.faults.trainer_calls import Notes
 
 CALLS = 1000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Disk
-from tests.faults.readers import count_site
+from tests.faults.independent_readers import count_site
 from tests.faults.training import BACKEND_FAULTS, HEALTHY, LOGGED, NONE, RECEIVER_FAULTS, Fault, model, train
 from tests.integration.harness import JobResult
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training process, which logs and notes which calls returned: ``python -m tests.faults.trainer_process PLAN``.
 
-`tests.faults.job_processes` starts it. It logs the calls of `tests.faults.calls`.
+`tests.faults.job_processes` starts it. It logs the calls of `tests.faults.trainer_calls`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.faults.calls import Notes, call
+from tests.faults.trainer_calls import Notes, call
 from trackhub import Writer
 from trackhub.spool import stream_writer
 

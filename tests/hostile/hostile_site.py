@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric
+from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, batch_of, json_lines, metric
 from trackhub.delivery import wire
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport

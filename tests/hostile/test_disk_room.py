@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.hostile_site import HONEST, HOSTILE, Job, batch, frame, record
-from tests.unit.helpers import STREAM, small_disk
+from tests.unit.readers_and_bad_backends import STREAM, small_disk
 from trackhub.delivery import blob_store, share_last_disk_room, wire
 from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Kind

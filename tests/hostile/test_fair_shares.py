@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.hostile_site import HOSTILE, Job, batch, metrics
-from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend, metric
+from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import Bench
 from trackhub.delivery import wire
 from trackhub.delivery.lane.fair_turns import FairTurns

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from tests.hostile.decoder_rules import no_file, real_requests
 from tests.hostile.hostile_site import HONEST, HOSTILE, OTHER_STREAM, Job, batch, frame, metrics, record
 from tests.hostile.test_images import EPS, mutated, png
-from tests.unit.helpers import STREAM
+from tests.unit.readers_and_bad_backends import STREAM
 from trackhub.delivery import wire
 from trackhub.delivery.check_received_batch import Contents, KnownKeys, check_record, examine
 from trackhub.framing import scan_frames

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from tests.hostile.hostile_site import HONEST, HOSTILE, OTHER_STREAM, Job, batch, frame, metrics, record
-from tests.unit.helpers import STREAM, batch_of, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub.cli.output import print_lines
 from trackhub.cli.status import journal_status
 from trackhub.delivery import check_received_batch, wire

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image as Pillow
 
 from tests.hostile.hostile_site import HOSTILE, Job, batch, frame, metrics, record
-from tests.unit.helpers import STREAM
+from tests.unit.readers_and_bad_backends import STREAM
 from trackhub.delivery import wire
 from trackhub.delivery.report import DeliveryReport
 from trackhub.image_header import BadImageError, ImageHeader, read_image_header

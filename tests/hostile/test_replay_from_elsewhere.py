@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import STREAM, batch_of, json_lines, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, json_lines, metric
 from trackhub import Writer
 from trackhub.delivery import create_spool
 from trackhub.delivery.journal.journal import Journal

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.integration.harness import Job, JobResult, install_plugin, read_jsonl
-from tests.unit.helpers import small_disk
+from tests.unit.readers_and_bad_backends import small_disk
 
 SITES = ("site-1", "site-2")
 

@@ -26,7 +26,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants, ValidateType
 from nvflare.app_common.workflows.cross_site_eval import CrossSiteEval
 
-from tests.unit.helpers import read_spool
+from tests.unit.readers_and_bad_backends import read_spool
 from trackhub.errors import ConfigError
 from trackhub.flare.model_and_validation_metrics import ClientMetrics, ServerMetrics
 from trackhub.flare.recipe import tracking_components

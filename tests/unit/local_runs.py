@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import trackhub
-from tests.unit.helpers import json_lines
+from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.delivery.report import DeliveryReport
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter

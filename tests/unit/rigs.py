@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.unit.helpers import WAIT_S, MemoryBackend, assert_balanced, batch_of, json_lines, metric, new_spool
+from tests.unit.readers_and_bad_backends import (
+    WAIT_S,
+    MemoryBackend,
+    assert_balanced,
+    batch_of,
+    json_lines,
+    metric,
+    new_spool,
+)
 from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.lane import Lane

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.helpers import read_spool
+from tests.unit.readers_and_bad_backends import read_spool
 from trackhub import registry
 from trackhub.errors import ConfigError, InvalidOptionError, RecordError
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Payload, Summary, Table, Tags, Text

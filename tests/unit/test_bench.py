@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.__main__ import BY_NAME, GROUPS, experiments_of
-from tests.bench.figures import (
+from tests.bench.measured_figures import (
     VERSION,
     Experiment,
     Figure,

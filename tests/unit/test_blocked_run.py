@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import trackhub
-from tests.unit.helpers import MemoryBackend, json_lines
+from tests.unit.readers_and_bad_backends import MemoryBackend, json_lines
 from tests.unit.rigs import Bench, poisoned
 from trackhub.builtin.jsonl import JsonlBackend, JsonlRun
 from trackhub.cli.replay import replay

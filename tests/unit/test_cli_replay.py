@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import json_lines, settle_all
+from tests.unit.readers_and_bad_backends import json_lines, settle_all
 from trackhub.delivery.receiver import Receiver
 from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.spool.layout import SpoolInfo, create_spool

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import trackhub
-from tests.unit.helpers import new_spool
+from tests.unit.readers_and_bad_backends import new_spool
 from trackhub.cli import main
 from trackhub.cli.output import print_table
 

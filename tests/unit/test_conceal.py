@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.unit.helpers import STREAM, batch_of, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub import conceal as module
 from trackhub.conceal import clean_errors, conceal, remember_secret
 from trackhub.delivery import Limits, Receiver, RunStatus, Side

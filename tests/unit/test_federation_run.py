@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.helpers import WAIT_S, json_lines
+from tests.unit.readers_and_bad_backends import WAIT_S, json_lines
 from trackhub.delivery import wire
 from trackhub.delivery.federation.federation_run import FederationOptions
 from trackhub.delivery.receiver import Receiver

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.helpers import ALL_KINDS
+from tests.unit.readers_and_bad_backends import ALL_KINDS
 from trackhub.delivery.lane.fit_keys_to_backend import key_fitter
 from trackhub.delivery.lane.fit_records_to_backend import MAX_MEMORY_BYTES, Adaptation
 from trackhub.records import Metrics, Params, Payload, Record, Tags, Text

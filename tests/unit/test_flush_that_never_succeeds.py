@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import MemoryBackend
+from tests.unit.readers_and_bad_backends import MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import TransientError
 

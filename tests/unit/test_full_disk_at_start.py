@@ -22,7 +22,16 @@ import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from tests.unit.helpers import WAIT_S, allow_inodes, assert_balanced, batch_of, json_lines, metric, mounted, small_disk
+from tests.unit.readers_and_bad_backends import (
+    WAIT_S,
+    allow_inodes,
+    assert_balanced,
+    batch_of,
+    json_lines,
+    metric,
+    mounted,
+    small_disk,
+)
 from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import JOURNAL_NAME

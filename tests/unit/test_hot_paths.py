@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.helpers import new_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, spool_of
 from trackhub.delivery.lane.fit_records_to_backend import Adaptation
 from trackhub.framing import (
     CorruptFrameError,

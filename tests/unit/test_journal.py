@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import STREAM, batch_of, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.report_builder import build_report, read_journal_report
@@ -171,7 +171,7 @@ APPENDER = """
     sys.path.insert(0, sys.argv[2])
     from pathlib import Path
     from trackhub.delivery.journal.journal import Journal
-    from tests.unit.helpers import batch_of, metric
+    from tests.unit.readers_and_bad_backends import batch_of, metric
     journal = Journal.open(Path(sys.argv[1]), job="job-1", side="server")
     site = journal.add_site("a", 0.0)
     seq = 0

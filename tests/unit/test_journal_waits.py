@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, batch_of, metric
+from tests.unit.readers_and_bad_backends import WAIT_S, batch_of, metric
 from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.lock import is_journal_locked

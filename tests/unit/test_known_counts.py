@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import STREAM, batch_of, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub.delivery import wire
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.receiver import Receiver

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import WAIT_S, MemoryBackend, metric
+from tests.unit.readers_and_bad_backends import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.retry import Backoff

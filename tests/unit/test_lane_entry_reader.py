@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.unit.helpers import MemoryBackend, metric
+from tests.unit.readers_and_bad_backends import MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench
 from trackhub.delivery.lane.cursor import Cursor
 from trackhub.delivery.lane.entry_reader import EntryReader

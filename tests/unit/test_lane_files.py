@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import STREAM, WAIT_S, MemoryBackend
+from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.errors import PermanentError, TransientError
 from trackhub.job_and_run_info import RunStatus

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.helpers import MemoryBackend
-from trackhub.delivery.lane.isolation import Isolation
+from tests.unit.readers_and_bad_backends import MemoryBackend
+from trackhub.delivery.lane.isolate_bad_record import Isolation
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import Artifact, Blob, Metrics, Payload, Tags
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import MemoryBackend
+from tests.unit.readers_and_bad_backends import MemoryBackend
 from tests.unit.rigs import SITE, Bench, poisoned, run_of
-from trackhub.delivery.lane.run_delivery import RunDelivery
+from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.report import RunReport
 from trackhub.errors import TransientError
 from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side

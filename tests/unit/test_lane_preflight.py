@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, MemoryBackend
+from tests.unit.readers_and_bad_backends import WAIT_S, MemoryBackend
 from tests.unit.rigs import Bench, failing
 from trackhub.errors import ConfigError, TransientError
 

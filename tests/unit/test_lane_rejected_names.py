@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from tests.unit.helpers import MemoryBackend
+from tests.unit.readers_and_bad_backends import MemoryBackend
 from tests.unit.rigs import Bench, run_of
-from trackhub.delivery.lane.name_record import show_keys
+from trackhub.delivery.lane.describe_record import show_keys
 from trackhub.records import Metrics, Record, Text
 from trackhub.spi import Kind, Rejection, WriteReport
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, MemoryBackend
+from tests.unit.readers_and_bad_backends import WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing, run_of
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.report import DeliveryReport

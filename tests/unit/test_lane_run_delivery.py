@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import MemoryBackend
+from tests.unit.readers_and_bad_backends import MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing
 from trackhub.delivery.journal.tables_and_rows import Progress
-from trackhub.delivery.lane.run_delivery import RunDelivery
+from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.records import Metrics

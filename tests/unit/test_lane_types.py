@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import MemoryBackend
+from tests.unit.readers_and_bad_backends import MemoryBackend
 from tests.unit.rigs import SITE, Bench, failing, run_of
 from trackhub.errors import TransientError
 from trackhub.spi import Rejection, Results, WriteReport

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trackhub
-from tests.unit.helpers import json_lines
+from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.limits import Limits
 
 MODEL_BYTES = 200 << 20

@@ -19,8 +19,8 @@ import pytest
 
 import trackhub
 from tests.conftest import MakePlugin
-from tests.unit.helpers import assert_balanced, small_disk
 from tests.unit.local_runs import FAST, lines, open_local, report_of
+from tests.unit.readers_and_bad_backends import assert_balanced, small_disk
 from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import read_report

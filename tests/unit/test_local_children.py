@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import trackhub
-from tests.unit.helpers import json_lines
+from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.limits import Limits
 from trackhub.spool.announce_spool import SPOOL_ENV
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import trackhub
-from tests.unit.helpers import json_lines
+from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.delivery.report import read_report
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 import trackhub
-from tests.unit.helpers import assert_balanced
 from tests.unit.local_runs import FAST, lines, open_local, report_of
+from tests.unit.readers_and_bad_backends import assert_balanced
 from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.spool.layout import read_spool_info

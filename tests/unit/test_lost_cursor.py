@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import json_lines, new_spool
+from tests.unit.readers_and_bad_backends import json_lines, new_spool
 from tests.unit.rigs import FAST, SITE, SenderRig
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire

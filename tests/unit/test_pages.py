@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import batch_of, metric
+from tests.unit.readers_and_bad_backends import batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.read_damaged_pages import Cell, PageReader
 from trackhub.delivery.journal.tables_and_rows import Progress

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import STREAM, batch_of, metric, new_spool
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric, new_spool
 from trackhub.delivery import Limits, Receiver, RunStatus, Sender, Side, create_spool
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import trackhub
-from tests.unit.helpers import batch_of, metric, mounted
+from tests.unit.readers_and_bad_backends import batch_of, metric, mounted
 from trackhub.delivery.journal.journal import Journal
 from trackhub.query import StoredRecord, read_jobs
 from trackhub.query.export import export

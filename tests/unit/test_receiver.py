@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
+from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 from trackhub.delivery import wire
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal

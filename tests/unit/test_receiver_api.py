@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import trackhub.delivery
-from tests.unit.helpers import WAIT_S, batch_of, frames_in, metric, new_spool
+from tests.unit.readers_and_bad_backends import WAIT_S, batch_of, frames_in, metric, new_spool
 from trackhub.delivery import MAX_REQUEST_BYTES, Limits, wire
 from trackhub.records import MAX_STEP
 from trackhub.spool.reading import SpoolReader

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import frames_in
+from tests.unit.readers_and_bad_backends import frames_in
 from trackhub.framing import MAX_BODY_BYTES, CorruptFrameError, Frame, decode_body, encode_frame, scan_frames
 from trackhub.records import (
     KIND_OF,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import STREAM, batch_of, metric
+from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.repair import repair
 from trackhub.delivery.journal.report_builder import read_journal_report

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import trackhub
-from tests.unit.helpers import batch_of
+from tests.unit.readers_and_bad_backends import batch_of
 from trackhub.delivery.journal.journal import Journal
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.chart_values import groups

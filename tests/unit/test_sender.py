@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.helpers import WAIT_S, assert_balanced, json_lines, new_spool, total
+from tests.unit.readers_and_bad_backends import WAIT_S, assert_balanced, json_lines, new_spool, total
 from tests.unit.rigs import FAST, SITE, SenderRig, assert_all_arrived, log
 from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.helpers import WAIT_S, assert_balanced, spool_of
+from tests.unit.readers_and_bad_backends import WAIT_S, assert_balanced, spool_of
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.delivery import wire
 from trackhub.delivery.channel import ChannelError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import WAIT_S, small_disk
+from tests.unit.readers_and_bad_backends import WAIT_S, small_disk
 from tests.unit.rigs import FAST, SITE, SenderRig, log
 from trackhub.delivery import sender as sender_module
 from trackhub.delivery import wire

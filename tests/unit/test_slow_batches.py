@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.slow_channel import SlowChannel
-from tests.unit.helpers import WAIT_S, assert_balanced
+from tests.unit.readers_and_bad_backends import WAIT_S, assert_balanced
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.delivery import wire
 from trackhub.delivery.batch_size_and_timeout import BatchPace

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import new_spool, read_spool, settle_all, values
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, settle_all, values
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Metrics
 from trackhub.spool.reading import SpoolReader

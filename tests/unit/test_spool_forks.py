@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import json_lines, new_spool, read_spool, spool_of, values
+from tests.unit.readers_and_bad_backends import json_lines, new_spool, read_spool, spool_of, values
 from trackhub.process_lock import ProcessLock
 from trackhub.records import Metrics
 from trackhub.spool.layout import ledger_file

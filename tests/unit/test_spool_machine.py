@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.unit.helpers import ModelReceiver, assert_accounted, drain, new_spool
+from tests.unit.readers_and_bad_backends import ModelReceiver, assert_accounted, drain, new_spool
 from trackhub.framing import encode_frame
 from trackhub.records import Record, Text
 from trackhub.spool import reading

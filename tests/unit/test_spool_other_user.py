@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import new_spool
+from tests.unit.readers_and_bad_backends import new_spool
 from trackhub.spool.writer_ledger import read_ledger
 from trackhub.writer.writer import Writer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import STREAM, metric
+from tests.unit.readers_and_bad_backends import STREAM, metric
 from trackhub.framing import decode_body, encode_frame, scan_frames
 from trackhub.records import Artifact, Blob, Gap, Payload, Record
 from trackhub.spool.acks import Ack

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import STREAM, ModelReceiver, assert_accounted, drain, new_spool, read_spool
+from tests.unit.readers_and_bad_backends import STREAM, ModelReceiver, assert_accounted, drain, new_spool, read_spool
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame, scan_frames
 from trackhub.records import Kind, Metrics, Record, Text

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, values
+from tests.unit.readers_and_bad_backends import assert_accounted, new_spool, read_spool, settle_all, values
 from trackhub.records import Metrics
 from trackhub.spool.reading import SpoolReader
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.helpers import STREAM, ModelReceiver, assert_accounted, new_spool, settle_all
+from tests.unit.readers_and_bad_backends import STREAM, ModelReceiver, assert_accounted, new_spool, settle_all
 from trackhub.records import Text
 from trackhub.spool import reading
 from trackhub.spool.changed_streams import look

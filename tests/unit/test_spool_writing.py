@@ -19,7 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.helpers import assert_accounted, new_spool, read_spool, settle_all, small_disk, spool_of, values
+from tests.unit.readers_and_bad_backends import (
+    assert_accounted,
+    new_spool,
+    read_spool,
+    settle_all,
+    small_disk,
+    spool_of,
+    values,
+)
 from trackhub.errors import SpoolError
 from trackhub.records import Gap, Metrics, Payload, Text
 from trackhub.spool.layout import SpoolInfo, create_spool, create_spool_anywhere, read_spool_info

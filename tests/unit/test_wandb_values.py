@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from tests.unit.helpers import new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.records import Histogram, Image, Metrics, Table, Text
 from trackhub.writer.adapters import WandBWriter
 from trackhub.writer.writer import Writer

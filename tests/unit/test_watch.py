@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import trackhub
-from tests.unit.helpers import batch_of, metric
+from tests.unit.readers_and_bad_backends import batch_of, metric
 from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import KeepAlive, SiteCounts

@@ -18,7 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import STREAM, WAIT_S, assert_accounted, assert_balanced, json_lines, new_spool, spool_of
+from tests.unit.readers_and_bad_backends import (
+    STREAM,
+    WAIT_S,
+    assert_accounted,
+    assert_balanced,
+    json_lines,
+    new_spool,
+    spool_of,
+)
 from tests.unit.rigs import SITE, SenderRig
 from trackhub.cli.status import spool_status
 from trackhub.delivery import wire

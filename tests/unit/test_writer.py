@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import WAIT_S, new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import WAIT_S, new_spool, read_spool, spool_of
 from trackhub.errors import RecordError, SpoolError
 from trackhub.records import (
     MAX_STEP,

@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import new_spool, read_spool, settle_all, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, settle_all, spool_of
 from trackhub.errors import ConfigError, RecordError
 from trackhub.records import Histogram, Image, Metrics, Params, Payload, Tags
 from trackhub.spool.counts import StreamCount
@@ -219,7 +219,7 @@ OTHER_PARAMS: list[tuple[Any, Any]] = [
     (pd.Timestamp("2026-01-02"), "2026-01-02T00:00:00"),
     ([{None: 1, (1, 2): 3, 4: 5}], [{"None": 1, "(1, 2)": 3, "4": 5}]),
     ([Optim(lr=0.2)], [{"lr": 0.2, "betas": [0.9, 0.999]}]),
-    (new_spool, "tests.unit.helpers.new_spool"),
+    (new_spool, "tests.unit.readers_and_bad_backends.new_spool"),
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import trackhub
-from tests.unit.helpers import json_lines, new_spool, read_spool, spool_of, values
+from tests.unit.readers_and_bad_backends import json_lines, new_spool, read_spool, spool_of, values
 from trackhub.errors import RecordError, SpoolError
 from trackhub.limits import Limits
 from trackhub.spool.layout import close_spool

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from tests.unit.helpers import new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.errors import RecordError
 from trackhub.records import Image
 from trackhub.spool.layout import blob_file

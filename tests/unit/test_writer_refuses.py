@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.helpers import new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.errors import RecordError
 from trackhub.records import Metrics, Payload, Record
 from trackhub.writer.writer import Writer

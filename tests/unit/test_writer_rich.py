@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image as Pillow
 
-from tests.unit.helpers import new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.errors import RecordError
 from trackhub.records import Artifact, Histogram, Image, Payload, Summary, Table
 from trackhub.spool.layout import blob_file

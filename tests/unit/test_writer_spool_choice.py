@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import trackhub
-from tests.unit.helpers import new_spool, read_spool, spool_of
+from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.limits import Limits
 from trackhub.spool import announce_spool

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from trackhub_mlflow.upload_time_limit import UploadLimit
 
-from tests.unit.helpers import STREAM
+from tests.unit.readers_and_bad_backends import STREAM
 from tests.unit.rigs import SITE, Bench, run_of
 from trackhub.records import Artifact, Blob, Metrics, Record
 

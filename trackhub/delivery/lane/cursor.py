@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
-from trackhub.delivery.lane.name_record import name_of
+from trackhub.delivery.lane.describe_record import name_of
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 

@@ -17,8 +17,8 @@ from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Row, stored_records
 from trackhub.delivery.lane.cursor import Cursor
+from trackhub.delivery.lane.describe_record import named_rejection
 from trackhub.delivery.lane.fit_records_to_backend import Adaptation
-from trackhub.delivery.lane.name_record import named_rejection
 from trackhub.records import Artifact, Image, Kind
 from trackhub.spi import Capabilities, Entry, Rejection
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
-from trackhub.delivery.lane.name_record import named_rejection
+from trackhub.delivery.lane.describe_record import named_rejection
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
 from trackhub.mark_own_threads import OwnThread

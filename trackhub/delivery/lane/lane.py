@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import RunState
+from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
-from trackhub.delivery.lane.run_delivery import RunDelivery
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError

@@ -27,10 +27,10 @@ from trackhub.delivery.lane.checked_answers import (
     checked_results,
 )
 from trackhub.delivery.lane.cursor import Cursor
+from trackhub.delivery.lane.describe_record import named_rejection
 from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
-from trackhub.delivery.lane.isolation import Isolation
-from trackhub.delivery.lane.name_record import named_rejection
+from trackhub.delivery.lane.isolate_bad_record import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus

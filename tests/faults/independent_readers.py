@@ -27,7 +27,7 @@ import msgspec
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trackhub_wandb.offline_readback import read_log
 
-from tests.faults.calls import Seen
+from tests.faults.trainer_calls import Seen
 
 __all__ = [
     "Frame",

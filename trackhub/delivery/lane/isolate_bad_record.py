@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
-from trackhub.delivery.lane.name_record import named_rejection
+from trackhub.delivery.lane.describe_record import named_rejection
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import STEPLESS
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
