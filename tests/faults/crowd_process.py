@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many short-lived trainers, forked one after another: ``python -m tests.faults.crowd_process PLAN``.
 
-`tests.faults.job_processes` starts it. Each trainer logs the calls of `tests.faults.trainer_calls` and ends without closing its
-writer, as a worker of a data loader does.
+`tests.faults.job_processes` starts it. Each trainer logs the calls of `tests.faults.trainer_calls` and ends without
+closing its writer, as a worker of a data loader does.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 The processes are trainers, senders, a receiver, tracking servers and ``trackhub replay``. A test starts them, kills
 or starves some of them, and ends the job. `JobProcesses` then checks the equations of docs/delivery.md, with counts by
-`tests.faults.independent_readers`. ``trackhub replay`` delivers the rest, and the backends must hold exactly what the trainers
-noted.
+`tests.faults.independent_readers`. ``trackhub replay`` delivers the rest, and the backends must hold exactly what the
+trainers noted.
 """
 
 from __future__ import annotations
