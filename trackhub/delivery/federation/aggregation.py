@@ -147,7 +147,7 @@ class _Keys:
     Attributes:
         ignored: keys to skip, since they are not aggregated. The key of the weights is never among them.
         is_default: True if no patterns were given.
-        weight: the key of the weights; None for the number of steps in the facts.
+        weight: the key of the weights. None if the weights are the numbers of steps, in the facts ``fl/steps/<site>``.
         weight_is_refused: True if the key of the weights serves as weight only, and is not aggregated itself.
     """
 

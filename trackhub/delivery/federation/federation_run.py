@@ -185,7 +185,7 @@ class FederationRun:
         Args:
             file: the file, open for reading. Nobody may write to it meanwhile.
             key: the artifact's name. Its last part is the name of the file.
-            artifact_type: what it is, in W&B's sense.
+            artifact_type: what the file is, such as ``model``.
 
         Raises:
             RefusedRecordError: ``key`` cannot be a key.
@@ -355,8 +355,8 @@ class _Waiting:
     def is_key(self, key: str) -> bool:
         """Return whether this text can be a key.
 
-        A key contains names of sites, tasks and metrics, which other people choose. One bad key must not cost the other
-        values of its record.
+        A key contains names of sites, tasks and metrics, which other people choose. If a key is bad, the other values
+        of its record must still be stored.
         """
         try:
             self.check_key(key)

@@ -358,7 +358,7 @@ def _write_batches(
 def _lost(found: Found, by_site: dict[int, list[Batch]]) -> Iterator[_Lost]:
     """Yield the ranges of positions that no readable row has.
 
-    They are divided so that each lane has settled a whole range or none of its records.
+    They are divided so that no lane has settled only a part of a range.
     """
     settled = defaultdict(set)
     for (_, i), run in found.runs.items():

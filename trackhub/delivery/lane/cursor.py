@@ -305,7 +305,7 @@ class Cursor:
         """Move the confirmed cursor up to the written one, add the counts of these rows, and store all of it.
 
         Args:
-            memory: what the adaptation must remember to go on from the written cursor.
+            memory: what `Adaptation` must remember, so that a later lane can go on after the written cursor.
             by: who confirmed the records. Those that the SDK alone confirmed are also counted separately.
             aside: the entries before the written cursor that are still pending.
         """

@@ -53,7 +53,7 @@ _TURN_S = 0.1
 """After this many seconds, a run writes no further batch, and it is another run's turn."""
 
 _LEFT_OUT_S = 0.5
-"""The shortest pause, in seconds, before the backend is asked again for entries that a confirmation left out."""
+"""The shortest pause, in seconds, before the backend is asked again to confirm the entries that it left out."""
 
 _MAX_LEFT_OUT = 64
 
@@ -428,7 +428,7 @@ class RunDelivery:
     def _try_aside(self, run: BackendRun) -> bool:
         """Try one of the entries that are set aside. Return whether the run can go on at once.
 
-        The waits of these entries delay no other record.
+        The waits of these entries delay only the entries that are held back until they are stored.
         """
         if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
             return False

@@ -170,7 +170,7 @@ class Isolation:
         return self._current.entries
 
     def is_repeated(self) -> bool:
-        """Return whether what ``next`` returned was stored and counted before."""
+        """Return whether what ``next`` returned only tests the store: a stored record, or the suspect for ``probe``."""
         return self._is_neighbour and not self._is_queued(self._current)
 
     def is_probe(self) -> bool:

@@ -70,9 +70,9 @@ _PROBE_S = 5.0
 class SdkRun:
     """One run of the SDK, from ``wandb.init`` to its end.
 
-    An entry becomes a row. The row's ``_step`` is the entry's position, and its ``_timestamp`` is the time of the log
-    call. The step of the log call and the round are columns. So W&B can store late and repeated steps, and the position
-    shows whether a row is stored already.
+    Metrics, texts, images, histograms and tables become rows. A row's ``_step`` is the entry's position, and its
+    ``_timestamp`` is the time of the log call. The step of the log call and the round are columns. So W&B can store
+    late and repeated steps, and the position shows whether a row is stored already.
 
     Attributes:
         run: the SDK's run.
@@ -226,7 +226,7 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
-        if self._summary:  # W&B replaces a key's final value by its last row
+        if self._summary:  # again: W&B has replaced a final value by the last row's value of its key
             self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
         remove_links(self.run.settings.root_dir, self.run.id)
@@ -356,8 +356,8 @@ class SdkRun:
                 "log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
-        # W&B's pages read a table from an artifact of its run, and its API reads it from a file. `run.log` would make
-        # both, but leave two copies in the home folder of the receiver's user. So make both here.
+        # W&B's pages read a table from an artifact of the run. W&B's API reads the table from a file. `run.log` would
+        # make both, but leave two copies in the home folder of the receiver's user. So make both here.
         name = file_stem(payload.key)
         artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
         path = self._artifact_folder(entry) / f"{name}.table.json"
