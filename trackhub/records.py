@@ -143,7 +143,7 @@ class Params(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
 
 
 class Tags(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
-    """Labels of the run: key to string. The last value of a key holds."""
+    """Labels of the run: key to string. The last value of a key counts."""
 
     values: dict[str, str]
 
@@ -230,7 +230,7 @@ class Gap(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
 
 
 class Summary(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=10):
-    """Final values of the run: key to a value as in `Params`. The last value of a key holds."""
+    """Final values of the run: key to a value as in `Params`. The last value of a key counts."""
 
     values: dict[str, Any]
 
@@ -242,7 +242,7 @@ KEYED = (Metrics, Params, Tags, Summary)
 """The payloads that have several values, each under its key. The others have one key."""
 
 STEPLESS = (Params, Tags, Summary)
-"""The payloads that never have a step. The last value of a key holds, or the first value for params."""
+"""The payloads that never have a step. The last value of a key counts, or the first value for params."""
 
 KIND_OF: Final[Mapping[type[msgspec.Struct], Kind]] = {
     cls: Kind(cls.__struct_config__.tag) for cls in get_args(Payload)

@@ -154,7 +154,8 @@ class KeyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             allows. ``^\-`` is right for an SDK that strips ``-`` at both ends.
         reserved_keys: keys that the store or the SDK uses itself.
         reserved_prefixes: beginnings of such keys.
-        reserved_as: the prefix that a reserved key gets, such as ``user/``. Empty escapes its first character instead.
+        reserved_as: the prefix that a reserved key gets, such as ``user/``. If empty, the key's first character is
+            escaped instead.
         is_path: True if the store reads a key as a relative path. The core then escapes the parts that would lead to
             another path or upwards: a slash at an end, ``//``, and parts that are ``.`` or ``..``.
     """
@@ -262,7 +263,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         step: >= 0. None only for params, tags and summaries, or with ``capabilities.optional_step``.
         round: the federated round, where known.
         payload: one of the kinds in ``capabilities.kinds``. Its keys follow the key rules.
-        stream: the writing process; its images and artifacts have another stream than its other records.
+        stream: the id of the stream. A process that logs has one for images and artifacts, and one for other records.
         seq: the record's number in its stream. Stream and seq together are a globally unique identity.
     """
 

@@ -59,7 +59,7 @@ class Sender:
     """Sends one spool to one receiver, from a thread of its own. Its methods may be called from any thread.
 
     One request is on its way at a time. A batch is repeated until the receiver accepts or refuses it. Files are sent in
-    pieces. Between two pieces, the sender sends the batches that are due. Nothing raises into training: what cannot be
+    pieces. Between two pieces, the sender sends the batches that are due. No error reaches the training: what cannot be
     sent stays in the spool, and the log says so.
 
     A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds that
@@ -134,8 +134,8 @@ class Sender:
         """Wait until the receiver has all that was logged before this call. It waits at most a second for files.
 
         Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
-        is away costs one timeout, not one per round. Returns False at once, too, if the receiver refused the site. If a
-        part of the spool cannot be read, it returns False as soon as the receiver has the rest.
+        does not reply costs one timeout, not one per round. Returns False at once, too, if the receiver refused the
+        site. If a part of the spool cannot be read, it returns False as soon as the receiver has the rest.
 
         Args:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.

@@ -90,8 +90,8 @@ def add_tracking(
         take_over: whether and how to record what FLARE's own writers log. ``True``: the log call itself writes the
             record, with its time and in its order. FLARE's own receivers on the server then get nothing.
             ``"events"``: trainers stay as they are, and trackhub takes the record when FLARE's event comes.
-            ``"copy"``: as ``"events"``, but the event also goes on, so FLARE's receivers and your own components get
-            everything as without trackhub. ``False``: trackhub does not record it.
+            ``"copy"``: as ``"events"``, but trackhub lets the event pass, so FLARE's receivers and your own components
+            get everything as without trackhub. ``False``: trackhub does not record it.
         capture: other loggers of the training script to record from: ``tensorboard`` (a ``SummaryWriter`` of torch or
             tensorboardX), ``wandb`` and ``mlflow``.
         capture_only: if True, the loggers in ``capture`` write nothing themselves. By default, they work as without
@@ -102,14 +102,14 @@ def add_tracking(
             ``{"allow": ["val/*"], "digits": 3}``. A site's operator may add rules, and all of them apply.
             ``docs/policy.md`` explains each rule.
         federation: if there are backends on the server, write the job's *federation run*. It has statistics over the
-            sites by round, and says how the federation ran, as ``fl/...``.
+            sites by round. Keys that begin with ``fl/`` say what happened in the rounds.
         aggregate: patterns of the keys whose statistics the federation run has, such as ``"val/*"``. By default, these
             are the keys that two or more sites log, always with the round as the step. An empty list means no
             statistics.
         aggregate_weight: the key of the metric that weights each site in ``.../weighted_mean``, such as
             ``"train/samples"``. By default, the weight is FLARE's number of training steps.
-        update_statistics: measure at each round how much each site changed the model, and how far it agrees with the
-            others. The server then looks at each result once or twice, and keeps up to 1 GiB of them for the round.
+        update_statistics: measure in each round how much each site changed the model, and how far the changes agree.
+            The server then looks at each result once or twice, and keeps up to 1 GiB of changes for each round.
         flare_metrics: where to record the metrics that FLARE carries itself: ``"clients"``, ``"server"`` or both. A
             client records the metrics that its trainer sends with a model, as ``flare/<metric>``. It also records its
             results of cross-site evaluation, as ``cross_site/<model>/<metric>``. The server records the results that it

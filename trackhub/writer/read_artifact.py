@@ -23,7 +23,8 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     """Check the file and return how to copy it into the spool.
 
     Args:
-        path: the file. A symbolic link is followed within its own folder, and refused if it leads out of it.
+        path: the file. A symbolic link is followed if it leads to a file in or below its own folder. Any other link is
+            refused.
         name: its name in the run; None takes its file name.
         artifact_type: what it is, such as ``model``.
         folder: the folder in the run to put it into; None or empty for none.

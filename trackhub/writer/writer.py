@@ -166,7 +166,7 @@ class Writer(FigureAndModelCalls):
         self._append_values("log_params", read_params, params)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Set final values of the run, such as its best accuracy. The last value of a key holds.
+        """Set final values of the run, such as its best accuracy. If a key gets several values, the last one counts.
 
         Args:
             values: key to value, as for ``log_params``.
@@ -177,7 +177,7 @@ class Writer(FigureAndModelCalls):
         self._append_values("summarize", read_summary, values)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Label the run. The last value of a key holds.
+        """Label the run. If a key gets several values, the last one counts.
 
         Args:
             tags: key to value; each value becomes a string.
@@ -274,7 +274,8 @@ class Writer(FigureAndModelCalls):
         """Log a file. Copies it before returning, so it may change or vanish afterwards.
 
         Args:
-            path: the file. A symbolic link is followed within its own folder, and refused if it leads out of it.
+            path: the file. A symbolic link is followed if it leads to a file in or below its own folder. Any other link
+                is refused.
             name: what to call it in the run; by default its file name. May contain ``/``.
             type: what it is, such as ``model`` or ``dataset``.
 

@@ -226,7 +226,7 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
-        if self._summary:  # again: W&B has replaced a final value by the last row's value of its key
+        if self._summary:  # set it again: W&B has replaced a final value by its key's value in a row
             self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
         remove_links(self.run.settings.root_dir, self.run.id)
