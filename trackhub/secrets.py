@@ -59,11 +59,10 @@ _SECRET_SHAPES = (
     ("a Slack token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bhooks\.slack\.com/services/\w+/\w+/\w+")),
     ("a JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
     ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
-    (
-        "a URL with a key",
-        re.compile(r"[?&;#](?:[\w-]*[_-])?(?:api_?key|token|password|secret|sig(?:nature)?)=[^&\s]", re.I),
-    ),
 )
+# A parameter of a URL. Its name is judged as that of an option is, and some names are secrets only in a URL.
+_URL_PARAMETER = re.compile(r"([?&;#])([\w.~-]+)=([^&;#\s]+)")
+_SECRET_IN_URL = re.compile(r"(?:auth|jwt|(?:.*[_.-])?sig(?:nature)?)")
 # A login in a URL is refused even if the password is a reference, since logs, reports and results show URLs.
 _URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
 
@@ -73,7 +72,6 @@ _ANY_REFERENCE = re.compile(r"\$\{secret:[^}\s]*\}?")
 _VALUE = r"""(?:Bearer|Basic|Token)\s+[^\s"']+|"[^"]*"|'[^']*'"""
 _NAMED = re.compile(rf"""([\w.-]+)(["']?\s*(?:=|:(?!//))\s*)({_VALUE}|[^\s"',;&}}\])]+)""", re.I)
 _FLAGGED = re.compile(rf"(?<![\w.-])(--?[A-Za-z][\w.-]*)(\s+)({_VALUE}|[^\s-]\S*)", re.I)
-_URL_KEY = re.compile(r"([?&;#](?:[\w-]*[_-])?(?:api_?key|token|password|secret|sig(?:nature)?)=)[^&\s]+", re.I)
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*", re.S)
 _HEX_WORD = re.compile(r"([\w.-]*)([=:\s\"']*)\b(?:local-)?[0-9a-f]{40}\b")
 _HIDDEN = "***"
@@ -128,10 +126,10 @@ def without_secrets(text: str) -> str:
     text = _KEY_BLOCK.sub(_HIDDEN, _ANY_REFERENCE.sub(_HIDDEN, text))
     for pattern in (_NAMED, _FLAGGED):
         text = pattern.sub(_hide_named, text)
-    text = _URL_KEY.sub(rf"\g<1>{_HIDDEN}", text)
+    text = _URL_PARAMETER.sub(_hide_parameter, text)
     text = _URL_LOGIN.sub(f"://{_HIDDEN}@", text)
     text = _HEX_WORD.sub(_hide_hex, text)
-    for _, shape in _SECRET_SHAPES[:-1]:  # `_URL_KEY` covers the last one
+    for _, shape in _SECRET_SHAPES:
         text = shape.sub(_HIDDEN, text)
     return text
 
@@ -175,6 +173,14 @@ def _split_login(url: str) -> tuple[str, str]:
 def _hide_named(match: re.Match[str]) -> str:
     name, between, _ = match.groups()
     return f"{name}{between}{_HIDDEN}" if is_secret_name(name.lstrip("-").replace("-", "_")) else match[0]
+
+
+def _hide_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2]}={_HIDDEN}" if _is_secret_parameter(match[2]) else match[0]
+
+
+def _is_secret_parameter(name: str) -> bool:
+    return is_secret_name(name) or _SECRET_IN_URL.fullmatch(_key_of(name)) is not None
 
 
 def _hide_hex(match: re.Match[str]) -> str:
@@ -319,4 +325,6 @@ def _looks_secret(path: str, value: Any) -> str | None:
     for what, shape in _SECRET_SHAPES:
         if shape.search(text):
             return f"what looks like {what}"
+    if any(_is_secret_parameter(match[2]) for match in _URL_PARAMETER.finditer(text)):
+        return "what looks like a URL with a key"
     return None

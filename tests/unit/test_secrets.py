@@ -39,6 +39,10 @@ JWT = ".".join(["eyJ" + "hbGciOiJIUzI1NiJ9", "eyJ" + "zdWIiOiIxIn0abc", "c2ln"])
         ("mlflow.tracking_uri", "https://host/path?access_token=abc"),
         ("mlflow.tracking_uri", "https://host/path?x=1&X-Amz-Signature=abc"),
         ("mlflow.tracking_uri", "https://host/path#client_secret=abc"),
+        *(
+            ("mlflow.tracking_uri", f"https://host/?x=1&{name}=abc")
+            for name in ("access_key", "secret_key", "pwd", "passphrase", "credential", "accessToken", "auth", "jwt")
+        ),
         ("x.tags", ["fine", GITHUB]),
     ],
 )
