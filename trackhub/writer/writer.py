@@ -208,10 +208,10 @@ class Writer(FigureAndModelCalls):
         Args:
             key: the image's key.
             image: an array, a PIL image, or the bytes or path of an image file. An array of numpy or torch has the
-                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, or is a batch of exactly one such image. It has 1 to 4
-                channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255 or 0..65535. A
-                mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless its type is uint8
-                or uint16: multiply such a mask by 255 or 65535.
+                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``. A batch must hold exactly one such image.
+                It has 1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255
+                or 0..65535. A mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless
+                its type is uint8 or uint16: multiply such a mask by 255 or 65535.
             step: as for ``log``.
             caption: a line of text below the image.
 
