@@ -124,10 +124,9 @@ def _planted(site: str) -> dict[str, tuple[bytes, ...]]:
     return found
 
 
+@pytest.mark.parametrize("external", [False, True])
 def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
-    poc: Poc,
-    tmp_path: Path,
-    operator_file: Callable[[str, str], None],
+    poc: Poc, tmp_path: Path, operator_file: Callable[[str, str], None], external: bool
 ) -> None:
     """The other site has no policy of an operator: what it logs is found, so the search finds what is there."""
     operator_file("site-1", 'forbid_kinds = ["artifact"]\n[policy]\nallow = ["metrics:val/*"]\ndigits = 3\n')
@@ -143,7 +142,7 @@ def test_only_what_the_operators_policy_allows_is_anywhere_on_the_server(
     from listener import Listener
     job.to_server(Listener(), id="listener")
     """
-    job = Job(tmp_path, LEAKY_TRAINER, tracking, more=more, modules={"listener": LISTENER})
+    job = Job(tmp_path, LEAKY_TRAINER, tracking, external=external, more=more, modules={"listener": LISTENER})
 
     result = poc.run(job.export())
 
