@@ -476,7 +476,12 @@ class Backend(Generic[OptionsT_co]):
         raise NotImplementedError(f"{type(self).__name__} must implement open_run(info)")
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return where to look at this run. Called after the run was opened, and again after it was finished."""
+        """Return where to look at this run now. Every command must be safe to run at once.
+
+        Called once the run is open, and again before ``BackendRun.finish``. If ``finish`` returned, and all records
+        are stored, it is called a last time. Until that last call, more may be written to the run, perhaps by a replay.
+        So name a command that uploads the run, or closes it, only when ``finish`` has returned.
+        """
         return None
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
 from trackhub.records import Metrics
-from trackhub.spi import Entry, Redelivery
+from trackhub.spi import Entry, Redelivery, Results
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -70,6 +70,24 @@ def test_a_run_is_opened_then_written_then_finished(bench: Bench) -> None:
     assert not nothing
     assert backend.statuses == {SITE: RunStatus.FAILED}
     assert (progress(bench).state, progress(bench).confirmed, delivery.is_over()) == ("finished", 5, True)
+
+
+@pytest.mark.parametrize(("delivered", "last"), [(True, "ended"), (False, "open")])
+def test_a_run_that_a_replay_continues_is_shown_as_while_it_was_open(bench: Bench, delivered: bool, last: str) -> None:
+    """Its backend must not name a command that is safe only after the last record, such as an upload."""
+    backend = MemoryBackend()
+    backend.results = lambda info: Results(path="ended" if backend.statuses else "open")  # type: ignore[method-assign]
+    bench.log(5)
+    delivery = delivery_on(bench, backend)
+
+    delivery.advance(flush_now=False)
+    opened = delivery.results
+    if delivered:
+        delivery.advance(flush_now=False)
+    delivery.finish(RunStatus.FINISHED)
+
+    assert backend.statuses == {SITE: RunStatus.FINISHED}
+    assert (opened, delivery.results) == (Results(path="open"), Results(path=last))
 
 
 def test_a_run_that_cannot_be_opened_now_stays_closed(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as PilImage
 from trackhub_wandb import WandBBackend, WandBOptions
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, import_sdk
 
@@ -102,6 +104,13 @@ def entry(position: int, payload: Payload, *, step: int | None = None, round: in
 def losses(positions: Sequence[int]) -> list[Entry]:
     """Return one metric at each of these positions."""
     return [entry(position, Metrics({"loss": position / 2})) for position in positions]
+
+
+def png(width: int = 8, height: int = 6) -> bytes:
+    """Return a PNG file."""
+    file = io.BytesIO()
+    PilImage.new("RGB", (width, height), (200, 10, 10)).save(file, "PNG")
+    return file.getvalue()
 
 
 def services(pid: int | None = None) -> list[str]:

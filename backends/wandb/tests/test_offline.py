@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image as PilImage
 from trackhub_wandb.offline_readback import LoggedRun, find_runs
 
-from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, services
-from tests.support.wandb_emulator import Emulator
+from backends.wandb.tests.conftest import JOB, T0, Rig, entry, losses, png, services
 from trackhub.open_without_links import find_way_out
 from trackhub.spi import (
     Artifact,
@@ -43,13 +39,6 @@ def only_run(rig: Rig) -> LoggedRun:
     """Return the one offline run of this receiver."""
     (run,) = find_runs(rig.wandb_dir)
     return run
-
-
-def png(width: int = 8, height: int = 6) -> bytes:
-    """Return a PNG file."""
-    file = io.BytesIO()
-    PilImage.new("RGB", (width, height), (200, 10, 10)).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_run_is_named_by_job_and_site_and_grouped_by_job(rig: Rig) -> None:
@@ -398,46 +387,6 @@ def test_killed_run_is_rebuilt_with_exact_rows(rig: Rig) -> None:
     rebuilt = only_run(rig)
     assert [row["_step"] for row in rebuilt.rows] == list(range(200))
     assert rebuilt.exit_code == 0
-
-
-def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulator: Emulator) -> None:
-    """The command also uploads artifacts after somebody moved the run folder and deleted its blobs."""
-    backend = rig.backend(mode="offline", project="demo")
-    run = backend.open_run(rig.info())
-    blob = rig.blob(b"weights", "application/octet-stream")
-    run.write([*losses(range(20)), entry(20, Artifact("model", blob, "m.pt", "model"))])
-    run.write([entry(21, Table("t", ["a"], [[1]])), entry(22, Image("i", rig.blob(png(), "image/png"), 8, 6))])
-    run.finish(RunStatus.FAILED)
-    results = backend.results(rig.info())
-    assert results is not None
-    assert results.command is not None
-    assert results.path is not None
-    folder = only_run(rig).folder.name
-    assert (results.path, results.command) == (f"wandb/{folder}", f"wandb leet wandb\nwandb sync wandb/{folder}")
-    moved = rig.folder.with_name("moved to")
-    shutil.rmtree(rig.blobs)
-    rig.folder.rename(moved)
-    shows, uploads = results.resolved(moved).openings()
-    assert shows.startswith(f"cd '{moved}' && ")
-    assert shows.endswith("wandb leet wandb")
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "WANDB_BASE_URL": emulator.url,
-        "WANDB_API_KEY": emulator.state.api_key,
-    }
-    done = subprocess.run(uploads, shell=True, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    uploaded = emulator.state.run(rig.info().run_id)
-    assert (uploaded.project, uploaded.fields["displayName"], uploaded.state) == (
-        "demo",
-        "fedavg lr=0.1/site-1",
-        "failed",
-    )
-    assert [row["loss"] for row in uploaded.history()[:20]] == [n / 2 for n in range(20)]
-    assert {one.collection: one.state for one in emulator.state.artifacts if one.artifact_type == "model"} == {
-        "model--site-1": "COMMITTED"
-    }
 
 
 def test_close_ends_what_was_not_ended(rig: Rig) -> None:

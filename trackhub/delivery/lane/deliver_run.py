@@ -249,6 +249,8 @@ class RunDelivery:
                 self._end("finished")
             return
         state = "finished" if self.is_idle() else "unfinished"
+        # Asked before the run is ended: a replay goes on in a run that stays unfinished, so that run counts as open.
+        self._cursor.progress.results = self._results()
         try:
             self._run.finish(status)
         except TransientError as e:
@@ -258,7 +260,8 @@ class RunDelivery:
             state = "unfinished"
             self._cursor.note_error(e)
             _log.warning("backend %s could not finish run %s (%s); the run stays unfinished", self._lane, self.site, e)
-        self._cursor.progress.results = self._results()
+        if state == "finished":
+            self._cursor.progress.results = self._results()
         self._end(state)
 
     def give_up(self, reason: str) -> None:

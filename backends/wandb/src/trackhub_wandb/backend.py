@@ -103,7 +103,7 @@ class WandBBackend(Backend[WandBOptions]):
         self._login: Login | None = None
         self._server: Server | None = None
         self._runs: list[OfflineRun | OnlineRun] = []
-        self._urls: dict[str, str] = {}
+        self._last_opened: dict[str, OfflineRun | OnlineRun] = {}  # by the run's id
         # W&B writes to <root>/wandb. That is this backend's folder if its entry point is named wandb, as usual.
         self._root = context.run_folder if context.workdir.name == _FOLDER else context.workdir
 
@@ -130,26 +130,33 @@ class WandBBackend(Backend[WandBOptions]):
         settings = self._run_settings(info)
         if self._decide() == "offline":
             run_folder = self.context.run_folder.absolute()
-            offline = OfflineRun(info, self.options, settings, self._wandb_dir, run_folder)
-            self._runs.append(offline)
-            return offline
+            return self._opened(info, OfflineRun(info, self.options, settings, self._wandb_dir, run_folder))
         if self._server is None:
             self._server = Server(self.options, self._login or require_login(self.options))
-        online = OnlineRun(info, self.options, settings, self._server)
-        self._runs.append(online)
-        if online.url:
-            self._urls[info.run_id] = online.url
-        return online
+        return self._opened(info, OnlineRun(info, self.options, settings, self._server))
+
+    def _opened(self, info: RunInfo, run: OfflineRun | OnlineRun) -> BackendRun:
+        self._runs.append(run)
+        self._last_opened[info.run_id] = run
+        return run
 
     def results(self, info: RunInfo) -> Results | None:
-        """Return the URL of an online run, or the folder of an offline run and the commands that show and upload it."""
-        if info.run_id in self._urls:
-            return Results(url=self._urls[info.run_id])
+        """Return the URL of an online run, or the folder of an offline run and the commands that show and upload it.
+
+        While an offline run is open, there is no command that uploads it. ``wandb sync`` marks the folder as uploaded,
+        and never uploads what is written to it afterwards.
+        """
+        run = self._last_opened.get(info.run_id)
+        if isinstance(run, OnlineRun):
+            return Results(url=run.url) if run.url else None
         folders = [self.context.shown(folder) for folder in offline_folders(self._wandb_dir, info.run_id)]
         if not folders:
             return None
-        show = f"wandb leet {shlex.quote(self.context.shown(self._wandb_dir))}"  # in the terminal, without a login
-        return Results(path=folders[-1], command=f"{show}\nwandb sync {' '.join(map(shlex.quote, folders))}")
+        # It shows the runs in the terminal, without a login.
+        commands = [f"wandb leet {shlex.quote(self.context.shown(self._wandb_dir))}"]
+        if run is None or run.has_ended:
+            commands.append(f"wandb sync {' '.join(map(shlex.quote, folders))}")
+        return Results(path=folders[-1], command="\n".join(commands))
 
     def close(self) -> None:
         """End the SDK's service, and so the uploads of runs that could not be ended. Does not wait for the server."""

@@ -51,6 +51,9 @@ class OfflineRun(BackendRun):
     The SDK cannot append to a folder. It gives a second folder to a run that is opened again, and ``wandb sync`` takes
     only one of them. So this class removes what an interrupted process left, and writes every run from its first record
     (``Redelivery.REBUILD``).
+
+    Attributes:
+        has_ended: ``finish`` has ended the run, so nothing more is written to its folder.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class OfflineRun(BackendRun):
                 f"the offline W&B run of {info.site} cannot be opened in {wandb_dir}: {error}"
             ) from error
         self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
-        self._ended = False
+        self.has_ended = False
         self._log = TransactionLog(Path(run.settings.sync_file))
         self._on_disk: tuple[str, int] = self._run.last
 
@@ -150,12 +153,12 @@ class OfflineRun(BackendRun):
             self._run.finish(status)
         except Exception as error:
             raise TransientError(f"the W&B run could not be ended: {type(error).__name__}: {error}") from error
-        self._ended = True
+        self.has_ended = True
         stop_service(self._finish_timeout_s)
 
     def abandon(self) -> None:
         """Give up the run without ending it. What was flushed is in its file."""
-        if not self._ended:
+        if not self.has_ended:
             abandon_runs([self._run.run])
 
     def _keep_files(self, artifact: SdkArtifact, folder: Path) -> None:
