@@ -46,12 +46,14 @@ def local(
 ) -> LocalWriter:
     """Return a writer that delivers to backends from this process, for scripts that run outside FLARE.
 
-    Close the writer, or use it as a context manager. ``close`` delivers everything, and says on stderr what was
-    delivered and how to look at it. A writer that is still open when the script ends is closed then. The run ends as
-    failed after an exception, ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. Two ends are not seen without
-    ``with``: ``raise SystemExit(1)`` and the built-in ``exit(1)`` end the run as finished, and after a ``sys.exit(1)``
-    that the script catches, the run ends as failed. If the process is killed,
-    its records stay in the run's folder, and ``trackhub replay`` delivers them. The next run in ``folder`` warns of it.
+    Once the run is open at a backend, stderr says how to look at it. Close the writer, or use it as a context manager.
+    ``close`` delivers everything, and says on stderr what was delivered and how to look at it.
+
+    A writer that is still open when the script ends is closed then. The run ends as failed after an exception,
+    ``sys.exit`` with another status than 0, SIGTERM or SIGHUP. Two ends are not seen without ``with``:
+    ``raise SystemExit(1)`` and the built-in ``exit(1)`` end the run as finished, and after a ``sys.exit(1)`` that the
+    script catches, the run ends as failed. If the process is killed, its records stay in the run's folder, and
+    ``trackhub replay`` delivers them. The next run in ``folder`` warns of it.
 
     With the environment variable ``TRACKHUB_MODE=disabled``, nothing is recorded and no folder is made.
 
@@ -67,7 +69,7 @@ def local(
         site: the site's name, the second half of the run's name.
         limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
         strict: raise for what cannot be stored, as for `Writer`.
-        quiet: do not say on stderr what was delivered.
+        quiet: do not say on stderr how to look at the run, nor what was delivered.
 
     Raises:
         ConfigError: a backend or an option is unknown, or a backend cannot be used as configured. Or ``site`` cannot be

@@ -120,7 +120,7 @@ class LocalWriter(Writer):
             folder: the run's folder.
             delivery: what delivers the run; None records nothing.
             strict: as for `Writer`.
-            quiet: do not say on stderr what was delivered.
+            quiet: as for `trackhub.local`.
         """
         super().__init__(None if delivery is None else delivery.spool, strict=strict)
         self.folder = folder
@@ -270,7 +270,7 @@ def open_local(
     if job:
         _check_name(runs_dir, run_dir, job_info)
     _warn_of_interrupted(runs_dir, but=run_dir)
-    delivery = _start(run_dir, spool, job_info, site, options, limits)
+    delivery = _start(run_dir, spool, job_info, site, options, limits, quiet=quiet)
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
     end_with_script(writer)
     return writer
@@ -339,9 +339,13 @@ def _start(
     site: str,
     backends: Mapping[str, Mapping[str, Any]],
     limits: Limits,
+    *,
+    quiet: bool,
 ) -> _Delivery:
     """Start the receiver, make the spool, and start the sender. If one of them fails, leave no thread and no lock."""
-    receiver = Receiver(run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits)
+    receiver = Receiver(
+        run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits, say_where_to_look=None if quiet else _say
+    )
     receiver.start()  # first: with a wrong configuration no spool is made
     try:
         info = SpoolInfo(site, job.id, (_CURSOR,), limits.spool_bytes, name=job.name, notes=job.notes, tags=job.tags)

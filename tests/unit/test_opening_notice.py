@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import trackhub
+from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.report_text import format_report
@@ -53,8 +57,49 @@ def test_a_run_that_is_not_open_or_shows_nothing_is_passed_over(said: pytest.Log
     assert said.messages == []
 
 
-def test_a_running_job_says_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    with trackhub.local(backends=["jsonl"], folder=tmp_path) as writer:
+SCRIPT = """
+import sys, trackhub
+
+with trackhub.local(["jsonl"], folder=sys.argv[1], quiet="quiet" in sys.argv) as writer:
+    writer.log({"loss": 1.0})
+    sys.stdin.readline()
+"""
+
+
+def start_script(*arguments: str) -> subprocess.Popen[str]:
+    """Start a script that logs once, and then trains until it reads a line. It sets up no logging."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_running_script_says_on_stderr_how_to_look_at_it(tmp_path: Path) -> None:
+    with start_script(str(tmp_path)) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        too_late = threading.Timer(WAIT_S, process.kill)
+        too_late.start()
+        said = [process.stderr.readline(), process.stderr.readline()]
+        process.stdin.write("end\n")
+        process.stdin.flush()
+        rest = process.stderr.read()
+        too_late.cancel()
+
+    assert said[0] == "trackhub: look at this job in jsonl, while it runs:\n"
+    assert Path(said[1].strip()).is_file()
+    assert rest.startswith("trackhub: the run has ended as finished\n")
+    assert "look at this job" not in rest
+
+
+def test_a_quiet_script_says_nothing_on_stderr(tmp_path: Path) -> None:
+    with start_script(str(tmp_path), "quiet") as process:
+        _, said = process.communicate("end\n", WAIT_S)
+
+    assert (process.returncode, said) == (0, "")
+
+
+def test_a_quiet_run_says_in_the_log_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with trackhub.local(backends=["jsonl"], folder=tmp_path, quiet=True) as writer:
         writer.log({"loss": 1.0})
 
     (opened,) = [text for text in said.messages if text.startswith("look at this job in jsonl, while it runs")]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from trackhub.delivery.report import REPORT_NAME, DeliveryReport
 from trackhub.delivery.report_text import leave_report
 from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
+from trackhub.delivery.start_again import StartAgain
 from trackhub.delivery.turn_away_when_busy import Admission
 from trackhub.delivery.wire import (
     Accepted,
@@ -71,7 +71,6 @@ _AT_ONCE = 16
 _WAIT_S = 0.25
 """Most seconds that a transaction waits for a journal that another program has locked. A request makes up to two."""
 
-_TRY_EVERY_S = 2.0  # how often a receiver that could not start tries to start again
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than other sites"
@@ -111,6 +110,7 @@ class Receiver:
         state_dir: Path | None = None,
         ended: RunStatus | None = None,
         federation: FederationOptions | None = None,
+        say_where_to_look: Callable[[str], None] | None = None,
     ) -> None:
         """Prepare a receiver; ``start`` opens it.
 
@@ -126,6 +126,8 @@ class Receiver:
             ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
                 training ended. None for a running job.
             federation: what the job's federation run holds; None for no such run. It needs the records of all sites.
+            say_where_to_look: gets the text that says how to look at the job, once its first runs are open. The lanes'
+                threads call it, and it must not raise. None logs the text.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -145,8 +147,8 @@ class Receiver:
         self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
         self._outcome = ""
         self._room = DiskRoom(self.folder, self.sites.may_send_more)
-        self._opening = threading.RLock()
-        self._try_at = 0.0
+        self._start_again = StartAgain()
+        self._say_where_to_look = say_where_to_look
 
     @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
@@ -179,7 +181,7 @@ class Receiver:
                     "the receiver in %s cannot start yet: %s. Training goes on. What the sites log stays in their "
                     "spools, and the receiver takes it as soon as it can start", self.folder, e,
                 )  # fmt: skip
-            self._try_at = time.monotonic() + _TRY_EVERY_S
+            self._start_again.pause()
             self._state = _WAITING
 
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
@@ -233,20 +235,17 @@ class Receiver:
 
     def _try_again(self) -> None:
         """Start if the receiver still waits and the pause is over. Do nothing if another thread is starting it."""
-        if not self._opening.acquire(blocking=False):
-            return
-        try:
-            if self._state == _WAITING and time.monotonic() >= self._try_at:
-                self.start()
-        except TrackhubError as e:  # a wrong configuration, which could not be seen earlier
-            self._state = _CLOSED
-            _log.error("%s. The receiver does not start. What the sites log stays in their spools", e)
-        finally:
-            self._opening.release()
+        with self._start_again.turn() as is_due:
+            try:
+                if is_due and self._state == _WAITING:
+                    self.start()
+            except TrackhubError as e:  # a wrong configuration, which could not be seen earlier
+                self._state = _CLOSED
+                _log.error("%s. The receiver does not start. What the sites log stays in their spools", e)
 
     def _try_last_time(self, deadline_s: float) -> None:
         """Start now if the receiver still waits. Raise JournalError if it cannot start."""
-        with self._opening:  # another thread may be starting the receiver
+        with self._start_again.last_turn():
             if self._state != _WAITING:
                 return
             try:
@@ -261,6 +260,7 @@ class Receiver:
         return Lane(
             name, backend, journal, job=self.job, side=self._side, blob_dir=self._blobs.folder,
             run_folder=self._run_dir, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
+            say_where_to_look=self._say_where_to_look,
         )  # fmt: skip
 
     def channel(self, site: str) -> Channel:

@@ -72,6 +72,7 @@ class Lane:
         run_folder: Path,
         flush_s: float,
         workdir: Path | None = None,
+        say_where_to_look: Callable[[str], None] | None = None,
     ) -> None:
         """Prepare a lane; ``start`` starts it.
 
@@ -87,6 +88,7 @@ class Lane:
                 records that it wrote. At the end of the job it does not wait.
             workdir: the backend's folder. The receiver makes it, but may have failed on a full disk. So it is also made
                 before a run is opened.
+            say_where_to_look: as for `OpeningNotice`.
         """
         self.name = name
         self._backend = backend
@@ -106,7 +108,7 @@ class Lane:
         self._busy_since: float | None = None
         self._defect = ""
         self._turns = FairTurns()
-        self._notice = OpeningNotice(name, run_folder)
+        self._notice = OpeningNotice(name, run_folder, say_where_to_look)
         self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def start(self) -> None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs how to look at the results of a running job, as soon as its first runs are open at a backend.
+"""Says how to look at the results of a running job, as soon as its first runs are open at a backend.
 
-A lane calls it. It logs only a few lines, even for a job of a thousand sites.
+A lane calls it. It says only a few lines, even for a job of a thousand sites.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from trackhub.printable import printable
@@ -20,22 +21,24 @@ _log = logging.getLogger(__name__)
 
 
 class OpeningNotice:
-    """Logs the first commands, URLs or paths that open runs of one backend. Used by the lane's thread alone."""
+    """Says the first commands, URLs or paths that open runs of one backend. Used by the lane's thread alone."""
 
-    def __init__(self, backend: str, run_folder: Path) -> None:
-        """Log nothing yet.
+    def __init__(self, backend: str, run_folder: Path, say: Callable[[str], None] | None = None) -> None:
+        """Say nothing yet.
 
         Args:
             backend: the backend's name.
             run_folder: the job's run folder, to which results are relative.
+            say: gets each text. None logs it.
         """
         self._backend = backend
         self._run_folder = run_folder
+        self._say = say or _log.info
         self._sites: set[int] = set()
         self._said: set[str] = set()
 
     def note(self, site_id: int, results: Results | None) -> None:
-        """Log how to open a run, unless that was logged before.
+        """Say how to open a run, unless that was said before.
 
         Args:
             site_id: the site's id in the journal.
@@ -47,10 +50,10 @@ class OpeningNotice:
         self._sites.add(site_id)
         for opening in results.resolved(self._run_folder).openings():
             if opening not in self._said and len(self._said) <= _MAX_SAID:
-                self._say(opening)
+                self._say_new(opening)
 
-    def _say(self, opening: str) -> None:
+    def _say_new(self, opening: str) -> None:
         self._said.add(opening)
         if len(self._said) > _MAX_SAID:
             opening = f"`{command_for('trackhub status', self._run_folder)}` names the other runs"
-        _log.info("look at this job in %s, while it runs:\n  %s", self._backend, printable(opening))
+        self._say(f"look at this job in {self._backend}, while it runs:\n  {printable(opening)}")

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides which thread starts a receiver that could not start, and when. `Receiver` asks it at each request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+__all__ = ["StartAgain"]
+
+_TRY_EVERY_S = 2.0
+
+
+class StartAgain:
+    """Lets one thread at a time start the receiver, after a pause. Thread-safe."""
+
+    def __init__(self) -> None:
+        """The first turn is due at once."""
+        self._lock = threading.RLock()
+        self._not_before = 0.0
+
+    def pause(self) -> None:
+        """Give no turn for the next two seconds, because a start has failed."""
+        self._not_before = time.monotonic() + _TRY_EVERY_S
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Yield whether this thread may start the receiver now. Do not wait for another thread that is starting it."""
+        if not self._lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            yield time.monotonic() >= self._not_before
+        finally:
+            self._lock.release()
+
+    def last_turn(self) -> AbstractContextManager[bool]:
+        """Wait for another thread that is starting the receiver. Then no other thread starts it in the block."""
+        return self._lock
