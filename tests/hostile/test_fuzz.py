@@ -295,11 +295,6 @@ def test_the_watch_sees_what_is_read_outside(tmp_path: Path, name: str) -> None:
     watch.inside = None
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, seed: int) -> None:
-    attack(tmp_path, seed, 400, {"jsonl": {}, "tensorboard": {}})
-
-
 ALL_BACKENDS: dict[str, dict[str, Any]] = {"jsonl": {}, "tensorboard": {}, "mlflow": {}, "wandb": {"mode": "offline"}}
 PARTS = 50
 """The long form makes 100,000 requests in as many parts, so that one that fails can run again alone, by its name."""
@@ -317,6 +312,11 @@ def sdk_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
         from wandb.sdk.data_types._private import MEDIA_TMP
 
         yield [folder, Path(MEDIA_TMP.name)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_requests_of_one_site_cost_the_other_nothing(tmp_path: Path, sdk_files: list[Path], seed: int) -> None:
+    attack(tmp_path, seed, 400, ALL_BACKENDS, *sdk_files)
 
 
 @pytest.mark.long
