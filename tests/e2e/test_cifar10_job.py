@@ -128,6 +128,15 @@ def test_the_last_screen_has_each_sites_last_metrics_and_the_final_models_accura
     assert re.search(r"^Final global model: test accuracy \d+\.\d\d%", both_sides.output, re.MULTILINE)
 
 
+def test_without_a_terminal_plain_lines_stand_between_those_of_flare(both_sides: Finished) -> None:
+    shown = re.findall(r"^\d\d:\d\d:\d\d cifar10_fedavg: (.*)$", both_sides.output, re.MULTILINE)
+
+    assert re.match(
+        rf"finished; round {ROUNDS - 1}; .*loss: .*site-2 .*; tensorboard: \d+ confirmed, 0 pending", shown[-1]
+    )
+    assert " - INFO - " in both_sides.output
+
+
 def test_the_command_that_opens_the_results_names_the_folder_with_every_run(both_sides: Finished) -> None:
     command = re.search(r"^  tensorboard: cd (\S+) && \S*tensorboard --logdir (\S+)$", both_sides.output, re.MULTILINE)
 

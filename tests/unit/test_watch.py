@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -21,16 +19,17 @@ from trackhub.delivery import Receiver, Sender, Side, SpoolInfo, create_spool
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import KeepAlive, SiteCounts
 from trackhub.job_and_run_info import RunStatus
-from trackhub.watch.job_state import JobFollower, JobState, LaneState, SiteState
+from trackhub.watch.job_follower import JobFollower
+from trackhub.watch.job_state import JobState, LaneState, SiteState
 from trackhub.watch.panel import job_line, job_panel
 from trackhub.watch.show_until_end import follow
 from trackhub.writer.writer import Writer
 
 
-def drawn(state: JobState, width: int = 160) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
+def drawn(state: JobState, width: int = 160, *, styles: bool = False) -> str:
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, color_system="standard")
     console.print(job_panel(state, 83.0))
-    return console.export_text()
+    return console.export_text(styles=styles)
 
 
 def watch(path: Path) -> subprocess.CompletedProcess[str]:
@@ -98,11 +97,16 @@ def test_what_has_arrived_was_logged_whatever_the_site_said_before(tmp_path: Pat
     assert seen.logged == 2
 
 
-def test_a_folder_in_which_nothing_has_begun_is_no_error(tmp_path: Path) -> None:
-    state = JobFollower(tmp_path / "not there").look()
+@pytest.mark.parametrize("name", ["not there", "."])
+def test_before_a_job_begins_it_is_said_that_no_receiver_has_begun(tmp_path: Path, name: str) -> None:
+    state = JobFollower(tmp_path / name).look()
 
-    assert (state.status, state.sites) == ("running", {})
-    assert "there is no" in state.problem
+    line = f"no receiver has begun in {tmp_path / name} yet"
+    assert (state.status, state.sites, job_line(state)) == ("running", {}, line)
+    assert [text.split() for text in drawn(state, 300).splitlines()] == [
+        ["waiting", "for", "the", "first", "record", "1:23"],
+        line.split(),
+    ]
 
 
 def test_a_damaged_journal_is_a_line_and_hides_no_other(tmp_path: Path) -> None:
@@ -129,6 +133,15 @@ def test_what_is_not_delivered_and_why_a_backend_waits_is_shown() -> None:
     assert line == (
         "cifar10: running; round 3; val/acc: site-1 0.5; mlflow: 10 confirmed, 990 pending; NOT DELIVERED: 3 spool_full"
     )
+
+
+def test_what_is_not_delivered_is_red_and_nothing_else_is() -> None:
+    red = re.compile(r"\x1b\[1;31m *([^\x1b]*?) *\x1b")
+    lanes = {"jsonl": LaneState(5, 0, "open", ""), "mlflow": LaneState(7, 0, "stopped", "")}
+    bad = SiteState("bad", 1, 1, {"loss": 1.0}, 15, {"spool_full": 3}, lanes)
+    good = SiteState("good", 1, 1, {"loss": 1.0}, 15, {}, {"jsonl": lanes["jsonl"]})
+
+    assert red.findall(drawn(JobState("job", sites={"bad": bad, "good": good}), styles=True)) == ["7", "3 spool_full"]
 
 
 def test_of_many_sites_those_that_need_a_look_are_shown() -> None:
@@ -202,70 +215,3 @@ def test_a_show_can_be_stopped_while_the_job_runs(tmp_path: Path) -> None:
         state = follow(tmp_path, stop, file=file)
 
     assert state.status == "running"
-
-
-SCRIPT = """
-import subprocess, sys
-from pathlib import Path
-from trackhub.watch import show_job
-folder = Path(sys.argv[1])
-with show_job(folder, folder / "job.log") as show:
-    print("a line of the script")
-    subprocess.run([sys.executable, "-c", "import sys; sys.stderr.write('ValueError: a line of a child')"])
-print("after it:", show.last_lines())
-"""
-
-
-def on_terminal(script: str, folder: Path) -> str:
-    """Run a script on a terminal of its own, and return what it showed."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder)], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
-    )
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # Linux reports the end of a terminal as an error
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.wait(60) == 0, shown
-    return shown.decode()
-
-
-def test_on_a_terminal_the_lines_of_a_job_go_to_a_file(tmp_path: Path) -> None:
-    shown = on_terminal(SCRIPT, tmp_path)
-
-    before, after = shown.split("after it:")
-    assert "waiting for the first record" in before
-    assert "a line of" not in before
-    assert after.strip() == "['ValueError: a line of a child']"
-    assert (tmp_path / "job.log").read_text().splitlines() == ["a line of the script", "ValueError: a line of a child"]
-
-
-def test_elsewhere_the_lines_of_a_job_come_as_usual(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
-    )
-
-    assert done.stdout == "a line of the script\nafter it: []\n"
-    assert done.stderr == "ValueError: a line of a child"
-    assert not (tmp_path / "job.log").exists()
-
-
-@pytest.mark.parametrize("code", ["import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
-def test_ctrl_c_is_noted_also_where_what_runs_the_job_hides_it(tmp_path: Path, code: str) -> None:
-    script = (
-        "import sys, contextlib; from pathlib import Path; from trackhub.watch import show_job\n"
-        "with show_job(Path(sys.argv[1]), Path(sys.argv[1], 'log')) as show:\n"
-        f"    with contextlib.suppress(KeyboardInterrupt):\n        {code}\n"
-        "print(show.was_interrupted)"
-    )
-
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
-
-    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -22,11 +22,14 @@ def watch(path: Path) -> None:
     """Show a job while it runs: its round, its sites, and what became of their records.
 
     PATH is the job's folder, or a folder above, such as the simulator's workspace or that of a FLARE server. The job
-    may begin later. On a terminal, the table is drawn again each second. Elsewhere, a line is printed when something
-    has changed.
+    may begin later. If there are several jobs, the one that runs is shown, or else the newest. The others are named.
 
-    It ends when the job has ended, or by Ctrl-C, which does not touch the job. The exit status is 0 if all records are
-    delivered and nothing else is wrong, as in `trackhub status`. Otherwise it is 1.
+    On a terminal, the table is drawn again each second. Elsewhere, a line is printed when something has changed, every
+    5 s at most. Above it stands once how to look at what is stored, a line for each backend.
+
+    It ends when the job has ended and its receivers deliver nothing any more; until then, the job is "finishing". It
+    also ends by Ctrl-C, which does not touch the job. The exit status is 0 if all records are delivered and nothing
+    else is wrong, as in `trackhub status`. Otherwise it is 1.
 
     \b
     Examples:

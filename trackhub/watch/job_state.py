@@ -1,26 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of a job from outside: a row for each site, put together from the journals in its folder.
+"""What can be seen of a job from outside: a row for each site, put together from what its receivers have.
 
-`follow` looks at it again and again, and `panel` draws it. This module reads the journals of all receivers of the job,
-at the server and at the clients, and changes none.
+`job_follower` reads the journals and calls this module, and `panel` draws the state.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.delivery.journal.newest_metrics import NewestMetrics
-from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import RUNNING, DeliveryReport
-from trackhub.delivery.report_text import format_status
-from trackhub.errors import ConfigError, DeliveryError
+from trackhub.delivery.report_text import format_openings, format_status, format_together
+from trackhub.job_and_run_info import Side
 
-__all__ = ["JobFollower", "JobState", "LaneState", "SiteState"]
+__all__ = ["FINISHING", "JobState", "LaneState", "ReceiverState", "SiteState", "job_state"]
 
-_LOOK_EVERY_S = 3.0
+FINISHING = "finishing"
+"""The status of a job that has ended, while a receiver of it still delivers."""
+
+
+@dataclass(frozen=True)
+class ReceiverState:
+    """One receiver of a job.
+
+    Attributes:
+        report: its counts.
+        metrics: the newest metrics in its journal.
+        has_ended: True if it has noted how the job ended, and delivers nothing any more.
+    """
+
+    report: DeliveryReport
+    metrics: NewestMetrics
+    has_ended: bool
 
 
 @dataclass
@@ -68,9 +80,11 @@ class JobState:
 
     Attributes:
         name: what a person calls it; empty while nothing is known.
-        status: how it ended, or ``running``.
+        status: how it ended, or ``running``, or `FINISHING`.
         sites: by name, sorted.
         reports: the counts of each receiver.
+        openings: how to look at what is stored: a line for each backend, and one for several receivers together.
+        others: the names of the other jobs in the folder, the newest first.
         problem: why something cannot be seen; empty if all can be seen.
     """
 
@@ -78,67 +92,63 @@ class JobState:
     status: str = RUNNING
     sites: dict[str, SiteState] = field(default_factory=dict)
     reports: list[DeliveryReport] = field(default_factory=list)
+    openings: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     problem: str = ""
+
+    def has_ended(self) -> bool:
+        """Return whether the job has ended, and no receiver delivers any more."""
+        return self.status not in (RUNNING, FINISHING)
 
     def shown_status(self) -> str:
         """Return how the job ended, in words: of a killed job, also whether all is delivered since."""
         return format_status(self.status, is_complete=all(report.is_complete() for report in self.reports))
 
 
-class JobFollower:
-    """Looks at a job again and again. Used by one thread."""
+def job_state(receivers: Sequence[ReceiverState], *, others: Sequence[str], problem: str) -> JobState:
+    """Return the state of a job.
 
-    def __init__(self, folder: Path) -> None:
-        """Look at nothing yet.
-
-        Args:
-            folder: the job's folder, or any above. It need not exist yet.
-        """
-        self._folder = folder
-        self._journals: list[Path] = []
-        self._metrics: dict[Path, NewestMetrics] = {}
-        self._look_at = 0.0
-
-    def look(self) -> JobState:
-        """Return what can be seen now. Never raises for a journal or a folder that cannot be read."""
-        state = JobState(problem=self._find())
-        for journal in self._journals:
-            metrics = self._metrics.setdefault(journal, NewestMetrics(journal))
-            try:
-                report = read_journal_report(journal)
-                metrics.read()
-            except DeliveryError as error:
-                state.problem = str(error)
-                continue
-            state.reports.append(report)
-            _merge(state, report, metrics)
-        statuses = [report.status for report in state.reports]
-        state.status = RUNNING if not statuses or RUNNING in statuses else _worst(state.reports)
-        state.sites = dict(sorted(state.sites.items()))
-        return state
-
-    def _find(self) -> str:
-        """Look for journals from time to time, since clients may begin later. Return why there are none."""
-        if time.monotonic() < self._look_at and self._journals:
-            return ""
-        self._look_at = time.monotonic() + _LOOK_EVERY_S
-        try:
-            self._journals = find(self._folder).journals
-        except ConfigError as error:
-            self._journals = []
-            return str(error)
-        return "" if self._journals else f"no receiver has begun in {self._folder} yet"
+    Args:
+        receivers: all receivers of this job. Without any, nothing is known yet.
+        others: the names of the other jobs.
+        problem: why something cannot be seen; empty if all can be seen.
+    """
+    reports = [receiver.report for receiver in receivers]
+    state = JobState(reports=reports, others=[*others], problem=problem)
+    for receiver in receivers:
+        _merge(state, receiver)
+    state.status = _status(receivers)
+    state.openings = _openings(reports)
+    state.sites = dict(sorted(state.sites.items()))
+    return state
 
 
-def _worst(reports: list[DeliveryReport]) -> str:
-    """Return how the job ended: as the server says, or else the worst that a site says."""
-    of_server = [report.status for report in reports if report.side == "server"]
+def _status(receivers: Sequence[ReceiverState]) -> str:
+    """Return how a job ended: as the server says, or else the worst that a site says."""
+    found = [receiver.report.status for receiver in receivers if receiver.report.side == Side.SERVER]
+    found = found or [receiver.report.status for receiver in receivers]
+    if not found or RUNNING in found:
+        return RUNNING
+    if not all(receiver.has_ended for receiver in receivers):
+        return FINISHING
     order = ["finished", "aborted", "failed", "killed"]
-    found = of_server or [report.status for report in reports]
     return max(found, key=lambda status: order.index(status) if status in order else len(order))
 
 
-def _merge(state: JobState, report: DeliveryReport, metrics: NewestMetrics) -> None:
+def _openings(reports: Sequence[DeliveryReport]) -> list[str]:
+    """Return for each backend how to look at its first run, and the command that shows several receivers together."""
+    first: dict[str, str] = {}
+    for report in reports:
+        for backend, runs in sorted(report.lanes.items()):
+            lines = format_openings((backend, run) for run in runs.values())
+            if lines:
+                first.setdefault(backend, lines[0].strip())
+    together = format_together([report.run_dir for report in reports]) if first else []
+    return [*(f"look at it in {line}" for line in first.values()), *(f"look at it {line.strip()}" for line in together)]
+
+
+def _merge(state: JobState, receiver: ReceiverState) -> None:
+    report = receiver.report
     state.name = state.name or report.job_name or report.job
     for name, site in report.sites.items():
         seen = state.sites.setdefault(name, SiteState(name))
@@ -150,11 +160,11 @@ def _merge(state: JobState, report: DeliveryReport, metrics: NewestMetrics) -> N
                 seen.dropped[reason] = max(seen.dropped.get(reason, 0), number)
         _add(seen.dropped, site.all_refused())
         _add(seen.dropped, {"missing": site.missing})
-        if (newest := metrics.sites.get(name)) is not None:
+        if (newest := receiver.metrics.sites.get(name)) is not None:
             seen.round, seen.step, seen.values = newest.round, newest.step, newest.values
         for backend, runs in report.lanes.items():
             if (run := runs.get(name)) is not None:
-                label = f"{backend}@client" if report.side == "client" else backend
+                label = f"{backend}@client" if report.side == Side.CLIENT else backend
                 seen.lanes[label] = LaneState(run.confirmed, max(run.pending, 0), run.state, run.trouble())
                 _add(seen.dropped, run.rejected)
 

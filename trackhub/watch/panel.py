@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a job's state: a table for a terminal, or one plain line.
+"""Draws a job's state: a table for a terminal, or one plain line, and notes that stand above both.
 
-`follow` calls it. Names, keys and errors come from sites, so they are escaped and never markup.
+`show_until_end` calls it. Names, keys and errors come from sites, so they are escaped and never markup.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from rich.text import Text
 
 from trackhub.delivery.report import RUNNING
 from trackhub.printable import printable
-from trackhub.watch.job_state import JobState, LaneState, SiteState
+from trackhub.watch.job_state import FINISHING, JobState, LaneState, SiteState
 
-__all__ = ["job_line", "job_panel"]
+__all__ = ["job_line", "job_notes", "job_panel"]
 
 _ANY_WIDTH = 10_000
 _MAX_METRICS = 3
 _MAX_SITES = 15
 _PREFERRED = ("loss", "acc", "auc", "f1", "dice", "error")
-_STATUS_STYLE = {RUNNING: "bold cyan", "finished": "bold green", "aborted": "bold yellow"}
+_MAX_OTHERS = 3
+_STATUS_STYLE = {RUNNING: "bold cyan", FINISHING: "bold cyan", "finished": "bold green", "aborted": "bold yellow"}
 _BAD = "bold red"
 
 
@@ -51,7 +52,7 @@ def job_panel(state: JobState, elapsed_s: float, log: Path | None = None) -> Ren
 
 def job_line(state: JobState) -> str:
     """Return a job's state as one line, for output that is not a terminal."""
-    parts = [f"{printable(state.name) or 'job'}: {state.shown_status()}"]
+    parts = [f"{printable(state.name)}: {state.shown_status()}"] if state.name else []
     rounds = [site.round for site in state.sites.values() if site.round is not None]
     if rounds:
         parts.append(f"round {max(rounds)}")
@@ -67,10 +68,21 @@ def job_line(state: JobState) -> str:
     return "; ".join(parts)
 
 
+def job_notes(state: JobState) -> list[str]:
+    """Return how to look at the results while the job runs, and a line that names the other jobs in the folder."""
+    notes = [] if state.has_ended() else [*state.openings]
+    if state.others:
+        more = f" and {len(state.others) - _MAX_OTHERS:,} more" if len(state.others) > _MAX_OTHERS else ""
+        names = printable(", ".join(state.others[:_MAX_OTHERS]))
+        notes.append(f"other jobs here: {names}{more}; give a job's own folder to watch it")
+    return notes
+
+
 def _head(state: JobState, elapsed_s: float) -> Text:
     minutes, seconds = divmod(int(elapsed_s), 60)
     head = Text(f" {printable(state.name) or 'waiting for the first record'}", "bold")
-    head.append(f"   {state.shown_status()}", _STATUS_STYLE.get(state.status, _BAD))
+    if state.name:
+        head.append(f"   {state.shown_status()}", _STATUS_STYLE.get(state.status, _BAD))
     head.append(f"   {minutes}:{seconds:02}", "dim")
     return head
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows a job while a script runs it, and writes FLARE's many log lines to a file meanwhile.
+"""Shows a job while a script runs it. On a terminal, FLARE's many log lines go to a file meanwhile.
 
-The script that makes a job calls `show_job`. On a terminal, it draws the job's state. Otherwise, it changes nothing.
+The script that makes a job calls `show_job`. On a terminal, `show_until_end` draws the job's state. Elsewhere, it
+prints plain lines between those of FLARE.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from trackhub.open_without_links import open_plain
 from trackhub.printable import printable
@@ -51,15 +53,16 @@ class Show:
 
 @contextmanager
 def show_job(folder: Path, log: Path) -> Iterator[Show]:
-    """Show the job that the ``with`` block runs, if stdout is a terminal. Call it in the main thread.
+    """Show the job that the ``with`` block runs. Call it in the main thread.
 
-    Meanwhile, all that this process and its children write to stdout and stderr goes to a file. Without a terminal,
-    nothing is redirected.
+    If stdout is a terminal, all that this process and its children write to stdout and stderr meanwhile goes to a file.
+    Elsewhere, nothing is redirected, and a line is printed when something has changed, every 5 s at most.
 
     Args:
         folder: a folder in which the job's journals will be, at any depth.
         log: the file for what is written meanwhile. It is replaced.
     """
+    folder, log = folder.absolute(), log.absolute()  # FLARE's simulator goes to another folder
     show = Show(log if sys.stdout.isatty() else None)
     earlier = signal.getsignal(signal.SIGINT)
 
@@ -71,7 +74,8 @@ def show_job(folder: Path, log: Path) -> Iterator[Show]:
     signal.signal(signal.SIGINT, note)
     try:
         if show.log is None:
-            yield show
+            with _shown(folder, sys.stdout, None):
+                yield show
         else:
             with _on_terminal(folder, show.log):
                 yield show
@@ -86,22 +90,40 @@ def _on_terminal(folder: Path, log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     # Redirect the descriptors, not sys.stdout: FLARE runs the job in other processes, which inherit the descriptors.
     screen, errors = os.dup(1), os.dup(2)
-    stop = threading.Event()
     with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", closefd=True) as file:
         with open(log, "wb", buffering=0, opener=open_plain) as target:
             os.dup2(target.fileno(), 1)
             os.dup2(target.fileno(), 2)
-        shower = threading.Thread(
-            target=follow, args=(folder, stop), kwargs={"file": file, "log": log}, name="trackhub-show", daemon=True
-        )
-        shower.start()
         try:
-            yield
+            with _shown(folder, file, log):
+                yield
         finally:
-            stop.set()
-            shower.join(_END_S)
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(screen, 1)
             os.dup2(errors, 2)
             os.close(errors)
+
+
+@contextmanager
+def _shown(folder: Path, file: TextIO, log: Path | None) -> Iterator[None]:
+    """Show the job in a thread of its own.
+
+    Args:
+        folder: a folder in which the job's journals will be.
+        file: where to show it.
+        log: the file that has FLARE's own lines; None if they go to ``file`` as well.
+    """
+    stop = threading.Event()
+
+    def show() -> None:
+        with suppress(OSError, ValueError):  # nobody reads the lines any more, as after `| head`
+            follow(folder, stop, file=file, log=log, new_job=True)
+
+    shower = threading.Thread(target=show, name="trackhub-show", daemon=True)
+    shower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        shower.join(_END_S)

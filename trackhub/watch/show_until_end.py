@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows a job until it has ended. ``trackhub watch`` and `show_job` call it.
 
-`job_state` reads what there is to show. On a terminal, `panel` draws it each second. Elsewhere, this module prints a
-line when something has changed.
+`job_follower` reads what there is to show. On a terminal, `panel` draws it each second. Elsewhere, this module prints a
+line when something has changed. How to look at the job's results is printed once, above the table or between the lines.
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
-from trackhub.delivery.report import RUNNING
-from trackhub.watch.job_state import JobFollower, JobState
-from trackhub.watch.panel import job_line, job_panel
+from trackhub.watch.job_follower import JobFollower
+from trackhub.watch.job_state import JobState
+from trackhub.watch.panel import job_line, job_notes, job_panel
 
 __all__ = ["follow"]
 
 _DRAW_EVERY_S = 1.0
-_LINE_EVERY_S = 10.0
+_LINE_EVERY_S = 5.0
 
 
-def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None) -> JobState:
+def follow(
+    folder: Path, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None, new_job: bool = False
+) -> JobState:
     """Show a job until it has ended or ``stop`` is set, and return what was seen last. Blocks until then.
 
     Args:
@@ -34,35 +38,70 @@ def follow(folder: Path, stop: threading.Event, *, file: TextIO | None = None, l
         stop: ends the show.
         file: where to write; stdout by default.
         log: the file that has FLARE's own lines; None if the caller does not know of one.
+        new_job: True if the job begins now. The show leaves out jobs that ended earlier, and goes on until ``stop``.
     """
     file = sys.stdout if file is None else file
     console = Console(file=file)
-    follower, begin = JobFollower(folder), time.monotonic()
-    if not console.is_terminal:
-        return _write_lines(follower, stop, file)
+    follower = JobFollower(folder, new_only=new_job)
+    if not file.isatty() or console.is_dumb_terminal:
+        return _show(follower, _Lines(file).show, stop, _LINE_EVERY_S, new_job=new_job)
     # Without the alternate screen, the last state stays on the terminal, above what is printed next. rich must not
     # redirect what the script prints: `show_job` has redirected the descriptors.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        while True:
-            state = follower.look()
-            live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
-            if state.status != RUNNING or stop.wait(_DRAW_EVERY_S):
-                break
-        state = follower.look()  # it may have changed during the wait
-        live.update(job_panel(state, time.monotonic() - begin, log), refresh=True)
-    return state
+        return _show(follower, _Screen(live, log).show, stop, _DRAW_EVERY_S, new_job=new_job)
 
 
-def _write_lines(follower: JobFollower, stop: threading.Event, file: TextIO) -> JobState:
-    said = ""
+def _show(
+    follower: JobFollower, show: Callable[[JobState], None], stop: threading.Event, every_s: float, *, new_job: bool
+) -> JobState:
+    """Look and show, again and again.
+
+    Args:
+        follower: looks at the job.
+        show: shows a state.
+        stop: as for `follow`.
+        every_s: the pause between two looks, in seconds.
+        new_job: as for `follow`.
+    """
     while True:
+        is_last = stop.is_set()  # the job may have changed since the look before
         state = follower.look()
-        line = job_line(state)
-        if line != said:
-            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-            file.flush()
-            said = line
-        if state.status != RUNNING:
+        show(state)
+        if is_last or (state.has_ended() and not new_job):
             return state
-        if stop.wait(_LINE_EVERY_S):
-            return follower.look()
+        stop.wait(every_s)
+
+
+class _Screen:
+    """Draws a job on a terminal, always in the same place."""
+
+    def __init__(self, live: Live, log: Path | None) -> None:
+        self._live, self._log = live, log
+        self._begin = time.monotonic()
+        self._noted: set[str] = set()
+
+    def show(self, state: JobState) -> None:
+        for note in job_notes(state):
+            if note not in self._noted:
+                self._noted.add(note)
+                # Above the table, and whole: a command that the table had broken into lines could not be copied.
+                self._live.console.print(Text(f" {note}", "dim"), no_wrap=True, overflow="ignore", crop=False)
+        self._live.update(job_panel(state, time.monotonic() - self._begin, self._log), refresh=True)
+
+
+class _Lines:
+    """Prints a job as plain lines, those that have not been printed before."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._line = ""
+        self._noted: set[str] = set()
+
+    def show(self, state: JobState) -> None:
+        line, now = job_line(state), time.strftime("%H:%M:%S")
+        new = [note for note in job_notes(state) if note not in self._noted]
+        self._noted.update(new)
+        for text in [*new, *([line] if line != self._line else [])]:
+            self._file.write(f"{now} {text}\n")
+        self._file.flush()
+        self._line = line

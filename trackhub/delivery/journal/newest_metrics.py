@@ -38,7 +38,12 @@ class SiteMetrics:
 
 
 class NewestMetrics:
-    """Follows one journal. Used by one thread."""
+    """Follows one journal. Used by one thread.
+
+    Attributes:
+        sites: site -> what it logged last. Sites without metrics are left out.
+        began: when the journal's first site was heard, in unix seconds (UTC); None before that.
+    """
 
     def __init__(self, journal: Path) -> None:
         """Read nothing yet.
@@ -49,6 +54,7 @@ class NewestMetrics:
         self._journal = journal
         self._upto: dict[int, int] = {}
         self.sites: dict[str, SiteMetrics] = {}
+        self.began: float | None = None
 
     def read(self) -> None:
         """Read the new rows. If a site has logged more than the limit of one look, read only its newest rows.
@@ -57,7 +63,8 @@ class NewestMetrics:
             JournalError: the journal cannot be read.
         """
         with open_read_only(self._journal) as db:
-            for site, name in db.execute("SELECT id, name FROM sites").fetchall():
+            for site, name, created in db.execute("SELECT id, name, CAST(created AS REAL) FROM sites").fetchall():
+                self.began = created if self.began is None else min(self.began, created)
                 query = (
                     "SELECT b.id, s.name, b.first_position, b.records, b.frames FROM batches b"
                     " JOIN streams s ON s.id = b.stream WHERE b.site = ? AND b.id > ? ORDER BY b.id DESC LIMIT ?"

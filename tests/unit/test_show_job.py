@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A script shows the job that it runs: on a terminal in one place, and elsewhere in plain lines."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trackhub
+
+SCRIPT = """
+import subprocess, sys
+from pathlib import Path
+from trackhub.watch import show_job
+folder = Path(sys.argv[1])
+with show_job(folder, folder / "job.log") as show:
+    print("a line of the script")
+    subprocess.run([sys.executable, "-c", "import sys; sys.stderr.write('ValueError: a line of a child')"])
+print("after it:", show.last_lines())
+"""
+
+
+def on_terminal(script: str, folder: Path, go_on_after: str | None = None) -> str:
+    """Run a script on a terminal of its own, and return what it showed.
+
+    Args:
+        script: its text.
+        folder: its argument.
+        go_on_after: the text after which it gets a line as input.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux reports the end of a terminal as an error
+            break
+        if not part:
+            break
+        shown += part
+        if go_on_after is not None and go_on_after.encode() in shown:
+            os.write(ours, b"\n")
+            go_on_after = None
+    os.close(ours)
+    assert process.wait(60) == 0, shown
+    return shown.decode()
+
+
+def test_on_a_terminal_the_lines_of_a_job_go_to_a_file(tmp_path: Path) -> None:
+    shown = on_terminal(SCRIPT, tmp_path)
+
+    before, after = shown.split("after it:")
+    assert "waiting for the first record" in before
+    assert "a line of" not in before
+    assert after.strip() == "['ValueError: a line of a child']"
+    assert (tmp_path / "job.log").read_text().splitlines() == ["a line of the script", "ValueError: a line of a child"]
+
+
+def elsewhere(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script whose output is no terminal."""
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60, check=True
+    )
+
+
+def test_elsewhere_the_lines_of_a_job_come_as_usual(tmp_path: Path) -> None:
+    done = elsewhere(SCRIPT, tmp_path)
+
+    lines = [line for line in done.stdout.splitlines() if "no receiver has begun in" not in line]
+    assert lines == ["a line of the script", "after it: []"]
+    assert done.stderr == "ValueError: a line of a child"
+    assert not (tmp_path / "job.log").exists()
+
+
+JOB = """
+import sys
+from pathlib import Path
+import trackhub
+from trackhub.watch import show_job, show_until_end
+show_until_end._LINE_EVERY_S = 0.05
+folder = Path(sys.argv[1])
+with show_job(folder, folder / "job.log"):
+    with trackhub.local(["jsonl"], folder=folder / ("long" * 40), name="job", quiet=True) as writer:
+        writer.log({"loss": float(sys.argv[2])}, step=1)
+        assert writer.flush(20)
+        sys.stdin.readline()
+"""
+
+
+def test_elsewhere_plain_lines_say_what_the_job_does(tmp_path: Path) -> None:
+    """A job that was in the folder before is not shown."""
+    with trackhub.local(["jsonl"], folder=tmp_path, name="old", quiet=True) as writer:
+        writer.log({"loss": 99.0})
+    command = [sys.executable, "-c", JOB, str(tmp_path), "0.5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.split(" ", 1)[1])
+            if "1 confirmed" in line and not process.stdin.closed:
+                process.stdin.close()
+
+    assert process.returncode == 0
+    assert [line for line in lines if "old" in line or "99" in line] == []
+    assert "job: running; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n" in lines
+    assert lines[-1] == "job: finished; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n"
+
+
+def test_a_terminal_shows_whole_commands_that_open_a_running_job(tmp_path: Path) -> None:
+    shown = on_terminal(JOB.replace("sys.argv[2]", "0.5"), tmp_path, go_on_after="look at it in jsonl")
+
+    (path,) = tmp_path.glob("long*/*/jsonl/**/local.jsonl")
+    assert f"look at it in jsonl: {path}" in shown
+    assert "finished" in shown.split("running")[-1]
+
+
+@pytest.mark.parametrize("code", ["import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+def test_ctrl_c_is_noted_also_where_what_runs_the_job_hides_it(tmp_path: Path, code: str) -> None:
+    script = (
+        "import sys, contextlib; from pathlib import Path; from trackhub.watch import show_job\n"
+        "with show_job(Path(sys.argv[1]), Path(sys.argv[1], 'log')) as show:\n"
+        f"    with contextlib.suppress(KeyboardInterrupt):\n        {code}\n"
+        "print(show.was_interrupted)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("True", "")

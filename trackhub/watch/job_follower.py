@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the journals below a folder, and looks at one job there again and again.
+
+`show_until_end` calls it. It reads the journals of all receivers of the job, at the server and at the clients, changes
+none, and makes a `JobState` of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trackhub.delivery.journal.find_journals_and_spools import find
+from trackhub.delivery.journal.lock import is_journal_locked
+from trackhub.delivery.journal.newest_metrics import NewestMetrics
+from trackhub.delivery.journal.report_builder import read_journal_report
+from trackhub.delivery.journal.swap import is_journal_left
+from trackhub.delivery.report import REPORT_NAME, RUNNING
+from trackhub.delivery.report_text import format_job
+from trackhub.errors import ConfigError, DeliveryError
+from trackhub.watch.job_state import JobState, ReceiverState, job_state
+
+__all__ = ["JobFollower"]
+
+_LOOK_EVERY_S = 3.0
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A receiver, and the time at which its journal had last changed, in nanoseconds."""
+
+    receiver: ReceiverState
+    changed_at_ns: int
+
+
+class JobFollower:
+    """Looks at a job again and again. Used by one thread.
+
+    Of several jobs in the folder, it shows the one that runs; of several that run, or if none runs, the newest. It
+    stays with a job that runs until that has ended.
+    """
+
+    def __init__(self, folder: Path, *, new_only: bool = False) -> None:
+        """Look at nothing yet.
+
+        Args:
+            folder: the job's folder, or any above. It need not exist yet.
+            new_only: leave out the jobs that have ended before the first look.
+        """
+        self._folder = folder
+        self._journals: list[Path] = []
+        self._reads: dict[Path, _Read] = {}
+        self._left_out: set[str] | None = None if new_only else set()
+        self._running = ""  # the id of the job that was shown last, if it had not ended then
+        self._look_at = 0.0
+
+    def look(self) -> JobState:
+        """Return what can be seen now. Never raises for a journal or a folder that cannot be read."""
+        self._find()
+        jobs, problem = self._read_all()
+        ended = {job for job, receivers in jobs.items() if all(receiver.has_ended for receiver in receivers)}
+        self._left_out = ended if self._left_out is None else self._left_out & ended
+        for job in self._left_out:
+            del jobs[job]
+        if not jobs:
+            return JobState(problem=problem or f"no receiver has begun in {self._folder} yet")
+        shown, *others = sorted(
+            jobs, key=lambda job: (job == self._running, job not in ended, _began(jobs[job])), reverse=True
+        )
+        self._running = "" if shown in ended else shown
+        names = [format_job(job, jobs[job][0].report.job_name) for job in others]
+        return job_state(jobs[shown], others=names, problem=problem)
+
+    def _find(self) -> None:
+        """Look for journals from time to time, since receivers may begin later."""
+        if time.monotonic() < self._look_at and self._journals:
+            return
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        try:
+            self._journals = find(self._folder).journals
+        except ConfigError:  # there is nothing yet
+            self._journals = []
+
+    def _read_all(self) -> tuple[dict[str, list[ReceiverState]], str]:
+        """Return the receivers of each job, by the job's id, and why a journal cannot be read."""
+        jobs: dict[str, list[ReceiverState]] = {}
+        problem = ""
+        for journal in self._journals:
+            try:
+                receiver = self._read(journal)
+            except DeliveryError as error:
+                if is_journal_left(journal):  # otherwise, a new job has emptied the folder
+                    problem = str(error)
+                continue
+            jobs.setdefault(receiver.report.job, []).append(receiver)
+        return jobs, problem
+
+    def _read(self, journal: Path) -> ReceiverState:
+        """Return what the receiver of this journal has.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        earlier, changed_at_ns = self._reads.get(journal), _changed_at_ns(journal)
+        # Ask this first. If the receiver ends afterwards, the next look sees it. In the other order, its last records
+        # could be missing in what is taken for its end.
+        is_done = not is_journal_locked(journal) or journal.with_name(REPORT_NAME).exists()
+        if earlier is not None and earlier.receiver.has_ended and is_done and earlier.changed_at_ns == changed_at_ns:
+            return earlier.receiver
+        report = read_journal_report(journal)
+        is_same_job = earlier is not None and earlier.receiver.report.job == report.job
+        metrics = earlier.receiver.metrics if earlier is not None and is_same_job else NewestMetrics(journal)
+        metrics.read()
+        receiver = ReceiverState(report, metrics, is_done and report.status != RUNNING)
+        self._reads[journal] = _Read(receiver, changed_at_ns)
+        return receiver
+
+
+def _changed_at_ns(journal: Path) -> int:
+    try:
+        return journal.stat().st_mtime_ns
+    except OSError:  # it is in the middle of a repair
+        return 0
+
+
+def _began(receivers: Sequence[ReceiverState]) -> float:
+    """Return when the first site of a job was heard, in unix seconds. A job that runs and has no site yet is new."""
+    times = [receiver.metrics.began for receiver in receivers if receiver.metrics.began is not None]
+    return min(times, default=0.0 if all(receiver.has_ended for receiver in receivers) else math.inf)
