@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a printed shell command run even if nobody has activated the environment of this Python.
 
-The results of a run and the delivery report call it for each command that they show.
+Whatever prints a command for a person to run calls it: results, reports, messages, commands, and scripts of jobs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ __all__ = ["command_for", "runnable"]
 
 
 def runnable(command: str) -> str:
-    """Return the command with the full path of its program, if PATH lacks it and this Python's environment has it.
+    """Return the command with the full path of its program, if PATH does not lead to that of this Python's environment.
 
     A ``cd FOLDER && `` may come before the program. Without the path, the shell of a person who never activated the
-    environment, as after ``make demo``, would say "command not found".
+    environment, as after ``make demo``, would say "command not found", or run the program of another environment.
     """
     before, then, last = command.rpartition(" && ")
     program, space, arguments = last.partition(" ")
     beside = Path(sys.executable).with_name(program)
-    if shutil.which(program) or not os.access(beside, os.X_OK):
+    found = shutil.which(program)
+    if not os.access(beside, os.X_OK) or (found is not None and os.path.samefile(found, beside)):
         return command
     return before + then + shlex.quote(str(beside)) + space + arguments
 
 
-def command_for(command: str, path: Path | str) -> str:
-    """Return a command with a path after it, quoted where a shell needs it, such as ``trackhub replay 'my runs'``."""
-    return f"{command} {shlex.quote(str(path))}"
+def command_for(command: str, argument: Path | str) -> str:
+    """Return a `runnable` command with one more argument, quoted if need be, such as ``trackhub replay 'my runs'``."""
+    return f"{runnable(command)} {shlex.quote(str(argument))}"

@@ -204,7 +204,9 @@ def run(args: argparse.Namespace, config: TrackingConfig) -> int:
 
     if show.was_interrupted:
         print("\nInterrupted. What the sites have logged is delivered now:", flush=True)
-        subprocess.run([sys.executable, "-m", "trackhub.cli", "replay", str(result), "--timeout-s", "30"], check=False)
+        # What it delivers is in the tables below. Its progress and its problems go to stderr.
+        replay = [sys.executable, "-m", "trackhub.cli", "replay", str(result), "--timeout-s", "30"]
+        subprocess.run(replay, stdout=subprocess.DEVNULL, check=False)
     print_job_summary.print_metrics(args.workspace / SUMMARIES)
     checkpoint = result / "server" / "simulate_job" / "app_server" / "FL_global_model.pt"
     if failure is None and checkpoint.is_file():
@@ -267,7 +269,8 @@ def submit(args: argparse.Namespace, config: TrackingConfig) -> int:
     finally:
         print(f"\nJob {job_id}: {status}")
         kit = args.startup_kit or next(Path(environment.poc_workspace).glob(f"*/prod_00/{environment.username}"))
-        print_job_summary.print_fetching(job_id, kit, server=bool(config.server), clients=bool(config.clients))
+        sides = {"server": bool(config.server), "clients": bool(config.clients)}
+        print_job_summary.print_fetching(job_id, kit, **sides, is_poc=args.env == "poc")
     return 0 if status == "FINISHED:COMPLETED" else EXIT_JOB_FAILED
 
 

@@ -3,6 +3,8 @@
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def print_delivery(run_folders: Mapping[str, Path]) -> bool:
     return not problems and all(report.is_complete() for report in reports.values())
 
 
-def print_fetching(job_id: str, startup_kit: Path, *, server: bool, clients: bool) -> None:
+def print_fetching(job_id: str, startup_kit: Path, *, server: bool, clients: bool, is_poc: bool) -> None:
     """Print how to fetch and open what a job left in a federation.
 
     Args:
@@ -55,12 +57,26 @@ def print_fetching(job_id: str, startup_kit: Path, *, server: bool, clients: boo
         startup_kit: the folder of the startup kit that submitted the job.
         server: the server has stored something.
         clients: the clients have stored something.
+        is_poc: the federation is a POC that this job started, so the clients' workspaces lie beside the startup kit.
     """
+    nvflare, trackhub = _program("nvflare"), _program("trackhub")
+    kit, workspaces = shlex.quote(str(startup_kit)), shlex.quote(str(startup_kit.parent))
     if server:
         print("\nFetch what the server stored, and look at it")
-        print(f"  nvflare job download {job_id} --startup-kit {shlex.quote(str(startup_kit))}")
-        print(f"  trackhub status {job_id}")
-        print(f"  trackhub report {job_id}")
-    if clients:
-        print("\nWhat a client stored is in its own workspace. Look at it there")
+        print(f"  {nvflare} job download {job_id} --startup-kit {kit}")
+        print(f"  {trackhub} status {job_id}")
+        print(f"  {trackhub} report {job_id}")
+    if clients and is_poc:
+        print("\nWhat the clients stored is in their own workspaces. Look at all sites together")
+        print(f"  {trackhub} status {workspaces}")
+        print(f"  {trackhub} report {workspaces}")
+    elif clients:
+        print("\nWhat a client stored is in its own workspace. Look at it there; its path is the WORKSPACE")
         print(f"  trackhub status WORKSPACE/{job_id}")
+        print("Or copy these folders of all clients into one, and look at all sites together")
+        print("  trackhub report FOLDER")
+
+
+def _program(name: str) -> str:
+    """Return how to call a program of this environment in a shell in which nobody has activated the environment."""
+    return shlex.quote(shutil.which(name, path=str(Path(sys.executable).parent)) or name)

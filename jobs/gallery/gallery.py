@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,13 +78,12 @@ def everything(writer: trackhub.Writer, group: str = "train") -> None:
 
 
 def main() -> None:
-    """Log everything, deliver it, and say how to look at it."""
+    """Log everything and deliver it. The run says on stderr how to look at it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="runs", help="where the run's folder is made")
     arguments = parser.parse_args()
     with trackhub.local(BACKENDS, folder=arguments.folder, name="gallery", tags=["gallery"]) as writer:
         everything(writer)
-    print(f"The run is in {writer.folder}. To look at it: trackhub status {shlex.quote(str(writer.folder))}")
 
 
 if __name__ == "__main__":

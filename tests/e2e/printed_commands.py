@@ -22,16 +22,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.integration.harness import read_jsonl
+from tests.integration.harness import read_jsonl, without_own_programs
 from tests.support.wandb_emulator import Emulator
 
-__all__ = ["Curve", "Shell", "openings"]
+__all__ = ["Curve", "Shell", "charts_of", "openings"]
 
 Curve = list[tuple[int, float]]
 """The steps and values of one key at one site, sorted."""
 
 _WAIT_S = 120
 _URL = re.compile(r"http://(?:127\.0\.0\.1|localhost|\[::1\]):[1-9]\d*")
+
+
+def charts_of(page: Path, key: str) -> list[dict[str, Any]]:
+    """Return the line charts of a key on a page of ``trackhub report``, as the page's own data."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return [chart for chart in json.loads(found[1])["charts"] if chart["key"] == key and chart["type"] == "lines"]
 
 
 def openings(screen: str) -> list[tuple[str, str]]:
@@ -49,7 +56,7 @@ def openings(screen: str) -> list[tuple[str, str]]:
 class Shell:
     """A shell of somebody who looks at a job: in a folder of its own, with a login at the W&B server.
 
-    No environment is activated in it, unless ``activate`` is called: PATH is that of these tests.
+    No environment is activated in it, unless ``activate`` is called.
     """
 
     def __init__(self, folder: Path, wandb: Emulator) -> None:
@@ -62,7 +69,8 @@ class Shell:
             port = probe.getsockname()[1]
         login = {"WANDB_BASE_URL": wandb.url, "WANDB_API_KEY": wandb.state.api_key}
         # MLflow's own setting, in place of 5000, which another test may use at the same time.
-        self._environment = {**os.environ, **login, "MLFLOW_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+        own = {**login, "MLFLOW_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+        self._environment = without_own_programs({**os.environ, **own})
 
     def activate(self) -> None:
         """Activate the environment of this Python, as the harness does for the processes of a job."""
@@ -195,7 +203,5 @@ def _of_lines(lines: list[dict[str, Any]], key: str) -> Curve:
 
 
 def _of_page(page: Path, key: str) -> dict[str, Curve]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
-    assert found is not None
-    charts = [chart for chart in json.loads(found[1])["charts"] if chart["key"] == key and chart["type"] == "lines"]
-    return {line["site"]: sorted(zip(line["x"], line["y"], strict=True)) for line in charts[0]["lines"]}
+    lines = charts_of(page, key)[0]["lines"]
+    return {line["site"]: sorted(zip(line["x"], line["y"], strict=True)) for line in lines}

@@ -281,7 +281,7 @@ def test_the_client_alone_delivers_by_itself(tmp_path: Path) -> None:
     )
     assert [step for step, _ in logged["train/loss"]] == list(range(ROUNDS * STEPS_PER_ROUND))
     assert [step for step, _ in logged["val/accuracy"]] == list(range(ROUNDS + 1))
-    assert (done.stdout + done.stderr).count(str(path)) == 1
+    assert (done.stdout + done.stderr).count(str(path)) == 2  # at its start and at its end
 
 
 def test_the_standalone_script_says_what_is_wrong_with_a_backend(tmp_path: Path) -> None:

@@ -315,6 +315,13 @@ def flare_environment(env: Mapping[str, str] = MappingProxyType({}), python: str
     return {**os.environ, **own, **env, "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
 
 
+def without_own_programs(env: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment whose PATH lacks the programs of this Python's environment, which nobody activated."""
+    own = Path(sys.executable).parent
+    path = [folder for folder in env["PATH"].split(os.pathsep) if Path(folder) != own]
+    return {**env, "PATH": os.pathsep.join(path)}
+
+
 @dataclass(frozen=True)
 class JobResult:
     """What a job left: its exit status, its log, its workspace, the trainers' notes, and its name in trackhub."""

@@ -220,9 +220,10 @@ def test_the_last_lines_are_the_commands_that_run_the_job(tmp_path: Path) -> Non
     dry, done = run(job, "--server", "jsonl", "--dry-run").stdout, run(job, "--server", "jsonl").stdout
 
     assert "nvflare" not in dry
-    assert f"  nvflare simulator '{job}' -w runs/'my job' -n 3 -t 3\n" in done
-    assert f"  {runnable('trackhub status')} runs/'my job'\n" in done
-    assert done.endswith(f"  nvflare job submit -j '{job}'\n")
+    nvflare = runnable("nvflare")
+    assert f"  {nvflare} simulator '{job}' -w 'runs/my job' -n 3 -t 3\n" in done
+    assert f"  {runnable('trackhub')} status 'runs/my job'\n" in done
+    assert done.endswith(f"  {nvflare} job submit -j '{job}'\n")
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,25 @@ def test_an_earlier_job_in_the_same_workspace_is_forgotten(tmp_path: Path, capsy
     assert "val/loss" not in screen
 
 
+@pytest.mark.parametrize("is_poc", [True, False])
 @pytest.mark.parametrize(("server", "clients"), [(True, False), (False, True), (True, True)])
 def test_fetching_is_explained_for_the_side_that_has_something(
-    server: bool, clients: bool, capsys: pytest.CaptureFixture[str]
+    server: bool,
+    clients: bool,
+    is_poc: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    print_fetching("1234", Path("/my kits/admin"), server=server, clients=clients)
+    programs = nvflare, trackhub = tmp_path / "nvflare", tmp_path / "trackhub"
+    for program in programs:
+        program.touch(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))  # of an environment that is not in PATH
+
+    print_fetching("1234", Path("/my kits/admin"), server=server, clients=clients, is_poc=is_poc)
 
     lines = capsys.readouterr().out.splitlines()
-    assert ("  nvflare job download 1234 --startup-kit '/my kits/admin'" in lines) is server
-    assert ("  trackhub report 1234" in lines) is server
-    assert ("  trackhub status WORKSPACE/1234" in lines) is clients
+    assert (f"  {nvflare} job download 1234 --startup-kit '/my kits/admin'" in lines) is server
+    assert (f"  {trackhub} report 1234" in lines) is server
+    assert (f"  {trackhub} report '/my kits'" in lines) is (clients and is_poc)
+    assert ("  trackhub status WORKSPACE/1234" in lines) is (clients and not is_poc)

@@ -30,6 +30,7 @@ from trackhub.errors import ConfigError, DeliveryError, JournalError, RecordErro
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
+from trackhub.runnable_commands import runnable
 from trackhub.spool.layout import read_spool_info
 
 PLUGIN = """
@@ -321,7 +322,7 @@ def test_to_close_never_raises_for_a_damaged_journal(tmp_path: Path, caplog: pyt
 
     assert threading.active_count() == before
     if writer.report is None:
-        assert "deliver it with `trackhub replay" in caplog.text
+        assert f"deliver it with `{runnable('trackhub replay')}" in caplog.text
     ProcessLock.open(writer.folder / "trackhub" / "trackhub.lock").release()
 
 

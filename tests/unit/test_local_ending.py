@@ -21,6 +21,7 @@ from trackhub.delivery.report import read_report
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
+from trackhub.runnable_commands import command_for, runnable
 
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
 
@@ -180,7 +181,7 @@ def test_a_run_of_a_killed_script_is_named_and_ends_as_killed_after_a_replay(
         other.log({"a": 1.0})
     (line,) = [record.getMessage() for record in caplog.records if "killed" in record.getMessage()]
     printed = line.split("`")[1]
-    assert shlex.split(printed) == ["trackhub", "replay", str(runs / "j")]
+    assert shlex.split(printed) == [runnable("trackhub"), "replay", str(runs / "j")]
 
     done = command(*shlex.split(printed)[1:])
     assert done.returncode == 0, done.stderr
@@ -233,7 +234,7 @@ def test_a_run_that_goes_on_and_is_killed_is_named_again(tmp_path: Path, caplog:
     run_script(tmp_path, "")
     run_script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)\n", HEAD.replace('job="j"', 'job="j", resume=True'))
     trackhub.local(["jsonl"], folder=tmp_path, limits=FAST).close()
-    assert f"`trackhub replay {tmp_path / 'j'}`" in caplog.text
+    assert f"`{command_for('trackhub replay', tmp_path / 'j')}`" in caplog.text
 
 
 def test_with_tracking_turned_off_nothing_is_recorded_and_no_folder_made(
@@ -273,4 +274,4 @@ def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     close(0.5)
     lock.release()
 
-    assert f"`trackhub replay {tmp_path / 'j'}` delivers what is left" in capsys.readouterr().err
+    assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.report_text import format_report
+from trackhub.runnable_commands import command_for
 from trackhub.spi import Results
 
 
@@ -44,7 +45,7 @@ def test_a_thousand_runs_of_their_own_get_four_lines(said: pytest.LogCaptureFixt
         "https://wandb.ai/team/project/runs/0",
         "https://wandb.ai/team/project/runs/1",
         "https://wandb.ai/team/project/runs/2",
-        f"`trackhub status {tmp_path}` names the other runs",
+        f"`{command_for('trackhub status', tmp_path)}` names the other runs",
     ]
 
 

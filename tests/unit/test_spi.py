@@ -108,6 +108,11 @@ def test_a_command_runs_as_printed_where_no_environment_is_activated(
     program.write_text("#!/bin/sh\nprintf shown:$1")
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    other = tmp_path / "another environment" / "acme-show"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nprintf wrong")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(other.parent), prepend=os.pathsep)
 
     command = Results(command="acme-show a").resolved(tmp_path).command
 

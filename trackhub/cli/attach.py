@@ -14,7 +14,7 @@ import click
 from trackhub.cli.output import print_error, print_lines
 from trackhub.config import parse_option_flags
 from trackhub.errors import ConfigError
-from trackhub.runnable_commands import runnable
+from trackhub.runnable_commands import command_for
 
 __all__ = ["attach"]
 
@@ -94,13 +94,14 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
 
 def _next_steps(folder: Path, clients: int) -> list[str]:
     """Return the commands that run the job and show what became of its records."""
-    job, runs = quote(str(folder)), f"runs/{quote(folder.absolute().name)}"
+    runs = Path("runs", folder.absolute().name)
+    simulator = command_for("nvflare simulator", folder)
     return [
         "Run it in FLARE's simulator, and look:",
-        f"  nvflare simulator {job} -w {runs} -n {clients} -t {clients}",
-        f"  {runnable('trackhub status')} {runs}",
+        f"  {simulator} -w {quote(str(runs))} -n {clients} -t {clients}",
+        f"  {command_for('trackhub status', runs)}",
         "Or in a federation that has trackhub at each site:",
-        f"  nvflare job submit -j {job}",
+        f"  {command_for('nvflare job submit -j', folder)}",
     ]
 
 

@@ -16,6 +16,7 @@ import click
 from trackhub import registry
 from trackhub.cli.output import print_lines
 from trackhub.errors import ConfigError
+from trackhub.runnable_commands import command_for
 
 __all__ = ["new_backend", "write_backend"]
 
@@ -48,8 +49,8 @@ def new_backend(name: str, folder: Path | None) -> None:
         print_lines(f"wrote {path}")
     print_lines(
         "",
-        f"pip install -e '{target}[test]'   # installs it beside trackhub",
-        f"trackhub check {name} --quick     # it passes; run it again after each change",
+        f"{command_for('pip install -e', f'{target}[test]')}   # installs it beside trackhub",
+        f"{command_for('trackhub check', name)} --quick     # it passes; run it again after each change",
     )
 
 

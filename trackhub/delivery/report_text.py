@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from trackhub.delivery.report import (
 )
 from trackhub.job_and_run_info import RunStatus
 from trackhub.printable import printable
-from trackhub.runnable_commands import runnable
+from trackhub.runnable_commands import command_for
 from trackhub.spi import Results
 
 __all__ = [
@@ -187,7 +186,7 @@ def format_together(folders: Sequence[str]) -> list[str]:
     """
     if len(set(folders)) < 2:
         return []
-    return [f"  all together: {runnable('trackhub report')} {shlex.quote(printable(os.path.commonpath(folders)))}"]
+    return [f"  all together: {command_for('trackhub report', printable(os.path.commonpath(folders)))}"]
 
 
 def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, str]:
