@@ -313,6 +313,21 @@ def test_a_site_has_few_blobs_that_are_there_in_part_and_none_after_the_job(job:
     assert not list((tmp_path / "run" / "trackhub").glob("blobs/*/*.part"))
 
 
+def test_a_piece_of_a_file_that_comes_again_does_not_delay_the_end_of_the_job(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job waits for files while bytes of them arrive, for up to ``files_s``."""
+    progress: list[str] = []
+    monkeypatch.setattr(job.receiver.sites, "note_progress", progress.append)
+    digest = hashlib.sha256(b"xx").hexdigest()
+    first, last = (wire.Chunk(f"{STREAM}-0", 2, digest, offset, b"x") for offset in (0, 1))
+
+    for piece in (first, first, last, first, last, wire.Chunk(f"{STREAM}-1", 2, digest, 0, b"")):
+        assert isinstance(job.ask(piece), wire.Accepted)
+
+    assert progress == [HOSTILE] * 2  # one for each piece with new bytes
+
+
 def test_keys_of_one_site_do_not_fill_the_memory(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_received_batch, "MAX_KEYS", 100)
     frames = [metrics(i, {f"key{i}": 1.0}) for i in range(300)]

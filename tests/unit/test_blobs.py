@@ -46,26 +46,26 @@ def assert_whole(store: BlobStore) -> None:
 
 
 def test_a_blob_is_available_once_all_its_pieces_have_arrived(store: BlobStore) -> None:
-    assert store.add(SITE, chunk(0, HALF)) == HALF
+    assert store.add(SITE, chunk(0, HALF)) == (HALF, True)
     assert not store.has(SITE, NAME)
-    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert store.add(SITE, chunk(HALF)) == (len(DATA), True)
     assert_whole(store)
-    assert store.add(SITE, chunk(0, HALF)) == len(DATA)
+    assert store.add(SITE, chunk(0, HALF)) == (len(DATA), False)
     assert_whole(store)
 
 
 def test_a_restarted_receiver_continues_a_blob_after_the_last_stored_piece(store: BlobStore) -> None:
     left_by_a_killed_receiver(store, DATA[:HALF])
 
-    assert store.add(SITE, chunk(0, HALF)) == HALF
-    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert store.add(SITE, chunk(0, HALF)) == (HALF, False)
+    assert store.add(SITE, chunk(HALF)) == (len(DATA), True)
     assert_whole(store)
 
 
 def test_a_restarted_receiver_completes_a_blob_whose_pieces_are_all_there(store: BlobStore) -> None:
     left_by_a_killed_receiver(store, DATA)
 
-    assert store.add(SITE, chunk(0, HALF)) == len(DATA)
+    assert store.add(SITE, chunk(0, HALF)) == (len(DATA), False)
     assert_whole(store)
 
 
@@ -73,9 +73,9 @@ def test_a_restarted_receiver_completes_a_blob_whose_pieces_are_all_there(store:
 def test_a_partial_blob_that_is_damaged_is_received_again_from_its_start(store: BlobStore, left: bytes) -> None:
     left_by_a_killed_receiver(store, left)
 
-    assert store.add(SITE, chunk(0, HALF)) == 0
-    assert store.add(SITE, chunk(0, HALF)) == HALF
-    assert store.add(SITE, chunk(HALF)) == len(DATA)
+    assert store.add(SITE, chunk(0, HALF)) == (0, False)
+    assert store.add(SITE, chunk(0, HALF)) == (HALF, True)
+    assert store.add(SITE, chunk(HALF)) == (len(DATA), True)
     assert_whole(store)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, batch_of, json_lines, metric, small_disk
 from trackhub.delivery import wire
-from trackhub.delivery.blob_store import BlobStore
+from trackhub.delivery.blob_store import BlobStore, Stored
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, read_report
@@ -263,7 +263,7 @@ def test_a_second_request_of_a_site_is_turned_away_while_the_first_is_worked_on(
     entered, go_on = threading.Event(), threading.Event()
     store = BlobStore.add
 
-    def slow(blobs: BlobStore, site: str, piece: wire.Chunk) -> int | None:
+    def slow(blobs: BlobStore, site: str, piece: wire.Chunk) -> Stored | None:
         entered.set()
         assert go_on.wait(WAIT_S)
         return store(blobs, site, piece)

@@ -16,14 +16,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from trackhub.delivery.wire import Accepted, Busy, Chunk, Refused, Reply
 from trackhub.open_without_links import make_private_folder, open_plain
 from trackhub.records import Blob
 
-__all__ = ["BlobStore"]
+__all__ = ["BlobStore", "Stored"]
 
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]{1,16}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -39,6 +39,18 @@ left."""
 
 _MAX_PARTS = 16
 """Most incomplete blobs of a site. A sender sends one blob after another, and a crash may leave one incomplete."""
+
+
+class Stored(NamedTuple):
+    """How much of a blob is there.
+
+    Attributes:
+        next: the offset that is expected next. For a complete blob, this is its size.
+        is_longer: True if the piece added bytes to the blob. A piece that comes again adds none.
+    """
+
+    next: int
+    is_longer: bool
 
 
 class BlobStore:
@@ -101,31 +113,32 @@ class BlobStore:
                 path.unlink()
         self._unnamed.clear()
 
-    def answer(self, site: str, chunk: Chunk) -> Reply:
-        """Store a piece as ``add`` does, and return the receiver's reply to it.
+    def answer(self, site: str, chunk: Chunk) -> tuple[Reply, bool]:
+        """Store a piece as ``add`` does. Return the receiver's reply to it, and whether it added bytes to its blob.
 
         Raises:
             OSError: the piece cannot be written.
         """
         if len(self._unnamed_of(site)) >= _MAX_UNNAMED:
-            return Busy(_MANY_FILES)
-        reached = self.add(site, chunk)
-        if reached is None:
-            return Refused(
+            return Busy(_MANY_FILES), False
+        stored = self.add(site, chunk)
+        if stored is None:
+            refused = Refused(
                 "blob_damaged",
                 f"the name, size or digest of blob {chunk.name[:80]!r} is not valid, or its bytes do not match its "
                 "digest: the file was damaged at the site",
             )
-        return Accepted(reached)
+            return refused, False
+        return Accepted(stored.next), stored.is_longer
 
-    def add(self, site: str, chunk: Chunk) -> int | None:
-        """Store a piece, and return the offset that is expected next. For a complete blob, this is its size.
+    def add(self, site: str, chunk: Chunk) -> Stored | None:
+        """Store a piece, and return how much of its blob is there.
 
         A piece at another offset than the expected one is not stored. The sender goes on from the offset returned.
 
         Returns:
-            The offset. None if the blob can never be accepted: its bytes do not match its digest, or no blob can have
-            its name, digest or size.
+            How much is there. None if the blob can never be accepted: its bytes do not match its digest, or no blob can
+            have its name, digest or size.
 
         Raises:
             OSError: the piece cannot be written.
@@ -190,11 +203,11 @@ class BlobStore:
             del parts[oldest]
             (folder / oldest).unlink(missing_ok=True)
 
-    def _add(self, site: str, chunk: Chunk) -> int | None:
+    def _add(self, site: str, chunk: Chunk) -> Stored | None:
         folder = self.folder(site)
         target, partial = folder / f"{chunk.name}{_UNNAMED}", folder / f"{chunk.name}.part"
         if self.has(site, chunk.name):
-            return chunk.size
+            return Stored(chunk.size, is_longer=False)
         make_private_folder(folder)
         self._make_room_for_part(site, folder, partial.name)
         with open(partial, "ab", buffering=0, opener=open_plain) as file:
@@ -202,8 +215,9 @@ class BlobStore:
             expected = reached == chunk.offset
             if expected:
                 reached += file.write(chunk.data)
+        stored = Stored(reached, is_longer=expected and len(chunk.data) > 0)
         if reached < chunk.size:
-            return reached
+            return stored
         # A piece at an unexpected offset gets here, too. An earlier receiver may have stored the last piece, and died
         # before it renamed the file.
         with open(partial, "rb", opener=open_plain) as file:
@@ -211,7 +225,7 @@ class BlobStore:
         if reached != chunk.size or digest != chunk.sha256:
             partial.unlink()
             self._parts[site].pop(partial.name)
-            return None if expected else 0
+            return None if expected else Stored(0, is_longer=False)
         if self._sync:
             _sync(partial)
         partial.replace(target)
@@ -221,7 +235,7 @@ class BlobStore:
             # Each of these may be new. A power cut loses a new folder if its parent is not synced.
             for path in (folder, self._folder, self._folder.parent):
                 _sync(path)
-        return reached
+        return stored
 
 
 def _is_plain(path: Path) -> bool:

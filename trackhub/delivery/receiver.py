@@ -344,8 +344,8 @@ class Receiver:
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
         if not self._room.allows(site, len(chunk.data), makes_file=chunk.offset == 0):
             return Busy(_NO_ROOM)
-        reply = self._blobs.answer(site, chunk)
-        if isinstance(reply, Accepted) and reply.next > chunk.offset:
+        reply, is_longer = self._blobs.answer(site, chunk)
+        if is_longer:  # a piece that comes again must not delay the end of the job
             self.sites.note_progress(site)
         return reply
 
