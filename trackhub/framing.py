@@ -21,7 +21,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from trackhub.errors import RecordError
-from trackhub.records import KIND_OF, Count, Kind, Metrics, Record
+from trackhub.records import KIND_OF, Count, Kind, Metrics, Record, size_problem
 
 __all__ = [
     "DECODED_IN_TRANSIT",
@@ -108,18 +108,24 @@ def encode_frame(record: Record) -> bytes:
     """Return the frame that carries this record.
 
     Raises:
-        RecordError: the encoded record is larger than ``MAX_BODY_BYTES``.
+        RecordError: the encoded record is larger than ``MAX_BODY_BYTES``, or has more values than a record may have.
     """
     body = _encode(record)
     size = len(body)
     if size > MAX_BODY_BYTES:
-        what = f"{type(record.payload).__name__} {str(getattr(record.payload, 'key', ''))[:80]!r}"
         raise RecordError(
-            f"{what}: the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}; log a larger value with "
-            "log_artifact"
+            f"{_name_of(record)}: the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}; log a larger "
+            "value with log_artifact"
         )
+    if problem := size_problem(record.payload, size):
+        raise RecordError(f"{_name_of(record)}: {problem}")
     checked = _pack_checked(size, KIND_OF[type(record.payload)]) + body
     return _pack_crc(zlib.crc32(checked)) + checked
+
+
+def _name_of(record: Record) -> str:
+    key = getattr(record.payload, "key", "")
+    return type(record.payload).__name__ + (f" {key[:80]!r}" if key else "")
 
 
 def decode_body(body: bytes | memoryview) -> Record:

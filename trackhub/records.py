@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one log call becomes: a record with one payload. Also the rule for keys.
+"""What one log call becomes: a record with one payload. Also the rules for keys and for the number of values.
 
 The writer makes records, and a backend receives their payloads. `trackhub.framing` encodes them.
 """
@@ -21,8 +21,10 @@ __all__ = [
     "MAX_COUNT",
     "MAX_DEPTH",
     "MAX_IMAGE_BYTES",
+    "MAX_KEYS_OF_RECORD",
     "MAX_KEY_CHARS",
     "MAX_STEP",
+    "MAX_VALUES_OF_RECORD",
     "STEPLESS",
     "STREAM_PATTERN",
     "Artifact",
@@ -41,7 +43,9 @@ __all__ = [
     "Table",
     "Tags",
     "Text",
+    "count_values",
     "key_problem",
+    "size_problem",
 ]
 
 MAX_KEY_CHARS = 1000
@@ -55,6 +59,14 @@ MAX_COUNT = 2**53 - 1
 
 MAX_DEPTH = 20
 """How many lists and dicts may enclose a value of a param."""
+
+MAX_KEYS_OF_RECORD = 10_000
+"""Most keys of one record of metrics, params, tags or final values. A backend gets a record as a whole, and MLflow's
+SDK needs up to 0.3 ms for each key. A record of more keys would hold up the records of all other sites."""
+
+MAX_VALUES_OF_RECORD = 100_000
+"""Most values of one record: cells of a table, edges and counts of a histogram, or values in nested params. The SDKs
+need about 0.01 ms for each. A table of floats has more bytes than a record may have at 116,000 cells."""
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
@@ -248,6 +260,49 @@ KIND_OF: Final[Mapping[type[msgspec.Struct], Kind]] = {
     cls: Kind(cls.__struct_config__.tag) for cls in get_args(Payload)
 }
 """The kind of each payload class."""
+
+
+def count_values(payload: Payload) -> int:
+    """Return how many values a payload has, those inside nested params included. Text, a file and a gap are one."""
+    if isinstance(payload, Metrics | Tags):
+        return len(payload.values)
+    if isinstance(payload, Params | Summary):
+        return _count_nested(payload.values)
+    if isinstance(payload, Histogram):
+        return len(payload.edges) + len(payload.counts)
+    if isinstance(payload, Table):  # a hostile one has columns without rows, or rows without cells
+        return max(len(payload.columns), len(payload.rows), sum(map(len, payload.rows)))
+    return 1
+
+
+def _count_nested(values: dict[str, Any]) -> int:
+    count, left = 0, list[Any]([values])
+    while left:  # no recursion: a hostile value may be nested deeper than Python can go
+        value = left.pop()
+        count += len(value)
+        left += [inner for inner in (value.values() if type(value) is dict else value) if type(inner) in (dict, list)]
+    return count
+
+
+def size_problem(payload: Payload, body_bytes: int) -> str | None:
+    """Return why a payload has too many values for one record, as a sentence without an end. None if it has not.
+
+    The writer uses this rule, and so does the receiver for what a site sends.
+
+    Args:
+        payload: what was logged.
+        body_bytes: how many bytes its encoded record takes.
+    """
+    if body_bytes <= MAX_KEYS_OF_RECORD:  # each value takes a byte at least. Nearly all records end here
+        return None
+    if isinstance(payload, KEYED) and len(payload.values) > MAX_KEYS_OF_RECORD:
+        return (
+            f"{len(payload.values)} keys are logged together; expected at most {MAX_KEYS_OF_RECORD}; log them in "
+            "several calls"
+        )
+    if (values := count_values(payload)) > MAX_VALUES_OF_RECORD:
+        return f"it has {values} values; expected at most {MAX_VALUES_OF_RECORD}; log a file of them with log_artifact"
+    return None
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -202,7 +202,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ``redelivery.needs_order``.
         key_rule: which keys can be stored.
         key_rules: the rules of the kinds for which ``key_rule`` does not hold.
-        max_batch: most records in one ``write``.
+        max_batch: most records in one ``write``. The core hands over fewer if they have thousands of values together.
     """
 
     kinds: frozenset[Kind] = frozenset({Kind.METRICS})

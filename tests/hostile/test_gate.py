@@ -346,15 +346,14 @@ def test_streams_of_one_site_are_limited(job: Job, monkeypatch: pytest.MonkeyPat
 
 
 def test_columns_that_would_fill_the_memory_are_refused(job: Job) -> None:
-    wide = [frame(Kind.TABLE, record(seq, Kind.TABLE, "t", [""] * 900_000, [])) for seq in range(3)]
+    wide = [frame(Kind.TABLE, record(seq, Kind.TABLE, "t", [""] * 90_000, [])) for seq in range(13)]
     assert job.ask(batch(wide)) == wire.Accepted(refused={"too_many_values": 2})
     job.finish()
 
 
 def test_values_that_would_fill_the_memory_are_refused(job: Job) -> None:
-    dense = frame(2, record(0, 2, {"a": [0] * 900_000}))
-    second = frame(2, record(1, 2, {"a": [0] * 900_000}))
-    assert job.ask(batch([dense, second])) == wire.Accepted(refused={"too_many_values": 1})
+    dense = [frame(2, record(seq, 2, {"a": [0] * 90_000})) for seq in range(12)]
+    assert job.ask(batch(dense)) == wire.Accepted(refused={"too_many_values": 1})
     job.finish()
 
 

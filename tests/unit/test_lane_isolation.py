@@ -40,9 +40,9 @@ def entries(*positions: int) -> list[Entry]:
     return [entry(p) for p in positions]
 
 
-def isolation_of(*positions: int, max_batch: int = 1000, can: object = CAN) -> Isolation:
-    isolation = Isolation(can)  # type: ignore[arg-type]
-    isolation.add(entries(*positions), max_batch)
+def isolation_of(*positions: int, max_batch: int = 1000, can: Capabilities = CAN) -> Isolation:
+    isolation = Isolation(msgspec.structs.replace(can, max_batch=max_batch))
+    isolation.add(entries(*positions))
     return isolation
 
 
@@ -110,7 +110,7 @@ def left(isolation: Isolation) -> list[int]:
 
 def test_entries_wait_in_their_order_in_batches_of_the_size_that_a_backend_takes() -> None:
     isolation = isolation_of(*range(7), max_batch=3)
-    isolation.add(entries(7, 8), 3)
+    isolation.add(entries(7, 8))
     store = Store(bad(), TRANSIENT)
 
     store.drive(isolation)
@@ -124,7 +124,7 @@ def test_nothing_to_add_leaves_nothing_to_write() -> None:
 
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
 @pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
-def test_a_store_that_fails_with_every_record_loses_none(can: object, error: BaseException) -> None:
+def test_a_store_that_fails_with_every_record_loses_none(can: Capabilities, error: BaseException) -> None:
     isolation, store = isolation_of(*range(40), max_batch=7, can=can), Store(always, error)
 
     store.drive(isolation, turns=500)
@@ -145,7 +145,7 @@ def test_a_store_that_keeps_the_order_gets_all_records_before_the_refused_one() 
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
 @pytest.mark.parametrize("pattern", ["always", "every second request", "nine of ten at random", "longer and longer"])
 @pytest.mark.parametrize("can", [ORDERED, PROBED, PROBED_TWICE], ids=["no probe", "probe", "twice"])
-def test_an_outage_changes_no_order_in_a_resumable_store(pattern: str, error: BaseException, can: object) -> None:
+def test_an_outage_changes_no_order_in_a_resumable_store(pattern: str, error: BaseException, can: Capabilities) -> None:
     """It would take a record that comes late for one that it holds, and that record would be lost."""
     for seed in range(30):
         away = (lambda number: True) if pattern == "always" else PATTERNS[pattern](random.Random(seed))
@@ -183,7 +183,7 @@ def test_a_record_that_is_always_refused_is_rejected_with_its_error(error: BaseE
 
 
 @pytest.mark.parametrize("can", [CAN, TWICE], ids=lambda can: str(can.redelivery))
-def test_a_bad_first_record_is_rejected_once_later_ones_are_stored(can: object) -> None:
+def test_a_bad_first_record_is_rejected_once_later_ones_are_stored(can: Capabilities) -> None:
     isolation, store = isolation_of(*range(60), can=can), Store(bad(0), TRANSIENT)
 
     store.drive(isolation)
@@ -208,7 +208,7 @@ def test_a_bad_record_without_neighbours_stays_and_holds_up_no_other() -> None:
 @pytest.mark.parametrize("can", [PROBED, PROBED_TWICE], ids=["resumable", "twice"])
 @pytest.mark.parametrize("positions", [{0}, {61}, {99}, {0, 1, 61, 62, 99}], ids=str)
 def test_where_the_order_is_kept_the_plugins_own_test_tells(
-    positions: set[int], can: object, error: BaseException
+    positions: set[int], can: Capabilities, error: BaseException
 ) -> None:
     """The last record, too, which has no later one as a neighbour."""
     isolation, store = isolation_of(*range(100), can=can), Store(bad(*positions), error)
@@ -221,7 +221,7 @@ def test_where_the_order_is_kept_the_plugins_own_test_tells(
 
 def test_a_test_of_the_store_says_nothing_about_a_file() -> None:
     isolation = Isolation(PROBED)
-    isolation.add([entry(0, FILE), *entries(*range(1, 9))], 1000)
+    isolation.add([entry(0, FILE), *entries(*range(1, 9))])
     store = Store(bad(0), TRANSIENT)
 
     store.drive(isolation, turns=200)
@@ -232,7 +232,7 @@ def test_a_test_of_the_store_says_nothing_about_a_file() -> None:
 def test_records_of_another_sort_say_nothing_about_a_record() -> None:
     """A database may be away alone, and so may the place for files."""
     isolation = Isolation(CAN)
-    isolation.add([entry(0, Tags({"a": "b"})), *(entry(i, FILE) for i in range(1, 60))], 1000)
+    isolation.add([entry(0, Tags({"a": "b"})), *(entry(i, FILE) for i in range(1, 60))])
     store = Store(bad(0), TRANSIENT)
 
     store.drive(isolation, turns=100)
@@ -244,7 +244,7 @@ def test_records_of_another_sort_say_nothing_about_a_record() -> None:
 def test_a_file_that_always_fails_is_never_rejected_and_holds_up_no_other() -> None:
     """The way to the store may be too slow for it, and fast enough for everything else."""
     isolation = Isolation(CAN)
-    isolation.add([entry(0, FILE), *entries(*range(1, 100))], 1000)
+    isolation.add([entry(0, FILE), *entries(*range(1, 100))])
     store = Store(bad(0), UNKNOWN)
 
     store.drive(isolation, turns=200)
@@ -256,7 +256,7 @@ def test_a_file_that_always_fails_is_never_rejected_and_holds_up_no_other() -> N
 def test_a_later_value_of_a_tag_waits_for_an_earlier_one_that_is_set_aside() -> None:
     isolation = Isolation(TWICE, toss=lambda: False)  # always the neighbour, which is never enough to judge
     tags = [entry(0, Tags({"a": "first"})), entry(1, Tags({"a": "second"})), entry(2, Tags({"b": "other"}))]
-    isolation.add([*tags, *entries(*range(3, 10))], 1000)
+    isolation.add([*tags, *entries(*range(3, 10))])
     away = Store(bad(0), TRANSIENT)
 
     away.drive(isolation, turns=20)
@@ -266,6 +266,22 @@ def test_a_later_value_of_a_tag_waits_for_an_earlier_one_that_is_set_aside() -> 
 
     assert before == ([2, *range(3, 10)], [0, 1])
     assert away.stored[-2:] == [0, 1]
+
+
+def test_entries_that_were_held_back_are_no_larger_write_than_a_backend_takes() -> None:
+    isolation = Isolation(msgspec.structs.replace(TWICE, max_batch=2), toss=lambda: False)
+    isolation.add([entry(i, Tags({"a": str(i)})) for i in range(6)])
+    isolation.add(entries(6, 7))
+    store = Store(bad(0), TRANSIENT)
+    store.drive(isolation, turns=20)
+    held = [e.position for e in isolation.aside()]
+
+    store.error = PERMANENT
+    store.drive(isolation)
+
+    assert held == [0, 1, 2, 3, 4, 5]
+    assert ([one.position for one in store.rejected], sorted(store.stored)) == ([0], [1, 2, 3, 4, 5, 6, 7])
+    assert max(map(len, store.log)) == 2
 
 
 def chained(cause: BaseException) -> TransientError:
@@ -299,7 +315,7 @@ def test_an_error_that_speaks_of_the_store_itself_rejects_nothing(error: BaseExc
     st.sampled_from([CAN, TWICE]),
 )
 def test_exactly_the_bad_records_are_rejected_and_all_others_stored(
-    positions: set[int], max_batch: int, error: BaseException, can: object
+    positions: set[int], max_batch: int, error: BaseException, can: Capabilities
 ) -> None:
     """There are enough good ones behind them to tell."""
     isolation, store = isolation_of(*range(300), max_batch=max_batch, can=can), Store(bad(*positions), error)
@@ -326,7 +342,7 @@ PATTERNS: dict[str, Callable[[random.Random], Callable[[int], bool]]] = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
-def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: object, error: BaseException) -> None:
+def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: Capabilities, error: BaseException) -> None:
     """The store goes by the number of a request, and knows nothing of what the request holds."""
     for seed in range(30):
         draw = random.Random(seed)
@@ -345,7 +361,7 @@ def test_no_pattern_of_an_outage_rejects_a_record(pattern: str, can: object, err
 
 @pytest.mark.parametrize("can", [CAN, TWICE, ORDERED, PROBED, PROBED_TWICE], ids=name_of)
 @pytest.mark.parametrize("error", [TRANSIENT, UNKNOWN], ids=repr)
-def test_an_outage_that_begins_and_ends_at_any_moment_rejects_nothing(can: object, error: BaseException) -> None:
+def test_an_outage_that_begins_and_ends_at_any_moment_rejects_nothing(can: Capabilities, error: BaseException) -> None:
     for begin in range(8):
         for end in range(begin, 50):
             isolation = isolation_of(*range(12), max_batch=4, can=can)

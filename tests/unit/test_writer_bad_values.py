@@ -291,6 +291,16 @@ def test_masked_values_are_in_no_histogram_and_no_metric(writer: Writer) -> None
     assert count_of(writer).dropped == {"invalid_value": 1}
 
 
+def test_a_call_of_too_many_values_is_dropped_and_counted(writer: Writer) -> None:
+    writer.log({f"k{i}": 1.0 for i in range(10_001)})
+    writer.log_params({f"k{i}": 1 for i in range(10_001)})
+    writer.log_table("t", list("abc"), [[0, 1, 2]] * 40_000)
+    writer.log({"loss": 1.0})
+
+    assert payloads(writer)[1:] == [Metrics({"loss": 1.0})]  # after the gap
+    assert count_of(writer).dropped == {"invalid_value": 3}
+
+
 @pytest.mark.parametrize("key", ["می\u200cشود", "a\u00a0b", "全\u3000角", "👩\u200d👧", "Shot 5.01\u202fPM.png"])
 def test_ordinary_text_of_any_script_is_a_key(writer: Writer, tmp_path: Path, key: str) -> None:
     (tmp_path / key).write_text("x")

@@ -25,7 +25,8 @@ reason              the record is refused, because
 ``bad_image``       its file has no PNG or JPEG header, or type, width or height differ from the record
 ``too_large``       the file of an image is larger than `MAX_IMAGE_BYTES`, or its caption than `MAX_CAPTION_CHARS`
 ``too_many_keys``   the site has used more keys than a receiver remembers
-``too_many_values`` its batch has more values than fit into memory
+``too_many_values`` it has more values than a record may have (`trackhub.records.size_problem`), or its batch has more
+                    than fit into memory
 ==================  ================================================================================
 """
 
@@ -59,6 +60,7 @@ from trackhub.records import (
     MAX_CAPTION_CHARS,
     MAX_DEPTH,
     MAX_IMAGE_BYTES,
+    MAX_KEYS_OF_RECORD,
     Artifact,
     Gap,
     Histogram,
@@ -70,7 +72,9 @@ from trackhub.records import (
     Record,
     Summary,
     Table,
+    count_values,
     key_problem,
+    size_problem,
 )
 
 __all__ = ["Contents", "KnownKeys", "RefusedRecordError", "check_blob", "check_record", "examine"]
@@ -80,8 +84,8 @@ MAX_KEY_CHARS_IN_ALL = 16 << 20
 """How many different keys a receiver remembers for a site, and the sum of their lengths. Lanes have the same limits."""
 
 MAX_VALUES = 1 << 20
-"""Most values in params, tables and histograms of one batch. A value of one byte can take 60 bytes once it is decoded.
-In a record or a batch of 1 MiB, only lists that are nearly empty could reach this limit."""
+"""Most values in the records of one batch, metrics not counted. A value of one byte can take 60 bytes once it is
+decoded. In a batch of 1 MiB, only lists that are nearly empty could reach this limit."""
 
 _AT_ONCE = 256
 """How many records are decoded together, before they are checked. With more, so many objects live at the same time that
@@ -172,7 +176,7 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
         kind: the kind in the frame's header, one of `Kind`.
         body: the frame's body.
         keys: the keys that the site has used.
-        room: counts the values of the batch.
+        room: counts the values of the batch. None if the record is read alone.
 
     Raises:
         RefusedRecordError: a site may not send this record.
@@ -186,22 +190,26 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
         raise RefusedRecordError(
             "wrong_kind", f"the frame says kind {kind}, but the payload is {type(payload).__name__}"
         )
+    if problem := size_problem(payload, len(body)):
+        raise RefusedRecordError("too_many_values", problem)
     if type(payload) is Metrics and keys.keys.issuperset(payload.values):
         return record  # nearly all records need no further check (docs/adr/0004)
+    if room is not None and not isinstance(payload, Metrics):
+        room.take(count_values(payload))
     try:
-        _check_payload(stream, record.seq, payload, keys, room or _Room())
+        _check_payload(stream, record.seq, payload, keys)
     except RecursionError as e:
         raise RefusedRecordError("too_deep", str(e)) from e
     return record
 
 
-def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, room: _Room) -> None:
+def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys) -> None:
     if isinstance(payload, Gap):
         return
     keys.check(payload.values if isinstance(payload, KEYED) else (payload.key,))
     if isinstance(payload, Params | Summary):
         for value in payload.values.values():
-            _check_value(value, 0, room)
+            _check_value(value, 0)
     elif isinstance(payload, Image | Artifact):
         if payload.blob.name != f"{stream}-{seq}":
             raise RefusedRecordError("bad_blob", f"blob {payload.blob.name!r}; expected {stream}-{seq}")
@@ -217,14 +225,12 @@ def _check_payload(stream: str, seq: int, payload: Payload, keys: KnownKeys, roo
                 raise RefusedRecordError("bad_image", f"it is {payload.blob.media_type[:80]!r}; expected PNG or JPEG")
     elif isinstance(payload, Histogram):
         edges, counts = payload.edges, payload.counts
-        room.take(len(edges) + len(counts))
         rising = all(a < b for a, b in itertools.pairwise(edges)) and all(map(math.isfinite, edges))
         if not counts or len(edges) != len(counts) + 1 or not rising:
             raise RefusedRecordError("bad_value", "histogram: expected n + 1 finite rising edges and n counts")
         if not all(count >= 0 and math.isfinite(count) for count in counts):
             raise RefusedRecordError("bad_value", "histogram: expected finite counts >= 0")
     elif isinstance(payload, Table):
-        room.take(len(payload.columns) + len(payload.rows) + sum(map(len, payload.rows)))
         if any(len(row) != len(payload.columns) for row in payload.rows):
             raise RefusedRecordError("bad_value", "table: expected one cell for each column in each row")
         for cell in itertools.chain.from_iterable(payload.rows):
@@ -239,7 +245,7 @@ def _is_filename(name: str) -> bool:
     return may_be and len(name.encode()) <= _MAX_FILENAME_BYTES
 
 
-def _check_value(value: Any, depth: int, room: _Room) -> None:
+def _check_value(value: Any, depth: int) -> None:
     """Check a param's value: None, bool, int, float, str, or lists and dicts of these, at most `MAX_DEPTH` deep."""
     if value is None or type(value) in (str, float, int, bool):
         return
@@ -247,14 +253,13 @@ def _check_value(value: Any, depth: int, room: _Room) -> None:
         raise RefusedRecordError("bad_value", f"a param is a {type(value).__name__}")
     if depth >= MAX_DEPTH:
         raise RefusedRecordError("too_deep", f"a param is nested more than {MAX_DEPTH} deep")
-    room.take(len(value) + 1)
     for item in value:
         if type(value) is dict:
             if type(item) is not str or key_problem(item):
                 raise RefusedRecordError("bad_key", f"a param has the key {str(item)[:80]!r}, which cannot be a key")
-            _check_value(value[item], depth + 1, room)
+            _check_value(value[item], depth + 1)
         else:
-            _check_value(item, depth + 1, room)
+            _check_value(item, depth + 1)
 
 
 def check_blob(payload: Image | Artifact, path: Path) -> None:
@@ -371,6 +376,8 @@ class _Examination:
             if [record.seq for record in records] != list(range(self.seq, self.seq + len(records))):
                 return False
             keys = set[str]().union(*[record.payload.values for record in records])
+            if len(keys) > MAX_KEYS_OF_RECORD and any(len(r.payload.values) > MAX_KEYS_OF_RECORD for r in records):
+                return False
             new = keys - self._keys.keys
             if new:  # in the order of the records: if the site has too many keys, the first ones are remembered
                 self._keys.check(dict.fromkeys(key for r in records for key in r.payload.values if key in new))

@@ -118,7 +118,8 @@ class Writer(FigureAndModelCalls):
             metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
                 a value of numpy or torch, or a ``decimal.Decimal``. A text is no number. Numbers are stored as float64;
                 NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key has 1 to
-                1,000 characters and no control characters. An empty mapping logs nothing.
+                1,000 characters and no control characters. One call has at most 10,000 keys. An empty mapping logs
+                nothing.
             step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
                 key.
 
@@ -254,7 +255,7 @@ class Writer(FigureAndModelCalls):
         rows: Iterable[Sequence[Any]] | None = None,
         step: int | None = None,
     ) -> None:
-        """Log a table of up to 1 MiB. Log a larger one as an artifact.
+        """Log a table of up to 1 MiB and 100,000 cells. Log a larger one as an artifact.
 
         Args:
             key: the table's key.

@@ -361,7 +361,7 @@ class RunDelivery:
             self._cursor.announce(self._reader.upto)
             self._files.add(run, files)
             entries = [entry for entry in entries if not is_file(entry, beside)]
-        self._isolation.add(entries, self._backend.capabilities.max_batch)
+        self._isolation.add(entries)
 
     def _collect_files(self, run: BackendRun) -> bool:
         """Count which files the second thread has stored, and which failed. Return whether the run can go on at once.

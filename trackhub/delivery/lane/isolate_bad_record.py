@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
 from trackhub.delivery.lane.describe_record import named_rejection
+from trackhub.delivery.lane.split_into_writes import split_into_writes
 from trackhub.errors import PermanentError, TransientError
 from trackhub.records import STEPLESS
 from trackhub.spi import Capabilities, Entry, Redelivery, Rejection
@@ -113,6 +114,7 @@ class Isolation:
             can: what the backend declares.
             toss: the coin of `Evidence`, for tests.
         """
+        self._max_batch = can.max_batch
         # A resumable backend would mistake a late record for one that it already holds.
         self._is_resumable = can.redelivery is Redelivery.RESUMABLE
         self._keeps_steps = not can.late_steps
@@ -130,9 +132,9 @@ class Isolation:
         self._is_step = False  # True if the coin chose the current piece
         self._is_neighbour = False  # True if the current piece is written as the neighbour of a suspect
 
-    def add(self, entries: Sequence[Entry], max_batch: int) -> None:
-        """Append entries to what waits to be written, in batches of up to ``max_batch``."""
-        self._queue.extend(_Piece(list(entries[i : i + max_batch])) for i in range(0, len(entries), max_batch))
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Append entries to what waits to be written."""
+        self._queue.extend(map(_Piece, split_into_writes(entries, self._max_batch)))
 
     def is_empty(self) -> bool:
         """Return whether no entry waits, except for those that are set aside or held back."""
@@ -341,8 +343,8 @@ class Isolation:
         elif self._is_queued(piece):
             self._queue.popleft()
         held, self._held = self._held, []
-        if held:
-            self._queue.appendleft(_Piece(held, is_part=True))
+        pieces = [_Piece(part, is_part=True) for part in split_into_writes(held, self._max_batch)]
+        self._queue.extendleft(reversed(pieces))
 
     def _put_back(self) -> None:
         """Put suspects and the entries that wait for them back to the front of the queue, in order.

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits entries into writes, each of which takes a backend a bounded time.
+
+`Isolation` calls it for all that a run has to write. Other runs get their turns only between two writes. So a write is
+limited in values as well as in records: a request of a site may hold a hundred thousand values in a few records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from trackhub.records import KEYED, Artifact, Image, Metrics, Payload, count_values
+from trackhub.spi import Entry
+
+__all__ = ["MAX_VALUES_OF_WRITE", "split_into_writes"]
+
+MAX_VALUES_OF_WRITE = 5000
+"""Most values in one write, unless one record has more. MLflow's SDK needs a second for so many new keys. A thousand
+records of five values are still one write."""
+
+_VALUES_OF_DOCUMENT = (
+    50  # what a text, file, histogram or table counts as, beside its values: SDKs need 1 to 4 ms for it
+)
+_BYTES_OF_VALUE = 1 << 16  # of a file. Backends copy it at about a gigabyte a second
+
+
+def split_into_writes(entries: Iterable[Entry], max_batch: int) -> Iterator[list[Entry]]:
+    """Yield the entries in their order, in writes.
+
+    Args:
+        entries: what is to be written.
+        max_batch: most entries in one write.
+    """
+    batch: list[Entry] = []
+    left = MAX_VALUES_OF_WRITE
+    for entry in entries:
+        payload = entry.payload
+        size = len(payload.values) if type(payload) is Metrics else _size_of(payload)
+        left -= size
+        if batch and (left < 0 or len(batch) == max_batch):
+            yield batch
+            batch, left = [], MAX_VALUES_OF_WRITE - size
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _size_of(payload: Payload) -> int:
+    if isinstance(payload, Image | Artifact):
+        return _VALUES_OF_DOCUMENT + payload.blob.size // _BYTES_OF_VALUE
+    return count_values(payload) + (0 if isinstance(payload, KEYED) else _VALUES_OF_DOCUMENT)
