@@ -249,6 +249,29 @@ def test_what_wandb_cannot_hold_is_rejected_by_name(rig: Rig) -> None:
     assert [row["_step"] for row in only_run(rig).rows] == [0, 5]
 
 
+def test_a_table_is_stored_as_by_the_sdk_without_its_look_at_each_cell(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 100,000 cells, the SDK needs seconds to work out types that it does not store."""
+    import wandb
+    from wandb.sdk.artifacts._internal_artifact import InternalArtifact
+
+    columns = ["name", "p", "n", "ok"]
+    rows: list[list[Any]] = [["cat", 0.5, 1, True], [None, float("inf"), 2**60, "é"], [1, "x", -1.5, None]]
+    table = wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)
+    by_sdk = table.to_json(InternalArtifact("run-x-t", "run_table"))
+    looks: list[Any] = []
+    monkeypatch.setattr(wandb.Table, "add_data", lambda *row: looks.append(row))
+    run = rig.backend(mode="offline").open_run(rig.info())
+
+    run.write([entry(0, Table("t", columns, rows))])
+    run.finish(RunStatus.FINISHED)
+
+    (stored,) = rig.folder.rglob("artifacts/0/*.table.json")
+    assert stored.read_text() == json.dumps(by_sdk, sort_keys=True)
+    assert looks == []
+
+
 def test_many_final_values_and_tags_of_a_batch_are_handed_over_once(rig: Rig) -> None:
     """With each call, the SDK stores all of them again: 2,000 of 500 characters took two gigabytes."""
     run = rig.backend(mode="offline").open_run(rig.info())

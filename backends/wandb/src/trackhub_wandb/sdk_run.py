@@ -355,7 +355,10 @@ class SdkRun:
                 f"table {payload.key!r} has {len(payload.columns)} columns, this backend stores {_MAX_COLUMNS}: "
                 "log it as an artifact",
             )
-        table = wandb.Table(columns=list(payload.columns), data=payload.rows, allow_mixed_types=True)
+        table = wandb.Table(columns=list(payload.columns), data=[], allow_mixed_types=True)
+        # The constructor would work out the type of each cell, although the columns take any type. For 100,000 cells,
+        # that takes three times as long as everything else.
+        table.data = payload.rows
         # W&B's pages read a table from an artifact of the run. W&B's API reads the table from a file. `run.log` would
         # make both, but leave two copies in the home folder of the receiver's user. So make both here.
         name = file_stem(payload.key)
