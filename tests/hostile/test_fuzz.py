@@ -188,7 +188,10 @@ _ENDS = (
     sysconfig.get_path("platlib"),
     *site.getsitepackages(),
 )
-_READ_BY_PYTHON = frozenset({"/dev/null", "/dev/urandom", "/etc/localtime", "/proc/self/status", *mimetypes.knownfiles})
+_IMPORT_PATHS = {path for path in sys.path if path.endswith(".zip")}  # an SDK's late import looks there
+_READ_BY_PYTHON = frozenset(
+    {"/dev/null", "/dev/urandom", "/etc/localtime", "/proc/self/status", *mimetypes.knownfiles, *_IMPORT_PATHS}
+)
 """Files that Python or an SDK reads for reasons of its own. Each is named. A folder would excuse what a site names."""
 
 _TOUCHES = frozenset(
