@@ -314,6 +314,11 @@ def sdk_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
         patch.setattr(tempfile, "tempdir", str(folder))
         from wandb.sdk.data_types._private import MEDIA_TMP
 
+        honest = Job(
+            folder / "first", ALL_BACKENDS, flush_s=0.1
+        )  # what an SDK does once is not the hostile site's doing
+        honest.log_honestly()
+        honest.finish(deadline_s=120)
         yield [folder, Path(MEDIA_TMP.name)]
 
 
