@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,21 +42,25 @@ class Finished:
         return self.workspace / "cifar10_fedavg"
 
 
-def run_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> Finished:
-    """Run job.py in a process of its own, in an empty folder."""
-    workspace = folder / "workspace"
-    environment = flare_environment({"XDG_CACHE_HOME": str(folder / "cache")})
-    done = subprocess.run(
-        [sys.executable, str(job_dir / "job.py"), "--workspace", str(workspace), *SMALL, *argv],
+def start_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> subprocess.Popen[str]:
+    """Start job.py in a session of its own, in an empty folder."""
+    return subprocess.Popen(
+        [sys.executable, str(job_dir / "job.py"), "--workspace", str(folder / "workspace"), *SMALL, *argv],
         cwd=folder,
-        env=environment,
+        env=flare_environment({"XDG_CACHE_HOME": str(folder / "cache")}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    return Finished(done.returncode, done.stdout, workspace)
+
+
+def run_job(folder: Path, *argv: str, job_dir: Path = JOB_DIR) -> Finished:
+    """Run job.py to its end."""
+    with start_job(folder, *argv, job_dir=job_dir) as process:
+        output, _ = process.communicate()
+    return Finished(process.returncode, output, folder / "workspace")
 
 
 def records(folder: Path, site: str) -> list[dict[str, Any]]:
@@ -267,6 +273,25 @@ def test_a_job_whose_training_fails_ends_with_another_status_and_delivers_what_w
     for site in SITES:
         logged = points(records(done.result / "server", site))
         assert [step for step, _ in logged["train/loss"]] == list(range(STEPS_PER_ROUND))
+
+
+def test_ctrl_c_delivers_what_was_logged_and_says_once_how_to_look_at_it(tmp_path: Path) -> None:
+    with start_job(tmp_path, "--backend", "jsonl", "--num_rounds", "1000") as process:
+        assert process.stdout is not None
+        try:
+            assert any("look at this job in jsonl, while it runs" in line for line in process.stdout)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+            output = process.stdout.read()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+    assert process.returncode == 130, output
+    last_screen = output[output.index("Interrupted. ") :]
+    counts = re.findall(r"^  \S+ +server +jsonl +([\d,]+) of ([\d,]+)$", last_screen, re.MULTILINE)
+    assert counts
+    assert all(confirmed == logged for confirmed, logged in counts)
+    assert last_screen.count("Open the results\n") == 1
 
 
 def test_the_client_alone_delivers_by_itself(tmp_path: Path) -> None:
