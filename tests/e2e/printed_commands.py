@@ -30,7 +30,7 @@ __all__ = ["Curve", "Shell", "charts_of", "openings"]
 Curve = list[tuple[int, float]]
 """The steps and values of one key at one site, sorted."""
 
-_WAIT_S = 120
+_WAIT_S = 300  # MLflow's server alone takes more than a minute to start on a busy machine
 _URL = re.compile(r"http://(?:127\.0\.0\.1|localhost|\[::1\]):[1-9]\d*")
 
 
