@@ -16,6 +16,7 @@ import pytest
 import trackhub
 from tests.e2e.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.unit.readers_and_bad_backends import STREAM, batch_of
+from tests.unit.test_report_texts import HOSTILE
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Batch
 from trackhub.framing import encode_frame
@@ -32,6 +33,12 @@ playwright_api = pytest.importorskip(
 WAIT_MS = 120_000  # a page takes a second; a busy machine may take very much longer
 
 pytestmark = needs_chromium
+
+HOSTILE_MARKDOWN = [
+    *HOSTILE,
+    "# head\n\n###### deep\n\n#\n\n1. one\n   > quote\n   > ```\n   > code",
+    "**x** " + "y" * 1_000_000,
+]
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +171,9 @@ def test_axe_finds_nothing_and_a_site_has_one_colour(browser: Browser, report: P
     assert [(found["id"], [node["target"] for node in found["nodes"]]) for found in violations] == []
     colours = [line["colour"] for line in drawn(page, "val/acc")]
     assert [line["colour"] for line in drawn(page, "train/loss")] == colours
-    swatch = "getComputedStyle(document.querySelector('.chip .swatch')).backgroundColor"
+    sample = "getComputedStyle(document.querySelector('.chip .sample path')).stroke"
     red, green, blue = (int(colours[0][i : i + 2], 16) for i in (1, 3, 5))
-    assert page.evaluate(swatch) == f"rgb({red}, {green}, {blue})"
+    assert page.evaluate(sample) == f"rgb({red}, {green}, {blue})"
     close(page)
 
 
@@ -209,6 +216,31 @@ def test_hostile_names_and_texts_do_nothing(browser: Browser, tmp_path: Path) ->
     assert sorted(page.locator("#metrics article h3, #metrics article h4").all_inner_texts()) == sorted(texts)
     assert page.locator("main b, main img, main a[href^=javascript]").count() == 0
     assert page.evaluate("document.scripts.length") == 3
+    close(page)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hostile_markdown_does_nothing_and_axe_finds_nothing(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    with trackhub.local(["jsonl"], folder=tmp_path / "runs", job="h", notes=HOSTILE_MARKDOWN[0]) as writer:
+        for number, text in enumerate(HOSTILE_MARKDOWN):
+            writer.log_text(f"k{number}", text)
+            writer.log_text(f"k{number} as a list", f"- {text}\n\n| | **a** |\n|-|-|\n| `x` | {text[:20]} |")
+    write_report(tmp_path / "runs", tmp_path / "page.html")
+
+    page = opened(
+        browser, tmp_path / "page.html", has_charts=False, viewport={"width": 360, "height": 700}, bypass_csp=True,
+        color_scheme=scheme,
+    )  # fmt: skip
+    for summary in page.locator("summary").all():
+        summary.click()
+    violations = Axe().run(page).response["violations"]
+
+    assert [(found["id"], [node["target"] for node in found["nodes"]]) for found in violations] == []
+    assert page.locator("main img, main a, main script, [onclick], [onerror]").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     close(page)
 
 

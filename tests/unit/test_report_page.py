@@ -34,7 +34,7 @@ HOSTILE = [
     "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", '" onmouseover="alert(3)', "{{ 7 * 7 }}",
     "<!--<script>", "javascript:alert(4)", "a\u202eb", "&lt;b&gt;",
 ]  # fmt: skip
-VOID = {"meta", "img", "input", "br", "wbr"}
+VOID = {"meta", "img", "input", "br", "hr", "wbr"}
 
 
 class Page(HTMLParser):

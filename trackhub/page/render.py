@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the report page of jobs: one HTML file that needs no network and no other file.
 
-``trackhub report`` calls `write_report`. Whatever a site logged is data on the page: jinja2 escapes it. The page's
-policy (CSP) lets the browser run only the page's own two scripts.
+``trackhub report`` calls `write_report`. Whatever a site logged is data on the page: jinja2 escapes it, and so does
+`markdown_as_html` where it is Markdown. The page's policy (CSP) lets the browser run only the page's own two scripts.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def write_report(path: str | Path | Sequence[str | Path], to: str | Path) -> lis
     """
     try:
         import jinja2
+        import markdown_it  # noqa: F401
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as e:
         raise ConfigError(

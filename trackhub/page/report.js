@@ -3,10 +3,13 @@
 // into view, and again when a control or the colour scheme changes. Texts of sites reach the page as text nodes only.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const LIGHT = ["#2264c8", "#d1570f", "#1c8653", "#a0429c", "#a17400", "#0b879b", "#c42f4e", "#5b5fc7", "#6a7d12", "#87583a"];
-  const DARK = ["#78acff", "#ff9d66", "#62d29b", "#e28fdb", "#e2bf55", "#58cbdc", "#ff7d95", "#a8abff", "#bccb62", "#d3a486"];
-  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
-  const BORDERS = ["solid", "dashed", "dotted", "double", "groove", "ridge"];
+  // As many colours as a page has jobs at most (`MAX_JOBS`).
+  const LIGHT = ["#2264c8", "#d1570f", "#1c8653", "#a0429c", "#a17400", "#0b879b", "#c42f4e", "#5b5fc7", "#6a7d12", "#87583a", "#5a6675", "#d6409f"];
+  const DARK = ["#78acff", "#ff9d66", "#62d29b", "#e28fdb", "#e2bf55", "#58cbdc", "#ff7d95", "#a8abff", "#bccb62", "#d3a486", "#aab6c4", "#ff9fd2"];
+  // In pixels, since the legend draws them too. plotly.js scales the patterns that have names.
+  const DASHES = ["", "7px,4px", "2px,3px", "7px,3px,2px,3px", "13px,4px", "9px,3px,2px,3px,2px,3px"];
+  const PRINTED = [340, 230]; // pixels, scaled to the sheet: report.css has the same aspect ratio
+  const MAX_PRINTED = 120; // charts; more of them take a browser too long
   const state = { axis: "step", log: false, hidden: new Set(), jobs: new Set(), printing: false };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const coarse = matchMedia("(pointer: coarse)").matches;
@@ -15,13 +18,13 @@
 
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const isDark = () => dark.matches && !state.printing;
-  const nth = (place) => (isDark() ? DARK : LIGHT)[Math.max(0, place) % LIGHT.length];
-  // A site has one colour on the whole page, and dashes tell jobs apart. With one job, dashes tell the second ten sites
-  // from the first. With one site, colours tell the jobs apart, since dashes are hard to see on a noisy curve.
-  const byJob = several && data.sites.length === 1;
-  const own = (line) => data.sites.indexOf(line.site); // -1 for the federation
-  const colour = (line) => (byJob ? nth(line.job) : own(line) < 0 ? css("--ink") : nth(own(line)));
-  const dash = (line) => (byJob ? "solid" : DASHES[(several ? line.job : Math.floor(Math.max(0, own(line)) / LIGHT.length)) % DASHES.length]);
+  const nth = (place) => (isDark() ? DARK : LIGHT)[place % LIGHT.length];
+  // With one job, a site has one colour on the whole page, and dashes tell the second dozen of sites from the first. With
+  // several jobs, a job has one colour, and dashes tell its sites apart: dashes are harder to see on a noisy curve.
+  const places = new Map(data.sites.map((site, place) => [site, place])); // without the federation
+  const colour = ({ job, site }) => (several ? nth(job) : places.has(site) ? nth(places.get(site)) : css("--ink"));
+  const dash = ({ site }) => DASHES[Math.floor((places.get(site) || 0) / (several ? 1 : LIGHT.length)) % DASHES.length];
+  const looks = DASHES.length * (several ? 1 : LIGHT.length);
   // plotly.js reads some HTML in labels. With entities in place of these characters it shows any text as it is.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const label = (line) => (several ? `${data.jobs[line.job]} · ${line.site}` : line.site);
@@ -65,7 +68,7 @@
       return {
         x, y, name: plain(label(line)), visible: shown(line), type: "scatter",
         mode: x.length < 2 ? "markers" : x.length <= 40 ? "lines+markers" : "lines", marker: { size: x.length < 2 ? 7 : 4 },
-        line: { width: x.length > 600 ? 1.2 : 1.8, color: colour(line), dash: dash(line) },
+        line: { width: x.length > 600 ? 1.2 : 1.8, color: colour(line), dash: dash(line) || "solid" },
         hovertemplate: "%{y:.5g}",
       };
     });
@@ -96,7 +99,7 @@
   function histogramTraces(chart) {
     const traces = chart.lines.map((line) => ({
       x: line.edges, y: [...line.counts, 0], name: plain(label(line)), visible: shown(line), type: "scatter", mode: "lines",
-      line: { width: 1.6, color: colour(line), shape: "hv", dash: dash(line) },
+      line: { width: 1.6, color: colour(line), shape: "hv", dash: dash(line) || "solid" },
       fill: "tozeroy", fillcolor: colour(line) + "22", hovertemplate: "%{y:.5g}",
     }));
     return [traces, "value"];
@@ -122,20 +125,25 @@
       yaxis: { ...axis, type: state.log && chart.type !== "histogram" ? "log" : "linear" },
       height: element.clientHeight || 230,
     };
-    if (state.printing) layout.width = 330;
+    if (state.printing) [layout.width, layout.height] = PRINTED;
     const ends = traces.flatMap((trace) => (trace.x.length ? [trace.x[0], trace.x[trace.x.length - 1]] : []));
     // Ticks stand at whole rounds and steps only: there is no round 0.5.
     if (isWhole(title) && Math.max(...ends) - Math.min(...ends) <= 8) layout.xaxis.dtick = 1;
     Plotly.react(element, traces, layout, { displayModeBar: false, displaylogo: false, responsive: true });
+    for (const svg of element.querySelectorAll(".main-svg")) {
+      if (state.printing) svg.setAttribute("viewBox", `0 0 ${PRINTED[0]} ${PRINTED[1]}`);
+      else svg.removeAttribute("viewBox");
+    }
   }
 
   const redraw = () => { for (const place of drawn.keys()) draw(place); paint(); };
 
+  // The legend: samples of the lines, drawn as plotly.js draws them.
   function paint() {
-    for (const element of document.querySelectorAll(".swatch[data-site]")) element.style.background = nth(data.sites.indexOf(element.dataset.site));
-    for (const element of document.querySelectorAll(".line[data-dash]")) {
-      if (byJob) element.style.borderTopColor = nth(Number(element.dataset.dash));
-      else element.style.borderTopStyle = BORDERS[element.dataset.dash % BORDERS.length];
+    for (const element of document.querySelectorAll(".sample")) {
+      const line = { job: Number(element.dataset.job), site: element.dataset.site };
+      element.style.stroke = several && element.dataset.job === undefined ? css("--soft") : colour(line);
+      element.style.strokeDasharray = dash(line) || "none";
     }
   }
 
@@ -211,6 +219,11 @@
     document.getElementById("found").textContent = wanted ? `${count} charts found` : "";
   }
 
+  function say(id, text) {
+    const element = document.getElementById(id);
+    if (element) { element.textContent = text; element.hidden = !text; }
+  }
+
   const controls = document.getElementById("controls");
   if (controls) {
     controls.addEventListener("submit", (event) => event.preventDefault());
@@ -231,12 +244,26 @@
     });
   }
   dark.addEventListener("change", redraw);
+  const code = several && data.sites.length > 1 ? "A line has the colour of its job and the dashes of its site. " : "";
+  const alike = `${several ? "Dashes" : "Colours and dashes"} repeat after ${looks} sites: point at a line to read its site, or hide other sites above.`;
+  say("code", code + (data.sites.length > looks ? alike : ""));
+  let opened = [];
   addEventListener("beforeprint", () => {
     state.printing = true;
-    for (const fold of document.querySelectorAll("details.more")) fold.open = true;
-    for (const element of document.querySelectorAll(".chart")) if (drawn.size < 120) drawn.set(Number(element.dataset.chart), element);
+    document.documentElement.classList.add("printing"); // the styles for print do not hold yet, and css() reads them
+    opened = [...document.querySelectorAll("details.more:not([open])")];
+    for (const fold of opened) fold.open = true;
+    const all = document.querySelectorAll(".chart");
+    for (const element of all) if (drawn.size < MAX_PRINTED) drawn.set(Number(element.dataset.chart), element);
+    say("printed", drawn.size < all.length ? `Print shows ${drawn.size} of ${all.length} charts; the page shows all.` : "");
     redraw();
   });
-  addEventListener("afterprint", () => { state.printing = false; redraw(); });
+  addEventListener("afterprint", () => {
+    state.printing = false;
+    document.documentElement.classList.remove("printing");
+    for (const fold of opened) fold.open = false;
+    say("printed", "");
+    redraw();
+  });
   paint();
 })();

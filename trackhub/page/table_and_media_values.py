@@ -15,11 +15,12 @@ from trackhub.delivery.report_text import format_altered, format_confirmed, form
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.page.collect import Logged, RunData
 from trackhub.page.federation import Participation, members, participation
+from trackhub.page.markdown_as_html import as_html
 from trackhub.page.numbers import number
 from trackhub.query import StoredJob
 from trackhub.query.tidy import text_of
 
-__all__ = ["deliveries", "final_values", "job_rows", "media", "rounds_of", "settings"]
+__all__ = ["deliveries", "final_values", "job_rows", "media", "rounds_of", "settings", "shown_text"]
 
 MAX_IMAGE_BYTES = 2 << 20
 MAX_IMAGES_BYTES = 12 << 20
@@ -31,7 +32,11 @@ Only such a site is highlighted as mostly the slowest. Among sites that take equ
 """
 
 _CAPTURED = ("context/", "source.git.")  # `trackhub.flare.log_job_context` makes these params and tags
-_MAX_TEXT_CHARS = 4000
+_MAX_TEXT_CHARS = 20_000
+_MIN_TEXT_CHARS = 4000
+_MAX_MARKDOWN_CHARS = 500_000
+"""Of all texts together; further ones appear as they are. So many take the parser 20 s at worst, usual ones 2 s."""
+
 _MAX_CELL_CHARS = 300
 _MAX_TILES = 40
 _IMAGE_TYPES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
@@ -62,7 +67,7 @@ def job_rows(jobs: Sequence[StoredJob], names: Sequence[str], runs: Sequence[Run
                 "shown_status": format_status(
                     job.status, is_complete=all(report.is_complete() for report in job.reports.values())
                 ),
-                "notes": job.notes,
+                "notes": shown_text(job.notes) if job.notes else None,
                 "tags": job.tags,
                 "began": began,
                 "seconds": ended - began,
@@ -253,13 +258,39 @@ def media(jobs: Mapping[int, StoredJob], runs: Sequence[RunData], names: Sequenc
         "images": images,
         "images_left_out": left_out,
         "tables": [found | _table(found["logged"]) for found in each("tables")],
-        "texts": [found | {"text": _short(found["logged"].payload.text, _MAX_TEXT_CHARS)} for found in each("texts")],
+        "texts": _texts(list(each("texts"))),
         "artifacts": [
             {"run": label_of(run, names), **_place(logged), "artifact": logged.payload}
             for run in runs
             for logged in run.artifacts
         ],
     }
+
+
+def shown_text(text: str, limit: int = _MAX_TEXT_CHARS, *, may_be_markdown: bool = True) -> dict[str, Any]:
+    """Return a text as the page shows it: as HTML if it is Markdown, and as it is.
+
+    Args:
+        text: the text, of any length.
+        limit: most characters to show. The cut is at the end of a line, where there is one.
+        may_be_markdown: False shows it as it is.
+    """
+    shown = text
+    if len(text) > limit:
+        shown = text[:limit]
+        shown = shown[: shown.rfind("\n", limit // 2) + 1] or shown
+    html = as_html(shown) if may_be_markdown else None
+    return {"text": shown, "html": html, "chars": len(shown), "all_chars": len(text)}
+
+
+def _texts(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    limit = max(_MIN_TEXT_CHARS, min(_MAX_TEXT_CHARS, _MAX_MARKDOWN_CHARS // max(1, len(found))))
+    room, texts = _MAX_MARKDOWN_CHARS, []
+    for one in found:
+        shown = shown_text(one["logged"].payload.text, limit, may_be_markdown=room > 0)
+        room -= shown["chars"]
+        texts.append(one | shown)
+    return texts
 
 
 def _images(
