@@ -34,7 +34,9 @@ def _file_of(fd: int, fstat: Callable[[int], os.stat_result] = os.fstat) -> tupl
     # No global name is used: it may be gone when the interpreter ends.
     try:
         found = fstat(fd)
-    except OSError:
+    except OSError as e:
+        if e.errno is None:  # a signal handler of the script raised it, such as a TimeoutError
+            raise
         return None
     return found.st_dev, found.st_ino
 
