@@ -73,8 +73,9 @@ def local(
 
     Raises:
         ConfigError: a backend or an option is unknown, or a backend cannot be used as configured. Or ``site`` cannot be
-            a site's name, or ``tags`` is a single text. Or the run is there already and ``resume`` is not set, or
-            ``resume`` is set without ``job``. Or ``TRACKHUB_MODE`` has an unknown value.
+            a site's name, or ``tags`` is a single text. Or the run is there already and ``resume`` is not set, or it
+            has another ``name`` or ``site``. Or ``resume`` is set without ``job``. Or ``TRACKHUB_MODE`` has an unknown
+            value.
         PluginError: a backend's plugin cannot be used.
         DeliveryError: the folder cannot be used.
     """

@@ -38,7 +38,7 @@ from trackhub.delivery import (
     withdraw_process_spool,
 )
 from trackhub.environment_trouble import is_environment_trouble
-from trackhub.errors import ConfigError, JournalError, SpoolError
+from trackhub.errors import ConfigError, SpoolError
 from trackhub.job_and_run_info import path_component, site_problem
 from trackhub.runnable_commands import command_for
 from trackhub.script_end import end_with_script, is_failure, unregister
@@ -84,8 +84,7 @@ class _Delivery:
         """
         withdraw_process_spool(self.spool)
         # Note the status first, since the process may be killed at any time from here on.
-        with contextlib.suppress(JournalError):  # ``finish`` tries it again, and says so
-            self._receiver.note_status(status)
+        self._receiver.note_status(status)
         if (self.spool / "spool.json").exists():
             with contextlib.suppress(SpoolError):  # the sender tries it again
                 close_spool(self.spool)
@@ -239,8 +238,8 @@ def open_local(
 
     Raises:
         ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Or the
-            run is there already and ``resume`` is not set, or under another ``name``, or ``resume`` is set without
-            ``job``.
+            run is there already and ``resume`` is not set, or under another ``name`` or ``site``, or ``resume`` is set
+            without ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
@@ -267,6 +266,7 @@ def open_local(
             f"{run_dir}: this run was logged to before. To go on in it, pass resume=True. Otherwise give another job=, "
             "or leave job= out: then each run gets a folder of its own"
         )
+    _check_site(spool, site)
     if job:
         _check_name(runs_dir, run_dir, job_info)
     _warn_of_interrupted(runs_dir, but=run_dir)
@@ -295,6 +295,17 @@ def _check_folder(run_dir: Path) -> None:
     except OSError as error:
         if not is_environment_trouble(error):
             raise SpoolError(f"the run's folder {run_dir} cannot be used: {error}; give another folder") from error
+
+
+def _check_site(spool: Path, site: str) -> None:
+    """Raise ConfigError if the run is another site's. A spool holds the records of one site."""
+    with contextlib.suppress(SpoolError):  # there is no spool yet, or it cannot be read
+        known = read_spool_info(spool).site
+        if known != site:
+            raise ConfigError(
+                f"{spool.parent.parent}: this run is of the site {known!r}, and not of {site!r}. To go on in it, pass "
+                f"site={known!r}. Otherwise give another job="
+            )
 
 
 def _check_name(runs_dir: Path, run_dir: Path, job: JobInfo) -> None:
@@ -342,7 +353,10 @@ def _start(
     *,
     quiet: bool,
 ) -> _Delivery:
-    """Start the receiver, make the spool, and start the sender. If one of them fails, leave no thread and no lock."""
+    """Start the receiver, make the spool, and start the sender.
+
+    If one of them fails, leave no thread and no lock, and an earlier run as it was.
+    """
     receiver = Receiver(
         run_dir, job=job, side=Side.LOCAL, backends=backends, limits=limits, say_where_to_look=None if quiet else _say
     )
@@ -353,8 +367,7 @@ def _start(
         sender = Sender(spool, receiver.channel(site), cursor=_CURSOR, limits=limits)
         sender.start()
     except BaseException:
-        with contextlib.suppress(JournalError):  # the first error says more
-            receiver.finish(RunStatus.FAILED, deadline_s=0.0)
+        receiver.abandon()
         raise
     announce_to_children(spool, site, job.id)
     return _Delivery(spool, receiver, sender, limits.deadline_s)

@@ -7,6 +7,10 @@ And how a client's job ends, by its tasks and by these events.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +23,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
+from trackhub.delivery import Limits, Receiver, Side
+from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.flare import receiver_widget, sender_widget
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
@@ -73,6 +79,27 @@ def test_a_lifecycle_event_of_another_site_does_nothing_at_the_sender(event: str
     assert handled(widget, parts, event, own) == ["_handle"]
     ends = {EventType.END_RUN: ["finish"], EventType.SWAP_OUT: ["pause"]}
     assert handled(tail, parts, event, own) == ends.get(event, [])
+
+
+def test_the_end_of_a_job_does_not_wait_for_a_locked_journal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """FLARE's server handles the event in the thread that ends the job."""
+    widget = TrackhubReceiver(backends={"jsonl": {}})
+    widget._core = Receiver(
+        tmp_path, job="job-1", side=Side.SERVER, backends={"jsonl": {}}, limits=Limits(deadline_s=1)
+    )
+    widget._core.start()
+    with closing(sqlite3.connect(widget._core.folder / "trackhub.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        for event in (EventType.FATAL_SYSTEM_ERROR, EventType.ABOUT_TO_END_RUN):
+            widget.handle_event(event, context(ProcessType.SERVER_JOB, None))
+        took_s = time.monotonic() - start
+        other.execute("ROLLBACK")
+    widget.close(RunStatus.FAILED)
+
+    assert took_s < 5.0, "two waits of a quarter of a second"
+    assert "tracking failed" not in caplog.text
+    assert read_journal_report(tmp_path / "trackhub" / "trackhub.db").status == RunStatus.FAILED
 
 
 class AnExecutor(Executor):  # type: ignore[misc]  # FLARE has no types

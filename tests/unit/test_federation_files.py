@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.unit.test_federation_run import make_receiver, stored
 from trackhub.delivery.blob_store import BlobStore
+from trackhub.errors import JournalError
 from trackhub.job_and_run_info import RunStatus
 
 
@@ -31,6 +35,25 @@ def test_a_file_becomes_an_artifact_of_the_federation_run(tmp_path: Path) -> Non
     assert site.at_site is not None
     assert (site.at_site.logged, site.journaled) == (1, 1)
     assert report.lanes["jsonl"]["federation"].confirmed == 1
+
+
+def test_a_file_waits_only_a_moment_for_a_locked_journal(tmp_path: Path) -> None:
+    """FLARE's server logs its model in the thread that ends the job."""
+    model = tmp_path / "model.pt"
+    model.write_bytes(b"weights")
+    receiver = make_receiver(tmp_path / "job")
+    receiver.start()
+    assert receiver.federation is not None
+    with closing(sqlite3.connect(receiver.folder / "trackhub.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        with model.open("rb") as file, pytest.raises(JournalError, match="locked"):
+            receiver.federation.log_file(file, "model/model.pt", "model")
+        took_s = time.monotonic() - start
+        other.execute("ROLLBACK")
+    receiver.finish(RunStatus.FINISHED)
+
+    assert took_s < 5.0
 
 
 def test_a_later_receiver_of_the_job_labels_the_run_no_second_time(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def killed(tmp_path: Path) -> Path:
     request = wire.Batch(batch.stream, batch.first_seq, batch.next_seq, batch.records, batch.frames)
     assert wire.decode_reply(receiver.handle("site-1", wire.encode(request))) == wire.Accepted()
     reader.settle(batch)
-    for lane in receiver._lanes:
-        lane.join(0)
+    assert receiver._lanes is not None
     assert receiver._journal is not None
+    receiver._lanes.abandon()
     receiver._journal.close()
     return folder
 

@@ -25,8 +25,8 @@ from tests.unit.readers_and_bad_backends import ModelReceiver, assert_accounted,
 from trackhub.framing import encode_frame
 from trackhub.records import Record, Text
 from trackhub.spool import reading
-from trackhub.spool.counts import RETIRED, add_up
-from trackhub.spool.reading import SpoolReader
+from trackhub.spool.counts import add_up
+from trackhub.spool.reading import RETIRED, SpoolReader
 from trackhub.spool.retire_streams import Retirement
 from trackhub.spool.writing import SpoolWriter
 

@@ -15,9 +15,8 @@ from trackhub.records import Artifact, Blob, Gap, Payload, Record
 from trackhub.spool.acks import Ack
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.counts import count_stream
-from trackhub.spool.drops import Drops
-from trackhub.spool.layout import SEGMENT_HEADER, SpoolInfo, ledger_file
-from trackhub.spool.process_drops import ProcessDrops
+from trackhub.spool.drops import Drops, DropsTold
+from trackhub.spool.layout import SEGMENT_HEADER, ledger_file
 from trackhub.spool.room import Room, new_part
 from trackhub.spool.segment_writer import SegmentFile
 from trackhub.spool.skip_damage import DamageLog, find_sound_frame
@@ -149,15 +148,10 @@ def test_a_torn_frame_is_cut_off(tmp_path: Path) -> None:
     assert segment.offset == segment.limit
 
 
-def process_drops(folder: Path) -> ProcessDrops:
-    return ProcessDrops(folder, SpoolInfo("site-1", "job-1", ("server",)))
-
-
 def test_drops_in_a_row_for_one_reason_are_one_gap(tmp_path: Path) -> None:
-    drops = Drops(tmp_path / "ledger", Clock(), process_drops(tmp_path))
-    drops.open_ledger()
+    drops = Drops(tmp_path / "ledger", Clock(), DropsTold())
     for seq, reason in enumerate(["spool_full", "spool_full", "disk_full", "spool_full"]):
-        drops.add(seq, reason)
+        drops.add(seq, reason, "detail")
     assert drops.gaps == [(0, Gap(2, "spool_full")), (2, Gap(1, "disk_full")), (3, Gap(1, "spool_full"))]
     records = [decode_body(drops.gap_frames(5.0, 7)[f.body : f.end]) for f in scan_frames(drops.gap_frames(5.0, 7))]
     assert records[1] == Record(2, 5.0, None, 7, Gap(1, "disk_full"))
@@ -168,16 +162,23 @@ def test_drops_in_a_row_for_one_reason_are_one_gap(tmp_path: Path) -> None:
 
 def test_a_warning_about_drops_is_prepared_once_a_minute(tmp_path: Path) -> None:
     clock = Clock()
-    drops = Drops(tmp_path / "ledger", clock, process_drops(tmp_path))
-    drops.warn_of_drop("disk_full", "first")
+    drops = Drops(tmp_path / "ledger", clock, DropsTold())
+    drops.add(0, "disk_full", "first")
     assert drops.warning == ("disk_full", "first", 1)
     drops.warning = None
     clock.now += 59.9
-    drops.warn_of_drop("disk_full", "second")
+    drops.add(1, "disk_full", "second")
     assert drops.warning is None
     clock.now += 0.1
-    drops.warn_of_drop("spool_full", "third")
+    drops.add(2, "spool_full", "third")
     assert drops.warning == ("spool_full", "third", 3)
+    drops.close()
+
+
+def test_drops_are_counted_where_no_ledger_can_be_made(tmp_path: Path) -> None:
+    drops = Drops(tmp_path / "missing" / "ledger", Clock(), DropsTold())
+    drops.add(0, "disk_full", "detail")
+    assert (drops.total, drops.ledger, drops.gaps) == (1, None, [(0, Gap(1, "disk_full"))])
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ from trackhub.delivery.wire import SiteCounts
 from trackhub.errors import ConfigError, DeliveryError
 from trackhub.process_lock import is_free
 from trackhub.runnable_commands import command_for
-from trackhub.spool.counts import NO_STREAM, RETIRED, add_up
+from trackhub.spool.counts import add_up
 from trackhub.spool.layout import read_spool_info
-from trackhub.spool.reading import SpoolReader
+from trackhub.spool.reading import RETIRED, SpoolReader
 
 __all__ = ["journal_status", "spool_status", "status"]
 
@@ -141,7 +141,7 @@ def spool_status(folder: Path) -> dict[str, Any]:
         counts = reader.counts()
         total = add_up(counts.values())
         receivers[cursor] = {
-            "streams": len(counts.keys() - {NO_STREAM, RETIRED}) + reader.retired_streams(),
+            "streams": len(counts.keys() - {RETIRED}) + reader.retired_streams(),
             "logged": total.logged,
             "withheld": total.withheld,
             "dropped": total.dropped,

@@ -7,7 +7,6 @@ transport of another system. It trusts the site's name. The transport must verif
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -25,12 +24,13 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.check_received_batch import KnownKeys, examine
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
+from trackhub.delivery.job_facts import JobFacts
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.receiver_start_and_end import END_S, end_lanes, make_report, store_start
-from trackhub.delivery.report import REPORT_NAME, DeliveryReport
+from trackhub.delivery.lane.lanes_of_receiver import END_S, Lanes
+from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.report_text import leave_report
 from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
@@ -54,9 +54,9 @@ from trackhub.delivery.wire import (
     is_compatible,
 )
 from trackhub.environment_trouble import is_environment_trouble
-from trackhub.errors import ConfigError, JournalError, TrackhubError
+from trackhub.errors import JournalError, TrackhubError
 from trackhub.framing import FORMAT_VERSION
-from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side, site_problem
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side, site_problem
 from trackhub.limits import Limits
 from trackhub.printable import printable
 from trackhub.spi import Backend
@@ -69,7 +69,8 @@ _AT_ONCE = 16
 """Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
 
 _WAIT_S = 0.25
-"""Most seconds that a transaction waits for a journal that another program has locked. A request makes up to two."""
+"""Most seconds that a transaction waits for a journal that another program has locked. A request makes up to two.
+`note_status` makes one, since FLARE calls it in the thread that ends the job."""
 
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
@@ -136,16 +137,19 @@ class Receiver:
         self._backends = backends
         self._limits = limits or Limits()
         self._ended = ended
-        self._federation_options = federation
         self.federation: FederationRun | None = None
         self._blobs = BlobStore(self.folder / "blobs", sync=self._limits.durability == "full")
         self._journal: Journal | None = None
-        self._lanes: list[Lane] = []
+        self._lanes: Lanes | None = None
         self._state = "not started yet"
+        self._start_error: Exception | None = None
         self._admission = Admission(_AT_ONCE)
         self.sites = JobSites(self._limits.silence_s)
         self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
-        self._outcome = ""
+        self._facts = JobFacts(
+            self.job, side, self._run_dir, self.sites, silence_s=self._limits.silence_s, federation=federation,
+            ended=ended,
+        )  # fmt: skip
         self._room = DiskRoom(self.folder, self.sites.may_send_more)
         self._start_again = StartAgain()
         self._say_where_to_look = say_where_to_look
@@ -155,7 +159,8 @@ class Receiver:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 
         If another program has the journal locked, this blocks up to ten seconds more. On an existing journal of the
-        same job, the receiver goes on where the last one stopped.
+        same job, the receiver goes on where the last one stopped. If the start fails, such a job stays as it was: its
+        status, its report, its backends, and what they have. A new job ends as failed.
 
         Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, the receiver
         asks the sites to try again, and starts with a request after the trouble is over.
@@ -194,44 +199,41 @@ class Receiver:
             wait_s=wait_s,
         )  # fmt: skip
         try:
-            self._take_up(journal, backends, from_start=from_start)
+            self._begin(journal, backends, from_start=from_start)
         except BaseException:
             journal.close()
             raise
-        self._journal = journal
-        for lane in self._lanes:
-            lane.start()
-        try:
-            # One deadline for all, since the lanes check their backends at the same time.
-            deadline = time.monotonic() + self._limits.preflight_s
-            for lane in self._lanes:
-                lane.wait_for_preflight(max(0.0, deadline - time.monotonic()))
-            if self._federation_options is not None:
-                federation = FederationRun(
-                    journal, self._federation_options, self._notify_lanes, self.job.id, self._blobs,
-                    lanes=list(backends), is_replay=bool(self._ended),
-                )  # fmt: skip
-                federation.start()
-                self.federation = federation
-        except (ConfigError, JournalError):
-            self._close(RunStatus.FAILED, {}, 0.0)
-            raise
         self._state = _OPEN
 
-    def _take_up(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
-        """Read from the journal which sites ended, store the job's facts in it, and make the lanes."""
-        check_not_pruned(journal, backends, goes_on=self._ended is None, from_start=from_start)
-        store_start(
-            journal, job=self.job, run_dir=self._run_dir, backends=self._backends,
-            status=self._ended or self._outcome, silence_s=self._limits.silence_s,
-        )  # fmt: skip
-        if self._ended is None:
-            with contextlib.suppress(OSError):  # if this receiver is killed, an old report would hide that
-                (self.folder / REPORT_NAME).unlink(missing_ok=True)
-        self.sites.restore(journal.ended())
-        for name in backends if from_start else ():
-            journal.rewind(name)  # before the lanes read their cursors
-        self._lanes = [self._lane(name, backend, journal) for name, backend in backends.items()]
+    def _begin(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
+        """Check all that may fail. Then change what the journal says of the job, and begin to deliver."""
+        lanes = Lanes(journal, [self._lane(name, backend, journal) for name, backend in backends.items()])
+        try:
+            self._facts.read_earlier(journal)
+            check_not_pruned(journal, backends, goes_on=self._ended is None, from_start=from_start)
+            lanes.check(self._limits.preflight_s)
+            self.sites.restore(journal.ended())
+            federation = self._make_federation(journal, lanes)
+            self._facts.store_start(journal, self._backends)
+            for name in backends if from_start else ():
+                journal.rewind(name)  # before the lanes read their cursors
+        except BaseException as e:
+            lanes.abandon()
+            if not is_environment_trouble(e):
+                self._facts.store_failed_start(journal, lanes.names)
+            raise
+        self._journal, self._lanes, self.federation = journal, lanes, federation
+        if federation is not None:
+            federation.start()
+        lanes.start()
+
+    def _make_federation(self, journal: Journal, lanes: Lanes) -> FederationRun | None:
+        options = self._facts.federation
+        if options is None:
+            return None
+        return FederationRun(
+            journal, options, lanes.notify, self.job.id, self._blobs, lanes=lanes.names, is_replay=bool(self._ended)
+        )
 
     def _try_again(self) -> None:
         """Start if the receiver still waits and the pause is over. Do nothing if another thread is starting it."""
@@ -240,21 +242,18 @@ class Receiver:
                 if is_due and self._state == _WAITING:
                     self.start()
             except TrackhubError as e:  # a wrong configuration, which could not be seen earlier
-                self._state = _CLOSED
+                self._state, self._start_error = _CLOSED, e
                 _log.error("%s. The receiver does not start. What the sites log stays in their spools", e)
 
     def _try_last_time(self, deadline_s: float) -> None:
-        """Start now if the receiver still waits. Raise JournalError if it cannot start."""
+        """Start now if the receiver still waits."""
         with self._start_again.last_turn():
             if self._state != _WAITING:
                 return
             try:
                 self._open(from_start=False, wait_s=min(WAIT_S, deadline_s))
             except Exception as e:
-                self._state = _CLOSED
-                raise JournalError(
-                    f"the receiver in {self.folder} never could start: {e}. The sites' spools keep their records"
-                ) from e
+                self._state, self._start_error = _CLOSED, e
 
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
@@ -339,7 +338,7 @@ class Receiver:
                 self._note_counts(site, request)
                 if self._ended is None:
                     self.sites.note_final(site, failed=request.failed)
-                return Accepted(status=self._outcome)
+                return Accepted(status=self._facts.status)
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
         if not self._room.allows(site, len(chunk.data), makes_file=chunk.offset == 0):
@@ -394,14 +393,11 @@ class Receiver:
         except TooManyStreamsError as e:
             return Refused("too_many_streams", str(e))
         if new:
-            self._notify_lanes(site_id)
+            assert self._lanes is not None
+            self._lanes.notify(site_id)
         if contents.refused:
             self._warn_of(site, f"{len(contents.refused)} records are refused; the first is {contents.detail}")
         return Accepted(refused=dict(Counter(reason for _, reason in contents.refused)))
-
-    def _notify_lanes(self, site_id: int) -> None:
-        for lane in self._lanes:
-            lane.notify(site_id)
 
     def _site_id(self, site: str, created: float | None = None) -> int:
         known = self._known[site]
@@ -421,15 +417,12 @@ class Receiver:
     def note_status(self, status: RunStatus) -> None:
         """Note how the job ends, before ``finish``, for replies to the sites' final messages and for a later replay.
 
-        Raises:
-            JournalError: the receiver was not started, or the journal cannot be written.
+        Blocks for a quarter of a second at most, and never raises. If the journal cannot be written now, ``finish``
+        stores the status.
         """
-        self._outcome = status.value
-        if self._state == _WAITING:
-            return  # stored once the journal can be opened
-        if self._journal is None:
-            raise JournalError("the receiver was not started; call start() first")
-        self._journal.set_facts({"status": status})
+        self._facts.status = status
+        if self._journal is not None:
+            self._facts.note_status(self._journal, _WAIT_S)
 
     def assume_ended(self, site: str) -> None:
         """Assume that a site's training ended well. A replay calls it if the site's final message never came."""
@@ -466,24 +459,12 @@ class Receiver:
         """
         deadline_s = self._limits.deadline_s if deadline_s is None else deadline_s
         self._try_last_time(deadline_s)
-        if self._journal is None:
-            raise JournalError("the receiver was not started, so there is nothing to finish; call start() first")
-        sites = {FEDERATION, *(name for name, known in self._known.copy().items() if known.id is not None)}
-        if self._ended is None:
-            self.sites.assume_ended(FEDERATION)
-        try:
-            sites |= {name for name, _ in self._journal.sites().values()}
-        except JournalError as e:
-            # A disk that fails now must not keep the lanes from ending their runs at the backends.
-            _log.warning("%s; if the job finished, the runs of sites that this receiver has not heard end as failed", e)
-        was_killed = self._ended is RunStatus.KILLED
-        by_site = {name: self.sites.status(name, status, was_killed=was_killed) for name in sites}
-        return self._close(status, by_site, deadline_s, moves_to)
-
-    def _close(
-        self, status: RunStatus, by_site: Mapping[str, RunStatus], deadline_s: float, moves_to: str = ""
-    ) -> DeliveryReport:
-        assert self._journal is not None
+        if self._journal is None or self._lanes is None:
+            error = self._start_error
+            what = "was not started; call start() first" if error is None else f"never could start: {error}"
+            raise JournalError(f"the receiver in {self.folder} {what}. The sites' spools keep their records") from error
+        stored = [name for name, known in self._known.copy().items() if known.id is not None]
+        by_site = self._facts.run_statuses(self._journal, stored, status)
         # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
@@ -493,8 +474,17 @@ class Receiver:
             self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))
         # Nobody knows how the sites outside ``by_site`` ended.
         otherwise = self.sites.status("", status, was_killed=False)
-        end_lanes(self._journal, self._lanes, by_site, otherwise, deadline - time.monotonic())
-        report = make_report(self._journal, self._lanes, status, sites=self.sites, job=self.job, side=self._side)
+        self._lanes.end(by_site, otherwise, deadline - time.monotonic())
+        report = self._facts.make_report(self._journal, self._lanes.names, status)
         self._journal.close()
         self._blobs.delete_unused()
         return leave_report(self.folder, report, moves_to)
+
+    def abandon(self) -> None:
+        """End a started receiver without delivering what is left, because what should use it cannot start.
+
+        The job ends as it had ended before the receiver started, and a new job as failed. Never raises.
+        """
+        if self._journal is not None:
+            self.finish(self._facts.status_after_failure(), deadline_s=0.0)
+        self._state = _CLOSED

@@ -95,8 +95,6 @@ def replay_journal(
     repair(journal)
     meta = read_journal_meta(journal)
     chosen = _choose(meta, backends, operator, journal)
-    if not chosen:
-        raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
     status = _job_status(meta)
     receiver = _receiver(journal, _job(meta), Side(meta["side"]), chosen, limits, status, _federation(meta))
     receiver.start(from_start=from_start)
@@ -158,13 +156,17 @@ def replay_spool(
         chosen = _choose(meta, backends, operator, journal)
         receiver = _receiver(journal, job, Side(cursor), chosen, limits, status, _federation(meta))
         receiver.start()
-        if not info.open:
-            receiver.assume_ended(info.site)
-        if _stands_in(journal):
-            # Backends recognise a record by its position, so positions go on where the server's own journal ended.
-            receiver.continue_site(info.site, acked)
-        sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits, lock=lock)
-        sender.start()
+        try:
+            if not info.open:
+                receiver.assume_ended(info.site)
+            if _stands_in(journal):
+                # Backends recognise a record by its position, so positions go on where the server's own journal ended.
+                receiver.continue_site(info.site, acked)
+            sender = Sender(spool, receiver.channel(info.site), cursor=cursor, limits=limits, lock=lock)
+            sender.start()
+        except BaseException:
+            receiver.abandon()
+            raise
         sender.close(timeout_s)
         return receiver.finish(status, deadline_s=timeout_s)
     except OSError as e:
@@ -216,10 +218,11 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
 
 
 def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
-    """Return what the journal says about the job. Empty if a new journal is going to replace the server's."""
-    if journal.exists():
-        return read_journal_meta(journal)
-    if not _stands_in(journal):
+    """Return what the journal says about the job. Empty if no receiver has started with this journal."""
+    meta = read_journal_meta(journal) if journal.exists() else {}
+    if "backends" in meta:
+        return meta
+    if not _stands_in(journal) and not meta:
         raise SpoolError(
             f"{spool}: the journal of the site's own receiver, {journal}, is not there; put it back, and replay again"
         )
@@ -354,6 +357,8 @@ def _choose(
     """
     used = msgspec.json.decode(meta.get("backends", "{}"), type=dict[str, dict[str, Any]])
     given: Backends = {name: {} for name in used} if backends is None else backends
+    if not given:
+        raise ConfigError(f"{journal}: the job used no backend; name the one to deliver to with --backend")
     if operator is None:
         return {name: {**used.get(name, {}), **options} for name, options in given.items()}
     if backends is None and used:

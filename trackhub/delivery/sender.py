@@ -41,7 +41,6 @@ from trackhub.runnable_commands import command_for
 from trackhub.spool.batch import SpoolBatch
 from trackhub.spool.counts import StreamCount, add_up
 from trackhub.spool.layout import close_spool
-from trackhub.spool.process_drops import store_drops
 from trackhub.spool.reader_lock import SpoolHold
 from trackhub.spool.reading import SpoolReader
 from trackhub.spool.repeated_warnings import RepeatedWarnings
@@ -468,13 +467,13 @@ class Sender:
 
     def _count(self, until: float | None = None) -> None:
         """Count the site's records. Without ``until``, only the ledgers are read, which is fast."""
-        store_drops(self.folder)  # this process may log as well
         try:
             counts = _site_counts(self._reader.counts(until=until, by_ledger=until is None).values())
         except OSError as e:
             counts = msgspec.structs.replace(self._counts, complete=False)
             self._warnings.warn("count", f"site {self.site} cannot count its spool: {e}; trying again")
-        counts.complete &= not (self._hold.is_waiting_for_room() or self._session.is_unsure)
+        if self._hold.is_waiting_for_room() or self._session.is_unsure:
+            counts.complete = False
         counts.retries = self._exchange.retries
         self.facts.add_to(counts)
         self._counts = counts

@@ -12,21 +12,7 @@ from trackhub.spool.acks import Ack, Retired
 from trackhub.spool.skip_damage import DAMAGED
 from trackhub.spool.writer_ledger import LedgerCounts
 
-__all__ = [
-    "NO_STREAM",
-    "RETIRED",
-    "UNKNOWN",
-    "StreamCount",
-    "add_up",
-    "count_by_ledger",
-    "count_retired",
-    "count_stream",
-]
-
-RETIRED = "retired"
-"""The key in `SpoolReader.counts` for the counts of all retired streams together."""
-NO_STREAM = "no stream"
-"""The key in `SpoolReader.counts` for drops that no ledger counts yet. Their count is ``UNKNOWN``."""
+__all__ = ["StreamCount", "add_up", "count_by_ledger", "count_retired", "count_stream"]
 
 _WITHHELD = "withheld"
 
@@ -61,10 +47,6 @@ class StreamCount(msgspec.Struct, frozen=True):
     is_complete: bool = True
     withheld_by_rule: dict[str, int] = {}
     altered_by_rule: dict[str, int] = {}
-
-
-UNKNOWN = StreamCount(0, {}, 0, 0, {}, 0, is_complete=False)
-"""The count of records whose number is not known."""
 
 
 def count_stream(

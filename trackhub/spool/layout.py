@@ -7,7 +7,6 @@
     round                         the current federated round (int64, -1 for none); mapped by every writer
     <stream>-<segment>.spool      an 8-byte header, then frames (trackhub.framing); a new segment every few MiB
     <stream>.ledger               the writer's counts; mapped, and locked while its writer lives (see writer_ledger)
-    uncounted                     marks of processes whose drops no ledger counts yet; mapped by every writing process
     <n>.spare                     a reserved block of the disk, which becomes a ledger or cursor when the disk is full
     <stream>-<seq>.blob           the bytes of an image or artifact
     <stream>-<size>-<random>.part a blob that is being written, with the size that it is going to have
@@ -40,7 +39,6 @@ from trackhub.plain_values_to_structs import prepare
 from trackhub.process_lock import ProcessLock
 from trackhub.runnable_commands import command_for
 from trackhub.spool.round_file import RoundFile
-from trackhub.spool.uncounted_mark import make_marks
 from trackhub.spool.write_on_full_disk import SPARES, make_spare, reason_of, write_start
 
 __all__ = [
@@ -178,11 +176,6 @@ def _create(folder: Path, info: SpoolInfo) -> None:
             f"{folder} holds the spool of site {old.site!r}, job {old.job!r}, not of site {info.site!r}, "
             f"job {info.job!r}; give each its own folder"
         )
-    try:
-        make_marks(folder)
-    except OSError:
-        if old is None:  # otherwise go on with the spool; readers then say that its counts are not complete
-            raise
     if old != info:  # otherwise write nothing: the disk may be full by now
         _store(folder, info)
     _known[_key(folder)] = info

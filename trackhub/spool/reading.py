@@ -23,17 +23,19 @@ from trackhub.spool.acks import Ack, find_ack, read_ack, write_ack
 from trackhub.spool.apply_policy import Withholding
 from trackhub.spool.batch import Place, SpoolBatch
 from trackhub.spool.changed_streams import End, FollowedStream, look, stream_ends
-from trackhub.spool.counts import NO_STREAM, RETIRED, UNKNOWN, StreamCount, count_by_ledger, count_retired, count_stream
+from trackhub.spool.counts import StreamCount, count_by_ledger, count_retired, count_stream
 from trackhub.spool.layout import blob_file, ledger_file, segment_name, spool_info
 from trackhub.spool.repeated_warnings import RepeatedWarnings
 from trackhub.spool.retire_streams import Retirement
 from trackhub.spool.skip_damage import DAMAGED, DamageLog
 from trackhub.spool.stream_reader import Extent, SegmentReader, find_place
 from trackhub.spool.stream_turns import Turns
-from trackhub.spool.uncounted_mark import has_marks
 from trackhub.spool.writer_ledger import LedgerCounts, WriterState, read_ledger, writer_state
 
-__all__ = ["SpoolReader"]
+__all__ = ["RETIRED", "SpoolReader"]
+
+RETIRED = "retired"
+"""The key in `SpoolReader.counts` for the counts of all retired streams together."""
 
 _ASK_EVERY_S = 1.0  # how often to ask whether each stream's writer lives. It takes some 10 us for each stream
 _KEPT_STREAMS = 32
@@ -281,16 +283,13 @@ class SpoolReader:
             by_ledger: read no records, and count everything by the ledgers.
 
         Returns:
-            Stream -> its count. `RETIRED` has the counts of all retired streams. `NO_STREAM` is there if processes
-            have dropped records that no ledger counts yet. It says that the counts are not complete.
+            Stream -> its count. `RETIRED` has the counts of all retired streams.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        # First, since a process stores its drops in a ledger before it takes its mark away.
-        counts = {NO_STREAM: UNKNOWN} if has_marks(self.folder) else {}
         self._look(final=False)
-        counts.update((name, self._count(stream, until, by_ledger)) for name, stream in self._streams.items())
+        counts = {name: self._count(stream, until, by_ledger) for name, stream in self._streams.items()}
         assert self._retirement is not None
         if self._retirement.total.streams:
             counts[RETIRED] = count_retired(self._retirement.total)
@@ -495,6 +494,6 @@ class SpoolReader:
         if (tail := count.dropped.get(DAMAGED, 0) - explained[DAMAGED]) > 0:
             self._damage.missing_tail(self.folder, stream.name, tail, logged)
         # Only the receiver knows whether missing records at the start of an unplaced stream were delivered or lost.
-        knows_begin = stream.is_placed or stream.first_segment == 0 or DAMAGED not in count.dropped
+        knows_begin = stream.is_placed or stream.first_segment == 0 or count.logged == 0
         is_complete = knows_begin and (ledger.is_counted or place.seq > 0)
         return msgspec.structs.replace(count, altered=ledger.left_out, is_complete=is_complete)

@@ -16,9 +16,8 @@ from pathlib import Path
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
-from trackhub.spool.drops import Drops
+from trackhub.spool.drops import Drops, DropsTold
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
-from trackhub.spool.process_drops import ProcessDrops
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.segment_writer import SegmentFile
@@ -40,7 +39,7 @@ class Stream:
     Attributes:
         id: the stream's id.
         lock, busy, deferred: say which thread may append; see `trackhub.spool.writing.SpoolWriter`.
-        next_seq: how many records were logged to it so far, including the dropped ones that its ledger counts.
+        next_seq: how many records were logged to it so far, including the dropped ones.
         drops: what it has dropped.
         room: how much room there is in the spool.
         is_closed: True once nothing may be logged to it any more.
@@ -53,7 +52,7 @@ class Stream:
         info: SpoolInfo,
         round_file: RoundFile,
         clock: Callable[[], float],
-        process: ProcessDrops,
+        told: DropsTold,
     ) -> None:
         """Begin a stream. Its files are made with the first record.
 
@@ -62,7 +61,7 @@ class Stream:
             info: has the spool's limit.
             round_file: says which round the records belong to.
             clock: seconds that only grow.
-            process: what the process has dropped in this spool.
+            told: what the writer has already warned of.
         """
         self.id = uuid.uuid4().hex
         self.lock = threading.RLock()
@@ -73,11 +72,11 @@ class Stream:
         self.is_abandoned = False
         self._segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
         self.room = Room(folder, info.max_bytes, self._segment_bytes, clock)
-        self.drops = Drops(ledger_file(folder, self.id), clock, process)
+        self.drops = Drops(ledger_file(folder, self.id), clock, told)
         self._segment = SegmentFile(folder, self.id, self._segment_bytes)
         self._looked_at = self._look_at = 0.0
         self._seen_seq = 0
-        self._process = process
+        self._told = told
         self._folder = folder
         self._clock = clock
         self._create_at = 0.0
@@ -142,7 +141,6 @@ class Stream:
 
     def _look_after_files(self, log_time: float) -> None:
         """Look whether the stream's files are still open, and decide when to look again."""
-        self._process.store()
         self.begin_anew_if_files_are_lost()
         # A look takes a third of the time of a log call. So look before each call only if the script's next file may
         # get the number of the segment's file.
@@ -164,7 +162,7 @@ class Stream:
         self.id = uuid.uuid4().hex
         self.next_seq = self._seen_seq = 0
         self._segment = SegmentFile(self._folder, self.id, self._segment_bytes)
-        self.drops = Drops(ledger_file(self._folder, self.id), self._clock, self._process)
+        self.drops = Drops(ledger_file(self._folder, self.id), self._clock, self._told)
         if self.is_abandoned:  # a signal handler has forked during these lines, and this is the child
             self._segment.abandon()
             self.drops.abandon()
@@ -209,27 +207,9 @@ class Stream:
             detail: what happened, for the warning.
         """
         self.begin_anew_if_files_are_lost()
-        self.open_ledger()
-        if self.drops.ledger is not None:
-            seq = self.next_seq
-            self.next_seq = seq + 1
-            self.drops.add(seq, reason)
-        elif not self.is_abandoned:
-            self._process.add(reason)
-        self.drops.warn_of_drop(reason, detail)
-
-    def leave_out(self, reason: str, values: int) -> None:
-        """Count values that were left out of a record. Its other values are stored. Never raises.
-
-        Args:
-            reason: one of ``LEFT_OUT_REASONS``.
-            values: how many.
-        """
-        self.open_ledger()
-        if self.drops.ledger is not None:
-            self.drops.leave_out(reason, values)
-        elif not self.is_abandoned:
-            self._process.leave_out(reason, values)
+        seq = self.next_seq
+        self.next_seq = seq + 1
+        self.drops.add(seq, reason, detail)
 
     def drop_after(self, error: OSError) -> None:
         """Count the next record as dropped, because of this error."""
@@ -249,7 +229,6 @@ class Stream:
         self.is_closed = True
         self._segment.close()
         self.drops.close()
-        self._process.store(at_once=True)
 
     def abandon(self) -> None:
         """Leave the stream to the process that this one was forked from. Never raises.

@@ -58,13 +58,7 @@ class Ledger:
             OSError: it cannot be created.
         """
         # Write the zeros, so that the file gets its block now. Later, the disk may be full.
-        try:
-            fd = write_start(path, bytes(_FORMAT.size), _MODE)
-        except OSError:
-            with contextlib.suppress(OSError):
-                if path.stat().st_size == 0:  # otherwise it was a spare, which keeps its block for the next attempt
-                    path.unlink()
-            raise
+        fd = write_start(path, bytes(_FORMAT.size), _MODE)
         try:
             self._map: MappedFile | None = MappedFile(fd, _FORMAT.size)
             self._fields = self._map.content.cast("Q")

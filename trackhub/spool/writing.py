@@ -21,9 +21,8 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
-from trackhub.spool.drops import CLOSED_FILES
+from trackhub.spool.drops import CLOSED_FILES, DropsTold
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
-from trackhub.spool.process_drops import process_drops
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
 from trackhub.spool.stream_writer import CLOSED, Stream
@@ -64,9 +63,9 @@ class SpoolWriter:
     So a large file delays only other images and artifacts. After a fork, the child writes streams of its own. So does a
     copy of the writer, in this process or, if it was pickled, in another one.
 
-    It never raises for a full or failing disk, since training must go on. It drops the record and counts it. If the
-    stream has a ledger, the record uses up its ``seq``. Once there is room again, the stream gets a gap, which says how
-    many records are missing and why.
+    It never raises for a full or failing disk, since training must go on. It drops the record, counts it and uses up
+    its ``seq``. Once there is room again, it writes a gap into the stream, which says how many records are missing and
+    why.
 
     Attributes:
         folder: the spool's folder.
@@ -101,13 +100,14 @@ class SpoolWriter:
         self.folder = folder
         self._clock = clock
         self._round = RoundFile(folder)
-        self._drops = process_drops(folder, self.info)
+        self._told = DropsTold()
         self._stream = self._new_stream()
         self._files = self._new_stream()
         self._late: Stream | None = None
         _open_writers.add(self)
 
     def _after_fork(self) -> None:
+        self._told = DropsTold(self._told.at)
         # The locks may be held by threads that do not exist here, and the streams belong to the parent.
         old, old_files = self._stream, self._files
         try:
@@ -120,7 +120,7 @@ class SpoolWriter:
             self._stream, self._files = self._follow(old), self._follow(old_files)
 
     def _new_stream(self) -> Stream:
-        return Stream(self.folder, self.info, self._round, self._clock, self._drops)
+        return Stream(self.folder, self.info, self._round, self._clock, self._told)
 
     def _follow(self, old: Stream) -> Stream:
         new = self._new_stream()
@@ -142,7 +142,7 @@ class SpoolWriter:
 
     @property
     def next_seq(self) -> int:
-        """How many records were logged to both streams so far, with the dropped ones that the ledgers count."""
+        """How many records were logged to both streams so far, dropped ones included."""
         return self._stream.next_seq + self._files.next_seq
 
     def last_written(self) -> tuple[int, int]:
@@ -250,7 +250,7 @@ class SpoolWriter:
         """
         stream = self._stream
         if not stream.is_closed:
-            self._in_turn(stream, lambda: stream.leave_out(reason, values))
+            self._in_turn(stream, lambda: stream.drops.leave_out(reason, values))
 
     def acked(self) -> tuple[int, int]:
         """Return, for both streams, the ``seq`` up to which every receiver has accepted or refused all records."""
@@ -335,7 +335,7 @@ class SpoolWriter:
                 _log.warning(_CLOSED_FILES, self.folder, detail)
                 return
             _log.warning(
-                "tracking dropped a record (%s: %s) in %s; this process has dropped %d so far; training goes on%s",
+                "tracking dropped a record (%s: %s) in %s; this writer has dropped %d so far; training goes on%s",
                 reason, detail, self.folder, total, _NEXT_STEPS.get(reason, ""),
             )  # fmt: skip
 

@@ -25,8 +25,8 @@ from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError
 from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
 from trackhub.delivery.federation.delivery_health import DeliveryHealth
 from trackhub.delivery.federation.last_value_per_key import KnownRows, RowDigest
-from trackhub.delivery.journal.journal import Journal
-from trackhub.delivery.journal.tables_and_rows import FEDERATION_OPTIONS, FEDERATION_ROW, Row, stored_records
+from trackhub.delivery.journal.journal import WAIT_S, Journal
+from trackhub.delivery.journal.tables_and_rows import FEDERATION_ROW, Row, stored_records
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
 from trackhub.errors import JournalError
 from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_bodies
@@ -39,6 +39,7 @@ __all__ = ["FederationOptions", "FederationRun"]
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
 _RETRY_S = 1.0
+_FILE_WAIT_S = 0.5  # the longest wait of `log_file` for a locked journal. FLARE's own end of the job waits for it.
 _MAX_WAITING = 10_000
 _AT_ONCE = 1000  # numbers in one record
 _MAX_TEXT_CHARS = 100_000
@@ -90,9 +91,11 @@ class FederationRun:
             blobs: where the receiver keeps the bytes of files.
             lanes: the names of all lanes.
             is_replay: True if a replay delivers the rest of a job that has ended.
+
+        Raises:
+            JournalError: the journal cannot be read.
         """
         self._journal = journal
-        self._options = options
         self._notify_lanes = notify
         self._is_replay = is_replay
         self._aggregation = Aggregation(options.aggregate, options.aggregate_weight)
@@ -107,20 +110,13 @@ class FederationRun:
         self._unstored: list[Record] = []
         self._sites: dict[int, str] = {}
         self._waiting = _Waiting()
-        self._was_begun = False
+        self._was_begun = bool(journal.stream_states(FEDERATION, (self._facts.name,)))
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="trackhub-federation", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. It reads the rows that the journal has, and then each new row.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
-        # Store the options, so that a replay goes on with the same ones.
-        self._journal.set_meta(FEDERATION_OPTIONS, msgspec.json.encode(self._options).decode())
-        self._was_begun = bool(self._journal.stream_states(FEDERATION, (self._facts.name,)))
+        """Start the thread. It reads the rows that the journal has, and then each new row."""
         self._thread.start()
 
     def digest(self) -> RowDigest:
@@ -182,6 +178,8 @@ class FederationRun:
     def log_file(self, file: BinaryIO, key: str, artifact_type: str) -> None:
         """Add a file as an artifact. Copies it, and stores the record before it returns. Call it from one thread.
 
+        While another program has the journal locked, this blocks for a second at most, and then raises.
+
         Args:
             file: the file, open for reading. Nobody may write to it meanwhile.
             key: the artifact's name. Its last part is the name of the file.
@@ -194,9 +192,12 @@ class FederationRun:
         """
         self._waiting.check_key(key)
         now, filename = time.time(), key.rpartition("/")[2]
-        blob = self._blobs.keep(FEDERATION, f"{self._files.name}-{self._files.next_seq(now)}", file, filename)
+        blob = self._blobs.keep(
+            FEDERATION, f"{self._files.name}-{self._files.next_seq(now, _FILE_WAIT_S)}", file, filename
+        )
         record = Record(0, now, None, None, Artifact(key, blob, filename, artifact_type))
-        self._notify_lanes(self._files.append([record], {}))  # the counts follow, at the latest when the job ends
+        site = self._files.append([record], {}, wait_s=_FILE_WAIT_S)
+        self._notify_lanes(site)  # the counts follow, at the latest when the job ends
 
     def _add(self, payload: Payload, round_number: int | None) -> None:
         if self._waiting.add(Record(0, time.time(), round_number, round_number, payload)):
@@ -427,36 +428,42 @@ class _Stream:
         self._site: int | None = None
         self._next_seq = 0
 
-    def next_seq(self, began: float) -> int:
+    def next_seq(self, began: float, wait_s: float = WAIT_S) -> int:
         """Return the number of the next record.
 
         Args:
             began: its time, in unix seconds.
+            wait_s: the longest wait for a locked journal, in seconds.
 
         Raises:
             JournalError: the journal cannot be used.
         """
         if self._site is None:
-            site = self._journal.add_site(FEDERATION, began)
+            site = self._journal.add_site(FEDERATION, began, wait_s=wait_s)
             state = self._journal.stream_states(FEDERATION, (self.name,)).get(self.name)
             self._next_seq = 0 if state is None else state.next_seq
             self._site = site
         return self._next_seq
 
-    def append(self, records: Sequence[Record], facts: Mapping[str, str]) -> int:
+    def append(self, records: Sequence[Record], facts: Mapping[str, str], *, wait_s: float = WAIT_S) -> int:
         """Store records, and facts about the job, in one transaction. Return the id of the federation run's site.
+
+        Args:
+            records: the records, whose numbers this sets.
+            facts: facts about the job.
+            wait_s: the longest wait for a locked journal, in seconds.
 
         Raises:
             JournalError: the journal cannot be written. Nothing was stored.
         """
         began = records[0].time
-        first = self.next_seq(began)
+        first = self.next_seq(began, wait_s)
         assert self._site is not None
         after = first + len(records)
         frames = [encode_frame(msgspec.structs.replace(r, seq=first + i)) for i, r in enumerate(records)]
         batch = Batch(self.name, first, after, len(records), b"".join(frames))
         stored = lambda row, _: self._health.note_stored(row)  # noqa: E731
-        self._journal.append(self._site, batch, {}, began=began, facts=facts, stored=stored)
+        self._journal.append(self._site, batch, {}, began=began, facts=facts, stored=stored, wait_s=wait_s)
         self._next_seq = after
         return self._site
 

@@ -318,9 +318,9 @@ class Journal:
         """Store a fact about the job; see ``set_facts``."""
         self.set_facts({key: value})
 
-    def set_facts(self, facts: Mapping[str, str]) -> None:
-        """Store facts about the job, such as ``status``: how it ended, or empty while it runs."""
-        with self._connections.transaction(WAIT_S) as db:
+    def set_facts(self, facts: Mapping[str, str], *, wait_s: float = WAIT_S) -> None:
+        """Store facts about the job, such as ``status``: how it ended, or empty while it runs; ``wait_s`` as above."""
+        with self._connections.transaction(wait_s) as db:
             db.executemany(_SET_FACT, facts.items())
 
     def meta(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,9 +102,9 @@ class Lane:
         self._news: set[int] = set()
         self._news_lock = threading.Lock()
         self._wake = threading.Event()
-        self._preflight_done = threading.Event()
-        self._preflight_error: ConfigError | None = None
+        self._checked = Future[None]()
         self._ending: _Ending | None = None
+        self._may_deliver = threading.Event()
         self._stop = threading.Event()
         self._busy_since: float | None = None
         self._defect = ""
@@ -111,9 +112,26 @@ class Lane:
         self._notice = OpeningNotice(name, run_folder, say_where_to_look)
         self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread; it checks the backend first, then delivers what the journal has."""
+    def check(self) -> None:
+        """Start the thread. It checks the backend, and then waits for ``start`` before it delivers."""
         self._thread.start()
+
+    def start(self) -> None:
+        """Deliver what the journal has, once the backend is checked. Starts the thread if ``check`` did not."""
+        self._may_deliver.set()
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def abandon(self) -> None:
+        """Stop before the next call of the backend, and end no run. Does not block; ``wait`` waits for the end."""
+        self._stop.set()
+        self._may_deliver.set()
+        self._wake.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until an abandoned lane has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def wait_for_preflight(self, timeout_s: float) -> None:
         """Wait until the backend's own check is done. A check that takes longer is logged, and the job goes on.
@@ -121,13 +139,13 @@ class Lane:
         Raises:
             ConfigError: the backend says that it cannot be used as configured.
         """
-        if not self._preflight_done.wait(timeout_s):
+        try:
+            self._checked.result(timeout_s)
+        except TimeoutError:
             _log.warning(
                 "backend %s did not finish its check within %g s; the job goes on, and records wait in the journal",
                 self.name, timeout_s,
             )  # fmt: skip
-        if self._preflight_error is not None:
-            raise self._preflight_error
 
     def notify(self, site: int) -> None:
         """Tell the lane that the journal has new rows of this site. Thread-safe; does not block."""
@@ -193,14 +211,17 @@ class Lane:
     def _main(self) -> None:
         try:
             self._preflight()
-            self._deliver()
+            self._may_deliver.wait()
+            if not self._stop.is_set():
+                self._deliver()
         except BaseException as e:
             # A defect of trackhub's own; training must go on, and the journal keeps the records.
             if not self._stop.is_set():
                 self._defect = f"the lane ended unexpectedly: {type(e).__name__}: {e}"
                 _log.exception("lane %s ended unexpectedly; its records stay in the journal", self.name)
         finally:
-            self._preflight_done.set()
+            if not self._checked.done():
+                self._checked.set_result(None)
             self._close()
 
     def _close(self) -> None:
@@ -213,15 +234,16 @@ class Lane:
 
     def _preflight(self) -> None:
         self._busy_since = time.monotonic()
+        problem: ConfigError | None = None
         try:
             self._backend.preflight()
         except (ConfigError, ImportError) as e:
             if is_environment_trouble(e):  # a full disk is not a wrong configuration, even if a plugin says so
                 self._warn_of_preflight(e)
             elif isinstance(e, ConfigError):
-                self._preflight_error = e
+                problem = e
             else:  # nobody installs a missing SDK while the job runs
-                self._preflight_error = ConfigError(
+                problem = ConfigError(
                     f"the backend {self.name} cannot import what it needs: {e}. Install it where this backend runs"
                 )
         except TransientError as e:
@@ -229,7 +251,10 @@ class Lane:
         except BaseException as e:  # also SystemExit, which an SDK may raise: no error of a plugin ends the lane
             _log.warning("the check of backend %s failed: %s: %s", self.name, type(e).__name__, e, exc_info=True)
         self._busy_since = None
-        self._preflight_done.set()
+        if problem is None:
+            self._checked.set_result(None)
+        else:
+            self._checked.set_exception(problem)
 
     def _warn_of_preflight(self, error: BaseException) -> None:
         _log.warning("backend %s is not available now (%s); records wait in the journal", self.name, error)
