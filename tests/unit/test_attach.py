@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from trackhub.cli.attach import attach
 from trackhub.errors import ConfigError
+from trackhub.flare.recipe import tracking_components
 from trackhub.runnable_commands import runnable
 
 EXECUTOR = {
@@ -251,3 +253,81 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, break_it: Any, messa
 def test_the_folder_above_a_job_names_the_job(tmp_path: Path) -> None:
     json_job(tmp_path / "job")
     assert "give one of these: job" in str(run(tmp_path, "--server", "jsonl").exception)
+
+
+def test_a_job_whose_meta_file_is_hocon_is_attached(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "job")
+    (job / "meta.json").unlink()
+    (job / "meta.conf").write_text('name = "j"\nmin_clients = 3\ndeploy_map { app = ["@ALL"] }\n')
+
+    done = run(job, "--server", "jsonl")
+
+    assert done.exit_code == 0
+    assert "-n 3 -t 3" in done.output
+    assert "trackhub_receiver" in ids(json.loads((job / "app/config/config_fed_server.json").read_text()))
+
+
+COLLECTOR = """
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+from nvflare.widgets.widget import Widget
+
+
+class Collector(Widget):
+    pass
+"""
+NOT_OPTIONS = ["policy", "federation", "aggregate_weight", "update_statistics"]
+STOCK = {"id": "tb", "path": "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--client", "jsonl"], "Nothing is sent to the server"),
+        (["--server", "jsonl"], "With take_over='copy', they get everything"),
+        (["--server", "jsonl", "--take-over", "copy"], ""),
+    ],
+)
+def test_what_becomes_of_the_jobs_own_receivers_is_said(tmp_path: Path, args: list[str], said: str) -> None:
+    """Also of those in a file that does not change, and of a component of the user's own."""
+    job = json_job(tmp_path / "job")
+    config = job / "app/config/config_fed_server.json"
+    own = {"id": "mine", "path": "my.collector.Collector"}
+    config.write_text(json.dumps({**SERVER, "components": [STOCK, own, {"id": "other", "path": "my.other.Thing"}]}))
+    (job / "app/custom/my").mkdir(parents=True)
+    (job / "app/custom/my/collector.py").write_text(COLLECTOR)
+
+    done = run(job, *args)
+
+    assert done.exit_code == 0
+    notes = [line for line in done.output.splitlines() if "on the server will get nothing" in line]
+    assert [line.split(" on the server")[0] for line in notes] == (
+        ["note: tb (TBAnalyticsReceiver), mine (Collector)"] if said else []
+    )
+    assert said in " ".join(notes)
+
+
+def test_every_argument_of_the_tracking_components_is_an_option(tmp_path: Path) -> None:
+    """`docs/migrating.md` names those that are not."""
+    options = {option.name for option in attach.params}
+    names = {"clients": "client", "tags": "tag", "limits": "limit", "context": "no_context"}
+    arguments = [names.get(name, name) for name in inspect.signature(tracking_components).parameters]
+
+    assert [name for name in arguments if name not in options] == NOT_OPTIONS
+    page = Path("docs/migrating.md").read_text()
+    assert all(f"`{name}`" in page for name in NOT_OPTIONS)
+
+
+def test_captures_and_statistics_are_handed_on(tmp_path: Path) -> None:
+    job = json_job(tmp_path / "job")
+
+    more = ["--capture", "wandb", "--capture-only", "--aggregate", "val/*", "--system-metrics", "1"]
+    run(job, "--server", "jsonl", *more, "--take-over", "false")
+
+    server, client = (
+        json.loads((job / f"app/config/config_fed_{side}.json").read_text())["components"][-1]["args"]
+        for side in ("server", "client")
+    )
+    assert (client["capture"], client["capture_only"], client["take_over"]) == (["wandb"], True, False)
+    assert client["own_records"]["system_metrics"] == 1.0
+    assert "val/*" in json.dumps(server["federation"])
+    assert "cannot capture 'wndb'" in str(run(job, "--server", "jsonl", "--capture", "wndb").exception)

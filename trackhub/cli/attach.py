@@ -18,7 +18,7 @@ from trackhub.runnable_commands import command_for
 
 __all__ = ["attach"]
 
-_DEFAULTS: tuple[Any, ...] = (None, "", True)  # True is the default of take_over
+_DEFAULTS = {"take_over": True, "federation": True, "capture_only": False}  # of the others: None, or an empty text
 
 
 @click.command()
@@ -32,10 +32,18 @@ _DEFAULTS: tuple[Any, ...] = (None, "", True)  # True is the default of take_ove
 @click.option("--tag", multiple=True, help="A label for every run of the job; repeatable.")
 @click.option(
     "--take-over",
-    type=click.Choice(["true", "events", "false"]),
+    type=click.Choice(["true", "events", "copy", "false"]),
     default="true",
     help="Whether to record what FLARE's own writers log, as for add_tracking.",
 )
+@click.option(
+    "--capture",
+    multiple=True,
+    metavar="SDK",
+    help="Also record what the scripts log with tensorboard, wandb or mlflow; repeatable.",
+)
+@click.option("--capture-only", is_flag=True, help="Do not pass on to the SDK what --capture records.")
+@click.option("--aggregate", multiple=True, metavar="PATTERN", help="Statistics of these keys over sites; repeatable.")
 @click.option(
     "--flare-metrics",
     multiple=True,
@@ -52,7 +60,7 @@ _DEFAULTS: tuple[Any, ...] = (None, "", True)  # True is the default of take_ove
 def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: bool, **more: Any) -> None:
     """Add tracking to an exported job.
 
-    FOLDER is the job's folder, with its meta.json. The command changes the JSON and HOCON files of the job's apps, and
+    FOLDER is the job's folder, with its meta file. The command changes the JSON and HOCON files of the job's apps, and
     shows how. It keeps each original with .orig at the end of its name. For YAML it prints what to insert. The last
     lines are the commands that run the job.
 
@@ -75,11 +83,12 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
         )
         sys.exit(2)
     components = _without_defaults(tracking_components(**_arguments(server, client, more)))
-    changes, by_hand = plan_attach(folder, components)
+    changes, by_hand, warnings = plan_attach(folder, components)
     if not dry_run:
         write_changes(changes)
     for change in changes:
         print_lines(*change.diff().splitlines(), *(f"note: {change.path}: {note}" for note in change.notes), "")
+    print_lines(*(f"note: {warning}" for warning in warnings))
     for left in by_hand:
         print_lines(f"{left.path}: {left.reason}:", *left.block.splitlines(), "")
     verb = "would change" if dry_run else "changed"
@@ -127,6 +136,9 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
         "notes": more["notes"],
         "tags": list(more["tag"]),
         "take_over": take_over,
+        "capture": list(more["capture"]),
+        "capture_only": more["capture_only"],
+        "aggregate": list(more["aggregate"]) or None,
         "flare_metrics": list(more["flare_metrics"]),
         "limits": _limits(more["limit"]) or None,
         "state_dir": more["state_dir"],
@@ -137,15 +149,18 @@ def _arguments(server: Sequence[str], client: Sequence[str], more: dict[str, Any
 
 
 def _without_defaults(components: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the components without the arguments that have their defaults: None, an empty text or True.
-
-    ``server_receiver`` stays, since None is not its default.
-    """
+    """Return the components without the arguments that have their defaults."""
 
     def told(args: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in args.items() if k == "server_receiver" or v not in _DEFAULTS}
+        return {name: value for name, value in args.items() if not _is_default(name, value)}
 
     return {file: [{**one, "args": told(one["args"])} for one in listed] for file, listed in components.items()}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    if name == "server_receiver":  # None is not its default
+        return False
+    return value is _DEFAULTS.get(name) or value == ""
 
 
 def _limits(flags: Sequence[str]) -> dict[str, float]:

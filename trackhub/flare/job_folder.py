@@ -18,7 +18,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+
 from trackhub.errors import ConfigError
+from trackhub.flare.find_analytics_listeners import client_warning, server_warning
 from trackhub.flare.recipe import MIN_SHUTDOWN_TIMEOUT_S
 
 __all__ = ["ByHand", "Change", "clients_of", "plan_attach", "write_changes"]
@@ -26,7 +29,8 @@ __all__ = ["ByHand", "Change", "clients_of", "plan_attach", "write_changes"]
 Components = Mapping[str, list[dict[str, Any]]]
 """What `tracking_components` returns: the components by the name of the JSON file that gets them."""
 
-_SIDES = {"config_fed_server.json": "server", "config_fed_client.json": "client"}
+_SERVER_FILE, _CLIENT_FILE = "config_fed_server.json", "config_fed_client.json"
+_SIDES = {_SERVER_FILE: "server", _CLIENT_FILE: "client"}
 _JSON, _HOCON, _YAML = (".json",), (".conf",), (".yml", ".yaml")  # in the order in which FLARE looks for them
 _ALL_SITES, _SERVER = "@ALL", "server"
 _ORIGINAL = ".orig"
@@ -69,19 +73,26 @@ class ByHand(NamedTuple):
     reason: str
 
 
-def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[ByHand]]:
+def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[ByHand], list[str]]:
     """Return what to change in a job's folder, and change nothing.
 
     Args:
-        job: the folder with the job's ``meta.json``.
+        job: the folder with the job's meta file.
         components: what to insert.
+
+    Returns:
+        The files to change, the files that a person must change, and what the job's own receivers of analytics events
+        will get, one sentence for each side that has some.
 
     Raises:
         ConfigError: the folder holds no job, an app has no configuration, or the job has tracking already.
     """
     changes, by_hand, tracked = [], [], []
+    listening: dict[str, list[str]] = {name: [] for name in _SIDES}
     for folder, sides in _apps(job):
         for name, new in components.items():
+            if _SIDES[name] in sides:
+                listening[name] += _listeners(folder, name)
             if new and _SIDES[name] in sides:
                 path = _config_file(folder, name)
                 found = _attach(path, new)
@@ -96,7 +107,7 @@ def plan_attach(job: Path, components: Components) -> tuple[list[Change], list[B
         )
     if not changes and not by_hand:
         raise ConfigError(f"attach: {job}: no app of this job runs on a side that tracks")
-    return changes, by_hand
+    return changes, by_hand, _warnings(components, listening)
 
 
 def write_changes(changes: list[Change]) -> None:
@@ -121,9 +132,9 @@ def write_changes(changes: list[Change]) -> None:
 
 
 def clients_of(job: Path) -> int:
-    """Return how many clients a job needs, as its ``meta.json`` says; 2 if it does not say."""
+    """Return how many clients a job needs, as its meta file says; 2 if it does not say."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        return max(1, int(json.loads((job / "meta.json").read_text(encoding="utf-8")).get("min_clients", 2)))
+        return max(1, int(_read(_file_of(job, "meta") or job).get("min_clients", 2)))
     return 2
 
 
@@ -133,17 +144,18 @@ def _original(path: Path) -> Path:
 
 def _apps(job: Path) -> Iterator[tuple[Path, set[str]]]:
     """Yield the configuration folder of each app, and the sides on which the app runs."""
-    try:
-        meta = json.loads((job / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        inner = sorted(path.parent.name for path in job.glob("*/meta.json"))
+    path = _file_of(job, "meta")
+    if path is None:
+        inner = sorted(path.parent.name for path in job.glob("*/meta.*"))
         hint = f"; give one of these: {', '.join(inner)}" if inner else "; export the job first: recipe.export(FOLDER)"
-        raise ConfigError(f"attach: {job}: expected the folder of a job, with its meta.json{hint}") from e
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"attach: {job / 'meta.json'} cannot be read: {e}") from e
+        raise ConfigError(f"attach: {job}: expected the folder of a job, with its meta.json{hint}")
+    try:
+        meta = _read(path)
+    except Exception as e:
+        raise ConfigError(f"attach: {path} cannot be read: {e}") from e
     deploy_map = meta.get("deploy_map") if isinstance(meta, dict) else None
     if not isinstance(deploy_map, dict) or not deploy_map:
-        raise ConfigError(f"attach: {job / 'meta.json'}: expected a deploy_map that names the job's apps")
+        raise ConfigError(f"attach: {path}: expected a deploy_map that names the job's apps")
     for app, targets in deploy_map.items():
         sites = {target if isinstance(target, str) else str(target.get("sites")) for target in targets or ["@ALL"]}
         server = bool(sites & {_ALL_SITES, _SERVER})
@@ -151,13 +163,65 @@ def _apps(job: Path) -> Iterator[tuple[Path, set[str]]]:
         yield job / app / "config", {side for side, on in (("server", server), ("client", clients)) if on}
 
 
-def _config_file(folder: Path, name: str) -> Path:
+def _file_of(folder: Path, stem: str) -> Path | None:
     """Return the file that FLARE would read for this name: the one whose ending FLARE tries first."""
+    paths = (folder / f"{stem}{ending}" for ending in (*_JSON, *_HOCON, *_YAML))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _config_file(folder: Path, name: str) -> Path:
+    """Return the app's configuration file for one side.
+
+    Raises:
+        ConfigError: there is none.
+    """
     stem = name.removesuffix(".json")
-    for ending in (*_JSON, *_HOCON, *_YAML):
-        if (path := folder / f"{stem}{ending}").is_file():
-            return path
-    raise ConfigError(f"attach: {folder}: expected {stem}.json, .conf or .yml in this folder")
+    if (path := _file_of(folder, stem)) is None:
+        raise ConfigError(f"attach: {folder}: expected {stem}.json, .conf or .yml in this folder")
+    return path
+
+
+def _listeners(folder: Path, name: str) -> list[str]:
+    """Return the components of one side that listen to FLARE's analytics events, each as ``id (class)``.
+
+    FLARE's receivers listen. A component of the app's own code counts as a listener if its module or an argument names
+    the event. Nothing is returned for a file that cannot be read: `_attach` says so, if it has to change it.
+    """
+    try:
+        components = _components(_read(_config_file(folder, name)))
+    except Exception:  # a parser of HOCON or YAML may raise anything
+        return []
+    found = []
+    for component in components:
+        kind = str(component.get("path") or component.get("name") or "")
+        if kind.endswith(_RECEIVERS) or _names_event(component.get("args")) or _source_names_event(folder.parent, kind):
+            found.append(f"{component.get('id')} ({kind.rpartition('.')[2]})")
+    return found
+
+
+def _names_event(value: object) -> bool:
+    return ANALYTIC_EVENT_TYPE in json.dumps(value, default=str)
+
+
+def _source_names_event(app: Path, kind: str) -> bool:
+    source = (app / "custom").joinpath(*kind.split(".")[:-1]).with_suffix(".py")
+    try:
+        text = source.read_text(encoding="utf-8") if source.is_file() else ""
+    except (OSError, ValueError):
+        return False
+    return ANALYTIC_EVENT_TYPE in text or "ANALYTIC_EVENT_TYPE" in text
+
+
+def _warnings(components: Components, listening: Mapping[str, list[str]]) -> list[str]:
+    """Return what becomes of the listeners of both sides, in sentences."""
+    senders = [component["args"] for component in components[_CLIENT_FILE] if "take_over" in component["args"]]
+    take_over = senders[0]["take_over"] if senders else True  # the default is left out
+    has_server_side = bool(components[_SERVER_FILE])
+    found = [
+        server_warning(listening[_SERVER_FILE], take_over, has_server_side=has_server_side),
+        client_warning(listening[_CLIENT_FILE], take_over),
+    ]
+    return [warning.removeprefix("trackhub: ") for warning in found if warning]
 
 
 def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand | None:
@@ -202,11 +266,6 @@ def _with_components(before: Any, new: list[dict[str, Any]], path: Path) -> tupl
                 f"shutdown_timeout of the executor is 0, so FLARE may kill a trainer before its last lines run. "
                 f"Set it to {MIN_SHUTDOWN_TIMEOUT_S:.0f}."
             )
-    notes += [
-        f"The component {component.get('id')!r} is one of FLARE's receivers. docs/delivery.md says what it gets."
-        for component in _components(before)
-        if str(component.get("path", "")).endswith(_RECEIVERS)
-    ]
     return after, notes
 
 
@@ -230,9 +289,17 @@ def _components(config: Any) -> list[dict[str, Any]]:
     return [component for component in config.get("components") or [] if isinstance(component, dict)]
 
 
+def _read(path: Path) -> Any:
+    return _parse(path, path.read_text(encoding="utf-8"))
+
+
 def _parse(path: Path, text: str) -> Any:
     if path.suffix in _JSON:
         return json.loads(text)
+    if path.suffix in _YAML:
+        import yaml
+
+        return yaml.safe_load(text)
     from pyhocon import ConfigFactory  # type: ignore[import-untyped]  # a dependency of FLARE, which reads jobs with it
 
     return _plain(ConfigFactory.parse_string(text, basedir=str(path.parent)).as_plain_ordered_dict())
