@@ -284,17 +284,12 @@ def _count_nested(values: dict[str, Any]) -> int:
     return count
 
 
-def size_problem(payload: Payload, body_bytes: int) -> str | None:
+def size_problem(payload: Payload) -> str | None:
     """Return why a payload has too many values for one record, as a sentence without an end. None if it has not.
 
-    The writer uses this rule, and so does the receiver for what a site sends.
-
-    Args:
-        payload: what was logged.
-        body_bytes: how many bytes its encoded record takes.
+    The writer uses this rule, and so does the receiver for what a site sends. A record whose encoded body has no more
+    than ``MAX_KEYS_OF_RECORD`` bytes need not be checked, since each value takes a byte at least.
     """
-    if body_bytes <= MAX_KEYS_OF_RECORD:  # each value takes a byte at least. Nearly all records end here
-        return None
     if isinstance(payload, KEYED) and len(payload.values) > MAX_KEYS_OF_RECORD:
         return (
             f"{len(payload.values)} keys are logged together; expected at most {MAX_KEYS_OF_RECORD}; log them in "

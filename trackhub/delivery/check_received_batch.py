@@ -190,7 +190,7 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
         raise RefusedRecordError(
             "wrong_kind", f"the frame says kind {kind}, but the payload is {type(payload).__name__}"
         )
-    if problem := size_problem(payload, len(body)):
+    if len(body) > MAX_KEYS_OF_RECORD and (problem := size_problem(payload)):
         raise RefusedRecordError("too_many_values", problem)
     if type(payload) is Metrics and keys.keys.issuperset(payload.values):
         return record  # nearly all records need no further check (docs/adr/0004)

@@ -7,7 +7,7 @@ limited in values as well as in records: a request of a site may hold a hundred 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from trackhub.records import KEYED, Artifact, Image, Metrics, Payload, count_values
 from trackhub.spi import Entry
@@ -24,25 +24,33 @@ _VALUES_OF_DOCUMENT = (
 _BYTES_OF_VALUE = 1 << 16  # of a file. Backends copy it at about a gigabyte a second
 
 
-def split_into_writes(entries: Iterable[Entry], max_batch: int) -> Iterator[list[Entry]]:
+def split_into_writes(entries: Sequence[Entry], max_batch: int) -> Iterator[list[Entry]]:
     """Yield the entries in their order, in writes.
 
     Args:
         entries: what is to be written.
         max_batch: most entries in one write.
     """
+    for start in range(0, len(entries), max_batch):
+        batch = list(entries[start : start + max_batch])
+        payloads = [entry.payload for entry in batch]
+        sizes = [len(payload.values) if type(payload) is Metrics else _size_of(payload) for payload in payloads]
+        if sum(sizes) <= MAX_VALUES_OF_WRITE:
+            yield batch
+        else:
+            yield from _split(batch, sizes)
+
+
+def _split(entries: Sequence[Entry], sizes: Sequence[int]) -> Iterator[list[Entry]]:
     batch: list[Entry] = []
     left = MAX_VALUES_OF_WRITE
-    for entry in entries:
-        payload = entry.payload
-        size = len(payload.values) if type(payload) is Metrics else _size_of(payload)
+    for entry, size in zip(entries, sizes, strict=True):
         left -= size
-        if batch and (left < 0 or len(batch) == max_batch):
+        if batch and left < 0:
             yield batch
             batch, left = [], MAX_VALUES_OF_WRITE - size
         batch.append(entry)
-    if batch:
-        yield batch
+    yield batch
 
 
 def _size_of(payload: Payload) -> int:
