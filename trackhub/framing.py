@@ -21,7 +21,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from trackhub.errors import RecordError
-from trackhub.records import KIND_OF, MAX_KEYS_OF_RECORD, Count, Kind, Metrics, Record, size_problem
+from trackhub.records import KIND_OF, MAX_METRICS_OF_RECORD, Count, Kind, Metrics, Record, size_problem
 
 __all__ = [
     "DECODED_IN_TRANSIT",
@@ -117,7 +117,7 @@ def encode_frame(record: Record) -> bytes:
             f"{_name_of(record)}: the record takes {size} bytes encoded; the limit is {MAX_BODY_BYTES}; log a larger "
             "value with log_artifact"
         )
-    if size > MAX_KEYS_OF_RECORD and (problem := size_problem(record.payload)):
+    if size > MAX_METRICS_OF_RECORD and (problem := size_problem(record.payload)):
         raise RecordError(f"{_name_of(record)}: {problem}")
     checked = _pack_checked(size, KIND_OF[type(record.payload)]) + body
     return _pack_crc(zlib.crc32(checked)) + checked

@@ -21,8 +21,8 @@ __all__ = [
     "MAX_COUNT",
     "MAX_DEPTH",
     "MAX_IMAGE_BYTES",
-    "MAX_KEYS_OF_RECORD",
     "MAX_KEY_CHARS",
+    "MAX_METRICS_OF_RECORD",
     "MAX_STEP",
     "MAX_VALUES_OF_RECORD",
     "STEPLESS",
@@ -60,13 +60,14 @@ MAX_COUNT = 2**53 - 1
 MAX_DEPTH = 20
 """How many lists and dicts may enclose a value of a param."""
 
-MAX_KEYS_OF_RECORD = 10_000
-"""Most keys of one record of metrics, params, tags or final values. A backend gets a record as a whole, and MLflow's
-SDK needs up to 0.3 ms for each key. A record of more keys would hold up the records of all other sites."""
+MAX_METRICS_OF_RECORD = 10_000
+"""Most metrics that are logged together. A backend gets a record as a whole, and MLflow's SDK needs up to 0.3 ms for
+each new metric. A record of more metrics would hold up the records of all other sites."""
 
 MAX_VALUES_OF_RECORD = 100_000
-"""Most values of one record: cells of a table, edges and counts of a histogram, or values in nested params. The SDKs
-need about 0.01 ms for each. A table of floats has more bytes than a record may have at 116,000 cells."""
+"""Most values of any record: cells of a table, edges and counts of a histogram, params, tags or final values, those in
+nested ones included. The SDKs need 0.01 to 0.02 ms for each. A table of floats has more bytes than a record may have at
+116,000 cells."""
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
@@ -288,12 +289,12 @@ def size_problem(payload: Payload) -> str | None:
     """Return why a payload has too many values for one record, as a sentence without an end. None if it has not.
 
     The writer uses this rule, and so does the receiver for what a site sends. A record whose encoded body has no more
-    than ``MAX_KEYS_OF_RECORD`` bytes need not be checked, since each value takes a byte at least.
+    than ``MAX_METRICS_OF_RECORD`` bytes need not be checked, since each value takes a byte at least.
     """
-    if isinstance(payload, KEYED) and len(payload.values) > MAX_KEYS_OF_RECORD:
+    if isinstance(payload, Metrics) and len(payload.values) > MAX_METRICS_OF_RECORD:
         return (
-            f"{len(payload.values)} keys are logged together; expected at most {MAX_KEYS_OF_RECORD}; log them in "
-            "several calls"
+            f"{len(payload.values)} are logged together; expected at most {MAX_METRICS_OF_RECORD}; log them in several "
+            "calls"
         )
     if (values := count_values(payload)) > MAX_VALUES_OF_RECORD:
         return f"it has {values} values; expected at most {MAX_VALUES_OF_RECORD}; log a file of them with log_artifact"

@@ -18,7 +18,7 @@ from trackhub.errors import RecordError
 from trackhub.framing import encode_frame
 from trackhub.records import (
     KIND_OF,
-    MAX_KEYS_OF_RECORD,
+    MAX_METRICS_OF_RECORD,
     MAX_VALUES_OF_RECORD,
     Artifact,
     Blob,
@@ -37,7 +37,7 @@ from trackhub.records import (
 from trackhub.spi import Entry
 
 STREAM = "5" * 32
-CELLS = MAX_VALUES_OF_RECORD
+MOST = MAX_VALUES_OF_RECORD
 
 
 def keyed(count: int, value: Any) -> dict[str, Any]:
@@ -45,19 +45,19 @@ def keyed(count: int, value: Any) -> dict[str, Any]:
 
 
 LARGEST: dict[str, tuple[Payload, Payload]] = {
-    "metrics": (Metrics(keyed(MAX_KEYS_OF_RECORD, 1.0)), Metrics(keyed(MAX_KEYS_OF_RECORD + 1, 1.0))),
-    "params": (Params(keyed(MAX_KEYS_OF_RECORD, 1)), Params(keyed(MAX_KEYS_OF_RECORD + 1, 1))),
-    "tags": (Tags(keyed(MAX_KEYS_OF_RECORD, "")), Tags(keyed(MAX_KEYS_OF_RECORD + 1, ""))),
-    "final values": (Summary(keyed(MAX_KEYS_OF_RECORD, 1)), Summary(keyed(MAX_KEYS_OF_RECORD + 1, 1))),
-    "params in a list": (Params({"a": [0] * (CELLS - 1)}), Params({"a": [0] * CELLS})),
-    "params in lists": (Params({"a": [[[]]] * (CELLS // 2 - 1)}), Params({"a": [[[]]] * (CELLS // 2)})),
-    "params in a dict": (Params({"a": {"b": [0] * (CELLS - 2)}}), Params({"a": {"b": [0] * (CELLS - 1)}})),
+    "metrics": (Metrics(keyed(MAX_METRICS_OF_RECORD, 1.0)), Metrics(keyed(MAX_METRICS_OF_RECORD + 1, 1.0))),
+    "params": (Params(keyed(MOST, 1)), Params(keyed(MOST + 1, 1))),
+    "tags": (Tags(keyed(MOST, "")), Tags(keyed(MOST + 1, ""))),
+    "final values": (Summary(keyed(MOST, 1)), Summary(keyed(MOST + 1, 1))),
+    "params in a list": (Params({"a": [0] * (MOST - 1)}), Params({"a": [0] * MOST})),
+    "params in lists": (Params({"a": [[[]]] * (MOST // 2 - 1)}), Params({"a": [[[]]] * (MOST // 2)})),
+    "params in a dict": (Params({"a": {"b": [0] * (MOST - 2)}}), Params({"a": {"b": [0] * (MOST - 1)}})),
     "cells": (Table("t", ["a"] * 100, [[0] * 100] * 1000), Table("t", ["a"] * 100, [[0] * 100] * 1001)),
-    "columns": (Table("t", [""] * CELLS, []), Table("t", [""] * (CELLS + 1), [])),
-    "rows": (Table("t", [], [[]] * CELLS), Table("t", [], [[]] * (CELLS + 1))),
+    "columns": (Table("t", [""] * MOST, []), Table("t", [""] * (MOST + 1), [])),
+    "rows": (Table("t", [], [[]] * MOST), Table("t", [], [[]] * (MOST + 1))),
     "bins": (
-        Histogram("h", [*map(float, range(CELLS // 2))], [0.0] * (CELLS // 2 - 1)),
-        Histogram("h", [*map(float, range(CELLS // 2 + 1))], [0.0] * (CELLS // 2)),
+        Histogram("h", [*map(float, range(MOST // 2))], [0.0] * (MOST // 2 - 1)),
+        Histogram("h", [*map(float, range(MOST // 2 + 1))], [0.0] * (MOST // 2)),
     ),
 }
 
@@ -84,7 +84,7 @@ def test_a_record_of_too_many_values_is_refused_by_the_receiver_and_by_the_write
 
 def test_records_that_together_have_many_keys_are_not_refused(tmp_path: Path) -> None:
     job = Job(tmp_path / "run")
-    frames = [sent(Metrics({f"{seq}-{i}": 1.0 for i in range(MAX_KEYS_OF_RECORD // 2)}), seq) for seq in range(6)]
+    frames = [sent(Metrics({f"{seq}-{i}": 1.0 for i in range(MAX_METRICS_OF_RECORD // 2)}), seq) for seq in range(6)]
 
     assert job.ask(batch(frames)) == wire.Accepted()
     job.finish()

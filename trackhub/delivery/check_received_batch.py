@@ -60,7 +60,7 @@ from trackhub.records import (
     MAX_CAPTION_CHARS,
     MAX_DEPTH,
     MAX_IMAGE_BYTES,
-    MAX_KEYS_OF_RECORD,
+    MAX_METRICS_OF_RECORD,
     Artifact,
     Gap,
     Histogram,
@@ -190,7 +190,7 @@ def check_record(stream: str, kind: int, body: bytes, keys: KnownKeys, room: _Ro
         raise RefusedRecordError(
             "wrong_kind", f"the frame says kind {kind}, but the payload is {type(payload).__name__}"
         )
-    if len(body) > MAX_KEYS_OF_RECORD and (problem := size_problem(payload)):
+    if len(body) > MAX_METRICS_OF_RECORD and (problem := size_problem(payload)):
         raise RefusedRecordError("too_many_values", problem)
     if type(payload) is Metrics and keys.keys.issuperset(payload.values):
         return record  # nearly all records need no further check (docs/adr/0004)
@@ -376,7 +376,9 @@ class _Examination:
             if [record.seq for record in records] != list(range(self.seq, self.seq + len(records))):
                 return False
             keys = set[str]().union(*[record.payload.values for record in records])
-            if len(keys) > MAX_KEYS_OF_RECORD and any(len(r.payload.values) > MAX_KEYS_OF_RECORD for r in records):
+            if len(keys) > MAX_METRICS_OF_RECORD and any(
+                len(r.payload.values) > MAX_METRICS_OF_RECORD for r in records
+            ):
                 return False
             new = keys - self._keys.keys
             if new:  # in the order of the records: if the site has too many keys, the first ones are remembered

@@ -118,7 +118,7 @@ class Writer(FigureAndModelCalls):
             metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
                 a value of numpy or torch, or a ``decimal.Decimal``. A text is no number. Numbers are stored as float64;
                 NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key has 1 to
-                1,000 characters and no control characters. One call has at most 10,000 keys. An empty mapping logs
+                1,000 characters and no control characters. One call has at most 10,000 metrics. An empty mapping logs
                 nothing.
             step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
                 key.
