@@ -150,7 +150,7 @@ class Receiver:
             self.job, side, self._run_dir, self.sites, silence_s=self._limits.silence_s, federation=federation,
             ended=ended,
         )  # fmt: skip
-        self._room = DiskRoom(self.folder, self.sites.may_send_more)
+        self._room = DiskRoom(self.folder, self._run_dir, self.sites.may_send_more)
         self._start_again = StartAgain()
         self._say_where_to_look = say_where_to_look
 
@@ -190,7 +190,7 @@ class Receiver:
             self._state = _WAITING
 
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
-        return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
+        return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side, room=self._room)
 
     def _open(self, *, from_start: bool, wait_s: float) -> None:
         backends = self._set_up_backends()

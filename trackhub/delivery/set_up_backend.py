@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trackhub import registry
+from trackhub.delivery.share_last_disk_room import DiskRoom
+from trackhub.delivery.write_within_disk_room import WithinDiskRoom
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import BackendLoadError, ConfigError, PluginError
 from trackhub.job_and_run_info import JobInfo, Side
@@ -22,7 +24,7 @@ __all__ = ["set_up_backends"]
 
 
 def set_up_backends(
-    backends: Mapping[str, Mapping[str, Any]], *, run_dir: Path, job: JobInfo, side: Side
+    backends: Mapping[str, Mapping[str, Any]], *, run_dir: Path, job: JobInfo, side: Side, room: DiskRoom
 ) -> dict[str, Backend[Any]]:
     """Return the backends of a job by name, set up for it. Their own check, ``preflight``, comes later.
 
@@ -34,6 +36,7 @@ def set_up_backends(
             backend's lane makes the folder later.
         job: the job.
         side: where the receiver is.
+        room: says whether a lane may hand records of a site to a backend now.
 
     Raises:
         ConfigError: a backend is unknown, an option is wrong, or a folder cannot be made.
@@ -45,13 +48,13 @@ def set_up_backends(
         with _plugin_errors(name):
             cls = registry.load(name)
             planned[name] = cls, registry.build_options(name, cls, options)
-    found = {}
+    found: dict[str, Backend[Any]] = {}
     made = [folder for folder in (run_dir, *(run_dir / name for name in planned)) if not folder.exists()]
     try:
         for name, (cls, built) in planned.items():
             with _plugin_errors(name):
                 _make_folder(run_dir / name, name)
-                found[name] = cls(built, BackendContext(run_dir / name, job, side))
+                found[name] = WithinDiskRoom(cls(built, BackendContext(run_dir / name, job, side)), room)
     except BaseException:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # it was not made, or is not empty

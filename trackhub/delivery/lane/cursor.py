@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
 from trackhub.delivery.lane.describe_record import name_of
+from trackhub.delivery.write_within_disk_room import NotHandedOverError
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
@@ -206,9 +207,14 @@ class Cursor:
             self.progress.rejected_at.update((r.position, r.reason) for r in rejections)
             self._save()
 
-    def doubt(self, batch: Sequence[Entry]) -> None:
-        """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
-        if self._may_double():
+    def doubt(self, batch: Sequence[Entry], error: BaseException) -> None:
+        """Remember that the backend may have stored this batch, or the first entries of it, although it failed.
+
+        Args:
+            batch: what was to be written.
+            error: how that failed.
+        """
+        if self._may_double() and not isinstance(error, NotHandedOverError):
             self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
     def doubt_earlier_lanes(self) -> None:

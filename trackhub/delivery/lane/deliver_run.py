@@ -371,7 +371,7 @@ class RunDelivery:
         outcomes = self._files.collect() if self._files is not None else []
         for outcome in outcomes:
             if outcome.error is not None:
-                self._cursor.doubt([outcome.entry])
+                self._cursor.doubt([outcome.entry], outcome.error)
                 self._cursor.note_error(outcome.error)
             if outcome.is_first:
                 _log.warning(
@@ -414,7 +414,7 @@ class RunDelivery:
             self._cursor.note_unblocked()
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
-        self._cursor.doubt(batch)  # a backend that stores one record after another may have stored the first ones
+        self._cursor.doubt(batch, error)  # a backend may have stored the first records before it failed
         verdict = self._isolation.failed(error)
         if verdict.wait:
             self._failed(error)
@@ -441,7 +441,7 @@ class RunDelivery:
         try:
             report = checked_report(run.write(list(batch)))
         except BaseException as e:
-            self._cursor.doubt(batch)
+            self._cursor.doubt(batch, e)
             self._cursor.note_error(e)
             rejected = self._isolation.failed(e).rejected
             if rejected is None:
