@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLARE's lifecycle events count only when FLARE fired them in this process: any site can send one of any type.
 
-And how a client's job ends, by its tasks and by these events.
+And how a client's job ends, by its tasks and by these events, and which round its tasks give to records.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nvflare.apis.fl_constant import EventScope, FLContextKey, ProcessType, Rese
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
 
 from trackhub.delivery import Limits, Receiver, Side
 from trackhub.delivery.journal.report_builder import read_journal_report
@@ -105,7 +106,11 @@ def test_the_end_of_a_job_does_not_wait_for_a_locked_journal(tmp_path: Path, cap
 class AnExecutor(Executor):  # type: ignore[misc]  # FLARE has no types
     code = ReturnCode.OK
 
+    def work(self) -> None:
+        """Do the task: nothing."""
+
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        self.work()
         if self.code == "raises":
             raise RuntimeError("an executor that raises")
         return make_reply(self.code)
@@ -134,6 +139,41 @@ def test_a_task_that_nobody_cut_off_has_failed_or_finished(code: str, is_cut_off
         executor.execute("train", Shareable(), FLContext(), signal)
 
     assert ends == [status]
+
+
+def task_of(current: int) -> Shareable:
+    task = Shareable()
+    task.set_header(AppConstants.CURRENT_ROUND, current)
+    return task
+
+
+def test_after_a_task_without_a_result_the_round_is_unknown_until_one_has_ended_well() -> None:
+    executor, rounds = AnExecutor(), list[int | None]()
+    ClientRounds(SimpleNamespace(handlers=[executor], add_handler=None), rounds.append, lambda status: None)
+
+    for number, executor.code in enumerate([ReturnCode.OK, ReturnCode.TASK_ABORTED, ReturnCode.OK, ReturnCode.OK]):
+        executor.execute("train", task_of(number), FLContext(), Signal())
+
+    assert rounds == [0, 1, None, 3]
+
+
+def test_while_a_task_runs_one_of_another_round_has_no_known_round() -> None:
+    """A peer's task comes by an event. FLARE then cuts off the task that runs."""
+
+    class Interrupted(AnExecutor):
+        def work(self) -> None:
+            for number in (0, 1):
+                fl_ctx = context(ProcessType.CLIENT_JOB, None)
+                fl_ctx.set_prop(FLContextKey.TASK_DATA, task_of(number), private=True, sticky=False)
+                watch.handle_event(EventType.BEFORE_TASK_EXECUTION, fl_ctx)
+
+    executor, rounds = Interrupted(), list[int | None]()
+    engine = SimpleNamespace(handlers=[executor], add_handler=None)
+    watch = ClientRounds(engine, rounds.append, lambda status: None)
+    for number in (0, 1):
+        executor.execute("train", task_of(number), FLContext(), Signal())
+
+    assert rounds == [0, 0, None, 1, None, 1]
 
 
 @pytest.mark.parametrize(

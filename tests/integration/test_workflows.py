@@ -55,16 +55,21 @@ def runner(external):
 
 def client_controlled(workflow, external):
     job = ccwf_job.CCWFJob(name="job", min_clients=N)
+    waits, server = {"min_responses_required": N, "wait_time_after_min_resps_received": 1.0}, {"num_rounds": 3}
+    if workflow == "swarm that cuts off a slow site":
+        waits = {"min_responses_required": N - 1, "wait_time_after_min_resps_received": 0.5,
+                 "learn_task_check_interval": 0.5, "learn_task_abort_timeout": 5.0}
+        server = {"num_rounds": 5, "starting_client": "site-1", "aggr_clients": ["site-1"]}
     common = {"executor": runner(external), "persistor": NPFileModelPersistor(),
               "shareable_generator": SimpleModelShareableGenerator()}
     if workflow == "cyclic by clients":
         job.add_cyclic(ccwf_job.CyclicServerConfig(num_rounds=3), ccwf_job.CyclicClientConfig(**common))
     else:
         job.add_swarm(
-            ccwf_job.SwarmServerConfig(num_rounds=3),
+            ccwf_job.SwarmServerConfig(**server),
             ccwf_job.SwarmClientConfig(
                 **common, aggregator=InTimeAccumulateWeightedAggregator(expected_data_kind=DataKind.WEIGHTS),
-                min_responses_required=N, wait_time_after_min_resps_received=1.0,
+                **waits,
             ),
         )
     if workflow == "swarm, then evaluation":
@@ -235,6 +240,25 @@ while flare.is_running():
     flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}, meta=meta))
 """
 
+_SLOW_TRAINER = """
+from pathlib import Path
+from trackhub import Writer
+
+writer, others = Writer(), [Path(OUT, f"site-{i}.facts") for i in (1, 2)]
+while flare.is_running():
+    model = flare.receive()
+    if model is None:
+        break
+    fact(lambda: writer.log({"seen": model.current_round}), {"seen": model.current_round})
+    # The slow site goes on in round 0 until the others are in round 2, and a little longer.
+    n_more = 20 if SITE == "site-3" else 0
+    while n_more > 0:
+        n_more -= all('["seen", 2,' in path.read_text() for path in others if path.exists())
+        writer.log({"seen": model.current_round})
+        time.sleep(0.1)
+    params = {name: array + 1 for name, array in model.params.items()}
+    flare.send(flare.FLModel(params=params, params_type="FULL", metrics={"accuracy": 0.5}))
+"""
 
 _EVALUATING_TRAINER = """
 while flare.is_running():
@@ -328,6 +352,18 @@ def test_a_record_has_the_round_of_its_call(tmp_path: Path, workflow: str, exter
     _assert_rounds_are_those_of_the_calls(job, n_clients)
     report: dict[str, Any] = job.report("server")
     assert {name: _end(job, name) for name in report["sites"]} == dict.fromkeys(report["sites"], "finished")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("external", [False, True], ids=["in process", "external"])
+def test_a_site_that_its_workflow_cuts_off_gets_no_wrong_round(tmp_path: Path, external: bool) -> None:
+    """FLARE hands over the next task while the script works on the old one."""
+    job = _run(tmp_path, "swarm that cuts off a slow site", external, 3, trainer=_SLOW_TRAINER)
+
+    assert "already running a task: aborting it" in job.log
+    assert set(_seen_and_round(job, "site-3")) == {(0, 0), (0, None)}
+    for site in ("site-1", "site-2"):
+        assert _seen_and_round(job, site) == [(number, number) for number in range(5)]
 
 
 def test_server_logs_have_the_workflow_round(tmp_path: Path) -> None:

@@ -4,10 +4,14 @@
 Each widget makes one: `ClientRounds` or `ServerRounds`. It gets FLARE's events before all other components, so that
 what a component logs in an event already carries the right round. A task without a round ends the current round, so
 that later records do not carry it. Only a client that controls its own workflow keeps its round at such a task.
+
+A workflow can cut off a slow client: FLARE then hands over the next task while the script still works on the old one.
+Nobody tells when the script takes the new model, so records get no round until a task has ended well again.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +29,47 @@ from trackhub.job_and_run_info import RunStatus
 __all__ = ["ClientRounds", "ServerRounds"]
 
 
+class _OpenTasks:
+    """The tasks that a client's trainers may still work on. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rounds: list[int | None] = []  # of the tasks whose executor has not returned
+        self._is_clear = True
+
+    def known(self, current: int | None) -> int | None:
+        """Return the round of a task that comes now. None if a trainer may still work on a task of another round."""
+        with self._lock:
+            return current if self._is_clear and all(number == current for number in self._rounds) else None
+
+    def begin(self, current: int | None) -> int | None:
+        """Note that an executor gets a task of this round. Return what `known` says."""
+        known = self.known(current)
+        with self._lock:
+            self._is_clear = self._is_clear and known == current
+            self._rounds.append(current)
+        return known
+
+    def end(self, current: int | None, *, well: bool) -> None:
+        """Note that an executor has returned.
+
+        Args:
+            current: the round that ``begin`` got.
+            well: it returned the trainer's result. Otherwise the trainer may go on working on the task.
+        """
+        with self._lock:
+            self._rounds.remove(current)
+            if not well:
+                self._is_clear = False
+            elif not self._rounds:
+                self._is_clear = True
+
+
 class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
-    """The round of a client: the round of its executor's current task, or of the last one."""
+    """The round of a client: the round of its executor's current task, or of the last one.
+
+    There is none while a trainer may still work on an earlier task than the current one.
+    """
 
     def __init__(
         self,
@@ -48,6 +91,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self._end = end
         self._take_result = take_result
         self._controls_workflow = False
+        self._tasks = _OpenTasks()
         for executor in flare_internals.executors(engine):
             if flare_internals.controls_workflow(executor):
                 self._controls_workflow = True
@@ -65,7 +109,8 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         """
 
         def watched(task_name: str, shareable: Any, fl_ctx: FLContext, abort_signal: Signal) -> Any:
-            self._set_round(flare_internals.round_of_task(shareable))
+            current = flare_internals.round_of_task(shareable)
+            self._set_round(self._tasks.begin(current))
             status = RunStatus.FAILED
             try:
                 result = execute(task_name, shareable, fl_ctx, abort_signal)
@@ -73,6 +118,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 if self._take_result is not None:
                     self._take_result(shareable, result)
             finally:
+                self._tasks.end(current, well=status is RunStatus.FINISHED)
                 # Only the signal says whether the task was cut off. The return code "aborted" is no proof: FLARE's
                 # executor for in-process trainers also returns it when the script raises.
                 if status is not RunStatus.FINISHED:
@@ -91,9 +137,9 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             # The tasks that configure and start a workflow carry no round. A client that controls the workflow may get
             # such a task while its own thread is in a round.
             if current is not None or not self._controls_workflow:
-                self._set_round(current)
+                self._set_round(self._tasks.known(current))
         elif event_type == flare_internals.ROUND_STARTED:
-            self._set_round(flare_internals.round_of_context(fl_ctx))
+            self._set_round(self._tasks.known(flare_internals.round_of_context(fl_ctx)))
 
 
 class ServerRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
