@@ -173,6 +173,20 @@ def test_a_site_that_logged_nothing_is_named_with_the_likely_reason(
         assert expected in text
 
 
+@pytest.mark.parametrize("n_received", [0, 10])
+def test_of_a_site_with_a_deleted_spool_no_report_says_that_nothing_was_logged(tmp_path: Path, n_received: int) -> None:
+    rig = Rig(tmp_path)
+    if n_received:
+        rig.log(n_received)
+    rig.ask(wire.Final(wire.SiteCounts(complete=False, not_captured=("wandb",)), session="one", number=7))
+
+    report = rig.finish()
+
+    for text in (format_report(report), format_results({"server": report})):
+        assert "nothing was logged" not in text
+        assert "could not count everything" in text
+
+
 def test_a_site_without_a_sender_is_named_and_not_waited_for(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.log(5)

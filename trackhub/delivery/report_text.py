@@ -270,12 +270,14 @@ def _format_loggers(site: SiteReport) -> list[str]:
     if (counts := site.at_site) is None or not site.final:
         return []
     remarks = []
-    if not counts.logged and counts.not_captured:
+    # Records of a spool that was deleted were logged, but are not counted.
+    is_empty = not counts.logged and site.counted is Counted.FINAL and not (site.received or site.earlier)
+    if is_empty and counts.not_captured:
         names = ", ".join(counts.not_captured)
         remarks.append(
             f"nothing was logged with trackhub or FLARE; the scripts used {names}: give capture to record it"
         )
-    elif not counts.logged:
+    elif is_empty:
         remarks.append("nothing was logged: no log call of trackhub or FLARE was made")
     if counts.not_used:
         remarks.append(f"capture: no use of {', '.join(counts.not_used)} was seen")
