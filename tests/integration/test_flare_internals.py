@@ -102,22 +102,6 @@ def test_an_engine_fires_events_at_the_list_of_handlers_that_it_has_then() -> No
     assert walked == [first]
 
 
-def test_a_runner_that_is_told_to_abort_says_so_by_its_status() -> None:
-    source = inspect.getsource(ServerRunner.run)
-    assert source.index('self.status = "started"') < source.index("self._execute_run()")
-    assert source.index("self._execute_run()") < source.index('self.status = "done"')
-    signal, runner = Signal(), Namespace(status="started")
-    ctx = _manager(**{FLContextKey.RUNNER: runner, FLContextKey.RUN_ABORT_SIGNAL: signal}).new_context()
-
-    signal.trigger(True)  # as a workflow does that is done
-    by_workflow = flare_internals.workflow_was_aborted(ctx)
-    runner.abort_signal, runner.log_info = signal, lambda *_: None
-    ServerRunner.abort(runner, ctx)
-
-    assert not by_workflow
-    assert flare_internals.workflow_was_aborted(ctx)
-
-
 def test_all_of_flares_writers_end_in_the_log_functions_that_are_replaced() -> None:
     for method in (InProcessClientAPI.log, CellClientAPI.log):
         assert list(inspect.signature(method).parameters) == ["self", "key", "value", "data_type", "kwargs"]

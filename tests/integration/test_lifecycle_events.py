@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLARE's lifecycle events count only when FLARE fired them in this process: any site can send one of any type.
 
-And how a client's job ends, by its tasks and by these events, and which round its tasks give to records.
+And how a client's task ends, and which round its tasks give to records.
 """
 
 from __future__ import annotations
@@ -174,25 +174,3 @@ def test_while_a_task_runs_one_of_another_round_has_no_known_round() -> None:
         executor.execute("train", task_of(number), FLContext(), Signal())
 
     assert rounds == [0, 0, None, 1, None, 1]
-
-
-@pytest.mark.parametrize(
-    ("panicked", "task", "aborted", "status"),
-    [
-        (False, RunStatus.FINISHED, False, RunStatus.FINISHED),
-        (False, RunStatus.FINISHED, True, RunStatus.ABORTED),
-        (False, RunStatus.ABORTED, True, RunStatus.ABORTED),
-        (False, RunStatus.ABORTED, False, RunStatus.FINISHED),  # the workflow cut off a slow site, and ended well
-        (False, RunStatus.FAILED, False, RunStatus.FAILED),
-        (False, RunStatus.FAILED, True, RunStatus.ABORTED),
-        (True, RunStatus.FINISHED, True, RunStatus.FAILED),
-    ],
-)
-def test_the_end_of_a_site_is_that_of_the_job_or_of_its_last_task(
-    panicked: bool, task: RunStatus, aborted: bool, status: RunStatus
-) -> None:
-    ending = sender_widget._Ending(panicked, task)
-
-    ending.decide(aborted=aborted)
-
-    assert ending.status is status

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trackhub uses of FLARE beyond FLARE's documented interface. Written for nvflare 2.9.
 
-The other modules of `trackhub.flare` call this one. Seven of them also use internals of FLARE, each for one purpose.
+The other modules of `trackhub.flare` call this one. Eight of them also use internals of FLARE, each for one purpose.
 `cell_channel` uses cells. `read_task_events` uses the server's tasks. `collab_call_outcomes` uses the Collab API.
 `flower_reply_outcomes` uses the connector to Flower. `find_global_model` uses the paths of persistors.
-`log_job_context` uses settings of controllers. `trainer.record_flare_log_calls` uses the log functions of an external
-trainer. To check a new FLARE release, run the tests of these modules. Start with
+`log_job_context` uses settings of controllers. `how_a_run_ends` uses FLARE's runners. `trainer.record_flare_log_calls`
+uses the log functions of an external trainer. To check a new FLARE release, run the tests of these modules. Start with
 ``tests/integration/test_flare_internals.py``.
 """
 
@@ -69,7 +69,6 @@ __all__ = [
     "executors",
     "has_component",
     "ignored_apps",
-    "is_ending",
     "is_from_another_process",
     "is_provisioned",
     "is_server",
@@ -90,8 +89,6 @@ __all__ = [
     "stop_job",
     "take_stock_event",
     "task_status",
-    "was_aborted",
-    "workflow_was_aborted",
 ]
 
 ROUND_STARTED: str = AppEventType.ROUND_STARTED
@@ -276,31 +273,6 @@ def stop_job(component: FLComponent, fl_ctx: FLContext, reason: str) -> None:
     else:
         component.log_error(fl_ctx, f"{reason} (this site will train nothing, and the job stops)")
         fl_ctx.set_job_is_unsafe()
-
-
-def was_aborted(fl_ctx: FLContext) -> bool:
-    """Return whether somebody stopped the job. Call it on a client, at ABOUT_TO_END_RUN.
-
-    A client's abort signal also triggers when a job ends normally. FLARE sets this property to True only if
-    the job was stopped.
-    """
-    return bool(fl_ctx.get_prop(FLContextKey.RUN_ABORT_REQUESTED, False))
-
-
-def is_ending(fl_ctx: FLContext) -> bool:
-    """Return whether the run was told to end, normally or not."""
-    signal = fl_ctx.get_run_abort_signal()
-    return bool(signal is not None and signal.triggered)
-
-
-def workflow_was_aborted(fl_ctx: FLContext) -> bool:
-    """Return whether somebody stopped the job during a workflow. Call it on the server, at END_WORKFLOW.
-
-    The abort signal alone does not say it: some workflows trigger it themselves when they are done
-    (``xgboost/histogram_based_v2/controller.py``, ``tie/controller.py``). FLARE's runner sets its own status to "done"
-    when it is told to abort. Otherwise it does so after the last workflow has ended.
-    """
-    return is_ending(fl_ctx) and fl_ctx.get_prop(FLContextKey.RUNNER).status != "started"
 
 
 def executors(engine: Any) -> list[Executor]:

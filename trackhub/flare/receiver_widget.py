@@ -40,6 +40,7 @@ from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
 from trackhub.flare.federation_run_argument import FederationSettings
 from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
+from trackhub.flare.how_a_run_ends import ServerEnding
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.read_task_events import asking_site
 from trackhub.flare.records_from_flare_writers import StockRecords, TakeOver, check_take_over
@@ -122,9 +123,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         self._stock = StockRecords(self, keep_events=take_over == "copy")
         self._without_sender: SitesWithoutSender | None = None
         self._wait_end: float | None = None
-        self._failed = False
-        self._aborted = False
-        self._status = RunStatus.FINISHED
+        self._ending = ServerEnding(self._note_status)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
@@ -158,21 +157,12 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             if self._without_sender is not None:
                 self._without_sender.note_started(asking_site(fl_ctx))
         elif event_type == EventType.START_RUN:
+            self._ending.watch(fl_ctx)
             self._start_on_server(fl_ctx)
-        elif event_type == EventType.START_WORKFLOW:
-            self._aborted = self._aborted or flare_internals.is_ending(fl_ctx)
-        elif event_type == EventType.END_WORKFLOW:
-            self._aborted = self._aborted or flare_internals.workflow_was_aborted(fl_ctx)
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
-            self._failed = True
-            self._note_status(RunStatus.FAILED)
+            self._ending.take_fatal_error()
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            # Decide now: in the simulator, the abort signal also triggers later, while the server waits for the sites.
-            if self._failed:
-                self._status = RunStatus.FAILED
-            elif self._aborted:
-                self._status = RunStatus.ABORTED
-            self._note_status(self._status)
+            self._ending.decide()
         elif event_type == EventType.CHECK_END_RUN_READINESS:
             self._wait_for_sites(fl_ctx)
         elif event_type == flare_internals.ROUND_STARTED:
@@ -184,7 +174,10 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         return model_and_validation_metrics.SERVER in (self.flare_metrics or ())
 
     def _note_status(self, status: RunStatus) -> None:
-        """Tell the sites how the job ends, so that their own receivers end their runs with the same status."""
+        """Tell the sites how the job ends, so that their own receivers end their runs with the same status.
+
+        The journal has it, too, in case that FLARE kills this process before its end.
+        """
         if self._core is not None:
             self._core.note_status(status)
 
@@ -345,7 +338,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             self._own.end(self._core.federation, fl_ctx)
         # A provisioned server archives the run folder after this, and then deletes it.
         moves = flare_internals.is_provisioned(fl_ctx)
-        self.close(self._status, _IN_JOB_STORE.format(job=fl_ctx.get_job_id()) if moves else "")
+        self.close(self._ending.status, _IN_JOB_STORE.format(job=fl_ctx.get_job_id()) if moves else "")
 
 
 class _EndOfRunHandler(FLComponent):  # type: ignore[misc]  # FLARE has no types

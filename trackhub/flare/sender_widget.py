@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
+from trackhub.flare.how_a_run_ends import ClientEnding
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.model_and_validation_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
 from trackhub.flare.receiver_widget import TrackhubReceiver
@@ -50,29 +50,6 @@ __all__ = ["TrackhubSender"]
 
 _OUTCOME_S = 5.0
 """The longest wait for the server to say how the job ends, in seconds."""
-
-
-@dataclass
-class _Ending:
-    """How the job ends at this client.
-
-    Attributes:
-        panicked: True if FLARE has reported a fatal error.
-        task: how the last task ended.
-        status: what the run gets. It is `RunStatus.FINISHED` until the end is decided.
-    """
-
-    panicked: bool = False
-    task: RunStatus = RunStatus.FINISHED
-    status: RunStatus = RunStatus.FINISHED
-
-    def decide(self, *, aborted: bool) -> None:
-        """Settle the status at the end of the run.
-
-        An aborted task does not mean that the site failed: swarm aborts a slow site's task, and the job may end well.
-        """
-        failed = self.panicked or (self.task is RunStatus.FAILED and not aborted)
-        self.status = RunStatus.FAILED if failed else RunStatus.ABORTED if aborted else RunStatus.FINISHED
 
 
 class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
@@ -152,7 +129,7 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         self._source = LogCallSource(self._stock)
         self._spool: Path | None = None
         self._announced = ""
-        self._ending = _Ending()
+        self._ending = ClientEnding()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Handle one of FLARE's events. Never raises."""
@@ -181,9 +158,9 @@ class TrackhubSender(Widget):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_SEND_TASK_RESULT:
             self._barrier()
         elif event_type == EventType.FATAL_SYSTEM_ERROR:
-            self._ending.panicked = True
+            self._ending.take_fatal_error(fl_ctx)
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            self._ending.decide(aborted=flare_internals.was_aborted(fl_ctx))
+            self._ending.decide(fl_ctx)
         elif self.take_over:
             self._stock.take_custom(event_type, fl_ctx)
 
