@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from trackhub.delivery.report import DeliveryReport, RunReport, SiteReport, read_report, write_report
-from trackhub.delivery.report_text import format_report, format_results
+from trackhub.delivery.report_text import format_report, format_results, leave_report
 from trackhub.delivery.wire import SiteCounts
+from trackhub.runnable_commands import command_for
 from trackhub.spi import Results
 
 
@@ -74,3 +76,21 @@ def test_results_of_a_run_folder_elsewhere_stay_there(report: DeliveryReport, tm
 
     assert results is not None
     assert (results.path, results.command) == ("/jobs/1/acme/run", "cd /jobs/1 && acme show acme")
+
+
+@pytest.mark.parametrize(("pending", "moves_to"), [(3, ""), (0, ""), (3, "It moves into the job store.")])
+def test_the_report_in_the_log_names_the_command_that_delivers_what_is_pending(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pending: int, moves_to: str
+) -> None:
+    """A path that the job's folder leaves would be of no use."""
+    caplog.set_level(logging.INFO, "trackhub")
+    run = RunReport(confirmed=1, pending=pending, state="unfinished" if pending else "finished", last_error="away")
+    lanes = {"mlflow": {"site-1": run}}
+    report = DeliveryReport(job="j", side="server", status="finished", balanced=True, sites={}, lanes=lanes)
+
+    leave_report(tmp_path, report, moves_to)
+
+    assert (f"Deliver what is pending with `{command_for('trackhub replay', tmp_path)}`" in caplog.text) is (
+        bool(pending) and not moves_to
+    )
+    assert (run.trouble() == "away") is bool(pending)  # what a later try delivered is no trouble

@@ -97,11 +97,11 @@ def test_what_has_arrived_was_logged_whatever_the_site_said_before(tmp_path: Pat
     assert seen.logged == 2
 
 
-@pytest.mark.parametrize("name", ["not there", "."])
-def test_before_a_job_begins_it_is_said_that_no_receiver_has_begun(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "more"), [("not there", ", and there is no such folder"), (".", "")])
+def test_before_a_job_begins_it_is_said_that_no_receiver_has_begun(tmp_path: Path, name: str, more: str) -> None:
     state = JobFollower(tmp_path / name).look()
 
-    line = f"no receiver has begun in {tmp_path / name} yet"
+    line = f"no receiver has begun in {tmp_path / name} yet{more}"
     assert (state.status, state.sites, job_line(state)) == ("running", {}, line)
     assert [text.split() for text in drawn(state, 300).splitlines()] == [
         ["waiting", "for", "the", "first", "record", "1:23"],

@@ -431,9 +431,9 @@ def _permitted(
         if not used:
             raise
         raise ConfigError(
-            f"{journal} names options that are not trusted, since a journal may come from anybody. {e}. Or give the "
-            "option to `trackhub replay` yourself, as --option NAME.KEY=VALUE. If the job was your own, give "
-            "--trust-journal"
+            f"{journal} names options that are not trusted, since a journal may come from anybody. {e}. If the job was "
+            f"your own, give --trust-journal to `trackhub replay`. Otherwise give it the option yourself: --backend "
+            f"{name} --option {name}.KEY=VALUE"
         ) from e
     marks = registry.option_marks(registry.load(name))
     if any(OptionMark.PATH in marks[key] for key, value in used.items() if value and key not in rules.fixed):

@@ -142,7 +142,9 @@ class RunReport(msgspec.Struct, kw_only=True):
     results: Results | None = None
 
     def trouble(self) -> str:
-        """Return in one line why records are pending, as far as it is known. Empty if nothing is known."""
+        """Return in one line why the run is not delivered. Empty if it is, or if nothing is known."""
+        if not self.pending and self.state not in ("stopped", "unfinished"):
+            return ""  # an error of the past
         error = self.last_error.strip().split("\n")[0].strip()
         return f"all records after {self.blocked_by} wait for it: {error}" if self.blocked_by else error
 

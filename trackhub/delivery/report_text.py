@@ -57,7 +57,10 @@ def leave_report(folder: Path, report: DeliveryReport, moves_to: str = "") -> De
     except OSError as e:
         _log.warning("cannot write %s: %s; `trackhub status` shows the same", REPORT_NAME, e)
     report = resolve_results(report, folder)
-    _log.info("%s", format_report(report, moves_to))
+    rest = ""
+    if report.pending() and not moves_to:
+        rest = f"\nDeliver what is pending with `{command_for('trackhub replay', folder)}`"
+    _log.info("%s%s", format_report(report, moves_to), rest)
     return report
 
 
@@ -198,7 +201,7 @@ def _result_cells(run: RunReport | None, site: SiteReport | None) -> tuple[str, 
     outcomes += [*site.all_refused().items()] if site else []
     outcomes += [("pending", run.pending), ("by the SDK alone", run.client_confirmed)] if run else []
     remarks = [f"{reason}: {n}" for reason, n in outcomes if n]
-    remarks += [run.trouble()] if run and run.pending and run.trouble() else []
+    remarks += [run.trouble()] if run and run.trouble() else []
     remarks += format_altered(run) if run else []
     remarks += [*format_altered(site), *format_counted(site)] if site else []
     confirmed = f"{run.confirmed if run else 0:,} of {format_logged(site) if site else '?'}"
@@ -287,6 +290,6 @@ def _format_loggers(site: SiteReport) -> list[str]:
 def _run_remarks(lane: str, run: RunReport) -> list[str]:
     """Return why records of this run are not delivered."""
     remarks = [f"rejected by {lane} ({reason}): {n}" for reason, n in run.rejected.items()]
-    if run.trouble() and (run.pending or run.state in ("stopped", "unfinished")):
+    if run.trouble():
         remarks.append(run.trouble()[:_MAX_ERROR_CHARS])
     return remarks + format_altered(run)

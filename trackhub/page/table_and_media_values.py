@@ -201,7 +201,7 @@ def _lane_cells(backend: str, run: RunReport, site: SiteReport) -> dict[str, Any
     remarks = (
         [f"rejected: {n:,} ({reason})" for reason, n in run.rejected.items()] + format_altered(run) + _remarks(site)
     )
-    if run.trouble() and run.pending:
+    if run.trouble():
         remarks.append(_short(run.trouble(), 160))
     lost = sum(run.rejected.values())
     confirmed = format_confirmed(run)

@@ -66,7 +66,8 @@ class JobFollower:
         for job in self._left_out:
             del jobs[job]
         if not jobs:
-            return JobState(problem=problem or f"no receiver has begun in {self._folder} yet")
+            missing = "" if self._folder.exists() else ", and there is no such folder"
+            return JobState(problem=problem or f"no receiver has begun in {self._folder} yet{missing}")
         shown, *others = sorted(
             jobs, key=lambda job: (job == self._running, job not in ended, _began(jobs[job])), reverse=True
         )

@@ -143,7 +143,7 @@ class Lane:
             self._checked.result(timeout_s)
         except TimeoutError:
             _log.warning(
-                "backend %s did not finish its check within %g s; the job goes on, and records wait in the journal",
+                "backend %s did not finish its check within %.3g s; the job goes on, and records wait in the journal",
                 self.name, timeout_s,
             )  # fmt: skip
 
