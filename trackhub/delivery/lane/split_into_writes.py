@@ -18,9 +18,7 @@ MAX_VALUES_OF_WRITE = 5000
 """Most values in one write, unless one record has more. MLflow's SDK needs a second for so many new keys. A thousand
 records of five values are still one write."""
 
-_VALUES_OF_DOCUMENT = (
-    50  # what a text, file, histogram or table counts as, beside its values: SDKs need 1 to 4 ms for it
-)
+_VALUES_OF_DOCUMENT = 50  # what a text, file, histogram or table counts as, beside its values: 1 to 4 ms in SDKs
 _BYTES_OF_VALUE = 1 << 16  # of a file. Backends copy it at about a gigabyte a second
 
 
