@@ -40,7 +40,8 @@ def pictures(writer: trackhub.Writer) -> None:
     ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
     colours = np.stack([ramp, ramp.T, 1 - ramp], -1)
     writer.log_image("images/colours", colours, 0, "floats in 0..1")
-    writer.log_image("images/mask", ramp > 0.5, 0, "a mask")
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    writer.log_image("images/mask", np.hypot(x, y) < 0.7, 0, "a mask")
     writer.log_image("images/sixteen bits", (ramp * 65535).astype(np.uint16), 0, "16 bits")
     writer.log_images("images/grid", [np.rot90(colours, i) for i in range(6)], 0, columns=3)
     from matplotlib.figure import Figure
@@ -48,7 +49,10 @@ def pictures(writer: trackhub.Writer) -> None:
     figure = Figure(figsize=(4, 3))
     axes = figure.subplots()
     axes.imshow([[8, 1], [2, 9]], cmap="Blues")
+    names = ["cat", "dog"]
     axes.set(title="Confusion", xlabel="predicted", ylabel="true")
+    axes.set_xticks([0, 1], names)
+    axes.set_yticks([0, 1], names)
     writer.log_figure("figures/confusion", figure, 0)
     try:
         from plotly import graph_objects
