@@ -86,7 +86,7 @@ def server_controlled(workflow, external):
         job.to_server(Cyclic(num_clients=N, num_rounds=3, persistor_id="persistor"))
     elif workflow == "CyclicController":
         job.to_server(CyclicController(
-            num_rounds=3, task_assignment_timeout=60, persistor_id="persistor", shareable_generator_id="generator"))
+            num_rounds=3, task_assignment_timeout=0, persistor_id="persistor", shareable_generator_id="generator"))
     elif workflow == "scatter and gather":
         job.to_server(InTimeAccumulateWeightedAggregator(expected_data_kind=DataKind.WEIGHTS), id="aggregator")
         job.to_server(ScatterAndGather(
