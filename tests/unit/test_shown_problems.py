@@ -102,6 +102,27 @@ def test_a_job_that_was_killed_while_it_ended_is_left_over_as_well(killed: Path)
     assert "the receiver was killed before it had ended the runs" in found["left_over"]
 
 
+@pytest.mark.parametrize("status_so_far", ["finished", ""])
+def test_a_replay_is_advised_only_when_nobody_delivers_any_more(killed: Path, status_so_far: str) -> None:
+    """The receiver notes how the job ended and then delivers the rest. A replay would be refused until it is done."""
+    from trackhub.delivery.journal.journal import Journal
+
+    journal = Journal.open(killed / "trackhub" / "trackhub.db", job="job-1", side="server")
+    journal.set_meta("status", status_so_far)
+    meanwhile, found = run(status, killed / "trackhub"), document(killed / "trackhub")["journals"][0]
+    with read_jobs(killed) as jobs:
+        problems = jobs.problems()
+    journal.close()
+    afterwards = run(status, killed / "trackhub")
+
+    assert (meanwhile.exit_code, found["delivering"], found["problems"]) == (0, True, [])
+    assert "trackhub replay" not in meanwhile.stdout
+    assert "final message" not in meanwhile.stdout
+    assert ("its records are still being delivered" in meanwhile.stdout) == bool(status_so_far)
+    assert ("its records are still being delivered" in " ".join(problems)) == bool(status_so_far)
+    assert (afterwards.exit_code, "trackhub replay" in afterwards.stdout) == (1, True)
+
+
 def report(**changes: Any) -> DeliveryReport:
     counts = wire.SiteCounts(logged=5, acked=5)
     site = SiteReport(at_site=counts, received=5, journaled=5, final=True)
@@ -122,6 +143,7 @@ def report(**changes: Any) -> DeliveryReport:
         ),
         ({"lanes": {"acme": {"a": RunReport(pending=2)}}}, "2 records are not delivered yet"),
         ({"status": "running", "lanes": {"acme": {"a": RunReport(pending=2)}}}, ""),
+        ({"delivering": True, "lanes": {"acme": {"a": RunReport(pending=2)}}}, ""),
         ({"status": "killed", "interrupted": True}, "the receiver was killed before it had ended the runs"),
         ({"status": "killed"}, ""),
         ({"lanes": {"acme": {"a": RunReport(confirmed=5, altered={"nonfinite_removed": 1})}}}, ""),

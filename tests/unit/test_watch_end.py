@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import shutil
@@ -12,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 import trackhub
 from tests.unit.readers_and_bad_backends import WAIT_S, batch_of, metric
@@ -90,15 +93,22 @@ def test_a_receiver_that_was_killed_while_it_finished_has_ended(tmp_path: Path) 
     assert (before, follower.look().status) == ("finishing", "failed")
 
 
-def test_without_locks_a_job_has_ended_when_its_report_is_written(tmp_path: Path) -> None:
+def test_without_locks_a_job_has_ended_when_its_report_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
     journal = Journal.open(tmp_path / JOURNAL_NAME, job="job-1", side="server")
     journal.set_facts({"status": "finished"})
+    before = JobFollower(tmp_path).look().status
     (tmp_path / "delivery.json").write_text("{}")
 
-    status = JobFollower(tmp_path).look().status
+    after = JobFollower(tmp_path).look().status
     journal.close()
 
-    assert status == "finished"
+    assert (before, after) == ("finishing", "finished")
 
 
 def test_a_job_is_finishing_while_a_receiver_of_a_site_delivers(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
 from trackhub.delivery.journal.find_journals_and_spools import find_all
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.delivery.report import Counted, RunReport, SiteReport
+from trackhub.delivery.report import RUNNING, Counted, RunReport, SiteReport
 from trackhub.delivery.report_text import (
     format_altered,
     format_confirmed,
@@ -61,10 +61,11 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
 
     The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
 
-    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, interrupted, problems, left_over,
-    sites and lanes. balanced is true if all counts are known and add up. problems says in words what is wrong.
-    left_over has those problems that a replay mends. interrupted is true if the receiver was killed, and no replay has
-    ended its runs since. A replay leaves the status "killed".
+    A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, interrupted, delivering, problems,
+    left_over, sites and lanes. balanced is true if all counts are known and add up. problems says in words what is
+    wrong. left_over has those problems that a replay mends. interrupted is true if the receiver was killed, and no
+    replay has ended its runs since. A replay leaves the status "killed". delivering is true while a receiver or a
+    replay has the journal, which may be longer than the job runs.
 
     sites has for each name logged, withheld, dropped, refused, acked, spooled, unreadable, complete, altered,
     at_source, by_message, not_captured, not_used, retries, counted, received, duplicates, journaled, earlier, missing,
@@ -121,6 +122,7 @@ def journal_status(path: Path) -> dict[str, Any]:
         "adds_up": report.adds_up,
         "undelivered": report.undelivered(),
         "interrupted": report.interrupted,
+        "delivering": report.delivering,
         "problems": report.problems(),
         "left_over": report.left_over(),
         "sites": {name: _plain_site(site) for name, site in sorted(report.sites.items())},
@@ -199,6 +201,8 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         return
     job = format_job(journal["job"], journal["job_name"])
     ended = format_status(journal["status"], is_complete=not journal["problems"])
+    if journal["delivering"] and journal["status"] != RUNNING:
+        ended += ", and its records are still being delivered"
     print_lines(f"{journal['path']}: job {job}, {journal['side']} side, {ended}")
     print_lines(*journal["problems"])
     lanes = {lane: msgspec.convert(runs, dict[str, RunReport]) for lane, runs in journal["lanes"].items()}

@@ -166,6 +166,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
             results in ``lanes`` are relative to the run folder. `read_report` makes all of them absolute.
         error: why the journal could not be read, so that there are no counts. Empty if the journal could be read.
         interrupted: True if the receiver was killed before it had ended the runs, and no replay has ended them since.
+        delivering: True if a receiver or a replay had the journal when somebody else read it. So what is not delivered
+            is on its way. False in the receiver's own report.
     """
 
     job: str
@@ -179,6 +181,7 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
     run_dir: str = os.pardir
     error: str = ""
     interrupted: bool = False
+    delivering: bool = False
 
     def is_complete(self) -> bool:
         """Return whether nothing is wrong, and each record is stored in every backend or withheld at its site."""
@@ -205,8 +208,8 @@ class DeliveryReport(msgspec.Struct, kw_only=True):
         return found + self.left_over()
 
     def left_over(self) -> list[str]:
-        """Return what a replay still has to do, a phrase each. Empty if nothing is left, or the job still runs."""
-        if self.status == RUNNING:
+        """Return what a replay still has to do, a phrase each. Empty if nothing is left, or somebody still delivers."""
+        if self.status == RUNNING or self.delivering:
             return []
         found = [f"{left:,} records are not delivered yet"] if (left := self.undelivered()) else []
         if self.interrupted:

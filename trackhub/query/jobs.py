@@ -119,6 +119,8 @@ class StoredJob:
         found = []
         if self.status == RUNNING:
             found.append("The job still runs. This is what had arrived when it was read.")
+        elif any(report.delivering for report in self.reports.values()):
+            found.append("The job has ended, and its records are still being delivered. This is what had arrived.")
         if self.status == RunStatus.KILLED and any(report.left_over() for report in self.reports.values()):
             found.append("The job's processes were killed. `trackhub replay` delivers what they left.")
         for journal in self._journals:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from trackhub.delivery.journal.lock import is_journal_locked
+from trackhub.delivery.journal.lock import is_delivering, is_journal_locked
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.rebuild import rebuild
 from trackhub.delivery.journal.report_builder import build_report
@@ -93,7 +93,8 @@ class JournalFile:
         return "continues" in self.meta
 
     def _read_tables(self) -> None:
-        runs = is_journal_locked(self.path)  # asked first, as in `read_journal_report`
+        # Ask this first, as `read_journal_report` does.
+        runs, delivering = is_journal_locked(self.path), is_delivering(self.path)
         with open_read_only(self._file) as db:
             db.execute("BEGIN")
             try:
@@ -102,7 +103,8 @@ class JournalFile:
                 self.job = msgspec.json.decode(stored, type=JobInfo) if stored else JobInfo(self.meta["job"])
                 self.side = self.meta["side"]
                 self.pruned = msgspec.json.decode(self.meta.get(PRUNED, "{}"), type=dict[str, int])
-                self.report: DeliveryReport = resolve_results(build_report(db, runs=runs), self.path.parent)
+                report = build_report(db, runs=runs, delivering=delivering)
+                self.report: DeliveryReport = resolve_results(report, self.path.parent)
                 streams: dict[int, dict[str, int]] = {}
                 for site, name, next_seq in db.execute("SELECT site, name, next_seq FROM streams"):
                     streams.setdefault(site, {})[name] = next_seq

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trackhub.delivery.journal.find_journals_and_spools import find
-from trackhub.delivery.journal.lock import is_journal_locked
+from trackhub.delivery.journal.lock import is_delivering
 from trackhub.delivery.journal.newest_metrics import NewestMetrics
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.journal.swap import is_journal_left
-from trackhub.delivery.report import REPORT_NAME, RUNNING
+from trackhub.delivery.report import RUNNING
 from trackhub.delivery.report_text import format_job
 from trackhub.errors import ConfigError, DeliveryError
 from trackhub.watch.job_state import JobState, ReceiverState, job_state
@@ -108,7 +108,7 @@ class JobFollower:
         earlier, changed_at_ns = self._reads.get(journal), _changed_at_ns(journal)
         # Ask this first. If the receiver ends afterwards, the next look sees it. In the other order, its last records
         # could be missing in what is taken for its end.
-        is_done = not is_journal_locked(journal) or journal.with_name(REPORT_NAME).exists()
+        is_done = not is_delivering(journal)
         if earlier is not None and earlier.receiver.has_ended and is_done and earlier.changed_at_ns == changed_at_ns:
             return earlier.receiver
         report = read_journal_report(journal)

@@ -7,17 +7,19 @@ does not say how the job ended, the job was killed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from pathlib import Path
 
+from trackhub.delivery.report import REPORT_NAME
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import JournalError
 from trackhub.open_without_links import make_private_folder, open_plain
 from trackhub.process_lock import ProcessLock
 
-__all__ = ["is_journal_locked", "lock_journal", "make_journal_folder"]
+__all__ = ["is_delivering", "is_journal_locked", "lock_journal", "make_journal_folder"]
 
 _PROBE_S = 0.2  # `lock_journal` tries this long: a process that asks whether it is locked holds it for a moment
 
@@ -66,6 +68,20 @@ def is_journal_locked(path: Path) -> bool:
 
     On a file system without locks, this returns True, so that no running job is called dead.
     """
+    return _is_locked(path) is not False
+
+
+def is_delivering(path: Path) -> bool:
+    """Return whether a receiver or a replay has this journal, so that what it holds is on its way.
+
+    On a file system without locks, this returns True until the receiver has left its report.
+    """
+    is_locked = _is_locked(path)
+    return not path.with_name(REPORT_NAME).exists() if is_locked is None else is_locked
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Return whether a process has this journal. None if the file system has no locks."""
     try:
         fd = open_plain(_lock_file(path), os.O_RDONLY)
     except OSError:
@@ -73,8 +89,10 @@ def is_journal_locked(path: Path) -> bool:
     try:
         # Ask with a shared lock. Otherwise two processes that ask at the same time would take each other for the owner.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError as e:
+        return True if e.errno == errno.EACCES else None
     else:
         return False
     finally:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from trackhub.delivery.journal.lock import is_journal_locked
+from trackhub.delivery.journal.lock import is_delivering, is_journal_locked
 from trackhub.delivery.journal.read_only import open_read_only
 from trackhub.delivery.journal.tables_and_rows import (
     EXPECTED_SITES,
@@ -43,13 +43,18 @@ def read_journal_report(path: Path) -> DeliveryReport:
     """
     # Ask this first. If the job ends afterwards, the journal says how it ended. In the other order, a job that ends in
     # between would be called killed.
-    runs = is_journal_locked(path)
+    runs, delivering = is_journal_locked(path), is_delivering(path)
     with open_read_only(path) as db:
-        return resolve_results(build_report(db, runs=runs), path.parent)
+        return resolve_results(build_report(db, runs=runs, delivering=delivering), path.parent)
 
 
 def build_report(
-    db: sqlite3.Connection, lanes: Sequence[str] = (), *, facts: Mapping[str, str] | None = None, runs: bool = True
+    db: sqlite3.Connection,
+    lanes: Sequence[str] = (),
+    *,
+    facts: Mapping[str, str] | None = None,
+    runs: bool = True,
+    delivering: bool = False,
 ) -> DeliveryReport:
     """Return the report of the journal on this connection, with relative paths, as ``delivery.json`` has it.
 
@@ -58,6 +63,7 @@ def build_report(
         lanes: lanes to include even if they have delivered nothing yet.
         facts: facts about the job, in case the journal could not store them.
         runs: True if the receiver's process runs. If it does not, a job without a stored end was killed.
+        delivering: True if somebody else has the journal. Then no count is final, also if the job has ended.
 
     Raises:
         sqlite3.Error: the journal cannot be read.
@@ -70,7 +76,7 @@ def build_report(
     try:
         meta = {**dict(db.execute("SELECT key, value FROM meta")), **(facts or {})}
         status = meta.get("status") or (RUNNING if runs else RunStatus.KILLED)
-        is_running = status == RUNNING
+        is_running = delivering or status == RUNNING
         sites = _sites(db, meta, is_running=is_running)
         by_lane = _runs(db, sites, lanes, is_running=is_running)
         has_open = _has_open_runs(sites, by_lane, meta)
@@ -98,6 +104,7 @@ def build_report(
         # The status alone does not show this. The receiver notes the status before it ends the runs, and a replay keeps
         # "killed".
         interrupted=not runs and (has_open or not meta.get("status")),
+        delivering=delivering,
     )
 
 
