@@ -12,6 +12,7 @@ import pyhocon  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 from click.testing import CliRunner, Result
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 
 from trackhub.cli.attach import attach
 from trackhub.errors import ConfigError
@@ -195,6 +196,10 @@ def test_a_second_time_is_refused_and_so_is_another_original(tmp_path: Path) -> 
     again = run(job, "--server", "jsonl")
     assert "has tracking already" in str(again.exception)
 
+    config = yaml.safe_dump({"components": tracking_components({"jsonl": {}})["config_fed_server.json"]})
+    in_yaml = make_job(tmp_path / "yaml", {"app/config/config_fed_server.yml": config}, {"app": ["server"]})
+    assert "has tracking already" in str(run(in_yaml, "--server", "jsonl").exception)
+
     other = json_job(tmp_path / "other")
     (other / "app" / "config" / "config_fed_client.json.orig").write_text("{}")
     before = contents(other)
@@ -304,6 +309,17 @@ def test_what_becomes_of_the_jobs_own_receivers_is_said(tmp_path: Path, args: li
         ["note: tb (TBAnalyticsReceiver), mine (Collector)"] if said else []
     )
     assert said in " ".join(notes)
+
+
+@pytest.mark.parametrize("key", ["path", "name"])
+def test_flares_own_senders_of_events_are_no_listeners(tmp_path: Path, key: str) -> None:
+    """Stock jobs have them, and their arguments name the event."""
+    job = json_job(tmp_path / "job")
+    package = "nvflare.app_common.widgets.convert_to_fed_event." if key == "path" else ""
+    sender = {"id": "to_fed", key: f"{package}ConvertToFedEvent", "args": {"events_to_convert": [ANALYTIC_EVENT_TYPE]}}
+    (job / "app/config/config_fed_client.json").write_text(json.dumps({**CLIENT, "components": [sender]}))
+
+    assert "to_fed (" not in run(job, "--server", "jsonl").output
 
 
 def test_every_argument_of_the_tracking_components_is_an_option(tmp_path: Path) -> None:

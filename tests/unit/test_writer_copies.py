@@ -15,6 +15,7 @@ import trackhub
 from tests.unit.readers_and_bad_backends import json_lines, new_spool, read_spool, spool_of, values
 from trackhub.errors import RecordError, SpoolError
 from trackhub.limits import Limits
+from trackhub.records import Params, Summary
 from trackhub.spool.layout import close_spool
 from trackhub.writer.adapters import MLflowWriter, SummaryWriter, WandBWriter
 from trackhub.writer.writer import Writer
@@ -131,3 +132,20 @@ def test_a_copy_of_a_local_writer_logs_into_its_run_and_does_not_end_it(
         writer.log({"own": 2.0})
     lines = json_lines(writer.folder / "jsonl" / writer.folder.name / "local.jsonl")
     assert sorted(key for line in lines for key in line["values"]) == ["copy", "own"]
+
+
+def test_a_copy_of_a_wandb_writer_logs_its_params_and_final_values_itself(tmp_path: Path) -> None:
+    """Otherwise they are lost if the first writer is closed."""
+    first = WandBWriter(writer=Writer(new_spool(tmp_path), strict=True), config={"lr": 0.1})
+    other = copy.copy(first)
+    first.close()
+
+    other.config.seed = 7
+    other.summary["best"] = 0.9
+
+    records = [record for stream in read_spool(tmp_path).values() for record in stream]
+    assert [r.payload.values for r in records if isinstance(r.payload, Params | Summary)] == [
+        {"lr": 0.1}, {"seed": 7}, {"best": 0.9},
+    ]  # fmt: skip
+    assert dict(other.config) == {"lr": 0.1, "seed": 7}
+    assert "seed" not in first.config

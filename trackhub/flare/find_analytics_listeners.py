@@ -15,7 +15,7 @@ from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 from nvflare.apis.fl_component import FLComponent
 from nvflare.app_common.widgets.streaming import AnalyticsReceiver
 
-__all__ = ["client_warning", "listeners", "server_warning"]
+__all__ = ["client_warning", "is_of_a_product", "listeners", "server_warning"]
 
 
 def listeners(components: Mapping[str, Any]) -> list[str]:
@@ -62,11 +62,19 @@ def client_warning(found: list[str], take_over: object) -> str:
     )
 
 
+def is_of_a_product(module: str) -> bool:
+    """Return whether a module is FLARE's or trackhub's. Of their classes, only FLARE's receivers are listeners.
+
+    Others name the event as well, such as the one that sends a site's events to the server.
+    """
+    return module.split(".")[0] in ("nvflare", "trackhub")
+
+
 def _listens(component: Any) -> bool:
     if isinstance(component, AnalyticsReceiver):
         return True
     cls = type(component)
-    if not isinstance(component, FLComponent) or cls.__module__.split(".")[0] in ("nvflare", "trackhub"):
+    if not isinstance(component, FLComponent) or is_of_a_product(cls.__module__):
         return False
     if cls.handle_event is FLComponent.handle_event:
         return False

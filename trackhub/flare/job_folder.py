@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 
 from trackhub.errors import ConfigError
-from trackhub.flare.find_analytics_listeners import client_warning, server_warning
+from trackhub.flare.find_analytics_listeners import client_warning, is_of_a_product, server_warning
 from trackhub.flare.recipe import MIN_SHUTDOWN_TIMEOUT_S
 
 __all__ = ["ByHand", "Change", "clients_of", "plan_attach", "write_changes"]
@@ -184,8 +184,9 @@ def _config_file(folder: Path, name: str) -> Path:
 def _listeners(folder: Path, name: str) -> list[str]:
     """Return the components of one side that listen to FLARE's analytics events, each as ``id (class)``.
 
-    FLARE's receivers listen. A component of the app's own code counts as a listener if its module or an argument names
-    the event. Nothing is returned for a file that cannot be read: `_attach` says so, if it has to change it.
+    FLARE's receivers listen. A component of another package or of the app's own code counts as a listener if its module
+    or an argument names the event. Nothing is returned for a file that cannot be read: `_attach` says so, if it has to
+    change it.
     """
     try:
         components = _components(_read(_config_file(folder, name)))
@@ -193,8 +194,11 @@ def _listeners(folder: Path, name: str) -> list[str]:
         return []
     found = []
     for component in components:
-        kind = str(component.get("path") or component.get("name") or "")
-        if kind.endswith(_RECEIVERS) or _names_event(component.get("args")) or _source_names_event(folder.parent, kind):
+        path = str(component.get("path") or "")
+        kind = path or str(component.get("name") or "")  # FLARE looks for a name among its own classes
+        is_own = bool(path) and not is_of_a_product(path)
+        names_event = is_own and (_names_event(component.get("args")) or _source_names_event(folder.parent, path))
+        if kind.endswith(_RECEIVERS) or names_event:
             found.append(f"{component.get('id')} ({kind.rpartition('.')[2]})")
     return found
 
@@ -232,17 +236,17 @@ def _attach(path: Path, new: list[dict[str, Any]]) -> Change | ByHand | None:
     """
     try:
         old = path.read_text(encoding="utf-8")
-        if path.suffix in _YAML:
-            import yaml  # type: ignore[import-untyped]  # a dependency of FLARE
-
-            block = yaml.safe_dump({"components": new}, sort_keys=False, width=100)
-            return ByHand(path, block, "trackhub does not change YAML; add these to its list of components")
         before = _parse(path, old)
         present = _components(before)
     except Exception as e:
         raise ConfigError(f"attach: {path} cannot be read: {e}") from e
     if any(str(c.get("path", "")).startswith("trackhub.flare.") for c in present):
         return None
+    if path.suffix in _YAML:
+        import yaml  # type: ignore[import-untyped]  # a dependency of FLARE
+
+        block = yaml.safe_dump({"components": new}, sort_keys=False, width=100)
+        return ByHand(path, block, "trackhub does not change YAML; add these to its list of components")
     after, notes = _with_components(before, new, path)
     text = _json_text(old, after) if path.suffix in _JSON else _hocon_text(old, new)
     try:

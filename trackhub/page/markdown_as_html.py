@@ -8,6 +8,7 @@ with the rules that are named here and no others. All that they do not know stay
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def as_html(text: str) -> Any:
     """
     from markupsafe import Markup
 
+    text = re.sub(r"\r\n?", "\n", text)  # the parser's lines, so that a table's rows are counted as it counts them
     lines = text.split("\n")
     if len(lines) * max(line.count("|") for line in lines) > _MAX_CELLS:
         return None

@@ -33,8 +33,9 @@ __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 class _Values(Mapping[str, Any]):
     """Takes values as ``wandb.config`` and ``wandb.summary`` do: as items, as attributes and with ``update``."""
 
-    def __init__(self, log: Callable[[Any], None]) -> None:
-        self.__dict__.update(_log=log, _values={})
+    def __init__(self, log: Callable[[Any], None], values: Mapping[str, Any] | None = None) -> None:
+        """Log through ``log`` what is set from now on. The given values are there already."""
+        self.__dict__.update(_log=log, _values=dict(values or {}))
 
     def __getitem__(self, key: str) -> Any:
         return self.__dict__["_values"][key]
@@ -118,6 +119,13 @@ class WandBWriter(AdapterBase):
             self.config.update(config)
         if isinstance(tags, list | tuple):
             self.writer.set_tags({str(tag): "true" for tag in tags})
+
+    def __copy__(self) -> Self:
+        other = super().__copy__()
+        # Otherwise the copy's values would be logged by the first writer, and dropped once that one is closed.
+        other.config = _Values(other.writer.log_params, self.config)
+        other.summary = _Values(other.writer.summarize, self.summary)
+        return other
 
     def log(
         self,

@@ -122,6 +122,19 @@ def test_proxy_that_is_away_is_named_before_training(rig: Rig, monkeypatch: pyte
         backend.preflight()
 
 
+def test_no_proxy_is_named_where_only_its_exceptions_are_set(
+    online: Callable[..., WandBBackend], emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "elsewhere.example")
+    emulator.stop()
+
+    with pytest.raises(TransientError, match="cannot be reached now: "):
+        online().preflight()
+
+
 def test_settings_are_checked_before_training(rig: Rig) -> None:
     """An unknown field, and one that the backend must decide itself, are refused by name."""
     with pytest.raises(InvalidOptionError, match="no_such_setting"):

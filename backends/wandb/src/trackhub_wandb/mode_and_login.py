@@ -121,9 +121,9 @@ def verify_login(options: WandBOptions, login: Login, timeout_s: float) -> str:
 
 def _proxy(login: Login) -> str:
     """Say that the environment sends requests to this server through a proxy, if it does."""
-    from requests.utils import get_environ_proxies
+    from requests.utils import get_environ_proxies, select_proxy
 
-    if not get_environ_proxies(login.base_url):
+    if not select_proxy(login.base_url, get_environ_proxies(login.base_url)):
         return ""
     return (
         " through the proxy that HTTPS_PROXY or HTTP_PROXY names (see whether the proxy runs, or name the server in "
