@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +25,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 
+from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery import Limits, Receiver, Side
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.flare import receiver_widget, sender_widget
@@ -141,9 +143,10 @@ def test_a_task_that_nobody_cut_off_has_failed_or_finished(code: str, is_cut_off
     assert ends == [status]
 
 
-def task_of(current: int) -> Shareable:
+def task_of(current: int | None) -> Shareable:
     task = Shareable()
-    task.set_header(AppConstants.CURRENT_ROUND, current)
+    if current is not None:
+        task.set_header(AppConstants.CURRENT_ROUND, current)
     return task
 
 
@@ -174,3 +177,46 @@ def test_while_a_task_runs_one_of_another_round_has_no_known_round() -> None:
         executor.execute("train", task_of(number), FLContext(), Signal())
 
     assert rounds == [0, 0, None, 1, None, 1]
+
+
+def test_a_task_without_a_round_beside_one_of_a_round_makes_the_round_unknown() -> None:
+    """The trainer may work on either of them, until both have ended."""
+
+    class Interrupted(AnExecutor):
+        def work(self) -> None:
+            other.execute("validate", task_of(None), FLContext(), Signal())
+            fl_ctx = context(ProcessType.CLIENT_JOB, None)
+            fl_ctx.set_prop(FLContextKey.TASK_DATA, task_of(3), private=True, sticky=False)
+            watch.handle_event(EventType.BEFORE_TASK_EXECUTION, fl_ctx)
+
+    executor, other, rounds = Interrupted(), AnExecutor(), list[int | None]()
+    engine = SimpleNamespace(handlers=[executor, other], add_handler=None)
+    watch = ClientRounds(engine, rounds.append, lambda status: None)
+    executor.execute("train", task_of(3), FLContext(), Signal())
+
+    assert rounds == [3, None, None]
+
+
+def test_of_two_tasks_that_come_at_once_the_second_has_no_known_round() -> None:
+    """While the round of the first is being set, the second waits."""
+    second, rounds = threading.Thread(), list[int | None]()
+
+    class AtWork(AnExecutor):
+        def work(self) -> None:
+            both.wait(WAIT_S)
+
+    def set_round(number: int | None) -> None:
+        nonlocal second
+        if second.ident is None:
+            second = threading.Thread(target=others.execute, args=("train", task_of(2), FLContext(), Signal()))
+            second.start()
+            second.join(0.2)  # it would have set its round by then
+        rounds.append(number)
+
+    both = threading.Barrier(2)
+    executor, others = AtWork(), AtWork()
+    ClientRounds(SimpleNamespace(handlers=[executor, others], add_handler=None), set_round, lambda status: None)
+    executor.execute("train", task_of(1), FLContext(), Signal())
+    second.join(WAIT_S)
+
+    assert rounds == [1, None]

@@ -30,25 +30,29 @@ __all__ = ["ClientRounds", "ServerRounds"]
 
 
 class _OpenTasks:
-    """The tasks that a client's trainers may still work on. Thread-safe."""
+    """The tasks that a client's trainers may still work on. It sets the round of the client. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, set_round: Callable[[int | None], None]) -> None:
         self._lock = threading.Lock()
+        self._set_round = set_round
         self._rounds: list[int | None] = []  # of the tasks whose executor has not returned
         self._is_clear = True
 
-    def known(self, current: int | None) -> int | None:
-        """Return the round of a task that comes now. None if a trainer may still work on a task of another round."""
+    def announce(self, current: int | None) -> None:
+        """Set the round of a task that comes now. Set none if a trainer may still work on a task of another round."""
+        # The round is set under the lock. Otherwise two tasks at once could set their rounds in the wrong order.
         with self._lock:
-            return current if self._is_clear and all(number == current for number in self._rounds) else None
+            self._set_round(current if self._has_only(current) else None)
 
-    def begin(self, current: int | None) -> int | None:
-        """Note that an executor gets a task of this round. Return what `known` says."""
-        known = self.known(current)
+    def begin(self, current: int | None) -> None:
+        """Do what `announce` does, and note that an executor gets the task."""
         with self._lock:
-            self._is_clear = self._is_clear and known == current
+            self._is_clear = self._has_only(current)
             self._rounds.append(current)
-        return known
+            self._set_round(current if self._is_clear else None)
+
+    def _has_only(self, current: int | None) -> bool:
+        return self._is_clear and all(number == current for number in self._rounds)
 
     def end(self, current: int | None, *, well: bool) -> None:
         """Note that an executor has returned.
@@ -87,11 +91,10 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             take_result: called with a task's data and its result, where there is one. It must not raise.
         """
         super().__init__()
-        self._set_round = set_round
         self._end = end
         self._take_result = take_result
         self._controls_workflow = False
-        self._tasks = _OpenTasks()
+        self._tasks = _OpenTasks(set_round)
         for executor in flare_internals.executors(engine):
             if flare_internals.controls_workflow(executor):
                 self._controls_workflow = True
@@ -110,7 +113,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
 
         def watched(task_name: str, shareable: Any, fl_ctx: FLContext, abort_signal: Signal) -> Any:
             current = flare_internals.round_of_task(shareable)
-            self._set_round(self._tasks.begin(current))
+            self._tasks.begin(current)
             status = RunStatus.FAILED
             try:
                 result = execute(task_name, shareable, fl_ctx, abort_signal)
@@ -137,9 +140,9 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             # The tasks that configure and start a workflow carry no round. A client that controls the workflow may get
             # such a task while its own thread is in a round.
             if current is not None or not self._controls_workflow:
-                self._set_round(self._tasks.known(current))
+                self._tasks.announce(current)
         elif event_type == flare_internals.ROUND_STARTED:
-            self._set_round(self._tasks.known(flare_internals.round_of_context(fl_ctx)))
+            self._tasks.announce(flare_internals.round_of_context(fl_ctx))
 
 
 class ServerRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
