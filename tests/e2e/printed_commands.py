@@ -46,7 +46,7 @@ def openings(screen: str) -> list[tuple[str, str]]:
     found = []
     for part in screen.split("Open the results\n")[1:]:
         for line in part.splitlines():
-            match = re.fullmatch(r" *([\w ]+): (.+)", line)
+            match = re.fullmatch(r" *([\w ]+)(?: \(.+?\))?: (.+)", line)
             if match is None or match[1] == "http":
                 break
             found.append((match[1], match[2]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trackhub.delivery import DeliveryReport, RunReport, SiteCounts, SiteReport, format_results
 from trackhub.delivery.report import resolve_results
+from trackhub.delivery.report_text import format_report
 from trackhub.runnable_commands import runnable
 from trackhub.spi import Results
 
@@ -54,7 +55,7 @@ def test_without_a_command_the_page_or_else_the_absolute_path_is_shown(tmp_path:
 
     screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
 
-    assert screen.endswith(f"\n  acme: http://acme/1\n  acme: {tmp_path / 'acme' / '2'}")
+    assert screen.endswith(f"\n  acme (site-1): http://acme/1\n  acme (site-2): {tmp_path / 'acme' / '2'}")
 
 
 def test_what_several_places_count_for_the_same_reason_is_not_merged() -> None:
@@ -111,5 +112,29 @@ def test_each_of_several_commands_is_a_line_and_what_opens_all_runs_is_there_onc
     screen = format_results({"server": resolve_results(report({"acme": runs}), tmp_path / "trackhub")})
 
     assert screen.partition("Open the results\n")[2].splitlines() == [
-        f"  acme: cd {tmp_path} && acme {what}" for what in ("show all", "upload site-1", "upload site-2")
+        f"  acme: cd {tmp_path} && acme show all",
+        f"  acme (site-1): cd {tmp_path} && acme upload site-1",
+        f"  acme (site-2): cd {tmp_path} && acme upload site-2",
+    ]
+
+
+def test_a_page_of_one_of_several_runs_is_named_by_its_site_and_a_common_one_is_not(tmp_path: Path) -> None:
+    """An MLflow server gives each run a page whose address says nothing to a person."""
+    runs = {
+        site: RunReport(results=Results(url=url))
+        for site, url in (("federation", "http://acme/a1"), ("site-1", "http://acme/b2"))
+    }
+    common = {site: RunReport(results=Results(url="http://other/all")) for site in ("site-1", "site-2")}
+    alone = {"site-1": RunReport(results=Results(url="http://one/1", command="one show ."))}
+    found = report({"acme": runs, "other": common, "one": alone})
+
+    shown = format_results({"server": found}).partition("Open the results\n")[2].splitlines()
+
+    assert format_report(found).splitlines()[-5:] == shown
+    assert shown == [
+        "  acme (federation): http://acme/a1",
+        "  acme (site-1): http://acme/b2",
+        "  one: one show .",
+        "  one: http://one/1",
+        "  other: http://other/all",
     ]

@@ -227,7 +227,7 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         folder = Path(journal["path"]).parent
         killed = "Its process was killed. " if journal["interrupted"] else ""
         print_lines(f"{killed}Deliver what is left, and end its runs, with `{command_for('trackhub replay', folder)}`")
-    openings = format_openings((lane, run) for lane, runs in lanes.items() for run in runs.values())
+    openings = format_openings((name, lane, run) for lane, runs in lanes.items() for name, run in runs.items())
     if openings:
         print_lines("Open the results", *openings)
 

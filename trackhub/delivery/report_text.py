@@ -102,24 +102,33 @@ def format_doubts(report: DeliveryReport) -> str:
     return "" if report.balanced and report.adds_up and not report.error else f". {report.problems()[0]}"
 
 
-def format_openings(runs: Iterable[tuple[str, RunReport]]) -> list[str]:
+def format_openings(runs: Iterable[tuple[str, str, RunReport]]) -> list[str]:
     """Return how to look at what the backends stored: lines with a command, a URL or a path each.
 
+    A line that is about one of several runs of a backend names its site, since a URL alone may not show it.
+
     Args:
-        runs: (backend's name, run) for each run. A command that opens several runs is shown once. A command is left out
-            if a later run of the same backend has it with more flags.
+        runs: (site, backend's name, run) for each run. A command that opens several runs is shown once. A command is
+            left out if a later run of the same backend has it with more flags.
     """
-    backend_of: dict[str, str] = {}
-    for backend, run in runs:
+    sites_of: dict[tuple[str, str], list[str]] = {}
+    for site, backend, run in runs:
         for opening in run.results.openings() if run.results else ():
-            backend_of.setdefault(opening, backend)
-    words = {opening: (backend, set(opening.split())) for opening, backend in backend_of.items() if " " in opening}
-    repeated = {
-        opening
-        for opening, (backend, own) in words.items()
-        if any(backend == other and own < more for other, more in words.values())
-    }
-    return [f"  {by}: {printable(opening)}" for opening, by in backend_of.items() if opening not in repeated]
+            sites_of.setdefault((backend, opening), []).append(site)
+    words = {(backend, opening): set(opening.split()) for backend, opening in sites_of if " " in opening}
+    for key, own in words.items():
+        fuller = [other for other, more in words.items() if other[0] == key[0] and own < more]
+        if fuller:
+            sites_of[max(fuller, key=lambda other: len(words[other]))] += sites_of.pop(key)
+    all_sites: dict[str, set[str]] = {}
+    for (backend, _), sites in sites_of.items():
+        all_sites.setdefault(backend, set()).update(sites)
+    lines = []
+    for (backend, opening), sites in sites_of.items():
+        is_one_of_several = len(set(sites)) == 1 < len(all_sites[backend])
+        name = f"{backend} ({sites[0]})" if is_one_of_several else backend
+        lines.append(printable(f"  {name}: {opening}"))
+    return lines
 
 
 def format_report(report: DeliveryReport, moves_to: str = "") -> str:
@@ -143,8 +152,8 @@ def format_report(report: DeliveryReport, moves_to: str = "") -> str:
             rows.append((name, lane, logged, str(site.journaled), *counts, remark))
         if not own:
             rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
-    runs = [(lane, run) for lane, by_site in sorted(report.lanes.items()) for run in by_site.values()]
-    stays = [run for run in runs if not (moves_to and _lies_in(run[1].results, report.run_dir))]
+    runs = [(site, lane, run) for lane, by_site in sorted(report.lanes.items()) for site, run in by_site.items()]
+    stays = [run for run in runs if not (moves_to and _lies_in(run[2].results, report.run_dir))]
     openings = [*format_openings(stays), *([f"  {moves_to}"] if len(stays) < len(runs) else [])]
     footer = ["Open the results", *openings] if openings else []
     job = format_job(report.job, report.job_name)
@@ -166,12 +175,12 @@ def format_results(reports: Mapping[str, DeliveryReport]) -> str:
         reports: receiver (the name of its site, or ``server``) -> its report.
     """
     rows = [("site", "receiver", "backend", "confirmed", "remarks")]
-    runs_shown: list[tuple[str, RunReport]] = []
+    runs_shown: list[tuple[str, str, RunReport]] = []
     for receiver, report in reports.items():
         for backend, runs in sorted(report.lanes.items()):
             for name, run in sorted(runs.items()):
                 rows.append((name, receiver, backend, *_result_cells(run, report.sites.get(name))))
-                runs_shown.append((backend, run))
+                runs_shown.append((name, backend, run))
         without_run = report.sites.keys() - {name for runs in report.lanes.values() for name in runs}
         rows += [(name, receiver, "-", *_result_cells(None, report.sites[name])) for name in sorted(without_run)]
     lines = ["Delivered (confirmed of logged)", *(f"  {line}" for line in _table(rows))] if len(rows) > 1 else []

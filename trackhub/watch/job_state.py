@@ -140,7 +140,7 @@ def _openings(reports: Sequence[DeliveryReport]) -> list[str]:
     first: dict[str, str] = {}
     for report in reports:
         for backend, runs in sorted(report.lanes.items()):
-            lines = format_openings((backend, run) for run in runs.values())
+            lines = format_openings((site, backend, run) for site, run in runs.items())
             if lines:
                 first.setdefault(backend, lines[0].strip())
     together = format_together([report.run_dir for report in reports]) if first else []
