@@ -14,7 +14,7 @@ from unittest import SkipTest
 import pytest
 from click.testing import CliRunner
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import trackhub
 from trackhub.cli.attach import attach
@@ -52,8 +52,10 @@ def test_the_python_code_in_a_document_runs(
 ) -> None:
     """Code that needs a running job or a server is marked `<!-- skip: next -->` in the document."""
     monkeypatch.chdir(tmp_path)
+    # A mark also counts for a block of shell, which `test_docs_commands` checks.
+    shell = CodeBlockParser(language="sh", evaluator=lambda example: None)
 
-    for example in Sybil([PythonCodeBlockParser(), SkipParser()]).parse(path).examples():
+    for example in Sybil([PythonCodeBlockParser(), shell, SkipParser()]).parse(path).examples():
         try:
             example.evaluate()
         except SkipTest:  # Sybil raises it for a skipped block
