@@ -261,14 +261,15 @@ def open_local(
     limits = limits or Limits.from_mapping({}, environ=os.environ)
     _check_folder(run_dir)
     spool = run_dir / "trackhub" / "spool"
-    if not resume and has_streams(spool):
+    is_new = not has_streams(spool)
+    if not resume and not is_new:
         raise ConfigError(
             f"{run_dir}: this run was logged to before. To go on in it, pass resume=True. Otherwise give another job=, "
             "or leave job= out: then each run gets a folder of its own"
         )
     _check_site(spool, site)
-    if job:
-        _check_name(runs_dir, run_dir, job_info)
+    if job and is_new:
+        _check_name(runs_dir, job_info)
     _warn_of_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits, quiet=quiet)
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
@@ -308,16 +309,19 @@ def _check_site(spool: Path, site: str) -> None:
             )
 
 
-def _check_name(runs_dir: Path, run_dir: Path, job: JobInfo) -> None:
-    """Raise ConfigError if this job was logged to under another name. It would be two runs in every backend."""
+def _check_name(runs_dir: Path, job: JobInfo) -> None:
+    """Raise ConfigError if this job was logged to under another name. It would be two runs in every backend.
+
+    A folder with the same name as well is a copy of the run, such as a backup.
+    """
     for spool in runs_dir.glob("*/trackhub/spool"):
         with contextlib.suppress(SpoolError):  # another program's folder, or one that cannot be read
             info = read_spool_info(spool)
-            if info.job == job.id and spool.parent.parent != run_dir and has_streams(spool):
+            name = info.name or info.job
+            if info.job == job.id and name != job.name and has_streams(spool):
                 raise ConfigError(
-                    f"{spool.parent.parent}: the job {job.id!r} was logged to before, and was called "
-                    f"{info.name or info.job!r} then. To go on in that run, pass name={info.name or info.job!r} and "
-                    "resume=True. Otherwise give another job="
+                    f"{spool.parent.parent}: the job {job.id!r} was logged to before, and was called {name!r} then. To "
+                    f"go on in that run, pass name={name!r} and resume=True. Otherwise give another job="
                 )
 
 

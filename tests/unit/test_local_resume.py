@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -142,6 +143,22 @@ def test_a_job_that_was_logged_to_under_another_name_is_an_error_that_says_the_n
         writer.log({"a": 2.0})
     assert len(lines(writer)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["first-j"]
+
+
+@pytest.mark.parametrize("name", ["", "first"])
+def test_a_run_resumes_or_starts_anew_beside_a_copy_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Only another name of the job is an error. A backup has the same one."""
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name=name, limits=FAST) as writer:
+        writer.log({"a": 1.0})
+    shutil.copytree(writer.folder, tmp_path / "backup")
+
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name=name, resume=True, limits=FAST) as resumed:
+        resumed.log({"a": 2.0})
+    shutil.rmtree(writer.folder)
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", name=name, limits=FAST) as new:
+        new.log({"a": 3.0})
+
+    assert [report_of(run).sites["local"].journaled for run in (resumed, new)] == [2, 1]
 
 
 def test_the_spool_has_what_a_replay_without_the_journal_calls_the_job(tmp_path: Path) -> None:
