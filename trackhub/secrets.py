@@ -27,6 +27,7 @@ from trackhub.errors import ConfigError, InvalidOptionError
 __all__ = [
     "Secret",
     "is_secret_name",
+    "may_name_secret",
     "references",
     "refuse_literal_secrets",
     "refuse_references",
@@ -45,6 +46,13 @@ _SECRET_KEY = re.compile(
     r"(?:^|[_.-])(?:api_?key|access_?key|secret_?key|private_?key|auth_?key|secret|token|password|passwd|passphrase"
     r"|pwd|credentials?|authorization)$"
 )
+# What is only shown is hidden sooner: by any name that may be one of a secret, unless it also is the name of a number.
+_SECRET_WORD = re.compile(
+    r"(?:.*(?:key|token|secret|password|passwd|passphrase|credential)s?|pass|pwd|pw|pat|auth|authorization|bearer|creds?"
+    r"|login|cookie|jwt|otp|sas|(?:.*[_.-])?sig(?:nature)?)"
+)
+_COUNT_WORDS = {"max", "min", "n", "num", "number", "count", "total", "per"}
+_WORD_END = re.compile(r"[_.-]+")
 _INDEX = re.compile(r"(?:\[\d+\])+$")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # A git commit has the shape of an old W&B key.
@@ -60,11 +68,12 @@ _SECRET_SHAPES = (
     ("a JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
     ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
 )
-# A parameter of a URL. Its name is judged as that of an option is, and some names are secrets only in a URL.
+# A parameter of a URL. As an option, its name is judged as that of an option is, and some are secrets only in a URL.
 _URL_PARAMETER = re.compile(r"([?&;#])([\w.~-]+)=([^&;#\s]+)")
 _SECRET_IN_URL = re.compile(r"(?:auth|jwt|(?:.*[_.-])?sig(?:nature)?)")
 # A login in a URL is refused even if the password is a reference, since logs, reports and results show URLs.
 _URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
+_BARE_LOGIN = re.compile(r"(?<![\w/.-])([\w.-]+):[^\s:/@]+@(?=[\w.-])")  # user:password@host, without a scheme
 
 # Parts of a longer text that may hold a secret: ``api_key=...``, ``"token": "..."``, ``--password ...``. All that is in
 # quotes counts as the secret.
@@ -92,6 +101,18 @@ class Secret(str):
 def is_secret_name(name: str) -> bool:
     """Return whether the name of an option, or the path to one, says that it holds a secret: ``wandb.api_key``."""
     return _SECRET_KEY.search(_key_of(name)) is not None
+
+
+def may_name_secret(name: str) -> bool:
+    """Return whether something of this name is better not shown: `is_secret_name`, and also ``wandb_key`` or ``pass``.
+
+    Args:
+        name: the name of a flag, an argument or a variable, such as ``--wandb-key``.
+    """
+    *others, last = _WORD_END.split(_key_of(name))
+    if is_secret_name(name.lstrip("-").replace("-", "_")):
+        return True
+    return _SECRET_WORD.fullmatch(last) is not None and _COUNT_WORDS.isdisjoint(others)
 
 
 def refuse_literal_secrets(path: str, value: Any) -> None:
@@ -125,9 +146,10 @@ def without_secrets(text: str) -> str:
     """
     text = _KEY_BLOCK.sub(_HIDDEN, _ANY_REFERENCE.sub(_HIDDEN, text))
     for pattern in (_NAMED, _FLAGGED):
-        text = pattern.sub(_hide_named, text)
+        text = _hide_named(pattern, text)
     text = _URL_PARAMETER.sub(_hide_parameter, text)
     text = _URL_LOGIN.sub(f"://{_HIDDEN}@", text)
+    text = _BARE_LOGIN.sub(rf"\1:{_HIDDEN}@", text)
     text = _HEX_WORD.sub(_hide_hex, text)
     for _, shape in _SECRET_SHAPES:
         text = shape.sub(_HIDDEN, text)
@@ -170,13 +192,18 @@ def _split_login(url: str) -> tuple[str, str]:
     return (clean if "://" in url else clean.removeprefix("//")), password if colon else user
 
 
-def _hide_named(match: re.Match[str]) -> str:
-    name, between, _ = match.groups()
-    return f"{name}{between}{_HIDDEN}" if is_secret_name(name.lstrip("-").replace("-", "_")) else match[0]
+def _hide_named(pattern: re.Pattern[str], text: str) -> str:
+    """Hide each value whose name may be one of a secret. A value may itself be a name and a value."""
+    parts, place = [], 0
+    while (match := pattern.search(text, place)) is not None:
+        is_secret = may_name_secret(match[1])
+        parts += [text[place : match.end(2)], _HIDDEN if is_secret else ""]
+        place = match.end() if is_secret else match.end(2)
+    return "".join([*parts, text[place:]])
 
 
 def _hide_parameter(match: re.Match[str]) -> str:
-    return f"{match[1]}{match[2]}={_HIDDEN}" if _is_secret_parameter(match[2]) else match[0]
+    return f"{match[1]}{match[2]}={_HIDDEN}" if may_name_secret(match[2]) else match[0]
 
 
 def _is_secret_parameter(name: str) -> bool:

@@ -88,9 +88,50 @@ def test_a_command_line_has_no_secret_and_the_home_folder_is_a_tilde(script: Pat
     shown = command_line(argv, script, {"HOME": home, "MY_API_KEY": "from-the-shell"})
 
     assert shown == (
-        "python job.py --token '***' --pw=x --data '~/data' -k '***' --password '***' "
+        "python job.py --token '***' '--pw=***' --data '~/data' -k '***' --password '***' "
         "--option 'wandb.api_key=***' --lr 0.1"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--wandb_key", PLANTED], [f"--licenseKey={PLANTED}"], ["--github-pat", PLANTED], [f"--DB_PASS={PLANTED}"],
+        ["--auth", f"me:{PLANTED}"], ["--tokens", "a", PLANTED], [f"--header=Authorization: Basic {PLANTED}"],
+        ["--env", f"A=1,TOKEN={PLANTED}"], [f"--env=TOKEN={PLANTED}"], ["--url", f"https://h/x?key={PLANTED}"],
+        ["--uri", f"me:{PLANTED}@h:5432/db"],
+    ],
+)  # fmt: skip
+def test_a_command_line_hides_all_that_may_be_a_secret(script: Path, words: list[str]) -> None:
+    shown = command_line([sys.executable, str(script), *words, "--lr", "0.1"], script, {})
+
+    assert PLANTED not in shown
+    assert shown.endswith(" --lr 0.1")
+
+
+def test_a_command_line_shows_names_and_numbers_that_only_sound_like_secrets(script: Path) -> None:
+    words = ["--max_tokens", "5", "--num-keys=3", "--key_metric", "loss", "--token_file", "/x", "--author", "a:b"]
+
+    assert command_line([sys.executable, str(script), *words], script, {}) == f"python job.py {' '.join(words)}"
+
+
+@pytest.mark.parametrize(
+    ("remote", "shown"),
+    [
+        ("https://ann:secret@github.com/o/r.git", "https://github.com/o/r.git"),
+        ("ssh://ann@github.com/o/r", "ssh://github.com/o/r"),
+        ("ann@github.com:o/r.git", "github.com:o/r.git"),
+        ("/home/ann/central.git", None),
+        ("../central", None),
+        ("file:///home/ann/central", None),
+    ],
+)
+def test_a_git_remote_is_shown_without_its_user_and_a_folder_is_not(
+    script: Path, remote: str, shown: str | None
+) -> None:
+    git(script.parent, "remote", "add", "origin", remote)
+
+    assert git_state(script).get("git/repository") == shown
 
 
 def test_the_home_folder_becomes_a_tilde_and_folders_that_begin_alike_stay() -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trackhub.secrets import is_secret_name, without_secrets
+from trackhub.secrets import is_secret_name, may_name_secret, without_secrets
 
 __all__ = ["command_line", "git_state", "job_script", "without_home"]
 
@@ -60,19 +60,19 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
     """
     secrets = [v for k, v in environ.items() if is_secret_name(k) and len(v) >= _MIN_SECRET_CHARS]
     home = environ.get("HOME", "")
-    words, hide_next = ["python"], False
+    words, hides = ["python"], False  # a flag may have several values
     for word in argv[1:]:
         shown = script.name if _is_script(word, script) else word
         for secret in sorted(secrets, key=len, reverse=True):
             shown = shown.replace(secret, _SHOWN)
-        flag, equals, _ = shown.partition("=")
-        if hide_next and not _FLAG.match(shown):
-            shown = _SHOWN
-        elif equals and _FLAG.match(flag) and is_secret_name(_name(flag)):
-            shown = f"{flag}={_SHOWN}"  # the whole rest: it may have spaces
+        flag, equals, value = shown.partition("=")
+        if _FLAG.match(flag):
+            hides = may_name_secret(flag)
+            if equals:  # the whole value, which may have spaces
+                shown = f"{flag}={_SHOWN if hides else without_secrets(value)}"
+                hides = False
         else:
-            shown = without_secrets(shown)
-        hide_next = _FLAG.match(shown) is not None and is_secret_name(_name(shown))
+            shown = _SHOWN if hides else without_secrets(shown)
         words.append(without_home(shown, home))
     return shlex.join(words)[:_MAX_COMMAND_CHARS]
 
@@ -80,10 +80,6 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
 def without_home(text: str, home: str) -> str:
     """Return the text with ``~`` in place of the user's home folder, whose path mostly has the user's name."""
     return re.sub(rf"{re.escape(home.rstrip('/'))}(?=[/\s\"']|\Z)", "~", text) if len(home) > 1 else text
-
-
-def _name(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")
 
 
 def _is_script(word: str, script: Path) -> bool:
@@ -106,13 +102,21 @@ def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
     found["git/commit"] = commit
     if branch := _git(folder, end, "symbolic-ref", "--short", "--quiet", "HEAD"):
         found["git/branch"] = branch
-    if repository := _git(folder, end, "config", "--get", "remote.origin.url"):
-        found["git/repository"] = without_secrets(_URL_LOGIN.sub("", repository))
+    if remote := _address(_git(folder, end, "config", "--get", "remote.origin.url") or ""):
+        found["git/repository"] = remote
     changes = _git(folder, end, "status", "--porcelain", "--untracked-files=no")
     if changes is not None:
         is_known = _git(folder, end, "ls-files", "--error-unmatch", "--", script.name) is not None
         found["git/dirty"] = bool(changes) or not is_known
     return found
+
+
+def _address(remote: str) -> str:
+    """Return the address of a git remote on another machine, without its user. Empty for a folder of this machine."""
+    if "://" in remote:
+        return "" if remote.startswith("file:") else without_secrets(_URL_LOGIN.sub("", remote))
+    host, colon, path = remote.partition(":")
+    return f"{host.rpartition('@')[2]}:{without_secrets(path)}" if colon and "/" not in host else ""
 
 
 def _git(folder: Path, end: float, *command: str) -> str | None:

@@ -20,7 +20,7 @@ from trackhub.context.describe_job_script import job_script, without_home
 from trackhub.context.machine import describe_machine
 from trackhub.errors import ConfigError
 from trackhub.flare import flare_internals
-from trackhub.secrets import is_secret_name, without_secrets
+from trackhub.secrets import may_name_secret, without_secrets
 
 __all__ = ["PREFIX", "check_context", "context_of_job", "log_context", "with_federation", "with_machine"]
 
@@ -63,7 +63,7 @@ def context_of_job(recipe_or_job: Any) -> Context:
     if flare_internals.job_of(recipe_or_job) is not recipe_or_job:
         found["recipe/class"] = type(recipe_or_job).__name__
         for name, value in list(vars(recipe_or_job).items())[:_MAX_ARGUMENTS]:
-            if not name.startswith("_") and not is_secret_name(name) and (shown := _argument(name, value)) is not None:
+            if not name.startswith("_") and not may_name_secret(name) and (shown := _argument(name, value)) is not None:
                 found[f"recipe/{name}"] = shown
     return found
 
