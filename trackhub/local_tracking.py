@@ -2,7 +2,7 @@
 """A writer with a receiver of its own in the same process, so that a training script runs outside FLARE as well.
 
 `trackhub.local` calls `open_local`. The sender and the receiver are the same as in FLARE, but requests travel by a
-plain function call. `trackhub.script_end` ends a run that the script does not close.
+plain function call. `trackhub.end_runs_at_script_end` ends a run that the script does not close.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from trackhub.delivery import (
     read_spool_info,
     withdraw_process_spool,
 )
+from trackhub.end_runs_at_script_end import is_failure, register, unregister
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, SpoolError
 from trackhub.job_and_run_info import path_component, site_problem
 from trackhub.runnable_commands import command_for
-from trackhub.script_end import end_with_script, is_failure, unregister
 from trackhub.writer.spool_choice import is_disabled, is_strict
 from trackhub.writer.writer import Writer, plain_writer
 
@@ -273,7 +273,7 @@ def open_local(
     _warn_of_interrupted(runs_dir, but=run_dir)
     delivery = _start(run_dir, spool, job_info, site, options, limits, quiet=quiet)
     writer = LocalWriter(run_dir, delivery, strict=strict, quiet=quiet)
-    end_with_script(writer)
+    register(writer)
     return writer
 
 

@@ -20,7 +20,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.app_common.widgets.streaming import create_analytic_dxo
 
 from trackhub.delivery import Limits, Receiver, RunStatus, Side
-from trackhub.flare.track_sites_without_sender import SitesWithoutSender
+from trackhub.flare.record_for_sites_without_sender import SitesWithoutSender
 
 SITES = ("honest", "hostile")
 

@@ -24,7 +24,7 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.check_received_batch import KnownKeys, examine
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
-from trackhub.delivery.job_facts import JobFacts
+from trackhub.delivery.job_in_journal import JobInJournal
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
@@ -32,9 +32,9 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.lane.lanes_of_receiver import END_S, Lanes
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.report_text import leave_report
+from trackhub.delivery.retry_failed_start import StartRetry
 from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
-from trackhub.delivery.start_again import StartAgain
 from trackhub.delivery.turn_away_when_busy import Admission
 from trackhub.delivery.wire import (
     Accepted,
@@ -74,7 +74,7 @@ _WAIT_S = 0.25
 
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
-_NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than other sites"
+_NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the average of all sites"
 _log = logging.getLogger(__name__)
 
 
@@ -146,12 +146,12 @@ class Receiver:
         self._admission = Admission(_AT_ONCE)
         self.sites = JobSites(self._limits.silence_s)
         self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
-        self._facts = JobFacts(
+        self._facts = JobInJournal(
             self.job, side, self._run_dir, self.sites, silence_s=self._limits.silence_s, federation=federation,
             ended=ended,
         )  # fmt: skip
         self._room = DiskRoom(self.folder, self._run_dir, self.sites.may_send_more)
-        self._start_again = StartAgain()
+        self._start_retry = StartRetry()
         self._say_where_to_look = say_where_to_look
 
     @clean_errors()
@@ -186,7 +186,7 @@ class Receiver:
                     "the receiver in %s cannot start yet: %s. Training goes on. What the sites log stays in their "
                     "spools, and the receiver takes it as soon as it can start", self.folder, e,
                 )  # fmt: skip
-            self._start_again.pause()
+            self._start_retry.pause()
             self._state = _WAITING
 
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
@@ -237,7 +237,7 @@ class Receiver:
 
     def _try_again(self) -> None:
         """Start if the receiver still waits and the pause is over. Do nothing if another thread is starting it."""
-        with self._start_again.turn() as is_due:
+        with self._start_retry.turn() as is_due:
             try:
                 if is_due and self._state == _WAITING:
                     self.start()
@@ -247,7 +247,7 @@ class Receiver:
 
     def _try_last_time(self, deadline_s: float) -> None:
         """Start now if the receiver still waits."""
-        with self._start_again.last_turn():
+        with self._start_retry.last_turn():
             if self._state != _WAITING:
                 return
             try:

@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 
 from trackhub.delivery.channel import Channel
+from trackhub.delivery.count_spool_passes import SpoolPasses
 from trackhub.delivery.file_sender import FileSender, Ready
 from trackhub.delivery.messages_to_receiver import Session
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.wait_for_spool_pass import SpoolPasses
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,
@@ -150,7 +150,11 @@ class Sender:
             ends = None  # the next pass fails in the same way, and logs why
         passes = self._passes
         with passes.changed:
-            if passes.gave_up_at == self._exchange.replies or self._refused is not None or not self._thread.is_alive():
+            if (
+                passes.replies_at_timeout == self._exchange.replies
+                or self._refused is not None
+                or not self._thread.is_alive()
+            ):
                 return False
             # A running pass may have looked at the spool before this call. The next pass looks after this call.
             target = passes.done + (2 if passes.running else 1)
@@ -177,7 +181,7 @@ class Sender:
                 passes.waiting -= 1
 
     def _give_up_flush(self) -> None:
-        self._passes.gave_up_at = self._exchange.replies
+        self._passes.replies_at_timeout = self._exchange.replies
         _log.warning(
             "the receiver did not acknowledge the records of site %s in time; training goes on, and does not wait "
             "again until the receiver replies; the records stay in %s",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trackhub import registry
+from trackhub.delivery.limit_backend_writes_on_low_disk import DiskLimitedBackend
 from trackhub.delivery.share_last_disk_room import DiskRoom
-from trackhub.delivery.write_within_disk_room import WithinDiskRoom
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import BackendLoadError, ConfigError, PluginError
 from trackhub.job_and_run_info import JobInfo, Side
@@ -54,7 +54,7 @@ def set_up_backends(
         for name, (cls, built) in planned.items():
             with _plugin_errors(name):
                 _make_folder(run_dir / name, name)
-                found[name] = WithinDiskRoom(cls(built, BackendContext(run_dir / name, job, side)), room)
+                found[name] = DiskLimitedBackend(cls(built, BackendContext(run_dir / name, job, side)), room)
     except BaseException:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # it was not made, or is not empty

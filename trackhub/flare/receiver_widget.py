@@ -43,10 +43,10 @@ from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.how_a_run_ends import ServerEnding
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.read_task_events import asking_site
+from trackhub.flare.record_for_sites_without_sender import SitesWithoutSender
 from trackhub.flare.records_from_flare_writers import StockRecords, TakeOver, check_take_over
 from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
 from trackhub.flare.round_watch import ServerRounds
-from trackhub.flare.track_sites_without_sender import SitesWithoutSender
 
 __all__ = ["TrackhubReceiver"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
 from trackhub.delivery.lane.describe_record import name_of
-from trackhub.delivery.write_within_disk_room import NotHandedOverError
+from trackhub.delivery.limit_backend_writes_on_low_disk import NotHandedOverError
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts a sender's passes over its spool. `Sender` has one `SpoolPasses`, and `Sender.flush` waits with it."""
+"""Counts a sender's passes over its spool.
+
+`Sender` has one `SpoolPasses`. `Sender.flush` waits for its condition ``changed``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class SpoolPasses:
         files_left: True while files of the last pass are on their way.
         is_slow: True if a flush waited for these files and they did not arrive in time.
         waiting: how many calls of ``flush`` wait now.
-        gave_up_at: the value of `Exchange.replies` when a flush last timed out. None if no flush did.
+        replies_at_timeout: the value of `Exchange.replies` when a flush last timed out. None if no flush did.
     """
 
     def __init__(self) -> None:
@@ -31,7 +34,7 @@ class SpoolPasses:
         self.files_left = False
         self.is_slow = False
         self.waiting = 0
-        self.gave_up_at: int | None = None
+        self.replies_at_timeout: int | None = None
 
     def begin(self) -> None:
         """Note that a pass has begun."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-__all__ = ["EndsWithScript", "end_with_script", "is_failure", "unregister"]
+__all__ = ["EndsWithScript", "is_failure", "register", "unregister"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 # SIGINT is not among them: Python makes a KeyboardInterrupt of it, which ends the script like any other exception.
@@ -58,7 +58,7 @@ class _State:
 _state = _State()
 
 
-def end_with_script(item: EndsWithScript) -> None:
+def register(item: EndsWithScript) -> None:
     """End this item when the script ends, unless `unregister` is called before. Any thread may call it.
 
     Signals are handled only if the first call comes from the main thread: Python allows it nowhere else.

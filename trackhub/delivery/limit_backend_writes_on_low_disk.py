@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the lanes from filling a disk with the records of one site. `set_up_backend` puts it around each backend.
+"""Keeps the lanes from filling a disk with the records of one site.
 
-A lane copies what the receiver accepted, such as files, into a backend that may write to the same disk. trackhub does
-not know which backends do. So before each write, `WithinDiskRoom` asks `DiskRoom`, whatever the backend.
+`set_up_backend` puts a `DiskLimitedBackend` around each backend. A lane copies what the receiver accepted, such as
+files, into a backend. The backend may write to the receiver's own disk, and trackhub does not know which backends do.
+So each `DiskLimitedBackend` asks `DiskRoom` before each write.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Artifact, Image
 from trackhub.spi import Backend, BackendRun, Confirmation, Entry, Results, RunInfo, WriteReport
 
-__all__ = ["NotHandedOverError", "WithinDiskRoom"]
+__all__ = ["DiskLimitedBackend", "NotHandedOverError"]
 
 
 class NotHandedOverError(TransientError):
     """The backend was not called, since its disk is nearly full. So it has none of the entries."""
 
 
-class WithinDiskRoom(Backend[Any]):
+class DiskLimitedBackend(Backend[Any]):
     """A backend whose runs write only while `DiskRoom` allows it. It passes all other calls on."""
 
     def __init__(self, backend: Backend[Any], room: DiskRoom) -> None:
@@ -48,7 +49,7 @@ class WithinDiskRoom(Backend[Any]):
 
     def open_run(self, info: RunInfo) -> BackendRun:
         """Open the run at the backend."""
-        return _RunWithinDiskRoom(self._backend.open_run(info), self._room, info.site)
+        return _DiskLimitedRun(self._backend.open_run(info), self._room, info.site)
 
     def results(self, info: RunInfo) -> Results | None:
         """Return the backend's results."""
@@ -59,7 +60,7 @@ class WithinDiskRoom(Backend[Any]):
         self._backend.close()
 
 
-class _RunWithinDiskRoom(BackendRun):
+class _DiskLimitedRun(BackendRun):
     def __init__(self, run: BackendRun, room: DiskRoom, site: str) -> None:
         self._run = run
         self._room = room
@@ -69,10 +70,10 @@ class _RunWithinDiskRoom(BackendRun):
         sizes = [entry.payload.blob.size for entry in batch if isinstance(entry.payload, Image | Artifact)]
         with self._room.hold(self._site, sum(sizes), len(sizes)) as may_write:
             if not may_write:
-                # An error of a full disk counts against no record.
+                # The cause says that the disk is full. So the lane waits, and never rejects a record for this error.
                 raise NotHandedOverError(
-                    f"the backends' disk is nearly full, and site {self._site} has stored more than other sites. Free "
-                    "the disk, or replay this journal later"
+                    f"the backends' disk is nearly full, and site {self._site} has stored more than the average of all "
+                    "sites. Free space on the disk, or replay this journal later"
                 ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self._run.write(batch)
 

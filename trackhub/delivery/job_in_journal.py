@@ -32,13 +32,13 @@ from trackhub.errors import JournalError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunStatus, Side
 from trackhub.runnable_commands import command_for
 
-__all__ = ["JobFacts"]
+__all__ = ["JobInJournal"]
 
 _STATUS = "status"
 _log = logging.getLogger(__name__)
 
 
-class JobFacts:
+class JobInJournal:
     """The facts about a receiver's job. Used by one thread at a time, but for ``status``.
 
     Attributes:

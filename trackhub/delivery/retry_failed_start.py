@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides which thread starts a receiver that could not start, and when. `Receiver` asks it at each request."""
+"""Decides which thread starts a receiver whose start failed, and when.
+
+`Receiver` asks it while it waits to start: at each request, and once more when the job ends.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-__all__ = ["StartAgain"]
+__all__ = ["StartRetry"]
 
 _TRY_EVERY_S = 2.0
 
 
-class StartAgain:
-    """Lets one thread at a time start the receiver, after a pause. Thread-safe."""
+class StartRetry:
+    """Lets one thread at a time start the receiver, and makes a pause after a failed start. Thread-safe."""
 
     def __init__(self) -> None:
         """The first turn is due at once."""
@@ -37,5 +40,9 @@ class StartAgain:
             self._lock.release()
 
     def last_turn(self) -> AbstractContextManager[bool]:
-        """Wait for another thread that is starting the receiver. Then no other thread starts it in the block."""
+        """Return a context manager for the last attempt.
+
+        It waits until no other thread is starting the receiver. Until the ``with`` block ends, no other thread gets a
+        turn.
+        """
         return self._lock
