@@ -60,7 +60,7 @@ class OwnDescriptor:
 
     Attributes:
         number: the descriptor; -1 after ``close``.
-        is_out_of_reach: False if no high number was free. The script's next file may then get this number.
+        is_out_of_reach: True if the number is so high that the script's next files hardly get it.
     """
 
     def __init__(self, fd: int) -> None:
@@ -113,7 +113,8 @@ class MappedFile:
         if sys.version_info >= (3, 13):
             self._map = mmap.mmap(fd, size, access=access, trackfd=False)
         else:
-            # Python keeps a copy of the descriptor, and closes the copy with the mapping. It does not tell its number.
+            # Python keeps a copy of the descriptor, and closes the copy with the mapping. It does not tell the copy's
+            # number. That is usually the lowest free number, which `dup` shows here.
             guess = os.dup(fd)
             os.close(guess)
             self._map = mmap.mmap(fd, size, access=access)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one log call becomes: a record with one payload. Also the rules for keys and for the number of values.
+"""What a log call becomes: records, in most cases one. Each has one payload.
+
+This module also has the rules for keys and for the number of values.
 
 The writer makes records, and a backend receives their payloads. `trackhub.framing` encodes them.
 """
@@ -66,11 +68,11 @@ each new metric. A record of more metrics would hold up the records of all other
 
 MAX_VALUES_OF_RECORD = 100_000
 """Most values of any record: cells of a table, edges and counts of a histogram, params, tags or final values, those in
-nested ones included. The SDKs need 0.01 to 0.02 ms for each. A table of floats has more bytes than a record may have at
-116,000 cells."""
+nested ones included. The SDKs need 0.01 to 0.02 ms for each. A table of 116,000 floats
+would be larger than a record may be anyway."""
 
 MAX_IMAGE_BYTES = 64 << 20
-"""Largest file of an image, in bytes. Backends read an image as a whole. A larger one is logged as an artifact."""
+"""Largest file of an image, in bytes. Backends read an image as a whole. Log a larger one as an artifact."""
 
 MAX_CAPTION_CHARS = 20_000
 """Longest caption of an image. With each confirmation, a lane stores the captions of images on their way."""
@@ -81,7 +83,7 @@ STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 # The types below with ``Meta`` declare what a site may send. Only the decoder checks them, and no constructor does.
 # `trackhub.delivery.check_received_batch` checks what a type cannot say.
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
-"""A number of records, or the number of one in its stream."""
+"""A number of records or bytes, or the number of a record in its stream."""
 
 Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
 """A word under which a report counts records. Terminals show it, so only harmless characters are allowed."""
@@ -113,7 +115,7 @@ def key_problem(key: str) -> str | None:
 
 
 class Kind(IntEnum):
-    """What a record holds. The numbers are part of the format and never change."""
+    """The kind of a payload. The numbers are part of the format and never change."""
 
     METRICS = 1
     PARAMS = 2
@@ -150,7 +152,10 @@ class Metrics(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
 
 
 class Params(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
-    """Hyperparameters: key to None, bool, int, float, str, or lists and dicts of these. Keys of dicts are keys, too."""
+    """Hyperparameters: key to None, bool, int, float, str, or lists and dicts of these.
+
+    The keys of nested dicts must be valid keys, too.
+    """
 
     values: dict[str, Any]
 
@@ -252,7 +257,7 @@ Payload = Metrics | Params | Tags | Text | Image | Histogram | Table | Artifact 
 """What a record holds."""
 
 KEYED = (Metrics, Params, Tags, Summary)
-"""The payloads that have several values, each under its key. The others have one key."""
+"""The payloads that have several values, each under its key. The others have one key, and a gap has none."""
 
 STEPLESS = (Params, Tags, Summary)
 """The payloads that never have a step. The last value of a key counts, or the first value for params."""
@@ -286,15 +291,15 @@ def _count_nested(values: dict[str, Any]) -> int:
 
 
 def size_problem(payload: Payload) -> str | None:
-    """Return why a payload has too many values for one record, as a sentence without an end. None if it has not.
+    """Return why a payload has too many values for one record, without a full stop. None if the number is allowed.
 
     The writer uses this rule, and so does the receiver for what a site sends. A record whose encoded body has no more
     than ``MAX_METRICS_OF_RECORD`` bytes need not be checked, since each value takes a byte at least.
     """
     if isinstance(payload, Metrics) and len(payload.values) > MAX_METRICS_OF_RECORD:
         return (
-            f"{len(payload.values)} are logged together; expected at most {MAX_METRICS_OF_RECORD}; log them in several "
-            "calls"
+            f"{len(payload.values)} metrics are logged together; expected at most {MAX_METRICS_OF_RECORD}; log them in "
+            "several calls"
         )
     if (values := count_values(payload)) > MAX_VALUES_OF_RECORD:
         return f"it has {values} values; expected at most {MAX_VALUES_OF_RECORD}; log a file of them with log_artifact"
@@ -302,13 +307,13 @@ def size_problem(payload: Payload) -> str | None:
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One log call.
+    """One log call, or a part of it.
 
     The site is not part of it. The receiver knows the site from the authenticated channel, so that no site can write as
     another.
 
     Attributes:
-        seq: position in its stream (one writing process), counted from 0.
+        seq: the record's number in its stream, counted from 0.
         time: unix seconds (UTC) at the log call.
         step: what the caller gave, 0 to ``MAX_STEP``; None if it gave none.
         round: the federated round in which it was logged; None if the process did not know one.

@@ -278,7 +278,8 @@ def test_a_site_with_any_number_of_keys_is_named_once_in_the_log(caplog: pytest.
     aggregation.add("hostile", [record({f"k{i}": 1.0 for i in range(3000)}, 0, 0)])
 
     assert [r.getMessage() for r in caplog.records if "hostile" in r.getMessage()] == [
-        "key 'k1000' of site 'hostile', and its further keys, are not aggregated: there are too many keys"
+        "site 'hostile': its key 'k1000' and its other new keys are not aggregated: at most 1000 keys of a site are, "
+        "and 5000 of all sites. Name the keys that matter: add_tracking(aggregate=[...])"
     ]
 
 

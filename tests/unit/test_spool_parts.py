@@ -15,7 +15,7 @@ from trackhub.records import Artifact, Blob, Gap, Payload, Record
 from trackhub.spool.acks import Ack
 from trackhub.spool.batch import Place, SpoolBatch, assemble
 from trackhub.spool.counts import count_stream
-from trackhub.spool.drops import Drops, DropsTold
+from trackhub.spool.drops import Drops, DropWarnings
 from trackhub.spool.layout import SEGMENT_HEADER, ledger_file
 from trackhub.spool.room import Room, new_part
 from trackhub.spool.segment_writer import SegmentFile
@@ -149,7 +149,7 @@ def test_a_torn_frame_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_drops_in_a_row_for_one_reason_are_one_gap(tmp_path: Path) -> None:
-    drops = Drops(tmp_path / "ledger", Clock(), DropsTold())
+    drops = Drops(tmp_path / "ledger", Clock(), DropWarnings())
     for seq, reason in enumerate(["spool_full", "spool_full", "disk_full", "spool_full"]):
         drops.add(seq, reason, "detail")
     assert drops.gaps == [(0, Gap(2, "spool_full")), (2, Gap(1, "disk_full")), (3, Gap(1, "spool_full"))]
@@ -162,7 +162,7 @@ def test_drops_in_a_row_for_one_reason_are_one_gap(tmp_path: Path) -> None:
 
 def test_a_warning_about_drops_is_prepared_once_a_minute(tmp_path: Path) -> None:
     clock = Clock()
-    drops = Drops(tmp_path / "ledger", clock, DropsTold())
+    drops = Drops(tmp_path / "ledger", clock, DropWarnings())
     drops.add(0, "disk_full", "first")
     assert drops.warning == ("disk_full", "first", 1)
     drops.warning = None
@@ -176,7 +176,7 @@ def test_a_warning_about_drops_is_prepared_once_a_minute(tmp_path: Path) -> None
 
 
 def test_drops_are_counted_where_no_ledger_can_be_made(tmp_path: Path) -> None:
-    drops = Drops(tmp_path / "missing" / "ledger", Clock(), DropsTold())
+    drops = Drops(tmp_path / "missing" / "ledger", Clock(), DropWarnings())
     drops.add(0, "disk_full", "detail")
     assert (drops.total, drops.ledger, drops.gaps) == (1, None, [(0, Gap(1, "disk_full"))])
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a receiver stores about its job, when the job starts and when it ends. A replay and a report need it.
+"""Stores in the journal what a replay and a report must know about a receiver's job, and decides how its runs end.
 
-`trackhub.delivery.receiver` calls this. The facts go into the table ``meta`` of the journal.
+`Receiver` calls this when the job starts and when it ends. The facts go into the table ``meta`` of the journal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trackhub.delivery.journal.tables_and_rows import (
     SILENCE_S,
     SITES_WITHOUT_SENDER,
 )
-from trackhub.delivery.lane.lanes_of_receiver import END_S
+from trackhub.delivery.lane.lanes_of_receiver import EXTRA_S
 from trackhub.delivery.report import REPORT_NAME, DeliveryReport, report_without_counts
 from trackhub.delivery.report_text import leave_report
 from trackhub.errors import JournalError
@@ -39,7 +39,9 @@ _log = logging.getLogger(__name__)
 
 
 class JobInJournal:
-    """The facts about a receiver's job. Used by one thread at a time, but for ``status``.
+    """A receiver's job, as the journal has it.
+
+    Any thread may use ``status`` and ``note_status``. One thread at a time calls the other methods.
 
     Attributes:
         federation: what the job's federation run holds; None for no such run.
@@ -80,7 +82,7 @@ class JobInJournal:
         self._earlier_status = ""
 
     def read_earlier(self, journal: Journal) -> None:
-        """Read how the job ended before this receiver. Call it before the start is stored.
+        """Read the status that an earlier receiver stored, if there was one. Call it before ``store_start``.
 
         Raises:
             JournalError: the journal cannot be read.
@@ -90,16 +92,21 @@ class JobInJournal:
         self._earlier_status = meta.get(_STATUS, "")
 
     def status_after_failure(self) -> RunStatus:
-        """Return how a job ends that cannot start: as it had ended before. A new job has failed."""
+        """Return the job's status if this receiver cannot be used.
+
+        In a replay, it is the status that the replay was given. If the journal is new, the job failed. Otherwise it is
+        the status that the journal had before, or killed if that was empty.
+        """
         if self._ended is not None:
             return self._ended
         return RunStatus.FAILED if self._is_new else RunStatus(self._earlier_status or RunStatus.KILLED)
 
     def store_start(self, journal: Journal, backends: Mapping[str, Mapping[str, Any]]) -> None:
-        """Store what a later replay or report must know, in one transaction. Remove the report of an earlier receiver.
+        """Store what a later replay or report must know, in one transaction. If the job runs, remove an earlier report.
 
-        Call it only when the start can fail no more. Otherwise a start that fails would change how a job ended that had
-        ended long before, and every later replay would use its wrong options.
+        Call it after every check of options and backends. Otherwise a failed start would overwrite the status of a job
+        that has ended, and later replays would use its wrong options. After a failed start, only `store_failed_start`
+        calls it, and only for a new journal.
 
         Args:
             journal: where to store it.
@@ -128,10 +135,10 @@ class JobInJournal:
                 (folder / REPORT_NAME).unlink(missing_ok=True)
 
     def store_failed_start(self, journal: Journal, lanes: Sequence[str]) -> None:
-        """Store how the job ends, if it is new to this journal. Otherwise leave it as it was.
+        """If this journal is new, store how the job ends, and write its report. Otherwise change nothing.
 
-        A replay that makes a journal for a site's spool knows how the job ended. Otherwise a new job has failed. The
-        backends are not stored, since a replay could not use them either.
+        The status is that of `status_after_failure`. The backends are not stored, since a replay could not use them
+        either.
 
         Args:
             journal: where to store it.
@@ -139,7 +146,7 @@ class JobInJournal:
         """
         if not self._is_new:
             return
-        journal.limit_waits(time.monotonic() + END_S)
+        journal.limit_waits(time.monotonic() + EXTRA_S)
         with contextlib.suppress(JournalError):  # the error of the start says more
             self.store_start(journal, {})
             leave_report(journal.path.parent, self.make_report(journal, lanes, self.status_after_failure()))
@@ -154,17 +161,20 @@ class JobInJournal:
         try:
             journal.set_facts({_STATUS: self.status}, wait_s=wait_s)
         except JournalError as e:
-            _log.warning("the journal cannot store yet how the job ends (%s): %s; it is tried again", self.status, e)
+            _log.warning(
+                "the journal cannot store the job's status %s now: %s. The receiver stores it when the job ends",
+                self.status, e,
+            )  # fmt: skip
 
-    def run_statuses(self, journal: Journal, heard: Iterable[str], status: RunStatus) -> dict[str, RunStatus]:
-        """Return site -> how its run ends.
+    def run_statuses(self, journal: Journal, stored: Iterable[str], status: RunStatus) -> dict[str, RunStatus]:
+        """Return site -> how its run ends. If the job runs, note first that the federation run has ended well.
 
         Args:
-            journal: the journal, which knows the sites that an earlier receiver heard.
-            heard: the sites that this receiver has stored in the journal.
+            journal: the journal, which knows the sites that an earlier receiver stored.
+            stored: the sites that this receiver has stored in the journal.
             status: how the job ends.
         """
-        sites = {FEDERATION, *heard}
+        sites = {FEDERATION, *stored}
         if self._ended is None:
             self._sites.assume_ended(FEDERATION)
         try:

@@ -29,7 +29,7 @@ from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.lane.lanes_of_receiver import END_S, Lanes
+from trackhub.delivery.lane.lanes_of_receiver import EXTRA_S, Lanes
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.report_text import leave_report
 from trackhub.delivery.retry_failed_start import StartRetry
@@ -69,8 +69,8 @@ _AT_ONCE = 16
 """Requests that a receiver works on at a time. A quarter of the threads in which FLARE calls it (nvflare 2.9)."""
 
 _WAIT_S = 0.25
-"""Most seconds that a transaction waits for a journal that another program has locked. A request makes up to two.
-`note_status` makes one, since FLARE calls it in the thread that ends the job."""
+"""The longest wait, in seconds, of one transaction for a journal that another program has locked. A request makes at
+most two transactions. `note_status` makes one, and FLARE calls it in the thread that ends the job."""
 
 _FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
@@ -80,7 +80,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _KnownSite:
-    """What the receiver remembers of a site. One thread at a time uses ``id`` and ``keys``: `Admission` sees to it."""
+    """What the receiver remembers of a site. `Admission` lets one thread at a time use ``id`` and ``keys``."""
 
     id: int | None = None
     keys: KnownKeys = field(default_factory=KnownKeys)
@@ -91,7 +91,7 @@ class Receiver:
     """Receives the records of one job, and delivers them to the job's backends.
 
     Call ``start`` before the sites send, ``handle`` for each request, and ``finish`` when the job has ended. ``handle``
-    may be called from any number of threads at once. Call the other methods from one thread.
+    and ``note_status`` may be called from any number of threads at once. Call the other methods from one thread.
 
     Attributes:
         job: the job whose records it receives.
@@ -159,11 +159,11 @@ class Receiver:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 
         If another program has the journal locked, this blocks up to ten seconds more. On an existing journal of the
-        same job, the receiver goes on where the last one stopped. If the start fails, such a job stays as it was: its
-        status, its report, its backends, and what they have. A new job ends as failed.
+        same job, the receiver goes on where the last one stopped. If the start fails, the journal keeps the job's
+        status and backends, the report stays, and no run changes. A new job ends as failed, if its journal was opened.
 
-        Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, the receiver
-        asks the sites to try again, and starts with a request after the trouble is over.
+        Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, it is not a
+        failed start: the receiver replies `Busy`, and tries to start again at later requests.
 
         Args:
             from_start: deliver again what the lanes have delivered already.
@@ -206,7 +206,7 @@ class Receiver:
         self._state = _OPEN
 
     def _begin(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
-        """Check all that may fail. Then change what the journal says of the job, and begin to deliver."""
+        """Check options and backends. Then change what the journal says of the job, and begin to deliver."""
         lanes = Lanes(journal, [self._lane(name, backend, journal) for name, backend in backends.items()])
         try:
             self._facts.read_earlier(journal)
@@ -273,9 +273,11 @@ class Receiver:
         """Answer one request of a site. A transport calls it, from several threads at once. Never raises.
 
         An accepted batch is in the journal when this returns. That takes one SQLite transaction, about 0.1 ms with
-        ``durability="normal"``. While the journal is locked, the reply is `Busy` after half a second at most. The reply
-        is `Busy` at once while the receiver works on another request of this site, or on 16 of other sites. So a
-        disk that does not answer blocks few threads, however often the sites ask.
+        ``durability="normal"``, and two for a site's first batch. While the journal is locked, the reply is `Busy`
+        after half a second at most. The reply is `Busy` at once while the receiver works on another request of this
+        site, or on 16 of other sites, or if `Admission` lets other sites go first. So a disk that does not answer
+        blocks few threads, however often the sites ask. While a receiver waits to start, one request takes as long as
+        another attempt (see ``start``).
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
@@ -435,7 +437,8 @@ class Receiver:
 
         Args:
             sites: their names.
-            timeout_s: the longest wait, in seconds; by default ``limits.sites_s``. Longer while files still arrive.
+            timeout_s: the longest wait, in seconds; by default ``limits.sites_s``. While files still arrive, it is
+                ``limits.files_s`` if that is longer.
 
         Returns:
             The sites whose final message has not come. Their spools hold whatever they have not sent.
@@ -445,8 +448,9 @@ class Receiver:
     def finish(self, status: RunStatus, *, deadline_s: float | None = None, moves_to: str = "") -> DeliveryReport:
         """Take no more batches, deliver what the journal has, end the runs, close everything, and report.
 
-        Blocks up to the deadline, and a second more for each backend that hangs. What is then not delivered stays in
-        the journal, for ``trackhub replay``.
+        Blocks up to the deadline. Each backend that hangs, the federation run and a locked journal may each add a
+        second. If the receiver could not start yet, a last attempt comes first (see ``start``). What is then not
+        delivered stays in the journal, for ``trackhub replay``.
 
         Args:
             status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
@@ -465,13 +469,13 @@ class Receiver:
             raise JournalError(f"the receiver in {self.folder} {what}. The sites' spools keep their records") from error
         stored = [name for name, known in self._known.copy().items() if known.id is not None]
         by_site = self._facts.run_statuses(self._journal, stored, status)
-        # This comes first. Otherwise the receiver could accept a batch after a lane has looked for the last time.
+        # Close before the lanes end. Otherwise a request could add a batch after a lane has looked for the last time.
         self._state = _CLOSED
         deadline = time.monotonic() + deadline_s
         # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
-        self._journal.limit_waits(deadline + END_S / 2)
+        self._journal.limit_waits(deadline + EXTRA_S / 2)
         if self.federation is not None:  # before the lanes look for the last time
-            self.federation.finish(max(END_S, deadline_s * _FEDERATION_SHARE))
+            self.federation.finish(max(EXTRA_S, deadline_s * _FEDERATION_SHARE))
         # Nobody knows how the sites outside ``by_site`` ended.
         otherwise = self.sites.status("", status, was_killed=False)
         self._lanes.end(by_site, otherwise, deadline - time.monotonic())
@@ -481,9 +485,9 @@ class Receiver:
         return leave_report(self.folder, report, moves_to)
 
     def abandon(self) -> None:
-        """End a started receiver without delivering what is left, because what should use it cannot start.
+        """End a started receiver without delivering what is left, because the spool or the sender failed afterwards.
 
-        The job ends as it had ended before the receiver started, and a new job as failed. Never raises.
+        For the status of the job see `JobInJournal.status_after_failure`. Never raises.
         """
         if self._journal is not None:
             self.finish(self._facts.status_after_failure(), deadline_s=0.0)

@@ -150,11 +150,8 @@ class Sender:
             ends = None  # the next pass fails in the same way, and logs why
         passes = self._passes
         with passes.changed:
-            if (
-                passes.replies_at_timeout == self._exchange.replies
-                or self._refused is not None
-                or not self._thread.is_alive()
-            ):
+            has_replied = passes.replies_at_timeout != self._exchange.replies
+            if not has_replied or self._refused is not None or not self._thread.is_alive():
                 return False
             # A running pass may have looked at the spool before this call. The next pass looks after this call.
             target = passes.done + (2 if passes.running else 1)

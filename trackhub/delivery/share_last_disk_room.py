@@ -26,8 +26,8 @@ _ASK_EVERY_S = 1.0
 _FILE_BYTES = 4096
 
 _LANE_SHARE = 0.5
-"""The share of the last part that the lanes leave. It lies below the part where the receiver turns a site away, so
-that usually all that the receiver accepted is delivered, also to servers, which need no room on this disk."""
+"""The lanes leave this share of the last part free. The receiver turns a site away earlier, when the last part begins.
+So the lanes can usually deliver all that it accepted, also to servers, which need no room on this disk."""
 
 _SMALL = 16
 """A site is too small to do harm if the disk has room for this many times what the site has stored."""
@@ -100,7 +100,7 @@ class DiskRoom:
 
     @contextmanager
     def hold(self, site: str, size: int, files: int) -> Iterator[bool]:
-        """Hold room on the backends' disk while a lane writes records of a site. Gives False if it must not write now.
+        """Hold room on the backends' disk while a lane writes records of a site. Yields whether the lane may write now.
 
         Args:
             site: the site's name.
@@ -111,10 +111,12 @@ class DiskRoom:
         with self._lock:
             self._held_bytes += size
             self._held_files += files
-            # It may be the receiver's disk. If not, `allows` only looks at its disk earlier than it must.
+            # This may also be the receiver's disk, so count it there, too. If it is not, `allows` only measures its own
+            # disk sooner.
             self._room_bytes -= size
             self._room_files -= files
-            # Another lane may finish before the disk is looked at. Its files then count twice, and not never.
+            # Another lane may finish before the disk is measured. Then its files count twice. That is safe, and not
+            # counting them would not be.
             held, held_files = self._held_bytes, self._held_files if files else -math.inf
         try:
             yield self._may_write(site, held, held_files)

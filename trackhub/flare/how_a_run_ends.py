@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read from FLARE's events how a run ends, on the server and at a client.
+"""Finds out how a run ends, on the server and at a client.
 
-`trackhub.flare.receiver_widget` and `trackhub.flare.sender_widget` pass the events. On both sides, an abort and a fatal
+`trackhub.flare.receiver_widget` and `trackhub.flare.sender_widget` pass FLARE's events. The server's FLARE has no event
+for an abort, so `ServerEnding` wraps the call that aborts a run. On both sides, an abort and a fatal
 error can follow each other, and the first one is the cause. FLARE aborts a run after a fatal error. After an abort,
 a workflow may report a fatal error, for example because the clients have gone.
 """
@@ -22,17 +23,18 @@ __all__ = ["ClientEnding", "ServerEnding"]
 
 
 class ServerEnding:
-    """How the job ends, as the server sees it. The first of an abort and a fatal error decides it.
+    """How the job ends, as the server sees it. If an abort and a fatal error both come, the first one decides.
 
     Attributes:
         status: how it ends. It is `RunStatus.FINISHED` until FLARE tells something else.
     """
 
     def __init__(self, note: Callable[[RunStatus], None]) -> None:
-        """Start with a job that goes on.
+        """Begin with the status finished, since FLARE has told nothing else yet.
 
         Args:
-            note: is called with each status, as soon as FLARE tells it.
+            note: called with the new status after an abort or a fatal error, whichever comes first, and again when the
+                status is settled. After an abort, this is when FLARE's ``abort`` has returned.
         """
         self.status = RunStatus.FINISHED
         self._note = note
@@ -42,8 +44,8 @@ class ServerEnding:
     def watch(self, fl_ctx: FLContext) -> None:
         """Learn of an abort when FLARE gets it. Call it at START_RUN.
 
-        FLARE has no event for an abort, and kills the process 10 seconds later. It may need most of them to end the
-        workflow. The abort signal does not say it: some workflows trigger it themselves when they are done
+        FLARE kills the process 10 seconds after an abort, and may need most of that time to end the workflow. The abort
+        signal is no proof of an abort: some workflows trigger it themselves when they are done
         (``xgboost/histogram_based_v2/controller.py``, ``tie/controller.py``).
         """
         runner = fl_ctx.get_prop(FLContextKey.RUNNER)
@@ -59,11 +61,14 @@ class ServerEnding:
 
         runner.abort = watched
         signal = fl_ctx.get_run_abort_signal()
-        if signal is not None and signal.triggered:  # no workflow has run yet
+        if signal is not None and signal.triggered:  # no workflow has run yet, so FLARE triggered it for an abort
             self._tell(RunStatus.ABORTED)
 
     def take_fatal_error(self) -> None:
-        """Take FATAL_SYSTEM_ERROR. FLARE's runner, which then aborts the run, gets it last."""
+        """Take FATAL_SYSTEM_ERROR.
+
+        FLARE's runner gets this event after all other components, and only then aborts the run.
+        """
         if self._tell(RunStatus.FAILED):
             self._note(RunStatus.FAILED)
 
@@ -73,7 +78,7 @@ class ServerEnding:
         self._note(self.status)
 
     def _tell(self, status: RunStatus) -> bool:
-        """Return True if this is the first that FLARE tells."""
+        """Set the status, unless it is set or this is an abort after `decide`. Return whether it was set."""
         with self._lock:
             if self.status is not RunStatus.FINISHED or (self._is_decided and status is RunStatus.ABORTED):
                 return False
@@ -96,7 +101,10 @@ class ClientEnding:
     status: RunStatus = RunStatus.FINISHED
 
     def take_fatal_error(self, fl_ctx: FLContext) -> None:
-        """Take FATAL_SYSTEM_ERROR. FLARE's runner gets it last, so an abort that it knows by now came before."""
+        """Take FATAL_SYSTEM_ERROR.
+
+        FLARE's runner gets this event after this call. If the runner knows of an abort now, the abort came first.
+        """
         if not fl_ctx.get_prop(FLContextKey.RUNNER)._run_abort_requested:
             self.panicked = True
 
@@ -105,7 +113,7 @@ class ClientEnding:
 
         An aborted task does not mean that the site failed: swarm aborts a slow site's task, and the job may end well.
         """
-        # The abort signal does not say it, since it triggers at a normal end, too.
+        # The abort signal is no proof: FLARE triggers it at a normal end, too.
         aborted = bool(fl_ctx.get_prop(FLContextKey.RUN_ABORT_REQUESTED, False))
         failed = self.panicked or (self.task is RunStatus.FAILED and not aborted)
         self.status = RunStatus.FAILED if failed else RunStatus.ABORTED if aborted else RunStatus.FINISHED

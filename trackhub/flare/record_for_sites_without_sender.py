@@ -39,7 +39,7 @@ class SitesWithoutSender:
         """Begin to ask, in a thread.
 
         Args:
-            component: the component in whose log warnings appear.
+            component: warnings go to this component's log.
             engine: FLARE's engine on the server.
             receiver: stores the records.
             limits: the limits of the job, for the spools and senders that are made here.

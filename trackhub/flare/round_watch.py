@@ -6,7 +6,8 @@ what a component logs in an event already carries the right round. A task withou
 that later records do not carry it. Only a client that controls its own workflow keeps its round at such a task.
 
 A workflow can cut off a slow client: FLARE then hands over the next task while the script still works on the old one.
-Nobody tells when the script takes the new model, so records get no round until a task has ended well again.
+Nothing tells trackhub when the script takes the new model. So records get no round until a task has ended well and no
+other task is open.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _OpenTasks:
         self._lock = threading.Lock()
         self._set_round = set_round
         self._rounds: list[int | None] = []  # of the tasks whose executor has not returned
-        self._is_clear = True
+        self._may_lag = False  # True if a trainer may still work on a task of an earlier round, or on one that failed
 
     def announce(self, current: int | None) -> None:
         """Set the round of a task that comes now. Set none if a trainer may still work on a task of another round."""
@@ -47,12 +48,13 @@ class _OpenTasks:
     def begin(self, current: int | None) -> None:
         """Do what `announce` does, and note that an executor gets the task."""
         with self._lock:
-            self._is_clear = self._has_only(current)
+            self._may_lag = not self._has_only(current)
             self._rounds.append(current)
-            self._set_round(current if self._is_clear else None)
+            self._set_round(None if self._may_lag else current)
 
     def _has_only(self, current: int | None) -> bool:
-        return self._is_clear and all(number == current for number in self._rounds)
+        """Return whether every task that a trainer may still work on is of this round."""
+        return not self._may_lag and all(number == current for number in self._rounds)
 
     def end(self, current: int | None, *, well: bool) -> None:
         """Note that an executor has returned.
@@ -64,15 +66,16 @@ class _OpenTasks:
         with self._lock:
             self._rounds.remove(current)
             if not well:
-                self._is_clear = False
+                self._may_lag = True
             elif not self._rounds:
-                self._is_clear = True
+                self._may_lag = False
 
 
 class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """The round of a client: the round of its executor's current task, or of the last one.
 
-    There is none while a trainer may still work on an earlier task than the current one.
+    On a client that controls the workflow, FLARE's event ROUND_STARTED sets it as well. There is no round while a
+    trainer may still work on an earlier task than the current one.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         Args:
             engine: FLARE's engine in this process.
             set_round: called with the round whenever it may have changed. It must not raise.
-            end: called with the status of each task, or call of the Collab API, that has ended. It must not raise.
-            take_result: called with a task's data and its result, where there is one. It must not raise.
+            end: called with a status when a task or a call of the Collab API has ended, and at each reply of a Flower
+                app. It must not raise.
+            take_result: called with a task's data and what ``execute`` returned, also after a failed task. It must not
+                raise. None calls nothing.
         """
         super().__init__()
         self._end = end
@@ -105,7 +110,7 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         flare_internals.add_first_handler(engine, self)
 
     def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:
-        """Return an executor's ``execute`` with the round set before it.
+        """Wrap an executor's ``execute``: set the round before it, and report the result and the status after it.
 
         Every workflow hands over a task by calling ``execute``. A client that controls its workflow fires no event
         then.

@@ -22,8 +22,9 @@ _RULES = (
     "table", "code", "fence", "blockquote", "hr", "list", "heading",
     "newline", "escape", "backticks", "strikethrough", "emphasis", "entity", "balance_pairs", "fragments_join",
 )  # fmt: skip
+# What shows that a text is meant as Markdown: these blocks, and these marks within a line.
 _BLOCKS = ("table_open", "fence", "blockquote_open", "bullet_list_open", "ordered_list_open", "heading_open")
-_INLINE = ("**", "*", "~~", "`", "``")  # not "_" and "__", which stand in names such as __init__
+_INLINE = ("**", "*", "~~", "`", "``")  # not "_" and "__": plain texts have them in names such as __init__
 _MAX_NESTING = 20
 _MAX_CELLS = 10_000
 """The parser adds the cells that rows of a table lack: 20,000 characters with one wide row would take it 4 s."""
@@ -33,8 +34,8 @@ def as_html(text: str) -> Any:
     """Return a text as HTML, as a `Markup` that jinja2 does not escape again.
 
     Returns:
-        None if the text has no sign of Markdown, has a table that is too large, or is nested so deeply that the parser
-        would leave parts out. Show the text itself then.
+        None if the text has no sign of Markdown, could hold a table of more than 10,000 cells, or is nested so deeply
+        that the parser would leave parts out. Show the text itself then.
     """
     from markupsafe import Markup
 
@@ -54,7 +55,7 @@ def as_html(text: str) -> Any:
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    # "zero" has no rule but paragraphs. Lines stay lines, since many texts are those of a log.
+    # "zero" has no rule but paragraphs. Line breaks are kept, since many texts are log output.
     parser = MarkdownIt("zero", {"breaks": True, "maxNesting": _MAX_NESTING})
     return parser.enable(list(_RULES))
 
@@ -70,7 +71,7 @@ def _is_sign(token: Token) -> bool:
 
 
 def _fit_into_the_page(tokens: Sequence[Token]) -> None:
-    """Make headings paragraphs, and header cells without a text plain cells.
+    """Turn headings into paragraphs, and empty header cells into plain cells.
 
     A text's headings would be headings of the page, and a screen reader stops at a header cell that says nothing.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the records that a writer cannot store, keeps the gaps for the stream, and prepares a warning.
 
-`trackhub.spool.stream_writer` calls it while it holds the stream's lock. It stores the counts in the stream's ledger.
+`Stream` calls it under the stream's lock. `Drops` stores the counts in the stream's ledger.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from trackhub.process_lock import FORK_LOCK
 from trackhub.records import Gap, Record
 from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
-__all__ = ["CLOSED_FILES", "Drops", "DropsTold"]
+__all__ = ["CLOSED_FILES", "DropWarnings", "Drops"]
 
 CLOSED_FILES = "closed files"
-"""Reason of a warning: the script has closed the previous stream's files, so this stream replaces that stream."""
+"""Reason of a warning: the script has closed the files of a stream, so a new stream begins."""
 
 _WARN_EVERY_S = 60.0
 
 
-class DropsTold:
-    """What a writer has logged about its drops. All its streams share this, so that it warns at most once a minute.
+class DropWarnings:
+    """When a writer last warned of its drops. All its streams share this, so that it warns at most once a minute.
 
     Attributes:
-        at: when the writer last warned.
+        warned_at: when the writer last warned of a drop.
         closed_files_at: when the writer last warned that the script has closed a stream's files.
         dropped: how many records the writer's streams have dropped so far.
     """
 
-    def __init__(self, at: float = -math.inf) -> None:
-        self.at = at
+    def __init__(self, warned_at: float = -math.inf) -> None:
+        self.warned_at = warned_at
         self.closed_files_at = -math.inf
         self.dropped = 0
 
@@ -48,22 +48,22 @@ class Drops:
         gaps: (``seq``, gap) for each gap that is not in the stream yet. The gaps are written just before the next
             record.
         ledger: the stream's ledger; None until it is first needed, or while the disk has no room for it.
-        warning: what to warn about: reason and detail of the last drop, and the number of drops so far. None if no
-            warning is due. The reason ``CLOSED_FILES`` does not mean a drop.
+        warning: what to warn about: reason and detail of a drop, and how many records the writer has dropped so far.
+            None if no warning is due. The reason ``CLOSED_FILES`` does not mean a drop.
     """
 
-    def __init__(self, ledger: Path, clock: Callable[[], float], told: DropsTold) -> None:
+    def __init__(self, ledger: Path, clock: Callable[[], float], warnings: DropWarnings) -> None:
         """Start with no drops.
 
         Args:
             ledger: the path of the stream's ledger.
-            clock: seconds that only grow.
-            told: what the writer has already warned of.
+            clock: a monotonic clock, in seconds.
+            warnings: when the writer last warned, shared by its streams.
         """
         self.gaps: list[tuple[int, Gap]] = []
         self.ledger: Ledger | None = None
         self.warning: tuple[str, str, int] | None = None
-        self._told = told
+        self._warnings = warnings
         self._path: Path | None = ledger
         self._clock = clock
         self._logged = 0
@@ -94,11 +94,11 @@ class Drops:
         if self.ledger is not None:
             self.ledger.set(seq + 1, self._counts, self._left_out)
         self._logged = seq + 1
-        told, now = self._told, self._clock()
-        told.dropped += 1
-        if detail and now - told.at >= _WARN_EVERY_S:
-            told.at = now
-            self.warning = reason, detail, told.dropped
+        warnings, now = self._warnings, self._clock()
+        warnings.dropped += 1
+        if detail and now - warnings.warned_at >= _WARN_EVERY_S:
+            warnings.warned_at = now
+            self.warning = reason, detail, warnings.dropped
 
     def leave_out(self, reason: str, values: int) -> None:
         """Count the values that were left out of a record. Its other values are stored. Never raises.
@@ -115,10 +115,10 @@ class Drops:
 
     def warn_of_closed_files(self, detail: str) -> None:
         """Prepare a warning that the script has closed the files of the previous stream."""
-        told, now = self._told, self._clock()
-        if now - told.closed_files_at >= _WARN_EVERY_S:
-            told.closed_files_at = now
-            self.warning = CLOSED_FILES, detail, told.dropped
+        warnings, now = self._warnings, self._clock()
+        if now - warnings.closed_files_at >= _WARN_EVERY_S:
+            warnings.closed_files_at = now
+            self.warning = CLOSED_FILES, detail, warnings.dropped
 
     def open_ledger(self) -> Ledger:
         """Open the stream's ledger unless it is open, and return it.

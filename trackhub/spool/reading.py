@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 class SpoolReader:
     """Follows all streams of a spool for one receiver. One thread uses it, except where a method says otherwise.
 
-    Each receiver of a site has a reader with a name, its *cursor*. Files are deleted when all readers are past them.
+    Each receiver of a site has a reader with a name of its own. Files are deleted when all readers have passed them.
 
     If a stream cannot be read, the reader logs that, skips the stream in this pass, and delivers the others.
 
@@ -189,7 +189,7 @@ class SpoolReader:
         stream = self._streams[name]
         if next_seq > 0:
             segments = range(max(0, stream.first_segment), stream.last_segment + 1)
-            stream.ack = Ack(segments.start, next_seq=next_seq, acked=acked)  # `counts` needs no more
+            stream.ack = Ack(segments.start, next_seq=next_seq, acked=acked)  # enough for `counts` until it is found
             try:
                 place = find_place(self.folder, name, segments, next_seq)
             except OSError as e:
@@ -208,7 +208,7 @@ class SpoolReader:
             refused: reason -> how many of the batch's records the receiver refused; None if it accepted all.
 
         Raises:
-            OSError: the cursor cannot be stored; the batch will be sent again after a restart.
+            OSError: the reader's place cannot be stored; the batch will be sent again after a restart.
         """
         stream = self._streams[batch.stream]
         old = stream.ack
@@ -216,13 +216,13 @@ class SpoolReader:
         try:
             write_ack(self.folder, batch.stream, self.cursor, ack)
         finally:
-            # Set this after the file is written: a thread that waits for this may then read the file.
+            # Set this last, also if the write failed: a thread that waits for it may read the file then.
             stream.ack = ack
         stream.is_placed = True
         self._delete_settled(batch, old)
 
     def give_up_blob(self, name: str) -> None:
-        """Give up a blob that cannot be read, or is refused. A gap replaces its record, which is dropped(damaged)."""
+        """Give up a blob that cannot be read, or is refused. A gap replaces its record, which is dropped as damaged."""
         self._segments.lost_blobs.add(name)
 
     def ends(self) -> dict[str, End]:
@@ -302,7 +302,7 @@ class SpoolReader:
     def tidy_up(self) -> None:
         """Delete files that a crash left over, and the files of ended streams if these are many or large.
 
-        Call it after a pass, and only as the owner of this end of the spool. Never raises.
+        Call it after a pass, and only while this process holds the lock of `trackhub.spool.reader_lock`. Never raises.
         """
         try:
             if not self._is_swept:
@@ -410,7 +410,7 @@ class SpoolReader:
         )
 
     def _delete_settled(self, batch: SpoolBatch, old: Ack) -> None:
-        """Delete segments and blobs that every cursor is past. If that fails, they stay until the stream is retired."""
+        """Delete segments and blobs that every reader has passed. If it fails, they stay until their stream retires."""
         others = [read_ack(self.folder, batch.stream, c) for c in self.info.cursors if c != self.cursor]
         reached = min([batch.segment, *(other.segment for other in others)])
         with contextlib.suppress(OSError):
@@ -419,7 +419,7 @@ class SpoolReader:
                 (self.folder / segment_name(batch.stream, segment)).unlink(missing_ok=True)
 
     def _delete_blobs(self, next_seq: int, names: list[str], others: list[Ack]) -> None:
-        """Delete each of these blobs whose record every cursor is past."""
+        """Delete those of these blobs whose records every reader has passed."""
         reached = min([next_seq, *(other.next_seq for other in others)])
         for name in names:
             if int(name.rpartition("-")[2]) < reached:

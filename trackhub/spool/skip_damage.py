@@ -2,7 +2,7 @@
 """Finds the next intact frame after damage, and warns once of what could not be read.
 
 The sender's end of the spool calls it. A torn write, a bad disk or a lost file costs the records in the damaged place.
-These records are counted as dropped(damaged), and a gap takes their place in the stream.
+These records count as dropped, with the reason ``damaged``. A gap takes their place in the stream.
 """
 
 from __future__ import annotations

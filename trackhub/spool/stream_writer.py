@@ -16,7 +16,7 @@ from pathlib import Path
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
-from trackhub.spool.drops import Drops, DropsTold
+from trackhub.spool.drops import Drops, DropWarnings
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
 from trackhub.spool.room import Room
 from trackhub.spool.round_file import RoundFile
@@ -52,7 +52,7 @@ class Stream:
         info: SpoolInfo,
         round_file: RoundFile,
         clock: Callable[[], float],
-        told: DropsTold,
+        warnings: DropWarnings,
     ) -> None:
         """Begin a stream. Its files are made with the first record.
 
@@ -60,8 +60,8 @@ class Stream:
             folder: the spool's folder.
             info: has the spool's limit.
             round_file: says which round the records belong to.
-            clock: seconds that only grow.
-            told: what the writer has already warned of.
+            clock: a monotonic clock, in seconds.
+            warnings: when the writer last warned, shared by its streams.
         """
         self.id = uuid.uuid4().hex
         self.lock = threading.RLock()
@@ -72,11 +72,11 @@ class Stream:
         self.is_abandoned = False
         self._segment_bytes = min(SEGMENT_BYTES, max(info.max_bytes // 8, 1))
         self.room = Room(folder, info.max_bytes, self._segment_bytes, clock)
-        self.drops = Drops(ledger_file(folder, self.id), clock, told)
+        self.drops = Drops(ledger_file(folder, self.id), clock, warnings)
         self._segment = SegmentFile(folder, self.id, self._segment_bytes)
-        self._looked_at = self._look_at = 0.0
+        self._last_look = self._next_look = 0.0
         self._seen_seq = 0
-        self._told = told
+        self._warnings = warnings
         self._folder = folder
         self._clock = clock
         self._create_at = 0.0
@@ -97,7 +97,7 @@ class Stream:
         """
         if self.is_closed:
             raise SpoolError(CLOSED)
-        if not self._looked_at <= log_time < self._look_at:
+        if not self._last_look <= log_time < self._next_look:
             self._look_after_files(log_time)
         segment, drops = self._segment, self.drops
         seq = self.next_seq
@@ -145,8 +145,8 @@ class Stream:
         # A look takes a third of the time of a log call. So look before each call only if the script's next file may
         # get the number of the segment's file.
         self._seen_seq = self.next_seq
-        self._looked_at = log_time
-        self._look_at = log_time + (0.0 if self._segment.is_within_reach() else _LOOK_EVERY_S)
+        self._last_look = log_time
+        self._next_look = log_time + (0.0 if self._segment.is_within_reach() else _LOOK_EVERY_S)
 
     def begin_anew_if_files_are_lost(self) -> bool:
         """If the script has closed the files of this stream, begin another one and return True. Never raises.
@@ -162,7 +162,7 @@ class Stream:
         self.id = uuid.uuid4().hex
         self.next_seq = self._seen_seq = 0
         self._segment = SegmentFile(self._folder, self.id, self._segment_bytes)
-        self.drops = Drops(ledger_file(self._folder, self.id), self._clock, self._told)
+        self.drops = Drops(ledger_file(self._folder, self.id), self._clock, self._warnings)
         if self.is_abandoned:  # a signal handler has forked during these lines, and this is the child
             self._segment.abandon()
             self.drops.abandon()
@@ -189,7 +189,7 @@ class Stream:
                 room.note_full(size)
                 return False
             segment.open_next()
-            self._look_at = 0.0  # look before the next record
+            self._next_look = 0.0  # look before the next record
         for end in segment.ends(size):
             ledger.reserve(end)
             if room.fits(end - segment.offset):

@@ -21,7 +21,7 @@ from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
-from trackhub.spool.drops import CLOSED_FILES, DropsTold
+from trackhub.spool.drops import CLOSED_FILES, DropWarnings
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
 from trackhub.spool.room import new_part
 from trackhub.spool.round_file import RoundFile
@@ -100,14 +100,14 @@ class SpoolWriter:
         self.folder = folder
         self._clock = clock
         self._round = RoundFile(folder)
-        self._told = DropsTold()
+        self._drop_warnings = DropWarnings()
         self._stream = self._new_stream()
         self._files = self._new_stream()
         self._late: Stream | None = None
         _open_writers.add(self)
 
     def _after_fork(self) -> None:
-        self._told = DropsTold(self._told.at)
+        self._drop_warnings = DropWarnings(self._drop_warnings.warned_at)
         # The locks may be held by threads that do not exist here, and the streams belong to the parent.
         old, old_files = self._stream, self._files
         try:
@@ -120,7 +120,7 @@ class SpoolWriter:
             self._stream, self._files = self._follow(old), self._follow(old_files)
 
     def _new_stream(self) -> Stream:
-        return Stream(self.folder, self.info, self._round, self._clock, self._told)
+        return Stream(self.folder, self.info, self._round, self._clock, self._drop_warnings)
 
     def _follow(self, old: Stream) -> Stream:
         new = self._new_stream()

@@ -39,8 +39,8 @@ class _Read:
 class JobFollower:
     """Looks at a job again and again. Used by one thread.
 
-    Of several jobs in the folder, it shows the one that runs; of several that run, or if none runs, the newest. It
-    stays with a job that runs until that has ended.
+    If the folder holds several jobs, it shows a running one. If several run, or none, it shows the newest of these. It
+    stays with a running job until that job ends.
     """
 
     def __init__(self, folder: Path, *, new_only: bool = False) -> None:
@@ -48,7 +48,7 @@ class JobFollower:
 
         Args:
             folder: the job's folder, or any above. It need not exist yet.
-            new_only: leave out the jobs that have ended before the first look.
+            new_only: leave out the jobs that had ended before the first look, until they run again.
         """
         self._folder = folder
         self._journals: list[Path] = []
@@ -106,8 +106,8 @@ class JobFollower:
             JournalError: the journal cannot be read.
         """
         earlier, changed_at_ns = self._reads.get(journal), _changed_at_ns(journal)
-        # Ask this first. If the receiver ends afterwards, the next look sees it. In the other order, its last records
-        # could be missing in what is taken for its end.
+        # Ask this first. If the receiver ends afterwards, the next look sees it. In the other order, the receiver could
+        # store its last records and end in between. This look would then show an ended receiver without them.
         is_done = not is_delivering(journal)
         if earlier is not None and earlier.receiver.has_ended and is_done and earlier.changed_at_ns == changed_at_ns:
             return earlier.receiver
@@ -128,6 +128,9 @@ def _changed_at_ns(journal: Path) -> int:
 
 
 def _began(receivers: Sequence[ReceiverState]) -> float:
-    """Return when the first site of a job was heard, in unix seconds. A job that runs and has no site yet is new."""
+    """Return when the first site of a job was heard, in unix seconds.
+
+    A running job without a site counts as the newest, and an ended one without a site as the oldest.
+    """
     times = [receiver.metrics.began for receiver in receivers if receiver.metrics.began is not None]
     return min(times, default=0.0 if all(receiver.has_ended for receiver in receivers) else math.inf)

@@ -71,13 +71,13 @@ class Writer(FigureAndModelCalls):
     neither records nor warns, even where there is tracking.
 
     When a log call returns, its record survives the death of this process. No log call waits for a network or a
-    backend, and none raises. A value that cannot be stored is left out and counted as ``invalid_value``. The other
-    values of the call are stored. A call with a wrong argument, such as a negative step, is counted as
-    ``invalid_call``. A call after ``close`` is counted as ``writer_closed``. Python's log gets one warning for each bad
-    key or wrong method, and at most 50 in a process.
+    backend. None raises, unless the writer is strict (see below). A value that cannot be stored is left out and counted
+    as ``invalid_value``. The other values of the call are stored. A call with a wrong argument, such as a negative
+    step, is counted as ``invalid_call``. A call after ``close`` is counted as ``writer_closed``. Python's log gets one
+    warning for each bad key and one for each method that is called wrongly, at most 50 in a process.
 
     For tests, make the writer strict, with ``strict=True`` or the environment variable ``TRACKHUB_STRICT=1``. A strict
-    writer does not count and warn: it raises `RecordError`, or `SpoolError` after ``close``.
+    writer raises `RecordError`, or `SpoolError` after ``close``, instead of counting and warning.
 
     A record for which the disk or the spool has no room is dropped and counted, and training goes on.
 
@@ -116,10 +116,10 @@ class Writer(FigureAndModelCalls):
 
         Args:
             metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
-                a value of numpy or torch, or a ``decimal.Decimal``. A text is no number. Numbers are stored as float64;
-                NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key has 1 to
-                1,000 characters and no control characters. One call has at most 10,000 metrics. An empty mapping logs
-                nothing.
+                a value of numpy or torch, or a ``decimal.Decimal``. Strings are not accepted. Numbers are stored as
+                float64; NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key
+                has 1 to 1,000 characters and no control characters. One call has at most 10,000 metrics. An empty
+                mapping logs nothing.
             step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
                 key.
 
@@ -193,7 +193,7 @@ class Writer(FigureAndModelCalls):
 
         Args:
             key: the text's key.
-            text: up to 1 MiB as UTF-8.
+            text: a little less than 1 MiB as UTF-8, since the record with its key must fit into 1 MiB.
             step: as for ``log``.
 
         Raises:
@@ -209,9 +209,9 @@ class Writer(FigureAndModelCalls):
         Args:
             key: the image's key.
             image: an array, a PIL image, or the bytes or path of an image file. An array of numpy or torch has the
-                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``. A batch must hold exactly one such image.
-                It has 1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255
-                or 0..65535. A mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless
+                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``. A batch must hold exactly one such image. An image has
+                1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255 or
+                0..65535. A mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless
                 its type is uint8 or uint16: multiply such a mask by 255 or 65535.
             step: as for ``log``.
             caption: a line of text below the image.
@@ -255,7 +255,7 @@ class Writer(FigureAndModelCalls):
         rows: Iterable[Sequence[Any]] | None = None,
         step: int | None = None,
     ) -> None:
-        """Log a table of up to 1 MiB and 100,000 cells. Log a larger one as an artifact.
+        """Log a table of up to 100,000 cells. Its record must fit into 1 MiB. Log a larger one as an artifact.
 
         Args:
             key: the table's key.
@@ -288,8 +288,8 @@ class Writer(FigureAndModelCalls):
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until every receiver has accepted or refused the records that this writer logged before the call.
 
-        Records are safe without it. Call it only where something else waits for their arrival. It does not wait for
-        records that were dropped after the last stored one.
+        Records are safe without it. Call it only where something else waits for their arrival. If the last
+        records were dropped, it does not wait until the receivers know that.
 
         Args:
             timeout_s: the longest wait, in seconds.

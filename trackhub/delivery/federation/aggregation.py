@@ -42,8 +42,7 @@ _LATE = "fl/late_values"
 MAX_KEYS_OF_SITE = 1000
 """How many keys of one site are aggregated. Each makes up to seven numbers a round in every backend."""
 
-MAX_KEYS = 5000
-"""How many keys of all sites are aggregated."""
+MAX_KEYS = 5000  # the same for all sites together
 
 _MAX_HELD = 500_000  # values that wait for the end of their round
 _MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, so each site has a limit of its own
@@ -148,7 +147,7 @@ class _Keys:
         ignored: keys to skip, since they are not aggregated. The key of the weights is never among them.
         is_default: True if no patterns were given.
         weight: the key of the weights. None if the weights are the numbers of steps, in the facts ``fl/steps/<site>``.
-        weight_is_refused: True if the key of the weights serves as weight only, and is not aggregated itself.
+        is_weight_only: True if the key of the weights serves as weight only, and is not aggregated itself.
     """
 
     def __init__(self, patterns: Sequence[str] | None, weight: str | None) -> None:
@@ -156,7 +155,7 @@ class _Keys:
         self._patterns = None if patterns is None else key_patterns(patterns)
         self.is_default = patterns is None
         self.weight = weight
-        self.weight_is_refused = False
+        self.is_weight_only = False
         self._keys: dict[str, _Key] = {}
         self._of_site = Counter[str]()
         self._warned: set[str] = set()
@@ -168,7 +167,7 @@ class _Keys:
             site: the site.
             key: the key.
             number: the round in which the site logged it.
-            step_is_round: the step is the round, in the record or in all records of the row that is taken now.
+            step_is_round: True if the step equals the round, in this record or in all records of this row.
         """
         known = self._keys.get(key)
         if self.is_default and not step_is_round:
@@ -196,15 +195,16 @@ class _Keys:
         if len(self._keys) >= MAX_KEYS or self._of_site[site] >= MAX_KEYS_OF_SITE:
             if site not in self._warned:
                 self._warned.add(site)
-                _log.warning("key %r of site %r, and its further keys, are not aggregated: there are too many keys",
-                             key[:80], site[:80])  # fmt: skip
+                _log.warning("site %r: its key %r and its other new keys are not aggregated: at most %d keys of a site "
+                             "are, and %d of all sites. Name the keys that matter: add_tracking(aggregate=[...])",
+                             site[:80], key[:80], MAX_KEYS_OF_SITE, MAX_KEYS)  # fmt: skip
             self._ignore(key)
             return False
         return True
 
     def _ignore(self, key: str) -> None:
         if key == self.weight:
-            self.weight_is_refused = True
+            self.is_weight_only = True
         elif len(self.ignored) < _MAX_IGNORED:  # further keys are checked again each time, which takes longer
             self.ignored.add(key)
 
@@ -330,7 +330,7 @@ class Aggregation:
         if key == self._keys.weight:
             if number is not None and not is_closed:
                 self._hold(number, None, site, value, time)
-            if self._keys.weight_is_refused:
+            if self._keys.is_weight_only:
                 return
         if not self._keys.takes(site, key, number, step_is_round=step_is_round):
             self._forget(key)
@@ -351,9 +351,9 @@ class Aggregation:
         if self._held_in_all >= _MAX_HELD or self._held[site] >= _MAX_HELD_OF_SITE:
             if not self._has_warned:
                 self._has_warned = True
-                _log.warning("site %s: too many metrics wait for the end of their rounds: %d of this site, %d of all "
-                             "sites. Further metrics are not aggregated until a round ends", printable(site),
-                             self._held[site], self._held_in_all)  # fmt: skip
+                _log.warning("site %s: too many metrics wait for the end of their rounds: %d of this site (of at most "
+                             "%d), %d in all (of %d). No more are aggregated until a round ends", printable(site),
+                             self._held[site], _MAX_HELD_OF_SITE, self._held_in_all, _MAX_HELD)  # fmt: skip
             self._late += key is not None
             return
         current = self._round(number)

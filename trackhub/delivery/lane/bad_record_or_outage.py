@@ -15,9 +15,9 @@ from collections.abc import Callable
 from trackhub.records import KEYED, Artifact, Image
 from trackhub.spi import Entry
 
-__all__ = ["Evidence", "share_keys", "sort_of", "speaks_of_the_store"]
+__all__ = ["Evidence", "group_of", "says_busy_or_full", "share_keys"]
 
-_STEPS = 24
+_TRIALS = 24
 _EACH = 4
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _MAX_CAUSES = 10
@@ -31,11 +31,11 @@ def _toss() -> bool:
 
 
 class Evidence:
-    """Tells a bad record from an outage in 24 steps. In each step, a coin chooses what is written.
+    """Tells a bad record from an outage in 24 trials. In each trial, a coin chooses what is written.
 
-    The coin chooses the suspect or a neighbour: another record, or the plugin's test of its store. A step is evidence
+    The coin chooses the suspect or a neighbour: another record, or the plugin's test of its store. A trial is evidence
     against the suspect if the neighbour is stored, or if the suspect fails. Any other outcome begins a new series.
-    After 24 steps of evidence in a row, at least four of each sort, the record is bad.
+    After 24 trials of evidence in a row, at least four of each choice, the record is bad.
 
     An outage of any pattern hardly ever looks like a bad record, since the store cannot know the coin. Whether the
     store takes the next request or fails, only one side of the coin gives evidence. So the chance that an outage gives
@@ -47,39 +47,39 @@ class Evidence:
         """Start with no evidence. ``toss`` is the coin: True chooses the suspect."""
         self._toss = toss or _toss
         self._stored = 0
-        self._refused = 0
+        self._failed = 0
 
     def chooses_suspect(self) -> bool:
         """Toss the coin. Return True if the suspect is to be written, False for the neighbour."""
         return self._toss()
 
-    def note_stored(self) -> None:
-        """Count a step in which the neighbour was stored."""
+    def note_neighbour_stored(self) -> None:
+        """Count a trial in which the neighbour was stored."""
         self._stored += 1
 
-    def note_refused(self) -> None:
-        """Count a step in which the suspect failed."""
-        self._refused += 1
+    def note_suspect_failed(self) -> None:
+        """Count a trial in which the suspect failed."""
+        self._failed += 1
 
     def begin_again(self) -> None:
-        """Begin a new series: the store failed with the neighbour as well, or may be full."""
-        self._stored = self._refused = 0
+        """Begin a new series: the last result proves nothing about the suspect, or the suspect is another record."""
+        self._stored = self._failed = 0
 
     def is_enough(self) -> bool:
         """Return whether the record is bad."""
-        return self._stored + self._refused >= _STEPS and min(self._stored, self._refused) >= _EACH
+        return self._stored + self._failed >= _TRIALS and min(self._stored, self._failed) >= _EACH
 
 
-def sort_of(entry: Entry) -> str | None:
-    """Return the sort of an entry, or None if no neighbour can be evidence for it.
+def group_of(entry: Entry) -> str | None:
+    """Return the group of an entry: values or documents. None if no neighbour can be evidence for it.
 
-    Only neighbours of the same sort can be evidence. Stores often keep values in a database and everything else in
+    Only neighbours of the same group can be evidence. Stores often keep values in a database and everything else in
     files, and one of the two may be down alone. The network may also be too slow for a large file and fast enough for
     everything else.
     """
     if isinstance(entry.payload, Image | Artifact):
         return None
-    return "value" if isinstance(entry.payload, KEYED) else "document"
+    return "values" if isinstance(entry.payload, KEYED) else "documents"
 
 
 def share_keys(one: Entry, other: Entry) -> bool:
@@ -94,7 +94,7 @@ def _keys(entry: Entry) -> set[str]:
     return {payload.key}  # type: ignore[union-attr]  # every other kind has one; gaps never come here
 
 
-def speaks_of_the_store(error: BaseException) -> bool:
+def says_busy_or_full(error: BaseException) -> bool:
     """Return whether an error itself says that the store is busy or full.
 
     A full disk may still take small records. Then it looks as if a large record were bad.

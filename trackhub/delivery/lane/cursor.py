@@ -45,8 +45,8 @@ class _Counts:
 class Cursor:
     """How far one lane got with one run, its possible duplicates and its counts. Used by one thread at a time.
 
-    ``written`` and ``confirmed`` are ids of journal rows. Each includes that row and all rows before it. 0 stands
-    before the first row.
+    ``written`` and ``confirmed`` are ids of journal rows. Each includes that row and all rows before it. 0 means
+    that no row is included.
 
     The journal keeps both ids and ``progress``. These methods store them, all three together:
 
@@ -54,7 +54,7 @@ class Cursor:
     - `confirm`: the backend confirmed what was written. Only now the counts become part of ``progress``. So records
       that are handed over again after a crash are counted once.
     - `reject_at_backend`: a resumable backend rejected records.
-    - `check_held`: the positions at the backend have shifted.
+    - `check_held`: the run holds records that this journal has lost. So later records get higher positions there.
     - `note_blocked`: one record holds up all later ones.
     - `start_over`: the run is written again from its first record.
     - `end`: nothing more is delivered to the run. At the end of the job, the lane takes `state` instead, and the states
@@ -62,7 +62,7 @@ class Cursor:
 
     Attributes:
         lane, site_id, site: the lane and the site whose run this is.
-        written: the rows up to here were handed over, by this lane or by an earlier one.
+        written: the rows up to here were handed over by this lane, or confirmed by an earlier one.
         confirmed: all records up to here are confirmed or rejected, except for those in ``progress.aside``. A later
             lane goes on from here.
         progress: the counts up to ``confirmed``, the run's state, its last error.
@@ -237,15 +237,18 @@ class Cursor:
         return self.progress.client_confirmed > 0 and self._redelivery is not Redelivery.REBUILD
 
     def check_held(self, position: int) -> None:
-        """Check that a resumable run got the records that it holds, those before ``position``, from this journal.
+        """Check that the records before ``position``, which a resumable run holds, came from this journal.
 
         The run may hold more records than this journal handed over. If this journal handed over none so far, or if it
         continues another journal, another journal wrote to the run. Otherwise the disk lost the last transactions of
         this journal. Nobody knows which records were in them. So the lane writes its next records after all that the
-        run holds. As many of them as were lost count as possible duplicates.
+        run holds. If n records were lost, the next n records count as possible duplicates.
+
+        This journal may also go on where the server's journal ended. Then the run must hold the records of that one.
 
         Raises:
-            PermanentError: another journal wrote to the run. Delivery would skip or lose records of this journal.
+            PermanentError: another journal wrote to the run, or the run lacks records of the server's journal. Delivery
+                would skip or lose records.
             JournalError: the journal cannot be read or written.
         """
         first = self._journal.position_after(self.site_id, 0)

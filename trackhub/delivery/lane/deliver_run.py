@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delivers one run to one backend: opens the run, writes its records, lets the backend confirm them, finishes the run.
 
-A `Lane` has one `RunDelivery` for each site, and calls it for one piece of work at a time. Four parts do the details:
-`EntryReader` reads records, `Isolation` holds what must be written, `Cursor` counts, and `RetryTimer` says when to try
-again.
+A `Lane` has one `RunDelivery` for each site, and calls it for one piece of work at a time. Five parts do the details:
+`EntryReader` reads records, `Isolation` holds what must be written, `FileQueue` passes files to a second thread,
+`Cursor` counts, and `RetryTimer` says when to try again.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class RunDelivery:
                 self._end("finished")
             return
         state = "finished" if self.is_idle() else "unfinished"
-        # Asked before the run is ended: a replay goes on in a run that stays unfinished, so that run counts as open.
+        # Ask before the run ends. If it stays unfinished, a replay continues it, and an open run's results are right.
         self._cursor.progress.results = self._results()
         try:
             self._run.finish(status)
@@ -274,7 +274,7 @@ class RunDelivery:
             reason: why; empty to keep the run's last error.
 
         Raises:
-            JournalError: the journal does not tell whether the run is finished.
+            JournalError: the journal cannot be read, so it is not known whether the run is finished.
         """
         if self._cursor.progress.state == "finished" and not (
             self._has_entries() or self._cursor.has_unconfirmed_rows()
@@ -402,14 +402,14 @@ class RunDelivery:
 
     def _take(self, batch: list[Entry], report: WriteReport | None) -> None:
         """Count the records of a batch that the backend took: which are stored, and which it rejected."""
-        is_repeated = self._isolation.is_repeated()
+        is_test = self._isolation.only_tests_store()
         rejected: list[Rejection] = []
-        if report is not None and report.rejected and not is_repeated:
+        if report is not None and report.rejected and not is_test:
             named = {r.position: r for r in report.rejected}
             rejected = [named_rejection(e.payload, named[e.position]) for e in batch if e.position in named]
             batch = [e for e in batch if e.position not in named]
         self._cursor.reject_at_backend(rejected + self._isolation.succeeded(batch))
-        if not is_repeated:
+        if not is_test:
             self._cursor.count_stored(batch)
             self._cursor.note_unblocked()
 
@@ -431,7 +431,7 @@ class RunDelivery:
     def _try_aside(self, run: BackendRun) -> bool:
         """Try one of the entries that are set aside. Return whether the run can go on at once.
 
-        The waits of these entries delay only the entries that are held back until they are stored.
+        While these entries wait, the entries that are held back for them wait, too. At 1,000 of those, all others wait.
         """
         if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
             return False

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from trackhub.delivery.lane.bad_record_or_outage import Evidence, share_keys, sort_of, speaks_of_the_store
+from trackhub.delivery.lane.bad_record_or_outage import Evidence, group_of, says_busy_or_full, share_keys
 from trackhub.delivery.lane.describe_record import named_rejection
 from trackhub.delivery.lane.split_into_writes import split_into_writes
 from trackhub.errors import PermanentError, TransientError
@@ -72,7 +72,7 @@ class Isolation:
 
     - `PermanentError`: something in the batch can never be stored. The batch is halved at once. A record that fails
       alone is rejected as ``permanent_error``.
-    - An error that says itself that the store is busy or full (`speaks_of_the_store`): the lane waits and tries again.
+    - An error that itself says that the store is busy or full (`says_busy_or_full`): the lane waits and tries again.
       Such an error never rejects a record.
     - Any other error may come from a record or from an outage. So the lane looks for the record, and then tests it.
 
@@ -86,9 +86,9 @@ class Isolation:
     What the backend declares decides how a batch is split, and what a neighbour is:
 
     - ``any_order`` and ``idempotent``: the first record is split off. The neighbour is a stored record of the same
-      sort: a value or a document, see `sort_of`. It is written again, and nothing changes.
+      group: values or documents, see `group_of`. It is written again, and nothing changes.
     - ``any_order`` and ``at_least_once``: the first record is split off. The suspect is *set aside*: it waits, and
-      later records are its neighbours. The same holds for ``idempotent`` while no record of the same sort is stored.
+      later records are its neighbours. The same holds for ``idempotent`` while no record of the same group is stored.
     - Otherwise the order must be kept. The batch is halved, so that all records before the failing one are stored. The
       failing record stays first, and later records wait. With ``probe``, the neighbour is the plugin's own test, which
       stores nothing. Without ``probe`` there is no neighbour and no suspect.
@@ -98,8 +98,8 @@ class Isolation:
     ``at_least_once``. This does not hold for a ``resumable`` backend. It would mistake a record that comes late for one
     that it already holds.
 
-    Two things make it faster. With ``any_order``, suppose that one part of a batch is stored and the next part fails.
-    Then this part is halved at once. If it is a single record, it is the suspect at once. And while one record is set
+    Two things make it faster. With ``any_order``: if one part of a batch is stored and the next part fails, the failing
+    part is halved at once. If that part is a single record, it is the suspect at once. And while one record is set
     aside, another one that fails alone becomes a suspect after one failure.
 
     A record that is set aside is tried again now and then. Images and artifacts that fail may be set aside, but are
@@ -115,7 +115,6 @@ class Isolation:
             toss: the coin of `Evidence`, for tests.
         """
         self._max_batch = can.max_batch
-        # A resumable backend would mistake a late record for one that it already holds.
         self._is_resumable = can.redelivery is Redelivery.RESUMABLE
         self._keeps_steps = not can.late_steps
         self._any_order = can.any_order and not can.redelivery.needs_order
@@ -124,12 +123,12 @@ class Isolation:
         self._queue: deque[_Piece] = deque()
         self._aside: list[_Piece] = []
         self._held: list[Entry] = []
-        self._stored: dict[str, Entry] = {}  # the last stored entry of each sort, to write it again as a neighbour
+        self._stored: dict[str, Entry] = {}  # the last stored entry of each group, to write it again as a neighbour
         self._has_just_stored = False
         self._evidence = Evidence(toss)
         self._judged: _Piece | None = None  # the suspect that the evidence is about
         self._current: _Piece | None = None
-        self._is_step = False  # True if the coin chose the current piece
+        self._is_trial = False  # True if the coin chose the current piece
         self._is_neighbour = False  # True if the current piece is written as the neighbour of a suspect
 
     def add(self, entries: Sequence[Entry]) -> None:
@@ -147,13 +146,13 @@ class Isolation:
         if suspect is None or suspect in self._aside:
             neighbour = self._later_one(alone=bool(self._aside) and (suspect is not None or self._keeps_steps))
         else:
-            neighbour = _Piece(suspect.entries if self._probes else [self._stored[_sort(suspect)]])
+            neighbour = _Piece(suspect.entries if self._probes else [self._stored[_group(suspect)]])
         if neighbour is None:
             return None
-        self._is_step = suspect is not None and sort_of(neighbour.entries[0]) == sort_of(suspect.entries[0])
+        self._is_trial = suspect is not None and group_of(neighbour.entries[0]) == group_of(suspect.entries[0])
         self._is_neighbour = suspect is not None
         self._current = neighbour
-        if suspect is not None and self._is_step:
+        if suspect is not None and self._is_trial:
             if suspect is not self._judged:
                 self._judged = suspect
                 self._evidence.begin_again()
@@ -165,19 +164,22 @@ class Isolation:
         """Return the next entries that are set aside, to try them without a neighbour. None if there are none."""
         if not self._aside:
             return None
-        if sort_of(self._aside[0].entries[0]) is None:  # files take turns, so that one bad file delays no other
+        if group_of(self._aside[0].entries[0]) is None:  # files take turns, so that one bad file delays no other
             self._aside.append(self._aside.pop(0))
         self._current = self._aside[0]
-        self._is_step = self._is_neighbour = False
+        self._is_trial = self._is_neighbour = False
         return self._current.entries
 
-    def is_repeated(self) -> bool:
-        """Return whether what ``next`` returned only tests the store: a stored record, or the suspect for ``probe``."""
+    def only_tests_store(self) -> bool:
+        """Return whether the entries from ``next`` only test the store.
+
+        They are a record that is stored already, or the suspect that is given to ``probe``.
+        """
         return self._is_neighbour and not self._is_queued(self._current)
 
     def is_probe(self) -> bool:
         """Return whether the plugin's ``probe`` is to be called with what ``next`` returned, in place of ``write``."""
-        return self._probes and self.is_repeated()
+        return self._probes and self.only_tests_store()
 
     def aside(self) -> list[Entry]:
         """Return the entries that are set aside or held back, in the order of their positions."""
@@ -198,18 +200,18 @@ class Isolation:
         if self._rewrites:
             self._remember(stored)
         bad: list[Rejection] = []
-        if self._is_neighbour and self._is_step:
-            self._evidence.note_stored()
+        if self._is_neighbour and self._is_trial:
+            self._evidence.note_neighbour_stored()
             bad = self._judge()
         if piece in self._aside:
             self._aside.remove(piece)
             self._put_back()
-        elif any(sort_of(other.entries[0]) in self._stored for other in self._aside):
-            self._put_back()  # a record of this sort is stored now, and can be the neighbour of the suspects
+        elif any(group_of(other.entries[0]) in self._stored for other in self._aside):
+            self._put_back()  # a record of this group is stored now, and can be the neighbour of the suspects
         return bad
 
     def failed(self, error: BaseException) -> Verdict:
-        """Say what to do, since a write of what ``next`` or ``next_aside`` returned has failed.
+        """Return what to do after the write of the entries from ``next`` or ``next_aside`` failed.
 
         Args:
             error: the error with which the write failed.
@@ -217,21 +219,21 @@ class Isolation:
         piece = self._current
         assert piece is not None
         if isinstance(error, PermanentError):
-            return self._refused(piece, error)
+            return self._handle_permanent_error(piece, error)
         has_just_stored, self._has_just_stored = self._has_just_stored, False
         piece.failures += 1
         piece.detail = f"{type(error).__name__}: {error}"
-        if speaks_of_the_store(error):
+        if says_busy_or_full(error):
             self._evidence.begin_again()
             return Verdict(wait=True)
         if piece in self._aside or piece is self._judged:
-            if self._is_step:
-                self._evidence.note_refused()
+            if self._is_trial:
+                self._evidence.note_suspect_failed()
                 bad = self._judge()
                 return Verdict(wait=False, narrowed=bool(bad), rejected=bad[0] if bad else None)
             return Verdict(wait=True)
         self._evidence.begin_again()
-        if self.is_repeated():
+        if self.only_tests_store():
             return Verdict(wait=True)  # a record that was stored before, or the probe, fails as well: the store is down
         return self._narrow(piece, error, has_just_stored)
 
@@ -248,24 +250,24 @@ class Isolation:
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2 if has_just_stored or must_stay_first else 1)
             return Verdict(wait=not at_once, narrowed=True)
-        sort = sort_of(piece.entries[0])
+        group = group_of(piece.entries[0])
         if must_stay_first:
-            piece.is_suspect = self._probes and sort is not None
+            piece.is_suspect = self._probes and group is not None
             return Verdict(wait=True, blocks=piece.failures >= _SAY_AFTER)
-        if sort is not None and sort in self._stored:
+        if group is not None and group in self._stored:
             piece.is_suspect = True
             return Verdict(wait=not at_once)
         if len(self._aside) < _MAX_ASIDE:
-            piece.is_suspect = sort is not None
+            piece.is_suspect = group is not None
             self._queue.popleft()
             self._aside.append(piece)
         return Verdict(wait=not at_once)
 
-    def _refused(self, piece: _Piece, error: BaseException) -> Verdict:
-        """Handle a `PermanentError`: reject the record of a piece that has only one, or halve the piece."""
-        if self.is_repeated():
+    def _handle_permanent_error(self, piece: _Piece, error: BaseException) -> Verdict:
+        """Reject the record of a piece that has only one, or halve the piece."""
+        if self.only_tests_store():
             self._evidence.begin_again()
-            self._stored.pop(_sort(piece), None)  # the store now refuses this record, so the record is no evidence
+            self._stored.pop(_group(piece), None)  # the backend rejects it now, so it is no evidence
             return Verdict(wait=True)
         if len(piece.entries) > 1:
             self._split(piece, len(piece.entries) // 2)
@@ -283,7 +285,7 @@ class Isolation:
     def _suspect(self) -> _Piece | None:
         """Return the record that is being judged now."""
         front = self._queue[0] if self._queue else None
-        if front is not None and front.is_suspect and (self._probes or _sort(front) in self._stored):
+        if front is not None and front.is_suspect and (self._probes or _group(front) in self._stored):
             return front
         return next((piece for piece in self._aside if piece.is_suspect), None)
 
@@ -320,8 +322,8 @@ class Isolation:
 
     def _remember(self, stored: Sequence[Entry]) -> None:
         # A store may skip the write of a param, tag or final value that has not changed. Such a write is no evidence.
-        if stored and not isinstance(stored[-1].payload, STEPLESS) and (sort := sort_of(stored[-1])) is not None:
-            self._stored[sort] = stored[-1]
+        if stored and not isinstance(stored[-1].payload, STEPLESS) and (group := group_of(stored[-1])) is not None:
+            self._stored[group] = stored[-1]
 
     def _take_current(self) -> _Piece:
         piece, self._current = self._current, None
@@ -358,8 +360,8 @@ class Isolation:
             self._queue.appendleft(_Piece([entry], is_part=True))
 
 
-def _sort(piece: _Piece) -> str:
-    return sort_of(piece.entries[0]) or ""
+def _group(piece: _Piece) -> str:
+    return group_of(piece.entries[0]) or ""
 
 
 def _rejection(piece: _Piece, reason: str, detail: str) -> Rejection:

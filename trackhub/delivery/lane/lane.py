@@ -35,8 +35,8 @@ __all__ = ["Lane"]
 _IDLE_S = 3600.0
 _JOURNAL_RETRY_S = 1.0
 _END_WAIT_S = 0.2
-_END_SHARE = 0.25  # the share of the time at the job's end that is kept for ending runs that are not delivered
-_END_S = 5.0
+_KEPT_SHARE = 0.25  # the share of the time at the job's end that is kept for ending runs that are not delivered
+_MAX_KEPT_S = 5.0  # at most this much of that time is kept
 _log = logging.getLogger(__name__)
 
 
@@ -162,7 +162,7 @@ class Lane:
             deadline_s: the seconds after which ``join`` will stop the lane. Shortly before, the lane ends the runs that
                 are not delivered, so that the backend knows how they ended.
         """
-        left_s = deadline_s - min(_END_S, deadline_s * _END_SHARE)
+        left_s = deadline_s - min(_MAX_KEPT_S, deadline_s * _KEPT_SHARE)
         self._ending = _Ending(status, otherwise, time.monotonic() + left_s)
         self._wake.set()
 

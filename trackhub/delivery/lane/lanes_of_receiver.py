@@ -16,10 +16,11 @@ from trackhub.errors import JournalError
 from trackhub.job_and_run_info import RunStatus
 from trackhub.runnable_commands import command_for
 
-__all__ = ["END_S", "Lanes"]
+__all__ = ["EXTRA_S", "Lanes"]
 
-END_S = 1.0
-"""How long a receiver waits for a locked journal, in seconds, to store how the job and its runs ended."""
+EXTRA_S = 1.0
+"""How many seconds a receiver's end may take beyond its deadline for a locked journal, and again for the federation
+run. Also how long a receiver waits for each lane that it abandons."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,14 +68,19 @@ class Lanes:
             lane.notify(site)
 
     def abandon(self) -> None:
-        """Stop the lanes, and end no run. Blocks up to a second for each whose backend does not return from a call."""
+        """Stop the lanes, and end no run.
+
+        Blocks up to a second for each lane whose backend does not return from a call.
+        """
         for lane in self._lanes:
             lane.abandon()
         for lane in self._lanes:
-            lane.wait(END_S)
+            lane.wait(EXTRA_S)
 
     def end(self, by_site: Mapping[str, RunStatus], otherwise: RunStatus, deadline_s: float) -> None:
-        """Deliver what is left, and end. Blocks up to the deadline, plus a second per lane that hangs.
+        """Deliver what is left, and end.
+
+        Blocks up to the deadline. Each lane that hangs adds a second, and a locked journal adds up to a second.
 
         Args:
             by_site: site -> the status of its run.
@@ -90,8 +96,9 @@ class Lanes:
                     "backend %s does not return from a call. Its records stay in the journal. Deliver them with "
                     "`%s`", lane.name, command_for("trackhub replay", self._journal.path.parent),
                 )  # fmt: skip
-        # From here on, all waits together take a second at most. A second for each run would be minutes with many runs.
-        self._journal.limit_waits(time.monotonic() + END_S)
+        # From here on, all waits for a locked journal together take a second at most. A second for each run could add
+        # up to minutes.
+        self._journal.limit_waits(time.monotonic() + EXTRA_S)
         self._store_ends()
 
     def _store_ends(self) -> None:

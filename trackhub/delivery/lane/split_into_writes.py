@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits entries into writes, each of which takes a backend a bounded time.
 
-`Isolation` calls it for all that a run has to write. Other runs get their turns only between two writes. So a write is
+`Isolation` calls it for the entries that it queues. Other runs get their turns only between two writes. So a write is
 limited in values as well as in records: a request of a site may hold a hundred thousand values in a few records.
 """
 
@@ -15,11 +15,11 @@ from trackhub.spi import Entry
 __all__ = ["MAX_VALUES_OF_WRITE", "split_into_writes"]
 
 MAX_VALUES_OF_WRITE = 5000
-"""Most values in one write, unless one record has more. MLflow's SDK needs a second for so many new keys. A thousand
-records of five values are still one write."""
+"""The most values in one write, unless one record has more. MLflow's SDK needs 1 to 1.5 s for so many new keys. A
+thousand records of five values are still one write."""
 
-_VALUES_OF_DOCUMENT = 50  # what a text, file, histogram or table counts as, beside its values: 1 to 4 ms in SDKs
-_BYTES_OF_VALUE = 1 << 16  # of a file. Backends copy it at about a gigabyte a second
+_EXTRA_VALUES = 50  # a text, file, histogram or table counts as this many values more: SDKs need 1 to 4 ms for it
+_BYTES_OF_VALUE = 1 << 16  # a file counts as one value more for each 64 KiB. Backends copy about a gigabyte a second
 
 
 def split_into_writes(entries: Sequence[Entry], max_batch: int) -> Iterator[list[Entry]]:
@@ -27,7 +27,7 @@ def split_into_writes(entries: Sequence[Entry], max_batch: int) -> Iterator[list
 
     Args:
         entries: what is to be written.
-        max_batch: most entries in one write.
+        max_batch: the most entries in one write.
     """
     for start in range(0, len(entries), max_batch):
         batch = list(entries[start : start + max_batch])
@@ -53,5 +53,5 @@ def _split(entries: Sequence[Entry], sizes: Sequence[int]) -> Iterator[list[Entr
 
 def _size_of(payload: Payload) -> int:
     if isinstance(payload, Image | Artifact):
-        return _VALUES_OF_DOCUMENT + payload.blob.size // _BYTES_OF_VALUE
-    return count_values(payload) + (0 if isinstance(payload, KEYED) else _VALUES_OF_DOCUMENT)
+        return _EXTRA_VALUES + payload.blob.size // _BYTES_OF_VALUE
+    return count_values(payload) + (0 if isinstance(payload, KEYED) else _EXTRA_VALUES)

@@ -166,7 +166,7 @@ class JobRuns:
         return run
 
     def _create(self, experiment: Experiment, info: RunInfo, name: str, own_tags: Mapping[str, str]) -> StoredRun:
-        """Create a run that is pending.
+        """Create a run that is not settled yet (see `shared_parent_run`).
 
         The run table shows its source, the job's id, so jobs of the same name can be told apart.
         """
@@ -184,9 +184,9 @@ class JobRuns:
         return self._store.create_run(experiment.id, _within(name, _MAX_NAME_CHARS), int(info.created * 1000), pairs)
 
     def _require_not_deleted(self, experiment: Experiment, info: RunInfo, tag: str, identity: str) -> None:
-        """Raise TransientError if somebody deleted the run.
+        """Raise TransientError if somebody deleted the run, and the store still has it as deleted.
 
-        Otherwise a new run would begin in the middle of the records.
+        Otherwise warn that a new run begins in the middle of the records.
         """
         for run in self._store.find_runs(experiment.id, tag, identity, deleted=True):
             raise deleted_error(self._store, run)

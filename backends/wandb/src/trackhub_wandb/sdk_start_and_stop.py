@@ -204,7 +204,7 @@ def stop_service(timeout_s: float) -> None:
 
 
 def abandon_runs(runs: Iterable[Run]) -> None:
-    """Give up runs that could not be ended, and the service that still tries to end them.
+    """Give up runs that could not be ended. Kill the SDK's service, unless it lives and serves other open runs.
 
     Does not wait for the server.
     """
@@ -242,9 +242,9 @@ def _use_login(wandb: ModuleType, login: Login) -> None:
 
 
 def _forget_unopened(wandb: ModuleType, run_id: str) -> None:
-    """Remove a run that could not be opened from the service.
+    """Make the service forget a run that could not be opened.
 
-    Otherwise it would refuse the id next time (wandb 0.31).
+    Otherwise the service would refuse the run's id at the next attempt (wandb 0.31).
     """
     from wandb.sdk.interface.interface_sock import InterfaceSock
 
