@@ -68,8 +68,8 @@ each new metric. A record of more metrics would hold up the records of all other
 
 MAX_VALUES_OF_RECORD = 100_000
 """Most values of any record: cells of a table, edges and counts of a histogram, params, tags or final values, those in
-nested ones included. The SDKs need 0.01 to 0.02 ms for each. A table of 116,000 floats
-would be larger than a record may be anyway."""
+nested ones included. The SDKs need 0.01 to 0.02 ms for each. A table of 116,000 floats would be larger than a
+record may be anyway."""
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file of an image, in bytes. Backends read an image as a whole. Log a larger one as an artifact."""

@@ -160,7 +160,7 @@ class Receiver:
 
         If another program has the journal locked, this blocks up to ten seconds more. On an existing journal of the
         same job, the receiver goes on where the last one stopped. If the start fails, the journal keeps the job's
-        status and backends, the report stays, and no run changes. A new job ends as failed, if its journal was opened.
+        status and backends, the report stays, and no run changes. A new job has failed, if its journal could be opened.
 
         Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, it is not a
         failed start: the receiver replies `Busy`, and tries to start again at later requests.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds out how a run ends, on the server and at a client.
 
-`trackhub.flare.receiver_widget` and `trackhub.flare.sender_widget` pass FLARE's events. The server's FLARE has no event
-for an abort, so `ServerEnding` wraps the call that aborts a run. On both sides, an abort and a fatal
-error can follow each other, and the first one is the cause. FLARE aborts a run after a fatal error. After an abort,
-a workflow may report a fatal error, for example because the clients have gone.
+`trackhub.flare.receiver_widget` and `trackhub.flare.sender_widget` pass FLARE's events. For an abort on the
+server, FLARE has no event. So `ServerEnding` wraps the method with which FLARE aborts a run.
+
+On both sides, an abort and a fatal error can follow each other, and the first one is the cause. FLARE aborts a run
+after a fatal error. After an abort, a workflow may report a fatal error, for example because the clients have gone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ServerEnding:
 
         Args:
             note: called with the new status after an abort or a fatal error, whichever comes first, and again when the
-                status is settled. After an abort, this is when FLARE's ``abort`` has returned.
+                status is settled. After an abort, it is called once FLARE's ``abort`` has returned.
         """
         self.status = RunStatus.FINISHED
         self._note = note

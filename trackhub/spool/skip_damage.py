@@ -88,7 +88,7 @@ class DamageLog:
         if self._is_new((segment, start)):
             _log.warning(
                 "%s: bytes %d to %d cannot be read (damaged, or cut off when their writer died); the records in them, "
-                "if any, are counted as dropped(%s)",
+                "if any, count as dropped (reason: %s)",
                 segment, start, end, DAMAGED,
             )  # fmt: skip
 
@@ -96,7 +96,7 @@ class DamageLog:
         """Warn that a segment is missing in the middle of its stream."""
         if not segment.exists() and self._is_new(segment):
             _log.warning(
-                "%s is missing, though its stream goes on; its records are counted as dropped(%s)", segment, DAMAGED
+                "%s is missing, though its stream goes on; its records count as dropped (reason: %s)", segment, DAMAGED
             )
 
     def missing_tail(self, folder: Path, stream: str, count: int, logged: int) -> None:
@@ -110,7 +110,7 @@ class DamageLog:
         """
         if self._is_new((stream, count)):
             _log.warning(
-                "%s: the last %d of the %d records of stream %s are missing; they are counted as dropped(%s)",
+                "%s: the last %d of the %d records of stream %s are missing; they count as dropped (reason: %s)",
                 folder, count, logged, stream, DAMAGED,
             )  # fmt: skip
 

@@ -97,7 +97,7 @@ class Stream:
         """
         if self.is_closed:
             raise SpoolError(CLOSED)
-        if not self._last_look <= log_time < self._next_look:
+        if log_time >= self._next_look or log_time < self._last_look:  # the clock may be set back
             self._look_after_files(log_time)
         segment, drops = self._segment, self.drops
         seq = self.next_seq

@@ -244,7 +244,8 @@ class Cursor:
         this journal. Nobody knows which records were in them. So the lane writes its next records after all that the
         run holds. If n records were lost, the next n records count as possible duplicates.
 
-        This journal may also go on where the server's journal ended. Then the run must hold the records of that one.
+        This journal may go on where the server's journal ended. A run that holds any records must then hold all of that
+        journal's.
 
         Raises:
             PermanentError: another journal wrote to the run, or the run lacks records of the server's journal. Delivery
