@@ -33,6 +33,7 @@ _EXPERIMENTS = {
     "backends": "backend_rates:experiments",
     "journal": "journal_costs:size_and_status",
     "floor": "journal_costs:against_the_floor",
+    "gate": "gate_costs:against_no_gate",
     "flood": "flood_costs:beside_a_flood",
     "aggregates": "federation_costs:aggregates",
     "scale": "growth:many_sites",

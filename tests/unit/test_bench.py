@@ -22,6 +22,7 @@ from tests.bench.measured_figures import (
     run_experiment,
     table,
 )
+from tests.bench.subprocesses import in_child
 
 MACHINE = {"cpu": "x", "cores": 2, "memory_gb": 8, "system": "s", "python": "3", "packages": {}, "load": 0.0}
 
@@ -162,6 +163,13 @@ def test_the_document_is_strict_json_also_where_a_ratio_is_infinite() -> None:
     assert [f["score"] for f in read["figures"]] == [None, 1.0]
     assert read["figures"][1]["ours"] == [1.0]
     assert read["version"] == VERSION
+
+
+def test_a_receiver_without_its_checks_stores_and_delivers_all(tmp_path: Path) -> None:
+    """The benchmark replaces the checks by name, in a process of its own."""
+    result = in_child("gate_costs:receive", folder=str(tmp_path), arm="checksums alone", backend="jsonl", records=2000)
+
+    assert result["stored"] == 2000
 
 
 def test_every_group_lists_its_experiments_without_running_them() -> None:
