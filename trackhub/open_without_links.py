@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens files and makes folders for trackhub's own data: for their owner alone, and never through a symbolic link.
 
-Spool, journal and receiver call it. Somebody else may be able to write to the same folder: a training script to its
+Spool, journal and receiver call it. Backends call `open_file` and `make_folder`, since an operator may share the folder
+of a backend. Somebody else may be able to write to the same folder: a training script to its
 spool, or another user to a shared folder. A symbolic link there could lead a read or write to any file. A FIFO would
 block the process that opens it for ever.
 """
@@ -13,7 +14,16 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["MAX_PLAIN_BYTES", "find_way_out", "make_private_folder", "open_plain", "open_plain_inside", "read_plain"]
+__all__ = [
+    "MAX_PLAIN_BYTES",
+    "find_way_out",
+    "make_folder",
+    "make_private_folder",
+    "open_file",
+    "open_plain",
+    "open_plain_inside",
+    "read_plain",
+]
 
 MAX_PLAIN_BYTES = 1 << 24
 """Largest file that `read_plain` reads. Without this limit, a sparse file could fill the memory: it takes no disk."""
@@ -37,6 +47,22 @@ def open_plain(path: str | Path, flags: int, mode: int = _PRIVATE_FILE) -> int:
         OSError: it cannot be opened, or it is not an ordinary file but a symbolic link, a FIFO or something else.
     """
     return _open_plain(path, flags, mode)
+
+
+def open_file(path: str | Path, flags: int) -> int:
+    """Open an ordinary file as `open_plain` does. A new file is for those who may use its folder, less the umask.
+
+    So it is for its owner alone in a backend's own folder, and for others as well in a folder that somebody shares with
+    them. It fits ``opener=`` of ``open``.
+
+    Args:
+        path: the file. The folders before it may be links.
+        flags: as for ``os.open``.
+
+    Raises:
+        OSError: it cannot be opened, or it is not an ordinary file but a symbolic link, a FIFO or something else.
+    """
+    return open_plain(path, flags, _PRIVATE_FILE | _mode(os.path.dirname(path)) & 0o666 if flags & os.O_CREAT else 0)
 
 
 def open_plain_inside(folder: Path, path: Path) -> int:
@@ -136,3 +162,23 @@ def make_private_folder(path: Path) -> None:
     if not path.parent.exists():
         make_private_folder(path.parent)
     path.mkdir(mode=_PRIVATE_FOLDER, exist_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and its missing parents. Each is for those who may use the folder around it, less the umask.
+
+    So it is for its owner alone in a backend's own folder, and for others as well in a folder that somebody shares with
+    them. An existing folder is not changed.
+
+    Raises:
+        OSError: it cannot be made, or there is a file in its place.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(mode=_PRIVATE_FOLDER | _mode(path.parent) & 0o777, exist_ok=True)
+
+
+def _mode(folder: str | Path) -> int:
+    """Return the mode of a folder; the empty path means the current one."""
+    return os.stat(folder or os.curdir).st_mode

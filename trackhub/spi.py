@@ -31,6 +31,7 @@ from trackhub.conceal import remember_secret
 from trackhub.errors import BackendError, ConfigError, InvalidOptionError, PermanentError, TransientError
 from trackhub.image_header import BadImageError, ImageHeader, read_image_header
 from trackhub.job_and_run_info import FEDERATION, SERVER, JobInfo, RunInfo, RunKey, RunStatus, Side, path_component
+from trackhub.open_without_links import make_folder, open_file
 from trackhub.records import (
     Artifact,
     Blob,
@@ -91,6 +92,8 @@ __all__ = [
     "Text",
     "TransientError",
     "WriteReport",
+    "make_folder",
+    "open_file",
     "path_component",
     "read_image_header",
     "remember_secret",

@@ -107,12 +107,22 @@ def check_receiver(result: JobResult, receiver: str, site: str, emulator: Emulat
             found = read_run(backend, result.run_dir(receiver), result.job, site, side)
             same_points(found.points, canonical(backend, logged.points))
         _check_other_kinds(found, site)
+    _check_modes(result.run_dir(receiver))
     report = result.report(receiver)
     assert report["balanced"]
     for lane in report["lanes"].values():
         assert lane[site]["state"] == "finished", lane
         assert lane[site]["confirmed"] == report["sites"][site]["journaled"], lane
         assert lane[site]["possible_duplicates"] == 0, lane
+
+
+def _check_modes(run_folder: Path) -> None:
+    """All is for its owner alone: itself, or by a folder that is, where W&B's service or a spool makes its files."""
+    for backend in BACKENDS:
+        for path in (run_folder / backend, *(run_folder / backend).rglob("*")):
+            if backend != "wandb" or path.parent.name in (run_folder.name, "wandb"):
+                assert path.stat().st_mode & 0o077 == 0, path
+    assert (run_folder / "trackhub").stat().st_mode & 0o077 == 0
 
 
 def _check_other_kinds(found: ReadBack, site: str) -> None:

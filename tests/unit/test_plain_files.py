@@ -18,7 +18,7 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Chunk, encode
 from trackhub.errors import JournalError, RecordError, SpoolError
-from trackhub.open_without_links import make_private_folder, open_plain, read_plain
+from trackhub.open_without_links import make_folder, make_private_folder, open_file, open_plain, read_plain
 from trackhub.spool.layout import SpoolInfo
 from trackhub.spool.round_file import RoundFile
 from trackhub.writer.writer import Writer
@@ -47,10 +47,9 @@ def test_a_receiver_keeps_everything_from_other_users(tmp_path: Path) -> None:
     assert files_while_open == {"trackhub.db": 0o600, "trackhub.db-wal": 0o600, "trackhub.db-shm": 0o600} | {
         "trackhub.lock": 0o600
     }
-    for folder in (tmp_path / "new", run, run / "jsonl", run / "trackhub", run / "trackhub" / "blobs"):
-        assert mode(folder) == 0o700, folder
-    for file in (run / "trackhub").rglob("*"):
-        assert mode(file) == (0o700 if file.is_dir() else 0o600), file
+    assert {path.name for path in run.rglob("*")} >= {"job.json", "site-1.jsonl", "blobs", "delivery.json"}
+    for path in (tmp_path / "new").rglob("*"):
+        assert mode(path) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_a_spool_keeps_everything_from_other_users(tmp_path: Path) -> None:
@@ -62,6 +61,29 @@ def test_a_spool_keeps_everything_from_other_users(tmp_path: Path) -> None:
     assert (mode(tmp_path / "a"), mode(spool)) == (0o700, 0o700)
     segments = list(spool.glob("*.spool"))
     assert [mode(segment) for segment in segments] == [0o600]
+
+
+@pytest.mark.parametrize(("shared", "folder", "file"), [(0o755, 0o755, 0o644), (0o750, 0o750, 0o640)])
+def test_in_a_shared_folder_backends_make_shared_files(tmp_path: Path, shared: int, folder: int, file: int) -> None:
+    """An operator shares the folder that an option names, such as with those who run TensorBoard."""
+    tmp_path.chmod(shared)
+
+    make_folder(tmp_path / "job" / "site")
+    os.close(open_file(tmp_path / "job" / "site" / "file", os.O_WRONLY | os.O_CREAT))
+
+    found = [mode(tmp_path / "job"), mode(tmp_path / "job" / "site"), mode(tmp_path / "job" / "site" / "file")]
+    assert found == [folder, folder, file]
+
+
+def test_a_file_that_somebody_shared_stays_shared(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    file = tmp_path / "site-1.jsonl"
+    file.touch()
+    file.chmod(0o666)
+
+    os.close(open_file(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+
+    assert mode(file) == 0o666
 
 
 def test_a_folder_that_is_there_keeps_its_mode(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ from trackhub.spi import (
     Tags,
     Text,
     TransientError,
+    make_folder,
+    open_file,
     path_component,
 )
 
@@ -138,7 +140,7 @@ class JsonlBackend(Backend[JsonlOptions]):
             ConfigError: it cannot be made or written to.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             if not os.access(self._folder, os.W_OK):
                 raise PermissionError("no permission to write there")
         except OSError as error:
@@ -180,7 +182,7 @@ class JsonlRun(BackendRun):
         self._next = 0
         self._torn = True  # the file may end in a part of a line
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             _store_job(path.with_name("job.json"), info.job)
             self._recover()
         except OSError as error:
@@ -240,7 +242,7 @@ class JsonlRun(BackendRun):
         self._torn = False
 
     def _append_bytes(self, content: bytes) -> None:
-        with open(self._path, "ab", buffering=0, opener=_open_no_link) as file:
+        with open(self._path, "ab", buffering=0, opener=open_file) as file:
             written = file.write(content)
         if written != len(content):
             raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes could be written")
@@ -248,7 +250,7 @@ class JsonlRun(BackendRun):
     def _recover(self) -> None:
         """Cut off a last line that a crash or a full disk left unfinished, and find out where the run stands."""
         if self._path.exists():
-            os.close(_open_no_link(str(self._path), os.O_RDWR))
+            os.close(open_file(self._path, os.O_RDWR))
             end, self._next = _whole_lines(self._path)
             os.truncate(self._path, end)
         self._torn = False
@@ -281,15 +283,10 @@ class JsonlRun(BackendRun):
         name = payload.filename if isinstance(payload, Artifact) else ""
         suffix = Path(name).suffix or mimetypes.guess_extension(payload.blob.media_type) or ""
         target = self._path.with_suffix(".files") / path_component(f"{position}{suffix}")
-        target.parent.mkdir(exist_ok=True)
-        with source.open("rb") as content, open(target, "wb", opener=_open_no_link) as copy:
+        make_folder(target.parent)
+        with source.open("rb") as content, open(target, "wb", opener=open_file) as copy:
             shutil.copyfileobj(content, copy)
         return f"{target.parent.name}/{target.name}"
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    """Open a file, unless it is a symbolic link: in a shared folder, somebody else may have put it there."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _store_job(path: Path, job: JobInfo) -> None:
@@ -297,7 +294,7 @@ def _store_job(path: Path, job: JobInfo) -> None:
     content = msgspec.json.format(_encode(job), indent=2) + b"\n"
     if not path.exists() or path.read_bytes() != content:
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        with open(partial, "wb", opener=_open_no_link) as file:
+        with open(partial, "wb", opener=open_file) as file:
             file.write(content)
         partial.replace(path)
 

@@ -145,7 +145,7 @@ def execution_id(simulator_root: Path) -> str:
         minted = f"sim-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         with tempfile.TemporaryDirectory(dir=simulator_root) as scratch:
             claim = Path(scratch) / "claim"
-            claim.mkdir()
+            claim.mkdir(mode=0o700)
             (claim / file.name).write_text(minted, encoding="utf-8")
             try:
                 # A folder cannot be renamed onto one that is not empty. So one process wins, and no other process can

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,24 @@ def test_a_moved_folder_opens_with_all_its_artifacts(
     listed = server.call(f"artifacts/list?run_id={run_id}&path=model")["files"]
     assert [file["path"] for file in listed] == ["model/best.pt"]
     assert server.call(f"metrics/get-history?run_id={run_id}&metric_key=x")["metrics"][0]["value"] == 1.0
+
+
+@pytest.mark.parametrize(("shared", "folder", "file"), [(0o700, 0o700, 0o600), (0o755, 0o755, 0o644)])
+def test_what_is_made_is_for_those_who_may_use_the_folder(
+    make_rig: Callable[..., Rig], entry: Callable[..., Entry], shared: int, folder: int, file: int
+) -> None:
+    """SQLite gives the mode of the database to its files beside it."""
+    rig = make_rig(empty=True)
+    rig.workdir.chmod(shared)
+
+    run = rig.open()
+    artifact = Artifact("model/best.pt", rig.blob("b", b"weights"), "best.pt")
+    run.write([entry(0, Metrics({"x": 1.0})), entry(1, artifact, 0), entry(2, Text("note", "# hi"), 0)])
+
+    made = list(rig.workdir.rglob("*"))
+    assert {path.name for path in made} >= {"mlflow.db", "best.pt", "step-00000000-p2.md"}
+    for path in made:
+        assert stat.S_IMODE(path.stat().st_mode) == (folder if path.is_dir() else file), path
 
 
 @pytest.mark.parametrize(

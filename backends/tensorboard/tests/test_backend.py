@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,18 @@ from trackhub_tensorboard import TensorBoardBackend, TensorBoardOptions
 
 from backends.tensorboard.tests.conftest import JOB_FOLDER
 from trackhub.registry import option_marks
-from trackhub.spi import ConfigError, Entry, JobInfo, Metrics, OptionMark, Side, Text, TransientError
+from trackhub.spi import (
+    ConfigError,
+    Entry,
+    JobInfo,
+    Metrics,
+    OptionMark,
+    Params,
+    RunStatus,
+    Side,
+    Text,
+    TransientError,
+)
 
 if TYPE_CHECKING:
     from backends.tensorboard.tests.conftest import Rig
@@ -47,6 +59,25 @@ def test_an_unknown_option_is_refused() -> None:
 
 def test_the_log_folder_is_marked_as_a_path() -> None:
     assert option_marks(TensorBoardBackend) == {"logdir": {OptionMark.PATH}}
+
+
+@pytest.mark.parametrize(("shared", "folder", "file"), [(0o700, 0o700, 0o600), (0o755, 0o755, 0o644)])
+def test_what_is_made_is_for_those_who_may_use_the_folder(
+    rig: Rig, entry: MakeEntry, shared: int, folder: int, file: int
+) -> None:
+    rig.workdir.chmod(shared)
+
+    run = rig.open()
+    run.write([entry(0, Metrics({"loss": 1.0})), entry(1, Params({"lr": 0.1}))])
+    run.finish(RunStatus.FINISHED)
+
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in rig.workdir.rglob("*")}
+    assert modes == {
+        JOB_FOLDER: folder,
+        "site-1": folder,
+        "events.out.tfevents.000000000000.trackhub": file,
+        "events.out.tfevents.000000000000.hparams": file,
+    }
 
 
 def test_each_run_has_a_folder_of_its_own(rig: Rig, entry: MakeEntry, read: Read) -> None:

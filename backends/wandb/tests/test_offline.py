@@ -76,6 +76,18 @@ def test_nothing_in_a_runs_folder_leads_out_of_it(rig: Rig, ended: bool) -> None
     backend.close()
 
 
+@pytest.mark.parametrize("shared", [0o700, 0o755])
+def test_a_runs_folder_is_for_those_who_may_use_the_folder_around_it(rig: Rig, shared: int) -> None:
+    """The SDK's service makes the files in it readable for all. The folder keeps others out."""
+    rig.wandb_dir.chmod(shared)
+
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.finish(RunStatus.FINISHED)
+
+    (folder,) = rig.wandb_dir.glob("offline-run-*")
+    assert folder.stat().st_mode & 0o777 == shared
+
+
 def test_environment_fills_what_the_options_leave_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """``WANDB_*`` of the receiver is honoured; an option wins."""
     for name, value in {"PROJECT": "env", "RUN_GROUP": "group", "TAGS": "a,b", "NOTES": "n", "ENTITY": "team"}.items():

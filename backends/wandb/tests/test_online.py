@@ -113,6 +113,16 @@ def test_site_that_did_not_finish_ends_as_failed_or_crashed(
     assert (held.state, held.exit_code) == shown
 
 
+def test_a_runs_folder_is_for_those_who_may_use_the_folder_around_it(online: Online, rig: Rig) -> None:
+    rig.wandb_dir.chmod(0o700)
+
+    run = online().open_run(rig.info())
+    run.finish(RunStatus.FINISHED)
+
+    (folder,) = rig.wandb_dir.glob("run-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_nothing_in_a_runs_folder_leads_out_of_it(online: Online, rig: Rig, ended: bool) -> None:
     """A replay of the job refuses links that do."""

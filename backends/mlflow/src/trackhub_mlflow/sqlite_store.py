@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from trackhub.spi import TransientError
+from trackhub.spi import TransientError, make_folder, open_file
 from trackhub_mlflow.artifact_upload_by_client import put_by_client
 from trackhub_mlflow.store import TRAINING_MODE, Experiment, Pair, Point, RefusedError, SetupError, StoredRun
 
@@ -163,8 +163,9 @@ class SqliteStore:
         # Write another file and rename it, so that a killed process leaves no half of the artifact under its name.
         part = target.with_name(f".{uuid.uuid4().hex}.part")
         with _disk_errors(f"artifact {path}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             try:
+                _make_file(part)
                 if isinstance(content, Path):
                     shutil.copyfile(content, part)
                 else:
@@ -236,7 +237,7 @@ class SqliteStore:
             if self._file.exists():
                 self._check()
             else:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self._file.parent)
                 _create(self._file)
         try:
             # The root has no host and one slash: append_to_uri_path makes it mlflow-artifacts:/EXPERIMENT.
@@ -285,6 +286,7 @@ def _create(file: Path) -> None:
         connection.execute("PRAGMA journal_mode = MEMORY")
 
     try:
+        _make_file(part)  # SQLite's own files beside it get its mode
         with _quiet("alembic", "mlflow.store.db.utils"):
             _initialize_tables(engine)
         engine.dispose()
@@ -299,6 +301,11 @@ def _create(file: Path) -> None:
     finally:
         engine.dispose()
         part.unlink(missing_ok=True)
+
+
+def _make_file(file: Path) -> None:
+    """Make an empty file, for those who may use its folder."""
+    os.close(open_file(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from trackhub.spi import (
     Text,
     TransientError,
     WriteReport,
+    make_folder,
 )
 
 __all__ = ["TensorBoardBackend", "TensorBoardOptions"]
@@ -116,7 +117,7 @@ class TensorBoardBackend(Backend[TensorBoardOptions]):
             ConfigError: the folder cannot be made, or this process may not write there.
         """
         try:
-            self._logdir.mkdir(parents=True, exist_ok=True)
+            make_folder(self._logdir)
             if not os.access(self._logdir, os.W_OK):
                 raise PermissionError("no permission to write there")
         except OSError as error:

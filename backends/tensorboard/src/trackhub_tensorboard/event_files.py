@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from trackhub.spi import make_folder, open_file
 from trackhub_tensorboard.tfrecord import FOOTER, HEADER, frame, frames
 
 __all__ = ["EventFiles", "NewTag", "first_event"]
@@ -78,7 +79,7 @@ class EventFiles:
         self._torn = False
         self.next_position = 0
         self.tags: list[NewTag] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / _PROBE).unlink(missing_ok=True)  # of a process that was killed
         self._recover()
 
@@ -99,7 +100,7 @@ class EventFiles:
         content = b"".join((*events, _mark(_Mark(next_position, tags), time)))
         try:
             if self._path is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._folder)
                 path = self._folder / f"events.out.tfevents.{self.next_position:012d}.trackhub"
                 _append(path, first_event(time) + content, os.O_CREAT | os.O_EXCL)
                 self._path = path
@@ -119,7 +120,7 @@ class EventFiles:
         Raises:
             OSError: the file system refuses.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         path = self._folder / _PROBE
         try:
             _append(path, bytes(_PROBE_BYTES), os.O_CREAT | os.O_TRUNC)
@@ -153,7 +154,7 @@ class EventFiles:
 
 def _append(path: Path, content: bytes, flags: int = 0) -> None:
     """Append by one ``write(2)``, and refuse a symbolic link, which somebody else may have put into a shared folder."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | flags, 0o666)
+    file = open_file(path, os.O_WRONLY | os.O_APPEND | flags)
     try:
         written = os.write(file, content)
     finally:

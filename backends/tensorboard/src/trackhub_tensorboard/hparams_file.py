@@ -21,7 +21,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from trackhub.spi import RunInfo, RunStatus, Side
+from trackhub.spi import RunInfo, RunStatus, Side, open_file
 from trackhub_tensorboard.event_files import first_event
 from trackhub_tensorboard.tfrecord import frame, frames
 
@@ -106,7 +106,7 @@ class HParamsFile:
         try:
             # A new file: in a shared folder, somebody else may have put a link in its place.
             part.unlink(missing_ok=True)
-            with part.open("xb") as file:
+            with open(part, "xb", opener=open_file) as file:
                 file.write(first_event(self._created) + events)
             part.replace(self._path)
         finally:

@@ -31,6 +31,8 @@ from trackhub.spi import (
     Table,
     Tags,
     Text,
+    make_folder,
+    open_file,
     read_image_header,
 )
 from trackhub_wandb.artifact_uploads import ArtifactUpload
@@ -364,7 +366,8 @@ class SdkRun:
         name = file_stem(payload.key)
         artifact = InternalArtifact(f"run-{self.run.id}-{name}", "run_table")
         path = self._artifact_folder(entry) / f"{name}.table.json"
-        path.write_text(json.dumps(table.to_json(artifact), sort_keys=True), encoding="utf-8")
+        with open(path, "w", encoding="utf-8", opener=open_file) as file:
+            file.write(json.dumps(table.to_json(artifact), sort_keys=True))
         held = artifact.add_file(str(path), name=path.name, policy="immutable", skip_cache=True)
         table._set_artifact_target(artifact, held.path)
         self._log_artifact(entry, artifact)
@@ -376,7 +379,7 @@ class SdkRun:
 
     def _artifact_folder(self, entry: Entry) -> Path:
         folder = self._files_folder() / "artifacts" / str(entry.position)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return folder
 
     def _media(self, entry: Entry, key: str, media: Media) -> None:

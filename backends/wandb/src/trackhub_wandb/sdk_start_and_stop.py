@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -152,12 +153,22 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
             settings = {**settings, "base_url": login.base_url}
         try:
             run: Run = wandb.init(config=config, settings=wandb.Settings(**settings))
+            _keep_from_others(Path(run.settings.sync_dir))
         except BaseException:
             _forget_unopened(wandb, settings["run_id"])
             raise
         finally:
             remove_links(settings["root_dir"], settings["run_id"])
         return run
+
+
+def _keep_from_others(folder: Path) -> None:
+    """Close a run's folder to all who may not use the folder around it.
+
+    The SDK's service makes the folder, and its files, readable for everybody, and has no setting for that.
+    """
+    with contextlib.suppress(OSError):  # the folder around it still keeps them out
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode & folder.parent.stat().st_mode))
 
 
 def remove_links(root_dir: str, run_id: str) -> None:
