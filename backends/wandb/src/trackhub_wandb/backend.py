@@ -30,7 +30,7 @@ from trackhub.spi import (
 )
 from trackhub_wandb.mode_and_login import Mode, chosen_mode, find_login, require_login, verify_login
 from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_text
-from trackhub_wandb.offline import OfflineRun, offline_folders
+from trackhub_wandb.offline import OfflineRun, is_uploaded, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
 from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, stop_service
@@ -149,14 +149,15 @@ class WandBBackend(Backend[WandBOptions]):
         run = self._last_opened.get(info.run_id)
         if isinstance(run, OnlineRun):
             return Results(url=run.url) if run.url else None
-        folders = [self.context.shown(folder) for folder in offline_folders(self._wandb_dir, info.run_id)]
-        if not folders:
+        found = offline_folders(self._wandb_dir, info.run_id)
+        if not found:
             return None
         # It shows the runs in the terminal, without a login.
         commands = [f"wandb leet {shlex.quote(self.context.shown(self._wandb_dir))}"]
         if run is None or run.has_ended:
-            commands.append(f"wandb sync {' '.join(map(shlex.quote, folders))}")
-        return Results(path=folders[-1], command="\n".join(commands))
+            left = [self.context.shown(folder) for folder in found if not is_uploaded(folder)]
+            commands += [f"wandb sync {' '.join(map(shlex.quote, left))}"] if left else []
+        return Results(path=self.context.shown(found[-1]), command="\n".join(commands))
 
     def close(self) -> None:
         """End the SDK's service, and so the uploads of runs that could not be ended. Does not wait for the server."""

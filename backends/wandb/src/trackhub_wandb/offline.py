@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trackhub.spi import Entry, RunInfo
     from trackhub_wandb.options import WandBOptions
 
-__all__ = ["OfflineRun", "offline_folders"]
+__all__ = ["OfflineRun", "is_uploaded", "offline_folders"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +45,43 @@ def offline_folders(wandb_dir: Path, run_id: str) -> list[Path]:
     return sorted(wandb_dir.glob(f"offline-run-*-{run_id}*"))
 
 
+def is_uploaded(folder: Path) -> bool:
+    """Return whether ``wandb sync`` has uploaded all that is in the folder of a run. It leaves an empty file there."""
+    try:
+        log, mark = next(folder.glob("run-*.wandb")), next(folder.glob("run-*.wandb.synced"))
+        # Otherwise it was uploaded while the run was open, and nobody knows how far.
+        return log.stat().st_mtime_ns <= mark.stat().st_mtime_ns
+    except (StopIteration, OSError):
+        return False
+
+
+def _uploaded_rows(folders: Sequence[Path]) -> tuple[int, dict[str, Any]]:
+    """Return the position after the last row in these folders, and the last number or text of each key."""
+    end = 0
+    last: dict[str, Any] = {}
+
+    def look(record: Any) -> bool:
+        nonlocal end
+        if record.HasField("history"):
+            end = max(end, record.history.step.num + 1)
+            for item in record.history.item:
+                key = item.key or ".".join(item.nested_key)
+                if not key.startswith("_") and not item.value_json.startswith("{"):
+                    last.setdefault(key, json.loads(item.value_json))
+        return False
+
+    for folder in reversed(folders):
+        for log in folder.glob("run-*.wandb"):
+            TransactionLog(log).contains(look)  # the newest row first
+    return end, last
+
+
 class OfflineRun(BackendRun):
     """Writes one folder per run.
 
     The SDK cannot append to a folder. It gives a second folder to a run that is opened again, and ``wandb sync`` takes
     only one of them. So this class removes what an interrupted process left, and writes every run from its first record
-    (``Redelivery.REBUILD``).
+    (``Redelivery.REBUILD``). A folder that ``wandb sync`` has uploaded stays, and its rows are not written again.
 
     Attributes:
         has_ended: ``finish`` has ended the run, so nothing more is written to its folder.
@@ -71,15 +102,18 @@ class OfflineRun(BackendRun):
         Raises:
             TransientError: the SDK's service cannot be started, or the folder cannot be written.
         """
+        uploaded: list[Path] = []
         if info.resume_from == 0:
-            for folder in offline_folders(wandb_dir, info.run_id):
-                _log.info(
-                    "The W&B run of %s is written anew, so its unfinished folder %s is removed", info.site, folder
-                )
-                shutil.rmtree(folder, ignore_errors=True)
+            folders = offline_folders(wandb_dir, info.run_id)
+            uploaded = [folder for folder in folders if is_uploaded(folder)]
+            for folder in folders:
+                if folder not in uploaded:
+                    _log.info("The W&B run of %s is written anew, so its folder %s is removed", info.site, folder)
+                    shutil.rmtree(folder, ignore_errors=True)
         self._flush_timeout_s = options.flush_timeout_s
         self._finish_timeout_s = options.finish_timeout_s
         self._run_folder = run_folder
+        self._own_columns = (options.step_metric, options.round_metric)
         offline = {"mode": "offline", "x_transaction_log_flush_interval": _DISK_INTERVAL_S}
         try:
             run = open_sdk_run({**settings, **offline}, config=first_config(info))
@@ -88,9 +122,25 @@ class OfflineRun(BackendRun):
                 f"the offline W&B run of {info.site} cannot be opened in {wandb_dir}: {error}"
             ) from error
         self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
+        if uploaded:
+            self._go_on_after(uploaded)
         self.has_ended = False
         self._log = TransactionLog(Path(run.settings.sync_file))
         self._on_disk: tuple[str, int] = self._run.last
+
+    def _go_on_after(self, uploaded: Sequence[Path]) -> None:
+        """Leave out the rows that were uploaded: W&B would store them a second time. Keep their last values.
+
+        Raises:
+            TransientError: a folder cannot be read.
+        """
+        try:
+            self._run.first_row, last = _uploaded_rows(uploaded)
+        except (OSError, ValueError) as error:
+            raise TransientError(f"an uploaded W&B run cannot be read: {error}; delete its folder") from error
+        shown = {key: value for key, value in last.items() if key not in self._own_columns}
+        if shown:
+            self._run.run.summary.update(shown)
 
     def write(self, batch: Sequence[Entry]) -> WriteReport | None:
         """Hand entries to the SDK.
