@@ -19,8 +19,8 @@ from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.report import read_report
 from trackhub.delivery.report_text import format_report
 from trackhub.delivery.wire import Batch, Final, SiteCounts
-from trackhub.runnable_commands import runnable
-from trackhub.spool.layout import SpoolInfo, create_spool
+from trackhub.runnable_commands import command_for, runnable
+from trackhub.spool.layout import SpoolInfo, create_spool, create_spool_anywhere
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.writer import Writer
 
@@ -266,3 +266,26 @@ def test_one_command_shows_what_several_receivers_have_together(tmp_path: Path) 
 
     assert several.stdout.splitlines()[-1] == f"all together: {runnable('trackhub report')} {tmp_path}"
     assert "all together" not in one.stdout
+
+
+def test_a_spool_that_had_to_go_to_the_temporary_folder_is_named_while_it_holds_records(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is so where a site's disk was full, or its folder belonged to another job."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    create_spool(job / "taken", SpoolInfo("site-3", "an older job", ("server",)))
+    spool = create_spool_anywhere(job / "taken", SpoolInfo("site-3", "job-1", ("server",)))
+    with Writer(spool) as writer:
+        writer.log({"loss": 1.0}, 0)
+
+    shown = status(job / "server")
+
+    assert spool.parent == tmp_path / "tmp"
+    assert f"{spool}: spool of site site-3, job job-1" in shown.stdout
+    assert f"move it into {job / 'server'}, and deliver with `{command_for('trackhub replay', job / 'server')}`" in (
+        shown.stdout
+    )
+    assert [found["path"] for found in document(job / "server")["spools"]] == [str(spool)]
+    assert "site-3" not in status(job / "taken").stdout.replace(f"{job / 'taken'}: spool of site site-3", "")

@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from trackhub.cli.output import print_error, print_json, print_lines, print_table
-from trackhub.delivery.journal.find_journals_and_spools import find_all
+from trackhub.delivery.journal.find_journals_and_spools import find_all, find_temporary_spools
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.report import RUNNING, Counted, RunReport, SiteReport
 from trackhub.delivery.report_text import (
@@ -53,7 +53,8 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     """Show what became of a job's records, by site and backend. The job may be running.
 
     PATH is a journal, a spool folder, or a folder above, such as a job's. The last lines say how to open the results
-    where the job's folder lies now.
+    where the job's folder lies now. A spool of the job that had to go to the temporary folder is shown as well, if
+    something is wrong with it.
 
     The exit status is 1 if something is wrong. That is so if counts are not known or do not add up, if records were
     dropped, refused or rejected, or if something cannot be read. It is also 1 if the job has ended, and left records
@@ -89,6 +90,8 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     found = find_all(paths)
     journals = [_or_error(journal, journal_status) for journal in found.journals]
     spools = [_or_error(spool, spool_status) for spool in found.spools]
+    temporary = _temporary_spools(found.spools, [*journals, *spools])
+    spools += temporary
     if as_json:
         print_json({"version": JSON_VERSION, "journals": journals, "spools": spools})
     else:
@@ -98,6 +101,11 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
         print_lines(*(line.strip() for line in format_together(folders)))
         for spool in spools:
             _show_spool(spool)
+        for spool in temporary:  # a replay must see the journal beside it
+            command = command_for("trackhub replay", paths[0])
+            print_lines(
+                f"{spool['path']} holds records of this job: move it into {paths[0]}, and deliver with `{command}`"
+            )
     errors = [part["error"] for part in (*journals, *spools) if "error" in part]
     for error in errors:
         print_error(error)
@@ -178,6 +186,19 @@ def _spool_problems(folder: Path, receivers: Mapping[str, Mapping[str, Any]]) ->
         if lost := sum(counts["dropped"].values()) + sum(counts["refused"].values()):
             problems.append(f"{lost:,} records were dropped or refused")
     return problems
+
+
+def _temporary_spools(shown: Sequence[Path], parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the spools in the temporary folder that have records of the shown jobs, and with which something is wrong.
+
+    Args:
+        shown: the spools that are shown already.
+        parts: the journals and spools that were found.
+    """
+    jobs = {part["job"] for part in parts if "error" not in part}
+    known = {spool.resolve() for spool in shown}
+    found = [_or_error(spool, spool_status) for spool in find_temporary_spools(jobs) if spool.resolve() not in known]
+    return [spool for spool in found if "error" in spool or spool["problems"]]
 
 
 def _or_error(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from trackhub.spool.write_on_full_disk import SPARES, make_spare, reason_of, wri
 
 __all__ = [
     "SEGMENT_HEADER",
+    "TEMPORARY_SPOOL",
     "SpoolInfo",
     "blob_file",
     "close_spool",
@@ -63,6 +64,9 @@ __all__ = [
 DEFAULT_SPOOL_BYTES = 1 << 30
 
 SEGMENT_HEADER = struct.pack("<4sHH", b"THSP", *FORMAT_VERSION)
+
+TEMPORARY_SPOOL = "trackhub-spool-"
+"""How the name of a spool begins that `create_spool_anywhere` made in the temporary folder."""
 
 _NEVER_A_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 _log = logging.getLogger(__name__)
@@ -154,7 +158,7 @@ def create_spool_anywhere(folder: Path, info: SpoolInfo) -> Path:
     except SpoolError as e:
         problem = e
     with contextlib.suppress(OSError):
-        elsewhere = Path(tempfile.mkdtemp(prefix="trackhub-spool-"))
+        elsewhere = Path(tempfile.mkdtemp(prefix=TEMPORARY_SPOOL))
         if create_spool(elsewhere, info):
             _log.error(
                 "the spool of site %s is in %s instead. After the job, `%s` delivers what is left. %s",

@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.report import REPORT_NAME
-from trackhub.errors import ConfigError
+from trackhub.errors import ConfigError, SpoolError
 from trackhub.process_lock import is_free
+from trackhub.spool.layout import TEMPORARY_SPOOL, read_spool_info
 
-__all__ = ["Found", "find", "find_all", "find_interrupted", "is_interrupted"]
+__all__ = ["Found", "find", "find_all", "find_interrupted", "find_temporary_spools", "is_interrupted"]
 
 _SPOOL_MARK = "spool.json"
 """The file that makes a folder a spool."""
@@ -73,6 +76,19 @@ def find_all(paths: Iterable[Path]) -> Found:
             for part in parts:
                 known.setdefault(part.resolve(), part)  # one path may lie in another
     return Found([*journals.values()], [*spools.values()])
+
+
+def find_temporary_spools(jobs: Collection[str]) -> list[Path]:
+    """Return the spools of these jobs that are in the temporary folder, since their own folder could not be used.
+
+    Only this user's folders count: anybody may make one there. Never raises.
+    """
+    found = []
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{TEMPORARY_SPOOL}*")):
+        with contextlib.suppress(OSError, SpoolError):
+            if folder.lstat().st_uid == os.geteuid() and read_spool_info(folder).job in jobs:
+                found.append(folder)
+    return found
 
 
 def find_interrupted(folder: Path) -> list[Path]:
