@@ -17,6 +17,7 @@ from trackhub.records import Metrics, Record
 
 FLOATS = st.floats(min_value=-1e100, max_value=1e100, allow_subnormal=False)
 SITES = ("site-1", "site-2", "site-3")
+ROUNDS_OR_NONE = st.none() | st.integers(0, 2)
 
 
 def record(values: dict[str, float], step: int | None, round_: int | None) -> Record:
@@ -72,7 +73,7 @@ def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(SITES), st.integers(0, 2), st.sampled_from("abcn"), FLOATS, st.booleans()),
+        st.tuples(st.sampled_from(SITES), ROUNDS_OR_NONE, st.sampled_from("abcn"), FLOATS, st.booleans()),
         min_size=1,
         max_size=60,
     ),
@@ -83,7 +84,7 @@ def test_statistics_are_those_of_numpy(pairs: list[tuple[float, float]]) -> None
     st.integers(1, 4),
 )
 def test_rows_and_digests_of_rows_give_what_single_records_give(
-    logged: list[tuple[str, int, str, float, bool]],
+    logged: list[tuple[str, int | None, str, float, bool]],
     size: int,
     closes_at: int,
     patterns: tuple[str, ...] | None,
@@ -154,6 +155,18 @@ def test_without_the_named_weight_of_each_site_there_is_no_weighted_mean() -> No
 
     assert found[0]["a/mean"] == 2.0
     assert "a/weighted_mean" not in found[0]
+
+
+def test_a_site_without_a_finite_value_needs_no_weight() -> None:
+    aggregation = Aggregation(["a"])
+    sampled(aggregation, 0)
+    aggregation.add_facts(facts(0, steps__site_1=1.0, steps__site_2=3.0))
+    for site, value in zip(SITES, (0.0, 4.0, math.nan), strict=True):
+        aggregation.add(site, [record({"a": value}, 0, 0)])
+
+    found = by_round(reported(aggregation, 0))
+
+    assert (found[0]["a/weighted_mean"], found[0]["a/nonfinite"]) == (3.0, 1.0)
 
 
 def test_a_row_with_a_weight_of_each_step_need_not_be_read() -> None:
@@ -363,6 +376,20 @@ def test_without_patterns_only_keys_that_count_rounds_are_aggregated() -> None:
     keys = {key for output in found for key in output.values}
     assert keys == {"fl/all_reported", *(f"val/loss/{name}" for name in ("mean", "min", "max", "std", "count"))}
     assert by_round(found)[2]["val/loss/max"] == 1.0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_record_without_step_and_round_does_not_count_rounds(is_first: bool) -> None:
+    aggregation = Aggregation()
+    outside = [record({"val/loss": 9.0}, None, None)]
+    if is_first:
+        aggregation.add("site-2", outside)
+    for round_ in range(2):
+        aggregation.add("site-1", [record({"val/loss": 1.0}, round_, round_)])
+    if not is_first:
+        aggregation.add("site-2", outside)
+
+    assert end(aggregation) == []
 
 
 def test_a_job_of_one_round_has_statistics_at_its_end() -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from trackhub.delivery.federation.last_value_per_key import RowDigest
+from trackhub.delivery.federation.last_value_per_key import RowDigest, is_step_its_round
 from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
@@ -68,16 +68,16 @@ class Output(NamedTuple):
     values: dict[str, float]
 
 
-def describe(values: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
+def describe(values: Sequence[float], weights: Sequence[float | None] = ()) -> dict[str, float]:
     """Return mean, min, max, std and count of the finite values, and how many are not finite.
 
     ``std`` is the standard deviation of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it
-    is 0. ``weighted_mean`` is left out without usable weights. If there is no finite value, only the counts are
-    returned.
+    is 0. ``weighted_mean`` is left out unless each finite value has a usable weight. If there is no finite value, only
+    the counts are returned.
 
     Args:
         values: one for each site.
-        weights: one for each value; None if they are not known.
+        weights: one for each value, None where it is not known; or no weights at all.
     """
     finite = [v for v in values if math.isfinite(v)]
     found: dict[str, float] = {}
@@ -86,7 +86,7 @@ def describe(values: Sequence[float], weights: Sequence[float] | None = None) ->
         mean = _mean(finite)
         found = {"mean": mean, "min": min(finite), "max": max(finite)}
         found["std"] = math.hypot(*(v - mean for v in finite)) / math.sqrt(n)  # squares would overflow above 1e154
-        if weights is not None:
+        if weights:
             weighted = _weighted_mean([(v, w) for v, w in zip(values, weights, strict=True) if math.isfinite(v)])
             found |= {} if weighted is None else {"weighted_mean": weighted}
     found["count"] = float(len(finite))
@@ -102,13 +102,13 @@ def _mean(values: Sequence[float]) -> float:
         return math.fsum(v / len(values) for v in values)
 
 
-def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
-    weights = [w for _, w in pairs]
-    if not all(math.isfinite(w) and w >= 0 for w in weights):
+def _weighted_mean(pairs: Sequence[tuple[float, float | None]]) -> float | None:
+    usable = [(v, w) for v, w in pairs if w is not None and math.isfinite(w) and w >= 0]
+    if len(usable) < len(pairs):
         return None
     try:
-        total = math.fsum(weights)
-        return math.fsum(v * (w / total) for v, w in pairs) if total > 0 else None
+        total = math.fsum(w for _, w in usable)
+        return math.fsum(v * (w / total) for v, w in usable) if total > 0 else None
     except OverflowError:
         return None
 
@@ -312,7 +312,7 @@ class Aggregation:
         assert isinstance(record.payload, Metrics)
         for key, value in record.payload.values.items():
             if key not in self._keys.ignored:
-                self._take_value(site, key, value, record.round, time, record.step == record.round)
+                self._take_value(site, key, value, record.round, time, is_step_its_round(record))
 
     def _take_value(
         self, site: str, key: str, value: float, number: int | None, time: float, step_is_round: bool
@@ -475,9 +475,7 @@ class Aggregation:
             by_site = current.values.pop(key)
             self._release(by_site)
             self._rounds_with[key].discard(number)
-            weights = [current.weights.get(site) for site in by_site]
-            known = [w for w in weights if w is not None]
-            statistics = describe(list(by_site.values()), known if len(known) == len(weights) else None)
+            statistics = describe(list(by_site.values()), [current.weights.get(site) for site in by_site])
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
         items = list(numbers.items())
         return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]

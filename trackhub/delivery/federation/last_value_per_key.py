@@ -12,13 +12,18 @@ from collections.abc import Sequence, Set
 
 from trackhub.records import Record
 
-__all__ = ["MAX_KEYS_OF_DIGEST", "KnownRows", "RowDigest"]
+__all__ = ["MAX_KEYS_OF_DIGEST", "KnownRows", "RowDigest", "is_step_its_round"]
 
 MAX_KEYS_OF_DIGEST = 1000
 """How many keys a digest holds. A row with more is read from the journal."""
 
 _MAX_ROWS = 1000
 _MAX_KEYS = 100_000  # in all digests together
+
+
+def is_step_its_round(record: Record) -> bool:
+    """Return whether the step of the record is its round. A record without a round has none."""
+    return record.round is not None and record.step == record.round
 
 
 class RowDigest:
@@ -68,7 +73,7 @@ class RowDigest:
         self.rounds |= rounds
         if self.steps_are_rounds:  # the first record is often enough to show that steps are not rounds
             first = records[0]
-            self.steps_are_rounds = first.step == first.round and {record.step for record in records} == rounds
+            self.steps_are_rounds = is_step_its_round(first) and {record.step for record in records} == rounds
         last: dict[str, float] = records[-1].payload.values  # type: ignore[union-attr, assignment]
         if last.keys() >= wanted:  # a loop that logs the same keys at each step
             self.values.update(last)
