@@ -11,7 +11,7 @@ import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
-__all__ = ["IMAGE_TYPES", "BadImageError", "ImageHeader", "read_image_header"]
+__all__ = ["IMAGE_TYPES", "BadImageError", "ImageHeader", "is_cmyk_jpeg", "read_image_header"]
 
 IMAGE_TYPES = ("image/png", "image/jpeg")
 """The media types of images."""
@@ -56,7 +56,8 @@ def read_image_header(file: BinaryIO) -> ImageHeader:
     """
     start = file.read(len(_JPEG))
     if start == _JPEG:
-        header = ImageHeader("image/jpeg", *_jpeg_size(file))
+        height, width = struct.unpack_from(">HH", _jpeg_frame(file), 1)
+        header = ImageHeader("image/jpeg", width, height)
     elif start + file.read(len(_PNG) - len(start)) == _PNG:
         header = ImageHeader("image/png", *_png_size(file))
     else:
@@ -64,6 +65,21 @@ def read_image_header(file: BinaryIO) -> ImageHeader:
     if not (0 < header.width <= _MAX_PIXELS_A_SIDE and 0 < header.height <= _MAX_PIXELS_A_SIDE):
         raise BadImageError(f"its header says {header.width} x {header.height} pixels")
     return header
+
+
+def is_cmyk_jpeg(file: BinaryIO) -> bool:
+    """Return whether a JPEG file has four channels: the inks of a printer.
+
+    Args:
+        file: the file, at its start.
+
+    Raises:
+        BadImageError: it does not begin as a JPEG file does.
+        OSError: it cannot be read.
+    """
+    if file.read(len(_JPEG)) != _JPEG:
+        raise BadImageError("it does not begin as a JPEG file does")
+    return _jpeg_frame(file)[5:6] == b"\4"
 
 
 def _png_size(file: BinaryIO) -> tuple[int, int]:
@@ -76,9 +92,12 @@ def _png_size(file: BinaryIO) -> tuple[int, int]:
     return width, height
 
 
-def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
-    """Walk over the segments of a JPEG file up to its first scan. Return width and height of its only frame."""
-    size: tuple[int, int] | None = None
+def _jpeg_frame(file: BinaryIO) -> bytes:
+    """Walk over the segments of a JPEG file up to its first scan. Return the header of its only frame.
+
+    After one byte come height and width, of two bytes each, and then the number of channels, of one byte.
+    """
+    found: bytes | None = None
     for _ in range(_MAX_SEGMENTS):
         if file.read(1) != b"\xff":
             raise BadImageError("a segment of the JPEG file does not begin with a marker")
@@ -90,9 +109,9 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
         if code in _WITHOUT_LENGTH:
             continue
         if code in (_START_OF_SCAN, _END_OF_IMAGE):
-            if size is None:
+            if found is None:
                 break
-            return size
+            return found
         length = int.from_bytes(file.read(2))
         if length < 2:
             break
@@ -100,8 +119,7 @@ def _jpeg_size(file: BinaryIO) -> tuple[int, int]:
             file.seek(length - 2, 1)
             continue
         frame = file.read(length - 2)
-        if len(frame) < 5 or size is not None:
+        if len(frame) < 5 or found is not None:
             raise BadImageError("the JPEG file has an incomplete frame header, or two headers")
-        height, width = struct.unpack_from(">HH", frame, 1)
-        size = width, height
+        found = frame
     raise BadImageError("the JPEG file has no frame header before its first scan")

@@ -25,14 +25,20 @@ MASK = RAMP > 0.5
 
 def stored(tmp_path: Path, image: Any) -> Any:
     """Return the pixels of the file that the spool holds of this image."""
+    return np.asarray(stored_image(tmp_path, image))
+
+
+def stored_image(tmp_path: Path, image: Any) -> Any:
+    """Return the file that the spool holds of this image, opened by Pillow."""
     writer = Writer(new_spool(tmp_path / "spool"), strict=True)
     writer.log_image("i", image)
     ((record,),) = read_spool(spool_of(writer).folder).values()
     assert isinstance(record.payload, Image)
     path = blob_file(spool_of(writer).folder, record.payload.blob.name)
-    with Pillow.open(io.BytesIO(path.read_bytes())) as found:
-        assert found.size == (record.payload.width, record.payload.height)
-        return np.asarray(found)
+    found = Pillow.open(io.BytesIO(path.read_bytes()))
+    found.load()
+    assert found.size == (record.payload.width, record.payload.height)
+    return found
 
 
 GREY = (RAMP * 255 + 0.5).astype(np.uint8)
@@ -52,6 +58,64 @@ AS_GREY: dict[str, Any] = {
 @pytest.mark.parametrize("what", AS_GREY)
 def test_each_range_of_grey_pixels_becomes_the_same_image(tmp_path: Path, what: str) -> None:
     np.testing.assert_array_equal(stored(tmp_path, AS_GREY[what]), GREY)
+
+
+def as_file(image: Any, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Pillow.Image) else Pillow.fromarray(image)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+FILES: dict[str, tuple[Any, str, Any]] = {
+    "TIFF of bytes": (GREY, "TIFF", GREY),
+    "TIFF of 16 bits": (WIDE, "TIFF", WIDE),
+    "TIFF of 16 bits that is dark": (WIDE // 257, "TIFF", WIDE // 257),
+    "TIFF of 32 bits": (WIDE.astype(np.int32), "TIFF", WIDE),
+    "TIFF of 32 bits in 0..255": (GREY.astype(np.int32), "TIFF", GREY),
+    "TIFF of floats in 0..1": (RAMP.astype(np.float32), "TIFF", GREY),
+    "TIFF of floats in 0..255": (Pillow.fromarray(GREY).convert("F"), "TIFF", GREY),
+    "TIFF of bits": (MASK, "TIFF", MASK),
+    "PGM of 16 bits": (WIDE, "PPM", WIDE),
+    "PGM of 16 bits that is dark": (WIDE // 257, "PPM", WIDE // 257),
+    "PFM of floats": (RAMP.astype(np.float32), "PPM", GREY),
+    "JPEG 2000 of 16 bits": (WIDE, "JPEG2000", WIDE),
+    "PNG of 16 bits": (WIDE, "PNG", WIDE),
+    "BMP": (np.stack([GREY] * 3, -1), "BMP", np.stack([GREY] * 3, -1)),
+    "TIFF with alpha": (np.stack([GREY, 255 - GREY], -1), "TIFF", np.stack([GREY, 255 - GREY], -1)),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_an_image_file_keeps_its_pixels_whatever_its_format(tmp_path: Path, what: str) -> None:
+    image, form, expected = FILES[what]
+    data = as_file(image, form)
+    np.testing.assert_array_equal(stored(tmp_path / "bytes", data), expected)
+    (tmp_path / "file").write_bytes(data)
+    np.testing.assert_array_equal(stored(tmp_path / "path", tmp_path / "file"), expected)
+
+
+def test_a_transparent_gif_stays_transparent(tmp_path: Path) -> None:
+    image = Pillow.new("P", (2, 1))
+    image.putdata([0, 1])
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image = stored_image(tmp_path, as_file(image, "GIF", transparency=1)).convert("RGBA")
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0, 255), (0, 255, 0, 0)]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_in_cmyk_becomes_a_png_that_every_backend_takes(tmp_path: Path, progressive: bool) -> None:
+    """PNG has no CMYK, so a backend that stores PNG only would reject the file."""
+    ink = Pillow.new("CMYK", (9, 7), (0, 255, 255, 0))
+    found = stored_image(tmp_path, as_file(ink, "JPEG", progressive=progressive, icc_profile=b"a profile for CMYK"))
+    assert (found.format, found.mode, found.size, found.info.get("icc_profile")) == ("PNG", "RGB", (9, 7), None)
+    red, green, blue = found.getpixel((4, 3))
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_any_other_jpeg_is_stored_as_it_is(tmp_path: Path, mode: str) -> None:
+    assert stored_image(tmp_path, as_file(Pillow.new(mode, (9, 7)), "JPEG")).format == "JPEG"
 
 
 @pytest.mark.parametrize("image", [WIDE, Pillow.fromarray(WIDE), Pillow.fromarray(WIDE.astype(np.int32))])

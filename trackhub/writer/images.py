@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.errors import RecordError
-from trackhub.image_header import BadImageError, read_image_header
+from trackhub.image_header import BadImageError, is_cmyk_jpeg, read_image_header
 from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
@@ -136,6 +136,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
             image = pil.fromarray(_pixels_of_numbers(key, image))
         elif image.mode not in _PNG_MODES:
             image = image.convert(_ALPHA_MODES.get(image.mode, "RGB"))
+            image.info.pop("icc_profile", None)  # it describes the colours of the old mode
         image.save(buffer, "PNG")
     except RecordError:
         raise
@@ -165,11 +166,14 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     try:
         data = bytes(source) if isinstance(source, bytes | bytearray) else Path(os.fsdecode(source)).read_bytes()
         try:
-            return _EncodedImage(data, *read_image_header(io.BytesIO(data)))
+            header = read_image_header(io.BytesIO(data))
         except BadImageError:
-            pass  # another format, which becomes PNG
+            header = None
+        # Other formats become PNG. So does a JPEG in CMYK: many viewers do not show it, and PNG has no CMYK.
+        if header is not None and (header.media_type != "image/jpeg" or not is_cmyk_jpeg(io.BytesIO(data))):
+            return _EncodedImage(data, *header)
         with pil.open(io.BytesIO(data)) as image:
-            return _encode_image(key, image.convert("RGBA" if "A" in image.mode else "RGB"))
+            return _encode_image(key, image)
     except RecordError:
         raise
     except Exception as e:  # more than OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
@@ -184,7 +188,7 @@ def _pixels_of_numbers(key: str, image: Any) -> Any:
     array = np.asarray(image)
     if image.mode == "F" and array.size and 1.0 + _ROUNDING < array.max() <= 255.0 + _ROUNDING:
         array = array / 255.0  # what convert("F") makes of an image of 8 bits
-    elif image.mode.startswith("I;16"):
+    elif image.mode != "F" and (image.mode != "I" or image.format == "PPM"):  # Pillow reads a PGM of 16 bits as 32
         array = array.astype(np.uint16)
     return _to_pixels(key, array)
 

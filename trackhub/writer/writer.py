@@ -204,7 +204,7 @@ class Writer(FigureAndModelCalls):
     def log_image(self, key: str, image: Any, step: int | None = None, caption: str = "") -> None:
         """Log one image. Needs Pillow.
 
-        Encodes the image as a PNG before it returns. PNG and JPEG files are stored as they are.
+        Encodes the image as a PNG before it returns. PNG and JPEG files are stored as they are, except a JPEG in CMYK.
 
         Args:
             key: the image's key.
