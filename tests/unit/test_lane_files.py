@@ -131,6 +131,28 @@ def test_a_file_that_fails_is_tried_again_behind_the_others(bench: Bench) -> Non
     assert backend.positions()[-1] == 0
 
 
+def test_a_file_that_fails_is_shown_until_it_is_stored_while_metrics_are_confirmed(bench: Bench) -> None:
+    is_away = True
+
+    def behave(method: str, batch: Any) -> None:
+        if is_upload(method, batch) and is_away:
+            raise TransientError("no room for files")
+
+    def trouble() -> str:
+        return run_of(bench.journal.report(["memory"])).trouble()
+
+    bench.lane(MemoryBackend(behave, files_beside=FILES))
+    bench.add(mixed("fmm"))
+    wait_until(lambda: bool(trouble()))
+    bench.add([Record(3, 1003.0, 3, None, Metrics({"loss": 3.0}))])
+    wait_until(lambda: confirmed(bench) == 3)
+    during = trouble()
+    is_away = False
+    wait_until(lambda: confirmed(bench) == 4)
+
+    assert (during, trouble()) == ("TransientError: no room for files", "")
+
+
 def test_files_that_can_never_be_stored_are_rejected_and_counted(bench: Bench) -> None:
     def behave(method: str, batch: Any) -> Any:
         if is_upload(method, batch) and batch[0].position == 0:

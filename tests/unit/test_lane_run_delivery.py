@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.unit.readers_and_bad_backends import MemoryBackend
-from tests.unit.rigs import SITE, Bench, failing
+from tests.unit.rigs import SITE, Bench, failing, run_of
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.errors import JournalError, PermanentError, TransientError
@@ -125,6 +125,28 @@ def test_a_run_that_another_journal_wrote_is_stopped(bench: Bench) -> None:
 
     assert (delivery.is_over(), progress(bench).state, backend.calls["write"]) == (True, "stopped", 0)
     assert "holds 99 records" in progress(bench).last_error
+
+
+@pytest.mark.parametrize("method", ["write", "flush"])
+@pytest.mark.parametrize("redelivery", list(Redelivery))
+def test_a_running_job_shows_an_error_as_long_as_the_backend_fails(
+    bench: Bench, method: str, redelivery: Redelivery
+) -> None:
+    """Nearly always some records are pending. So these do not tell whether an error is one of the past."""
+    backend = MemoryBackend(buffering=method == "flush", redelivery=redelivery)
+    delivery = delivery_on(bench, backend, flush_s=0.0)
+    found = []
+    for outage in ("away", "", "away again", ""):
+        bench.log(5)
+        backend.behave = failing(99 if outage else 0, lambda text=outage: TransientError(text), method)  # type: ignore[misc]
+        for _ in range(5):
+            delivery.advance(flush_now=True)
+        bench.log(5)
+        run = run_of(bench.journal.report(["memory"]))
+        assert run.pending > 0
+        found.append(run.trouble())
+
+    assert found == ["TransientError: away", "", "TransientError: away again", ""]
 
 
 def test_a_buffering_run_is_confirmed_by_its_flush_when_that_is_due(bench: Bench) -> None:

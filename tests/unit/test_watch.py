@@ -144,6 +144,14 @@ def test_what_is_not_delivered_is_red_and_nothing_else_is() -> None:
     assert red.findall(drawn(JobState("job", sites={"bad": bad, "good": good}), styles=True)) == ["7", "3 spool_full"]
 
 
+def test_a_run_that_could_not_be_ended_is_shown_with_the_reason() -> None:
+    lane = LaneState(5, 0, "unfinished", "RuntimeError: cannot end the run")
+
+    assert "mlflow: RuntimeError: cannot end" in drawn(
+        JobState("job", sites={"a": SiteState("a", lanes={"mlflow": lane})})
+    )
+
+
 def test_of_many_sites_those_that_need_a_look_are_shown() -> None:
     sites = {
         f"site-{i:04}": SiteState(f"site-{i:04}", lanes={"jsonl": LaneState(1, 0, "open", "")}) for i in range(500)

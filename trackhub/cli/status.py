@@ -77,9 +77,10 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     final, open, stale, incomplete or unknown. doubts says it in words.
 
     lanes has for each backend and site confirmed, client_confirmed, rejected, pending, altered, possible_duplicates,
-    state, last_error, blocked_by and results. client_confirmed is a part of confirmed. state is that of the run at the
-    backend, not of the job: open, finished, unfinished or stopped. blocked_by names the record that all others wait
-    for. results has url, path and command, each null if there is none.
+    state, last_error, recovered, blocked_by and results. client_confirmed is a part of confirmed. state is that of the
+    run at the backend, not of the job: open, finished, unfinished or stopped. recovered is true if the backend has
+    stored records since last_error. blocked_by names the record that all others wait for. results has url, path and
+    command, each null if there is none.
 
     A spool has path, site, job, job_name, open, problems and receivers. receivers has for each name streams, logged,
     withheld, dropped, refused, acked, spooled, unreadable, complete, altered, withheld_by_rule and altered_by_rule.

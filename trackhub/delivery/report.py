@@ -125,6 +125,7 @@ class RunReport(msgspec.Struct, kw_only=True):
         state: ``open``, ``finished``, ``unfinished`` (not all was confirmed, or the run could not be ended) or
             ``stopped`` (the run cannot be opened, or trackhub has a defect).
         last_error: the last error that the backend raised; empty if none.
+        recovered: True if the backend has stored records since the last error, and nothing fails any more.
         blocked_by: the record that all later records of the run wait for: the backend keeps the order, and fails with
             this record each time. Empty if there is none.
         results: how to look at the run.
@@ -138,12 +139,13 @@ class RunReport(msgspec.Struct, kw_only=True):
     possible_duplicates: int = 0
     state: str = "open"
     last_error: str = ""
+    recovered: bool = False
     blocked_by: str = ""
     results: Results | None = None
 
     def trouble(self) -> str:
         """Return in one line why the run is not delivered. Empty if it is, or if nothing is known."""
-        if not self.pending and self.state not in ("stopped", "unfinished"):
+        if self.recovered or (not self.pending and self.state not in ("stopped", "unfinished")):
             return ""  # an error of the past
         error = self.last_error.strip().split("\n")[0].strip()
         return f"all records after {self.blocked_by} wait for it: {error}" if self.blocked_by else error

@@ -198,12 +198,12 @@ def _dropped(state: JobState) -> dict[str, int]:
 
 
 def _errors(state: JobState) -> Sequence[tuple[str, str]]:
-    """Return the newest error of each backend that has records pending."""
+    """Return an error of each backend that fails."""
     found = {
         label: lane.error.strip().splitlines()[0][:160]
         for site in state.sites.values()
         for label, lane in site.lanes.items()
-        if lane.pending and lane.error.strip()
+        if lane.error.strip()
     }
     return sorted(found.items())
 

@@ -202,6 +202,7 @@ def _runs(
             possible_duplicates=progress.possible_duplicates,
             state=progress.state,
             last_error=progress.last_error,
+            recovered=progress.recovered,
             blocked_by=progress.blocked_by,
             results=progress.results,
         )

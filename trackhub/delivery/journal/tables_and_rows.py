@@ -131,8 +131,8 @@ class Progress(msgspec.Struct, kw_only=True):
     """What a lane counted for one run up to its confirmed cursor, and what it must remember to go on from there.
 
     Attributes:
-        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, blocked_by, results: as
-            in `report.RunReport`.
+        confirmed, client_confirmed, rejected, altered, possible_duplicates, state, last_error, recovered, blocked_by,
+            results: as in `report.RunReport`.
         memory: the adaptation's state at the confirmed cursor.
         stored_to: the position, at the backend, after the last confirmed record.
         aside: the entries before the confirmed cursor that are neither stored nor rejected yet.
@@ -147,6 +147,7 @@ class Progress(msgspec.Struct, kw_only=True):
     possible_duplicates: int = 0
     state: str = "open"
     last_error: str = ""
+    recovered: bool = False
     blocked_by: str = ""
     results: Results | None = None
     memory: bytes = b""

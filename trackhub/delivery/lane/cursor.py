@@ -55,6 +55,7 @@ class Cursor:
       that are handed over again after a crash are counted once.
     - `reject_at_backend`: a resumable backend rejected records.
     - `check_held`: the run holds records that this journal has lost. So later records get higher positions there.
+    - `note_error`: the backend begins to fail.
     - `note_blocked`: one record holds up all later ones.
     - `start_over`: the run is written again from its first record.
     - `end`: nothing more is delivered to the run. At the end of the job, the lane takes `state` instead, and the states
@@ -298,7 +299,8 @@ class Cursor:
         return position if self._ever_written else position + self._journal.overlap(self.site_id)
 
     def _empty_progress(self) -> Progress:
-        return Progress(last_error=self.progress.last_error, shifts=self.progress.shifts)
+        progress = self.progress
+        return Progress(last_error=progress.last_error, recovered=progress.recovered, shifts=progress.shifts)
 
     def start_over(self) -> None:
         """Forget what was confirmed: the run is written again from its first record.
@@ -310,6 +312,11 @@ class Cursor:
         self.progress = self._empty_progress()
         self._store(self._ever_written)
         self.must_rebuild = False
+
+    def note_recovered(self) -> None:
+        """Note that nothing fails any more, if records were stored since the last confirmation. `confirm` stores it."""
+        if self._since.stored:
+            self.progress.recovered = True
 
     def confirm(self, memory: bytes, by: Confirmation = Confirmation.STORE, aside: Sequence[Entry] = ()) -> None:
         """Move the confirmed cursor up to the written one, add the counts of these rows, and store all of it.
@@ -335,8 +342,16 @@ class Cursor:
         self._save()
 
     def note_error(self, error: BaseException) -> None:
-        """Keep this error as the run's last one. It is stored together with the next change."""
+        """Keep this error as the run's last one.
+
+        The first error since the run worked is stored at once, so that a running job shows why records are pending. A
+        later one is stored together with the next change.
+        """
+        begins = self.progress.recovered or not self.progress.last_error
         self.progress.last_error = f"{type(error).__name__}: {error}"
+        self.progress.recovered = False
+        if begins and not isinstance(error, JournalError):
+            self._save()
 
     def note_blocked(self, entry: Entry, error: BaseException) -> None:
         """Warn that all later records wait for this one. Stored at once, so that a running job shows it."""

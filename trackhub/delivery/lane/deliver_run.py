@@ -281,7 +281,8 @@ class RunDelivery:
         ):
             self._over = True  # an earlier receiver finished it
         if not self._over:
-            self._cursor.progress.last_error = reason or self._cursor.progress.last_error
+            if reason:
+                self._cursor.progress.last_error, self._cursor.progress.recovered = reason, False
             self._end("unfinished")
 
     def unstored_end(self) -> RunState | None:
@@ -476,6 +477,8 @@ class RunDelivery:
         return True
 
     def _confirm(self, by: Confirmation) -> None:
+        if not self._isolation.aside() and (self._files is None or not self._files.has_failures()):
+            self._cursor.note_recovered()
         self._cursor.confirm(self._reader.memory(), by, self._aside())
         self.timer.allow_hurry()
 

@@ -73,6 +73,7 @@ class FileQueue:
         self._waiting: deque[_Waiting] = deque()
         self._outcomes: deque[FileOutcome] = deque()
         self._unsettled: dict[int, Entry] = {}
+        self._failed: set[int] = set()
 
     def add(self, run: BackendRun, entries: list[Entry]) -> None:
         """Queue files of this run for writing. Does not block."""
@@ -91,14 +92,22 @@ class FileQueue:
         """Return the files that are neither stored nor rejected, as of the last call of `collect`."""
         return list(self._unsettled.values())
 
+    def has_failures(self) -> bool:
+        """Return whether the last attempt of an unsettled file failed, as of the last call of `collect`."""
+        return bool(self._failed)
+
     def collect(self) -> list[FileOutcome]:
         """Return the outcomes since the last call."""
         with self._lock:
             found = list(self._outcomes)
             self._outcomes.clear()
         for outcome in found:
+            position = outcome.entry.position
             if outcome.is_settled:
-                self._unsettled.pop(outcome.entry.position, None)
+                self._unsettled.pop(position, None)
+                self._failed.discard(position)
+            else:
+                self._failed.add(position)
         return found
 
     def next_due(self) -> float | None:
