@@ -37,6 +37,26 @@ def test_the_text_names_the_job_and_what_the_client_alone_confirmed(report: Deli
     assert "by the SDK alone: 4" in format_results({"server": report})
 
 
+def test_every_count_of_a_thousand_has_a_comma() -> None:
+    site = SiteReport(at_site=SiteCounts(logged=9001, acked=9001), received=9001, journaled=9001, final=True)
+    run = RunReport(confirmed=5000, client_confirmed=1000, pending=2000, rejected={"too_large": 2001})
+
+    text = format_report(
+        DeliveryReport(
+            job="sim-1",
+            side="server",
+            status="finished",
+            balanced=True,
+            sites={"site-1": site},
+            lanes={"acme": {"site-1": run}},
+        )
+    )
+
+    (row,) = (line for line in text.splitlines() if line.startswith("site-1"))
+    assert row.split()[2:10] == ["9,001", "9,001", "5,000", "(1,000", "by", "the", "SDK", "alone)"]
+    assert row.split()[10:12] == ["2,001", "2,000"]
+
+
 def test_a_job_without_a_name_is_called_by_its_id(report: DeliveryReport) -> None:
     for name in ("", "sim-1"):
         text = format_report(msgspec.structs.replace(report, job_name=name))

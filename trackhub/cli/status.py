@@ -233,7 +233,7 @@ def _show_journal(journal: Mapping[str, Any]) -> None:
         at_site = [
             name,
             _logged(site),
-            str(site["received"]),
+            f"{site['received']:,}",
             _reasons({**(site["dropped"] or {}), **({"missing": site["missing"]} if site["missing"] else {})}),
         ]
         altered = (site["altered"] or {}).items()
@@ -258,7 +258,7 @@ def _run_cells(run: RunReport, doubts: str) -> list[str]:
     return [
         format_confirmed(run),
         _reasons(run.rejected),
-        str(run.pending),
+        f"{run.pending:,}",
         _RUN_STATES.get(run.state, run.state),
         "; ".join(filter(None, [doubts, *format_altered(run), run.trouble()[:_MAX_TROUBLE_CHARS]])),
     ]

@@ -86,8 +86,8 @@ def format_status(status: str, *, is_complete: bool) -> str:
 
 def format_confirmed(run: RunReport) -> str:
     """Return how many records of a run are confirmed, and how many of them only the backend's SDK confirmed."""
-    client = f" ({run.client_confirmed} by the SDK alone)" if run.client_confirmed else ""
-    return f"{run.confirmed}{client}"
+    client = f" ({run.client_confirmed:,} by the SDK alone)" if run.client_confirmed else ""
+    return f"{run.confirmed:,}{client}"
 
 
 def format_logged(site: SiteReport) -> str:
@@ -147,11 +147,11 @@ def format_report(report: DeliveryReport, moves_to: str = "") -> str:
         remarks = _site_remarks(site)
         own = [(lane, by_site[name]) for lane, by_site in sorted(report.lanes.items()) if name in by_site]
         for lane, run in own:
-            counts = (format_confirmed(run), str(sum(run.rejected.values())), str(run.pending))
+            counts = (format_confirmed(run), f"{sum(run.rejected.values()):,}", f"{run.pending:,}")
             remark = "; ".join([*remarks, *_run_remarks(lane, run)]) or "-"
-            rows.append((name, lane, logged, str(site.journaled), *counts, remark))
+            rows.append((name, lane, logged, f"{site.journaled:,}", *counts, remark))
         if not own:
-            rows.append((name, "-", logged, str(site.journaled), "-", "-", "-", "; ".join(remarks) or "-"))
+            rows.append((name, "-", logged, f"{site.journaled:,}", "-", "-", "-", "; ".join(remarks) or "-"))
     runs = [(site, lane, run) for lane, by_site in sorted(report.lanes.items()) for site, run in by_site.items()]
     stays = [run for run in runs if not (moves_to and _lies_in(run[2].results, report.run_dir))]
     openings = [*format_openings(stays), *([f"  {moves_to}"] if len(stays) < len(runs) else [])]
