@@ -27,13 +27,15 @@ from nvflare.app_common.app_constant import AppConstants
 
 from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery import Limits, Receiver, Side
+from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.flare import receiver_widget, sender_widget
+from trackhub.delivery.lane.lane import Lane
+from trackhub.flare import flare_internals, receiver_widget, sender_widget
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
 from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.sender_widget import TrackhubSender
-from trackhub.job_and_run_info import RunStatus
+from trackhub.job_and_run_info import JobInfo, RunStatus
 
 LIFECYCLE = [
     EventType.ABOUT_TO_START_RUN, EventType.START_RUN, EventType.ABORT_TASK, EventType.ABOUT_TO_END_RUN,
@@ -103,6 +105,31 @@ def test_the_end_of_a_job_does_not_wait_for_a_locked_journal(tmp_path: Path, cap
     assert took_s < 5.0, "two waits of a quarter of a second"
     assert "tracking failed" not in caplog.text
     assert read_journal_report(tmp_path / "trackhub" / "trackhub.db").status == RunStatus.FAILED
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["before the start", "while a backend is checked"])
+def test_the_journal_knows_an_abort_that_comes_before_the_receiver_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_early: bool
+) -> None:
+    """FLARE may kill the process ten seconds later, before anything else can tell how the job ended."""
+    widget = TrackhubReceiver(backends={"jsonl": {}})
+    fl_ctx, preflight, signal = context(ProcessType.SERVER_JOB, None), Lane._preflight, Signal()
+    runner = SimpleNamespace(abort=lambda: None)
+    monkeypatch.setattr(receiver_widget, "job_info", lambda *_: JobInfo("job-1"))
+    monkeypatch.setattr(flare_internals, "run_dir", lambda _: tmp_path)
+    monkeypatch.setattr(flare_internals, "operator_file", lambda _: None)
+    monkeypatch.setattr(Lane, "_preflight", lambda lane: (is_early or runner.abort(), preflight(lane)))
+    for key, value in ((FLContextKey.RUNNER, runner), (FLContextKey.RUN_ABORT_SIGNAL, signal)):
+        fl_ctx.set_prop(key, value, private=True, sticky=False)
+    if is_early:
+        signal.trigger(True)
+
+    widget._ending.watch(fl_ctx)
+    widget.open(fl_ctx)
+    known = read_journal_meta(tmp_path / "trackhub" / "trackhub.db")["status"]
+    widget.close(RunStatus.ABORTED)
+
+    assert known == RunStatus.ABORTED
 
 
 class AnExecutor(Executor):  # type: ignore[misc]  # FLARE has no types

@@ -72,6 +72,7 @@ class JobInJournal:
         """
         self.federation = federation
         self.status: str = ended or ""
+        self._stored_status: str | None = None
         self._job = job
         self._side = side
         self._run_dir = run_dir
@@ -130,12 +131,13 @@ class JobInJournal:
         if self.federation is not None:  # so that a replay goes on with the same options
             facts[FEDERATION_OPTIONS] = msgspec.json.encode(self.federation).decode()
         journal.set_facts(facts)
+        self._stored_status = facts[_STATUS]
         if self._ended is None:
             with contextlib.suppress(OSError):  # if this receiver is killed, an old report would hide that
                 (folder / REPORT_NAME).unlink(missing_ok=True)
 
     def store_failed_start(self, journal: Journal, lanes: Sequence[str]) -> None:
-        """If this journal is new, store how the job ends, and write its report. Otherwise change nothing.
+        """Store how the job ends, and write its report, if the journal is new or has the start. Otherwise do nothing.
 
         The status is that of `status_after_failure`. The backends are not stored, since a replay could not use them
         either.
@@ -144,26 +146,34 @@ class JobInJournal:
             journal: where to store it.
             lanes: the names of all lanes of the receiver.
         """
-        if not self._is_new:
+        is_started = self._stored_status is not None
+        if not self._is_new and not is_started:
             return
         journal.limit_waits(time.monotonic() + EXTRA_S)
         with contextlib.suppress(JournalError):  # the error of the start says more
-            self.store_start(journal, {})
+            if not is_started:
+                self.store_start(journal, {})
             leave_report(journal.path.parent, self.make_report(journal, lanes, self.status_after_failure()))
 
     def note_status(self, journal: Journal, wait_s: float) -> None:
         """Store how the job ends, before its end. If that is not possible, ``make_report`` does it.
 
+        Does nothing if the journal has it already.
+
         Args:
             journal: where to store it.
             wait_s: the longest wait for a locked journal, in seconds.
         """
+        status = self.status
+        if status == self._stored_status:
+            return
         try:
-            journal.set_facts({_STATUS: self.status}, wait_s=wait_s)
+            journal.set_facts({_STATUS: status}, wait_s=wait_s)
+            self._stored_status = status
         except JournalError as e:
             _log.warning(
                 "the journal cannot store the job's status %s now: %s. The receiver stores it when the job ends",
-                self.status, e,
+                status, e,
             )  # fmt: skip
 
     def run_statuses(self, journal: Journal, stored: Iterable[str], status: RunStatus) -> dict[str, RunStatus]:

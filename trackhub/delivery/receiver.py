@@ -186,7 +186,6 @@ class Receiver:
                     "the receiver in %s cannot start yet: %s. Training goes on. What the sites log stays in their "
                     "spools, and the receiver takes it as soon as it can start", self.folder, e,
                 )  # fmt: skip
-            self._start_retry.pause()
             self._state = _WAITING
 
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
@@ -204,6 +203,7 @@ class Receiver:
             journal.close()
             raise
         self._state = _OPEN
+        self._facts.note_status(journal, _WAIT_S)  # if another thread called `note_status` while this one was starting
 
     def _begin(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
         """Check options and backends. Then change what the journal says of the job, and begin to deliver."""
@@ -217,15 +217,15 @@ class Receiver:
             self._facts.store_start(journal, self._backends)
             for name in backends if from_start else ():
                 journal.rewind(name)  # before the lanes read their cursors
+            if federation is not None:
+                federation.start()
+            lanes.start()
         except BaseException as e:
             lanes.abandon()
             if not is_environment_trouble(e):
                 self._facts.store_failed_start(journal, lanes.names)
             raise
         self._journal, self._lanes, self.federation = journal, lanes, federation
-        if federation is not None:
-            federation.start()
-        lanes.start()
 
     def _make_federation(self, journal: Journal, lanes: Lanes) -> FederationRun | None:
         options = self._facts.federation
@@ -419,11 +419,12 @@ class Receiver:
     def note_status(self, status: RunStatus) -> None:
         """Note how the job ends, before ``finish``, for replies to the sites' final messages and for a later replay.
 
-        Blocks for a quarter of a second at most, and never raises. If the journal cannot be written now, ``finish``
-        stores the status.
+        It may be called before ``start``, and while another thread starts or ends the receiver. Blocks for a quarter of
+        a second at most, and never raises. If the journal cannot be written now, ``finish`` stores the status.
         """
         self._facts.status = status
-        if self._journal is not None:
+        if self._state == _OPEN:
+            assert self._journal is not None
             self._facts.note_status(self._journal, _WAIT_S)
 
     def assume_ended(self, site: str) -> None:
@@ -459,14 +460,17 @@ class Receiver:
             moves_to: if the job's folder moves after this, a sentence that says where to; see `format_report`.
 
         Raises:
-            JournalError: the receiver was not started, or never could start, for example on a full disk.
+            JournalError: the receiver was not started, has ended already, or never could start, for example on a full
+                disk.
         """
         deadline_s = self._limits.deadline_s if deadline_s is None else deadline_s
         self._try_last_time(deadline_s)
-        if self._journal is None or self._lanes is None:
+        if self._state != _OPEN:
             error = self._start_error
-            what = "was not started; call start() first" if error is None else f"never could start: {error}"
+            what = f"never could start: {error}" if error else f"is {self._state}; call start(), then finish() once"
             raise JournalError(f"the receiver in {self.folder} {what}. The sites' spools keep their records") from error
+        assert self._journal is not None
+        assert self._lanes is not None
         stored = [name for name, known in self._known.copy().items() if known.id is not None]
         by_site = self._facts.run_statuses(self._journal, stored, status)
         # Close before the lanes end. Otherwise a request could add a batch after a lane has looked for the last time.
@@ -487,8 +491,9 @@ class Receiver:
     def abandon(self) -> None:
         """End a started receiver without delivering what is left, because the spool or the sender failed afterwards.
 
-        For the status of the job see `JobInJournal.status_after_failure`. Never raises.
+        For the status of the job see `JobInJournal.status_after_failure`. Does nothing after ``finish``. Never
+        raises.
         """
-        if self._journal is not None:
+        if self._state == _OPEN:
             self.finish(self._facts.status_after_failure(), deadline_s=0.0)
         self._state = _CLOSED

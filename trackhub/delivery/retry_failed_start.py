@@ -17,25 +17,30 @@ _TRY_EVERY_S = 2.0
 
 
 class StartRetry:
-    """Lets one thread at a time start the receiver, and makes a pause after a failed start. Thread-safe."""
+    """Lets one thread at a time start the receiver, and makes a pause after each start. Thread-safe."""
 
     def __init__(self) -> None:
         """The first turn is due at once."""
         self._lock = threading.RLock()
         self._not_before = 0.0
 
-    def pause(self) -> None:
-        """Give no turn for the next two seconds, because a start has failed."""
-        self._not_before = time.monotonic() + _TRY_EVERY_S
-
     @contextmanager
     def turn(self) -> Iterator[bool]:
-        """Yield whether this thread may start the receiver now. Do not wait for another thread that is starting it."""
+        """Yield whether this thread may start the receiver now. Do not wait for another thread that is starting it.
+
+        After a turn, no thread gets one for two seconds, whatever came of it.
+        """
         if not self._lock.acquire(blocking=False):
             yield False
             return
         try:
-            yield time.monotonic() >= self._not_before
+            if time.monotonic() < self._not_before:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                self._not_before = time.monotonic() + _TRY_EVERY_S
         finally:
             self._lock.release()
 

@@ -269,8 +269,14 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
             limits=self._limits,
             federation=self._settings.options() if is_server and self._settings is not None else None,
         )
-        core.start()
-        self._core = core
+        self._core = core  # before the start, since FLARE may abort the job while a backend is being checked
+        if self._ending.status is not RunStatus.FINISHED:  # it was aborted before
+            core.note_status(self._ending.status)
+        try:
+            core.start()
+        except BaseException:
+            self._core = None
+            raise
 
     def channel(self, site: str) -> Channel:
         """Return a channel for a sender of this site in the receiver's own process."""
