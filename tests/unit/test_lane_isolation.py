@@ -308,6 +308,19 @@ def test_an_error_that_speaks_of_the_store_itself_rejects_nothing(error: BaseExc
     assert (store.stored, store.rejected) == (list(range(20)), [])
 
 
+@pytest.mark.parametrize("busy", [TransientError("busy", retry_after_s=0.0), chained(OSError(errno.ENOSPC, "full"))])
+def test_an_error_that_speaks_of_the_store_itself_counts_against_no_record(busy: TransientError) -> None:
+    """Otherwise the first other error would name a record that holds up all others."""
+    isolation = isolation_of(0, can=ORDERED)
+    for _ in range(20):
+        isolation.next()
+        isolation.failed(busy)
+
+    isolation.next()
+
+    assert not isolation.failed(TRANSIENT).blocks
+
+
 @given(
     st.sets(st.integers(0, 39), max_size=7),
     st.integers(1, 50),

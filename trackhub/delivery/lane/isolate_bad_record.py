@@ -221,11 +221,11 @@ class Isolation:
         if isinstance(error, PermanentError):
             return self._handle_permanent_error(piece, error)
         has_just_stored, self._has_just_stored = self._has_just_stored, False
-        piece.failures += 1
-        piece.detail = f"{type(error).__name__}: {error}"
         if says_busy_or_full(error):
             self._evidence.begin_again()
             return Verdict(wait=True)
+        piece.failures += 1
+        piece.detail = f"{type(error).__name__}: {error}"
         if piece in self._aside or piece is self._judged:
             if self._is_trial:
                 self._evidence.note_suspect_failed()
