@@ -21,10 +21,11 @@ import pytest
 
 from tests.hostile.hostile_site import HOSTILE, Job, batch, metrics
 from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend, metric
-from tests.unit.rigs import Bench
+from tests.unit.rigs import Bench, room_for_all
 from trackhub.delivery import wire
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Blob, Image, Params, Record
 from trackhub.spi import BackendRun, Entry
@@ -236,7 +237,7 @@ def test_files_of_a_quiet_site_wait_for_one_file_of_a_flooding_one(tmp_path: Pat
             order.append(self._site)
 
     uploads = FileUploads("memory", lambda site: both_done.set() if len(order) == 35 else None)
-    flood, quiet = FileQueue(uploads, 1), FileQueue(uploads, 2)
+    flood, quiet = (FileQueue(uploads, site, RunDiskRoom(room_for_all(tmp_path), str(site))) for site in (1, 2))
     for queue, files in ((flood, 30), (quiet, 5)):
         image = Image("k", Blob(f"{STREAM}-0", 1, "0" * 64, "image/png"), 1, 1)
         queue.add(Run(queue.site_id), [Entry(i, 1000.0, i, None, image, STREAM, i) for i in range(files)])

@@ -23,6 +23,7 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender
+from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.records import Record
@@ -30,6 +31,11 @@ from trackhub.spi import Backend, JobInfo, RunInfo
 from trackhub.writer.writer import Writer
 
 SITE = "site-1"
+
+
+def room_for_all(folder: Path) -> DiskRoom:
+    """Return a room that lets every site write."""
+    return DiskRoom(folder, folder, frozenset)
 
 
 class Bench:
@@ -57,7 +63,8 @@ class Bench:
     def lane(self, backend: Backend[Any], name: str = "memory", *, flush_s: float = 0.01) -> Lane:
         lane = self.lanes[name] = Lane(
             name, backend, self.journal, job=JobInfo(self.job), side=Side.SERVER,
-            blob_dir=lambda site: self.folder / "blobs" / site, run_folder=self.folder, flush_s=flush_s,
+            blob_dir=lambda site: self.folder / "blobs" / site, run_folder=self.folder,
+            room=room_for_all(self.folder), flush_s=flush_s,
         )  # fmt: skip
         lane.start()
         return lane

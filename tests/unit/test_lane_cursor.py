@@ -192,8 +192,8 @@ def test_a_batch_that_failed_counts_as_possible_duplicates_when_it_is_stored(ben
     bench.log(10)
     cursor = cursor_on(bench)
 
-    cursor.doubt(entries(*range(5)), OSError())
-    cursor.doubt(entries(0, 1), OSError())  # halved: the rest of it stays doubtful
+    cursor.doubt(entries(*range(5)))
+    cursor.doubt(entries(0, 1))  # halved: the rest of it stays doubtful
     cursor.count_stored(entries(0, 1))
     cursor.count_stored(entries(*range(2, 10)))
     cursor.confirm(b"")

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.readers_and_bad_backends import MemoryBackend
-from tests.unit.rigs import SITE, Bench, poisoned, run_of
+from tests.unit.rigs import SITE, Bench, poisoned, room_for_all, run_of
 from trackhub.delivery.lane.deliver_run import RunDelivery
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.delivery.report import RunReport
 from trackhub.errors import TransientError
 from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
@@ -79,7 +80,16 @@ def deliver(bench: Bench, backend: MemoryBackend, turns: int) -> tuple[bool, Run
     """Deliver until all is done, or for so many turns, as one receiver. Return whether all is done, and the report."""
     site = bench.journal.add_site(SITE, 1000.0)
     info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
-    run = RunDelivery("memory", backend, bench.journal, site, info, flush_s=0.0, stop=threading.Event())
+    run = RunDelivery(
+        "memory",
+        backend,
+        bench.journal,
+        site,
+        info,
+        room=RunDiskRoom(room_for_all(bench.folder), SITE),
+        flush_s=0.0,
+        stop=threading.Event(),
+    )
     for _ in range(turns):
         if run.is_idle():
             break

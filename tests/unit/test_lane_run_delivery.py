@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.unit.readers_and_bad_backends import MemoryBackend
-from tests.unit.rigs import SITE, Bench, failing, run_of
+from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend, metric
+from tests.unit.rigs import SITE, Bench, failing, room_for_all, run_of
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.lane.deliver_run import RunDelivery
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
-from trackhub.records import Metrics
+from trackhub.records import Artifact, Blob, Kind, Metrics, Record
 from trackhub.spi import Entry, Redelivery, Results
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -25,7 +27,16 @@ pytestmark = pytest.mark.usefixtures("quick_retries")
 def delivery_on(bench: Bench, backend: MemoryBackend, *, flush_s: float = 3600.0) -> RunDelivery:
     site = bench.journal.add_site(SITE, 1000.0)
     info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
-    return RunDelivery("memory", backend, bench.journal, site, info, flush_s=flush_s, stop=threading.Event())
+    return RunDelivery(
+        "memory",
+        backend,
+        bench.journal,
+        site,
+        info,
+        room=RunDiskRoom(room_for_all(bench.folder), SITE),
+        flush_s=flush_s,
+        stop=threading.Event(),
+    )
 
 
 def store_end(bench: Bench, delivery: RunDelivery) -> None:
@@ -324,3 +335,50 @@ def test_a_wait_may_be_cut_short_again_after_a_confirmation(bench: Bench) -> Non
 
     assert confirmed == (True, 5)
     assert first == second == (False, True, False)
+
+
+@pytest.mark.parametrize("redelivery", [Redelivery.AT_LEAST_ONCE, Redelivery.RESUMABLE])
+def test_records_that_wait_for_room_on_a_disk_are_not_handed_over_in_the_journal_either(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, redelivery: Redelivery
+) -> None:
+    """A later lane must not count them as possible duplicates, or take another journal's records for them."""
+    backend = MemoryBackend(redelivery=redelivery)
+    bench.log(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskRoom, "_may_write", lambda *_: False)
+        waiting = delivery_on(bench, backend)
+        for _ in range(10):
+            waiting.advance(flush_now=False)
+        waiting.give_up("")
+        store_end(bench, waiting)
+    assert "the backends' disk is nearly full" in progress(bench).last_error
+    assert (backend.positions(), bench.journal.run_state("memory", 1).written) == ([], 0)
+
+    later = delivery_on(bench, backend)
+    while not later.is_idle():
+        later.advance(flush_now=True)
+
+    assert backend.positions() == list(range(20))
+    assert (progress(bench).confirmed, progress(bench).possible_duplicates) == (20, 0)
+
+
+def test_files_that_wait_for_room_on_a_disk_are_no_possible_duplicates(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[bool]()
+
+    def has_room_later(room: DiskRoom, site: str, size: int, files: float) -> bool:
+        looks.append(len(looks) > 10)
+        return looks[-1] or size == 0
+
+    monkeypatch.setattr(DiskRoom, "_may_write", has_room_later)
+    backend = MemoryBackend(redelivery=Redelivery.AT_LEAST_ONCE, files_beside=frozenset({Kind.ARTIFACT}))
+    file = Artifact("model", Blob(f"{STREAM}-1", 1, "0" * 64, "text/plain"), "model.bin")
+    bench.add([metric(0), Record(1, 1000.0, 1, None, file)])
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(WAIT_S)
+
+    run = run_of(bench.finish())
+
+    assert (run.confirmed, run.possible_duplicates, run.rejected) == (2, 0, {})
+    assert len(looks) > 10

@@ -189,7 +189,7 @@ class Receiver:
             self._state = _WAITING
 
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
-        return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side, room=self._room)
+        return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
 
     def _open(self, *, from_start: bool, wait_s: float) -> None:
         backends = self._set_up_backends()
@@ -258,7 +258,7 @@ class Receiver:
     def _lane(self, name: str, backend: Backend[Any], journal: Journal) -> Lane:
         return Lane(
             name, backend, journal, job=self.job, side=self._side, blob_dir=self._blobs.folder,
-            run_folder=self._run_dir, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
+            run_folder=self._run_dir, room=self._room, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
             say_where_to_look=self._say_where_to_look,
         )  # fmt: skip
 

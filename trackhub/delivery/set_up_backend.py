@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from trackhub import registry
-from trackhub.delivery.limit_backend_writes_on_low_disk import DiskLimitedBackend
-from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import BackendLoadError, ConfigError, PluginError
 from trackhub.job_and_run_info import JobInfo, Side
@@ -24,7 +22,7 @@ __all__ = ["set_up_backends"]
 
 
 def set_up_backends(
-    backends: Mapping[str, Mapping[str, Any]], *, run_dir: Path, job: JobInfo, side: Side, room: DiskRoom
+    backends: Mapping[str, Mapping[str, Any]], *, run_dir: Path, job: JobInfo, side: Side
 ) -> dict[str, Backend[Any]]:
     """Return the backends of a job by name, set up for it. Their own check, ``preflight``, comes later.
 
@@ -36,7 +34,6 @@ def set_up_backends(
             backend's lane makes the folder later.
         job: the job.
         side: where the receiver is.
-        room: says whether a lane may hand records of a site to a backend now.
 
     Raises:
         ConfigError: a backend is unknown, an option is wrong, or a folder cannot be made.
@@ -54,7 +51,7 @@ def set_up_backends(
         for name, (cls, built) in planned.items():
             with _plugin_errors(name):
                 _make_folder(run_dir / name, name)
-                found[name] = DiskLimitedBackend(cls(built, BackendContext(run_dir / name, job, side)), room)
+                found[name] = cls(built, BackendContext(run_dir / name, job, side))
     except BaseException:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # it was not made, or is not empty

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shares the last free part of a disk among the sites.
 
-`Receiver` asks it before it stores a request. `limit_backend_writes_on_low_disk` asks it before each backend's write.
+`Receiver` asks it before it stores a request. `RunDiskRoom` asks it before a lane writes to a backend.
 While the disk has more room than this last part, a site may store as much as it likes. Without a rule, one site could
 fill the disk, through the receiver or through the lanes. Then nothing of the other sites could be stored any more.
 """

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.journal.tables_and_rows import Progress, RunState, Shift
 from trackhub.delivery.lane.describe_record import name_of
-from trackhub.delivery.limit_backend_writes_on_low_disk import NotHandedOverError
 from trackhub.errors import JournalError, PermanentError
 from trackhub.spi import Confirmation, Entry, Redelivery, Rejection
 
@@ -208,14 +207,9 @@ class Cursor:
             self.progress.rejected_at.update((r.position, r.reason) for r in rejections)
             self._save()
 
-    def doubt(self, batch: Sequence[Entry], error: BaseException) -> None:
-        """Remember that the backend may have stored this batch, or the first entries of it, although it failed.
-
-        Args:
-            batch: what was to be written.
-            error: how that failed.
-        """
-        if self._may_double() and not isinstance(error, NotHandedOverError):
+    def doubt(self, batch: Sequence[Entry]) -> None:
+        """Remember that the backend may have stored this batch, or the first entries of it, although it failed."""
+        if batch and self._may_double():
             self._doubted_to = max(self._doubted_to, batch[-1].position + 1)
 
     def doubt_earlier_lanes(self) -> None:

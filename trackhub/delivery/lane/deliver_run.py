@@ -32,6 +32,7 @@ from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolate_bad_record import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus
 from trackhub.open_without_links import make_private_folder
@@ -91,6 +92,7 @@ class RunDelivery:
         site_id: int,
         info: RunInfo,
         *,
+        room: RunDiskRoom,
         flush_s: float,
         stop: Event,
         uploads: FileUploads | None = None,
@@ -104,6 +106,7 @@ class RunDelivery:
             journal: where the records are.
             site_id: the site's id in the journal.
             info: what the backend is told of the run; ``resume_from`` is filled in here.
+            room: is asked before each call of the backend that stores records.
             flush_s: how many seconds to wait before a backend with ``ConfirmedBy.FLUSH`` is asked to confirm the
                 records that it got.
             stop: once set, no further batch is written.
@@ -119,13 +122,14 @@ class RunDelivery:
         self._lane = lane
         self._info = info
         self._backend = backend
+        self._room = room
         self._flush_s = flush_s
         self._workdir = workdir
         self._stop = stop
         self._cursor = Cursor(journal, lane, site_id, self.site, backend.capabilities.redelivery)
         self._reader = EntryReader(journal, self._cursor, backend.capabilities, info.blob_dir)
-        self._isolation = self._new_isolation()
-        self._files = FileQueue(uploads, site_id) if uploads is not None else None
+        self._isolation = Isolation(self._backend.capabilities)
+        self._files = FileQueue(uploads, site_id, room) if uploads is not None else None
         self._to_write: list[Entry] = list(self._cursor.progress.aside)
         self._aside_timer = RetryTimer()
         self._run: BackendRun | None = None
@@ -178,7 +182,6 @@ class RunDelivery:
                 return False
             if time.monotonic() >= turn_ends:
                 return True
-            self._cursor.announce(self._reader.upto)
             if not self._write(run, batch):
                 return False
         if not self._isolation.is_empty():  # every entry that is left must wait for an entry that is set aside
@@ -216,9 +219,6 @@ class RunDelivery:
         """Return the entries that are neither stored nor rejected, although later entries are written already."""
         late = list(self._cursor.left_out.values())
         return self._isolation.aside() + late + (self._files.unsettled() if self._files is not None else [])
-
-    def _new_isolation(self) -> Isolation:
-        return Isolation(self._backend.capabilities)
 
     def is_open(self) -> bool:
         """Return whether the backend has the run open, so that it must be told how the run ends."""
@@ -288,9 +288,7 @@ class RunDelivery:
     def unstored_end(self) -> RunState | None:
         """Return how the run ended. None if it has not ended, or if the journal has its end already.
 
-        The caller stores the ends of all runs at once.
-
-        If another program has the journal locked, one transaction for all runs waits only once.
+        The caller stores the ends of all runs in one transaction, which waits only once for a locked journal.
         """
         return None if self._end_is_stored else self._cursor.state()
 
@@ -343,7 +341,7 @@ class RunDelivery:
     def _start_over(self) -> None:
         self._reader.start_over()
         self._cursor.start_over()
-        self._isolation = self._new_isolation()
+        self._isolation = Isolation(self._backend.capabilities)
         self._to_write = []
 
     def _read(self, run: BackendRun) -> bool:
@@ -372,7 +370,7 @@ class RunDelivery:
         outcomes = self._files.collect() if self._files is not None else []
         for outcome in outcomes:
             if outcome.error is not None:
-                self._cursor.doubt([outcome.entry], outcome.error)
+                self._cursor.doubt([outcome.entry] if outcome.is_handed_over else [])
                 self._cursor.note_error(outcome.error)
             if outcome.is_first:
                 _log.warning(
@@ -389,17 +387,28 @@ class RunDelivery:
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write a batch, or call the plugin's probe instead. Return False if the lane must wait before the next one."""
-        try:
-            if self._isolation.is_probe():
-                run.probe(batch[0])
-                report = None
-            else:  # hand over a copy: a plugin may change its list, and ``batch`` is counted afterwards
-                report = checked_report(run.write(list(batch)))
-        except BaseException as e:
-            return self._write_failed(batch, e)
+        report, error = self._hand_over(run, batch)
+        if error is not None:
+            return self._write_failed(batch, error)
         self.timer.succeeded()
         self._take(batch, report)
         return True
+
+    def _hand_over(self, run: BackendRun, batch: list[Entry]) -> tuple[WriteReport | None, BaseException | None]:
+        """Call the backend with a batch. Return its report, and the error if it failed or its disk has no room."""
+        with self._room.hold(batch) as refusal:
+            if refusal is not None:
+                return None, refusal
+            self._cursor.announce(self._reader.upto)
+            try:
+                if self._isolation.is_probe():
+                    run.probe(batch[0])
+                    return None, None
+                # Hand over a copy: a plugin may change its list, and ``batch`` is counted afterwards.
+                return checked_report(run.write(list(batch))), None
+            except BaseException as e:
+                self._cursor.doubt(batch)  # a backend may have stored the first records before it failed
+                return None, e
 
     def _take(self, batch: list[Entry], report: WriteReport | None) -> None:
         """Count the records of a batch that the backend took: which are stored, and which it rejected."""
@@ -415,7 +424,6 @@ class RunDelivery:
             self._cursor.note_unblocked()
 
     def _write_failed(self, batch: list[Entry], error: BaseException) -> bool:
-        self._cursor.doubt(batch, error)  # a backend may have stored the first records before it failed
         verdict = self._isolation.failed(error)
         if verdict.wait:
             self._failed(error)
@@ -434,23 +442,19 @@ class RunDelivery:
 
         While these entries wait, the entries that are held back for them wait, too. At 1,000 of those, all others wait.
         """
-        if time.monotonic() < self._aside_timer.not_before or self._stop.is_set():
+        is_early = time.monotonic() < self._aside_timer.not_before
+        if is_early or self._stop.is_set() or not (batch := self._isolation.next_aside()):
             return False
-        if not (batch := self._isolation.next_aside()):
-            return False
-        self._cursor.announce(self._reader.upto)
-        try:
-            report = checked_report(run.write(list(batch)))
-        except BaseException as e:
-            self._cursor.doubt(batch, e)
-            self._cursor.note_error(e)
-            rejected = self._isolation.failed(e).rejected
+        report, error = self._hand_over(run, batch)
+        if error is None:
+            self._take(batch, report)
+        else:
+            self._cursor.note_error(error)
+            rejected = self._isolation.failed(error).rejected
             if rejected is None:
-                self._aside_timer.failed(e)
+                self._aside_timer.failed(error)
                 return False
             self._cursor.reject_at_backend([rejected])
-        else:
-            self._take(batch, report)
         self._aside_timer.succeeded()
         return not self._isolation.is_empty() or self._all_written(run)
 

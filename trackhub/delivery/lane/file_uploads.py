@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
 from trackhub.delivery.lane.describe_record import named_rejection
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.delivery.retry import Backoff
 from trackhub.errors import PermanentError
 from trackhub.mark_own_threads import OwnThread
@@ -41,12 +42,14 @@ class FileOutcome(NamedTuple):
         rejected: why it will never be stored, None if it was stored or is tried again.
         error: why it was not stored, None if it was stored or the backend reported it as rejected.
         is_first: True if it is the first failure of this file.
+        is_handed_over: False if the backend was not called, for want of room on its disk.
     """
 
     entry: Entry
     rejected: Rejection | None = None
     error: BaseException | None = None
     is_first: bool = False
+    is_handed_over: bool = True
 
     @property
     def is_settled(self) -> bool:
@@ -64,10 +67,17 @@ class _Waiting:
 class FileQueue:
     """The files of one run that are not settled. `RunDelivery` and the thread of `FileUploads` share it."""
 
-    def __init__(self, uploads: FileUploads, site_id: int) -> None:
-        """Start empty; ``site_id`` is the site's id in the journal."""
+    def __init__(self, uploads: FileUploads, site_id: int, room: RunDiskRoom) -> None:
+        """Start empty.
+
+        Args:
+            uploads: writes the files.
+            site_id: the site's id in the journal.
+            room: is asked before a file is written.
+        """
         self.site_id = site_id
         self._uploads = uploads
+        self._room = room
         self._lock = threading.Lock()
         self._run: BackendRun | None = None
         self._waiting: deque[_Waiting] = deque()
@@ -130,7 +140,11 @@ class FileQueue:
                 return
             self._waiting.remove(due)
             run = self._run
-        outcome = _write(run, due.entry)
+        with self._room.hold([due.entry]) as refusal:
+            if refusal is None:
+                outcome = _write(run, due.entry)
+            else:
+                outcome = FileOutcome(due.entry, error=refusal, is_handed_over=False)
         with self._lock:
             if not outcome.is_settled:
                 # Move this file behind the other files, so that it does not delay them.

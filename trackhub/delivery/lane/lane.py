@@ -23,7 +23,9 @@ from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
+from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
@@ -71,6 +73,7 @@ class Lane:
         side: Side,
         blob_dir: Callable[[str], Path],
         run_folder: Path,
+        room: DiskRoom,
         flush_s: float,
         workdir: Path | None = None,
         say_where_to_look: Callable[[str], None] | None = None,
@@ -85,6 +88,7 @@ class Lane:
             side: where the receiver is.
             blob_dir: site -> the folder of its blobs.
             run_folder: the job's run folder, in which the backend's files lie.
+            room: says whether the lane may hand records of a site to the backend now.
             flush_s: how many seconds the lane waits before it asks a backend with ``ConfirmedBy.FLUSH`` to confirm the
                 records that it wrote. At the end of the job it does not wait.
             workdir: the backend's folder. The receiver makes it, but may have failed on a full disk. So it is also made
@@ -95,6 +99,7 @@ class Lane:
         self._backend = backend
         self._journal = journal
         self._run_info = partial(_run_info, job=job, side=side, blob_dir=blob_dir)
+        self._room = room
         self._flush_s = flush_s
         self._workdir = workdir
         self._runs: dict[int, RunDelivery] = {}
@@ -374,8 +379,8 @@ class Lane:
         if run is None:
             info = self._run_info(*self._journal.site(site))
             run = self._runs[site] = RunDelivery(
-                self.name, self._backend, self._journal, site, info, flush_s=self._flush_s, stop=self._stop,
-                uploads=self._uploads, workdir=self._workdir,
+                self.name, self._backend, self._journal, site, info, room=RunDiskRoom(self._room, info.site),
+                flush_s=self._flush_s, stop=self._stop, uploads=self._uploads, workdir=self._workdir,
             )  # fmt: skip
         return run
 
