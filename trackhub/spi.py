@@ -465,7 +465,8 @@ class Backend(Generic[OptionsT_co]):
         """Check before training starts that the backend can be used here: a login, a reachable server.
 
         Raises:
-            ConfigError: it cannot, and somebody must change the configuration. This stops the job.
+            ConfigError: it cannot, and somebody must change the configuration. This stops the job. After the limit
+                ``preflight_s`` it stops only the backend's lane, and the records wait for a replay.
             TransientError: it cannot now, but may later. The job goes on, and the records wait.
         """
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from tests.unit.readers_and_bad_backends import WAIT_S, MemoryBackend
-from tests.unit.rigs import Bench, failing
+from tests.unit.rigs import Bench, failing, run_of
 from trackhub.errors import ConfigError, TransientError
 
 
@@ -36,6 +36,29 @@ def test_a_check_that_fails_otherwise_lets_the_job_go_on(bench: Bench, error: Ex
     bench.log(5)
     bench.finish()
     assert backend.positions() == list(range(5))
+
+
+def test_a_wrong_configuration_that_a_slow_check_finds_is_told_and_delivers_nothing(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+
+    def slow(method: str, _: object) -> None:
+        if method == "preflight":
+            assert release.wait(WAIT_S)
+            raise ConfigError("there is no login")
+
+    backend = MemoryBackend(slow)
+    lane = bench.lane(backend)
+    lane.wait_for_preflight(0.05)
+    bench.log(5)
+    release.set()
+
+    run = run_of(bench.finish())
+
+    assert (backend.positions(), backend.calls["open"], backend.calls["close"]) == ([], 0, 1)
+    assert (run.pending, run.state, run.last_error) == (5, "unfinished", "ConfigError: there is no login")
+    assert "backend memory cannot be used: there is no login" in caplog.text
 
 
 def test_a_check_that_hangs_lets_the_job_go_on(bench: Bench) -> None:

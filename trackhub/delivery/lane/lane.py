@@ -30,6 +30,7 @@ from trackhub.environment_trouble import is_environment_trouble
 from trackhub.errors import ConfigError, JournalError, TransientError
 from trackhub.job_and_run_info import FEDERATION, JobInfo, RunInfo, RunKey, RunStatus
 from trackhub.mark_own_threads import OwnThread
+from trackhub.runnable_commands import command_for
 from trackhub.spi import Backend, Side
 
 __all__ = ["Lane"]
@@ -141,6 +142,8 @@ class Lane:
     def wait_for_preflight(self, timeout_s: float) -> None:
         """Wait until the backend's own check is done. A check that takes longer is logged, and the job goes on.
 
+        If it then says that the backend cannot be used, the lane delivers nothing, and the report says why.
+
         Raises:
             ConfigError: the backend says that it cannot be used as configured.
         """
@@ -217,8 +220,12 @@ class Lane:
         try:
             self._preflight()
             self._may_deliver.wait()
-            if not self._stop.is_set():
+            if self._stop.is_set():
+                return
+            if (problem := self._checked.exception()) is None:
                 self._deliver()
+            else:  # it came after `wait_for_preflight` had given up, so the job goes on
+                self._end_unusable(problem)
         except BaseException as e:
             # A defect of trackhub's own; training must go on, and the journal keeps the records.
             if not self._stop.is_set():
@@ -228,6 +235,14 @@ class Lane:
             if not self._checked.done():
                 self._checked.set_result(None)
             self._close()
+
+    def _end_unusable(self, problem: BaseException) -> None:
+        """Say why this lane delivers nothing. `join` stores it for all runs."""
+        self._defect = f"{type(problem).__name__}: {problem}"
+        _log.error(
+            "backend %s cannot be used: %s. Its records stay in the journal. Mend this, then deliver them with `%s`",
+            self.name, problem, command_for("trackhub replay", self._journal.path.parent),
+        )  # fmt: skip
 
     def _close(self) -> None:
         if self._uploads is not None:
