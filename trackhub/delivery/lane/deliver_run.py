@@ -136,7 +136,6 @@ class RunDelivery:
         self._flush_due: float | None = None
         self._over = False
         self._end_is_stored = True
-        self._was_left_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
 
     @property
     def results(self) -> Results | None:
@@ -158,7 +157,7 @@ class RunDelivery:
             return False
         try:
             if self._run is None:  # do not read before the run is open: only the open run says which records to skip
-                return (self._reader.has_more() or self._was_left_open or self._has_entries()) and self._open()
+                return (self._reader.has_more() or self._has_work()) and self._open()
             return self._collect_files(self._run) or self._advance(self._run, flush_now)
         except JournalError as e:
             self._failed(e)
@@ -202,9 +201,7 @@ class RunDelivery:
         """Return whether everything that the journal has is confirmed or cannot be delivered."""
         if self._over:
             return True
-        if self._flush_due is not None or self._cursor.written != self._reader.upto or self._has_entries():
-            return False
-        if self._was_left_open and self._run is None:
+        if self._flush_due is not None or self._cursor.written != self._reader.upto or self._has_work():
             return False
         try:
             return not self._reader.has_more()
@@ -212,8 +209,11 @@ class RunDelivery:
             self._failed(e)
             return False
 
-    def _has_entries(self) -> bool:
-        return not self._isolation.is_empty() or bool(self._aside() or self._to_write)
+    def _has_work(self) -> bool:
+        was_open = self._cursor.confirmed > 0 and self._cursor.progress.state in ("open", "unfinished")
+        return (
+            (was_open and self._run is None) or not self._isolation.is_empty() or bool(self._aside() or self._to_write)
+        )
 
     def _aside(self) -> list[Entry]:
         """Return the entries that are neither stored nor rejected, although later entries are written already."""
@@ -276,9 +276,7 @@ class RunDelivery:
         Raises:
             JournalError: the journal cannot be read, so it is not known whether the run is finished.
         """
-        if self._cursor.progress.state == "finished" and not (
-            self._has_entries() or self._cursor.has_unconfirmed_rows()
-        ):
+        if self._cursor.progress.state == "finished" and not (self._has_work() or self._cursor.has_unconfirmed_rows()):
             self._over = True  # an earlier receiver finished it
         if not self._over:
             if reason:

@@ -101,8 +101,6 @@ class Lane:
         self._journal = journal
         self._run_info = partial(_run_info, job=job, side=side, blob_dir=blob_dir)
         self._room = room
-        self._flush_s = flush_s
-        self._workdir = workdir
         self._runs: dict[int, RunDelivery] = {}
         self._uploads: FileUploads | None = None
         self._news: set[int] = set()
@@ -112,6 +110,7 @@ class Lane:
         self._ending: _Ending | None = None
         self._may_deliver = threading.Event()
         self._stop = threading.Event()
+        self._new_run = partial(RunDelivery, name, backend, journal, flush_s=flush_s, stop=self._stop, workdir=workdir)
         self._busy_since: float | None = None
         self._defect = ""
         self._turns = FairTurns()
@@ -393,10 +392,8 @@ class Lane:
         run = self._runs.get(site)
         if run is None:
             info = self._run_info(*self._journal.site(site))
-            run = self._runs[site] = RunDelivery(
-                self.name, self._backend, self._journal, site, info, room=RunDiskRoom(self._room, info.site),
-                flush_s=self._flush_s, stop=self._stop, uploads=self._uploads, workdir=self._workdir,
-            )  # fmt: skip
+            room = RunDiskRoom(self._room, info.site)
+            run = self._runs[site] = self._new_run(site, info, room=room, uploads=self._uploads)
         return run
 
 
