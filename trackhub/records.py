@@ -25,6 +25,7 @@ __all__ = [
     "MAX_IMAGE_BYTES",
     "MAX_KEY_CHARS",
     "MAX_METRICS_OF_RECORD",
+    "MAX_NAME_CHARS",
     "MAX_STEP",
     "MAX_VALUES_OF_RECORD",
     "STEPLESS",
@@ -77,6 +78,9 @@ MAX_IMAGE_BYTES = 64 << 20
 MAX_CAPTION_CHARS = 20_000
 """Longest caption of an image. With each confirmation, a lane stores the captions of images on their way."""
 
+MAX_NAME_CHARS = 255
+"""Longest file name, and longest type of an artifact, in characters."""
+
 STREAM_PATTERN = r"\A[0-9a-f]{32}\Z"
 """What the id of a stream looks like."""
 
@@ -90,7 +94,7 @@ Reason = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.-]{1,64}\Z")]
 
 _Step = Annotated[int, Meta(ge=0, le=MAX_STEP)]
 _Time = Annotated[float, Meta(ge=0, le=253_402_300_799)]  # up to the end of the year 9999; NaN is excluded
-_Name = Annotated[str, Meta(max_length=255)]
+_Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 
 # Unicode category Cc, which will never have more members; the line and the paragraph separator; surrogates.
 _NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

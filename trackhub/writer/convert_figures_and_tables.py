@@ -11,12 +11,23 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["figure_png", "histogram_of_buckets", "image_grid", "pr_curve", "table_of", "with_channels_last"]
+from trackhub.writer.plain_values import array_of
+
+__all__ = [
+    "chosen_columns",
+    "figure_png",
+    "histogram_of_buckets",
+    "image_grid",
+    "pr_curve",
+    "table_of",
+    "with_channels_last",
+]
 
 _GRID_COLUMNS = 8  # as torch's SummaryWriter.add_images
+_MAX_CHANNELS = 4
 _PR_COLUMNS = ("threshold", "tp", "fp", "tn", "fn", "precision", "recall")
 
 
@@ -49,14 +60,18 @@ def with_channels_last(image: Any, dataformats: str | None) -> Any:
 
     Args:
         image: an array or tensor.
-        dataformats: the names of its axes, such as ``CHW``. None leaves it as it is.
+        dataformats: the names of its axes, such as ``CHW``. None is ``CHW``, as for torch, if the first axis can be
+            channels. It leaves any other image as it is.
 
     Raises:
         ValueError: the array has another number of axes.
     """
     if dataformats is None:
-        return image
-    array, axes = _array(image), dataformats.upper()
+        shape: Sequence[int] = getattr(image, "shape", ())
+        if len(shape) != 3 or not 1 <= shape[0] <= _MAX_CHANNELS:
+            return image
+        dataformats = "CHW"
+    array, axes = array_of(image), dataformats.upper()
     if len(axes) != array.ndim:
         raise ValueError(f"the shape {list(array.shape)} does not fit dataformats={dataformats!r}; name each axis once")
     return array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
@@ -74,7 +89,7 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
     """
     import numpy as np
 
-    array, axes = _array(batch), dataformats.upper()
+    array, axes = array_of(batch), dataformats.upper()
     if "N" not in axes:
         return with_channels_last(array, axes)
     if len(axes) != array.ndim or not array.shape[axes.index("N")]:
@@ -114,8 +129,8 @@ def pr_curve(
     """
     import numpy as np
 
-    positive, probability = _array(labels).astype(bool).ravel(), _array(predictions).astype(float).ravel()
-    weight = np.broadcast_to(1.0 if weights is None else _array(weights).astype(float).ravel(), positive.shape)
+    positive, probability = array_of(labels).astype(bool).ravel(), array_of(predictions).astype(float).ravel()
+    weight = np.broadcast_to(1.0 if weights is None else array_of(weights).astype(float).ravel(), positive.shape)
     rows = []
     for threshold in np.linspace(0.0, 1.0, min(int(num_thresholds), 127)):
         found = probability >= threshold
@@ -129,33 +144,86 @@ def pr_curve(
 def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     """Return the columns and rows of a DataFrame, of a mapping of columns, or of a list of mappings.
 
-    A pandas index becomes the first columns, unless it only numbers the rows.
+    The labels of the rows become the first columns, unless they only number the rows. A pandas index has labels, and so
+    have columns that are mappings.
 
     Raises:
         TypeError: this is not a table.
+        ValueError: the columns are not equally long.
     """
+    if hasattr(data, "to_frame") and not hasattr(data, "columns"):  # a Series
+        data = data.to_frame()
     if hasattr(data, "iter_rows"):  # polars
         return list(map(str, data.columns)), data.iter_rows()
-    if hasattr(data, "to_frame") and not hasattr(data, "columns"):  # a Series of pandas
-        data = data.to_frame()
     if hasattr(data, "itertuples"):
-        if type(data.index).__name__ != "RangeIndex":
-            data = data.reset_index()
-        return list(map(str, data.columns)), data.itertuples(index=False, name=None)
+        return _table_of_pandas(data)
     if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
         names = list(dict.fromkeys(name for row in data for name in row))
         return list(map(str, names)), [[row.get(name) for name in names] for row in data]
     if isinstance(data, str | bytes) or not hasattr(data, "__getitem__") or not hasattr(data, "keys"):
         raise TypeError(f"a {type(data).__name__} is not a table")
-    columns = {str(name): _column(data[name]) for name in data}
-    return list(columns), zip(*columns.values(), strict=True)
+    return _table_of_columns({str(name): data[name] for name in data})
 
 
-def _column(values: Any) -> Iterator[Any]:
-    return iter([values] if isinstance(values, str) or not hasattr(values, "__iter__") else values)
+def chosen_columns(names: Sequence[Any], data: Any) -> Iterable[Any]:
+    """Return rows with one cell for each of these columns.
+
+    Args:
+        names: the columns. Of a whole table, these are chosen. If it has others, but as many, they get these names.
+        data: a whole table as for ``table_of``, or rows: each a sequence of cells or a mapping of column to cell.
+
+    Raises:
+        TypeError: ``data`` is neither.
+        ValueError: the table has other columns.
+    """
+    if not any(hasattr(data, name) for name in ("keys", "to_frame", "iter_rows", "itertuples")):
+        return ([row.get(name) for name in names] if isinstance(row, Mapping) else row for row in data)
+    found, rows = table_of(data)
+    wanted = list(map(str, names))
+    if set(wanted) <= set(found):
+        places = [found.index(name) for name in wanted]
+        return ([row[place] for place in places] for row in rows)
+    if len(found) != len(wanted):
+        raise ValueError(f"the table has the columns {found}; expected {wanted}")
+    return rows
 
 
-def _array(value: Any) -> Any:
-    import numpy as np
+def _table_of_pandas(frame: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    columns, rows = list(map(str, frame.columns)), frame.itertuples(index=False, name=None)
+    if type(frame.index).__name__ == "RangeIndex":
+        return columns, rows
+    count = frame.index.nlevels
+    names = ["index" if count == 1 else f"level_{i}" for i in range(count)]
+    names = [own if name is None else str(name) for own, name in zip(names, frame.index.names, strict=True)]
+    for i in range(count):
+        while names[i] in columns or names[i] in names[:i]:
+            names[i] += "_index"
+    labels = zip(*(frame.index.get_level_values(i) for i in range(count)), strict=True)
+    return names + columns, ((*label, *row) for label, row in zip(labels, rows, strict=True))
 
-    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+
+def _table_of_columns(columns: dict[str, Any]) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    """Return a table of columns that are sequences or mappings of label to cell. A single value stands in each row."""
+    labels = list(
+        dict.fromkeys(label for column in columns.values() if isinstance(column, Mapping) for label in column)
+    )
+    whole = {name: _cells(column, labels) for name, column in columns.items()}
+    lengths = {len(cells) for cells in whole.values() if cells is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"the columns have {sorted(lengths)} cells; expected as many in each")
+    size = lengths.pop() if lengths else min(1, len(columns))
+    filled = [[columns[name]] * size if cells is None else cells for name, cells in whole.items()]
+    names = list(columns)
+    if labels and labels != list(range(size)):
+        filled, names = [labels, *filled], ["index" if "index" not in names else "row_index", *names]
+    return names, zip(*filled, strict=True)
+
+
+def _cells(column: Any, labels: list[Any]) -> list[Any] | None:
+    """Return the cells of a column, for a mapping in the order of the labels. None if it is a single value."""
+    if isinstance(column, Mapping):
+        return [column.get(label) for label in labels]
+    is_single = (
+        isinstance(column, str | bytes) or not hasattr(column, "__iter__") or getattr(column, "shape", None) == ()
+    )
+    return None if is_single else list(column)

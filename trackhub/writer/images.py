@@ -18,8 +18,8 @@ from trackhub.errors import RecordError
 from trackhub.image_header import BadImageError, is_cmyk_jpeg, read_image_header
 from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
-from trackhub.writer.plain_values import plain_text, shown
-from trackhub.writer.values import read_key
+from trackhub.writer.plain_values import array_of, holds_numbers, plain_text, shown
+from trackhub.writer.values import BadValues, read_key
 
 __all__ = ["grid_of", "read_image"]
 
@@ -56,6 +56,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     import hashlib  # imported late: with OpenSSL it takes a tenth of the time of `import trackhub`
 
     key = read_key(key)
+    caption = "" if caption is None else caption
     if not isinstance(caption, str):
         raise RecordError(f"log_image({key!r}): caption {shown(caption)} is a {type(caption).__name__}; expected a str")
     caption = plain_text("caption of image", key, caption)
@@ -81,31 +82,43 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     return NewBlob(key, len(data), write, payload)
 
 
-def grid_of(key: str, images: Sequence[Any], columns: int) -> Any:
+def grid_of(key: str, images: Sequence[Any], columns: int, bad: BadValues) -> Any:
     """Return images as one PIL image, in rows. All cells have the width of the widest and the height of the highest.
+
+    The cell of an image that is not accepted stays empty.
 
     Args:
         key: the key of the grid, for messages.
         images: each as `Writer.log_image` describes it.
         columns: how many are in a row, 1 or more.
+        bad: gets the images that are not accepted.
 
     Raises:
-        RecordError: an image is not accepted, or Pillow is not installed.
+        RecordError: no image is accepted, or Pillow is not installed.
     """
     pil = _load_pillow(key)
     columns = min(max(1, operator.index(columns)), len(images))
-    cells = []
-    for image in images:
-        with pil.open(io.BytesIO(_encode_image(key, image).data)) as cell:
-            if cell.mode.startswith("I"):
-                cell = pil.fromarray(_narrow(cell))
-            cells.append(cell.convert("RGBA"))
-    width, height = (max(sizes) + _GRID_GAP for sizes in zip(*(cell.size for cell in cells), strict=True))
+    cells: list[Any] = []
+    for i, image in enumerate(images):
+        try:
+            cells.append(_cell_of(key, pil, image))
+        except Exception as e:  # noqa: BLE001  # a foreign image may raise anything
+            bad.add("image", f"{key}/{i}", e)
+            cells.append(None)
+    if not any(cells):
+        raise bad.found[0][1]
+    width, height = (max(sizes) + _GRID_GAP for sizes in zip(*(cell.size for cell in cells if cell), strict=True))
     rows = -(-len(cells) // columns)
     grid = pil.new("RGBA", (columns * width - _GRID_GAP, rows * height - _GRID_GAP))
     for i, cell in enumerate(cells):
-        grid.paste(cell, (i % columns * width, i // columns * height))
+        if cell:
+            grid.paste(cell, (i % columns * width, i // columns * height))
     return grid
+
+
+def _cell_of(key: str, pil: Any, image: Any) -> Any:
+    with pil.open(io.BytesIO(_encode_image(key, image).data)) as cell:
+        return (pil.fromarray(_narrow(cell)) if cell.mode.startswith("I") else cell).convert("RGBA")
 
 
 def _narrow(image: Any) -> Any:
@@ -126,7 +139,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
         RecordError: the image is not as described there, or Pillow is not installed.
     """
     pil = _load_pillow(key)
-    if isinstance(image, bytes | bytearray | str | os.PathLike):
+    if isinstance(image, bytes | bytearray | str | os.PathLike | io.IOBase):
         return _read_file(key, pil, image)
     buffer = io.BytesIO()
     try:
@@ -164,7 +177,7 @@ def _load_pillow(key: str) -> Any:
 
 def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     try:
-        data = bytes(source) if isinstance(source, bytes | bytearray) else Path(os.fsdecode(source)).read_bytes()
+        data = _bytes_of(source)
         try:
             header = read_image_header(io.BytesIO(data))
         except BadImageError:
@@ -177,8 +190,17 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     except RecordError:
         raise
     except Exception as e:  # more than OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
-        what = "the bytes" if isinstance(source, bytes | bytearray) else shown(os.fspath(source))
+        what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the bytes"
         raise RecordError(f"log_image({key!r}): cannot read {what} as an image: {e}") from e
+
+
+def _bytes_of(source: Any) -> bytes:
+    """Return what a file holds. It is given as bytes, a path, or an open file. A file in memory is read as a whole."""
+    if isinstance(source, bytes | bytearray):
+        return bytes(source)
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()
+    return bytes(source.read()) if isinstance(source, io.IOBase) else Path(os.fsdecode(source)).read_bytes()
 
 
 def _pixels_of_numbers(key: str, image: Any) -> Any:
@@ -197,15 +219,13 @@ def _to_pixels(key: str, image: Any) -> Any:
     """Return the pixels of an array or tensor, ``[H, W]`` or ``[H, W, C]``. Only ``[H, W]`` may have 16 bits."""
     import numpy as np  # imported late: a script that passes an array has NumPy
 
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
-        if image.is_floating_point():
-            image = image.float()  # NumPy has no bfloat16
     try:
-        array = np.asarray(np.ma.filled(image, 0) if isinstance(image, np.ma.MaskedArray) else image)
+        array = np.ma.filled(image, 0) if isinstance(image, np.ma.MaskedArray) else array_of(image)
     except Exception as e:
         raise RecordError(f"log_image({key!r}): cannot make an array of {type(image).__name__}: {e}") from e
     array = _with_channels_last(key, array)
+    if holds_numbers(array) and not issubclass(array.dtype.type, np.number | np.bool_ | np.object_):  # of ml_dtypes
+        array = array.astype(np.int64 if np.can_cast(array.dtype, np.int64) else np.float32)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:

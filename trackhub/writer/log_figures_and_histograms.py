@@ -20,6 +20,7 @@ from trackhub.errors import RecordError
 from trackhub.records import MAX_CAPTION_CHARS
 from trackhub.writer.convert_figures_and_tables import figure_png
 from trackhub.writer.plain_values import key_text, shown
+from trackhub.writer.values import BadValues
 
 if TYPE_CHECKING:
     from trackhub.spool.writing import SpoolWriter
@@ -34,6 +35,7 @@ class FigureAndModelCalls:
     """The methods of `Writer` that make several calls of its other methods."""
 
     _spool: SpoolWriter | None
+    _strict: bool
 
     def log_figure(self, key: str, figure: Any, step: int | None = None, caption: str = "") -> None:
         """Log a figure of matplotlib or plotly, such as a confusion matrix, an ROC or a PR curve.
@@ -85,14 +87,16 @@ class FigureAndModelCalls:
         if self._spool is None:
             return
         with self._counting_errors("log_images", key):
-            each, texts = list(images), list(captions)
+            each, texts = list(images), list(() if captions is None else captions)
             if not each:
                 raise RecordError(f"log_images({shown(key)}): there is no image; expected one or more")
             if columns is not None:
                 from trackhub.writer.images import grid_of  # lazy, with Pillow
 
                 caption = ", ".join(map(str, texts))[:MAX_CAPTION_CHARS]
-                self.log_image(key, grid_of(str(key), each, columns), step, caption)
+                bad = BadValues(strict=self._strict)
+                self.log_image(key, grid_of(key_text(key), each, columns, bad), step, caption)
+                self._note_left_out("log_images", bad, has_rest=True)
                 return
             texts += [""] * (len(each) - len(texts))
             for i, (image, text) in enumerate(zip(each, texts, strict=False)):
@@ -123,10 +127,11 @@ class FigureAndModelCalls:
             return
         with self._counting_errors("log_model_histograms", prefix):
             for name, values in _parameters_of(model):
-                self.log_histogram(f"{prefix}/{name}", values, step, bins=bins)
-                gradient = getattr(values, "grad", None) if gradients else None
-                if gradient is not None:
-                    self.log_histogram(f"gradients/{name}", gradient, step, bins=bins)
+                with self._counting_errors("log_model_histograms", name):
+                    self.log_histogram(f"{prefix}/{key_text(name)}", values, step, bins=bins)
+                    gradient = getattr(values, "grad", None) if gradients else None
+                    if gradient is not None:
+                        self.log_histogram(f"gradients/{key_text(name)}", gradient, step, bins=bins)
 
     def _log_plotly(self, key: str, figure: Any, step: int | None, caption: str) -> None:
         global _can_draw_plotly
@@ -156,6 +161,8 @@ class FigureAndModelCalls:
         log_artifact: Callable[[str | os.PathLike[str], str | None, str], None]
 
         def _refuse(self, method: str, error: Exception, key: Any = None) -> None: ...
+
+        def _note_left_out(self, method: str, bad: BadValues, *, has_rest: bool) -> None: ...
 
 
 def _drawn(figure: Any) -> bytes | None:
@@ -194,7 +201,7 @@ def _parameters_of(model: Any) -> list[tuple[str, Any]]:
         RecordError: this is neither a model nor a mapping.
     """
     if isinstance(model, Mapping):
-        return [(key_text(name), values) for name, values in model.items()]
+        return list(model.items())
     weights = getattr(model, "weights", None)
     # Test for Keras first. With Keras's torch backend, a model is also a torch module, but its parameters have other
     # names there.

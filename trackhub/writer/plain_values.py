@@ -20,7 +20,9 @@ from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, key_problem
 
 __all__ = [
+    "array_of",
     "as_mapping",
+    "holds_numbers",
     "key_text",
     "plain_number",
     "plain_param",
@@ -32,7 +34,8 @@ __all__ = [
 
 _MAX_ITEMS = 1000  # the longest array that becomes a list; a longer one becomes text
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the encoder raises for other integers
-_NO_NUMBER = ("M", "m", "c", "S", "U", "V")  # kinds of numpy: dates, times, complex numbers, texts, structures
+_NUMBERS = ("", "b", "i", "u", "f", "O")  # kinds of numpy: none, bools, ints, floats, objects
+_FIRST_ADDED_TYPE = 256  # numpy numbers the types that other libraries add from here on (NPY_USERDEF)
 _MISSING = ("NAType", "NaTType")  # the types of pandas' NA and NaT. The null of polars is None already
 _SHOWN_CHARS = 80
 _FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
@@ -109,6 +112,8 @@ def key_text(key: Any, *, is_inner: bool = False) -> str:
         key = key.value if isinstance(key.value, str | int) else key.name
     if isinstance(key, str):
         return str.__str__(key)
+    if getattr(key, "shape", None) == () and hasattr(key, "item") and holds_numbers(key):
+        key = key.item()  # a number of numpy or torch
     if isinstance(key, bool | int | float) or (is_inner and (key is None or isinstance(key, tuple))):
         return str(key)
     raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
@@ -141,6 +146,29 @@ def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
     return {name: getattr(value, name) for name in names}
 
 
+def array_of(value: Any) -> Any:
+    """Return an array of numpy with the values of an array or tensor of any library, or of a list of these.
+
+    Raises:
+        Exception: whatever the value raises.
+    """
+    import numpy as np  # imported late: a script that passes an array has NumPy
+
+    if hasattr(value, "detach"):  # torch
+        value = value.detach()
+        value = value.dequantize() if value.is_quantized else value.to_dense()  # a dense tensor stays as it is
+        try:
+            return value.numpy(force=True)
+        except TypeError:  # NumPy has no bfloat16 and no float8
+            return value.float().numpy(force=True)
+    try:
+        return np.asarray(value)
+    except Exception:
+        if not isinstance(value, list | tuple):
+            raise
+        return np.asarray([array_of(item) for item in value])  # such as losses on a GPU, or with a gradient
+
+
 def plain_number(what: str, key: Any, value: Any) -> float:
     """Return a number as a float: anything that ``float()`` takes, except texts, dates and complex numbers.
 
@@ -154,7 +182,7 @@ def plain_number(what: str, key: Any, value: Any) -> float:
     """
     if isinstance(value, int | float):
         return _to_float(what, key, value)
-    if not isinstance(value, str | bytes | bytearray) and _dtype_kind(value) not in _NO_NUMBER:
+    if not isinstance(value, str | bytes | bytearray) and holds_numbers(value):
         if _is_masked(value):
             return math.nan
         plain = _unwrap(what, key, value)
@@ -221,14 +249,14 @@ def _as_list(value: Any) -> list[Any] | None:
         return sorted(value, key=str)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(value)
-    if getattr(value, "shape", ()) and hasattr(value, "tolist") and _dtype_kind(value) not in _NO_NUMBER:
+    if getattr(value, "shape", ()) and hasattr(value, "tolist") and holds_numbers(value):
         size = math.prod(value.shape)
         return list(value.tolist()) if 1 < size <= _MAX_ITEMS or size == 0 else None
     return None
 
 
 def _other_param(path: str, value: Any, depth: int) -> Any:
-    if hasattr(value, "item") and _dtype_kind(value) not in _NO_NUMBER and math.prod(getattr(value, "shape", ())) == 1:
+    if hasattr(value, "item") and holds_numbers(value) and math.prod(getattr(value, "shape", ())) == 1:
         plain = value.item()
         if type(plain) is not type(value):
             return plain_param(path, plain, depth + 1)
@@ -249,10 +277,16 @@ def _read_plain(what: str, key: Any, value: Any) -> Any:
     return number if _MIN_INT <= number <= _MAX_INT else str(number)  # the encoder raises for larger ones
 
 
-def _dtype_kind(value: Any) -> str:
-    """Return the kind of a numpy value's dtype, such as ``M`` for dates. It is empty for other values."""
-    kind = getattr(getattr(value, "dtype", None), "kind", "")
-    return kind if isinstance(kind, str) else ""
+def holds_numbers(value: Any) -> bool:
+    """Return whether a value of numpy has numbers. False for dates, times, complex numbers, texts and structures.
+
+    True for values that are not numpy's: they have no such dtype.
+    """
+    dtype = getattr(value, "dtype", None)
+    kind = getattr(dtype, "kind", "")
+    if kind == "V":  # structures, and the number types that ml_dtypes adds for JAX: bfloat16, float8, int4, ...
+        return bool(getattr(dtype, "num", 0) >= _FIRST_ADDED_TYPE)
+    return kind in _NUMBERS or not isinstance(kind, str)
 
 
 def _is_masked(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.open_without_links import open_plain
-from trackhub.records import Artifact, Blob
+from trackhub.records import MAX_NAME_CHARS, Artifact, Blob
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.plain_values import plain_text, shown
 from trackhub.writer.values import read_key
@@ -39,8 +39,8 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
     source, real, size = _check_readable(path)
     own_name = source.name if name is None else name
     key = read_key(f"{folder}/{own_name}" if folder else own_name)
-    filename = plain_text("file name of artifact", key, source.name)
-    artifact_type = plain_text("type of artifact", key, artifact_type)
+    filename = _short_text("file name of artifact", key, source.name)
+    artifact_type = _short_text("type of artifact", key, artifact_type)
     digest = hashlib.sha256()
     copied = 0
 
@@ -57,6 +57,12 @@ def read_artifact(path: Any, name: Any, artifact_type: Any, folder: Any = None) 
         return Artifact(key, reference, filename, artifact_type)
 
     return NewBlob(key, size, write, payload)
+
+
+def _short_text(what: str, key: str, text: str) -> str:
+    if len(text) > MAX_NAME_CHARS:  # no reader could decode the record
+        raise RecordError(f"{what} {key!r} has {len(text)} characters; expected at most {MAX_NAME_CHARS}")
+    return plain_text(what, key, text)
 
 
 def _check_readable(path: Any) -> tuple[Path, Path, int]:

@@ -132,7 +132,8 @@ class SummaryWriter(AdapterBase):
             img_tensor: as for ``Writer.log_image``: channels first, last or none.
             global_step: the step.
             walltime: without effect.
-            dataformats: the names of its axes, such as ``HWC``. By default, the shape shows where the channels are.
+            dataformats: the names of its axes, such as ``HWC``. By default, the shape shows where the channels are; if
+                the first axis and the last can be channels, the first one is.
             kwargs: as for ``add_scalar``.
         """
         self._log_image(

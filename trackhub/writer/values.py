@@ -16,10 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_DEPTH, MAX_STEP, Histogram, Params, Summary, Table, Tags, Text, key_problem
-from trackhub.writer.convert_figures_and_tables import table_of
+from trackhub.records import (
+    MAX_DEPTH,
+    MAX_STEP,
+    MAX_VALUES_OF_RECORD,
+    Histogram,
+    Params,
+    Summary,
+    Table,
+    Tags,
+    Text,
+    key_problem,
+)
+from trackhub.writer.convert_figures_and_tables import chosen_columns, table_of
+from trackhub.writer.fit_into_records import parts_that_fit, value_problem
 from trackhub.writer.plain_values import (
+    array_of,
     as_mapping,
+    holds_numbers,
     key_text,
     plain_number,
     plain_param,
@@ -45,6 +59,7 @@ __all__ = [
 ]
 
 _KNOWN_KEYS_MAX = 10_000
+_MAX_BINS = (MAX_VALUES_OF_RECORD - 1) // 2  # a histogram has one edge more than it has counts
 _Value = TypeVar("_Value")
 
 
@@ -140,8 +155,10 @@ def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str
     return found
 
 
-def read_params(params: Any, bad: BadValues) -> Params | None:
-    """Return hyperparameters as plain values; None if there are none. Nested mappings become keys such as ``optim/lr``.
+def read_params(params: Any, bad: BadValues) -> list[Params]:
+    """Return hyperparameters as plain values, in as many payloads as they need: in most cases one.
+
+    Nested mappings become keys such as ``optim/lr``.
 
     Args:
         params: a mapping, or an object with fields: a dataclass, an ``argparse.Namespace``, a pydantic model, ...
@@ -150,12 +167,12 @@ def read_params(params: Any, bad: BadValues) -> Params | None:
     Raises:
         WrongCallError: ``params`` is neither a mapping nor such an object.
     """
-    found = _accepted("param", _leaves("log_params", params, bad, has_fields=True), bad, plain_param)
-    return Params(found) if found else None
+    leaves = _leaves("log_params", params, bad, has_fields=True)
+    return [Params(part) for part in _accepted("param", leaves, bad, plain_param)]
 
 
-def read_summary(values: Any, bad: BadValues) -> Summary | None:
-    """Return final values as plain values, as `read_params` does; None if there are none.
+def read_summary(values: Any, bad: BadValues) -> list[Summary]:
+    """Return final values as plain values, as `read_params` does.
 
     Args:
         values: a mapping, or an object with fields.
@@ -164,12 +181,12 @@ def read_summary(values: Any, bad: BadValues) -> Summary | None:
     Raises:
         WrongCallError: ``values`` is neither a mapping nor such an object.
     """
-    found = _accepted("final value", _leaves("summarize", values, bad, has_fields=True), bad, plain_param)
-    return Summary(found) if found else None
+    leaves = _leaves("summarize", values, bad, has_fields=True)
+    return [Summary(part) for part in _accepted("final value", leaves, bad, plain_param)]
 
 
-def read_tags(tags: Any, bad: BadValues) -> Tags | None:
-    """Return labels as key -> text; None if there are none.
+def read_tags(tags: Any, bad: BadValues) -> list[Tags]:
+    """Return labels as key -> text, in as many payloads as they need.
 
     Args:
         tags: a mapping of key to value; each value becomes text.
@@ -178,8 +195,8 @@ def read_tags(tags: Any, bad: BadValues) -> Tags | None:
     Raises:
         WrongCallError: it is not a mapping.
     """
-    found = _accepted("tag", _leaves("set_tags", tags, bad, is_nested=False), bad, _plain_tag)
-    return Tags(found) if found else None
+    leaves = _leaves("set_tags", tags, bad, is_nested=False)
+    return [Tags(part) for part in _accepted("tag", leaves, bad, _plain_tag)]
 
 
 def _plain_tag(key: str, value: Any) -> str:
@@ -189,19 +206,24 @@ def _plain_tag(key: str, value: Any) -> str:
 
 def _accepted(
     what: str, leaves: Iterable[tuple[Any, Any]], bad: BadValues, read: Callable[[str, Any], _Value]
-) -> dict[str, _Value]:
-    """Convert each value with ``read``. Return the converted values, and add the values that fail to ``bad``."""
+) -> list[dict[str, _Value]]:
+    """Convert each value with ``read``. Return the converted values, one dict for each record that they need.
+
+    Values that fail, and values that are too large for a record, are added to ``bad``.
+    """
     found: dict[str, _Value] = {}
     for key, value in leaves:
         try:
             plain = read_key(key)
             kept = read(plain, value)
+            if problem := value_problem(kept):
+                raise RecordError(f"{what} {plain!r}: {problem}")
             _require_new(plain, found)
         except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
             bad.add(what, key, e)
         else:
             found[plain] = kept
-    return found
+    return parts_that_fit(found)
 
 
 def read_text(key: Any, text: Any) -> Text:
@@ -251,43 +273,49 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
     return Histogram(key, limits, numbers)
 
 
-def read_table(key: Any, columns: Any, rows: Any) -> Table:
+def read_table(key: Any, columns: Any, rows: Any, bad: BadValues) -> Table:
     """Return a table; each cell becomes None, bool, int, float or str.
 
     Args:
         key: the table's key.
         columns: column names, or the whole table.
-        rows: rows of cells, each as long as ``columns``; None if ``columns`` is the whole table.
+        rows: rows of cells, each as long as ``columns``, or a whole table; None if ``columns`` is the whole table.
+        bad: gets the cells that are not accepted. None takes their place.
 
     Raises:
-        RecordError: the key or a cell is not accepted, or a row has another length.
+        RecordError: the key is not accepted, this is not a table, or a row has another length.
     """
     key = read_key(key)
     table: list[list[Any]] = []
     try:
         if rows is None:
             columns, rows = table_of(columns)
+        else:
+            columns = list(columns)
+            rows = chosen_columns(columns, rows)
         names = [plain_text("table", key, name if isinstance(name, str) else str(name)) for name in columns]
         for i, row in enumerate(rows):
             what = f"row {i} of table"
-            cells = [_read_cell(what, key, cell) for cell in row]
+            if isinstance(row, str | bytes):
+                raise TypeError(f"row {i} is a {type(row).__name__}")
+            cells = [_read_cell(what, key, cell, bad) for cell in row]
             if len(cells) != len(names):
                 raise RecordError(f"{what} {key!r} has {len(cells)} cells; expected {len(names)}")
             table.append(cells)
-    except TypeError as e:
+    except RecordError:
+        raise
+    except (TypeError, ValueError) as e:
         raise RecordError(f"table {key!r}: {e}; expected a list of column names and a list of rows") from e
     return Table(key, names, table)
 
 
 def read_key(key: Any) -> str:
-    """Return a key as a plain str.
+    """Return a key as a plain str, as ``key_text`` does.
 
     Raises:
-        RecordError: it is not a str, or ``trackhub.records.key_problem`` finds a problem.
+        RecordError: it can be no key, or ``trackhub.records.key_problem`` finds a problem.
     """
-    if not isinstance(key, str):
-        raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
-    plain = str.__str__(key)  # the encoder takes no subclass of str
+    plain = key_text(key)
     if problem := key_problem(plain):
         raise RecordError(f"key {shown(plain)} {problem}")
     return plain
@@ -385,29 +413,33 @@ def _read_cached_key(key: Any, known_keys: set[str]) -> str:
     return checked
 
 
-def _read_cell(what: str, key: Any, value: Any) -> Any:
-    cell = plain_param(what, value)
-    return plain_text(what, key, str(cell)) if isinstance(cell, list | dict) else cell
+def _read_cell(what: str, key: str, value: Any, bad: BadValues) -> Any:
+    """Return a cell. If it cannot be stored, add it to ``bad`` and return None."""
+    try:
+        cell = plain_param(what, value)
+        if isinstance(cell, list | dict):
+            cell = plain_text(what, key, str(cell))
+        if isinstance(cell, str) and (problem := value_problem(cell)):
+            raise RecordError(f"{what} {key!r}: {problem}")
+    except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+        bad.add(what, key, e)
+        return None
+    return cell
 
 
 def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[list[float], list[float]]:
     import numpy as np  # imported late: the rest of the writer works without NumPy
 
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double()  # NumPy has no bfloat16
     try:
-        if isinstance(values, np.ma.MaskedArray):
-            values = values.compressed()
-        array = np.asarray(values)
-        if array.dtype.kind in "MmcSUV":  # dates, times, complex numbers and texts
+        array = values.compressed() if isinstance(values, np.ma.MaskedArray) else array_of(values)
+        if not holds_numbers(array):
             raise TypeError(f"the values are of the type {array.dtype}")
         array = array.astype(np.float64).ravel()
         finite = array[np.isfinite(array)]
         if array.size and not finite.size:
             raise ValueError("none of the values is finite")
-        counts, edges = np.histogram(finite, bins=bins)
     except (ValueError, TypeError) as e:
-        raise RecordError(f"histogram {key!r}: {e}; expected an array of finite numbers and bins >= 1") from e
+        raise RecordError(f"histogram {key!r}: {e}; expected an array of finite numbers") from e
     if left_out := array.size - finite.size:
         bad.add(
             "histogram",
@@ -416,4 +448,37 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
                 f"histogram {key!r}: {left_out} of {array.size} values are not finite; the histogram leaves them out"
             ),
         )
+    return _equal_bins(finite, _read_bins(key, bins))
+
+
+def _read_bins(key: str, bins: Any) -> int:
+    try:
+        number = _whole(bins)
+    except (ValueError, TypeError):
+        number = 0
+    if not 1 <= number <= _MAX_BINS:
+        raise RecordError(f"histogram {key!r}: bins {shown(bins)}; expected a whole number from 1 to {_MAX_BINS}")
+    return number
+
+
+def _equal_bins(finite: Any, bins: int) -> tuple[list[float], list[float]]:
+    """Return edges and counts. Where floats cannot part all bins, there are fewer, and at last one."""
+    import numpy as np
+
+    edges: Any = ()
+    try:
+        with np.errstate(all="ignore"):
+            counts, edges = np.histogram(finite, bins)
+    except ValueError:
+        pass  # the values are too close to each other, or too far apart
+    if not len(edges) or not np.isfinite(edges).all():
+        largest = np.finfo(np.float64).max
+        low, high = finite.min(), finite.max()
+        if low == high:
+            with np.errstate(over="ignore"):
+                low, high = np.clip(np.nextafter(low, (-np.inf, np.inf)), -largest, largest)
+        part = np.linspace(0.0, 1.0, bins + 1)
+        with np.errstate(over="ignore"):
+            edges = np.unique(np.clip(low * (1.0 - part) + high * part, low, high))
+        counts, edges = np.histogram(finite, edges)
     return edges.tolist(), counts.astype(np.float64).tolist()

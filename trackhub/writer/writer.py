@@ -159,7 +159,8 @@ class Writer(FigureAndModelCalls):
                 str and lists of these are stored as they are. An int that does not fit into 64 bits becomes text. A
                 value of numpy or torch with one element becomes a plain value. An array of up to 1,000 elements becomes
                 a list, and a larger one becomes text. An enum's member becomes its value, or its name if the value is
-                not a bool, int, float or str. A path, a date and anything else become text.
+                not a bool, int, float or str. A path, a date and anything else become text. A text or list of more than
+                about 1 MiB is left out.
 
         Raises:
             RecordError, SpoolError: only if strict, as for ``log``.
@@ -208,11 +209,11 @@ class Writer(FigureAndModelCalls):
 
         Args:
             key: the image's key.
-            image: an array, a PIL image, or the bytes or path of an image file. An array of numpy or torch has the
-                shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``. A batch must hold exactly one such image. An image has
-                1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255 or
-                0..65535. A mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless
-                its type is uint8 or uint16: multiply such a mask by 255 or 65535.
+            image: an array, a PIL image, or the bytes, path or open file of an image. An array of numpy or torch has
+                the shape ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``. A batch must hold exactly one such image. An image
+                has 1 to 4 channels: grey, grey with alpha, RGB, RGBA. Values are floats in 0..1, or ints in 0..255 or
+                0..65535. A mask of bools becomes black and white. So does a mask of ints that are 0 and 1, unless its
+                type is uint8 or uint16: multiply such a mask by 255 or 65535.
             step: as for ``log``.
             caption: a line of text below the image.
 
@@ -237,7 +238,8 @@ class Writer(FigureAndModelCalls):
             key: the histogram's key.
             values: an array or tensor of any shape. Its finite numbers are counted into equal bins; needs NumPy.
             step: as for ``log``.
-            bins: how many bins to count ``values`` into.
+            bins: how many bins to count ``values`` into, 1 to 49,999. If the values are too close to each other for so
+                many, there are fewer.
             edges: n + 1 finite, rising bin limits.
             counts: n counts >= 0.
 
@@ -260,16 +262,19 @@ class Writer(FigureAndModelCalls):
         Args:
             key: the table's key.
             columns: the names of the columns, or the whole table. A whole table is a DataFrame of pandas or polars, a
-                mapping of column to values, or a list of mappings. An index of pandas becomes the first columns, unless
-                it only numbers the rows.
-            rows: each a sequence of cells, one per column. A cell is None, bool, int, float or str; other values
-                become text. None if ``columns`` is the whole table.
+                mapping of column to values, or a list of mappings. The values of a column may be a mapping of label to
+                cell. These labels, or an index of pandas, become the first columns, unless they only number the rows.
+            rows: each a sequence of cells, one per column, or a mapping of column to cell; or a whole table, of which
+                ``columns`` are chosen. A cell is None, bool, int, float or str; other values become text, and None
+                takes the place of one that cannot be stored. None if ``columns`` is the whole table.
             step: as for ``log``.
 
         Raises:
             RecordError, SpoolError: only if strict, as for ``log``.
         """
-        self._append("log_table", step, read_table, key, columns, rows)
+        bad = BadValues(strict=self._strict)
+        self._append("log_table", step, read_table, key, columns, rows, bad)
+        self._note_left_out("log_table", bad, has_rest=True)
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None, type: str = "file") -> None:
         """Log a file. Copies it before returning, so it may change or vanish afterwards.
@@ -350,16 +355,16 @@ class Writer(FigureAndModelCalls):
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
             self._refuse(method, e, *args[:1])
 
-    def _append_values(self, method: str, read: Callable[[Any, BadValues], Payload | None], values: Any) -> None:
+    def _append_values(self, method: str, read: Callable[[Any, BadValues], Sequence[Payload]], values: Any) -> None:
         """Append what ``read`` makes of a mapping, and count the values that it leaves out."""
         if self._spool is None:
             return
         now = time.time()
         try:
             bad = BadValues(strict=self._strict)
-            payload = read(values, bad)
-            self._note_left_out(method, bad, has_rest=payload is not None)
-            if payload is not None:
+            payloads = read(values, bad)
+            self._note_left_out(method, bad, has_rest=bool(payloads))
+            for payload in payloads:
                 self._spool.append(payload, None, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
             self._refuse(method, e, *_keys_of(values))
