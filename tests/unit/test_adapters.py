@@ -230,6 +230,21 @@ def test_the_calls_of_tensorboard_work(spool: Path, tmp_path: Path) -> None:
     assert (len(histogram.counts), sum(histogram.counts)) == (30, 2)
 
 
+def test_tensors_are_images_with_the_axes_that_torch_takes_also_in_bfloat16(spool: Path) -> None:
+    torch = pytest.importorskip("torch")
+    with adapters.SummaryWriter() as writer:
+        writer.add_image("narrow", torch.rand(3, 8, 4), 1)
+        writer.add_image("last", torch.rand(8, 6, 3), 1)
+        writer.add_image("named", torch.rand(3, 8, 6).bfloat16(), 1, dataformats="CHW")
+        writer.add_images("batch", torch.rand(2, 3, 8, 4).bfloat16(), 1)
+        writer.add_pr_curve("curve", torch.tensor([0, 1]), torch.tensor([0.1, 0.9]).bfloat16(), 1)
+
+    found = [payload for payload, _ in payloads(spool)]
+    sizes = {image.key: (image.width, image.height) for image in found if isinstance(image, Image)}
+    assert sizes == {"narrow": (4, 8), "last": (6, 8), "named": (6, 8), "batch": (8, 8)}
+    assert [table.key for table in found if isinstance(table, Table)] == ["curve"]
+
+
 def test_the_calls_of_torch_work(spool: Path, tmp_path: Path) -> None:
     from matplotlib import pyplot
 
